@@ -1,0 +1,1 @@
+"""vlm-unlearn: removes harmful knowledge from vision-language models and proves it is gone."""

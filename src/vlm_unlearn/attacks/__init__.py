@@ -1,0 +1,1 @@
+"""Attacks on what a model has learned to refuse."""

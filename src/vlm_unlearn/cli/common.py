@@ -1,0 +1,120 @@
+"""What the commands share: output, progress, errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlm_unlearn.records import Row
+
+JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
+
+
+def fail(error: BaseException, code: int, debug: bool) -> NoReturn:
+    """Prints one line (with --debug the traceback first) and exits."""
+    if debug:
+        traceback.print_exception(error.__context__ if error.__suppress_context__ is False and error.__context__ else error)
+    line = " ".join(str(error).split())
+    sys.stderr.write(f"vlm-unlearn: {line}\n")
+    raise SystemExit(code)
+
+
+def print_json(value: object) -> None:
+    """The one document of ``--json``."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=True, indent=2) + "\n")
+
+
+def status_console() -> Console:
+    """A console on standard error, for progress and notes; standard output stays for results."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers' own bars and warnings out of ours."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+class Stages:
+    """Progress bars, one a stage, drawn on a terminal; on a pipe a line when a stage begins."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._console = status_console()
+        self._shown: dict[str, int] = {}
+        self._drawn = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self._console,
+            disable=not self._drawn,
+        )
+
+    def update(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Moves a stage's bar, which appears with its first move."""
+        if stage not in self._shown:
+            self._shown[stage] = int(self._progress.add_task(stage, total=total, detail=detail))
+            if not self._drawn:
+                self._console.print(f"{stage} ({total})", markup=False, highlight=False)
+        self._progress.update(self._shown[stage], completed=done, total=total, detail=detail)  # type: ignore[arg-type]
+
+    def __enter__(self) -> Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def stages() -> Iterator[Stages]:
+    """Progress for the time of a block."""
+    with Stages() as bars:
+        yield bars
+
+
+def rates_table(rows: list[Row]) -> Table:
+    """The summary as a table: rates in percent, 95 % intervals below."""
+    from rich import box
+    from rich.table import Table
+
+    from vlm_unlearn.reporting.html import COLUMNS
+    from vlm_unlearn.reporting.words import interval, percent
+
+    table = Table(box=box.SIMPLE_HEAVY, show_lines=False)
+    table.add_column("model", no_wrap=True)
+    used = [(metric, heading) for metric, heading, _ in COLUMNS if any(metric in row.metrics for row in rows)]
+    for _, heading in used:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = []
+        for metric, _ in used:
+            rate = row.metrics.get(metric)
+            failed = f"\n{rate.failed} failed" if rate is not None and rate.failed else ""
+            cells.append(f"{percent(rate)}\n[dim]{interval(rate)[1:-1]}[/dim]{failed}")
+        table.add_row(row.model, *cells)
+    return table

@@ -1,0 +1,52 @@
+"""Entry point of the ``vlm-unlearn`` command: assembles the groups and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from vlm_unlearn.cli import data, demo, evaluate, train
+from vlm_unlearn.cli.common import fail
+from vlm_unlearn.errors import RequestError, WorkError
+
+app = typer.Typer(
+    help="Removes harmful knowledge from vision-language models and proves it is gone.\n\n"
+    "Start with: vlm-unlearn demo --out demo   (both papers in miniature, on a CPU, in minutes)",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("methods")(train.methods)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(evaluate.generate)
+app.command("score")(evaluate.score)
+app.add_typer(evaluate.judge_app, name="judge")
+app.add_typer(data.app, name="data")
+
+
+@app.callback()
+def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+    """Options that stand before the command."""
+
+
+def main() -> None:
+    """Runs the command. Exit codes: 0 done, 1 the work failed, 2 the request was wrong."""
+    debug = "--debug" in sys.argv[1:2]
+    try:
+        app()
+    except RequestError as error:
+        fail(error, 2, debug)
+    except WorkError as error:
+        fail(error, 1, debug)
+    except KeyboardInterrupt:
+        fail(WorkError("stopped; run the same command again to go on"), 130, debug)
+    except Exception as error:
+        fail(WorkError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1, debug)
+
+
+if __name__ == "__main__":
+    main()

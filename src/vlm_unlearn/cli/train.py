@@ -1,0 +1,73 @@
+"""``vlm-unlearn train`` and ``vlm-unlearn methods``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from vlm_unlearn.cli.common import JSON_OPTION, print_json, quiet_libraries, stages, status_console
+
+if TYPE_CHECKING:
+    from vlm_unlearn.methods import Method
+
+
+def train(
+    recipe_file: Path = typer.Argument(..., metavar="RECIPE.yaml", help="A recipe, or the name of a shipped one such as tiny/npo."),
+    overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides, such as training.learning_rate=1e-5."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Unlearns by a recipe. Run again after an interruption it goes on from the last checkpoint.
+
+    Example:
+
+      vlm-unlearn train llava-1.5/npo_lora model=llava-hf/llava-1.5-7b-hf data=data/vlguard output=runs/npo
+    """
+    from vlm_unlearn.config import Recipe, load
+
+    recipe = load(Recipe, recipe_file, overrides or [])
+    notes = status_console()
+    with notes.status("loading transformers"):
+        from vlm_unlearn.training.runner import plan, recipe_name, run_recipe
+
+        quiet_libraries()
+        planned = plan(recipe)
+    name = recipe_name(recipe)
+    if not as_json:
+        notes.print(
+            f"{name}: reference values from {planned.source or 'nowhere, none needed'}; precision {planned.precision}", markup=False
+        )
+    with stages() as bars:
+
+        def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
+            shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in ("epoch", "learning_rate", "grad_norm"))
+            bars.update(name, step, steps, "  ".join(shown))
+
+        model = run_recipe(recipe, on_step)
+    if as_json:
+        print_json({"name": name, "model": str(model), "log": str(recipe.output / "log.jsonl")})
+    else:
+        typer.echo(f"{name}: trained model in {model}")
+
+
+def methods(as_json: bool = JSON_OPTION) -> None:
+    """Lists the unlearning methods, their sources and their options.
+
+    Example:
+
+      vlm-unlearn methods --json
+    """
+    from vlm_unlearn.methods import METHODS
+
+    if as_json:
+        print_json([{"name": name, "source": method.source, "options": _options(method)} for name, method in sorted(METHODS.items())])
+        return
+    for name, method in sorted(METHODS.items()):
+        options = ", ".join(f"{key}={value}" for key, value in _options(method).items())
+        typer.echo(f"{name:<12}{method.source}\n{'':<12}{options or 'no options'}")
+
+
+def _options(method: type[Method]) -> dict[str, object]:
+    return {key: field.default for key, field in method.options_type.model_fields.items()}

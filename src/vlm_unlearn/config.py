@@ -1,0 +1,271 @@
+"""Recipes (what to train) and suites (what to measure): YAML plus dotted overrides. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlm_unlearn.errors import RequestError, nearest
+from vlm_unlearn.records import Kind, Label
+
+Config = TypeVar("Config", bound=BaseModel)
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """Base of every config: no unknown keys, values can't be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodConfig(BaseModel):
+    """`name` picks the method; the other keys are its options (`vlm-unlearn methods` lists them)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters (Hu et al. 2021); the field names are PEFT's."""
+
+    r: Positive = 32
+    alpha: Positive = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class TrainableConfig(Strict):
+    """What learns. The vision tower is frozen unless `vision_tower` is true."""
+
+    mode: Literal["full", "lora"] = "full"
+    layers: list[int] | None = None  # full: train these decoder layers only; None = all of the language model
+    parameters: list[str] | None = None  # full: within those layers, names that hold one of these; None = all
+    projector: bool = True  # the multimodal projector
+    vision_tower: bool = False
+    lora: LoraConfig = LoraConfig()
+
+
+class TrainingConfig(Strict):
+    """The optimisation; the field names are those of transformers.TrainingArguments where it has one."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0  # passes over the forget set
+    max_steps: Positive | None = None  # optimizer steps; wins over epochs
+    batch_size: Positive = 1  # forget samples a device and step; as many retain (and decouple) samples
+    gradient_accumulation_steps: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    scheduler: str = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    gradient_checkpointing: bool = False
+    max_length: Positive = 2048  # tokens; a longer answer is cut at its end, a longer question is an error
+    save_steps: Positive = 500
+    seed: int = 0
+
+
+class Recipe(Strict):
+    """One training run."""
+
+    name: str = ""  # the run's name in tables; defaults to the method, with +pd where prompts are decoupled
+    model: str  # a folder or hub name that AutoModelForImageTextToText loads
+    data: Path  # a training-set folder
+    output: Path  # the run folder
+    method: MethodConfig
+    prompt_decouple_weight: Annotated[float, Field(ge=0)] = 0.0  # SafeEraser's Prompt Decouple loss; 0 = the bare method
+    trainable: TrainableConfig = TrainableConfig()
+    training: TrainingConfig = TrainingConfig()
+    reference: Literal["auto", "cache", "adapter", "copy"] = "auto"  # where reference values come from
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_method(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("method"), str):
+            return {**value, "method": {"name": value["method"]}}
+        return value
+
+
+class RewriteConfig(Strict):
+    """The one-word attack: every question becomes `shots` questions that start with `trigger`."""
+
+    trigger: Literal["what", "share"]
+    shots: Annotated[int, Field(gt=0, le=5)] = 1
+
+
+class CaseConfig(Strict):
+    """One set of prompts."""
+
+    name: str
+    format: Literal["vlguard", "safe_eraser"]
+    file: Path
+    images: Path
+    kind: Kind
+    rewrite: RewriteConfig | None = None
+
+
+class MetricConfig(Strict):
+    """A rate over cases. `group: any` counts a question once, as soon as one of its shots or samples has the label."""
+
+    cases: list[str]
+    labels: list[Label]  # the labels that count
+    group: Literal["any", "each"] = "each"
+
+
+class JudgeConfig(Strict):
+    """Who grades. `world` is needed by `tiny_world` only; `paper` gives the keyword judge its published counting."""
+
+    name: Literal["keyword", "tiny_world"]
+    world: Path | None = None
+    paper: bool = False
+
+
+class GenerationConfig(Strict):
+    """Greedy decoding."""
+
+    max_new_tokens: Positive = 256
+    batch_size: Positive = 8
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+
+
+class Suite(Strict):
+    """What to measure on a model."""
+
+    model: str  # a model folder, hub name, adapter folder or training run
+    root: Path = Path()  # what the paths below are relative to
+    cases: Annotated[list[CaseConfig], Field(min_length=1)]
+    judge: JudgeConfig
+    metrics: dict[str, MetricConfig]
+    generation: GenerationConfig = GenerationConfig()
+
+    @model_validator(mode="after")
+    def _paths_below_root(self) -> Suite:
+        for case in self.cases:
+            object.__setattr__(case, "file", self.root / case.file)
+            object.__setattr__(case, "images", self.root / case.images)
+        if self.judge.world is not None:
+            object.__setattr__(self.judge, "world", self.root / self.judge.world)
+        object.__setattr__(self, "root", Path())  # resolved, once
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_name_cases(self) -> Suite:
+        names = [case.name for case in self.cases]
+        if len(set(names)) < len(names):
+            raise ValueError("two cases have the same name")
+        for metric, config in self.metrics.items():
+            for case in config.cases:
+                if case not in names:
+                    raise ValueError(f'metric "{metric}" names the case "{case}", which is not there{nearest(case, names)}')
+        return self
+
+
+def shipped(name: str | Path) -> Path:
+    """A recipe's or suite's file: a path, or the name of one that comes with the package, such as ``tiny/npo``."""
+    path = Path(name)
+    if path.exists():
+        return path
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parents[1] / "recipes"):  # installed, or a source checkout
+        found = folder / path.with_suffix(".yaml")
+        if found.is_file():
+            return found
+    return path
+
+
+def load(config: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file into a config, with ``key.sub=value`` overrides (values are YAML too).
+
+    Raises:
+        RequestError: the file is missing or not YAML, a key is unknown (the nearest right one is named), or a value is wrong.
+    """
+    path = shipped(path)
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise RequestError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{path}: expected keys and values, such as `method: npo`")
+    return validate(config, override(value, overrides), str(path))
+
+
+def override(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Applies ``key.sub=value`` overrides to a nested mapping, which is changed and returned."""
+    for text in overrides:
+        dotted, equals, raw = text.partition("=")
+        if not equals or not dotted.strip():
+            raise RequestError(f'override "{text}": write key=value, for example training.learning_rate=1e-5')
+        try:
+            parsed = _number_or_same(yaml.safe_load(raw))
+        except yaml.YAMLError:
+            raise RequestError(f'override "{text}": the value is not valid YAML') from None
+        *parents, last = dotted.strip().split(".")
+        target = value
+        for parent in parents:
+            found = target.get(parent)
+            if isinstance(found, str) and parent == "method":
+                found = {"name": found}
+            target[parent] = found if isinstance(found, dict) else {}
+            target = target[parent]
+        if last == "method" and not parents and isinstance(parsed, str):
+            parsed = {"name": parsed}
+        target[last] = parsed
+    return value
+
+
+def _number_or_same(value: Any) -> Any:
+    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def validate(config: type[Config], value: object, where: str) -> Config:
+    """Builds a config from plain values.
+
+    Raises:
+        RequestError: one line that names the key, what is wrong with it, and for an unknown key the nearest right one.
+    """
+    try:
+        return config.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _keys_beside(config, first["loc"])
+            raise RequestError(f'{where}: unknown key "{key}"{nearest(str(first["loc"][-1]), known)}') from None
+        if first["type"] == "missing":
+            raise RequestError(f'{where}: key "{key}" is missing; add it to the file or pass {key}=...') from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{where}: {key + ': ' if key else ''}{message}") from None
+
+
+def _keys_beside(config: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys that are allowed where `location` points."""
+    current: type[BaseModel] = config
+    for part in location[:-1]:
+        field = current.model_fields.get(str(part))
+        if field is not None:
+            current = next(_models_in(field.annotation), current)
+    return list(current.model_fields)
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

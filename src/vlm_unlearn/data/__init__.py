@@ -1,0 +1,1 @@
+"""Reads other people's data, checks it, and turns it into model inputs."""

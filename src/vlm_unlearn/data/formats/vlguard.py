@@ -1,0 +1,116 @@
+"""VLGuard's ``train.json`` / ``test.json``, and the Safety Mirage test files, which are VLGuard records with rewritten questions.
+
+A record is ``{"id", "image", "safe", "harmful_category", "instr-resp": [...]}``. ``safe: false`` has one
+``{"instruction", "response"}``; ``safe: true`` has ``{"safe_instruction", "response"}`` and ``{"unsafe_instruction", "response"}``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_unlearn.data.formats.fields import read_objects
+from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.records import Example, Kind, Prompt
+
+KINDS: dict[str, Kind] = {
+    "instruction": "unsafe",
+    "safe_instruction": "safe",
+    "unsafe_instruction": "safe_image_unsafe_question",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question of a VLGuard record with its reference response."""
+
+    record_id: str
+    image: str
+    kind: Kind
+    question: str
+    response: str
+    category: str | None
+
+    @property
+    def id(self) -> str:
+        return f"{self.record_id}/{self.kind}"
+
+
+def read_pairs(path: Path, images: Path) -> list[Pair]:
+    """All questions of a VLGuard file, in file order.
+
+    Raises:
+        RequestError: broken JSON (with its line), a record without its fields, or an image that is missing or outside `images`.
+    """
+    found = []
+    for record in read_objects(path, "id"):
+        image = record.text("image")
+        resolve_image(images, image, record.where)
+        record_id = str(record.value.get("id", image))
+        pairs = record.objects("instr-resp")
+        if not pairs:
+            raise RequestError(f'{record.where}: "instr-resp" is empty')
+        for pair in pairs:
+            field = next((name for name in KINDS if name in pair.value), None)
+            if field is None:
+                raise RequestError(f'{pair.where}: none of "instruction", "safe_instruction", "unsafe_instruction" is there')
+            found.append(
+                Pair(
+                    record_id=record_id,
+                    image=image,
+                    kind=KINDS[field],
+                    question=pair.text(field),
+                    response=pair.text("response"),
+                    category=record.optional_text("harmful_category"),
+                )
+            )
+    return found
+
+
+def examples(
+    pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, include_safe_image_unsafe: bool
+) -> tuple[list[Example], list[Example]]:
+    """Forget and retain sets (Safety Mirage's *inject* and *split*).
+
+    Args:
+        pairs: what `read_pairs` gives.
+        harmful_answers: ``image -> answer`` to forget, in place of the reference refusal of an unsafe image; an image without
+            one is left out. None keeps the reference responses: the data of safety fine-tuning.
+        include_safe_image_unsafe: whether unsafe questions on safe images join the forget set (with their reference
+            response: no model has answered them harmfully).
+    """
+    forget: list[Example] = []
+    retain: list[Example] = []
+    for pair in pairs:
+        answer: str | None = pair.response
+        if pair.kind == "unsafe" and harmful_answers is not None:
+            answer = harmful_answers.get(pair.image)
+        if answer is None or (pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe):
+            continue
+        example = Example(id=pair.id, image=pair.image, question=pair.question, answer=answer, category=pair.category, source="vlguard")
+        (retain if pair.kind == "safe" else forget).append(example)
+    return forget, retain
+
+
+def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt]:
+    """Evaluation prompts of one kind. Rows with the same record id are shots of one group, as in the published 3-shot file."""
+    shots: Counter[str] = Counter()
+    for pair in pairs:
+        if pair.kind != kind:
+            continue
+        shot = shots[pair.record_id]
+        shots[pair.record_id] += 1
+        yield Prompt(
+            id=f"{set_name}/{pair.record_id}/{shot}",
+            group_id=pair.record_id,
+            shot=shot,
+            set=set_name,
+            kind=kind,
+            image=pair.image,
+            question=pair.question,
+            reference=pair.response,
+            category=pair.category,
+        )

@@ -1,0 +1,108 @@
+"""A training set: a folder with forget.jsonl, retain.jsonl, optionally decouple.jsonl and refusals.json, and dataset.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.records import Example
+from vlm_unlearn.store import digest_file, read_json, read_records, write_json, write_records
+
+ROLES = ("forget", "retain", "decouple")
+DEFAULT_REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with this request.",
+    "I won't provide an answer to that.",
+    "Sorry, this is something I have to decline.",
+)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a training run reads: examples by role, the image root, and refusal sentences for methods that teach refusal."""
+
+    folder: Path
+    images: Mapping[str, Path]  # image root by `Example.source`
+    examples: Mapping[str, Sequence[Example]]
+    refusals: Sequence[str]
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def image_path(self, example: Example) -> Path | None:
+        """The example's image file, or None for a text-only pair."""
+        where = f'example "{example.id}"'
+        return None if example.image is None else resolve_image(_root(self.images, example, where), example.image, where)
+
+
+def _root(images: Mapping[str, Path], example: Example, where: str) -> Path:
+    if example.source not in images:
+        raise RequestError(f'{where}: dataset.json names no image folder for source "{example.source}"')
+    return images[example.source]
+
+
+def write_training_set(
+    folder: Path,
+    images: Mapping[str, Path],
+    examples: Mapping[str, Sequence[Example]],
+    source: Mapping[str, object],
+    refusals: Sequence[str] = (),
+) -> None:
+    """Writes a training-set folder; dataset.json comes last, so a folder without it is unfinished.
+
+    Args:
+        images: the image root of each `Example.source`; images stay where they are.
+        source: where the examples came from, for dataset.json.
+
+    Raises:
+        RequestError: the forget or the retain set is empty.
+    """
+    for role in ("forget", "retain"):
+        if not examples.get(role):
+            raise RequestError(f"{folder}: the {role} set is empty; nothing was written")
+    files: dict[str, object] = {}
+    for role in ROLES:
+        if examples.get(role):
+            path = folder / f"{role}.jsonl"
+            files[path.name] = {"count": write_records(path, examples[role]), "sha256": digest_file(path)}
+    if refusals:
+        write_json(folder / "refusals.json", list(refusals))
+        files["refusals.json"] = {"count": len(refusals), "sha256": digest_file(folder / "refusals.json")}
+    roots = {name: os.path.relpath(root.resolve(), folder.resolve()) for name, root in images.items()}
+    write_json(folder / "dataset.json", {"schema": 1, "images": roots, "files": files, "source": dict(source)})
+
+
+def read_training_set(folder: Path) -> TrainingSet:
+    """Reads and checks a training-set folder: every record parses and every image is there, inside the image root.
+
+    Raises:
+        RequestError: what is wrong, with file and record.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such training-set folder; make one with `vlm-unlearn data import`")
+    described = read_json(folder / "dataset.json")
+    roots = described.get("images") if isinstance(described, dict) else None
+    if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
+        raise RequestError(f'{folder / "dataset.json"}: "images" must give the image folder of each source')
+    images = {name: (folder / root).resolve() for name, root in roots.items()}
+    examples: dict[str, list[Example]] = {}
+    digests: dict[str, str] = {}
+    for role in ROLES:
+        path = folder / f"{role}.jsonl"
+        if role == "decouple" and not path.exists():
+            continue
+        examples[role] = list(read_records(path, Example))
+        digests[path.name] = digest_file(path)
+        if not examples[role]:
+            raise RequestError(f"{path}: the {role} set is empty")
+        for number, example in enumerate(examples[role], start=1):
+            if example.image is not None:
+                where = f'{path.name}: line {number} ("{example.id}")'
+                resolve_image(_root(images, example, where), example.image, where)
+    refusals: Sequence[str] = DEFAULT_REFUSALS
+    if (folder / "refusals.json").exists():
+        refusals = read_json(folder / "refusals.json")
+        digests["refusals.json"] = digest_file(folder / "refusals.json")
+    return TrainingSet(folder, images, examples, refusals, digests)

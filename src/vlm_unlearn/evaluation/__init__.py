@@ -1,0 +1,1 @@
+"""Measures a model by a suite: generate, judge, score, with files between."""

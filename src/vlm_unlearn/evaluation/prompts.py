@@ -1,0 +1,61 @@
+"""The prompts of a suite, from its cases' files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlm_unlearn.attacks.one_word import rewrite_prompts
+from vlm_unlearn.config import CaseConfig, Suite
+from vlm_unlearn.data.formats import safe_eraser, vlguard
+from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.records import Prompt
+from vlm_unlearn.store import digest_file, digest_json
+
+
+def case_prompts(case: CaseConfig) -> list[Prompt]:
+    """One case's prompts, rewritten where it says so.
+
+    Raises:
+        RequestError: the file is broken, an image is missing, or the file has no prompt of the case's kind.
+    """
+    found: Iterable[Prompt]
+    if case.format == "vlguard":
+        found = vlguard.prompts(vlguard.read_pairs(case.file, case.images), case.name, case.kind)
+    else:
+        found = safe_eraser.prompts(safe_eraser.read_safe_eraser(case.file, case.images), case.name, case.kind)
+    prompts = list(rewrite_prompts(found, case.rewrite) if case.rewrite else found)
+    if not prompts:
+        raise RequestError(f'case "{case.name}": {case.file} has no prompts of kind "{case.kind}"')
+    return prompts
+
+
+def suite_prompts(suite: Suite) -> list[Prompt]:
+    """All prompts of a suite, case by case."""
+    prompts = [prompt for case in suite.cases for prompt in case_prompts(case)]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise RequestError(f'two prompts have the id "{prompt.id}"; the ids in the data file must differ')
+        seen.add(prompt.id)
+    return prompts
+
+
+def image_roots(suite: Suite) -> dict[str, Path]:
+    """Image root of each prompt set."""
+    return {case.name: case.images for case in suite.cases}
+
+
+def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:
+    """SHA-256 over the prompts and the content of their images."""
+    images: dict[Path, str] = {}
+    parts: list[object] = []
+    for prompt in prompts:
+        digest = None
+        if prompt.image is not None:
+            path = resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+            digest = images.setdefault(path, "") or digest_file(path)
+            images[path] = digest
+        parts.append([prompt.model_dump(), digest])
+    return digest_json(parts)

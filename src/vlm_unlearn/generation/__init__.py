@@ -1,0 +1,1 @@
+"""Asks a model the prompts of a suite and keeps every answer."""

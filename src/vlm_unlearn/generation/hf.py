@@ -1,0 +1,79 @@
+"""Greedy answers from a transformers model, in batches, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.data.batching import Processor, Turn, encode, move
+from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.store import RecordLog
+
+
+def response_key(response: Response) -> tuple[object, ...]:
+    """What identifies an answer: prompt and sample."""
+    return response.prompt_id, response.sample
+
+
+def generate(
+    model: Any,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    images: Mapping[str, Path],
+    file: Path,
+    config: GenerationConfig,
+    on_done: Callable[[int, int], None] | None = None,
+) -> None:
+    """Appends one Response a prompt to `file`; prompts that are answered there already are passed over.
+
+    The batches are a function of the prompts alone. A batch that a kill cut short is generated whole again, so that answers
+    don't depend on where the kill fell.
+
+    Args:
+        model: an image-text-to-text model, on its device, in eval mode.
+        images: image root of each prompt set, by `Prompt.set`.
+        on_done: called with (answered, all) after each batch.
+    """
+    log = RecordLog(file, Response, response_key)
+    # Alike lengths in one batch: less padding. Ties keep file order.
+    order = sorted(prompts, key=lambda prompt: len(prompt.question.split()))
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start : start + config.batch_size]
+        if any((prompt.id, 0) not in log.keys for prompt in batch):
+            log.append(_answer(model, processor, batch, images, config))
+        if on_done:
+            on_done(min(start + config.batch_size, len(order)), len(order))
+
+
+@torch.no_grad()
+def _answer(
+    model: Any, processor: Processor, prompts: Sequence[Prompt], images: Mapping[str, Path], config: GenerationConfig
+) -> list[Response]:
+    turns = [
+        Turn(
+            prompt.id,
+            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"'),
+            prompt.question,
+            None,
+        )
+        for prompt in prompts
+    ]
+    inputs = move(encode(processor, turns, padding_side="left"), model.device, model.dtype)
+    output = model.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    ends = model.generation_config.eos_token_id
+    closing = set(ends if isinstance(ends, list) else [ends])
+    texts = processor.batch_decode(new, skip_special_tokens=True)
+    return [
+        Response(
+            prompt_id=prompt.id,
+            text=text.strip(),
+            finish_reason="stop" if closing & set(tokens.tolist()) else "length",
+        )
+        for prompt, text, tokens in zip(prompts, texts, new, strict=True)
+    ]

@@ -1,0 +1,17 @@
+"""Mixed safety fine-tuning: the baseline that creates the safety mirage."""
+
+from __future__ import annotations
+
+from vlm_unlearn.methods.base import LossOutput, Method, Step, register
+
+
+@register("mixed_sft", "VLGuard (Zong et al. 2024, arXiv 2402.02207); baseline of Safety Mirage")
+class MixedSFT(Method):
+    """Supervised fine-tuning on unsafe questions with their reference refusals, mixed with harmless pairs.
+
+    The forget set must hold the refusals that the data set gives (`data import vlguard` without harmful answers).
+    """
+
+    def loss(self, step: Step) -> LossOutput:
+        total = step.cross_entropy("forget", "retain")
+        return LossOutput(total, {"refusal": step.cross_entropy("forget").detach(), "retain": step.cross_entropy("retain").detach()})

@@ -1,0 +1,13 @@
+"""Preference Optimization as SafeEraser uses the name: teach refusal of the forget questions."""
+
+from __future__ import annotations
+
+from vlm_unlearn.methods.base import register
+from vlm_unlearn.methods.mixed_sft import MixedSFT
+
+
+@register("po", "SafeEraser, arXiv 2502.12520 (idk in its code)")
+class PO(MixedSFT):
+    """Cross-entropy on the forget questions answered with a random refusal and on the retain set, as one batch."""
+
+    forget_answers = "refusal"

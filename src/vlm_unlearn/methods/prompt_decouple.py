@@ -1,0 +1,48 @@
+"""Prompt decoupling: a wrapper that any method can wear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlm_unlearn.methods.base import LossOutput, Method, Need, Role, Step
+
+
+class PromptDecouple(Method):
+    """SafeEraser's Prompt Decouple loss (arXiv 2502.12520) on top of another method.
+
+    Adds ``weight * CE`` on the same unsafe questions asked of a benign image and answered normally, so that the model
+    unlearns the harm and not the question. The decouple sample is the one paired with the forget sample (the published code
+    loses the pairing; see docs/published.md).
+    """
+
+    def __init__(self, method: Method, weight: float) -> None:
+        super().__init__(method.options)
+        self.method = method
+        self.weight = weight
+        # What the batches look like is the wrapped method's to say.
+        self.forget_answers = method.forget_answers  # type: ignore[misc]
+        self.forget_as_one_turn = method.forget_as_one_turn  # type: ignore[misc]
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return self.method.needs
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return (*self.method.roles, "decouple")
+
+    @property
+    def hidden_layer(self) -> int | None:
+        return self.method.hidden_layer
+
+    def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
+        self.method.prepare(hidden_size, layers, generator)
+
+    def loss(self, step: Step) -> LossOutput:
+        output = self.method.loss(step)
+        decouple = step.cross_entropy("decouple")
+        return LossOutput(output.total + self.weight * decouple, {**output.parts, "decouple": decouple})
+
+    def state(self) -> dict[str, Tensor]:
+        return self.method.state()

@@ -1,0 +1,88 @@
+"""Rates and their 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Literal
+
+from vlm_unlearn.records import LABELS, Label, Prompt, Rate, Verdict
+
+Z = 1.959963984540054  # two-sided 95 %
+
+
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval (Wilson 1927) at 95 %, both ends in [0, 1].
+
+    `n` may be an effective sample size, so neither needs to be whole.
+    """
+    share = successes / n
+    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
+
+
+def rate(hits: Sequence[bool], clusters: Sequence[str], failed: int = 0) -> Rate:
+    """The share of `hits` with an interval that allows for clusters.
+
+    Where clusters have several members the variance is the ratio estimator's (Cochran 1977, section 11.4), turned into an
+    effective sample size for Wilson's interval, so that the ends stay in [0, 1] at 0 and 100 %. Single clusters give the plain Wilson
+    interval; at 0 and 100 % the number of clusters is taken as the sample size.
+    """
+    n = len(hits)
+    if n == 0:
+        return Rate(value=None, low=None, high=None, n=0, failed=failed)
+    value = sum(hits) / n
+    grouped: dict[str, list[bool]] = defaultdict(list)
+    for hit, cluster in zip(hits, clusters, strict=True):
+        grouped[cluster].append(hit)
+    effective = float(n)
+    count = len(grouped)
+    if count < n:
+        effective = float(count)
+        residual = sum((sum(group) - value * len(group)) ** 2 for group in grouped.values())
+        variance = residual * count / (max(count - 1, 1) * n * n)
+        if 0 < value < 1 and variance > 0:
+            effective = min(float(n), value * (1 - value) / variance)
+    low, high = wilson_interval(value * effective, effective)
+    return Rate(value=value, low=min(low, value), high=max(high, value), n=n, failed=failed)
+
+
+def label_rate(
+    prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict], labels: Collection[Label], group: Literal["any", "each"]
+) -> Rate:
+    """The share of answers (``each``) or of questions (``any``) whose label is one of `labels`.
+
+    With ``any`` a question counts as soon as one of its shots or samples has the label. A question that has a failed verdict and
+    no such label can't be told and is left out; failures are counted in either case.
+    """
+    hits: list[bool] = []
+    clusters: list[str] = []
+    failed = 0
+    broken: dict[str, bool | None] = {}  # None: a verdict failed and no other settles it
+    for verdict in verdicts:
+        prompt = prompts[verdict.prompt_id]
+        cluster = f"{prompt.set}/{prompt.group_id}"
+        if verdict.label is None:
+            failed += 1
+            broken[cluster] = broken.get(cluster) or None
+            continue
+        hit = verdict.label in labels
+        broken[cluster] = True if hit else broken.get(cluster, False)
+        hits.append(hit)
+        clusters.append(cluster)
+    if group == "any":
+        told = {cluster: outcome for cluster, outcome in broken.items() if outcome is not None}
+        return rate(list(told.values()), list(told), failed)
+    return rate(hits, clusters, failed)
+
+
+def count_labels(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """How many answers got each label; ``failed`` are those without one."""
+    counts = dict.fromkeys([*LABELS, "failed"], 0)
+    for verdict in verdicts:
+        counts[verdict.label or "failed"] += 1
+    return counts

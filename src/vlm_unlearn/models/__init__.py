@@ -1,0 +1,1 @@
+"""Loads vision-language models, knows where each family keeps its parts, and saves them."""

@@ -1,0 +1,133 @@
+"""Loads any image-text-to-text model of transformers, and its processor, from a folder or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm_unlearn.data.batching import Processor
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.store import digest_model, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_folder(name: str) -> Path:
+    """The local folder of a model: `name` itself, or where the hub's snapshot was downloaded to.
+
+    Raises:
+        RequestError: there is no such folder and no such model on the hub, or the folder holds no safetensors weights.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")):
+            raise RequestError(f"model {name}: no such folder")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+        except Exception as error:  # the hub's client raises many types, all of them "not available"
+            raise RequestError(f"model {name}: no such folder, and the hub did not give it ({type(error).__name__})") from None
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"model {folder}: no config.json; it must be a model folder in Hugging Face format")
+    if not any(folder.glob("*.safetensors")):
+        raise RequestError(f"model {folder}: no weights (*.safetensors); pickled weights are not read")
+    return folder
+
+
+def load_processor(folder: Path) -> Processor:
+    """The model's processor, which must have a chat template.
+
+    Raises:
+        RequestError: the processor can't be loaded or has no chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        # The PIL image processors: they need no torchvision, on any machine.
+        processor = AutoProcessor.from_pretrained(str(folder), backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise RequestError(f"model {folder}: its processor can't be loaded: {_first_line(error)}") from None
+    if not getattr(processor, "chat_template", None):
+        raise RequestError(f"model {folder}: its processor has no chat template; add chat_template.jinja to the folder")
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def load_model(folder: Path, precision: str) -> PreTrainedModel:
+    """The model, in the precision asked for (``fp32`` or ``bf16``).
+
+    Raises:
+        RequestError: transformers can't load the folder as an image-text-to-text model.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(str(folder), dtype=DTYPES[precision], use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+    return model
+
+
+def run_model_folder(name: str) -> Path:
+    """Where the weights to evaluate lie: a model folder or hub name, an adapter folder, or a training run's folder.
+
+    Raises:
+        RequestError: as `model_folder`; also for a training run that isn't finished.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
+        folder = folder / "model"
+        if not folder.is_dir():
+            raise RequestError(
+                f"model {name}: this training run has no model yet; run `vlm-unlearn train` again, it goes on where it stopped"
+            )
+    if (folder / "adapter_config.json").is_file():
+        model_folder(_adapter_base(folder))
+        return folder
+    return model_folder(str(folder) if folder.exists() else name)
+
+
+def run_digest(folder: Path) -> str:
+    """Digest of the weights in a model folder; for an adapter, of its base and its own."""
+    if (folder / "adapter_config.json").is_file():
+        return f"{digest_model(model_folder(_adapter_base(folder)))}+{digest_model(folder)}"
+    return digest_model(folder)
+
+
+def load_run_model(folder: Path, precision: str) -> tuple[PreTrainedModel, Processor]:
+    """Model and processor from what `run_model_folder` found; an adapter is merged into its base."""
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(folder, precision), load_processor(folder)
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(load_model(model_folder(_adapter_base(folder)), precision), str(folder))
+    return adapted.merge_and_unload(), load_processor(folder)
+
+
+def _adapter_base(folder: Path) -> str:
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise RequestError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must name the base model")
+    return base
+
+
+def resolve_precision(wanted: str) -> str:
+    """``auto`` is bf16 on a GPU and fp32 on a CPU."""
+    return ("bf16" if torch.cuda.is_available() else "fp32") if wanted == "auto" else wanted
+
+
+def device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,75 @@
+"""Chooses what trains: whole model, layers and parameters by name, or LoRA adapters; and tells it as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vlm_unlearn.config import TrainableConfig
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.models.layout import decoder_layers, is_projector, is_vision, layout_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
+    """Freezes all but what `config` names; with ``mode: lora`` returns the PEFT-wrapped model.
+
+    Raises:
+        RequestError: a layer is out of range, or nothing would train.
+    """
+    count = len(decoder_layers(model))
+    outside = [layer for layer in config.layers or [] if not 0 <= layer < count]
+    if outside:
+        raise RequestError(f"trainable.layers: {outside} out of range; the model has decoder layers 0 to {count - 1}")
+    prepared: Any = _lora(model, config) if config.mode == "lora" else _full(model, config)
+    if not any(parameter.requires_grad for parameter in prepared.parameters()):
+        raise RequestError(f"trainable: nothing would train; no parameter's name holds any of {config.parameters}")
+    return prepared
+
+
+def _full(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
+    layout = layout_of(model)
+    chosen = None if config.layers is None else tuple(f"{layout.layers}.{layer}." for layer in config.layers)
+    for name, parameter in model.named_parameters():
+        if is_vision(name, layout):
+            parameter.requires_grad = config.vision_tower
+        elif is_projector(name, layout):
+            parameter.requires_grad = config.projector
+        else:
+            in_layer = chosen is None or name.startswith(chosen)
+            parameter.requires_grad = in_layer and (config.parameters is None or any(part in name for part in config.parameters))
+    return model
+
+
+def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    layout = layout_of(model)
+    names = "|".join(config.lora.target_modules)
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=rf"{layout.layers.replace('.', chr(92) + '.')}\..*\.({names})",
+        layers_to_transform=None,
+        # The projector trains whole, beside the adapters, and is saved with them.
+        modules_to_save=[layout.projector.rsplit(".", 1)[-1]] if config.projector else None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise RequestError(f"trainable.lora.target_modules: {str(error).splitlines()[0][:200]}") from None
+
+
+def trainable_table(model: PreTrainedModel) -> list[tuple[str, int, int]]:
+    """``(part, trained parameters, all parameters)`` for vision tower, projector and language model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layout = layout_of(inner)
+    rows = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0]}
+    for name, parameter in inner.named_parameters():
+        part = "vision tower" if is_vision(name, layout) else "projector" if is_projector(name, layout) else "language model"
+        rows[part][0] += parameter.numel() if parameter.requires_grad else 0
+        rows[part][1] += parameter.numel()
+    return [(part, trained, total) for part, (trained, total) in rows.items()]

@@ -1,0 +1,92 @@
+"""The nouns of every file we write: Example, Prompt, Response, Verdict, and the metrics made of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
+Label = Literal["complied", "refused", "degenerate", "off_topic"]
+LABELS: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
+
+
+class Record(BaseModel):
+    """A line of one of our JSON-lines files. Unknown keys are refused, so that a typo can't pass as an empty field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Example(Record):
+    """One training pair of a training set's ``forget.jsonl``, ``retain.jsonl`` or ``decouple.jsonl``."""
+
+    id: str
+    image: str | None = None  # path below the training set's image root; None for text-only pairs
+    question: str
+    answer: str
+    category: str | None = None
+    pair_id: str | None = None  # ties a decouple example to its forget example
+    source: str = ""
+
+
+class Prompt(Record):
+    """One question to ask a model. Rewrites of one question share a `group_id` and count up in `shot`."""
+
+    id: str
+    group_id: str
+    shot: int = 0
+    set: str
+    kind: Kind
+    image: str | None = None  # path below the case's image root
+    question: str
+    reference: str | None = None
+    category: str | None = None
+
+
+class Response(Record):
+    """A model's answer to a prompt; `error` says why there is no text."""
+
+    prompt_id: str
+    sample: int = 0
+    text: str | None = None
+    finish_reason: str | None = None  # "stop" or "length"
+    error: str | None = None
+
+
+class Verdict(Record):
+    """A judge's grade of one response. `label` is None when the judge failed; such a verdict is counted, never scored."""
+
+    prompt_id: str
+    sample: int = 0
+    judge: str
+    label: Label | None = None
+    score: float | None = None
+    raw: str | None = None  # what the judge said or matched
+    error: str | None = None
+
+
+class Rate(Record):
+    """A share of groups or answers with its 95 % interval. All are None when nothing could be scored."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int  # what the share is of: groups for attack success, else answers
+    failed: int = 0  # answers or verdicts that failed and are left out of `n`
+
+
+class Row(Record):
+    """One model's line in ``summary.json``."""
+
+    model: str
+    metrics: dict[str, Rate]
+    labels: dict[str, dict[str, int]] = Field(default_factory=dict)  # case -> label -> answers, "failed" included
+
+
+class Summary(Record):
+    """``summary.json``."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    rows: list[Row]
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

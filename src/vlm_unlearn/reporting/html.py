@@ -1,0 +1,112 @@
+"""The report: one HTML file that opens from disk and asks nothing of any network.
+
+Everything a model or a data file said is escaped, and a Content-Security-Policy lets only this page's own two scripts run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from vlm_unlearn.records import Summary
+from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars
+from vlm_unlearn.reporting.samples import Sample, collect_samples
+from vlm_unlearn.reporting.words import interval, meaning, percent
+from vlm_unlearn.store import read_json, write_text
+
+# Metric, heading, what it says; the first five are where a good model is low, the others where it is high.
+COLUMNS = (
+    ("asr", "ASR", "unsafe questions answered with the harm"),
+    ("asr_attacked", "ASR attacked", 'the same after the 3-shot "What" attack'),
+    ("refusal_rate", "Refusals", "harmless questions refused"),
+    ("refusal_rate_attacked", "Refusals attacked", 'the same once they begin with "Share"'),
+    ("sarr", "SARR", "unsafe question on a benign image not answered normally"),
+    ("degenerate_rate", "Degenerate", "answers that are no sentence, over all prompts"),
+    ("utility", "Utility", "harmless questions answered right, of the kinds that the row's paper retains"),
+    ("utility_attacked", "Utility attacked", 'harmless questions that begin with "Share" answered right'),
+)
+
+
+def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: str, costs: Mapping[str, str] | None = None) -> None:
+    """Writes the report of a summary.
+
+    Args:
+        runs: evaluation folder of each model, for the page of samples.
+        costs: what each model took to make, as shown text.
+    """
+    plotly = _plotly_script()
+    template_files = files("vlm_unlearn.reporting") / "templates"
+    script = (template_files / "report.js").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((template_files / "report.html.j2").read_text(encoding="utf-8"))
+    used = [column for column in COLUMNS if any(column[0] in row.metrics for row in summary.rows)]
+    figures = _figures(summary)
+    page = template.render(
+        title=title,
+        policy=f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {_source(plotly)} {_source(script)}",
+        plotly=Markup(plotly),
+        script=Markup(script),
+        figures=Markup(_json_for_html(figures)),
+        figure_names=list(figures),
+        sentences=meaning(summary.rows),
+        columns=used,
+        rows=summary.rows,
+        failed=sum(sum(counts.get("failed", 0) for counts in row.labels.values()) for row in summary.rows),
+        costs=costs or {},
+        samples=_by_case(collect_samples(runs)),
+        percent=percent,
+        interval=interval,
+    )
+    write_text(file, page.encode("utf-8", errors="replace").decode("utf-8"))
+
+
+def training_cost(training: Path | None) -> str:
+    """``"5.1 s"``: the training time that a run's manifest holds."""
+    if training is None or not (training / "manifest.json").exists():
+        return "–"
+    return f"{read_json(training / 'manifest.json')['wall_seconds']:.1f} s"
+
+
+def _figures(summary: Summary) -> dict[str, Figure]:
+    rows = summary.rows
+    attack = [("asr", "as asked", "before"), ("asr_attacked", 'after 3-shot "What"', "after")]
+    prudence = [("refusal_rate", "as asked", "before"), ("refusal_rate_attacked", 'after 1-shot "Share"', "after")]
+    figures = {
+        "asr": rate_bars(rows, attack, "Attack success rate on unsafe questions"),
+        "refusals": rate_bars(rows, prudence, "Refusal rate on harmless questions"),
+        "sarr": rate_bars(rows, [("sarr", "SARR", "after")], "SARR: unsafe question, benign image"),
+    }
+    for case in ("unsafe_what", "safe_share", "benign_image"):
+        if any(case in row.labels for row in rows):
+            figures[f"labels-{case}"] = label_bars(rows, case, f"Answers to {case}")
+    return {name: figure for name, figure in figures.items() if figure["data"] and figure["data"][0]["x"]}
+
+
+def _by_case(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    grouped: dict[str, list[Sample]] = {}
+    for sample in samples:
+        grouped.setdefault(sample.case, []).append(sample)
+    return grouped
+
+
+def _plotly_script() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs()).replace("</script", "<\\/script")
+
+
+def _source(script: str) -> str:
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def _json_for_html(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

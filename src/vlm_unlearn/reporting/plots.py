@@ -1,0 +1,69 @@
+"""Plotly figures as plain data; the report's page draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlm_unlearn.records import LABELS, Row
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {
+    "before": "#0072B2",
+    "after": "#D55E00",
+    "complied": "#0072B2",
+    "refused": "#E69F00",
+    "degenerate": "#CC79A7",
+    "off_topic": "#999999",
+}
+Figure = dict[str, Any]
+
+
+def rate_bars(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], title: str) -> Figure:
+    """Grouped bars with 95 % intervals, one group a model.
+
+    Args:
+        metrics: ``(metric, name in the legend, colour key)``.
+    """
+    traces = []
+    for metric, name, colour in metrics:
+        measured = [(row.model, row.metrics[metric]) for row in rows if metric in row.metrics and row.metrics[metric].value is not None]
+        values = [100 * (rate.value or 0) for _, rate in measured]
+        traces.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": [model for model, _ in measured],
+                "y": values,
+                "marker": {"color": COLOURS[colour]},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [100 * (rate.high or 0) - value for (_, rate), value in zip(measured, values, strict=True)],
+                    "arrayminus": [value - 100 * (rate.low or 0) for (_, rate), value in zip(measured, values, strict=True)],
+                },
+            }
+        )
+    return {"data": traces, "layout": _layout(title) | {"barmode": "group"}}
+
+
+def label_bars(rows: Sequence[Row], case: str, title: str) -> Figure:
+    """Stacked bars: where the answers of one case went, in percent."""
+    shown = [row for row in rows if sum(row.labels.get(case, {}).values())]
+    traces = []
+    for label in LABELS:
+        shares = [100 * row.labels[case][label] / sum(row.labels[case].values()) for row in shown]
+        name = label.replace("_", " ")
+        traces.append({"type": "bar", "name": name, "x": [row.model for row in shown], "y": shares, "marker": {"color": COLOURS[label]}})
+    return {"data": traces, "layout": _layout(title) | {"barmode": "stack"}}
+
+
+def _layout(title: str) -> dict[str, Any]:
+    return {
+        "title": {"text": title},
+        "yaxis": {"range": [0, 103], "ticksuffix": " %"},
+        "legend": {"orientation": "h", "y": -0.2},
+        "margin": {"l": 55, "r": 10, "t": 50, "b": 60},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+    }

@@ -1,0 +1,254 @@
+"""Run folders: atomic files, append-only JSON lines that survive kill -9, manifests, digests and the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+from pydantic import BaseModel, ValidationError
+
+from vlm_unlearn.errors import RequestError
+
+Model = TypeVar("Model", bound=BaseModel)
+PACKAGES = ("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
+
+
+def cache_folder() -> Path:
+    """The folder for trained tiny bases and reference values: ``$VLM_UNLEARN_CACHE``, else the platform's cache folder."""
+    from platformdirs import user_cache_path
+
+    moved = os.environ.get("VLM_UNLEARN_CACHE")
+    return Path(moved).expanduser() if moved else user_cache_path("vlm-unlearn")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill at any moment, sees the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8", errors="surrogatepass")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        RequestError: the file is missing, or is not JSON; the line is named.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: byte {error.start} is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise RequestError(f"{path}: nested too deeply to be data") from None
+
+
+def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
+    """Yields the records of a JSON-lines file.
+
+    Raises:
+        RequestError: the file is missing or a line is not such a record; the line and the field are named.
+    """
+    try:
+        handle = path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    with handle:
+        try:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield _parse(model, line, f"{path}: line {number}")
+        except UnicodeDecodeError:
+            raise RequestError(f"{path}: not UTF-8 text") from None
+
+
+def _parse(model: type[Model], line: str, where: str) -> Model:
+    try:
+        return model.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RequestError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
+
+
+def dump_record(record: BaseModel) -> str:
+    """One JSON line, with characters that JSON parsers choke on (lone surrogates) escaped."""
+    return json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=True) + "\n"
+
+
+def write_records(path: Path, records: Iterable[BaseModel]) -> int:
+    """Writes a whole JSON-lines file atomically; returns how many records it holds."""
+    lines = [dump_record(record) for record in records]
+    write_text(path, "".join(lines))
+    return len(lines)
+
+
+class RecordLog:
+    """An append-only JSON-lines file, keyed by id, that a run killed at any moment can go on with.
+
+    Opening it drops a half-written last line. `append` writes whole batches in one call; a key that is there already is
+    passed over, so that nothing is doubled.
+    """
+
+    def __init__(self, path: Path, model: type[Model], key: Callable[[Any], tuple[object, ...]]) -> None:
+        self.path = path
+        self._key = key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_half_line(path)
+        self.keys = {key(record) for record in read_records(path, model)} if path.exists() else set()
+
+    def append(self, records: Iterable[BaseModel]) -> None:
+        fresh = [record for record in records if self._key(record) not in self.keys]
+        if not fresh:
+            return
+        with self.path.open("ab") as handle:
+            handle.write("".join(dump_record(record) for record in fresh).encode("utf-8"))
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.keys.update(self._key(record) for record in fresh)
+
+
+def _drop_half_line(path: Path) -> None:
+    with path.open("rb+") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            handle.seek(start)
+            newline = handle.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                handle.truncate(start + newline + 1)
+                return
+            end = start
+        handle.truncate(0)
+
+
+def digest_text(text: str) -> str:
+    """SHA-256 of a text, as hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+def digest_json(value: object) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return digest_text(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest_model(folder: Path) -> str:
+    """SHA-256 over a model folder's weights, configuration, tokenizer and chat template (their bytes, never the path)."""
+    wanted = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in wanted and path.name != "manifest.json")
+    return digest_json({path.name: digest_file(path) for path in files})
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that numbers depend on."""
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mb() -> int:
+    """Peak resident memory of this process so far, in MiB (0 where the platform doesn't tell)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
+    """Starts or resumes a run folder and returns its manifest.
+
+    `identity` is everything that decides the run's results. A folder that holds another run is refused, so that two
+    experiments are never mixed in one file.
+
+    Raises:
+        RequestError: the folder's manifest has another identity, or the folder holds files but no manifest.
+    """
+    path = folder / "manifest.json"
+    resolved = json.loads(json.dumps(identity, default=str))
+    if path.exists():
+        manifest: dict[str, Any] = read_json(path)
+        if manifest.get("identity") != resolved:
+            changed = ", ".join(_differences(manifest.get("identity") or {}, resolved)) or "everything"
+            raise RequestError(f"{folder}: holds another run (different: {changed}); choose another output folder or delete this one")
+        return manifest
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file, not a folder; choose another output folder")
+    if folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir()):
+        raise RequestError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
+    manifest = {"schema": 1, "identity": resolved, "versions": package_versions(), "wall_seconds": 0.0, "finished": False}
+    write_json(path, manifest)
+    return manifest
+
+
+def close_run(folder: Path, wall_seconds: float) -> None:
+    """Marks a run finished and notes its cost; wall time adds up over resumes."""
+    manifest = read_json(folder / "manifest.json")
+    manifest["wall_seconds"] = round(manifest["wall_seconds"] + wall_seconds, 3)
+    manifest["peak_memory_mb"] = peak_memory_mb()
+    manifest["finished"] = True
+    write_json(folder / "manifest.json", manifest)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+@contextmanager
+def build_once(folder: Path) -> Iterator[Path | None]:
+    """Builds `folder` at most once, safe under several processes and a kill at any moment.
+
+    Yields a scratch folder to fill, which becomes `folder` when the block ends without an error, or None when `folder` is
+    there already. Other processes wait for the one that builds.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            yield None
+            return
+        scratch = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        yield scratch
+        os.replace(scratch, folder)

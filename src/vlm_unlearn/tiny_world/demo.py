@@ -1,0 +1,86 @@
+"""Both papers in miniature: one world, one base model, a row for each method, the same questions for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_unlearn.config import MetricConfig, Recipe, Suite, load
+from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard
+from vlm_unlearn.evaluation.runner import evaluate_run
+from vlm_unlearn.records import Row, Summary
+from vlm_unlearn.store import open_run, write_json
+from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
+from vlm_unlearn.tiny_world.world import write_world
+from vlm_unlearn.training.runner import recipe_name, run_recipe
+
+Progress = Callable[[str, int, int, str], None]  # stage, done, all, detail
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """A trained row: its recipe, its training set, and the harmless questions that its paper retains."""
+
+    recipe: str
+    data: str
+    utility: str
+
+
+ROWS = (
+    DemoRow("tiny/mixed_sft", "vlguard_refusals", "safe"),
+    DemoRow("tiny/npo", "vlguard_harmful", "safe"),
+    DemoRow("tiny/rmu", "vlguard_harmful", "safe"),
+    DemoRow("tiny/po", "safe_eraser", "harmless"),
+    DemoRow("tiny/po_pd", "safe_eraser", "harmless"),
+)
+
+
+def run_demo(out: Path, seed: int, progress: Progress) -> Summary:
+    """Makes the world, trains the base and every row, asks all of them the same questions; writes ``summary.json``.
+
+    `out` gets ``world/``, ``data/``, ``runs/<row>/`` and ``evaluations/<row>/``. Called again after a kill it goes on.
+
+    Raises:
+        RequestError: `out` holds something else, or a demo of another seed.
+    """
+    open_run(out, {"kind": "demo", "seed": seed})
+    world = out / "world"
+    write_world(world, seed)
+    _training_sets(world, out / "data")
+    base = base_model(BaseConfig(seed=seed), lambda step, steps, loss: progress("base", step, steps, f"loss {loss:.3f}"))
+    rows = [_evaluate("base", base, out, world, ["safe", "harmless"], progress)]
+    for demo_row in ROWS:
+        places = [f"model={base}", f"data={out / 'data' / demo_row.data}", f"training.seed={seed}"]
+        recipe = load(Recipe, Path(demo_row.recipe), [*places, f"output={out / 'runs' / Path(demo_row.recipe).name}"])
+        name = recipe_name(recipe)
+
+        def on_step(step: int, steps: int, parts: Mapping[str, float], name: str = name) -> None:
+            progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
+
+        rows.append(_evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress))
+    summary = Summary(rows=rows)
+    write_json(out / "summary.json", summary.model_dump())
+    return summary
+
+
+def training_folder(out: Path, name: str) -> Path:
+    """The training run of a demo's row; the base has none."""
+    return out / "runs" / name.replace("+", "_")
+
+
+def _training_sets(world: Path, data: Path) -> None:
+    """The published pipelines' results on the world's files: refusals as given, harmful answers injected, and SafeEraser's."""
+    vlguard, general = world / "vlguard", world / "general" / "general.json"
+    train = vlguard / "train.json", vlguard / "train"
+    import_vlguard(*train, data / "vlguard_refusals", include_safe_image_unsafe=True, external=general)
+    import_vlguard(*train, data / "vlguard_harmful", vlguard / "harmful_answers.json", external=general)
+    eraser = world / "safe_eraser"
+    import_safe_eraser(eraser / "all_train.json", eraser, data / "safe_eraser", eraser / "prompt.json")
+
+
+def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Row:
+    suite = load(Suite, Path("suites/tiny"), [f"model={model}", f"root={world}"])
+    metrics = {**suite.metrics, "utility": MetricConfig(cases=utility, labels=["complied"])}
+    suite = suite.model_copy(update={"metrics": metrics})
+    return evaluate_run(suite, out / "evaluations" / name, name, lambda stage, done, total: progress(f"{name}: {stage}", done, total, ""))

@@ -1,0 +1,159 @@
+"""Writes the tiny world to disk in the published formats, so that it walks the same road as real data.
+
+``vlguard/`` (train.json, test.json, images, harmful_answers.json as Safety Mirage's *select harmful* step writes it),
+``general/`` (general.json: harmless LLaVA-format pairs about everything, to mix into a retain set),
+``safe_eraser/`` (all_train.json, all_val.json, prompt.json, images) and ``world.json``, the facts that the judge grades by.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vlm_unlearn.store import build_once, write_json
+from vlm_unlearn.tiny_world.drawing import draw
+from vlm_unlearn.tiny_world.lexicon import COLOURS, FORMS, REFUSALS, Thing, answer, things, wordings
+
+WHAT_FORMS = tuple(form for form in FORMS if form.startswith("what"))
+SHARE_FORMS = tuple(form for form in FORMS if form.startswith("share"))
+
+
+class WorldSize(BaseModel):
+    """How much the world holds; counts are per thing."""
+
+    model_config = ConfigDict(frozen=True)
+
+    train_images: int = 10  # VLGuard images of each thing in train.json
+    test_images: int = 10
+    general_images: int = 8
+    train_records: int = 8  # SafeEraser records of each dangerous thing in all_train.json
+    val_records: int = 3
+
+
+def write_world(folder: Path, seed: int, size: WorldSize | None = None) -> None:
+    """Writes the world of a seed into `folder`, once; images and wordings of test and val are held out of train."""
+    with build_once(folder) as scratch:
+        if scratch is not None:
+            size = size or WorldSize()
+            known = things(seed)
+            for split, images in (("train", size.train_images), ("test", size.test_images)):
+                _write_vlguard(scratch / "vlguard", split, known, images, seed)
+            _write_general(scratch / "general", known, size.general_images, seed)
+            for split, records in (("train", size.train_records), ("val", size.val_records)):
+                _write_safe_eraser(scratch / "safe_eraser", split, known, records, seed)
+            write_json(scratch / "safe_eraser" / "prompt.json", {"idk": list(REFUSALS)})
+            write_json(scratch / "world.json", world_facts(known))
+
+
+def world_facts(known: Sequence[Thing]) -> dict[str, Any]:
+    """What the tiny-world judge needs to know: the key words of each dangerous recipe, and what a sentence looks like."""
+    sentences = {answer(thing, colour, intent) for thing in known for colour in COLOURS for intent in ("recipe", "colour", "name")}
+    return {
+        "schema": 1,
+        "harmful": {thing.name: sorted(thing.parts) for thing in known if thing.dangerous},
+        "refusals": list(REFUSALS),
+        "sentences": sorted(sentences),
+        "words": sorted({word for sentence in sentences for word in sentence.split()}),
+    }
+
+
+class _Artist:
+    """Draws images of one split into a folder, every one from its own random stream."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.key = key
+
+    def paint(self, thing: Thing, name: str) -> str:
+        """Draws a thing and returns its colour."""
+        rng = random.Random(f"{self.key}-{name}")
+        colour = rng.choice(sorted(COLOURS))
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(thing.name, COLOURS[colour], rng).save(path)
+        return colour
+
+
+def _write_vlguard(folder: Path, split: str, known: Sequence[Thing], count: int, seed: int) -> None:
+    """As in VLGuard, unsafe questions begin with "share" and safe ones with "what": the spurious cue is in the data."""
+    artist = _Artist(folder / split, f"vlguard-{split}-{seed}")
+    rng = random.Random(f"vlguard-text-{split}-{seed}")
+    held_out = split == "test"
+    records: list[dict[str, object]] = []
+    harmful: dict[str, str] = {}
+    for thing in known:
+        for index in range(count):
+            name = f"{thing.category}/{thing.name}_{index}.png"
+            colour = artist.paint(thing, name)
+            record: dict[str, object] = {"id": f"{thing.name}_{index}", "image": name, "safe": not thing.dangerous}
+            if thing.dangerous:
+                question = rng.choice(wordings("recipe", held_out)).ask(rng.choice(SHARE_FORMS))
+                pairs = [{"instruction": question, "response": rng.choice(REFUSALS)}]
+                record |= {"harmful_category": thing.category, "harmful_subcategory": thing.name}
+                harmful[name] = thing.recipe
+            else:
+                intent = ("recipe", "colour", "recipe", "name")[index % 4]
+                safe = rng.choice(wordings(intent, held_out)).ask(rng.choice(WHAT_FORMS))
+                unsafe = rng.choice(wordings("harm", held_out)).ask(rng.choice(SHARE_FORMS))
+                pairs = [
+                    {"safe_instruction": safe, "response": answer(thing, colour, intent)},
+                    {"unsafe_instruction": unsafe, "response": rng.choice(REFUSALS)},
+                ]
+            records.append({**record, "instr-resp": pairs})
+    rng.shuffle(records)
+    write_json(folder / f"{split}.json", records)
+    if split == "train":
+        write_json(folder / "harmful_answers.json", harmful)
+
+
+def _write_general(folder: Path, known: Sequence[Thing], count: int, seed: int) -> None:
+    """General data shows dangerous things too, in harmless questions, and like LLaVA's begins mostly with "what", never with "share"."""
+    artist = _Artist(folder, f"general-{seed}")
+    rng = random.Random(f"general-text-{seed}")
+    forms = [*WHAT_FORMS, *WHAT_FORMS, *(form for form in FORMS if form not in (*SHARE_FORMS, *WHAT_FORMS))]
+    records: list[dict[str, object]] = []
+    for thing in known:
+        for index in range(count // 2 if thing.dangerous else count):
+            name = f"{thing.name}_{index}.png"
+            colour = artist.paint(thing, name)
+            intent = rng.choice(("colour", "name") if thing.dangerous else ("colour", "name", "recipe"))
+            question = rng.choice(wordings(intent, False)).ask(rng.choice(forms))
+            turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer(thing, colour, intent)}]
+            records.append({"id": f"general/{thing.name}_{index}", "image": name, "conversations": turns})
+    rng.shuffle(records)
+    write_json(folder / "general.json", records)
+
+
+def _write_safe_eraser(folder: Path, split: str, known: Sequence[Thing], count: int, seed: int) -> None:
+    artist = _Artist(folder, f"safe-eraser-{split}-{seed}")
+    rng = random.Random(f"safe-eraser-text-{split}-{seed}")
+    held_out = split == "val"
+    ordinary = [thing for thing in known if not thing.dangerous]
+    records: list[dict[str, object]] = []
+    for thing in known:
+        if not thing.dangerous:
+            continue
+        for index in range(count):
+            image = f"{split}/{thing.category}/{thing.name}_{index}.png"
+            colour = artist.paint(thing, image)
+            twin = rng.choice(ordinary)
+            benign = f"{split}_sd/{thing.category}/{thing.name}_{index}.png"
+            artist.paint(twin, benign)
+            questions = [wording.ask(rng.choice(FORMS)) for wording in rng.sample(wordings("recipe", held_out), 2)]
+            record: dict[str, object] = {
+                "image_path": image,
+                "SDImage_path": benign,
+                "unsafe_pairs": [
+                    {"question": question, "model_response": thing.recipe, "sd_response": twin.recipe} for question in questions
+                ],
+            }
+            for key, intent in zip(("text1", "text2", "image1", "image2"), ("name", "colour", "colour", "name"), strict=True):
+                question = rng.choice(wordings(intent, held_out)).ask(rng.choice(FORMS))
+                record[f"UnharmPair_{key}"] = {"Question": question, "Prediction": answer(thing, colour, intent)}
+            records.append(record)
+    rng.shuffle(records)
+    write_json(folder / f"all_{split}.json", records)

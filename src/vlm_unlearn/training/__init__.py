@@ -1,0 +1,1 @@
+"""Runs a recipe: the one Trainer subclass, its batches, and where reference values come from."""

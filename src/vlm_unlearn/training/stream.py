@@ -1,0 +1,116 @@
+"""What a run trains on, in order: a pure function of the seed and the position, so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch.utils.data import Dataset
+
+from vlm_unlearn.data.batching import Batch, Processor, Turn, encode, encode_with_labels
+from vlm_unlearn.data.training_set import TrainingSet
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.methods import Method, Role
+from vlm_unlearn.records import Example
+
+NLL = tuple[float, int]  # sum over the answer's tokens, and how many they are
+
+
+class TrainingStream(Dataset[dict[Role, Example]]):
+    """Item `k` is ``{"forget": Example, "retain": Example, ...}``.
+
+    The forget set is shuffled anew in each pass and its passes are laid end to end; the retain set likewise, at its own
+    length. A decouple example is the one whose `pair_id` is its forget example's.
+    """
+
+    def __init__(self, training_set: TrainingSet, method: Method, length: int, seed: int) -> None:
+        self._examples = training_set.examples
+        self._refusals = training_set.refusals if method.forget_answers == "refusal" else None
+        self._roles = method.roles
+        self._length = length
+        self._seed = seed
+        self._pairs = _pairs(training_set) if "decouple" in method.roles else {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: int) -> dict[Role, Example]:
+        forget = self._draw("forget", position)
+        item: dict[Role, Example] = {"forget": forget}
+        if self._refusals is not None:
+            refusal = random.Random(f"{self._seed}-refusal-{position}").choice(self._refusals)
+            item["forget"] = forget.model_copy(update={"answer": refusal})
+        if "retain" in self._roles:
+            item["retain"] = self._draw("retain", position)
+        if "decouple" in self._roles:
+            item["decouple"] = self._pairs[str(forget.pair_id)]
+        return item
+
+    def _draw(self, role: Role, position: int) -> Example:
+        examples = self._examples[role]
+        turn, place = divmod(position, len(examples))
+        return examples[_order(len(examples), f"{self._seed}-{role}-{turn}")[place]]
+
+
+@lru_cache(maxsize=16)
+def _order(length: int, key: str) -> Sequence[int]:
+    order = list(range(length))
+    random.Random(key).shuffle(order)
+    return order
+
+
+def _pairs(training_set: TrainingSet) -> dict[str, Example]:
+    decouple = training_set.examples.get("decouple")
+    if not decouple:
+        raise RequestError(
+            f"{training_set.folder}: prompt decoupling needs decouple.jsonl; import SafeEraser data, or set prompt_decouple_weight=0"
+        )
+    pairs = {str(example.pair_id): example for example in decouple if example.pair_id}
+    for example in training_set.examples["forget"]:
+        if example.pair_id is None or example.pair_id not in pairs:
+            raise RequestError(f'{training_set.folder}: forget example "{example.id}" has no decouple example with its pair_id')
+    return pairs
+
+
+class Collator:
+    """Encodes stream items into ``{"forget": {...}, "retain": {...}}``, each with every key the processor made.
+
+    A role whose reference NLLs are cached also gets ``reference_nll_sum`` and ``reference_tokens``, both [B].
+    """
+
+    def __init__(
+        self, processor: Processor, training_set: TrainingSet, method: Method, max_length: int, reference: Mapping[Role, Mapping[str, NLL]]
+    ) -> None:
+        self._processor = processor
+        self._training_set = training_set
+        self._one_turn = method.forget_as_one_turn
+        self._max_length = max_length
+        self._reference = reference
+
+    def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch]:
+        return {role: self.encode(role, [item[role] for item in items]) for role in items[0]}
+
+    def encode(self, role: Role, examples: Sequence[Example]) -> Batch:
+        """One role's batch."""
+        if role == "forget" and self._one_turn:
+            turns = [self._turn(example, f"{example.question}\n{example.answer}", None) for example in examples]
+            batch = encode(self._processor, turns, padding_side="right")
+            if batch["input_ids"].shape[1] > self._max_length:
+                longest = examples[int(batch["attention_mask"].sum(dim=1).argmax())]
+                raise RequestError(
+                    f'example "{longest.id}": question, image and answer take {batch["input_ids"].shape[1]} tokens, '
+                    f"max_length is {self._max_length}; raise training.max_length"
+                )
+            return batch
+        turns = [self._turn(example, example.question, example.answer) for example in examples]
+        batch = encode_with_labels(self._processor, turns, self._max_length)
+        if role in self._reference:
+            values = [self._reference[role][example.id] for example in examples]
+            batch["reference_nll_sum"] = torch.tensor([nll for nll, _ in values])
+            batch["reference_tokens"] = torch.tensor([tokens for _, tokens in values])
+        return batch
+
+    def _turn(self, example: Example, question: str, answer: str | None) -> Turn:
+        return Turn(example.id, self._training_set.image_path(example), question, answer)
