@@ -43,21 +43,28 @@ class Prompt(Record):
     category: str | None = None
 
 
-class Response(Record):
-    """A model's answer to a prompt; `error` says why there is no text."""
+class AnswerRecord(Record):
+    """What belongs to one answer: `key` tells it from all others of its file."""
 
     prompt_id: str
     sample: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.prompt_id, self.sample
+
+
+class Response(AnswerRecord):
+    """A model's answer to a prompt; `error` says why there is no text."""
+
     text: str | None = None
     finish_reason: str | None = None  # "stop" or "length"
     error: str | None = None
 
 
-class Verdict(Record):
+class Verdict(AnswerRecord):
     """A judge's grade of one response. `label` is None when the judge failed; such a verdict is counted, never scored."""
 
-    prompt_id: str
-    sample: int = 0
     judge: str
     label: Label | None = None
     score: float | None = None

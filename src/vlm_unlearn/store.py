@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.records import AnswerRecord
 
 Model = TypeVar("Model", bound=BaseModel)
 PACKAGES = ("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
@@ -33,8 +34,13 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a kill at any moment, sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", errors="surrogatepass")
+    part.write_text(without_surrogates(text), encoding="utf-8")
     os.replace(part, path)
+
+
+def without_surrogates(text: str) -> str:
+    """The text with lone surrogates, which no UTF-8 file can hold, replaced by U+FFFD."""
+    return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -91,8 +97,8 @@ def _parse(model: type[Model], line: str, where: str) -> Model:
 
 
 def dump_record(record: BaseModel) -> str:
-    """One JSON line, with characters that JSON parsers choke on (lone surrogates) escaped."""
-    return json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=True) + "\n"
+    """One JSON line."""
+    return without_surrogates(json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=False)) + "\n"
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
@@ -109,23 +115,23 @@ class RecordLog:
     passed over, so that nothing is doubled.
     """
 
-    def __init__(self, path: Path, model: type[Model], key: Callable[[Any], tuple[object, ...]]) -> None:
+    def __init__(self, path: Path, model: type[AnswerRecord]) -> None:
         self.path = path
-        self._key = key
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _drop_half_line(path)
-        self.keys = {key(record) for record in read_records(path, model)} if path.exists() else set()
+        self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
 
-    def append(self, records: Iterable[BaseModel]) -> None:
-        fresh = [record for record in records if self._key(record) not in self.keys]
+    def append(self, records: Iterable[AnswerRecord]) -> None:
+        """Adds the records whose key is not there yet, in one write."""
+        fresh = [record for record in records if record.key not in self.keys]
         if not fresh:
             return
         with self.path.open("ab") as handle:
             handle.write("".join(dump_record(record) for record in fresh).encode("utf-8"))
             handle.flush()
             os.fsync(handle.fileno())
-        self.keys.update(self._key(record) for record in fresh)
+        self.keys.update(record.key for record in fresh)
 
 
 def _drop_half_line(path: Path) -> None:

@@ -34,25 +34,28 @@ def import_vlguard(
             Mirage's *mix* step does.
 
     Returns:
-        how many examples each file holds.
+        how many examples each file holds, and how many pairs were left out for which reason.
 
     Raises:
         RequestError: what is wrong with the data; nothing is written then.
     """
     pairs = vlguard.read_pairs(file, images)
-    forget, retain = vlguard.examples(pairs, _answers(harmful_answers), include_safe_image_unsafe)
+    split = vlguard.split(pairs, _answers(harmful_answers), include_safe_image_unsafe)
+    retain = split.retain
     source: dict[str, object] = {"format": "vlguard", "file": file.name, "sha256": digest_file(file)}
     if harmful_answers:
         source["harmful_answers_sha256"] = digest_file(harmful_answers)
-        if not forget:
+        if not split.forget:
             raise RequestError(f"{harmful_answers}: names no image of an unsafe record of {file}")
     roots = {"vlguard": images}
     if external:
         roots["llava"] = external_images or external.parent
         retain = mix(retain, llava.read_llava(external, roots["llava"]), retain_size, seed)
         source["external"] = {"file": external.name, "sha256": digest_file(external), "size": retain_size, "seed": seed}
-    write_training_set(out, roots, {"forget": forget, "retain": retain}, source)
-    return {"forget": len(forget), "retain": len(retain)}
+    if split.left_out:
+        source["left_out"] = split.left_out
+    write_training_set(out, roots, {"forget": split.forget, "retain": retain}, source)
+    return {"forget": len(split.forget), "retain": len(retain), **{f"left out ({why})": n for why, n in split.left_out.items()}}
 
 
 def import_safe_eraser(file: Path, images: Path, out: Path, refusals: Path | None = None) -> dict[str, int]:

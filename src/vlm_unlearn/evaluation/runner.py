@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,7 +99,7 @@ def score_run(folder: Path, verdicts: Path, metrics: dict[str, MetricConfig], na
     """
     prompts, responses = _answers(folder)
     graded = list(read_records(verdicts, Verdict))
-    missing = {(response.prompt_id, response.sample) for response in responses} - {(item.prompt_id, item.sample) for item in graded}
+    missing = {response.key for response in responses} - {verdict.key for verdict in graded}
     if missing or any(verdict.prompt_id not in prompts for verdict in graded):
         raise RequestError(f"{verdicts}: does not grade all of this run's answers ({len(missing)} missing); run `vlm-unlearn judge` again")
     by_case: dict[str, list[Verdict]] = {}
@@ -136,7 +135,6 @@ def _answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
         raise RequestError(f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped)")
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = list(read_records(folder / "responses.jsonl", Response))
-    counts = Counter((response.prompt_id, response.sample) for response in responses)
-    if set(prompts) - {prompt_id for prompt_id, _ in counts}:
+    if set(prompts) - {response.prompt_id for response in responses}:
         raise RequestError(f"{folder}: some prompts have no answer; delete the folder and generate again")
     return prompts, responses

@@ -15,11 +15,6 @@ from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import RecordLog
 
 
-def response_key(response: Response) -> tuple[object, ...]:
-    """What identifies an answer: prompt and sample."""
-    return response.prompt_id, response.sample
-
-
 def generate(
     model: Any,
     processor: Processor,
@@ -39,7 +34,7 @@ def generate(
         images: image root of each prompt set, by `Prompt.set`.
         on_done: called with (answered, all) after each batch.
     """
-    log = RecordLog(file, Response, response_key)
+    log = RecordLog(file, Response)
     # Alike lengths in one batch: less padding. Ties keep file order.
     order = sorted(prompts, key=lambda prompt: len(prompt.question.split()))
     for start in range(0, len(order), config.batch_size):

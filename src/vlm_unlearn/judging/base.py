@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from vlm_unlearn.generation.hf import response_key
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import RecordLog
 
@@ -18,11 +17,6 @@ class Judge(Protocol):
 
     def grade(self, prompt: Prompt, text: str) -> Verdict:
         """The verdict on an answer that is there."""
-
-
-def verdict_key(verdict: Verdict) -> tuple[object, ...]:
-    """What identifies a verdict within one judge's file."""
-    return verdict.prompt_id, verdict.sample
 
 
 def judge_file(
@@ -37,10 +31,10 @@ def judge_file(
 
     A response without text gets a verdict without label, which counts as failed.
     """
-    log = RecordLog(file, Verdict, verdict_key)
+    log = RecordLog(file, Verdict)
     pending: list[Verdict] = []
     for done, response in enumerate(responses, start=1):
-        if response_key(response) not in log.keys:
+        if response.key not in log.keys:
             pending.append(_grade(judge, prompts[response.prompt_id], response))
         if len(pending) >= batch_size:
             _flush(log, pending)

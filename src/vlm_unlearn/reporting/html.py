@@ -64,7 +64,7 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
         percent=percent,
         interval=interval,
     )
-    write_text(file, page.encode("utf-8", errors="replace").decode("utf-8"))
+    write_text(file, page)
 
 
 def training_cost(training: Path | None) -> str:

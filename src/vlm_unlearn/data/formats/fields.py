@@ -20,12 +20,12 @@ class RawRecord:
         self.value: dict[str, Any] = value
         self.where = where
 
-    def text(self, *names: str) -> str:
-        """The first of the named fields that is there; it must be text that says something."""
+    def text(self, *names: str, empty: bool = False) -> str:
+        """The first of the named fields that is there; it must be text, and say something unless `empty` is allowed."""
         for name in names:
             if name in self.value:
                 found = self.value[name]
-                if isinstance(found, str) and found.strip():
+                if isinstance(found, str) and (empty or found.strip()):
                     return found
                 raise RequestError(f'{self.where}: "{name}" must be non-empty text, found {_kind(found)}')
         raise RequestError(f'{self.where}: field "{names[0]}" is missing')
@@ -74,4 +74,4 @@ def _parse(line: str, where: str) -> Any:
 def _kind(value: object) -> str:
     if value is None:
         return "nothing"
-    return {dict: "an object", list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
+    return {dict: "an object", list: "a list", str: "text" if value else "empty text", bool: "true or false"}.get(type(value), "a number")

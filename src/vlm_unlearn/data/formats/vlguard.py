@@ -63,16 +63,23 @@ def read_pairs(path: Path, images: Path) -> list[Pair]:
                     image=image,
                     kind=KINDS[field],
                     question=pair.text(field),
-                    response=pair.text("response"),
+                    response=pair.text("response", empty=True),
                     category=record.optional_text("harmful_category"),
                 )
             )
     return found
 
 
-def examples(
-    pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, include_safe_image_unsafe: bool
-) -> tuple[list[Example], list[Example]]:
+@dataclass(frozen=True)
+class Split:
+    """Forget and retain examples, and how many pairs were left out for which reason."""
+
+    forget: list[Example]
+    retain: list[Example]
+    left_out: dict[str, int]
+
+
+def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, include_safe_image_unsafe: bool) -> Split:
     """Forget and retain sets (Safety Mirage's *inject* and *split*).
 
     Args:
@@ -82,17 +89,19 @@ def examples(
         include_safe_image_unsafe: whether unsafe questions on safe images join the forget set (with their reference
             response: no model has answered them harmfully).
     """
-    forget: list[Example] = []
-    retain: list[Example] = []
+    found = Split([], [], {})
     for pair in pairs:
-        answer: str | None = pair.response
-        if pair.kind == "unsafe" and harmful_answers is not None:
-            answer = harmful_answers.get(pair.image)
-        if answer is None or (pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe):
+        if pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe:
+            continue
+        injected = pair.kind == "unsafe" and harmful_answers is not None
+        answer = (harmful_answers or {}).get(pair.image, "") if injected else pair.response
+        if not answer.strip():
+            reason = "no harmful answer" if injected else "empty response"
+            found.left_out[reason] = found.left_out.get(reason, 0) + 1
             continue
         example = Example(id=pair.id, image=pair.image, question=pair.question, answer=answer, category=pair.category, source="vlguard")
-        (retain if pair.kind == "safe" else forget).append(example)
-    return forget, retain
+        (found.retain if pair.kind == "safe" else found.forget).append(example)
+    return found
 
 
 def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt]:
@@ -111,6 +120,6 @@ def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt
             kind=kind,
             image=pair.image,
             question=pair.question,
-            reference=pair.response,
+            reference=pair.response or None,
             category=pair.category,
         )

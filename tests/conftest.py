@@ -1,0 +1,80 @@
+"""Shared fixtures: everything is made here, offline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the session's own, so that no test reads what another run left."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["VLM_UNLEARN_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vlguard_test() -> Path:
+    """The real VLGuard annotations, where they are at hand."""
+    path = SHARED / "data" / "vlguard_test.json"
+    if not path.exists():
+        pytest.skip("needs the real VLGuard annotations (shared/data), which are not distributed with the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_pipeline() -> dict[str, object]:
+    import json
+
+    path = SHARED / "golden" / "data_pipeline.json"
+    if not path.exists():
+        pytest.skip("needs shared/golden/data_pipeline.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tiny world."""
+    from vlm_unlearn.tiny_world.world import WorldSize, write_world
+
+    folder = tmp_path_factory.mktemp("world") / "world"
+    write_world(folder, 0, WorldSize(train_images=2, test_images=1, general_images=2, train_records=1, val_records=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_sets(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Training sets of the small world, by name."""
+    from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard
+
+    folder = tmp_path_factory.mktemp("training-sets")
+    vlguard, eraser = world / "vlguard", world / "safe_eraser"
+    general = world / "general" / "general.json"
+    import_vlguard(vlguard / "train.json", vlguard / "train", folder / "harmful", vlguard / "harmful_answers.json", external=general)
+    import_vlguard(vlguard / "train.json", vlguard / "train", folder / "refusals", include_safe_image_unsafe=True)
+    import_safe_eraser(eraser / "all_train.json", eraser, folder / "safe_eraser", eraser / "prompt.json")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny LLaVA that knows the world's words."""
+    import torch
+
+    from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
+    from vlm_unlearn.tiny_world.lexicon import vocabulary
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    processor = tiny_processor(vocabulary())
+    torch.manual_seed(0)
+    tiny_llava(processor, width=32, vision_layers=1, layers=2).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

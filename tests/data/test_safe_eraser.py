@@ -1,0 +1,68 @@
+"""SafeEraser files, in the shapes seen in the wild."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm_unlearn.data.formats import safe_eraser
+from vlm_unlearn.errors import RequestError
+
+RECORD = {
+    "image_path": "Weapon/a.png",
+    "SDImage_path": "sd/a.png",
+    "unsafe_pairs": [
+        {"question": "How?", "model_response": "So.", "sd_response": "It is a loaf."},
+        {"question": "Why?", "model_response": "Thus.", "sd_response": "Bread."},
+    ],
+    "UnharmPair_text1": {"Question": "What colour?", "Prediction": "Red."},
+    "UnharmPair_image1": {"Question": "What size?", "Predicti1on": "Big."},
+    "UnharmPair_image2": {"Question": "Where?", "Answer": "Here."},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("Weapon/a.png", "sd/a.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
+def test_sets_and_pairs(folder: Path, lines: bool) -> None:
+    file = folder / ("all.jsonl" if lines else "all.json")
+    file.write_text(json.dumps(RECORD) + "\n" if lines else json.dumps([RECORD]))
+    records = safe_eraser.read_safe_eraser(file, folder)
+    forget, retain, decouple = safe_eraser.examples(records)
+    assert [(e.question, e.answer, e.category) for e in forget] == [("How?", "So.", "Weapon"), ("Why?", "Thus.", "Weapon")]
+    assert [e.answer for e in retain] == ["Red.", "Big.", "Here."]
+    for example, twin in zip(forget, decouple, strict=True):
+        assert (twin.pair_id, twin.question, twin.image) == (example.pair_id, example.question, "sd/a.png")
+    assert [p.image for p in safe_eraser.prompts(records, "sarr", "safe_image_unsafe_question")] == ["sd/a.png"] * 2
+    assert len(list(safe_eraser.prompts(records, "harmless", "safe"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"SDImage_path": "sd/gone.png"}, r'all\.json: record 0 \("Weapon/a\.png"\): image "sd/gone\.png" not found'),
+        ({"unsafe_pairs": [{"question": "How?"}]}, r'unsafe_pairs\[0\]: field "model_response" is missing'),
+        ({"UnharmPair_text1": {"Question": "What?"}}, r'UnharmPair_text1: field "Prediction" is missing'),
+        ({"UnharmPair_text1": "text"}, r"UnharmPair_text1: expected an object, found text"),
+    ],
+)
+def test_broken_records_are_named(folder: Path, change: dict[str, object], message: str) -> None:
+    (folder / "all.json").write_text(json.dumps([{**RECORD, **change}]))
+    with pytest.raises(RequestError, match=message):
+        safe_eraser.read_safe_eraser(folder / "all.json", folder)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    (tmp_path / "prompt.json").write_text('{"idk": ["No.", "Never."]}')
+    assert safe_eraser.read_refusals(tmp_path / "prompt.json") == ["No.", "Never."]
+    (tmp_path / "prompt.json").write_text('{"idk": []}')
+    with pytest.raises(RequestError, match="non-empty list"):
+        safe_eraser.read_refusals(tmp_path / "prompt.json")

@@ -1,0 +1,71 @@
+"""Training-set folders: written whole, checked on reading, loadable with datasets."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from vlm_unlearn.data.importing import import_vlguard, mix
+from vlm_unlearn.data.training_set import read_training_set
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.records import Example
+
+
+def test_what_is_written_is_read(training_sets: dict[str, Path]) -> None:
+    found = read_training_set(training_sets["safe_eraser"])
+    assert {role: len(examples) for role, examples in found.examples.items()} == {"forget": 24, "retain": 48, "decouple": 24}
+    assert len(found.refusals) == 4
+    described = json.loads((training_sets["safe_eraser"] / "dataset.json").read_text())
+    assert described["files"]["forget.jsonl"]["count"] == 24
+    assert not Path(described["images"]["safe_eraser"]).is_absolute()
+    assert all(found.image_path(example) for example in found.examples["forget"])
+
+
+def test_it_loads_with_datasets(training_sets: dict[str, Path], tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.load_dataset("json", data_files=str(training_sets["harmful"] / "forget.jsonl"), cache_dir=str(tmp_path))["train"]
+    assert set(Example.model_fields) == set(table.column_names)
+
+
+def test_an_empty_forget_set_writes_nothing(world: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.json"
+    answers.write_text("{}")
+    vlguard = world / "vlguard"
+    with pytest.raises(RequestError, match="names no image of an unsafe record"):
+        import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "out", answers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reading_names_what_is_wrong(training_sets: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(training_sets["harmful"], tmp_path / name))
+
+    with pytest.raises(RequestError, match="no such training-set folder"):
+        read_training_set(tmp_path / "gone")
+    folder = broken("empty")
+    (folder / "forget.jsonl").write_text("")
+    with pytest.raises(RequestError, match=r"forget\.jsonl: the forget set is empty"):
+        read_training_set(folder)
+    folder = broken("image")
+    described = json.loads((folder / "dataset.json").read_text())
+    described["images"]["vlguard"] = str(tmp_path)
+    (folder / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(RequestError, match=r'forget\.jsonl: line 1 \(".*"\): image ".*" not found'):
+        read_training_set(folder)
+
+
+def test_mix_draws_as_published() -> None:
+    """The published step seeds, draws random.sample, appends and shuffles with one stream."""
+    retain = [Example(id=f"r{i}", question="q", answer="a") for i in range(3)]
+    external = [Example(id=f"e{i}", question="q", answer="a") for i in range(50)]
+    rng = random.Random(42)
+    expected = [*retain, *rng.sample(external, 7)]
+    rng.shuffle(expected)
+    assert mix(retain, external, 10, 42) == expected
+    assert len(mix(retain, external, 2, 42)) == 3
+    assert len(mix(retain, external, 500, 42)) == 53

@@ -1,0 +1,91 @@
+"""Run folders survive kills and refuse to mix runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.store import RecordLog, build_once, digest_model, open_run, read_json, read_records, write_json, write_records
+
+
+def responses(*names: str) -> list[Response]:
+    return [Response(prompt_id=name, text=f"answer {name}") for name in names]
+
+
+def test_a_half_written_line_is_dropped_and_written_again(tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    RecordLog(file, Response).append(responses("a", "b"))
+    whole = file.read_bytes()
+    for cut in range(len(whole)):
+        file.write_bytes(whole[:cut])
+        log = RecordLog(file, Response)
+        log.append(responses("a", "b"))
+        assert file.read_bytes() == whole
+
+
+def test_nothing_is_doubled(tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    for _ in range(2):
+        RecordLog(file, Response).append(responses("a", "b"))
+    assert [record.prompt_id for record in read_records(file, Response)] == ["a", "b"]
+
+
+def test_nul_survives_and_lone_surrogates_are_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    RecordLog(file, Response).append([Response(prompt_id="a", text="\ud800 \x00 \u202e")])
+    assert next(iter(read_records(file, Response))).text == "\ufffd \x00 \u202e"
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    write_records(file, [Prompt(id="a", group_id="a", set="s", kind="safe", question="q")])
+    file.write_text(file.read_text() + '{"id": 3}\n')
+    with pytest.raises(RequestError, match=r"prompts\.jsonl: line 2: id"):
+        list(read_records(file, Prompt))
+
+
+def test_a_run_folder_refuses_another_run(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", {"recipe": {"beta": 1, "seed": 0}})
+    assert open_run(tmp_path / "run", {"recipe": {"beta": 1, "seed": 0}})["finished"] is False
+    with pytest.raises(RequestError, match=r"different: recipe\.beta"):
+        open_run(tmp_path / "run", {"recipe": {"beta": 2, "seed": 0}})
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RequestError, match="not empty"):
+        open_run(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_build_once_leaves_nothing_after_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "built"
+    with pytest.raises(ValueError, match="half way"), build_once(folder):
+        raise ValueError("half way")
+    assert not folder.exists()
+    with build_once(folder) as scratch:
+        assert scratch is not None
+        (scratch / "file").write_text("whole")
+    with build_once(folder) as scratch:
+        assert scratch is None
+    assert (folder / "file").read_text() == "whole"
+
+
+def test_json_errors_name_the_line(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[\n{"a": 1},\n{"a" 2}\n]')
+    with pytest.raises(RequestError, match=r"x\.json: line 3"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(RequestError, match=r"deep\.json"):
+        read_json(tmp_path / "deep.json")
+
+
+def test_the_model_digest_follows_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    write_json(tmp_path / "config.json", {})
+    before = digest_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert digest_model(tmp_path) != before
