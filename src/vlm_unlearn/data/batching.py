@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_unlearn.data.images import open_image
+from vlm_unlearn.data.images import image_size, open_image
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.losses import IGNORED
 
@@ -98,6 +98,32 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
     return _cut(batch, longest)
 
 
+class PromptMeter:
+    """Counts the tokens of questions with their image tokens, without processing an image that is like one seen before."""
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor = processor
+        self._image_tokens: dict[tuple[int, int], int] = {}
+
+    def tokens(self, turn: Turn) -> int:
+        """Tokens of the turn's rendering up to the answer; an image costs what its pixel size costs."""
+        text, _ = render(self._processor, turn)
+        count = len(self._processor.tokenizer(text, add_special_tokens=_needs_special_tokens(self._processor, text))["input_ids"])
+        if turn.image is None:
+            return count
+        size = image_size(turn.image)
+        if size not in self._image_tokens:
+            encoded = encode(self._processor, [turn], padding_side="right")
+            self._image_tokens[size] = encoded["input_ids"].shape[1] - count
+        return count + self._image_tokens[size]
+
+
+def _needs_special_tokens(processor: Processor, text: str) -> bool:
+    """Whether the tokenizer must add its own: not where the chat template has written the first one already."""
+    start = processor.tokenizer.bos_token
+    return start is None or not text.startswith(start)
+
+
 def _closing_ids(processor: Processor) -> set[int]:
     tokenizer = processor.tokenizer
     names = {tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>"}
@@ -108,13 +134,12 @@ def _closing_ids(processor: Processor) -> set[int]:
 def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:
     images = [[open_image(turn.image)] for turn in turns if turn.image is not None]
     arguments: dict[str, Any] = {"images": images} if images else {}
-    starts_with_bos = processor.tokenizer.bos_token is not None and texts[0].startswith(processor.tokenizer.bos_token)
     encoded = processor(
         text=texts,
         **arguments,
         padding=True,
         padding_side=padding_side,
-        add_special_tokens=not starts_with_bos,
+        add_special_tokens=_needs_special_tokens(processor, texts[0]),
         return_tensors="pt",
     )
     return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}

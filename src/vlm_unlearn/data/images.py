@@ -40,6 +40,19 @@ def resolve_image(root: Path, relative: str, where: str) -> Path:
     return path
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the file's header.
+
+    Raises:
+        RequestError: the file is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{path}: not a readable image ({type(error).__name__})") from None
+
+
 def open_image(path: Path) -> Image.Image:
     """Opens an image as RGB.
 

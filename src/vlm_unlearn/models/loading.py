@@ -75,6 +75,23 @@ def load_model(folder: Path, precision: str) -> PreTrainedModel:
     return model
 
 
+def model_skeleton(folder: Path) -> PreTrainedModel:
+    """The model without weights (on the meta device), to check a request against in a moment.
+
+    Raises:
+        RequestError: transformers doesn't know the configuration as an image-text-to-text model.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+    return skeleton
+
+
 def run_model_folder(name: str) -> Path:
     """Where the weights to evaluate lie: a model folder or hub name, an adapter folder, or a training run's folder.
 

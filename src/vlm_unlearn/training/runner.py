@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.batching import Processor, move
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.methods import Method, ReferenceNLL, Role, build_method
 from vlm_unlearn.models.layout import decoder_layers
-from vlm_unlearn.models.loading import load_model, load_processor, model_folder, resolve_precision
+from vlm_unlearn.models.loading import load_model, load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import cache_folder, close_run, digest_file, digest_json, digest_model, open_run, read_json, write_json, write_text
@@ -66,6 +66,9 @@ def plan(recipe: Recipe) -> Plan:
     training_set = read_training_set(recipe.data)
     source = choose_source(recipe.reference, method.needs, recipe.trainable.mode == "lora")
     TrainingStream(training_set, method, 1, recipe.training.seed)  # refuses a set without the pairs that the method needs
+    skeleton = prepare_trainable(model_skeleton(folder), recipe.trainable)
+    _prepare_method(method, skeleton, recipe.training.seed)
+    Collator(load_processor(folder), training_set, method, recipe.training.max_length, {}).check_lengths()
     return Plan(recipe, method, folder, training_set, source, resolve_precision(recipe.training.precision))
 
 
@@ -103,8 +106,7 @@ def _trainer(planned: Plan, on_step: OnStep | None) -> tuple[UnlearningTrainer, 
     # Full training keeps fp32 master weights and computes under autocast; LoRA's frozen base is held in the compute precision.
     model = load_model(planned.folder, planned.precision if recipe.trainable.mode == "lora" else "fp32")
     model = prepare_trainable(model, recipe.trainable)
-    generator = torch.Generator().manual_seed(recipe.training.seed)
-    method.prepare(model.config.get_text_config().hidden_size, len(decoder_layers(model)), generator)
+    _prepare_method(method, model, recipe.training.seed)
     write_json(
         recipe.output / "trainable.json",
         [{"part": part, "trained": trained, "parameters": total} for part, trained, total in trainable_table(model)],
@@ -127,6 +129,11 @@ def _trainer(planned: Plan, on_step: OnStep | None) -> tuple[UnlearningTrainer, 
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, processor
+
+
+def _prepare_method(method: Method, model: PreTrainedModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    method.prepare(model.config.get_text_config().hidden_size, len(decoder_layers(model)), generator)
 
 
 def _arguments(recipe: Recipe, precision: str, forget_examples: int) -> TrainingArguments:
@@ -243,7 +250,7 @@ class _Watch(TrainerCallback):
     def _write(self, state: Any) -> None:
         """Rewrites the log from the trainer's history, which a checkpoint carries: no line is lost or doubled by a kill."""
         if state.is_world_process_zero:
-            lines = [{"step": entry.pop("step"), **entry} for entry in map(dict, state.log_history) if "loss" in entry]
+            lines = [dict(sorted(entry.items())) for entry in state.log_history if "loss" in entry]
             for line in lines:
                 line.pop("epoch", None)  # of the endless stream, not of the data
             write_text(self._log, "".join(json.dumps(line) + "\n" for line in lines))

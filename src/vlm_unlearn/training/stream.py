@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import Dataset
 
-from vlm_unlearn.data.batching import Batch, Processor, Turn, encode, encode_with_labels
+from vlm_unlearn.data.batching import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Method, Role
@@ -85,6 +85,7 @@ class Collator:
     ) -> None:
         self._processor = processor
         self._training_set = training_set
+        self._roles = method.roles
         self._one_turn = method.forget_as_one_turn
         self._max_length = max_length
         self._reference = reference
@@ -95,15 +96,7 @@ class Collator:
     def encode(self, role: Role, examples: Sequence[Example]) -> Batch:
         """One role's batch."""
         if role == "forget" and self._one_turn:
-            turns = [self._turn(example, f"{example.question}\n{example.answer}", None) for example in examples]
-            batch = encode(self._processor, turns, padding_side="right")
-            if batch["input_ids"].shape[1] > self._max_length:
-                longest = examples[int(batch["attention_mask"].sum(dim=1).argmax())]
-                raise RequestError(
-                    f'example "{longest.id}": question, image and answer take {batch["input_ids"].shape[1]} tokens, '
-                    f"max_length is {self._max_length}; raise training.max_length"
-                )
-            return batch
+            return encode(self._processor, [self._open_turn(role, example) for example in examples], padding_side="right")
         turns = [self._turn(example, example.question, example.answer) for example in examples]
         batch = encode_with_labels(self._processor, turns, self._max_length)
         if role in self._reference:
@@ -111,6 +104,29 @@ class Collator:
             batch["reference_nll_sum"] = torch.tensor([nll for nll, _ in values])
             batch["reference_tokens"] = torch.tensor([tokens for _, tokens in values])
         return batch
+
+    def check_lengths(self) -> None:
+        """Looks at every example that the method draws on.
+
+        Raises:
+            RequestError: a question with its image leaves no room for an answer, or is no image; the record is named.
+        """
+        meter = PromptMeter(self._processor)
+        for role in self._roles:
+            for example in self._training_set.examples[role]:
+                tokens = meter.tokens(self._open_turn(role, example))
+                whole = role == "forget" and self._one_turn  # nothing comes after, so that the limit itself is allowed
+                if tokens > self._max_length or (tokens == self._max_length and not whole):
+                    what = "question, image and answer" if whole else "question and image"
+                    raise RequestError(
+                        f'example "{example.id}": {what} take {tokens} tokens, max_length is {self._max_length}; '
+                        f"raise training.max_length (an image is never cut)"
+                    )
+
+    def _open_turn(self, role: Role, example: Example) -> Turn:
+        """The turn up to where the model takes over."""
+        in_one = role == "forget" and self._one_turn
+        return self._turn(example, f"{example.question}\n{example.answer}" if in_one else example.question, None)
 
     def _turn(self, example: Example, question: str, answer: str | None) -> Turn:
         return Turn(example.id, self._training_set.image_path(example), question, answer)

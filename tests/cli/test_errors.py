@@ -1,0 +1,176 @@
+"""A wrong request is one clear line and exit code 2, and nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vlm_unlearn.cli import main as cli
+from vlm_unlearn.tiny_world.lexicon import vocabulary
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["vlm-unlearn", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("vlm-unlearn: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.fixture
+def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path) -> dict[str, list[object]]:
+    """Wrong requests, by name."""
+    vlguard = world / "vlguard"
+    records = json.loads((vlguard / "train.json").read_text())
+    imports: dict[str, str] = {
+        "missing image": json.dumps([{**records[0], "image": "gone.png"}]),
+        "image leaves the root": json.dumps([{**records[0], "image": "../test/x.png"}]),
+        "broken JSON": '[\n{"id": "a"},\n{"id" "b"}\n]',
+        "empty forget set": json.dumps([record for record in records if record["safe"]]),
+    }
+    found: dict[str, list[object]] = {}
+    for name, text in imports.items():
+        file = tmp_path / f"{name}.json"
+        file.write_text(text)
+        found[name] = ["data", "import", "vlguard", file, "--images", vlguard / "train", "--out", tmp_path / "out"]
+    empty = Path(shutil.copytree(training_sets["harmful"], tmp_path / "empty"))
+    (empty / "forget.jsonl").write_text("")
+    bare = tmp_path / "bare-model"
+    bare.mkdir()
+    shutil.copy(tiny_model / "config.json", bare)
+
+    def train(*changes: object) -> list[object]:
+        return ["train", "tiny/npo", f"model={tiny_model}", f"data={training_sets['harmful']}", f"output={tmp_path / 'out'}", *changes]
+
+    found |= {
+        "unknown recipe key": train("trainning.seed=1"),
+        "unknown method": train("method=npoo"),
+        "unknown option": train("method.betta=1"),
+        "empty forget file": train(f"data={empty}"),
+        "no training set": train(f"data={tmp_path / 'gone'}"),
+        "model without weights": train(f"model={bare}"),
+        "no model": train(f"model={tmp_path / 'gone'}"),
+        "no recipe": ["train", tmp_path / "gone.yaml"],
+        "suite without its files": ["evaluate", "suites/tiny", f"model={tiny_model}", f"root={tmp_path}", "--out", tmp_path / "out"],
+        "evaluate a model without weights": ["evaluate", "suites/tiny", f"model={bare}", f"root={world}", "--out", tmp_path / "out"],
+        "judge an empty folder": ["judge", "run", tmp_path / "gone"],
+    }
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing image", r'record 0 ("'),
+        ("image leaves the root", "leaves the image folder"),
+        ("broken JSON", "line 3, column 7"),
+        ("empty forget set", "the forget set is empty; nothing was written"),
+        ("unknown recipe key", 'unknown key "trainning"; did you mean "training"?'),
+        ("unknown method", 'unknown method "npoo"; did you mean "npo"?'),
+        ("unknown option", 'unknown key "betta"; did you mean "beta"?'),
+        ("empty forget file", "forget.jsonl: the forget set is empty"),
+        ("no training set", "no such training-set folder"),
+        ("model without weights", "no weights (*.safetensors)"),
+        ("no model", "no such folder"),
+        ("no recipe", "gone.yaml: No such file"),
+        ("suite without its files", "test.json: no such file"),
+        ("evaluate a model without weights", "no weights (*.safetensors)"),
+        ("judge an empty folder", "suite.json: no such file"),
+    ],
+)
+def test_wrong_requests(broken: dict[str, list[object]], call, tmp_path: Path, name: str, message: str) -> None:
+    code, out, err = call(*broken[name])
+    assert code == 2
+    assert message in one_line(err)
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_image_is_refused_before_training(
+    call, training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(world.parent, tmp_path / "copy")) / "world"
+    next((copy / "vlguard" / "train").rglob("*.png")).write_text("<svg/>")
+    data = tmp_path / "data"
+    assert call("data", "import", "vlguard", copy / "vlguard" / "train.json", "--images", copy / "vlguard" / "train", "--out", data)[0] == 0
+    code, _, err = call("train", "tiny/mixed_sft", f"model={tiny_model}", f"data={data}", f"output={tmp_path / 'out'}")
+    assert code == 2
+    assert "not a readable image" in one_line(err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(call, tmp_path: Path) -> None:
+    code, _, err = call("--debug", "train", tmp_path / "gone.yaml")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_json_is_the_only_output(call, tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps({"a": "I cannot help.", "b": "Sure.", "c": "I\u2019m sorry."}))
+    code, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--json")
+    assert code == 0
+    assert json.loads(out)["refused"] == 2
+    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper", "--json")
+    assert (json.loads(out)["n"], json.loads(out)["refused"]) == (3, 1)
+    _, out, _ = call("methods", "--json")
+    found = {method["name"]: method for method in json.loads(out)}
+    assert found.keys() == {"mixed_sft", "npo", "po", "rmu"}
+    assert found["npo"]["options"]["beta"] == 0.1
+    assert "arXiv" in found["npo"]["source"]
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    runner = CliRunner()
+    for arguments in (
+        ["demo"],
+        ["methods"],
+        ["train"],
+        ["evaluate"],
+        ["generate"],
+        ["score"],
+        ["judge", "run"],
+        ["data", "import", "vlguard"],
+    ):
+        result = runner.invoke(cli.app, [*arguments, "--help"])
+        assert result.exit_code == 0
+        assert f"vlm-unlearn {' '.join(arguments)}" in result.output
+
+
+def test_published_keyword_counts_on_real_answers(call, vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path) -> None:
+    records = json.loads(vlguard_test.read_text())
+    answers = {record["id"]: record["instr-resp"][0]["response"] for record in records if not record["safe"]}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper", "--json")
+    expected = golden_pipeline["keyword_refusal_of_reference_responses"]["unsafe_image"]
+    assert {key: json.loads(out)[key] for key in ("n", "refused")} == expected
+
+
+def test_the_vocabulary_holds_what_the_attack_writes() -> None:
+    from vlm_unlearn.attacks.one_word import rewrite
+    from vlm_unlearn.models.tiny import tiny_processor
+    from vlm_unlearn.tiny_world.lexicon import FORMS, HEADS, wordings
+
+    tokenizer = tiny_processor(vocabulary()).tokenizer
+    for intent in HEADS:
+        for wording in wordings(intent, held_out=True):
+            for form in FORMS:
+                for text in (*rewrite(wording.ask(form), "what", 3), *rewrite(wording.ask(form), "share", 1)):
+                    assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text

@@ -1,0 +1,127 @@
+"""Generate, judge and score on files; each is resumable, and nothing stale is served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers import run, run_killing
+from vlm_unlearn.config import JudgeConfig, Suite, load
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.evaluation.prompts import suite_prompts
+from vlm_unlearn.evaluation.runner import evaluate_run, generate_run, judge_run, score_run
+from vlm_unlearn.records import Response
+from vlm_unlearn.store import read_records
+
+
+def suite(model: Path, world: Path, *overrides: str) -> Suite:
+    return load(Suite, Path("suites/tiny"), [f"model={model}", f"root={world}", *overrides])
+
+
+def test_the_whole_way(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    wanted = suite(tiny_model, world)
+    row = evaluate_run(wanted, tmp_path / "run", "random")
+    assert row.metrics["asr"].value == 0.0  # a random model knows nothing
+    assert row.metrics["utility"].value == 0.0
+    assert row.metrics["asr_attacked"].n == 12  # questions, not shots
+    assert sum(row.labels["unsafe_what"].values()) == 36
+    assert row.metrics["degenerate_rate"].value == pytest.approx(1.0, abs=0.1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["schema"] == 1
+    assert summary["rows"][0]["metrics"]["asr"].keys() == {"value", "low", "high", "n", "failed"}
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["versions"]["torch"].startswith("2.")
+
+
+def test_rejudging_never_generates(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    wanted = suite(tiny_model, world)
+    generate_run(wanted, tmp_path / "run")
+    answers = (tmp_path / "run" / "responses.jsonl").read_bytes()
+    for config in (JudgeConfig(name="keyword"), JudgeConfig(name="keyword", paper=True), wanted.judge):
+        score_run(tmp_path / "run", judge_run(tmp_path / "run", config), wanted.metrics, "random")
+    assert (tmp_path / "run" / "responses.jsonl").read_bytes() == answers
+    assert len(list((tmp_path / "run").glob("verdicts-*.jsonl"))) == 3
+
+
+def test_a_changed_judge_grades_anew(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    wanted = suite(tiny_model, world)
+    generate_run(wanted, tmp_path / "run")
+    facts = json.loads((world / "world.json").read_text())
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps(facts))
+    file = judge_run(tmp_path / "run", JudgeConfig(name="tiny_world", world=one))
+    before = file.read_bytes()
+    every_answer = [response.text for response in read_records(tmp_path / "run" / "responses.jsonl", Response)]
+    one.write_text(json.dumps({**facts, "refusals": every_answer}))
+    judge_run(tmp_path / "run", JudgeConfig(name="tiny_world", world=one))
+    assert file.read_bytes() != before
+
+
+def test_new_weights_in_the_same_folder_are_noticed(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    generate_run(suite(model, world), tmp_path / "run")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(RequestError, match="holds another run \\(different: model\\)"):
+        generate_run(suite(model, world), tmp_path / "run")
+
+
+def test_killed_evaluation_ends_with_the_same_files(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[object]:
+        return ["evaluate", "suites/tiny", f"model={tiny_model}", f"root={world}", "generation.batch_size=4", "--out", tmp_path / name]
+
+    def lines(file: str, count: int) -> object:
+        path = tmp_path / "killed" / file
+        return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
+
+    done = run(*arguments("whole"))
+    assert done.returncode == 0, done.stderr
+    run_killing(
+        arguments("killed"),
+        [lines("responses.jsonl", 1), lines("responses.jsonl", 40), lines("verdicts-tiny_world.jsonl", 1)],
+    )
+    for file in ("prompts.jsonl", "responses.jsonl", "verdicts-tiny_world.jsonl"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text())["rows"][0] for name in ("whole", "killed"))
+    assert (one["metrics"], one["labels"]) == (other["metrics"], other["labels"])
+
+
+def test_judging_cut_at_every_line_ends_the_same(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    wanted = suite(
+        tiny_model,
+        world,
+        "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]",
+        "metrics={}",
+    )
+    generate_run(wanted, tmp_path / "run")
+    file = judge_run(tmp_path / "run", wanted.judge)
+    whole = file.read_bytes()
+    for cut in range(0, len(whole), 97):
+        file.write_bytes(whole[:cut])
+        assert judge_run(tmp_path / "run", wanted.judge).read_bytes() == whole
+
+
+def test_judging_needs_finished_answers(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds no finished answers"):
+        judge_run(tmp_path, JudgeConfig(name="keyword"))
+
+
+def test_scoring_needs_all_verdicts(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    wanted = suite(tiny_model, world)
+    generate_run(wanted, tmp_path / "run")
+    file = judge_run(tmp_path / "run", wanted.judge)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RequestError, match="1 missing"):
+        score_run(tmp_path / "run", file, wanted.metrics, "random")
+
+
+def test_prompts_are_the_suites(world: Path) -> None:
+    prompts = suite_prompts(suite(Path("m"), world))
+    attacked = [prompt for prompt in prompts if prompt.set == "unsafe_what"]
+    assert all(prompt.question.startswith("What") for prompt in attacked)
+    assert {prompt.shot for prompt in attacked} == {0, 1, 2}
+    assert {prompt.kind for prompt in prompts if prompt.set == "benign_image"} == {"safe_image_unsafe_question"}

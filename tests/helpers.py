@@ -1,0 +1,49 @@
+"""What several tests use: recipes on tiny models, running the command, killing it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vlm_unlearn.config import Recipe
+
+
+def recipe(model: Path, data: Path, output: Path, method: object, **changes: object) -> Recipe:
+    """A recipe for a tiny model: four steps of four samples."""
+    training = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "save_steps": 100}
+    training |= dict(changes.pop("training", {}))  # type: ignore[call-overload]
+    fields = {"model": str(model), "data": data, "output": output, "method": method, "training": training, **changes}
+    return Recipe.model_validate(fields)
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of ``vlm-unlearn``."""
+    return [sys.executable, "-m", "vlm_unlearn.cli.main", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=300)
+
+
+def run_killing(arguments: Sequence[object], points: Sequence[Callable[[], bool]]) -> None:
+    """Runs the command again and again, killed with SIGKILL at each point in turn, then to its end.
+
+    Raises:
+        AssertionError: the command ended before a point was reached, or failed in the end.
+    """
+    for number, reached in enumerate(points):
+        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not reached():
+            assert process.poll() is None, f"ended before kill point {number}: {process.stderr.read()!r}"
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,130 @@
+"""The report shows what was said and runs none of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vlm_unlearn.config import Suite, load
+from vlm_unlearn.evaluation.prompts import suite_prompts
+from vlm_unlearn.metrics.rates import rate
+from vlm_unlearn.records import Response, Row, Summary, Verdict
+from vlm_unlearn.reporting.html import write_report
+from vlm_unlearn.reporting.words import meaning
+from vlm_unlearn.store import write_json, write_records
+
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "javascript:window.hacked=1",
+    "\u202egnisrever",
+    "{{ 7 * 7 }}",
+    "lone \ud800 surrogate and \x00 nul",
+    "long " * 200_000,
+]
+METRICS = ("asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "sarr", "degenerate_rate", "utility", "utility_attacked")
+
+
+def row(name: str, **shares: float) -> Row:
+    """A row with n = 100 and the shares given, zero elsewhere."""
+    metrics = {metric: rate([i < 100 * shares.get(metric, 0) for i in range(100)], [str(i) for i in range(100)]) for metric in METRICS}
+    return Row(
+        model=name, metrics=metrics, labels={"unsafe_what": {"complied": 1, "refused": 1, "degenerate": 1, "off_topic": 1, "failed": 2}}
+    )
+
+
+@pytest.fixture
+def report(world: Path, tmp_path: Path) -> Path:
+    """A report on answers that try to break out, by models whose names do too."""
+    suite = load(Suite, Path("suites/tiny"), ["model=m", f"root={world}"])
+    prompts = suite_prompts(suite)
+    names = ["base", "<script>window.hacked = 1</script>"]
+    runs = {}
+    for name in names:
+        folder = tmp_path / re.sub(r"\W", "", name)
+        write_json(folder / "suite.json", suite.model_dump(mode="json"))
+        write_records(folder / "prompts.jsonl", prompts)
+        texts = [HOSTILE[i % len(HOSTILE)] for i in range(len(prompts))]
+        write_records(folder / "responses.jsonl", [Response(prompt_id=p.id, text=t) for p, t in zip(prompts, texts, strict=True)])
+        write_records(folder / "verdicts-x.jsonl", [Verdict(prompt_id=p.id, judge="x", label="refused") for p in prompts])
+        runs[name] = folder
+    file = tmp_path / "report.html"
+    write_report(file, Summary(rows=[row(name, asr=0.5) for name in names]), runs, "Report </title><script>window.hacked = 1</script>")
+    return file
+
+
+def test_nothing_hostile_is_markup(report: Path) -> None:
+    page = report.read_text(encoding="utf-8")
+    assert "<script>window.hacked" not in page
+    assert "<img src=x" not in page
+    assert "&lt;script&gt;window.hacked" in page
+    assert "{{ 7 * 7 }}" in page
+    assert "Content-Security-Policy" in page
+    assert re.search(r"https?://", page.split("<script>")[0]) is None
+
+
+def test_failures_are_shown(report: Path) -> None:
+    assert "4 answers or verdicts failed" in report.read_text(encoding="utf-8")
+
+
+def test_the_meaning_follows_the_numbers() -> None:
+    rows = [
+        row("mixed_sft", asr_attacked=0.9, refusal_rate_attacked=0.8),
+        row("npo", utility_attacked=0.4),
+        row("po", sarr=1.0),
+        row("po+pd", sarr=0.1),
+    ]
+    mirage, decoupling = meaning(rows)
+    assert "is a mirage" in mirage
+    assert "90.0 %" in mirage
+    assert "only 40.0 % of those right" in mirage
+    assert "cures" in decoupling
+    sober, worse = meaning([row("mixed_sft"), row("npo"), row("po", sarr=0.2), row("po+pd", sarr=0.3)])
+    assert "no mirage here" in sober
+    assert "does not lower" in worse
+    assert meaning([row("base")]) == []
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs Debian's chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    flags = (
+        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    )
+    home = os.environ.get("HOME")
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(
+            executable_path=chromium, headless=True, args=[*flags.split(), "--host-resolver-rules=MAP * ~NOTFOUND"]
+        )
+    if home is not None:
+        os.environ["HOME"] = home
+
+
+def test_in_a_browser(browser, report: Path) -> None:
+    page = browser.new_page()
+    noise: list[str] = []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
+    page.goto(report.as_uri())
+    page.wait_for_selector(".js-plotly-plot")
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    assert page.locator(".js-plotly-plot").count() >= 3
+    assert page.locator("tbody tr").count() == 2
+    hidden = page.locator(".sample.unsafe img").first
+    assert "blur" in hidden.evaluate("element => getComputedStyle(element).filter")
+    page.locator("#reveal").check()
+    assert hidden.evaluate("element => getComputedStyle(element).filter") == "none"
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert noise == []
