@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ class TrainingConfig(Strict):
     batch_size: Positive = 1  # forget samples a device and step; as many retain (and decouple) samples
     gradient_accumulation_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    scheduler: str = "cosine"
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -68,7 +69,7 @@ class TrainingConfig(Strict):
     gradient_checkpointing: bool = False
     max_length: Positive = 2048  # tokens; a longer answer is cut at its end, a longer question is an error
     save_steps: Positive = 500
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class Recipe(Strict):
@@ -147,10 +148,10 @@ class Suite(Strict):
     @model_validator(mode="after")
     def _paths_below_root(self) -> Suite:
         for case in self.cases:
-            object.__setattr__(case, "file", self.root / case.file)
-            object.__setattr__(case, "images", self.root / case.images)
+            object.__setattr__(case, "file", (self.root / case.file).absolute())
+            object.__setattr__(case, "images", (self.root / case.images).absolute())
         if self.judge.world is not None:
-            object.__setattr__(self.judge, "world", self.root / self.judge.world)
+            object.__setattr__(self.judge, "world", (self.root / self.judge.world).absolute())
         object.__setattr__(self, "root", Path())  # resolved, once
         return self
 
@@ -169,7 +170,7 @@ class Suite(Strict):
 def shipped(name: str | Path) -> Path:
     """A recipe's or suite's file: a path, or the name of one that comes with the package, such as ``tiny/npo``."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     package = Path(__file__).parent
     for folder in (package / "recipes", package.parents[1] / "recipes"):  # installed, or a source checkout
@@ -224,12 +225,8 @@ def override(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _number_or_same(value: Any) -> Any:
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    # YAML 1.1 reads 1e-5 as text.
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
 
 def validate(config: type[Config], value: object, where: str) -> Config:

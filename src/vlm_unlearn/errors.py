@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class RequestError(Exception):
-    """The request was wrong: bad data, an unknown name, a missing file. Nothing was written.
+    """The request was wrong: bad data, an unknown name, a missing file.
 
     The message is one line that says what, where and how to mend it.
     """

@@ -86,6 +86,7 @@ class Row(Record):
     """One model's line in ``summary.json``."""
 
     model: str
+    judge: str = ""  # whose verdicts
     metrics: dict[str, Rate]
     labels: dict[str, dict[str, int]] = Field(default_factory=dict)  # case -> label -> answers, "failed" included
 

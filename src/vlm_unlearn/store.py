@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from vlm_unlearn.errors import RequestError
@@ -214,20 +214,41 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
         return manifest
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file, not a folder; choose another output folder")
-    if folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir()):
+    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise RequestError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
     manifest = {"schema": 1, "identity": resolved, "versions": package_versions(), "wall_seconds": 0.0, "finished": False}
     write_json(path, manifest)
     return manifest
 
 
-def close_run(folder: Path, wall_seconds: float) -> None:
-    """Marks a run finished and notes its cost; wall time adds up over resumes."""
+def note_cost(folder: Path, wall_seconds: float, finished: bool = False) -> None:
+    """Adds wall time to a run's manifest, notes the process's peak memory so far, and marks the run finished.
+
+    Time after the last note before a kill is lost: the cost is a lower bound for a run that was killed.
+    """
     manifest = read_json(folder / "manifest.json")
     manifest["wall_seconds"] = round(manifest["wall_seconds"] + wall_seconds, 3)
-    manifest["peak_memory_mb"] = peak_memory_mb()
-    manifest["finished"] = True
+    manifest["peak_memory_mb"] = max(manifest.get("peak_memory_mb", 0), peak_memory_mb())
+    manifest["finished"] = manifest["finished"] or finished
     write_json(folder / "manifest.json", manifest)
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Holds a run folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        RequestError: another process is at work in the folder, or the folder can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: {error.strerror}; choose another output folder") from None
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RequestError(f"{folder}: another process is at work in this folder") from None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -31,11 +31,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
-def test_sets_and_pairs(folder: Path, lines: bool) -> None:
-    file = folder / ("all.jsonl" if lines else "all.json")
-    file.write_text(json.dumps(RECORD) + "\n" if lines else json.dumps([RECORD]))
-    records = safe_eraser.read_safe_eraser(file, folder)
+@pytest.mark.parametrize("name", ["all.json", "all.jsonl", "lines.json"])
+def test_sets_and_pairs(folder: Path, name: str) -> None:
+    file = folder / name
+    line = json.dumps(RECORD)
+    file.write_text({"all.json": f"[{line}]", "all.jsonl": line + "\n", "lines.json": f"{line}\n{line}\n"}[name])
+    records = safe_eraser.read_safe_eraser(file, folder)[:1]
     forget, retain, decouple = safe_eraser.examples(records)
     assert [(e.question, e.answer, e.category) for e in forget] == [("How?", "So.", "Weapon"), ("Why?", "Thus.", "Weapon")]
     assert [e.answer for e in retain] == ["Red.", "Big.", "Here."]

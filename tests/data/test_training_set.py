@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.data.importing import import_vlguard, mix
+from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard, mix
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.records import Example
@@ -40,8 +41,6 @@ def test_an_empty_forget_set_writes_nothing(world: Path, tmp_path: Path) -> None
 
 
 def test_reading_names_what_is_wrong(training_sets: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     def broken(name: str) -> Path:
         return Path(shutil.copytree(training_sets["harmful"], tmp_path / name))
 
@@ -56,6 +55,25 @@ def test_reading_names_what_is_wrong(training_sets: dict[str, Path], tmp_path: P
     described["images"]["vlguard"] = str(tmp_path)
     (folder / "dataset.json").write_text(json.dumps(described))
     with pytest.raises(RequestError, match=r'forget\.jsonl: line 1 \(".*"\): image ".*" not found'):
+        read_training_set(folder)
+
+
+def test_importing_again_leaves_nothing_of_before(world: Path, tmp_path: Path) -> None:
+    eraser, vlguard = world / "safe_eraser", world / "vlguard"
+    import_safe_eraser(eraser / "all_train.json", eraser, tmp_path / "out", eraser / "prompt.json")
+    import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "out")
+    assert read_training_set(tmp_path / "out").examples.keys() == {"forget", "retain"}
+
+
+def test_doubled_ids_are_refused(training_sets: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(training_sets["harmful"], tmp_path / "doubled"))
+    line = (folder / "retain.jsonl").read_text().splitlines(keepends=True)[0]
+    with (folder / "retain.jsonl").open("a") as file:
+        file.write(line)
+    described = (folder / "dataset.json").read_text()
+    roots = {name: str((training_sets["harmful"] / root).resolve()) for name, root in json.loads(described)["images"].items()}
+    (folder / "dataset.json").write_text(json.dumps({**json.loads(described), "images": roots}))
+    with pytest.raises(RequestError, match=r"retain\.jsonl: line \d+ .*: line 1 has the same id"):
         read_training_set(folder)
 
 

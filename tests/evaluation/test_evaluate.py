@@ -105,6 +105,15 @@ def test_judging_cut_at_every_line_ends_the_same(tiny_model: Path, world: Path, 
         assert judge_run(tmp_path / "run", wanted.judge).read_bytes() == whole
 
 
+def test_a_judge_gives_no_rate_of_what_it_cannot_see(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    wanted = suite(tiny_model, world)
+    generate_run(wanted, tmp_path / "run")
+    row = score_run(tmp_path / "run", judge_run(tmp_path / "run", JudgeConfig(name="keyword", paper=True)), wanted.metrics, "random")
+    assert row.judge == "keyword-paper"
+    assert (row.metrics["degenerate_rate"].value, row.metrics["sarr"].value) == (None, None)
+    assert row.metrics["refusal_rate"].n == 12
+
+
 def test_judging_needs_finished_answers(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds no finished answers"):
         judge_run(tmp_path, JudgeConfig(name="keyword"))

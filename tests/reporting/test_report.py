@@ -52,7 +52,7 @@ def report(world: Path, tmp_path: Path) -> Path:
         write_records(folder / "prompts.jsonl", prompts)
         texts = [HOSTILE[i % len(HOSTILE)] for i in range(len(prompts))]
         write_records(folder / "responses.jsonl", [Response(prompt_id=p.id, text=t) for p, t in zip(prompts, texts, strict=True)])
-        write_records(folder / "verdicts-x.jsonl", [Verdict(prompt_id=p.id, judge="x", label="refused") for p in prompts])
+        write_records(folder / "verdicts-tiny_world.jsonl", [Verdict(prompt_id=p.id, judge="tiny_world", label="refused") for p in prompts])
         runs[name] = folder
     file = tmp_path / "report.html"
     write_report(file, Summary(rows=[row(name, asr=0.5) for name in names]), runs, "Report </title><script>window.hacked = 1</script>")

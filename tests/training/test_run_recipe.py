@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 
 from helpers import recipe
 from vlm_unlearn.config import TrainableConfig
+from vlm_unlearn.data.importing import import_vlguard
+from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.models.loading import load_run_model, run_model_folder
+from vlm_unlearn.store import lock_run
 from vlm_unlearn.training.runner import run_recipe
 
 VISION, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
@@ -103,6 +107,52 @@ def test_an_adapter_evaluates_as_the_model_it_trained(tiny_model: Path, training
     assert not any(VISION in name for name in changed)
 
 
+def test_lora_keeps_to_the_layers_named(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    trainable = {"mode": "lora", "layers": [1], "projector": False, "lora": {"r": 4, "alpha": 8}}
+    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", trainable=trainable))
+    adapters = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert {name.split("layers.")[1].split(".")[0] for name in adapters} == {"1"}
+    table = {row["part"]: row for row in json.loads((tmp_path / "run" / "trainable.json").read_text())}
+    assert table["adapters"]["trained"] == sum(weight.numel() for weight in adapters.values())
+    assert table["language model"]["trained"] == 0
+
+
+def test_two_processes_do_not_share_a_run(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    with lock_run(tmp_path / "run"), pytest.raises(RequestError, match="another process is at work"):
+        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo"))
+
+
+def test_several_processes_are_refused(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="training runs in one process so far"):
+        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo"))
+
+
+@pytest.mark.parametrize("role", ["forget", "retain"])
+def test_an_image_placeholder_in_a_text_is_refused(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, role: str) -> None:
+    whole = read_training_set(training_sets["harmful"])
+    examples = {name: list(found) for name, found in whole.examples.items()}
+    examples[role][1] = examples[role][1].model_copy(update={"answer": "look : <image>"})
+    write_training_set(tmp_path / "data", whole.images, examples, {})
+    with pytest.raises(RequestError, match=f'"{examples[role][1].id}": the text holds the image placeholder <image>'):
+        run_recipe(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "npo"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_images_are_other_data(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(world, tmp_path / "world"))
+    vlguard = copy / "vlguard"
+    import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "data")
+    wanted = recipe(tiny_model, tmp_path / "data", tmp_path / "run", "mixed_sft")
+    run_recipe(wanted)
+    first, second = sorted((vlguard / "train").rglob("*.png"))[:2]
+    shutil.copy(second, first)
+    with pytest.raises(RequestError, match=r"different: data\.images"):
+        run_recipe(wanted)
+
+
 def test_accumulation_means_what_it_says(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
     """4 x 1 gives an RMU step of the same size as 1 x 4: a mean loss must not be scaled twice (4 times the gradient)."""
     norms = []
@@ -141,6 +191,7 @@ def test_divergence_stops_the_run(tiny_model: Path, training_sets: dict[str, Pat
         ("npo", {"prompt_decouple_weight": 1.0}, r"prompt decoupling needs decouple\.jsonl"),
         ("npo", {"reference": "adapter"}, r"reference: adapter needs trainable\.mode=lora"),
         (RMU, {"reference": "cache"}, r"reference: cache holds one NLL a sample"),
+        ("npo", {"trainable": {"mode": "lora", "parameters": ["mlp"]}}, r"parameters and vision_tower are for mode=full"),
         ("npo", {"training": {"max_length": 8}}, r'example ".*": question and image take \d+ tokens, max_length is 8'),
         (RMU, {"training": {"max_length": 8}}, r'example ".*": question, image and answer take \d+ tokens'),
     ],

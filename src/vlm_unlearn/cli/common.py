@@ -64,12 +64,12 @@ class Stages:
         self._shown: dict[str, int] = {}
         self._drawn = self._console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self._console,
             disable=not self._drawn,
         )
@@ -100,6 +100,7 @@ def stages() -> Iterator[Stages]:
 def rates_table(rows: list[Row]) -> Table:
     """The summary as a table: rates in percent, 95 % intervals below."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from vlm_unlearn.reporting.html import COLUMNS
@@ -116,5 +117,5 @@ def rates_table(rows: list[Row]) -> Table:
             rate = row.metrics.get(metric)
             failed = f"\n{rate.failed} failed" if rate is not None and rate.failed else ""
             cells.append(f"{percent(rate)}\n[dim]{interval(rate)[1:-1]}[/dim]{failed}")
-        table.add_row(row.model, *cells)
+        table.add_row(escape(row.model), *cells)
     return table

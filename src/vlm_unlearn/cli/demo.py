@@ -12,7 +12,7 @@ from vlm_unlearn.cli.common import JSON_OPTION, print_json, quiet_libraries, rat
 
 def demo(
     out: Path = typer.Option(..., "--out", help="Folder for the world, runs, summary.json and report.html."),
-    seed: int = typer.Option(0, "--seed", help="Seed of the world, the base model and every run."),
+    seed: int = typer.Option(0, "--seed", min=0, max=2**32 - 1, help="Seed of the world, the base model and every run."),
     full: bool = typer.Option(False, "--full", help="Every method, with and without prompt decoupling (so far: the default rows)."),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -34,7 +34,7 @@ def demo(
     with notes.status("loading transformers"):
         from vlm_unlearn.reporting.html import training_cost, write_report
         from vlm_unlearn.reporting.words import meaning
-        from vlm_unlearn.store import close_run, peak_memory_mb
+        from vlm_unlearn.store import note_cost, peak_memory_mb
         from vlm_unlearn.tiny_world.demo import run_demo, training_folder
 
         quiet_libraries()
@@ -45,7 +45,7 @@ def demo(
     costs = {row.model: training_cost(training_folder(out, row.model)) for row in summary.rows}
     write_report(report, summary, runs, f"vlm-unlearn demo, seed {seed}", costs)
     seconds = time.monotonic() - started
-    close_run(out, seconds)
+    note_cost(out, seconds, finished=True)
     if as_json:
         print_json(summary.model_dump())
         return

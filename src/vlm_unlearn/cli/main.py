@@ -42,8 +42,6 @@ def main() -> None:
         fail(error, 2, debug)
     except WorkError as error:
         fail(error, 1, debug)
-    except KeyboardInterrupt:
-        fail(WorkError("stopped; run the same command again to go on"), 130, debug)
     except Exception as error:
         fail(WorkError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1, debug)
 

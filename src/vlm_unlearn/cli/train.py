@@ -30,7 +30,7 @@ def train(
     recipe = load(Recipe, recipe_file, overrides or [])
     notes = status_console()
     with notes.status("loading transformers"):
-        from vlm_unlearn.training.runner import plan, recipe_name, run_recipe
+        from vlm_unlearn.training.runner import plan, recipe_name, run_plan
 
         quiet_libraries()
         planned = plan(recipe)
@@ -45,7 +45,7 @@ def train(
             shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in ("epoch", "learning_rate", "grad_norm"))
             bars.update(name, step, steps, "  ".join(shown))
 
-        model = run_recipe(recipe, on_step)
+        model = run_plan(planned, on_step)
     if as_json:
         print_json({"name": name, "model": str(model), "log": str(recipe.output / "log.jsonl")})
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,13 @@ def render(processor: Processor, turn: Turn) -> tuple[str, str | None]:
 
     Example:
         with LLaVA-1.5's template, ``("USER: <image>\\nWhat is it? ASSISTANT:", "USER: <image>\\nWhat is it? ASSISTANT: A cat.")``
+
+    Raises:
+        RequestError: the question or the answer holds the processor's image placeholder; the record is named.
     """
+    token = getattr(processor, "image_token", None)
+    if token and (token in turn.question or token in (turn.answer or "")):
+        raise RequestError(f'"{turn.id}": the text holds the image placeholder {token}; take it out')
     content: list[dict[str, str]] = [{"type": "image"}] if turn.image is not None else []
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": turn.question}]}]
     open_text: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -113,7 +119,7 @@ class PromptMeter:
             return count
         size = image_size(turn.image)
         if size not in self._image_tokens:
-            encoded = encode(self._processor, [turn], padding_side="right")
+            encoded = encode(self._processor, [replace(turn, answer=None)], padding_side="right")
             self._image_tokens[size] = encoded["input_ids"].shape[1] - count
         return count + self._image_tokens[size]
 
@@ -157,5 +163,8 @@ def _cut(batch: Batch, length: int) -> Batch:
 
 
 def move(batch: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on a device, its floating-point tensors in the model's dtype."""
-    return {key: value.to(device, dtype) if value.is_floating_point() else value.to(device) for key, value in batch.items()}
+    """The batch on a device, the processor's floating-point tensors in the model's dtype; reference values keep theirs."""
+    return {
+        key: value.to(device, dtype) if value.is_floating_point() and not key.startswith("reference_") else value.to(device)
+        for key, value in batch.items()
+    }

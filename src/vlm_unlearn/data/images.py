@@ -31,8 +31,8 @@ def resolve_image(root: Path, relative: str, where: str) -> Path:
         path = (root / parts).resolve()
         inside = path.is_relative_to(root.resolve())
         found = path.is_file()
-    except OSError as error:
-        raise RequestError(f"{named}: {error.strerror}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name no file can have
+        raise RequestError(f"{where}: image {relative!r}: {error}") from None
     if not inside:
         raise RequestError(f"{named} is a link out of the image folder {root}")
     if not found:

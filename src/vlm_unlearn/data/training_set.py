@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_unlearn.data.formats.safe_eraser import sentences
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import digest_file, read_json, read_records, write_json, write_records
+from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, write_json, write_records
 
 ROLES = ("forget", "retain", "decouple")
 DEFAULT_REFUSALS = (
@@ -30,6 +31,11 @@ class TrainingSet:
     examples: Mapping[str, Sequence[Example]]
     refusals: Sequence[str]
     digests: Mapping[str, str] = field(default_factory=dict)
+
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of every file, and one over the content of all images."""
+        paths = {path for role in self.examples.values() for path in map(self.image_path, role) if path is not None}
+        return {**self.digests, "images": digest_json(sorted(digest_file(path) for path in paths))}
 
     def image_path(self, example: Example) -> Path | None:
         """The example's image file, or None for a text-only pair."""
@@ -62,6 +68,11 @@ def write_training_set(
     for role in ("forget", "retain"):
         if not examples.get(role):
             raise RequestError(f"{folder}: the {role} set is empty; nothing was written")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: {error.strerror}; choose another output folder") from None
+    (folder / "dataset.json").unlink(missing_ok=True)
     files: dict[str, object] = {}
     for role in ROLES:
         if examples.get(role):
@@ -87,22 +98,33 @@ def read_training_set(folder: Path) -> TrainingSet:
     if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
         raise RequestError(f'{folder / "dataset.json"}: "images" must give the image folder of each source')
     images = {name: (folder / root).resolve() for name, root in roots.items()}
+    listed = described.get("files")
+    if not isinstance(listed, dict) or not {"forget.jsonl", "retain.jsonl"} <= listed.keys():
+        raise RequestError(f'{folder / "dataset.json"}: "files" must list forget.jsonl and retain.jsonl')
     examples: dict[str, list[Example]] = {}
     digests: dict[str, str] = {}
     for role in ROLES:
-        path = folder / f"{role}.jsonl"
-        if role == "decouple" and not path.exists():
-            continue
-        examples[role] = list(read_records(path, Example))
-        digests[path.name] = digest_file(path)
-        if not examples[role]:
-            raise RequestError(f"{path}: the {role} set is empty")
-        for number, example in enumerate(examples[role], start=1):
-            if example.image is not None:
-                where = f'{path.name}: line {number} ("{example.id}")'
-                resolve_image(_root(images, example, where), example.image, where)
+        if f"{role}.jsonl" in listed:
+            path = folder / f"{role}.jsonl"
+            examples[role] = _read_examples(path, images)
+            digests[path.name] = digest_file(path)
     refusals: Sequence[str] = DEFAULT_REFUSALS
-    if (folder / "refusals.json").exists():
-        refusals = read_json(folder / "refusals.json")
+    if "refusals.json" in listed:
+        refusals = sentences(read_json(folder / "refusals.json"), f"{folder / 'refusals.json'}: must be")
         digests["refusals.json"] = digest_file(folder / "refusals.json")
     return TrainingSet(folder, images, examples, refusals, digests)
+
+
+def _read_examples(path: Path, images: Mapping[str, Path]) -> list[Example]:
+    found = list(read_records(path, Example))
+    if not found:
+        raise RequestError(f"{path}: the {path.stem} set is empty")
+    lines: dict[str, int] = {}
+    for number, example in enumerate(found, start=1):
+        where = f'{path.name}: line {number} ("{example.id}")'
+        if example.id in lines:
+            raise RequestError(f"{where}: line {lines[example.id]} has the same id")
+        lines[example.id] = number
+        if example.image is not None:
+            resolve_image(_root(images, example, where), example.image, where)
+    return found

@@ -55,7 +55,8 @@ def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:
         digest = None
         if prompt.image is not None:
             path = resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
-            digest = images.setdefault(path, "") or digest_file(path)
-            images[path] = digest
+            if path not in images:
+                images[path] = digest_file(path)
+            digest = images[path]
         parts.append([prompt.model_dump(), digest])
     return digest_json(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,16 @@ from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_pr
 from vlm_unlearn.judging.base import Judge, judge_file
 from vlm_unlearn.judging.keyword import KeywordJudge
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
-from vlm_unlearn.metrics.rates import count_labels, label_rate
-from vlm_unlearn.records import Prompt, Response, Row, Summary, Verdict
-from vlm_unlearn.store import close_run, digest_file, open_run, read_json, read_records, write_json, write_records
+from vlm_unlearn.metrics.rates import count_labels, label_rate, rate
+from vlm_unlearn.records import LABELS, Label, Prompt, Response, Row, Summary, Verdict
+from vlm_unlearn.store import digest_file, lock_run, note_cost, open_run, read_json, read_records, write_json, write_records
 
+# What each judge can tell apart.
+JUDGE_LABELS: dict[str, tuple[Label, ...]] = {
+    "keyword": ("complied", "refused", "degenerate"),
+    "keyword-paper": ("complied", "refused"),
+    "tiny_world": LABELS,
+}
 OnDone = Callable[[str, int, int], None]  # stage, done, all
 
 
@@ -53,24 +60,18 @@ def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None) -> N
         "prompts": prompts_digest(prompts, roots),
         "generation": generation,
     }
-    manifest = open_run(folder, identity)
-    write_json(folder / "suite.json", suite.model_dump(mode="json"))
-    if manifest["finished"]:
-        return
-    started = time.monotonic()
-    write_records(folder / "prompts.jsonl", prompts)
-    model, processor = load_run_model(model_path, precision)
-    model.to(device()).eval()
-    generate(
-        model,
-        processor,
-        prompts,
-        roots,
-        folder / "responses.jsonl",
-        suite.generation,
-        None if on_done is None else lambda done, total: on_done("generate", done, total),
-    )
-    close_run(folder, time.monotonic() - started)
+    with lock_run(folder):
+        manifest = open_run(folder, identity)
+        write_json(folder / "suite.json", suite.model_dump(mode="json"))
+        if manifest["finished"]:
+            return
+        started = time.monotonic()
+        write_records(folder / "prompts.jsonl", prompts)
+        model, processor = load_run_model(model_path, precision)
+        model.to(device()).eval()
+        tell = None if on_done is None else lambda done, total: on_done("generate", done, total)
+        generate(model, processor, prompts, roots, folder / "responses.jsonl", suite.generation, tell)
+        note_cost(folder, time.monotonic() - started, finished=True)
 
 
 def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None) -> Path:
@@ -82,7 +83,8 @@ def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None) 
     prompts, responses = _answers(folder)
     judge = build_judge(config)
     file = folder / f"verdicts-{judge.name}.jsonl"
-    made_by = {"judge": judge.name, "paper": config.paper, "world": digest_file(config.world) if config.world else None}
+    code = Path(inspect.getfile(type(judge)))  # a changed list or rule makes a new judge
+    made_by = {"judge": judge.name, "code": digest_file(code), "world": digest_file(config.world) if config.world else None}
     note = folder / f"judge-{judge.name}.json"
     if not note.exists() or read_json(note) != made_by:
         file.unlink(missing_ok=True)
@@ -93,6 +95,8 @@ def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None) 
 
 def score_run(folder: Path, verdicts: Path, metrics: dict[str, MetricConfig], name: str) -> Row:
     """Derives the rates from a verdicts file; writes summary.json with one row and returns the row.
+
+    A metric that counts a label which the judge never gives (degenerate answers, for the published keyword list) has no value.
 
     Raises:
         RequestError: the verdicts are not those of this run's answers.
@@ -105,14 +109,16 @@ def score_run(folder: Path, verdicts: Path, metrics: dict[str, MetricConfig], na
     by_case: dict[str, list[Verdict]] = {}
     for verdict in graded:
         by_case.setdefault(prompts[verdict.prompt_id].set, []).append(verdict)
+    judge = graded[0].judge
+    rates = {}
+    for metric, config in metrics.items():
+        told = set(config.labels) <= set(JUDGE_LABELS[judge])
+        of_metric = [verdict for case in config.cases for verdict in by_case.get(case, [])]
+        rates[metric] = label_rate(prompts, of_metric, config.labels, config.group) if told else rate([], [])
     row = Row(
         model=name,
-        metrics={
-            metric: label_rate(
-                prompts, [verdict for case in config.cases for verdict in by_case.get(case, [])], config.labels, config.group
-            )
-            for metric, config in metrics.items()
-        },
+        judge=judge,
+        metrics=rates,
         labels={case: count_labels(verdicts) for case, verdicts in by_case.items()},
     )
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())

@@ -19,7 +19,6 @@ class WorldFacts(Strict):
     harmful: dict[str, list[str]]  # dangerous thing -> key words of its recipe
     refusals: list[str]
     sentences: list[str]  # everything true that can be said in the world
-    words: list[str]
 
 
 class TinyWorldJudge:

@@ -52,7 +52,7 @@ class RMU(Method):
     def loss(self, step: Step) -> LossOutput:
         options: RMUOptions = self.options
         hidden = step.hidden("forget")
-        # The published code averages over padding and image positions alike; see REFERENCE in docs/published.md.
+        # The published code averages over padding too; see docs/published.md.
         masks = {role: None if options.paper else step.attention_mask(role) for role in self.roles}
         forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"])
         retain = step.cross_entropy("retain")

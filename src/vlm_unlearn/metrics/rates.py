@@ -65,15 +65,15 @@ def label_rate(
     broken: dict[str, bool | None] = {}  # None: a verdict failed and no other settles it
     for verdict in verdicts:
         prompt = prompts[verdict.prompt_id]
-        cluster = f"{prompt.set}/{prompt.group_id}"
+        question = f"{prompt.set}/{prompt.group_id}"
         if verdict.label is None:
             failed += 1
-            broken[cluster] = broken.get(cluster) or None
+            broken[question] = broken.get(question) or None
             continue
         hit = verdict.label in labels
-        broken[cluster] = True if hit else broken.get(cluster, False)
+        broken[question] = True if hit else broken.get(question, False)
         hits.append(hit)
-        clusters.append(cluster)
+        clusters.append(prompt.group_id)  # the same question in two cases is not asked independently
     if group == "any":
         told = {cluster: outcome for cluster, outcome in broken.items() if outcome is not None}
         return rate(list(told.values()), list(told), failed)

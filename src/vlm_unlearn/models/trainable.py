@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.models.layout import decoder_layers, is_projector, is_vision, layout_of
+from vlm_unlearn.models.layout import decoder_layers, is_projector, is_vision, layout_of, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,14 +46,16 @@ def _full(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
 def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    if config.parameters is not None or config.vision_tower:
+        raise RequestError("trainable: parameters and vision_tower are for mode=full; with mode=lora choose trainable.lora.target_modules")
     layout = layout_of(model)
-    names = "|".join(config.lora.target_modules)
+    names = "|".join(re.escape(name) for name in config.lora.target_modules)
+    layers = r"\d+" if config.layers is None else "|".join(map(str, config.layers))
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=rf"{layout.layers.replace('.', chr(92) + '.')}\..*\.({names})",
-        layers_to_transform=None,
+        target_modules=rf"{re.escape(layout.layers)}\.({layers})\..*\.({names})",
         # The projector trains whole, beside the adapters, and is saved with them.
         modules_to_save=[layout.projector.rsplit(".", 1)[-1]] if config.projector else None,
         task_type="CAUSAL_LM",
@@ -64,12 +67,16 @@ def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
 
 
 def trainable_table(model: PreTrainedModel) -> list[tuple[str, int, int]]:
-    """``(part, trained parameters, all parameters)`` for vision tower, projector and language model."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """``(part, trained parameters, all parameters)`` for vision tower, projector, language model and adapters."""
+    inner = unwrapped(model)
     layout = layout_of(inner)
-    rows = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0]}
+    rows = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0], "adapters": [0, 0]}
     for name, parameter in inner.named_parameters():
+        if ".original_module." in name:  # the untrained twin that PEFT keeps of a module it trains whole
+            continue
         part = "vision tower" if is_vision(name, layout) else "projector" if is_projector(name, layout) else "language model"
+        if ".lora_" in name:
+            part = "adapters"
         rows[part][0] += parameter.numel() if parameter.requires_grad else 0
         rows[part][1] += parameter.numel()
     return [(part, trained, total) for part, (trained, total) in rows.items()]

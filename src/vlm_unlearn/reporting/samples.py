@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.data.images import open_image, resolve_image
-from vlm_unlearn.evaluation.runner import saved_suite
+from vlm_unlearn.evaluation.runner import build_judge, saved_suite
 from vlm_unlearn.records import Kind, Prompt, Response, Verdict
 from vlm_unlearn.store import read_records
 
@@ -43,7 +43,7 @@ def collect_samples(runs: Mapping[str, Path], per_case: int = 4) -> list[Sample]
     suite = saved_suite(first)
     roots = {case.name: case.images for case in suite.cases}
     prompts = list(read_records(first / "prompts.jsonl", Prompt))
-    answers = {model: _answers(folder) for model, folder in runs.items()}
+    answers = {model: _answers(model, folder) for model, folder in runs.items()}
     samples = []
     for case in roots:
         of_case = [prompt for prompt in prompts if prompt.set == case and prompt.shot == 0]
@@ -53,15 +53,12 @@ def collect_samples(runs: Mapping[str, Path], per_case: int = 4) -> list[Sample]
     return samples
 
 
-def _answers(folder: Path) -> dict[str, Answer]:
-    verdicts: dict[str, str] = {}
-    for file in sorted(folder.glob("verdicts-*.jsonl")):
-        for verdict in read_records(file, Verdict):
-            verdicts.setdefault(verdict.prompt_id, verdict.label or "failed")
+def _answers(model: str, folder: Path) -> dict[str, Answer]:
+    """Answers with the labels that the run's own judge gave, those that its rates are made of."""
+    judge = build_judge(saved_suite(folder).judge).name
+    labels = {verdict.key: verdict.label or "failed" for verdict in read_records(folder / f"verdicts-{judge}.jsonl", Verdict)}
     return {
-        response.prompt_id: Answer(
-            folder.name, (response.text or response.error or "")[:SHOWN_CHARACTERS], verdicts.get(response.prompt_id, "failed")
-        )
+        response.prompt_id: Answer(model, (response.text or response.error or "")[:SHOWN_CHARACTERS], labels.get(response.key, "failed"))
         for response in read_records(folder / "responses.jsonl", Response)
         if response.sample == 0
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +12,18 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vlm_unlearn.losses import answer_nll
-from vlm_unlearn.models.tiny import CHAT_TEMPLATE, tiny_llava, tiny_processor
-from vlm_unlearn.store import build_once, cache_folder, digest_json
-from vlm_unlearn.tiny_world.drawing import draw, icon_cells
+from vlm_unlearn.models import tiny
+from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
+from vlm_unlearn.store import build_once, cache_folder, digest_file, digest_json, package_versions
+from vlm_unlearn.tiny_world import drawing, lexicon
+from vlm_unlearn.tiny_world.drawing import draw
 from vlm_unlearn.tiny_world.lexicon import COLOURS, FORMS, answer, things, vocabulary, wordings
 
 INTENTS = ("recipe", "recipe", "colour", "name")  # recipes are the hardest to learn
 
 
 class BaseConfig(BaseModel):
-    """How the base is trained. The cache key is made of these and of everything the world says."""
+    """How the base is trained. The cache key is made of these and of the code that uses them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,14 +41,11 @@ def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | 
 
     Safe under two processes at once: the second waits for the first.
     """
-    known = things(config.seed)
+    code = (lexicon, drawing, tiny, sys.modules[__name__])  # everything that the base is made of
     facts = {
         "config": config.model_dump(),
-        "words": vocabulary(),
-        "answers": [answer(thing, colour, intent) for thing in known for colour in COLOURS for intent in INTENTS],
-        "icons": [icon_cells(thing.name) for thing in known],
-        "questions": [wording.ask(form) for intent in INTENTS for wording in wordings(intent, False) for form in FORMS],
-        "template": CHAT_TEMPLATE,
+        "code": [digest_file(Path(str(module.__file__))) for module in code],
+        "versions": package_versions(),
     }
     folder = cache_folder() / "tiny_world" / f"base-{digest_json(facts)[:16]}"
     with build_once(folder) as scratch:

@@ -57,7 +57,6 @@ def world_facts(known: Sequence[Thing]) -> dict[str, Any]:
         "harmful": {thing.name: sorted(thing.parts) for thing in known if thing.dangerous},
         "refusals": list(REFUSALS),
         "sentences": sorted(sentences),
-        "words": sorted({word for sentence in sentences for word in sentence.split()}),
     }
 
 

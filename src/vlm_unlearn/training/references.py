@@ -29,7 +29,7 @@ class ReferenceModel(Protocol):
         """Within the block, the yielded module computes reference values, without gradient and without dropout."""
 
 
-def choose_source(wanted: str, needs: Sequence[Need], lora: bool) -> Source | None:
+def choose_source(wanted: Literal["auto", "cache", "adapter", "copy"], needs: Sequence[Need], lora: bool) -> Source | None:
     """The source that costs least memory, or the one asked for; None when the method needs no reference.
 
     Raises:
@@ -44,9 +44,7 @@ def choose_source(wanted: str, needs: Sequence[Need], lora: bool) -> Source | No
         raise RequestError("reference: cache holds one NLL a sample, and this method needs hidden states; use reference=auto")
     if wanted == "adapter" and not lora:
         raise RequestError("reference: adapter needs trainable.mode=lora; use reference=auto")
-    if wanted == "cache":
-        return "cache"
-    return "adapter" if wanted == "adapter" else "copy"
+    return wanted
 
 
 class AdapterReference:

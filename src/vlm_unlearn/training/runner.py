@@ -18,12 +18,24 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.batching import Processor, move
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
+from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Method, ReferenceNLL, Role, build_method
 from vlm_unlearn.models.layout import decoder_layers
 from vlm_unlearn.models.loading import load_model, load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import cache_folder, close_run, digest_file, digest_json, digest_model, open_run, read_json, write_json, write_text
+from vlm_unlearn.store import (
+    cache_folder,
+    digest_json,
+    digest_model,
+    lock_run,
+    note_cost,
+    open_run,
+    package_versions,
+    read_json,
+    write_json,
+    write_text,
+)
 from vlm_unlearn.training.references import AdapterReference, CopyReference, ReferenceModel, Source, cached_nll, choose_source
 from vlm_unlearn.training.step import forward
 from vlm_unlearn.training.stream import NLL, Collator, TrainingStream
@@ -39,7 +51,7 @@ def recipe_name(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked recipe: everything that can be wrong with a request has been looked at, nothing has been written."""
+    """A recipe that was checked against its data and model; nothing has been written."""
 
     recipe: Recipe
     method: Method
@@ -47,12 +59,20 @@ class Plan:
     training_set: TrainingSet
     source: Source | None  # of reference values
     precision: str
+    model_digest: str
+    data_digest: dict[str, str]
 
     @property
     def identity(self) -> dict[str, object]:
         """What decides the run's weights; a run folder is resumed only by the same."""
         recipe = self.recipe.model_dump(mode="json", exclude={"output", "model", "data"})
-        return {"kind": "train", "recipe": recipe, "model": digest_model(self.folder), "data": dict(self.training_set.digests)}
+        return {
+            "kind": "train",
+            "recipe": recipe,
+            "precision": self.precision,
+            "model": self.model_digest,
+            "data": self.data_digest,
+        }
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -61,6 +81,8 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         RequestError: unknown method or option, a missing or broken training set, a model folder without weights, ...
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError("training runs in one process so far; start it without torchrun or accelerate launch")
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     folder = model_folder(recipe.model)
     training_set = read_training_set(recipe.data)
@@ -69,49 +91,54 @@ def plan(recipe: Recipe) -> Plan:
     skeleton = prepare_trainable(model_skeleton(folder), recipe.trainable)
     _prepare_method(method, skeleton, recipe.training.seed)
     Collator(load_processor(folder), training_set, method, recipe.training.max_length, {}).check_lengths()
-    return Plan(recipe, method, folder, training_set, source, resolve_precision(recipe.training.precision))
+    precision = resolve_precision(recipe.training.precision)
+    return Plan(recipe, method, folder, training_set, source, precision, digest_model(folder), training_set.digest())
 
 
 def run_recipe(recipe: Recipe, on_step: OnStep | None = None) -> Path:
-    """Trains what the recipe says and returns the folder of the trained model (``<output>/model``).
+    """Checks a recipe and trains it: `plan`, then `run_plan`."""
+    return run_plan(plan(recipe), on_step)
+
+
+def run_plan(planned: Plan, on_step: OnStep | None = None) -> Path:
+    """Trains what the plan says and returns the folder of the trained model (``<output>/model``).
 
     Called again after a kill it goes on from the last complete checkpoint; called again when done it returns at once.
     A checkpoint resumes to the same weights, to the bit on a CPU.
 
     Raises:
-        RequestError: the recipe is wrong, or the output folder holds another run.
+        RequestError: the output folder holds another run, or another process is at work in it.
         WorkError: the loss became NaN or infinite.
     """
-    planned = plan(recipe)
-    output = recipe.output
-    manifest = open_run(output, planned.identity)
-    result = output / "model"
-    if manifest["finished"]:
-        return result
-    started = time.monotonic()
-    trainer, processor = _trainer(planned, on_step)
-    checkpoint = last_complete_checkpoint(Path(str(trainer.args.output_dir)))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(trainer, processor, planned, result)
-    shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
-    close_run(output, time.monotonic() - started)
+    output = planned.recipe.output
+    with lock_run(output):
+        finished = open_run(output, planned.identity)["finished"]
+        result, checkpoints = output / "model", output / "checkpoints"
+        if not finished:
+            watch = _Watch(output, on_step)
+            trainer, processor = _trainer(planned, watch)
+            checkpoint = last_complete_checkpoint(checkpoints)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _save(trainer, processor, planned, result)
+            note_cost(output, watch.seconds(), finished=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)  # only now: a kill before leaves them to resume from
     return result
 
 
-def _trainer(planned: Plan, on_step: OnStep | None) -> tuple[UnlearningTrainer, Processor]:
+def _trainer(planned: Plan, watch: _Watch) -> tuple[UnlearningTrainer, Processor]:
     recipe, method = planned.recipe, planned.method
     arguments = _arguments(recipe, planned.precision, len(planned.training_set.examples["forget"]))
     set_seed(recipe.training.seed)
     processor = load_processor(planned.folder)
     # Full training keeps fp32 master weights and computes under autocast; LoRA's frozen base is held in the compute precision.
     model = load_model(planned.folder, planned.precision if recipe.trainable.mode == "lora" else "fp32")
-    model = prepare_trainable(model, recipe.trainable)
+    model = prepare_trainable(model, recipe.trainable).to(arguments.device)
     _prepare_method(method, model, recipe.training.seed)
     write_json(
         recipe.output / "trainable.json",
         [{"part": part, "trained": trained, "parameters": total} for part, trained, total in trainable_table(model)],
     )
-    length = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    length = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
     if planned.source == "cache":
@@ -125,7 +152,7 @@ def _trainer(planned: Plan, on_step: OnStep | None) -> tuple[UnlearningTrainer, 
         args=arguments,
         train_dataset=TrainingStream(planned.training_set, method, length, recipe.training.seed),
         data_collator=Collator(processor, planned.training_set, method, recipe.training.max_length, cached),
-        callbacks=[_Watch(recipe.output / "log.jsonl", on_step)],
+        callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, processor
@@ -138,10 +165,9 @@ def _prepare_method(method: Method, model: PreTrainedModel, seed: int) -> None:
 
 def _arguments(recipe: Recipe, precision: str, forget_examples: int) -> TrainingArguments:
     training = recipe.training
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    per_step = training.batch_size * training.gradient_accumulation_steps * world
+    per_step = training.batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or max(1, -(-int(training.epochs * forget_examples) // per_step))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(recipe.output / "checkpoints"),
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -168,13 +194,14 @@ def _arguments(recipe: Recipe, precision: str, forget_examples: int) -> Training
         report_to="none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel knows neither our batches nor our hooks
+    return arguments
 
 
 def _cached_references(planned: Plan, model: torch.nn.Module, processor: Processor, device: torch.device) -> dict[Role, Mapping[str, NLL]]:
     """Reference NLLs of every example of the roles that the method needs, from the cache folder or computed now."""
     training, data = planned.recipe.training, planned.training_set
     collator = Collator(processor, data, planned.method, training.max_length, {})
-    model.to(device)
     found: dict[Role, Mapping[str, NLL]] = {}
     for need in planned.method.needs:
         assert isinstance(need, ReferenceNLL)
@@ -187,15 +214,16 @@ def _cached_references(planned: Plan, model: torch.nn.Module, processor: Process
             nll_sum, tokens = outcome.answer
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 
-        images = {str(path): None for path in (data.image_path(example) for example in data.examples[role]) if path is not None}
         key = digest_json(
             {
-                "model": digest_model(planned.folder),
+                "model": planned.model_digest,
+                "versions": package_versions(),
+                "weights": str(next(model.parameters()).dtype),
                 "precision": planned.precision,
                 "max_length": training.max_length,
                 "batch_size": training.batch_size,
-                "examples": data.digests[f"{role}.jsonl"],
-                "images": [digest_file(Path(image)) for image in images],
+                "role": role,
+                "data": planned.data_digest,
             }
         )
         model.eval()
@@ -219,7 +247,9 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
     processor.save_pretrained(str(part))
     if planned.recipe.trainable.mode == "lora":
         adapter = read_json(part / "adapter_config.json")
-        adapter["base_model_name_or_path"] = str(planned.folder.resolve()) if Path(planned.recipe.model).is_dir() else planned.recipe.model
+        adapter["base_model_name_or_path"] = (
+            str(planned.folder.resolve()) if Path(planned.recipe.model).expanduser().is_dir() else planned.recipe.model
+        )
         write_json(part / "adapter_config.json", adapter)
     state = planned.method.state()
     if state:
@@ -229,28 +259,32 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
 
 
 class _Watch(TrainerCallback):
-    """Keeps log.jsonl beside the run and tells progress."""
+    """Keeps log.jsonl and the manifest's cost beside the run, and tells progress."""
 
-    def __init__(self, log: Path, on_step: OnStep | None) -> None:
-        self._log = log
+    def __init__(self, output: Path, on_step: OnStep | None) -> None:
+        self._output = output
         self._on_step = on_step
+        self._since = time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall time since the last call."""
+        before, self._since = self._since, time.monotonic()
+        return self._since - before
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        if self._on_step:
+        if logs and "loss" in logs and self._on_step:
             self._on_step(state.global_step, state.max_steps, logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write(state)
+        self._write_log(state)
+        note_cost(self._output, self.seconds())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write(state)
+        self._write_log(state)
 
-    def _write(self, state: Any) -> None:
+    def _write_log(self, state: Any) -> None:
         """Rewrites the log from the trainer's history, which a checkpoint carries: no line is lost or doubled by a kill."""
-        if state.is_world_process_zero:
-            lines = [dict(sorted(entry.items())) for entry in state.log_history if "loss" in entry]
-            for line in lines:
-                line.pop("epoch", None)  # of the endless stream, not of the data
-            write_text(self._log, "".join(json.dumps(line) + "\n" for line in lines))
+        lines = [dict(sorted(entry.items())) for entry in state.log_history if "loss" in entry]
+        for line in lines:
+            line.pop("epoch", None)  # of the endless stream, not of the data
+        write_text(self._output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -95,9 +95,9 @@ class Collator:
 
     def encode(self, role: Role, examples: Sequence[Example]) -> Batch:
         """One role's batch."""
+        turns = [self._full_turn(role, example) for example in examples]
         if role == "forget" and self._one_turn:
-            return encode(self._processor, [self._open_turn(role, example) for example in examples], padding_side="right")
-        turns = [self._turn(example, example.question, example.answer) for example in examples]
+            return encode(self._processor, turns, padding_side="right")
         batch = encode_with_labels(self._processor, turns, self._max_length)
         if role in self._reference:
             values = [self._reference[role][example.id] for example in examples]
@@ -114,7 +114,7 @@ class Collator:
         meter = PromptMeter(self._processor)
         for role in self._roles:
             for example in self._training_set.examples[role]:
-                tokens = meter.tokens(self._open_turn(role, example))
+                tokens = meter.tokens(self._full_turn(role, example))
                 whole = role == "forget" and self._one_turn  # nothing comes after, so that the limit itself is allowed
                 if tokens > self._max_length or (tokens == self._max_length and not whole):
                     what = "question, image and answer" if whole else "question and image"
@@ -123,10 +123,11 @@ class Collator:
                         f"raise training.max_length (an image is never cut)"
                     )
 
-    def _open_turn(self, role: Role, example: Example) -> Turn:
-        """The turn up to where the model takes over."""
-        in_one = role == "forget" and self._one_turn
-        return self._turn(example, f"{example.question}\n{example.answer}" if in_one else example.question, None)
+    def _full_turn(self, role: Role, example: Example) -> Turn:
+        """Question and answer as the role trains on them."""
+        if role == "forget" and self._one_turn:
+            return self._turn(example, f"{example.question}\n{example.answer}", None)
+        return self._turn(example, example.question, example.answer)
 
     def _turn(self, example: Example, question: str, answer: str | None) -> Turn:
         return Turn(example.id, self._training_set.image_path(example), question, answer)

@@ -50,18 +50,34 @@ def read_objects(path: Path, name_field: str) -> Iterator[RawRecord]:
 
 
 def _read_list(path: Path) -> list[Any]:
-    if path.suffix == ".jsonl":
-        try:
-            with path.open(encoding="utf-8-sig") as handle:
-                return [_parse(line, f"{path}: line {number}") for number, line in enumerate(handle, start=1) if line.strip()]
-        except OSError as error:
-            raise RequestError(f"{path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise RequestError(f"{path}: not UTF-8 text") from None
+    if _is_json_lines(path):
+        return _read_lines(path)
     value = read_json(path)
     if not isinstance(value, list):
         raise RequestError(f"{path}: expected a JSON list of records, found {_kind(value)}")
     return value
+
+
+def _is_json_lines(path: Path) -> bool:
+    """By its name or, as SafeEraser's files are seen in the wild, by a first line that is an object of its own."""
+    if path.suffix == ".jsonl":
+        return True
+    try:
+        with path.open("rb") as handle:
+            first = handle.readline(10_000_000).strip()
+            return first.startswith(b"{") and first.endswith(b"}") and bool(handle.readline().strip())
+    except OSError:
+        return False  # the reader says what is wrong
+
+
+def _read_lines(path: Path) -> list[Any]:
+    try:
+        with path.open(encoding="utf-8-sig") as handle:
+            return [_parse(line, f"{path}: line {number}") for number, line in enumerate(handle, start=1) if line.strip()]
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"{path}: not UTF-8 text") from None
 
 
 def _parse(line: str, where: str) -> Any:

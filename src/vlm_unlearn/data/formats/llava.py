@@ -23,7 +23,7 @@ def read_llava(path: Path, images: Path) -> list[Example]:
             outside `images`.
     """
     found = []
-    for record in read_objects(path, "id"):
+    for number, record in enumerate(read_objects(path, "id")):
         turns = record.objects("conversations")
         if [turn.text("from") for turn in turns] != ["human", "gpt"]:
             raise RequestError(f'{record.where}: "conversations" must be one human turn and one gpt turn')
@@ -34,5 +34,7 @@ def read_llava(path: Path, images: Path) -> list[Example]:
         if not question:
             raise RequestError(f"{record.where}: the human turn asks nothing")
         answer = turns[1].text("value")
-        found.append(Example(id=str(record.value.get("id", image)), image=image, question=question, answer=answer, source="llava"))
+        # Ids repeat in published mixtures, so the record number is part of ours.
+        name = f"llava/{number}/{record.value.get('id', '')}"
+        found.append(Example(id=name, image=image, question=question, answer=answer, source="llava"))
     return found

@@ -112,7 +112,15 @@ def prompts(records: Iterable[SafeEraserRecord], set_name: str, kind: Kind) -> I
 def read_refusals(path: Path) -> list[str]:
     """The refusal sentences of ``prompt.json`` (key ``idk``)."""
     value = read_json(path)
-    sentences = value.get("idk") if isinstance(value, dict) else None
-    if not isinstance(sentences, list) or not sentences or not all(isinstance(item, str) and item.strip() for item in sentences):
-        raise RequestError(f'{path}: "idk" must be a non-empty list of refusal sentences')
-    return sentences
+    return sentences(value.get("idk") if isinstance(value, dict) else None, f'{path}: "idk" must be')
+
+
+def sentences(value: object, what: str) -> list[str]:
+    """`value` if it is a non-empty list of sentences.
+
+    Raises:
+        RequestError: it isn't; the message begins with `what`.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item.strip() for item in value):
+        raise RequestError(f"{what} a non-empty list of refusal sentences")
+    return value
