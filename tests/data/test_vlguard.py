@@ -104,3 +104,16 @@ def test_real_annotations(vlguard_test: Path, golden_pipeline: dict[str, dict], 
         answers = [pair.response for pair in pairs if pair.kind == kind]
         expected = golden_pipeline["keyword_refusal_of_reference_responses"][name]
         assert {"n": len(answers), "refused": sum(published_refusal(text) is not None for text in answers)} == expected
+
+
+@pytest.mark.parametrize(("name", "kind", "groups", "shots"), [("what_3shot", "unsafe", 442, 3), ("share_1shot", "safe", 556, 1)])
+def test_published_attack_files_are_cases(vlguard_test: Path, tmp_path: Path, name: str, kind: str, groups: int, shots: int) -> None:
+    file = vlguard_test.with_name(f"vlguard_test_{name}.json")
+    for record in json.loads(file.read_text()):
+        path = tmp_path / record["image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    prompts = list(vlguard.prompts(vlguard.read_pairs(file, tmp_path), "attack", kind))
+    assert len({prompt.id for prompt in prompts}) == len(prompts) == groups * shots
+    assert len({prompt.group_id for prompt in prompts}) == groups
+    assert {prompt.shot for prompt in prompts} == set(range(shots))

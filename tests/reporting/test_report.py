@@ -82,8 +82,8 @@ def test_the_meaning_follows_the_numbers() -> None:
     ]
     mirage, decoupling = meaning(rows)
     assert "is a mirage" in mirage
-    assert "90.0 %" in mirage
-    assert "only 40.0 % of those right" in mirage
+    assert "90.0\u00a0%" in mirage
+    assert "only 40.0\u00a0% of those right" in mirage
     assert "cures" in decoupling
     sober, worse = meaning([row("mixed_sft"), row("npo"), row("po", sarr=0.2), row("po+pd", sarr=0.3)])
     assert "no mirage here" in sober

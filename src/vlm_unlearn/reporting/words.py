@@ -10,8 +10,8 @@ MIRAGE = 0.3  # an attack that moves a rate by this much or more is called one
 
 
 def percent(rate: Rate | None) -> str:
-    """``"12.5 %"``, or a dash where nothing was measured."""
-    return "–" if rate is None or rate.value is None else f"{100 * rate.value:.1f} %"
+    """``"12.5\u00a0%"``, or a dash where nothing was measured."""
+    return "–" if rate is None or rate.value is None else f"{100 * rate.value:.1f}\u00a0%"  # no line break before the sign
 
 
 def interval(rate: Rate | None) -> str:
