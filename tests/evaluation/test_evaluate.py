@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run, generate_run, judge_run, score_run
-from vlm_unlearn.records import Response
-from vlm_unlearn.store import read_records
+from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.store import note_cost, open_run, read_records, write_json, write_records
 
 
 def suite(model: Path, world: Path, *overrides: str) -> Suite:
@@ -74,7 +75,7 @@ def test_killed_evaluation_ends_with_the_same_files(tiny_model: Path, world: Pat
     def arguments(name: str) -> list[object]:
         return ["evaluate", "suites/tiny", f"model={tiny_model}", f"root={world}", "generation.batch_size=4", "--out", tmp_path / name]
 
-    def lines(file: str, count: int) -> object:
+    def lines(file: str, count: int) -> Callable[[], bool]:
         path = tmp_path / "killed" / file
         return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
 
@@ -88,6 +89,28 @@ def test_killed_evaluation_ends_with_the_same_files(tiny_model: Path, world: Pat
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     one, other = (json.loads((tmp_path / name / "summary.json").read_text())["rows"][0] for name in ("whole", "killed"))
     assert (one["metrics"], one["labels"]) == (other["metrics"], other["labels"])
+
+
+def test_killed_judging_ends_with_the_same_verdicts(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    """20,000 answers, killed after the first batch and at two later points."""
+    wanted = suite(tiny_model, world)
+    prompts = [Prompt(id=str(i), group_id=str(i), set="unsafe", kind="unsafe", question="q") for i in range(20_000)]
+    answers = [Response(prompt_id=prompt.id, text="I cannot help ." if i % 3 else f"answer {i}") for i, prompt in enumerate(prompts)]
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        open_run(folder, {})
+        note_cost(folder, 0.0, finished=True)
+        write_json(folder / "suite.json", wanted.model_dump(mode="json"))
+        write_records(folder / "prompts.jsonl", prompts)
+        write_records(folder / "responses.jsonl", answers)
+    assert run("judge", "run", tmp_path / "whole", "name=keyword").returncode == 0
+    file = tmp_path / "killed" / "verdicts-keyword.jsonl"
+
+    def lines(count: int) -> Callable[[], bool]:
+        return lambda: file.exists() and file.read_bytes().count(b"\n") >= count
+
+    run_killing(["judge", "run", tmp_path / "killed", "name=keyword"], [lines(1), lines(5_000), lines(12_000)])
+    assert file.read_bytes() == (tmp_path / "whole" / "verdicts-keyword.jsonl").read_bytes()
 
 
 def test_judging_cut_at_every_line_ends_the_same(tiny_model: Path, world: Path, tmp_path: Path) -> None:
