@@ -16,13 +16,13 @@ from vlm_unlearn.errors import RequestError, nearest
 from vlm_unlearn.records import Kind, Label
 
 Config = TypeVar("Config", bound=BaseModel)
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Strict(BaseModel):
     """Base of every config: no unknown keys, values can't be changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MethodConfig(BaseModel):
@@ -61,7 +61,7 @@ class TrainingConfig(Strict):
     batch_size: Positive = 1  # forget samples a device and step; as many retain (and decouple) samples
     gradient_accumulation_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr"] = "cosine"
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -170,7 +170,7 @@ class Suite(Strict):
 def shipped(name: str | Path) -> Path:
     """A recipe's or suite's file: a path, or the name of one that comes with the package, such as ``tiny/npo``."""
     path = Path(name)
-    if path.is_file():
+    if path.is_file() or not path.name:
         return path
     package = Path(__file__).parent
     for folder in (package / "recipes", package.parents[1] / "recipes"):  # installed, or a source checkout
@@ -191,7 +191,7 @@ def load(config: type[Config], path: Path, overrides: Sequence[str] = ()) -> Con
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise RequestError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
@@ -208,8 +208,8 @@ def override(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             raise RequestError(f'override "{text}": write key=value, for example training.learning_rate=1e-5')
         try:
             parsed = _number_or_same(yaml.safe_load(raw))
-        except yaml.YAMLError:
-            raise RequestError(f'override "{text}": the value is not valid YAML') from None
+        except Exception:  # as in load
+            raise RequestError(f'override "{text[:80]}": the value is not valid YAML') from None
         *parents, last = dotted.strip().split(".")
         target = value
         for parent in parents:

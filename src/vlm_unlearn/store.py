@@ -66,6 +66,8 @@ def read_json(path: Path) -> Any:
         raise RequestError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise RequestError(f"{path}: nested too deeply to be data") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RequestError(f"{path}: {error}") from None
 
 
 def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
@@ -206,19 +208,36 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     resolved = json.loads(json.dumps(identity, default=str))
+    _refuse_foreign(folder)
     if path.exists():
-        manifest: dict[str, Any] = read_json(path)
+        manifest = read_manifest(folder)
         if manifest.get("identity") != resolved:
             changed = ", ".join(_differences(manifest.get("identity") or {}, resolved)) or "everything"
             raise RequestError(f"{folder}: holds another run (different: {changed}); choose another output folder or delete this one")
         return manifest
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: is a file, not a folder; choose another output folder")
-    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise RequestError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
     manifest = {"schema": 1, "identity": resolved, "versions": package_versions(), "wall_seconds": 0.0, "finished": False}
     write_json(path, manifest)
     return manifest
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file, not a folder; choose another output folder")
+    if folder.exists() and not (folder / "manifest.json").exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise RequestError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A run folder's manifest.
+
+    Raises:
+        RequestError: it is missing or was edited into something else.
+    """
+    manifest = read_json(folder / "manifest.json")
+    whole = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict)
+    if not whole or not isinstance(manifest.get("finished"), bool) or not isinstance(manifest.get("wall_seconds"), int | float):
+        raise RequestError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
+    return dict(manifest)
 
 
 def note_cost(folder: Path, wall_seconds: float, finished: bool = False) -> None:
@@ -226,7 +245,7 @@ def note_cost(folder: Path, wall_seconds: float, finished: bool = False) -> None
 
     Time after the last note before a kill is lost: the cost is a lower bound for a run that was killed.
     """
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_manifest(folder)
     manifest["wall_seconds"] = round(manifest["wall_seconds"] + wall_seconds, 3)
     manifest["peak_memory_mb"] = max(manifest.get("peak_memory_mb", 0), peak_memory_mb())
     manifest["finished"] = manifest["finished"] or finished
@@ -240,6 +259,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     Raises:
         RequestError: another process is at work in the folder, or the folder can't be made.
     """
+    _refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

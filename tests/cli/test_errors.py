@@ -60,7 +60,30 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
     def train(*changes: object) -> list[object]:
         return ["train", "tiny/npo", f"model={tiny_model}", f"data={training_sets['harmful']}", f"output={tmp_path / 'out'}", *changes]
 
+    truncated, deeper, no_tokenizer = (
+        Path(shutil.copytree(tiny_model, tmp_path / name)) for name in ("truncated", "deeper", "untokenized")
+    )
+    (truncated / "model.safetensors").write_bytes((truncated / "model.safetensors").read_bytes()[:500])
+    config = json.loads((deeper / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    config["text_config"].pop("layer_types", None)
+    (deeper / "config.json").write_text(json.dumps(config))
+    (no_tokenizer / "tokenizer.json").write_text("[]")
+    dates = tmp_path / "dates.yaml"
+    dates.write_text("name: 2024-99-99")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine")
     found |= {
+        "truncated weights": train(f"model={truncated}"),
+        "missing weights": ["evaluate", "suites/tiny", f"model={deeper}", f"root={world}", "--out", tmp_path / "measured"],
+        "broken tokenizer": train(f"model={no_tokenizer}"),
+        "infinite rate": train("training.learning_rate=.inf"),
+        "too many steps": train("training.max_steps=99999999999999999999"),
+        "too many digits": train(f"training.max_steps={'9' * 5000}"),
+        "broken date": ["train", dates],
+        "foreign folder": train(f"output={foreign}"),
+        "NUL in a path": train('output="a\\0b"'),
         "unknown recipe key": train("trainning.seed=1"),
         "unknown method": train("method=npoo"),
         "unknown option": train("method.betta=1"),
@@ -79,6 +102,15 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("truncated weights", "model.safetensors: broken weights"),
+        ("missing weights", "weights of its config.json are in no file"),
+        ("broken tokenizer", "its processor can't be loaded"),
+        ("infinite rate", "training.learning_rate: Input should be a finite number"),
+        ("too many steps", "training.max_steps: Input should be less than"),
+        ("too many digits", "the value is not valid YAML"),
+        ("broken date", "dates.yaml: not valid YAML"),
+        ("foreign folder", "is not empty and holds no manifest.json"),
+        ("NUL in a path", "no file name can have"),
         ("missing image", r'record 0 ("'),
         ("image leaves the root", "leaves the image folder"),
         ("broken JSON", "line 3, column 7"),
@@ -102,6 +134,8 @@ def test_wrong_requests(broken: dict[str, list[object]], call, tmp_path: Path, n
     assert message in one_line(err)
     assert out == ""
     assert not (tmp_path / "out").exists()
+    if name == "foreign folder":
+        assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["mine.txt"]
 
 
 def test_a_broken_image_is_refused_before_training(

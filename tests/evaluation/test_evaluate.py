@@ -146,9 +146,11 @@ def test_scoring_needs_all_verdicts(tiny_model: Path, world: Path, tmp_path: Pat
     wanted = suite(tiny_model, world)
     generate_run(wanted, tmp_path / "run")
     file = judge_run(tmp_path / "run", wanted.judge)
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(RequestError, match="1 missing"):
-        score_run(tmp_path / "run", file, wanted.metrics, "random")
+    whole = file.read_text().splitlines(keepends=True)
+    for lines, message in ((whole[:-1], "1 missing"), ([*whole, whole[0]], "each of this run's answers once")):
+        file.write_text("".join(lines))
+        with pytest.raises(RequestError, match=message):
+            score_run(tmp_path / "run", file, wanted.metrics, "random")
 
 
 def test_prompts_are_the_suites(world: Path) -> None:

@@ -177,6 +177,10 @@ def test_divergence_stops_the_run(tiny_model: Path, training_sets: dict[str, Pat
     training = {"learning_rate": 1e30, "max_steps": 20, "max_grad_norm": 1e30}
     with pytest.raises(WorkError, match="not finite at step"):
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "mixed_sft", training=training))
+    last = {**training, "learning_rate": 1e38, "max_steps": 1, "weight_decay": 1e5}
+    with pytest.raises(WorkError, match="the trained weights are not finite"):  # the last update breaks what no loss sees any more
+        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "last", "mixed_sft", training=last))
+    assert not (tmp_path / "last" / "model").exists()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,11 @@ def main() -> None:
         fail(error, 2, debug)
     except WorkError as error:
         fail(error, 1, debug)
+    except (IsADirectoryError, NotADirectoryError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        fail(RequestError(f"{error.filename}: {error.strerror}"), 2, debug)
     except Exception as error:
+        if "null byte" in str(error) or isinstance(error, UnicodeEncodeError):
+            fail(RequestError(f"a path or name holds a character that no file name can have ({error})"), 2, debug)
         fail(WorkError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1, debug)
 
 

@@ -28,17 +28,12 @@ def train(
     from vlm_unlearn.config import Recipe, load
 
     recipe = load(Recipe, recipe_file, overrides or [])
-    notes = status_console()
-    with notes.status("loading transformers"):
+    with status_console().status("loading transformers"):
         from vlm_unlearn.training.runner import plan, recipe_name, run_plan
 
         quiet_libraries()
         planned = plan(recipe)
     name = recipe_name(recipe)
-    if not as_json:
-        notes.print(
-            f"{name}: reference values from {planned.source or 'nowhere, none needed'}; precision {planned.precision}", markup=False
-        )
     with stages() as bars:
 
         def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
@@ -49,7 +44,8 @@ def train(
     if as_json:
         print_json({"name": name, "model": str(model), "log": str(recipe.output / "log.jsonl")})
     else:
-        typer.echo(f"{name}: trained model in {model}")
+        reference = planned.source or "none needed"
+        typer.echo(f"{name}: trained model in {model} (reference values: {reference}; precision {planned.precision})")
 
 
 def methods(as_json: bool = JSON_OPTION) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,10 @@ def write_training_set(
     for role in ("forget", "retain"):
         if not examples.get(role):
             raise RequestError(f"{folder}: the {role} set is empty; nothing was written")
+    for role, found in examples.items():
+        doubled = [name for name, count in Counter(example.id for example in found).items() if count > 1]
+        if doubled:
+            raise RequestError(f'{folder}: two {role} examples have the id "{doubled[0]}"; the ids in the data file must differ')
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

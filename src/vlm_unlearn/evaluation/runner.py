@@ -15,7 +15,7 @@ from vlm_unlearn.judging.keyword import KeywordJudge
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
 from vlm_unlearn.metrics.rates import count_labels, label_rate, rate
 from vlm_unlearn.records import LABELS, Label, Prompt, Response, Row, Summary, Verdict
-from vlm_unlearn.store import digest_file, lock_run, note_cost, open_run, read_json, read_records, write_json, write_records
+from vlm_unlearn.store import digest_file, lock_run, note_cost, open_run, read_json, read_manifest, read_records, write_json, write_records
 
 # What each judge can tell apart.
 JUDGE_LABELS: dict[str, tuple[Label, ...]] = {
@@ -84,7 +84,11 @@ def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None) 
     judge = build_judge(config)
     file = folder / f"verdicts-{judge.name}.jsonl"
     code = Path(inspect.getfile(type(judge)))  # a changed list or rule makes a new judge
-    made_by = {"judge": judge.name, "code": digest_file(code), "world": digest_file(config.world) if config.world else None}
+    made_by = {
+        "judge": judge.name,
+        "code": digest_file(code),
+        "world": digest_file(config.world) if config.name == "tiny_world" and config.world else None,
+    }
     note = folder / f"judge-{judge.name}.json"
     if not note.exists() or read_json(note) != made_by:
         file.unlink(missing_ok=True)
@@ -104,8 +108,10 @@ def score_run(folder: Path, verdicts: Path, metrics: dict[str, MetricConfig], na
     prompts, responses = _answers(folder)
     graded = list(read_records(verdicts, Verdict))
     missing = {response.key for response in responses} - {verdict.key for verdict in graded}
-    if missing or any(verdict.prompt_id not in prompts for verdict in graded):
-        raise RequestError(f"{verdicts}: does not grade all of this run's answers ({len(missing)} missing); run `vlm-unlearn judge` again")
+    if missing or len(graded) != len(responses) or any(verdict.judge not in JUDGE_LABELS for verdict in graded):
+        raise RequestError(
+            f"{verdicts}: does not grade each of this run's answers once ({len(missing)} missing); run `vlm-unlearn judge` again"
+        )
     by_case: dict[str, list[Verdict]] = {}
     for verdict in graded:
         by_case.setdefault(prompts[verdict.prompt_id].set, []).append(verdict)
@@ -137,10 +143,10 @@ def saved_suite(folder: Path) -> Suite:
 
 
 def _answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
-    if not (folder / "manifest.json").exists() or not read_json(folder / "manifest.json").get("finished"):
+    if not (folder / "manifest.json").exists() or not read_manifest(folder)["finished"]:
         raise RequestError(f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped)")
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = list(read_records(folder / "responses.jsonl", Response))
-    if set(prompts) - {response.prompt_id for response in responses}:
-        raise RequestError(f"{folder}: some prompts have no answer; delete the folder and generate again")
+    if not prompts or sorted(prompts) != sorted(response.prompt_id for response in responses):
+        raise RequestError(f"{folder}: prompts.jsonl and responses.jsonl don't belong together; delete the folder and generate again")
     return prompts, responses

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.batching import Processor
 from vlm_unlearn.errors import RequestError
@@ -35,8 +36,15 @@ def model_folder(name: str) -> Path:
             raise RequestError(f"model {name}: no such folder, and the hub did not give it ({type(error).__name__})") from None
     if not (folder / "config.json").is_file():
         raise RequestError(f"model {folder}: no config.json; it must be a model folder in Hugging Face format")
-    if not any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise RequestError(f"model {folder}: no weights (*.safetensors); pickled weights are not read")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"{file}: broken weights: {_first_line(error)}") from None
     return folder
 
 
@@ -51,7 +59,7 @@ def load_processor(folder: Path) -> Processor:
     try:
         # The PIL image processors: they need no torchvision, on any machine.
         processor = AutoProcessor.from_pretrained(str(folder), backend="pil")
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a broken tokenizer file raises whatever it breaks
         raise RequestError(f"model {folder}: its processor can't be loaded: {_first_line(error)}") from None
     if not getattr(processor, "chat_template", None):
         raise RequestError(f"model {folder}: its processor has no chat template; add chat_template.jinja to the folder")
@@ -69,9 +77,15 @@ def load_model(folder: Path, precision: str) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(str(folder), dtype=DTYPES[precision], use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model: Any
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise RequestError(f"model {folder}: {len(missing)} weights of its config.json are in no file, such as {missing[0]}")
     return model
 
 
@@ -87,7 +101,7 @@ def model_skeleton(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(str(folder))
         with torch.device("meta"):
             skeleton: Any = AutoModelForImageTextToText.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
     return skeleton
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.batching import Processor, move
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.methods import Method, ReferenceNLL, Role, build_method
 from vlm_unlearn.models.layout import decoder_layers
 from vlm_unlearn.models.loading import load_model, load_processor, model_folder, model_skeleton, resolve_precision
@@ -243,6 +243,10 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
     part = result.with_name("model.part")
     shutil.rmtree(part, ignore_errors=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    # The loss of the last step was finite, but its update may not have been.
+    broken = [name for name, value in model.named_parameters() if value.requires_grad and not value.isfinite().all()]
+    if broken:
+        raise WorkError(f"the trained weights are not finite ({broken[0]}); lower training.learning_rate")
     model.save_pretrained(str(part))
     processor.save_pretrained(str(part))
     if planned.recipe.trainable.mode == "lora":

@@ -83,7 +83,7 @@ def _read_lines(path: Path) -> list[Any]:
 def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where}: {error}") from None
 
 

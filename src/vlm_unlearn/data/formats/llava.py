@@ -27,7 +27,7 @@ def read_llava(path: Path, images: Path) -> list[Example]:
         turns = record.objects("conversations")
         if [turn.text("from") for turn in turns] != ["human", "gpt"]:
             raise RequestError(f'{record.where}: "conversations" must be one human turn and one gpt turn')
-        image = record.optional_text("image")
+        image = record.text("image") if record.value.get("image") is not None else None
         if image is not None:
             resolve_image(images, image, record.where)
         question = turns[0].text("value").replace(IMAGE_MARK, "").strip()

@@ -56,7 +56,7 @@ def _parse(record: RawRecord, index: int, images: Path) -> SafeEraserRecord:
     )
     harmless = []
     for name in HARMLESS_PAIRS:
-        if record.value.get(name):
+        if record.value.get(name) is not None:
             pair = RawRecord(record.value[name], f"{record.where}: {name}")
             # The released files spell the answer's key in three ways.
             harmless.append((pair.text("Question"), pair.text("Prediction", "Answer", "Predicti1on")))
