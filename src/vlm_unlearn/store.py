@@ -211,8 +211,8 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
     _refuse_foreign(folder)
     if path.exists():
         manifest = read_manifest(folder)
-        if manifest.get("identity") != resolved:
-            changed = ", ".join(_differences(manifest.get("identity") or {}, resolved)) or "everything"
+        if manifest["identity"] != resolved:
+            changed = ", ".join(_differences(manifest["identity"], resolved))
             raise RequestError(f"{folder}: holds another run (different: {changed}); choose another output folder or delete this one")
         return manifest
     manifest = {"schema": 1, "identity": resolved, "versions": package_versions(), "wall_seconds": 0.0, "finished": False}

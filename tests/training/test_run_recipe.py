@@ -147,8 +147,10 @@ def test_changed_images_are_other_data(tiny_model: Path, world: Path, tmp_path: 
     import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "data")
     wanted = recipe(tiny_model, tmp_path / "data", tmp_path / "run", "mixed_sft")
     run_recipe(wanted)
-    first, second = sorted((vlguard / "train").rglob("*.png"))[:2]
-    shutil.copy(second, first)
+    first, *_, last = sorted((vlguard / "train").rglob("*.png"))
+    one, other = first.read_bytes(), last.read_bytes()
+    first.write_bytes(other)  # swapped: the same pictures, each under the other's questions
+    last.write_bytes(one)
     with pytest.raises(RequestError, match=r"different: data\.images"):
         run_recipe(wanted)
 

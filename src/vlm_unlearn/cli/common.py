@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -88,13 +86,6 @@ class Stages:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
-
-
-@contextmanager
-def stages() -> Iterator[Stages]:
-    """Progress for the time of a block."""
-    with Stages() as bars:
-        yield bars
 
 
 def rates_table(rows: list[Row]) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, quiet_libraries, rates_table, stages, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, status_console
 
 
 def demo(
@@ -38,7 +38,7 @@ def demo(
         from vlm_unlearn.tiny_world.demo import run_demo, training_folder
 
         quiet_libraries()
-    with stages() as bars:
+    with Stages() as bars:
         summary = run_demo(out, seed, bars.update)
     report = out / "report.html"
     runs = {row.model: out / "evaluations" / row.model for row in summary.rows}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, quiet_libraries, rates_table, stages, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, status_console
 
 if TYPE_CHECKING:
     from vlm_unlearn.records import Row
@@ -38,7 +38,7 @@ def evaluate(
         from vlm_unlearn.reporting.html import write_report
 
         quiet_libraries()
-    with stages() as bars:
+    with Stages() as bars:
         row = evaluate_run(suite, out, name or out.resolve().name, bars.update)
     write_report(out / "report.html", Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
     _show(row, as_json, f"Report: {out / 'report.html'}")
@@ -58,7 +58,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
         from vlm_unlearn.evaluation.runner import generate_run
 
         quiet_libraries()
-    with stages() as bars:
+    with Stages() as bars:
         generate_run(suite, out, bars.update)
     typer.echo(f"answers in {out / 'responses.jsonl'}")
 
@@ -77,7 +77,7 @@ def judge_run_command(
     from vlm_unlearn.evaluation.runner import judge_run, saved_suite
 
     chosen = override(saved_suite(run).judge.model_dump(), overrides or [])
-    with stages() as bars:
+    with Stages() as bars:
         file = judge_run(run, validate(JudgeConfig, chosen, "judge"), bars.update)
     typer.echo(f"verdicts in {file}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, quiet_libraries, stages, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
 
 if TYPE_CHECKING:
     from vlm_unlearn.methods import Method
@@ -34,7 +34,7 @@ def train(
         quiet_libraries()
         planned = plan(recipe)
     name = recipe_name(recipe)
-    with stages() as bars:
+    with Stages() as bars:
 
         def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
             shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in ("epoch", "learning_rate", "grad_norm"))

@@ -69,6 +69,7 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
         RequestError: a question with its image tokens leaves no room for the answer; the record is named.
     """
     tokenizer = processor.tokenizer
+    closing = _closing_ids(processor)
     texts: list[str] = []
     answer_ids: list[list[int]] = []
     for turn in turns:
@@ -76,7 +77,7 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
         assert full_text is not None
         opened = tokenizer(open_text, add_special_tokens=False)["input_ids"]
         full = tokenizer(full_text, add_special_tokens=False)["input_ids"]
-        if full[-1] not in _closing_ids(processor):
+        if full[-1] not in closing:
             full_text += tokenizer.eos_token
             full = tokenizer(full_text, add_special_tokens=False)["input_ids"]
         common = next((i for i, (a, b) in enumerate(zip(opened, full, strict=False)) if a != b), min(len(opened), len(full)))
@@ -132,9 +133,8 @@ def _needs_special_tokens(processor: Processor, text: str) -> bool:
 
 def _closing_ids(processor: Processor) -> set[int]:
     tokenizer = processor.tokenizer
-    names = {tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>"}
-    known = tokenizer.get_vocab()
-    return {known[name] for name in names if name in known}
+    names = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>"]
+    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(names)} - {tokenizer.unk_token_id, None}
 
 
 def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:

@@ -34,9 +34,9 @@ class TrainingSet:
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of every file, and one over the content of all images."""
-        paths = {path for role in self.examples.values() for path in map(self.image_path, role) if path is not None}
-        return {**self.digests, "images": digest_json(sorted(digest_file(path) for path in paths))}
+        """SHA-256 of every file, and one over the content of all images in the order of the examples that show them."""
+        paths = dict.fromkeys(path for role in self.examples.values() for path in map(self.image_path, role) if path is not None)
+        return {**self.digests, "images": digest_json([digest_file(path) for path in paths])}
 
     def image_path(self, example: Example) -> Path | None:
         """The example's image file, or None for a text-only pair."""
