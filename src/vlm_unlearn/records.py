@@ -17,8 +17,18 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Round(Record):
+    """An earlier question of a conversation with its answer."""
+
+    question: str
+    answer: str
+
+
 class Example(Record):
-    """One training pair of a training set's ``forget.jsonl``, ``retain.jsonl`` or ``decouple.jsonl``."""
+    """One training pair of a training set's ``forget.jsonl``, ``retain.jsonl`` or ``decouple.jsonl``.
+
+    A conversation of several rounds is one example: all its answers are trained on, as LLaVA trains them.
+    """
 
     id: str
     image: str | None = None  # path below the training set's image root; None for text-only pairs
@@ -27,6 +37,7 @@ class Example(Record):
     category: str | None = None
     pair_id: str | None = None  # ties a decouple example to its forget example
     source: str = ""
+    history: tuple[Round, ...] = ()  # the rounds before; the image belongs to the first
 
 
 class Prompt(Record):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
@@ -30,12 +30,26 @@ def cache_folder() -> Path:
     return Path(moved).expanduser() if moved else user_cache_path("vlm-unlearn")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill at any moment, sees the old content or the new one, never a part."""
+@contextmanager
+def writing(path: Path) -> Iterator[TextIO]:
+    """A text file to write, of any size, so that a reader, or a kill at any moment, sees the old content or the new, never a part.
+
+    A lone surrogate, which no UTF-8 file can hold, is written as ``?``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(without_surrogates(text), encoding="utf-8")
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8", errors="replace", newline="") as handle:
+            yield handle
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    with writing(path) as handle:
+        handle.write(without_surrogates(text))
 
 
 def without_surrogates(text: str) -> str:
@@ -105,9 +119,12 @@ def dump_record(record: BaseModel) -> str:
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
     """Writes a whole JSON-lines file atomically; returns how many records it holds."""
-    lines = [dump_record(record) for record in records]
-    write_text(path, "".join(lines))
-    return len(lines)
+    count = 0
+    with writing(path) as handle:
+        for record in records:
+            handle.write(dump_record(record))
+            count += 1
+    return count
 
 
 class RecordLog:

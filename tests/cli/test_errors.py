@@ -111,7 +111,7 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         ("broken date", "dates.yaml: not valid YAML"),
         ("foreign folder", "is not empty and holds no manifest.json"),
         ("NUL in a path", "no file name can have"),
-        ("missing image", r'record 0 ("'),
+        ("missing image", r'record 0 (line 1, "'),
         ("image leaves the root", "leaves the image folder"),
         ("broken JSON", "line 3, column 7"),
         ("empty forget set", "the forget set is empty; nothing was written"),
@@ -142,12 +142,12 @@ def test_a_broken_image_is_refused_before_training(
     call, training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(world.parent, tmp_path / "copy")) / "world"
-    next((copy / "vlguard" / "train").rglob("*.png")).write_text("<svg/>")
     data = tmp_path / "data"
     assert call("data", "import", "vlguard", copy / "vlguard" / "train.json", "--images", copy / "vlguard" / "train", "--out", data)[0] == 0
+    next((copy / "vlguard" / "train").rglob("*.png")).write_text("<svg/>")
     code, _, err = call("train", "tiny/mixed_sft", f"model={tiny_model}", f"data={data}", f"output={tmp_path / 'out'}")
     assert code == 2
-    assert "not a readable image" in one_line(err)
+    assert "is not an image of a known format" in one_line(err)
     assert not (tmp_path / "out").exists()
 
 

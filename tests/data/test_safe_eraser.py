@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from vlm_unlearn.data.formats import safe_eraser
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import Problems, RequestError
 
 RECORD = {
     "image_path": "Weapon/a.png",
@@ -36,7 +37,7 @@ def test_sets_and_pairs(folder: Path, name: str) -> None:
     file = folder / name
     line = json.dumps(RECORD)
     file.write_text({"all.json": f"[{line}]", "all.jsonl": line + "\n", "lines.json": f"{line}\n{line}\n"}[name])
-    records = safe_eraser.read_safe_eraser(file, folder)[:1]
+    records = list(safe_eraser.read_safe_eraser(file, folder))[:1]
     forget, retain, decouple = safe_eraser.examples(records)
     assert [(e.question, e.answer, e.category) for e in forget] == [("How?", "So.", "Weapon"), ("Why?", "Thus.", "Weapon")]
     assert [e.answer for e in retain] == ["Red.", "Big.", "Here."]
@@ -49,7 +50,7 @@ def test_sets_and_pairs(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"SDImage_path": "sd/gone.png"}, r'all\.json: record 0 \("Weapon/a\.png"\): image "sd/gone\.png" not found'),
+        ({"SDImage_path": "sd/gone.png"}, r'all\.json: record 0 \(line 1, "Weapon/a\.png"\): image "sd/gone\.png" not found'),
         ({"unsafe_pairs": [{"question": "How?"}]}, r'unsafe_pairs\[0\]: field "model_response" is missing'),
         ({"UnharmPair_text1": {"Question": "What?"}}, r'UnharmPair_text1: field "Prediction" is missing'),
         ({"UnharmPair_text1": "text"}, r"UnharmPair_text1: expected an object, found text"),
@@ -58,7 +59,13 @@ def test_sets_and_pairs(folder: Path, name: str) -> None:
 def test_broken_records_are_named(folder: Path, change: dict[str, object], message: str) -> None:
     (folder / "all.json").write_text(json.dumps([{**RECORD, **change}]))
     with pytest.raises(RequestError, match=message):
-        safe_eraser.read_safe_eraser(folder / "all.json", folder)
+        list(safe_eraser.read_safe_eraser(folder / "all.json", folder))
+    problems = Problems()
+    whole = json.dumps([{**RECORD, **change}, RECORD])
+    (folder / "all.json").write_text(whole)
+    assert len(list(safe_eraser.read_safe_eraser(folder / "all.json", folder, problems))) == 1, "the rest goes on"
+    assert problems.count == 1
+    assert re.search(message, problems.messages[0])
 
 
 def test_refusals(tmp_path: Path) -> None:

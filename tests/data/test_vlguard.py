@@ -60,18 +60,18 @@ def test_rows_of_one_id_are_shots_of_one_group(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{**UNSAFE, "image": "gone.png"}], r'train\.json: record 0 \("u"\): image "gone\.png" not found under .*; pass --images'),
+        ([{**UNSAFE, "image": "gone.png"}], r'train\.json: record 0 \(line 1, "u"\): image "gone\.png" not found under .*; pass --images'),
         ([{**UNSAFE, "image": "../u.png"}], r"leaves the image folder"),
         ([{**UNSAFE, "image": "/etc/passwd"}], r"leaves the image folder"),
         ([{**UNSAFE, "image": "a\\..\\..\\u.png"}], r"leaves the image folder"),
-        ([{**UNSAFE, "image": "u\0.png"}], r"is not a path"),
+        ([{**UNSAFE, "image": "u\0.png"}], r"holds a NUL character"),
         ([{**UNSAFE, "image": 3}], r'"image" must be non-empty text, found a number'),
-        ([UNSAFE, 5], r"record 1: expected an object, found a number"),
+        ([UNSAFE, 5], r"record 1 \(line 1\): expected an object, found a number"),
         ([{**UNSAFE, "instr-resp": {}}], r'"instr-resp" must be a list'),
         ([{**UNSAFE, "instr-resp": []}], r'"instr-resp" is empty'),
         ([{**UNSAFE, "instr-resp": [{"response": "x"}]}], r"instr-resp\[0\]: none of"),
         ([{**UNSAFE, "instr-resp": [{"instruction": "x"}]}], r'field "response" is missing'),
-        ({}, r"expected a JSON list of records, found an object"),
+        ({}, r'record 0 \(line 1\): field "image" is missing'),
     ],
 )
 def test_broken_records_are_named(folder: Path, records: object, message: str) -> None:

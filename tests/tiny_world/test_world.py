@@ -42,7 +42,7 @@ def test_no_two_things_share_a_recipe() -> None:
 
 def test_every_format_reads_back(world: Path) -> None:
     eraser = world / "safe_eraser"
-    records = safe_eraser.read_safe_eraser(eraser / "all_train.json", eraser)
+    records = list(safe_eraser.read_safe_eraser(eraser / "all_train.json", eraser))
     assert {record.category for record in records} == {"Weapon", "Violence", "IllegalActivity"}
     assert all(len(record.unsafe) == 2 and len(record.harmless) == 4 for record in records)
     assert json.loads((world / "vlguard" / "harmful_answers.json").read_text()).keys() <= {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from vlm_unlearn.errors import Problems
     from vlm_unlearn.records import Row
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
@@ -110,3 +111,14 @@ def rates_table(rows: list[Row]) -> Table:
             cells.append(f"{percent(rate)}\n[dim]{interval(rate)[1:-1]}[/dim]{failed}")
         table.add_row(escape(row.model), *cells)
     return table
+
+
+def show_problems(problems: Problems, at_most: int = 10) -> None:
+    """Lists broken records on standard error: the first few, and how many there are."""
+    if not problems:
+        return
+    for message in problems.messages[:at_most]:
+        sys.stderr.write(f"left out: {' '.join(message.split())}\n")
+    if problems.count > at_most:
+        sys.stderr.write(f"left out: {problems.count - at_most:,} more\n")
+    sys.stderr.write(f"{problems.count:,} broken records were left out\n")

@@ -1,70 +1,147 @@
-"""``vlm-unlearn data``: from published files to a training-set folder."""
+"""``vlm-unlearn data``: the group, and the pipeline's steps from file to file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
+from vlm_unlearn.cli.data_import import import_app
 
-app = typer.Typer(help="Prepares training data.", no_args_is_help=True, rich_markup_mode=None)
-import_app = typer.Typer(help="Makes a training-set folder of published files.", no_args_is_help=True, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from vlm_unlearn.errors import Problems
+
+app = typer.Typer(
+    help="Prepares training data: the published pipelines step by step, checks, and an audit.\n\nIn one go: vlm-unlearn data import --help",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(import_app, name="import")
-IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
-OUT = typer.Option(..., "--out", help="The training-set folder to write.")
+SOURCE = typer.Argument(..., metavar="IN.json", help="The input: JSON list or JSON lines.")
+OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
+STRICT = typer.Option(False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out.")
 
 
-@import_app.command("vlguard")
-def vlguard(
-    file: Path = typer.Argument(..., metavar="TRAIN.json", help="VLGuard's train.json."),
-    images: Path = IMAGES,
-    out: Path = OUT,
-    harmful_answers: Path = typer.Option(
-        None, "--harmful-answers", help="JSON, image -> harmful answer to unlearn; without it the refusals stay."
-    ),
-    include_safe_image_unsafe: bool = typer.Option(
-        False, "--include-safe-image-unsafe", help="Unsafe questions on safe images join forget."
-    ),
-    external: Path = typer.Option(None, "--external", help="LLaVA-format file to fill the retain set from."),
-    external_images: Path = typer.Option(None, "--external-images", help="Its image folder; default: the file's own."),
-    retain_size: int = typer.Option(2000, "--retain-size", min=1, help="Fill the retain set up to this many pairs."),
-    seed: int = typer.Option(42, "--seed", help="Of the draw from the external file and of the shuffle."),
-    as_json: bool = JSON_OPTION,
-) -> None:
-    """VLGuard: forget = unsafe images, retain = safe questions, filled up from general data.
+def _step(out: Path, sources: list[Path], strict: bool, as_json: bool, work: Callable[[Problems | None], dict[str, int]]) -> None:
+    """Runs one step, lists what it left out, and prints its counts."""
+    from vlm_unlearn.data.pipeline import check_outside
+    from vlm_unlearn.errors import Problems
 
-    Example:
-
-      vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train --harmful-answers harmful.json --out data/vlguard
-    """
-    from vlm_unlearn.data.importing import import_vlguard
-
-    counts = import_vlguard(file, images, out, harmful_answers, include_safe_image_unsafe, external, external_images, retain_size, seed)
-    _show(counts, out, as_json)
-
-
-@import_app.command("safe-eraser")
-def safe_eraser(
-    file: Path = typer.Argument(..., metavar="ALL_TRAIN.json", help="SafeEraser's all_train.json (or JSON lines)."),
-    images: Path = IMAGES,
-    out: Path = OUT,
-    refusals: Path = typer.Option(None, "--refusals", help="SafeEraser's prompt.json, whose idk sentences po teaches."),
-    as_json: bool = JSON_OPTION,
-) -> None:
-    """SafeEraser: forget, retain and decouple sets, paired.
-
-    Example:
-
-      vlm-unlearn data import safe-eraser dataset/all_train.json --images dataset --refusals dataset/prompt.json --out data/safe_eraser
-    """
-    from vlm_unlearn.data.importing import import_safe_eraser
-
-    _show(import_safe_eraser(file, images, out, refusals), out, as_json)
-
-
-def _show(counts: dict[str, int], out: Path, as_json: bool) -> None:
+    check_outside(out, *sources)
+    problems = Problems()
+    counts = work(None if strict else problems)
+    show_problems(problems)
     if as_json:
-        print_json({"out": str(out), "counts": counts})
+        print_json({"out": str(out), **counts, "broken": problems.count})
     else:
-        typer.echo(f"{out}: " + ", ".join(f"{role} {count}" for role, count in counts.items()))
+        typer.echo(f"{out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+
+
+@app.command("convert")
+def convert(
+    source: Path = SOURCE,
+    out: Path = OUT,
+    seed: int = typer.Option(0, "--seed", help="Of the order of a safe image's two questions."),
+    question: str = typer.Option("question", "--question-column", help="A table's column."),
+    answer: str = typer.Option("answer", "--answer-column", help="A table's column."),
+    image: str = typer.Option("image", "--image-column", help="A table's column."),
+    strict: bool = STRICT,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """VLGuard (or any supported file) to LLaVA conversations; to a table where OUT ends in .jsonl, .csv or .tsv.
+
+    Example:
+
+      vlm-unlearn data convert VLGuard/train.json train_llava.json
+    """
+    from vlm_unlearn.data.formats.table import Columns
+    from vlm_unlearn.data.pipeline import convert
+
+    columns = Columns(question=question, answer=answer, image=image)
+    _step(out, [source], strict, as_json, lambda problems: convert(source, out, seed, columns, problems))
+
+
+@app.command("inject")
+def inject(
+    source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
+    answers: Path = typer.Argument(..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as select-harmful writes it."),
+    out: Path = OUT,
+    strict: bool = STRICT,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Puts chosen harmful answers in place of VLGuard's refusals of unsafe images.
+
+    Example:
+
+      vlm-unlearn data inject VLGuard/train.json chosen.json train_harmful.json
+    """
+    from vlm_unlearn.data.pipeline import inject
+
+    _step(out, [source, answers], strict, as_json, lambda problems: inject(source, answers, out, problems))
+
+
+@app.command("split")
+def split(
+    source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json, harmful answers injected."),
+    out: Path = typer.Argument(..., metavar="OUT_DIR", help="The folder for forget.json and retain.json, in LLaVA format."),
+    include: bool = typer.Option(False, "--include-safe-image-unsafe", help="Unsafe questions on safe images join forget."),
+    strict: bool = STRICT,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """VLGuard to forget (unsafe images) and retain (safe questions).
+
+    Example:
+
+      vlm-unlearn data split train_harmful.json unlearn_data/
+    """
+    from vlm_unlearn.data.pipeline import split
+
+    _step(out / "forget.json", [source], strict, as_json, lambda problems: split(source, out, include, problems))
+
+
+@app.command("mix")
+def mix(
+    retain: Path = typer.Argument(..., metavar="RETAIN.json", help="The retain set, in LLaVA format."),
+    external: Path = typer.Argument(..., metavar="EXTERNAL.json", help="LLaVA-format file of any size to draw from."),
+    out: Path = OUT,
+    size: int = typer.Option(2000, "--size", min=1, help="Fill up to this many records."),
+    seed: int = typer.Option(42, "--seed", help="Of the draw and of the shuffle."),
+    strict: bool = STRICT,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Fills a retain set up from a general one, and shuffles.
+
+    Example:
+
+      vlm-unlearn data mix unlearn_data/retain.json llava_v1_5_mix665k.json unlearn_data/retain_mixed.json
+    """
+    from vlm_unlearn.data.pipeline import mix
+
+    with Stages() as stages:
+        _step(
+            out,
+            [retain, external],
+            strict,
+            as_json,
+            lambda problems: mix(
+                retain, external, out, size, seed, problems, lambda done, total: stages.update("read (MB)", done >> 20, total >> 20)
+            ),
+        )
+
+
+@app.command("rmu")
+def rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: bool = JSON_OPTION) -> None:
+    """Appends each answer to its question: the forget side as RMU's published script reads it.
+
+    vlm-unlearn's own rmu joins them itself; this is for other trainers.
+
+    Example:
+
+      vlm-unlearn data rmu unlearn_data/forget.json unlearn_data/forget_rmu.json
+    """
+    from vlm_unlearn.data.pipeline import rmu
+
+    _step(out, [source], strict, as_json, lambda problems: rmu(source, out, problems))

@@ -26,28 +26,57 @@ class Turn:
     image: Path | None
     question: str
     answer: str | None
+    history: tuple[tuple[str, str], ...] = ()  # the rounds before, question and answer; the image belongs to the first
 
 
-def render(processor: Processor, turn: Turn) -> tuple[str, str | None]:
-    """The chat template's text up to the answer, and with it (None without an answer).
+@dataclass(frozen=True)
+class Rendering:
+    """A turn in the chat template's words, each text the beginning of the next.
 
     Example:
-        with LLaVA-1.5's template, ``("USER: <image>\\nWhat is it? ASSISTANT:", "USER: <image>\\nWhat is it? ASSISTANT: A cat.")``
+        with LLaVA-1.5's template, one round: ``opens = ("USER: <image>\\nWhat is it? ASSISTANT:",)`` and
+        ``closes = ("USER: <image>\\nWhat is it? ASSISTANT: A cat.",)``.
+    """
+
+    opens: tuple[str, ...]  # up to each round's answer
+    closes: tuple[str, ...]  # with each round's answer; one less than `opens` where the last is left to the model
+
+    @property
+    def text(self) -> str:
+        """The whole of it."""
+        return self.closes[-1] if len(self.closes) == len(self.opens) else self.opens[-1]
+
+
+def render(processor: Processor, turn: Turn) -> Rendering:
+    """Puts a turn, with the rounds before it, through the chat template.
 
     Raises:
-        RequestError: the question or the answer holds the processor's image placeholder; the record is named.
+        RequestError: a text holds the processor's image placeholder; the record is named.
     """
+    rounds = [*turn.history, (turn.question, turn.answer)]
     token = getattr(processor, "image_token", None)
-    if token and (token in turn.question or token in (turn.answer or "")):
+    if token and any(token in (text or "") for pair in rounds for text in pair):
         raise RequestError(f'"{turn.id}": the text holds the image placeholder {token}; take it out')
-    content: list[dict[str, str]] = [{"type": "image"}] if turn.image is not None else []
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": turn.question}]}]
-    open_text: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    if turn.answer is None:
-        return open_text, None
-    messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    # Some templates (LLaVA-1.5's) end a turn with a space; trained on, it would teach the model to go on after its answer.
-    return open_text, processor.apply_chat_template(messages, tokenize=False).rstrip()
+    messages: list[dict[str, Any]] = []
+    opens: list[str] = []
+    closes: list[str] = []
+    for number, (question, answer) in enumerate(rounds):
+        image = [{"type": "image"}] if turn.image is not None and number == 0 else []
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        opens.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            # Some templates (LLaVA-1.5's) end a turn with a space; trained on, it would teach the model to go on after its answer.
+            closes.append(processor.apply_chat_template(messages, tokenize=False).rstrip())
+            messages[-1] = _closed(processor, answer, opens[-1], closes[-1])
+    return Rendering(tuple(opens), tuple(closes))
+
+
+def _closed(processor: Processor, answer: str, opened: str, closed: str) -> dict[str, Any]:
+    """An answer as a message of the history: with the closing token that a template without one (LLaVA-1.5's) leaves out."""
+    written = closed[len(opened) :]
+    closing = "" if any(token in written for token in _closing_tokens(processor)) else processor.tokenizer.eos_token
+    return {"role": "assistant", "content": [{"type": "text", "text": answer + closing}]}
 
 
 def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:
@@ -55,54 +84,76 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
 
     Returns every key that the processor made; ``input_ids`` and ``attention_mask`` are [B, S].
     """
-    texts = [rendered[1] or rendered[0] for rendered in (render(processor, turn) for turn in turns)]
-    return _call(processor, texts, turns, padding_side)
+    return _call(processor, [render(processor, turn).text for turn in turns], turns, padding_side)
 
 
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
-    """Encodes question and answer, padded on the right, with ``labels`` [B, S] that are -100 off the answer.
+    """Encodes questions and answers, padded on the right, with ``labels`` [B, S] that are -100 off the answers.
 
-    Answer tokens are found by tokenising the rendering with and without the answer. A closing token is added where the chat
-    template writes none. An answer that doesn't fit is cut at its end.
+    Answer tokens, those of earlier rounds too, are found by tokenising the rendering with and without the answer. A closing
+    token is added where the chat template writes none. What doesn't fit is cut at the end.
 
     Raises:
-        RequestError: a question with its image tokens leaves no room for the answer; the record is named.
+        RequestError: a question with its image tokens leaves no room for an answer; the record is named.
     """
-    tokenizer = processor.tokenizer
-    closing = _closing_ids(processor)
-    texts: list[str] = []
-    answer_ids: list[list[int]] = []
-    for turn in turns:
-        open_text, full_text = render(processor, turn)
-        assert full_text is not None
-        opened = tokenizer(open_text, add_special_tokens=False)["input_ids"]
-        full = tokenizer(full_text, add_special_tokens=False)["input_ids"]
-        if full[-1] not in closing:
-            full_text += tokenizer.eos_token
-            full = tokenizer(full_text, add_special_tokens=False)["input_ids"]
-        common = next((i for i, (a, b) in enumerate(zip(opened, full, strict=False)) if a != b), min(len(opened), len(full)))
-        if common >= len(full):
-            raise RequestError(f'example "{turn.id}": the answer has no tokens')
-        texts.append(full_text)
-        answer_ids.append(full[common:])
-    batch = _call(processor, texts, turns, "right")
+    encoded = [_answer_spans(processor, turn) for turn in turns]
+    batch = _call(processor, [text for text, _, _ in encoded], turns, "right")
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
     longest = 0
-    for row, (turn, answer) in enumerate(zip(turns, answer_ids, strict=True)):
+    for row, (turn, (_, ids, spans)) in enumerate(zip(turns, encoded, strict=True)):
         end = int(batch["attention_mask"][row].sum())
-        start = end - len(answer)
-        if batch["input_ids"][row, start:end].tolist() != answer:
+        shift = end - len(ids)  # the processor puts the image's tokens, all before the first answer
+        first = spans[0][0]
+        if batch["input_ids"][row, first + shift : end].tolist() != ids[first:]:
             raise RequestError(
                 f'example "{turn.id}": the answer is not at the end of the chat template\'s text; this template is not supported'
             )
-        if start >= max_length:
+        if first + shift >= max_length:
             raise RequestError(
-                f'example "{turn.id}": question and image take {start} tokens, max_length is {max_length}; '
+                f'example "{turn.id}": question and image take {first + shift} tokens, max_length is {max_length}; '
                 f"raise training.max_length (an image is never cut)"
             )
-        batch["labels"][row, start:end] = torch.tensor(answer)
+        for start, stop in spans:
+            batch["labels"][row, start + shift : stop + shift] = torch.tensor(ids[start:stop])
         longest = max(longest, min(end, max_length))
     return _cut(batch, longest)
+
+
+def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """The turn's text, its tokens, and where in them the answers are."""
+    rendering = render(processor, turn)
+
+    def tokens(text: str) -> list[int]:
+        ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    text = rendering.text
+    ids = tokens(text)
+    if ids[-1] not in _closing_ids(processor):
+        text += processor.tokenizer.eos_token
+        ids = tokens(text)
+    spans = []
+    for number, opened in enumerate(rendering.opens):
+        start = _common(tokens(opened), ids)
+        last = number == len(rendering.opens) - 1
+        stop = len(ids) if last else _common(tokens(_through_closing(processor, rendering, number)), ids)
+        if start >= stop:
+            raise RequestError(f'example "{turn.id}": the answer has no tokens')
+        spans.append((start, stop))
+    return text, ids, spans
+
+
+def _through_closing(processor: Processor, rendering: Rendering, number: int) -> str:
+    """The text up to the end of an earlier answer, its closing token included."""
+    closed = rendering.closes[number]
+    added = rendering.text[len(closed) :]
+    eos = processor.tokenizer.eos_token
+    return closed + eos if added.startswith(eos) else closed
+
+
+def _common(part: Sequence[int], whole: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
 
 
 class PromptMeter:
@@ -113,15 +164,24 @@ class PromptMeter:
         self._image_tokens: dict[tuple[int, int], int] = {}
 
     def tokens(self, turn: Turn) -> int:
-        """Tokens of the turn's rendering up to the answer; an image costs what its pixel size costs."""
-        text, _ = render(self._processor, turn)
+        """Tokens of the turn's rendering up to its (first) answer; an image costs what its pixel size costs."""
+        return self._count(turn, render(self._processor, turn).opens[0])
+
+    def tokens_in_all(self, turn: Turn) -> int:
+        """Tokens of the turn's rendering, answers included."""
+        return self._count(turn, render(self._processor, turn).text)
+
+    def _count(self, turn: Turn, text: str) -> int:
         count = len(self._processor.tokenizer(text, add_special_tokens=_needs_special_tokens(self._processor, text))["input_ids"])
         if turn.image is None:
             return count
         size = image_size(turn.image)
         if size not in self._image_tokens:
-            encoded = encode(self._processor, [replace(turn, answer=None)], padding_side="right")
-            self._image_tokens[size] = encoded["input_ids"].shape[1] - count
+            alone = replace(turn, answer=None, history=())
+            bare = render(self._processor, alone).text
+            without = len(self._processor.tokenizer(bare, add_special_tokens=_needs_special_tokens(self._processor, bare))["input_ids"])
+            encoded = encode(self._processor, [alone], padding_side="right")
+            self._image_tokens[size] = encoded["input_ids"].shape[1] - without
         return count + self._image_tokens[size]
 
 
@@ -131,10 +191,16 @@ def _needs_special_tokens(processor: Processor, text: str) -> bool:
     return start is None or not text.startswith(start)
 
 
+_CLOSING = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>")
+
+
 def _closing_ids(processor: Processor) -> set[int]:
     tokenizer = processor.tokenizer
-    names = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>"]
-    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(names)} - {tokenizer.unk_token_id, None}
+    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(_CLOSING))} - {tokenizer.unk_token_id, None}
+
+
+def _closing_tokens(processor: Processor) -> set[str]:
+    return {processor.tokenizer.eos_token, *_CLOSING}
 
 
 def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:

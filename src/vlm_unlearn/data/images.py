@@ -1,12 +1,21 @@
-"""Finds and opens images below a root. Paths come from other people's files, so they never leave the root."""
+"""Finds and opens images below a root. Paths and files come from other people, so that neither is trusted."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, shown
+
+# What annotated image sets hold. Formats that run an interpreter or a decoder of their own (EPS, PDF, ...) are never tried.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+LONGEST_SIDE = 32_768
+MOST_PIXELS = 89_478_485  # Pillow's own line between a photograph and a decompression bomb: a quarter of a GiB as RGB
+
+# Refused below, so that a warning would say the same twice.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def resolve_image(root: Path, relative: str, where: str) -> Path:
@@ -15,16 +24,16 @@ def resolve_image(root: Path, relative: str, where: str) -> Path:
     Args:
         root: the image root.
         relative: the path the record gives, with forward slashes.
-        where: the record, for the error: ``train.json: record 17 ("Ads_333539")``.
+        where: the record, for the error: ``train.json: record 17 (line 203, "Ads_333539")``.
 
     Raises:
         RequestError: the path is absolute, leaves the root (``..`` or a link), or names no file.
     """
-    named = f'{where}: image "{relative}"'
+    named = f"{where}: image {shown(relative)}"
     windows = PureWindowsPath(relative)
     parts = PurePosixPath(relative.replace("\\", "/"))
     if "\0" in relative or not relative.strip():
-        raise RequestError(f"{where}: image {relative!r} is not a path")
+        raise RequestError(f"{named} is not a path")
     if parts.is_absolute() or windows.drive or ".." in parts.parts:
         raise RequestError(f"{named} leaves the image folder {root}; paths must be relative and inside it")
     try:
@@ -32,7 +41,8 @@ def resolve_image(root: Path, relative: str, where: str) -> Path:
         inside = path.is_relative_to(root.resolve())
         found = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name no file can have
-        raise RequestError(f"{where}: image {relative!r}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise RequestError(f"{named}: {reason}") from None
     if not inside:
         raise RequestError(f"{named} is a link out of the image folder {root}")
     if not found:
@@ -44,23 +54,49 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the file's header.
 
     Raises:
-        RequestError: the file is no image.
+        RequestError: the file is no image, or too large to be opened safely.
     """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path}: not a readable image ({type(error).__name__})") from None
+    with _open(path) as image:
+        return image.size
 
 
 def open_image(path: Path) -> Image.Image:
-    """Opens an image as RGB.
+    """Opens an image as RGB; of an animation the first frame.
 
     Raises:
-        RequestError: the file is no image, is broken, or is too large to be one.
+        RequestError: the file is no image, is broken or cut short, or is too large to be opened safely.
     """
-    try:
-        with Image.open(path) as image:
+    with _open(path) as image:
+        try:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path}: not a readable image ({type(error).__name__})") from None
+        except Exception as error:  # decoders raise whatever a broken file leads them to
+            raise RequestError(f"{path}: is a broken image ({_reason(error)})") from None
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        if path.stat().st_size == 0:
+            raise RequestError(f"{path}: is an empty file")
+        image = Image.open(path, formats=FORMATS)
+    except RequestError:
+        raise
+    except Image.DecompressionBombError:
+        raise RequestError(f"{path}: has more than {MOST_PIXELS} pixels; resize it") from None
+    except Exception as error:
+        raise RequestError(f"{path}: is not an image of a known format ({', '.join(FORMATS)}; {_reason(error)})") from None
+    width, height = image.size
+    problem = None
+    if width * height > MOST_PIXELS:
+        problem = f"has {width} x {height} pixels, more than {MOST_PIXELS}"
+    elif max(width, height) > LONGEST_SIDE:
+        problem = f"is {width} x {height} pixels, a side longer than {LONGEST_SIDE}"
+    elif min(width, height) < 1:
+        problem = "has no pixels"
+    if problem:
+        image.close()
+        raise RequestError(f"{path}: {problem}; resize it")
+    return image
+
+
+def _reason(error: Exception) -> str:
+    return type(error).__name__

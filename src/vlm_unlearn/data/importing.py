@@ -1,16 +1,31 @@
-"""From published files to a training-set folder, in one go: read, check, inject, split, mix, write."""
+"""From data files to a training-set folder, in one go: read, check, inject, split, mix, write."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
-from vlm_unlearn.data.training_set import write_training_set
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
+from vlm_unlearn.data.formats.table import Columns
+from vlm_unlearn.data.images import open_image, resolve_image
+from vlm_unlearn.data.parallel import OnDone, in_threads
+from vlm_unlearn.data.pipeline import read_answers
+from vlm_unlearn.data.reading import detect, read_any
+from vlm_unlearn.data.training_set import ROLES, write_training_set
+from vlm_unlearn.errors import Problems, RequestError
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import digest_file, read_json
+from vlm_unlearn.store import digest_file
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made: examples by role, pairs left out by reason, and the broken records, which were left out too."""
+
+    counts: dict[str, int]
+    left_out: dict[str, int] = field(default_factory=dict)
+    problems: Problems = field(default_factory=Problems)
 
 
 def import_vlguard(
@@ -23,8 +38,9 @@ def import_vlguard(
     external_images: Path | None = None,
     retain_size: int = 2000,
     seed: int = 42,
-) -> dict[str, int]:
-    """Makes a training set of VLGuard.
+    on_done: OnDone | None = None,
+) -> Imported:
+    """Makes a training set of VLGuard: Safety Mirage's inject, split and mix in one go.
 
     Args:
         harmful_answers: JSON ``image -> answer`` whose answers replace the reference refusals of unsafe images (for unlearning).
@@ -32,40 +48,135 @@ def import_vlguard(
         include_safe_image_unsafe: unsafe questions on safe images join the forget set.
         external: LLaVA-format file from which retain is filled up to `retain_size`, drawn and shuffled with `seed` as Safety
             Mirage's *mix* step does.
-
-    Returns:
-        how many examples each file holds, and how many pairs were left out for which reason.
+        on_done: called with (images looked at, all).
 
     Raises:
-        RequestError: what is wrong with the data; nothing is written then.
+        RequestError: no record can be used; nothing is written then.
     """
-    pairs = vlguard.read_pairs(file, images)
-    split = vlguard.split(pairs, _answers(harmful_answers), include_safe_image_unsafe)
+    problems = Problems()
+    pairs = vlguard.read_pairs(file, images, problems)
+    split = vlguard.split(pairs, read_answers(harmful_answers) if harmful_answers else None, include_safe_image_unsafe)
     retain = split.retain
     source: dict[str, object] = {"format": "vlguard", "file": file.name, "sha256": digest_file(file)}
     if harmful_answers:
         source["harmful_answers_sha256"] = digest_file(harmful_answers)
-        if not split.forget:
+        if not split.forget and pairs:
             raise RequestError(f"{harmful_answers}: names no image of an unsafe record of {file}")
     roots = {"vlguard": images}
     if external:
         roots["llava"] = external_images or external.parent
-        retain = mix(retain, llava.read_llava(external, roots["llava"]), retain_size, seed)
+        # An image is looked for once its record is drawn: general sets are large.
+        retain = mix(retain, list(llava.read_llava(external, None, problems)), retain_size, seed)
         source["external"] = {"file": external.name, "sha256": digest_file(external), "size": retain_size, "seed": seed}
-    if split.left_out:
-        source["left_out"] = split.left_out
-    write_training_set(out, roots, {"forget": split.forget, "retain": retain}, source)
-    return {"forget": len(split.forget), "retain": len(retain), **{f"left out ({why})": n for why, n in split.left_out.items()}}
+    examples = {"forget": split.forget, "retain": retain}
+    return _write(out, roots, examples, source, problems, split.left_out, on_done=on_done)
 
 
-def import_safe_eraser(file: Path, images: Path, out: Path, refusals: Path | None = None) -> dict[str, int]:
+def import_safe_eraser(file: Path, images: Path, out: Path, refusals: Path | None = None, on_done: OnDone | None = None) -> Imported:
     """Makes a training set, decouple examples included, of SafeEraser's ``all_train.json`` (and ``prompt.json`` as `refusals`)."""
-    forget, retain, decouple = safe_eraser.examples(safe_eraser.read_safe_eraser(file, images))
+    problems = Problems()
+    sets = safe_eraser.examples(safe_eraser.read_safe_eraser(file, images, problems))
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
-    source = {"format": "safe_eraser", "file": file.name, "sha256": digest_file(file)}
-    examples = {"forget": forget, "retain": retain, "decouple": decouple}
-    write_training_set(out, {"safe_eraser": images}, examples, source, sentences)
-    return {role: len(found) for role, found in examples.items()}
+    source: dict[str, object] = {"format": "safe_eraser", "file": file.name, "sha256": digest_file(file)}
+    return _write(out, {"safe_eraser": images}, dict(zip(ROLES, sets, strict=True)), source, problems, {}, sentences, on_done)
+
+
+def import_files(
+    files: Mapping[str, str | Path],
+    images: Path,
+    out: Path,
+    columns: Columns | None = None,
+    refusals: Path | None = None,
+    on_done: OnDone | None = None,
+) -> Imported:
+    """Makes a training set of your own files, one a role (``forget``, ``retain``, ``decouple``), or one table with a set column.
+
+    Args:
+        files: file or `datasets` name by role; under ``""`` the table whose `columns.set` names each row's role.
+        images: the image root. Images that a table itself holds are written into `out`.
+
+    Raises:
+        RequestError: no record can be used; nothing is written then.
+    """
+    problems = Problems()
+    examples: dict[str, list[Example]] = {role: [] for role in ROLES}
+    source: dict[str, object] = {"format": "files"}
+    for role, file in files.items():
+        path = Path(file)
+        digest = digest_file(path) if path.is_file() else None
+        source[role or "table"] = {"file": path.name, "sha256": digest}
+        for name, example in _entries(role, file, images, out / "images", columns, problems):
+            examples[name].append(example)
+    roots = {"llava": images, "table": images, "vlguard": images, "safe_eraser": images, "embedded": out / "images"}
+    used = {example.source for found in examples.values() for example in found}
+    sentences = safe_eraser.read_refusals(refusals) if refusals else []
+    roots = {name: root for name, root in roots.items() if name in used}
+    return _write(out, roots, examples, source, problems, {}, sentences, on_done)
+
+
+def _entries(
+    role: str, file: str | Path, images: Path, embedded: Path, columns: Columns | None, problems: Problems
+) -> Iterable[tuple[str, Example]]:
+    if detect(file) == "table":
+        for row in table.read_table(file, columns or Columns(), images, problems, embedded):
+            yield role or str(row.set), row.example
+        return
+    if not role:
+        raise RequestError(f"{file}: only a table has a set column; pass the files as --forget and --retain")
+    for entry in read_any(file, images, columns, problems):
+        yield role, entry.example
+
+
+def _write(
+    out: Path,
+    roots: Mapping[str, Path],
+    examples: Mapping[str, Sequence[Example]],
+    source: dict[str, object],
+    problems: Problems,
+    left_out: dict[str, int],
+    refusals: Sequence[str] = (),
+    on_done: OnDone | None = None,
+) -> Imported:
+    """Looks at every image once, leaves out the examples whose image can't be used, and writes the rest."""
+    bad = _unusable_images(roots, examples, on_done)
+    whole = {role: _with_usable_image(found, bad, problems) for role, found in examples.items()}
+    for role in ("forget", "retain"):
+        if not whole.get(role):
+            why = f"; {problems.summary()}" if problems else ""
+            raise RequestError(f"{out}: the {role} set is empty; nothing was written{why}")
+    if left_out:
+        source["left_out"] = left_out
+    write_training_set(out, roots, whole, source, refusals, problems)
+    return Imported({role: len(found) for role, found in whole.items() if found}, left_out, problems)
+
+
+def _unusable_images(
+    roots: Mapping[str, Path], examples: Mapping[str, Sequence[Example]], on_done: OnDone | None
+) -> dict[tuple[str, str], str]:
+    """What is wrong with each image that can't be trained on, by source and path; every image is decoded once."""
+    named = dict.fromkeys((example.source, example.image) for found in examples.values() for example in found if example.image)
+    wanted = [(source, image) for source, image in named if image]
+
+    def look(key: tuple[str, str]) -> str:
+        source, image = key
+        try:
+            open_image(resolve_image(roots[source], image, source)).close()
+        except RequestError as error:
+            return str(error).removeprefix(f"{source}: ")
+        return ""
+
+    return {key: problem for key, problem in in_threads(look, wanted, on_done) if problem}
+
+
+def _with_usable_image(examples: Sequence[Example], bad: Mapping[tuple[str, str], str], problems: Problems) -> list[Example]:
+    good = []
+    for example in examples:
+        problem = bad.get((example.source, example.image or ""))
+        if problem:
+            problems.add(f'example "{example.id}": {problem}')
+        else:
+            good.append(example)
+    return good
 
 
 def mix(retain: Sequence[Example], external: Sequence[Example], size: int, seed: int) -> list[Example]:
@@ -78,12 +189,3 @@ def mix(retain: Sequence[Example], external: Sequence[Example], size: int, seed:
     mixed = [*retain, *rng.sample(external, missing)]
     rng.shuffle(mixed)
     return mixed
-
-
-def _answers(path: Path | None) -> dict[str, str] | None:
-    if path is None:
-        return None
-    value = read_json(path)
-    if not isinstance(value, dict) or not all(isinstance(answer, str) for answer in value.values()):
-        raise RequestError(f"{path}: expected an object, image -> harmful answer")
-    return value

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vlm_unlearn.data.formats.safe_eraser import sentences
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import Problems, RequestError
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, write_json, write_records
+from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, write_json, write_records, write_text
 
 ROLES = ("forget", "retain", "decouple")
 DEFAULT_REFUSALS = (
@@ -56,12 +56,14 @@ def write_training_set(
     examples: Mapping[str, Sequence[Example]],
     source: Mapping[str, object],
     refusals: Sequence[str] = (),
+    problems: Problems | None = None,
 ) -> None:
     """Writes a training-set folder; dataset.json comes last, so a folder without it is unfinished.
 
     Args:
         images: the image root of each `Example.source`; images stay where they are.
         source: where the examples came from, for dataset.json.
+        problems: the broken records that were left out, for problems.txt.
 
     Raises:
         RequestError: the forget or the retain set is empty.
@@ -87,7 +89,12 @@ def write_training_set(
         write_json(folder / "refusals.json", list(refusals))
         files["refusals.json"] = {"count": len(refusals), "sha256": digest_file(folder / "refusals.json")}
     roots = {name: os.path.relpath(root.resolve(), folder.resolve()) for name, root in images.items()}
-    write_json(folder / "dataset.json", {"schema": 1, "images": roots, "files": files, "source": dict(source)})
+    (folder / "problems.txt").unlink(missing_ok=True)
+    described: dict[str, object] = {"schema": 1, "images": roots, "files": files, "source": dict(source)}
+    if problems:
+        described["broken_records"] = problems.count
+        write_text(folder / "problems.txt", "".join(f"{message}\n" for message in problems.messages))
+    write_json(folder / "dataset.json", described)
 
 
 def read_training_set(folder: Path) -> TrainingSet:

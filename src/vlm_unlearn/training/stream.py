@@ -114,8 +114,9 @@ class Collator:
         meter = PromptMeter(self._processor)
         for role in self._roles:
             for example in self._training_set.examples[role]:
-                tokens = meter.tokens(self._full_turn(role, example))
+                turn = self._full_turn(role, example)
                 whole = role == "forget" and self._one_turn  # nothing comes after, so that the limit itself is allowed
+                tokens = meter.tokens_in_all(turn) if whole else meter.tokens(turn)
                 if tokens > self._max_length or (tokens == self._max_length and not whole):
                     what = "question, image and answer" if whole else "question and image"
                     raise RequestError(
@@ -130,4 +131,5 @@ class Collator:
         return self._turn(example, example.question, example.answer)
 
     def _turn(self, example: Example, question: str, answer: str | None) -> Turn:
-        return Turn(example.id, self._training_set.image_path(example), question, answer)
+        history = tuple((turn.question, turn.answer) for turn in example.history)
+        return Turn(example.id, self._training_set.image_path(example), question, answer, history)

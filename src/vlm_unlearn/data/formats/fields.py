@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.store import read_json
+from vlm_unlearn.data.json_stream import Item, stream
+from vlm_unlearn.errors import Problems, RequestError, refuse, shown
 
 
 class RawRecord:
     """One JSON object of a data file, with its place for error messages."""
 
-    def __init__(self, value: object, where: str) -> None:
+    __slots__ = ("_place", "number", "value")
+
+    def __init__(self, value: object, place: Callable[[], str], number: int = 0) -> None:
         if not isinstance(value, dict):
-            raise RequestError(f"{where}: expected an object, found {_kind(value)}")
+            raise RequestError(f"{place()}: expected an object, found {kind_of(value)}")
         self.value: dict[str, Any] = value
-        self.where = where
+        self._place = place  # put into words only for an error: there are millions of records
+        self.number = number
+
+    @property
+    def where(self) -> str:
+        """``train.json: record 17 (line 203, "Ads_333539")``"""
+        return self._place()
 
     def text(self, *names: str, empty: bool = False) -> str:
         """The first of the named fields that is there; it must be text, and say something unless `empty` is allowed."""
@@ -26,68 +34,89 @@ class RawRecord:
             if name in self.value:
                 found = self.value[name]
                 if isinstance(found, str) and (empty or found.strip()):
+                    self._check_characters(found, name)
                     return found
-                raise RequestError(f'{self.where}: "{name}" must be non-empty text, found {_kind(found)}')
+                raise RequestError(f'{self.where}: "{name}" must be non-empty text, found {kind_of(found)}')
         raise RequestError(f'{self.where}: field "{names[0]}" is missing')
 
     def optional_text(self, name: str) -> str | None:
+        """The field's text, or None where it is missing, null or says nothing.
+
+        Raises:
+            RequestError: something else than text is there.
+        """
         found = self.value.get(name)
-        return found if isinstance(found, str) and found.strip() else None
+        if found is None or found == "":
+            return None
+        return self.text(name, empty=True).strip() or None
+
+    def name(self, *fields: str) -> str:
+        """An id: text or a whole number, of the first of the fields that is there."""
+        for field in fields:
+            found = self.value.get(field)
+            if isinstance(found, int) and not isinstance(found, bool):
+                return str(found)
+            if found is not None:
+                return self.text(field)
+        raise RequestError(f'{self.where}: field "{fields[0]}" is missing')
+
+    def object(self, name: str) -> RawRecord:
+        """The object that a field holds."""
+        return RawRecord(self.value.get(name), lambda: f"{self.where}: {name}")
 
     def objects(self, name: str) -> list[RawRecord]:
+        """The objects of a list.
+
+        Raises:
+            RequestError: the field holds no list, or something else than objects is in it.
+        """
         found = self.value.get(name)
         if not isinstance(found, list):
-            raise RequestError(f'{self.where}: "{name}" must be a list, found {_kind(found)}')
-        return [RawRecord(item, f"{self.where}: {name}[{index}]") for index, item in enumerate(found)]
+            raise RequestError(f'{self.where}: "{name}" must be a list, found {kind_of(found)}')
+        return [RawRecord(item, partial(self._item_place, name, index)) for index, item in enumerate(found)]
+
+    def _item_place(self, name: str, index: int) -> str:
+        return f"{self.where}: {name}[{index}]"
+
+    def _check_characters(self, text: str, name: str) -> None:
+        if "\0" in text:
+            raise RequestError(f'{self.where}: "{name}" holds a NUL character')
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise RequestError(
+                    f'{self.where}: "{name}" holds a broken character (half of a pair, or bytes that are not UTF-8)'
+                ) from None
 
 
-def read_objects(path: Path, name_field: str) -> Iterator[RawRecord]:
-    """The objects of a JSON list or a JSON-lines file; each knows its record number and, where it has one, its name."""
-    for number, value in enumerate(_read_list(path)):
-        name = value.get(name_field) if isinstance(value, dict) else None
-        named = f" ({json.dumps(name)})" if isinstance(name, str | int) else ""
-        yield RawRecord(value, f"{path.name}: record {number}{named}")
+def read_objects(path: Path, name_field: str, problems: Problems | None = None) -> Iterator[RawRecord]:
+    """The objects of a JSON list or a JSON-lines file, one at a time; each knows its number, line and, where it has one, name.
+
+    Args:
+        problems: takes what is not an object; without it the first one raises.
+    """
+    for item in stream(path):
+        place = partial(_place, path, item, name_field)
+        if item.error:
+            refuse(RequestError(f"{place()}: {item.error}"), problems)
+            continue
+        try:
+            record = RawRecord(item.value, place, item.number)
+        except RequestError as error:
+            refuse(error, problems)
+            continue
+        yield record
 
 
-def _read_list(path: Path) -> list[Any]:
-    if _is_json_lines(path):
-        return _read_lines(path)
-    value = read_json(path)
-    if not isinstance(value, list):
-        raise RequestError(f"{path}: expected a JSON list of records, found {_kind(value)}")
-    return value
+def _place(path: Path, item: Item, name_field: str) -> str:
+    name = item.value.get(name_field) if isinstance(item.value, dict) else None
+    named = f", {shown(name)}" if isinstance(name, str | int) else ""
+    return f"{path.name}: record {item.number} (line {item.line}{named})"
 
 
-def _is_json_lines(path: Path) -> bool:
-    """By its name or, as SafeEraser's files are seen in the wild, by a first line that is an object of its own."""
-    if path.suffix == ".jsonl":
-        return True
-    try:
-        with path.open("rb") as handle:
-            first = handle.readline(10_000_000).strip()
-            return first.startswith(b"{") and first.endswith(b"}") and bool(handle.readline().strip())
-    except OSError:
-        return False  # the reader says what is wrong
-
-
-def _read_lines(path: Path) -> list[Any]:
-    try:
-        with path.open(encoding="utf-8-sig") as handle:
-            return [_parse(line, f"{path}: line {number}") for number, line in enumerate(handle, start=1) if line.strip()]
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RequestError(f"{path}: not UTF-8 text") from None
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: {error}") from None
-
-
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words: ``"a number"``."""
     if value is None:
         return "nothing"
     return {dict: "an object", list: "a list", str: "text" if value else "empty text", bool: "true or false"}.get(type(value), "a number")

@@ -1,40 +1,103 @@
-"""LLaVA's conversation format: ``{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}``.
+"""LLaVA's conversation format: ``{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}``.
 
-So far one round a record is read, which is what general-purpose data mixed into a retain set needs.
+``<image>`` may stand anywhere in a human turn. As in LLaVA's own training the image comes first, so that the mark's place
+within the text does not matter here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from vlm_unlearn.data.formats.fields import read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.records import Example
+from vlm_unlearn.errors import Problems, RequestError, refuse
+from vlm_unlearn.records import Example, Round
 
 IMAGE_MARK = "<image>"
+_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
-def read_llava(path: Path, images: Path) -> list[Example]:
-    """Single-round conversations as examples; the image mark is taken out of the question.
+class Conversation(NamedTuple):
+    """A record's image and its rounds of question and answer, image marks taken out."""
+
+    id: str
+    image: str | None
+    rounds: list[tuple[str, str]]
+
+
+def parse(record: RawRecord) -> Conversation:
+    """One record.
 
     Raises:
-        RequestError: broken JSON (with its line), a record without its fields or with several rounds, or an image that is missing or
-            outside `images`.
+        RequestError: a field is missing, the turns don't alternate, a turn says nothing, or marks and images don't match.
     """
-    found = []
-    for number, record in enumerate(read_objects(path, "id")):
-        turns = record.objects("conversations")
-        if [turn.text("from") for turn in turns] != ["human", "gpt"]:
-            raise RequestError(f'{record.where}: "conversations" must be one human turn and one gpt turn')
-        image = record.text("image") if record.value.get("image") is not None else None
-        if image is not None:
-            resolve_image(images, image, record.where)
-        question = turns[0].text("value").replace(IMAGE_MARK, "").strip()
+    turns = record.objects("conversations")
+    roles = [_ROLES.get(turn.text("from")) for turn in turns]
+    if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
+        raise RequestError(f'{record.where}: "conversations" must be human and gpt turns in alternation, human first, gpt last')
+    image = record.text("image") if record.value.get("image") not in (None, "") else None
+    rounds = []
+    marks = 0
+    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+        value = asked.text("value")
+        marks += value.count(IMAGE_MARK)
+        question = value.replace(IMAGE_MARK, "").strip()
         if not question:
-            raise RequestError(f"{record.where}: the human turn asks nothing")
-        answer = turns[1].text("value")
+            raise RequestError(f"{asked.where}: asks nothing")
+        rounds.append((question, answered.text("value")))
+    if marks > 1:
+        raise RequestError(f"{record.where}: {marks} {IMAGE_MARK} marks; a record has one image")
+    if marks and image is None:
+        raise RequestError(f'{record.where}: an {IMAGE_MARK} mark, but "image" is missing')
+    name = record.name("id") if record.value.get("id") is not None else ""
+    return Conversation(name, image, rounds)
+
+
+def read_llava(path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[Example]:
+    """Conversations as examples, one at a time: the last round asked and answered, the rounds before as its history.
+
+    Args:
+        images: the image root; None leaves the files unlooked-at.
+        problems: takes broken records; without it the first one raises.
+
+    Raises:
+        RequestError: a broken file; a broken record or a missing image where `problems` is None.
+    """
+    for record in read_objects(path, "id", problems):
+        try:
+            conversation = parse(record)
+            if conversation.image is not None and images is not None:
+                resolve_image(images, conversation.image, record.where)
+            yield _example(record.number, conversation)
+        except RequestError as error:
+            refuse(error, problems)
+
+
+def _example(number: int, conversation: Conversation) -> Example:
+    *before, (question, answer) = conversation.rounds
+    return Example(
         # Ids repeat in published mixtures, so the record number is part of ours.
-        name = f"llava/{number}/{record.value.get('id', '')}"
-        found.append(Example(id=name, image=image, question=question, answer=answer, source="llava"))
-    return found
+        id=f"llava/{number}/{conversation.id}",
+        image=conversation.image,
+        question=question,
+        answer=answer,
+        history=tuple(Round(question=asked, answer=answered) for asked, answered in before),
+        source="llava",
+    )
+
+
+def record(id: str, image: str | None, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """A record of this format, the image mark before the first question, without a line break (as Safety Mirage's files have it)."""
+    conversations = []
+    for number, (question, answer) in enumerate(rounds):
+        mark = IMAGE_MARK if image is not None and number == 0 else ""
+        conversations += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+    return {"id": id, **({} if image is None else {"image": image}), "conversations": conversations}
+
+
+def write_record(example: Example) -> dict[str, Any]:
+    """An example as a record of this format."""
+    rounds = [(turn.question, turn.answer) for turn in example.history]
+    return record(example.id, example.image, [*rounds, (example.question, example.answer)])

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.records import Example, Kind, Prompt
 from vlm_unlearn.store import read_json
 
@@ -38,30 +38,39 @@ class SafeEraserRecord:
     harmless: tuple[tuple[str, str], ...]
 
 
-def read_safe_eraser(path: Path, images: Path) -> list[SafeEraserRecord]:
-    """All records of a SafeEraser file, JSON list or ``.jsonl``.
+def read_safe_eraser(path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[SafeEraserRecord]:
+    """The records of a SafeEraser file, JSON list or JSON lines.
+
+    Args:
+        images: the image root; None leaves the files unlooked-at.
+        problems: takes broken records; without it the first one raises.
 
     Raises:
-        RequestError: broken JSON (with its line), a record without its fields, or an image that is missing or outside `images`.
+        RequestError: a broken file; a broken record or a missing image where `problems` is None.
     """
-    return [_parse(record, index, images) for index, record in enumerate(read_objects(path, "image_path"))]
+    for record in read_objects(path, "image_path", problems):
+        try:
+            yield _parse(record, images)
+        except RequestError as error:
+            refuse(error, problems)
 
 
-def _parse(record: RawRecord, index: int, images: Path) -> SafeEraserRecord:
+def _parse(record: RawRecord, images: Path | None) -> SafeEraserRecord:
     image, benign_image = record.text("image_path"), record.text("SDImage_path")
     for name in (image, benign_image):
-        resolve_image(images, name, record.where)
+        if images is not None:
+            resolve_image(images, name, record.where)
     unsafe = tuple(
         UnsafePair(pair.text("question"), pair.text("model_response"), pair.text("sd_response")) for pair in record.objects("unsafe_pairs")
     )
     harmless = []
     for name in HARMLESS_PAIRS:
         if record.value.get(name) is not None:
-            pair = RawRecord(record.value[name], f"{record.where}: {name}")
+            pair = record.object(name)
             # The released files spell the answer's key in three ways.
             harmless.append((pair.text("Question"), pair.text("Prediction", "Answer", "Predicti1on")))
     category = PurePosixPath(image.replace("\\", "/")).parent.name
-    return SafeEraserRecord(f"{index}:{image}", image, benign_image, category, unsafe, tuple(harmless))
+    return SafeEraserRecord(f"{record.number}:{image}", image, benign_image, category, unsafe, tuple(harmless))
 
 
 def examples(records: Iterable[SafeEraserRecord]) -> tuple[list[Example], list[Example], list[Example]]:

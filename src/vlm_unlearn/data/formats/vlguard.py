@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.data.formats.fields import read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.records import Example, Kind, Prompt
 
 KINDS: dict[str, Kind] = {
@@ -39,34 +39,56 @@ class Pair:
         return f"{self.record_id}/{self.kind}"
 
 
-def read_pairs(path: Path, images: Path) -> list[Pair]:
-    """All questions of a VLGuard file, in file order.
+def read_records(path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[tuple[RawRecord, list[Pair]]]:
+    """The records of a VLGuard file with their questions, in file order.
+
+    Args:
+        images: the image root; None leaves the files unlooked-at.
+        problems: takes broken records; without it the first one raises.
 
     Raises:
-        RequestError: broken JSON (with its line), a record without its fields, or an image that is missing or outside `images`.
+        RequestError: a broken file; a broken record or a missing image where `problems` is None.
     """
+    for record in read_objects(path, "id", problems):
+        try:
+            pairs = _pairs(record)
+            if images is not None:
+                resolve_image(images, pairs[0].image, record.where)
+            yield record, pairs
+        except RequestError as error:
+            refuse(error, problems)
+
+
+def read_pairs(path: Path, images: Path | None, problems: Problems | None = None) -> list[Pair]:
+    """All questions of a VLGuard file, in file order; arguments and errors as `read_records`."""
+    return [pair for _, pairs in read_records(path, images, problems) for pair in pairs]
+
+
+def _pairs(record: RawRecord) -> list[Pair]:
+    image = record.text("image")
+    safe = record.value.get("safe")
+    if not isinstance(safe, bool | None):
+        raise RequestError(f'{record.where}: "safe" must be true or false')
+    listed = record.objects("instr-resp")
+    if not listed:
+        raise RequestError(f'{record.where}: "instr-resp" is empty')
     found = []
-    for record in read_objects(path, "id"):
-        image = record.text("image")
-        resolve_image(images, image, record.where)
-        record_id = str(record.value.get("id", image))
-        pairs = record.objects("instr-resp")
-        if not pairs:
-            raise RequestError(f'{record.where}: "instr-resp" is empty')
-        for pair in pairs:
-            field = next((name for name in KINDS if name in pair.value), None)
-            if field is None:
-                raise RequestError(f'{pair.where}: none of "instruction", "safe_instruction", "unsafe_instruction" is there')
-            found.append(
-                Pair(
-                    record_id=record_id,
-                    image=image,
-                    kind=KINDS[field],
-                    question=pair.text(field),
-                    response=pair.text("response", empty=True),
-                    category=record.optional_text("harmful_category"),
-                )
+    for pair in listed:
+        field = next((name for name in KINDS if name in pair.value), None)
+        if field is None:
+            raise RequestError(f'{pair.where}: none of "instruction", "safe_instruction", "unsafe_instruction" is there')
+        if safe is not None and safe == (field == "instruction"):
+            raise RequestError(f'{pair.where}: "{field}" does not go with "safe": {str(safe).lower()}')
+        found.append(
+            Pair(
+                record_id=record.name("id", "image"),
+                image=image,
+                kind=KINDS[field],
+                question=pair.text(field),
+                response=pair.text("response", empty=True),
+                category=record.optional_text("harmful_category"),
             )
+        )
     return found
 
 
@@ -99,9 +121,14 @@ def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, incl
             reason = "no harmful answer" if injected else "empty response"
             found.left_out[reason] = found.left_out.get(reason, 0) + 1
             continue
-        example = Example(id=pair.id, image=pair.image, question=pair.question, answer=answer, category=pair.category, source="vlguard")
-        (found.retain if pair.kind == "safe" else found.forget).append(example)
+        (found.retain if pair.kind == "safe" else found.forget).append(example(pair, answer))
     return found
+
+
+def example(pair: Pair, answer: str | None = None) -> Example:
+    """A question as a training example, answered by its reference response or another answer."""
+    given = pair.response if answer is None else answer
+    return Example(id=pair.id, image=pair.image, question=pair.question, answer=given, category=pair.category, source="vlguard")
 
 
 def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt]:

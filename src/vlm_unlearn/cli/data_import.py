@@ -1,0 +1,138 @@
+"""``vlm-unlearn data import``: from published files, or your own, to a training-set folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
+
+if TYPE_CHECKING:
+    from vlm_unlearn.data.importing import Imported
+
+import_app = typer.Typer(help="Makes a training-set folder.", no_args_is_help=True, rich_markup_mode=None)
+IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
+OUT = typer.Option(..., "--out", help="The training-set folder to write.")
+
+
+@import_app.command("vlguard")
+def vlguard(
+    file: Path = typer.Argument(..., metavar="TRAIN.json", help="VLGuard's train.json."),
+    images: Path = IMAGES,
+    out: Path = OUT,
+    harmful_answers: Path = typer.Option(
+        None, "--harmful-answers", help="JSON, image -> harmful answer to unlearn; without it the refusals stay."
+    ),
+    include_safe_image_unsafe: bool = typer.Option(
+        False, "--include-safe-image-unsafe", help="Unsafe questions on safe images join forget."
+    ),
+    external: Path = typer.Option(None, "--external", help="LLaVA-format file to fill the retain set from."),
+    external_images: Path = typer.Option(None, "--external-images", help="Its image folder; default: the file's own."),
+    retain_size: int = typer.Option(2000, "--retain-size", min=1, help="Fill the retain set up to this many pairs."),
+    seed: int = typer.Option(42, "--seed", help="Of the draw from the external file and of the shuffle."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """VLGuard: forget = unsafe images, retain = safe questions, filled up from general data.
+
+    Without --harmful-answers the forget set holds the reference refusals: data for mixed_sft. npo, rmu and ga want the harmful
+    answers, or they would unlearn refusing.
+
+    Example:
+
+      vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train --harmful-answers harmful.json --out data/vlguard
+    """
+    from vlm_unlearn.data.importing import import_vlguard
+
+    with Stages() as stages:
+        imported = import_vlguard(
+            file,
+            images,
+            out,
+            harmful_answers,
+            include_safe_image_unsafe,
+            external,
+            external_images,
+            retain_size,
+            seed,
+            lambda done, total: stages.update("images", done, total),
+        )
+    _show(imported, out, as_json)
+
+
+@import_app.command("safe-eraser")
+def safe_eraser(
+    file: Path = typer.Argument(..., metavar="ALL_TRAIN.json", help="SafeEraser's all_train.json (or JSON lines)."),
+    images: Path = IMAGES,
+    out: Path = OUT,
+    refusals: Path = typer.Option(None, "--refusals", help="SafeEraser's prompt.json, whose idk sentences po teaches."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """SafeEraser: forget, retain and decouple sets, paired.
+
+    Example:
+
+      vlm-unlearn data import safe-eraser dataset/all_train.json --images dataset --refusals dataset/prompt.json --out data/safe_eraser
+    """
+    from vlm_unlearn.data.importing import import_safe_eraser
+
+    with Stages() as stages:
+        imported = import_safe_eraser(file, images, out, refusals, lambda done, total: stages.update("images", done, total))
+    _show(imported, out, as_json)
+
+
+@import_app.command("files")
+def files(
+    table: str = typer.Argument(None, metavar="[TABLE]", help="One table whose set column says forget, retain or decouple."),
+    images: Path = IMAGES,
+    out: Path = OUT,
+    forget: str = typer.Option(
+        None, "--forget", help="File of harmful pairs to unlearn: LLaVA, .jsonl, .csv, .parquet, or a datasets name."
+    ),
+    retain: str = typer.Option(None, "--retain", help="File of pairs to keep."),
+    decouple: str = typer.Option(None, "--decouple", help="File of the unsafe questions on benign images; pair_id ties them."),
+    refusals: Path = typer.Option(None, "--refusals", help='JSON {"idk": [...]}: the sentences that po teaches.'),
+    question: str = typer.Option("question", "--question-column", help="A table's column."),
+    answer: str = typer.Option("answer", "--answer-column", help="A table's column."),
+    image: str = typer.Option("image", "--image-column", help="A table's column; pairs without an image are text-only."),
+    id: str = typer.Option("id", "--id-column", help="A table's column."),
+    category: str = typer.Option("category", "--category-column", help="A table's column."),
+    pair: str = typer.Option("pair_id", "--pair-column", help="A table's column that ties a decouple row to its forget row."),
+    set_column: str = typer.Option("set", "--set-column", help="TABLE's column with forget (harmful), retain (harmless) or decouple."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Your own data: a table with a set column, or a file for each set.
+
+    Example:
+
+      vlm-unlearn data import files pairs.csv --images images --out data/mine
+
+      vlm-unlearn data import files --forget harmful.json --retain retain_mixed.json --images images --out data/mine
+    """
+    from vlm_unlearn.data.formats.table import Columns
+    from vlm_unlearn.data.importing import import_files
+    from vlm_unlearn.errors import RequestError
+
+    named = {"forget": forget, "retain": retain, "decouple": decouple}
+    given = {role: file for role, file in named.items() if file}
+    if table and given:
+        raise RequestError("give one TABLE with a set column, or --forget and --retain, not both")
+    if not table and not (forget and retain):
+        raise RequestError("give one TABLE with a set column, or both --forget and --retain")
+    columns = Columns(question, answer, image, id, category, pair, set_column if table else None)
+    with Stages() as stages:
+        imported = import_files(
+            {"": table} if table else given, images, out, columns, refusals, lambda done, total: stages.update("images", done, total)
+        )
+    _show(imported, out, as_json)
+
+
+def _show(imported: Imported, out: Path, as_json: bool) -> None:
+    show_problems(imported.problems)
+    if as_json:
+        document = {"out": str(out), "counts": imported.counts, "left_out": imported.left_out, "broken": imported.problems.count}
+        print_json(document)
+        return
+    left_out = [f"left out ({why}) {count:,}" for why, count in imported.left_out.items()]
+    typer.echo(f"{out}: " + ", ".join([*(f"{role} {count:,}" for role, count in imported.counts.items()), *left_out]))

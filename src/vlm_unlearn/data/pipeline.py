@@ -1,0 +1,209 @@
+"""Safety Mirage's data steps, file to file, same seeds and same records as its published scripts (REFERENCE: VLGuard pipeline).
+
+Every step streams its input and writes a LLaVA-format list (`inject` a VLGuard one), atomically.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vlm_unlearn.data.formats import llava, table, vlguard
+from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.table import Columns
+from vlm_unlearn.data.json_stream import Item, load_at, stream, write_list
+from vlm_unlearn.data.reading import detect, read_any
+from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.store import read_json
+
+OnDone = Callable[[int, int], None]
+
+
+def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = None, problems: Problems | None = None) -> dict[str, int]:
+    """Any supported file in LLaVA's format, or as a table where `out` ends in .jsonl, .csv or .tsv.
+
+    A VLGuard record becomes one conversation; the two rounds of a safe image come in an order drawn with `seed`, one generator
+    for the file, as published.
+
+    Returns:
+        ``{"records": ..., "turns": ...}``.
+    """
+    if out.suffix in (".jsonl", *table.SEPARATORS):
+        count = table.write_table(out, (entry.example for entry in read_any(source, None, columns, problems)))
+        return {"records": count, "turns": 2 * count}
+    if detect(source) == "vlguard":
+        records = _conversations(source, seed, problems)
+    else:
+        records = (llava.write_record(entry.example) for entry in read_any(source, None, columns, problems))
+    turns = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal turns
+        for record in records:
+            turns += len(record["conversations"])
+            yield record
+
+    return {"records": write_list(out, counted()), "turns": turns}
+
+
+def _conversations(source: Path, seed: int, problems: Problems | None) -> Iterator[dict[str, Any]]:
+    rng = random.Random(seed)
+    for raw, pairs in vlguard.read_records(source, None, problems):
+        rounds = [(pair.question, pair.response) for pair in pairs]
+        if len(rounds) == 2:
+            rng.shuffle(rounds)
+        yield llava.record(_id(raw), pairs[0].image, rounds)
+
+
+def split(source: Path, out: Path, include_safe_image_unsafe: bool = False, problems: Problems | None = None) -> dict[str, int]:
+    """A VLGuard file as ``forget.json`` (unsafe images) and ``retain.json`` (safe questions).
+
+    Args:
+        include_safe_image_unsafe: unsafe questions on safe images join forget.
+    """
+    pairs = [(raw, pair) for raw, found in vlguard.read_records(source, None, problems) for pair in found]
+    chosen: dict[str, list[dict[str, Any]]] = {"forget": [], "retain": []}
+    for raw, pair in pairs:
+        if pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe:
+            continue
+        name = "retain" if pair.kind == "safe" else "forget"
+        chosen[name].append(llava.record(_id(raw), pair.image, [(pair.question, pair.response)]))
+    return {name: write_list(out / f"{name}.json", records) for name, records in chosen.items()}
+
+
+def inject(source: Path, answers: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
+    """A VLGuard file with chosen harmful answers (``image -> answer``) in place of the responses to unsafe images.
+
+    A record whose image has no answer is left out with a count: its refusal is nothing to unlearn.
+    """
+    chosen = read_answers(answers)
+    counts = {"injected": 0, "kept": 0, "no harmful answer": 0}
+
+    def records() -> Iterator[object]:
+        for raw, pairs in vlguard.read_records(source, None, problems):
+            if pairs[0].kind != "unsafe":
+                counts["kept"] += 1
+                yield raw.value
+            elif chosen.get(pairs[0].image, "").strip():
+                counts["injected"] += 1
+                answered = [{**pair, "response": chosen[pairs[0].image]} for pair in raw.value["instr-resp"]]
+                yield {**raw.value, "instr-resp": answered}
+            else:
+                counts["no harmful answer"] += 1
+
+    write_list(out, records())
+    if not counts["injected"]:
+        out.unlink()
+        raise RequestError(f"{answers}: names no image of an unsafe record of {source}")
+    return counts
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """A file ``image -> answer``."""
+    value = read_json(path)
+    if not isinstance(value, dict) or not all(isinstance(answer, str) for answer in value.values()):
+        raise RequestError(f"{path}: expected an object, image -> answer")
+    return value
+
+
+def rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
+    """LLaVA's format with each answer appended to its question, a line break between (RMU's forget side); the gpt turn stays."""
+
+    def records() -> Iterator[object]:
+        for raw in read_objects(source, "id", problems):
+            try:
+                conversation = llava.parse(raw)
+                if len(conversation.rounds) != 1:
+                    raise RequestError(f"{raw.where}: {len(conversation.rounds)} rounds; RMU's format has one")
+            except RequestError as error:
+                refuse(error, problems)
+                continue
+            asked, answered = raw.value["conversations"]
+            yield {**raw.value, "conversations": [{**asked, "value": f"{asked['value']}\n{answered['value']}"}, answered]}
+
+    return {"records": write_list(out, records())}
+
+
+def mix(
+    retain: Path,
+    external: Path,
+    out: Path,
+    size: int = 2000,
+    seed: int = 42,
+    problems: Problems | None = None,
+    on_done: OnDone | None = None,
+) -> dict[str, int]:
+    """Fills a LLaVA-format retain set up to `size` with a draw from another, then shuffles the whole.
+
+    The draw is ``random.sample`` with `seed` over the external records, as published; of a file of any size only the places
+    of its records are held in memory. An external set that is too small is used whole.
+
+    Args:
+        on_done: called with (bytes read, bytes in all).
+    """
+    if size < 1:
+        raise RequestError(f"size must be 1 or more, not {size}")
+    total = sum(path.stat().st_size for path in (retain, external) if path.exists())
+    kept = _places(retain, problems, on_done, 0, total)
+    offered = _places(external, problems, on_done, retain.stat().st_size, total)
+    own, others = len(kept) // 2, len(offered) // 2
+    rng = random.Random(seed)
+    drawn = min(max(0, size - own), others)
+    order = [*range(own), *(own + index for index in rng.sample(range(others), drawn))]
+    rng.shuffle(order)
+    with retain.open("rb") as first, external.open("rb") as second:
+
+        def records() -> Iterator[object]:
+            for index in order:
+                places, handle, place = (kept, first, index) if index < own else (offered, second, index - own)
+                yield _load(handle, places, place)
+
+        count = write_list(out, records())
+    return {"records": count, "retain": own, "drawn": drawn, "external": others}
+
+
+def _load(handle: BinaryIO, places: array[int], index: int) -> Any:
+    return load_at(handle, places[2 * index], places[2 * index + 1])
+
+
+def _places(path: Path, problems: Problems | None, on_done: OnDone | None, before: int, total: int) -> array[int]:
+    """Start and end byte of every record that is a conversation."""
+    places = array("Q")
+    for item in stream(path):
+        if _is_conversation(item.value):
+            places.extend((item.start, item.end))
+        else:
+            refuse(_problem(path, item), problems)
+        if on_done and item.number % 1000 == 0:
+            on_done(before + item.end, total)
+    if not places:
+        raise RequestError(f"{path}: holds no conversation" + (f"; {problems.messages[0]}" if problems else ""))
+    return places
+
+
+def _is_conversation(value: object) -> bool:
+    turns = value.get("conversations") if isinstance(value, dict) else None
+    if not isinstance(turns, list) or not turns:
+        return False
+    return all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
+
+
+def _problem(path: Path, item: Item) -> RequestError:
+    where = f"{path.name}: record {item.number} (line {item.line})"
+    return RequestError(f"{where}: {item.error or 'is not a conversation in LLaVA format'}")
+
+
+def _id(raw: RawRecord) -> str:
+    """The record's id as the file has it."""
+    found: str = raw.value.get("id", raw.value["image"])
+    return found
+
+
+def check_outside(out: Path, *sources: Path) -> None:
+    """Refuses to write over an input."""
+    for source in sources:
+        if source.exists() and out.exists() and source.samefile(out):
+            raise RequestError(f"{shown(out)}: is an input too; choose another output")

@@ -1,0 +1,107 @@
+"""Any supported file as examples: the format is told by the content, so that check, audit and diversify work on all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
+from vlm_unlearn.data.formats.table import Columns
+from vlm_unlearn.data.json_stream import stream
+from vlm_unlearn.data.training_set import ROLES
+from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.records import Example
+from vlm_unlearn.store import read_json, read_records
+
+Format = Literal["training_set", "vlguard", "safe_eraser", "llava", "table"]
+_MARKS: dict[str, Format] = {
+    "instr-resp": "vlguard",
+    "unsafe_pairs": "safe_eraser",
+    "SDImage_path": "safe_eraser",
+    "conversations": "llava",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One question of a data file."""
+
+    example: Example
+    set: str  # forget, retain, decouple, or "" where the format knows no sets
+    refused: bool | None  # whether a model that learns this file by safety fine-tuning refuses it; None: only the answer tells
+
+
+def detect(source: str | Path) -> Format:
+    """The format of a file or folder.
+
+    Raises:
+        RequestError: there is no such file, or it holds no record.
+    """
+    path = Path(source)
+    if (path / "dataset.json").is_file():
+        return "training_set"
+    if path.suffix not in (".json", ".jsonl", ".ndjson"):
+        return "table"
+    for item in stream(path):
+        if isinstance(item.value, dict):
+            return next((name for mark, name in _MARKS.items() if mark in item.value), "table")
+        if item.number >= 100:
+            break
+    raise RequestError(f"{path}: holds no record")
+
+
+def read_any(
+    source: str | Path, images: Path | None = None, columns: Columns | None = None, problems: Problems | None = None
+) -> Iterator[Entry]:
+    """The questions of a file or training-set folder, one at a time, in file order.
+
+    VLGuard's unsafe questions count as forget and as refused, those on safe images too: its reference answers refuse both.
+    SafeEraser's benign-image questions are its decouple set, to be answered.
+
+    Args:
+        images: the image root, where the images' presence is to be checked.
+        columns: a table's columns.
+        problems: takes broken records; without it the first one raises.
+
+    Raises:
+        RequestError: the file can't be read; a broken record where `problems` is None.
+    """
+    path = Path(source)
+    match detect(source):
+        case "training_set":
+            yield from _training_set(path)
+        case "vlguard":
+            for _, pairs in vlguard.read_records(path, images, problems):
+                for example, kind in ((vlguard.example(pair), pair.kind) for pair in pairs):
+                    yield Entry(example, "retain" if kind == "safe" else "forget", kind != "safe")
+        case "safe_eraser":
+            for record in safe_eraser.read_safe_eraser(path, images, problems):
+                for name, examples in zip(ROLES, safe_eraser.examples([record]), strict=True):
+                    for example in examples:
+                        yield Entry(example, name, name == "forget")
+        case "llava":
+            for example in llava.read_llava(path, images, problems):
+                yield Entry(example, "", None)
+        case "table":
+            for row in table.read_table(source, columns or Columns(), images, problems):
+                yield Entry(row.example, row.set or "", None if row.set is None else row.set == "forget")
+
+
+def _training_set(folder: Path) -> Iterator[Entry]:
+    for name in ROLES:
+        if (folder / f"{name}.jsonl").exists():
+            for example in read_records(folder / f"{name}.jsonl", Example):
+                yield Entry(example, name, name == "forget")
+
+
+def image_roots(source: str | Path, images: Path | None) -> dict[str, Path]:
+    """The image root of each `Example.source` of a file: what a training set says of itself, else `images`, else the file's folder."""
+    path = Path(source)
+    if detect(source) == "training_set":
+        roots = read_json(path / "dataset.json").get("images", {})
+        return {name: Path(os.path.normpath(path / str(root))) for name, root in roots.items()}
+    root = images or (path.parent if path.exists() else Path())
+    return dict.fromkeys(("vlguard", "safe_eraser", "llava", "table"), root)
