@@ -128,10 +128,17 @@ class _Window:
         self.byte = start  # of `place` in the file
         self.line = 1
         self.ended = False
+        self._before = 0  # characters between the last line break and the window
+
+    def column(self, place: int) -> int:
+        """The column of a place of the window, from 1."""
+        newline = self.text.rfind("\n", 0, place)
+        return place - newline if newline >= 0 else self._before + place + 1
 
     def more(self) -> None:
         """Drops what was read and doubles what is left, so that a long record costs its length only a few times."""
         left = self.text[self.place :]
+        self._before = self.column(self.place) - 1
         raw = self._handle.read(max(CHUNK, len(left)))
         self.ended = not raw
         self.text = left + self._decoder.decode(raw, final=self.ended)
@@ -205,9 +212,7 @@ def _record(path: Path, window: _Window, number: int) -> Item:
 def _where(error: ValueError, window: _Window, number: int) -> str:
     if isinstance(error, json.JSONDecodeError):
         line = window.line + window.text.count("\n", window.place, error.pos)
-        begins = window.text.rfind("\n", 0, error.pos)
-        column = f", column {error.pos - begins}" if begins >= 0 else ""  # else the line begins before the window
-        return f"line {line}{column}: record {number} is not JSON: {error.msg}"
+        return f"line {line}, column {window.column(error.pos)}: record {number} is not JSON: {error.msg}"
     return f"line {window.line}: record {number} is not JSON: {error}"
 
 
