@@ -10,6 +10,7 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
 from vlm_unlearn.cli.data_import import import_app
+from vlm_unlearn.cli.data_quality import audit
 
 if TYPE_CHECKING:
     from vlm_unlearn.errors import Problems
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(import_app, name="import")
+app.command("audit")(audit)
 SOURCE = typer.Argument(..., metavar="IN.json", help="The input: JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
 STRICT = typer.Option(False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out.")

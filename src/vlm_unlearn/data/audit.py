@@ -1,0 +1,272 @@
+"""Does a training set teach refusal by surface words? The check that predicts Safety Mirage (arXiv 2503.11832) before training.
+
+If the first word alone tells which questions are refused, safety fine-tuning can learn the word instead of the harm: a harmful
+question that begins otherwise is then answered, a harmless one that begins so is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest, chi2
+
+from vlm_unlearn.data.reading import Entry
+from vlm_unlearn.errors import RequestError
+
+LabelBy = Literal["auto", "set", "answer"]
+FEATURES = ("first_word", "first_bigram", "length", "image")
+SHUFFLES = 200
+LISTED = 25  # words shown in each direction
+TRIGGERS = 5
+RARE = 5  # a word seen less often can't be called a trigger
+SIGNIFICANCE = 0.01
+LONGEST_WORD = 60  # a text without spaces is one "word"
+Codes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Association:
+    """A first word and how it goes with refusal."""
+
+    word: str
+    count: int
+    refused: int
+    share: float  # of the questions that begin with it, refused
+    low: float  # Wilson's 95 % interval of the share
+    high: float
+    pmi: float  # pointwise mutual information with the direction it is listed under, in bits
+    significant: bool  # likelihood-ratio test against the other questions, Holm-corrected over all words
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """How well one surface feature alone tells refused from answered questions."""
+
+    leave_one_out_accuracy: float
+    low: float  # Wilson's 95 % interval
+    high: float
+    error_removed: float  # share of the errors of always guessing the majority that it removes; below 0 where it adds errors
+    mutual_information: float  # bits
+    chance_information: float  # mean over shuffles of the labels: what a feature of as many values has by luck
+    p_value: float  # share of shuffles with as much information
+    values: int  # how many different values it takes
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` finds."""
+
+    n: int
+    refused: int
+    label: str  # what "refused" was told by
+    majority_accuracy: float
+    predictors: dict[str, Predictor]
+    words: dict[str, list[Association]]  # "answer" and "refuse"
+    triggers: dict[str, list[str]]  # "answer": attack with these; "refuse": test over-refusal with these
+    level: Literal["strong", "some", "none", "unknown"]
+    verdict: str
+
+    def as_json(self) -> dict[str, Any]:
+        """As the command prints it: the predictors stand at the top."""
+        found = asdict(self)
+        return {"n": found.pop("n"), "refused": found.pop("refused"), **found.pop("predictors"), **found}
+
+
+def first_word(question: str) -> str:
+    """The first word, lower-cased, without the punctuation ``,.?!`` around it."""
+    words = question.split(maxsplit=1)
+    return words[0][:LONGEST_WORD].lower().strip(",.?!") if words else ""
+
+
+def first_bigram(question: str) -> str:
+    """The first two words, likewise."""
+    return " ".join(word[:LONGEST_WORD].lower().strip(",.?!") for word in question.split(maxsplit=2)[:2])
+
+
+def labelled(entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], bool]) -> Iterator[tuple[str, bool, bool, str]]:
+    """``(question, has an image, refused, how that was told)`` for each question, earlier rounds of a conversation included.
+
+    Args:
+        by: ``set``: what the file says (unsafe or forget is refused); ``answer``: whether the answer is a refusal; ``auto``: the
+            set where the format knows sets.
+        is_refusal: tells a refusing answer.
+
+    Raises:
+        RequestError: `by` is ``set`` and the file knows no sets.
+    """
+    for entry in entries:
+        example = entry.example
+        if by == "set" and entry.refused is None:
+            raise RequestError("the file does not say which questions are to be refused; use --label answer, or name its --set-column")
+        rounds = [*((turn.question, turn.answer) for turn in example.history), (example.question, example.answer)]
+        for question, answer in rounds:
+            if by == "answer" or entry.refused is None:
+                yield question, example.image is not None, is_refusal(answer), "answer"
+            else:
+                yield question, example.image is not None, entry.refused, "set"
+
+
+def audit(questions: Iterable[tuple[str, bool, bool, str]], seed: int = 0) -> Audit:
+    """Measures how much of a set's refusal can be read off the surface of its questions.
+
+    Memory is a few integers a question. Intervals and tests take the questions as independent; several on one image make them
+    too narrow, which matters for small sets.
+
+    Args:
+        questions: what `labelled` gives.
+        seed: of the shuffles that give ``chance_information``.
+
+    Raises:
+        RequestError: there are no questions.
+    """
+    columns = {name: array("q") for name in FEATURES}
+    codes: dict[str, dict[str, int]] = {"first_word": {}, "first_bigram": {}}
+    labels = array("b")
+    told: set[str] = set()
+    for question, image, refused, how in questions:
+        for name, value in (("first_word", first_word(question)), ("first_bigram", first_bigram(question))):
+            columns[name].append(codes[name].setdefault(value, len(codes[name])))
+        columns["length"].append(len(question.split()))
+        columns["image"].append(int(image))
+        labels.append(refused)
+        told.add(how)
+    if not labels:
+        raise RequestError("there are no questions to audit")
+    refusals = np.frombuffer(labels, dtype=np.int8).astype(np.int64)
+    features = {name: np.frombuffer(values, dtype=np.int64) for name, values in columns.items()}
+    features["length"] = _buckets(features["length"])
+    majority = max(float(refusals.mean()), 1 - float(refusals.mean()))
+    rng = np.random.default_rng(seed)
+    predictors = {name: _predictor(values, refusals, majority, rng) for name, values in features.items()}
+    words = _associations(list(codes["first_word"]), features["first_word"], refusals)
+    triggers = {way: [word.word for word in found if word.significant and word.count >= RARE][:TRIGGERS] for way, found in words.items()}
+    shown = {way: found[:LISTED] for way, found in words.items()}
+    level, verdict = _verdict(predictors, majority, refusals, triggers)
+    return Audit(len(refusals), int(refusals.sum()), " and ".join(sorted(told)), majority, predictors, shown, triggers, level, verdict)
+
+
+def _buckets(lengths: Codes, count: int = 10) -> Codes:
+    """Question lengths in words as deciles."""
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, count + 1)[1:-1]))
+    return np.searchsorted(edges, lengths, side="left").astype(np.int64)
+
+
+def _table(values: Codes, refusals: Codes) -> Codes:
+    """Counts [values, 2]: answered, refused."""
+    width = int(values.max()) + 1
+    return np.bincount(2 * values + refusals, minlength=2 * width).reshape(width, 2)
+
+
+def _predictor(values: Codes, refusals: Codes, majority: float, rng: np.random.Generator) -> Predictor:
+    n = len(refusals)
+    table = _table(values, refusals)
+    right = _leave_one_out(table)
+    information = _information(table)
+    shuffled = np.array([_information(_table(values, rng.permutation(refusals))) for _ in range(_shuffles(n))])
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return Predictor(
+        leave_one_out_accuracy=right / n,
+        low=float(interval.low),
+        high=float(interval.high),
+        error_removed=(right / n - majority) / (1 - majority) if majority < 1 else 0.0,
+        mutual_information=information,
+        chance_information=float(shuffled.mean()),
+        p_value=float((1 + (shuffled >= information - 1e-12).sum()) / (1 + len(shuffled))),
+        values=int((table.sum(axis=1) > 0).sum()),
+    )
+
+
+def _shuffles(n: int) -> int:
+    """Fewer for large sets, where chance hardly varies."""
+    return max(20, min(SHUFFLES, 20_000_000 // n))
+
+
+def _leave_one_out(table: Codes) -> int:
+    """How many labels are right when each is guessed from the others with the same value; ties go to the majority of the others."""
+    totals = table.sum(axis=0)
+    right = 0
+    for label in (0, 1):
+        same, other = table[:, label] - 1, table[:, 1 - label]
+        majority = totals[label] - 1 > totals[1 - label]
+        guessed = (same > other) | ((same == other) & majority)
+        right += int(table[guessed, label].sum())
+    return right
+
+
+def _information(table: Codes) -> float:
+    """Mutual information of value and label in bits (plug-in estimate)."""
+    joint = table / table.sum()
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    there = joint > 0
+    return max(0.0, float((joint[there] * np.log2(joint[there] / independent[there])).sum()))
+
+
+def _associations(words: list[str], values: Codes, refusals: Codes) -> dict[str, list[Association]]:
+    """The words of each direction, those that explain most first (by the likelihood ratio of word against no word)."""
+    table = _table(values, refusals)
+    totals = table.sum(axis=0)
+    n = int(totals.sum())
+    ranked: list[tuple[float, int]] = []
+    for code in range(len(words)):
+        with_word = table[code]
+        ranked.append((2 * n * math.log(2) * _information(np.stack([with_word, totals - with_word])), code))
+    ranked.sort(key=lambda pair: (-pair[0], words[pair[1]]))
+    found: dict[str, list[Association]] = {"answer": [], "refuse": []}
+    still_significant = True
+    for place, (ratio, code) in enumerate(ranked):
+        answered, refused = (int(count) for count in table[code])
+        count = answered + refused
+        still_significant = still_significant and float(chi2.sf(ratio, 1)) * (len(ranked) - place) < SIGNIFICANCE
+        refuses = refused * n > count * int(totals[1])
+        way = "refuse" if refuses else "answer"
+        if len(found[way]) >= max(LISTED, TRIGGERS):
+            continue
+        share = (refused if refuses else answered) / count
+        base = int(totals[int(refuses)]) / n
+        interval = binomtest(refused, count).proportion_ci(method="wilson")
+        pmi = math.log2(share / base) if share and base else 0.0
+        association = Association(
+            words[code], count, refused, refused / count, float(interval.low), float(interval.high), pmi, still_significant
+        )
+        found[way].append(association)
+    return found
+
+
+def _verdict(
+    predictors: dict[str, Predictor], majority: float, refusals: Codes, triggers: dict[str, list[str]]
+) -> tuple[Literal["strong", "some", "none", "unknown"], str]:
+    refused = int(refusals.sum())
+    if refused in (0, len(refusals)):
+        what = "No question is refused" if refused == 0 else "Every question is refused"
+        return "unknown", f"{what}: there is nothing to tell apart. If answers are what refuses, try --label answer."
+    word = predictors["first_word"]
+    accuracy = (
+        f"the first word alone tells refused from answered questions with {100 * word.leave_one_out_accuracy:.1f} % accuracy "
+        f"(always guessing the majority: {100 * majority:.1f} %)"
+    )
+    if word.low <= majority or word.p_value > SIGNIFICANCE:
+        best = max(("first_bigram", "length", "image"), key=lambda name: predictors[name].error_removed)
+        other = predictors[best]
+        if other.low > majority and other.p_value <= SIGNIFICANCE:
+            return "some", (
+                f"The first word does not give refusal away, but the {best.replace('_', ' ')} does: "
+                f"{100 * other.leave_one_out_accuracy:.1f} % accuracy (always guessing the majority: {100 * majority:.1f} %)."
+            )
+        return "none", f"No sign that refusal is taught by the first word: {accuracy}."
+    advice = _advice(triggers)
+    if word.error_removed >= 0.5:
+        return "strong", f"Fine-tuning on this set is likely to teach refusal by wording: {accuracy}.{advice}"
+    return "some", f"Wording gives part of refusal away: {accuracy}.{advice}"
+
+
+def _advice(triggers: dict[str, list[str]]) -> str:
+    attack = ", ".join(f'"{word}"' for word in triggers["answer"])
+    refuse = ", ".join(f'"{word}"' for word in triggers["refuse"])
+    parts = [f"attack with {attack}"] * bool(attack) + [f"test over-refusal with {refuse}"] * bool(refuse)
+    return f" To see it, {' and '.join(parts)}." if parts else ""
