@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.attacks.one_word import requested, rewrite, rewrite_prompts
+from vlm_unlearn.attacks.one_word import rewrite, rewrite_prompts
 from vlm_unlearn.config import RewriteConfig
+from vlm_unlearn.data.rewriting import requested
 from vlm_unlearn.records import Prompt
 
 

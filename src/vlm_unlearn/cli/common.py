@@ -74,12 +74,12 @@ class Stages:
         )
 
     def update(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Moves a stage's bar, which appears with its first move."""
+        """Moves a stage's bar, which appears with its first move; a total of 0 is one that nobody knows."""
         if stage not in self._shown:
-            self._shown[stage] = int(self._progress.add_task(stage, total=total, detail=detail))
+            self._shown[stage] = int(self._progress.add_task(stage, total=total or None, detail=detail))
             if not self._drawn:
-                self._console.print(f"{stage} ({total})", markup=False, highlight=False)
-        self._progress.update(self._shown[stage], completed=done, total=total, detail=detail)  # type: ignore[arg-type]
+                self._console.print(f"{stage} ({total})" if total else stage, markup=False, highlight=False)
+        self._progress.update(self._shown[stage], completed=done, total=total or None, detail=detail)  # type: ignore[arg-type]
 
     def __enter__(self) -> Stages:
         self._progress.start()

@@ -10,7 +10,8 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
 from vlm_unlearn.cli.data_import import import_app
-from vlm_unlearn.cli.data_quality import audit
+from vlm_unlearn.cli.data_models import diversify, select_harmful
+from vlm_unlearn.cli.data_quality import audit, check
 
 if TYPE_CHECKING:
     from vlm_unlearn.errors import Problems
@@ -21,7 +22,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(import_app, name="import")
+app.command("check")(check)
 app.command("audit")(audit)
+app.command("select-harmful")(select_harmful)
+app.command("diversify")(diversify)
 SOURCE = typer.Argument(..., metavar="IN.json", help="The input: JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
 STRICT = typer.Option(False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out.")

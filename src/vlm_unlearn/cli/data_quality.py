@@ -1,17 +1,19 @@
-"""``vlm-unlearn data audit``, ``check`` and ``diversify``: is this set any good, and what can be done."""
+"""``vlm-unlearn data audit`` and ``check``: is this set any good?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, print_json, show_problems
 
 if TYPE_CHECKING:
-    from vlm_unlearn.data.audit import Audit
+    from vlm_unlearn.data.audit import Audit, LabelBy
+    from vlm_unlearn.data.check import TokenCount
     from vlm_unlearn.data.formats.table import Columns
+    from vlm_unlearn.records import Example
 
 FILE = typer.Argument(..., metavar="FILE", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, .parquet, or a training-set folder.")
 QUESTION = typer.Option("question", "--question-column", help="A table's column.")
@@ -20,10 +22,21 @@ IMAGE = typer.Option("image", "--image-column", help="A table's column.")
 SET = typer.Option(None, "--set-column", help="A table's column with forget (harmful), retain (harmless) or decouple.")
 
 
-def _columns(question: str, answer: str, image: str, set_column: str | None) -> Columns:
+def table_columns(question: str, answer: str, image: str, set_column: str | None) -> Columns:
     from vlm_unlearn.data.formats.table import Columns
 
     return Columns(question=question, answer=answer, image=image, set=set_column)
+
+
+def label_by(name: str) -> LabelBy:
+    """What ``--label`` chose."""
+    from vlm_unlearn.errors import RequestError
+
+    match name:
+        case "auto" | "set" | "answer":
+            return name
+        case _:
+            raise RequestError(f'--label "{name}": use auto, set or answer')
 
 
 def audit(
@@ -48,18 +61,12 @@ def audit(
     """
     from vlm_unlearn.data.audit import audit, labelled
     from vlm_unlearn.data.reading import read_any
-    from vlm_unlearn.errors import Problems, RequestError
+    from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
 
-    by: Literal["auto", "set", "answer"]
-    match label:
-        case "auto" | "set" | "answer":
-            by = label
-        case _:
-            raise RequestError(f'--label "{label}": use auto, set or answer')
     problems = Problems()
-    entries = read_any(file, None, _columns(question, answer, image, set_column), problems)
-    found = audit(labelled(entries, by, lambda text: corrected_refusal(text) is not None))
+    entries = read_any(file, None, table_columns(question, answer, image, set_column), problems)
+    found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     show_problems(problems)
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
@@ -69,6 +76,98 @@ def audit(
         print_json({"file": Path(file).name, **found.as_json(), "broken": problems.count})
     else:
         _print_audit(found)
+
+
+def check(
+    file: str = FILE,
+    images: Path = typer.Option(None, "--images", help="The folder that image paths are relative to; default: the file's own."),
+    against: list[str] = typer.Option([], "--against", metavar="FILE", help="Another file, such as the test set: what of it leaks?"),
+    against_images: Path = typer.Option(None, "--against-images", help="Its image folder; default: --images."),
+    no_images: bool = typer.Option(False, "--no-images", help="Don't look at the image files."),
+    processor: str = typer.Option(None, "--processor", help="A model folder or hub name: count tokens with its processor."),
+    max_length: int = typer.Option(2048, "--max-length", min=1, help="The recipe's training.max_length, for --processor."),
+    out: Path = typer.Option(None, "--out", help="Also write the findings as JSON."),
+    question: str = QUESTION,
+    answer: str = ANSWER,
+    image: str = IMAGE,
+    set_column: str = SET,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Broken images and records, duplicates, leakage between sets, lengths. Exit code 1 where something can't be trained on.
+
+    Example:
+
+      vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test --processor llava-hf/llava-1.5-7b-hf
+    """
+    from vlm_unlearn.cli.common import Stages
+    from vlm_unlearn.data.check import Checker, Source
+    from vlm_unlearn.store import write_json
+
+    with Stages() as stages:
+        checker = Checker(not no_images, table_columns(question, answer, image, set_column), stages.update)
+        checker.add(Source(file, images), _token_count(processor) if processor else None, max_length)
+        for other in against:
+            checker.add(Source(other, against_images or images, Path(other).stem))
+        report = checker.report()
+    if out:
+        write_json(out, report)
+    if as_json:
+        print_json(report)
+    else:
+        _print_check(report)
+    if report["errors"]:
+        raise typer.Exit(1)
+
+
+def _token_count(model: str) -> TokenCount:
+    from vlm_unlearn.cli.common import quiet_libraries
+
+    quiet_libraries()
+    from vlm_unlearn.data.batching import PromptMeter, Turn
+    from vlm_unlearn.models.loading import load_processor, model_folder
+
+    meter = PromptMeter(load_processor(model_folder(model)))
+
+    def count(example: Example, path: Path | None) -> tuple[int, int]:
+        history = tuple((turn.question, turn.answer) for turn in example.history)
+        turn = Turn(example.id, path, example.question, example.answer, history)
+        return meter.tokens(turn), meter.tokens_in_all(turn)
+
+    return count
+
+
+def _print_check(report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAVY)
+    for heading in ("set", "records", "questions", "distinct", "text only", *(("tokens: median", "longest") if report["lengths"] else ())):
+        table.add_column(heading, justify="left" if heading == "set" else "right")
+    for name, counts in report["sets"].items():
+        lengths = report["lengths"].get(name)
+        tokens = [f"{lengths['median']:,}", f"{lengths['max']:,}"] if lengths else []
+        numbers = (counts[key] for key in ("records", "questions", "distinct_questions", "text_only"))
+        table.add_row(escape(printable(name)), *(f"{number:,}" for number in numbers), *tokens)
+    console.print(table)
+    images = report["images"]
+    if images["usable"] is not None:
+        console.print(f"images: {images['distinct_paths']:,} paths, {images['usable']:,} usable, {images['distinct_contents']:,} different")
+    found = [
+        *((message, "broken") for message in report["broken"]["first"][:5]),
+        *((message, "over the limit") for message in report["too_long"]["question"]["first"][:5]),
+        *((f"{leak['what']}: {message}", "leak") for leak in report["leakage"] for message in leak["first"][:2]),
+    ]
+    for message, kind in found:
+        console.print(f"  {kind}: {escape(printable(message))}", soft_wrap=True)
+    for line in report["errors"]:
+        console.print(f"[bold red]error[/]: {escape(line)}")
+    for line in report["warnings"]:
+        console.print(f"[yellow]warning[/]: {escape(line)}")
+    if not report["errors"] and not report["warnings"]:
+        console.print("nothing found")
 
 
 def _print_audit(found: Audit) -> None:

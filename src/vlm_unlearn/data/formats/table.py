@@ -65,7 +65,7 @@ def read_table(
     Raises:
         RequestError: the table can't be read or lacks the question or the answer column; a broken row where `problems` is None.
     """
-    for record in _records(source, columns, problems):
+    for record in raw_rows(source, columns, problems):
         try:
             yield _row(record, columns, images, embedded)
         except RequestError as error:
@@ -75,12 +75,6 @@ def read_table(
 def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Path | None) -> Row:
     image, source = _image(record, columns.image, images, embedded)
     name = _optional(record, columns.id)
-    group = None
-    if columns.set is not None:
-        named = _text(record, columns.set).strip().lower()
-        group = SETS.get(named)
-        if group is None:
-            raise RequestError(f"{record.where}: {columns.set} {shown(named)}: use forget, retain or decouple{nearest(named, SETS)}")
     return Row(
         Example(
             id=f"{record.number}/{name}" if name else str(record.number),
@@ -91,8 +85,22 @@ def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Pat
             pair_id=_optional(record, columns.pair),
             source=source,
         ),
-        group,
+        set_of(record, columns),
     )
+
+
+def set_of(record: RawRecord, columns: Columns) -> str | None:
+    """The set that a row's set column names: forget, retain or decouple; None for a table without one.
+
+    Raises:
+        RequestError: it names another.
+    """
+    if columns.set is None:
+        return None
+    named = _text(record, columns.set).strip().lower()
+    if named not in SETS:
+        raise RequestError(f"{record.where}: {columns.set} {shown(named)}: use forget, retain or decouple{nearest(named, SETS)}")
+    return SETS[named]
 
 
 def _text(record: RawRecord, column: str) -> str:
@@ -135,7 +143,8 @@ def _keep(content: bytes, embedded: Path | None) -> str:
     return name
 
 
-def _records(source: str | Path, columns: Columns, problems: Problems | None) -> Iterator[RawRecord]:
+def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) -> Iterator[RawRecord]:
+    """The rows as they are, once the first is seen to have the columns that a table needs."""
     path = Path(source)
     if path.suffix in (".json", ".jsonl", ".ndjson"):
         yield from _checked(read_objects(path, columns.id or "id", problems), columns, path.name)

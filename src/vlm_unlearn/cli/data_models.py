@@ -1,0 +1,150 @@
+"""``vlm-unlearn data select-harmful`` and ``diversify``: the steps that may ask a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import typer
+
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, show_problems
+from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
+
+SERVER = typer.Option(
+    None, "--server", help="Address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY."
+)
+MODEL = typer.Option(None, "--model", help="The server's model; without --server a model folder or hub name to run here.")
+CONCURRENCY = typer.Option(16, "--concurrency", min=1, max=512, help="Questions under way at once on a server.")
+CACHE = typer.Option(True, "--cache/--no-cache", help="Take replies that the same model gave to the same question before.")
+
+
+class Asker:
+    """Asks the chosen model, with a progress bar and the cache; counts what was asked anew."""
+
+    def __init__(self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int) -> None:
+        from vlm_unlearn.generation.chat import ChatModel, OpenAIChat, ReplyCache
+        from vlm_unlearn.store import cache_folder
+
+        self._chat: ChatModel
+        if server:
+            self._chat = OpenAIChat(server, model, max_tokens, concurrency)
+        else:
+            quiet_libraries()
+            from vlm_unlearn.generation.local_chat import LocalChat
+
+            self._chat = LocalChat(model, max_tokens)
+        self._cache = ReplyCache(cache_folder() / "replies.sqlite") if cache else None
+        self._stages = stages
+        self._stage = stage
+        self.asked = 0
+
+    def __call__(self, questions: Sequence[tuple[str, str, Path | None]]) -> Mapping[str, tuple[str | None, str | None]]:
+        """(id, text, image) -> (reply, error) by id."""
+        from vlm_unlearn.generation.chat import Ask, ask_all
+
+        def asks() -> Iterator[Ask]:
+            for id, text, image in questions:
+                yield Ask(id, text, image)
+
+        replies, self.asked = ask_all(self._chat, asks(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions)))
+        return {id: (reply.text, reply.error) for id, reply in replies.items()}
+
+
+def select_harmful(
+    source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
+    answers: list[Path] = typer.Argument(
+        ..., metavar="ANSWERS.json...", help="One file a model: JSON, image -> its answer to the unsafe question."
+    ),
+    out: Path = typer.Option(..., "--out", help="The file to write: image -> chosen answer; OUT.choices.jsonl says how each was chosen."),
+    images: Path = typer.Option(None, "--images", help="Show the judge the images below this folder."),
+    server: str = SERVER,
+    model: str = MODEL,
+    paper: bool = typer.Option(False, "--paper", help="As published: what can't be read as a choice takes the first answer."),
+    concurrency: int = CONCURRENCY,
+    cache: bool = CACHE,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """A judge picks the most harmful of several models' answers: what the forget set is to unlearn.
+
+    Killed or cut off, run it again: the replies that came are cached.
+
+    Example:
+
+      vlm-unlearn data select-harmful train.json llava.json qwen.json --server http://localhost:8000/v1 --model JUDGE --out chosen.json
+    """
+    from vlm_unlearn.data.select_harmful import questions, select
+    from vlm_unlearn.errors import Problems, RequestError
+
+    if model is None:
+        raise RequestError("pass --model, the judge: a server's model with --server, else a model folder")
+    problems = Problems()
+    asked = questions(source, answers, images, problems)
+    with Stages() as stages:
+        asker = Asker(stages, "judge", server, model, concurrency, cache, max_tokens=16)
+        counts = select(asked, asker, out, paper)
+    show_problems(problems)
+    if as_json:
+        print_json({"out": str(out), "outcomes": dict(counts), "asked": asker.asked, "broken": problems.count})
+    else:
+        typer.echo(f"{out}: " + ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items()) + f"; {asker.asked:,} asked anew")
+
+
+def diversify(
+    file: str = FILE,
+    out: Path = typer.Argument(..., metavar="OUT", help="The file to write, in the same format; a folder for a training set."),
+    words: str = typer.Option(None, "--words", help="First words to use, with commas; default: all that there are rules for."),
+    seed: int = typer.Option(0, "--seed", help="Of the deal of wordings."),
+    label: str = typer.Option("auto", "--label", help="What tells refusal, as in audit: set, answer, or auto."),
+    server: str = SERVER,
+    model: str = MODEL,
+    concurrency: int = CONCURRENCY,
+    cache: bool = CACHE,
+    question: str = QUESTION,
+    answer: str = ANSWER,
+    image: str = IMAGE,
+    set_column: str = SET,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Asks every question in another wording, so that first words no longer predict refusal; by rules, or by a model.
+
+    Rule-made questions are blunt ("What is the way to post this image?"); a model's read better. Audit the result.
+
+    Example:
+
+      vlm-unlearn data diversify VLGuard/train.json train_diversified.json
+
+      vlm-unlearn data audit train_diversified.json
+    """
+    from vlm_unlearn.data.diversify import WORDINGS, diversify, paraphrase_request, read_paraphrase
+    from vlm_unlearn.data.pipeline import check_outside
+    from vlm_unlearn.errors import Problems, RequestError
+    from vlm_unlearn.judging.keyword import corrected_refusal
+
+    if server and model is None:
+        raise RequestError("pass --model, the server's model")
+    check_outside(out, Path(file))
+    problems = Problems()
+    with Stages() as stages:
+
+        def by_model(asked: Sequence[tuple[str, str, str]]) -> Mapping[str, str]:
+            asker = Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256)
+            replies = asker([(id, paraphrase_request(text, word), None) for id, text, word in asked])
+            read = {id: read_paraphrase(replies[id][0] or "", text, word) for id, text, word in asked if id in replies}
+            return {id: text for id, text in read.items() if text}
+
+        counts = diversify(
+            file,
+            out,
+            [word.strip().lower() for word in words.split(",")] if words else tuple(WORDINGS),
+            seed,
+            label_by(label),
+            lambda text: corrected_refusal(text) is not None,
+            table_columns(question, answer, image, set_column),
+            by_model if model else None,
+            problems,
+        )
+    show_problems(problems)
+    if as_json:
+        print_json({"out": str(out), **counts, "broken": problems.count})
+    else:
+        typer.echo(f"{out}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule")

@@ -1,0 +1,253 @@
+"""Asks a set's questions in other words, so that their first words no longer predict refusal.
+
+The data-side answer to Safety Mirage: each wording is given to the same share of refused and of answered questions, so that
+nothing at the beginning of a question tells them apart. Fine-tuning on the result is the baseline that unlearning must beat.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vlm_unlearn.data.audit import LabelBy, first_word
+from vlm_unlearn.data.formats import llava, vlguard
+from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.table import SEPARATORS, Columns, raw_rows, set_of
+from vlm_unlearn.data.json_stream import write_list
+from vlm_unlearn.data.reading import detect
+from vlm_unlearn.data.rewriting import is_plural, requested
+from vlm_unlearn.data.training_set import ROLES, read_training_set, write_training_set
+from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.store import digest_json, read_json, writing
+
+# By first word. {core} is what is asked for, as a noun phrase; {be} is "is" or "are".
+WORDINGS: Mapping[str, Sequence[str]] = {
+    "what": ("What {be} {core}?", "What can you say about {core}?"),
+    "share": ("Share {core}.", "Share with me {core}."),
+    "can": ("Can you give me {core}?", "Can I have {core}?"),
+    "could": ("Could you give {core}?", "Could I get {core}?"),
+    "tell": ("Tell me {core}.",),
+    "give": ("Give me {core}.",),
+    "please": ("Please give {core}.", "Please tell me {core}."),
+    "provide": ("Provide {core}.",),
+    "describe": ("Describe {core}.",),
+    "i": ("I want {core}.", "I would like {core}."),
+}
+
+# (id, question, first word) of each question -> paraphrases by id; one that is missing is made by rule
+Paraphrase = Callable[[Sequence[tuple[str, str, str]]], Mapping[str, str]]
+
+
+@dataclass
+class Slot:
+    """Where a question stands in a raw record, and what else counts: the answer, and what the file says about refusal."""
+
+    holder: dict[str, Any]
+    key: str
+    question: str
+    answer: str
+    refused: bool | None
+    prefix: str = ""  # an image mark that stays before the question
+    tie: str = ""  # questions with the same tie stay the same question
+
+
+def by_rule(question: str, wording: str) -> str:
+    """A question in another wording.
+
+    Example:
+        ``by_rule("Can you describe the red kite?", "What {be} {core}?")`` gives ``"What is the red kite?"``
+    """
+    core = requested(question)
+    return wording.format(core=core, be="are" if is_plural(core) else "is")
+
+
+def paraphrase_request(question: str, word: str) -> str:
+    """The prompt that asks a model for a paraphrase; the question is fenced."""
+    fence = f"=== {digest_json([question, word])[:16]} ==="
+    template = (files("vlm_unlearn.data") / "prompts" / "paraphrase.txt").read_text(encoding="utf-8")
+    return template.format(word=word.capitalize(), question=question, fence=fence)
+
+
+def read_paraphrase(reply: str, question: str, word: str) -> str | None:
+    """A model's paraphrase if it is one: a single line that begins with the word and is neither empty nor much longer."""
+    text = reply.strip().strip('"').strip()
+    whole = "\n" not in text and first_word(text) == word and 3 <= len(text.split()) <= 3 * len(question.split()) + 20
+    return text if whole and text != question else None
+
+
+def diversify(
+    source: str | Path,
+    out: Path,
+    words: Sequence[str] = tuple(WORDINGS),
+    seed: int = 0,
+    label: LabelBy = "auto",
+    is_refusal: Callable[[str], bool] = lambda text: False,
+    columns: Columns | None = None,
+    paraphrase: Paraphrase | None = None,
+    problems: Problems | None = None,
+) -> dict[str, int]:
+    """Writes a copy of a data file, or of a training-set folder, with every question asked in another wording.
+
+    Wordings are dealt to refused and answered questions in equal shares, at random. The format, the order and everything besides the
+    questions stay. A decouple question stays the same as its forget question.
+
+    Args:
+        words: first words to use, out of `WORDINGS`.
+        label, is_refusal: what tells refusal, as in `audit`.
+        paraphrase: asks a model; without it, and where its paraphrase can't be used, the rules rewrite.
+
+    Returns:
+        counts: questions, by_model, by_rule.
+
+    Raises:
+        RequestError: an unknown word, fewer than two words, or a file that can't be read.
+    """
+    unknown = [word for word in words if word not in WORDINGS]
+    if unknown or len(set(words)) < 2:
+        what = f"no wordings for {shown(unknown[0])}" if unknown else "two words at least are needed"
+        raise RequestError(f"{what}; there are {', '.join(WORDINGS)}")
+    columns = columns or Columns()
+    slots = [slot for _, found in _records(source, columns, problems) for slot in found]
+    if not slots:
+        raise RequestError(f"{source}: has no questions")
+    wordings = _deal(slots, words, seed, label, is_refusal)
+    asked = [(str(index), slot.question, first_word(wording)) for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True))]
+    by_model = paraphrase(asked) if paraphrase else {}
+    texts: list[str] = []
+    tied: dict[str, str] = {}
+    counts = Counter[str]()
+    for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True)):
+        text = by_model.get(str(index))
+        counts["by_model" if text else "by_rule"] += 1
+        text = text or by_rule(slot.question, wording)
+        texts.append(tied.setdefault(slot.tie, text) if slot.tie else text)
+    _write(source, out, columns, texts)
+    return {"questions": len(slots), "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
+
+
+def _deal(slots: Sequence[Slot], words: Sequence[str], seed: int, label: LabelBy, is_refusal: Callable[[str], bool]) -> list[str]:
+    """A wording for each question: of both kinds of questions each wording gets the same share, to within one question."""
+    known = [wording for word in dict.fromkeys(words) for wording in WORDINGS[word]]
+    rng = random.Random(seed)
+    dealt = [""] * len(slots)
+    kinds: dict[bool, list[int]] = {False: [], True: []}
+    for index, slot in enumerate(slots):
+        refused = is_refusal(slot.answer) if label == "answer" or slot.refused is None else slot.refused
+        kinds[refused].append(index)
+    for indices in kinds.values():
+        rng.shuffle(indices)
+        hand: list[str] = []
+        for index in indices:
+            if not hand:
+                hand = rng.sample(known, len(known))
+            dealt[index] = hand.pop()
+    return dealt
+
+
+def _records(source: str | Path, columns: Columns, problems: Problems | None) -> Iterator[tuple[dict[str, Any], list[Slot]]]:
+    """Raw records of a file, or of the files of a training set in turn, with their questions in order."""
+    path = Path(source)
+    kind = detect(source)
+    if kind == "training_set":
+        for name in ROLES:
+            if (path / f"{name}.jsonl").exists():
+                for raw in read_objects(path / f"{name}.jsonl", "id", problems):
+                    yield raw.value, _example_slots(raw, name)
+        return
+    records = raw_rows(source, columns, problems) if kind == "table" else read_objects(path, "id", problems)
+    for raw in records:
+        try:
+            match kind:
+                case "vlguard":
+                    slots = _vlguard_slots(raw)
+                case "safe_eraser":
+                    slots = _safe_eraser_slots(raw)
+                case "llava":
+                    slots = _llava_slots(raw)
+                case _:
+                    named = set_of(raw, columns)
+                    refused = None if named is None else named == "forget"
+                    slots = [Slot(raw.value, columns.question, raw.text(columns.question), raw.text(columns.answer, empty=True), refused)]
+        except RequestError as error:
+            refuse(error, problems)
+            continue
+        yield raw.value, slots
+
+
+def _vlguard_slots(raw: RawRecord) -> list[Slot]:
+    found = []
+    for pair in raw.objects("instr-resp"):
+        field = next((name for name in vlguard.KINDS if name in pair.value), "instruction")
+        answer = pair.text("response", empty=True)
+        found.append(Slot(pair.value, field, pair.text(field), answer, field != "safe_instruction"))
+    return found
+
+
+def _safe_eraser_slots(raw: RawRecord) -> list[Slot]:
+    from vlm_unlearn.data.formats.safe_eraser import HARMLESS_PAIRS
+
+    found = [Slot(pair.value, "question", pair.text("question"), pair.text("model_response"), True) for pair in raw.objects("unsafe_pairs")]
+    for name in HARMLESS_PAIRS:
+        if raw.value.get(name) is not None:
+            pair = raw.object(name)
+            found.append(Slot(pair.value, "Question", pair.text("Question"), "", False))
+    return found
+
+
+def _llava_slots(raw: RawRecord) -> list[Slot]:
+    conversation = llava.parse(raw)
+    turns = raw.value["conversations"]
+    found = []
+    for number, (question, answer) in enumerate(conversation.rounds):
+        mark = llava.IMAGE_MARK if llava.IMAGE_MARK in turns[2 * number]["value"] else ""
+        found.append(Slot(turns[2 * number], "value", question, answer, None, prefix=mark))
+    return found
+
+
+def _example_slots(raw: RawRecord, name: str) -> list[Slot]:
+    refused = name == "forget"
+    earlier = raw.objects("history") if raw.value.get("history") else []
+    pair = raw.optional_text("pair_id") if name in ("forget", "decouple") else None
+    return [
+        *(Slot(turn.value, "question", turn.text("question"), turn.text("answer"), refused) for turn in earlier),
+        Slot(raw.value, "question", raw.text("question"), raw.text("answer"), refused, tie=pair or ""),
+    ]
+
+
+def _write(source: str | Path, out: Path, columns: Columns, texts: Sequence[str]) -> None:
+    waiting = iter(texts)
+
+    def rewritten() -> Iterator[dict[str, Any]]:
+        for record, slots in _records(source, columns, Problems()):
+            for slot in slots:
+                slot.holder[slot.key] = slot.prefix + next(waiting)
+            yield record
+
+    path = Path(source)
+    kind = detect(source)
+    if kind == "training_set":
+        _write_training_set(path, out, rewritten())
+    elif kind == "table" and out.suffix in SEPARATORS:
+        rows = list(rewritten())
+        with writing(out) as handle:
+            writer = csv.DictWriter(handle, list(rows[0]), delimiter=SEPARATORS[out.suffix])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write_list(out, rewritten())
+
+
+def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any]]) -> None:
+    from vlm_unlearn.records import Example
+
+    before = read_training_set(source)
+    examples = {role: [Example.model_validate(next(records)) for _ in found] for role, found in before.examples.items()}
+    described = read_json(source / "dataset.json").get("source", {})
+    refusals = before.refusals if (source / "refusals.json").exists() else ()
+    write_training_set(out, before.images, examples, {**described, "diversified": True}, refusals)

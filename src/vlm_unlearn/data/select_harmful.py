@@ -1,0 +1,152 @@
+"""Safety Mirage's *select harmful*: of several models' answers to an unsafe question, a judge names the most harmful one.
+
+The chosen answers are what the forget set unlearns. What cannot be read as a choice is recorded as such and left out with a
+count; ``paper=True`` takes the first answer then, as published.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from vlm_unlearn.data.formats import vlguard
+from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.data.pipeline import read_answers
+from vlm_unlearn.errors import Problems, RequestError, refuse
+from vlm_unlearn.records import Record
+from vlm_unlearn.store import digest_json, write_json, write_records
+
+Outcome = Literal["chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply"]
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?![\w]|\.\d)")
+
+
+@dataclass(frozen=True)
+class Question:
+    """An unsafe question with the answers to choose from, in the order of the answer files."""
+
+    image: str  # as the record names it: the key of the answer files
+    path: Path | None
+    question: str
+    answers: tuple[str, ...]
+    models: tuple[str, ...]  # whose answers
+
+    def request(self) -> str:
+        """The judge's prompt. The answers are fenced by a line that none of them can foresee."""
+        fence = f"=== {digest_json([self.question, *self.answers])[:16]} ==="
+        listed = "\n\n".join(f"Answer {number}:\n{fence}\n{text}\n{fence}" for number, text in enumerate(self.answers, start=1))
+        template = (files("vlm_unlearn.data") / "prompts" / "select_harmful.txt").read_text(encoding="utf-8")
+        return template.format(count=len(self.answers), fence=fence, question=self.question, answers=listed)
+
+
+class Choice(Record):
+    """How one question was decided; a line of ``OUT.choices.jsonl``."""
+
+    image: str
+    outcome: Outcome
+    model: str | None = None  # whose answer was taken
+    raw: str | None = None  # what the judge said
+    error: str | None = None
+
+
+def questions(source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None) -> list[Question]:
+    """The unsafe questions of a VLGuard file with every answer that is there.
+
+    Args:
+        answers: a JSON file ``image -> answer`` a model; a file's name without its ending is the model's.
+
+    Raises:
+        RequestError: a file is broken, or no answer is to an unsafe image of the file.
+    """
+    by_model = {path.stem: read_answers(path) for path in answers}
+    if len(by_model) < len(answers):
+        raise RequestError("two answer files have the same name; their names tell the models apart")
+    found: dict[str, Question] = {}
+    for raw, pairs in vlguard.read_records(source, None, problems):
+        pair = pairs[0]
+        if pair.kind != "unsafe" or pair.image in found:
+            continue
+        given = {model: known[pair.image] for model, known in by_model.items() if known.get(pair.image, "").strip()}
+        if not given:
+            continue
+        try:
+            path = None if images is None else resolve_image(images, pair.image, raw.where)
+        except RequestError as error:
+            refuse(error, problems)
+            continue
+        found[pair.image] = Question(pair.image, path, pair.question, tuple(given.values()), tuple(given))
+    if not found:
+        raise RequestError(f"{answers[0]}: names no image of an unsafe record of {source}")
+    return list(found.values())
+
+
+def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of range"]:
+    """The number that a judge named, 0 for none of them.
+
+    Example:
+        ``"2"``, ``"Answer: 2."`` and ``"**2**"`` give 2; ``"2 or 3"``, ``"the second"`` and ``"1.5"`` are unreadable.
+    """
+    numbers = set(_NUMBER.findall(reply))
+    if len(numbers) != 1 or re.search(r"\d\.\d", reply):
+        return "unreadable"
+    digits = numbers.pop()
+    if len(digits) > 9:
+        return "out of range"
+    return int(digits) if 0 <= int(digits) <= count else "out of range"
+
+
+def decide(question: Question, reply: str | None, error: str | None, paper: bool) -> tuple[str | None, Choice]:
+    """The answer to take, if any, and how it came about."""
+    if reply is None:
+        outcome: Outcome = "no reply"
+        number = 0
+    else:
+        read = read_choice(reply, len(question.answers))
+        outcome, number = ("none harmful" if read == 0 else "chosen", read) if isinstance(read, int) else (read, 0)
+    if number == 0 and paper:
+        number = 1
+    choice = Choice(image=question.image, outcome=outcome, raw=reply, error=error, model=question.models[number - 1] if number else None)
+    return (question.answers[number - 1] if number else None), choice
+
+
+def select(
+    asked: Sequence[Question],
+    ask: Callable[[Sequence[tuple[str, str, Path | None]]], Mapping[str, tuple[str | None, str | None]]],
+    out: Path,
+    paper: bool = False,
+) -> Counter[str]:
+    """Decides every question and writes ``image -> answer`` to `out`, and each decision to ``<out>.choices.jsonl``.
+
+    Args:
+        ask: takes (id, text, image) of the questions that need a judge, gives (reply, error) by id.
+        paper: unreadable, out of range, none harmful: the first answer, as published.
+
+    Returns:
+        how many questions had which outcome.
+
+    Raises:
+        RequestError: no answer was chosen at all; `out` is not written.
+    """
+    open_questions = {question.image: question for question in asked if len(question.answers) > 1 or paper}
+    replies = ask([(question.image, question.request(), question.path) for question in open_questions.values()])
+    chosen: dict[str, str] = {}
+    choices = []
+    for question in asked:
+        if question.image in open_questions:
+            answer, choice = decide(question, *replies.get(question.image, (None, "not asked")), paper)
+        else:
+            answer, choice = question.answers[0], Choice(image=question.image, outcome="only answer", model=question.models[0])
+        choices.append(choice)
+        if answer is not None:
+            chosen[question.image] = answer
+    counts: Counter[str] = Counter(choice.outcome for choice in choices)
+    write_records(out.with_name(f"{out.stem}.choices.jsonl"), choices)
+    if not chosen:
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        raise RequestError(f"{out}: no answer was chosen ({told}); see {out.stem}.choices.jsonl")
+    write_json(out, chosen)
+    return counts

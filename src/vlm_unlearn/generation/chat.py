@@ -1,0 +1,192 @@
+"""Asking a chat model many questions: any OpenAI-compatible server, or a model on this machine; with a cache that survives a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vlm_unlearn.data.images import open_image
+from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.store import digest_file, digest_json
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to a chat model."""
+
+    id: str
+    text: str
+    image: Path | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: text, or why there is none."""
+
+    id: str
+    text: str | None
+    error: str | None = None
+
+
+OnReply = Callable[[Reply], None]
+
+
+class ChatModel(Protocol):
+    """Answers questions, greedily, so that an answer can be cached."""
+
+    def identity(self) -> Mapping[str, object]:
+        """Everything that decides an answer, besides the question."""
+
+    def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
+        """Calls `on_reply` once for each question, in any order."""
+
+
+class ReplyCache:
+    """Replies by the digest of model, text and image, in one SQLite file: several processes may share it, a kill loses nothing."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(file, timeout=60, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=NORMAL")
+        self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
+
+    def get(self, key: str) -> str | None:
+        """The reply, or None."""
+        row = self._database.execute("SELECT text FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def put(self, key: str, text: str) -> None:
+        """Keeps a reply."""
+        self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, text.encode("utf-8", "replace").decode("utf-8")))
+
+
+def ask_all(
+    model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_done: Callable[[int], None] | None = None
+) -> tuple[dict[str, Reply], int]:
+    """All replies by id, and how many were asked for anew; what the cache holds is not asked again.
+
+    Only texts are cached: a question that failed is asked again the next time.
+    """
+    identity = model.identity()
+    replies: dict[str, Reply] = {}
+    keys: dict[str, str] = {}
+
+    def take(reply: Reply) -> None:
+        replies[reply.id] = reply
+        if cache and reply.text is not None and reply.id in keys:
+            cache.put(keys[reply.id], reply.text)
+        if on_done:
+            on_done(len(replies))
+
+    def unknown() -> Iterator[Ask]:
+        for ask in asks:
+            image = None if ask.image is None else digest_file(ask.image)
+            key = digest_json({"model": identity, "text": ask.text, "image": image})
+            known = cache.get(key) if cache else None
+            if known is None:
+                keys[ask.id] = key
+                yield ask
+            else:
+                take(Reply(ask.id, known))
+
+    model.run(unknown(), take)
+    return replies, len(keys)
+
+
+class OpenAIChat:
+    """A server that speaks OpenAI's chat completions: vLLM, `transformers serve`, OpenAI itself.
+
+    The official client retries on 429, 5xx, timeouts and cut connections, with jittered backoff, honouring Retry-After. The key is
+    read from the environment variable ``OPENAI_API_KEY`` and stands in no message.
+
+    Args:
+        concurrency: questions under way at once.
+        timeout: seconds for one try.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, max_tokens: int = 256, concurrency: int = 16, timeout: float = 60.0, retries: int = 5
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise RequestError(f"{shown(base_url)}: is not a server's address; it begins with http:// or https://")
+        self._base_url = base_url.rstrip("/")
+        self._model = model
+        self._max_tokens = max_tokens
+        self._concurrency = concurrency
+        self._timeout = timeout
+        self._retries = retries
+        self._key = os.environ.get(KEY_VARIABLE, "")
+
+    def identity(self) -> Mapping[str, object]:
+        return {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, "temperature": 0}
+
+    def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
+        """Asks, at most `concurrency` at once; memory doesn't grow with the number of questions.
+
+        Raises:
+            RequestError: the server refuses the key or doesn't know the model; no later question could fare better.
+        """
+        asyncio.run(self._run(iter(asks), on_reply))
+
+    async def _run(self, asks: Iterator[Ask], on_reply: OnReply) -> None:
+        from openai import AsyncOpenAI
+
+        async with AsyncOpenAI(
+            base_url=self._base_url, api_key=self._key or "none", max_retries=self._retries, timeout=self._timeout
+        ) as client:
+
+            async def work() -> None:
+                for ask in asks:  # shared: each worker takes the next
+                    on_reply(await self._reply(client, ask))
+
+            workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+
+    async def _reply(self, client: AsyncOpenAI, ask: Ask) -> Reply:
+        import openai
+
+        content: list[Any] = [{"type": "text", "text": ask.text}]
+        if ask.image is not None:
+            content.insert(0, {"type": "image_url", "image_url": {"url": image_url(ask.image)}})
+        try:
+            answer = await client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=self._max_tokens,
+                temperature=0,
+            )
+            text = answer.choices[0].message.content if answer.choices else None
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise RequestError(
+                f"{self._base_url}: the server answered {error.status_code} for model {shown(self._model)}; check --server, "
+                f"--model and {KEY_VARIABLE}"
+            ) from None
+        except openai.APIStatusError as error:
+            return Reply(ask.id, None, f"HTTP {error.status_code}")
+        except Exception as error:  # a connection cut, a timeout, an answer that is no JSON: the next question may fare better
+            return Reply(ask.id, None, type(error).__name__)
+        return Reply(ask.id, text) if text else Reply(ask.id, None, "empty answer")
+
+
+def image_url(path: Path) -> str:
+    """An image as a data URL, in the one format that every server reads."""
+    buffer = io.BytesIO()
+    open_image(path).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,130 @@
+"""Safety Mirage's steps from file to file: the published records, draws and counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm_unlearn.data import pipeline
+from vlm_unlearn.errors import Problems, RequestError
+
+UNSAFE = {"id": 7, "image": "u.png", "safe": False, "instr-resp": [{"instruction": "Do it?", "response": "No."}]}
+SAFE = {
+    "id": "s",
+    "image": "s.png",
+    "safe": True,
+    "instr-resp": [{"safe_instruction": "What is it?", "response": "A cat."}, {"unsafe_instruction": "Hurt it?", "response": "No."}],
+}
+
+
+def conversation(id: str, question: str = "Q?", answer: str = "A.", image: str | None = "i.png") -> dict[str, Any]:
+    mark = "<image>" if image else ""
+    named = {"image": image} if image else {}
+    return {"id": id, **named, "conversations": [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]}
+
+
+def write(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def digest(path: Path) -> str:
+    """As the golden file hashes records."""
+    return hashlib.sha256(json.dumps(json.loads(path.read_text()), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def test_convert_keeps_ids_and_makes_one_conversation(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [UNSAFE, SAFE])
+    assert pipeline.convert(source, tmp_path / "out.json", seed=3) == {"records": 2, "turns": 6}
+    first, second = json.loads((tmp_path / "out.json").read_text())
+    assert first == conversation("7", "Do it?", "No.", "u.png") | {"id": 7}
+    rounds = [("What is it?", "A cat."), ("Hurt it?", "No.")]
+    random.Random(3).shuffle(rounds)
+    texts = [turn["value"] for turn in second["conversations"]]
+    assert texts == [f"<image>{rounds[0][0]}", rounds[0][1], rounds[1][0], rounds[1][1]]
+
+
+def test_split_inject_rmu(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [UNSAFE, SAFE, {**UNSAFE, "id": 8, "image": "other.png"}])
+    answers = write(tmp_path / "answers.json", {"u.png": "Like so."})
+    counts = pipeline.inject(source, answers, tmp_path / "injected.json")
+    assert counts == {"injected": 1, "kept": 1, "no harmful answer": 1}
+    assert pipeline.split(tmp_path / "injected.json", tmp_path / "out") == {"forget": 1, "retain": 1}
+    forget = json.loads((tmp_path / "out" / "forget.json").read_text())
+    assert forget == [conversation("7", "Do it?", "Like so.", "u.png") | {"id": 7}]
+    assert pipeline.split(source, tmp_path / "all", include_safe_image_unsafe=True) == {"forget": 3, "retain": 1}
+    pipeline.rmu(tmp_path / "out" / "forget.json", tmp_path / "rmu.json")
+    turns = json.loads((tmp_path / "rmu.json").read_text())[0]["conversations"]
+    assert [turn["value"] for turn in turns] == ["<image>Do it?\nLike so.", "Like so."]
+
+
+def test_nothing_to_inject_writes_nothing(tmp_path: Path) -> None:
+    source, answers = write(tmp_path / "in.json", [UNSAFE, SAFE]), write(tmp_path / "answers.json", {"gone.png": "x"})
+    with pytest.raises(RequestError, match="names no image of an unsafe record"):
+        pipeline.inject(source, answers, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_mix_draws_as_published(tmp_path: Path) -> None:
+    """The published step seeds, draws random.sample, appends and shuffles with one stream."""
+    own, others = [conversation(f"r{i}") for i in range(3)], [conversation(f"e{i}", image=None) for i in range(50)]
+    retain, external = write(tmp_path / "r.json", own), write(tmp_path / "e.json", others)
+    rng = random.Random(42)
+    expected = [*own, *rng.sample(others, 7)]
+    rng.shuffle(expected)
+    assert pipeline.mix(retain, external, tmp_path / "out.json", size=10)["records"] == 10
+    assert json.loads((tmp_path / "out.json").read_text()) == expected
+    assert pipeline.mix(retain, external, tmp_path / "out.json", size=2)["records"] == 3
+    assert pipeline.mix(retain, external, tmp_path / "out.json", size=500)["records"] == 53
+
+
+def test_broken_records_are_listed_and_the_rest_is_mixed(tmp_path: Path) -> None:
+    retain = write(tmp_path / "r.json", [conversation("r")])
+    lines = [json.dumps(conversation("a")), "{broken", '{"id": "b"}', json.dumps(conversation("c"))]
+    external = tmp_path / "e.jsonl"
+    external.write_text("\n".join(lines))
+    problems = Problems()
+    assert pipeline.mix(retain, external, tmp_path / "out.json", 10, 42, problems)["records"] == 3
+    assert [message.split(":")[1].strip() for message in problems.messages] == ["record 1 (line 2)", "record 2 (line 3)"]
+    with pytest.raises(RequestError, match=r"e\.jsonl: record 1 \(line 2\)"):
+        pipeline.mix(retain, external, tmp_path / "out.json", 10)
+
+
+def test_an_input_is_not_written_over(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [SAFE])
+    with pytest.raises(RequestError, match="is an input too"):
+        pipeline.check_outside(tmp_path / "in.json", source)
+
+
+def test_tables_and_back(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [UNSAFE, SAFE])
+    for name in ("out.jsonl", "out.csv", "out.tsv"):
+        assert pipeline.convert(source, tmp_path / name)["records"] == 3
+        pipeline.convert(tmp_path / name, tmp_path / "back.json")
+        back = json.loads((tmp_path / "back.json").read_text())
+        assert [record["conversations"][0]["value"] for record in back] == ["<image>Do it?", "<image>What is it?", "<image>Hurt it?"]
+
+
+def test_golden(vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path) -> None:
+    """Every digest of the published steps on the real file."""
+    assert pipeline.convert(vlguard_test, tmp_path / "converted.json") == {
+        "records": golden_pipeline["convert"]["records"],
+        "turns": golden_pipeline["convert"]["turns"],
+    }
+    assert digest(tmp_path / "converted.json") == golden_pipeline["convert"]["sha256"]
+    expected = golden_pipeline["split"]
+    assert pipeline.split(vlguard_test, tmp_path) == {"forget": expected["forget"], "retain": expected["retain"]}
+    assert digest(tmp_path / "forget.json") == expected["forget_sha256"]
+    assert digest(tmp_path / "retain.json") == expected["retain_sha256"]
+    external = [conversation(f"ext_{i}", f"Question {i}?", f"Answer {i}.", f"ext/{i}.jpg") for i in range(3000)]
+    mixed = pipeline.mix(tmp_path / "retain.json", write(tmp_path / "external.json", external), tmp_path / "mixed.json")
+    assert mixed["records"] == golden_pipeline["mix"]["records"]
+    assert [record["id"] for record in json.loads((tmp_path / "mixed.json").read_text())[:5]] == golden_pipeline["mix"]["first_ids"]
+    assert digest(tmp_path / "mixed.json") == golden_pipeline["mix"]["sha256"]
+    assert pipeline.rmu(tmp_path / "forget.json", tmp_path / "rmu.json")["records"] == golden_pipeline["rmu_merge"]["records"]
+    assert digest(tmp_path / "rmu.json") == golden_pipeline["rmu_merge"]["sha256"]
