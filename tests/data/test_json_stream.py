@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.data import json_stream
-from vlm_unlearn.data.json_stream import load_at, stream, write_list
+from vlm_unlearn.data.json_stream import stream, text_at, write_list
 from vlm_unlearn.errors import RequestError
 
-RECORDS = [{"id": i, "text": text * (i % 5), "deep": [{"a": [1, 2.5, None, True]}]} for i, text in enumerate(["plain ", "ünï ", "日本 \U0001f600", '"\\/'] * 50)]
+RECORDS = [
+    {"id": i, "text": text * (i % 5), "deep": [{"a": [1, 2.5, None, True]}]}
+    for i, text in enumerate(["plain ", "ünï ", "日本 \U0001f600", '"\\/'] * 50)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def test_a_list_gives_what_json_gives(tmp_path: Path, ascii_only: bool, indent: 
     assert [item.number for item in items] == list(range(len(RECORDS)))
     with file.open("rb") as handle:
         for item in random.Random(0).sample(items, 20):
-            assert load_at(handle, item.start, item.end) == item.value
+            assert json.loads(text_at(handle, item.start, item.end)) == item.value
             handle.seek(0)
             assert handle.read(item.start).count(b"\n") + 1 == item.line
 
@@ -45,7 +48,7 @@ def test_lines_give_what_json_gives(tmp_path: Path) -> None:
     assert [item.value for item in items] == RECORDS
     assert [item.line for item in items[:3]] == [1, 3, 5]
     with file.open("rb") as handle:
-        assert [load_at(handle, item.start, item.end) for item in items] == RECORDS
+        assert [json.loads(text_at(handle, item.start, item.end)) for item in items] == RECORDS
 
 
 def test_a_broken_line_is_one_item(tmp_path: Path) -> None:

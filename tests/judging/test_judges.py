@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,13 @@ def test_judging_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     verdicts = list(read_records(tmp_path / "whole.jsonl", Verdict))
     assert [(verdict.label, verdict.error) for verdict in verdicts] == [("complied", None), (None, "timeout"), ("refused", None)]
+
+
+def test_the_quick_look_hides_no_refusal(vlguard_test: Path) -> None:
+    """Every real answer is judged as by the whole expression."""
+    from vlm_unlearn.judging import keyword
+
+    answers = [pair["response"] for record in json.loads(vlguard_test.read_text()) for pair in record["instr-resp"]]
+    for answer in answers:
+        whole = keyword._DECLINES.search(" ".join(answer.translate(keyword._QUOTES).lower().split()))
+        assert (keyword.corrected_refusal(answer) is not None) == (whole is not None)

@@ -22,6 +22,7 @@ from vlm_unlearn.errors import RequestError
 LabelBy = Literal["auto", "set", "answer"]
 FEATURES = ("first_word", "first_bigram", "length", "image")
 SHUFFLES = 200
+SHUFFLED = 100_000  # questions that the shuffles look at
 LISTED = 25  # words shown in each direction
 TRIGGERS = 5
 RARE = 5  # a word seen less often can't be called a trigger
@@ -53,7 +54,7 @@ class Predictor:
     high: float
     error_removed: float  # share of the errors of always guessing the majority that it removes; below 0 where it adds errors
     mutual_information: float  # bits
-    chance_information: float  # mean over shuffles of the labels: what a feature of as many values has by luck
+    chance_information: float  # mean over shuffles of the labels: what a feature of as many values has by luck (100,000 questions at most)
     p_value: float  # share of shuffles with as much information
     values: int  # how many different values it takes
 
@@ -142,8 +143,7 @@ def audit(questions: Iterable[tuple[str, bool, bool, str]], seed: int = 0) -> Au
     features = {name: np.frombuffer(values, dtype=np.int64) for name, values in columns.items()}
     features["length"] = _buckets(features["length"])
     majority = max(float(refusals.mean()), 1 - float(refusals.mean()))
-    rng = np.random.default_rng(seed)
-    predictors = {name: _predictor(values, refusals, majority, rng) for name, values in features.items()}
+    predictors = {name: _predictor(values, refusals, majority, np.random.default_rng(seed)) for name, values in features.items()}
     words = _associations(list(codes["first_word"]), features["first_word"], refusals)
     triggers = {way: [word.word for word in found if word.significant and word.count >= RARE][:TRIGGERS] for way, found in words.items()}
     shown = {way: found[:LISTED] for way, found in words.items()}
@@ -167,24 +167,23 @@ def _predictor(values: Codes, refusals: Codes, majority: float, rng: np.random.G
     n = len(refusals)
     table = _table(values, refusals)
     right = _leave_one_out(table)
-    information = _information(table)
-    shuffled = np.array([_information(_table(values, rng.permutation(refusals))) for _ in range(_shuffles(n))])
+    # Of a large set a sample: chance has more room in it, so that the test errs towards seeing nothing.
+    sample = rng.choice(n, SHUFFLED, replace=False) if n > SHUFFLED else np.arange(n)
+    _, some = np.unique(values[sample], return_inverse=True)
+    labels = refusals[sample]
+    seen = _information(_table(some, labels))
+    shuffled = np.array([_information(_table(some, rng.permutation(labels))) for _ in range(SHUFFLES)])
     interval = binomtest(right, n).proportion_ci(method="wilson")
     return Predictor(
         leave_one_out_accuracy=right / n,
         low=float(interval.low),
         high=float(interval.high),
         error_removed=(right / n - majority) / (1 - majority) if majority < 1 else 0.0,
-        mutual_information=information,
+        mutual_information=_information(table),
         chance_information=float(shuffled.mean()),
-        p_value=float((1 + (shuffled >= information - 1e-12).sum()) / (1 + len(shuffled))),
+        p_value=float((1 + (shuffled >= seen - 1e-12).sum()) / (1 + SHUFFLES)),
         values=int((table.sum(axis=1) > 0).sum()),
     )
-
-
-def _shuffles(n: int) -> int:
-    """Fewer for large sets, where chance hardly varies."""
-    return max(20, min(SHUFFLES, 20_000_000 // n))
 
 
 def _leave_one_out(table: Codes) -> int:
@@ -207,22 +206,32 @@ def _information(table: Codes) -> float:
     return max(0.0, float((joint[there] * np.log2(joint[there] / independent[there])).sum()))
 
 
+def _likelihood_ratios(table: Codes) -> NDArray[np.float64]:
+    """For each value the G statistic of having it or not against refusal (one degree of freedom)."""
+    n = table.sum()
+    totals = table.sum(axis=0)
+    ratios = np.zeros(len(table))
+    for label in (0, 1):
+        for count, size in ((table[:, label], table.sum(axis=1)), (totals[label] - table[:, label], n - table.sum(axis=1))):
+            there = count > 0
+            ratios[there] += 2 * count[there] * np.log(count[there] * n / (size[there] * totals[label]))
+    return np.maximum(ratios, 0.0)
+
+
 def _associations(words: list[str], values: Codes, refusals: Codes) -> dict[str, list[Association]]:
     """The words of each direction, those that explain most first (by the likelihood ratio of word against no word)."""
     table = _table(values, refusals)
     totals = table.sum(axis=0)
     n = int(totals.sum())
-    ranked: list[tuple[float, int]] = []
-    for code in range(len(words)):
-        with_word = table[code]
-        ranked.append((2 * n * math.log(2) * _information(np.stack([with_word, totals - with_word])), code))
-    ranked.sort(key=lambda pair: (-pair[0], words[pair[1]]))
+    ratios = _likelihood_ratios(table)
+    p_values = chi2.sf(ratios, 1)
+    ranked = sorted(range(len(words)), key=lambda code: (-ratios[code], words[code]))
     found: dict[str, list[Association]] = {"answer": [], "refuse": []}
     still_significant = True
-    for place, (ratio, code) in enumerate(ranked):
+    for place, code in enumerate(ranked):
         answered, refused = (int(count) for count in table[code])
         count = answered + refused
-        still_significant = still_significant and float(chi2.sf(ratio, 1)) * (len(ranked) - place) < SIGNIFICANCE
+        still_significant = still_significant and p_values[code] * (len(ranked) - place) < SIGNIFICANCE
         refuses = refused * n > count * int(totals[1])
         way = "refuse" if refuses else "answer"
         if len(found[way]) >= max(LISTED, TRIGGERS):

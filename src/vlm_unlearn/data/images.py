@@ -10,7 +10,7 @@ from PIL import Image
 from vlm_unlearn.errors import RequestError, shown
 
 # What annotated image sets hold. Formats that run an interpreter or a decoder of their own (EPS, PDF, ...) are never tried.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # a telephone's MPO opens as JPEG
 LONGEST_SIDE = 32_768
 MOST_PIXELS = 89_478_485  # Pillow's own line between a photograph and a decompression bomb: a quarter of a GiB as RGB
 

@@ -140,6 +140,7 @@ def _write(
     """Looks at every image once, leaves out the examples whose image can't be used, and writes the rest."""
     bad = _unusable_images(roots, examples, on_done)
     whole = {role: _with_usable_image(found, bad, problems) for role, found in examples.items()}
+    left_out = {**left_out, **_drop_half_pairs(examples, whole)}
     for role in ("forget", "retain"):
         if not whole.get(role):
             why = f"; {problems.summary()}" if problems else ""
@@ -177,6 +178,22 @@ def _with_usable_image(examples: Sequence[Example], bad: Mapping[tuple[str, str]
         else:
             good.append(example)
     return good
+
+
+def _drop_half_pairs(before: Mapping[str, Sequence[Example]], whole: dict[str, list[Example]]) -> dict[str, int]:
+    """Leaves out, in place, forget and decouple examples whose other half had a broken image; says how many."""
+
+    def pairs(found: Iterable[Example]) -> set[str]:
+        return {example.pair_id for example in found if example.pair_id}
+
+    broken = set().union(*(pairs(before.get(role, ())) - pairs(whole.get(role, ())) for role in ("forget", "decouple")))
+    dropped = 0
+    for role in ("forget", "decouple"):
+        kept = [example for example in whole.get(role, ()) if example.pair_id not in broken]
+        dropped += len(whole.get(role, ())) - len(kept)
+        if role in whole:
+            whole[role] = kept
+    return {"pair without its other half": dropped} if dropped else {}
 
 
 def mix(retain: Sequence[Example], external: Sequence[Example], size: int, seed: int) -> list[Example]:

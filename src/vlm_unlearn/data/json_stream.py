@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -216,19 +216,30 @@ def _where(error: ValueError, window: _Window, number: int) -> str:
     return f"line {window.line}: record {number} is not JSON: {error}"
 
 
-def load_at(handle: BinaryIO, start: int, end: int) -> Any:
-    """The JSON value at an Item's bytes."""
+def text_at(handle: BinaryIO, start: int, end: int) -> str:
+    """The JSON text at an Item's bytes, on one line. Bytes that are not UTF-8 are replaced."""
     handle.seek(start)
-    return _DECODER.decode(handle.read(end - start).decode("utf-8", "surrogateescape"))
+    raw = handle.read(end - start)
+    if b"\n" in raw:  # an indented file
+        return json.dumps(_DECODER.decode(raw.decode("utf-8", "replace")), ensure_ascii=False)
+    return raw.decode("utf-8", "replace").strip()
 
 
-def write_list(path: Path, records: Iterable[object]) -> int:
-    """Writes a JSON list, a record a line, never holding more than one; atomic. Returns how many records it holds."""
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write_list(path: Path, records: Iterable[object], dump: Callable[[Any], str] = _dump) -> int:
+    """Writes a JSON list, a record a line, never holding more than one; atomic. Returns how many records it holds.
+
+    Args:
+        dump: a record as JSON text on one line.
+    """
     count = 0
     with writing(path) as handle:
         handle.write("[")
         for record in records:
-            handle.write(("," if count else "") + "\n" + json.dumps(record, ensure_ascii=False))
+            handle.write(f"{',' if count else ''}\n{dump(record)}")
             count += 1
         handle.write("\n]\n")
     return count

@@ -9,12 +9,12 @@ import random
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vlm_unlearn.data.formats import llava, table, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import Columns
-from vlm_unlearn.data.json_stream import Item, load_at, stream, write_list
+from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
 from vlm_unlearn.data.reading import detect, read_any
 from vlm_unlearn.errors import Problems, RequestError, refuse, shown
 from vlm_unlearn.store import read_json
@@ -156,17 +156,12 @@ def mix(
     rng.shuffle(order)
     with retain.open("rb") as first, external.open("rb") as second:
 
-        def records() -> Iterator[object]:
-            for index in order:
-                places, handle, place = (kept, first, index) if index < own else (offered, second, index - own)
-                yield _load(handle, places, place)
+        def text(index: int) -> str:
+            places, handle, place = (kept, first, index) if index < own else (offered, second, index - own)
+            return text_at(handle, places[2 * place], places[2 * place + 1])
 
-        count = write_list(out, records())
+        count = write_list(out, order, text)
     return {"records": count, "retain": own, "drawn": drawn, "external": others}
-
-
-def _load(handle: BinaryIO, places: array[int], index: int) -> Any:
-    return load_at(handle, places[2 * index], places[2 * index + 1])
 
 
 def _places(path: Path, problems: Problems | None, on_done: OnDone | None, before: int, total: int) -> array[int]:

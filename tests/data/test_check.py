@@ -1,0 +1,128 @@
+"""check finds what was planted: broken files, duplicates, leaks, records that are too long."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_unlearn.data.check import Checker, Source
+from vlm_unlearn.data.importing import import_files
+from vlm_unlearn.data.near import difference_hash, near_images, normalised
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (64, 48)) -> None:
+    """A picture of 8 x 6 random cells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(cells).resize(size, Image.Resampling.NEAREST).save(path)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    for name, seed in (("a.png", 1), ("b.png", 2), ("c.png", 3), ("test.png", 4)):
+        picture(folder / name, seed)
+    shutil.copy(folder / "a.png", folder / "a_copy.png")
+    Image.open(folder / "b.png").resize((320, 240)).save(folder / "b_large.jpg", quality=90)
+    return folder
+
+
+def jsonl(path: Path, rows: list[tuple[str | None, str, str]]) -> Path:
+    path.write_text("".join(json.dumps({"image": image, "question": asked, "answer": answer}) + "\n" for image, asked, answer in rows))
+    return path
+
+
+def counts(report: dict) -> dict[tuple[str, str, str], int]:
+    return {(*leak["sets"], leak["what"]): leak["count"] for leak in report["leakage"] if leak["count"]}
+
+
+def test_duplicates_and_leaks(images: Path, tmp_path: Path) -> None:
+    forget = [
+        ("a.png", "How does one fold the paper kite?", "So."),
+        ("b.png", "Which colour has it?", "Red."),
+        (None, "Just text?", "Yes."),
+    ]
+    retain = [
+        ("a_copy.png", "how does one fold the paper kite", "No."),
+        ("c.png", "What is it?", "A c."),
+        ("c.png", "What  is it", "A sea."),
+    ]
+    test = [("b_large.jpg", "How does one now fold the paper kite?", "x"), ("test.png", "Which colour has it?", "x")]
+    import_files({"forget": jsonl(tmp_path / "f.jsonl", forget), "retain": jsonl(tmp_path / "r.jsonl", retain)}, images, tmp_path / "set")
+    checker = Checker()
+    checker.add(Source(tmp_path / "set"))
+    checker.add(Source(jsonl(tmp_path / "t.jsonl", test), images, "test"))
+    report = checker.report()
+    assert report["sets"]["forget"] == {"records": 3, "questions": 3, "distinct_questions": 3, "text_only": 1}
+    assert report["sets"]["retain"]["distinct_questions"] == 2
+    assert report["images"]["same_content"] == {"count": 1, "first": [["a.png", "a_copy.png"]]}
+    assert (report["images"]["distinct_paths"], report["images"]["distinct_contents"]) == (6, 5)
+    assert report["doubled_questions"]["retain"]["count"] == 1
+    assert counts(report) == {
+        ("forget", "retain", "same question, same image"): 1,
+        ("forget", "retain", "same question"): 1,
+        ("forget", "retain", "same image"): 1,
+        ("forget", "test", "same question"): 1,
+        ("forget", "test", "near image"): 1,
+        ("forget", "test", "near question"): 1,
+        ("retain", "test", "near question"): 1,
+    }
+    assert any("same question, same image" in line for line in report["errors"])
+    near = next(leak for leak in report["leakage"] if leak["what"] == "near image" and leak["count"])
+    assert near["first"] == ["forget: b.png ~ test: b_large.jpg"]
+
+
+def test_a_clean_set_has_no_findings(images: Path, tmp_path: Path) -> None:
+    rows = [(f"{name}.png", f"What is the {name} thing?", "It.") for name in "abc"]
+    checker = Checker()
+    checker.add(Source(jsonl(tmp_path / "t.jsonl", rows), images))
+    report = checker.report()
+    assert (report["errors"], report["warnings"]) == ([], [])
+    assert report["images"]["usable"] == 3
+
+
+def test_lengths(images: Path, tmp_path: Path) -> None:
+    rows = [("a.png", "short", "x"), ("b.png", "long", "x"), (None, "cut", "x")]
+    lengths = {"short": (10, 20), "long": (100, 120), "cut": (90, 150)}
+    checker = Checker()
+    checker.add(Source(jsonl(tmp_path / "t.jsonl", rows), images), lambda example, path: lengths[example.question], 100)
+    report = checker.report()
+    assert report["lengths"]["t"] == {"min": 20, "median": 120, "p90": 150, "p99": 150, "max": 150}
+    assert report["too_long"]["question"] == {"count": 1, "first": ['t: "1": 100 tokens']}
+    assert report["too_long"]["answer"]["count"] == 1
+    assert any("leave no room" in line for line in report["errors"])
+
+
+def test_token_counts_are_the_trainers(world: Path, tiny_model: Path) -> None:
+    from vlm_unlearn.cli.data_quality import _token_count
+    from vlm_unlearn.data.batching import Turn, encode_with_labels
+    from vlm_unlearn.data.reading import read_any
+    from vlm_unlearn.models.loading import load_processor
+
+    entry = next(read_any(world / "vlguard" / "train.json"))
+    path = world / "vlguard" / "train" / str(entry.example.image)
+    asked, whole = _token_count(str(tiny_model))(entry.example, path)
+    turn = Turn("x", path, entry.example.question, entry.example.answer)
+    labels = encode_with_labels(load_processor(tiny_model), [turn], 512)["labels"][0]
+    assert asked == int((labels != -100).nonzero()[0])
+    assert whole in (len(labels), len(labels) - 1)  # a closing token may be added
+
+
+def test_hashes_of_images() -> None:
+    """A difference in up to 3 bits is found whichever bits they are; 4 bits in one band each are not near."""
+    base = 0x0123_4567_89AB_CDEF
+    values = [base, base ^ 0b111, base ^ (1 << 63 | 1 << 40 | 1 << 3), base ^ 0xF, base ^ (1 << 5 | 1 << 20 | 1 << 36 | 1 << 60)]
+    hashes = np.array([*values, 0, 0], dtype=np.uint64)
+    assert sorted(near_images(hashes, {"x": [0], "y": [1, 2, 3, 4, 5]}, "x", "y")) == [(0, 1), (0, 2)]
+    assert list(near_images(hashes, {"x": [5], "y": [6]}, "x", "y")) == [], "an image without structure is near nothing"
+    assert difference_hash(Image.new("RGB", (50, 50), "red")) == 0
+
+
+def test_normalised() -> None:
+    assert normalised("  What's THIS,\nthen? ") == "what s this then"
+    assert normalised("日本 は?") == "日本 は"
