@@ -20,7 +20,7 @@ class WorkError(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``'; did you mean "npo"?'`` for the known name closest to `name`, or ``''``."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f'; did you mean "{match[0]}"?' if match else ""
+    return f"; did you mean {shown(match[0])}?" if match else ""
 
 
 def shown(text: object, longest: int = 80) -> str:

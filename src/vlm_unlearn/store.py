@@ -15,7 +15,7 @@ from typing import Any, TextIO, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.records import AnswerRecord
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -108,7 +108,7 @@ def _parse(model: type[Model], line: str, where: str) -> Model:
         return model.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(shown(part)[1:-1] for part in first["loc"])
         raise RequestError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
 
 

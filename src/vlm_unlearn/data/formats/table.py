@@ -106,7 +106,7 @@ def set_of(record: RawRecord, columns: Columns) -> str | None:
 def _text(record: RawRecord, column: str) -> str:
     """A cell's text; a number, as an answer often is, is written out."""
     found = record.value.get(column)
-    if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found):
+    if (isinstance(found, int) and not isinstance(found, bool)) or (isinstance(found, float) and math.isfinite(found)):
         return str(found)
     return record.text(column)
 

@@ -1,0 +1,150 @@
+"""Your own data: CSV, JSON lines, parquet, with columns by name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm_unlearn.data.formats.table import Columns, read_table
+from vlm_unlearn.data.importing import import_files
+from vlm_unlearn.data.reading import detect, read_any
+from vlm_unlearn.data.training_set import read_training_set
+from vlm_unlearn.errors import Problems, RequestError
+
+ROWS = [
+    {"pic": "a.png", "ask": 'Say "this", please;\nnow', "reply": "No.", "group": "Harmful", "tag": "weapons"},
+    {"pic": "b.png", "ask": "What is it?", "reply": "=1+1", "group": "harmless", "tag": ""},
+    {"pic": "", "ask": "日本?", "reply": "3", "group": "harmless", "tag": ""},
+]
+COLUMNS = Columns(question="ask", answer="reply", image="pic", category="tag", set="group")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / name)
+    return tmp_path
+
+
+def written(folder: Path, suffix: str) -> Path:
+    file = folder / f"rows{suffix}"
+    if suffix in (".csv", ".tsv"):
+        with file.open("w", encoding="utf-8-sig", newline="") as handle:
+            writer = csv.DictWriter(handle, list(ROWS[0]), delimiter="," if suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif suffix == ".json":
+        file.write_text(json.dumps(ROWS))
+    else:
+        import datasets
+
+        table = datasets.Dataset.from_list(ROWS)
+        if suffix == ".parquet":
+            table.to_parquet(str(file))
+        else:
+            table.save_to_disk(str(file))
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ""])
+def test_every_form_gives_the_same_set(folder: Path, suffix: str) -> None:
+    imported = import_files({"": written(folder, suffix)}, folder, folder / "out", COLUMNS)
+    assert imported.counts == {"forget": 1, "retain": 2}
+    assert not imported.problems
+    found = read_training_set(folder / "out")
+    (forget,) = found.examples["forget"]
+    assert (forget.question, forget.answer, forget.category, forget.image) == (ROWS[0]["ask"], "No.", "weapons", "a.png")
+    assert [(e.image, e.question, e.answer) for e in found.examples["retain"]] == [("b.png", "What is it?", "=1+1"), (None, "日本?", "3")]
+
+
+def test_images_inside_a_table_are_kept(folder: Path) -> None:
+    import datasets
+
+    def content(colour: str) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (6, 5), colour).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    rows = [
+        {"image": {"bytes": content("red"), "path": None}, "question": "Q?", "answer": "A.", "set": "forget"},
+        {"image": {"bytes": content("blue"), "path": None}, "question": "Q?", "answer": "A.", "set": "retain"},
+        {"image": {"bytes": b"no image", "path": None}, "question": "Q?", "answer": "A.", "set": "retain"},
+    ]
+    features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("question", "answer", "set")}})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(folder / "t.parquet"))
+    imported = import_files({"": folder / "t.parquet"}, folder, folder / "out", Columns(set="set"))
+    assert imported.counts == {"forget": 1, "retain": 1}
+    assert imported.problems.count == 1
+    found = read_training_set(folder / "out")
+    path = found.image_path(found.examples["forget"][0])
+    assert path is not None
+    assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_file_for_each_set_with_pairs(folder: Path) -> None:
+    forget = folder / "f.jsonl"
+    forget.write_text(json.dumps({"image": "a.png", "question": "How?", "answer": "So.", "pair_id": "p1"}) + "\n")
+    decouple = folder / "d.csv"
+    decouple.write_text("image,question,answer,pair_id\nb.png,How?,A loaf.,p1\n")
+    retain = folder / "r.json"
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "It."}]
+    retain.write_text(json.dumps([{"id": "x", "image": "b.png", "conversations": turns}]))
+    imported = import_files({"forget": forget, "retain": retain, "decouple": decouple}, folder, folder / "out")
+    assert imported.counts == {"forget": 1, "retain": 1, "decouple": 1}
+    found = read_training_set(folder / "out")
+    assert found.examples["decouple"][0].pair_id == found.examples["forget"][0].pair_id == "p1"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "ask,reply\nq,a\n", 'no column "question"; its columns are "ask", "reply"; pass --question-column'),
+        ("a.csv", "question,answers\nq,a\n", 'pass --answer-column; did you mean "answers"?'),
+        ("a.csv", "", "is empty; it must name the columns"),
+        ("a.csv", "question,answer,answer\nq,a,b\n", "names a column twice"),
+        ("a.csv", 'question,answer\n"q,a\n', "not CSV"),
+        ("a.jsonl", '{"ask": 1}\n', 'no column "question"'),
+        ("a.parquet", "no parquet", "datasets could not load it"),
+        ("a.xlsx", "x", "not a table that can be read"),
+        ("gone.csv", None, "No such file"),
+        ("gone.parquet", None, "could not load it"),
+    ],
+)
+def test_a_wrong_table_is_one_clear_line(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RequestError) as error:
+        list(read_table(tmp_path / name, Columns(), None, Problems()))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_rows_are_listed(folder: Path) -> None:
+    file = folder / "a.csv"
+    file.write_bytes(
+        b"image,question,answer,set\na.png,Q?,A.,forget\na.png,Q?\ngone.png,Q?,A.,retain\na.png,,A.,retain\na.png,Q?,A.,forgte\n"
+        b"a.png,\xff?,A.,retain\na.png,Q?,A.,retain\n"
+    )
+    imported = import_files({"": file}, folder, folder / "out", Columns(set="set"))
+    assert imported.counts == {"forget": 1, "retain": 1}
+    told = imported.problems.messages
+    assert [message.split(":")[1].strip() for message in told] == [f"row {n} (line {n + 2})" for n in range(1, 6)]
+    for message, words in zip(told, ("as many cells", "not found", "non-empty", 'did you mean "forget"?', "broken character"), strict=True):
+        assert words in message
+
+
+def test_formats_are_told_by_their_content(world: Path, training_sets: dict[str, Path], folder: Path) -> None:
+    assert detect(world / "vlguard" / "train.json") == "vlguard"
+    assert detect(world / "safe_eraser" / "all_train.json") == "safe_eraser"
+    assert detect(world / "general" / "general.json") == "llava"
+    assert detect(training_sets["harmful"]) == "training_set"
+    assert detect(written(folder, ".jsonl")) == "table"
+    sets = {entry.set for entry in read_any(world / "safe_eraser" / "all_train.json")}
+    assert sets == {"forget", "retain", "decouple"}

@@ -1,0 +1,112 @@
+"""Asking a server: everything is answered or explicitly not, nothing twice, and the key goes nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stub_server import stub_server
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.generation.chat import Ask, OpenAIChat, ReplyCache, ask_all
+
+ASKS = [Ask(str(number), f"question {number}") for number in range(60)]
+SECRET = "sk-very-secret"
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+
+def test_all_are_answered_at_most_so_many_at_once() -> None:
+    with stub_server(lambda text: text.upper()) as stub:
+        replies, asked = ask_all(OpenAIChat(stub.url, "m", concurrency=7), iter(ASKS), None)
+    assert asked == stub.calls == 60
+    assert {id: reply.text for id, reply in replies.items()} == {ask.id: ask.text.upper() for ask in ASKS}
+    assert 1 < stub.most_at_once <= 7
+    assert set(stub.keys) == {f"Bearer {SECRET}"}
+
+
+def test_faults_are_retried(tmp_path: Path) -> None:
+    """A third of the calls fail, in every way: nothing is lost."""
+    faults = ["429", "500", "cut", "503"]
+    with stub_server(lambda text: text) as stub:
+        stub.faults = lambda call: faults[call // 3 % 4] if call % 3 == 0 else ""
+        replies, _ = ask_all(OpenAIChat(stub.url, "m", concurrency=8, retries=8), ASKS, ReplyCache(tmp_path / "c.sqlite"))
+    assert len(replies) == 60
+    assert all(reply.text == f"question {id}" for id, reply in replies.items())
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"), [("500", "HTTP 500"), ("400", "HTTP 400"), ("garbage", "JSON"), ("empty", "empty answer"), ("cut", "Connection")]
+)
+def test_what_fails_for_good_is_explicit_and_asked_again(tmp_path: Path, fault: str, error: str) -> None:
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    with stub_server(lambda text: text) as stub:
+        chat = OpenAIChat(stub.url, "m", concurrency=1, retries=0)
+        stub.faults = lambda call: fault if call == 2 else ""
+        replies, asked = ask_all(chat, ASKS[:5], cache)
+        assert asked == 5
+        failed = [reply for reply in replies.values() if reply.text is None]
+        assert len(failed) == 1
+        assert error in str(failed[0].error)
+        assert SECRET not in str(failed[0].error)
+        replies, asked = ask_all(chat, ASKS[:5], cache)
+    assert asked == 1
+    assert all(reply.text for reply in replies.values())
+
+
+def test_the_cache_knows_model_text_and_image(tmp_path: Path) -> None:
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    image = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(image)
+    with stub_server(lambda text: text) as stub:
+
+        def asked(model: str, ask: Ask) -> int:
+            return ask_all(OpenAIChat(stub.url, model), [ask], cache)[1]
+
+        assert [asked("m", Ask("1", "q", image)), asked("m", Ask("2", "q", image))] == [1, 0]
+        assert asked("other", Ask("1", "q", image)) == 1
+        assert asked("m", Ask("1", "q")) == 1
+        Image.new("RGB", (4, 4), "blue").save(image)
+        assert asked("m", Ask("1", "q", image)) == 1
+        assert ask_all(OpenAIChat(stub.url, "m"), [Ask("9", "q", image)], ReplyCache(tmp_path / "c.sqlite"))[1] == 0
+    assert stub.bodies[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert SECRET.encode() not in (tmp_path / "c.sqlite").read_bytes()
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404"])
+def test_a_refused_key_ends_it_at_once(status: str) -> None:
+    with stub_server(lambda text: text) as stub:
+        stub.faults = lambda call: status
+        with pytest.raises(RequestError, match=f"the server answered {status}") as error:
+            ask_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)
+    assert stub.calls <= 4
+    assert SECRET not in str(error.value)
+
+
+def test_no_server_is_an_error_for_each() -> None:
+    replies, _ = ask_all(OpenAIChat("http://127.0.0.1:9/v1", "m", retries=0), ASKS[:3], None)
+    assert [reply.text for reply in replies.values()] == [None] * 3
+
+
+def test_an_address_must_be_one() -> None:
+    with pytest.raises(RequestError, match="begins with http"):
+        OpenAIChat("file:///etc/passwd", "m")
+
+
+def test_a_local_model_answers_and_is_cached(tiny_model: Path, tmp_path: Path) -> None:
+    from vlm_unlearn.generation.local_chat import LocalChat
+
+    image = tmp_path / "a.png"
+    Image.new("RGB", (32, 32), "red").save(image)
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    asks = [Ask("1", "what is this ?", image), Ask("2", "what colour ?", image), Ask("3", "what ?")]
+    first, asked = ask_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
+    assert asked == 3
+    assert {reply.id for reply in first.values()} == {"1", "2", "3"}
+    again, asked = ask_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
+    assert asked == sum(reply.text is None for reply in first.values())
+    assert {id: reply.text for id, reply in again.items()} == {id: reply.text for id, reply in first.items()}

@@ -1,0 +1,96 @@
+"""A chat-completions server for tests: answers by a function, and misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Stub:
+    """What the server was asked, and how it answers."""
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        self.answer = answer
+        self.faults: Callable[[int], str] = lambda call: ""  # number of the call -> "", "429", "500", "cut", "garbage", "empty", "401"
+        self.calls = 0
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: Counter[str] = Counter()
+        self.at_once = 0
+        self.most_at_once = 0
+        self.url = ""
+        self._lock = threading.Lock()
+
+    def enter(self) -> int:
+        with self._lock:
+            self.calls += 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+            return self.calls
+
+    def leave(self) -> None:
+        with self._lock:
+            self.at_once -= 1
+
+
+@contextmanager
+def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
+    """Serves until the block ends."""
+    stub = Stub(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            call = stub.enter()
+            try:
+                stub.bodies.append(body)
+                stub.keys[self.headers.get("Authorization", "")] += 1
+                self._reply(body, stub.faults(call))
+            finally:
+                stub.leave()
+
+        def _reply(self, body: dict[str, Any], fault: str) -> None:
+            if fault == "cut":
+                self.close_connection = True
+                self.connection.close()
+                return
+            if fault.isdigit():
+                self._send(int(fault), json.dumps({"error": {"message": f"fault, your key is {self.headers.get('Authorization')}"}}))
+                return
+            if fault == "garbage":
+                self._send(200, '{"choices": [{"mess')
+                return
+            text = next(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
+            message = {"role": "assistant", "content": stub.answer(text)}
+            choices = [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self._send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}))
+
+        def _send(self, status: int, text: str) -> None:
+            raw = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            if status == 429:
+                self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(raw)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    try:
+        yield stub
+    finally:
+        server.shutdown()
+        server.server_close()
