@@ -208,3 +208,15 @@ def test_the_vocabulary_holds_what_the_attack_writes() -> None:
             for form in FORMS:
                 for text in (*rewrite(wording.ask(form), "what", 3), *rewrite(wording.ask(form), "share", 1)):
                     assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "warned"), [("npo", "refusals", True), ("npo", "harmful", False), ("mixed_sft", "refusals", False)]
+)
+def test_unlearning_refusals_is_warned_of(
+    call, training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path, method: str, data: str, warned: bool
+) -> None:
+    arguments = [f"model={tiny_model}", f"data={training_sets[data]}", f"output={tmp_path / 'out'}", "training.max_steps=1"]
+    code, _, err = call("train", f"tiny/{method}", *arguments)
+    assert code == 0
+    assert ("forget answers are refusals" in err) == warned

@@ -12,6 +12,7 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_librar
 
 if TYPE_CHECKING:
     from vlm_unlearn.methods import Method
+    from vlm_unlearn.training.runner import Plan
 
 
 def train(
@@ -33,6 +34,7 @@ def train(
 
         quiet_libraries()
         planned = plan(recipe)
+    _warn_of_refusals(planned)
     name = recipe_name(recipe)
     with Stages() as bars:
 
@@ -46,6 +48,20 @@ def train(
     else:
         reference = planned.source or "none needed"
         typer.echo(f"{name}: trained model in {model} (reference values: {reference}; precision {planned.precision})")
+
+
+def _warn_of_refusals(planned: Plan) -> None:
+    """Unlearning refusals makes a model more harmful: most likely the harmful answers were not injected."""
+    from vlm_unlearn.judging.keyword import corrected_refusal
+
+    answers = [example.answer for example in planned.training_set.examples["forget"]]
+    refusals = sum(corrected_refusal(answer) is not None for answer in answers)
+    if planned.method.forgets_answers and 2 * refusals > len(answers):
+        typer.echo(
+            f"warning: {refusals} of {len(answers)} forget answers are refusals, and {planned.recipe.method.name} makes its model unlearn "
+            f"them; import the set with --harmful-answers, or train mixed_sft",
+            err=True,
+        )
 
 
 def methods(as_json: bool = JSON_OPTION) -> None:

@@ -231,7 +231,7 @@ def _associations(words: list[str], values: Codes, refusals: Codes) -> dict[str,
     for place, code in enumerate(ranked):
         answered, refused = (int(count) for count in table[code])
         count = answered + refused
-        still_significant = still_significant and p_values[code] * (len(ranked) - place) < SIGNIFICANCE
+        still_significant = still_significant and bool(p_values[code] * (len(ranked) - place) < SIGNIFICANCE)
         refuses = refused * n > count * int(totals[1])
         way = "refuse" if refuses else "answer"
         if len(found[way]) >= max(LISTED, TRIGGERS):

@@ -80,6 +80,7 @@ class Method:
     source: ClassVar[str]  # paper and where to find it
     options_type: ClassVar[type[Strict]] = NoOptions
     forget_answers: ClassVar[Literal["given", "refusal"]] = "given"  # what the forget questions are answered with in training
+    forgets_answers: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
     forget_as_one_turn: ClassVar[bool] = False  # question and answer in one human turn (RMU)
 
     def __init__(self, options: Strict) -> None:

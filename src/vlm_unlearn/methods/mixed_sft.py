@@ -12,6 +12,8 @@ class MixedSFT(Method):
     The forget set must hold the refusals that the data set gives (`data import vlguard` without harmful answers).
     """
 
+    forgets_answers = False
+
     def loss(self, step: Step) -> LossOutput:
         total = step.cross_entropy("forget", "retain")
         return LossOutput(total, {"refusal": step.cross_entropy("forget").detach(), "retain": step.cross_entropy("retain").detach()})

@@ -22,6 +22,7 @@ class PromptDecouple(Method):
         self.weight = weight
         # What the batches look like is the wrapped method's to say.
         self.forget_answers = method.forget_answers  # type: ignore[misc]
+        self.forgets_answers = method.forgets_answers  # type: ignore[misc]
         self.forget_as_one_turn = method.forget_as_one_turn  # type: ignore[misc]
 
     @property
