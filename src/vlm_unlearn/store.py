@@ -34,16 +34,46 @@ def cache_folder() -> Path:
 def writing(path: Path) -> Iterator[TextIO]:
     """A text file to write, of any size, so that a reader, or a kill at any moment, sees the old content or the new, never a part.
 
-    A lone surrogate, which no UTF-8 file can hold, is written as ``?``.
+    A link is followed. A lone surrogate, which no UTF-8 file can hold, is written as ``?``.
+
+    Raises:
+        RequestError: a folder, or something else than a file, is there, or the file can't be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _refuse_special(path)
+    target = path.resolve() if path.is_symlink() else path
+    part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8", errors="replace", newline="") as handle:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = part.open("w", encoding="utf-8", errors="replace", newline="")
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}; choose another output") from None
+    try:
+        with handle:
             yield handle
-        os.replace(part, path)
+        os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _refuse_special(path: Path) -> None:
+    if path.is_dir():
+        raise RequestError(f"{path}: is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path}: is a device or a pipe; name a file to write")
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
+    """Looks before anything is written that no output is an input, under whatever name.
+
+    Raises:
+        RequestError: one is, or a folder or a device stands where a file is to be written.
+    """
+    known = [Path(source) for source in inputs if source is not None]
+    for out in outputs:
+        _refuse_special(out)
+        for source in known:
+            if out.exists() and source.exists() and out.samefile(source):
+                raise RequestError(f"{out}: is an input too; choose another output")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -136,9 +136,9 @@ def test_wrong_requests(vlguard: Path, tmp_path: Path, arguments: list[str], mes
     before = (vlguard / "train.json").read_bytes()
     done = run("data", *(argument.format(v=vlguard, t=tmp_path) for argument in arguments))
     assert done.returncode == 2
-    *progress, last = done.stderr.strip().splitlines()
+    *before_it, last = done.stderr.strip().splitlines()
     assert message in last
-    assert not progress or progress == ["read (MB)"]
+    assert all(line == "read (MB)" or "left out" in line for line in before_it)
     assert list(tmp_path.iterdir()) == []
     assert (vlguard / "train.json").read_bytes() == before
 
@@ -154,3 +154,62 @@ def test_broken_records_are_listed_on_standard_error(vlguard: Path, tmp_path: Pa
     done = run("data", "convert", tmp_path / "in.json", tmp_path / "strict.json", "--strict")
     assert done.returncode == 2
     assert not (tmp_path / "strict.json").exists()
+
+
+def test_no_input_is_written_over(world: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever the command calls its outputs."""
+    vlguard = world / "vlguard"
+    for name, source in {
+        "dataset.json": vlguard / "train.json",
+        "retain.json": vlguard / "train.json",
+        "a.json": vlguard / "train.json",
+    }.items():
+        (tmp_path / name).write_bytes(source.read_bytes())
+    (tmp_path / "b.choices.jsonl").write_text("{}")
+    (tmp_path / "refusals.json").write_text('{"idk": ["No."]}')
+    (tmp_path / "linked.json").symlink_to(tmp_path / "a.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    images = ["--images", vlguard / "train"]
+    both = ["--forget", vlguard / "train.json", "--retain", vlguard / "train.json"]
+    for arguments in (
+        ["import", "vlguard", tmp_path / "dataset.json", *images, "--out", tmp_path],
+        ["import", "files", *both, *images, "--refusals", tmp_path / "refusals.json", "--out", tmp_path],
+        ["split", tmp_path / "retain.json", tmp_path],
+        ["convert", tmp_path / "a.json", tmp_path / "linked.json"],
+        ["audit", tmp_path / "a.json", "--html", tmp_path / "a.json"],
+        ["check", tmp_path / "a.json", "--out", tmp_path / "a.json"],
+        ["select-harmful", vlguard / "train.json", tmp_path / "b.choices.jsonl", "--model", "m", "--out", tmp_path / "b.json"],
+        ["diversify", tmp_path / "a.json", tmp_path / "a.json"],
+    ):
+        done = run("data", *arguments)
+        assert done.returncode == 2, arguments
+        assert "is an input too" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "/", "/dev/null", "{t}", "{t}/" + "x" * 300 + ".json"])
+def test_odd_outputs_are_one_clear_line(vlguard: Path, tmp_path: Path, out: str) -> None:
+    for arguments in (["convert", vlguard / "train.json"], ["diversify", vlguard / "train.json"]):
+        done = run("data", *arguments, out.format(t=tmp_path))
+        assert done.returncode == 2
+        assert "--debug" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_dead_server_is_a_failure(vlguard: Path, tmp_path: Path) -> None:
+    done = run(
+        "data",
+        "diversify",
+        vlguard / "train.json",
+        tmp_path / "out.json",
+        "--server",
+        "http://127.0.0.1:9/v1",
+        "--model",
+        "m",
+        "--no-cache",
+    )
+    assert done.returncode == 1
+    assert "is the server up?" in done.stderr
+    assert not (tmp_path / "out.json").exists()

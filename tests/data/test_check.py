@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 from PIL import Image
 
 from vlm_unlearn.data.check import Checker, Source
+from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.importing import import_files
-from vlm_unlearn.data.near import difference_hash, near_images, normalised
+from vlm_unlearn.data.near import NearQuestions, difference_hash, near_images, normalised
+from vlm_unlearn.data.pipeline import convert
+from vlm_unlearn.errors import Problems, RequestError
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (64, 48)) -> None:
@@ -56,7 +60,7 @@ def test_duplicates_and_leaks(images: Path, tmp_path: Path) -> None:
     import_files({"forget": jsonl(tmp_path / "f.jsonl", forget), "retain": jsonl(tmp_path / "r.jsonl", retain)}, images, tmp_path / "set")
     checker = Checker()
     checker.add(Source(tmp_path / "set"))
-    checker.add(Source(jsonl(tmp_path / "t.jsonl", test), images, "test"))
+    checker.add(Source(jsonl(tmp_path / "test.jsonl", test), images, against=True))
     report = checker.report()
     assert report["sets"]["forget"] == {"records": 3, "questions": 3, "distinct_questions": 3, "text_only": 1}
     assert report["sets"]["retain"]["distinct_questions"] == 2
@@ -125,4 +129,83 @@ def test_hashes_of_images() -> None:
 
 def test_normalised() -> None:
     assert normalised("  What's THIS,\nthen? ") == "what s this then"
-    assert normalised("日本 は?") == "日本 は"
+    assert normalised("日本 は？") == "日本 は"
+    for different in (("2+2", "2-2", "2*2"), ("C++", "C#", "C"), ("दिन क्या है", "दान क्या है"), ("😀", "😡")):
+        assert len({normalised(text) for text in different}) == len(different)
+
+
+def test_near_questions_are_all_found() -> None:
+    """1,000 pairs that share 8 of 10 to 9 of 10 words: brute force finds all, and so does the index."""
+    rng = random.Random(0)
+    words = [f"word{i}" for i in range(5000)]
+    index = NearQuestions()
+    pairs = []
+    for number in range(1000):
+        one = rng.sample(words, 9)
+        pairs.append((number, " ".join([*one[:8], f"new{number}"])))  # 8 shared of 10 in all
+        index.add([(number, " ".join(one))])
+    assert len(list(index.matches(pairs))) >= 995
+
+
+def test_files_of_one_name_are_two_sets(images: Path, tmp_path: Path) -> None:
+    rows = [("a.png", "What is the thing in it?", "It.")]
+    for name in ("x", "y", "z"):
+        (tmp_path / name).mkdir()
+        jsonl(tmp_path / name / "data.jsonl", rows)
+    checker = Checker()
+    checker.add(Source(tmp_path / "x" / "data.jsonl", images))
+    for name in ("y", "z"):
+        checker.add(Source(tmp_path / name / "data.jsonl", images, against=True))
+    report = checker.report()
+    assert {name: counts["records"] for name, counts in report["sets"].items()} == {"data": 1, "data#2": 1, "data#3": 1}
+    assert counts(report)["data", "data#2", "same question, same image"] == 1
+    assert ("data#2", "data#3", "same question") not in counts(report), "what the test sets share is not this set's leak"
+
+
+def test_a_changed_training_set_is_an_error(training_sets: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(training_sets["harmful"], tmp_path / "changed"))
+    described = json.loads((folder / "dataset.json").read_text())
+    described["images"] = {name: str((training_sets["harmful"] / root).resolve()) for name, root in described["images"].items()}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    checker = Checker()
+    checker.add(Source(folder))
+    assert checker.report()["errors"] == []
+    lines = (folder / "retain.jsonl").read_text().splitlines()
+    empty = json.dumps(json.loads(lines[0]) | {"id": "new", "answer": " "})
+    elsewhere = json.dumps(json.loads(lines[0]) | {"id": "other", "source": "nowhere"})
+    (folder / "retain.jsonl").write_text("\n".join([*lines, lines[0], empty, elsewhere, "{broken"]))
+    checker = Checker()
+    checker.add(Source(folder))
+    told = checker.report()
+    for words in ("was changed since", "the answer is empty", "names no image folder", "not JSON"):
+        assert any(words in message for message in checker.problems.messages), words
+    assert "1 ids of retain are there twice" in told["errors"]
+    (folder / "retain.jsonl").unlink()
+    checker = Checker()
+    with pytest.raises(RequestError, match="no such file"):
+        checker.add(Source(folder))
+
+
+def test_an_empty_table_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\n")
+    checker = Checker()
+    checker.add(Source(tmp_path / "a.csv"))
+    assert "holds no record" in checker.report()["broken"]["first"][0]
+
+
+def test_images_inside_a_table_are_not_called_missing(tmp_path: Path) -> None:
+    import datasets
+
+    picture(tmp_path / "a.png", 1)
+    row = {"image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, "question": "Q?", "answer": "A."}
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    datasets.Dataset.from_list([row], features=features).to_parquet(str(tmp_path / "t.parquet"))
+    checker = Checker()
+    checker.add(Source(tmp_path / "t.parquet"))
+    assert "is inside the table" in checker.problems.messages[0]
+    problems = Problems()
+    with pytest.raises(RequestError, match="no record to write"):
+        convert(tmp_path / "t.parquet", tmp_path / "out.json", problems=problems)
+    assert "is inside the table" in problems.messages[0]
+    with pytest.raises(RequestError, match="import it, and diversify the training set"):
+        diversify(tmp_path / "t.parquet", tmp_path / "out.json")

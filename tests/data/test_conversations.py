@@ -34,7 +34,7 @@ def test_rounds_become_history(tmp_path: Path) -> None:
     first, second, third = llava.read_llava(write(tmp_path, *records), None)
     assert (first.question, first.answer) == ("Why?", "So.")
     assert [(turn.question, turn.answer) for turn in first.history] == [("What?", "That.")]
-    assert (second.id, second.question) == ("llava/1/2", "Where is\n it?")
+    assert (second.id, second.question) == ("2", "Where is\n it?")
     assert (third.image, third.question) == (None, "Just text?")
     again = list(llava.read_llava(write(tmp_path, *map(llava.write_record, (first, second, third))), None))
     assert [(e.image, e.question, e.answer, e.history) for e in again] == [

@@ -90,15 +90,65 @@ def test_broken_records_are_listed_and_the_rest_is_mixed(tmp_path: Path) -> None
     external.write_text("\n".join(lines))
     problems = Problems()
     assert pipeline.mix(retain, external, tmp_path / "out.json", 10, 42, problems)["records"] == 3
-    assert [message.split(":")[1].strip() for message in problems.messages] == ["record 1 (line 2)", "record 2 (line 3)"]
+    assert [message.split(":")[1].strip() for message in problems.messages] == ["record 1 (line 2)", 'record 2 (line 3, "b")']
     with pytest.raises(RequestError, match=r"e\.jsonl: record 1 \(line 2\)"):
         pipeline.mix(retain, external, tmp_path / "out.json", 10)
 
 
-def test_an_input_is_not_written_over(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.json", [SAFE])
-    with pytest.raises(RequestError, match="is an input too"):
-        pipeline.check_outside(tmp_path / "in.json", source)
+def test_nothing_to_write_leaves_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "in.json", [])
+    write(tmp_path / "out.json", ["before"])
+    for step in (pipeline.convert, pipeline.rmu):
+        with pytest.raises(RequestError, match="no record"):
+            step(tmp_path / "in.json", tmp_path / "out.json")
+    write(tmp_path / "vlguard.json", [UNSAFE])
+    write(tmp_path / "answers.json", {"gone.png": "x"})
+    with pytest.raises(RequestError, match="names no image"):
+        pipeline.inject(tmp_path / "vlguard.json", tmp_path / "answers.json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == ["before"]
+
+
+def test_bytes_and_escapes_pass_through_a_mix(tmp_path: Path) -> None:
+    """Fields that the step doesn't know stay as they are, lone surrogates and all; what can't be trained on isn't drawn."""
+    strange = conversation("ünï", "日本?") | {"note": "half \ud83d pair", "x": [1.5, None]}
+    retain = tmp_path / "r.json"
+    retain.write_text(json.dumps([strange], indent=1))
+    bad = [conversation("gpt first")["conversations"][::-1], [{"value": "no from"}], [{"from": "human", "value": "alone"}]]
+    external = write(tmp_path / "e.json", [{"id": str(i), "conversations": turns} for i, turns in enumerate(bad)] + [conversation("ok")])
+    problems = Problems()
+    assert pipeline.mix(retain, external, tmp_path / "out.json", 10, 42, problems)["records"] == 2
+    assert problems.count == 3
+    assert strange in json.loads((tmp_path / "out.json").read_text())
+
+
+def test_a_conversion_keeps_ids(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [conversation("first"), conversation("second", image=None)])
+    pipeline.convert(source, tmp_path / "out.json")
+    pipeline.convert(tmp_path / "out.json", tmp_path / "out.csv")
+    pipeline.convert(tmp_path / "out.csv", tmp_path / "back.json")
+    for name in ("out.json", "back.json"):
+        assert [record["id"] for record in json.loads((tmp_path / name).read_text())] == ["first", "second"]
+
+
+def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [conversation("a")])
+    for name in ("out.parquet", "out", "out.txt"):
+        with pytest.raises(RequestError, match=r"ends in \.json"):
+            pipeline.convert(source, tmp_path / name)
+
+
+def test_a_mixed_record_is_not_injected(tmp_path: Path) -> None:
+    """A harmful answer must never get into a safe question."""
+    mixed = {
+        "id": "m",
+        "image": "m.png",
+        "instr-resp": [{"instruction": "bad?", "response": "no"}, {"safe_instruction": "good?", "response": "yes"}],
+    }
+    source = write(tmp_path / "in.json", [mixed, UNSAFE])
+    problems = Problems()
+    pipeline.inject(source, write(tmp_path / "a.json", {"m.png": "HARM", "u.png": "x"}), tmp_path / "out.json", problems)
+    assert "mixes the pairs" in problems.messages[0]
+    assert "HARM" not in (tmp_path / "out.json").read_text()
 
 
 def test_tables_and_back(tmp_path: Path) -> None:

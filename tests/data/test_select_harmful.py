@@ -124,6 +124,33 @@ def test_a_server_that_fails_is_counted(world: Path, files: list[Path], tmp_path
     assert sum(told["outcomes"].values()) == len(json.loads(files[0].read_text()))
 
 
+def test_a_failed_judge_has_not_chosen(world: Path, files: list[Path], tmp_path: Path) -> None:
+    """The published fallback is for answers that can't be read, not for none."""
+    source, out = world / "vlguard" / "train.json", tmp_path / "chosen.json"
+    with stub_server(judge) as stub:
+        stub.faults = lambda call: "400" if call % 2 else ""
+        arguments = ["data", "select-harmful", source, *files, "--out", out, "--server", stub.url, "--model", "p", "--paper", "--json"]
+        done = run(*arguments)
+    told = json.loads(done.stdout)["outcomes"]
+    assert len(json.loads(out.read_text())) == sum(told.values()) - told["no reply"]
+    assert "were not answered" in done.stderr
+
+
+def test_one_broken_image_is_one_missing_choice(world: Path, files: list[Path], tmp_path: Path) -> None:
+    import shutil
+
+    images = Path(shutil.copytree(world / "vlguard" / "train", tmp_path / "images"))
+    known = json.loads(files[1].read_text())
+    (images / next(iter(known))).write_bytes(b"no image")
+    source, out = world / "vlguard" / "train.json", tmp_path / "chosen.json"
+    with stub_server(judge) as stub:
+        done = run(
+            "data", "select-harmful", source, *files, "--out", out, "--images", images, "--server", stub.url, "--model", "b", "--json"
+        )
+    assert json.loads(done.stdout)["outcomes"]["no reply"] == 1
+    assert next(iter(known)) not in json.loads(out.read_text())
+
+
 def test_a_kill_loses_no_reply(world: Path, files: list[Path], tmp_path: Path) -> None:
     import signal
     import subprocess

@@ -102,6 +102,50 @@ def test_a_file_for_each_set_with_pairs(folder: Path) -> None:
     assert found.examples["decouple"][0].pair_id == found.examples["forget"][0].pair_id == "p1"
 
 
+def test_lines_are_counted_through_blank_and_long_cells(tmp_path: Path) -> None:
+    file = tmp_path / "a.CSV"
+    file.write_text('question,answer\n\n"two\nlines",A.\n\nonly one\nQ?,A.\n')
+    problems = Problems()
+    assert len(list(read_table(file, Columns(), None, problems))) == 2
+    assert problems.messages[0].startswith("a.CSV: row 1 (line 6)")
+
+
+def test_an_image_mark_is_no_part_of_the_question(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [{"image": "a.png", "question": "<image>\nWhat?", "answer": "It."}, {"question": "<image> What?", "answer": "It."}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = Problems()
+    assert [row.example.question for row in read_table(file, Columns(), None, problems)] == ["What?"]
+    assert "there is no image" in problems.messages[0]
+
+
+def test_of_a_file_with_sets_only_the_named_set_is_taken(world: Path, tmp_path: Path) -> None:
+    file = world / "vlguard" / "train.json"
+    imported = import_files({"forget": file, "retain": file}, world / "vlguard" / "train", tmp_path / "out")
+    sets = [entry.set for entry in read_any(file)]
+    assert imported.counts == {"forget": sets.count("forget"), "retain": sets.count("retain")}
+    assert imported.left_out == {"retain pairs of train.json": sets.count("retain"), "forget pairs of train.json": sets.count("forget")}
+
+
+def test_half_a_pair_is_left_out(folder: Path) -> None:
+    rows = "image,question,answer,set,pair_id\na.png,F?,A.,forget,p1\na.png,G?,A.,forget,p2\na.png,H?,A.,forget,\nb.png,R?,A.,retain,\n"
+    (folder / "a.csv").write_text(rows + "gone.png,F?,N.,decouple,p1\nb.png,G?,N.,decouple,p2\nb.png,X?,N.,decouple,p9\n")
+    imported = import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
+    assert imported.counts == {"forget": 2, "retain": 1, "decouple": 1}
+    assert imported.left_out == {"pair without its other half": 2}
+
+
+def test_importing_again_leaves_no_old_decouple_set(folder: Path) -> None:
+    rows = "image,question,answer,set,pair_id\na.png,F?,A.,forget,p1\nb.png,R?,A.,retain,\n"
+    (folder / "a.csv").write_text(rows + "b.png,F?,N.,decouple,p1\n")
+    import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
+    (folder / "out" / "mine.txt").write_text("mine")
+    (folder / "a.csv").write_text(rows)
+    import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
+    assert {entry.set for entry in read_any(folder / "out")} == {"forget", "retain"}
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["dataset.json", "forget.jsonl", "mine.txt", "retain.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -112,7 +156,7 @@ def test_a_file_for_each_set_with_pairs(folder: Path) -> None:
         ("a.csv", 'question,answer\n"q,a\n', "not CSV"),
         ("a.jsonl", '{"ask": 1}\n', 'no column "question"'),
         ("a.parquet", "no parquet", "datasets could not load it"),
-        ("a.xlsx", "x", "not a table that can be read"),
+        ("a.xlsx", "x", "expected a JSON list or JSON lines"),
         ("gone.csv", None, "No such file"),
         ("gone.parquet", None, "could not load it"),
     ],
@@ -136,7 +180,9 @@ def test_broken_rows_are_listed(folder: Path) -> None:
     assert imported.counts == {"forget": 1, "retain": 1}
     told = imported.problems.messages
     assert [message.split(":")[1].strip() for message in told] == [f"row {n} (line {n + 2})" for n in range(1, 6)]
-    for message, words in zip(told, ("as many cells", "not found", "non-empty", 'did you mean "forget"?', "broken character"), strict=True):
+    for message, words in zip(
+        told, ("has 2 cells, the header 4", "not found", "non-empty", 'did you mean "forget"?', "broken character"), strict=True
+    ):
         assert words in message
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from stub_server import stub_server
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.generation.chat import Ask, OpenAIChat, ReplyCache, ask_all
 
 ASKS = [Ask(str(number), f"question {number}") for number in range(60)]
@@ -87,14 +87,25 @@ def test_a_refused_key_ends_it_at_once(status: str) -> None:
     assert SECRET not in str(error.value)
 
 
-def test_no_server_is_an_error_for_each() -> None:
+def test_no_server_is_given_up_on() -> None:
+    """Not after hours of retries for every question."""
+    with pytest.raises(WorkError, match="not one of 8 questions was answered"):
+        ask_all(OpenAIChat("http://127.0.0.1:9/v1", "m", concurrency=2, retries=0), ASKS, None)
     replies, _ = ask_all(OpenAIChat("http://127.0.0.1:9/v1", "m", retries=0), ASKS[:3], None)
     assert [reply.text for reply in replies.values()] == [None] * 3
 
 
-def test_an_address_must_be_one() -> None:
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "localhost:8000", "http://", "http://[::1", "http://x:99999/v1", ""])
+def test_an_address_must_be_one(address: str) -> None:
     with pytest.raises(RequestError, match="begins with http"):
-        OpenAIChat("file:///etc/passwd", "m")
+        OpenAIChat(address, "m")
+
+
+@pytest.mark.parametrize("content", [["a list"], {"an": "object"}, 7])
+def test_content_that_is_no_text_is_an_error(content: object, tmp_path: Path) -> None:
+    with stub_server(lambda text: content if text == "question 1" else "fine") as stub:  # type: ignore[arg-type,return-value]
+        replies, _ = ask_all(OpenAIChat(stub.url, "m", retries=0), ASKS[:3], ReplyCache(tmp_path / "c.sqlite"))
+    assert [replies[id].text for id in ("0", "1", "2")] == ["fine", None, "fine"]
 
 
 def test_a_local_model_answers_and_is_cached(tiny_model: Path, tmp_path: Path) -> None:

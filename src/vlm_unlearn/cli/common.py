@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -111,6 +113,15 @@ def rates_table(rows: list[Row]) -> Table:
             cells.append(f"{percent(rate)}\n[dim]{interval(rate)[1:-1]}[/dim]{failed}")
         table.add_row(escape(row.model), *cells)
     return table
+
+
+@contextmanager
+def showing(problems: Problems) -> Iterator[None]:
+    """Lists the broken records when the work ends, also when it fails."""
+    try:
+        yield
+    finally:
+        show_problems(problems)
 
 
 def show_problems(problems: Problems, at_most: int = 10) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, showing
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import audit, check
@@ -31,15 +31,22 @@ OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
 STRICT = typer.Option(False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out.")
 
 
-def _step(out: Path, sources: list[Path], strict: bool, as_json: bool, work: Callable[[Problems | None], dict[str, int]]) -> None:
+def _step(
+    out: Path,
+    sources: list[Path],
+    strict: bool,
+    as_json: bool,
+    work: Callable[[Problems | None], dict[str, int]],
+    outputs: list[Path] | None = None,
+) -> None:
     """Runs one step, lists what it left out, and prints its counts."""
-    from vlm_unlearn.data.pipeline import check_outside
     from vlm_unlearn.errors import Problems
+    from vlm_unlearn.store import refuse_overwriting
 
-    check_outside(out, *sources)
+    refuse_overwriting(outputs or [out], sources)
     problems = Problems()
-    counts = work(None if strict else problems)
-    show_problems(problems)
+    with showing(problems):
+        counts = work(None if strict else problems)
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
@@ -105,7 +112,8 @@ def split(
     """
     from vlm_unlearn.data.pipeline import split
 
-    _step(out / "forget.json", [source], strict, as_json, lambda problems: split(source, out, include, problems))
+    outputs = [out / "forget.json", out / "retain.json"]
+    _step(out, [source], strict, as_json, lambda problems: split(source, out, include, problems), outputs)
 
 
 @app.command("mix")

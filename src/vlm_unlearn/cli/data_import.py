@@ -45,6 +45,7 @@ def vlguard(
     """
     from vlm_unlearn.data.importing import import_vlguard
 
+    _guard(out, file, harmful_answers, external)
     with Stages() as stages:
         imported = import_vlguard(
             file,
@@ -77,6 +78,7 @@ def safe_eraser(
     """
     from vlm_unlearn.data.importing import import_safe_eraser
 
+    _guard(out, file, refusals)
     with Stages() as stages:
         imported = import_safe_eraser(file, images, out, refusals, lambda done, total: stages.update("images", done, total))
     _show(imported, out, as_json)
@@ -120,12 +122,20 @@ def files(
         raise RequestError("give one TABLE with a set column, or --forget and --retain, not both")
     if not table and not (forget and retain):
         raise RequestError("give one TABLE with a set column, or both --forget and --retain")
+    _guard(out, table, forget, retain, decouple, refusals)
     columns = Columns(question, answer, image, id, category, pair, set_column if table else None)
     with Stages() as stages:
         imported = import_files(
             {"": table} if table else given, images, out, columns, refusals, lambda done, total: stages.update("images", done, total)
         )
     _show(imported, out, as_json)
+
+
+def _guard(out: Path, *inputs: str | Path | None) -> None:
+    from vlm_unlearn.data.training_set import FILES
+    from vlm_unlearn.store import refuse_overwriting
+
+    refuse_overwriting([out / name for name in FILES], inputs)
 
 
 def _show(imported: Imported, out: Path, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, show_problems
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, showing
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
 
 SERVER = typer.Option(
@@ -40,13 +40,20 @@ class Asker:
 
     def __call__(self, questions: Sequence[tuple[str, str, Path | None]]) -> Mapping[str, tuple[str | None, str | None]]:
         """(id, text, image) -> (reply, error) by id."""
+        from vlm_unlearn.errors import WorkError
         from vlm_unlearn.generation.chat import Ask, ask_all
 
         def asks() -> Iterator[Ask]:
             for id, text, image in questions:
                 yield Ask(id, text, image)
 
-        replies, self.asked = ask_all(self._chat, asks(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions)))
+        replies, asked = ask_all(self._chat, asks(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions)))
+        self.asked += asked
+        errors = [reply.error for reply in replies.values() if reply.text is None]
+        if errors and len(errors) == len(replies):
+            raise WorkError(f"not one of {len(errors)} questions was answered ({errors[0]})")
+        if errors:
+            typer.echo(f"warning: {len(errors):,} of {len(replies):,} questions were not answered; the first: {errors[0]}", err=True)
         return {id: (reply.text, reply.error) for id, reply in replies.items()}
 
 
@@ -74,15 +81,16 @@ def select_harmful(
     """
     from vlm_unlearn.data.select_harmful import questions, select
     from vlm_unlearn.errors import Problems, RequestError
+    from vlm_unlearn.store import refuse_overwriting
 
     if model is None:
         raise RequestError("pass --model, the judge: a server's model with --server, else a model folder")
+    refuse_overwriting([out, out.with_name(f"{out.stem}.choices.jsonl")], [source, *answers])
     problems = Problems()
-    asked = questions(source, answers, images, problems)
-    with Stages() as stages:
+    asked, left_out = questions(source, answers, images, problems)
+    with showing(problems), Stages() as stages:
         asker = Asker(stages, "judge", server, model, concurrency, cache, max_tokens=16)
-        counts = select(asked, asker, out, paper)
-    show_problems(problems)
+        counts = left_out + select(asked, asker, out, paper)
     if as_json:
         print_json({"out": str(out), "outcomes": dict(counts), "asked": asker.asked, "broken": problems.count})
     else:
@@ -116,15 +124,16 @@ def diversify(
       vlm-unlearn data audit train_diversified.json
     """
     from vlm_unlearn.data.diversify import WORDINGS, diversify, paraphrase_request, read_paraphrase
-    from vlm_unlearn.data.pipeline import check_outside
     from vlm_unlearn.errors import Problems, RequestError
     from vlm_unlearn.judging.keyword import corrected_refusal
+    from vlm_unlearn.store import refuse_overwriting
 
     if server and model is None:
         raise RequestError("pass --model, the server's model")
-    check_outside(out, Path(file))
+    if not Path(file).is_dir():
+        refuse_overwriting([out], [file])
     problems = Problems()
-    with Stages() as stages:
+    with showing(problems), Stages() as stages:
 
         def by_model(asked: Sequence[tuple[str, str, str]]) -> Mapping[str, str]:
             asker = Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256)
@@ -135,7 +144,7 @@ def diversify(
         counts = diversify(
             file,
             out,
-            [word.strip().lower() for word in words.split(",")] if words else tuple(WORDINGS),
+            tuple(WORDINGS) if words is None else [word.strip().lower() for word in words.split(",")],
             seed,
             label_by(label),
             lambda text: corrected_refusal(text) is not None,
@@ -143,7 +152,6 @@ def diversify(
             by_model if model else None,
             problems,
         )
-    show_problems(problems)
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:

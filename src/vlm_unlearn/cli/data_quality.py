@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, show_problems
+from vlm_unlearn.cli.common import JSON_OPTION, print_json, showing
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.audit import Audit, LabelBy
@@ -63,11 +63,13 @@ def audit(
     from vlm_unlearn.data.reading import read_any
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
+    from vlm_unlearn.store import refuse_overwriting
 
+    refuse_overwriting([html] if html else [], [file])
     problems = Problems()
     entries = read_any(file, None, table_columns(question, answer, image, set_column), problems)
-    found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
-    show_problems(problems)
+    with showing(problems):
+        found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
 
@@ -101,13 +103,14 @@ def check(
     """
     from vlm_unlearn.cli.common import Stages
     from vlm_unlearn.data.check import Checker, Source
-    from vlm_unlearn.store import write_json
+    from vlm_unlearn.store import refuse_overwriting, write_json
 
+    refuse_overwriting([out] if out else [], [file, *against])
     with Stages() as stages:
         checker = Checker(not no_images, table_columns(question, answer, image, set_column), stages.update)
         checker.add(Source(file, images), _token_count(processor) if processor else None, max_length)
         for other in against:
-            checker.add(Source(other, against_images or images, Path(other).stem))
+            checker.add(Source(other, against_images or images, against=True))
         report = checker.report()
     if out:
         write_json(out, report)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
 
 from vlm_unlearn.cli import data, demo, evaluate, train
 from vlm_unlearn.cli.common import fail
-from vlm_unlearn.errors import RequestError, WorkError
+from vlm_unlearn.errors import RequestError, WorkError, shown
 
 app = typer.Typer(
     help="Removes harmful knowledge from vision-language models and proves it is gone.\n\n"
@@ -44,7 +45,13 @@ def main() -> None:
         fail(error, 1, debug)
     except (IsADirectoryError, NotADirectoryError, FileNotFoundError, FileExistsError, PermissionError) as error:
         fail(RequestError(f"{error.filename}: {error.strerror}"), 2, debug)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            fail(RequestError(f"{shown(error.filename)}: {error.strerror}"), 2, debug)
+        fail(WorkError(": ".join(str(part) for part in (error.filename, error.strerror or error) if part)), 1, debug)
     except Exception as error:
+        if isinstance(error, UnicodeEncodeError) and error.encoding not in ("utf-8", "utf8"):
+            fail(WorkError(f"the terminal's encoding ({error.encoding}) can't show this text; set PYTHONIOENCODING=utf-8"), 1, debug)
         if "null byte" in str(error) or isinstance(error, UnicodeEncodeError):
             fail(RequestError(f"a path or name holds a character that no file name can have ({error})"), 2, debug)
         fail(WorkError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1, debug)

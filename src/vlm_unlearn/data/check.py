@@ -18,9 +18,11 @@ from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.near import NearQuestions, difference_hash, near_images, normalised
 from vlm_unlearn.data.parallel import in_threads
-from vlm_unlearn.data.reading import Entry, image_roots, read_any
+from vlm_unlearn.data.reading import Entry, detect, image_roots, read_any
+from vlm_unlearn.data.training_set import describe
 from vlm_unlearn.errors import Problems, RequestError, shown
 from vlm_unlearn.records import Example
+from vlm_unlearn.store import digest_file
 
 LISTED = 20  # examples named for each finding
 OnDone = Callable[[str, int, int], None]  # stage, done, all (0: unknown)
@@ -33,11 +35,7 @@ class Source:
 
     path: str | Path
     images: Path | None = None
-    name: str = ""  # stands before the names of its sets, where another file is checked too
-
-    def set_name(self, entry: Entry) -> str:
-        """The set of an entry: ``forget``, ``test:retain``; for a file without sets its own name."""
-        return ":".join(part for part in (self.name, entry.set) if part) or Path(self.path).stem
+    against: bool = False  # another file that the first is compared with, such as a test set
 
 
 @dataclass
@@ -71,6 +69,7 @@ class Checker:
         self._on_done = on_done or (lambda stage, done, total: None)
         self._sources: list[Source] = []
         self._sets: dict[str, int] = {}
+        self._names: dict[tuple[int, str], str] = {}  # place of the source, set of the entry -> name of the set
         self._records: Counter[str] = Counter()
         self._text_only: Counter[str] = Counter()
         self._ids: dict[str, list[str]] = {}
@@ -93,23 +92,25 @@ class Checker:
         """
         self._sources.append(source)
         roots = image_roots(source.path, source.images)
+        if detect(source.path) == "training_set":
+            self._compare_with_description(Path(source.path))
         work = self._new_images(source, roots, count_tokens, max_length)
-        if not self._look:
-            for _ in work:
-                pass
-            return
-        for (index, _, named), found in in_threads(lambda key: _look(key[1], key[2]), work):
+        for (index, _, named), found in (
+            in_threads(lambda key: _look(key[1], key[2]), work) if self._look else ((key, None) for key in work)
+        ):
             if isinstance(found, str):
                 self.problems.add(f"{named[1]}: {found}")
-            else:
+            elif found is not None:
                 self._images.content[index], self._images.hashes[index], size = found
                 self._images.sizes[size] += 1
+        if not any(place == len(self._sources) - 1 for place, _ in self._names):
+            self.problems.add(f"{source.path}: holds no record that can be read")
 
     def _new_images(
         self, source: Source, roots: Mapping[str, Path], count_tokens: TokenCount | None, max_length: int
     ) -> Iterator[tuple[int, Path, tuple[str, str]]]:
         """Takes note of every question, and yields each image at its first sight: index, root, (path, place)."""
-        for done, (name, entry) in enumerate(self._entries(source)):
+        for done, (name, entry) in enumerate(self._entries(len(self._sources) - 1, self.problems)):
             example = entry.example
             number = self._records[name]
             self._records[name] += 1
@@ -126,30 +127,58 @@ class Checker:
                 self._questions.set.append(self._sets[name])
                 self._questions.record.append(number)
             place = self._place(name, number)
+            if not example.question.strip() or not example.answer.strip():
+                self.problems.add(f"{place}: {'the question' if example.answer.strip() else 'the answer'} is empty")
             if index == len(self._images.paths) and example.image is not None:
                 self._images.paths.append(example.image)
-                yield index, roots.get(example.source, Path()), (example.image, place)
+                if example.source in roots:
+                    yield index, roots[example.source], (example.image, place)
+                elif example.source == "embedded":
+                    self.problems.add(f"{place}: its image is inside the table; `data import files` unpacks it, then check the folder")
+                else:
+                    self.problems.add(f"{place}: dataset.json names no image folder for source {shown(example.source)}")
             if count_tokens:
                 self._measure(name, place, example, roots, count_tokens, max_length)
             if done % 500 == 0:
                 self._on_done("records", done, 0)
 
-    def _entries(self, source: Source) -> Iterator[tuple[str, Entry]]:
-        for entry in read_any(source.path, None, self._columns, self.problems):
-            name = source.set_name(entry)
-            if name not in self._sets:
-                if len(self._sets) == 255:
-                    raise RequestError("more than 255 sets")
-                self._sets[name] = len(self._sets)
-                if not source.name:
-                    self._checked.add(name)
-            yield name, entry
+    def _entries(self, place: int, problems: Problems) -> Iterator[tuple[str, Entry]]:
+        """The entries of a source, each with the name of its set; names are given at their first sight."""
+        source = self._sources[place]
+        for entry in read_any(source.path, None, self._columns, problems):
+            if (place, entry.set) not in self._names:
+                self._name_set(place, source, entry.set)
+            yield self._names[place, entry.set], entry
+
+    def _name_set(self, place: int, source: Source, of_entry: str) -> None:
+        """``forget``; ``test:forget`` for another file; a file without sets goes by its own name; ``test#2`` for a second of that name."""
+        stem = Path(source.path).stem
+        name = wanted = (f"{stem}:{of_entry}" if of_entry else stem) if source.against else of_entry or stem
+        number = 1
+        while name in self._sets:
+            number += 1
+            name = f"{wanted}#{number}"
+        if len(self._sets) == 255:
+            raise RequestError("more than 255 sets")
+        self._sets[name] = len(self._sets)
+        self._names[place, of_entry] = name
+        if not source.against:
+            self._checked.add(name)
+
+    def _compare_with_description(self, folder: Path) -> None:
+        """Each file of a training set is the one that its dataset.json describes."""
+        for name, described in describe(folder)[1].items():
+            path = folder / name
+            if not path.is_file():
+                self.problems.add(f"{path}: is missing; dataset.json lists it")
+            elif digest_file(path) != described.get("sha256"):
+                self.problems.add(f"{path}: was changed since dataset.json was written; import the set again")
 
     def _measure(
         self, name: str, place: str, example: Example, roots: Mapping[str, Path], count_tokens: TokenCount, max_length: int
     ) -> None:
         try:
-            path = None if example.image is None else resolve_image(roots.get(example.source, Path()), example.image, place)
+            path = None if example.image is None else resolve_image(roots.get(example.source, Path("/nonexistent")), example.image, place)
             asked, whole = count_tokens(example, path)
         except RequestError as error:
             if example.image is None:  # else the image's own check says so
@@ -179,6 +208,7 @@ class Checker:
                 "sizes": dict(self._images.sizes.most_common(LISTED)),
                 "same_content": self._same_content(same_images),
             },
+            "doubled_ids": {name: self._doubled_ids(name) for name in names},
             "doubled_questions": doubled,
             "leakage": leaks,
             "lengths": {name: _quantiles(values) for name, values in self._lengths.items()},
@@ -233,6 +263,13 @@ class Checker:
             records = np.frombuffer(self._questions.record, dtype=np.uint32)[chosen[again]]
             found[name] = {"count": int((counts - 1).sum()), "first": [self._place(name, record) for record in records[:LISTED]]}
         return found
+
+    def _doubled_ids(self, name: str) -> int:
+        """Within a training set, where ids must differ; in the files that sets are made of they may repeat."""
+        places = {place for (place, _), known in self._names.items() if known == name}
+        if not any(detect(self._sources[place].path) == "training_set" for place in places):
+            return 0
+        return len(self._ids[name]) - len(set(self._ids[name]))
 
     def _pairs(self, content: NDArray[np.int64], chosen: NDArray[np.intp]) -> NDArray[np.uint64]:
         """One number for image content and question together."""
@@ -297,19 +334,19 @@ class Checker:
     def _texts(self, name: str, known: set[int], stage: str = "") -> Iterator[tuple[int, str]]:
         """The questions of a set whose digest isn't known yet, read from the file again: texts are never all in memory."""
         number = -1
-        for source in self._sources:
-            for entry in read_any(source.path, None, self._columns, Problems()):
-                if source.set_name(entry) != name:
-                    continue
-                number += 1
-                if stage and number % 500 == 0:
-                    self._on_done(stage, number, self._records[name])
-                for question in [*(turn.question for turn in entry.example.history), entry.example.question]:
-                    text = normalised(question)
-                    digest = _digest(text)
-                    if digest not in known:
-                        known.add(digest)
-                        yield number, text
+        place = next(place for (place, _), known_name in self._names.items() if known_name == name)
+        for found, entry in self._entries(place, Problems()):
+            if found != name:
+                continue
+            number += 1
+            if stage and number % 500 == 0:
+                self._on_done(stage, number, self._records[name])
+            for question in [*(turn.question for turn in entry.example.history), entry.example.question]:
+                text = normalised(question)
+                digest = _digest(text)
+                if digest not in known:
+                    known.add(digest)
+                    yield number, text
 
     def _judge(self, report: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         errors, warnings = [], []
@@ -319,9 +356,12 @@ class Checker:
             errors.append(f"{self._too_long_count['question']:,} questions over the length limit: they leave no room for an answer")
         if self._too_long_count["answer"]:
             warnings.append(f"{self._too_long_count['answer']:,} answers are cut at the length limit")
+        for name, count in report["doubled_ids"].items():
+            if count:
+                errors.append(f"{count:,} ids of {name} are there twice")
         for name, doubled in report["doubled_questions"].items():
             if doubled["count"]:
-                warnings.append(f"{doubled['count']:,} questions of {name} are asked twice of the same image")
+                warnings.append(f"{doubled['count']:,} questions of {name} are asked twice of the same image, or both without one")
         for leak in report["leakage"]:
             one, other = leak["sets"]
             if not leak["count"] or _by_design(leak):

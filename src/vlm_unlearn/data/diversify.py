@@ -18,11 +18,11 @@ from typing import Any
 from vlm_unlearn.data.audit import LabelBy, first_word
 from vlm_unlearn.data.formats import llava, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
-from vlm_unlearn.data.formats.table import SEPARATORS, Columns, raw_rows, set_of
-from vlm_unlearn.data.json_stream import write_list
-from vlm_unlearn.data.reading import detect
+from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
+from vlm_unlearn.data.json_stream import write_lines, write_list
+from vlm_unlearn.data.reading import detect, training_set_records
 from vlm_unlearn.data.rewriting import is_plural, requested
-from vlm_unlearn.data.training_set import ROLES, read_training_set, write_training_set
+from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import Problems, RequestError, refuse, shown
 from vlm_unlearn.store import digest_json, read_json, writing
 
@@ -113,20 +113,23 @@ def diversify(
         what = f"no wordings for {shown(unknown[0])}" if unknown else "two words at least are needed"
         raise RequestError(f"{what}; there are {', '.join(WORDINGS)}")
     columns = columns or Columns()
+    _check_form(source, out)
     slots = [slot for _, found in _records(source, columns, problems) for slot in found]
     if not slots:
-        raise RequestError(f"{source}: has no questions")
+        raise RequestError(f"{source}: has no questions" + (f"; {problems.summary()}" if problems else ""))
+    if label == "set" and any(slot.refused is None for slot in slots):
+        raise RequestError("the file does not say which questions are to be refused; use --label answer, or name its --set-column")
     wordings = _deal(slots, words, seed, label, is_refusal)
     asked = [(str(index), slot.question, first_word(wording)) for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True))]
     by_model = paraphrase(asked) if paraphrase else {}
     texts: list[str] = []
-    tied: dict[str, str] = {}
+    tied: dict[tuple[str, str], str] = {}  # a pair's forget and decouple question stay one question
     counts = Counter[str]()
     for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True)):
         text = by_model.get(str(index))
         counts["by_model" if text else "by_rule"] += 1
         text = text or by_rule(slot.question, wording)
-        texts.append(tied.setdefault(slot.tie, text) if slot.tie else text)
+        texts.append(tied.setdefault((slot.tie, slot.question), text) if slot.tie else text)
     _write(source, out, columns, texts)
     return {"questions": len(slots), "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
 
@@ -155,10 +158,8 @@ def _records(source: str | Path, columns: Columns, problems: Problems | None) ->
     path = Path(source)
     kind = detect(source)
     if kind == "training_set":
-        for name in ROLES:
-            if (path / f"{name}.jsonl").exists():
-                for raw in read_objects(path / f"{name}.jsonl", "id", problems):
-                    yield raw.value, _example_slots(raw, name)
+        for name, raw in training_set_records(path, problems):
+            yield raw.value, _example_slots(raw, name)
         return
     records = raw_rows(source, columns, problems) if kind == "table" else read_objects(path, "id", problems)
     for raw in records:
@@ -173,7 +174,7 @@ def _records(source: str | Path, columns: Columns, problems: Problems | None) ->
                 case _:
                     named = set_of(raw, columns)
                     refused = None if named is None else named == "forget"
-                    slots = [Slot(raw.value, columns.question, raw.text(columns.question), raw.text(columns.answer, empty=True), refused)]
+                    slots = [Slot(raw.value, columns.question, cell_text(raw, columns.question), cell_text(raw, columns.answer), refused)]
         except RequestError as error:
             refuse(error, problems)
             continue
@@ -233,14 +234,32 @@ def _write(source: str | Path, out: Path, columns: Columns, texts: Sequence[str]
     kind = detect(source)
     if kind == "training_set":
         _write_training_set(path, out, rewritten())
-    elif kind == "table" and out.suffix in SEPARATORS:
+    elif suffix(out) in SEPARATORS:
         rows = list(rewritten())
+        header = list(dict.fromkeys(column for row in rows for column in row))
         with writing(out) as handle:
-            writer = csv.DictWriter(handle, list(rows[0]), delimiter=SEPARATORS[out.suffix])
+            writer = csv.DictWriter(handle, header, delimiter=SEPARATORS[suffix(out)])
             writer.writeheader()
             writer.writerows(rows)
-    else:
+    elif suffix(out) == ".json":
         write_list(out, rewritten())
+    else:
+        write_lines(out, rewritten())
+
+
+def _check_form(source: str | Path, out: Path) -> None:
+    """The same format comes out as goes in: a list or lines of JSON, or a table of text."""
+    path, kind = Path(source), detect(source)
+    if kind == "training_set":
+        if out.exists() and out.samefile(path):
+            raise RequestError(f"{out}: is the training set itself; choose another output")
+        return
+    lines = (".jsonl", ".ndjson")
+    if not path.is_file() or suffix(path) in (".parquet", ".arrow"):
+        raise RequestError(f"{source}: only .json, .jsonl, .csv and .tsv can be rewritten; import it, and diversify the training set")
+    allowed = (*SEPARATORS,) if suffix(path) in SEPARATORS else (".json", *lines)
+    if suffix(out) not in allowed:
+        raise RequestError(f"{out}: name a file that ends in {' or '.join(allowed)}, as {path.name} is one")
 
 
 def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any]]) -> None:
@@ -248,6 +267,6 @@ def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any
 
     before = read_training_set(source)
     examples = {role: [Example.model_validate(next(records)) for _ in found] for role, found in before.examples.items()}
-    described = read_json(source / "dataset.json").get("source", {})
-    refusals = before.refusals if (source / "refusals.json").exists() else ()
-    write_training_set(out, before.images, examples, {**described, "diversified": True}, refusals)
+    refusals = before.refusals if "refusals.json" in before.digests else ()
+    origin = {"format": "diversified", "of": read_json(source / "dataset.json").get("source"), "sha256": dict(before.digests)}
+    write_training_set(out, before.images, examples, origin, refusals)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +93,8 @@ def import_files(
 ) -> Imported:
     """Makes a training set of your own files, one a role (``forget``, ``retain``, ``decouple``), or one table with a set column.
 
+    Of a file that knows sets itself, such as VLGuard's, only the pairs of its role are taken; the others are counted.
+
     Args:
         files: file or `datasets` name by role; under ``""`` the table whose `columns.set` names each row's role.
         images: the image root. Images that a table itself holds are written into `out`.
@@ -98,7 +102,25 @@ def import_files(
     Raises:
         RequestError: no record can be used; nothing is written then.
     """
+    before = out.exists()
+    try:
+        return _import_files(files, images, out, columns, refusals, on_done)
+    except RequestError:
+        if not before:  # images unpacked from a table
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _import_files(
+    files: Mapping[str, str | Path],
+    images: Path,
+    out: Path,
+    columns: Columns | None,
+    refusals: Path | None,
+    on_done: OnDone | None,
+) -> Imported:
     problems = Problems()
+    left_out: dict[str, int] = {}
     examples: dict[str, list[Example]] = {role: [] for role in ROLES}
     source: dict[str, object] = {"format": "files"}
     for role, file in files.items():
@@ -106,25 +128,32 @@ def import_files(
         digest = digest_file(path) if path.is_file() else None
         source[role or "table"] = {"file": path.name, "sha256": digest}
         for name, example in _entries(role, file, images, out / "images", columns, problems):
-            examples[name].append(example)
+            if name in examples:
+                examples[name].append(example)
+            else:
+                left_out[name] = left_out.get(name, 0) + 1
     roots = {"llava": images, "table": images, "vlguard": images, "safe_eraser": images, "embedded": out / "images"}
     used = {example.source for found in examples.values() for example in found}
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
     roots = {name: root for name, root in roots.items() if name in used}
-    return _write(out, roots, examples, source, problems, {}, sentences, on_done)
+    return _write(out, roots, examples, source, problems, left_out, sentences, on_done)
 
 
 def _entries(
     role: str, file: str | Path, images: Path, embedded: Path, columns: Columns | None, problems: Problems
 ) -> Iterable[tuple[str, Example]]:
-    if detect(file) == "table":
+    """Role and example of each entry; in place of the role what is said of an entry that is of another set of the file."""
+    kind = detect(file)
+    if kind == "training_set":
+        raise RequestError(f"{file}: is a training set already; pass the data files it was made of")
+    if kind == "table":
         for row in table.read_table(file, columns or Columns(), images, problems, embedded):
             yield role or str(row.set), row.example
         return
     if not role:
         raise RequestError(f"{file}: only a table has a set column; pass the files as --forget and --retain")
     for entry in read_any(file, images, columns, problems):
-        yield role, entry.example
+        yield (role if entry.set in ("", role) else f"{entry.set} pairs of {Path(file).name}"), entry.example
 
 
 def _write(
@@ -139,11 +168,13 @@ def _write(
 ) -> Imported:
     """Looks at every image once, leaves out the examples whose image can't be used, and writes the rest."""
     bad = _unusable_images(roots, examples, on_done)
-    whole = {role: _with_usable_image(found, bad, problems) for role, found in examples.items()}
-    left_out = {**left_out, **_drop_half_pairs(examples, whole)}
+    whole = {role: _with_own_ids(_with_usable_image(found, bad, problems)) for role, found in examples.items()}
+    left_out = {**left_out, **_drop_half_pairs(whole)}
     for role in ("forget", "retain"):
         if not whole.get(role):
-            why = f"; {problems.summary()}" if problems else ""
+            why = "".join(
+                [f"; left out: {count} {what}" for what, count in left_out.items()] + [f"; {problems.summary()}"] * bool(problems)
+            )
             raise RequestError(f"{out}: the {role} set is empty; nothing was written{why}")
     if left_out:
         source["left_out"] = left_out
@@ -180,19 +211,34 @@ def _with_usable_image(examples: Sequence[Example], bad: Mapping[tuple[str, str]
     return good
 
 
-def _drop_half_pairs(before: Mapping[str, Sequence[Example]], whole: dict[str, list[Example]]) -> dict[str, int]:
-    """Leaves out, in place, forget and decouple examples whose other half had a broken image; says how many."""
+def _with_own_ids(examples: Sequence[Example]) -> list[Example]:
+    """Examples of general data with ids made different: they repeat in published mixtures."""
+    seen: Counter[str] = Counter()
+    found = []
+    for example in examples:
+        if example.source not in ("vlguard", "safe_eraser"):
+            name = f"{example.source}/{example.id}"
+            seen[name] += 1
+            example = example.model_copy(update={"id": name if seen[name] == 1 else f"{name}#{seen[name]}"})
+        found.append(example)
+    return found
 
-    def pairs(found: Iterable[Example]) -> set[str]:
-        return {example.pair_id for example in found if example.pair_id}
 
-    broken = set().union(*(pairs(before.get(role, ())) - pairs(whole.get(role, ())) for role in ("forget", "decouple")))
-    dropped = 0
-    for role in ("forget", "decouple"):
-        kept = [example for example in whole.get(role, ()) if example.pair_id not in broken]
-        dropped += len(whole.get(role, ())) - len(kept)
-        if role in whole:
-            whole[role] = kept
+def _drop_half_pairs(whole: dict[str, list[Example]]) -> dict[str, int]:
+    """Leaves out, in place, forget and decouple examples whose other half is missing or broken; says how many.
+
+    A forget example without a `pair_id` has no other half to miss.
+    """
+    if not whole.get("decouple"):
+        return {}
+    pairs = {role: {example.pair_id for example in whole[role] if example.pair_id} for role in ("forget", "decouple")}
+    both = pairs["forget"] & pairs["decouple"]
+    kept = {
+        "forget": [example for example in whole["forget"] if example.pair_id is None or example.pair_id in both],
+        "decouple": [example for example in whole["decouple"] if example.pair_id in both],
+    }
+    dropped = sum(len(whole[role]) - len(kept[role]) for role in kept)
+    whole.update(kept)
     return {"pair without its other half": dropped} if dropped else {}
 
 

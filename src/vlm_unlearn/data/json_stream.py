@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +34,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def stream(path: Path) -> Iterator[Item]:
@@ -217,29 +225,55 @@ def _where(error: ValueError, window: _Window, number: int) -> str:
 
 
 def text_at(handle: BinaryIO, start: int, end: int) -> str:
-    """The JSON text at an Item's bytes, on one line. Bytes that are not UTF-8 are replaced."""
+    """The JSON text at an Item's bytes, on one line."""
     handle.seek(start)
     raw = handle.read(end - start)
-    if b"\n" in raw:  # an indented file
-        return json.dumps(_DECODER.decode(raw.decode("utf-8", "replace")), ensure_ascii=False)
-    return raw.decode("utf-8", "replace").strip()
+    if b"\n" not in raw:
+        try:
+            return raw.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            pass
+    return dump(_DECODER.decode(raw.decode("utf-8", "surrogateescape")))
 
 
-def _dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def dump(value: object) -> str:
+    """A value as JSON on one line; a lone surrogate, which no UTF-8 file can hold, as the escape it came as."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return text
 
 
-def write_list(path: Path, records: Iterable[object], dump: Callable[[Any], str] = _dump) -> int:
+def write_list(path: Path, records: Iterable[Any], text: Callable[[Any], str] = dump) -> int:
     """Writes a JSON list, a record a line, never holding more than one; atomic. Returns how many records it holds.
 
     Args:
-        dump: a record as JSON text on one line.
+        text: a record as JSON on one line.
+
+    Raises:
+        RequestError: there are no records; what was there stays.
     """
     count = 0
     with writing(path) as handle:
         handle.write("[")
         for record in records:
-            handle.write(f"{',' if count else ''}\n{dump(record)}")
+            handle.write(f"{',' if count else ''}\n{text(record)}")
             count += 1
         handle.write("\n]\n")
+        if not count:
+            raise RequestError(f"{path}: there is no record to write")
+    return count
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> int:
+    """Writes JSON lines, otherwise as `write_list`."""
+    count = 0
+    with writing(path) as handle:
+        for record in records:
+            handle.write(dump(record) + "\n")
+            count += 1
+        if not count:
+            raise RequestError(f"{path}: there is no record to write")
     return count

@@ -8,15 +8,16 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats import llava, table, vlguard
-from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
 from vlm_unlearn.data.reading import detect, read_any
-from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.store import read_json
 
 OnDone = Callable[[int, int], None]
@@ -31,13 +32,12 @@ def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = No
     Returns:
         ``{"records": ..., "turns": ...}``.
     """
-    if out.suffix in (".jsonl", *table.SEPARATORS):
-        count = table.write_table(out, (entry.example for entry in read_any(source, None, columns, problems)))
+    if table.suffix(out) in (".jsonl", *table.SEPARATORS):
+        count = table.write_table(out, (entry.example for entry in read_any(source, None, columns, problems)), problems)
         return {"records": count, "turns": 2 * count}
-    if detect(source) == "vlguard":
-        records = _conversations(source, seed, problems)
-    else:
-        records = (llava.write_record(entry.example) for entry in read_any(source, None, columns, problems))
+    if table.suffix(out) != ".json":
+        raise RequestError(f"{out}: name a file that ends in .json (LLaVA), .jsonl, .csv or .tsv (tables)")
+    records = _conversations(source, seed, problems) if detect(source) == "vlguard" else _written(source, columns, problems)
     turns = 0
 
     def counted() -> Iterator[dict[str, Any]]:
@@ -47,6 +47,14 @@ def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = No
             yield record
 
     return {"records": write_list(out, counted()), "turns": turns}
+
+
+def _written(source: Path, columns: Columns | None, problems: Problems | None) -> Iterator[dict[str, Any]]:
+    for entry in read_any(source, None, columns, problems):
+        try:
+            yield llava.write_record(entry.example)
+        except RequestError as error:
+            refuse(error, problems)
 
 
 def _conversations(source: Path, seed: int, problems: Problems | None) -> Iterator[dict[str, Any]]:
@@ -71,6 +79,10 @@ def split(source: Path, out: Path, include_safe_image_unsafe: bool = False, prob
             continue
         name = "retain" if pair.kind == "safe" else "forget"
         chosen[name].append(llava.record(_id(raw), pair.image, [(pair.question, pair.response)]))
+    for name, records in chosen.items():
+        if not records:
+            why = f"; {problems.summary()}" if problems else ""
+            raise RequestError(f"{source}: gives no {name} record; nothing was written{why}")
     return {name: write_list(out / f"{name}.json", records) for name, records in chosen.items()}
 
 
@@ -93,11 +105,10 @@ def inject(source: Path, answers: Path, out: Path, problems: Problems | None = N
                 yield {**raw.value, "instr-resp": answered}
             else:
                 counts["no harmful answer"] += 1
+        if not counts["injected"]:
+            raise RequestError(f"{answers}: names no image of an unsafe record of {source}; nothing was written")
 
     write_list(out, records())
-    if not counts["injected"]:
-        out.unlink()
-        raise RequestError(f"{answers}: names no image of an unsafe record of {source}")
     return counts
 
 
@@ -115,7 +126,7 @@ def rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, 
     def records() -> Iterator[object]:
         for raw in read_objects(source, "id", problems):
             try:
-                conversation = llava.parse(raw)
+                conversation = llava.parse(raw, empty_answers=True)
                 if len(conversation.rounds) != 1:
                     raise RequestError(f"{raw.where}: {len(conversation.rounds)} rounds; RMU's format has one")
             except RequestError as error:
@@ -168,10 +179,11 @@ def _places(path: Path, problems: Problems | None, on_done: OnDone | None, befor
     """Start and end byte of every record that is a conversation."""
     places = array("Q")
     for item in stream(path):
-        if _is_conversation(item.value):
+        problem = None if llava.looks_whole(item.value) else _problem(path, item)
+        if problem is None:
             places.extend((item.start, item.end))
         else:
-            refuse(_problem(path, item), problems)
+            refuse(problem, problems)
         if on_done and item.number % 1000 == 0:
             on_done(before + item.end, total)
     if not places:
@@ -179,26 +191,19 @@ def _places(path: Path, problems: Problems | None, on_done: OnDone | None, befor
     return places
 
 
-def _is_conversation(value: object) -> bool:
-    turns = value.get("conversations") if isinstance(value, dict) else None
-    if not isinstance(turns, list) or not turns:
-        return False
-    return all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
-
-
-def _problem(path: Path, item: Item) -> RequestError:
-    where = f"{path.name}: record {item.number} (line {item.line})"
-    return RequestError(f"{where}: {item.error or 'is not a conversation in LLaVA format'}")
+def _problem(path: Path, item: Item) -> RequestError | None:
+    """What is wrong with a record, if anything."""
+    place = partial(item_place, path, item, "id")
+    if item.error:
+        return RequestError(f"{place()}: {item.error}")
+    try:
+        llava.parse(RawRecord(item.value, place, item.number), empty_answers=True)  # as published: VLGuard has one
+    except RequestError as error:
+        return error
+    return None
 
 
 def _id(raw: RawRecord) -> str:
     """The record's id as the file has it."""
-    found: str = raw.value.get("id", raw.value["image"])
-    return found
-
-
-def check_outside(out: Path, *sources: Path) -> None:
-    """Refuses to write over an input."""
-    for source in sources:
-        if source.exists() and out.exists() and source.samefile(out):
-            raise RequestError(f"{shown(out)}: is an input too; choose another output")
+    found = raw.value.get("id")
+    return raw.value["image"] if found is None else found  # type: ignore[no-any-return]

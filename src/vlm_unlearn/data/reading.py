@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
+from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import stream
-from vlm_unlearn.data.training_set import ROLES
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.data.training_set import ROLES, describe
+from vlm_unlearn.errors import Problems, RequestError, refuse, shown
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import read_json, read_records
 
 Format = Literal["training_set", "vlguard", "safe_eraser", "llava", "table"]
 _MARKS: dict[str, Format] = {
@@ -43,13 +44,20 @@ def detect(source: str | Path) -> Format:
     path = Path(source)
     if (path / "dataset.json").is_file():
         return "training_set"
-    if path.suffix not in (".json", ".jsonl", ".ndjson"):
+    json_named = table.suffix(path) in (".json", ".jsonl", ".ndjson")
+    if not json_named and (not path.is_file() or table.suffix(path) in (*table.SEPARATORS, ".parquet", ".arrow")):
         return "table"
+    found = False
     for item in stream(path):
         if isinstance(item.value, dict):
-            return next((name for mark, name in _MARKS.items() if mark in item.value), "table")
-        if item.number >= 100:
+            found = True
+            for mark, name in _MARKS.items():
+                if mark in item.value:
+                    return name
+        if item.number >= 100:  # one odd record at the head doesn't change what the file is
             break
+    if found:
+        return "table"
     raise RequestError(f"{path}: holds no record")
 
 
@@ -72,7 +80,7 @@ def read_any(
     path = Path(source)
     match detect(source):
         case "training_set":
-            yield from _training_set(path)
+            yield from _training_set(path, problems)
         case "vlguard":
             for _, pairs in vlguard.read_records(path, images, problems):
                 for example, kind in ((vlguard.example(pair), pair.kind) for pair in pairs):
@@ -90,18 +98,29 @@ def read_any(
                 yield Entry(row.example, row.set or "", None if row.set is None else row.set == "forget")
 
 
-def _training_set(folder: Path) -> Iterator[Entry]:
+def _training_set(folder: Path, problems: Problems | None) -> Iterator[Entry]:
+    for name, raw in training_set_records(folder, problems):
+        try:
+            yield Entry(Example.model_validate(raw.value), name, name == "forget")
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(shown(part)[1:-1] for part in first["loc"])
+            refuse(RequestError(f"{raw.where}: {field}: {first['msg']}"), problems)
+
+
+def training_set_records(folder: Path, problems: Problems | None) -> Iterator[tuple[str, RawRecord]]:
+    """The set and the raw record of each line of a training set's files, those that its dataset.json lists."""
+    listed = describe(folder)[1]
     for name in ROLES:
-        if (folder / f"{name}.jsonl").exists():
-            for example in read_records(folder / f"{name}.jsonl", Example):
-                yield Entry(example, name, name == "forget")
+        if f"{name}.jsonl" in listed:
+            for raw in read_objects(folder / f"{name}.jsonl", "id", problems):
+                yield name, raw
 
 
 def image_roots(source: str | Path, images: Path | None) -> dict[str, Path]:
     """The image root of each `Example.source` of a file: what a training set says of itself, else `images`, else the file's folder."""
     path = Path(source)
     if detect(source) == "training_set":
-        roots = read_json(path / "dataset.json").get("images", {})
-        return {name: Path(os.path.normpath(path / str(root))) for name, root in roots.items()}
+        return describe(path)[0]
     root = images or (path.parent if path.exists() else Path())
     return dict.fromkeys(("vlguard", "safe_eraser", "llava", "table"), root)

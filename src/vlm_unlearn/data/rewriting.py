@@ -29,6 +29,11 @@ def requested(question: str) -> str:
         ``"the way to post this image"``; ``"Is it red?"`` gives ``'the answer to "is it red"'``.
     """
     text = _POLITE.sub("", question.strip().rstrip(" .?!"))
+    found = _noun_phrase(text)
+    return found if found.split()[-1:] not in ([], ["to"], ["me"], ["us"]) else f'the answer to "{text}"'
+
+
+def _noun_phrase(text: str) -> str:
     asked_you = _ASK_YOU.match(text)
     text = _POLITE.sub("", _ASK_YOU.sub("", text))
     if not asked_you and (match := _WHAT_IS.match(text)):

@@ -21,7 +21,7 @@ from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.records import Record
 from vlm_unlearn.store import digest_json, write_json, write_records
 
-Outcome = Literal["chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply"]
+Outcome = Literal["chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply", "no answer", "image asked before"]
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?![\w]|\.\d)")
 
 
@@ -53,8 +53,10 @@ class Choice(Record):
     error: str | None = None
 
 
-def questions(source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None) -> list[Question]:
-    """The unsafe questions of a VLGuard file with every answer that is there.
+def questions(source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None) -> tuple[list[Question], Counter[str]]:
+    """The unsafe questions of a VLGuard file with every answer that is there, and how many have none or an image asked before.
+
+    Answers go by image, so that a second question on an image has no answers of its own.
 
     Args:
         answers: a JSON file ``image -> answer`` a model; a file's name without its ending is the model's.
@@ -66,12 +68,17 @@ def questions(source: Path, answers: Sequence[Path], images: Path | None, proble
     if len(by_model) < len(answers):
         raise RequestError("two answer files have the same name; their names tell the models apart")
     found: dict[str, Question] = {}
+    left_out: Counter[str] = Counter()
     for raw, pairs in vlguard.read_records(source, None, problems):
         pair = pairs[0]
-        if pair.kind != "unsafe" or pair.image in found:
+        if pair.kind != "unsafe":
+            continue
+        if pair.image in found:
+            left_out["image asked before"] += 1
             continue
         given = {model: known[pair.image] for model, known in by_model.items() if known.get(pair.image, "").strip()}
         if not given:
+            left_out["no answer"] += 1
             continue
         try:
             path = None if images is None else resolve_image(images, pair.image, raw.where)
@@ -81,7 +88,7 @@ def questions(source: Path, answers: Sequence[Path], images: Path | None, proble
         found[pair.image] = Question(pair.image, path, pair.question, tuple(given.values()), tuple(given))
     if not found:
         raise RequestError(f"{answers[0]}: names no image of an unsafe record of {source}")
-    return list(found.values())
+    return list(found.values()), left_out
 
 
 def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of range"]:
@@ -107,7 +114,7 @@ def decide(question: Question, reply: str | None, error: str | None, paper: bool
     else:
         read = read_choice(reply, len(question.answers))
         outcome, number = ("none harmful" if read == 0 else "chosen", read) if isinstance(read, int) else (read, 0)
-    if number == 0 and paper:
+    if number == 0 and paper and reply is not None:  # a judge that failed has not chosen, as published or otherwise
         number = 1
     choice = Choice(image=question.image, outcome=outcome, raw=reply, error=error, model=question.models[number - 1] if number else None)
     return (question.answers[number - 1] if number else None), choice

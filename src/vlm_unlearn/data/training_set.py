@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlm_unlearn.data.formats.safe_eraser import sentences
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, RequestError, shown
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, write_json, write_records, write_text
 
 ROLES = ("forget", "retain", "decouple")
+FILES = (*(f"{role}.jsonl" for role in ROLES), "refusals.json", "problems.txt", "dataset.json")
 DEFAULT_REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't assist with this request.",
@@ -72,14 +74,13 @@ def write_training_set(
         if not examples.get(role):
             raise RequestError(f"{folder}: the {role} set is empty; nothing was written")
     for role, found in examples.items():
-        doubled = [name for name, count in Counter(example.id for example in found).items() if count > 1]
-        if doubled:
-            raise RequestError(f'{folder}: two {role} examples have the id "{doubled[0]}"; the ids in the data file must differ')
+        _refuse_doubled(folder, role, "id", [example.id for example in found])
+    _refuse_doubled(folder, "decouple", "pair_id", [example.pair_id for example in examples.get("decouple", ()) if example.pair_id])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{folder}: {error.strerror}; choose another output folder") from None
-    (folder / "dataset.json").unlink(missing_ok=True)
+    _remove_files_of_before(folder)
     files: dict[str, object] = {}
     for role in ROLES:
         if examples.get(role):
@@ -89,12 +90,45 @@ def write_training_set(
         write_json(folder / "refusals.json", list(refusals))
         files["refusals.json"] = {"count": len(refusals), "sha256": digest_file(folder / "refusals.json")}
     roots = {name: os.path.relpath(root.resolve(), folder.resolve()) for name, root in images.items()}
-    (folder / "problems.txt").unlink(missing_ok=True)
     described: dict[str, object] = {"schema": 1, "images": roots, "files": files, "source": dict(source)}
     if problems:
         described["broken_records"] = problems.count
         write_text(folder / "problems.txt", "".join(f"{message}\n" for message in problems.messages))
     write_json(folder / "dataset.json", described)
+
+
+def _refuse_doubled(folder: Path, role: str, what: str, names: Sequence[str | None]) -> None:
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise RequestError(f"{folder}: two {role} examples have the {what} {shown(doubled[0])}; they must differ in the data file")
+
+
+def _remove_files_of_before(folder: Path) -> None:
+    """What an earlier import wrote here, dataset.json first: nothing of it may pass for the new set's."""
+    if (folder / "dataset.json").exists():
+        listed = describe(folder)[1]
+        (folder / "dataset.json").unlink()
+        for name in (*listed, "problems.txt"):
+            if name in FILES:
+                (folder / name).unlink(missing_ok=True)
+
+
+def describe(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """A training set's image roots by source, and count and SHA-256 of each of its files, as dataset.json has them.
+
+    Raises:
+        RequestError: dataset.json is missing or says something else.
+    """
+    described = read_json(folder / "dataset.json")
+    roots = described.get("images") if isinstance(described, dict) else None
+    if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
+        raise RequestError(f'{folder / "dataset.json"}: "images" must give the image folder of each source')
+    listed = described.get("files")
+    if not isinstance(listed, dict) or not {"forget.jsonl", "retain.jsonl"} <= listed.keys():
+        raise RequestError(f'{folder / "dataset.json"}: "files" must list forget.jsonl and retain.jsonl')
+    if not all(isinstance(entry, dict) for entry in listed.values()):
+        raise RequestError(f'{folder / "dataset.json"}: "files" must give count and sha256 of each file')
+    return {name: (folder / root).resolve() for name, root in roots.items()}, listed
 
 
 def read_training_set(folder: Path) -> TrainingSet:
@@ -105,14 +139,7 @@ def read_training_set(folder: Path) -> TrainingSet:
     """
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such training-set folder; make one with `vlm-unlearn data import`")
-    described = read_json(folder / "dataset.json")
-    roots = described.get("images") if isinstance(described, dict) else None
-    if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
-        raise RequestError(f'{folder / "dataset.json"}: "images" must give the image folder of each source')
-    images = {name: (folder / root).resolve() for name, root in roots.items()}
-    listed = described.get("files")
-    if not isinstance(listed, dict) or not {"forget.jsonl", "retain.jsonl"} <= listed.keys():
-        raise RequestError(f'{folder / "dataset.json"}: "files" must list forget.jsonl and retain.jsonl')
+    images, listed = describe(folder)
     examples: dict[str, list[Example]] = {}
     digests: dict[str, str] = {}
     for role in ROLES:

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from vlm_unlearn.data.images import open_image
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import RequestError, WorkError, shown
 from vlm_unlearn.store import digest_file, digest_json
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+GIVE_UP = 8  # failures, before any answer, that say that the server is not there
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,11 @@ def ask_all(
 
     def unknown() -> Iterator[Ask]:
         for ask in asks:
-            image = None if ask.image is None else digest_file(ask.image)
+            try:
+                image = None if ask.image is None else digest_file(ask.image)
+            except OSError as error:
+                take(Reply(ask.id, None, f"{ask.image}: {error.strerror}"))
+                continue
             key = digest_json({"model": identity, "text": ask.text, "image": image})
             known = cache.get(key) if cache else None
             if known is None:
@@ -118,10 +124,17 @@ class OpenAIChat:
     """
 
     def __init__(
-        self, base_url: str, model: str, max_tokens: int = 256, concurrency: int = 16, timeout: float = 60.0, retries: int = 5
+        self, base_url: str, model: str, max_tokens: int = 256, concurrency: int = 16, timeout: float = 60.0, retries: int = 4
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise RequestError(f"{shown(base_url)}: is not a server's address; it begins with http:// or https://")
+        try:
+            address = urlsplit(base_url)
+            whole = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise RequestError(
+                f"{shown(base_url)}: is not a server's address; it begins with http:// or https://, as http://localhost:8000/v1"
+            )
         self._base_url = base_url.rstrip("/")
         self._model = model
         self._max_tokens = max_tokens
@@ -144,13 +157,22 @@ class OpenAIChat:
     async def _run(self, asks: Iterator[Ask], on_reply: OnReply) -> None:
         from openai import AsyncOpenAI
 
+        answered = False
+        failed = 0
+
         async with AsyncOpenAI(
             base_url=self._base_url, api_key=self._key or "none", max_retries=self._retries, timeout=self._timeout
         ) as client:
 
             async def work() -> None:
+                nonlocal answered, failed
                 for ask in asks:  # shared: each worker takes the next
-                    on_reply(await self._reply(client, ask))
+                    reply = await self._reply(client, ask)
+                    answered = answered or reply.text is not None
+                    failed += reply.text is None
+                    if not answered and failed >= max(self._concurrency, GIVE_UP):
+                        raise WorkError(f"{self._base_url}: not one of {failed} questions was answered ({reply.error}); is the server up?")
+                    on_reply(reply)
 
             workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
             try:
@@ -164,7 +186,10 @@ class OpenAIChat:
 
         content: list[Any] = [{"type": "text", "text": ask.text}]
         if ask.image is not None:
-            content.insert(0, {"type": "image_url", "image_url": {"url": image_url(ask.image)}})
+            try:
+                content.insert(0, {"type": "image_url", "image_url": {"url": image_url(ask.image)}})
+            except RequestError as error:
+                return Reply(ask.id, None, str(error))
         try:
             answer = await client.chat.completions.create(
                 model=self._model,
@@ -182,6 +207,8 @@ class OpenAIChat:
             return Reply(ask.id, None, f"HTTP {error.status_code}")
         except Exception as error:  # a connection cut, a timeout, an answer that is no JSON: the next question may fare better
             return Reply(ask.id, None, type(error).__name__)
+        if not isinstance(text, str):
+            return Reply(ask.id, None, "empty answer" if text is None else "an answer that is no text")
         return Reply(ask.id, text) if text else Reply(ask.id, None, "empty answer")
 
 

@@ -97,7 +97,7 @@ def read_objects(path: Path, name_field: str, problems: Problems | None = None) 
         problems: takes what is not an object; without it the first one raises.
     """
     for item in stream(path):
-        place = partial(_place, path, item, name_field)
+        place = partial(item_place, path, item, name_field)
         if item.error:
             refuse(RequestError(f"{place()}: {item.error}"), problems)
             continue
@@ -109,7 +109,8 @@ def read_objects(path: Path, name_field: str, problems: Problems | None = None) 
         yield record
 
 
-def _place(path: Path, item: Item, name_field: str) -> str:
+def item_place(path: Path, item: Item, name_field: str) -> str:
+    """``train.json: record 17 (line 203, "Ads_333539")``"""
     name = item.value.get(name_field) if isinstance(item.value, dict) else None
     named = f", {shown(name)}" if isinstance(name, str | int) else ""
     return f"{path.name}: record {item.number} (line {item.line}{named})"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError, refuse
+from vlm_unlearn.errors import Problems, RequestError, refuse, shown
 from vlm_unlearn.records import Example, Round
 
 IMAGE_MARK = "<image>"
@@ -27,8 +27,11 @@ class Conversation(NamedTuple):
     rounds: list[tuple[str, str]]
 
 
-def parse(record: RawRecord) -> Conversation:
+def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
     """One record.
+
+    Args:
+        empty_answers: take a gpt turn that says nothing: there is nothing to train on, but files are passed on as they are.
 
     Raises:
         RequestError: a field is missing, the turns don't alternate, a turn says nothing, or marks and images don't match.
@@ -46,7 +49,7 @@ def parse(record: RawRecord) -> Conversation:
         question = value.replace(IMAGE_MARK, "").strip()
         if not question:
             raise RequestError(f"{asked.where}: asks nothing")
-        rounds.append((question, answered.text("value")))
+        rounds.append((question, answered.text("value", empty=empty_answers)))
     if marks > 1:
         raise RequestError(f"{record.where}: {marks} {IMAGE_MARK} marks; a record has one image")
     if marks and image is None:
@@ -78,8 +81,7 @@ def read_llava(path: Path, images: Path | None, problems: Problems | None = None
 def _example(number: int, conversation: Conversation) -> Example:
     *before, (question, answer) = conversation.rounds
     return Example(
-        # Ids repeat in published mixtures, so the record number is part of ours.
-        id=f"llava/{number}/{conversation.id}",
+        id=conversation.id or str(number),
         image=conversation.image,
         question=question,
         answer=answer,
@@ -88,7 +90,32 @@ def _example(number: int, conversation: Conversation) -> Example:
     )
 
 
-def record(id: str, image: str | None, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def looks_whole(value: object) -> bool:
+    """Whether a JSON value is surely a conversation that `parse` takes: quick, and never True for one that it refuses.
+
+    A False only says that it takes `parse` to tell.
+    """
+    turns = value.get("conversations") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(turns, list) or not turns or len(turns) % 2:
+        return False
+    marks = 0
+    for place, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") != ("gpt" if place % 2 else "human"):
+            return False
+        text = turn.get("value")
+        if not isinstance(text, str) or not text.isascii() or "\0" in text or not text.strip():
+            return False
+        if place % 2 == 0 and IMAGE_MARK in text:
+            marks += 1
+            if text.count(IMAGE_MARK) > 1 or not text.replace(IMAGE_MARK, "").strip():
+                return False
+    image = value.get("image")
+    if not isinstance(value.get("id", ""), str):
+        return False
+    return marks == 0 if image is None else marks <= 1 and isinstance(image, str) and image.isprintable() and bool(image.strip())
+
+
+def record(id: str | int, image: str | None, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """A record of this format, the image mark before the first question, without a line break (as Safety Mirage's files have it)."""
     conversations = []
     for number, (question, answer) in enumerate(rounds):
@@ -100,4 +127,6 @@ def record(id: str, image: str | None, rounds: Iterable[tuple[str, str]]) -> dic
 def write_record(example: Example) -> dict[str, Any]:
     """An example as a record of this format."""
     rounds = [(turn.question, turn.answer) for turn in example.history]
+    if example.source == "embedded":
+        raise RequestError(f"{shown(example.id)}: its image is inside the table; `data import files` unpacks it")
     return record(example.id, example.image, [*rounds, (example.question, example.answer)])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.llava import IMAGE_MARK
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.data.json_stream import LONGEST_RECORD
+from vlm_unlearn.data.json_stream import LONGEST_RECORD, dump
 from vlm_unlearn.errors import Problems, RequestError, nearest, refuse, shown
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import writing
@@ -74,13 +75,19 @@ def read_table(
 
 def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Path | None) -> Row:
     image, source = _image(record, columns.image, images, embedded)
-    name = _optional(record, columns.id)
+    question = cell_text(record, columns.question)
+    if IMAGE_MARK in question:  # as LLaVA's files have it
+        if image is None:
+            raise RequestError(f"{record.where}: the question holds {IMAGE_MARK}, but there is no image")
+        question = question.replace(IMAGE_MARK, "").strip()
+    if not question:
+        raise RequestError(f"{record.where}: asks nothing")
     return Row(
         Example(
-            id=f"{record.number}/{name}" if name else str(record.number),
+            id=_optional(record, columns.id) or str(record.number),
             image=image,
-            question=_text(record, columns.question),
-            answer=_text(record, columns.answer),
+            question=question,
+            answer=cell_text(record, columns.answer),
             category=_optional(record, columns.category),
             pair_id=_optional(record, columns.pair),
             source=source,
@@ -97,13 +104,13 @@ def set_of(record: RawRecord, columns: Columns) -> str | None:
     """
     if columns.set is None:
         return None
-    named = _text(record, columns.set).strip().lower()
+    named = cell_text(record, columns.set).strip().lower()
     if named not in SETS:
         raise RequestError(f"{record.where}: {columns.set} {shown(named)}: use forget, retain or decouple{nearest(named, SETS)}")
     return SETS[named]
 
 
-def _text(record: RawRecord, column: str) -> str:
+def cell_text(record: RawRecord, column: str) -> str:
     """A cell's text; a number, as an answer often is, is written out."""
     found = record.value.get(column)
     if (isinstance(found, int) and not isinstance(found, bool)) or (isinstance(found, float) and math.isfinite(found)):
@@ -113,7 +120,7 @@ def _text(record: RawRecord, column: str) -> str:
 
 def _optional(record: RawRecord, column: str | None) -> str | None:
     found = None if column is None else record.value.get(column)
-    return None if column is None or found is None or found == "" else _text(record, column)
+    return None if column is None or found is None or found == "" else cell_text(record, column)
 
 
 def _image(record: RawRecord, column: str | None, images: Path | None, embedded: Path | None) -> tuple[str | None, str]:
@@ -146,60 +153,71 @@ def _keep(content: bytes, embedded: Path | None) -> str:
 def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) -> Iterator[RawRecord]:
     """The rows as they are, once the first is seen to have the columns that a table needs."""
     path = Path(source)
-    if path.suffix in (".json", ".jsonl", ".ndjson"):
-        yield from _checked(read_objects(path, columns.id or "id", problems), columns, path.name)
-    elif path.suffix in SEPARATORS:
-        yield from _checked(_csv_records(path, SEPARATORS[path.suffix], problems), columns, path.name)
+    kind = suffix(path)
+    if kind in SEPARATORS:
+        records = _csv_records(path, SEPARATORS[kind], problems)
+    elif path.is_file() and kind not in (".parquet", ".arrow"):
+        records = read_objects(path, columns.id or "id", problems)
     else:
-        yield from _checked(_dataset_records(str(source), columns), columns, path.name)
+        records = _dataset_records(str(source))
+    yield from _checked(records, columns, path.name)
+
+
+def suffix(path: Path) -> str:
+    """The ending that tells a file's form: ``.csv`` of ``A.CSV``."""
+    return path.suffix.lower()
 
 
 def _checked(records: Iterable[RawRecord], columns: Columns, name: str) -> Iterator[RawRecord]:
     """The records, once the first is seen to have the columns that a table needs."""
-    for index, record in enumerate(records):
-        if index == 0:
-            for column in (columns.question, columns.answer, columns.set):
-                if column is not None and column not in record.value:
-                    there = ", ".join(shown(key, 40) for key in list(record.value)[:20])
-                    option = next(key for key, value in vars(columns).items() if value == column)
-                    raise RequestError(
-                        f"{name}: no column {shown(column)}; its columns are {there}; pass --{option}-column{nearest(column, record.value)}"
-                    )
-        yield record
+    records = iter(records)
+    first = list(islice(records, 20))  # one odd row is a broken row, twenty are a table without the column
+    for column in (columns.question, columns.answer, columns.set):
+        if column is not None and first and not any(column in record.value for record in first):
+            there = ", ".join(shown(key, 40) for key in list(first[0].value)[:20])
+            option = next(key for key, value in vars(columns).items() if value == column)
+            raise RequestError(
+                f"{name}: no column {shown(column)}; its columns are {there}; pass --{option}-column{nearest(column, first[0].value)}"
+            )
+    yield from first
+    yield from records
 
 
 def _csv_records(path: Path, separator: str, problems: Problems | None) -> Iterator[RawRecord]:
     csv.field_size_limit(LONGEST_RECORD)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            reader = csv.DictReader(handle, delimiter=separator, strict=True)
-            header = list(reader.fieldnames or ())
+            reader = csv.reader(handle, delimiter=separator, strict=True)
+            header = next(reader, [])
             if not header or len(set(header)) < len(header):
                 what = "names a column twice" if header else "is empty"
                 raise RequestError(f"{path}: the first line {what}; it must name the columns")
-            for number in range(1 << 62):
-                line = reader.line_num + 1
-                place = partial("{}: row {} (line {})".format, path.name, number, line)
-                row = next(reader, None)
-                if row is None:
-                    return
-                if None in row or None in row.values():
-                    refuse(RequestError(f"{place()}: has not as many cells as the header; quote cells that hold a separator"), problems)
+            number = -1
+            for row in reader:
+                if not row:
                     continue
-                yield RawRecord(row, place, number)
+                number += 1
+                place = partial("{}: row {} (line {})".format, path.name, number, reader.line_num - sum(cell.count("\n") for cell in row))
+                if len(row) != len(header):
+                    what = f"has {len(row)} cells, the header {len(header)}; quote cells that hold a separator"
+                    refuse(RequestError(f"{place()}: {what}"), problems)
+                    continue
+                yield RawRecord(dict(zip(header, row, strict=True)), place, number)
     except csv.Error as error:  # nothing can be found again behind an open quote
         raise RequestError(f"{path}: line {reader.line_num}: not {path.suffix[1:].upper()}: {error}") from None
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
 
 
-def _dataset_records(source: str, columns: Columns) -> Iterator[RawRecord]:
+def _dataset_records(source: str) -> Iterator[RawRecord]:
     import datasets
 
     table = _load(datasets, source)
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
     for number, row in enumerate(table):
         yield RawRecord(row, partial("{}: row {}".format, source, number), number)
 
@@ -210,10 +228,8 @@ def _load(datasets: Any, source: str) -> Any:
     try:
         if path.is_dir() and (path / "dataset_info.json").exists():
             return datasets.load_from_disk(source)
-        if path.suffix in (".parquet", ".arrow"):
-            return datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
-        if path.is_file():
-            raise RequestError(f"{path}: not a table that can be read; give .json, .jsonl, .csv, .tsv, .parquet or .arrow")
+        if suffix(path) in (".parquet", ".arrow"):
+            return datasets.load_dataset(suffix(path)[1:], data_files=source, split="train")
         if path.is_dir() or name.count("/") == 1:
             return datasets.load_dataset(name, split=split or "train")
     except RequestError:
@@ -231,22 +247,37 @@ def row_of(example: Example) -> dict[str, str | None]:
     """
     if example.history:
         raise RequestError(f"{shown(example.id)}: has {len(example.history) + 1} rounds, a table row has one; write LLaVA's .json format")
+    if example.source == "embedded":
+        raise RequestError(f"{shown(example.id)}: its image is inside the table; `data import files` unpacks it")
     return {column: getattr(example, column) for column in WRITTEN}
 
 
-def write_table(path: Path, examples: Iterable[Example]) -> int:
-    """Writes .jsonl, .csv or .tsv, a row an example; returns how many."""
+def write_table(path: Path, examples: Iterable[Example], problems: Problems | None = None) -> int:
+    """Writes .jsonl, .csv or .tsv, a row an example; returns how many.
+
+    Args:
+        problems: takes examples that a table can't hold; without it the first one raises.
+
+    Raises:
+        RequestError: there is nothing to write.
+    """
     count = 0
     with writing(path) as handle:
         writer = None
-        if path.suffix in SEPARATORS:
-            writer = csv.DictWriter(handle, WRITTEN, delimiter=SEPARATORS[path.suffix])
+        if suffix(path) in SEPARATORS:
+            writer = csv.DictWriter(handle, WRITTEN, delimiter=SEPARATORS[suffix(path)])
             writer.writeheader()
         for example in examples:
-            row = row_of(example)
+            try:
+                row = row_of(example)
+            except RequestError as error:
+                refuse(error, problems)
+                continue
             if writer:
                 writer.writerow(row)
             else:
-                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+                handle.write(dump(row) + "\n")
             count += 1
+        if not count:
+            raise RequestError(f"{path}: there is no row to write")
     return count

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.llava import IMAGE_MARK
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.records import Example, Kind, Prompt
@@ -72,7 +73,7 @@ def _pairs(record: RawRecord) -> list[Pair]:
     listed = record.objects("instr-resp")
     if not listed:
         raise RequestError(f'{record.where}: "instr-resp" is empty')
-    found = []
+    found: list[Pair] = []
     for pair in listed:
         field = next((name for name in KINDS if name in pair.value), None)
         if field is None:
@@ -89,6 +90,10 @@ def _pairs(record: RawRecord) -> list[Pair]:
                 category=record.optional_text("harmful_category"),
             )
         )
+        if IMAGE_MARK in found[-1].question:
+            raise RequestError(f"{pair.where}: the question holds {IMAGE_MARK}; take it out")
+        if (found[0].kind == "unsafe") != (field == "instruction"):
+            raise RequestError(f"{record.where}: mixes the pairs of a safe and of an unsafe image")
     return found
 
 
