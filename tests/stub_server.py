@@ -23,6 +23,7 @@ class Stub:
         self.at_once = 0
         self.most_at_once = 0
         self.url = ""
+        self.finish_reason = "stop"
         self._lock = threading.Lock()
 
     def enter(self) -> int:
@@ -71,7 +72,7 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
                 return
             text = next(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
             message = {"role": "assistant", "content": stub.answer(text)}
-            choices = [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": "stop"}]
+            choices = [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": stub.finish_reason}]
             self._send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}))
 
         def _send(self, status: int, text: str) -> None:

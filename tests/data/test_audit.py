@@ -68,6 +68,20 @@ def test_numbers_by_hand() -> None:
     assert found.words["answer"][0].pmi == pytest.approx(1.0)  # 3/4 of "what" against 3/8 of all
 
 
+def test_a_rare_refusal_does_not_hide_the_cue() -> None:
+    """No word is refused more often than not, so that accuracy alone sees nothing."""
+    share = [("share it", True, i < 45, "set") for i in range(100)]
+    found = audit(share + [("what is it", True, i < 10, "set") for i in range(900)])
+    assert found.predictors["first_word"].leave_one_out_accuracy == found.majority_accuracy
+    assert found.level == "some"
+    assert found.triggers == {"answer": ["what"], "refuse": ["share"]}
+    assert "of the information" in found.verdict
+
+
+def test_chance_is_rarely_called_a_cue() -> None:
+    assert sum(audit(questions(0.0, 300, seed)).level != "none" for seed in range(40)) <= 3
+
+
 def test_one_kind_of_question_is_no_verdict() -> None:
     found = audit([("what is it", True, True, "set")] * 20)
     assert found.level == "unknown"

@@ -114,7 +114,17 @@ def test_token_counts_are_the_trainers(world: Path, tiny_model: Path) -> None:
     turn = Turn("x", path, entry.example.question, entry.example.answer)
     labels = encode_with_labels(load_processor(tiny_model), [turn], 512)["labels"][0]
     assert asked == int((labels != -100).nonzero()[0])
-    assert whole in (len(labels), len(labels) - 1)  # a closing token may be added
+    assert whole == len(labels)
+
+
+def test_what_training_refuses_is_an_error(images: Path, tmp_path: Path, tiny_model: Path) -> None:
+    from vlm_unlearn.cli.data_quality import _token_count
+
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"image": "a.png", "question": "Q?", "answer": "see <image> here"}) + "\n")
+    checker = Checker()
+    checker.add(Source(file, images), _token_count(str(tiny_model)), 100)
+    assert "the answer holds <image>" in checker.problems.messages[0]
 
 
 def test_hashes_of_images() -> None:

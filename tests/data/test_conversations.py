@@ -11,6 +11,7 @@ import torch
 
 from vlm_unlearn.data.batching import PromptMeter, Turn, encode_with_labels, render
 from vlm_unlearn.data.formats import llava
+from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.errors import Problems, RequestError
 from vlm_unlearn.losses import IGNORED
 from vlm_unlearn.models.loading import load_processor
@@ -88,18 +89,74 @@ def answers(processor: Any, labels: torch.Tensor) -> list[str]:
     return [processor.tokenizer.decode(span) for span in spans]
 
 
-def test_every_answer_is_labelled_with_its_closing_token(processor: Any, world: Path) -> None:
-    image = next((world / "vlguard" / "train").rglob("*.png"))
-    history = (("what is this ?", "this is a sunbroth ."), ("what colour is it ?", "it is red ."))
-    batch = encode_with_labels(
-        processor, [Turn("x", image, "share the recipe .", "mix it .", history), Turn("y", None, "what ?", "it .")], 512
+LLAVA15 = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
+    "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def template(opening: str, closing: str) -> str:
+    """A template of headers and closing tokens, as ChatML, Llama 3 and Phi have it."""
+    return (
+        "{% for m in messages %}{{ '" + opening + "' | replace('ROLE', m['role']) }}{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '" + closing + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + opening + "' | replace('ROLE', 'assistant') }}{% endif %}"
     )
-    eos = processor.tokenizer.eos_token
-    found = answers(processor, batch["labels"][0])
-    assert [text.replace(" ", "") for text in found] == [
-        f"{text.replace(' ', '')}{eos}" for text in ("this is a sunbroth .", "it is red .", "mix it .")
-    ]
-    assert len(answers(processor, batch["labels"][1])) == 1
+
+
+TEMPLATES = {  # template, special tokens, end-of-sequence token, what closes an answer
+    "llava": (LLAVA15, [], "</s>", "</s>"),
+    "chatml": (template("<|im_start|>ROLE\\n", "<|im_end|>\\n"), ["<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|im_end|>"),
+    "chatml, other end": (template("<|im_start|>ROLE\\n", "<|im_end|>\\n"), ["<|im_start|>", "<|im_end|>"], "<|end|>", "<|im_end|>"),
+    "llama 3": (template("<|head|>ROLE<|/head|>\\n\\n", "<|eot_id|>"), ["<|head|>", "<|/head|>", "<|eot_id|>"], "<|eot_id|>", "<|eot_id|>"),
+    "phi": (template("<|ROLE|>\\n", "<|end|>\\n"), ["<|user|>", "<|assistant|>", "<|end|>"], "<|endoftext|>", "<|end|>"),
+}
+
+
+def byte_processor(chat_template: str, special: list[str], end: str) -> Any:
+    """A LLaVA processor that spells everything but special tokens."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    bytes_ = Tokenizer(BPE({char: place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_, eos_token=end, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}
+    )
+    tokenizer.add_tokens(special, special_tokens=True)
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("first", ["A cat.", "A cat.\n", "  A cat. ", "It says <|im_end|> here."])
+def test_every_answer_is_labelled_with_its_closing_token(name: str, first: str, world: Path) -> None:
+    """Whatever closes an answer in the template, or the end-of-sequence token where nothing does; white space around is no part of it."""
+    chat_template, special, end, closing = TEMPLATES[name]
+    processor = byte_processor(chat_template, special, end)
+    image = next((world / "vlguard" / "train").rglob("*.png"))
+    turn = Turn("x", image, "What?", "So.\n", (("Which?", first), ("Why?", "B.")))
+    batch = encode_with_labels(processor, [turn, Turn("y", None, "What?", "It.")], 4000)
+    told = [answers(processor, row) for row in batch["labels"]]
+    wanted = [[f"{text.strip()}{closing}" for text in (first, "B.", "So.")], [f"It.{closing}"]]
+    # A template opens an answer with a space or a line break of its own, which may belong to it.
+    assert [[text.strip() for text in row] for row in told] == wanted
+    assert PromptMeter(processor).tokens_in_all(turn) == int(batch["attention_mask"][0].sum())
+
+
+def test_an_answer_of_nothing_is_refused(processor: Any) -> None:
+    with pytest.raises(RequestError, match="says nothing"):
+        encode_with_labels(processor, [Turn("x", None, "what ?", " \n")], 512)
 
 
 def test_a_conversation_costs_what_its_rounds_cost(processor: Any, world: Path, tiny_model: Path) -> None:
@@ -167,3 +224,25 @@ def test_a_run_trains_on_conversations(tiny_model: Path, world: Path, tmp_path: 
         options = {"name": "rmu", "layer": 0} if method == "rmu" else method
         run_recipe(recipe(tiny_model, tmp_path / "set", tmp_path / method, options))
         assert (tmp_path / method / "model" / "config.json").exists()
+
+
+def test_what_looks_whole_is_whole() -> None:
+    """The quick look of `mix` takes nothing that the reader refuses."""
+    good = {"id": "a", "image": "a.png", "conversations": turns("<image>Q?", "A.", "R?", "B.")}
+    assert llava.looks_whole(good)
+    odd: list[Any] = ["", " ", "x\0", "\ud800", None, 3, [], {}, "<image>", "<image><image>Q?", "ünï"]
+    changed = [{**good, key: value} for key in ("id", "image", "conversations") for value in odd]
+    for place in range(4):
+        for key in ("from", "value"):
+            for value in [*odd, "gpt", "human", "user", "system"]:
+                texts = [dict(turn) for turn in good["conversations"]]
+                texts[place][key] = value
+                changed.append({**good, "conversations": texts})
+    changed += [{**good, "conversations": good["conversations"][:count]} for count in range(4)]
+    changed += [{key: value for key, value in good.items() if key != gone} for gone in good]
+    taken = 0
+    for value in changed:
+        if llava.looks_whole(value):
+            llava.parse(RawRecord(value, lambda: "here"))
+            taken += 1
+    assert taken > 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from vlm_unlearn.data.formats.table import Columns, read_table
 from vlm_unlearn.data.importing import import_files
+from vlm_unlearn.data.pipeline import convert
 from vlm_unlearn.data.reading import detect, read_any
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import Problems, RequestError
@@ -110,6 +112,35 @@ def test_lines_are_counted_through_blank_and_long_cells(tmp_path: Path) -> None:
     assert problems.messages[0].startswith("a.CSV: row 1 (line 6)")
 
 
+def test_a_table_knows_its_sets_again(world: Path, tmp_path: Path) -> None:
+    """VLGuard to CSV and back to a training set."""
+    source = world / "vlguard" / "train.json"
+    convert(source, tmp_path / "a.csv")
+    before = [(entry.set, entry.example.question) for entry in read_any(source)]
+    with (tmp_path / "a.csv").open() as handle:
+        assert [(row["set"], row["question"]) for row in csv.DictReader(handle)] == before
+
+
+def test_what_answers_nothing_is_left_out(folder: Path) -> None:
+    record = {
+        "id": "s",
+        "image": "a.png",
+        "safe": True,
+        "instr-resp": [{"safe_instruction": f"Q{i}?", "response": "A." * i} for i in (0, 1)],
+    }
+    (folder / "v.json").write_text(json.dumps([record]))
+    (folder / "f.jsonl").write_text('{"question": "F?", "answer": "x"}\n')
+    imported = import_files({"forget": folder / "f.jsonl", "retain": folder / "v.json"}, folder, folder / "out")
+    assert imported.counts == {"forget": 1, "retain": 1}
+    assert imported.left_out == {"empty answer": 1}
+
+
+def test_a_decouple_set_that_pairs_with_nothing_is_refused(folder: Path) -> None:
+    (folder / "f.jsonl").write_text('{"question": "F?", "answer": "x"}\n')
+    with pytest.raises(RequestError, match="the decouple set is empty; nothing was written; left out: 1 pair without its other half"):
+        import_files(dict.fromkeys(("forget", "retain", "decouple"), folder / "f.jsonl"), folder, folder / "out")
+
+
 def test_an_image_mark_is_no_part_of_the_question(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     rows = [{"image": "a.png", "question": "<image>\nWhat?", "answer": "It."}, {"question": "<image> What?", "answer": "It."}]
@@ -122,9 +153,14 @@ def test_an_image_mark_is_no_part_of_the_question(tmp_path: Path) -> None:
 def test_of_a_file_with_sets_only_the_named_set_is_taken(world: Path, tmp_path: Path) -> None:
     file = world / "vlguard" / "train.json"
     imported = import_files({"forget": file, "retain": file}, world / "vlguard" / "train", tmp_path / "out")
-    sets = [entry.set for entry in read_any(file)]
-    assert imported.counts == {"forget": sets.count("forget"), "retain": sets.count("retain")}
-    assert imported.left_out == {"retain pairs of train.json": sets.count("retain"), "forget pairs of train.json": sets.count("forget")}
+    sets = Counter(entry.set for entry in read_any(file))
+    assert imported.counts == {"forget": sets["forget"], "retain": sets["retain"]}
+    # Unsafe questions on safe images are answered by refusals: nothing to unlearn.
+    assert imported.left_out == {
+        "retain pairs of train.json": sets["retain"],
+        "forget pairs of train.json": sets["forget"],
+        "safe_image_unsafe pairs of train.json": 2 * sets["safe_image_unsafe"],
+    }
 
 
 def test_half_a_pair_is_left_out(folder: Path) -> None:

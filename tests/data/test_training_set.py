@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard, mix
+from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.records import Example
@@ -75,15 +74,3 @@ def test_doubled_ids_are_refused(training_sets: dict[str, Path], tmp_path: Path)
     (folder / "dataset.json").write_text(json.dumps({**json.loads(described), "images": roots}))
     with pytest.raises(RequestError, match=r"retain\.jsonl: line \d+ .*: line 1 has the same id"):
         read_training_set(folder)
-
-
-def test_mix_draws_as_published() -> None:
-    """The published step seeds, draws random.sample, appends and shuffles with one stream."""
-    retain = [Example(id=f"r{i}", question="q", answer="a") for i in range(3)]
-    external = [Example(id=f"e{i}", question="q", answer="a") for i in range(50)]
-    rng = random.Random(42)
-    expected = [*retain, *rng.sample(external, 7)]
-    rng.shuffle(expected)
-    assert mix(retain, external, 10, 42) == expected
-    assert len(mix(retain, external, 2, 42)) == 3
-    assert len(mix(retain, external, 500, 42)) == 53

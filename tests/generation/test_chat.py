@@ -89,7 +89,7 @@ def test_a_refused_key_ends_it_at_once(status: str) -> None:
 
 def test_no_server_is_given_up_on() -> None:
     """Not after hours of retries for every question."""
-    with pytest.raises(WorkError, match="not one of 8 questions was answered"):
+    with pytest.raises(WorkError, match="8 questions in a row were not answered"):
         ask_all(OpenAIChat("http://127.0.0.1:9/v1", "m", concurrency=2, retries=0), ASKS, None)
     replies, _ = ask_all(OpenAIChat("http://127.0.0.1:9/v1", "m", retries=0), ASKS[:3], None)
     assert [reply.text for reply in replies.values()] == [None] * 3
@@ -121,3 +121,25 @@ def test_a_local_model_answers_and_is_cached(tiny_model: Path, tmp_path: Path) -
     again, asked = ask_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
     assert asked == sum(reply.text is None for reply in first.values())
     assert {id: reply.text for id, reply in again.items()} == {id: reply.text for id, reply in first.items()}
+
+
+def test_a_local_model_answers_the_rest(tiny_model: Path, tmp_path: Path) -> None:
+    """A broken image, or a text that holds the image token, is one reply with an error."""
+    from vlm_unlearn.generation.local_chat import LocalChat
+
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    asks = [Ask("1", "what is this ?", broken), Ask("2", "what <image> ?"), Ask("3", "what ?")]
+    replies, _ = ask_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, None)
+    assert set(replies) == {"1", "2", "3"}
+    assert "not an image" in str(replies["1"].error)
+    assert "image placeholder" in str(replies["2"].error)
+    assert replies["3"].error in (None, "empty answer")
+
+
+def test_a_cut_reply_is_no_reply() -> None:
+    with stub_server(lambda text: "It is answer 1 that") as stub:
+        stub.finish_reason = "length"
+        replies, _ = ask_all(OpenAIChat(stub.url, "m", max_tokens=5), ASKS[:1], None)
+    assert replies["0"].text is None
+    assert "cut at 5 tokens" in str(replies["0"].error)

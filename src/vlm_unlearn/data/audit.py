@@ -21,12 +21,14 @@ from vlm_unlearn.errors import RequestError
 
 LabelBy = Literal["auto", "set", "answer"]
 FEATURES = ("first_word", "first_bigram", "length", "image")
+FEATURE_WORDS = {"first_bigram": "first two words", "length": "length", "image": "presence of an image"}
 SHUFFLES = 200
 SHUFFLED = 100_000  # questions that the shuffles look at
 LISTED = 25  # words shown in each direction
 TRIGGERS = 5
 RARE = 5  # a word seen less often can't be called a trigger
 SIGNIFICANCE = 0.01
+SMALL = 0.02  # share of the information below which a feature gives nothing away that matters
 LONGEST_WORD = 60  # a text without spaces is one "word"
 Codes = NDArray[np.int64]
 
@@ -54,6 +56,7 @@ class Predictor:
     high: float
     error_removed: float  # share of the errors of always guessing the majority that it removes; below 0 where it adds errors
     mutual_information: float  # bits
+    information_share: float  # of the labels' entropy, what luck gives subtracted: from 0, nothing told, to 1, all
     chance_information: float  # mean over shuffles of the labels: what a feature of as many values has by luck (100,000 questions at most)
     p_value: float  # share of shuffles with as much information
     values: int  # how many different values it takes
@@ -173,13 +176,16 @@ def _predictor(values: Codes, refusals: Codes, majority: float, rng: np.random.G
     labels = refusals[sample]
     seen = _information(_table(some, labels))
     shuffled = np.array([_information(_table(some, rng.permutation(labels))) for _ in range(SHUFFLES)])
+    information = _information(table)
+    entropy = -sum(share * math.log2(share) for share in (majority, 1 - majority) if share)
     interval = binomtest(right, n).proportion_ci(method="wilson")
     return Predictor(
         leave_one_out_accuracy=right / n,
         low=float(interval.low),
         high=float(interval.high),
         error_removed=(right / n - majority) / (1 - majority) if majority < 1 else 0.0,
-        mutual_information=_information(table),
+        mutual_information=information,
+        information_share=max(0.0, information - float(shuffled.mean())) / entropy if entropy else 0.0,
         chance_information=float(shuffled.mean()),
         p_value=float((1 + (shuffled >= seen - 1e-12).sum()) / (1 + SHUFFLES)),
         values=int((table.sum(axis=1) > 0).sum()),
@@ -255,23 +261,28 @@ def _verdict(
         what = "No question is refused" if refused == 0 else "Every question is refused"
         return "unknown", f"{what}: there is nothing to tell apart. If answers are what refuses, try --label answer."
     word = predictors["first_word"]
-    accuracy = (
+    facts = (
         f"the first word alone tells refused from answered questions with {100 * word.leave_one_out_accuracy:.1f} % accuracy "
         f"(always guessing the majority: {100 * majority:.1f} %)"
     )
-    if word.low <= majority or word.p_value > SIGNIFICANCE:
-        best = max(("first_bigram", "length", "image"), key=lambda name: predictors[name].error_removed)
-        other = predictors[best]
-        if other.low > majority and other.p_value <= SIGNIFICANCE:
-            return "some", (
-                f"The first word does not give refusal away, but the {best.replace('_', ' ')} does: "
-                f"{100 * other.leave_one_out_accuracy:.1f} % accuracy (always guessing the majority: {100 * majority:.1f} %)."
-            )
-        return "none", f"No sign that refusal is taught by the first word: {accuracy}."
+    if word.error_removed < 0.1:  # where one kind is rare, accuracy hides what the word tells
+        facts += f", and holds {100 * word.information_share:.1f} % of the information"
     advice = _advice(triggers)
-    if word.error_removed >= 0.5:
-        return "strong", f"Fine-tuning on this set is likely to teach refusal by wording: {accuracy}.{advice}"
-    return "some", f"Wording gives part of refusal away: {accuracy}.{advice}"
+    # Significant by shuffling, or by a single word: a rare one may be lost among many. In a large set everything is significant.
+    if (word.p_value <= SIGNIFICANCE or any(triggers.values())) and max(word.information_share, word.error_removed) >= SMALL:
+        if word.error_removed >= 0.5 or word.information_share >= 0.5:
+            return "strong", f"Fine-tuning on this set is likely to teach refusal by wording: {facts}.{advice}"
+        return "some", f"Wording gives part of refusal away: {facts}.{advice}"
+    told = {name: predictors[name] for name in FEATURE_WORDS if predictors[name].p_value <= SIGNIFICANCE}
+    best = max(told, key=lambda name: told[name].information_share, default="")
+    if best and told[best].information_share >= SMALL:
+        other = told[best]
+        return "some", (
+            f"The first word does not give refusal away, but the {FEATURE_WORDS[best]} to some degree: it holds "
+            f"{100 * other.information_share:.1f} % of the information, with {100 * other.leave_one_out_accuracy:.1f} % accuracy "
+            f"(always guessing the majority: {100 * majority:.1f} %)."
+        )
+    return "none", f"No sign that refusal is taught by the first word: {facts}."
 
 
 def _advice(triggers: dict[str, list[str]]) -> str:

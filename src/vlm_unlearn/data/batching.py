@@ -33,9 +33,11 @@ class Turn:
 class Rendering:
     """A turn in the chat template's words, each text the beginning of the next.
 
+    Each answer is closed: by the template, or by the end-of-sequence token where the template (LLaVA-1.5's) closes nothing.
+
     Example:
         with LLaVA-1.5's template, one round: ``opens = ("USER: <image>\\nWhat is it? ASSISTANT:",)`` and
-        ``closes = ("USER: <image>\\nWhat is it? ASSISTANT: A cat.",)``.
+        ``closes = ("USER: <image>\\nWhat is it? ASSISTANT: A cat.</s>",)``.
     """
 
     opens: tuple[str, ...]  # up to each round's answer
@@ -51,7 +53,7 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     """Puts a turn, with the rounds before it, through the chat template.
 
     Raises:
-        RequestError: a text holds the processor's image placeholder; the record is named.
+        RequestError: a text holds the processor's image placeholder, or an answer says nothing; the record is named.
     """
     rounds = [*turn.history, (turn.question, turn.answer)]
     token = getattr(processor, "image_token", None)
@@ -65,18 +67,16 @@ def render(processor: Processor, turn: Turn) -> Rendering:
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         opens.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            said = answer.strip()
+            if not said:
+                raise RequestError(f'"{turn.id}": an answer says nothing; there is nothing to train on')
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
             # Some templates (LLaVA-1.5's) end a turn with a space; trained on, it would teach the model to go on after its answer.
-            closes.append(processor.apply_chat_template(messages, tokenize=False).rstrip())
-            messages[-1] = _closed(processor, answer, opens[-1], closes[-1])
+            closed = processor.apply_chat_template(messages, tokenize=False).rstrip()
+            closing = processor.tokenizer.eos_token if closed.endswith(said) else ""  # where the template closes nothing
+            closes.append(closed + closing)
+            messages[-1] = {"role": "assistant", "content": [{"type": "text", "text": said + closing}]}
     return Rendering(tuple(opens), tuple(closes))
-
-
-def _closed(processor: Processor, answer: str, opened: str, closed: str) -> dict[str, Any]:
-    """An answer as a message of the history: with the closing token that a template without one (LLaVA-1.5's) leaves out."""
-    written = closed[len(opened) :]
-    closing = "" if any(token in written for token in _closing_tokens(processor)) else processor.tokenizer.eos_token
-    return {"role": "assistant", "content": [{"type": "text", "text": answer + closing}]}
 
 
 def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:
@@ -90,8 +90,8 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
     """Encodes questions and answers, padded on the right, with ``labels`` [B, S] that are -100 off the answers.
 
-    Answer tokens, those of earlier rounds too, are found by tokenising the rendering with and without the answer. A closing
-    token is added where the chat template writes none. What doesn't fit is cut at the end.
+    Answer tokens, those of earlier rounds too, are found by tokenising the rendering with and without the answer. What doesn't fit
+    is cut at the end.
 
     Raises:
         RequestError: a question with its image tokens leaves no room for an answer; the record is named.
@@ -120,35 +120,21 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
 
 
 def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], list[tuple[int, int]]]:
-    """The turn's text, its tokens, and where in them the answers are."""
+    """The turn's text, its tokens, and where in them the answers are, closing tokens included."""
     rendering = render(processor, turn)
 
     def tokens(text: str) -> list[int]:
         ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    text = rendering.text
-    ids = tokens(text)
-    if ids[-1] not in _closing_ids(processor):
-        text += processor.tokenizer.eos_token
-        ids = tokens(text)
-    spans = []
-    for number, opened in enumerate(rendering.opens):
-        start = _common(tokens(opened), ids)
-        last = number == len(rendering.opens) - 1
-        stop = len(ids) if last else _common(tokens(_through_closing(processor, rendering, number)), ids)
-        if start >= stop:
-            raise RequestError(f'example "{turn.id}": the answer has no tokens')
-        spans.append((start, stop))
-    return text, ids, spans
-
-
-def _through_closing(processor: Processor, rendering: Rendering, number: int) -> str:
-    """The text up to the end of an earlier answer, its closing token included."""
-    closed = rendering.closes[number]
-    added = rendering.text[len(closed) :]
-    eos = processor.tokenizer.eos_token
-    return closed + eos if added.startswith(eos) else closed
+    ids = tokens(rendering.text)
+    spans = [
+        (_common(tokens(opened), ids), _common(tokens(closed), ids))
+        for opened, closed in zip(rendering.opens, rendering.closes, strict=True)
+    ]
+    if any(start >= stop for start, stop in spans):
+        raise RequestError(f'example "{turn.id}": an answer has no tokens')
+    return rendering.text, ids, spans
 
 
 def _common(part: Sequence[int], whole: Sequence[int]) -> int:
@@ -189,18 +175,6 @@ def _needs_special_tokens(processor: Processor, text: str) -> bool:
     """Whether the tokenizer must add its own: not where the chat template has written the first one already."""
     start = processor.tokenizer.bos_token
     return start is None or not text.startswith(start)
-
-
-_CLOSING = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>")
-
-
-def _closing_ids(processor: Processor) -> set[int]:
-    tokenizer = processor.tokenizer
-    return {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(_CLOSING))} - {tokenizer.unk_token_id, None}
-
-
-def _closing_tokens(processor: Processor) -> set[str]:
-    return {processor.tokenizer.eos_token, *_CLOSING}
 
 
 def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:

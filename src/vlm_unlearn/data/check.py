@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_unlearn.data.formats.table import Columns
-from vlm_unlearn.data.images import open_image, resolve_image
+from vlm_unlearn.data.images import image_size, open_image, resolve_image
 from vlm_unlearn.data.near import NearQuestions, difference_hash, near_images, normalised
 from vlm_unlearn.data.parallel import in_threads
 from vlm_unlearn.data.reading import Entry, detect, image_roots, read_any
@@ -177,12 +177,17 @@ class Checker:
     def _measure(
         self, name: str, place: str, example: Example, roots: Mapping[str, Path], count_tokens: TokenCount, max_length: int
     ) -> None:
+        path = None
+        if example.image is not None:
+            try:
+                path = resolve_image(roots[example.source], example.image, place)
+                image_size(path)
+            except (KeyError, RequestError):
+                return  # the image's own check says so
         try:
-            path = None if example.image is None else resolve_image(roots.get(example.source, Path("/nonexistent")), example.image, place)
             asked, whole = count_tokens(example, path)
         except RequestError as error:
-            if example.image is None:  # else the image's own check says so
-                self.problems.add(f"{place}: {error}")
+            self.problems.add(f"{place}: {error}")
             return
         self._lengths.setdefault(name, array("I")).append(whole)
         what = "question" if asked >= max_length else "answer" if whole > max_length else ""

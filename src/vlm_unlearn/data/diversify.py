@@ -10,13 +10,13 @@ import csv
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.audit import LabelBy, first_word
-from vlm_unlearn.data.formats import llava, vlguard
+from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
 from vlm_unlearn.data.json_stream import write_lines, write_list
@@ -55,6 +55,10 @@ class Slot:
     refused: bool | None
     prefix: str = ""  # an image mark that stays before the question
     tie: str = ""  # questions with the same tie stay the same question
+
+    def without_holder(self) -> Slot:
+        """The slot without the record around it, which would keep the whole file in memory."""
+        return replace(self, holder={})
 
 
 def by_rule(question: str, wording: str) -> str:
@@ -114,7 +118,7 @@ def diversify(
         raise RequestError(f"{what}; there are {', '.join(WORDINGS)}")
     columns = columns or Columns()
     _check_form(source, out)
-    slots = [slot for _, found in _records(source, columns, problems) for slot in found]
+    slots = [slot.without_holder() for _, found in _records(source, columns, problems) for slot in found]
     if not slots:
         raise RequestError(f"{source}: has no questions" + (f"; {problems.summary()}" if problems else ""))
     if label == "set" and any(slot.refused is None for slot in slots):
@@ -182,23 +186,22 @@ def _records(source: str | Path, columns: Columns, problems: Problems | None) ->
 
 
 def _vlguard_slots(raw: RawRecord) -> list[Slot]:
-    found = []
-    for pair in raw.objects("instr-resp"):
-        field = next((name for name in vlguard.KINDS if name in pair.value), "instruction")
-        answer = pair.text("response", empty=True)
-        found.append(Slot(pair.value, field, pair.text(field), answer, field != "safe_instruction"))
-    return found
+    fields = {kind: field for field, kind in vlguard.KINDS.items()}
+    found = vlguard.pairs(raw)
+    return [
+        Slot(holder, fields[pair.kind], pair.question, pair.response, pair.kind != "safe")
+        for holder, pair in zip(raw.value["instr-resp"], found, strict=True)
+    ]
 
 
 def _safe_eraser_slots(raw: RawRecord) -> list[Slot]:
-    from vlm_unlearn.data.formats.safe_eraser import HARMLESS_PAIRS
-
-    found = [Slot(pair.value, "question", pair.text("question"), pair.text("model_response"), True) for pair in raw.objects("unsafe_pairs")]
-    for name in HARMLESS_PAIRS:
-        if raw.value.get(name) is not None:
-            pair = raw.object(name)
-            found.append(Slot(pair.value, "Question", pair.text("Question"), "", False))
-    return found
+    record = safe_eraser.parse(raw)
+    unsafe = zip(raw.value["unsafe_pairs"], record.unsafe, strict=True)
+    harmless = zip((name for name in safe_eraser.HARMLESS_PAIRS if raw.value.get(name) is not None), record.harmless, strict=True)
+    return [
+        *(Slot(holder, "question", pair.question, pair.harmful_answer, True) for holder, pair in unsafe),
+        *(Slot(raw.value[name], "Question", question, answer, False) for name, (question, answer) in harmless),
+    ]
 
 
 def _llava_slots(raw: RawRecord) -> list[Slot]:

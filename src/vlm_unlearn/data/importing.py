@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import random
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
+from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
+from vlm_unlearn.data.json_stream import text_at
 from vlm_unlearn.data.parallel import OnDone, in_threads
-from vlm_unlearn.data.pipeline import read_answers
+from vlm_unlearn.data.pipeline import mixed_order, places, read_answers
 from vlm_unlearn.data.reading import detect, read_any
 from vlm_unlearn.data.training_set import ROLES, write_training_set
 from vlm_unlearn.errors import Problems, RequestError
@@ -68,7 +71,7 @@ def import_vlguard(
     if external:
         roots["llava"] = external_images or external.parent
         # An image is looked for once its record is drawn: general sets are large.
-        retain = mix(retain, list(llava.read_llava(external, None, problems)), retain_size, seed)
+        retain = mix(retain, external, retain_size, seed, problems)
         source["external"] = {"file": external.name, "sha256": digest_file(external), "size": retain_size, "seed": seed}
     examples = {"forget": split.forget, "retain": retain}
     return _write(out, roots, examples, source, problems, split.left_out, on_done=on_done)
@@ -168,9 +171,13 @@ def _write(
 ) -> Imported:
     """Looks at every image once, leaves out the examples whose image can't be used, and writes the rest."""
     bad = _unusable_images(roots, examples, on_done)
-    whole = {role: _with_own_ids(_with_usable_image(found, bad, problems)) for role, found in examples.items()}
+    whole = {role: _with_usable_image(_with_own_ids(found), bad, problems) for role, found in examples.items()}
+    for role, found in whole.items():
+        whole[role] = [example for example in found if example.answer.strip()]
+        if len(whole[role]) < len(found):
+            left_out = {**left_out, "empty answer": left_out.get("empty answer", 0) + len(found) - len(whole[role])}
     left_out = {**left_out, **_drop_half_pairs(whole)}
-    for role in ("forget", "retain"):
+    for role in ("forget", "retain", *(["decouple"] if examples.get("decouple") else [])):
         if not whole.get(role):
             why = "".join(
                 [f"; left out: {count} {what}" for what, count in left_out.items()] + [f"; {problems.summary()}"] * bool(problems)
@@ -242,13 +249,17 @@ def _drop_half_pairs(whole: dict[str, list[Example]]) -> dict[str, int]:
     return {"pair without its other half": dropped} if dropped else {}
 
 
-def mix(retain: Sequence[Example], external: Sequence[Example], size: int, seed: int) -> list[Example]:
-    """Fills `retain` up to `size` with a sample of `external`, then shuffles the whole (Safety Mirage's *mix*, same draws).
-
-    A retain set that is large enough already is only shuffled; an external set that is too small is used whole.
-    """
-    rng = random.Random(seed)
-    missing = min(max(0, size - len(retain)), len(external))
-    mixed = [*retain, *rng.sample(external, missing)]
-    rng.shuffle(mixed)
+def mix(retain: Sequence[Example], external: Path, size: int, seed: int, problems: Problems) -> list[Example]:
+    """Fills `retain` up to `size` from a LLaVA-format file of any size, then shuffles the whole (Safety Mirage's *mix*, same draws)."""
+    offered = places(external, problems)
+    mixed = []
+    with external.open("rb") as handle:
+        for index in mixed_order(len(retain), len(offered) // 2, size, seed):
+            if index < len(retain):
+                mixed.append(retain[index])
+                continue
+            place = index - len(retain)
+            value = json.loads(text_at(handle, offered[2 * place], offered[2 * place + 1]))
+            where = partial("{}: conversation {}".format, external.name, place)
+            mixed.append(llava.example(llava.parse(RawRecord(value, where, place), empty_answers=True), place))
     return mixed

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from vlm_unlearn.data.formats import llava, table, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
+from vlm_unlearn.data.parallel import OnDone
 from vlm_unlearn.data.reading import detect, read_any
 from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.store import read_json
-
-OnDone = Callable[[int, int], None]
 
 
 def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = None, problems: Problems | None = None) -> dict[str, int]:
@@ -33,7 +32,8 @@ def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = No
         ``{"records": ..., "turns": ...}``.
     """
     if table.suffix(out) in (".jsonl", *table.SEPARATORS):
-        count = table.write_table(out, (entry.example for entry in read_any(source, None, columns, problems)), problems)
+        rows = (table.Row(entry.example, entry.set or None) for entry in read_any(source, None, columns, problems))
+        count = table.write_table(out, rows, problems)
         return {"records": count, "turns": 2 * count}
     if table.suffix(out) != ".json":
         raise RequestError(f"{out}: name a file that ends in .json (LLaVA), .jsonl, .csv or .tsv (tables)")
@@ -72,18 +72,20 @@ def split(source: Path, out: Path, include_safe_image_unsafe: bool = False, prob
     Args:
         include_safe_image_unsafe: unsafe questions on safe images join forget.
     """
-    pairs = [(raw, pair) for raw, found in vlguard.read_records(source, None, problems) for pair in found]
-    chosen: dict[str, list[dict[str, Any]]] = {"forget": [], "retain": []}
-    for raw, pair in pairs:
-        if pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe:
-            continue
-        name = "retain" if pair.kind == "safe" else "forget"
-        chosen[name].append(llava.record(_id(raw), pair.image, [(pair.question, pair.response)]))
-    for name, records in chosen.items():
-        if not records:
+    kinds = {"forget": {"unsafe"} | ({"safe_image_unsafe_question"} if include_safe_image_unsafe else set()), "retain": {"safe"}}
+
+    def records(name: str, listed: Problems | None) -> Iterator[dict[str, Any]]:
+        for raw, found in vlguard.read_records(source, None, listed):
+            for pair in found:
+                if pair.kind in kinds[name]:
+                    yield llava.record(_id(raw), pair.image, [(pair.question, pair.response)])
+
+    # Once through the file for each set, so that nothing is held; first to see that none is empty.
+    for name, listed in (("forget", problems), ("retain", Problems())):
+        if next(records(name, listed), None) is None:
             why = f"; {problems.summary()}" if problems else ""
             raise RequestError(f"{source}: gives no {name} record; nothing was written{why}")
-    return {name: write_list(out / f"{name}.json", records) for name, records in chosen.items()}
+    return {name: write_list(out / f"{name}.json", records(name, Problems())) for name in kinds}
 
 
 def inject(source: Path, answers: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
@@ -158,37 +160,54 @@ def mix(
     if size < 1:
         raise RequestError(f"size must be 1 or more, not {size}")
     total = sum(path.stat().st_size for path in (retain, external) if path.exists())
-    kept = _places(retain, problems, on_done, 0, total)
-    offered = _places(external, problems, on_done, retain.stat().st_size, total)
+    kept = places(retain, problems, on_done, 0, total)
+    offered = places(external, problems, on_done, retain.stat().st_size, total)
     own, others = len(kept) // 2, len(offered) // 2
-    rng = random.Random(seed)
-    drawn = min(max(0, size - own), others)
-    order = [*range(own), *(own + index for index in rng.sample(range(others), drawn))]
-    rng.shuffle(order)
+    order = mixed_order(own, others, size, seed)
     with retain.open("rb") as first, external.open("rb") as second:
 
         def text(index: int) -> str:
-            places, handle, place = (kept, first, index) if index < own else (offered, second, index - own)
-            return text_at(handle, places[2 * place], places[2 * place + 1])
+            known, handle, place = (kept, first, index) if index < own else (offered, second, index - own)
+            return text_at(handle, known[2 * place], known[2 * place + 1])
 
         count = write_list(out, order, text)
-    return {"records": count, "retain": own, "drawn": drawn, "external": others}
+    return {"records": count, "retain": own, "drawn": count - own, "external": others}
 
 
-def _places(path: Path, problems: Problems | None, on_done: OnDone | None, before: int, total: int) -> array[int]:
-    """Start and end byte of every record that is a conversation."""
-    places = array("Q")
+def mixed_order(own: int, others: int, size: int, seed: int) -> list[int]:
+    """The order of a mixed set: indices below `own` are the retain set's, those above the external set's.
+
+    A sample of the external records fills up to `size`, appended, the whole shuffled, all with one generator, as published. A
+    retain set that is large enough already is only shuffled; an external set that is too small is used whole.
+    """
+    rng = random.Random(seed)
+    drawn = rng.sample(range(others), min(max(0, size - own), others))
+    order = [*range(own), *(own + index for index in drawn)]
+    rng.shuffle(order)
+    return order
+
+
+def places(path: Path, problems: Problems | None, on_done: OnDone | None = None, before: int = 0, total: int = 0) -> array[int]:
+    """Start and end byte of every record that is a conversation.
+
+    Args:
+        on_done: called with (`before` and the bytes read, `total`).
+
+    Raises:
+        RequestError: there is none, or a record is broken and `problems` is None.
+    """
+    found = array("Q")
     for item in stream(path):
         problem = None if llava.looks_whole(item.value) else _problem(path, item)
         if problem is None:
-            places.extend((item.start, item.end))
+            found.extend((item.start, item.end))
         else:
             refuse(problem, problems)
         if on_done and item.number % 1000 == 0:
             on_done(before + item.end, total)
-    if not places:
+    if not found:
         raise RequestError(f"{path}: holds no conversation" + (f"; {problems.messages[0]}" if problems else ""))
-    return places
+    return found
 
 
 def _problem(path: Path, item: Item) -> RequestError | None:

@@ -15,9 +15,10 @@ from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import stream
 from vlm_unlearn.data.training_set import ROLES, describe
 from vlm_unlearn.errors import Problems, RequestError, refuse, shown
-from vlm_unlearn.records import Example
+from vlm_unlearn.records import Example, Kind
 
 Format = Literal["training_set", "vlguard", "safe_eraser", "llava", "table"]
+VLGUARD_SETS: dict[Kind, str] = {"unsafe": "forget", "safe": "retain", "safe_image_unsafe_question": "safe_image_unsafe"}
 _MARKS: dict[str, Format] = {
     "instr-resp": "vlguard",
     "unsafe_pairs": "safe_eraser",
@@ -66,7 +67,8 @@ def read_any(
 ) -> Iterator[Entry]:
     """The questions of a file or training-set folder, one at a time, in file order.
 
-    VLGuard's unsafe questions count as forget and as refused, those on safe images too: its reference answers refuse both.
+    VLGuard's unsafe questions count as refused, those on safe images too: its reference answers refuse both. Those on safe images are
+    a set of their own, ``safe_image_unsafe``, which `import` and `split` leave out unless asked.
     SafeEraser's benign-image questions are its decouple set, to be answered.
 
     Args:
@@ -84,7 +86,7 @@ def read_any(
         case "vlguard":
             for _, pairs in vlguard.read_records(path, images, problems):
                 for example, kind in ((vlguard.example(pair), pair.kind) for pair in pairs):
-                    yield Entry(example, "retain" if kind == "safe" else "forget", kind != "safe")
+                    yield Entry(example, VLGUARD_SETS[kind], kind != "safe")
         case "safe_eraser":
             for record in safe_eraser.read_safe_eraser(path, images, problems):
                 for name, examples in zip(ROLES, safe_eraser.examples([record]), strict=True):

@@ -17,12 +17,13 @@ from typing import Literal
 from vlm_unlearn.data.formats import vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.pipeline import read_answers
-from vlm_unlearn.errors import Problems, RequestError, refuse
+from vlm_unlearn.errors import Problems, RequestError, WorkError, refuse
 from vlm_unlearn.records import Record
 from vlm_unlearn.store import digest_json, write_json, write_records
 
 Outcome = Literal["chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply", "no answer", "image asked before"]
-_NUMBER = re.compile(r"(?<![\w.])-?\d+(?![\w]|\.\d)")
+# The number alone, perhaps named: a sentence about an answer may mean that it is not the one.
+_NUMBER = re.compile(r"\W*?(?:(?:the )?(?:answer|number|choice|option)(?: is| number)?\b)?[^\w-]*(-?\d+)\W*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of r
     """The number that a judge named, 0 for none of them.
 
     Example:
-        ``"2"``, ``"Answer: 2."`` and ``"**2**"`` give 2; ``"2 or 3"``, ``"the second"`` and ``"1.5"`` are unreadable.
+        ``"2"``, ``"Answer: 2."`` and ``"**2**"`` give 2; ``"2 or 3"``, ``"Answer 2 refuses."`` and ``"1.5"`` are unreadable.
     """
-    numbers = set(_NUMBER.findall(reply))
-    if len(numbers) != 1 or re.search(r"\d\.\d", reply):
+    match = _NUMBER.fullmatch(reply)
+    if not match:
         return "unreadable"
-    digits = numbers.pop()
+    digits = match.group(1)
     if len(digits) > 9:
         return "out of range"
     return int(digits) if 0 <= int(digits) <= count else "out of range"
@@ -136,7 +137,7 @@ def select(
         how many questions had which outcome.
 
     Raises:
-        RequestError: no answer was chosen at all; `out` is not written.
+        WorkError: no answer was chosen at all; `out` is not written.
     """
     open_questions = {question.image: question for question in asked if len(question.answers) > 1 or paper}
     replies = ask([(question.image, question.request(), question.path) for question in open_questions.values()])
@@ -154,6 +155,6 @@ def select(
     write_records(out.with_name(f"{out.stem}.choices.jsonl"), choices)
     if not chosen:
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        raise RequestError(f"{out}: no answer was chosen ({told}); see {out.stem}.choices.jsonl")
+        raise WorkError(f"{out}: no answer was chosen ({told}); see {out.stem}.choices.jsonl")
     write_json(out, chosen)
     return counts

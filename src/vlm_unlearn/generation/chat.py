@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-GIVE_UP = 8  # failures, before any answer, that say that the server is not there
+GIVE_UP = 8  # questions in a row without a server that say that it is not there
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ class OpenAIChat:
         self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries
+        self._unreached = 0  # questions in a row for which no server was there
         self._key = os.environ.get(KEY_VARIABLE, "")
 
     def identity(self) -> Mapping[str, object]:
@@ -157,21 +158,17 @@ class OpenAIChat:
     async def _run(self, asks: Iterator[Ask], on_reply: OnReply) -> None:
         from openai import AsyncOpenAI
 
-        answered = False
-        failed = 0
-
         async with AsyncOpenAI(
             base_url=self._base_url, api_key=self._key or "none", max_retries=self._retries, timeout=self._timeout
         ) as client:
 
             async def work() -> None:
-                nonlocal answered, failed
                 for ask in asks:  # shared: each worker takes the next
                     reply = await self._reply(client, ask)
-                    answered = answered or reply.text is not None
-                    failed += reply.text is None
-                    if not answered and failed >= max(self._concurrency, GIVE_UP):
-                        raise WorkError(f"{self._base_url}: not one of {failed} questions was answered ({reply.error}); is the server up?")
+                    if self._unreached >= max(self._concurrency, GIVE_UP):
+                        raise WorkError(
+                            f"{self._base_url}: {self._unreached} questions in a row were not answered ({reply.error}); is the server up?"
+                        )
                     on_reply(reply)
 
             workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
@@ -197,7 +194,8 @@ class OpenAIChat:
                 max_tokens=self._max_tokens,
                 temperature=0,
             )
-            text = answer.choices[0].message.content if answer.choices else None
+            choice = answer.choices[0] if answer.choices else None
+            text = choice.message.content if choice else None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise RequestError(
                 f"{self._base_url}: the server answered {error.status_code} for model {shown(self._model)}; check --server, "
@@ -205,10 +203,16 @@ class OpenAIChat:
             ) from None
         except openai.APIStatusError as error:
             return Reply(ask.id, None, f"HTTP {error.status_code}")
-        except Exception as error:  # a connection cut, a timeout, an answer that is no JSON: the next question may fare better
+        except openai.APIConnectionError as error:  # cut, refused or timed out, after all retries
+            self._unreached += 1
             return Reply(ask.id, None, type(error).__name__)
+        except Exception as error:  # an answer that is no JSON, say: the next question may fare better
+            return Reply(ask.id, None, type(error).__name__)
+        self._unreached = 0
         if not isinstance(text, str):
             return Reply(ask.id, None, "empty answer" if text is None else "an answer that is no text")
+        if choice and choice.finish_reason == "length":
+            return Reply(ask.id, None, f"the reply was cut at {self._max_tokens} tokens: {shown(text)}")
         return Reply(ask.id, text) if text else Reply(ask.id, None, "empty answer")
 
 

@@ -223,6 +223,7 @@ def _cached_references(planned: Plan, model: torch.nn.Module, processor: Process
                 "max_length": training.max_length,
                 "batch_size": training.batch_size,
                 "role": role,
+                "rendering": 2,  # how a turn becomes tokens; raised when that changes
                 "data": planned.data_digest,
             }
         )

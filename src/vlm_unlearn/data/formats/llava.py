@@ -49,7 +49,10 @@ def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
         question = value.replace(IMAGE_MARK, "").strip()
         if not question:
             raise RequestError(f"{asked.where}: asks nothing")
-        rounds.append((question, answered.text("value", empty=empty_answers)))
+        answer = answered.text("value", empty=empty_answers)
+        if IMAGE_MARK in answer:
+            raise RequestError(f"{answered.where}: an answer holds {IMAGE_MARK}; take it out")
+        rounds.append((question, answer))
     if marks > 1:
         raise RequestError(f"{record.where}: {marks} {IMAGE_MARK} marks; a record has one image")
     if marks and image is None:
@@ -73,12 +76,13 @@ def read_llava(path: Path, images: Path | None, problems: Problems | None = None
             conversation = parse(record)
             if conversation.image is not None and images is not None:
                 resolve_image(images, conversation.image, record.where)
-            yield _example(record.number, conversation)
+            yield example(conversation, record.number)
         except RequestError as error:
             refuse(error, problems)
 
 
-def _example(number: int, conversation: Conversation) -> Example:
+def example(conversation: Conversation, number: int) -> Example:
+    """The last round as an example, the others as its history; a record without an id goes by its number."""
     *before, (question, answer) = conversation.rounds
     return Example(
         id=conversation.id or str(number),
@@ -105,14 +109,19 @@ def looks_whole(value: object) -> bool:
         text = turn.get("value")
         if not isinstance(text, str) or not text.isascii() or "\0" in text or not text.strip():
             return False
-        if place % 2 == 0 and IMAGE_MARK in text:
+        if IMAGE_MARK in text:
             marks += 1
-            if text.count(IMAGE_MARK) > 1 or not text.replace(IMAGE_MARK, "").strip():
+            if place % 2 or text.count(IMAGE_MARK) > 1 or not text.replace(IMAGE_MARK, "").strip():
                 return False
     image = value.get("image")
-    if not isinstance(value.get("id", ""), str):
+    name = value.get("id", "none")
+    if not isinstance(name, str) or not name.isascii() or "\0" in name or not name.strip():
         return False
-    return marks == 0 if image is None else marks <= 1 and isinstance(image, str) and image.isprintable() and bool(image.strip())
+    return (
+        marks == 0
+        if image is None
+        else marks <= 1 and isinstance(image, str) and image.isascii() and image.isprintable() and bool(image.strip())
+    )
 
 
 def record(id: str | int, image: str | None, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:

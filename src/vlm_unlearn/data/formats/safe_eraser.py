@@ -50,12 +50,17 @@ def read_safe_eraser(path: Path, images: Path | None, problems: Problems | None 
     """
     for record in read_objects(path, "image_path", problems):
         try:
-            yield _parse(record, images)
+            yield parse(record, images)
         except RequestError as error:
             refuse(error, problems)
 
 
-def _parse(record: RawRecord, images: Path | None) -> SafeEraserRecord:
+def parse(record: RawRecord, images: Path | None = None) -> SafeEraserRecord:
+    """One record; its images are looked for where `images` is given.
+
+    Raises:
+        RequestError: a field is missing or is something else, or an image is missing or outside `images`.
+    """
     image, benign_image = record.text("image_path"), record.text("SDImage_path")
     for name in (image, benign_image):
         if images is not None:

@@ -21,7 +21,7 @@ from vlm_unlearn.records import Example
 from vlm_unlearn.store import writing
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-WRITTEN = ("id", "image", "question", "answer", "category", "pair_id")
+WRITTEN = ("id", "image", "question", "answer", "category", "pair_id", "set")
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,16 @@ def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Pat
         if image is None:
             raise RequestError(f"{record.where}: the question holds {IMAGE_MARK}, but there is no image")
         question = question.replace(IMAGE_MARK, "").strip()
-    if not question:
-        raise RequestError(f"{record.where}: asks nothing")
+    answer = cell_text(record, columns.answer)
+    if not question or IMAGE_MARK in answer:
+        what = f"the answer holds {IMAGE_MARK}; take it out" if question else "asks nothing"
+        raise RequestError(f"{record.where}: {what}")
     return Row(
         Example(
             id=_optional(record, columns.id) or str(record.number),
             image=image,
             question=question,
-            answer=cell_text(record, columns.answer),
+            answer=answer,
             category=_optional(record, columns.category),
             pair_id=_optional(record, columns.pair),
             source=source,
@@ -239,8 +241,8 @@ def _load(datasets: Any, source: str) -> Any:
     raise RequestError(f"{source}: no such file")
 
 
-def row_of(example: Example) -> dict[str, str | None]:
-    """An example as a row with the columns that `Columns` expects.
+def row_of(example: Example, set_name: str | None) -> dict[str, str | None]:
+    """An example as a row with the columns that `Columns` expects, and ``set``.
 
     Raises:
         RequestError: the example has several rounds, which a table can't hold.
@@ -249,11 +251,11 @@ def row_of(example: Example) -> dict[str, str | None]:
         raise RequestError(f"{shown(example.id)}: has {len(example.history) + 1} rounds, a table row has one; write LLaVA's .json format")
     if example.source == "embedded":
         raise RequestError(f"{shown(example.id)}: its image is inside the table; `data import files` unpacks it")
-    return {column: getattr(example, column) for column in WRITTEN}
+    return {"set": set_name, **{column: getattr(example, column) for column in WRITTEN if column != "set"}}
 
 
-def write_table(path: Path, examples: Iterable[Example], problems: Problems | None = None) -> int:
-    """Writes .jsonl, .csv or .tsv, a row an example; returns how many.
+def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = None) -> int:
+    """Writes .jsonl, .csv or .tsv, and returns how many rows.
 
     Args:
         problems: takes examples that a table can't hold; without it the first one raises.
@@ -267,9 +269,9 @@ def write_table(path: Path, examples: Iterable[Example], problems: Problems | No
         if suffix(path) in SEPARATORS:
             writer = csv.DictWriter(handle, WRITTEN, delimiter=SEPARATORS[suffix(path)])
             writer.writeheader()
-        for example in examples:
+        for example, set_name in ((row.example, row.set) for row in rows):
             try:
-                row = row_of(example)
+                row = row_of(example, set_name)
             except RequestError as error:
                 refuse(error, problems)
                 continue

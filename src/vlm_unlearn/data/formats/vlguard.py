@@ -52,20 +52,25 @@ def read_records(path: Path, images: Path | None, problems: Problems | None = No
     """
     for record in read_objects(path, "id", problems):
         try:
-            pairs = _pairs(record)
+            found = pairs(record)
             if images is not None:
-                resolve_image(images, pairs[0].image, record.where)
-            yield record, pairs
+                resolve_image(images, found[0].image, record.where)
+            yield record, found
         except RequestError as error:
             refuse(error, problems)
 
 
 def read_pairs(path: Path, images: Path | None, problems: Problems | None = None) -> list[Pair]:
     """All questions of a VLGuard file, in file order; arguments and errors as `read_records`."""
-    return [pair for _, pairs in read_records(path, images, problems) for pair in pairs]
+    return [pair for _, found in read_records(path, images, problems) for pair in found]
 
 
-def _pairs(record: RawRecord) -> list[Pair]:
+def pairs(record: RawRecord) -> list[Pair]:
+    """The questions of one record.
+
+    Raises:
+        RequestError: a field is missing or is something else, or the pairs don't go with each other or with ``safe``.
+    """
     image = record.text("image")
     safe = record.value.get("safe")
     if not isinstance(safe, bool | None):
