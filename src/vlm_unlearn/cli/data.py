@@ -11,7 +11,7 @@ import typer
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, showing
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
-from vlm_unlearn.cli.data_quality import audit, check
+from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, audit, check, table_columns
 
 if TYPE_CHECKING:
     from vlm_unlearn.errors import Problems
@@ -58,9 +58,9 @@ def convert(
     source: Path = SOURCE,
     out: Path = OUT,
     seed: int = typer.Option(0, "--seed", help="Of the order of a safe image's two questions."),
-    question: str = typer.Option("question", "--question-column", help="A table's column."),
-    answer: str = typer.Option("answer", "--answer-column", help="A table's column."),
-    image: str = typer.Option("image", "--image-column", help="A table's column."),
+    question: str = QUESTION,
+    answer: str = ANSWER,
+    image: str = IMAGE,
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -70,10 +70,9 @@ def convert(
 
       vlm-unlearn data convert VLGuard/train.json train_llava.json
     """
-    from vlm_unlearn.data.formats.table import Columns
     from vlm_unlearn.data.pipeline import convert
 
-    columns = Columns(question=question, answer=answer, image=image)
+    columns = table_columns(question, answer, image, None)
     _step(out, [source], strict, as_json, lambda problems: convert(source, out, seed, columns, problems))
 
 

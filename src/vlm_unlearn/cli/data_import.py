@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
+from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.importing import Imported
@@ -95,9 +96,9 @@ def files(
     retain: str = typer.Option(None, "--retain", help="File of pairs to keep."),
     decouple: str = typer.Option(None, "--decouple", help="File of the unsafe questions on benign images; pair_id ties them."),
     refusals: Path = typer.Option(None, "--refusals", help='JSON {"idk": [...]}: the sentences that po teaches.'),
-    question: str = typer.Option("question", "--question-column", help="A table's column."),
-    answer: str = typer.Option("answer", "--answer-column", help="A table's column."),
-    image: str = typer.Option("image", "--image-column", help="A table's column; pairs without an image are text-only."),
+    question: str = QUESTION,
+    answer: str = ANSWER,
+    image: str = IMAGE,
     id: str = typer.Option("id", "--id-column", help="A table's column."),
     category: str = typer.Option("category", "--category-column", help="A table's column."),
     pair: str = typer.Option("pair_id", "--pair-column", help="A table's column that ties a decouple row to its forget row."),

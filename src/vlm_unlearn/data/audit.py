@@ -93,6 +93,17 @@ def first_bigram(question: str) -> str:
     return " ".join(word[:LONGEST_WORD].lower().strip(",.?!") for word in question.split(maxsplit=2)[:2])
 
 
+def is_refused(refused: bool | None, answer: str, by: LabelBy, is_refusal: Callable[[str], bool]) -> bool:
+    """Whether a question is refused: as its file says, or as its answer does where `by` or a silent file wants that.
+
+    Raises:
+        RequestError: `by` is ``set`` and the file knows no sets.
+    """
+    if by == "set" and refused is None:
+        raise RequestError("the file does not say which questions are to be refused; use --label answer, or name its --set-column")
+    return is_refusal(answer) if by == "answer" or refused is None else refused
+
+
 def labelled(entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], bool]) -> Iterator[tuple[str, bool, bool, str]]:
     """``(question, has an image, refused, how that was told)`` for each question, earlier rounds of a conversation included.
 
@@ -106,14 +117,10 @@ def labelled(entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], 
     """
     for entry in entries:
         example = entry.example
-        if by == "set" and entry.refused is None:
-            raise RequestError("the file does not say which questions are to be refused; use --label answer, or name its --set-column")
+        told_by = "answer" if by == "answer" or entry.refused is None else "set"
         rounds = [*((turn.question, turn.answer) for turn in example.history), (example.question, example.answer)]
         for question, answer in rounds:
-            if by == "answer" or entry.refused is None:
-                yield question, example.image is not None, is_refusal(answer), "answer"
-            else:
-                yield question, example.image is not None, entry.refused, "set"
+            yield question, example.image is not None, is_refused(entry.refused, answer, by, is_refusal), told_by
 
 
 def audit(questions: Iterable[tuple[str, bool, bool, str]], seed: int = 0) -> Audit:

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.data.audit import LabelBy, first_word
+from vlm_unlearn.data.audit import LabelBy, first_word, is_refused
 from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
@@ -121,8 +121,6 @@ def diversify(
     slots = [slot.without_holder() for _, found in _records(source, columns, problems) for slot in found]
     if not slots:
         raise RequestError(f"{source}: has no questions" + (f"; {problems.summary()}" if problems else ""))
-    if label == "set" and any(slot.refused is None for slot in slots):
-        raise RequestError("the file does not say which questions are to be refused; use --label answer, or name its --set-column")
     wordings = _deal(slots, words, seed, label, is_refusal)
     asked = [(str(index), slot.question, first_word(wording)) for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True))]
     by_model = paraphrase(asked) if paraphrase else {}
@@ -145,8 +143,7 @@ def _deal(slots: Sequence[Slot], words: Sequence[str], seed: int, label: LabelBy
     dealt = [""] * len(slots)
     kinds: dict[bool, list[int]] = {False: [], True: []}
     for index, slot in enumerate(slots):
-        refused = is_refusal(slot.answer) if label == "answer" or slot.refused is None else slot.refused
-        kinds[refused].append(index)
+        kinds[is_refused(slot.refused, slot.answer, label, is_refusal)].append(index)
     for indices in kinds.values():
         rng.shuffle(indices)
         hand: list[str] = []

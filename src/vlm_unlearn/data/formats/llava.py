@@ -133,9 +133,14 @@ def record(id: str | int, image: str | None, rounds: Iterable[tuple[str, str]]) 
     return {"id": id, **({} if image is None else {"image": image}), "conversations": conversations}
 
 
+def refuse_embedded(example: Example) -> None:
+    """Raises for an example whose image is inside a table: no file can name it."""
+    if example.source == "embedded":
+        raise RequestError(f"{shown(example.id)}: its image is inside the table; `data import files` unpacks it")
+
+
 def write_record(example: Example) -> dict[str, Any]:
     """An example as a record of this format."""
     rounds = [(turn.question, turn.answer) for turn in example.history]
-    if example.source == "embedded":
-        raise RequestError(f"{shown(example.id)}: its image is inside the table; `data import files` unpacks it")
+    refuse_embedded(example)
     return record(example.id, example.image, [*rounds, (example.question, example.answer)])

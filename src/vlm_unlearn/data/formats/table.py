@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
-from vlm_unlearn.data.formats.llava import IMAGE_MARK
+from vlm_unlearn.data.formats.llava import IMAGE_MARK, refuse_embedded
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.json_stream import LONGEST_RECORD, dump
 from vlm_unlearn.errors import Problems, RequestError, nearest, refuse, shown
@@ -249,8 +249,7 @@ def row_of(example: Example, set_name: str | None) -> dict[str, str | None]:
     """
     if example.history:
         raise RequestError(f"{shown(example.id)}: has {len(example.history) + 1} rounds, a table row has one; write LLaVA's .json format")
-    if example.source == "embedded":
-        raise RequestError(f"{shown(example.id)}: its image is inside the table; `data import files` unpacks it")
+    refuse_embedded(example)
     return {"set": set_name, **{column: getattr(example, column) for column in WRITTEN if column != "set"}}
 
 
