@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parents[1] / "src" / "vlm_unlearn"
 ORDER = [
     *("errors", "losses", "records", "store", "config", "data", "models", "methods", "training", "generation", "attacks"),
@@ -34,15 +36,16 @@ def test_imports_go_up_only() -> None:
     assert not wrong
 
 
-def test_help_loads_nothing_heavy() -> None:
+@pytest.mark.parametrize("command", [[], ["data"], ["data", "audit"], ["data", "import", "files"], ["train"]])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
     code = (
-        "import sys; sys.argv = ['vlm-unlearn', '--help']\n"
+        "import sys; sys.argv = ['vlm-unlearn', *sys.argv[1:], '--help']\n"
         "from vlm_unlearn.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'plotly', 'jinja2', 'datasets', 'openai'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'plotly', 'jinja2', 'datasets', 'openai', 'numpy', 'scipy', 'datasketch', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -189,3 +189,14 @@ def test_answers_to_nothing(world: Path, tmp_path: Path) -> None:
     (tmp_path / "b" / "a.json").write_text("{}")
     with pytest.raises(RequestError, match="same name"):
         questions(world / "vlguard" / "train.json", [tmp_path / "a.json", tmp_path / "b" / "a.json"], None, None)
+
+
+def test_a_local_model_can_judge(world: Path, files: list[Path], tiny_model: Path, tmp_path: Path) -> None:
+    """An untrained one says nothing that can be read, and that is what is counted."""
+    out = tmp_path / "chosen.json"
+    done = run("data", "select-harmful", world / "vlguard" / "train.json", *files, "--out", out, "--model", tiny_model, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["outcomes"]
+    assert told.pop("only answer") == 1
+    assert set(told) <= {"unreadable", "no reply"}
+    assert sum(told.values()) == len(json.loads(files[0].read_text())) - 1

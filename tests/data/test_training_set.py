@@ -74,3 +74,12 @@ def test_doubled_ids_are_refused(training_sets: dict[str, Path], tmp_path: Path)
     (folder / "dataset.json").write_text(json.dumps({**json.loads(described), "images": roots}))
     with pytest.raises(RequestError, match=r"retain\.jsonl: line \d+ .*: line 1 has the same id"):
         read_training_set(folder)
+
+
+def test_an_import_that_was_cut_short_says_so(training_sets: dict[str, Path], tmp_path: Path) -> None:
+    from vlm_unlearn.data.reading import detect
+
+    folder = Path(shutil.copytree(training_sets["harmful"], tmp_path / "cut"))
+    (folder / "dataset.json").unlink()
+    with pytest.raises(RequestError, match="its import was cut short"):
+        detect(folder)

@@ -45,6 +45,8 @@ def detect(source: str | Path) -> Format:
     path = Path(source)
     if (path / "dataset.json").is_file():
         return "training_set"
+    if path.is_dir() and (path / "forget.jsonl").exists():
+        raise RequestError(f"{path}: is a training set without dataset.json; its import was cut short, run it again")
     json_named = table.suffix(path) in (".json", ".jsonl", ".ndjson")
     if not json_named and (not path.is_file() or table.suffix(path) in (*table.SEPARATORS, ".parquet", ".arrow")):
         return "table"
