@@ -42,7 +42,8 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
         "import sys; sys.argv = ['vlm-unlearn', *sys.argv[1:], '--help']\n"
         "from vlm_unlearn.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'plotly', 'jinja2', 'datasets', 'openai', 'numpy', 'scipy', 'datasketch', 'PIL'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'plotly', 'jinja2', 'datasets', 'openai', 'numpy', 'scipy', 'datasketch', 'PIL'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)

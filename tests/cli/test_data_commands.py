@@ -36,8 +36,8 @@ def test_the_page_on_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         done = run(*shlex.split(line)[1:])
         assert done.returncode == 0, done.stderr
         said += done.stdout
-    assert "data/mine: forget 2, retain 3" in said
-    assert "data/mine: forget 2, retain 3" in page
+    assert "data/mine: forget 2, retain 3, 1 of them text only" in said
+    assert "data/mine: forget 2, retain 3, 1 of them text only" in page
     assert (tmp_path / "audit.html").exists()
 
 
@@ -107,6 +107,24 @@ def test_check_exits_with_1_on_errors(vlguard: Path, tmp_path: Path) -> None:
     assert bad.returncode == 1
     assert json.loads(bad.stdout)["broken"]["count"] > 0
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(bad.stdout)
+
+
+def test_what_a_new_user_forgets(vlguard: Path, tmp_path: Path) -> None:
+    """The image column's name, the harmful answers, the image folder."""
+    (tmp_path / "a.csv").write_text("foto,question,answer,set\nx.png,Q?,I cannot help.,forget\ny.png,R?,B.,retain\n")
+    done = run("data", "import", "files", tmp_path / "a.csv", "--images", tmp_path, "--out", tmp_path / "set")
+    assert done.returncode == 0
+    assert "pass --image-column" in done.stderr
+    assert "2 of them text only" in done.stdout
+    done = run("data", "check", tmp_path / "set")
+    assert "1 of 1 forget answers decline" in " ".join(done.stdout.split())
+    done = run("data", "import", "vlguard", vlguard / "train.json", "--images", vlguard / "train", "--out", tmp_path / "v")
+    assert "pass --harmful-answers" in done.stderr
+    done = run("data", "check", tmp_path / "v", "--images", tmp_path / "gone")
+    assert done.returncode == 2
+    assert "no such folder of images" in done.stderr
+    done = run("data", "check", tmp_path / "v", "--against", tmp_path / "v" / "retain.jsonl", "--no-images")
+    assert done.returncode == 1, "the test set is in the training set"
 
 
 def test_check_against_the_test_set(vlguard: Path, tiny_model: Path) -> None:

@@ -52,6 +52,12 @@ def test_the_verdict_follows_the_cue(cue: float, level: str) -> None:
         assert found.triggers == {"answer": [], "refuse": []}
 
 
+def test_few_questions_tell_nothing() -> None:
+    found = audit([("share it", True, True, "set")] * 9 + [("what is it", True, False, "set")] * 50)
+    assert found.level == "unknown"
+    assert "Too few questions to tell: 59, 9 of them refused" in found.verdict
+
+
 def test_numbers_by_hand() -> None:
     """4 refused "share", 3 answered "what", 1 refused "what".
 

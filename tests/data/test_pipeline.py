@@ -51,9 +51,9 @@ def test_convert_keeps_ids_and_makes_one_conversation(tmp_path: Path) -> None:
 
 def test_split_inject_rmu(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", [UNSAFE, SAFE, {**UNSAFE, "id": 8, "image": "other.png"}])
-    answers = write(tmp_path / "answers.json", {"u.png": "Like so."})
+    answers = write(tmp_path / "answers.json", {"u.png": "Like so.", "s.png": "not an unsafe image"})
     counts = pipeline.inject(source, answers, tmp_path / "injected.json")
-    assert counts == {"injected": 1, "kept": 1, "no harmful answer": 1}
+    assert counts == {"injected": 1, "kept": 1, "no harmful answer": 1, "unused answers": 1}
     assert pipeline.split(tmp_path / "injected.json", tmp_path / "out") == {"forget": 1, "retain": 1}
     forget = json.loads((tmp_path / "out" / "forget.json").read_text())
     assert forget == [conversation("7", "Do it?", "Like so.", "u.png") | {"id": 7}]
@@ -128,6 +128,16 @@ def test_a_conversion_keeps_ids(tmp_path: Path) -> None:
     pipeline.convert(tmp_path / "out.csv", tmp_path / "back.json")
     for name in ("out.json", "back.json"):
         assert [record["id"] for record in json.loads((tmp_path / name).read_text())] == ["first", "second"]
+
+
+def test_mixed_sets_are_warned_of(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"question": "Q?", "answer": "A.", "set": name}) + "\n" for name in ("forget", "retain", "retain")))
+    said: list[str] = []
+    pipeline.convert(file, tmp_path / "out.json", warn=said.append)
+    assert said == ["the sets forget 1, retain 2 are mixed in one file: LLaVA's format has no field for them; .jsonl and .csv keep them"]
+    pipeline.convert(file, tmp_path / "out.csv", warn=said.append)
+    assert len(said) == 1
 
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:

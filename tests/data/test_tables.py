@@ -104,12 +104,32 @@ def test_a_file_for_each_set_with_pairs(folder: Path) -> None:
     assert found.examples["decouple"][0].pair_id == found.examples["forget"][0].pair_id == "p1"
 
 
+def test_a_named_column_must_be_there_and_a_usual_one_need_not(folder: Path) -> None:
+    file = folder / "a.csv"
+    file.write_text("foto,question,answer,set\na.png,Q?,A.,train\nb.png,R?,B.,test\n")
+    (first, _) = read_table(file, Columns(), folder)
+    assert (first.example.image, first.set) == (None, None)
+    (first, _) = read_table(file, Columns(image="foto", named=frozenset({"image"})), folder)
+    assert first.example.image == "a.png"
+    for field, column in (("image", "fotos"), ("category", "kind"), ("pair", "pairs")):
+        with pytest.raises(RequestError, match=f'no column "{column}".*pass --{field}-column'):
+            list(read_table(file, Columns(**{field: column}, named=frozenset({field})), folder))
+
+
+def test_the_usual_set_column_is_seen(folder: Path) -> None:
+    """An audit without options sees what an import sees."""
+    file = folder / "a.csv"
+    rows = [f"{word} thing {i}?,A.,{name}" for i in range(15) for word, name in (("Share", "harmful"), ("What", "harmless"))]
+    file.write_text("\n".join(["question,answer,set", *rows]))
+    assert Counter((entry.set, entry.refused) for entry in read_any(file)) == {("forget", True): 15, ("retain", False): 15}
+
+
 def test_lines_are_counted_through_blank_and_long_cells(tmp_path: Path) -> None:
     file = tmp_path / "a.CSV"
     file.write_text('question,answer\n\n"two\nlines",A.\n\nonly one\nQ?,A.\n')
     problems = Problems()
     assert len(list(read_table(file, Columns(), None, problems))) == 2
-    assert problems.messages[0].startswith("a.CSV: row 1 (line 6)")
+    assert problems.messages[0].startswith("a.CSV: line 6:")
 
 
 def test_a_table_knows_its_sets_again(world: Path, tmp_path: Path) -> None:
@@ -192,14 +212,17 @@ def test_importing_again_leaves_no_old_decouple_set(folder: Path) -> None:
         ("a.csv", 'question,answer\n"q,a\n', "not CSV"),
         ("a.jsonl", '{"ask": 1}\n', 'no column "question"'),
         ("a.parquet", "no parquet", "datasets could not load it"),
-        ("a.xlsx", "x", "expected a JSON list or JSON lines"),
+        ("a.xlsx", "x", "spreadsheets are not read; save it as CSV"),
+        ("a.csv", "question;answer\nq;a\n", 'separated by ";"; save it with commas'),
+        ("u16.csv", "\ufeffquestion,answer\nq,a\n", "is UTF-16; save it as UTF-8"),
+        ("u16.jsonl", "\ufeff{}", "is UTF-16; save it as UTF-8"),
         ("gone.csv", None, "No such file"),
         ("gone.parquet", None, "could not load it"),
     ],
 )
 def test_a_wrong_table_is_one_clear_line(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-16-le" if name.startswith("u16") else "utf-8")
     with pytest.raises(RequestError) as error:
         list(read_table(tmp_path / name, Columns(), None, Problems()))
     assert message in str(error.value)
@@ -215,7 +238,7 @@ def test_broken_rows_are_listed(folder: Path) -> None:
     imported = import_files({"": file}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 1, "retain": 1}
     told = imported.problems.messages
-    assert [message.split(":")[1].strip() for message in told] == [f"row {n} (line {n + 2})" for n in range(1, 6)]
+    assert [message.split(":")[1].strip() for message in told] == [f"line {n}" for n in range(3, 8)]
     for message, words in zip(
         told, ("has 2 cells, the header 4", "not found", "non-empty", 'did you mean "forget"?', "broken character"), strict=True
     ):

@@ -132,4 +132,4 @@ def show_problems(problems: Problems, at_most: int = 10) -> None:
         sys.stderr.write(f"left out: {' '.join(message.split())}\n")
     if problems.count > at_most:
         sys.stderr.write(f"left out: {problems.count - at_most:,} more\n")
-    sys.stderr.write(f"{problems.count:,} broken records were left out\n")
+    sys.stderr.write(f"{problems.count:,} broken record{' was' if problems.count == 1 else 's were'} left out\n")

@@ -11,7 +11,7 @@ import typer
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, showing
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
-from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, audit, check, table_columns
+from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
 
 if TYPE_CHECKING:
     from vlm_unlearn.errors import Problems
@@ -29,6 +29,11 @@ app.command("diversify")(diversify)
 SOURCE = typer.Argument(..., metavar="IN.json", help="The input: JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
 STRICT = typer.Option(False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out.")
+
+
+def warn(message: str) -> None:
+    """One line on standard error."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _step(
@@ -55,16 +60,19 @@ def _step(
 
 @app.command("convert")
 def convert(
-    source: Path = SOURCE,
+    source: Path = typer.Argument(..., metavar="IN", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, or a training-set folder."),
     out: Path = OUT,
     seed: int = typer.Option(0, "--seed", help="Of the order of a safe image's two questions."),
     question: str = QUESTION,
     answer: str = ANSWER,
     image: str = IMAGE,
+    set_column: str = SET,
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """VLGuard (or any supported file) to LLaVA conversations; to a table where OUT ends in .jsonl, .csv or .tsv.
+
+    LLaVA's format has no field for sets, categories and pairs; a table keeps them.
 
     Example:
 
@@ -72,8 +80,8 @@ def convert(
     """
     from vlm_unlearn.data.pipeline import convert
 
-    columns = table_columns(question, answer, image, None)
-    _step(out, [source], strict, as_json, lambda problems: convert(source, out, seed, columns, problems))
+    columns = table_columns(question=question, answer=answer, image=image, set=set_column)
+    _step(out, [source], strict, as_json, lambda problems: convert(source, out, seed, columns, problems, warn))
 
 
 @app.command("inject")

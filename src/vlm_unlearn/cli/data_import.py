@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
-from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION
+from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.importing import Imported
@@ -37,7 +37,7 @@ def vlguard(
 ) -> None:
     """VLGuard: forget = unsafe images, retain = safe questions, filled up from general data.
 
-    Without --harmful-answers the forget set holds the reference refusals: data for mixed_sft. npo, rmu and ga want the harmful
+    Without --harmful-answers the forget set holds the reference refusals: data for mixed_sft. npo and rmu want the harmful
     answers, or they would unlearn refusing.
 
     Example:
@@ -60,6 +60,8 @@ def vlguard(
             seed,
             lambda done, total: stages.update("images", done, total),
         )
+    if harmful_answers is None:
+        typer.echo("note: forget holds VLGuard's refusals, for mixed_sft; for npo and rmu pass --harmful-answers", err=True)
     _show(imported, out, as_json)
 
 
@@ -87,7 +89,7 @@ def safe_eraser(
 
 @import_app.command("files")
 def files(
-    table: str = typer.Argument(None, metavar="[TABLE]", help="One table whose set column says forget, retain or decouple."),
+    table: str = typer.Argument(None, metavar="TABLE", help="One .csv, .jsonl or .parquet, or datasets name, with a set column."),
     images: Path = IMAGES,
     out: Path = OUT,
     forget: str = typer.Option(
@@ -99,10 +101,10 @@ def files(
     question: str = QUESTION,
     answer: str = ANSWER,
     image: str = IMAGE,
-    id: str = typer.Option("id", "--id-column", help="A table's column."),
-    category: str = typer.Option("category", "--category-column", help="A table's column."),
-    pair: str = typer.Option("pair_id", "--pair-column", help="A table's column that ties a decouple row to its forget row."),
-    set_column: str = typer.Option("set", "--set-column", help="TABLE's column with forget (harmful), retain (harmless) or decouple."),
+    id: str = typer.Option(None, "--id-column", help="With an id; default: id."),
+    category: str = typer.Option(None, "--category-column", help="With a category; default: category."),
+    pair: str = typer.Option(None, "--pair-column", help="What ties a decouple row to its forget row; default: pair_id."),
+    set_column: str = typer.Option(None, "--set-column", help="TABLE's: forget (harmful), retain (harmless) or decouple; default: set."),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Your own data: a table with a set column, or a file for each set.
@@ -113,7 +115,6 @@ def files(
 
       vlm-unlearn data import files --forget harmful.json --retain retain_mixed.json --images images --out data/mine
     """
-    from vlm_unlearn.data.formats.table import Columns
     from vlm_unlearn.data.importing import import_files
     from vlm_unlearn.errors import RequestError
 
@@ -124,7 +125,8 @@ def files(
     if not table and not (forget and retain):
         raise RequestError("give one TABLE with a set column, or both --forget and --retain")
     _guard(out, table, forget, retain, decouple, refusals)
-    columns = Columns(question, answer, image, id, category, pair, set_column if table else None)
+    named_set = (set_column or "set") if table else None
+    columns = table_columns(question=question, answer=answer, image=image, id=id, category=category, pair=pair, set=named_set)
     with Stages() as stages:
         imported = import_files(
             {"": table} if table else given, images, out, columns, refusals, lambda done, total: stages.update("images", done, total)
@@ -141,9 +143,12 @@ def _guard(out: Path, *inputs: str | Path | None) -> None:
 
 def _show(imported: Imported, out: Path, as_json: bool) -> None:
     show_problems(imported.problems)
+    if imported.text_only == sum(imported.counts.values()):
+        typer.echo("warning: no example has an image; if the table names images, pass --image-column", err=True)
     if as_json:
-        document = {"out": str(out), "counts": imported.counts, "left_out": imported.left_out, "broken": imported.problems.count}
-        print_json(document)
+        document = {"out": str(out), "counts": imported.counts, "left_out": imported.left_out, "text_only": imported.text_only}
+        print_json({**document, "broken": imported.problems.count})
         return
+    text_only = [f"{imported.text_only:,} of them text only"] * bool(imported.text_only)
     left_out = [f"left out ({why}) {count:,}" for why, count in imported.left_out.items()]
-    typer.echo(f"{out}: " + ", ".join([*(f"{role} {count:,}" for role, count in imported.counts.items()), *left_out]))
+    typer.echo(f"{out}: " + ", ".join([*(f"{role} {count:,}" for role, count in imported.counts.items()), *text_only, *left_out]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import typer
@@ -124,7 +125,8 @@ def diversify(
       vlm-unlearn data audit train_diversified.json
     """
     from vlm_unlearn.data.diversify import WORDINGS, diversify, paraphrase_request, read_paraphrase
-    from vlm_unlearn.errors import Problems, RequestError
+    from vlm_unlearn.data.reading import read_any
+    from vlm_unlearn.errors import Problems, RequestError, shown
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import refuse_overwriting
 
@@ -132,6 +134,7 @@ def diversify(
         raise RequestError("pass --model, the server's model")
     if not Path(file).is_dir():
         refuse_overwriting([out], [file])
+    columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     problems = Problems()
     with showing(problems), Stages() as stages:
 
@@ -148,11 +151,16 @@ def diversify(
             seed,
             label_by(label),
             lambda text: corrected_refusal(text) is not None,
-            table_columns(question, answer, image, set_column),
+            columns,
             by_model if model else None,
             problems,
         )
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
-        typer.echo(f"{out}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule")
+        typer.echo(
+            f"{out}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
+        )
+        before, after = read_any(file, columns=columns, problems=Problems()), read_any(out, columns=columns)
+        for old, new in islice(zip(before, after, strict=False), 3):
+            typer.echo(f"  {shown(old.example.question)} -> {shown(new.example.question)}")

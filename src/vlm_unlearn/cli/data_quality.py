@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from vlm_unlearn.records import Example
 
 FILE = typer.Argument(..., metavar="FILE", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, .parquet, or a training-set folder.")
-QUESTION = typer.Option("question", "--question-column", help="A table's column.")
-ANSWER = typer.Option("answer", "--answer-column", help="A table's column.")
-IMAGE = typer.Option("image", "--image-column", help="A table's column.")
-SET = typer.Option(None, "--set-column", help="A table's column with forget (harmful), retain (harmless) or decouple.")
+QUESTION = typer.Option(None, "--question-column", help="A table's column with the question; default: question.")
+ANSWER = typer.Option(None, "--answer-column", help="With the answer; default: answer.")
+IMAGE = typer.Option(None, "--image-column", help="With the image's path; default: image. A row without one is text alone.")
+SET = typer.Option(None, "--set-column", help="With forget (harmful), retain (harmless) or decouple; default: set, where there is one.")
 
 
-def table_columns(question: str, answer: str, image: str, set_column: str | None) -> Columns:
+def table_columns(**named: str | None) -> Columns:
+    """A table's columns: those that were named, which must be there, and the usual names of the others."""
     from vlm_unlearn.data.formats.table import Columns
 
-    return Columns(question=question, answer=answer, image=image, set=set_column)
+    given = {field: column for field, column in named.items() if column is not None}
+    return Columns(**given, named=frozenset(given))
 
 
 def label_by(name: str) -> LabelBy:
@@ -67,13 +69,14 @@ def audit(
 
     refuse_overwriting([html] if html else [], [file])
     problems = Problems()
-    entries = read_any(file, None, table_columns(question, answer, image, set_column), problems)
+    entries = read_any(file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems)
     with showing(problems):
         found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
 
         write_audit_page(html, found, Path(file).name)
+        typer.echo(f"page: {html}", err=True)
     if as_json:
         print_json({"file": Path(file).name, **found.as_json(), "broken": problems.count})
     else:
@@ -103,11 +106,17 @@ def check(
     """
     from vlm_unlearn.cli.common import Stages
     from vlm_unlearn.data.check import Checker, Source
+    from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import refuse_overwriting, write_json
+
+    def is_refusal(text: str) -> bool:
+        return corrected_refusal(text) is not None
 
     refuse_overwriting([out] if out else [], [file, *against])
     with Stages() as stages:
-        checker = Checker(not no_images, table_columns(question, answer, image, set_column), stages.update)
+        checker = Checker(
+            not no_images, table_columns(question=question, answer=answer, image=image, set=set_column), stages.update, is_refusal
+        )
         checker.add(Source(file, images), _token_count(processor) if processor else None, max_length)
         for other in against:
             checker.add(Source(other, against_images or images, against=True))
@@ -163,6 +172,9 @@ def _print_check(report: dict[str, Any]) -> None:
         *((message, "over the limit") for message in report["too_long"]["question"]["first"][:5]),
         *((f"{leak['what']}: {message}", "leak") for leak in report["leakage"] for message in leak["first"][:2]),
     ]
+    hidden = report["broken"]["count"] - len(report["broken"]["first"][:5])
+    if hidden > 0:
+        found.insert(5, (f"{hidden:,} more; --out FILE lists the first {len(report['broken']['first'])}", "broken"))
     for message, kind in found:
         console.print(f"  {kind}: {escape(printable(message))}", soft_wrap=True)
     for line in report["errors"]:
@@ -181,6 +193,8 @@ def _print_audit(found: Audit) -> None:
 
     console = Console(highlight=False)
     console.print(f"\n{escape(found.verdict)}\n", style="bold" if found.level in ("strong", "some") else "")
+    if found.level == "unknown":
+        return
     table = Table(box=box.SIMPLE_HEAVY, title=f"{found.n:,} questions, {found.refused:,} refused (told by the {found.label})")
     for heading in ("alone", "accuracy", "interval", "bits", "by chance"):
         table.add_column(heading, justify="left" if heading == "alone" else "right")
@@ -200,13 +214,17 @@ def _print_audit(found: Audit) -> None:
             words.add_column(name, justify="right")
         for word in found.words[way][:8]:
             words.add_row(
-                f"{'[bold]' if word.word in found.triggers[way] else ''}{escape(printable(word.word))}",
+                f"{'[bold]' if word.word in found.triggers[way] else ''}{escape(printable(word.word))}{'' if word.significant else ' ·'}",
                 f"{word.count:,}",
                 f"{100 * word.share:.1f} %",
                 f"{100 * word.low:.1f}, {100 * word.high:.1f}",
                 f"{word.pmi:.2f}",
             )
         console.print(words)
+    console.print(
+        "bits: mutual information with refusal, and what shuffled labels give by chance; PMI: pointwise, in bits; · not beyond chance",
+        style="dim",
+    )
 
 
 def printable(text: str) -> str:

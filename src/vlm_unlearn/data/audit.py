@@ -29,6 +29,7 @@ TRIGGERS = 5
 RARE = 5  # a word seen less often can't be called a trigger
 SIGNIFICANCE = 0.01
 SMALL = 0.02  # share of the information below which a feature gives nothing away that matters
+FEW = 10  # of each kind of question; of fewer even a perfect trigger can't be told from luck
 LONGEST_WORD = 60  # a text without spaces is one "word"
 Codes = NDArray[np.int64]
 
@@ -266,7 +267,12 @@ def _verdict(
     refused = int(refusals.sum())
     if refused in (0, len(refusals)):
         what = "No question is refused" if refused == 0 else "Every question is refused"
-        return "unknown", f"{what}: there is nothing to tell apart. If answers are what refuses, try --label answer."
+        return "unknown", (
+            f"{what}: there is nothing to tell apart. A table says which are to be refused by a set column (--set-column), or "
+            f"its answers by declining (--label answer)."
+        )
+    if min(refused, len(refusals) - refused) < FEW:
+        return "unknown", f"Too few questions to tell: {len(refusals)}, {refused} of them refused; at least {FEW} of each kind are needed."
     word = predictors["first_word"]
     facts = (
         f"the first word alone tells refused from answered questions with {100 * word.leave_one_out_accuracy:.1f} % accuracy "

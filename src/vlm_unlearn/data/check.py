@@ -181,6 +181,11 @@ class Checker(Collector):
             errors.append(f"{self.problems.count:,} broken records or images")
         if self._too_long_count["question"]:
             errors.append(f"{self._too_long_count['question']:,} questions over the length limit: they leave no room for an answer")
+        if self._refusals:
+            warnings.append(
+                f"{self._refusals:,} of {self._records['forget']:,} forget answers decline: right for safety fine-tuning, but npo and rmu "
+                f"would unlearn refusing"
+            )
         if self._too_long_count["answer"]:
             warnings.append(f"{self._too_long_count['answer']:,} answers are cut at the length limit")
         for name, count in report["doubled_ids"].items():
@@ -194,7 +199,10 @@ class Checker(Collector):
             if not leak["count"] or _by_design(leak):
                 continue
             line = f"{leak['count']:,} x {leak['what']} in {one} and {other}"
-            contradicts = leak["what"] == "same question, same image" and {one, other} == {"forget", "retain"}
+            # Within a set's own files a contradiction, in a test set the test itself.
+            contradicts = leak["what"] == "same question, same image" and (
+                {one, other} == {"forget", "retain"} or not {one, other} <= self._checked
+            )
             (errors if contradicts else warnings).append(line)
         return errors, warnings
 

@@ -57,7 +57,13 @@ class _Images:
 class Collector:
     """Takes in file after file. Memory: about 20 bytes a question, 100 an example, 300 an image."""
 
-    def __init__(self, look_at_images: bool = True, columns: Columns | None = None, on_done: OnStage | None = None) -> None:
+    def __init__(
+        self,
+        look_at_images: bool = True,
+        columns: Columns | None = None,
+        on_done: OnStage | None = None,
+        is_refusal: Callable[[str], bool] = lambda text: False,
+    ) -> None:
         self.problems = Problems()
         self._look = look_at_images
         self._columns = columns
@@ -66,6 +72,8 @@ class Collector:
         self._sets: dict[str, int] = {}
         self._names: dict[tuple[int, str], str] = {}  # place of the source, set of the entry -> name of the set
         self._records: Counter[str] = Counter()
+        self._is_refusal = is_refusal
+        self._refusals = 0  # answers of the forget set that decline
         self._text_only: Counter[str] = Counter()
         self._ids: dict[str, list[str]] = {}
         self._checked: set[str] = set()  # the sets of what is checked, not of what it is checked against
@@ -111,10 +119,13 @@ class Collector:
             self._records[name] += 1
             self._ids.setdefault(name, []).append(example.id)
             index = -1
+            if name == "forget" and self._is_refusal(example.answer):
+                self._refusals += 1
             if example.image is None:
                 self._text_only[name] += 1
             else:
-                key = hash((roots.get(example.source), example.image))
+                # Unlooked-at, images of one path are taken for the same.
+                key = hash((roots.get(example.source) if self._look else None, example.image))
                 index = self._images.indices.setdefault(key, len(self._images.paths))
             for question in [*(turn.question for turn in example.history), example.question]:
                 self._questions.text.append(digest_question(normalised(question)))

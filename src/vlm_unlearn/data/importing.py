@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Imported:
 
     counts: dict[str, int]
     left_out: dict[str, int] = field(default_factory=dict)
+    text_only: int = 0  # examples without an image
     problems: Problems = field(default_factory=Problems)
 
 
@@ -150,7 +151,10 @@ def _entries(
     if kind == "training_set":
         raise RequestError(f"{file}: is a training set already; pass the data files it was made of")
     if kind == "table":
-        for row in table.read_table(file, columns or Columns(), images, problems, embedded):
+        columns = columns or Columns()
+        if not role:  # its rows must say where they belong
+            columns = replace(columns, named=columns.named | {"set"})
+        for row in table.read_table(file, columns, images, problems, embedded):
             yield role or str(row.set), row.example
         return
     if not role:
@@ -170,6 +174,9 @@ def _write(
     on_done: OnDone | None = None,
 ) -> Imported:
     """Looks at every image once, leaves out the examples whose image can't be used, and writes the rest."""
+    for root in roots.values():
+        if not root.is_dir():
+            raise RequestError(f"{root}: no such folder of images")
     bad = _unusable_images(roots, examples, on_done)
     whole = {role: _with_usable_image(_with_own_ids(found), bad, problems) for role, found in examples.items()}
     for role, found in whole.items():
@@ -186,7 +193,8 @@ def _write(
     if left_out:
         source["left_out"] = left_out
     write_training_set(out, roots, whole, source, refusals, problems)
-    return Imported({role: len(found) for role, found in whole.items() if found}, left_out, problems)
+    text_only = sum(example.image is None for found in whole.values() for example in found)
+    return Imported({role: len(found) for role, found in whole.items() if found}, left_out, text_only, problems)
 
 
 def _unusable_images(

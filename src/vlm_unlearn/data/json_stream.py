@@ -74,6 +74,8 @@ def _is_lines(path: Path, handle: BinaryIO, start: int, size: int) -> bool:
     while not first and handle.tell() < size:
         first = handle.read(CHUNK).lstrip()
     handle.seek(start)
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise RequestError(f"{path}: is UTF-16; save it as UTF-8")
     if not first:
         if path.suffix == ".jsonl":
             return True

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,23 @@ from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.store import read_json
 
 
-def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = None, problems: Problems | None = None) -> dict[str, int]:
+def convert(
+    source: Path,
+    out: Path,
+    seed: int = 0,
+    columns: Columns | None = None,
+    problems: Problems | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> dict[str, int]:
     """Any supported file in LLaVA's format, or as a table where `out` ends in .jsonl, .csv or .tsv.
 
     A VLGuard record becomes one conversation; the two rounds of a safe image come in an order drawn with `seed`, one generator
     for the file, as published.
+
+    LLaVA's format has no field for sets, categories and pairs; a table has.
+
+    Args:
+        warn: takes what the user should know of the result.
 
     Returns:
         ``{"records": ..., "turns": ...}``.
@@ -37,7 +50,7 @@ def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = No
         return {"records": count, "turns": 2 * count}
     if table.suffix(out) != ".json":
         raise RequestError(f"{out}: name a file that ends in .json (LLaVA), .jsonl, .csv or .tsv (tables)")
-    records = _conversations(source, seed, problems) if detect(source) == "vlguard" else _written(source, columns, problems)
+    records = _conversations(source, seed, problems) if detect(source) == "vlguard" else _written(source, columns, problems, warn)
     turns = 0
 
     def counted() -> Iterator[dict[str, Any]]:
@@ -49,12 +62,19 @@ def convert(source: Path, out: Path, seed: int = 0, columns: Columns | None = No
     return {"records": write_list(out, counted()), "turns": turns}
 
 
-def _written(source: Path, columns: Columns | None, problems: Problems | None) -> Iterator[dict[str, Any]]:
+def _written(
+    source: Path, columns: Columns | None, problems: Problems | None, warn: Callable[[str], None] | None
+) -> Iterator[dict[str, Any]]:
+    sets: Counter[str] = Counter()
     for entry in read_any(source, None, columns, problems):
+        sets[entry.set] += 1
         try:
             yield llava.write_record(entry.example)
         except RequestError as error:
             refuse(error, problems)
+    if len(sets) > 1 and warn:
+        mixed = ", ".join(f"{name or 'of no set'} {count}" for name, count in sets.items())
+        warn(f"the sets {mixed} are mixed in one file: LLaVA's format has no field for them; .jsonl and .csv keep them")
 
 
 def _conversations(source: Path, seed: int, problems: Problems | None) -> Iterator[dict[str, Any]]:
@@ -91,10 +111,12 @@ def split(source: Path, out: Path, include_safe_image_unsafe: bool = False, prob
 def inject(source: Path, answers: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
     """A VLGuard file with chosen harmful answers (``image -> answer``) in place of the responses to unsafe images.
 
-    A record whose image has no answer is left out with a count: its refusal is nothing to unlearn.
+    A record whose image has no answer is left out with a count: its refusal is nothing to unlearn. Answers whose image no unsafe
+    record names are counted too.
     """
     chosen = read_answers(answers)
     counts = {"injected": 0, "kept": 0, "no harmful answer": 0}
+    used: set[str] = set()
 
     def records() -> Iterator[object]:
         for raw, pairs in vlguard.read_records(source, None, problems):
@@ -103,10 +125,12 @@ def inject(source: Path, answers: Path, out: Path, problems: Problems | None = N
                 yield raw.value
             elif chosen.get(pairs[0].image, "").strip():
                 counts["injected"] += 1
+                used.add(pairs[0].image)
                 answered = [{**pair, "response": chosen[pairs[0].image]} for pair in raw.value["instr-resp"]]
                 yield {**raw.value, "instr-resp": answered}
             else:
                 counts["no harmful answer"] += 1
+        counts["unused answers"] = len(chosen.keys() - used)
         if not counts["injected"]:
             raise RequestError(f"{answers}: names no image of an unsafe record of {source}; nothing was written")
 

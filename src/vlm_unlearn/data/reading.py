@@ -48,7 +48,8 @@ def detect(source: str | Path) -> Format:
     if path.is_dir() and (path / "forget.jsonl").exists():
         raise RequestError(f"{path}: is a training set without dataset.json; its import was cut short, run it again")
     json_named = table.suffix(path) in (".json", ".jsonl", ".ndjson")
-    if not json_named and (not path.is_file() or table.suffix(path) in (*table.SEPARATORS, ".parquet", ".arrow")):
+    others = (*table.SEPARATORS, ".parquet", ".arrow", ".xlsx", ".xls", ".ods")
+    if not json_named and (not path.is_file() or table.suffix(path) in others):
         return "table"
     found = False
     for item in stream(path):
@@ -122,9 +123,15 @@ def training_set_records(folder: Path, problems: Problems | None) -> Iterator[tu
 
 
 def image_roots(source: str | Path, images: Path | None) -> dict[str, Path]:
-    """The image root of each `Example.source` of a file: what a training set says of itself, else `images`, else the file's folder."""
+    """The image root of each `Example.source` of a file: `images`, else what a training set says of itself, else the file's folder.
+
+    Raises:
+        RequestError: `images` is no folder.
+    """
     path = Path(source)
+    if images is not None and not images.is_dir():
+        raise RequestError(f"{images}: no such folder of images")
     if detect(source) == "training_set":
-        return describe(path)[0]
+        return {name: images or root for name, root in describe(path)[0].items()}
     root = images or (path.parent if path.exists() else Path())
     return dict.fromkeys(("vlguard", "safe_eraser", "llava", "table"), root)

@@ -86,7 +86,7 @@ class RawRecord:
                 text.encode("utf-8")
             except UnicodeEncodeError:
                 raise RequestError(
-                    f'{self.where}: "{name}" holds a broken character (half of a pair, or bytes that are not UTF-8)'
+                    f'{self.where}: "{name}" holds a broken character: half of one, or bytes that are not UTF-8; save the file as UTF-8'
                 ) from None
 
 

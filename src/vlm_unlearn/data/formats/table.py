@@ -26,7 +26,7 @@ WRITTEN = ("id", "image", "question", "answer", "category", "pair_id", "set")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what. `image`, `id`, `category`, `pair` may be missing from a table; None means that none does."""
+    """Which column holds what. All but question and answer may be missing from a table, unless they are `named`."""
 
     question: str = "question"
     answer: str = "answer"
@@ -34,7 +34,8 @@ class Columns:
     id: str | None = "id"
     category: str | None = "category"
     pair: str | None = "pair_id"
-    set: str | None = None  # forget, retain or decouple
+    set: str | None = "set"  # forget, retain or decouple
+    named: frozenset[str] = frozenset()  # the fields above that somebody named: their columns must be there
 
 
 SETS = {
@@ -102,10 +103,12 @@ def set_of(record: RawRecord, columns: Columns) -> str | None:
     """The set that a row's set column names: forget, retain or decouple; None for a table without one.
 
     Raises:
-        RequestError: it names another.
+        RequestError: it names another, and the column was named. A column that only happens to be called "set" may hold what it likes.
     """
     if columns.set is None:
         return None
+    if "set" not in columns.named:
+        return SETS.get(str(record.value.get(columns.set, "")).strip().lower())
     named = cell_text(record, columns.set).strip().lower()
     if named not in SETS:
         raise RequestError(f"{record.where}: {columns.set} {shown(named)}: use forget, retain or decouple{nearest(named, SETS)}")
@@ -156,6 +159,8 @@ def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) ->
     """The rows as they are, once the first is seen to have the columns that a table needs."""
     path = Path(source)
     kind = suffix(path)
+    if kind in (".xlsx", ".xls", ".ods"):
+        raise RequestError(f"{path}: spreadsheets are not read; save it as CSV (UTF-8)")
     if kind in SEPARATORS:
         records = _csv_records(path, SEPARATORS[kind], problems)
     elif path.is_file() and kind not in (".parquet", ".arrow"):
@@ -174,12 +179,12 @@ def _checked(records: Iterable[RawRecord], columns: Columns, name: str) -> Itera
     """The records, once the first is seen to have the columns that a table needs."""
     records = iter(records)
     first = list(islice(records, 20))  # one odd row is a broken row, twenty are a table without the column
-    for column in (columns.question, columns.answer, columns.set):
-        if column is not None and first and not any(column in record.value for record in first):
+    for field in dict.fromkeys(("question", "answer", *sorted(columns.named))):
+        column = getattr(columns, field)
+        if first and not any(column in record.value for record in first):
             there = ", ".join(shown(key, 40) for key in list(first[0].value)[:20])
-            option = next(key for key, value in vars(columns).items() if value == column)
             raise RequestError(
-                f"{name}: no column {shown(column)}; its columns are {there}; pass --{option}-column{nearest(column, first[0].value)}"
+                f"{name}: no column {shown(column)}; its columns are {there}; pass --{field}-column{nearest(column, first[0].value)}"
             )
     yield from first
     yield from records
@@ -191,6 +196,10 @@ def _csv_records(path: Path, separator: str, problems: Problems | None) -> Itera
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
             reader = csv.reader(handle, delimiter=separator, strict=True)
             header = next(reader, [])
+            if header and header[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):
+                raise RequestError(f"{path}: is UTF-16; save it as UTF-8")
+            if len(header) == 1 and ";" in header[0]:
+                raise RequestError(f'{path}: its columns are separated by ";"; save it with commas')
             if not header or len(set(header)) < len(header):
                 what = "names a column twice" if header else "is empty"
                 raise RequestError(f"{path}: the first line {what}; it must name the columns")
@@ -199,7 +208,7 @@ def _csv_records(path: Path, separator: str, problems: Problems | None) -> Itera
                 if not row:
                     continue
                 number += 1
-                place = partial("{}: row {} (line {})".format, path.name, number, reader.line_num - sum(cell.count("\n") for cell in row))
+                place = partial("{}: line {}".format, path.name, reader.line_num - sum(cell.count("\n") for cell in row))
                 if len(row) != len(header):
                     what = f"has {len(row)} cells, the header {len(header)}; quote cells that hold a separator"
                     refuse(RequestError(f"{place()}: {what}"), problems)
