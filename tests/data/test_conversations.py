@@ -229,7 +229,8 @@ def test_a_run_trains_on_conversations(tiny_model: Path, world: Path, tmp_path: 
 def test_what_looks_whole_is_whole() -> None:
     """The quick look of `mix` takes nothing that the reader refuses."""
     good = {"id": "a", "image": "a.png", "conversations": turns("<image>Q?", "A.", "R?", "B.")}
-    assert llava.looks_whole(good)
+    assert llava.looks_whole(good, True)
+    assert not llava.looks_whole(good, False)
     odd: list[Any] = ["", " ", "x\0", "\ud800", None, 3, [], {}, "<image>", "<image><image>Q?", "ünï"]
     changed = [{**good, key: value} for key in ("id", "image", "conversations") for value in odd]
     for place in range(4):
@@ -242,7 +243,8 @@ def test_what_looks_whole_is_whole() -> None:
     changed += [{key: value for key, value in good.items() if key != gone} for gone in good]
     taken = 0
     for value in changed:
-        if llava.looks_whole(value):
+        text = json.dumps(value, ensure_ascii=False)
+        if llava.looks_whole(value, text.isascii() and "\\u" not in text):
             llava.parse(RawRecord(value, lambda: "here"))
             taken += 1
     assert taken > 3

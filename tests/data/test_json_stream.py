@@ -119,3 +119,17 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         write_list(file, failing())
     assert json.loads(file.read_text()) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_plain_is_said_of_plain_records_only(tmp_path: Path, suffix: str) -> None:
+    values = ["plain", "\\ backslash \n", "\0", "\ud800", "ünï", "\u202e"]
+    for ascii_only in (True, False):
+        lines = [json.dumps({"a": value}, ensure_ascii=ascii_only) for value in values for _ in range(20)]
+        text = "\n".join(lines) if suffix == ".jsonl" else "[" + ",".join(lines) + "]"
+        file = tmp_path / f"a{suffix}"
+        file.write_bytes(text.encode("utf-8", "surrogatepass"))
+        for item in stream(file):
+            said = item.value["a"] if item.value else ""
+            assert not item.plain or (said.isascii() and "\0" not in said)
+        assert any(item.plain for item in stream(file))

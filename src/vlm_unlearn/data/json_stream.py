@@ -28,6 +28,7 @@ class Item(NamedTuple):
     end: int
     value: Any
     error: str | None = None
+    plain: bool = False  # surely ASCII without NUL in all its texts
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -108,7 +109,7 @@ def _lines(handle: BinaryIO, start: int) -> Iterator[Item]:
         else:
             start = end
             continue
-        yield Item(number, line_number, start, end, value, error)
+        yield Item(number, line_number, start, end, value, error, line.isascii() and b"\\u" not in line)
         number += 1
         start = end
 
@@ -133,6 +134,7 @@ class _Window:
         self._handle = handle
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
         self._ascii = True
+        self.plain = True
         self.text = ""
         self.place = 0  # in `text`
         self.byte = start  # of `place` in the file
@@ -153,6 +155,7 @@ class _Window:
         self.ended = not raw
         self.text = left + self._decoder.decode(raw, final=self.ended)
         self._ascii = self.text.isascii()
+        self.plain = self._ascii and "\\u" not in self.text  # once a window, not once a text
         self.place = 0
 
     def advance(self, place: int) -> None:
@@ -216,7 +219,7 @@ def _record(path: Path, window: _Window, number: int) -> Item:
         window.more()
     start, line = window.byte, window.line
     window.advance(end)
-    return Item(number, line, start, window.byte, value)
+    return Item(number, line, start, window.byte, value, None, window.plain)
 
 
 def _where(error: ValueError, window: _Window, number: int) -> str:

@@ -222,7 +222,7 @@ def places(path: Path, problems: Problems | None, on_done: OnDone | None = None,
     """
     found = array("Q")
     for item in stream(path):
-        problem = None if llava.looks_whole(item.value) else _problem(path, item)
+        problem = None if llava.looks_whole(item.value, item.plain) else _problem(path, item)
         if problem is None:
             found.extend((item.start, item.end))
         else:

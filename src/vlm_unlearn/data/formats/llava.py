@@ -94,11 +94,16 @@ def example(conversation: Conversation, number: int) -> Example:
     )
 
 
-def looks_whole(value: object) -> bool:
+def looks_whole(value: object, plain: bool) -> bool:
     """Whether a JSON value is surely a conversation that `parse` takes: quick, and never True for one that it refuses.
 
     A False only says that it takes `parse` to tell.
+
+    Args:
+        plain: all texts in it are ASCII without NUL.
     """
+    if not plain:
+        return False
     turns = value.get("conversations") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(turns, list) or not turns or len(turns) % 2:
         return False
@@ -107,7 +112,7 @@ def looks_whole(value: object) -> bool:
         if not isinstance(turn, dict) or turn.get("from") != ("gpt" if place % 2 else "human"):
             return False
         text = turn.get("value")
-        if not isinstance(text, str) or not text.isascii() or "\0" in text or not text.strip():
+        if not isinstance(text, str) or not text or text.isspace():
             return False
         if IMAGE_MARK in text:
             marks += 1
@@ -115,13 +120,9 @@ def looks_whole(value: object) -> bool:
                 return False
     image = value.get("image")
     name = value.get("id", "none")
-    if not isinstance(name, str) or not name.isascii() or "\0" in name or not name.strip():
+    if not isinstance(name, str) or not name.strip():
         return False
-    return (
-        marks == 0
-        if image is None
-        else marks <= 1 and isinstance(image, str) and image.isascii() and image.isprintable() and bool(image.strip())
-    )
+    return marks == 0 if image is None else marks <= 1 and isinstance(image, str) and bool(image.strip())
 
 
 def record(id: str | int, image: str | None, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
