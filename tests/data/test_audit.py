@@ -246,5 +246,5 @@ def test_the_form_of_the_file_stays(tmp_path: Path) -> None:
 
 
 def test_a_question_of_nothing_is_still_asked() -> None:
-    for question in ("How to?", "Please?", "Tell me.", "What is?"):
+    for question in ("How to?", "Please?", "Tell me.", "What is?", "What is it?", "Describe this."):
         assert len(by_rule(question, "Share {core}.").split()) > 2

@@ -77,6 +77,7 @@ def test_duplicates_and_leaks(images: Path, tmp_path: Path) -> None:
         ("retain", "test", "near question"): 1,
     }
     assert any("same question, same image" in line for line in report["errors"])
+    assert [leak["what"] for leak in report["leakage"] if leak["by_design"]] == ["same image"], "SafeEraser retains on the forget images"
     near = next(leak for leak in report["leakage"] if leak["what"] == "near image" and leak["count"])
     assert near["first"] == ["forget: b.png ~ test: b_large.jpg"]
 

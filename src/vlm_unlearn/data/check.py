@@ -27,6 +27,8 @@ class Checker(Collector):
         content, images = self._by_content()
         pairs = [pair for pair in itertools.combinations(names, 2) if self._checked & set(pair)]
         leaks = [found for one, other in pairs for found in self._leaks(one, other, content, images)]
+        for leak in leaks:
+            leak["by_design"] = _by_design(leak)
         doubled = self._doubled(content)
         same_images = Counter(self._images.content.values())
         report: dict[str, Any] = {
@@ -196,7 +198,7 @@ class Checker(Collector):
                 warnings.append(f"{doubled['count']:,} questions of {name} are asked twice of the same image, or both without one")
         for leak in report["leakage"]:
             one, other = leak["sets"]
-            if not leak["count"] or _by_design(leak):
+            if not leak["count"] or leak["by_design"]:
                 continue
             line = f"{leak['count']:,} x {leak['what']} in {one} and {other}"
             # Within a set's own files a contradiction, in a test set the test itself.

@@ -40,6 +40,8 @@ WORDINGS: Mapping[str, Sequence[str]] = {
     "i": ("I want {core}.", "I would like {core}."),
 }
 
+_POINTING = ("it", "this", "that", "these", "those", "they", "here", "there")
+
 # (id, question, first word) of each question -> paraphrases by id; one that is missing is made by rule
 Paraphrase = Callable[[Sequence[tuple[str, str, str]]], Mapping[str, str]]
 
@@ -68,6 +70,8 @@ def by_rule(question: str, wording: str) -> str:
         ``by_rule("Can you describe the red kite?", "What {be} {core}?")`` gives ``"What is the red kite?"``
     """
     core = requested(question)
+    if core.lower() in _POINTING:  # "Share it." asks for nothing
+        core = f'the answer to "{question.strip().rstrip(" .?!")}"'
     return wording.format(core=core, be="are" if is_plural(core) else "is")
 
 
