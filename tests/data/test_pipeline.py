@@ -140,6 +140,18 @@ def test_mixed_sets_are_warned_of(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
+def test_split_lists_every_broken_record(tmp_path: Path) -> None:
+    """Also those behind the first of each set; refused where nobody lists."""
+    broken = [{**UNSAFE, "id": "x", "instr-resp": []}, {"id": "y"}]
+    source = write(tmp_path / "in.json", [UNSAFE, SAFE, *broken])
+    problems = Problems()
+    assert pipeline.split(source, tmp_path / "out", problems=problems) == {"forget": 1, "retain": 1}
+    assert problems.count == 2
+    with pytest.raises(RequestError, match=r'record 2 .*"instr-resp" is empty'):
+        pipeline.split(source, tmp_path / "strict")
+    assert not (tmp_path / "strict").exists()
+
+
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", [conversation("a")])
     for name in ("out.parquet", "out", "out.txt"):

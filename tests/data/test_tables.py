@@ -183,6 +183,14 @@ def test_of_a_file_with_sets_only_the_named_set_is_taken(world: Path, tmp_path: 
     }
 
 
+def test_of_a_table_with_sets_only_the_named_set_is_taken(folder: Path) -> None:
+    file = folder / "a.csv"
+    file.write_text("question,answer,set\nF?,A.,harmful\nR?,A.,harmless\nS?,A.,harmless\n")
+    imported = import_files({"forget": file, "retain": file}, folder, folder / "out")
+    assert imported.counts == {"forget": 1, "retain": 2}
+    assert imported.left_out == {"retain pairs of a.csv": 2, "forget pairs of a.csv": 1}
+
+
 def test_half_a_pair_is_left_out(folder: Path) -> None:
     rows = "image,question,answer,set,pair_id\na.png,F?,A.,forget,p1\na.png,G?,A.,forget,p2\na.png,H?,A.,forget,\nb.png,R?,A.,retain,\n"
     (folder / "a.csv").write_text(rows + "gone.png,F?,N.,decouple,p1\nb.png,G?,N.,decouple,p2\nb.png,X?,N.,decouple,p9\n")

@@ -117,9 +117,9 @@ class Checker(Collector):
             _, at_left, at_right = np.intersect1d(left, right, return_indices=True)
             named = [
                 f"{self._place(one, records[first[i]])} = {self._place(other, records[second[j]])}"
-                for i, j in zip(at_left, at_right, strict=True)
+                for i, j in zip(at_left[:LISTED], at_right[:LISTED], strict=True)
             ]
-            return {"sets": [one, other], "what": what, "count": len(named), "first": named[:LISTED]}
+            return {"sets": [one, other], "what": what, "count": len(at_left), "first": named}
 
         pictured = content[first] >= 0, content[second] >= 0
         yield shared("same question, same image", self._pairs(content, first), self._pairs(content, second))

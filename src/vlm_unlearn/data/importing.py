@@ -155,12 +155,19 @@ def _entries(
         if not role:  # its rows must say where they belong
             columns = replace(columns, named=columns.named | {"set"})
         for row in table.read_table(file, columns, images, problems, embedded):
-            yield role or str(row.set), row.example
+            yield _role_of(role, row.set, file), row.example
         return
     if not role:
         raise RequestError(f"{file}: only a table has a set column; pass the files as --forget and --retain")
     for entry in read_any(file, images, columns, problems):
-        yield (role if entry.set in ("", role) else f"{entry.set} pairs of {Path(file).name}"), entry.example
+        yield _role_of(role, entry.set, file), entry.example
+
+
+def _role_of(role: str, own_set: str | None, file: str | Path) -> str:
+    """The role that a file was given for, where its entry is of no set or of that one."""
+    if not role:
+        return str(own_set)
+    return role if own_set in (None, "", role) else f"{own_set} pairs of {Path(file).name}"
 
 
 def _write(

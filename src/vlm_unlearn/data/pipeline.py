@@ -94,18 +94,19 @@ def split(source: Path, out: Path, include_safe_image_unsafe: bool = False, prob
     """
     kinds = {"forget": {"unsafe"} | ({"safe_image_unsafe_question"} if include_safe_image_unsafe else set()), "retain": {"safe"}}
 
-    def records(name: str, listed: Problems | None) -> Iterator[dict[str, Any]]:
-        for raw, found in vlguard.read_records(source, None, listed):
+    def records(name: str) -> Iterator[dict[str, Any]]:
+        for raw, found in vlguard.read_records(source, None, Problems()):
             for pair in found:
                 if pair.kind in kinds[name]:
                     yield llava.record(_id(raw), pair.image, [(pair.question, pair.response)])
 
-    # Once through the file for each set, so that nothing is held; first to see that none is empty.
-    for name, listed in (("forget", problems), ("retain", Problems())):
-        if next(records(name, listed), None) is None:
+    # Once through the whole file to list what is broken and see that no set is empty, then once for each set: nothing is held.
+    there = {pair.kind for _, found in vlguard.read_records(source, None, problems) for pair in found}
+    for name, wanted in kinds.items():
+        if not wanted & there:
             why = f"; {problems.summary()}" if problems else ""
             raise RequestError(f"{source}: gives no {name} record; nothing was written{why}")
-    return {name: write_list(out / f"{name}.json", records(name, Problems())) for name in kinds}
+    return {name: write_list(out / f"{name}.json", records(name)) for name in kinds}
 
 
 def inject(source: Path, answers: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
