@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, showing
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
+
+if TYPE_CHECKING:
+    from vlm_unlearn.data.formats.table import Columns
 
 SERVER = typer.Option(
     None, "--server", help="Address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY."
@@ -124,9 +128,8 @@ def diversify(
 
       vlm-unlearn data audit train_diversified.json
     """
-    from vlm_unlearn.data.diversify import WORDINGS, diversify, paraphrase_request, read_paraphrase
-    from vlm_unlearn.data.reading import read_any
-    from vlm_unlearn.errors import Problems, RequestError, shown
+    from vlm_unlearn.data.diversify import WORDINGS, diversify
+    from vlm_unlearn.errors import Problems, RequestError
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import refuse_overwriting
 
@@ -139,10 +142,7 @@ def diversify(
     with showing(problems), Stages() as stages:
 
         def by_model(asked: Sequence[tuple[str, str, str]]) -> Mapping[str, str]:
-            asker = Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256)
-            replies = asker([(id, paraphrase_request(text, word), None) for id, text, word in asked])
-            read = {id: read_paraphrase(replies[id][0] or "", text, word) for id, text, word in asked if id in replies}
-            return {id: text for id, text in read.items() if text}
+            return _paraphrases(Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256), asked)
 
         counts = diversify(
             file,
@@ -161,6 +161,22 @@ def diversify(
         typer.echo(
             f"{out}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
         )
-        before, after = read_any(file, columns=columns, problems=Problems()), read_any(out, columns=columns)
-        for old, new in islice(zip(before, after, strict=False), 3):
-            typer.echo(f"  {shown(old.example.question)} -> {shown(new.example.question)}")
+        _show_examples(file, out, columns)
+
+
+def _paraphrases(asker: Asker, asked: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """(id, question, first word) -> the paraphrases that can be used, by id."""
+    from vlm_unlearn.data.diversify import paraphrase_request, read_paraphrase
+
+    replies = asker([(id, paraphrase_request(text, word), None) for id, text, word in asked])
+    read = {id: read_paraphrase(replies[id][0] or "", text, word) for id, text, word in asked if id in replies}
+    return {id: text for id, text in read.items() if text}
+
+
+def _show_examples(before: str, after: Path, columns: Columns) -> None:
+    from vlm_unlearn.data.reading import read_any
+    from vlm_unlearn.errors import Problems, shown
+
+    both = zip(read_any(before, columns=columns, problems=Problems()), read_any(after, columns=columns), strict=False)
+    for old, new in islice(both, 3):
+        typer.echo(f"  {shown(old.example.question)} -> {shown(new.example.question)}")

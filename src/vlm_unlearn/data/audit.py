@@ -157,9 +157,8 @@ def audit(questions: Iterable[tuple[str, bool, bool, str]], seed: int = 0) -> Au
     predictors = {name: _predictor(values, refusals, majority, np.random.default_rng(seed)) for name, values in features.items()}
     words = _associations(list(codes["first_word"]), features["first_word"], refusals)
     triggers = {way: [word.word for word in found if word.significant and word.count >= RARE][:TRIGGERS] for way, found in words.items()}
-    shown = {way: found[:LISTED] for way, found in words.items()}
     level, verdict = _verdict(predictors, majority, refusals, triggers)
-    return Audit(len(refusals), int(refusals.sum()), " and ".join(sorted(told)), majority, predictors, shown, triggers, level, verdict)
+    return Audit(len(refusals), int(refusals.sum()), " and ".join(sorted(told)), majority, predictors, words, triggers, level, verdict)
 
 
 def _buckets(lengths: Codes, count: int = 10) -> Codes:
@@ -248,7 +247,7 @@ def _associations(words: list[str], values: Codes, refusals: Codes) -> dict[str,
         still_significant = still_significant and bool(p_values[code] * (len(ranked) - place) < SIGNIFICANCE)
         refuses = refused * n > count * int(totals[1])
         way = "refuse" if refuses else "answer"
-        if len(found[way]) >= max(LISTED, TRIGGERS):
+        if len(found[way]) == LISTED:
             continue
         share = (refused if refuses else answered) / count
         base = int(totals[int(refuses)]) / n

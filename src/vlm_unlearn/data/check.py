@@ -53,7 +53,7 @@ class Checker(Collector):
     def _describe(self, name: str) -> dict[str, int]:
         chosen = np.frombuffer(self._questions.set, dtype=np.uint8) == self._sets[name]
         return {
-            "records": self._records[name],
+            "records": len(self._ids[name]),
             "questions": int(chosen.sum()),
             "distinct_questions": len(np.unique(np.frombuffer(self._questions.text, dtype=np.uint64)[chosen])),
             "text_only": self._text_only[name],
@@ -148,7 +148,7 @@ class Checker(Collector):
 
     def _near_questions(self, one: str, other: str) -> dict[str, Any]:
         """Distinct questions of the larger set that are near, but not equal to, one of the smaller."""
-        small, large = sorted((one, other), key=lambda name: self._records[name])
+        small, large = sorted((one, other), key=lambda name: len(self._ids[name]))
         index = NearQuestions()
         known: set[int] = set()
         index.add(self._texts(small, known))
@@ -169,7 +169,7 @@ class Checker(Collector):
                 continue
             number += 1
             if stage and number % 500 == 0:
-                self._on_done(stage, number, self._records[name])
+                self._on_done(stage, number, len(self._ids[name]))
             for question in [*(turn.question for turn in entry.example.history), entry.example.question]:
                 text = normalised(question)
                 digest = digest_question(text)
@@ -185,7 +185,7 @@ class Checker(Collector):
             errors.append(f"{self._too_long_count['question']:,} questions over the length limit: they leave no room for an answer")
         if self._refusals:
             warnings.append(
-                f"{self._refusals:,} of {self._records['forget']:,} forget answers decline: right for safety fine-tuning, but npo and rmu "
+                f"{self._refusals:,} of {len(self._ids['forget']):,} forget answers decline: right for safety fine-tuning, but npo and rmu "
                 f"would unlearn refusing"
             )
         if self._too_long_count["answer"]:

@@ -71,7 +71,6 @@ class Collector:
         self._sources: list[Source] = []
         self._sets: dict[str, int] = {}
         self._names: dict[tuple[int, str], str] = {}  # place of the source, set of the entry -> name of the set
-        self._records: Counter[str] = Counter()
         self._is_refusal = is_refusal
         self._refusals = 0  # answers of the forget set that decline
         self._text_only: Counter[str] = Counter()
@@ -115,9 +114,9 @@ class Collector:
         """Takes note of every question, and yields each image at its first sight: index, root, (path, place)."""
         for done, (name, entry) in enumerate(self._entries(len(self._sources) - 1, self.problems)):
             example = entry.example
-            number = self._records[name]
-            self._records[name] += 1
-            self._ids.setdefault(name, []).append(example.id)
+            ids = self._ids.setdefault(name, [])
+            number = len(ids)
+            ids.append(example.id)
             index = -1
             if name == "forget" and self._is_refusal(example.answer):
                 self._refusals += 1

@@ -11,7 +11,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
 from vlm_unlearn.data.json_stream import write_lines, write_list
+from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.reading import detect, training_set_records
 from vlm_unlearn.data.rewriting import is_plural, requested
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import Problems, RequestError, refuse, shown
-from vlm_unlearn.store import digest_json, read_json, writing
+from vlm_unlearn.records import Example
+from vlm_unlearn.store import read_json, writing
 
 # By first word. {core} is what is asked for, as a noun phrase; {be} is "is" or "are".
 WORDINGS: Mapping[str, Sequence[str]] = {
@@ -77,9 +78,7 @@ def by_rule(question: str, wording: str) -> str:
 
 def paraphrase_request(question: str, word: str) -> str:
     """The prompt that asks a model for a paraphrase; the question is fenced."""
-    fence = f"=== {digest_json([question, word])[:16]} ==="
-    template = (files("vlm_unlearn.data") / "prompts" / "paraphrase.txt").read_text(encoding="utf-8")
-    return template.format(word=word.capitalize(), question=question, fence=fence)
+    return template("paraphrase").format(word=word.capitalize(), question=question, fence=fence(question, word))
 
 
 def read_paraphrase(reply: str, question: str, word: str) -> str | None:
@@ -267,8 +266,6 @@ def _check_form(source: str | Path, out: Path) -> None:
 
 
 def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any]]) -> None:
-    from vlm_unlearn.records import Example
-
     before = read_training_set(source)
     examples = {role: [Example.model_validate(next(records)) for _ in found] for role, found in before.examples.items()}
     refusals = before.refusals if "refusals.json" in before.digests else ()

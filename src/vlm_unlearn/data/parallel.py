@@ -13,16 +13,13 @@ Value = TypeVar("Value")
 OnDone = Callable[[int, int], None]
 
 
-def in_threads(
-    work: Callable[[Key], Value], keys: Iterable[Key], on_done: OnDone | None = None, total: int = 0
-) -> Iterator[tuple[Key, Value]]:
+def in_threads(work: Callable[[Key], Value], keys: Iterable[Key], on_done: OnDone | None = None) -> Iterator[tuple[Key, Value]]:
     """``(key, work(key))`` for each key, in order, never more than a few hundred ahead of the reader.
 
     Args:
-        on_done: called with (done, all).
-        total: how many keys there are, where `keys` is no sequence.
+        on_done: called with (done, all), all being 0 where `keys` doesn't know how many it has.
     """
-    total = total or (len(keys) if isinstance(keys, Sized) else 0)
+    total = len(keys) if isinstance(keys, Sized) else 0
     workers = os.cpu_count() or 1
     waiting: deque[tuple[Key, Future[Value]]] = deque()
     done = 0

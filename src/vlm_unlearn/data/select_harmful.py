@@ -10,16 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from vlm_unlearn.data.formats import vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.pipeline import read_answers
+from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.errors import Problems, RequestError, WorkError, refuse
 from vlm_unlearn.records import Record
-from vlm_unlearn.store import digest_json, write_json, write_records
+from vlm_unlearn.store import write_json, write_records
 
 Outcome = Literal["chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply", "no answer", "image asked before"]
 # The number alone, perhaps named: a sentence about an answer may mean that it is not the one.
@@ -38,10 +38,9 @@ class Question:
 
     def request(self) -> str:
         """The judge's prompt. The answers are fenced by a line that none of them can foresee."""
-        fence = f"=== {digest_json([self.question, *self.answers])[:16]} ==="
-        listed = "\n\n".join(f"Answer {number}:\n{fence}\n{text}\n{fence}" for number, text in enumerate(self.answers, start=1))
-        template = (files("vlm_unlearn.data") / "prompts" / "select_harmful.txt").read_text(encoding="utf-8")
-        return template.format(count=len(self.answers), fence=fence, question=self.question, answers=listed)
+        line = fence(self.question, *self.answers)
+        listed = "\n\n".join(f"Answer {number}:\n{line}\n{text}\n{line}" for number, text in enumerate(self.answers, start=1))
+        return template("select_harmful").format(count=len(self.answers), fence=line, question=self.question, answers=listed)
 
 
 class Choice(Record):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 
-from vlm_unlearn.data.batching import Processor, Turn, encode, move, render
-from vlm_unlearn.data.images import open_image
+from vlm_unlearn.data.batching import Processor, Turn, encode, move
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.generation.chat import Ask, OnReply, Reply
 from vlm_unlearn.models.loading import device, load_run_model, resolve_precision, run_digest, run_model_folder
@@ -35,32 +35,23 @@ class LocalChat:
         model, processor = load_run_model(self._folder, resolve_precision("auto"))
         model.eval().to(device())
         while batch:
-            batch = self._readable(processor, batch, on_reply)
-            if not batch:
-                batch = list(islice(waiting, self._batch_size))
-                continue
-            turns = [_turn(ask) for ask in batch]
-            inputs = move(encode(processor, turns, padding_side="left"), model.device, model.dtype)
-            output = model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
-            texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for ask, text in zip(batch, texts, strict=True):
-                on_reply(Reply(ask.id, text.strip() or None, None if text.strip() else "empty answer"))
+            for reply in self._replies(model, processor, batch):
+                on_reply(reply)
             batch = list(islice(waiting, self._batch_size))
 
-    def _readable(self, processor: Processor, batch: list[Ask], on_reply: OnReply) -> list[Ask]:
-        """The questions that can be encoded; the others get their error as reply."""
-        good = []
-        for ask in batch:
-            try:
-                render(processor, _turn(ask))
-                if ask.image is not None:
-                    open_image(ask.image).close()
-            except RequestError as error:
-                on_reply(Reply(ask.id, None, str(error)))
+    def _replies(self, model: Any, processor: Processor, batch: list[Ask]) -> Iterator[Reply]:
+        """A reply a question; where a batch can't be encoded, one by one, so that only the cause gets an error."""
+        try:
+            inputs = encode(processor, [Turn(ask.id, ask.image, ask.text, None) for ask in batch], padding_side="left")
+        except RequestError as error:
+            if len(batch) == 1:
+                yield Reply(batch[0].id, None, str(error))
             else:
-                good.append(ask)
-        return good
-
-
-def _turn(ask: Ask) -> Turn:
-    return Turn(ask.id, ask.image, ask.text, None)
+                for ask in batch:
+                    yield from self._replies(model, processor, [ask])
+            return
+        inputs = move(inputs, model.device, model.dtype)
+        output = model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for ask, text in zip(batch, texts, strict=True):
+            yield Reply(ask.id, text.strip() or None, None if text.strip() else "empty answer")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm_unlearn.data.json_stream import Item, stream
 from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+
+Parsed = TypeVar("Parsed")
 
 
 class RawRecord:
@@ -107,6 +109,17 @@ def read_objects(path: Path, name_field: str, problems: Problems | None = None) 
             refuse(error, problems)
             continue
         yield record
+
+
+def parsed(records: Iterable[RawRecord], parse: Callable[[RawRecord], Parsed], problems: Problems | None) -> Iterator[Parsed]:
+    """What `parse` makes of each record; one that it refuses is listed, or raised where nobody lists, and the next follows."""
+    for record in records:
+        try:
+            found = parse(record)
+        except RequestError as error:
+            refuse(error, problems)
+            continue
+        yield found
 
 
 def item_place(path: Path, item: Item, name_field: str) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.errors import Problems, RequestError, shown
 from vlm_unlearn.records import Example, Round
 
 IMAGE_MARK = "<image>"
@@ -71,14 +71,14 @@ def read_llava(path: Path, images: Path | None, problems: Problems | None = None
     Raises:
         RequestError: a broken file; a broken record or a missing image where `problems` is None.
     """
-    for record in read_objects(path, "id", problems):
-        try:
-            conversation = parse(record)
-            if conversation.image is not None and images is not None:
-                resolve_image(images, conversation.image, record.where)
-            yield example(conversation, record.number)
-        except RequestError as error:
-            refuse(error, problems)
+
+    def read(record: RawRecord) -> Example:
+        conversation = parse(record)
+        if conversation.image is not None and images is not None:
+            resolve_image(images, conversation.image, record.where)
+        return example(conversation, record.number)
+
+    return parsed(read_objects(path, "id", problems), read, problems)
 
 
 def example(conversation: Conversation, number: int) -> Example:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError, refuse
+from vlm_unlearn.errors import Problems, RequestError
 from vlm_unlearn.records import Example, Kind, Prompt
 from vlm_unlearn.store import read_json
 
@@ -48,11 +48,7 @@ def read_safe_eraser(path: Path, images: Path | None, problems: Problems | None 
     Raises:
         RequestError: a broken file; a broken record or a missing image where `problems` is None.
     """
-    for record in read_objects(path, "image_path", problems):
-        try:
-            yield parse(record, images)
-        except RequestError as error:
-            refuse(error, problems)
+    return parsed(read_objects(path, "image_path", problems), lambda record: parse(record, images), problems)
 
 
 def parse(record: RawRecord, images: Path | None = None) -> SafeEraserRecord:

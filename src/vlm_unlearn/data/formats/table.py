@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
 from vlm_unlearn.data.formats.llava import IMAGE_MARK, refuse_embedded
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.json_stream import LONGEST_RECORD, dump
@@ -30,11 +30,11 @@ class Columns:
 
     question: str = "question"
     answer: str = "answer"
-    image: str | None = "image"
-    id: str | None = "id"
-    category: str | None = "category"
-    pair: str | None = "pair_id"
-    set: str | None = "set"  # forget, retain or decouple
+    image: str = "image"
+    id: str = "id"
+    category: str = "category"
+    pair: str = "pair_id"
+    set: str = "set"  # forget, retain or decouple
     named: frozenset[str] = frozenset()  # the fields above that somebody named: their columns must be there
 
 
@@ -67,11 +67,7 @@ def read_table(
     Raises:
         RequestError: the table can't be read or lacks the question or the answer column; a broken row where `problems` is None.
     """
-    for record in raw_rows(source, columns, problems):
-        try:
-            yield _row(record, columns, images, embedded)
-        except RequestError as error:
-            refuse(error, problems)
+    return parsed(raw_rows(source, columns, problems), lambda record: _row(record, columns, images, embedded), problems)
 
 
 def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Path | None) -> Row:
@@ -105,8 +101,6 @@ def set_of(record: RawRecord, columns: Columns) -> str | None:
     Raises:
         RequestError: it names another, and the column was named. A column that only happens to be called "set" may hold what it likes.
     """
-    if columns.set is None:
-        return None
     if "set" not in columns.named:
         return SETS.get(str(record.value.get(columns.set, "")).strip().lower())
     named = cell_text(record, columns.set).strip().lower()
@@ -123,14 +117,13 @@ def cell_text(record: RawRecord, column: str) -> str:
     return record.text(column)
 
 
-def _optional(record: RawRecord, column: str | None) -> str | None:
-    found = None if column is None else record.value.get(column)
-    return None if column is None or found is None or found == "" else cell_text(record, column)
+def _optional(record: RawRecord, column: str) -> str | None:
+    return None if record.value.get(column) in (None, "") else cell_text(record, column)
 
 
-def _image(record: RawRecord, column: str | None, images: Path | None, embedded: Path | None) -> tuple[str | None, str]:
+def _image(record: RawRecord, column: str, images: Path | None, embedded: Path | None) -> tuple[str | None, str]:
     """The row's image path, and whether it is below the image root (``table``) or came out of the table (``embedded``)."""
-    found = None if column is None else record.value.get(column)
+    found = record.value.get(column)
     if isinstance(found, list):
         if len(found) > 1:
             raise RequestError(f"{record.where}: {len(found)} images; an example has one")
@@ -141,7 +134,7 @@ def _image(record: RawRecord, column: str | None, images: Path | None, embedded:
         found = found.get("path")
     if found is None or found == "":
         return None, "table"
-    path = RawRecord({column: found}, lambda: record.where).text(str(column))
+    path = RawRecord({column: found}, lambda: record.where).text(column)
     if images is not None:
         resolve_image(images, path, record.where)
     return path, "table"
@@ -164,7 +157,7 @@ def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) ->
     if kind in SEPARATORS:
         records = _csv_records(path, SEPARATORS[kind], problems)
     elif path.is_file() and kind not in (".parquet", ".arrow"):
-        records = read_objects(path, columns.id or "id", problems)
+        records = read_objects(path, columns.id, problems)
     else:
         records = _dataset_records(str(source))
     yield from _checked(records, columns, path.name)

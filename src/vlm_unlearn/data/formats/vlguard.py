@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.data.formats.fields import RawRecord, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
 from vlm_unlearn.data.formats.llava import IMAGE_MARK
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError, refuse
+from vlm_unlearn.errors import Problems, RequestError
 from vlm_unlearn.records import Example, Kind, Prompt
 
 KINDS: dict[str, Kind] = {
@@ -50,14 +50,14 @@ def read_records(path: Path, images: Path | None, problems: Problems | None = No
     Raises:
         RequestError: a broken file; a broken record or a missing image where `problems` is None.
     """
-    for record in read_objects(path, "id", problems):
-        try:
-            found = pairs(record)
-            if images is not None:
-                resolve_image(images, found[0].image, record.where)
-            yield record, found
-        except RequestError as error:
-            refuse(error, problems)
+
+    def read(record: RawRecord) -> tuple[RawRecord, list[Pair]]:
+        found = pairs(record)
+        if images is not None:
+            resolve_image(images, found[0].image, record.where)
+        return record, found
+
+    return parsed(read_objects(path, "id", problems), read, problems)
 
 
 def read_pairs(path: Path, images: Path | None, problems: Problems | None = None) -> list[Pair]:
