@@ -68,6 +68,69 @@ def npo_retain_loss(nll: Tensor, reference_nll: Tensor, beta: float) -> Tensor:
     return -npo_loss(nll, reference_nll, beta)
 
 
+def simnpo_loss(nll: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 6): NPO without a reference, on length-normalised likelihoods.
+
+    Mean over samples of ``-2/beta * logsigmoid(beta * nll - gamma)``.
+
+    Args:
+        nll: [B], per-sample token mean.
+        beta: inverse temperature, above 0.
+        gamma: margin; 0 in most of the paper's runs.
+    """
+    return (-2.0 / beta * F.logsigmoid(beta * nll - gamma)).mean()
+
+
+def dpo_loss(preferred_nll: Tensor, rejected_nll: Tensor, preferred_reference: Tensor, rejected_reference: Tensor, beta: float) -> Tensor:
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), here of a harmless over a harmful answer.
+
+    Mean over samples of ``-logsigmoid(beta * ((preferred_reference - preferred_nll) - (rejected_reference - rejected_nll)))``.
+
+    Args:
+        preferred_nll, rejected_nll: [B], sequence sums (the paper) or token means under the current model.
+        preferred_reference, rejected_reference: [B], the same under the reference model.
+        beta: inverse temperature, above 0.
+    """
+    gained = (preferred_reference - preferred_nll) - (rejected_reference - rejected_nll)
+    return -F.logsigmoid(beta * gained).mean()
+
+
+def undial_loss(logits: Tensor, reference_logits: Tensor, labels: Tensor, penalty: float) -> Tensor:
+    """UNDIAL's self-distillation (Dong et al. 2024, arXiv 2402.10052, eq. 3-4), averaged over the answer tokens.
+
+    Cross-entropy to the reference model's distribution once the logit of the answer's own token is lowered by `penalty`.
+
+    Args:
+        logits, reference_logits: [B, S, V]; position s predicts token s + 1.
+        labels: [B, S], unshifted, -100 ignored.
+        penalty: what is taken off the token's logit (gamma in the paper), above 0.
+    """
+    mask = answer_mask(labels)[:, :-1]
+    tokens = labels[:, 1:].clamp(min=0)
+    lowered = reference_logits[:, :-1].float()
+    lowered = lowered.scatter_add(-1, tokens[..., None], torch.full_like(lowered[..., :1], -penalty))
+    cross_entropy = -(lowered.softmax(dim=-1) * F.log_softmax(logits[:, :-1].float(), dim=-1)).sum(dim=-1)
+    return _masked_mean(cross_entropy, mask)
+
+
+def rerouting_forget_loss(hidden: Tensor, reference_hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Representation rerouting on forget text (Zou et al. 2024, arXiv 2406.04313, alg. 1): ``relu(cos(hidden, reference))``.
+
+    Shapes as in `rmu_retain_loss`; 0 once the states are orthogonal to what they were.
+    """
+    return _masked_mean(F.relu(F.cosine_similarity(hidden.float(), reference_hidden.float(), dim=-1)), mask)
+
+
+def rerouting_retain_loss(hidden: Tensor, reference_hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Representation rerouting on retain text (arXiv 2406.04313, alg. 1): the Euclidean distance to the reference's hidden states.
+
+    Shapes as in `rmu_retain_loss`.
+    """
+    # The gradient of a norm at 0 is undefined; at the first step the model is the reference.
+    squared = (hidden.float() - reference_hidden.float()).square().sum(dim=-1)
+    return _masked_mean(torch.where(squared > 0, squared.clamp(min=1e-12).sqrt(), 0.0 * squared), mask)
+
+
 def kl_loss(logits: Tensor, reference_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """``KL(reference || current)`` per position, averaged over the masked positions.
 

@@ -122,14 +122,6 @@ def test_two_processes_do_not_share_a_run(tiny_model: Path, training_sets: dict[
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo"))
 
 
-def test_several_processes_are_refused(
-    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RequestError, match="training runs in one process so far"):
-        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo"))
-
-
 @pytest.mark.parametrize("role", ["forget", "retain"])
 def test_an_image_placeholder_in_a_text_is_refused(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, role: str) -> None:
     whole = read_training_set(training_sets["harmful"])

@@ -97,14 +97,17 @@ def files(
     ),
     retain: str = typer.Option(None, "--retain", help="File of pairs to keep."),
     decouple: str = typer.Option(None, "--decouple", help="File of the unsafe questions on benign images; pair_id ties them."),
+    preferred: str = typer.Option(None, "--preferred", help="File of the unsafe questions answered rightly, for dpo; pair_id ties them."),
     refusals: Path = typer.Option(None, "--refusals", help='JSON {"idk": [...]}: the sentences that po teaches.'),
     question: str = QUESTION,
     answer: str = ANSWER,
     image: str = IMAGE,
     id: str = typer.Option(None, "--id-column", help="With an id; default: id."),
     category: str = typer.Option(None, "--category-column", help="With a category; default: category."),
-    pair: str = typer.Option(None, "--pair-column", help="What ties a decouple row to its forget row; default: pair_id."),
-    set_column: str = typer.Option(None, "--set-column", help="TABLE's: forget (harmful), retain (harmless) or decouple; default: set."),
+    pair: str = typer.Option(None, "--pair-column", help="What ties a decouple or preferred row to its forget row; default: pair_id."),
+    set_column: str = typer.Option(
+        None, "--set-column", help="TABLE's: forget (harmful), retain (harmless), decouple, preferred; default: set."
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Your own data: a table with a set column, or a file for each set.
@@ -118,13 +121,13 @@ def files(
     from vlm_unlearn.data.importing import import_files
     from vlm_unlearn.errors import RequestError
 
-    named = {"forget": forget, "retain": retain, "decouple": decouple}
+    named = {"forget": forget, "retain": retain, "decouple": decouple, "preferred": preferred}
     given = {role: file for role, file in named.items() if file}
     if table and given:
         raise RequestError("give one TABLE with a set column, or --forget and --retain, not both")
     if not table and not (forget and retain):
         raise RequestError("give one TABLE with a set column, or both --forget and --retain")
-    _guard(out, table, forget, retain, decouple, refusals)
+    _guard(out, table, forget, retain, decouple, preferred, refusals)
     named_set = (set_column or "set") if table else None
     columns = table_columns(question=question, answer=answer, image=image, id=id, category=category, pair=pair, set=named_set)
     with Stages() as stages:

@@ -12,7 +12,7 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_librar
 
 if TYPE_CHECKING:
     from vlm_unlearn.methods import Method
-    from vlm_unlearn.training.runner import Plan
+    from vlm_unlearn.training.planning import Plan
 
 
 def train(
@@ -30,7 +30,8 @@ def train(
 
     recipe = load(Recipe, recipe_file, overrides or [])
     with status_console().status("loading transformers"):
-        from vlm_unlearn.training.runner import plan, recipe_name, run_plan
+        from vlm_unlearn.training.planning import plan, recipe_name
+        from vlm_unlearn.training.runner import run_plan
 
         quiet_libraries()
         planned = plan(recipe)

@@ -117,6 +117,8 @@ def labelled(entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], 
         RequestError: `by` is ``set`` and the file knows no sets.
     """
     for entry in entries:
+        if entry.set == "preferred":  # the forget questions once more
+            continue
         example = entry.example
         told_by = "answer" if by == "answer" or entry.refused is None else "set"
         rounds = [*((turn.question, turn.answer) for turn in example.history), (example.question, example.answer)]

@@ -210,8 +210,10 @@ class Checker(Collector):
 
 
 def _by_design(leak: Mapping[str, Any]) -> bool:
-    """SafeEraser retains harmless questions on the forget images, and its decouple questions are the forget questions."""
+    """SafeEraser retains harmless questions on the forget images; decouple and preferred questions are the forget questions."""
     sets, what = set(leak["sets"]), leak["what"]
+    if "preferred" in sets:
+        return sets != {"preferred", "retain"} or what == "same image"
     return (sets == {"forget", "retain"} and what == "same image") or (sets == {"forget", "decouple"} and what.endswith("question"))
 
 

@@ -217,7 +217,7 @@ def _llava_slots(raw: RawRecord) -> list[Slot]:
 def _example_slots(raw: RawRecord, name: str) -> list[Slot]:
     refused = name == "forget"
     earlier = raw.objects("history") if raw.value.get("history") else []
-    pair = raw.optional_text("pair_id") if name in ("forget", "decouple") else None
+    pair = raw.optional_text("pair_id") if name != "retain" else None
     return [
         *(Slot(turn.value, "question", turn.text("question"), turn.text("answer"), refused) for turn in earlier),
         Slot(raw.value, "question", raw.text("question"), raw.text("answer"), refused, tie=pair or ""),

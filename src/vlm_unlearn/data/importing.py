@@ -18,7 +18,7 @@ from vlm_unlearn.data.json_stream import text_at
 from vlm_unlearn.data.parallel import OnDone, in_threads
 from vlm_unlearn.data.pipeline import mixed_order, places, read_answers
 from vlm_unlearn.data.reading import detect, read_any
-from vlm_unlearn.data.training_set import ROLES, write_training_set
+from vlm_unlearn.data.training_set import PARTNERS, ROLES, write_training_set
 from vlm_unlearn.errors import Problems, RequestError
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file
@@ -74,7 +74,7 @@ def import_vlguard(
         # An image is looked for once its record is drawn: general sets are large.
         retain = mix(retain, external, retain_size, seed, problems)
         source["external"] = {"file": external.name, "sha256": digest_file(external), "size": retain_size, "seed": seed}
-    examples = {"forget": split.forget, "retain": retain}
+    examples = {"forget": split.forget, "retain": retain, "preferred": split.preferred}
     return _write(out, roots, examples, source, problems, split.left_out, on_done=on_done)
 
 
@@ -84,7 +84,7 @@ def import_safe_eraser(file: Path, images: Path, out: Path, refusals: Path | Non
     sets = safe_eraser.examples(safe_eraser.read_safe_eraser(file, images, problems))
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
     source: dict[str, object] = {"format": "safe_eraser", "file": file.name, "sha256": digest_file(file)}
-    return _write(out, {"safe_eraser": images}, dict(zip(ROLES, sets, strict=True)), source, problems, {}, sentences, on_done)
+    return _write(out, {"safe_eraser": images}, dict(zip(safe_eraser.ROLES, sets, strict=True)), source, problems, {}, sentences, on_done)
 
 
 def import_files(
@@ -95,7 +95,8 @@ def import_files(
     refusals: Path | None = None,
     on_done: OnDone | None = None,
 ) -> Imported:
-    """Makes a training set of your own files, one a role (``forget``, ``retain``, ``decouple``), or one table with a set column.
+    """Makes a training set of your own files, one a role (``forget``, ``retain``, ``decouple``, ``preferred``), or of one table with a set
+    column.
 
     Of a file that knows sets itself, such as VLGuard's, only the pairs of its role are taken; the others are counted.
 
@@ -191,7 +192,7 @@ def _write(
         if len(whole[role]) < len(found):
             left_out = {**left_out, "empty answer": left_out.get("empty answer", 0) + len(found) - len(whole[role])}
     left_out = {**left_out, **_drop_half_pairs(whole)}
-    for role in ("forget", "retain", *(["decouple"] if examples.get("decouple") else [])):
+    for role in ("forget", "retain", *(partner for partner in PARTNERS if examples.get(partner))):
         if not whole.get(role):
             why = "".join(
                 [f"; left out: {count} {what}" for what, count in left_out.items()] + [f"; {problems.summary()}"] * bool(problems)
@@ -247,20 +248,21 @@ def _with_own_ids(examples: Sequence[Example]) -> list[Example]:
 
 
 def _drop_half_pairs(whole: dict[str, list[Example]]) -> dict[str, int]:
-    """Leaves out, in place, forget and decouple examples whose other half is missing or broken; says how many.
+    """Leaves out, in place, forget examples and their partners whose other half is missing or broken; says how many.
 
     A forget example without a `pair_id` has no other half to miss.
     """
-    if not whole.get("decouple"):
-        return {}
-    pairs = {role: {example.pair_id for example in whole[role] if example.pair_id} for role in ("forget", "decouple")}
-    both = pairs["forget"] & pairs["decouple"]
-    kept = {
-        "forget": [example for example in whole["forget"] if example.pair_id is None or example.pair_id in both],
-        "decouple": [example for example in whole["decouple"] if example.pair_id in both],
-    }
-    dropped = sum(len(whole[role]) - len(kept[role]) for role in kept)
-    whole.update(kept)
+    dropped = 0
+    for role in PARTNERS:
+        if not whole.get(role):
+            continue
+        both = {example.pair_id for example in whole["forget"]} & {example.pair_id for example in whole[role]} - {None}
+        kept = {
+            "forget": [example for example in whole["forget"] if example.pair_id is None or example.pair_id in both],
+            role: [example for example in whole[role] if example.pair_id in both],
+        }
+        dropped += sum(len(whole[name]) - len(kept[name]) for name in kept)
+        whole.update(kept)
     return {"pair without its other half": dropped} if dropped else {}
 
 

@@ -92,7 +92,7 @@ def read_any(
                     yield Entry(example, VLGUARD_SETS[kind], kind != "safe")
         case "safe_eraser":
             for record in safe_eraser.read_safe_eraser(path, images, problems):
-                for name, examples in zip(ROLES, safe_eraser.examples([record]), strict=True):
+                for name, examples in zip(safe_eraser.ROLES, safe_eraser.examples([record]), strict=True):
                     for example in examples:
                         yield Entry(example, name, name == "forget")
         case "llava":
@@ -100,13 +100,13 @@ def read_any(
                 yield Entry(example, "", None)
         case "table":
             for row in table.read_table(source, columns or Columns(), images, problems):
-                yield Entry(row.example, row.set or "", None if row.set is None else row.set == "forget")
+                yield Entry(row.example, row.set or "", None if row.set is None else row.set in ("forget", "preferred"))
 
 
 def _training_set(folder: Path, problems: Problems | None) -> Iterator[Entry]:
     for name, raw in training_set_records(folder, problems):
         try:
-            yield Entry(Example.model_validate(raw.value), name, name == "forget")
+            yield Entry(Example.model_validate(raw.value), name, name in ("forget", "preferred"))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(shown(part)[1:-1] for part in first["loc"])

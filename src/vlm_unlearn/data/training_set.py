@@ -1,4 +1,4 @@
-"""A training set: a folder with forget.jsonl, retain.jsonl, optionally decouple.jsonl and refusals.json, and dataset.json."""
+"""A training set: a folder with dataset.json, forget.jsonl, retain.jsonl, and perhaps decouple.jsonl, preferred.jsonl, refusals.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from vlm_unlearn.errors import Problems, RequestError, shown
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, write_json, write_records, write_text
 
-ROLES = ("forget", "retain", "decouple")
+ROLES = ("forget", "retain", "decouple", "preferred")
+PARTNERS = ("decouple", "preferred")  # tied to a forget example each, by pair_id
 FILES = (*(f"{role}.jsonl" for role in ROLES), "refusals.json", "problems.txt", "dataset.json")
 DEFAULT_REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -75,7 +76,8 @@ def write_training_set(
             raise RequestError(f"{folder}: the {role} set is empty; nothing was written")
     for role, found in examples.items():
         _refuse_doubled(folder, role, "id", [example.id for example in found])
-    _refuse_doubled(folder, "decouple", "pair_id", [example.pair_id for example in examples.get("decouple", ()) if example.pair_id])
+    for role in PARTNERS:
+        _refuse_doubled(folder, role, "pair_id", [example.pair_id for example in examples.get(role, ()) if example.pair_id])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,7 +1,29 @@
 """The unlearning methods, one file each. Importing this package registers them all."""
 
-from vlm_unlearn.methods import mixed_sft, npo, po, rmu
-from vlm_unlearn.methods.base import METHODS, LossOutput, Method, Need, ReferenceHidden, ReferenceNLL, Role, Step, build_method
+from vlm_unlearn.methods import dpo, gradient_ascent, mixed_sft, npo, po, rmu, rr, simnpo, undial
+from vlm_unlearn.methods.base import (
+    METHODS,
+    LossOutput,
+    Method,
+    Need,
+    ReferenceHidden,
+    ReferenceLogits,
+    ReferenceNLL,
+    Role,
+    Step,
+    build_method,
+)
 
-__all__ = ["METHODS", "LossOutput", "Method", "Need", "ReferenceHidden", "ReferenceNLL", "Role", "Step", "build_method"]
-_registered = (mixed_sft, npo, po, rmu)
+__all__ = [
+    "METHODS",
+    "LossOutput",
+    "Method",
+    "Need",
+    "ReferenceHidden",
+    "ReferenceLogits",
+    "ReferenceNLL",
+    "Role",
+    "Step",
+    "build_method",
+]
+_registered = (dpo, gradient_ascent, mixed_sft, npo, po, rmu, rr, simnpo, undial)

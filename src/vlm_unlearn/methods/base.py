@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm_unlearn.config import MethodConfig, Strict, validate
 from vlm_unlearn.errors import RequestError, nearest
 
-Role = Literal["forget", "retain", "decouple"]
+Role = Literal["forget", "retain", "decouple", "preferred"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,19 @@ class ReferenceNLL:
 
 @dataclass(frozen=True)
 class ReferenceHidden:
-    """Need: hidden states of a decoder layer under the model as it was before training."""
+    """Need: hidden states of `Method.hidden_layers` under the model as it was before training."""
 
     role: Role
 
 
-Need = ReferenceNLL | ReferenceHidden
+@dataclass(frozen=True)
+class ReferenceLogits:
+    """Need: logits at the answer positions under the model as it was before training."""
+
+    role: Role
+
+
+Need = ReferenceNLL | ReferenceHidden | ReferenceLogits
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,13 @@ class LossOutput:
 
 
 class Step(Protocol):
-    """One step's batches, seen through the model. Values are computed once, when first asked for."""
+    """One step's batches, seen through the model. Values are computed once, when first asked for.
+
+    What is a mean over tokens weighs each token of the *optimizer step* the same, over all its micro-batches and processes, so
+    that a batch gives the same gradient however it is split; with `paper`, each micro-batch weighs the same, as published.
+    """
+
+    progress: float  # share of the run's optimizer steps that are done, 0 at the first
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """[B] answer NLL of each sample: token mean or sequence sum."""
@@ -59,18 +72,35 @@ class Step(Protocol):
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
         """([], []) token mean over the whole batch under the current and the reference model."""
 
-    def hidden(self, role: Role) -> Tensor:
-        """[B, S, H] output of the decoder layer that `Method.hidden_layer` names."""
+    def logits(self, role: Role) -> Tensor:
+        """[B, K, V] at the K columns from before the first answer token to the last; all S columns for `Method.whole_logits`."""
 
-    def reference_hidden(self, role: Role) -> Tensor:
+    def reference_logits(self, role: Role) -> Tensor:
+        """[B, K, V] `logits` under the reference model, without gradient."""
+
+    def labels(self, role: Role) -> Tensor:
+        """[B, K] labels of the columns that `logits` has."""
+
+    def hidden(self, role: Role, layer: int) -> Tensor:
+        """[B, S, H] output of a decoder layer out of `Method.hidden_layers`."""
+
+    def reference_hidden(self, role: Role, layer: int) -> Tensor:
         """[B, S, H] `hidden` under the reference model, without gradient."""
 
     def attention_mask(self, role: Role) -> Tensor:
         """[B, S] 1 on real tokens, 0 on padding."""
 
+    def answer_mask(self, role: Role) -> Tensor:
+        """[B, S] True where the next token is an answer token."""
 
-class NoOptions(Strict):
-    """A method without options."""
+    def share(self, role: Role, of: Literal["tokens", "answers"]) -> Tensor:
+        """[] what a mean over this micro-batch's real (or answer) tokens must be multiplied by to weigh each token of the step alike."""
+
+
+class Options(Strict):
+    """What every method can be told."""
+
+    paper: bool = False  # the published code's counting; docs/published.md says what differs
 
 
 class Method:
@@ -78,12 +108,13 @@ class Method:
 
     name: ClassVar[str]
     source: ClassVar[str]  # paper and where to find it
-    options_type: ClassVar[type[Strict]] = NoOptions
+    options_type: ClassVar[type[Options]] = Options
     forget_answers: ClassVar[Literal["given", "refusal"]] = "given"  # what the forget questions are answered with in training
     forgets_answers: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
     forget_as_one_turn: ClassVar[bool] = False  # question and answer in one human turn (RMU)
+    preferred_answers: ClassVar[Literal["refusal", "data"] | None] = None  # where the answers of the role "preferred" come from
 
-    def __init__(self, options: Strict) -> None:
+    def __init__(self, options: Options) -> None:
         self.options: Any = options
 
     @property
@@ -97,12 +128,29 @@ class Method:
         return ("forget", "retain")
 
     @property
-    def hidden_layer(self) -> int | None:
-        """The decoder layer (0 is the first) whose output the loss uses; None if it uses none."""
-        return None
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The decoder layers (0 is the first) whose outputs the loss uses."""
+        return ()
+
+    @property
+    def whole_logits(self) -> tuple[Role, ...]:
+        """Roles whose logits the loss uses at every position, not at the answers only."""
+        return ()
+
+    @property
+    def paper(self) -> bool:
+        """Whether the published code's counting is asked for."""
+        return bool(self.options.paper)
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
-        """Called once before training, with the language model's hidden size and number of decoder layers."""
+        """Called once before training, with the language model's hidden size and number of decoder layers.
+
+        Raises:
+            RequestError: an option doesn't fit the model, such as a layer that it doesn't have.
+        """
+        for layer in self.hidden_layers:
+            if layer >= layers:
+                raise RequestError(f"method.layer: {layer} out of range; the model has decoder layers 0 to {layers - 1}")
 
     def loss(self, step: Step) -> LossOutput:
         """The loss of one step."""

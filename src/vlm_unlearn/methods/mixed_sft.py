@@ -1,4 +1,4 @@
-"""Mixed safety fine-tuning: the baseline that creates the safety mirage."""
+"""Supervised safety fine-tuning: the baselines that create the safety mirage."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ class MixedSFT(Method):
     def loss(self, step: Step) -> LossOutput:
         total = step.cross_entropy("forget", "retain")
         return LossOutput(total, {"refusal": step.cross_entropy("forget").detach(), "retain": step.cross_entropy("retain").detach()})
+
+
+@register("posthoc_sft", "VLGuard (Zong et al. 2024, arXiv 2402.02207); baseline of Safety Mirage")
+class PosthocSFT(MixedSFT):
+    """The same loss as a short second stage: a finished model, the safety set's own pairs and few or no general ones to retain."""

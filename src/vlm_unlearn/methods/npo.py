@@ -7,27 +7,26 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from vlm_unlearn.config import Strict
 from vlm_unlearn.losses import npo_loss, npo_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, ReferenceNLL, Step, register
+from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceNLL, Step, register
 
 NonNegative = Annotated[float, Field(ge=0)]
 
 
-class NPOOptions(Strict):
+class NPOOptions(Options):
     beta: Annotated[float, Field(gt=0)] = 0.1  # inverse temperature: the larger, the sooner the push fades
     forget_weight: NonNegative = 1.0
     retain_npo_weight: NonNegative = 0.0  # Safety Mirage's alpha_r: the mirrored term on retain answers
     retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
     reduction: Literal["mean", "sum"] = "mean"  # a sample's NLL: token mean, or sequence sum as in the NPO paper
-    paper: bool = False  # Safety Mirage's code: difference of batch means instead of per sample
 
 
 @register("npo", "Zhang et al. 2024, arXiv 2404.05868; Safety Mirage, arXiv 2503.11832")
 class NPO(Method):
     """Negative Preference Optimization (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
-    Pushes the forget answers' likelihood below the reference model's, softly: the push fades as the gap grows.
+    Pushes the forget answers' likelihood below the reference model's, softly: the push fades as the gap grows. With `paper`,
+    Safety Mirage's difference of batch means instead of each sample's.
     """
 
     options_type = NPOOptions
@@ -50,7 +49,7 @@ class NPO(Method):
 
     def _pair(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options
-        if options.paper:
+        if self.paper:  # the published code takes the difference of batch means; see docs/published.md
             current, reference = step.batch_nll(role)
             return current[None], reference[None]
         return step.nll(role, options.reduction), step.reference_nll(role, options.reduction)

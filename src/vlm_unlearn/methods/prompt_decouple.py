@@ -24,6 +24,7 @@ class PromptDecouple(Method):
         self.forget_answers = method.forget_answers  # type: ignore[misc]
         self.forgets_answers = method.forgets_answers  # type: ignore[misc]
         self.forget_as_one_turn = method.forget_as_one_turn  # type: ignore[misc]
+        self.preferred_answers = method.preferred_answers  # type: ignore[misc]
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -34,8 +35,12 @@ class PromptDecouple(Method):
         return (*self.method.roles, "decouple")
 
     @property
-    def hidden_layer(self) -> int | None:
-        return self.method.hidden_layer
+    def hidden_layers(self) -> tuple[int, ...]:
+        return self.method.hidden_layers
+
+    @property
+    def whole_logits(self) -> tuple[Role, ...]:
+        return self.method.whole_logits
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         self.method.prepare(hidden_size, layers, generator)

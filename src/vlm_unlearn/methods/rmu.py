@@ -8,27 +8,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vlm_unlearn.config import Strict
-from vlm_unlearn.errors import RequestError
 from vlm_unlearn.losses import rmu_forget_loss, rmu_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, ReferenceHidden, Step, register
+from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceHidden, Step, register
 
 NonNegative = Annotated[float, Field(ge=0)]
 
 
-class RMUOptions(Strict):
+class RMUOptions(Options):
     layer: Annotated[int, Field(ge=0)] = 7  # decoder layer whose output is steered, 0 the first
     steering_coefficient: Annotated[float, Field(gt=0)] = 10.0  # length of the control vector
     alpha: NonNegative = 1.0  # of the retain term on hidden states
     retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
-    paper: bool = False  # Safety Mirage's code: padding is steered too
 
 
 @register("rmu", "Li et al. 2024, arXiv 2403.03218; Safety Mirage, arXiv 2503.11832")
 class RMU(Method):
     """RMU (Li et al. 2024, arXiv 2403.03218): misdirects hidden states on forget text, holds them on retain text.
 
-    The control vector is one random direction in [0, 1)^H, normalised, times `steering_coefficient`, fixed for the run.
+    The control vector is one random direction in [0, 1)^H, normalised, times `steering_coefficient`, fixed for the run. Real tokens
+    are steered, those of the image included; with `paper` padding too.
     """
 
     options_type = RMUOptions
@@ -39,28 +37,26 @@ class RMU(Method):
         return (ReferenceHidden("retain"),) if self.options.alpha else ()
 
     @property
-    def hidden_layer(self) -> int | None:
-        layer: int = self.options.layer
-        return layer
+    def hidden_layers(self) -> tuple[int, ...]:
+        return (self.options.layer,)
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
-        if self.options.layer >= layers:
-            raise RequestError(f"method.layer: {self.options.layer} out of range; the model has decoder layers 0 to {layers - 1}")
+        super().prepare(hidden_size, layers, generator)
         direction = torch.rand(hidden_size, generator=generator)
         self.control_vector: Tensor = direction / direction.norm() * self.options.steering_coefficient
 
     def loss(self, step: Step) -> LossOutput:
         options: RMUOptions = self.options
-        hidden = step.hidden("forget")
+        hidden = step.hidden("forget", options.layer)
         # The published code averages over padding too; see docs/published.md.
-        masks = {role: None if options.paper else step.attention_mask(role) for role in self.roles}
-        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"])
+        masks = {role: None if self.paper else step.attention_mask(role) for role in self.roles}
+        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.share("forget", "tokens")
         retain = step.cross_entropy("retain")
         total = forget + options.retain_weight * retain
         parts = {"forget": forget, "retain": retain}
         if options.alpha:
-            reference = step.reference_hidden("retain")
-            parts["retain_hidden"] = rmu_retain_loss(step.hidden("retain"), reference, masks["retain"])
+            pair = step.hidden("retain", options.layer), step.reference_hidden("retain", options.layer)
+            parts["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.share("retain", "tokens")
             total = total + options.alpha * parts["retain_hidden"]
         return LossOutput(total, parts)
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.batching import Processor
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.models.layout import layout_of
 from vlm_unlearn.store import digest_model, read_json
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def load_processor(folder: Path) -> Processor:
+def load_processor(folder: Path, image_aspect_ratio: str = "processor") -> Processor:
     """The model's processor, which must have a chat template.
 
     Raises:
@@ -68,18 +69,25 @@ def load_processor(folder: Path) -> Processor:
     return processor
 
 
-def load_model(folder: Path, precision: str) -> PreTrainedModel:
+def load_model(folder: Path, precision: str, attn_implementation: str = "auto", in_4_bits: bool = False) -> PreTrainedModel:
     """The model, in the precision asked for (``fp32`` or ``bf16``).
+
+    Args:
+        attn_implementation: transformers' name of one, or ``auto`` for what transformers chooses.
+        in_4_bits: whether the language model's linear layers are held in 4 bits (NF4, QLoRA, arXiv 2305.14314).
 
     Raises:
         RequestError: transformers can't load the folder as an image-text-to-text model.
     """
     from transformers import AutoModelForImageTextToText
 
+    options: dict[str, Any] = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
+    if in_4_bits:
+        options["quantization_config"] = _four_bits(folder, precision)
     try:
         model: Any
         model, loaded = AutoModelForImageTextToText.from_pretrained(
-            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True
+            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
@@ -87,6 +95,19 @@ def load_model(folder: Path, precision: str) -> PreTrainedModel:
         missing = sorted(loaded["missing_keys"])
         raise RequestError(f"model {folder}: {len(missing)} weights of its config.json are in no file, such as {missing[0]}")
     return model
+
+
+def _four_bits(folder: Path, precision: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    layout = layout_of(model_skeleton(folder))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[precision],
+        llm_int8_skip_modules=[layout.vision_tower, layout.projector, "lm_head"],  # the name says int8; 4 bits read it too
+    )
 
 
 def model_skeleton(folder: Path) -> PreTrainedModel:

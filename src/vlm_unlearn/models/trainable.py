@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.models.layout import decoder_layers, is_projector, is_vision, layout_of, unwrapped
+from vlm_unlearn.models.sine import add_sine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
-    """Freezes all but what `config` names; with ``mode: lora`` returns the PEFT-wrapped model.
+    """Freezes all but what `config` names; with ``mode: lora`` or ``qlora`` returns the PEFT-wrapped model.
+
+    What trains is held in float32, whatever the frozen rest is in.
 
     Raises:
         RequestError: a layer is out of range, or nothing would train.
@@ -23,7 +28,12 @@ def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTra
     outside = [layer for layer in config.layers or [] if not 0 <= layer < count]
     if outside:
         raise RequestError(f"trainable.layers: {outside} out of range; the model has decoder layers 0 to {count - 1}")
-    prepared: Any = _lora(model, config) if config.mode == "lora" else _full(model, config)
+    prepared: Any = _full(model, config) if config.mode == "full" else _lora(model, config)
+    if config.projector == "sine":
+        add_sine(trained_projector(prepared))
+    for parameter in prepared.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if not any(parameter.requires_grad for parameter in prepared.parameters()):
         raise RequestError(f"trainable: nothing would train; no parameter's name holds any of {config.parameters}")
     return prepared
@@ -36,7 +46,7 @@ def _full(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
         if is_vision(name, layout):
             parameter.requires_grad = config.vision_tower
         elif is_projector(name, layout):
-            parameter.requires_grad = config.projector
+            parameter.requires_grad = bool(config.projector)
         else:
             in_layer = chosen is None or name.startswith(chosen)
             parameter.requires_grad = in_layer and (config.parameters is None or any(part in name for part in config.parameters))
@@ -47,7 +57,9 @@ def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     if config.parameters is not None or config.vision_tower:
-        raise RequestError("trainable: parameters and vision_tower are for mode=full; with mode=lora choose trainable.lora.target_modules")
+        raise RequestError(
+            f"trainable: parameters and vision_tower are for mode=full; with mode={config.mode} choose trainable.lora.target_modules"
+        )
     layout = layout_of(model)
     names = "|".join(re.escape(name) for name in config.lora.target_modules)
     layers = r"\d+" if config.layers is None else "|".join(map(str, config.layers))
@@ -66,6 +78,14 @@ def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
         raise RequestError(f"trainable.lora.target_modules: {str(error).splitlines()[0][:200]}") from None
 
 
+def trained_projector(model: nn.Module) -> nn.Module:
+    """The projector that trains: the model's own, or the copy that PEFT trains beside it."""
+    inner = unwrapped(model)
+    projector = inner.get_submodule(layout_of(inner).projector)
+    copies = getattr(projector, "modules_to_save", None)
+    return projector if copies is None else next(iter(copies.values()))
+
+
 def trainable_table(model: PreTrainedModel) -> list[tuple[str, int, int]]:
     """``(part, trained parameters, all parameters)`` for vision tower, projector, language model and adapters."""
     inner = unwrapped(model)
@@ -73,6 +93,8 @@ def trainable_table(model: PreTrainedModel) -> list[tuple[str, int, int]]:
     rows = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0], "adapters": [0, 0]}
     for name, parameter in inner.named_parameters():
         if ".original_module." in name:  # the untrained twin that PEFT keeps of a module it trains whole
+            continue
+        if ".parametrizations." in name and name.endswith(".original"):  # SineProject's frozen weight, beside the delta that trains
             continue
         part = "vision tower" if is_vision(name, layout) else "projector" if is_projector(name, layout) else "language model"
         if ".lora_" in name:

@@ -13,7 +13,8 @@ from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.store import open_run, write_json
 from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
 from vlm_unlearn.tiny_world.world import write_world
-from vlm_unlearn.training.runner import recipe_name, run_recipe
+from vlm_unlearn.training.planning import recipe_name
+from vlm_unlearn.training.runner import run_recipe
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, all, detail
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.methods import Need, ReferenceNLL
+from vlm_unlearn.methods import Need, ReferenceLogits, ReferenceNLL
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import build_once, read_json, write_json
+from vlm_unlearn.store import build_once, digest_json, read_json, write_json
 
 Source = Literal["cache", "adapter", "copy"]
 
@@ -41,7 +41,8 @@ def choose_source(wanted: Literal["auto", "cache", "adapter", "copy"], needs: Se
     if wanted == "auto":
         return "cache" if only_nll else "adapter" if lora else "copy"
     if wanted == "cache" and not only_nll:
-        raise RequestError("reference: cache holds one NLL a sample, and this method needs hidden states; use reference=auto")
+        what = "logits" if any(isinstance(need, ReferenceLogits) for need in needs) else "hidden states"
+        raise RequestError(f"reference: cache holds one NLL a sample, and this method needs {what}; use reference=auto")
     if wanted == "adapter" and not lora:
         raise RequestError("reference: adapter needs trainable.mode=lora; use reference=auto")
     return wanted
@@ -58,25 +59,52 @@ class AdapterReference:
 
 
 class CopyReference:
-    """Frozen copies of the parameters that train, swapped in for the reference pass."""
+    """Frozen copies of the parameters that train, exchanged with their values for the reference pass.
+
+    Each process holds copies of its own shards only, where FSDP2 has cut the parameters up.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._frozen = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+        self._cut = False
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         inner: nn.Module = getattr(model, "module", model)
+        trained = {name: value for name, value in inner.named_parameters() if value.requires_grad}
+        if not self._cut:
+            self._frozen = {name: _cut_like(value, trained[name]) for name, value in self._frozen.items()}
+            self._cut = True
         with _as_reference(inner):
-            yield _Swapped(inner, self._frozen)
+            self._exchange(trained)
+            try:
+                yield inner
+            finally:
+                self._exchange(trained)
+
+    def _exchange(self, trained: dict[str, nn.Parameter]) -> None:
+        for name, parameter in trained.items():
+            # Through `data`: the values are back before the backward pass, which must not see that they were away.
+            values, frozen = _local(parameter.data), self._frozen[name]
+            held = values.clone()
+            values.copy_(frozen)
+            frozen.copy_(held)
+        torch.clear_autocast_cache()  # bf16 twins of the other values
 
 
-class _Swapped(nn.Module):
-    def __init__(self, model: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._call: Callable[..., Any] = lambda **inputs: torch.func.functional_call(model, parameters, kwargs=inputs)
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    local = getattr(tensor, "to_local", None)
+    return local() if callable(local) else tensor
 
-    def forward(self, **inputs: Any) -> Any:
-        return self._call(**inputs)
+
+def _cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of `value`, cut as the parameter is."""
+    if not hasattr(parameter, "device_mesh"):
+        return value.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Any = parameter
+    return _local(distribute_tensor(value.to(parameter.device), placed.device_mesh, placed.placements)).clone()
 
 
 @contextmanager
@@ -93,7 +121,7 @@ def _as_reference(model: nn.Module) -> Iterator[None]:
 def cached_nll(
     file: Path, examples: Sequence[Example], compute: Callable[[Sequence[Example]], list[tuple[float, int]]], batch_size: int
 ) -> dict[str, tuple[float, int]]:
-    """Reference ``id -> (nll sum, tokens)``, read from `file` or computed with `compute` and written there.
+    """Reference ``key -> (nll sum, tokens)``, read from `file` or computed with `compute` and written there.
 
     `file` must be named by a digest of everything the values depend on.
     """
@@ -102,6 +130,11 @@ def cached_nll(
             values: list[list[object]] = []
             for start in range(0, len(examples), batch_size):
                 part = examples[start : start + batch_size]
-                values += [[example.id, *pair] for example, pair in zip(part, compute(part), strict=True)]
+                values += [[answer_key(example), *pair] for example, pair in zip(part, compute(part), strict=True)]
             write_json(scratch / file.name, values)
     return {str(id): (float(nll), int(tokens)) for id, nll, tokens in read_json(file.with_suffix("") / file.name)}
+
+
+def answer_key(example: Example) -> str:
+    """Names an example with the answer it is given: a method may draw another one at each turn."""
+    return digest_json([example.id, example.answer])

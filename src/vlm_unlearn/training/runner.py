@@ -1,156 +1,137 @@
-"""Runs a recipe from its check to the saved model, resuming what a kill cut short."""
+"""Runs a checked recipe to the saved model, resuming what a kill cut short."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.batching import Processor, move
-from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.errors import RequestError, WorkError
-from vlm_unlearn.methods import Method, ReferenceNLL, Role, build_method
-from vlm_unlearn.models.layout import decoder_layers
-from vlm_unlearn.models.loading import load_model, load_processor, model_folder, model_skeleton, resolve_precision
-from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
+from vlm_unlearn.methods import ReferenceNLL, Role
+from vlm_unlearn.models.loading import load_model, load_processor
+from vlm_unlearn.models.sine import merge_sine
+from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import (
     cache_folder,
     digest_json,
-    digest_model,
     lock_run,
     note_cost,
     open_run,
     package_versions,
     read_json,
+    read_manifest,
     write_json,
-    write_text,
 )
-from vlm_unlearn.training.references import AdapterReference, CopyReference, ReferenceModel, Source, cached_nll, choose_source
+from vlm_unlearn.training.planning import Plan, plan, prepare_method, processes, steps_of
+from vlm_unlearn.training.probing import Probe, Prober
+from vlm_unlearn.training.references import AdapterReference, CopyReference, ReferenceModel, cached_nll
 from vlm_unlearn.training.step import forward
 from vlm_unlearn.training.stream import NLL, Collator, TrainingStream
 from vlm_unlearn.training.trainer import UnlearningTrainer, last_complete_checkpoint
-
-OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, steps, loss parts
-
-
-def recipe_name(recipe: Recipe) -> str:
-    """The run's name in tables: the recipe's own, else the method with ``+pd`` where prompts are decoupled."""
-    return recipe.name or recipe.method.name + ("+pd" if recipe.prompt_decouple_weight > 0 else "")
+from vlm_unlearn.training.watching import OnStep, Watch
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A recipe that was checked against its data and model; nothing has been written."""
-
-    recipe: Recipe
-    method: Method
-    folder: Path  # the base model's
-    training_set: TrainingSet
-    source: Source | None  # of reference values
-    precision: str
-    model_digest: str
-    data_digest: dict[str, str]
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """What decides the run's weights; a run folder is resumed only by the same."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"output", "model", "data"})
-        return {
-            "kind": "train",
-            "recipe": recipe,
-            "precision": self.precision,
-            "model": self.model_digest,
-            "data": self.data_digest,
-        }
-
-
-def plan(recipe: Recipe) -> Plan:
-    """Checks a recipe against its data and model.
-
-    Raises:
-        RequestError: unknown method or option, a missing or broken training set, a model folder without weights, ...
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RequestError("training runs in one process so far; start it without torchrun or accelerate launch")
-    method = build_method(recipe.method, recipe.prompt_decouple_weight)
-    folder = model_folder(recipe.model)
-    training_set = read_training_set(recipe.data)
-    source = choose_source(recipe.reference, method.needs, recipe.trainable.mode == "lora")
-    TrainingStream(training_set, method, 1, recipe.training.seed)  # refuses a set without the pairs that the method needs
-    skeleton = prepare_trainable(model_skeleton(folder), recipe.trainable)
-    _prepare_method(method, skeleton, recipe.training.seed)
-    Collator(load_processor(folder), training_set, method, recipe.training.max_length, {}).check_lengths()
-    precision = resolve_precision(recipe.training.precision)
-    return Plan(recipe, method, folder, training_set, source, precision, digest_model(folder), training_set.digest())
-
-
-def run_recipe(recipe: Recipe, on_step: OnStep | None = None) -> Path:
+def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
     """Checks a recipe and trains it: `plan`, then `run_plan`."""
-    return run_plan(plan(recipe), on_step)
+    return run_plan(plan(recipe), on_step, probe)
 
 
-def run_plan(planned: Plan, on_step: OnStep | None = None) -> Path:
+def run_plan(planned: Plan, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
     """Trains what the plan says and returns the folder of the trained model (``<output>/model``).
 
     Called again after a kill it goes on from the last complete checkpoint; called again when done it returns at once.
-    A checkpoint resumes to the same weights, to the bit on a CPU.
+    A checkpoint resumes to the same weights, to the bit on a CPU. Under torchrun or accelerate launch all processes call it.
+
+    Args:
+        on_step: told of each optimizer step: step, steps, loss parts.
+        probe: measures the model in training, for a recipe with ``probe`` (`vlm_unlearn.evaluation.probe.build_probe` makes one).
 
     Raises:
         RequestError: the output folder holds another run, or another process is at work in it.
-        WorkError: the loss became NaN or infinite.
+        WorkError: the loss, the gradient or the weights became NaN or infinite; the last good checkpoint stays.
     """
+    if planned.recipe.probe and probe is None:
+        raise RequestError("the recipe has a probe: build one with vlm_unlearn.evaluation.probe.build_probe and pass it on")
     output = planned.recipe.output
-    with lock_run(output):
-        finished = open_run(output, planned.identity)["finished"]
-        result, checkpoints = output / "model", output / "checkpoints"
+    arguments = _arguments(planned)
+    if arguments.world_size != processes():
+        raise RequestError(f"{processes()} processes were started but train as {arguments.world_size}; see docs/scale.md")
+    result, checkpoints = output / "model", output / "checkpoints"
+    with _whole_run(output, planned.identity, arguments) as finished:
         if not finished:
-            watch = _Watch(output, on_step)
-            trainer, processor = _trainer(planned, watch)
+            watch = Watch(output, on_step, arguments.process_index == 0)
+            trainer, processor = _trainer(planned, arguments, watch)
+            prober = Prober(planned.recipe.probe, probe, trainer, output) if planned.recipe.probe and probe else None
+            if prober:
+                trainer.add_callback(prober)
             checkpoint = last_complete_checkpoint(checkpoints)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if prober:
+                prober.load_best()
             _save(trainer, processor, planned, result)
-            note_cost(output, watch.seconds(), finished=True)
-        shutil.rmtree(checkpoints, ignore_errors=True)  # only now: a kill before leaves them to resume from
+            if arguments.process_index == 0:
+                note_cost(output, watch.seconds(), finished=True)
+        if arguments.process_index == 0:
+            for folder in (checkpoints, output / "best"):  # only now: a kill before leaves them to resume from
+                shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
-def _trainer(planned: Plan, watch: _Watch) -> tuple[UnlearningTrainer, Processor]:
-    recipe, method = planned.recipe, planned.method
-    arguments = _arguments(recipe, planned.precision, len(planned.training_set.examples["forget"]))
+@contextmanager
+def _whole_run(output: Path, identity: Mapping[str, object], arguments: TrainingArguments) -> Iterator[bool]:
+    """Holds the run folder for all processes together; yields whether the run is finished already."""
+    state = PartialState()
+    if arguments.process_index == 0:
+        with lock_run(output):
+            finished = open_run(output, identity)["finished"]
+            state.wait_for_everyone()
+            yield finished
+            state.wait_for_everyone()
+    else:
+        state.wait_for_everyone()
+        yield read_manifest(output)["finished"]
+        state.wait_for_everyone()
+
+
+def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback) -> tuple[UnlearningTrainer, Processor]:
+    recipe, method, mode = planned.recipe, planned.method, planned.recipe.trainable.mode
     set_seed(recipe.training.seed)
-    processor = load_processor(planned.folder)
+    processor = load_processor(planned.folder, recipe.image_aspect_ratio)
     # Full training keeps fp32 master weights and computes under autocast; LoRA's frozen base is held in the compute precision.
-    model = load_model(planned.folder, planned.precision if recipe.trainable.mode == "lora" else "fp32")
-    model = prepare_trainable(model, recipe.trainable).to(arguments.device)
-    _prepare_method(method, model, recipe.training.seed)
-    write_json(
-        recipe.output / "trainable.json",
-        [{"part": part, "trained": trained, "parameters": total} for part, trained, total in trainable_table(model)],
-    )
-    length = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    precision = "fp32" if mode == "full" else planned.precision
+    model = load_model(planned.folder, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
+    model = prepare_trainable(model, recipe.trainable)
+    if mode != "qlora":  # 4-bit weights are on their device already
+        model = model.to(arguments.device)
+    prepare_method(method, model, recipe.training.seed)
+    length = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    stream = TrainingStream(planned.training_set, method, length, recipe.training.seed)
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
     if planned.source == "cache":
-        cached = _cached_references(planned, model, processor, arguments.device)
+        cached = _cached_references(planned, stream, model, processor, arguments.device)
     elif planned.source is not None:
         reference = AdapterReference() if planned.source == "adapter" else CopyReference(model)
+    if arguments.process_index == 0:
+        rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
+        write_json(recipe.output / "trainable.json", rows)
     trainer = UnlearningTrainer(
         method=method,
         reference=reference,
+        projector_learning_rate=recipe.training.projector_learning_rate,
         model=model,
         args=arguments,
-        train_dataset=TrainingStream(planned.training_set, method, length, recipe.training.seed),
+        train_dataset=stream,
         data_collator=Collator(processor, planned.training_set, method, recipe.training.max_length, cached),
         callbacks=[watch],
     )
@@ -158,15 +139,9 @@ def _trainer(planned: Plan, watch: _Watch) -> tuple[UnlearningTrainer, Processor
     return trainer, processor
 
 
-def _prepare_method(method: Method, model: PreTrainedModel, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    method.prepare(model.config.get_text_config().hidden_size, len(decoder_layers(model)), generator)
-
-
-def _arguments(recipe: Recipe, precision: str, forget_examples: int) -> TrainingArguments:
-    training = recipe.training
-    per_step = training.batch_size * training.gradient_accumulation_steps
-    steps = training.max_steps or max(1, -(-int(training.epochs * forget_examples) // per_step))
+def _arguments(planned: Plan) -> TrainingArguments:
+    recipe, training = planned.recipe, planned.recipe.training
+    steps = steps_of(recipe, len(planned.training_set.examples["forget"]), processes())
     arguments = TrainingArguments(
         output_dir=str(recipe.output / "checkpoints"),
         per_device_train_batch_size=training.batch_size,
@@ -177,10 +152,12 @@ def _arguments(recipe: Recipe, precision: str, forget_examples: int) -> Training
         warmup_steps=int(training.warmup_ratio * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        bf16=precision == "bf16",
+        bf16=planned.precision == "bf16",
         activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=not torch.cuda.is_available(),
+        # A device that somebody names for accelerate stays.
+        use_cpu=not torch.cuda.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ,
+        ddp_find_unused_parameters=processes() > 1 and _may_leave_unused(planned),
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=2,
@@ -191,27 +168,35 @@ def _arguments(recipe: Recipe, precision: str, forget_examples: int) -> Training
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         label_names=["forget", "retain"],
-        report_to="none",
+        report_to=list(training.report_to) or "none",
+        run_name=recipe.output.name,
         disable_tqdm=True,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel knows neither our batches nor our hooks
     return arguments
 
 
-def _cached_references(planned: Plan, model: torch.nn.Module, processor: Processor, device: torch.device) -> dict[Role, Mapping[str, NLL]]:
+def _may_leave_unused(planned: Plan) -> bool:
+    """Whether a step's loss may not reach all that trains: the layers above the steered one, the projector of a text-only batch."""
+    text_only = any(example.image is None for role in planned.training_set.examples.values() for example in role)
+    return bool(planned.method.hidden_layers) or text_only
+
+
+def _cached_references(
+    planned: Plan, stream: TrainingStream, model: torch.nn.Module, processor: Processor, device: torch.device
+) -> dict[Role, Mapping[str, NLL]]:
     """Reference NLLs of every example of the roles that the method needs, from the cache folder or computed now."""
-    training, data = planned.recipe.training, planned.training_set
+    recipe, training, data = planned.recipe, planned.recipe.training, planned.training_set
     collator = Collator(processor, data, planned.method, training.max_length, {})
     found: dict[Role, Mapping[str, NLL]] = {}
     for need in planned.method.needs:
         assert isinstance(need, ReferenceNLL)
-        role = need.role
+        role, examples = need.role, stream.drawn(need.role)
 
-        def compute(examples: Sequence[Example], role: Role = role) -> list[NLL]:
-            batch = move(collator.encode(role, examples), device, next(model.parameters()).dtype)
+        def compute(part: Sequence[Example], role: Role = role) -> list[NLL]:
+            batch = move(collator.encode(role, part), device, next(model.parameters()).dtype)
             with torch.no_grad(), _autocast(device, planned.precision):
-                outcome = forward(model, batch, None)
-            nll_sum, tokens = outcome.answer
+                nll_sum, tokens = forward(model, batch).answer
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 
         key = digest_json(
@@ -219,17 +204,19 @@ def _cached_references(planned: Plan, model: torch.nn.Module, processor: Process
                 "model": planned.model_digest,
                 "versions": package_versions(),
                 "weights": str(next(model.parameters()).dtype),
+                "quantized": recipe.trainable.mode == "qlora",
                 "precision": planned.precision,
+                "attention": training.attn_implementation,
+                "image_aspect_ratio": recipe.image_aspect_ratio,
                 "max_length": training.max_length,
                 "batch_size": training.batch_size,
-                "role": role,
                 "rendering": 2,  # how a turn becomes tokens; raised when that changes
                 "data": planned.data_digest,
+                "examples": [[example.id, example.answer] for example in examples],
             }
         )
         model.eval()
-        file = cache_folder() / "reference" / f"{key}.json"
-        found[role] = cached_nll(file, data.examples[role], compute, training.batch_size)
+        found[role] = cached_nll(cache_folder() / "reference" / f"{key}.json", examples, compute, training.batch_size)
     return found
 
 
@@ -241,16 +228,22 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
     """Saves the trained model (or adapter), processor and method state; the folder appears whole or not at all."""
     from safetensors.torch import save_file
 
+    # All processes gather what FSDP or DeepSpeed has cut up; one writes.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.sharded else None
+    if not trainer.args.should_save:
+        return
     part = result.with_name("model.part")
     shutil.rmtree(part, ignore_errors=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     # The loss of the last step was finite, but its update may not have been.
-    broken = [name for name, value in model.named_parameters() if value.requires_grad and not value.isfinite().all()]
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    broken = [name for name, value in trained.items() if not (weights or trained).get(name, value).isfinite().all()]
     if broken:
         raise WorkError(f"the trained weights are not finite ({broken[0]}); lower training.learning_rate")
-    model.save_pretrained(str(part))
+    merge_sine(model)
+    model.save_pretrained(str(part), **({"state_dict": weights} if weights is not None else {}))
     processor.save_pretrained(str(part))
-    if planned.recipe.trainable.mode == "lora":
+    if planned.recipe.trainable.mode != "full":
         adapter = read_json(part / "adapter_config.json")
         adapter["base_model_name_or_path"] = (
             str(planned.folder.resolve()) if Path(planned.recipe.model).expanduser().is_dir() else planned.recipe.model
@@ -261,35 +254,3 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
         save_file(state, part / "method_state.safetensors")
     shutil.rmtree(result, ignore_errors=True)
     os.replace(part, result)
-
-
-class _Watch(TrainerCallback):
-    """Keeps log.jsonl and the manifest's cost beside the run, and tells progress."""
-
-    def __init__(self, output: Path, on_step: OnStep | None) -> None:
-        self._output = output
-        self._on_step = on_step
-        self._since = time.monotonic()
-
-    def seconds(self) -> float:
-        """Wall time since the last call."""
-        before, self._since = self._since, time.monotonic()
-        return self._since - before
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs and self._on_step:
-            self._on_step(state.global_step, state.max_steps, logs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write_log(state)
-        note_cost(self._output, self.seconds())
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write_log(state)
-
-    def _write_log(self, state: Any) -> None:
-        """Rewrites the log from the trainer's history, which a checkpoint carries: no line is lost or doubled by a kill."""
-        lines = [dict(sorted(entry.items())) for entry in state.log_history if "loss" in entry]
-        for line in lines:
-            line.pop("epoch", None)  # of the endless stream, not of the data
-        write_text(self._output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

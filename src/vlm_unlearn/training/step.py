@@ -2,95 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlm_unlearn.data.batching import Batch
-from vlm_unlearn.losses import IGNORED, answer_nll
-from vlm_unlearn.methods import Role
+from vlm_unlearn.losses import IGNORED, answer_mask, answer_nll
+from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.models.layout import decoder_layers
+from vlm_unlearn.training.joining import NOT_FOR_THE_MODEL, can_join, join
 from vlm_unlearn.training.references import ReferenceModel
 
-NOT_FOR_THE_MODEL = ("labels", "reference_nll_sum", "reference_tokens")
+Counted = Literal["tokens", "answers"]
 
 
+@dataclass(frozen=True)
 class Forward:
     """What one pass of a batch through a model gave."""
 
-    def __init__(self, answer: tuple[Tensor, Tensor] | None, hidden: Tensor | None) -> None:
-        self._answer = answer
-        self.hidden = hidden
+    logits: Tensor  # [B, K, V] at the kept columns
+    labels: Tensor  # [B, K] of the kept columns
+    columns: Tensor  # [K], ascending without a gap
+    hidden: Mapping[int, Tensor]  # [B, S, H] by decoder layer
 
     @property
     def answer(self) -> tuple[Tensor, Tensor]:
         """``(nll_sum [B], tokens [B])`` of the answers."""
-        assert self._answer is not None, "this batch has no answer tokens"
-        return self._answer
+        return answer_nll(self.logits, self.labels)
+
+    def rows(self, start: int, count: int, width: int) -> Forward:
+        """What the pass gave for some rows, which were `width` positions wide before they were joined with others."""
+        rows, inside = slice(start, start + count), int((self.columns < width).sum())
+        hidden = {layer: states[rows, :width] for layer, states in self.hidden.items()}
+        return Forward(self.logits[rows, :inside], self.labels[rows, :inside], self.columns[:inside], hidden)
 
 
-def forward(model: nn.Module, batch: Batch, layer_module: nn.Module | None) -> Forward:
-    """Runs a batch [B, S] through the model, with logits at answer positions only.
+def forward(model: nn.Module, batch: Batch, layers: Mapping[int, nn.Module] | None = None, columns: Tensor | None = None) -> Forward:
+    """Runs a batch [B, S] through the model.
 
     Args:
-        layer_module: the decoder layer whose output is kept as ``hidden`` [B, S, H], or None.
+        layers: the decoder layers whose outputs are kept, by number.
+        columns: [K] where logits are wanted; None takes those around the answers.
     """
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
-    labels = batch.get("labels")
-    if labels is None:
-        kept = torch.zeros(1, dtype=torch.long, device=batch["input_ids"].device)
-    else:
-        answered = (labels != IGNORED).any(dim=0).nonzero()
-        # One position before the first answer token of any row, to the last one: full-vocabulary logits nowhere else.
-        kept = torch.arange(int(answered.min()) - 1, int(answered.max()) + 1, device=labels.device)
-    with _captured(layer_module) as seen:
+    labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
+    kept = answer_columns(labels) if columns is None else columns
+    with _captured(layers or {}) as seen:
         logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
-    if labels is None:
-        return Forward(None, seen.get("hidden"))
-    return Forward(answer_nll(logits, labels[:, kept]), seen.get("hidden"))
+    return Forward(logits, labels[:, kept], kept, seen)
+
+
+def answer_columns(labels: Tensor) -> Tensor:
+    """[K] from one position before the first answer token of any row to the last one: full-vocabulary logits nowhere else."""
+    answered = (labels != IGNORED).any(dim=0).nonzero()
+    first, last = (int(answered.min()) - 1, int(answered.max())) if len(answered) else (0, 0)
+    return torch.arange(first, last + 1, device=labels.device)
 
 
 @contextmanager
-def _captured(layer: nn.Module | None) -> Iterator[dict[str, Tensor]]:
-    seen: dict[str, Tensor] = {}
-    if layer is None:
-        yield seen
-        return
+def _captured(layers: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    seen: dict[int, Tensor] = {}
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen["hidden"] = output[0] if isinstance(output, tuple) else output
+    def keeping(number: int) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen[number] = output[0] if isinstance(output, tuple) else output
 
-    handle = layer.register_forward_hook(keep)
-    try:
+        return keep
+
+    with ExitStack() as hooks:
+        for number, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(keeping(number)).remove)
         yield seen
-    finally:
-        handle.remove()
+
+
+def count(batches: Mapping[Role, Batch]) -> dict[tuple[Role, Counted], int]:
+    """Real tokens and answer tokens of each role's batch."""
+    counts: dict[tuple[Role, Counted], int] = {}
+    for role, batch in batches.items():
+        counts[role, "tokens"] = int(batch["attention_mask"].sum())
+        counts[role, "answers"] = int((batch["labels"][:, 1:] != IGNORED).sum()) if "labels" in batch else 0
+    return counts
 
 
 class ModelStep:
     """`vlm_unlearn.methods.Step` over a model and its reference."""
 
-    def __init__(self, model: nn.Module, batches: Mapping[Role, Batch], hidden_layer: int | None, reference: ReferenceModel | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Mapping[Role, Batch],
+        method: Method,
+        reference: ReferenceModel | None,
+        totals: Mapping[tuple[Role, Counted], float] | None = None,
+        progress: float = 0.0,
+    ) -> None:
+        """Args:
+        totals: tokens of the whole optimizer step, divided by its number of micro-batches over all processes; None where
+            each micro-batch weighs the same.
+        """
+        self.progress = progress
         self._model = model
         self._batches = batches
+        self._method = method
         self._reference = reference
-        self._layer = None if hidden_layer is None else decoder_layers(getattr(model, "module", model))[hidden_layer]
+        self._totals: Mapping[tuple[Role, Counted], float] = totals if totals is not None else count(batches)
+        layers = decoder_layers(getattr(model, "module", model)) if method.hidden_layers else nn.ModuleList()
+        self._layers = {number: layers[number] for number in method.hidden_layers}
         self._current: dict[Role, Forward] = {}
         self._before: dict[Role, Forward] = {}
 
     def _now(self, role: Role) -> Forward:
-        if role not in self._current:
-            self._current[role] = forward(self._model, self._batches[role], self._layer)
+        if not self._current:
+            self._run_all()
         return self._current[role]
+
+    def _run_all(self) -> None:
+        """All roles in one pass where their batches can be joined: a step's overheads are paid once, and DDP wants it so."""
+        # Images last: a pass without any doesn't use the projector, and DDP must see that pass first.
+        roles = sorted(self._batches, key=lambda role: "pixel_values" in self._batches[role])
+        together = [roles] if can_join([self._batches[role] for role in roles]) else [[role] for role in roles]
+        for group in together:
+            self._run(group)
+
+    def _run(self, roles: Sequence[Role]) -> None:
+        batches = [self._batches[role] for role in roles]
+        batch = join(batches) if len(batches) > 1 else batches[0]
+        wide = any(role in self._method.whole_logits for role in roles)
+        columns = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device) if wide else None
+        outcome = forward(self._model, batch, self._layers, columns)
+        start = 0
+        for role, batch in zip(roles, batches, strict=True):
+            rows, width = batch["input_ids"].shape
+            self._current[role] = outcome.rows(start, rows, width)
+            start += rows
 
     def _then(self, role: Role) -> Forward:
         if role not in self._before:
             assert self._reference is not None, "the method asked for a reference that it did not declare in `needs`"
+            columns = self._now(role).columns  # the same, so that the two can be compared
             with self._reference.active(self._model) as reference:
-                self._before[role] = forward(reference, self._batches[role], self._layer)
+                self._before[role] = forward(reference, self._batches[role], self._layers, columns)
         return self._before[role]
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -102,26 +157,39 @@ class ModelStep:
         return nll_sum / tokens if reduction == "mean" else nll_sum
 
     def cross_entropy(self, *roles: Role) -> Tensor:
-        answers = [self._now(role).answer for role in roles]
-        total = torch.stack([nll_sum.sum() for nll_sum, _ in answers]).sum()
-        return total / torch.stack([tokens.sum() for _, tokens in answers]).sum()
+        total = torch.stack([self._now(role).answer[0].sum() for role in roles]).sum()
+        return total / sum(self._totals[role, "answers"] for role in roles)
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
-        reference_sum, tokens = self._reference_answer(role)
-        return self.cross_entropy(role), reference_sum.sum() / tokens.sum()
+        nll_sum, tokens = self._now(role).answer
+        reference_sum, _ = self._reference_answer(role)
+        return nll_sum.sum() / tokens.sum(), reference_sum.sum() / tokens.sum()
 
-    def hidden(self, role: Role) -> Tensor:
-        hidden = self._now(role).hidden
-        assert hidden is not None, "the method asked for hidden states but names no hidden_layer"
-        return hidden
+    def logits(self, role: Role) -> Tensor:
+        return self._now(role).logits
 
-    def reference_hidden(self, role: Role) -> Tensor:
-        hidden = self._then(role).hidden
-        assert hidden is not None, "the method asked for hidden states but names no hidden_layer"
-        return hidden
+    def reference_logits(self, role: Role) -> Tensor:
+        return self._then(role).logits
+
+    def labels(self, role: Role) -> Tensor:
+        return self._now(role).labels
+
+    def hidden(self, role: Role, layer: int) -> Tensor:
+        return self._now(role).hidden[layer]
+
+    def reference_hidden(self, role: Role, layer: int) -> Tensor:
+        return self._then(role).hidden[layer]
 
     def attention_mask(self, role: Role) -> Tensor:
         return self._batches[role]["attention_mask"]
+
+    def answer_mask(self, role: Role) -> Tensor:
+        return answer_mask(self._batches[role]["labels"])
+
+    def share(self, role: Role, of: Counted) -> Tensor:
+        batch = self._batches[role]
+        own = batch["attention_mask"].sum() if of == "tokens" else (batch["labels"][:, 1:] != IGNORED).sum()
+        return own / self._totals[role, of]
 
     def _reference_answer(self, role: Role) -> tuple[Tensor, Tensor]:
         batch = self._batches[role]

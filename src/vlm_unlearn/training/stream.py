@@ -14,6 +14,7 @@ from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.records import Example
+from vlm_unlearn.training.references import answer_key
 
 NLL = tuple[float, int]  # sum over the answer's tokens, and how many they are
 
@@ -22,16 +23,24 @@ class TrainingStream(Dataset[dict[Role, Example]]):
     """Item `k` is ``{"forget": Example, "retain": Example, ...}``.
 
     The forget set is shuffled anew in each pass and its passes are laid end to end; the retain set likewise, at its own
-    length. A decouple example is the one whose `pair_id` is its forget example's.
+    length. A decouple or preferred example is the one whose `pair_id` is its forget example's; a drawn refusal is a function of
+    the seed and the position too.
     """
 
     def __init__(self, training_set: TrainingSet, method: Method, length: int, seed: int) -> None:
         self._examples = training_set.examples
-        self._refusals = training_set.refusals if method.forget_answers == "refusal" else None
+        self._refusals = training_set.refusals
+        self._method = method
         self._roles = method.roles
         self._length = length
         self._seed = seed
-        self._pairs = _pairs(training_set) if "decouple" in method.roles else {}
+        self._pairs = {role: _pairs(training_set, role) for role in self._partners}
+
+    @property
+    def _partners(self) -> tuple[Role, ...]:
+        """The roles whose example is another record, tied to the forget example."""
+        tied = {"decouple"} | ({"preferred"} if self._method.preferred_answers == "data" else set())
+        return tuple(role for role in self._roles if role in tied)
 
     def __len__(self) -> int:
         return self._length
@@ -39,14 +48,29 @@ class TrainingStream(Dataset[dict[Role, Example]]):
     def __getitem__(self, position: int) -> dict[Role, Example]:
         forget = self._draw("forget", position)
         item: dict[Role, Example] = {"forget": forget}
-        if self._refusals is not None:
-            refusal = random.Random(f"{self._seed}-refusal-{position}").choice(self._refusals)
-            item["forget"] = forget.model_copy(update={"answer": refusal})
+        if self._method.forget_answers == "refusal":
+            item["forget"] = self._refused(forget, position)
+        elif self._method.preferred_answers == "refusal":
+            item["preferred"] = self._refused(forget, position)
         if "retain" in self._roles:
             item["retain"] = self._draw("retain", position)
-        if "decouple" in self._roles:
-            item["decouple"] = self._pairs[str(forget.pair_id)]
+        for role in self._partners:
+            item[role] = self._pairs[role][str(forget.pair_id)]
         return item
+
+    def drawn(self, role: Role) -> list[Example]:
+        """Every different example of a role that the run will see, answers included."""
+        if role == "retain" or (role == "forget" and self._method.forget_answers == "given") or role in self._partners:
+            return list(self._examples[role])
+        found = {}
+        for position in range(self._length):
+            example = self[position][role]
+            found[example.id, example.answer] = example
+        return list(found.values())
+
+    def _refused(self, forget: Example, position: int) -> Example:
+        refusal = random.Random(f"{self._seed}-refusal-{position}").choice(self._refusals)
+        return forget.model_copy(update={"answer": refusal})
 
     def _draw(self, role: Role, position: int) -> Example:
         examples = self._examples[role]
@@ -61,16 +85,20 @@ def _order(length: int, key: str) -> Sequence[int]:
     return order
 
 
-def _pairs(training_set: TrainingSet) -> dict[str, Example]:
-    decouple = training_set.examples.get("decouple")
-    if not decouple:
-        raise RequestError(
-            f"{training_set.folder}: prompt decoupling needs decouple.jsonl; import SafeEraser data, or set prompt_decouple_weight=0"
-        )
-    pairs = {str(example.pair_id): example for example in decouple if example.pair_id}
+NEEDS_PARTNERS = {
+    "decouple": "prompt decoupling needs decouple.jsonl; import SafeEraser data, or set prompt_decouple_weight=0",
+    "preferred": "dpo needs preferred.jsonl; import VLGuard with --harmful-answers, a table with preferred rows, or take idk_dpo",
+}
+
+
+def _pairs(training_set: TrainingSet, role: Role) -> dict[str, Example]:
+    partners = training_set.examples.get(role)
+    if not partners:
+        raise RequestError(f"{training_set.folder}: {NEEDS_PARTNERS[role]}")
+    pairs = {str(example.pair_id): example for example in partners if example.pair_id}
     for example in training_set.examples["forget"]:
         if example.pair_id is None or example.pair_id not in pairs:
-            raise RequestError(f'{training_set.folder}: forget example "{example.id}" has no decouple example with its pair_id')
+            raise RequestError(f'{training_set.folder}: forget example "{example.id}" has no {role} example with its pair_id')
     return pairs
 
 
@@ -100,7 +128,7 @@ class Collator:
             return encode(self._processor, turns, padding_side="right")
         batch = encode_with_labels(self._processor, turns, self._max_length)
         if role in self._reference:
-            values = [self._reference[role][example.id] for example in examples]
+            values = [self._reference[role][answer_key(example)] for example in examples]
             batch["reference_nll_sum"] = torch.tensor([nll for nll, _ in values])
             batch["reference_tokens"] = torch.tensor([tokens for _, tokens in values])
         return batch
@@ -113,7 +141,7 @@ class Collator:
         """
         meter = PromptMeter(self._processor)
         for role in self._roles:
-            for example in self._training_set.examples[role]:
+            for example in self._training_set.examples.get(role, ()):  # drawn refusals go with the forget questions
                 turn = self._full_turn(role, example)
                 whole = role == "forget" and self._one_turn  # nothing comes after, so that the limit itself is allowed
                 tokens = meter.tokens_in_all(turn) if whole else meter.tokens(turn)

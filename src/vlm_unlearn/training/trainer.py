@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
 from vlm_unlearn.data.batching import Batch, move
 from vlm_unlearn.errors import WorkError
 from vlm_unlearn.methods import Method, Role
+from vlm_unlearn.models.layout import is_projector, layout_of, unwrapped
 from vlm_unlearn.store import write_json
 from vlm_unlearn.training.references import ReferenceModel
-from vlm_unlearn.training.step import ModelStep
+from vlm_unlearn.training.step import Counted, ModelStep, count
 
 COMPLETE = "complete.json"  # written last into a checkpoint
+TRAINED = "trained.safetensors"  # the parameters that train, by name; the others are the base model's
 
 
 class UnlearningTrainer(Trainer):
@@ -27,14 +30,30 @@ class UnlearningTrainer(Trainer):
     Resume, accumulation, distribution, logging and adapter saving are transformers' own.
     """
 
-    # Our losses are means over a micro-batch, so the Trainer must divide them by the accumulation steps.
+    # `Step` divides by the micro-batches of the step already where it weighs tokens; the Trainer's own division then makes a sum of them.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, method: Method, reference: ReferenceModel | None, **arguments: Any) -> None:
+    def __init__(
+        self, method: Method, reference: ReferenceModel | None, projector_learning_rate: float | None = None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.method = method
         self.reference = reference
+        self._projector_learning_rate = projector_learning_rate
         self._parts: dict[str, list[float]] = {}
+        self._totals: dict[tuple[Role, Counted], float] | None = None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        """The micro-batches of an optimizer step; counts their tokens, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._totals = None
+        if batches and not self.method.paper:
+            counts = [count(batch) for batch in batches]
+            sums = torch.tensor([sum(found[key] for found in counts) for key in counts[0]], dtype=torch.float32, device=device)
+            totals: Tensor = self.accelerator.reduce(sums, reduction="sum")
+            parts = len(batches) * self.args.world_size
+            self._totals = {key: total / parts for key, total in zip(counts[0], totals.tolist(), strict=True)}
+        return batches, None
 
     def compute_loss(
         self,
@@ -44,36 +63,88 @@ class UnlearningTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inner = self.accelerator.unwrap_model(model)
-        batches = {role: move(batch, inner.device, inner.dtype) for role, batch in inputs.items()}
-        output = self.method.loss(ModelStep(model, batches, self.method.hidden_layer, self.reference))
+        batches = {role: move(batch, self.args.device, inner.dtype) for role, batch in inputs.items()}
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        output = self.method.loss(ModelStep(model, batches, self.method, self.reference, self._totals, progress))
         if not torch.isfinite(output.total):
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.parts.items())
-            raise WorkError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); lower training.learning_rate")
+            raise WorkError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); {self._way_out()}")
         for name, value in output.parts.items():
             self._parts.setdefault(name, []).append(value.item())
         return (output.total, {}) if return_outputs else output.total
 
+    def _way_out(self) -> str:
+        """What to do after a divergence, and where the weights of before are."""
+        checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
+        return f"lower training.learning_rate; {kept}"
+
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         if self._parts and "loss" in logs:
-            logs.update({name: round(math.fsum(values) / len(values), 6) for name, values in self._parts.items()})
+            means = torch.tensor([math.fsum(values) / len(values) for values in self._parts.values()], dtype=torch.float32)
+            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
+            logs.update({name: round(value, 6) for name, value in zip(self._parts, means.tolist(), strict=True)})
             self._parts.clear()
+        gradient = logs.get("grad_norm")
+        if gradient is not None and not math.isfinite(gradient):
+            raise WorkError(f"the gradient is not finite at step {self.state.global_step}; {self._way_out()}")
         super().log(logs, *arguments, **keywords)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The library's optimizer; the projector's parameters in groups with their own learning rate, where it has one."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self._projector_learning_rate is not None:
+            whole = self.model if model is None else model
+            inner = unwrapped(whole)
+            layout = layout_of(inner)
+            projector = {id(parameter) for name, parameter in inner.named_parameters() if is_projector(name, layout)}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in projector]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
+                    optimizer.add_param_group({**group, "params": own, "lr": self._projector_learning_rate})
+        return optimizer
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed has cut the parameters up."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def save_trained(self, folder: Path) -> None:
+        """Writes the parameters that train. They are what a checkpoint needs: transformers 5.23 saves several VLM families
+        under renamed keys and can't load them back (its issue 43701)."""
+        inner = self.accelerator.unwrap_model(self.model)
+        trained = {name: value.detach().contiguous() for name, value in inner.named_parameters() if value.requires_grad}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained, folder / TRAINED)
+
+    def load_trained(self, folder: Path) -> None:
+        """Puts back what `save_trained` wrote."""
+        inner: nn.Module = self.accelerator.unwrap_model(self.model)
+        trained = {name: value for name, value in inner.named_parameters() if value.requires_grad}
+        found = load_file(folder / TRAINED)
+        if found.keys() != trained.keys():
+            raise WorkError(f"{folder}: holds other parameters than this run trains; delete the run's folder and start again")
+        with torch.no_grad():
+            for name, value in found.items():
+                trained[name].copy_(value)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save and not self.sharded:  # FSDP and DeepSpeed write their own beside it
+            self.save_trained(Path(str(output_dir or self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             write_json(folder / COMPLETE, {"step": self.state.global_step})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        inner: Any = self.model if model is None else model
-        if hasattr(inner, "get_base_model") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        # transformers 5.23 saves several VLM families under renamed keys and loads them with strict=False, which restores
-        # nothing (its issue 43701); loading through from_pretrained renames them back.
-        fresh = type(inner).from_pretrained(resume_from_checkpoint, dtype=inner.dtype)
-        inner.load_state_dict(fresh.state_dict(), strict=True)
+        else:
+            self.load_trained(Path(resume_from_checkpoint))
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

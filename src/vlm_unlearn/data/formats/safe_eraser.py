@@ -16,6 +16,7 @@ from vlm_unlearn.errors import Problems, RequestError
 from vlm_unlearn.records import Example, Kind, Prompt
 from vlm_unlearn.store import read_json
 
+ROLES = ("forget", "retain", "decouple")  # what a record has pairs of, in the order of `examples`
 HARMLESS_PAIRS = ("UnharmPair_text1", "UnharmPair_text2", "UnharmPair_image1", "UnharmPair_image2")
 
 

@@ -34,7 +34,7 @@ class Columns:
     id: str = "id"
     category: str = "category"
     pair: str = "pair_id"
-    set: str = "set"  # forget, retain or decouple
+    set: str = "set"  # forget, retain, decouple or preferred
     named: frozenset[str] = frozenset()  # the fields above that somebody named: their columns must be there
 
 
@@ -42,6 +42,7 @@ SETS = {
     **dict.fromkeys(("forget", "harmful", "unsafe"), "forget"),
     **dict.fromkeys(("retain", "harmless", "safe"), "retain"),
     "decouple": "decouple",
+    "preferred": "preferred",
 }
 
 

@@ -108,6 +108,7 @@ class Split:
 
     forget: list[Example]
     retain: list[Example]
+    preferred: list[Example]  # the reference responses in whose place harmful answers were injected; pair_id ties them
     left_out: dict[str, int]
 
 
@@ -121,7 +122,7 @@ def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, incl
         include_safe_image_unsafe: whether unsafe questions on safe images join the forget set (with their reference
             response: no model has answered them harmfully).
     """
-    found = Split([], [], {})
+    found = Split([], [], [], {})
     for pair in pairs:
         if pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe:
             continue
@@ -131,7 +132,11 @@ def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, incl
             reason = "no harmful answer" if injected else "empty response"
             found.left_out[reason] = found.left_out.get(reason, 0) + 1
             continue
-        (found.retain if pair.kind == "safe" else found.forget).append(example(pair, answer))
+        made = example(pair, answer)
+        if injected and pair.response.strip():
+            made = made.model_copy(update={"pair_id": pair.id})
+            found.preferred.append(example(pair).model_copy(update={"pair_id": pair.id}))
+        (found.retain if pair.kind == "safe" else found.forget).append(made)
     return found
 
 

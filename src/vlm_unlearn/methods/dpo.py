@@ -1,0 +1,53 @@
+"""Direct Preference Optimization of a harmless answer over the harmful one."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from vlm_unlearn.losses import dpo_loss
+from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceNLL, Role, Step, register
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class DPOOptions(Options):
+    beta: Annotated[float, Field(gt=0)] = 0.1  # inverse temperature
+    forget_weight: NonNegative = 1.0  # of the preference term
+    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
+    reduction: Literal["mean", "sum"] = "sum"  # an answer's NLL: sequence sum as in the paper, or token mean
+
+
+@register("dpo", "Rafailov et al. 2023, arXiv 2305.18290")
+class DPO(Method):
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with a retain term.
+
+    Rejected is the forget answer; preferred is the answer to the same question in the training set's ``preferred.jsonl``.
+    """
+
+    options_type = DPOOptions
+    preferred_answers: ClassVar[Literal["refusal", "data"] | None] = "data"
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (ReferenceNLL("forget"), ReferenceNLL("preferred"))
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("forget", "preferred", "retain")
+
+    def loss(self, step: Step) -> LossOutput:
+        options: DPOOptions = self.options
+        preferred, rejected = step.nll("preferred", options.reduction), step.nll("forget", options.reduction)
+        before = step.reference_nll("preferred", options.reduction), step.reference_nll("forget", options.reduction)
+        preference = dpo_loss(preferred, rejected, *before, options.beta)
+        retain = step.cross_entropy("retain")
+        return LossOutput(options.forget_weight * preference + options.retain_weight * retain, {"forget": preference, "retain": retain})
+
+
+@register("idk_dpo", "Zhang et al. 2024, arXiv 2404.05868; Maini et al. 2024 (TOFU), arXiv 2401.06121")
+class IdkDPO(DPO):
+    """DPO whose preferred answer is a random refusal."""
+
+    preferred_answers = "refusal"

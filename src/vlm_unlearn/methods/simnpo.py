@@ -1,0 +1,32 @@
+"""Simple Negative Preference Optimization: NPO without a reference model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vlm_unlearn.losses import simnpo_loss
+from vlm_unlearn.methods.base import LossOutput, Method, Options, Step, register
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class SimNPOOptions(Options):
+    beta: Annotated[float, Field(gt=0)] = 2.5  # inverse temperature
+    gamma: NonNegative = 0.0  # margin
+    forget_weight: NonNegative = 1.0
+    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
+
+
+@register("simnpo", "Fan et al. 2024, arXiv 2410.07163")
+class SimNPO(Method):
+    """SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 6): as NPO, each answer by its token mean and against no reference."""
+
+    options_type = SimNPOOptions
+
+    def loss(self, step: Step) -> LossOutput:
+        options: SimNPOOptions = self.options
+        forget = simnpo_loss(step.nll("forget"), options.beta, options.gamma)
+        retain = step.cross_entropy("retain")
+        return LossOutput(options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain})
