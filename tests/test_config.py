@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.config import Recipe, Suite, load, shipped
+from vlm_unlearn.config import Recipe, Suite, load
 from vlm_unlearn.errors import RequestError
 
 MINIMAL = "model: m\ndata: d\noutput: o\nmethod: npo\n"
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -49,19 +48,61 @@ def test_a_metric_must_name_a_case() -> None:
         load(Suite, Path("suites/tiny"), ["model=m", "metrics.asr.cases=[unsaf]"])
 
 
-def test_shipped_recipes_and_suites_parse() -> None:
-    from vlm_unlearn.methods import build_method
+def extending(folder: Path, **files: str) -> Path:
+    """Writes ``name.yaml`` files and returns the first."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
 
-    files = sorted(RECIPES.rglob("*.yaml"))
-    assert len(files) >= 8
-    for file in files:
-        name = file.relative_to(RECIPES).with_suffix("")
-        assert shipped(name) == file
-        if name.parts[0] == "suites":
-            load(Suite, name, ["model=m", "root=/data"])
-        else:
-            recipe = load(Recipe, name, ["model=m", "data=d", "output=o"])
-            build_method(recipe.method, recipe.prompt_decouple_weight)
+
+def test_a_recipe_extends_another_and_overrides_come_last(tmp_path: Path) -> None:
+    base = "model: m\ndata: d\noutput: o\nmethod: {name: npo, beta: 0.9}\ntraining: {epochs: 2, seed: 5}\ntrainable: {layers: [1, 2]}\n"
+    middle = "extends: base.yaml\ntraining: {learning_rate: 1.0e-6}\n"
+    top = "extends: middle\nmethod: {paper: true}\ntraining: {seed: 6}\ntrainable: {layers: [3]}\n"
+    file = extending(tmp_path, top=top, middle=middle, base=base)
+    recipe = load(Recipe, file, ["training.epochs=3"])
+    assert (recipe.method.name, recipe.method.model_extra) == ("npo", {"beta": 0.9, "paper": True})
+    assert (recipe.training.epochs, recipe.training.seed, recipe.training.learning_rate) == (3, 6, 1e-6)
+    assert recipe.trainable.layers == [3]
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "options"),
+    [
+        ("{name: npo, beta: 0.9}", "rmu", {}),
+        ("{name: npo, beta: 0.9}", "{name: rmu, layer: 3}", {"layer": 3}),
+        ("{name: npo, beta: 0.9}", "npo", {"beta": 0.9}),
+        ("npo", "{beta: 0.5}", {"beta": 0.5}),
+    ],
+)
+def test_another_method_drops_the_options_of_the_base(tmp_path: Path, below: str, above: str, options: dict[str, object]) -> None:
+    base = f"model: m\ndata: d\noutput: o\nmethod: {below}\n"
+    recipe = load(Recipe, extending(tmp_path, top=f"extends: base\nmethod: {above}\n", base=base))
+    assert recipe.method.model_extra == options
+
+
+def test_a_shipped_recipe_or_suite_can_be_extended(tmp_path: Path) -> None:
+    recipe = load(Recipe, extending(tmp_path, top="extends: tiny/npo\nmodel: m\ndata: d\noutput: o\ntraining: {max_steps: 1}\n"))
+    assert (recipe.training.max_steps, recipe.training.batch_size) == (1, 16)
+    suite = load(Suite, extending(tmp_path, suite="extends: suites/tiny\nmodel: m\njudge: {name: keyword}\n"))
+    assert (suite.judge.name, suite.judge.world, len(suite.cases)) == ("keyword", None, 6)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "extends: b\n", "b": "extends: a\n"}, r"b\.yaml: extends goes in a circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"),
+        ({"a": "extends: a\n"}, r"extends goes in a circle"),
+        ({"a": "extends: nowhere\n"}, r"^nowhere: No such file or directory \(.*a\.yaml extends it\)"),
+        ({"a": "extends: [b, c]\n"}, r"a\.yaml: extends: expected one name"),
+        ({"a": "extends: .\n"}, r"a\.yaml: extends: expected one name"),
+        ({"a": "extends: b\n", "b": "model: [\n"}, r"b\.yaml: line 2: not valid YAML"),
+        ({"a": "extends: b\n" + MINIMAL, "b": "trainning: {}\n"}, r'a\.yaml \(extends b\): unknown key "trainning"'),
+    ],
+)
+def test_wrong_extends_get_one_clear_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        load(Recipe, extending(tmp_path, **files))
 
 
 def test_a_suites_paths_are_below_its_root() -> None:

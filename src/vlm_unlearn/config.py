@@ -210,7 +210,7 @@ def shipped(name: str | Path) -> Path:
         return path
     package = Path(__file__).parent
     for folder in (package / "recipes", package.parents[1] / "recipes"):  # installed, or a source checkout
-        found = folder / path.with_suffix(".yaml")
+        found = folder / _as_yaml(path)
         if found.is_file():
             return found
     return path
@@ -219,21 +219,56 @@ def shipped(name: str | Path) -> Path:
 def load(config: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file into a config, with ``key.sub=value`` overrides (values are YAML too).
 
+    The top-level key ``extends: NAME`` reads another file first: one beside this file (``.yaml`` may be left out) or a shipped one.
+    Mappings merge, and everything else replaces what the base says; so does a mapping whose ``name`` differs, such as another method.
+
     Raises:
         RequestError: the file is missing or not YAML, a key is unknown (the nearest right one is named), or a value is wrong.
     """
     path = shipped(path)
+    value, bases = _read(path, ())
+    where = f"{path} (extends {', '.join(bases)})" if bases else str(path)
+    return validate(config, override(value, overrides), where)
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
+    """A file's keys over those of the file it extends, and the names extended; `readers` are the files that led here."""
+    if path.resolve() in (reader.resolve() for reader in readers):
+        raise RequestError(f"{readers[-1]}: extends goes in a circle: {' -> '.join(map(str, (*readers, path)))}")
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from None
+        raise RequestError(f"{path}: {error.strerror}" + (f" ({readers[-1]} extends it)" if readers else "")) from None
     except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise RequestError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(value, dict):
         raise RequestError(f"{path}: expected keys and values, such as `method: npo`")
-    return validate(config, override(value, overrides), str(path))
+    if isinstance(value.get("method"), str):
+        value["method"] = {"name": value["method"]}
+    if "extends" not in value:
+        return value, []
+    name = value.pop("extends")
+    if not isinstance(name, str) or not Path(name).name or not name.isprintable():
+        raise RequestError(f"{path}: extends: expected one name, such as `extends: npo_7b`")
+    beside = path.parent / name
+    base = next((found for found in (beside, _as_yaml(beside)) if found.is_file()), shipped(name))
+    below, bases = _read(base, (*readers, path))
+    return _merged(below, value), [name, *bases]
+
+
+def _as_yaml(path: Path) -> Path:
+    return path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")  # with_suffix would cut llama_3.2 at its dot
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        old, new = below[key], above[key]
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) == old.get("name"):
+            merged[key] = _merged(old, new)
+    return merged
 
 
 def override(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_import_train_evaluate(llava: Path, vlguard: Path, tmp_path: Path, mode:
     steps = ["training.max_steps=2", "training.batch_size=2", f"trainable.mode={mode}", "training.gradient_checkpointing=true"]
     for arguments in (
         ["data", "import", "vlguard", vlguard / "train.json", *images, "--out", data],
-        ["train", "llava-1.5/npo_lora", f"model={llava}", f"data={data}", f"output={trained}", *steps],
+        ["train", "safety_mirage/npo_lora_7b", f"model={llava}", f"data={data}", f"output={trained}", *steps],
         [
             *("evaluate", "suites/safety_mirage", f"model={trained}", f"root={vlguard}"),
             *("generation.max_new_tokens=4", "--out", measured, "--json"),

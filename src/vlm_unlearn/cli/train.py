@@ -24,7 +24,7 @@ def train(
 
     Example:
 
-      vlm-unlearn train llava-1.5/npo_lora model=llava-hf/llava-1.5-7b-hf data=data/vlguard output=runs/npo
+      vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo
     """
     from vlm_unlearn.config import Recipe, load
 

@@ -1,0 +1,184 @@
+"""Every shipped recipe can be run as it is, says what was published, and every engine file is one that accelerate reads."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from vlm_unlearn.config import Recipe, Suite, load, shipped
+from vlm_unlearn.methods import build_method
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ENGINES = sorted((RECIPES / "engines").glob("*.yaml"))
+SUITES = sorted((RECIPES / "suites").glob("*.yaml"))
+# A leading underscore marks a base, which others extend and nobody runs.
+RUNS = sorted(file for file in RECIPES.rglob("*.yaml") if file not in ENGINES + SUITES and not file.stem.startswith("_"))
+MODELS = {
+    "7b": "llava-hf/llava-1.5-7b-hf",
+    "13b": "llava-hf/llava-1.5-13b-hf",
+    "llama_3.2": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+}
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(RECIPES))[: -len(".yaml")]
+
+
+def recipe_of(name: str, *overrides: str) -> Recipe:
+    return load(Recipe, Path(name), ["data=d", "output=o", *overrides])
+
+
+def test_every_published_run_has_its_recipe() -> None:
+    mirage = {f"{method}_{mode}_{size}" for method in ("npo", "rmu") for mode in ("full", "lora") for size in ("7b", "13b")}
+    eraser = {f"{method}{pd}_{model}" for method in ("ga", "gd", "kl", "po") for pd in ("", "_pd") for model in MODELS}
+    eraser |= {"sine_po_pd_7b", "sine_po_pd_13b"}
+    names = {name_of(file) for file in RUNS if file.parent.name != "tiny"}
+    assert names == {f"safety_mirage/{name}" for name in mirage} | {f"safe_eraser/{name}" for name in eraser}
+
+
+@pytest.mark.parametrize("file", RUNS, ids=name_of)
+def test_a_recipe_parses_and_its_method_takes_its_options(file: Path) -> None:
+    tiny = file.parent.name == "tiny"
+    recipe = recipe_of(name_of(file), *(["model=m"] if tiny else []))
+    assert shipped(name_of(file)) == file
+    assert build_method(recipe.method, recipe.prompt_decouple_weight)
+    if not tiny:
+        assert recipe.model == next(model for ending, model in MODELS.items() if file.stem.endswith("_" + ending))
+
+
+@pytest.mark.parametrize("file", SUITES, ids=name_of)
+def test_a_suite_parses(file: Path) -> None:
+    load(Suite, Path(name_of(file)), ["model=m", "root=/data"])
+
+
+def test_npo_full_is_the_dedicated_script() -> None:
+    recipe = recipe_of("safety_mirage/npo_full_7b")
+    training = recipe.training
+    assert recipe.method.model_extra == {
+        "beta": 0.9,
+        "forget_weight": 1.0,
+        "retain_npo_weight": 1.0,
+        "retain_weight": 1.0,
+        "paper": True,
+    }
+    assert (training.epochs, training.batch_size, training.gradient_accumulation_steps) == (1, 1, 1)
+    assert (training.learning_rate, training.scheduler, training.warmup_ratio, training.weight_decay) == (5e-7, "cosine", 0.03, 0)
+    assert (training.max_length, training.gradient_checkpointing) == (2048, True)
+    assert (recipe.trainable.mode, recipe.trainable.layers, recipe.trainable.projector) == ("full", None, True)
+    assert recipe.image_aspect_ratio == "pad"
+
+
+def test_rmu_full_is_the_generic_script() -> None:
+    recipe = recipe_of("safety_mirage/rmu_full_7b")
+    assert recipe.method.model_extra == {"layer": 7, "steering_coefficient": 10, "alpha": 1.0, "retain_weight": 1.0, "paper": True}
+    assert (recipe.training.epochs, recipe.training.batch_size, recipe.training.learning_rate) == (10, 1, 1e-6)
+    assert (recipe.trainable.layers, recipe.trainable.parameters) == ([5, 6, 7], ["mlp.down_proj"])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("npo", {"beta": 0.7, "forget_weight": 1.0, "retain_npo_weight": 1.0, "retain_weight": 1.0, "paper": True}),
+        ("rmu", {"layer": 15, "steering_coefficient": 10, "alpha": 0.0, "retain_weight": 1.2, "paper": True}),
+    ],
+)
+def test_lora_is_the_generic_lora_script(method: str, options: dict[str, object]) -> None:
+    recipe = recipe_of(f"safety_mirage/{method}_lora_7b")
+    assert recipe.method.model_extra == options
+    assert (recipe.trainable.mode, recipe.trainable.lora.r, recipe.trainable.lora.alpha) == ("lora", 128, 256)
+    assert (recipe.training.epochs, recipe.training.batch_size) == (10, 8)
+    assert recipe.training.learning_rate == recipe.training.projector_learning_rate == 1.1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "decouple"),
+    [
+        ("ga", {"forget_weight": 1.0, "paper": True}, 0),
+        ("ga_pd", {"forget_weight": 1.0, "paper": True}, 0.5),
+        ("gd", {"forget_weight": 1.0, "retain_weight": 1.0, "paper": True}, 0),
+        ("gd_pd", {"forget_weight": 1.0, "retain_weight": 0.5, "paper": True}, 0.5),
+        ("kl", {"forget_weight": 1.0, "kl_weight": 1.0, "paper": True}, 0),
+        ("kl_pd", {"forget_weight": 1.0, "kl_weight": 1.0, "paper": True}, 1),
+        ("po", {"paper": True}, 0),
+        ("po_pd", {"paper": True}, 1),
+    ],
+)
+def test_safe_eraser_weights(name: str, options: dict[str, object], decouple: float) -> None:
+    for model in MODELS:
+        recipe = recipe_of(f"safe_eraser/{name}_{model}")
+        assert recipe.method.name == name.removesuffix("_pd")
+        assert (recipe.method.model_extra, recipe.prompt_decouple_weight) == (options, decouple)
+
+
+def test_safe_eraser_training() -> None:
+    recipe = recipe_of("safe_eraser/ga_13b")
+    training, lora = recipe.training, recipe.trainable.lora
+    assert (lora.r, lora.alpha, lora.dropout) == (32, 256, 0.05)
+    assert lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert (recipe.trainable.mode, recipe.trainable.projector, recipe.trainable.vision_tower) == ("lora", True, False)
+    assert 2 * training.batch_size * training.gradient_accumulation_steps == 32
+    assert (training.epochs, training.learning_rate, training.scheduler, training.warmup_ratio) == (10, 1e-4, "cosine", 0.06)
+    assert (training.weight_decay, training.max_grad_norm, training.seed) == (0.01, 1.0, 233)
+    assert training.max_length == 512 - 1 + 576  # the published 512 counts the image as one token
+    assert recipe_of("safe_eraser/ga_llama_3.2").training.max_length == 512
+
+
+def test_sine_projector_differs_from_po_pd_in_the_projector_only() -> None:
+    plain = recipe_of("safe_eraser/po_pd_7b").model_dump()
+    sine = recipe_of("safe_eraser/sine_po_pd_7b").model_dump()
+    assert sine["trainable"].pop("projector") == "sine"
+    assert plain["trainable"].pop("projector") is True
+    assert (sine.pop("name"), plain.pop("name")) == ("po+pd+sine", "")
+    assert sine == plain
+
+
+def launch_arguments(file: Path, *more: str) -> Namespace:
+    """What ``accelerate launch`` makes of an engine file."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    parsed = launch_command_parser().parse_args(["--config_file", str(file), *more, "-m", "vlm_unlearn.cli.main", "train"])
+    arguments: Namespace = _validate_launch_command(parsed)[0]
+    return arguments
+
+
+@pytest.mark.parametrize("file", ENGINES, ids=name_of)
+def test_accelerate_reads_an_engine(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(file))  # unknown keys are an error
+    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[file.stem]
+    assert (config.num_machines, config.num_processes, config.mixed_precision) == (1, 8, "no")
+    arguments = launch_arguments(file, "--num_machines", "2", "--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "node0")
+    assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (2, 16, 1)
+    known = set(vars(launch_command_parser().parse_args(["train.py"])))
+    assert {*config.fsdp_config, *config.deepspeed_config} <= known  # accelerate checks the keys of the first level only
+
+
+def test_fsdp2_reaches_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = launch_arguments(RECIPES / "engines" / "fsdp2.yaml", "--main_process_port", "0")
+    for key, value in prepare_multi_gpu_env(arguments).items():
+        if key.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.cpu_ram_efficient_loading) == (2, True, False)
+    assert str(plugin.state_dict_type) == "StateDictType.FULL_STATE_DICT"
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer", "CLIPEncoderLayer"]
+    assert not plugin.activation_checkpointing
+
+
+def test_zero3_reaches_deepspeed() -> None:
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    arguments = launch_arguments(RECIPES / "engines" / "zero3.yaml", "--main_process_port", "0")
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+    assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+    assert arguments.deepspeed_multinode_launcher == "standard"
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in environment  # the recipe's
