@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_unlearn.losses import answer_mask, answer_nll, kl_loss, npo_loss, npo_retain_loss, rmu_forget_loss, rmu_retain_loss
+from vlm_unlearn.losses import (
+    answer_mask,
+    answer_nll,
+    dpo_loss,
+    kl_loss,
+    npo_loss,
+    npo_retain_loss,
+    rerouting_forget_loss,
+    rerouting_retain_loss,
+    rmu_forget_loss,
+    rmu_retain_loss,
+    simnpo_loss,
+    undial_loss,
+)
 
 CASES = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
 PD_WEIGHTS = {"ga_pd": 0.5, "gd_pd": 0.5, "kl_pd": 1.0, "po_pd": 1.0}
@@ -96,3 +109,39 @@ def test_answer_nll_ignores_the_question() -> None:
     nll, tokens = answer_nll(torch.zeros(1, 4, 4), torch.tensor([[-100, -100, 2, 3]]))
     assert tokens.item() == 2
     assert nll.item() == pytest.approx(2 * math.log(4))
+
+
+def test_simnpo_by_hand() -> None:
+    """-2/beta * log(sigmoid(beta * nll - gamma)); at beta * nll = gamma that is 2 ln 2 / beta."""
+    assert simnpo_loss(torch.tensor([0.5]), beta=2.0, gamma=1.0).item() == pytest.approx(math.log(2))
+    far = simnpo_loss(torch.tensor([100.0]), beta=2.0, gamma=1.0)
+    assert far.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_dpo_by_hand() -> None:
+    """Preferred gained 3 nats, rejected lost 1: the margin is 4, the loss log(1 + exp(-0.5 * 4))."""
+    loss = dpo_loss(torch.tensor([2.0]), torch.tensor([6.0]), torch.tensor([5.0]), torch.tensor([5.0]), beta=0.5)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2.0)))
+
+
+def test_undial_by_hand() -> None:
+    """Two tokens, the reference's logits [ln 3, 0] with answer token 0 lowered by ln 3 become uniform: cross-entropy to a uniform
+    current model is ln 2, and the question's position counts for nothing."""
+    reference = torch.tensor([[[9.0, -9.0], [math.log(3), 0.0], [0.0, 0.0]]])
+    loss = undial_loss(torch.zeros(1, 3, 2), reference, torch.tensor([[-100, -100, 0]]), penalty=math.log(3))
+    assert loss.item() == pytest.approx(math.log(2))
+    pushed = torch.zeros(1, 3, 2, requires_grad=True)
+    undial_loss(pushed, torch.zeros(1, 3, 2), torch.tensor([[-100, -100, 0]]), penalty=5.0).backward()
+    assert pushed.grad[0, 1, 0] > 0  # descent lowers the answer token's logit
+    assert pushed.grad[0, 0].abs().sum() == 0
+
+
+def test_rerouting_by_hand() -> None:
+    reference = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    hidden = torch.tensor([[[2.0, 0.0], [0.0, 5.0], [-1.0, 0.0]]])
+    assert rerouting_forget_loss(hidden, reference).item() == pytest.approx(1 / 3)  # cosines 1, 0, -1
+    assert rerouting_forget_loss(hidden, reference, torch.tensor([[1, 1, 0]])).item() == pytest.approx(1 / 2)
+    assert rerouting_retain_loss(hidden, reference, torch.tensor([[1, 0, 1]])).item() == pytest.approx(1.5)  # distances 1 and 2
+    same = reference.clone().requires_grad_()
+    rerouting_retain_loss(same, reference).backward()
+    assert same.grad.isfinite().all()  # the first step starts at the reference

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,44 +13,119 @@ import typer
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from vlm_unlearn.methods import Method
-    from vlm_unlearn.training.planning import Plan
+    from vlm_unlearn.training.planning import Plan, Preview
+    from vlm_unlearn.training.probing import Probe
 
 
 def train(
     recipe_file: Path = typer.Argument(..., metavar="RECIPE.yaml", help="A recipe, or the name of a shipped one such as tiny/npo."),
     overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides, such as training.learning_rate=1e-5."),
+    plan_only: bool = typer.Option(False, "--plan", help="Only say what would train, on what, for how long, in how much memory."),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Unlearns by a recipe. Run again after an interruption it goes on from the last checkpoint.
 
+    On several GPUs: accelerate launch --config_file recipes/engines/fsdp2.yaml -m vlm_unlearn.cli.main train ...
+
     Example:
+
+      vlm-unlearn train tiny/npo model=... data=data/mine output=runs/npo --plan
 
       vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo
     """
     from vlm_unlearn.config import Recipe, load
 
     recipe = load(Recipe, recipe_file, overrides or [])
+    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, the one that talks
     with status_console().status("loading transformers"):
-        from vlm_unlearn.training.planning import plan, recipe_name
-        from vlm_unlearn.training.runner import run_plan
+        from vlm_unlearn.training.planning import plan, preview, recipe_name
 
         quiet_libraries()
+        if plan_only:
+            _show_preview(preview(recipe), as_json)
+            return
+        from vlm_unlearn.training.runner import run_plan
+
         planned = plan(recipe)
-    _warn_of_refusals(planned)
+        probe = _probe(planned)
     name = recipe_name(recipe)
+    if first:
+        _warn_of_refusals(planned)
+        _show_start(planned)
     with Stages() as bars:
 
         def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
             shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in ("epoch", "learning_rate", "grad_norm"))
             bars.update(name, step, steps, "  ".join(shown))
 
-        model = run_plan(planned, on_step)
+        model = run_plan(planned, on_step, probe)
+    if not first:
+        return
     if as_json:
         print_json({"name": name, "model": str(model), "log": str(recipe.output / "log.jsonl")})
     else:
-        reference = planned.source or "none needed"
-        typer.echo(f"{name}: trained model in {model} (reference values: {reference}; precision {planned.precision})")
+        typer.echo(f"{name}: trained model in {model}")
+
+
+def _probe(planned: Plan) -> Probe | None:
+    if planned.recipe.probe is None:
+        return None
+    from vlm_unlearn.evaluation.probe import build_probe
+    from vlm_unlearn.models.loading import load_processor
+
+    return build_probe(planned.recipe.probe, str(planned.folder), load_processor(planned.folder, planned.recipe.image_aspect_ratio))
+
+
+def _show_start(planned: Plan) -> None:
+    """What trains, and where reference values come from."""
+    console = status_console()
+    console.print(_parts_table(planned.trainable))
+    reference = f"reference values: {planned.source or 'none needed'}; precision {planned.precision}"
+    console.print(reference, markup=False, highlight=False)
+
+
+def _parts_table(rows: list[tuple[str, int, int]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("part", "trained", "of", box=box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, trained, total in rows:
+        table.add_row(part, f"{trained:,}", f"{total:,}")
+    return table
+
+
+def _show_preview(found: Preview, as_json: bool) -> None:
+    from rich.console import Console
+
+    from vlm_unlearn.training.estimate import GIB
+
+    memory = {key: round(value / GIB, 2) for key, value in asdict(found.memory).items()}
+    memory["total"] = round(found.memory.total / GIB, 2)
+    gpus = {f"{size} GB": found.memory.devices(size * 1e9) for size in (24, 48, 80)}
+    if as_json:
+        trainable = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in found.trainable]
+        print_json({**asdict(found), "trainable": trainable, "memory": memory, "gpus": gpus})
+        return
+    console = Console()
+    examples = ", ".join(f"{role} {count:,}" for role, count in found.examples.items())
+    lengths = ", ".join(f"{role} {count:g}" for role, count in found.tokens_per_sample.items())
+    needed = ", ".join(f"{count} of {size}" if count else f"too small: {size}" for size, count in gpus.items())
+    for line in (
+        f"{found.name}: {found.model}" + ("" if found.model_found else " (not here; its shape is known)"),
+        f"examples: {examples}",
+        f"steps: {found.steps:,}, of {found.samples_per_step:,} forget samples each over {found.processes} process(es); "
+        f"{found.tokens:,} tokens in all (a sample: {lengths})",
+        f"reference values: {found.reference or 'none needed'}; precision {found.precision}",
+        "memory, estimated, GiB: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
+        f"GPUs, the states split over them (FSDP2 or ZeRO-3): {needed}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_parts_table(found.trainable))
 
 
 def _warn_of_refusals(planned: Plan) -> None:

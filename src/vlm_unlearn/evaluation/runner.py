@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vlm_unlearn.config import JudgeConfig, MetricConfig, Suite, validate
@@ -14,7 +14,7 @@ from vlm_unlearn.judging.base import Judge, judge_file
 from vlm_unlearn.judging.keyword import KeywordJudge
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
 from vlm_unlearn.metrics.rates import count_labels, label_rate, rate
-from vlm_unlearn.records import LABELS, Label, Prompt, Response, Row, Summary, Verdict
+from vlm_unlearn.records import LABELS, Label, Prompt, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.store import digest_file, lock_run, note_cost, open_run, read_json, read_manifest, read_records, write_json, write_records
 
 # What each judge can tell apart.
@@ -112,23 +112,32 @@ def score_run(folder: Path, verdicts: Path, metrics: dict[str, MetricConfig], na
         raise RequestError(
             f"{verdicts}: does not grade each of this run's answers once ({len(missing)} missing); run `vlm-unlearn judge` again"
         )
-    by_case: dict[str, list[Verdict]] = {}
-    for verdict in graded:
-        by_case.setdefault(prompts[verdict.prompt_id].set, []).append(verdict)
-    judge = graded[0].judge
-    rates = {}
-    for metric, config in metrics.items():
-        told = set(config.labels) <= set(JUDGE_LABELS[judge])
-        of_metric = [verdict for case in config.cases for verdict in by_case.get(case, [])]
-        rates[metric] = label_rate(prompts, of_metric, config.labels, config.group) if told else rate([], [])
     row = Row(
         model=name,
-        judge=judge,
-        metrics=rates,
-        labels={case: count_labels(verdicts) for case, verdicts in by_case.items()},
+        judge=graded[0].judge,
+        metrics=metric_rates(prompts, graded, metrics),
+        labels={case: count_labels(verdicts) for case, verdicts in _by_case(prompts, graded).items()},
     )
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
     return row
+
+
+def metric_rates(prompts: Mapping[str, Prompt], graded: Sequence[Verdict], metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
+    """Each metric's rate, out of one judge's verdicts; one that counts a label which the judge never gives has no value."""
+    by_case = _by_case(prompts, graded)
+    told = set(JUDGE_LABELS[graded[0].judge])
+    rates = {}
+    for metric, config in metrics.items():
+        of_metric = [verdict for case in config.cases for verdict in by_case.get(case, [])]
+        rates[metric] = label_rate(prompts, of_metric, config.labels, config.group) if set(config.labels) <= told else rate([], [])
+    return rates
+
+
+def _by_case(prompts: Mapping[str, Prompt], graded: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    by_case: dict[str, list[Verdict]] = {}
+    for verdict in graded:
+        by_case.setdefault(prompts[verdict.prompt_id].set, []).append(verdict)
+    return by_case
 
 
 def evaluate_run(suite: Suite, folder: Path, name: str, on_done: OnDone | None = None) -> Row:

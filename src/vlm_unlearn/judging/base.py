@@ -35,7 +35,7 @@ def judge_file(
     pending: list[Verdict] = []
     for done, response in enumerate(responses, start=1):
         if response.key not in log.keys:
-            pending.append(_grade(judge, prompts[response.prompt_id], response))
+            pending.append(grade(judge, prompts[response.prompt_id], response))
         if len(pending) >= batch_size:
             _flush(log, pending)
             if on_done:
@@ -43,7 +43,8 @@ def judge_file(
     _flush(log, pending)
 
 
-def _grade(judge: Judge, prompt: Prompt, response: Response) -> Verdict:
+def grade(judge: Judge, prompt: Prompt, response: Response) -> Verdict:
+    """The verdict on a response; one without text gets a verdict without label."""
     if response.text is None:
         return Verdict(prompt_id=response.prompt_id, sample=response.sample, judge=judge.name, error=response.error or "no answer")
     return judge.grade(prompt, response.text).model_copy(update={"sample": response.sample})

@@ -17,7 +17,7 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.batching import Processor, move
 from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.methods import ReferenceNLL, Role
-from vlm_unlearn.models.loading import load_model, load_processor
+from vlm_unlearn.models.loading import load_model, load_processor, model_skeleton
 from vlm_unlearn.models.sine import merge_sine
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Example
@@ -105,11 +105,11 @@ def _whole_run(output: Path, identity: Mapping[str, object], arguments: Training
 
 def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback) -> tuple[UnlearningTrainer, Processor]:
     recipe, method, mode = planned.recipe, planned.method, planned.recipe.trainable.mode
-    set_seed(recipe.training.seed)
     processor = load_processor(planned.folder, recipe.image_aspect_ratio)
     # Full training keeps fp32 master weights and computes under autocast; LoRA's frozen base is held in the compute precision.
     precision = "fp32" if mode == "full" else planned.precision
     model = load_model(planned.folder, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
+    set_seed(recipe.training.seed)  # after loading, which draws random numbers or not as the engine wants
     model = prepare_trainable(model, recipe.trainable)
     if mode != "qlora":  # 4-bit weights are on their device already
         model = model.to(arguments.device)
@@ -216,8 +216,21 @@ def _cached_references(
             }
         )
         model.eval()
-        found[role] = cached_nll(cache_folder() / "reference" / f"{key}.json", examples, compute, training.batch_size)
+        with _gathered(model):
+            found[role] = cached_nll(cache_folder() / "reference" / f"{key}.json", examples, compute, training.batch_size)
     return found
+
+
+def _gathered(model: torch.nn.Module) -> AbstractContextManager[object]:
+    """Makes a model whole that ZeRO-3 has cut up while loading it; it is no engine's yet, which would do so layer by layer."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(model.parameters()))
+    return gathered
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -241,7 +254,10 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
     if broken:
         raise WorkError(f"the trained weights are not finite ({broken[0]}); lower training.learning_rate")
     merge_sine(model)
-    model.save_pretrained(str(part), **({"state_dict": weights} if weights is not None else {}))
+    if weights is None or planned.recipe.trainable.mode != "full":
+        model.save_pretrained(str(part), **({"state_dict": weights} if weights is not None else {}))
+    else:
+        _whole(planned.folder, model, weights).save_pretrained(str(part))
     processor.save_pretrained(str(part))
     if planned.recipe.trainable.mode != "full":
         adapter = read_json(part / "adapter_config.json")
@@ -254,3 +270,14 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
         save_file(state, part / "method_state.safetensors")
     shutil.rmtree(result, ignore_errors=True)
     os.replace(part, result)
+
+
+def _whole(folder: Path, model: Any, weights: Mapping[str, torch.Tensor]) -> Any:
+    """An uncut model of the gathered weights: one that DeepSpeed has loaded saves them under names that nothing else reads."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else this one is cut up too
+    whole = model_skeleton(folder)
+    whole.load_state_dict(weights, strict=True, assign=True)
+    whole.generation_config = model.generation_config
+    return whole
