@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,23 +48,30 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def load_processor(folder: Path) -> Processor:
-    """The model's processor, which must have a chat template.
+def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
+    """The model's processor, which must have a chat template. Saved with ``save_pretrained`` and loaded again, it does the same.
+
+    Args:
+        image_aspect_ratio: ``processor`` leaves images to the processor's own settings; ``pad`` pads them to squares first, as
+            LLaVA-1.5 was trained.
 
     Raises:
-        RequestError: the processor can't be loaded or has no chat template.
+        RequestError: the processor can't be loaded or has no chat template; padding makes no sense for it.
     """
-    from transformers import AutoProcessor
+    from vlm_unlearn.models.processors import auto_processor, pad_to_squares
 
     try:
-        # The PIL image processors: they need no torchvision, on any machine.
-        processor = AutoProcessor.from_pretrained(str(folder), backend="pil")
+        processor = auto_processor(folder)
+    except RequestError:
+        raise
     except Exception as error:  # a broken tokenizer file raises whatever it breaks
         raise RequestError(f"model {folder}: its processor can't be loaded: {_first_line(error)}") from None
     if not getattr(processor, "chat_template", None):
         raise RequestError(f"model {folder}: its processor has no chat template; add chat_template.jinja to the folder")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if image_aspect_ratio == "pad":
+        pad_to_squares(processor, folder)
     return processor
 
 
