@@ -54,8 +54,8 @@ UTTERANCES = (
 )
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
 
@@ -69,8 +69,8 @@ def build(family: str, folder: Path, tied: bool = False) -> None:
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     with torch.no_grad():
         for parameter in model.parameters():
-            # Fresh weights say nearly the same to every input, and gates start at zero: a wrong mask or image would not show.
-            parameter.normal_(std=0.3)
+            # Fresh weights say nearly the same to every input, and mllama's gates are shut: a wrong mask or image would not show.
+            parameter.normal_(std=0.4) if parameter.numel() > 1 else parameter.fill_(1.0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -177,8 +177,14 @@ def _qwen2_5_vl(tied: bool) -> tuple[Any, Any]:
             "tie_word_embeddings": tied,
         },
         vision_config={
-            **{"depth": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_heads": 2, "patch_size": 8, "window_size": 32},
-            **{"out_hidden_size": WIDTH, "fullatt_block_indexes": [1]},
+            "depth": 2,
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_heads": 2,
+            "patch_size": 8,
+            "window_size": 32,
+            "out_hidden_size": WIDTH,
+            "fullatt_block_indexes": [1],
         },
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.video_token_id,
@@ -197,9 +203,16 @@ def _mllama(tied: bool) -> tuple[Any, Any]:
     text = TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1]}
     config = hf.MllamaConfig(
         vision_config={
-            **{"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_global_layers": 1},
-            **{"attention_heads": 2, "image_size": 32, "patch_size": 16, "intermediate_layers_indices": [0]},
-            **{"vision_output_dim": 2 * WIDTH, "max_num_tiles": 4},
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 2 * WIDTH,
+            "max_num_tiles": 4,
             "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
         },
         text_config={**text, **_ids(tokenizer), "tie_word_embeddings": tied},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,10 +80,12 @@ def load_model(folder: Path, precision: str) -> PreTrainedModel:
     """The model, in the precision asked for (``fp32`` or ``bf16``).
 
     Raises:
-        RequestError: transformers can't load the folder as an image-text-to-text model.
+        RequestError: transformers can't load the folder as an image-text-to-text model, or its files don't hold what its
+            config.json describes.
     """
     from transformers import AutoModelForImageTextToText
 
+    model_skeleton(folder)  # refuses in a moment what would fill the memory with random weights
     try:
         model: Any
         model, loaded = AutoModelForImageTextToText.from_pretrained(
@@ -100,7 +103,8 @@ def model_skeleton(folder: Path) -> PreTrainedModel:
     """The model without weights (on the meta device), to check a request against in a moment.
 
     Raises:
-        RequestError: transformers doesn't know the configuration as an image-text-to-text model.
+        RequestError: transformers doesn't know the configuration as an image-text-to-text model, or it describes a model that the
+            weight files can't fill.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -110,7 +114,23 @@ def model_skeleton(folder: Path) -> PreTrainedModel:
             skeleton: Any = AutoModelForImageTextToText.from_config(config)
     except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+    # A text_config that is null or missing means the family's default, billions of weights that are in no file.
+    described, stored = sum(parameter.numel() for parameter in skeleton.parameters()), _stored_weights(folder)
+    if described > 2 * stored and getattr(config, "quantization_config", None) is None:
+        raise RequestError(
+            f"model {folder}: its config.json describes {described:,} weights, its files hold {stored:,}; "
+            "look whether text_config or vision_config is missing or null there, or a file of weights is missing"
+        )
     return skeleton
+
+
+def _stored_weights(folder: Path) -> int:
+    """How many numbers the folder's weight files hold, from their headers."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 (no dict)
+    return count
 
 
 def run_model_folder(name: str) -> Path:

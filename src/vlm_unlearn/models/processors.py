@@ -36,7 +36,8 @@ def auto_processor(folder: Path) -> Processor:
         processor.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
         return processor
     # The class keeps its name: it is saved with the processor, and plain transformers looks it up.
-    return type(kind.__name__, (_WithoutVideos, kind), {}).from_pretrained(str(folder), backend="pil")
+    without: Any = type(kind.__name__, (_WithoutVideos, kind), {})
+    return without.from_pretrained(str(folder), backend="pil")
 
 
 def pad_to_squares(processor: Processor, folder: Path) -> None:
