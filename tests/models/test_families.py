@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 
 import families
+from helpers import recipe
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.batching import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.generation.hf import generate
 from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
-from vlm_unlearn.models.loading import load_model, load_processor, model_skeleton
+from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, model_skeleton
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
+from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.training.step import forward
 
 LENGTH = 512
@@ -247,6 +249,26 @@ def test_saved_and_loaded_it_is_the_same(loaded: Loaded, turns: list[Turn], tmp_
     assert torch.equal(answer_nll(again.model, reloaded), answer_nll(loaded.model, batch))
     shutil.copytree(tmp_path / "saved", tmp_path / "copy")
     assert digest_model(tmp_path / "copy") == digest_model(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_it_trains(loaded: Loaded, training_sets: dict[str, Path], tmp_path: Path, mode: str) -> None:
+    run = recipe(
+        loaded.folder,
+        training_sets["harmful"],
+        tmp_path / "run",
+        {"name": "npo"},
+        trainable={"mode": mode, "projector": True},
+        training={"max_steps": 2, "batch_size": 2, "gradient_checkpointing": True},
+    )
+    model, processor = load_run_model(run_recipe(run), "fp32")
+    assert type(processor).__name__ == type(loaded.processor).__name__
+    layout = layout_of(loaded.model)
+    before = dict(loaded.model.named_parameters())
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith(layout.layers) for name in changed)
+    assert any(is_projector(name, layout) for name in changed)
+    assert not any(is_vision(name, layout) for name in changed)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -90,7 +90,7 @@ class _WithoutVideos:
             elif name == "image_processor":
                 parts.append(AutoImageProcessor.from_pretrained(folder, **kwargs))
             else:
-                raise RequestError(f"a processor with {name} needs torchvision; install it")
+                raise RequestError(f"model {folder}: its processor has a part {name}, and no torchvision is there; install torchvision")
         return parts
 
     def check_argument_for_proper_class(self, name: str, argument: object) -> object:
