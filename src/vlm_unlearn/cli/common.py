@@ -55,6 +55,18 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
+def keep_deepspeed_off_stdout() -> None:
+    """Where DeepSpeed is installed, accelerate imports it, and it logs to standard output, which is for results."""
+    import logging
+
+    def divert(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            sys.stderr.write(f"{record.getMessage()}\n")
+        return False
+
+    logging.getLogger("DeepSpeed").addFilter(divert)
+
+
 class Stages:
     """Progress bars, one a stage, drawn on a terminal; on a pipe a line when a stage begins."""
 

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from vlm_unlearn.cli import data, demo, evaluate, train
-from vlm_unlearn.cli.common import fail
+from vlm_unlearn.cli.common import fail, keep_deepspeed_off_stdout
 from vlm_unlearn.errors import RequestError, WorkError, shown
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback o
 def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 the work failed, 2 the request was wrong."""
     debug = "--debug" in sys.argv[1:2]
+    keep_deepspeed_off_stdout()
     try:
         app()
     except RequestError as error:

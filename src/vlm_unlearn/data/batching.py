@@ -56,9 +56,9 @@ def render(processor: Processor, turn: Turn) -> Rendering:
         RequestError: a text holds the processor's image placeholder, or an answer says nothing; the record is named.
     """
     rounds = [*turn.history, (turn.question, turn.answer)]
-    token = getattr(processor, "image_token", None)
-    if token and any(token in (text or "") for pair in rounds for text in pair):
-        raise RequestError(f'"{turn.id}": the text holds the image placeholder {token}; take it out')
+    for token in _placeholders(processor):
+        if any(token in (text or "") for pair in rounds for text in pair):
+            raise RequestError(f'"{turn.id}": the text holds the image placeholder {token}; take it out')
     messages: list[dict[str, Any]] = []
     opens: list[str] = []
     closes: list[str] = []
@@ -79,10 +79,20 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     return Rendering(tuple(opens), tuple(closes))
 
 
+def _placeholders(processor: Processor) -> list[str]:
+    """What a family reads as the place of an image or video, in the template's words and in the model's."""
+    named = ("image_token", "video_token", "context_image_token")  # Gemma 3 and InternVL tell some by their tokenizer alone
+    found = [getattr(part, name, None) for part in (processor, processor.tokenizer) for name in named]
+    return list(dict.fromkeys(token for token in found if isinstance(token, str) and token))
+
+
 def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:
     """Encodes turns without labels, for generation (``left``) or hidden states (``right``).
 
     Returns every key that the processor made; ``input_ids`` and ``attention_mask`` are [B, S].
+
+    Raises:
+        RequestError: turns with and without an image, and the family can't take both in one batch (mllama).
     """
     return _call(processor, [render(processor, turn).text for turn in turns], turns, padding_side)
 
@@ -94,7 +104,7 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
     is cut at the end.
 
     Raises:
-        RequestError: a question with its image tokens leaves no room for an answer; the record is named.
+        RequestError: a question with its image tokens leaves no room for an answer; the record is named. Also as `encode`.
     """
     encoded = [_answer_spans(processor, turn) for turn in turns]
     batch = _call(processor, [text for text, _, _ in encoded], turns, "right")
@@ -178,8 +188,9 @@ def _needs_special_tokens(processor: Processor, text: str) -> bool:
 
 
 def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:
-    images = [[open_image(turn.image)] for turn in turns if turn.image is not None]
-    arguments: dict[str, Any] = {"images": images} if images else {}
+    # A turn without an image has its own empty list beside the others: idefics3, smolvlm and gemma3 match lists with texts.
+    images = [[open_image(turn.image)] if turn.image is not None else [] for turn in turns]
+    arguments: dict[str, Any] = {"images": images} if any(images) else {}
     encoded = processor(
         text=texts,
         **arguments,
@@ -188,6 +199,13 @@ def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding
         add_special_tokens=_needs_special_tokens(processor, texts[0]),
         return_tensors="pt",
     )
+    if "cross_attention_mask" in encoded and not all(images):
+        # Its cross-attention layers, left out where there is no image, attend to the empty tiles here: other answers, silently.
+        without = next(turn.id for turn in turns if turn.image is None)
+        raise RequestError(
+            f'"{without}": has no image, others of its batch have, and {type(processor).__name__} can\'t take both in one batch; '
+            "give every example of the set an image or none, or use batches of one"
+        )
     return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
 
 

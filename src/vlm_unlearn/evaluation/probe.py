@@ -27,11 +27,8 @@ class SuiteProbe:
 
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Rates by metric name; None where nothing could be scored."""
-        found = [
-            response
-            for batch in answers(model, self._processor, self._prompts, self._roots, self._suite.generation)
-            for response in batch
-        ]
+        batches = answers(model, self._processor, self._prompts, self._roots, self._suite.generation)
+        found = [response for batch in batches for response in batch]
         prompts = {prompt.id: prompt for prompt in self._prompts}
         verdicts = [grade(self._judge, prompts[response.prompt_id], response) for response in found]
         return {name: rate.value for name, rate in metric_rates(prompts, verdicts, self._suite.metrics).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,28 @@ def generate(
         on_done: called with (answered, all) after each batch.
     """
     log = RecordLog(file, Response)
-    # Alike lengths in one batch: less padding. Ties keep file order.
-    order = sorted(prompts, key=lambda prompt: len(prompt.question.split()))
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
+    done = 0
+    for batch in _batches(prompts, config.batch_size):
         if any((prompt.id, 0) not in log.keys for prompt in batch):
             log.append(_answer(model, processor, batch, images, config))
+        done += len(batch)
         if on_done:
-            on_done(min(start + config.batch_size, len(order)), len(order))
+            on_done(done, len(prompts))
+
+
+def answers(
+    model: Any, processor: Processor, prompts: Sequence[Prompt], images: Mapping[str, Path], config: GenerationConfig
+) -> Iterator[list[Response]]:
+    """The answers to all prompts, a batch at a time, kept in no file. Arguments as in `generate`."""
+    return (_answer(model, processor, batch, images, config) for batch in _batches(prompts, config.batch_size))
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Prompts of alike lengths together, for less padding; with and without image apart, as mllama needs it. Ties keep file order."""
+    for has_image in (True, False):
+        alike = [prompt for prompt in prompts if (prompt.image is not None) == has_image]
+        alike.sort(key=lambda prompt: len(prompt.question.split()))
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 @torch.no_grad()

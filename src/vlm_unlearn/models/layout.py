@@ -23,6 +23,10 @@ LAYOUTS = {
     "llava_next": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_tower"),
     "qwen2_5_vl": Layout("model.language_model.layers", "model.visual.merger", "model.visual"),
     "mllama": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_model"),
+    "idefics3": Layout("model.text_model.layers", "model.connector", "model.vision_model"),
+    "smolvlm": Layout("model.text_model.layers", "model.connector", "model.vision_model"),
+    "gemma3": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_tower"),
+    "internvl": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_tower"),
 }
 
 

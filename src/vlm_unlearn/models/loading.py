@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,7 @@ from vlm_unlearn.models.layout import layout_of
 from vlm_unlearn.store import digest_model, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,23 +50,43 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def load_processor(folder: Path, image_aspect_ratio: str = "processor") -> Processor:
-    """The model's processor, which must have a chat template.
+def local_folder(name: str) -> Path | None:
+    """Where a model's configuration lies on this machine, without asking a network; None where it doesn't."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except Exception:  # many types, all of them "not in the cache"
+            return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
+    """The model's processor, which must have a chat template. Saved with ``save_pretrained`` and loaded again, it does the same.
+
+    Args:
+        image_aspect_ratio: ``processor`` leaves images to the processor's own settings; ``pad`` pads them to squares first, as
+            LLaVA-1.5 was trained.
 
     Raises:
-        RequestError: the processor can't be loaded or has no chat template.
+        RequestError: the processor can't be loaded or has no chat template; padding makes no sense for it.
     """
-    from transformers import AutoProcessor
+    from vlm_unlearn.models.processors import auto_processor, pad_to_squares
 
     try:
-        # The PIL image processors: they need no torchvision, on any machine.
-        processor = AutoProcessor.from_pretrained(str(folder), backend="pil")
+        processor = auto_processor(folder)
+    except RequestError:
+        raise
     except Exception as error:  # a broken tokenizer file raises whatever it breaks
         raise RequestError(f"model {folder}: its processor can't be loaded: {_first_line(error)}") from None
     if not getattr(processor, "chat_template", None):
         raise RequestError(f"model {folder}: its processor has no chat template; add chat_template.jinja to the folder")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if image_aspect_ratio == "pad":
+        pad_to_squares(processor, folder)
     return processor
 
 
@@ -77,10 +98,12 @@ def load_model(folder: Path, precision: str, attn_implementation: str = "auto", 
         in_4_bits: whether the language model's linear layers are held in 4 bits (NF4, QLoRA, arXiv 2305.14314).
 
     Raises:
-        RequestError: transformers can't load the folder as an image-text-to-text model.
+        RequestError: transformers can't load the folder as an image-text-to-text model, or its files don't hold what its
+            config.json describes.
     """
     from transformers import AutoModelForImageTextToText
 
+    model_skeleton(folder)  # refuses in a moment what would fill the memory with random weights
     options: dict[str, Any] = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     if in_4_bits:
         options["quantization_config"] = _four_bits(folder, precision)
@@ -114,17 +137,58 @@ def model_skeleton(folder: Path) -> PreTrainedModel:
     """The model without weights (on the meta device), to check a request against in a moment.
 
     Raises:
-        RequestError: transformers doesn't know the configuration as an image-text-to-text model.
+        RequestError: transformers doesn't know the configuration as an image-text-to-text model, or it describes a model that the
+            weight files can't fill.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    skeleton: Any = skeleton_of(read_config(folder), str(folder))
+    # A text_config that is null or missing means the family's default, billions of weights that are in no file.
+    described, stored = sum(parameter.numel() for parameter in skeleton.parameters()), _stored_weights(folder)
+    if described > 2 * stored and getattr(skeleton.config, "quantization_config", None) is None:
+        raise RequestError(
+            f"model {folder}: its config.json describes {described:,} weights, its files hold {stored:,}; "
+            "look whether text_config or vision_config is missing or null there, or a file of weights is missing"
+        )
+    return skeleton
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a model folder.
+
+    Raises:
+        RequestError: transformers doesn't know it.
+    """
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(folder))
-        with torch.device("meta"):
-            skeleton: Any = AutoModelForImageTextToText.from_config(config)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder))
     except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+    return config
+
+
+def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """A model of a configuration, without weights.
+
+    Raises:
+        RequestError: it is no image-text-to-text model.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    except Exception as error:
+        raise RequestError(f"model {name}: transformers can't load it: {_first_line(error)}") from None
     return skeleton
+
+
+def _stored_weights(folder: Path) -> int:
+    """How many numbers the folder's weight files hold, from their headers."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 (no dict)
+    return count
 
 
 def run_model_folder(name: str) -> Path:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,15 @@ from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Method, Role, build_method
 from vlm_unlearn.models.layout import decoder_layers
-from vlm_unlearn.models.loading import load_processor, local_folder, model_folder, model_skeleton, resolve_precision, skeleton_of
+from vlm_unlearn.models.loading import (
+    load_processor,
+    local_folder,
+    model_folder,
+    model_skeleton,
+    read_config,
+    resolve_precision,
+    skeleton_of,
+)
 from vlm_unlearn.models.shapes import KNOWN
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.store import digest_model
@@ -192,7 +201,9 @@ def preview(recipe: Recipe) -> Preview:
     per_step = training.batch_size * training.gradient_accumulation_steps * count
     stream = TrainingStream(training_set, method, steps * per_step, training.seed)
     folder = local_folder(recipe.model)
-    bare = model_skeleton(folder) if folder else skeleton_of(KNOWN[recipe.model]())
+    if folder is None and recipe.model not in KNOWN:
+        raise RequestError(f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder")
+    bare = skeleton_of(read_config(folder) if folder else KNOWN[recipe.model](), recipe.model)
     config = bare.config.get_text_config()
     skeleton = prepare_trainable(bare, recipe.trainable)
     prepare_method(method, skeleton, training.seed)
@@ -205,7 +216,7 @@ def preview(recipe: Recipe) -> Preview:
         layers=config.num_hidden_layers,
         vocabulary=config.vocab_size,
     )
-    precision = resolve_precision(training.precision)
+    precision = "bf16" if training.precision == "auto" else training.precision  # what a GPU gets
     batch = training.batch_size * sum(tokens.values())
     memory = estimate(
         shape,
