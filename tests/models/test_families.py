@@ -15,16 +15,17 @@ from PIL import Image
 
 import families
 from helpers import recipe
-from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.config import GenerationConfig, MethodConfig
 from vlm_unlearn.data.batching import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.generation.hf import generate
+from vlm_unlearn.methods import build_method
 from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
 from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, model_skeleton
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.runner import run_recipe
-from vlm_unlearn.training.step import forward
+from vlm_unlearn.training.step import ModelStep, forward
 
 LENGTH = 512
 ENDS = {"llava": "</s>", "llava_next": "</s>", "mllama": "<|eot_id|>", "gemma3": "<end_of_turn>"} | {
@@ -251,13 +252,27 @@ def test_saved_and_loaded_it_is_the_same(loaded: Loaded, turns: list[Turn], tmp_
     assert digest_model(tmp_path / "copy") == digest_model(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_it_trains(loaded: Loaded, training_sets: dict[str, Path], tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "data", "weight", "mode"),
+    [
+        ({"name": "npo", "retain_npo_weight": 1.0}, "harmful", 0.0, "lora"),  # reference NLLs
+        ({"name": "dpo"}, "harmful", 0.0, "full"),  # and two answers to one question
+        ({"name": "kl"}, "safe_eraser", 0.5, "full"),  # reference logits
+        ({"name": "rmu", "layer": 0}, "safe_eraser", 0.5, "full"),  # hidden states, question and answer in one turn
+        ({"name": "rr", "layers": [0, 1]}, "harmful", 0.0, "lora"),  # hidden states of several layers and both sets
+        ({"name": "po"}, "safe_eraser", 0.5, "lora"),  # no reference
+    ],
+    ids=["npo", "dpo", "kl+pd", "rmu+pd", "rr", "po+pd"],
+)
+def test_it_trains(
+    loaded: Loaded, training_sets: dict[str, Path], tmp_path: Path, method: dict[str, object], data: str, weight: float, mode: str
+) -> None:
     run = recipe(
         loaded.folder,
-        training_sets["harmful"],
+        training_sets[data],
         tmp_path / "run",
-        {"name": "npo"},
+        method,
+        prompt_decouple_weight=weight,
         trainable={"mode": mode, "projector": True},
         training={"max_steps": 2, "batch_size": 2, "gradient_checkpointing": True},
     )
@@ -269,6 +284,32 @@ def test_it_trains(loaded: Loaded, training_sets: dict[str, Path], tmp_path: Pat
     assert any(name.startswith(layout.layers) for name in changed)
     assert any(is_projector(name, layout) for name in changed)
     assert not any(is_vision(name, layout) for name in changed)
+
+
+def test_one_pass_for_all_roles_changes_nothing(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roles whose images and texts differ in size give the same likelihoods, logits and hidden states joined as one by one."""
+    turns = {}
+    for role, sizes in (("forget", [(64, 48), (30, 70)]), ("retain", [(20, 20), (64, 64)])):
+        turns[role] = []
+        for number, (width, height) in enumerate(sizes):
+            file = tmp_path / f"{role}{number}.png"
+            Image.new("RGB", (width, height), (90 * number, 120, 30)).save(file)
+            question = "what is this ?" if role == "forget" else "what is this , and what is that beside it ?"
+            turns[role].append(Turn(f"{role}{number}", file, question, "a cat ." * (number + 1)))
+    batches: Any = {role: encode_with_labels(loaded.processor, found, 2048) for role, found in turns.items()}
+    batches["text"] = encode_with_labels(loaded.processor, [Turn("text", None, "what is this ?", "a dog .")], 2048)
+    method = build_method(MethodConfig.model_validate({"name": "rr", "layers": [0]}), 0.0)
+    loaded.model.eval()
+    with torch.no_grad():
+        joined = ModelStep(loaded.model, batches, method, None)
+        ways = [(joined.nll(role), joined.hidden(role, 0), joined.cross_entropy(role)) for role in batches]
+        monkeypatch.setattr("vlm_unlearn.training.step.can_join", lambda batches: False)
+        alone = ModelStep(loaded.model, batches, method, None)
+        for role, (nll, hidden, ce) in zip(batches, ways, strict=True):
+            torch.testing.assert_close(alone.nll(role), nll, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(alone.cross_entropy(role), ce, atol=1e-4, rtol=1e-4)
+            real = batches[role]["attention_mask"].bool()
+            torch.testing.assert_close(alone.hidden(role, 0)[real], hidden[real], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

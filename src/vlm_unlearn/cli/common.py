@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -103,8 +103,8 @@ class Stages:
         self._progress.stop()
 
 
-def rates_table(rows: list[Row]) -> Table:
-    """The summary as a table: rates in percent, 95 % intervals below."""
+def rates_table(rows: list[Row], costs: Mapping[str, str] | None = None) -> Table:
+    """The summary as a table: rates in percent, 95 % intervals below; and what each model took to train."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -117,12 +117,16 @@ def rates_table(rows: list[Row]) -> Table:
     used = [(metric, heading) for metric, heading, _ in COLUMNS if any(metric in row.metrics for row in rows)]
     for _, heading in used:
         table.add_column(heading, justify="right")
+    if costs:
+        table.add_column("training", justify="right")
     for row in rows:
         cells = []
         for metric, _ in used:
             rate = row.metrics.get(metric)
             failed = f"\n{rate.failed} failed" if rate is not None and rate.failed else ""
             cells.append(f"{percent(rate)}\n[dim]{interval(rate)[1:-1]}[/dim]{failed}")
+        if costs:
+            cells.append(costs.get(row.model, "–"))
         table.add_row(escape(row.model), *cells)
     return table
 

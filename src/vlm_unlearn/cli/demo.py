@@ -30,6 +30,7 @@ def demo(
     started = time.monotonic()
     notes = status_console()
     with notes.status("loading transformers"):
+        from vlm_unlearn.reporting.curves import write_loss_png
         from vlm_unlearn.reporting.html import training_cost, write_report
         from vlm_unlearn.reporting.words import meaning
         from vlm_unlearn.store import note_cost, peak_memory_mb
@@ -40,8 +41,10 @@ def demo(
         summary = run_demo(out, seed, bars.update, full)
     report = out / "report.html"
     runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
-    costs = {row.model: training_cost(training_folder(out, row.model)) for row in summary.rows}
-    write_report(report, summary, runs, f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}", costs)
+    training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
+    for run in training.values():
+        write_loss_png(run)
+    write_report(report, summary, runs, f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}", training)
     seconds = time.monotonic() - started
     note_cost(out, seconds, finished=True)
     if as_json:
@@ -50,7 +53,7 @@ def demo(
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    console.print(rates_table(list(summary.rows)))
+    console.print(rates_table(list(summary.rows), {model: training_cost(run) for model, run in training.items()}))
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     console.print(f"\n{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False)

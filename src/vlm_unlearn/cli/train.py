@@ -47,6 +47,7 @@ def train(
         if plan_only:
             _show_preview(preview(recipe), as_json)
             return
+        from vlm_unlearn.reporting.curves import write_loss_png
         from vlm_unlearn.training.runner import run_plan
 
         planned = plan(recipe)
@@ -64,10 +65,11 @@ def train(
         model = run_plan(planned, on_step, probe)
     if not first:
         return
+    curves = write_loss_png(recipe.output)
     if as_json:
-        print_json({"name": name, "model": str(model), "log": str(recipe.output / "log.jsonl")})
+        print_json({"name": name, "model": str(model), "log": str(recipe.output / "log.jsonl"), "loss": str(curves) if curves else None})
     else:
-        typer.echo(f"{name}: trained model in {model}")
+        typer.echo(f"{name}: trained model in {model}; loss curves: {curves}")
 
 
 def _probe(planned: Plan) -> Probe | None:

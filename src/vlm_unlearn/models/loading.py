@@ -17,7 +17,7 @@ from vlm_unlearn.store import digest_model, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def model_folder(name: str) -> Path:
@@ -225,6 +225,14 @@ def load_run_model(folder: Path, precision: str) -> tuple[PreTrainedModel, Proce
 
     adapted = PeftModel.from_pretrained(load_model(model_folder(_adapter_base(folder)), precision), str(folder))
     return adapted.merge_and_unload(), load_processor(folder)
+
+
+def saved_precision(folder: Path) -> str:
+    """The precision that a model's weights are saved in; for an adapter, its base's."""
+    if (folder / "adapter_config.json").is_file():
+        folder = model_folder(_adapter_base(folder))
+    dtype = getattr(read_config(folder), "dtype", None)
+    return next((name for name, known in DTYPES.items() if known == dtype), "fp32")
 
 
 def _adapter_base(folder: Path) -> str:

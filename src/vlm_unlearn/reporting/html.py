@@ -16,6 +16,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from vlm_unlearn.records import Summary
+from vlm_unlearn.reporting.curves import loss_figure
 from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars
 from vlm_unlearn.reporting.samples import Sample, collect_samples
 from vlm_unlearn.reporting.words import interval, meaning, percent
@@ -34,13 +35,14 @@ COLUMNS = (
 )
 
 
-def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: str, costs: Mapping[str, str] | None = None) -> None:
+def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: str, training: Mapping[str, Path] | None = None) -> None:
     """Writes the report of a summary.
 
     Args:
         runs: evaluation folder of each model, for the page of samples.
-        costs: what each model took to make, as shown text.
+        training: training run of each model that has one, for loss curves and cost.
     """
+    training = training or {}
     plotly = _plotly_script()
     template_files = files("vlm_unlearn.reporting") / "templates"
     script = (template_files / "report.js").read_text(encoding="utf-8")
@@ -48,6 +50,9 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
     template = environment.from_string((template_files / "report.html.j2").read_text(encoding="utf-8"))
     used = [column for column in COLUMNS if any(column[0] in row.metrics for row in summary.rows)]
     figures = _figures(summary)
+    curves = loss_figure(training)
+    if curves:
+        figures["loss"] = curves
     page = template.render(
         title=title,
         policy=f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {_source(plotly)} {_source(script)}",
@@ -59,7 +64,7 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
         columns=used,
         rows=summary.rows,
         failed=sum(sum(counts.get("failed", 0) for counts in row.labels.values()) for row in summary.rows),
-        costs=costs or {},
+        costs={model: training_cost(run) for model, run in training.items()},
         samples=_by_case(collect_samples(runs)),
         percent=percent,
         interval=interval,
@@ -67,9 +72,9 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
     write_text(file, page)
 
 
-def training_cost(training: Path | None) -> str:
+def training_cost(training: Path) -> str:
     """``"5.1 s"``: the training time that a run's manifest holds."""
-    if training is None or not (training / "manifest.json").exists():
+    if not (training / "manifest.json").exists():
         return "–"
     return f"{read_json(training / 'manifest.json')['wall_seconds']:.1f} s"
 

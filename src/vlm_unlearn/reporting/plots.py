@@ -44,7 +44,7 @@ def rate_bars(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], titl
                 },
             }
         )
-    return {"data": traces, "layout": _layout(title) | {"barmode": "group"}}
+    return {"data": traces, "layout": layout(title) | {"barmode": "group"}}
 
 
 def label_bars(rows: Sequence[Row], case: str, title: str) -> Figure:
@@ -55,10 +55,11 @@ def label_bars(rows: Sequence[Row], case: str, title: str) -> Figure:
         shares = [100 * row.labels[case][label] / sum(row.labels[case].values()) for row in shown]
         name = label.replace("_", " ")
         traces.append({"type": "bar", "name": name, "x": [row.model for row in shown], "y": shares, "marker": {"color": COLOURS[label]}})
-    return {"data": traces, "layout": _layout(title) | {"barmode": "stack"}}
+    return {"data": traces, "layout": layout(title) | {"barmode": "stack"}}
 
 
-def _layout(title: str) -> dict[str, Any]:
+def layout(title: str) -> dict[str, Any]:
+    """What all figures share."""
     return {
         "title": {"text": title},
         "yaxis": {"range": [0, 103], "ticksuffix": " %"},

@@ -108,6 +108,7 @@ def plan(recipe: Recipe) -> Plan:
     TrainingStream(training_set, method, 1, recipe.training.seed)  # refuses a set without the pairs that the method needs
     skeleton = prepare_trainable(model_skeleton(folder), recipe.trainable)
     prepare_method(method, skeleton, recipe.training.seed)
+    _check_text_only(recipe, method, training_set, skeleton)
     processor = load_processor(folder, recipe.image_aspect_ratio)
     Collator(processor, training_set, method, recipe.training.max_length, {}).check_lengths()
     return Plan(
@@ -153,6 +154,30 @@ def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
         raise RequestError("trainable.projector=sine doesn't work with FSDP or DeepSpeed; use recipes/engines/ddp.yaml")
     if sharded and recipe.probe and recipe.probe.keep_best:
         raise RequestError("probe.keep_best doesn't work with FSDP or DeepSpeed; leave it out, or use recipes/engines/ddp.yaml")
+
+
+def _check_text_only(recipe: Recipe, method: Method, training_set: TrainingSet, model: PreTrainedModel) -> None:
+    """Families that take images in by cross-attention (mllama) leave those layers out where there is no image.
+
+    Raises:
+        RequestError: a set mixes examples with and without image and batches hold several, or the loss needs a layer that is left out.
+    """
+    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
+    if not crossing:
+        return
+    for role in method.roles:
+        without = [example.id for example in training_set.examples.get(role, ()) if example.image is None]
+        if without and len(without) < len(training_set.examples[role]) and recipe.training.batch_size > 1:
+            raise RequestError(
+                f'{training_set.folder}: {role} example "{without[0]}" has no image, others have, and this model takes no mixed '
+                "batches; set training.batch_size=1 (and more accumulation), or give every example of the set an image or none"
+            )
+        left_out = sorted(set(crossing) & set(method.hidden_layers))
+        if without and left_out:
+            raise RequestError(
+                f'{training_set.folder}: {role} example "{without[0]}" has no image, and decoder layer {left_out[0]} of this model is left '
+                f"out then (cross-attention layers: {', '.join(map(str, crossing))}); choose another method.layer"
+            )
 
 
 def _need(module: str, what: str, wish: str) -> None:

@@ -125,6 +125,7 @@ def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback
     if arguments.process_index == 0:
         rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
         write_json(recipe.output / "trainable.json", rows)
+        write_json(recipe.output / "recipe.json", recipe.model_dump(mode="json"))
     trainer = UnlearningTrainer(
         method=method,
         reference=reference,

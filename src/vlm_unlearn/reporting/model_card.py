@@ -1,0 +1,123 @@
+"""The README.md of an exported model, from what the run and its evaluations wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.methods import METHODS
+from vlm_unlearn.records import Row, Summary
+from vlm_unlearn.reporting.html import COLUMNS
+from vlm_unlearn.reporting.words import interval, percent
+from vlm_unlearn.store import read_json, read_manifest
+
+
+def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
+    """A model card for the hub.
+
+    Args:
+        run: a training run's folder.
+        evaluations: evaluation folders, each with a summary.json, of this model and of what it is compared with.
+
+    Raises:
+        RequestError: `run` is no training run, or an evaluation has no summary.
+    """
+    manifest = read_manifest(run)
+    identity = manifest["identity"]
+    if identity.get("kind") != "train":
+        raise RequestError(f"{run}: is no training run; pass a folder that `vlm-unlearn train` wrote")
+    recipe = read_json(run / "recipe.json")
+    method = recipe["method"]
+    decoupled = recipe["prompt_decouple_weight"]
+    rows = [row for folder in evaluations for row in _rows(folder)]
+    training = recipe["training"]
+    settings = {
+        "method": method["name"],
+        **{key: value for key, value in method.items() if key != "name"},
+        **({"prompt decouple weight": decoupled} if decoupled else {}),
+        "trained": recipe["trainable"]["mode"],
+        "epochs": training["epochs"],
+        "optimizer steps": training["max_steps"] or "as the epochs give",
+        "learning rate": training["learning_rate"],
+        "batch": f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {identity['processes']} process(es)",
+        "seed": training["seed"],
+        "precision": identity["precision"],
+    }
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    front["tags"] = ["machine-unlearning", "safety", method["name"]]
+    base = recipe["model"]
+    on_the_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    if on_the_hub:
+        front["base_model"] = base
+    source = METHODS[method["name"]].source if method["name"] in METHODS else ""
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {_cell(base if on_the_hub else Path(base).name)}, unlearned with {_cell(method['name'])}",
+        "",
+        f"Harmful knowledge was removed from a vision-language model with {_cell(method['name'])} ({source}) by vlm-unlearn.",
+        "",
+        "## How it was made",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in settings.items()),
+        "",
+        f"Base model's digest: `{identity['model']}`. The training data's digests, package versions, time and memory are in "
+        "`unlearning_manifest.json`.",
+        "",
+        "## What was measured",
+        "",
+        *(_measured(rows) if rows else ["Nothing yet: pass `--evaluation` to `vlm-unlearn export`."]),
+        "",
+        "## What this can't tell",
+        "",
+        "- Unlearning was measured with the questions and attacks above; others may bring the knowledge back, and so may further training.",
+        "- A model can be safe by being broken: read the degenerate rate and the utility beside the attack success rate.",
+        "- Judges err; each rate is one judge's, with failures left out and counted.",
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")',
+        'processor = AutoProcessor.from_pretrained("THIS_FOLDER")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(folder: Path) -> list[Row]:
+    if not (folder / "summary.json").is_file():
+        raise RequestError(f"{folder}: has no summary.json; run `vlm-unlearn evaluate` or `score` first")
+    return list(Summary.model_validate(read_json(folder / "summary.json")).rows)
+
+
+def _measured(rows: Sequence[Row]) -> list[str]:
+    used = [(metric, heading, what) for metric, heading, what in COLUMNS if any(metric in row.metrics for row in rows)]
+    lines = [
+        "| model | judge | " + " | ".join(heading for _, heading, _ in used) + " |",
+        "|---|---|" + "---:|" * len(used),
+    ]
+    for row in rows:
+        cells = []
+        for metric, _, _ in used:
+            rate = row.metrics.get(metric)
+            failed = f", {rate.failed} failed" if rate is not None and rate.failed else ""
+            cells.append(f"{percent(rate)} {interval(rate)}{failed}".strip())
+        lines.append(f"| {_cell(row.model)} | {_cell(row.judge)} | " + " | ".join(cells) + " |")
+    return [*lines, "", "Rates with 95 % intervals.", *(f"- {heading}: {what}." for _, heading, what in used)]
+
+
+def _cell(value: object) -> str:
+    """Text that stays inside its table cell or heading, whatever a file said."""
+    text = " ".join(str(value).split())[:200]
+    return "".join(f"&#{ord(character)};" if character in "|<>[]`*&#\\" else character for character in text)
