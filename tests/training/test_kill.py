@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from helpers import run, run_killing
+from helpers import command, run, run_killing
 
 
 @pytest.mark.parametrize("trainable", ["{}", "{mode: lora, lora: {r: 4, dropout: 0.1}}"], ids=["full", "lora"])
@@ -34,3 +41,43 @@ def test_killed_training_ends_with_the_same_weights(
     for name in (f"model/{weights}", "log.jsonl", "trainable.json"):
         assert (run_folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not checkpoints.exists()
+
+
+def test_killed_at_random_moments(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    """RMU with its control vector, a frozen copy, accumulation and prompt decoupling, killed wherever it falls, from start-up to the
+    last save. ``VLM_UNLEARN_KILLS=10`` kills more often than CI does."""
+
+    def arguments(name: str) -> list[object]:
+        keys = [f"model={tiny_model}", f"data={training_sets['safe_eraser']}", f"output={tmp_path / name}", "prompt_decouple_weight=0.5"]
+        steps = ["training.max_steps=60", "training.batch_size=2", "training.gradient_accumulation_steps=2", "training.save_steps=3"]
+        return ["train", "tiny/rmu", *keys, *steps]
+
+    started = time.monotonic()
+    done = run(*arguments("whole"))
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    chance = random.Random()  # another draw each time, named below if the test fails
+    fell: list[str] = []
+
+    def compare() -> None:
+        for name in ("model/model.safetensors", "model/method_state.safetensors", "log.jsonl"):
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (name, fell)
+
+    while len(fell) < int(os.environ.get("VLM_UNLEARN_KILLS", "3")):
+        delay = chance.uniform(0.2, 1.0) * seconds
+        process = subprocess.Popen(command(*arguments("killed")), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            found = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("*"))
+            fell.append(f"{delay:.2f} s: {found}")
+        manifest = tmp_path / "killed" / "manifest.json"
+        if manifest.exists() and json.loads(manifest.read_text())["finished"]:  # once more from the start
+            compare()
+            shutil.rmtree(tmp_path / "killed")
+    done = run(*arguments("killed"))
+    assert done.returncode == 0, (done.stderr, fell)
+    compare()
+    print(f"killed {len(fell)} times:", *fell, sep="\n")  # noqa: T201 (seen with -s)

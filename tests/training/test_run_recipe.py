@@ -10,14 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import families
 from helpers import recipe
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.data.importing import import_vlguard
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import RequestError, WorkError
-from vlm_unlearn.models.loading import load_run_model, run_model_folder
+from vlm_unlearn.models.loading import load_model, load_run_model, run_model_folder
 from vlm_unlearn.store import lock_run
+from vlm_unlearn.training.planning import plan
 from vlm_unlearn.training.runner import run_recipe
+from vlm_unlearn.training.trainer import last_complete_checkpoint
 
 VISION, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
 RMU = {"name": "rmu", "layer": 0}
@@ -27,15 +30,28 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def before_and_after(base: Path, run: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """All weights of the base and of what was made of it, adapters merged."""
+    return load_model(base, "fp32").state_dict(), load_run_model(run_model_folder(str(run)), "fp32")[0].state_dict()
+
+
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+RR = {"name": "rr", "layers": [0, 1]}
+FORGETTING = ["ga", "gd", "kl", "npo", "simnpo", "po", "idk_dpo", "undial", RMU, RR]
+
+
 @pytest.mark.parametrize(
     ("method", "data", "weight"),
-    [("npo", "harmful", 0.0), (RMU, "harmful", 0.0), ("mixed_sft", "refusals", 0.0), ("po", "safe_eraser", 0.0)]
-    + [(method, "safe_eraser", 0.5) for method in ("npo", RMU, "po", "mixed_sft")],
+    [
+        *((method, "harmful", 0.0) for method in [*FORGETTING, "dpo"]),
+        *((method, "refusals", 0.0) for method in ("mixed_sft", "posthoc_sft")),
+        *((method, "safe_eraser", 0.5) for method in [*FORGETTING, "mixed_sft"]),
+        *(({"name": name, "paper": True}, "safe_eraser", 0.5) for name in ("kl", "npo")),
+    ],
 )
 def test_every_method_trains(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: object, data: str, weight: float
@@ -68,19 +84,42 @@ def test_weight_zero_is_the_bare_method_to_the_bit(tiny_model: Path, training_se
     assert not moved(weights(bare), weights(zero))
 
 
-@pytest.mark.parametrize("method", [{"name": "npo", "beta": 0.5, "retain_npo_weight": 1.0}, {"name": "npo", "paper": True}])
+LORA = {"mode": "lora", "lora": {"r": 4, "alpha": 8}}
+
+
+@pytest.mark.parametrize(
+    ("method", "sources"),
+    [
+        ({"name": "npo", "beta": 0.5, "retain_npo_weight": 1.0}, ("cache", "copy", "adapter")),
+        ({"name": "npo", "paper": True}, ("cache", "copy", "adapter")),
+        ({"name": "dpo"}, ("cache", "copy", "adapter")),
+        ({"name": "idk_dpo"}, ("cache", "copy", "adapter")),
+        ("kl", ("copy", "adapter")),
+        ("undial", ("copy", "adapter")),
+        (RMU, ("copy", "adapter")),
+        (RR, ("copy", "adapter")),
+    ],
+    ids=["npo", "npo-paper", "dpo", "idk_dpo", "kl", "undial", "rmu", "rr"],
+)
 def test_references_agree_wherever_they_come_from(
-    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: dict[str, object]
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: dict[str, object], sources: tuple[str, ...]
 ) -> None:
-    lora = {"mode": "lora", "lora": {"r": 4, "alpha": 8}}
-    logs = {}
-    for source, trainable in (("cache", {}), ("copy", {}), ("cache+lora", lora), ("adapter+lora", lora)):
+    """With dropout: the reference is the model without it."""
+    trainable = {**LORA, "lora": {**LORA["lora"], "dropout": 0.1}}  # type: ignore[dict-item]
+    results = []
+    for source in sources:
         output = tmp_path / source
-        run_recipe(recipe(tiny_model, training_sets["harmful"], output, method, trainable=trainable, reference=source.split("+")[0]))
-        logs[source] = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    for one, other in (("cache", "copy"), ("cache+lora", "adapter+lora")):
-        for a, b in zip(logs[one], logs[other], strict=True):
-            assert float(a["forget"]) == pytest.approx(float(b["forget"]), abs=1e-5)
+        run_recipe(recipe(tiny_model, training_sets["harmful"], output, method, trainable=trainable, reference=source))
+        results.append(load_file(output / "model" / "adapter_model.safetensors"))
+    for other in results[1:]:
+        assert max(float((results[0][name] - other[name]).abs().max()) for name in other) < 1e-5
+
+
+def test_a_frozen_copy_is_the_cache_in_full_training(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    for source in ("cache", "copy"):
+        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / source, "npo", reference=source))
+    cached, copied = (weights(tmp_path / source / "model") for source in ("cache", "copy"))
+    assert max(float((cached[name] - copied[name]).abs().max()) for name in cached) < 1e-5
 
 
 def test_rmu_under_lora_and_full_see_the_same_reference(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
@@ -147,14 +186,55 @@ def test_changed_images_are_other_data(tiny_model: Path, world: Path, tmp_path: 
         run_recipe(wanted)
 
 
-def test_accumulation_means_what_it_says(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    """4 x 1 gives an RMU step of the same size as 1 x 4: a mean loss must not be scaled twice (4 times the gradient)."""
-    norms = []
-    for name, batch, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
+@pytest.mark.parametrize("method", ["gd", "kl", "npo", "po", "undial", "idk_dpo", RMU, RR], ids=str)
+def test_accumulation_is_the_whole_batch(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: object) -> None:
+    """4 x 2 trains what 1 x 8 trains, though answers differ in length: each token of the step weighs the same."""
+    results = []
+    for name, batch, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
+        training = {"max_steps": 3, "batch_size": batch, "gradient_accumulation_steps": accumulation}
+        wanted = recipe(tiny_model, training_sets["safe_eraser"], tmp_path / name, method, training=training, prompt_decouple_weight=0.5)
+        results.append(weights(run_recipe(wanted)))
+    assert max(float((results[0][name] - results[1][name]).abs().max()) for name in results[0]) < 1e-5
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    for whole, parts in zip(*logs, strict=True):
+        assert parts == {key: pytest.approx(value, abs=1e-4, rel=1e-4) for key, value in whole.items()}
+
+
+def test_the_published_counting_weighs_micro_batches_alike(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    losses = []
+    for name, batch, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
         training = {"max_steps": 1, "batch_size": batch, "gradient_accumulation_steps": accumulation}
-        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / name, RMU, training=training))
-        norms.append(float(json.loads((tmp_path / name / "log.jsonl").read_text())["grad_norm"]))
-    assert norms[1] == pytest.approx(norms[0], rel=0.1)
+        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / name, {"name": "gd", "paper": True}, training=training))
+        losses.append(float(json.loads((tmp_path / name / "log.jsonl").read_text())["retain"]))
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_projector_has_its_own_learning_rate(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, mode: str) -> None:
+    """AdamW's first step moves a weight by its learning rate."""
+    training = {"max_steps": 1, "learning_rate": 1e-3, "projector_learning_rate": 1e-5, "scheduler": "constant"}
+    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "gd", training=training, trainable={"mode": mode}))
+    before, after = before_and_after(tiny_model, tmp_path / "run")
+    moves = {
+        part: max(float((after[name] - before[name]).abs().max()) for name in before if part in name) for part in (PROJECTOR, LANGUAGE)
+    }
+    assert moves[PROJECTOR] == pytest.approx(1e-5, rel=0.05)
+    assert moves[LANGUAGE] > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_sine_projector_moves_within_one(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, mode: str) -> None:
+    """SineProject: W + sin(dW), so that no step, however long, moves a weight by more than 1; merged in what is saved."""
+    training = {"max_steps": 6, "learning_rate": 5.0, "max_grad_norm": 1e9, "scheduler": "constant"}
+    trainable = {"mode": mode, "projector": "sine", "layers": [1], "lora": {"r": 1, "target_modules": ["o_proj"]}}
+    if mode == "full":
+        trainable |= {"parameters": ["nothing"]}
+    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "gd", training=training, trainable=trainable))
+    before, after = before_and_after(tiny_model, tmp_path / "run")
+    assert after.keys() == before.keys()
+    moves = [float((after[name] - before[name]).abs().max()) for name in before if PROJECTOR in name]
+    assert 0.5 < max(moves) <= 1.0
+    assert not any(LANGUAGE in name for name in before if mode == "full" and not torch.equal(before[name], after[name]))
 
 
 def test_a_finished_run_is_not_run_again(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
@@ -190,6 +270,16 @@ def test_divergence_stops_the_run(tiny_model: Path, training_sets: dict[str, Pat
         ("npo", {"reference": "adapter"}, r"reference: adapter needs trainable\.mode=lora"),
         (RMU, {"reference": "cache"}, r"reference: cache holds one NLL a sample"),
         ("npo", {"trainable": {"mode": "lora", "parameters": ["mlp"]}}, r"parameters and vision_tower are for mode=full"),
+        ({"name": "rr", "layers": [0, 9]}, {}, r"method\.layer: 9 out of range; the model has decoder layers 0 to 1"),
+        ("kl", {"reference": "cache"}, r"reference: cache holds one NLL a sample, and this method needs logits; use reference=auto"),
+        ("npo", {"trainable": {"mode": "qlora"}}, r"trainable\.mode=qlora needs a CUDA GPU; use trainable\.mode=lora"),
+        ("npo", {"training": {"attn_implementation": "flash_attention_2"}}, r"flash_attention_2 needs a CUDA GPU; use sdpa"),
+        ("npo", {"training": {"report_to": ["trackio"]}}, r"report_to=trackio needs the package trackio: pip install trackio"),
+        (
+            "npo",
+            {"training": {"projector_learning_rate": 1e-5}, "trainable": {"projector": False}},
+            r"projector_learning_rate: the projector doesn't train; set trainable\.projector=true",
+        ),
         ("npo", {"training": {"max_length": 8}}, r'example ".*": question and image take \d+ tokens, max_length is 8'),
         (RMU, {"training": {"max_length": 8}}, r'example ".*": question, image and answer take \d+ tokens'),
     ],
@@ -200,3 +290,61 @@ def test_wrong_requests_write_nothing(
     with pytest.raises(RequestError, match=message):
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", method, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_dpo_needs_its_preferred_answers(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"dpo needs preferred\.jsonl; import VLGuard with --harmful-answers, .* or take idk_dpo"):
+        run_recipe(recipe(tiny_model, training_sets["safe_eraser"], tmp_path / "run", "dpo"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "message"),
+    [
+        (
+            "FSDP",
+            {"trainable": {"projector": "sine"}},
+            r"projector=sine doesn't work with FSDP or DeepSpeed; use recipes",
+        ),
+        ("DEEPSPEED", {"method": RMU}, r"needs a frozen copy of what trains, which DeepSpeed hides; use recipes/engines/fsdp2\.yaml"),
+        ("FSDP", {"probe": {"suite": "suites/tiny", "keep_best": {"asr": -1}}}, r"probe\.keep_best doesn't work with FSDP"),
+    ],
+)
+def test_engines_say_what_they_cannot(
+    tiny_model: Path,
+    training_sets: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setattr("vlm_unlearn.training.planning._need", lambda *arguments: None)
+    method = changes.pop("method", "npo")
+    with pytest.raises(RequestError, match=message):
+        plan(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", method, **changes))
+
+
+def test_cross_attention_families_take_images_or_none(training_sets: dict[str, Path], tmp_path: Path) -> None:
+    families.build("mllama", tmp_path / "mllama")
+    whole = read_training_set(training_sets["harmful"])
+    examples = {name: list(found) for name, found in whole.examples.items()}
+    examples["retain"][0] = examples["retain"][0].model_copy(update={"image": None})
+    write_training_set(tmp_path / "data", whole.images, examples, {})
+    with pytest.raises(RequestError, match=r'retain example ".*" has no image, others have, .* set training\.batch_size=1'):
+        plan(recipe(tmp_path / "mllama", tmp_path / "data", tmp_path / "run", "npo"))
+    layer = min(load_model(tmp_path / "mllama", "fp32").config.text_config.cross_attention_layers)
+    rmu = {"name": "rmu", "layer": layer}
+    with pytest.raises(RequestError, match=rf"decoder layer {layer} of this model is left out then"):
+        plan(recipe(tmp_path / "mllama", tmp_path / "data", tmp_path / "run", rmu, training={"batch_size": 1}))
+
+
+def test_a_divergence_keeps_the_last_good_checkpoint(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    """Weight decay blows the weights up from step to step, past what a float holds."""
+    training = {"learning_rate": 1.0, "weight_decay": 3e5, "max_steps": 30, "save_steps": 1, "scheduler": "constant"}
+    with pytest.raises(WorkError, match=r"not finite at step \d+.*; lower .*; the last good checkpoint is .*checkpoint-\d+"):
+        run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "mixed_sft", training=training))
+    kept = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert kept is not None
+    assert all(value.isfinite().all() for value in load_file(kept / "trained.safetensors").values())
+    assert (tmp_path / "run" / "log.jsonl").exists()

@@ -38,7 +38,7 @@ from vlm_unlearn.training.references import AdapterReference, CopyReference, Ref
 from vlm_unlearn.training.step import forward
 from vlm_unlearn.training.stream import NLL, Collator, TrainingStream
 from vlm_unlearn.training.trainer import UnlearningTrainer, last_complete_checkpoint
-from vlm_unlearn.training.watching import OnStep, Watch
+from vlm_unlearn.training.watching import OnStep, Watch, tensorboard
 
 
 def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
@@ -137,6 +137,8 @@ def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
+    if "tensorboard" in recipe.training.report_to and arguments.process_index == 0:
+        trainer.add_callback(tensorboard(recipe.output))
     return trainer, processor
 
 
@@ -169,8 +171,9 @@ def _arguments(planned: Plan) -> TrainingArguments:
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         label_names=["forget", "retain"],
-        report_to=list(training.report_to) or "none",
-        run_name=recipe.output.name,
+        report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
+        project="vlm-unlearn",
+        run_name=recipe.output.resolve().name,
         disable_tqdm=True,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel knows neither our batches nor our hooks

@@ -15,6 +15,14 @@ from vlm_unlearn.store import note_cost, write_text
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, steps, loss parts
 
 
+def tensorboard(output: Path) -> TrainerCallback:
+    """Writes the log for TensorBoard into the run's folder; transformers would put it beside the checkpoints, which go in the end."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(output / "tensorboard")))
+
+
 class Watch(TrainerCallback):
     """Keeps log.jsonl and the manifest's cost beside the run, and tells progress; one process of several does."""
 
