@@ -182,3 +182,23 @@ def test_zero3_reaches_deepspeed() -> None:
     assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
     assert arguments.deepspeed_multinode_launcher == "standard"
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in environment  # the recipe's
+
+
+PUBLISHED = [name_of(file) for file in RUNS if file.parent.name in ("safety_mirage", "safe_eraser")]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_recipe_prints_its_plan(name: str, training_sets: dict[str, Path]) -> None:
+    """Without weights and without a network: the shapes of the published models are known."""
+    from vlm_unlearn.config import load
+    from vlm_unlearn.training.planning import preview
+
+    data = training_sets["safe_eraser" if name.startswith("safe_eraser") else "harmful"]
+    found = preview(load(Recipe, Path(name), [f"data={data}", "output=run"]))
+    billions = {"7b": 7.06, "13b": 13.35, "3.2": 10.67}[name.rsplit("_", 1)[-1]]
+    base = sum(total for part, _, total in found.trainable if part != "adapters")
+    assert base == pytest.approx(billions * 1e9, rel=0.01)
+    assert dict((part, trained) for part, trained, _ in found.trainable)["vision tower"] == 0
+    assert found.tokens_per_sample["forget"] > (576 if "3.2" not in name else 5)
+    assert 0 < found.memory.devices(80e9) <= 8
+    assert found.steps > 0
