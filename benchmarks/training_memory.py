@@ -8,6 +8,7 @@ writes benchmarks/results/training_memory.json. `second model` is the same npo r
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -58,7 +59,8 @@ def train(folder: Path, method: str, second: bool) -> None:
         "training": {"max_steps": 3, "batch_size": 2, "precision": "fp32", "learning_rate": 1e-4},
     }
     before = peak_memory_mb()
-    held = load_model(folder / "model", "fp32") if second else None
+    # A copy of its own: models loaded from one file share its pages on a CPU, which on a GPU they can't.
+    held = copy.deepcopy(load_model(folder / "model", "fp32")) if second else None
     run_recipe(Recipe.model_validate(recipe))
     del held
     print(json.dumps({"peak_mb": peak_memory_mb(), "before_mb": before}))

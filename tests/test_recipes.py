@@ -198,7 +198,7 @@ def test_every_published_recipe_prints_its_plan(name: str, training_sets: dict[s
     billions = {"7b": 7.06, "13b": 13.35, "3.2": 10.67}[name.rsplit("_", 1)[-1]]
     base = sum(total for part, _, total in found.trainable if part != "adapters")
     assert base == pytest.approx(billions * 1e9, rel=0.01)
-    assert dict((part, trained) for part, trained, _ in found.trainable)["vision tower"] == 0
+    assert {part: trained for part, trained, _ in found.trainable}["vision tower"] == 0
     assert found.tokens_per_sample["forget"] > (576 if "3.2" not in name else 5)
     assert 0 < found.memory.devices(80e9) <= 8
     assert found.steps > 0

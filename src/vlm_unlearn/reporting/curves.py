@@ -56,8 +56,8 @@ def loss_figure(runs: Mapping[str, Path]) -> Figure | None:
             traces.append({"type": "scatter", "mode": "lines", "name": model, "x": x, "y": y})
     if not traces:
         return None
-    found = layout("Training loss")
-    return {"data": traces, "layout": found | {"yaxis": {}, "xaxis": {"title": {"text": "optimizer step"}}, "showlegend": True}}
+    own = {"yaxis": {}, "xaxis": {"title": {"text": "optimizer step"}, "automargin": True}, "legend": {}, "showlegend": True}
+    return {"data": traces, "layout": layout("Training loss") | own}
 
 
 def _parts(steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -63,8 +63,9 @@ def layout(title: str) -> dict[str, Any]:
     return {
         "title": {"text": title},
         "yaxis": {"range": [0, 103], "ticksuffix": " %"},
-        "legend": {"orientation": "h", "y": -0.2},
-        "margin": {"l": 55, "r": 10, "t": 50, "b": 60},
+        "xaxis": {"automargin": True},
+        "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
+        "margin": {"l": 55, "r": 10, "t": 95, "b": 40},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
     }
