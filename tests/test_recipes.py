@@ -191,7 +191,7 @@ PUBLISHED = [name_of(file) for file in RUNS if file.parent.name in ("safety_mira
 def test_every_published_recipe_prints_its_plan(name: str, training_sets: dict[str, Path]) -> None:
     """Without weights and without a network: the shapes of the published models are known."""
     from vlm_unlearn.config import load
-    from vlm_unlearn.training.planning import preview
+    from vlm_unlearn.training.previewing import preview
 
     data = training_sets["safe_eraser" if name.startswith("safe_eraser") else "harmful"]
     found = preview(load(Recipe, Path(name), [f"data={data}", "output=run"]))

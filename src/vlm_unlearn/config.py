@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +17,7 @@ from vlm_unlearn.records import Kind, Label
 
 Config = TypeVar("Config", bound=BaseModel)
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Share = Annotated[float, Field(ge=0, le=1)]  # of a whole, not percent
 
 
 class Strict(BaseModel):
@@ -78,8 +79,8 @@ class TrainingConfig(Strict):
 class Bound(Strict):
     """A condition on a rate: ``{at_most: 0.05}`` or ``{at_least: 0.9}``."""
 
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: Share | None = None
+    at_least: Share | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Bound:
@@ -216,8 +217,11 @@ def shipped(name: str | Path) -> Path:
     return path
 
 
-def load(config: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+def load(config: type[Config], path: Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None) -> Config:
     """Reads a YAML file into a config, with ``key.sub=value`` overrides (values are YAML too).
+
+    Args:
+        values: top-level keys with values that are taken as they are, such as paths.
 
     The top-level key ``extends: NAME`` reads another file first: one beside this file (``.yaml`` may be left out) or a shipped one.
     Mappings merge, and everything else replaces what the base says; so does a mapping whose ``name`` differs, such as another method.
@@ -228,7 +232,7 @@ def load(config: type[Config], path: Path, overrides: Sequence[str] = ()) -> Con
     path = shipped(path)
     value, bases = _read(path, ())
     where = f"{path} (extends {', '.join(bases)})" if bases else str(path)
-    return validate(config, override(value, overrides), where)
+    return validate(config, {**override(value, overrides), **(values or {})}, where)
 
 
 def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:

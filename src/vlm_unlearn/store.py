@@ -287,15 +287,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def note_cost(folder: Path, wall_seconds: float, finished: bool = False) -> None:
+def note_cost(folder: Path, wall_seconds: float, finished: bool = False, ended: Mapping[str, object] | None = None) -> None:
     """Adds wall time to a run's manifest, notes the process's peak memory so far, and marks the run finished.
 
-    Time after the last note before a kill is lost: the cost is a lower bound for a run that was killed.
+    `ended` says how it ended: optimizer steps, why it stopped. Time after the last note before a kill is lost: the cost is a lower
+    bound for a run that was killed.
     """
     manifest = read_manifest(folder)
     manifest["wall_seconds"] = round(manifest["wall_seconds"] + wall_seconds, 3)
     manifest["peak_memory_mb"] = max(manifest.get("peak_memory_mb", 0), peak_memory_mb())
     manifest["finished"] = manifest["finished"] or finished
+    manifest.update(ended or {})
     write_json(folder / "manifest.json", manifest)
 
 

@@ -53,13 +53,14 @@ def difference(one: Path, other: Path) -> float:
 @pytest.mark.parametrize(
     ("engine", "method"),
     [
-        ("ddp", ["method=npo"]),
+        ("ddp", ["method=npo", "trainable.vision_tower=true"]),
+        ("ddp", ["method=rr", "method.layers=[0]", "prompt_decouple_weight=0"]),  # no loss reaches what lies above the first layer
         ("ddp", [*RMU, "trainable.mode=lora"]),
         ("fsdp2", RMU),
         ("fsdp2", ["method=kl", "trainable.mode=lora"]),
         ("zero3", ["method=npo"]),
     ],
-    ids=["ddp-npo", "ddp-rmu-lora", "fsdp2-rmu-full", "fsdp2-kl-lora", "zero3-npo"],
+    ids=["ddp-npo-vision", "ddp-rr", "ddp-rmu-lora", "fsdp2-rmu-full", "fsdp2-kl-lora", "zero3-npo"],
 )
 def test_two_processes_train_as_one(
     engine: str, method: list[str], tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -104,8 +105,8 @@ LORA = {"mode": "lora", "lora": {"r": 4, "alpha": 8}}
 def test_references_agree_wherever_they_come_from(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: dict[str, object], sources: tuple[str, ...]
 ) -> None:
-    """With dropout: the reference is the model without it."""
-    trainable = {**LORA, "lora": {**LORA["lora"], "dropout": 0.1}}  # type: ignore[dict-item]
+    """With dropout: the reference is the model without it. With a sine projector: what it is added to stays frozen."""
+    trainable = {**LORA, "lora": {**LORA["lora"], "dropout": 0.1}, "projector": "sine"}  # type: ignore[dict-item]
     results = []
     for source in sources:
         output = tmp_path / source
@@ -228,7 +229,7 @@ def test_a_sine_projector_moves_within_one(tiny_model: Path, training_sets: dict
     training = {"max_steps": 6, "learning_rate": 5.0, "max_grad_norm": 1e9, "scheduler": "constant"}
     trainable = {"mode": mode, "projector": "sine", "layers": [1], "lora": {"r": 1, "target_modules": ["o_proj"]}}
     if mode == "full":
-        trainable |= {"parameters": ["nothing"]}
+        trainable |= {"layers": []}
     run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "gd", training=training, trainable=trainable))
     before, after = before_and_after(tiny_model, tmp_path / "run")
     assert after.keys() == before.keys()
@@ -251,7 +252,7 @@ def test_divergence_stops_the_run(tiny_model: Path, training_sets: dict[str, Pat
     training = {"learning_rate": 1e30, "max_steps": 20, "max_grad_norm": 1e30}
     with pytest.raises(WorkError, match="not finite at step"):
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "mixed_sft", training=training))
-    last = {**training, "learning_rate": 1e38, "max_steps": 1, "weight_decay": 1e5}
+    last = {**training, "learning_rate": 1e38, "max_steps": 1, "weight_decay": 1e5, "warmup_ratio": 0}
     with pytest.raises(WorkError, match="the trained weights are not finite"):  # the last update breaks what no loss sees any more
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "last", "mixed_sft", training=last))
     assert not (tmp_path / "last" / "model").exists()
@@ -265,12 +266,22 @@ def test_divergence_stops_the_run(tiny_model: Path, training_sets: dict[str, Pat
         ({"name": "npo", "beta": 0}, {}, r"method npo: beta: Input should be greater than 0"),
         ({"name": "rmu", "layer": 2}, {}, r"method\.layer: 2 out of range; the model has decoder layers 0 to 1"),
         ("npo", {"trainable": {"layers": [7]}}, r"trainable\.layers: \[7\] out of range"),
-        ("npo", {"trainable": {"parameters": ["nothing"], "projector": False}}, r"nothing would train"),
+        (
+            "npo",
+            {"trainable": {"parameters": ["mlp.down_porj"]}},
+            r'holds "mlp\.down_porj"; did you mean "mlp\.down_proj"',
+        ),
+        ("npo", {"trainable": {"layers": [], "projector": False}}, r"nothing would train"),
+        (
+            "npo",
+            {"trainable": {"mode": "lora", "lora": {"target_modules": ["q_proj", "vproj"]}}},
+            r'lora\.target_modules: no decoder layer has "vproj"; did you mean "v_proj"',
+        ),
         ("npo", {"prompt_decouple_weight": 1.0}, r"prompt decoupling needs decouple\.jsonl"),
         ("npo", {"reference": "adapter"}, r"reference: adapter needs trainable\.mode=lora"),
         (RMU, {"reference": "cache"}, r"reference: cache holds one NLL a sample"),
         ("npo", {"trainable": {"mode": "lora", "parameters": ["mlp"]}}, r"parameters and vision_tower are for mode=full"),
-        ({"name": "rr", "layers": [0, 9]}, {}, r"method\.layer: 9 out of range; the model has decoder layers 0 to 1"),
+        ({"name": "rr", "layers": [0, 9]}, {}, r"method\.layers: 9 out of range; the model has decoder layers 0 to 1"),
         ("kl", {"reference": "cache"}, r"reference: cache holds one NLL a sample, and this method needs logits; use reference=auto"),
         ("npo", {"trainable": {"mode": "qlora"}}, r"trainable\.mode=qlora needs a CUDA GPU; use trainable\.mode=lora"),
         ("npo", {"training": {"attn_implementation": "flash_attention_2"}}, r"flash_attention_2 needs a CUDA GPU; use sdpa"),
@@ -306,7 +317,7 @@ def test_dpo_needs_its_preferred_answers(tiny_model: Path, training_sets: dict[s
             r"projector=sine doesn't work with FSDP or DeepSpeed; use recipes",
         ),
         ("DEEPSPEED", {"method": RMU}, r"needs a frozen copy of what trains, which DeepSpeed hides; use recipes/engines/fsdp2\.yaml"),
-        ("FSDP", {"probe": {"suite": "suites/tiny", "keep_best": {"asr": -1}}}, r"probe\.keep_best doesn't work with FSDP"),
+        ("FSDP", {"probe": {"suite": "suites/tiny"}}, r"probe doesn't work with FSDP"),
     ],
 )
 def test_engines_say_what_they_cannot(
@@ -342,9 +353,36 @@ def test_cross_attention_families_take_images_or_none(training_sets: dict[str, P
 def test_a_divergence_keeps_the_last_good_checkpoint(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
     """Weight decay blows the weights up from step to step, past what a float holds."""
     training = {"learning_rate": 1.0, "weight_decay": 3e5, "max_steps": 30, "save_steps": 1, "scheduler": "constant"}
-    with pytest.raises(WorkError, match=r"not finite at step \d+.*; lower .*; the last good checkpoint is .*checkpoint-\d+"):
+    with pytest.raises(WorkError, match=r"not finite at step \d+.*; start again in a new .*; the last good checkpoint is .*checkpoint-\d+"):
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "mixed_sft", training=training))
     kept = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
     assert kept is not None
     assert all(value.isfinite().all() for value in load_file(kept / "trained.safetensors").values())
     assert (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("method", ["npo", "kl", RMU], ids=["npo", "kl", "rmu"])
+def test_bf16_trains_saves_and_resumes(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, mode: str, method: object) -> None:
+    """Frozen weights in bf16, what trains in float32, a sine projector between the two, references under either."""
+    trainable = {"mode": mode, "projector": "sine", "lora": {"r": 4}}
+    training = {"precision": "bf16", "learning_rate": 1e-2, "gradient_checkpointing": True}
+    result = run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", method, trainable=trainable, training=training))
+    before, after = before_and_after(tiny_model, result.parent)
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(PROJECTOR in name and not torch.equal(before[name], after[name]) for name in before)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    reference = {"npo": "forget", "kl": "retain_kl"}.get(str(method), "retain_hidden")
+    at_reference = {"forget": 2 * math.log(2) / 0.1}.get(reference, 0.0)
+    assert float(log[0][reference]) == pytest.approx(at_reference, abs=0.05)  # the first step is the reference
+
+
+@pytest.mark.parametrize("method", [RMU, RR, "npo"], ids=["rmu", "rr", "npo"])
+def test_gradient_checkpointing_changes_nothing(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: object) -> None:
+    """Recomputed layers run their hooks again, and the reference's values are out of the way by then."""
+    results = []
+    for checkpointing in (False, True):
+        training = {"gradient_checkpointing": checkpointing}
+        output = tmp_path / str(checkpointing)
+        results.append(weights(run_recipe(recipe(tiny_model, training_sets["harmful"], output, method, training=training))))
+    assert max(float((results[0][name] - results[1][name]).abs().max()) for name in results[0]) < 1e-6

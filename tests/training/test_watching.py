@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers import recipe, run
-from vlm_unlearn.config import ProbeConfig
+from vlm_unlearn.config import ProbeConfig, Recipe, load
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.probe import build_probe
 from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, run_model_folder
-from vlm_unlearn.training.planning import plan, preview
+from vlm_unlearn.training.planning import plan
+from vlm_unlearn.training.previewing import preview
 from vlm_unlearn.training.runner import run_plan, run_recipe
 
 
@@ -27,6 +28,7 @@ class Scripted:
     def __init__(self, *rates: Mapping[str, float | None]) -> None:
         self._rates = list(rates)
         self.weights: list[torch.Tensor] = []
+        self.digest = "scripted"
 
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         assert not model.training
@@ -36,7 +38,7 @@ class Scripted:
 
 def probed(tiny_model: Path, data: Path, output: Path, probe: Scripted, **rules: object) -> Path:
     config = {"suite": "suites/tiny", "every": 2, **rules}
-    return run_recipe(recipe(tiny_model, data, output, "npo", probe=config, training={"max_steps": 8}), probe=probe)
+    return run_recipe(recipe(tiny_model, data, output, "npo", probe=config, training={"max_steps": 10}), probe=probe)
 
 
 def log(output: Path) -> list[dict[str, Any]]:
@@ -49,16 +51,20 @@ def test_a_probe_stops_the_run_once_it_has_forgotten(tiny_model: Path, training_
     probed(tiny_model, training_sets["harmful"], tmp_path / "run", rates, stop_when=stop)
     lines = log(tmp_path / "run")
     assert max(line["step"] for line in lines) == 6  # only at the third probe do both hold
-    assert [line["probe"]["asr"] for line in lines if "probe" in line] == [0.9, 0.0, 0.0]
-    assert lines[-1].get("stopped") or lines[-2].get("stopped") == "stop_when holds"
+    assert [line["probe/asr"] for line in lines if "probe/asr" in line] == [0.9, 0.0, 0.0]
+    assert [line["stopped"] for line in lines if "stopped" in line] == ["stop_when holds"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["steps"], manifest["stopped"]) == (6, "stop_when holds")
 
 
 def test_a_probe_aborts_and_the_best_weights_are_kept(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    rates = Scripted({"asr": 0.5, "utility": 0.9}, {"asr": 0.1, "utility": 0.8}, {"asr": 0.0, "utility": None})
+    """The third is the best but for what it doesn't know, and the fourth is broken."""
+    broken = {"asr": 0.0, "utility": 0.2, "degenerate_rate": 0.7}
+    rates = Scripted({"asr": 0.5, "utility": 0.9}, {"asr": 0.1, "utility": 0.8}, {"asr": None, "utility": 1.0}, broken)
     rules = {"abort_when": {"degenerate_rate": {"at_least": 0.5}}, "keep_best": {"asr": -1.0, "utility": 1.0}}
-    rates._rates[2] = {"asr": 0.0, "utility": 0.2, "degenerate_rate": 0.7}
     result = probed(tiny_model, training_sets["harmful"], tmp_path / "run", rates, **rules)
-    assert [line["step"] for line in log(tmp_path / "run") if "stopped" in line] == [6]
+    stops = [(line["step"], line["stopped"]) for line in log(tmp_path / "run") if "stopped" in line]
+    assert stops == [(8, "abort_when holds: degenerate_rate 0.7")]
     saved = load_model(result, "fp32")
     kept = next(value for name, value in saved.named_parameters() if "down_proj" in name)
     assert torch.equal(kept, rates.weights[1])
@@ -72,15 +78,20 @@ def test_the_tiny_suite_probes(tiny_model: Path, training_sets: dict[str, Path],
     rules = {"suite": "suites/tiny", "root": str(world), "every": 2, "groups": 2}
     planned = plan(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", probe=rules))
     run_plan(planned, probe=probe)
-    probes = [line["probe"] for line in log(tmp_path / "run") if "probe" in line]
-    assert len(probes) == 2
-    assert all(0 <= rates["degenerate_rate"] <= 1 and 0 <= rates["asr_attacked"] <= 1 for rates in probes)
+    probes = [line for line in log(tmp_path / "run") if "probe/asr" in line]
+    assert [line["step"] for line in probes] == [2, 4]
+    assert all(0 <= line[f"probe/{metric}"] <= 1 for line in probes for metric in ("degenerate_rate", "asr_attacked", "utility"))
     with pytest.raises(RequestError, match=r'probe\.stop_when: suites/tiny has no metric "asr_atacked"; did you mean "asr_attacked"\?'):
         build_probe(
             ProbeConfig.model_validate({**rules, "stop_when": {"asr_atacked": {"at_most": 0}}}), str(tiny_model), load_processor(tiny_model)
         )
     with pytest.raises(RequestError, match="the recipe has a probe"):
         run_plan(planned)
+    other = build_probe(config.model_copy(update={"groups": 1}), str(tiny_model), load_processor(tiny_model))
+    with pytest.raises(RequestError, match="different: probe"):
+        run_plan(planned, probe=other)
+    with pytest.raises(RequestError, match=r"at_most: Input should be less than or equal to 1"):
+        load(Recipe, Path("tiny/npo"), ["model=m", "data=d", "output=o", "probe.suite=s", "probe.stop_when.asr.at_most=5"])
 
 
 def test_probing_changes_nothing(tiny_model: Path, training_sets: dict[str, Path], world: Path, tmp_path: Path) -> None:

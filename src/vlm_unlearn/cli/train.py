@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlm_unlearn.methods import Method
-    from vlm_unlearn.training.planning import Plan, Preview
+    from vlm_unlearn.training.planning import Plan
+    from vlm_unlearn.training.previewing import Preview
     from vlm_unlearn.training.probing import Probe
 
 
@@ -41,13 +42,15 @@ def train(
     recipe = load(Recipe, recipe_file, overrides or [])
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, the one that talks
     with status_console().status("loading transformers"):
-        from vlm_unlearn.training.planning import plan, preview, recipe_name
+        from vlm_unlearn.training.planning import plan, recipe_name
+        from vlm_unlearn.training.previewing import preview
 
         quiet_libraries()
         if plan_only:
             _show_preview(preview(recipe), as_json)
             return
-        from vlm_unlearn.reporting.curves import write_loss_png
+        from vlm_unlearn.reporting.curves import NOT_A_LOSS, write_loss_png
+        from vlm_unlearn.store import read_manifest
         from vlm_unlearn.training.runner import run_plan
 
         planned = plan(recipe)
@@ -59,17 +62,28 @@ def train(
     with Stages() as bars:
 
         def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
-            shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in ("epoch", "learning_rate", "grad_norm"))
+            shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in NOT_A_LOSS)
             bars.update(name, step, steps, "  ".join(shown))
 
-        model = run_plan(planned, on_step, probe)
+        try:
+            model = run_plan(planned, on_step, probe)
+        finally:  # of a run that diverged too
+            curves = write_loss_png(recipe.output) if first else None
     if not first:
         return
-    curves = write_loss_png(recipe.output)
+    stopped = read_manifest(recipe.output).get("stopped")
     if as_json:
-        print_json({"name": name, "model": str(model), "log": str(recipe.output / "log.jsonl"), "loss": str(curves) if curves else None})
+        print_json(
+            {
+                "name": name,
+                "model": str(model),
+                "log": str(recipe.output / "log.jsonl"),
+                "loss": str(curves) if curves else None,
+                "stopped": stopped,
+            }
+        )
     else:
-        typer.echo(f"{name}: trained model in {model}; loss curves: {curves}")
+        typer.echo(f"{name}: trained model in {model}; loss curves: {curves}" + (f"; stopped by its probe: {stopped}" if stopped else ""))
 
 
 def _probe(planned: Plan) -> Probe | None:
@@ -136,7 +150,7 @@ def _warn_of_refusals(planned: Plan) -> None:
 
     answers = [example.answer for example in planned.training_set.examples["forget"]]
     refusals = sum(corrected_refusal(answer) is not None for answer in answers)
-    if planned.method.forgets_answers and 2 * refusals > len(answers):
+    if planned.method.unlearns and 2 * refusals > len(answers):
         typer.echo(
             f"warning: {refusals} of {len(answers)} forget answers are refusals, and {planned.recipe.method.name} makes its model unlearn "
             f"them; import the set with --harmful-answers, or train mixed_sft",

@@ -145,7 +145,12 @@ def _deal(slots: Sequence[Slot], words: Sequence[str], seed: int, label: LabelBy
     rng = random.Random(seed)
     dealt = [""] * len(slots)
     kinds: dict[bool, list[int]] = {False: [], True: []}
+    ties: set[tuple[str, str]] = set()
     for index, slot in enumerate(slots):
+        if slot.tie and (slot.tie, slot.question) in ties:
+            dealt[index] = known[0]  # asked as the question that it is tied to
+            continue
+        ties.add((slot.tie, slot.question))
         kinds[is_refused(slot.refused, slot.answer, label, is_refusal)].append(index)
     for indices in kinds.values():
         rng.shuffle(indices)

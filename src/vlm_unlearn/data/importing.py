@@ -248,21 +248,20 @@ def _with_own_ids(examples: Sequence[Example]) -> list[Example]:
 
 
 def _drop_half_pairs(whole: dict[str, list[Example]]) -> dict[str, int]:
-    """Leaves out, in place, forget examples and their partners whose other half is missing or broken; says how many.
+    """Leaves out, in place, forget and decouple examples whose other half is missing or broken, and preferred answers to no question.
 
-    A forget example without a `pair_id` has no other half to miss.
+    A forget example without a `pair_id` has no other half to miss; one without a preferred answer stays, since dpo alone wants it.
     """
-    dropped = 0
-    for role in PARTNERS:
-        if not whole.get(role):
-            continue
-        both = {example.pair_id for example in whole["forget"]} & {example.pair_id for example in whole[role]} - {None}
-        kept = {
-            "forget": [example for example in whole["forget"] if example.pair_id is None or example.pair_id in both],
-            role: [example for example in whole[role] if example.pair_id in both],
-        }
-        dropped += sum(len(whole[name]) - len(kept[name]) for name in kept)
-        whole.update(kept)
+    before = sum(map(len, whole.values()))
+    pairs = {role: {example.pair_id for example in found} - {None} for role, found in whole.items()}
+    if whole.get("decouple"):
+        both = pairs["forget"] & pairs["decouple"]
+        whole["forget"] = [example for example in whole["forget"] if example.pair_id is None or example.pair_id in both]
+        whole["decouple"] = [example for example in whole["decouple"] if example.pair_id in both]
+    asked = {example.pair_id for example in whole["forget"]} - {None}
+    if whole.get("preferred"):
+        whole["preferred"] = [example for example in whole["preferred"] if example.pair_id in asked]
+    dropped = before - sum(map(len, whole.values()))
     return {"pair without its other half": dropped} if dropped else {}
 
 

@@ -83,18 +83,23 @@ def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None) 
     prompts, responses = _answers(folder)
     judge = build_judge(config)
     file = folder / f"verdicts-{judge.name}.jsonl"
-    code = Path(inspect.getfile(type(judge)))  # a changed list or rule makes a new judge
-    made_by = {
-        "judge": judge.name,
-        "code": digest_file(code),
-        "world": digest_file(config.world) if config.name == "tiny_world" and config.world else None,
-    }
+    made_by = judge_identity(config)
     note = folder / f"judge-{judge.name}.json"
     if not note.exists() or read_json(note) != made_by:
         file.unlink(missing_ok=True)
         write_json(note, made_by)
     judge_file(judge, prompts, responses, file, on_done=None if on_done is None else lambda done: on_done("judge", done, len(responses)))
     return file
+
+
+def judge_identity(config: JudgeConfig) -> dict[str, object]:
+    """What decides a judge's verdicts: a changed list or rule makes a new judge."""
+    judge = build_judge(config)
+    return {
+        "judge": judge.name,
+        "code": digest_file(Path(inspect.getfile(type(judge)))),
+        "world": digest_file(config.world) if config.name == "tiny_world" and config.world else None,
+    }
 
 
 def score_run(folder: Path, verdicts: Path, metrics: dict[str, MetricConfig], name: str) -> Row:

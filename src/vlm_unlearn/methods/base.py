@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.config import MethodConfig, Strict, validate
 from vlm_unlearn.errors import RequestError, nearest
 
+NonNegative = Annotated[float, Field(ge=0)]
 Role = Literal["forget", "retain", "decouple", "preferred"]
 
 
@@ -109,8 +111,9 @@ class Method:
     name: ClassVar[str]
     source: ClassVar[str]  # paper and where to find it
     options_type: ClassVar[type[Options]] = Options
-    forget_answers: ClassVar[Literal["given", "refusal"]] = "given"  # what the forget questions are answered with in training
-    forgets_answers: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
+    answered_with: ClassVar[Literal["given", "refusal"]] = "given"  # what the forget questions are answered with in training
+    unlearns: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
+    layer_option: ClassVar[str] = "layer"  # the option that `hidden_layers` come from
     forget_as_one_turn: ClassVar[bool] = False  # question and answer in one human turn (RMU)
     preferred_answers: ClassVar[Literal["refusal", "data"] | None] = None  # where the answers of the role "preferred" come from
 
@@ -150,7 +153,7 @@ class Method:
         """
         for layer in self.hidden_layers:
             if layer >= layers:
-                raise RequestError(f"method.layer: {layer} out of range; the model has decoder layers 0 to {layers - 1}")
+                raise RequestError(f"method.{self.layer_option}: {layer} out of range; the model has decoder layers 0 to {layers - 1}")
 
     def loss(self, step: Step) -> LossOutput:
         """The loss of one step."""

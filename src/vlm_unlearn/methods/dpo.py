@@ -7,9 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vlm_unlearn.losses import dpo_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceNLL, Role, Step, register
-
-NonNegative = Annotated[float, Field(ge=0)]
+from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceNLL, Role, Step, register
 
 
 class DPOOptions(Options):

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import answer_mask, kl_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceLogits, Role, Step, register
-
-NonNegative = Annotated[float, Field(ge=0)]
+from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceLogits, Role, Step, register
 
 
 class GAOptions(Options):

@@ -12,7 +12,7 @@ class MixedSFT(Method):
     The forget set must hold the refusals that the data set gives (`data import vlguard` without harmful answers).
     """
 
-    forgets_answers = False
+    unlearns = False
 
     def loss(self, step: Step) -> LossOutput:
         total = step.cross_entropy("forget", "retain")

@@ -8,9 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import npo_loss, npo_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceNLL, Step, register
-
-NonNegative = Annotated[float, Field(ge=0)]
+from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceNLL, Step, register
 
 
 class NPOOptions(Options):

@@ -21,8 +21,8 @@ class PromptDecouple(Method):
         self.method = method
         self.weight = weight
         # What the batches look like is the wrapped method's to say.
-        self.forget_answers = method.forget_answers  # type: ignore[misc]
-        self.forgets_answers = method.forgets_answers  # type: ignore[misc]
+        self.answered_with = method.answered_with  # type: ignore[misc]
+        self.unlearns = method.unlearns  # type: ignore[misc]
         self.forget_as_one_turn = method.forget_as_one_turn  # type: ignore[misc]
         self.preferred_answers = method.preferred_answers  # type: ignore[misc]
 

@@ -9,9 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import rmu_forget_loss, rmu_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceHidden, Step, register
-
-NonNegative = Annotated[float, Field(ge=0)]
+from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceHidden, Step, register
 
 
 class RMUOptions(Options):

@@ -9,16 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import rerouting_forget_loss, rerouting_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceHidden, Role, Step, register
-
-NonNegative = Annotated[float, Field(ge=0)]
+from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceHidden, Role, Step, register
 
 
 class RROptions(Options):
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (
-        10,
-        20,
-    )  # decoder layers, 0 the first
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (9, 19)  # decoder layers, 0 the first
     alpha: Annotated[float, Field(gt=0)] = 10.0  # of both terms
     retain_weight: NonNegative = 0.0  # of a cross-entropy on retain answers, which the paper doesn't have
 
@@ -29,9 +24,11 @@ class RR(Method):
 
     On harmful answers the chosen layers' hidden states are turned orthogonal to what they were; on retain text they are held. Over the run
     the weight moves from the first to the second: ``alpha * (1 - t/2T)`` and ``alpha * t/2T`` at step t of T.
+    The published code counts the embeddings too: its layers 10 and 20 are 9 and 19 here.
     """
 
     options_type = RROptions
+    layer_option = "layers"
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -7,9 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm_unlearn.losses import simnpo_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Options, Step, register
-
-NonNegative = Annotated[float, Field(ge=0)]
+from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, Step, register
 
 
 class SimNPOOptions(Options):

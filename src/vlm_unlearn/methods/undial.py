@@ -7,9 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm_unlearn.losses import undial_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, Options, ReferenceLogits, Step, register
-
-NonNegative = Annotated[float, Field(ge=0)]
+from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceLogits, Step, register
 
 
 class UNDIALOptions(Options):

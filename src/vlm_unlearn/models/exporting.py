@@ -23,6 +23,7 @@ def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
     Raises:
         RequestError: `out` holds something, or `run` is no finished training run.
     """
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out}: is not empty; choose another output folder")
     folder = run_model_folder(str(run))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vlm_unlearn.config import TrainableConfig
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, nearest
 from vlm_unlearn.models.layout import decoder_layers, is_projector, is_vision, layout_of, unwrapped
 from vlm_unlearn.models.sine import add_sine
 
@@ -29,6 +30,8 @@ def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTra
     if outside:
         raise RequestError(f"trainable.layers: {outside} out of range; the model has decoder layers 0 to {count - 1}")
     prepared: Any = _full(model, config) if config.mode == "full" else _lora(model, config)
+    if config.projector:
+        trained_projector(prepared).float()  # the frozen weights that a sine is added to included
     if config.projector == "sine":
         add_sine(trained_projector(prepared))
     for parameter in prepared.parameters():
@@ -41,6 +44,10 @@ def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTra
 
 def _full(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
     layout = layout_of(model)
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.parameters or []:
+        if not any(pattern in name for name in names):
+            raise RequestError(f'trainable.parameters: no parameter\'s name holds "{pattern}"{nearest(pattern, _short(names))}')
     chosen = None if config.layers is None else tuple(f"{layout.layers}.{layer}." for layer in config.layers)
     for name, parameter in model.named_parameters():
         if is_vision(name, layout):
@@ -61,6 +68,10 @@ def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
             f"trainable: parameters and vision_tower are for mode=full; with mode={config.mode} choose trainable.lora.target_modules"
         )
     layout = layout_of(model)
+    linear = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name.startswith(layout.layers + ".")}
+    for target in config.lora.target_modules:
+        if target not in linear:
+            raise RequestError(f'trainable.lora.target_modules: no decoder layer has "{target}"{nearest(target, sorted(linear))}')
     names = "|".join(re.escape(name) for name in config.lora.target_modules)
     layers = r"\d+" if config.layers is None else "|".join(map(str, config.layers))
     lora = LoraConfig(
@@ -76,6 +87,11 @@ def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
         return get_peft_model(model, lora)
     except ValueError as error:
         raise RequestError(f"trainable.lora.target_modules: {str(error).splitlines()[0][:200]}") from None
+
+
+def _short(names: Iterable[str]) -> list[str]:
+    """``mlp.down_proj`` of ``model.language_model.layers.0.mlp.down_proj.weight``, once each."""
+    return sorted({".".join(name.split(".")[-3:-1]) for name in names})
 
 
 def trained_projector(model: nn.Module) -> nn.Module:

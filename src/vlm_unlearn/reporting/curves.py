@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.reporting.plots import Figure, layout
+from vlm_unlearn.training.watching import PROBE
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")
 
@@ -26,15 +27,15 @@ def write_loss_png(run: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure as Canvas  # no pyplot: nothing is left open, and no display is needed
 
-    probes = [line for line in log if "probe" in line]
+    probes = [line for line in log if any(name.startswith(PROBE) for name in line)]
     canvas = Canvas(figsize=(8, 7 if probes else 4.5), dpi=120, layout="constrained")
     axes = canvas.subplots(2 if probes else 1, 1, squeeze=False)[:, 0]
     for part in _parts(steps):
         axes[0].plot([line["step"] for line in steps], [line.get(part) for line in steps], label=part, lw=2.2 if part == "loss" else 1.2)
     axes[0].set(xlabel="optimizer step", ylabel="loss")
     if probes:
-        for metric in probes[0]["probe"]:
-            axes[1].plot([line["step"] for line in probes], [line["probe"][metric] for line in probes], "o-", ms=3, label=metric)
+        for name in dict.fromkeys(name for line in probes for name in line if name.startswith(PROBE)):
+            axes[1].plot([line["step"] for line in probes], [line.get(name) for line in probes], "o-", ms=3, label=name)
         axes[1].set(xlabel="optimizer step", ylabel="rate", ylim=(-0.03, 1.03))
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -41,7 +41,9 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         **({"prompt decouple weight": decoupled} if decoupled else {}),
         "trained": recipe["trainable"]["mode"],
         "epochs": training["epochs"],
-        "optimizer steps": training["max_steps"] or "as the epochs give",
+        "projector": {"sine": "W + sin(dW), merged"}.get(recipe["trainable"]["projector"], recipe["trainable"]["projector"]),
+        "optimizer steps": manifest.get("steps", "unknown"),
+        **({"ended by its probe": manifest["stopped"]} if manifest.get("stopped") else {}),
         "learning rate": training["learning_rate"],
         "batch": f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {identity['processes']} process(es)",
         "seed": training["seed"],
@@ -53,15 +55,17 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
     on_the_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
     if on_the_hub:
         front["base_model"] = base
+    unlearns = METHODS[method["name"]].unlearns if method["name"] in METHODS else True
+    what = "Harmful knowledge was removed from a vision-language model" if unlearns else "A vision-language model was taught to refuse"
     source = METHODS[method["name"]].source if method["name"] in METHODS else ""
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {_cell(base if on_the_hub else Path(base).name)}, unlearned with {_cell(method['name'])}",
+        f"# {_cell(base if on_the_hub else Path(base).name)}, trained with {_cell(method['name'])}",
         "",
-        f"Harmful knowledge was removed from a vision-language model with {_cell(method['name'])} ({source}) by vlm-unlearn.",
+        f"{what} with {_cell(method['name'])} ({source}) by vlm-unlearn.",
         "",
         "## How it was made",
         "",
@@ -69,7 +73,7 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         "|---|---|",
         *(f"| {_cell(key)} | {_cell(value)} |" for key, value in settings.items()),
         "",
-        f"Base model's digest: `{identity['model']}`. The training data's digests, package versions, time and memory are in "
+        f"Base model's digest: {_cell(identity['model'])}. The training data's digests, package versions, time and memory are in "
         "`unlearning_manifest.json`.",
         "",
         "## What was measured",
@@ -78,6 +82,11 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         "",
         "## What this can't tell",
         "",
+        *(
+            ["- The adapters were trained on a base in 4 bits and merged into one in full precision: answers differ from training's."]
+            if recipe["trainable"]["mode"] == "qlora"
+            else []
+        ),
         "- Unlearning was measured with the questions and attacks above; others may bring the knowledge back, and so may further training.",
         "- A model can be safe by being broken: read the degenerate rate and the utility beside the attack success rate.",
         "- Judges err; each rate is one judge's, with failures left out and counted.",

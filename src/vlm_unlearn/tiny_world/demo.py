@@ -81,12 +81,12 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
 
 
 def _recipe(row: DemoRow, base: Path, out: Path, seed: int) -> Recipe:
-    keys = [f"model={base}", f"data={out / 'data' / row.data}", f"training.seed={seed}", "output=."]
+    values: dict[str, object] = {"model": str(base), "data": str(out / "data" / row.data), "output": "."}
     if row.prompt_decouple_weight is not None:
-        keys.append(f"prompt_decouple_weight={row.prompt_decouple_weight}")
+        values["prompt_decouple_weight"] = row.prompt_decouple_weight
     if row.name:
-        keys.append(f"name={row.name}")
-    recipe = load(Recipe, Path(row.recipe), keys)
+        values["name"] = row.name
+    recipe = load(Recipe, Path(row.recipe), [f"training.seed={seed}"], values)
     return recipe.model_copy(update={"output": training_folder(out, recipe_name(recipe))})
 
 
@@ -124,7 +124,7 @@ def _prefer_refusals(folder: Path) -> None:
 
 
 def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Row:
-    suite = load(Suite, Path("suites/tiny"), [f"model={model}", f"root={world}"])
+    suite = load(Suite, Path("suites/tiny"), values={"model": str(model), "root": str(world)})
     metrics = {**suite.metrics, "utility": MetricConfig(cases=utility, labels=["complied"])}
     suite = suite.model_copy(update={"metrics": metrics})
     return evaluate_run(suite, out / "evaluations" / name, name, lambda stage, done, total: progress(f"{name}: {stage}", done, total, ""))

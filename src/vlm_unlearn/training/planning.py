@@ -6,30 +6,19 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from vlm_unlearn.config import Recipe
-from vlm_unlearn.data.batching import PromptMeter, Turn
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.methods import Method, Role, build_method
+from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.models.layout import decoder_layers
-from vlm_unlearn.models.loading import (
-    load_processor,
-    local_folder,
-    model_folder,
-    model_skeleton,
-    read_config,
-    resolve_precision,
-    skeleton_of,
-)
-from vlm_unlearn.models.shapes import KNOWN
+from vlm_unlearn.models.loading import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.store import digest_model
-from vlm_unlearn.training.estimate import Memory, Shape, estimate
 from vlm_unlearn.training.references import Source, choose_source
 from vlm_unlearn.training.stream import Collator, TrainingStream
 
@@ -65,11 +54,14 @@ class Plan:
     @property
     def identity(self) -> dict[str, object]:
         """What decides the run's weights; a run folder is resumed only by the same."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"output", "model", "data"})
+        # Digests stand for paths; a name and where is logged to change no weight. The probe's own digest comes with the probe.
+        left_out: Any = {"name": True, "output": True, "model": True, "data": True, "training": {"report_to"}, "probe": {"suite", "root"}}
+        recipe = self.recipe.model_dump(mode="json", exclude=left_out)
         return {
             "kind": "train",
             "recipe": recipe,
             "precision": self.precision,
+            "engine": engine(),
             "processes": processes(),
             "model": self.model_digest,
             "data": self.data_digest,
@@ -94,21 +86,10 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         RequestError: unknown method or option, a missing or broken training set, a model folder without weights, ...
     """
-    method = build_method(recipe.method, recipe.prompt_decouple_weight)
+    method, training_set, source = check_recipe(recipe)
     check_machine(recipe)
     folder = model_folder(recipe.model)
-    training_set = read_training_set(recipe.data)
-    source = choose_source(recipe.reference, method.needs, recipe.trainable.mode != "full")
-    if source == "copy" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        # ZeRO-3 may hold a layer whole from one pass to the next: the reference pass would see the current weights.
-        raise RequestError(
-            f"method {recipe.method.name} with trainable.mode=full needs a frozen copy of what trains, which DeepSpeed hides; "
-            "use recipes/engines/fsdp2.yaml, or trainable.mode=lora"
-        )
-    TrainingStream(training_set, method, 1, recipe.training.seed)  # refuses a set without the pairs that the method needs
-    skeleton = prepare_trainable(model_skeleton(folder), recipe.trainable)
-    prepare_method(method, skeleton, recipe.training.seed)
-    _check_text_only(recipe, method, training_set, skeleton)
+    skeleton = check_model(recipe, method, training_set, model_skeleton(folder))
     processor = load_processor(folder, recipe.image_aspect_ratio)
     Collator(processor, training_set, method, recipe.training.max_length, {}).check_lengths()
     return Plan(
@@ -124,11 +105,59 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
+def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
+    """What accelerate launch says that splits the work."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return "deepspeed"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return "fsdp"
+    return "ddp" if processes() > 1 else "none"
+
+
+def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, Source | None]:
+    """The recipe's method, training set and source of reference values, if they go together.
+
+    Raises:
+        RequestError: what is wrong on any machine: options, data, wishes that don't go together.
+    """
+    method = build_method(recipe.method, recipe.prompt_decouple_weight)
+    training_set = read_training_set(recipe.data)
+    source = choose_source(recipe.reference, method.needs, recipe.trainable.mode != "full")
+    TrainingStream(training_set, method, 1, recipe.training.seed)  # refuses a set without the pairs that the method needs
+    if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
+        raise RequestError("training.projector_learning_rate: the projector doesn't train; set trainable.projector=true, or leave it out")
+    sharded = engine() in ("deepspeed", "fsdp")
+    if sharded and recipe.trainable.projector == "sine":
+        raise RequestError("trainable.projector=sine doesn't work with FSDP or DeepSpeed; use recipes/engines/ddp.yaml")
+    if sharded and recipe.probe:
+        raise RequestError("probe doesn't work with FSDP or DeepSpeed; leave it out, or use recipes/engines/ddp.yaml")
+    if source == "copy" and engine() == "deepspeed":
+        # ZeRO-3 may hold a layer whole from one pass to the next: the reference pass would see the current weights.
+        way_out = "trainable.mode=lora" if recipe.trainable.mode == "full" else "reference=auto"
+        raise RequestError(
+            f"method {recipe.method.name} needs a frozen copy of what trains, which DeepSpeed hides; "
+            f"use recipes/engines/fsdp2.yaml, or {way_out}"
+        )
+    return method, training_set, source
+
+
+def check_model(recipe: Recipe, method: Method, training_set: TrainingSet, skeleton: PreTrainedModel) -> PreTrainedModel:
+    """The skeleton with what trains marked, adapters in place; the method is told its sizes.
+
+    Raises:
+        RequestError: the recipe or the data don't fit the model.
+    """
+    prepared = prepare_trainable(skeleton, recipe.trainable)
+    prepare_method(method, prepared, recipe.training.seed)
+    _check_text_only(recipe, method, training_set, prepared)
+    return prepared
+
+
 def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
     """Looks whether this machine can do what the recipe asks for.
 
     Raises:
-        RequestError: a GPU or a package is missing, or two wishes don't go together.
+        RequestError: a GPU or a package is missing.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     training, trainable = recipe.training, recipe.trainable
@@ -144,16 +173,8 @@ def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
         _need("flash_attn", "flash_attention_2", "training.attn_implementation=flash_attention_2")
     for name in training.report_to:
         _need(name, name, f"training.report_to={name}")
-    if training.projector_learning_rate is not None and not trainable.projector:
-        raise RequestError("training.projector_learning_rate: the projector doesn't train; set trainable.projector=true, or leave it out")
-    deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("DEEPSPEED", "FSDP"))
-    if deepspeed:
+    if engine() == "deepspeed":
         _need("deepspeed", "deepspeed", "this engine")
-    sharded = deepspeed or fsdp
-    if sharded and trainable.projector == "sine":
-        raise RequestError("trainable.projector=sine doesn't work with FSDP or DeepSpeed; use recipes/engines/ddp.yaml")
-    if sharded and recipe.probe and recipe.probe.keep_best:
-        raise RequestError("probe.keep_best doesn't work with FSDP or DeepSpeed; leave it out, or use recipes/engines/ddp.yaml")
 
 
 def _check_text_only(recipe: Recipe, method: Method, training_set: TrainingSet, model: PreTrainedModel) -> None:
@@ -189,110 +210,3 @@ def prepare_method(method: Method, model: PreTrainedModel, seed: int) -> None:
     """Tells the method the model's sizes and draws its random values."""
     generator = torch.Generator().manual_seed(seed)
     method.prepare(model.config.get_text_config().hidden_size, len(decoder_layers(model)), generator)
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a recipe would do, as far as it can be told without weights and without a network."""
-
-    name: str
-    method: str
-    model: str
-    model_found: bool  # False: only its shape is known
-    examples: dict[str, int]  # by role
-    trainable: list[tuple[str, int, int]]
-    reference: Source | None
-    precision: str
-    processes: int
-    steps: int
-    samples_per_step: int  # forget samples an optimizer step, over all processes
-    tokens_per_sample: dict[str, float]  # by role, image tokens included
-    tokens: int  # of the whole run
-    memory: Memory
-
-
-def preview(recipe: Recipe) -> Preview:
-    """Resolves a recipe: what would train, on what, for how many steps, in how much memory. Loads no weights and asks no network.
-
-    Raises:
-        RequestError: what `plan` refuses, as far as it shows without weights; a model that is neither here nor known.
-    """
-    method = build_method(recipe.method, recipe.prompt_decouple_weight)
-    training_set = read_training_set(recipe.data)
-    source = choose_source(recipe.reference, method.needs, recipe.trainable.mode != "full")
-    count = processes()
-    steps = steps_of(recipe, len(training_set.examples["forget"]), count)
-    training = recipe.training
-    per_step = training.batch_size * training.gradient_accumulation_steps * count
-    stream = TrainingStream(training_set, method, steps * per_step, training.seed)
-    folder = local_folder(recipe.model)
-    if folder is None and recipe.model not in KNOWN:
-        raise RequestError(f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder")
-    bare = skeleton_of(read_config(folder) if folder else KNOWN[recipe.model](), recipe.model)
-    config = bare.config.get_text_config()
-    skeleton = prepare_trainable(bare, recipe.trainable)
-    prepare_method(method, skeleton, training.seed)
-    table = trainable_table(skeleton)
-    tokens, answers = _lengths(recipe, stream, training_set, folder, bare.config)
-    shape = Shape(
-        parameters=sum(total for _, _, total in table),
-        trained=sum(trained for _, trained, _ in table),
-        hidden_size=config.hidden_size,
-        layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
-    )
-    precision = "bf16" if training.precision == "auto" else training.precision  # what a GPU gets
-    batch = training.batch_size * sum(tokens.values())
-    memory = estimate(
-        shape,
-        recipe.trainable.mode,
-        precision,
-        batch,
-        training.batch_size * sum(answers.values()),
-        training.gradient_checkpointing,
-        source == "copy",
-    )
-    return Preview(
-        name=recipe_name(recipe),
-        method=recipe.method.name,
-        model=recipe.model,
-        model_found=folder is not None,
-        examples={role: len(training_set.examples[role]) for role in method.roles if role in training_set.examples},
-        trainable=table,
-        reference=source,
-        precision=precision,
-        processes=count,
-        steps=steps,
-        samples_per_step=per_step,
-        tokens_per_sample={role: round(value, 1) for role, value in tokens.items()},
-        tokens=int(steps * per_step * sum(tokens.values())),
-        memory=memory,
-    )
-
-
-def _lengths(
-    recipe: Recipe, stream: TrainingStream, training_set: TrainingSet, folder: Path | None, config: Any, most: int = 64
-) -> tuple[dict[Role, float], dict[Role, float]]:
-    """Mean tokens a sample and mean answer tokens a sample by role, over the first samples of the stream.
-
-    Without the model's tokenizer, four characters count as a token, and an image as what the configuration says.
-    """
-    roles = stream[0].keys()
-    meter = PromptMeter(load_processor(folder, recipe.image_aspect_ratio)) if folder else None
-    image_tokens = int(getattr(config, "image_seq_length", 0))  # none where images come in by cross-attention
-    whole: dict[Role, float] = dict.fromkeys(roles, 0.0)
-    answers: dict[Role, float] = dict.fromkeys(roles, 0.0)
-    looked = min(most, len(stream))
-    for position in range(looked):
-        for role, example in stream[position].items():
-            answer = len(example.answer) / 4
-            if meter:
-                history = tuple((turn.question, turn.answer) for turn in example.history)
-                turn = Turn(example.id, training_set.image_path(example), example.question, example.answer, history)
-                tokens, answer = meter.tokens_in_all(turn), meter.tokens_in_all(turn) - meter.tokens(turn)
-            else:
-                rounds = sum(len(turn.question) + len(turn.answer) for turn in example.history)
-                tokens = int((rounds + len(example.question)) / 4 + answer) + (image_tokens if example.image else 0)
-            whole[role] += min(tokens, recipe.training.max_length) / looked
-            answers[role] += answer / looked
-    return whole, answers

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
 from vlm_unlearn.training.trainer import UnlearningTrainer
+from vlm_unlearn.training.watching import PROBE
+
+SCORE = f"{PROBE}score"
 
 
 class Probe(Protocol):
     """Measures a model; `vlm_unlearn.evaluation.probe` has the one that asks and grades."""
+
+    @property
+    def digest(self) -> str:
+        """Names what is asked and how it is graded: another probe makes another run."""
 
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Rates by metric name; None where nothing could be scored."""
@@ -24,7 +32,7 @@ class Prober(TrainerCallback):
     """Probes every few steps, logs the rates, and applies the recipe's stop and keep-best rules.
 
     What is decided depends on the log alone, which a checkpoint carries, and probing draws no random numbers: a resumed run decides as
-    an uninterrupted one.
+    an uninterrupted one. Of several processes the first one probes, and tells the others.
     """
 
     def __init__(self, config: ProbeConfig, probe: Probe, trainer: UnlearningTrainer, output: Path) -> None:
@@ -36,33 +44,44 @@ class Prober(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._config.every and state.global_step < state.max_steps:
             return
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        was_training = model.training
-        model.eval()
-        try:
-            rates = dict(self._probe(model))
-        finally:
-            model.train(was_training)
-        entry: dict[str, Any] = {"probe": rates, "step": state.global_step}
-        if self._config.keep_best:
-            entry["score"] = sum(weight * (rates.get(name) or 0.0) for name, weight in self._config.keep_best.items())
-            if entry["score"] > self._best_score(state.log_history):
+        rates = self._measure()
+        logged = {f"{PROBE}{name}": value for name, value in rates.items() if value is not None}
+        weighted = [(weight, rates.get(name)) for name, weight in self._config.keep_best.items()]
+        if weighted and all(value is not None for _, value in weighted):
+            logged[SCORE] = sum(weight * (value or 0.0) for weight, value in weighted)
+            if logged[SCORE] > max((entry[SCORE] for entry in state.log_history if SCORE in entry), default=float("-inf")):
                 self._keep()
-        reached = [all(bound.holds(rates.get(name)) for name, bound in self._config.stop_when.items())] if self._config.stop_when else []
-        broken = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
-        if any(reached) or broken:
-            entry["stopped"] = f"broken: {', '.join(broken)}" if broken else "stop_when holds"
+        self._trainer.log(logged)
+        reason = self._reason(rates)
+        if reason:
+            state.log_history[-1]["stopped"] = reason
             control.should_training_stop = True
             control.should_save = False  # a run resumed from here would take one more step
-        state.log_history.append(entry)
 
     def load_best(self) -> None:
-        """Puts the kept weights into the model, if any rule asked for them."""
-        if self._config.keep_best and self._best.is_dir():
+        """Puts the kept weights into the model of the process that saves it, if any rule asked for them."""
+        if self._trainer.args.should_save and self._config.keep_best and self._best.is_dir():
             self._trainer.load_trained(self._best)
 
-    def _best_score(self, history: list[dict[str, Any]]) -> float:
-        return max((entry["score"] for entry in history if "score" in entry), default=float("-inf"))
+    def _measure(self) -> dict[str, float | None]:
+        told: list[dict[str, float | None]] = [{}]
+        if self._trainer.is_world_process_zero():
+            model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+            was_training = model.training
+            model.eval()
+            try:
+                with self._trainer.accelerator.autocast():
+                    told = [dict(self._probe(model))]
+            finally:
+                model.train(was_training)
+        return dict(broadcast_object_list(told)[0])
+
+    def _reason(self, rates: Mapping[str, float | None]) -> str | None:
+        broken = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
+        if broken:
+            return "abort_when holds: " + ", ".join(f"{name} {rates[name]:.3g}" for name in broken)
+        wanted = self._config.stop_when.items()
+        return "stop_when holds" if wanted and all(bound.holds(rates.get(name)) for name, bound in wanted) else None
 
     def _keep(self) -> None:
         if self._trainer.args.should_save:
@@ -71,3 +90,8 @@ class Prober(TrainerCallback):
             self._trainer.save_trained(part)
             shutil.rmtree(self._best, ignore_errors=True)
             part.rename(self._best)
+
+
+def stopped(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why a probe ended the run, out of the trainer's log; None where it ran to its last step."""
+    return next((str(entry["stopped"]) for entry in history if "stopped" in entry), None)

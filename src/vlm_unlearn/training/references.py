@@ -54,8 +54,14 @@ class AdapterReference:
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         inner: Any = getattr(model, "module", model)
-        with _as_reference(inner), inner.disable_adapter():
-            yield inner
+        trains = {parameter: parameter.requires_grad for parameter in inner.parameters()}
+        with _as_reference(inner):
+            try:
+                with inner.disable_adapter():
+                    yield inner
+            finally:  # PEFT makes all of a module that it trains whole trainable again, what a sine is added to included
+                for parameter, trained in trains.items():
+                    parameter.requires_grad_(trained)
 
 
 class CopyReference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from vlm_unlearn.store import (
     write_json,
 )
 from vlm_unlearn.training.planning import Plan, plan, prepare_method, processes, steps_of
-from vlm_unlearn.training.probing import Probe, Prober
+from vlm_unlearn.training.probing import Probe, Prober, stopped
 from vlm_unlearn.training.references import AdapterReference, CopyReference, ReferenceModel, cached_nll
 from vlm_unlearn.training.step import forward
 from vlm_unlearn.training.stream import NLL, Collator, TrainingStream
@@ -63,11 +64,12 @@ def run_plan(planned: Plan, on_step: OnStep | None = None, probe: Probe | None =
     if planned.recipe.probe and probe is None:
         raise RequestError("the recipe has a probe: build one with vlm_unlearn.evaluation.probe.build_probe and pass it on")
     output = planned.recipe.output
+    identity = {**planned.identity, "probe": probe.digest if probe else None}
     arguments = _arguments(planned)
     if arguments.world_size != processes():
         raise RequestError(f"{processes()} processes were started but train as {arguments.world_size}; see docs/scale.md")
     result, checkpoints = output / "model", output / "checkpoints"
-    with _whole_run(output, planned.identity, arguments) as finished:
+    with _whole_run(output, identity, arguments) as finished:
         if not finished:
             watch = Watch(output, on_step, arguments.process_index == 0)
             trainer, processor = _trainer(planned, arguments, watch)
@@ -75,12 +77,17 @@ def run_plan(planned: Plan, on_step: OnStep | None = None, probe: Probe | None =
             if prober:
                 trainer.add_callback(prober)
             checkpoint = last_complete_checkpoint(checkpoints)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except WorkError:
+                watch.write_log(trainer.state)  # it shows how the run went wrong
+                raise
             if prober:
                 prober.load_best()
             _save(trainer, processor, planned, result)
             if arguments.process_index == 0:
-                note_cost(output, watch.seconds(), finished=True)
+                ended = {"steps": trainer.state.global_step, "stopped": stopped(trainer.state.log_history)}
+                note_cost(output, watch.seconds(), finished=True, ended=ended)
         if arguments.process_index == 0:
             for folder in (checkpoints, output / "best"):  # only now: a kill before leaves them to resume from
                 shutil.rmtree(folder, ignore_errors=True)
@@ -152,7 +159,7 @@ def _arguments(planned: Plan) -> TrainingArguments:
         max_steps=steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
-        warmup_steps=int(training.warmup_ratio * steps),
+        warmup_steps=math.ceil(training.warmup_ratio * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         bf16=planned.precision == "bf16",
@@ -181,9 +188,9 @@ def _arguments(planned: Plan) -> TrainingArguments:
 
 
 def _may_leave_unused(planned: Plan) -> bool:
-    """Whether a step's loss may not reach all that trains: the layers above the steered one, the projector of a text-only batch."""
+    """Whether a step may not use all that trains: the projector of a text-only batch, the vision layers above the one that is used."""
     text_only = any(example.image is None for role in planned.training_set.examples.values() for example in role)
-    return bool(planned.method.hidden_layers) or text_only
+    return planned.recipe.trainable.vision_tower or text_only
 
 
 def _cached_references(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ class Forward:
     columns: Tensor  # [K], ascending without a gap
     hidden: Mapping[int, Tensor]  # [B, S, H] by decoder layer
 
-    @property
+    @cached_property
     def answer(self) -> tuple[Tensor, Tensor]:
         """``(nll_sum [B], tokens [B])`` of the answers."""
         return answer_nll(self.logits, self.labels)
@@ -147,6 +148,11 @@ class ModelStep:
             with self._reference.active(self._model) as reference:
                 self._before[role] = forward(reference, self._batches[role], self._layers, columns)
         return self._before[role]
+
+    def nothing(self) -> Tensor:
+        """[] zero, but of every logit: a loss of hidden states alone leaves what lies above them out of the graph, and DDP, which looks
+        for what is unused from the outputs of the forward pass, would wait for its gradients."""
+        return torch.stack([0.0 * self._now(role).logits.float().mean() for role in self._batches]).sum()
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         nll_sum, tokens = self._now(role).answer

@@ -48,7 +48,7 @@ class TrainingStream(Dataset[dict[Role, Example]]):
     def __getitem__(self, position: int) -> dict[Role, Example]:
         forget = self._draw("forget", position)
         item: dict[Role, Example] = {"forget": forget}
-        if self._method.forget_answers == "refusal":
+        if self._method.answered_with == "refusal":
             item["forget"] = self._refused(forget, position)
         elif self._method.preferred_answers == "refusal":
             item["preferred"] = self._refused(forget, position)
@@ -60,7 +60,7 @@ class TrainingStream(Dataset[dict[Role, Example]]):
 
     def drawn(self, role: Role) -> list[Example]:
         """Every different example of a role that the run will see, answers included."""
-        if role == "retain" or (role == "forget" and self._method.forget_answers == "given") or role in self._partners:
+        if role == "retain" or (role == "forget" and self._method.answered_with == "given") or role in self._partners:
             return list(self._examples[role])
         found = {}
         for position in range(self._length):
@@ -98,7 +98,8 @@ def _pairs(training_set: TrainingSet, role: Role) -> dict[str, Example]:
     pairs = {str(example.pair_id): example for example in partners if example.pair_id}
     for example in training_set.examples["forget"]:
         if example.pair_id is None or example.pair_id not in pairs:
-            raise RequestError(f'{training_set.folder}: forget example "{example.id}" has no {role} example with its pair_id')
+            mend = "; import VLGuard without --include-safe-image-unsafe, or take idk_dpo" if role == "preferred" else ""
+            raise RequestError(f'{training_set.folder}: forget example "{example.id}" has no {role} example with its pair_id{mend}')
     return pairs
 
 

@@ -65,19 +65,25 @@ class UnlearningTrainer(Trainer):
         inner = self.accelerator.unwrap_model(model)
         batches = {role: move(batch, self.args.device, inner.dtype) for role, batch in inputs.items()}
         progress = self.state.global_step / max(1, self.state.max_steps)
-        output = self.method.loss(ModelStep(model, batches, self.method, self.reference, self._totals, progress))
+        step = ModelStep(model, batches, self.method, self.reference, self._totals, progress)
+        output = self.method.loss(step)
+        total = output.total + step.nothing() if self.method.hidden_layers else output.total
         if not torch.isfinite(output.total):
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.parts.items())
             raise WorkError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); {self._way_out()}")
         for name, value in output.parts.items():
             self._parts.setdefault(name, []).append(value.item())
-        return (output.total, {}) if return_outputs else output.total
+        return (total, {}) if return_outputs else total
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Left as they are: `compute_loss` moves them, and DeepSpeed's dtype is not for reference values."""
+        return inputs
 
     def _way_out(self) -> str:
         """What to do after a divergence, and where the weights of before are."""
         checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
-        return f"lower training.learning_rate; {kept}"
+        return f"start again in a new output folder with a lower training.learning_rate; {kept}"
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         if self._parts and "loss" in logs:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from vlm_unlearn.store import note_cost, write_text
 
+PROBE = "probe/"  # begins the name of a probed rate in the log
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, steps, loss parts
 
 
@@ -43,16 +44,18 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._writes:
-            self._write_log(state)
+            self.write_log(state)
             note_cost(self._output, self.seconds())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._writes:
-            self._write_log(state)
+        self.write_log(state)
 
-    def _write_log(self, state: Any) -> None:
+    def write_log(self, state: Any) -> None:
         """Rewrites the log from the trainer's history, which a checkpoint carries: no line is lost or doubled by a kill."""
-        lines = [dict(sorted(entry.items())) for entry in state.log_history if "loss" in entry or "probe" in entry]
+        if not self._writes:
+            return
+        told = [entry for entry in state.log_history if "loss" in entry or any(name.startswith(PROBE) for name in entry)]
+        lines = [dict(sorted(entry.items())) for entry in told]
         for line in lines:
             line.pop("epoch", None)  # of the endless stream, not of the data
         write_text(self._output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
