@@ -110,3 +110,21 @@ def test_a_suites_paths_are_below_its_root() -> None:
     assert suite.cases[0].file == Path("/world/vlguard/test.json")
     assert suite.judge.world == Path("/world/world.json")
     assert Suite.model_validate(suite.model_dump()) == suite
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("method: npo\ntraining: {seed: 1}\nmethod: ga\n")
+    with pytest.raises(RequestError, match='line 3: not valid YAML: the key "method" is there twice'):
+        load(Recipe, file, ["model=m", "data=d", "output=o"])
+
+
+def test_a_misspelt_shipped_recipe_is_named() -> None:
+    with pytest.raises(RequestError, match=r'tiny/npoo: No such file or directory; did you mean "tiny/npo"\?'):
+        load(Recipe, Path("tiny/npoo"))
+
+
+def test_the_home_folder_is_where_the_shell_says() -> None:
+    recipe = load(Recipe, Path("tiny/npo"), ["model=m", "data=~/d", "output=~/o"])
+    assert recipe.output == Path.home() / "o"
+    assert recipe.data == Path.home() / "d"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlm_unlearn.errors import RequestError, nearest
 from vlm_unlearn.records import Kind, Label
@@ -37,7 +37,7 @@ class MethodConfig(BaseModel):
 class LoraConfig(Strict):
     """Low-rank adapters (Hu et al. 2021); the field names are PEFT's."""
 
-    r: Positive = 32
+    r: Annotated[int, Field(gt=0, le=65_536)] = 32
     alpha: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,13 +54,17 @@ class TrainableConfig(Strict):
     lora: LoraConfig = LoraConfig()
 
 
+Steps = Annotated[int, Field(gt=0, le=100_000_000)]
+Batch = Annotated[int, Field(gt=0, le=1_000_000)]
+
+
 class TrainingConfig(Strict):
     """The optimisation; the field names are those of transformers.TrainingArguments where it has one."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0  # passes over the forget set
-    max_steps: Positive | None = None  # optimizer steps; wins over epochs
-    batch_size: Positive = 1  # forget samples a device and step; as many retain (and decouple) samples
-    gradient_accumulation_steps: Positive = 1
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0  # passes over the forget set
+    max_steps: Steps | None = None  # optimizer steps; wins over epochs
+    batch_size: Batch = 1  # forget samples a device and step; as many retain (and decouple) samples
+    gradient_accumulation_steps: Batch = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     projector_learning_rate: Annotated[float, Field(gt=0)] | None = None  # the projector's own; None = learning_rate
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
@@ -106,6 +110,11 @@ class ProbeConfig(Strict):
     abort_when: dict[str, Bound] = {}  # the run ends as soon as one of these holds: broken
     keep_best: dict[str, float] = {}  # weight of each metric; the weights with the highest weighted sum are saved, not the last ones
 
+    @field_validator("root")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()
+
 
 class Recipe(Strict):
     """One training run."""
@@ -121,6 +130,11 @@ class Recipe(Strict):
     reference: Literal["auto", "cache", "adapter", "copy"] = "auto"  # where reference values come from
     image_aspect_ratio: Literal["processor", "pad"] = "processor"  # pad: squares, filled up with the mean colour (LLaVA-1.5's training)
     probe: ProbeConfig | None = None
+
+    @field_validator("data", "output")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()
 
     @model_validator(mode="before")
     @classmethod
@@ -184,11 +198,12 @@ class Suite(Strict):
 
     @model_validator(mode="after")
     def _paths_below_root(self) -> Suite:
+        root = self.root.expanduser()
         for case in self.cases:
-            object.__setattr__(case, "file", (self.root / case.file).absolute())
-            object.__setattr__(case, "images", (self.root / case.images).absolute())
+            object.__setattr__(case, "file", (root / case.file).absolute())
+            object.__setattr__(case, "images", (root / case.images).absolute())
         if self.judge.world is not None:
-            object.__setattr__(self.judge, "world", (self.root / self.judge.world).absolute())
+            object.__setattr__(self.judge, "world", (root / self.judge.world).absolute())
         object.__setattr__(self, "root", Path())  # resolved, once
         return self
 
@@ -204,13 +219,15 @@ class Suite(Strict):
         return self
 
 
+_SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")  # installed, or a source checkout
+
+
 def shipped(name: str | Path) -> Path:
     """A recipe's or suite's file: a path, or the name of one that comes with the package, such as ``tiny/npo``."""
     path = Path(name)
     if path.is_file() or not path.name:
         return path
-    package = Path(__file__).parent
-    for folder in (package / "recipes", package.parents[1] / "recipes"):  # installed, or a source checkout
+    for folder in _SHIPPED:
         found = folder / _as_yaml(path)
         if found.is_file():
             return found
@@ -235,14 +252,36 @@ def load(config: type[Config], path: Path, overrides: Sequence[str] = (), values
     return validate(config, {**override(value, overrides), **(values or {})}, where)
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, (named, _) in reversed(list(zip(keys, node.value, strict=True))):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" is there twice', named.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _shipped_names() -> list[str]:
+    """The recipes and suites that come with the package, by the names they are called by."""
+    return [
+        str(file.relative_to(folder))[: -len(".yaml")]
+        for folder in _SHIPPED
+        for file in sorted(folder.rglob("*.yaml"))
+        if not file.stem.startswith("_") and file.parent.name != "engines"
+    ]
+
+
 def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
     """A file's keys over those of the file it extends, and the names extended; `readers` are the files that led here."""
     if path.resolve() in (reader.resolve() for reader in readers):
         raise RequestError(f"{readers[-1]}: extends goes in a circle: {' -> '.join(map(str, (*readers, path)))}")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}" + (f" ({readers[-1]} extends it)" if readers else "")) from None
+        near = nearest(str(path), _shipped_names()) if isinstance(error, FileNotFoundError) else ""
+        raise RequestError(f"{path}: {error.strerror}{near}" + (f" ({readers[-1]} extends it)" if readers else "")) from None
     except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""

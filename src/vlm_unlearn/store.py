@@ -255,7 +255,7 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     resolved = json.loads(json.dumps(identity, default=str))
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     if path.exists():
         manifest = read_manifest(folder)
         if manifest["identity"] != resolved:
@@ -267,7 +267,12 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Refuses to make a run folder where something else is.
+
+    Raises:
+        RequestError: a file is there, or a folder with other things than a run.
+    """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file, not a folder; choose another output folder")
     if folder.exists() and not (folder / "manifest.json").exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -308,7 +313,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     Raises:
         RequestError: another process is at work in the folder, or the folder can't be made.
     """
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

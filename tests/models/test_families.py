@@ -286,6 +286,16 @@ def test_it_trains(
     assert not any(is_vision(name, layout) for name in changed)
 
 
+def test_a_sine_projector_is_merged(loaded: Loaded, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    """Also where the projector is one matrix, which PEFT's wrapper passes on as its own."""
+    trainable = {"mode": "lora", "projector": "sine", "lora": {"r": 2, "target_modules": ["q_proj"]}}
+    run = recipe(loaded.folder, training_sets["harmful"], tmp_path / "run", "npo", trainable=trainable, training={"max_steps": 2})
+    model, _ = load_run_model(run_recipe(run), "fp32")
+    layout, before = layout_of(loaded.model), dict(loaded.model.named_parameters())
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert any(is_projector(name, layout) and not torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
 def test_one_pass_for_all_roles_changes_nothing(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Roles whose images and texts differ in size give the same likelihoods, logits and hidden states joined as one by one."""
     turns = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import command, run, run_killing
+from helpers import command, recipe, run, run_killing
 
 
 @pytest.mark.parametrize("trainable", ["{}", "{mode: lora, lora: {r: 4, dropout: 0.1}}"], ids=["full", "lora"])
@@ -81,3 +81,40 @@ def test_killed_at_random_moments(tiny_model: Path, training_sets: dict[str, Pat
     assert done.returncode == 0, (done.stderr, fell)
     compare()
     print(f"killed {len(fell)} times:", *fell, sep="\n")  # noqa: T201 (seen with -s)
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "no optimizer", "no state", "empty marker", "no number"])
+def test_a_damaged_checkpoint_is_passed_over(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    """The older one is gone on from, to the same weights."""
+    from vlm_unlearn.training.runner import run_recipe
+    from vlm_unlearn.training.trainer import last_complete_checkpoint
+
+    def stop_at_6(step: int, steps: int, parts: object) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    wanted = recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", training={"max_steps": 8, "save_steps": 2})
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(wanted, stop_at_6)
+    newest = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.name == "checkpoint-4"
+    older = Path(shutil.copytree(newest, newest.with_name("checkpoint-3")))  # stands in for the one before
+    (older / "complete.json").write_text(json.dumps({**json.loads((older / "complete.json").read_text()), "step": 3}))
+    match damage:
+        case "cut weights":
+            os.truncate(newest / "trained.safetensors", 100)
+        case "no optimizer":
+            (newest / "optimizer.pt").unlink()
+        case "no state":
+            (newest / "trainer_state.json").write_text("")
+        case "empty marker":
+            (newest / "complete.json").write_text("")
+        case "no number":
+            (newest.with_name("checkpoint-foo")).mkdir()
+            (newest.with_name("checkpoint-foo") / "complete.json").write_text("[]")
+    found = last_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found == (newest if damage == "no number" else older)
+    again = run_recipe(wanted)
+    whole = run_recipe(wanted.model_copy(update={"output": tmp_path / "whole"}))
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers import recipe, run
 from vlm_unlearn.config import ProbeConfig, Recipe, load
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.probe import build_probe
-from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, run_model_folder
+from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, run_digest, run_model_folder
 from vlm_unlearn.training.planning import plan
 from vlm_unlearn.training.previewing import preview
 from vlm_unlearn.training.runner import run_plan, run_recipe
@@ -180,3 +181,65 @@ def test_the_plan_is_what_is_run(tiny_model: Path, training_sets: dict[str, Path
     assert told.reference == "copy"
     table = json.loads((tmp_path / "run" / "trainable.json").read_text())
     assert [(row["part"], row["trained"], row["parameters"]) for row in table] == told.trainable
+
+
+def test_adapters_on_a_base_that_has_changed_are_refused(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    run_recipe(recipe(base, training_sets["harmful"], tmp_path / "run", "npo", trainable={"mode": "lora"}))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    done = run("export", tmp_path / "run", "--out", tmp_path / "exported")
+    assert done.returncode == 2
+    assert "were trained on another base than" in done.stderr
+    with pytest.raises(RequestError, match="were trained on another base than"):
+        run_digest(run_model_folder(str(tmp_path / "run")))
+
+
+def test_a_finished_run_that_has_lost_its_model_says_so(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    wanted = recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo")
+    shutil.rmtree(run_recipe(wanted))
+    with pytest.raises(RequestError, match=r"is finished, and its model folder is gone; delete .* and train again"):
+        run_recipe(wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "warning"),
+    [
+        ("mixed_sft", "harmful", "24 of 24 forget answers are no refusals, and mixed_sft teaches its model to give them"),
+        ("npo", "refusals", "forget answers are refusals, and npo makes its model unlearn them"),
+        ("po", "harmful", ""),
+        ("npo", "harmful", ""),
+    ],
+)
+def test_a_set_that_teaches_the_wrong_thing_is_warned_of(
+    method: str, data: str, warning: str, tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = [f"model={tiny_model}", f"data={training_sets[data]}", f"output={tmp_path / 'run'}", "training.max_steps=1"]
+    done = run("train", f"tiny/{method}", *keys, "training.batch_size=1")
+    assert done.returncode == 0, done.stderr
+    assert ("warning: " in done.stderr) == bool(warning)
+    assert warning in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("broken", ["recipe.json", "summary.json", "link", "inside", "no run"])
+def test_export_refuses_what_it_cannot_use(broken: str, tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", training={"max_steps": 1}))
+    out, source, more = tmp_path / "out", tmp_path / "run", []
+    match broken:
+        case "recipe.json":
+            (tmp_path / "run" / "recipe.json").write_text("[]")
+        case "summary.json":
+            (tmp_path / "summary.json").write_text("{}")
+            more = ["--evaluation", tmp_path]
+        case "link":
+            (tmp_path / "target").mkdir()
+            out.symlink_to(tmp_path / "target")
+        case "inside":
+            out = tmp_path / "run" / "model" / "exported"
+        case "no run":
+            source = tmp_path / "nothing"
+    done = run("export", source, "--out", out, *more)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    told = {"link": "is a link", "inside": "lies in the run's own folder", "no run": "is no folder that `vlm-unlearn train` wrote"}
+    assert told.get(broken, broken) in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ def fail(error: BaseException, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error.__context__ if error.__suppress_context__ is False and error.__context__ else error)
     line = " ".join(str(error).split())
+    if os.environ.get("RANK", "0") != "0" and "Connection closed by peer" in line:
+        raise SystemExit(code)  # the first process has said what happened
     sys.stderr.write(f"vlm-unlearn: {line}\n")
     raise SystemExit(code)
 
@@ -45,10 +48,11 @@ def status_console() -> Console:
 
 def quiet_libraries() -> None:
     """Keeps transformers' own bars and warnings out of ours."""
-    import os
-
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # PEFT's call, not the user's
     from transformers.utils import logging
 
     logging.disable_progress_bar()

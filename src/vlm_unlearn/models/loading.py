@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,7 @@ from vlm_unlearn.store import digest_model, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+BASE = "base_model.json"  # beside adapters: the digest of the model they were trained on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -175,11 +178,26 @@ def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     try:
-        with torch.device("meta"):
+        with _not_cut_up(), torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     except Exception as error:
         raise RequestError(f"model {name}: transformers can't load it: {_first_line(error)}") from None
     return skeleton
+
+
+@contextmanager
+def _not_cut_up() -> Iterator[None]:
+    """Within the block models are made whole: under ZeRO-3 transformers cuts up each one while making it."""
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    config = held() if held is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _stored_weights(folder: Path) -> int:
@@ -211,10 +229,18 @@ def run_model_folder(name: str) -> Path:
 
 
 def run_digest(folder: Path) -> str:
-    """Digest of the weights in a model folder; for an adapter, of its base and its own."""
-    if (folder / "adapter_config.json").is_file():
-        return f"{digest_model(model_folder(_adapter_base(folder)))}+{digest_model(folder)}"
-    return digest_model(folder)
+    """Digest of the weights in a model folder; for an adapter, of its base and its own.
+
+    Raises:
+        RequestError: the adapter was trained on another base than lies there now.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return digest_model(folder)
+    base = model_folder(_adapter_base(folder))
+    digest = digest_model(base)
+    if (folder / BASE).is_file() and read_json(folder / BASE).get("digest") != digest:
+        raise RequestError(f"model {folder}: its adapters were trained on another base than {base} holds now; put the old one back")
+    return f"{digest}+{digest_model(folder)}"
 
 
 def load_run_model(folder: Path, precision: str) -> tuple[PreTrainedModel, Processor]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from vlm_unlearn.config import Recipe, validate
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.records import Row, Summary
@@ -26,11 +28,13 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
     Raises:
         RequestError: `run` is no training run, or an evaluation has no summary.
     """
+    if not (run / "manifest.json").is_file():
+        raise RequestError(f"{run}: is no folder that `vlm-unlearn train` wrote")
     manifest = read_manifest(run)
     identity = manifest["identity"]
     if identity.get("kind") != "train":
         raise RequestError(f"{run}: is no training run; pass a folder that `vlm-unlearn train` wrote")
-    recipe = read_json(run / "recipe.json")
+    recipe = validate(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json")).model_dump(mode="json")
     method = recipe["method"]
     decoupled = recipe["prompt_decouple_weight"]
     rows = [row for folder in evaluations for row in _rows(folder)]
@@ -40,14 +44,14 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         **{key: value for key, value in method.items() if key != "name"},
         **({"prompt decouple weight": decoupled} if decoupled else {}),
         "trained": recipe["trainable"]["mode"],
-        "epochs": training["epochs"],
+        **({} if training["max_steps"] else {"epochs": training["epochs"]}),
         "projector": {"sine": "W + sin(dW), merged"}.get(recipe["trainable"]["projector"], recipe["trainable"]["projector"]),
         "optimizer steps": manifest.get("steps", "unknown"),
         **({"ended by its probe": manifest["stopped"]} if manifest.get("stopped") else {}),
         "learning rate": training["learning_rate"],
-        "batch": f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {identity['processes']} process(es)",
+        "batch": f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {identity.get('processes', '?')} process(es)",
         "seed": training["seed"],
-        "precision": identity["precision"],
+        "precision": identity.get("precision", "unknown"),
     }
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     front["tags"] = ["machine-unlearning", "safety", method["name"]]
@@ -73,7 +77,7 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         "|---|---|",
         *(f"| {_cell(key)} | {_cell(value)} |" for key, value in settings.items()),
         "",
-        f"Base model's digest: {_cell(identity['model'])}. The training data's digests, package versions, time and memory are in "
+        f"Base model's digest: {_cell(identity.get('model'))}. The training data's digests, package versions, time and memory are in "
         "`unlearning_manifest.json`.",
         "",
         "## What was measured",
@@ -107,7 +111,12 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
 def _rows(folder: Path) -> list[Row]:
     if not (folder / "summary.json").is_file():
         raise RequestError(f"{folder}: has no summary.json; run `vlm-unlearn evaluate` or `score` first")
-    return list(Summary.model_validate(read_json(folder / "summary.json")).rows)
+    try:
+        return list(Summary.model_validate(read_json(folder / "summary.json")).rows)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RequestError(f"{folder / 'summary.json'}: {where + ': ' if where else ''}{first['msg']}") from None
 
 
 def _measured(rows: Sequence[Row]) -> list[str]:
@@ -129,4 +138,5 @@ def _measured(rows: Sequence[Row]) -> list[str]:
 def _cell(value: object) -> str:
     """Text that stays inside its table cell or heading, whatever a file said."""
     text = " ".join(str(value).split())[:200]
-    return "".join(f"&#{ord(character)};" if character in "|<>[]`*&#\\" else character for character in text)
+    shown = (character for character in text if character.isprintable())
+    return "".join(f"&#{ord(character)};" if character in "|<>[]`*_~$@&#:\\" else character for character in shown)

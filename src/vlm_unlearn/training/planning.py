@@ -69,8 +69,15 @@ class Plan:
 
 
 def processes() -> int:
-    """How many processes train together: what torchrun and accelerate launch say."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes train together: what torchrun and accelerate launch say.
+
+    Raises:
+        RequestError: the environment says something else than a number, or says it without the rest of what they set.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdigit() or told == "0" or (told != "1" and "MASTER_ADDR" not in os.environ):
+        raise RequestError(f"WORLD_SIZE={told[:20]} in the environment, without the rest of what torchrun sets; unset it")
+    return int(told)
 
 
 def steps_of(recipe: Recipe, forget_examples: int, world_size: int) -> int:

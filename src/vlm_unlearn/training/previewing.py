@@ -14,10 +14,11 @@ from vlm_unlearn.methods import Role
 from vlm_unlearn.models.loading import load_processor, local_folder, read_config, skeleton_of
 from vlm_unlearn.models.shapes import KNOWN
 from vlm_unlearn.models.trainable import trainable_table
+from vlm_unlearn.store import refuse_foreign
 from vlm_unlearn.training.estimate import Memory, Shape, estimate
 from vlm_unlearn.training.planning import check_model, check_recipe, processes, recipe_name, steps_of
 from vlm_unlearn.training.references import Source
-from vlm_unlearn.training.stream import TrainingStream
+from vlm_unlearn.training.stream import Collator, TrainingStream
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def preview(recipe: Recipe) -> Preview:
         RequestError: what `plan` refuses, as far as it shows without weights; a model that is neither here nor known.
     """
     method, training_set, source = check_recipe(recipe)
+    refuse_foreign(recipe.output)
     count = processes()
     steps = steps_of(recipe, len(training_set.examples["forget"]), count)
     training = recipe.training
@@ -57,6 +59,9 @@ def preview(recipe: Recipe) -> Preview:
         raise RequestError(f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder")
     bare = skeleton_of(read_config(folder) if folder else KNOWN[recipe.model](), recipe.model)
     config = bare.config.get_text_config()
+    if folder:
+        processor = load_processor(folder, recipe.image_aspect_ratio)
+        Collator(processor, training_set, method, training.max_length, {}).check_lengths()
     table = trainable_table(check_model(recipe, method, training_set, bare))
     tokens, answers = _lengths(recipe, stream, training_set, folder, bare.config)
     shape = Shape(

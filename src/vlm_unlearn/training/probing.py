@@ -47,12 +47,12 @@ class Prober(TrainerCallback):
         rates = self._measure()
         logged = {f"{PROBE}{name}": value for name, value in rates.items() if value is not None}
         weighted = [(weight, rates.get(name)) for name, weight in self._config.keep_best.items()]
-        if weighted and all(value is not None for _, value in weighted):
+        reason, broken = self._reason(rates)
+        if weighted and not broken and all(value is not None for _, value in weighted):
             logged[SCORE] = sum(weight * (value or 0.0) for weight, value in weighted)
             if logged[SCORE] > max((entry[SCORE] for entry in state.log_history if SCORE in entry), default=float("-inf")):
                 self._keep()
         self._trainer.log(logged)
-        reason = self._reason(rates)
         if reason:
             state.log_history[-1]["stopped"] = reason
             control.should_training_stop = True
@@ -76,12 +76,14 @@ class Prober(TrainerCallback):
                 model.train(was_training)
         return dict(broadcast_object_list(told)[0])
 
-    def _reason(self, rates: Mapping[str, float | None]) -> str | None:
+    def _reason(self, rates: Mapping[str, float | None]) -> tuple[str | None, bool]:
+        """Why the run is to end, if it is, and whether the model is broken: such weights are never the best."""
         broken = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
         if broken:
-            return "abort_when holds: " + ", ".join(f"{name} {rates[name]:.3g}" for name in broken)
+            return "abort_when holds: " + ", ".join(f"{name} {rates[name]:.3g}" for name in broken), True
         wanted = self._config.stop_when.items()
-        return "stop_when holds" if wanted and all(bound.holds(rates.get(name)) for name, bound in wanted) else None
+        reached = bool(wanted) and all(bound.holds(rates.get(name)) for name, bound in wanted)
+        return ("stop_when holds" if reached else None), False
 
     def _keep(self) -> None:
         if self._trainer.args.should_save:

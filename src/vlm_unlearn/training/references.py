@@ -138,7 +138,13 @@ def cached_nll(
                 part = examples[start : start + batch_size]
                 values += [[answer_key(example), *pair] for example, pair in zip(part, compute(part), strict=True)]
             write_json(scratch / file.name, values)
-    return {str(id): (float(nll), int(tokens)) for id, nll, tokens in read_json(file.with_suffix("") / file.name)}
+    try:
+        found = {str(key): (float(nll), int(tokens)) for key, nll, tokens in read_json(file.with_suffix("") / file.name)}
+    except (RequestError, TypeError, ValueError):
+        found = {}
+    if not found.keys() >= {answer_key(example) for example in examples}:
+        raise RequestError(f"{file.with_suffix('')}: reference values are damaged; delete this folder, they are made again")
+    return found
 
 
 def answer_key(example: Example) -> str:

@@ -18,7 +18,7 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.batching import Processor, move
 from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.methods import ReferenceNLL, Role
-from vlm_unlearn.models.loading import load_model, load_processor, model_skeleton
+from vlm_unlearn.models.loading import BASE, load_model, load_processor, model_skeleton
 from vlm_unlearn.models.sine import merge_sine
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Example
@@ -70,6 +70,8 @@ def run_plan(planned: Plan, on_step: OnStep | None = None, probe: Probe | None =
         raise RequestError(f"{processes()} processes were started but train as {arguments.world_size}; see docs/scale.md")
     result, checkpoints = output / "model", output / "checkpoints"
     with _whole_run(output, identity, arguments) as finished:
+        if finished and not (result / "config.json").is_file() and not (result / "adapter_config.json").is_file():
+            raise RequestError(f"{output}: is finished, and its model folder is gone; delete {output} and train again")
         if not finished:
             watch = Watch(output, on_step, arguments.process_index == 0)
             trainer, processor = _trainer(planned, arguments, watch)
@@ -276,6 +278,7 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
             str(planned.folder.resolve()) if Path(planned.recipe.model).expanduser().is_dir() else planned.recipe.model
         )
         write_json(part / "adapter_config.json", adapter)
+        write_json(part / BASE, {"digest": planned.model_digest})
     state = planned.method.state()
     if state:
         save_file(state, part / "method_state.safetensors")

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import Dataset
 
-from vlm_unlearn.data.batching import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
+from vlm_unlearn.data.batching import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels, render
 from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Method, Role
@@ -100,6 +100,9 @@ def _pairs(training_set: TrainingSet, role: Role) -> dict[str, Example]:
         if example.pair_id is None or example.pair_id not in pairs:
             mend = "; import VLGuard without --include-safe-image-unsafe, or take idk_dpo" if role == "preferred" else ""
             raise RequestError(f'{training_set.folder}: forget example "{example.id}" has no {role} example with its pair_id{mend}')
+        other = pairs[example.pair_id]
+        if role == "preferred" and (other.question != example.question or other.image != example.image):
+            raise RequestError(f'{training_set.folder}: preferred example "{other.id}" asks something else than its forget example')
     return pairs
 
 
@@ -115,6 +118,7 @@ class Collator:
         self._processor = processor
         self._training_set = training_set
         self._roles = method.roles
+        self._method = method
         self._one_turn = method.forget_as_one_turn
         self._max_length = max_length
         self._reference = reference
@@ -141,6 +145,9 @@ class Collator:
             RequestError: a question with its image leaves no room for an answer, or is no image; the record is named.
         """
         meter = PromptMeter(self._processor)
+        if "refusal" in (self._method.answered_with, self._method.preferred_answers):
+            for sentence in self._training_set.refusals:
+                render(self._processor, Turn(f"refusals.json: {sentence[:40]}", None, "question", sentence))
         for role in self._roles:
             for example in self._training_set.examples.get(role, ()):  # drawn refusals go with the forget questions
                 turn = self._full_turn(role, example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,7 +145,8 @@ class UnlearningTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE, {"step": self.state.global_step})
+            files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+            write_json(folder / COMPLETE, {"step": self.state.global_step, "files": files})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:
@@ -154,6 +156,13 @@ class UnlearningTrainer(Trainer):
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
+    """The newest checkpoint that was written to its end and has lost nothing since, or None."""
+    found = {}
+    for marker in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        try:
+            told = json.loads(marker.read_text(encoding="utf-8"))
+            whole = all((marker.parent / name).stat().st_size == size for name, size in told["files"].items())
+            found[int(told["step"])] = marker.parent if whole else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one, whatever is damaged
+            continue
+    return max(((step, path) for step, path in found.items() if path is not None), default=(0, None))[1]
