@@ -1,4 +1,4 @@
-"""How much memory a run will take, by arithmetic: good to a fifth or so, enough to choose a machine and an engine."""
+"""How much memory a run will take, by arithmetic, without what libraries and fragmentation take: enough to choose a machine."""
 
 from __future__ import annotations
 
