@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -202,3 +203,18 @@ def test_every_published_recipe_prints_its_plan(name: str, training_sets: dict[s
     assert found.tokens_per_sample["forget"] > (576 if "3.2" not in name else 5)
     assert 0 < found.memory.devices(80e9) <= 8
     assert found.steps > 0
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = [
+    (file.name, number, block)
+    for file in (DOCS / "training.md", DOCS / "published.md")
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", file.read_text(encoding="utf-8"), flags=re.S))
+]
+
+
+@pytest.mark.parametrize(("name", "number", "block"), BLOCKS, ids=[f"{name}-{number}" for name, number, _ in BLOCKS])
+def test_yaml_in_the_docs_is_a_recipe(name: str, number: int, block: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(block if "extends:" in block or "method:" in block else f"method: npo\n{block}")
+    load(Recipe, file, ["model=m", "data=d", "output=o"])
