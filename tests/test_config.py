@@ -112,6 +112,11 @@ def test_a_suites_paths_are_below_its_root() -> None:
     assert Suite.model_validate(suite.model_dump()) == suite
 
 
+def test_a_value_of_several_kinds_names_them_all() -> None:
+    with pytest.raises(RequestError, match=r"trainable\.projector: Input should be a valid boolean.* or Input should be 'sine'"):
+        load(Recipe, Path("tiny/npo"), ["model=m", "data=d", "output=o", "trainable.projector=cosine"])
+
+
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("method: npo\ntraining: {seed: 1}\nmethod: ga\n")

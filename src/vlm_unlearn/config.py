@@ -352,10 +352,20 @@ def validate(config: type[Config], value: object, where: str) -> Config:
     try:
         return config.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
+        # A value that may be of several kinds fails once for each, and each names its kind as if it were a key.
+        known = _keys_beside(config, first["loc"])
+        kinds = [
+            other
+            for other in others
+            if other["loc"][:-1] == first["loc"][:-1] and other["loc"][-1] not in known and other["type"] != "extra_forbidden"
+        ]
+        if kinds and first["loc"][-1] not in known and first["type"] != "extra_forbidden":
+            key = ".".join(map(str, first["loc"][:-1]))
+            told = " or ".join(str(kind["msg"]) for kind in (first, *kinds))
+            raise RequestError(f"{where}: {key}: {told}") from None
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _keys_beside(config, first["loc"])
             raise RequestError(f'{where}: unknown key "{key}"{nearest(str(first["loc"][-1]), known)}') from None
         if first["type"] == "missing":
             raise RequestError(f'{where}: key "{key}" is missing; add it to the file or pass {key}=...') from None

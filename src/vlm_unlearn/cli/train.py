@@ -67,6 +67,9 @@ def train(
 
         try:
             model = run_plan(planned, on_step, probe)
+        except KeyboardInterrupt:
+            typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+            raise
         finally:  # of a run that diverged too
             curves = write_loss_png(recipe.output) if first else None
     if not first:
