@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +68,8 @@ def train(
             bars.update(name, step, steps, "  ".join(shown))
 
         try:
-            model = run_plan(planned, on_step, probe)
+            with redirect_stdout(sys.stderr):  # trackio and others talk; standard output is for the result
+                model = run_plan(planned, on_step, probe)
         except KeyboardInterrupt:
             typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
             raise
