@@ -71,7 +71,7 @@ def test_the_published_road_step_by_step(vlguard: Path, world: Path, tmp_path: P
     said("rmu", out / "forget.json", out / "rmu.json")
     whole = ["import", "vlguard", vlguard / "train.json", "--images", vlguard / "train", "--external", general, "--retain-size", 50]
     in_one_go = said(*whole, "--harmful-answers", vlguard / "harmful_answers.json", "--out", tmp_path / "one")
-    assert in_one_go["counts"] == {"forget": counts["forget"], "retain": 50}
+    assert in_one_go["counts"] == {"forget": counts["forget"], "retain": 50, "preferred": counts["forget"]}
 
     def pairs(folder: Path, role: str) -> list[tuple[str, str]]:
         lines = (folder / f"{role}.jsonl").read_text().splitlines()

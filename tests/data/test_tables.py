@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlm_unlearn.data.audit import labelled
+from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats.table import Columns, read_table
 from vlm_unlearn.data.importing import import_files
 from vlm_unlearn.data.pipeline import convert
@@ -197,6 +199,21 @@ def test_half_a_pair_is_left_out(folder: Path) -> None:
     imported = import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 2, "retain": 1, "decouple": 1}
     assert imported.left_out == {"pair without its other half": 2}
+
+
+def test_a_missing_preferred_answer_costs_no_forget_row(folder: Path) -> None:
+    """Only dpo wants it, and says so; a preferred answer to no question is left out. Audit and diversify know what it is."""
+    rows = "image,question,answer,set,pair_id\na.png,Why F?,A.,forget,p1\na.png,Why G?,A.,forget,p2\nb.png,Why R?,A.,retain,\n"
+    (folder / "a.csv").write_text(rows + "a.png,Why F?,No.,preferred,p1\na.png,Why X?,No.,preferred,p9\n")
+    imported = import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
+    assert imported.counts == {"forget": 2, "retain": 1, "preferred": 1}
+    assert imported.left_out == {"pair without its other half": 1}
+    labels = list(labelled(read_any(folder / "out"), "auto", lambda text: False))
+    assert [(question, refused) for question, _, refused, _ in labels] == [("Why F?", True), ("Why G?", True), ("Why R?", False)]
+    diversify(folder / "out", folder / "other", words=("tell", "describe"))
+    asked = {entry.example.pair_id: entry.example.question for entry in read_any(folder / "other") if entry.set == "forget"}
+    preferred = [entry.example for entry in read_any(folder / "other") if entry.set == "preferred"]
+    assert [example.question for example in preferred] == [asked["p1"]]
 
 
 def test_importing_again_leaves_no_old_decouple_set(folder: Path) -> None:

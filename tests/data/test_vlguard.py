@@ -36,8 +36,11 @@ def test_split_and_inject(folder: Path) -> None:
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, SAFE]), folder)
     split = vlguard.split(pairs, {"u.png": "Like so."}, include_safe_image_unsafe=False)
     assert [(e.id, e.answer) for e in split.forget] == [("u/unsafe", "Like so.")]
+    assert [(e.pair_id, e.question, e.answer) for e in split.preferred] == [("u/unsafe", split.forget[0].question, "No.")]
+    assert split.forget[0].pair_id == "u/unsafe"
     assert [(e.id, e.question) for e in split.retain] == [("s/safe", "What is it?")]
     split = vlguard.split(pairs, None, include_safe_image_unsafe=True)
+    assert split.preferred == []  # the forget set has them
     assert [e.answer for e in split.forget] == ["No.", "No."]
 
 
@@ -45,7 +48,7 @@ def test_what_has_no_answer_is_left_out_and_counted(folder: Path) -> None:
     empty = {**SAFE, "instr-resp": [{"safe_instruction": "What is it?", "response": ""}]}
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, empty]), folder)
     split = vlguard.split(pairs, {}, include_safe_image_unsafe=False)
-    assert split == vlguard.Split([], [], {"no harmful answer": 1, "empty response": 1})
+    assert split == vlguard.Split([], [], [], {"no harmful answer": 1, "empty response": 1})
     assert next(vlguard.prompts(pairs, "s", "safe")).reference is None  # it still is a question to ask
 
 
