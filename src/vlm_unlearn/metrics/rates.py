@@ -25,8 +25,10 @@ def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     return low, high
 
 
-def rate(hits: Sequence[bool], clusters: Sequence[str], failed: int = 0) -> Rate:
-    """The share of `hits` with an interval that allows for clusters.
+def rate(hits: Sequence[float], clusters: Sequence[str], failed: int = 0) -> Rate:
+    """The share of `hits`, or the mean of scores between 0 and 1, with an interval that allows for clusters.
+
+    Scores between 0 and 1 vary less than hits of the same mean: for them the interval is on the wide side.
 
     Where clusters have several members the variance is the ratio estimator's (Cochran 1977, section 11.4), turned into an
     effective sample size for Wilson's interval, so that the ends stay in [0, 1] at 0 and 100 %. Single clusters give the plain Wilson
@@ -36,7 +38,7 @@ def rate(hits: Sequence[bool], clusters: Sequence[str], failed: int = 0) -> Rate
     if n == 0:
         return Rate(value=None, low=None, high=None, n=0, failed=failed)
     value = sum(hits) / n
-    grouped: dict[str, list[bool]] = defaultdict(list)
+    grouped: dict[str, list[float]] = defaultdict(list)
     for hit, cluster in zip(hits, clusters, strict=True):
         grouped[cluster].append(hit)
     effective = float(n)

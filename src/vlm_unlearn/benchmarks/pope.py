@@ -1,0 +1,63 @@
+"""POPE (Li et al. 2023, arXiv 2305.10355): does the model see what is not there?"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_unlearn.benchmarks.base import Benchmark, Scored, register
+from vlm_unlearn.errors import RequestError
+
+
+@register("pope", "coco_pope_random.json, _popular.json or _adversarial.json of the POPE repository")
+class POPE(Benchmark):
+    """Yes or no. Beside accuracy: precision, recall and F1 of "yes", and the share of "yes" among the answers."""
+
+    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        found: dict[str, Any] = {}
+        try:
+            lines = annotations.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{annotations}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                raise RequestError(f"{annotations}: line {number} is not JSON; POPE's files have a question a line") from None
+            if not isinstance(entry, dict) or "question_id" not in entry or entry.get("label") not in ("yes", "no"):
+                raise RequestError(f'{annotations}: line {number} must have "question_id", and "label" yes or no')
+            found[str(entry["question_id"])] = entry
+        if not found:
+            raise RequestError(f"{annotations}: holds no questions")
+        return found
+
+    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
+        said = parse(text, official)
+        return Scored(id, float(said == truth["label"]), str(truth.get("image", id)), truth["label"], unparsed=said is None)
+
+    def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
+        pairs = [(truth["label"], parse(text, official)) for truth, text in graded]
+        true_yes = sum(said == "yes" == label for label, said in pairs)
+        said_yes, are_yes = sum(said == "yes" for _, said in pairs), sum(label == "yes" for label, _ in pairs)
+        precision = true_yes / said_yes if said_yes else 0.0
+        recall = true_yes / are_yes if are_yes else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": said_yes / len(pairs) if pairs else 0.0}
+
+
+def parse(text: str, official: bool) -> str | None:
+    """``yes`` or ``no``. The official reading takes whatever doesn't say no in its first sentence as yes; by default, what says neither
+    is None and counts as wrong."""
+    sentence = text.split(".")[0].replace(",", "")
+    words = sentence.split(" ")
+    if official:
+        return "no" if {"No", "not", "no"} & set(words) else "yes"
+    found = re.findall(r"[a-z']+", sentence.lower().replace("\u2019", "'"))
+    if any(word in ("no", "not", "nope", "none") or word.endswith("n't") for word in found):
+        return "no"
+    return "yes" if any(word in ("yes", "yeah", "yep", "there") for word in found) else None
