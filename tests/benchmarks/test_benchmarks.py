@@ -95,6 +95,23 @@ def test_official_files_score(name: str, tmp_path: Path) -> None:
     assert (found["score"], found["n"], found["missing"], found["high"]) == (1.0, 1, 0, 1.0)
 
 
+def test_mmbench_counts_what_is_right_under_every_rotation(tmp_path: Path) -> None:
+    """Question 1 is right both times, 2 once, 3 lacks an answer to its second order, 4 has two options and no rotation."""
+    rows = ["index\tquestion\tA\tB\tC\tD\tanswer\tl2-category\timage"]
+    for index, answer in ((1, "A"), (1_000_001, "B"), (2, "A"), (1_000_002, "B"), (3, "C"), (1_000_003, "D")):
+        rows.append(f"{index}\t?\tw\tx\ty\tz\t{answer}\tlogic\t{'i' * 200_000}")
+    rows.append("4\t?\tyes\tno\t\t\tB\tlogic\ti")
+    (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
+    said = {1: "A", 1_000_001: "(B)", 2: "A", 1_000_002: "A", 3: "C", 4: "no"}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question_id": id, "text": text}) + "\n" for id, text in said.items()))
+    found = score(find("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
+    assert {one.id: one.value for one in found.questions} == {"1": 1.0, "2": 0.0, "4": 1.0}
+    assert found.missing == 1
+    (tmp_path / "a.tsv").write_text("index\tA\tB\tanswer\n1\tx\ty\tC\n")
+    with pytest.raises(RequestError, match='row 1 must have "index", options'):
+        score(find("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
+
+
 def test_what_is_missing_is_counted_and_scored_nowhere(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({str(n): {"answer": "cat", "imageId": str(n // 2)} for n in range(4)}))
     (tmp_path / "p.jsonl").write_text(

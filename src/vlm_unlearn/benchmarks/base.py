@@ -65,6 +65,10 @@ class Benchmark:
         """
         raise NotImplementedError
 
+    def merged(self, graded: Sequence[Scored], truths: Mapping[str, Any]) -> list[Scored]:
+        """The scores that count, where several answers make one."""
+        return list(graded)
+
     def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
         """What the official evaluator reports beside the mean, from ``(truth, text)`` pairs."""
         return {}
@@ -127,7 +131,9 @@ def score(benchmark: Benchmark, predictions: Path, annotations: Path, questions:
         raise RequestError(f"{predictions}: question {shown(unknown[0])} is not in {annotations} ({len(unknown)} such)")
     told = [(id, truth, text) for id, truth in truths.items() if (text := answers.get(id)) is not None]
     graded = [benchmark.grade(id, truth, text, official) for id, truth, text in told]
-    return Scores(graded, len(truths) - len(graded), benchmark.numbers([(truth, text) for _, truth, text in told], official))
+    return Scores(
+        benchmark.merged(graded, truths), len(truths) - len(graded), benchmark.numbers([(truth, text) for _, truth, text in told], official)
+    )
 
 
 def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
