@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vlm_unlearn.config import Recipe, Suite, load, shipped
 from vlm_unlearn.methods import build_method
@@ -51,7 +52,9 @@ def test_a_recipe_parses_and_its_method_takes_its_options(file: Path) -> None:
 
 @pytest.mark.parametrize("file", SUITES, ids=name_of)
 def test_a_suite_parses(file: Path) -> None:
-    load(Suite, Path(name_of(file)), ["model=m", "root=/data"])
+    suite = load(Suite, Path(name_of(file)), ["model=m", "root=/data"])
+    assert all(str(case.file).startswith("/data/") for case in suite.cases)
+    assert {"asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "degenerate_rate"} <= suite.metrics.keys()
 
 
 def test_npo_full_is_the_dedicated_script() -> None:
@@ -217,4 +220,6 @@ BLOCKS = [
 def test_yaml_in_the_docs_is_a_recipe(name: str, number: int, block: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(block if "extends:" in block or "method:" in block else f"method: npo\n{block}")
-    load(Recipe, file, ["model=m", "data=d", "output=o"])
+    recipe = load(Recipe, file, ["model=m", "data=d", "output=o"])
+    given = yaml.safe_load(block)
+    assert given.keys() - {"extends"} <= recipe.model_fields_set

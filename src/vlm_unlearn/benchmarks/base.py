@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from vlm_unlearn.errors import RequestError, nearest, shown
-from vlm_unlearn.store import read_records
+from vlm_unlearn.store import read_json, read_records
 
 
 class Prediction(BaseModel):
@@ -42,28 +43,30 @@ class Scores:
     numbers: Mapping[str, float] = field(default_factory=dict)  # what the official evaluator reports beside the score
 
 
-class Benchmark:
+class Benchmark(ABC):
     """Base of all benchmarks. Subclasses read their official files and score one answer."""
 
     name: ClassVar[str]
     source: ClassVar[str]
-    needs_questions: ClassVar[bool] = False  # whether a second official file (``--questions``) is needed
 
+    @abstractmethod
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         """Question id -> what `grade` needs.
+
+        Args:
+            questions: a second official file, of a benchmark that has one.
 
         Raises:
             RequestError: a file is missing or is something else.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
         """One answer's score.
 
         Args:
             official: count exactly as the published evaluator, its quirks included.
         """
-        raise NotImplementedError
 
     def merged(self, graded: Sequence[Scored], truths: Mapping[str, Any]) -> list[Scored]:
         """The scores that count, where several answers make one."""
@@ -122,8 +125,6 @@ def score(benchmark: Benchmark, predictions: Path, annotations: Path, questions:
     Raises:
         RequestError: a file is broken, or an answer's question is not in the annotations.
     """
-    if benchmark.needs_questions and questions is None:
-        raise RequestError(f"{benchmark.name}: needs --questions as well ({benchmark.source})")
     truths = benchmark.load(annotations, questions)
     answers = read_predictions(predictions)
     unknown = [id for id in answers if id not in truths]
@@ -162,3 +163,22 @@ def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
     if not found or not all(isinstance(answer, str) for answer in found):
         raise RequestError(f'{where}: "answers" must be a list of texts')
     return [str(answer) for answer in found]
+
+
+def annotated_questions(annotations: Path, key: str) -> dict[str, Any]:
+    """Question id -> ``answers``, ``image`` and ``type``, from a file ``{key: [{"question_id", "image_id", "answers", ...}]}``.
+
+    Raises:
+        RequestError: the file is missing or is something else.
+    """
+    value = read_json(annotations)
+    if not isinstance(value, dict) or key not in value:
+        raise RequestError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
+    return {
+        str(entry["question_id"]): {
+            "answers": ten_answers(entry, f"{annotations}: question {entry['question_id']}"),
+            "image": str(entry.get("image_id", entry["question_id"])),
+            "type": str(entry.get("answer_type", "")),
+        }
+        for entry in entries(value[key], str(annotations), "question_id", "answers")
+    }

@@ -40,9 +40,10 @@ def train(
       vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo
     """
     from vlm_unlearn.config import Recipe, load
+    from vlm_unlearn.errors import WorkError
 
     recipe = load(Recipe, recipe_file, overrides or [])
-    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, the one that talks
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, the one that talks
     with status_console().status("loading transformers"):
         from vlm_unlearn.training.planning import plan, recipe_name
         from vlm_unlearn.training.previewing import preview
@@ -52,7 +53,6 @@ def train(
             _show_preview(preview(recipe), as_json)
             return
         from vlm_unlearn.reporting.curves import NOT_A_LOSS, write_loss_png
-        from vlm_unlearn.store import read_manifest
         from vlm_unlearn.training.runner import run_plan
 
         planned = plan(recipe)
@@ -73,17 +73,25 @@ def train(
         except KeyboardInterrupt:
             typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
             raise
-        finally:  # of a run that diverged too
-            curves = write_loss_png(recipe.output) if first else None
-    if not first:
-        return
-    stopped = read_manifest(recipe.output).get("stopped")
+        except WorkError:
+            if first:
+                write_loss_png(recipe.output)  # they show how it went wrong
+            raise
+    if first:
+        _show_result(name, model, recipe.output, as_json)
+
+
+def _show_result(name: str, model: Path, output: Path, as_json: bool) -> None:
+    from vlm_unlearn.reporting.curves import write_loss_png
+    from vlm_unlearn.store import read_manifest
+
+    curves, stopped = write_loss_png(output), read_manifest(output).get("stopped")
     if as_json:
         print_json(
             {
                 "name": name,
                 "model": str(model),
-                "log": str(recipe.output / "log.jsonl"),
+                "log": str(output / "log.jsonl"),
                 "loss": str(curves) if curves else None,
                 "stopped": stopped,
             }

@@ -49,12 +49,12 @@ def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteP
         RequestError: the suite or its data are broken, or a rule names a metric that the suite doesn't have.
     """
     suite = load(Suite, config.suite, values={"model": model, "root": str(config.root)})
+    judge = build_judge(suite.judge).name
     for rule in ("stop_when", "abort_when", "keep_best"):
         for metric in getattr(config, rule):
             if metric not in suite.metrics:
                 known = ", ".join(suite.metrics)
                 raise RequestError(f'probe.{rule}: {config.suite} has no metric "{metric}"{nearest(metric, suite.metrics)}; it has {known}')
-            judge = build_judge(suite.judge).name
             untold = set(suite.metrics[metric].labels) - set(JUDGE_LABELS[judge])
             if untold:
                 raise RequestError(f"probe.{rule}: {metric} counts {', '.join(sorted(untold))} answers, which the judge {judge} can't tell")

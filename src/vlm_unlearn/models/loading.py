@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.batching import Processor
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.models.layout import layout_of
+from vlm_unlearn.models.layout import Layout, layout_of
 from vlm_unlearn.store import digest_model, read_json
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ def load_model(folder: Path, precision: str, attn_implementation: str = "auto", 
     """
     from transformers import AutoModelForImageTextToText
 
-    model_skeleton(folder)  # refuses in a moment what would fill the memory with random weights
+    skeleton = model_skeleton(folder)  # refuses in a moment what would fill the memory with random weights
     options: dict[str, Any] = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     if in_4_bits:
-        options["quantization_config"] = _four_bits(folder, precision)
+        options["quantization_config"] = _four_bits(layout_of(skeleton), precision)
     try:
         model: Any
         model, loaded = AutoModelForImageTextToText.from_pretrained(
@@ -123,10 +123,9 @@ def load_model(folder: Path, precision: str, attn_implementation: str = "auto", 
     return model
 
 
-def _four_bits(folder: Path, precision: str) -> Any:
+def _four_bits(layout: Layout, precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
-    layout = layout_of(model_skeleton(folder))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

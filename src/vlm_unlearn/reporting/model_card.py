@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,7 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         raise RequestError(f"{run}: is no training run; pass a folder that `vlm-unlearn train` wrote")
     recipe = validate(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json")).model_dump(mode="json")
     method = recipe["method"]
-    decoupled = recipe["prompt_decouple_weight"]
     rows = [row for folder in evaluations for row in _rows(folder)]
-    training = recipe["training"]
-    settings = {
-        "method": method["name"],
-        **{key: value for key, value in method.items() if key != "name"},
-        **({"prompt decouple weight": decoupled} if decoupled else {}),
-        "trained": recipe["trainable"]["mode"],
-        **({} if training["max_steps"] else {"epochs": training["epochs"]}),
-        "projector": {"sine": "W + sin(dW), merged"}.get(recipe["trainable"]["projector"], recipe["trainable"]["projector"]),
-        "optimizer steps": manifest.get("steps", "unknown"),
-        **({"ended by its probe": manifest["stopped"]} if manifest.get("stopped") else {}),
-        "learning rate": training["learning_rate"],
-        "batch": f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {identity.get('processes', '?')} process(es)",
-        "seed": training["seed"],
-        "precision": identity.get("precision", "unknown"),
-    }
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     front["tags"] = ["machine-unlearning", "safety", method["name"]]
     base = recipe["model"]
@@ -75,7 +59,7 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in settings.items()),
+        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in _settings(recipe, manifest).items()),
         "",
         f"Base model's digest: {_cell(identity.get('model'))}. The training data's digests, package versions, time and memory are in "
         "`unlearning_manifest.json`.",
@@ -106,6 +90,27 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, object]:
+    """What decided the weights, out of the recipe and of how the run ended."""
+    method, identity = recipe["method"], manifest["identity"]
+    decoupled = recipe["prompt_decouple_weight"]
+    training = recipe["training"]
+    return {
+        "method": method["name"],
+        **{key: value for key, value in method.items() if key != "name"},
+        **({"prompt decouple weight": decoupled} if decoupled else {}),
+        "trained": recipe["trainable"]["mode"],
+        **({} if training["max_steps"] else {"epochs": training["epochs"]}),
+        "projector": {"sine": "W + sin(dW), merged"}.get(recipe["trainable"]["projector"], recipe["trainable"]["projector"]),
+        "optimizer steps": manifest.get("steps", "unknown"),
+        **({"ended by its probe": manifest["stopped"]} if manifest.get("stopped") else {}),
+        "learning rate": training["learning_rate"],
+        "batch": f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {identity.get('processes', '?')} process(es)",
+        "seed": training["seed"],
+        "precision": identity.get("precision", "unknown"),
+    }
 
 
 def _rows(folder: Path) -> list[Row]:

@@ -160,13 +160,13 @@ def check_model(recipe: Recipe, method: Method, training_set: TrainingSet, skele
     return prepared
 
 
-def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
+def check_machine(recipe: Recipe) -> None:
     """Looks whether this machine can do what the recipe asks for.
 
     Raises:
         RequestError: a GPU or a package is missing.
     """
-    gpu = torch.cuda.is_available() if gpu is None else gpu
+    gpu = torch.cuda.is_available()
     training, trainable = recipe.training, recipe.trainable
     if trainable.mode == "qlora":
         if not gpu:

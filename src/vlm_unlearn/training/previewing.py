@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import Recipe
-from vlm_unlearn.data.batching import PromptMeter, Turn
+from vlm_unlearn.data.batching import Processor, PromptMeter, Turn
 from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Role
@@ -59,11 +58,11 @@ def preview(recipe: Recipe) -> Preview:
         raise RequestError(f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder")
     bare = skeleton_of(read_config(folder) if folder else KNOWN[recipe.model](), recipe.model)
     config = bare.config.get_text_config()
-    if folder:
-        processor = load_processor(folder, recipe.image_aspect_ratio)
+    processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
+    if processor:
         Collator(processor, training_set, method, training.max_length, {}).check_lengths()
     table = trainable_table(check_model(recipe, method, training_set, bare))
-    tokens, answers = _lengths(recipe, stream, training_set, folder, bare.config)
+    tokens, answers = _lengths(recipe, stream, training_set, processor, bare.config)
     shape = Shape(
         parameters=sum(total for _, _, total in table),
         trained=sum(trained for _, trained, _ in table),
@@ -101,14 +100,14 @@ def preview(recipe: Recipe) -> Preview:
 
 
 def _lengths(
-    recipe: Recipe, stream: TrainingStream, training_set: TrainingSet, folder: Path | None, config: Any, most: int = 64
+    recipe: Recipe, stream: TrainingStream, training_set: TrainingSet, processor: Processor | None, config: Any, most: int = 64
 ) -> tuple[dict[Role, float], dict[Role, float]]:
     """Mean tokens a sample and mean answer tokens a sample by role, over the first samples of the stream.
 
     Without the model's tokenizer, four characters count as a token, and an image as what the configuration says.
     """
     roles = stream[0].keys()
-    meter = PromptMeter(load_processor(folder, recipe.image_aspect_ratio)) if folder else None
+    meter = PromptMeter(processor) if processor else None
     image_tokens = int(getattr(config, "image_seq_length", 0))  # none where images come in by cross-attention
     whole: dict[Role, float] = dict.fromkeys(roles, 0.0)
     answers: dict[Role, float] = dict.fromkeys(roles, 0.0)

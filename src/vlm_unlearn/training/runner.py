@@ -288,9 +288,6 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
 
 def _whole(folder: Path, model: Any, weights: Mapping[str, torch.Tensor]) -> Any:
     """An uncut model of the gathered weights: one that DeepSpeed has loaded saves them under names that nothing else reads."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # else this one is cut up too
     whole = model_skeleton(folder)
     whole.load_state_dict(weights, strict=True, assign=True)
     whole.generation_config = model.generation_config

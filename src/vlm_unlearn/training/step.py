@@ -82,11 +82,14 @@ def _captured(layers: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 def count(batches: Mapping[Role, Batch]) -> dict[tuple[Role, Counted], int]:
     """Real tokens and answer tokens of each role's batch."""
-    counts: dict[tuple[Role, Counted], int] = {}
-    for role, batch in batches.items():
-        counts[role, "tokens"] = int(batch["attention_mask"].sum())
-        counts[role, "answers"] = int((batch["labels"][:, 1:] != IGNORED).sum()) if "labels" in batch else 0
-    return counts
+    kinds: tuple[Counted, ...] = ("tokens", "answers")
+    return {(role, of): int(_counted(batch, of)) for role, batch in batches.items() for of in kinds}
+
+
+def _counted(batch: Batch, of: Counted) -> Tensor:
+    if of == "tokens":
+        return batch["attention_mask"].sum()
+    return (batch["labels"][:, 1:] != IGNORED).sum() if "labels" in batch else torch.tensor(0)
 
 
 class ModelStep:
@@ -193,9 +196,7 @@ class ModelStep:
         return answer_mask(self._batches[role]["labels"])
 
     def share(self, role: Role, of: Counted) -> Tensor:
-        batch = self._batches[role]
-        own = batch["attention_mask"].sum() if of == "tokens" else (batch["labels"][:, 1:] != IGNORED).sum()
-        return own / self._totals[role, of]
+        return _counted(self._batches[role], of) / self._totals[role, of]
 
     def _reference_answer(self, role: Role) -> tuple[Tensor, Tensor]:
         batch = self._batches[role]
