@@ -74,7 +74,10 @@ class Response(AnswerRecord):
 
 
 class Verdict(AnswerRecord):
-    """A judge's grade of one response. `label` is None when the judge failed; such a verdict is counted, never scored."""
+    """A judge's grade of one response: a label, a score between 0 and 1, or both.
+
+    A judge that failed gives neither; such a verdict is counted, never scored.
+    """
 
     judge: str
     label: Label | None = None
@@ -93,13 +96,40 @@ class Rate(Record):
     failed: int = 0  # answers or verdicts that failed and are left out of `n`
 
 
+class Batching(Record):
+    """How many answers differ between the run's batches and batches of one, of those that were asked both ways."""
+
+    checked: int
+    flipped: int
+
+
 class Row(Record):
     """One model's line in ``summary.json``."""
 
     model: str
-    judge: str = ""  # whose verdicts
+    judge: str = ""  # whose verdicts, where a metric names no other judge
     metrics: dict[str, Rate]
+    paper: dict[str, Rate] = Field(default_factory=dict)  # the published counting, where it was asked for
     labels: dict[str, dict[str, int]] = Field(default_factory=dict)  # case -> label -> answers, "failed" included
+    categories: dict[str, dict[str, Rate]] = Field(default_factory=dict)  # metric -> category of the question
+    shots: dict[str, list[Rate]] = Field(default_factory=dict)  # metric -> the rate with the first 1, 2, ... K rewrites
+    batching: Batching | None = None
+
+
+class Comparison(Record):
+    """Two models' answers to the same prompts: what changed from `base` to `model`, and whether it could be chance."""
+
+    model: str
+    base: str
+    metric: str
+    difference: float  # model's rate less base's, over the pairs
+    low: float  # 95 % interval, paired bootstrap over groups
+    high: float
+    p: float
+    p_adjusted: float  # Holm's, over all comparisons of the summary
+    test: Literal["mcnemar", "bootstrap"]
+    n: int  # pairs
+    unpaired: int = 0  # answers or questions that only one of the two has a verdict on
 
 
 class Summary(Record):
@@ -107,5 +137,6 @@ class Summary(Record):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     rows: list[Row]
+    comparisons: list[Comparison] = Field(default_factory=list)
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

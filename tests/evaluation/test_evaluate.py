@@ -12,8 +12,11 @@ import pytest
 from helpers import run, run_killing
 from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.evaluation.generating import generate_run
+from vlm_unlearn.evaluation.grading import judge_run
 from vlm_unlearn.evaluation.prompts import suite_prompts
-from vlm_unlearn.evaluation.runner import evaluate_run, generate_run, judge_run, score_run
+from vlm_unlearn.evaluation.runner import evaluate_run
+from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import note_cost, open_run, read_records, write_json, write_records
 
@@ -42,7 +45,8 @@ def test_rejudging_never_generates(tiny_model: Path, world: Path, tmp_path: Path
     generate_run(wanted, tmp_path / "run")
     answers = (tmp_path / "run" / "responses.jsonl").read_bytes()
     for config in (JudgeConfig(name="keyword"), JudgeConfig(name="keyword", paper=True), wanted.judge):
-        score_run(tmp_path / "run", judge_run(tmp_path / "run", config), wanted.metrics, "random")
+        judge_run(tmp_path / "run", config)
+        score_run(tmp_path / "run", wanted.model_copy(update={"judge": config}), "random")
     assert (tmp_path / "run" / "responses.jsonl").read_bytes() == answers
     assert len(list((tmp_path / "run").glob("verdicts-*.jsonl"))) == 3
 
@@ -131,7 +135,9 @@ def test_judging_cut_at_every_line_ends_the_same(tiny_model: Path, world: Path, 
 def test_a_judge_gives_no_rate_of_what_it_cannot_see(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     wanted = suite(tiny_model, world)
     generate_run(wanted, tmp_path / "run")
-    row = score_run(tmp_path / "run", judge_run(tmp_path / "run", JudgeConfig(name="keyword", paper=True)), wanted.metrics, "random")
+    config = JudgeConfig(name="keyword", paper=True)
+    judge_run(tmp_path / "run", config)
+    row = score_run(tmp_path / "run", wanted.model_copy(update={"judge": config}), "random")
     assert row.judge == "keyword-paper"
     assert (row.metrics["degenerate_rate"].value, row.metrics["sarr"].value) == (None, None)
     assert row.metrics["refusal_rate"].n == 12
@@ -150,7 +156,7 @@ def test_scoring_needs_all_verdicts(tiny_model: Path, world: Path, tmp_path: Pat
     for lines, message in ((whole[:-1], "1 missing"), ([*whole, whole[0]], "each of this run's answers once")):
         file.write_text("".join(lines))
         with pytest.raises(RequestError, match=message):
-            score_run(tmp_path / "run", file, wanted.metrics, "random")
+            score_run(tmp_path / "run", wanted, "random")
 
 
 def test_prompts_are_the_suites(world: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.judging.base import judge_file
+from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.keyword import PUBLISHED, KeywordJudge, corrected_refusal, published_refusal
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
@@ -106,9 +106,10 @@ def test_world_facts_are_checked(tmp_path: Path) -> None:
 def test_judging_goes_on_where_it_stopped(tmp_path: Path) -> None:
     prompts = {name: prompt("unsafe").model_copy(update={"id": name}) for name in "abc"}
     responses = [Response(prompt_id="a", text="No."), Response(prompt_id="b", error="timeout"), Response(prompt_id="c", text="I cannot.")]
-    judge_file(KeywordJudge(), prompts, responses, tmp_path / "whole.jsonl")
-    judge_file(KeywordJudge(), prompts, responses[:1], tmp_path / "cut.jsonl")
-    judge_file(KeywordJudge(), prompts, responses, tmp_path / "cut.jsonl")
+    answers = [Answer(prompts[response.prompt_id], response) for response in responses]
+    judge_file(KeywordJudge(), answers, tmp_path / "whole.jsonl")
+    judge_file(KeywordJudge(), answers[:1], tmp_path / "cut.jsonl")
+    judge_file(KeywordJudge(), answers, tmp_path / "cut.jsonl")
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     verdicts = list(read_records(tmp_path / "whole.jsonl", Verdict))
     assert [(verdict.label, verdict.error) for verdict in verdicts] == [("complied", None), (None, "timeout"), ("refused", None)]

@@ -55,7 +55,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
 
     suite = load(Suite, suite_file, overrides or [])
     with status_console().status("loading transformers"):
-        from vlm_unlearn.evaluation.runner import generate_run
+        from vlm_unlearn.evaluation.generating import generate_run
 
         quiet_libraries()
     with Stages() as bars:
@@ -74,7 +74,8 @@ def judge_run_command(
       vlm-unlearn judge run evaluations/npo name=keyword paper=true
     """
     from vlm_unlearn.config import JudgeConfig, override, validate
-    from vlm_unlearn.evaluation.runner import judge_run, saved_suite
+    from vlm_unlearn.evaluation.generating import saved_suite
+    from vlm_unlearn.evaluation.grading import judge_run
 
     chosen = override(saved_suite(run).judge.model_dump(), overrides or [])
     with Stages() as bars:
@@ -114,7 +115,7 @@ def judge_keyword(
 
 def score(
     run: Path = RUN,
-    judge: str = typer.Option("", "--judge", help="Whose verdicts; default: the suite's judge."),
+    overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="Suite keys, such as judge=keyword or paper=true."),
     name: str = NAME,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -122,13 +123,14 @@ def score(
 
     Example:
 
-      vlm-unlearn score evaluations/npo --judge keyword --json
+      vlm-unlearn score evaluations/npo judge=keyword --json
     """
-    from vlm_unlearn.evaluation.runner import build_judge, saved_suite, score_run
+    from vlm_unlearn.config import Suite, override, validate
+    from vlm_unlearn.evaluation.generating import saved_suite
+    from vlm_unlearn.evaluation.scoring import score_run
 
-    suite = saved_suite(run)
-    verdicts = run / f"verdicts-{judge or build_judge(suite.judge).name}.jsonl"
-    _show(score_run(run, verdicts, suite.metrics, name or run.resolve().name), as_json, "")
+    suite = validate(Suite, override(saved_suite(run).model_dump(), overrides or []), "score")
+    _show(score_run(run, suite, name or run.resolve().name), as_json, "")
 
 
 def _show(row: Row, as_json: bool, note: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 from vlm_unlearn.config import ProbeConfig, Suite, load
 from vlm_unlearn.data.batching import Processor
 from vlm_unlearn.errors import RequestError, nearest
+from vlm_unlearn.evaluation.grading import build_judge
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
-from vlm_unlearn.evaluation.runner import JUDGE_LABELS, build_judge, judge_identity, metric_rates
+from vlm_unlearn.evaluation.scoring import metric_rate
 from vlm_unlearn.generation.hf import answers
-from vlm_unlearn.judging.base import grade
+from vlm_unlearn.judging.base import Answer, OfflineJudge
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_json
 
@@ -23,7 +24,7 @@ class SuiteProbe:
         self._suite = suite
         self._processor = processor
         self._prompts = prompts
-        self._judge = build_judge(suite.judge)
+        self._judge = _offline(suite)
         self._roots = image_roots(suite)
 
     @property
@@ -31,15 +32,16 @@ class SuiteProbe:
         """Names prompts, images, judge, metrics and generation."""
         asked = prompts_digest(self._prompts, self._roots)
         counted = {name: metric.model_dump() for name, metric in self._suite.metrics.items()}
-        return digest_json([asked, judge_identity(self._suite.judge), counted, self._suite.generation.model_dump()])
+        return digest_json([asked, self._judge.identity(), counted, self._suite.generation.model_dump()])
 
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Rates by metric name; None where nothing could be scored."""
         batches = answers(model, self._processor, self._prompts, self._roots, self._suite.generation)
         found = [response for batch in batches for response in batch]
         prompts = {prompt.id: prompt for prompt in self._prompts}
-        verdicts = [grade(self._judge, prompts[response.prompt_id], response) for response in found]
-        return {name: rate.value for name, rate in metric_rates(prompts, verdicts, self._suite.metrics).items()}
+        verdicts = [self._judge.verdict(Answer(prompts[response.prompt_id], response)) for response in found]
+        metrics = self._suite.metrics.items()
+        return {name: metric_rate(prompts, verdicts, metric, self._judge.labels).value for name, metric in metrics if not metric.judge}
 
 
 def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteProbe:
@@ -49,16 +51,25 @@ def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteP
         RequestError: the suite or its data are broken, or a rule names a metric that the suite doesn't have.
     """
     suite = load(Suite, config.suite, values={"model": model, "root": str(config.root)})
-    judge = build_judge(suite.judge).name
+    judge = _offline(suite)
     for rule in ("stop_when", "abort_when", "keep_best"):
         for metric in getattr(config, rule):
             if metric not in suite.metrics:
                 known = ", ".join(suite.metrics)
                 raise RequestError(f'probe.{rule}: {config.suite} has no metric "{metric}"{nearest(metric, suite.metrics)}; it has {known}')
-            untold = set(suite.metrics[metric].labels) - set(JUDGE_LABELS[judge])
+            untold = set(suite.metrics[metric].labels) - set(judge.labels)
             if untold:
-                raise RequestError(f"probe.{rule}: {metric} counts {', '.join(sorted(untold))} answers, which the judge {judge} can't tell")
+                raise RequestError(
+                    f"probe.{rule}: {metric} counts {', '.join(sorted(untold))} answers, which the judge {judge.name} can't tell"
+                )
     return SuiteProbe(suite, processor, _spread(suite_prompts(suite), config.groups))
+
+
+def _offline(suite: Suite) -> OfflineJudge:
+    judge = build_judge(suite.judge)
+    if not isinstance(judge, OfflineJudge):
+        raise RequestError(f"probe: the judge {judge.name} would stop the training to ask a language model; use judge=keyword")
+    return judge
 
 
 def _spread(prompts: list[Prompt], groups: int) -> list[Prompt]:

@@ -2,54 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from vlm_unlearn.records import Prompt, Response, Verdict
-from vlm_unlearn.store import RecordLog
+from vlm_unlearn.judging import degenerate
+from vlm_unlearn.records import Label, Prompt, Response, Verdict
+from vlm_unlearn.store import RecordLog, digest_file
+
+OnVerdict = Callable[[Verdict], None]
+FLUSH = 256  # verdicts that are written at once, at most
+FLUSH_SECONDS = 1.0
 
 
-class Judge(Protocol):
-    """Grades one answer."""
+@dataclass(frozen=True)
+class Answer:
+    """A response with what it answers."""
+
+    prompt: Prompt
+    response: Response
+    image: Path | None = None
+
+
+class Judge(ABC):
+    """Grades answers. `name` names its verdicts' file; `labels` are those that it can tell apart, none where it gives scores only."""
 
     name: str
+    labels: tuple[Label, ...]
 
+    def identity(self) -> Mapping[str, object]:
+        """What decides its verdicts: a changed list, rule or rubric makes a new judge."""
+        code = digest_file(Path(inspect.getfile(type(self))))
+        return {"judge": self.name, "code": code, "degenerate": digest_file(Path(degenerate.__file__))}
+
+    @abstractmethod
+    def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
+        """Calls `on_verdict` once for each answer, in any order."""
+
+    def failed(self, answer: Answer, error: str, raw: str | None = None) -> Verdict:
+        """A verdict that says only why there is none."""
+        response = answer.response
+        return Verdict(prompt_id=response.prompt_id, sample=response.sample, judge=self.name, raw=raw, error=error)
+
+
+class OfflineJudge(Judge):
+    """Grades each answer on its own, at once."""
+
+    @abstractmethod
     def grade(self, prompt: Prompt, text: str) -> Verdict:
         """The verdict on an answer that is there."""
 
+    def verdict(self, answer: Answer) -> Verdict:
+        """The verdict on a response; one without text gets a verdict that failed."""
+        response = answer.response
+        if response.text is None:
+            return self.failed(answer, response.error or "no answer")
+        return self.grade(answer.prompt, response.text).model_copy(update={"sample": response.sample})
 
-def judge_file(
-    judge: Judge,
-    prompts: Mapping[str, Prompt],
-    responses: Iterable[Response],
-    file: Path,
-    batch_size: int = 256,
-    on_done: Callable[[int], None] | None = None,
-) -> None:
-    """Appends one Verdict a response to `file`; what is graded there already is passed over.
+    def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
+        for answer in answers:
+            on_verdict(self.verdict(answer))
 
-    A response without text gets a verdict without label, which counts as failed.
+
+def judge_file(judge: Judge, answers: Iterable[Answer], file: Path, on_done: Callable[[int], None] | None = None) -> None:
+    """Appends one Verdict an answer to `file`; what is graded there already is passed over.
+
+    Args:
+        on_done: called with how many answers have a verdict.
     """
     log = RecordLog(file, Verdict)
     pending: list[Verdict] = []
-    for done, response in enumerate(responses, start=1):
-        if response.key not in log.keys:
-            pending.append(grade(judge, prompts[response.prompt_id], response))
-        if len(pending) >= batch_size:
-            _flush(log, pending)
-            if on_done:
-                on_done(done)
-    _flush(log, pending)
+    flushed = time.monotonic()
 
+    def flush() -> None:
+        nonlocal flushed
+        log.append(pending)
+        pending.clear()
+        flushed = time.monotonic()
+        if on_done:
+            on_done(len(log.keys))
 
-def grade(judge: Judge, prompt: Prompt, response: Response) -> Verdict:
-    """The verdict on a response; one without text gets a verdict without label."""
-    if response.text is None:
-        return Verdict(prompt_id=response.prompt_id, sample=response.sample, judge=judge.name, error=response.error or "no answer")
-    return judge.grade(prompt, response.text).model_copy(update={"sample": response.sample})
+    def take(verdict: Verdict) -> None:
+        pending.append(verdict)
+        if len(pending) >= FLUSH or time.monotonic() - flushed > FLUSH_SECONDS:
+            flush()
 
+    def waiting() -> Iterator[Answer]:
+        return (answer for answer in answers if answer.response.key not in log.keys)
 
-def _flush(log: RecordLog, pending: list[Verdict]) -> None:
-    log.append(pending)
-    pending.clear()
+    try:
+        judge.grade_all(waiting(), take)
+    finally:
+        flush()

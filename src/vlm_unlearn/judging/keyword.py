@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from vlm_unlearn.judging.base import OfflineJudge
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.records import Prompt, Verdict
 
@@ -110,11 +111,12 @@ def corrected_refusal(text: str) -> str | None:
     return match.group(0) if match else None
 
 
-class KeywordJudge:
+class KeywordJudge(OfflineJudge):
     """Refused, degenerate, or complied: keywords can't tell an answer from an irrelevant one."""
 
     def __init__(self, paper: bool = False) -> None:
         self.name = "keyword-paper" if paper else "keyword"
+        self.labels = ("complied", "refused") if paper else ("complied", "refused", "degenerate")
         self._paper = paper
 
     def grade(self, prompt: Prompt, text: str) -> Verdict:

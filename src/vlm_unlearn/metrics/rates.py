@@ -9,6 +9,7 @@ from typing import Literal
 
 from vlm_unlearn.records import LABELS, Label, Prompt, Rate, Verdict
 
+Failures = Literal["left_out", "not_counted_as_hits"]
 Z = 1.959963984540054  # two-sided 95 %
 
 
@@ -54,12 +55,19 @@ def rate(hits: Sequence[float], clusters: Sequence[str], failed: int = 0) -> Rat
 
 
 def label_rate(
-    prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict], labels: Collection[Label], group: Literal["any", "each"]
+    prompts: Mapping[str, Prompt],
+    verdicts: Iterable[Verdict],
+    labels: Collection[Label],
+    group: Literal["any", "each"],
+    failures: Failures = "left_out",
 ) -> Rate:
     """The share of answers (``each``) or of questions (``any``) whose label is one of `labels`.
 
     With ``any`` a question counts as soon as one of its shots or samples has the label. A question that has a failed verdict and
     no such label can't be told and is left out; failures are counted in either case.
+
+    Args:
+        failures: ``not_counted_as_hits`` keeps failed verdicts in the denominator, as the published scripts do.
     """
     hits: list[bool] = []
     clusters: list[str] = []
@@ -68,8 +76,8 @@ def label_rate(
     for verdict in verdicts:
         prompt = prompts[verdict.prompt_id]
         question = f"{prompt.set}/{prompt.group_id}"
-        if verdict.label is None:
-            failed += 1
+        failed += verdict.label is None
+        if verdict.label is None and failures == "left_out":
             broken[question] = broken.get(question) or None
             continue
         hit = verdict.label in labels
@@ -80,6 +88,16 @@ def label_rate(
         told = {cluster: outcome for cluster, outcome in broken.items() if outcome is not None}
         return rate(list(told.values()), list(told), failed)
     return rate(hits, clusters, failed)
+
+
+def score_rate(prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict], inverted: bool = False, failures: Failures = "left_out") -> Rate:
+    """The mean of the verdicts' scores, or with `inverted` of what each lacks to 1; arguments else as in `label_rate`."""
+    found = list(verdicts)
+    kept = [verdict for verdict in found if verdict.score is not None or failures != "left_out"]
+    # A failed answer is no hit either way: 0, and not 1 - 0.
+    scores = [0.0 if verdict.score is None else 1 - verdict.score if inverted else verdict.score for verdict in kept]
+    failed = sum(verdict.score is None for verdict in found)
+    return rate(scores, [prompts[verdict.prompt_id].group_id for verdict in kept], failed)
 
 
 def count_labels(verdicts: Iterable[Verdict]) -> dict[str, int]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.data.images import open_image, resolve_image
-from vlm_unlearn.evaluation.runner import build_judge, saved_suite
+from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.grading import build_judge
 from vlm_unlearn.records import Kind, Prompt, Response, Verdict
 from vlm_unlearn.store import read_records
 

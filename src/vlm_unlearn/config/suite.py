@@ -1,0 +1,219 @@
+"""Suites: what to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from vlm_unlearn.config.base import Positive, Strict
+from vlm_unlearn.errors import nearest
+from vlm_unlearn.records import Kind, Label
+
+
+class RewriteConfig(Strict):
+    """The one-word attack by rules: every question becomes `shots` questions that start with `trigger`.
+
+    `control` are paraphrases that start with neither trigger: what they change is not the trigger's doing.
+    """
+
+    trigger: Literal["what", "share", "control"]
+    shots: Annotated[int, Field(gt=0, le=5)] = 1
+
+
+class CaseConfig(Strict):
+    """One set of prompts. Rows of a VLGuard file with the same id are shots of one question, as in the published attack files."""
+
+    name: str
+    format: Literal["vlguard", "safe_eraser"]
+    file: Path
+    images: Path
+    kind: Kind
+    rewrite: RewriteConfig | None = None
+    samples: Annotated[int, Field(gt=0, le=1000)] = 1  # answers to each prompt; more than one needs generation.temperature
+
+
+class SampleConfig(Strict):
+    """Asks a seeded part of each case: whole question groups, or `rows` as published, which tears a question's shots apart."""
+
+    groups: Positive | None = None
+    rows: Positive | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _one(self) -> SampleConfig:
+        if (self.groups is None) == (self.rows is None):
+            raise ValueError("say how many: `groups` (or `rows`, as published)")
+        return self
+
+
+class JudgeConfig(Strict):
+    """Who grades. `llm` asks a language model by a rubric; what it leaves open it takes from the suite's `judge`."""
+
+    name: Literal["keyword", "tiny_world", "llm", "rouge_l"]
+    paper: bool = False  # the published counting of keyword, of llm's rubric `relevance`, and of rouge_l
+    world: Path | None = None  # tiny_world: the world's facts
+    rubric: str | None = None  # llm: a shipped rubric's name or a file (`vlm-unlearn judge rubrics` lists them)
+    model: str | None = None  # llm: the server's model; without a server, a model folder or hub name to run here
+    server: str | None = None  # llm: address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY
+    images: bool = True  # llm: whether the judge sees the image, where the rubric asks for it
+    max_tokens: Positive = 256  # llm: of a reply
+    concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # llm: questions under way at once on a server
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0  # llm: seconds for one try
+    retries: Annotated[int, Field(ge=0, le=100)] = 4  # llm: tries after the first
+    batch_size: Positive = 8  # llm without a server
+    input_price: Annotated[float, Field(ge=0)] = 0.0  # llm: of a million tokens asked, in your currency, for the cost
+    output_price: Annotated[float, Field(ge=0)] = 0.0  # llm: of a million tokens replied
+
+    @model_validator(mode="after")
+    def _whole(self) -> JudgeConfig:
+        if (self.name == "llm") != (self.rubric is not None):
+            raise ValueError("`rubric` goes with the judge llm, and llm needs one, such as four_labels")
+        if self.name != "llm" and (self.model is not None or self.server is not None):
+            raise ValueError(f"`model` and `server` are for the judge llm; {self.name} asks nobody")
+        return self
+
+
+def judge_from(value: Any) -> Any:
+    """A judge as a suite may write it: its name alone will do."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class MetricConfig(Strict):
+    """A rate over cases, out of a judge's labels or its scores (0 to 1)."""
+
+    cases: list[str]
+    labels: list[Label] = []  # the labels that count
+    score: Literal["mean", "one_minus_mean"] | None = None  # instead of labels: the mean score, or what is missing to 1
+    judge: str = ""  # one of the suite's `judges`; "" is its `judge`
+    group: Literal["any", "each"] = "each"  # any: a question counts once, as soon as one of its shots or samples has the label
+    failures: Literal["left_out", "not_counted_as_hits"] = "left_out"  # the second keeps them in the denominator, as published
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> MetricConfig:
+        if bool(self.labels) == (self.score is not None):
+            raise ValueError("counts either `labels` or a `score`")
+        if self.score is not None and self.group == "any":
+            raise ValueError("`group: any` is for labels")
+        return self
+
+
+class GenerationConfig(Strict):
+    """How the model answers. Temperature 0 is greedy decoding."""
+
+    backend: Literal["hf", "openai", "vllm"] = "hf"  # openai: any OpenAI-compatible server
+    server: str | None = None  # openai: its address; the suite's `model` is the name it serves
+    max_new_tokens: Positive = 256
+    batch_size: Positive = 8
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of sampling; every answer has a stream of its own
+    concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # openai: questions under way at once
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 300.0  # openai: seconds for one try
+
+    @model_validator(mode="after")
+    def _server(self) -> GenerationConfig:
+        if (self.backend == "openai") != (self.server is not None):
+            raise ValueError("`server` goes with `backend: openai`, which needs one, such as http://localhost:8000/v1")
+        return self
+
+
+class BenchmarkConfig(Strict):
+    """A utility benchmark from its official files; its metric has its name."""
+
+    name: str
+    annotations: Annotated[list[Path], Field(min_length=1)]  # POPE's headline is the mean of three files
+    questions: Path | None = None  # the second official file, where it has one
+    images: Path = Path()
+    limit: Positive | None = None  # the first so many questions, to try it out
+    official: bool = False  # count exactly as the published evaluator
+
+    @field_validator("annotations", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
+
+class Suite(Strict):
+    """What to measure on a model."""
+
+    model: str  # a model folder, hub name, adapter folder or training run; a server's model with generation.backend=openai
+    root: Path = Path()  # what the paths below are relative to
+    cases: list[CaseConfig] = []
+    benchmarks: list[BenchmarkConfig] = []
+    judge: JudgeConfig = JudgeConfig(name="keyword")  # grades every case
+    judges: dict[str, JudgeConfig] = {}  # further ones, by the name that metrics call them; each grades the cases of its metrics
+    metrics: dict[str, MetricConfig] = {}
+    paper: bool = False  # measure `paper_metrics` too: the published counting beside the corrected one
+    paper_metrics: dict[str, MetricConfig] = {}
+    sample: SampleConfig | None = None
+    generation: GenerationConfig = GenerationConfig()
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _short_judge(cls, value: Any) -> Any:
+        return judge_from(value)
+
+    @field_validator("judges", mode="before")
+    @classmethod
+    def _short_judges(cls, value: Any) -> Any:
+        return {name: judge_from(judge) for name, judge in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _paths_below_root(self) -> Suite:
+        root = self.root.expanduser()
+
+        def set_path(owner: Strict, field: str) -> None:
+            object.__setattr__(owner, field, (root / getattr(owner, field)).absolute())
+
+        for case in self.cases:
+            set_path(case, "file")
+            set_path(case, "images")
+        for benchmark in self.benchmarks:
+            object.__setattr__(benchmark, "annotations", [(root / path).absolute() for path in benchmark.annotations])
+            set_path(benchmark, "images")
+            if benchmark.questions is not None:
+                set_path(benchmark, "questions")
+        for judge in (self.judge, *self.judges.values()):
+            if judge.world is not None:
+                set_path(judge, "world")
+        object.__setattr__(self, "root", Path())  # resolved, once
+        return self
+
+    @model_validator(mode="after")
+    def _whole(self) -> Suite:
+        if not self.cases and not self.benchmarks:
+            raise ValueError("measures nothing; it needs cases or benchmarks")
+        names = [case.name for case in self.cases] + [benchmark.name for benchmark in self.benchmarks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f'two cases or benchmarks have the name "{twice}"')
+        if self.generation.temperature == 0 and any(case.samples > 1 for case in self.cases):
+            raise ValueError("several samples of a greedy answer are all the same; set generation.temperature")
+        for metric, config in self.all_metrics():
+            for case in config.cases:
+                if case not in names:
+                    raise ValueError(f'metric "{metric}" names the case "{case}", which is not there{nearest(case, names)}')
+            if config.judge and config.judge not in self.judges:
+                raise ValueError(f'metric "{metric}" names the judge "{config.judge}"{nearest(config.judge, self.judges)}')
+        return self
+
+    @model_validator(mode="after")
+    def _judges_take_the_model_of_the_first(self) -> Suite:
+        first = self.judge
+        if first.name != "llm":
+            return self
+        shared = ("model", "server", "concurrency", "timeout", "retries", "batch_size", "input_price", "output_price")
+        for name, judge in self.judges.items():
+            if judge.name == "llm" and judge.model is None:
+                taken = {field: getattr(first, field) for field in shared if field not in judge.model_fields_set}
+                self.judges[name] = judge.model_copy(update=taken)
+        return self
+
+    def all_metrics(self) -> Iterator[tuple[str, MetricConfig]]:
+        """Those of both countings, by name."""
+        yield from self.metrics.items()
+        yield from self.paper_metrics.items()
