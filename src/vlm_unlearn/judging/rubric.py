@@ -32,7 +32,19 @@ from vlm_unlearn.store import digest_text
 
 _PLACE = re.compile(r"\{(fence|question|answer|reference|criteria)\}")
 _HEAD = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
-_MARKUP = " \t*_`>#-"  # what models put around a last line
+_MARKUP = " \t*_`>#"  # what models put around a last line
+
+
+class _YesIsAWord(yaml.SafeLoader):
+    """YAML in which YES and NO are words, as they are in a list of verdicts; true and false are not."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_YesIsAWord.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YesIsAWord.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|false|False)$"), list("tTfF"))
 
 
 class Meaning(Strict):
@@ -113,7 +125,7 @@ class Rubric:
         return self._word(reply) if self.head.words else self._number(reply)
 
     def _word(self, reply: str) -> Meaning | None:
-        lines = [line.strip(_MARKUP) for line in reply.splitlines() if line.strip(_MARKUP)]
+        lines = _lines(reply)
         if not lines:
             return None
         words = {word.upper(): meaning for word, meaning in self.head.words.items()}
@@ -126,7 +138,7 @@ class Rubric:
         return words.get(_bare(verdicts[-1]))
 
     def _number(self, reply: str) -> Meaning | None:
-        lines = [line.strip(_MARKUP) for line in reply.splitlines() if line.strip(_MARKUP)]
+        lines = _lines(reply)
         found: dict[str, float] = {}
         for name, (low, high) in self.head.numbers.items():
             named = [match.group(1) for line in lines if (match := re.fullmatch(rf"{re.escape(name)}[*_` ]*:(.*)", line, re.IGNORECASE))]
@@ -143,6 +155,12 @@ class Rubric:
         ((name, value),) = found.items()
         low, high = self.head.numbers[name]
         return Meaning(score=(value - low) / (high - low))
+
+
+def _lines(reply: str) -> list[str]:
+    """The lines that hold something, without markup and bullets."""
+    bare = (line.strip(_MARKUP).removeprefix("- ").strip(_MARKUP) for line in reply.splitlines())
+    return [line for line in bare if line]
 
 
 def _bare(text: str) -> str:
@@ -179,7 +197,7 @@ def load_rubric(name: str) -> Rubric:
     if not match:
         raise RequestError(f"{where}: a rubric begins with a head between two lines ---, then its text")
     try:
-        head = yaml.safe_load(match.group(1))
+        head = yaml.load(match.group(1), Loader=_YesIsAWord)
     except Exception as error:  # as in config.load
         raise RequestError(f"{where}: the head is not valid YAML: {getattr(error, 'problem', None) or error}") from None
     rubric = Rubric(name, validate(Head, head, where), match.group(2), digest_text(text))
