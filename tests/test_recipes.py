@@ -54,7 +54,10 @@ def test_a_recipe_parses_and_its_method_takes_its_options(file: Path) -> None:
 def test_a_suite_parses(file: Path) -> None:
     suite = load(Suite, Path(name_of(file)), ["model=m", "root=/data"])
     assert all(str(case.file).startswith("/data/") for case in suite.cases)
-    assert {"asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "degenerate_rate"} <= suite.metrics.keys()
+    wanted = {"sarr", "rouge_l", "answer_score", "efficacy_asr", "generality_asr", "efficacy_rr", "generality_rr"}
+    if "safe_eraser" not in file.stem:
+        wanted = {"asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked"}
+    assert wanted | {"degenerate_rate"} <= suite.metrics.keys()
 
 
 def test_npo_full_is_the_dedicated_script() -> None:

@@ -34,7 +34,8 @@ def score_run(folder: Path, suite: Suite, name: str) -> Row:
         told[called] = read_json(folder / f"judge-{judge}.json")["labels"]
 
     def rates(metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
-        return {metric: metric_rate(prompts, verdicts[config.judge], config, told[config.judge]) for metric, config in metrics.items()}
+        known = {metric: config for metric, config in metrics.items() if config.judge in verdicts}
+        return {metric: metric_rate(prompts, verdicts[config.judge], config, told[config.judge]) for metric, config in known.items()}
 
     row = Row(
         model=name,
