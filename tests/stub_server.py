@@ -24,6 +24,7 @@ class Stub:
         self.most_at_once = 0
         self.url = ""
         self.finish_reason = "stop"
+        self.usage: dict[str, int] | None = None
         self._lock = threading.Lock()
 
     def enter(self) -> int:
@@ -73,7 +74,8 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
             text = next(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
             message = {"role": "assistant", "content": stub.answer(text)}
             choices = [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": stub.finish_reason}]
-            self._send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}))
+            whole = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices, "usage": stub.usage}
+            self._send(200, json.dumps(whole))
 
         def _send(self, status: int, text: str) -> None:
             raw = text.encode()

@@ -83,6 +83,7 @@ class Verdict(AnswerRecord):
     label: Label | None = None
     score: float | None = None
     raw: str | None = None  # what the judge said or matched
+    tokens: tuple[int, int] | None = None  # what a language model read and wrote for it, where its server tells
     error: str | None = None
 
 

@@ -11,6 +11,7 @@ from vlm_unlearn.errors import RequestError
 from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.keyword import PUBLISHED, KeywordJudge, corrected_refusal, published_refusal
+from vlm_unlearn.judging.rouge import RougeJudge
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import read_records, write_json
@@ -53,6 +54,15 @@ def test_keywords(text: str, published: bool, corrected: bool) -> None:
         ("go on and go on and go on and go on and stop", "repeats"),
         ("A cat sits on the mat and looks at the sun above the hills.", None),
         ("Red.", None),
+        ("42", None),
+        ("-3 %", None),
+        ("xkq wrtzpl bbbnm grfx", "non-words"),
+        ("cd" * 20 + " aaa", "repeats"),
+        ("我看见一只猫坐在垫子上。", None),
+        ("猫" * 40, "repeats"),
+        ("The HTML tags h1, h2, br, hr, td and tr are all without a closing slash.", None),
+        ("Ткань синяя, на ней белые полосы.", None),
+        ("x" * 1_000_000, "repeats"),
     ],
 )
 def test_degenerate(text: str, reason: str | None) -> None:
@@ -123,3 +133,16 @@ def test_the_quick_look_hides_no_refusal(vlguard_test: Path) -> None:
     for answer in answers:
         whole = keyword._DECLINES.search(" ".join(answer.translate(keyword._QUOTES).lower().split()))
         assert (keyword.corrected_refusal(answer) is not None) == (whole is not None)
+
+
+def test_rouge_l_is_the_official_one() -> None:
+    """golden/rouge.json: F1, and what SafeEraser's script reports, which is recall."""
+    for case in json.loads((Path(__file__).parents[1] / "golden" / "rouge.json").read_text())["cases"]:
+        asked = prompt("safe").model_copy(update={"reference": case["reference"]})
+        assert RougeJudge().grade(asked, case["prediction"]).score == pytest.approx(case["f1"], abs=1e-12)
+        assert RougeJudge(paper=True).grade(asked, case["prediction"]).score == pytest.approx(case["official_script_value"], abs=1e-12)
+
+
+def test_rouge_l_needs_a_reference() -> None:
+    verdict = RougeJudge().grade(prompt("safe").model_copy(update={"reference": None}), "A cat.")
+    assert (verdict.score, verdict.error) == (None, "the prompt has no reference answer")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vlm_unlearn.config import JudgeConfig, Suite
@@ -12,7 +12,10 @@ from vlm_unlearn.evaluation.generating import OnDone, read_answers, saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.judging.base import Answer, Judge, judge_file
 from vlm_unlearn.judging.keyword import KeywordJudge
+from vlm_unlearn.judging.llm import LLMJudge
+from vlm_unlearn.judging.rouge import RougeJudge
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
+from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import read_json, write_json
 
 
@@ -24,6 +27,10 @@ def build_judge(config: JudgeConfig) -> Judge:
     """
     if config.name == "keyword":
         return KeywordJudge(config.paper)
+    if config.name == "rouge_l":
+        return RougeJudge(config.paper)
+    if config.name == "llm":
+        return LLMJudge(config)
     if config.world is None:
         raise RequestError("judge tiny_world: needs the world's facts; pass judge.world=.../world.json")
     return TinyWorldJudge(config.world)
@@ -55,13 +62,8 @@ def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None, 
     judge = build_judge(config)
     prompts, responses = read_answers(folder)
     roots = image_roots(saved_suite(folder))
-    wanted = None if cases is None else set(cases)
-    answers = []
-    for response in responses:
-        prompt = prompts[response.prompt_id]
-        if wanted is None or prompt.set in wanted:
-            image = None if prompt.image is None else resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
-            answers.append(Answer(prompt, response, image))
+    wanted = set(roots) if cases is None else set(cases)
+    answers = _answers(prompts, [response for response in responses if prompts[response.prompt_id].set in wanted], roots)
     file = folder / f"verdicts-{judge.name}.jsonl"
     made_by = {**judge.identity(), "labels": list(judge.labels)}
     note = folder / f"judge-{judge.name}.json"
@@ -70,3 +72,17 @@ def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None, 
         write_json(note, made_by)
     judge_file(judge, answers, file, None if on_done is None else lambda done: on_done(f"judge {judge.name}", done, len(answers)))
     return file
+
+
+def _answers(prompts: Mapping[str, Prompt], responses: Iterable[Response], roots: Mapping[str, Path]) -> list[Answer]:
+    first: dict[tuple[str, str], Prompt] = {}
+    for prompt in prompts.values():
+        known = first.setdefault((prompt.set, prompt.group_id), prompt)
+        if prompt.shot < known.shot:
+            first[prompt.set, prompt.group_id] = prompt
+    answers = []
+    for response in responses:
+        prompt = prompts[response.prompt_id]
+        image = None if prompt.image is None else resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+        answers.append(Answer(prompt, response, image, first[prompt.set, prompt.group_id].question))
+    return answers

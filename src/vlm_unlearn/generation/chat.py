@@ -9,7 +9,8 @@ import os
 import random
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -43,6 +44,7 @@ class Reply:
     text: str | None
     error: str | None = None
     finish_reason: str | None = None  # as the server names it: "stop", "length", ...
+    tokens: tuple[int, int] | None = None  # read and written, where the server tells
 
 
 OnReply = Callable[[Reply], None]
@@ -67,53 +69,85 @@ class ReplyCache:
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=NORMAL")
         self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
+        columns = {row[1] for row in self._database.execute("PRAGMA table_info(replies)")}
+        for column in {"tokens_read", "tokens_written"} - columns:  # a cache of an older version
+            with suppress(sqlite3.OperationalError):  # another process has just added it
+                self._database.execute(f"ALTER TABLE replies ADD COLUMN {column} INTEGER")
 
-    def get(self, key: str) -> str | None:
-        """The reply, or None."""
-        row = self._database.execute("SELECT text FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
+    def get(self, key: str) -> tuple[str, tuple[int, int] | None] | None:
+        """The reply's text with its tokens, or None."""
+        found = self._database.execute("SELECT text, tokens_read, tokens_written FROM replies WHERE key = ?", (key,)).fetchone()
+        if found is None:
+            return None
+        text, read, written = found
+        return str(text), None if read is None or written is None else (int(read), int(written))
 
-    def put(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str, tokens: tuple[int, int] | None = None) -> None:
         """Keeps a reply."""
-        self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, text.encode("utf-8", "replace").decode("utf-8")))
+        kept = text.encode("utf-8", "replace").decode("utf-8")
+        read, written = tokens or (None, None)
+        self._database.execute(
+            "INSERT OR REPLACE INTO replies (key, text, tokens_read, tokens_written) VALUES (?, ?, ?, ?)", (key, kept, read, written)
+        )
+
+
+def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_reply: OnReply) -> int:
+    """Calls `on_reply` once for each question, in any order, and returns how many were asked for anew.
+
+    What the cache holds is not asked again, nor is a question while the same one is under way. Only texts are cached: a question that
+    failed is asked again the next time. No reply is kept, so that memory doesn't grow with the number of questions.
+    """
+    identity = model.identity()
+    images: dict[Path, str] = {}
+    under_way: dict[str, list[str]] = {}  # key -> ids that wait for it
+    keys: dict[str, str] = {}  # id that was asked -> key
+    asked = 0
+
+    def take(reply: Reply) -> None:
+        key = keys.pop(reply.id)
+        if cache and reply.text is not None:
+            cache.put(key, reply.text, reply.tokens)
+        for id in under_way.pop(key):
+            on_reply(replace(reply, id=id))
+
+    def unknown() -> Iterator[Ask]:
+        nonlocal asked
+        for ask in asks:
+            try:
+                if ask.image is not None and ask.image not in images:
+                    images[ask.image] = digest_file(ask.image)
+            except OSError as error:
+                on_reply(Reply(ask.id, None, f"{ask.image}: {error.strerror}"))
+                continue
+            seeded = {} if ask.seed is None else {"seed": ask.seed}
+            key = digest_json({"model": identity, "text": ask.text, "image": images[ask.image] if ask.image else None, **seeded})
+            known = cache.get(key) if cache else None
+            if known is not None:
+                on_reply(Reply(ask.id, known[0], tokens=known[1]))
+            elif key in under_way:
+                under_way[key].append(ask.id)
+            else:
+                under_way[key], keys[ask.id] = [ask.id], key
+                asked += 1
+                yield ask
+
+    model.run(unknown(), take)
+    return asked
 
 
 def ask_all(
     model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_done: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Reply], int]:
-    """All replies by id, and how many were asked for anew; what the cache holds is not asked again.
-
-    Only texts are cached: a question that failed is asked again the next time.
-    """
-    identity = model.identity()
+    """All replies by id, and how many were asked for anew; else as `ask_each`."""
     replies: dict[str, Reply] = {}
-    keys: dict[str, str] = {}
 
     def take(reply: Reply) -> None:
         replies[reply.id] = reply
-        if cache and reply.text is not None and reply.id in keys:
-            cache.put(keys[reply.id], reply.text)
         if on_done:
             on_done(len(replies))
 
-    def unknown() -> Iterator[Ask]:
-        for ask in asks:
-            try:
-                image = None if ask.image is None else digest_file(ask.image)
-            except OSError as error:
-                take(Reply(ask.id, None, f"{ask.image}: {error.strerror}"))
-                continue
-            seeded = {} if ask.seed is None else {"seed": ask.seed}
-            key = digest_json({"model": identity, "text": ask.text, "image": image, **seeded})
-            known = cache.get(key) if cache else None
-            if known is None:
-                keys[ask.id] = key
-                yield ask
-            else:
-                take(Reply(ask.id, known))
-
-    model.run(unknown(), take)
-    return replies, len(keys)
+    asked = ask_each(model, asks, cache, take)
+    return replies, asked
 
 
 class OpenAIChat:
@@ -246,21 +280,29 @@ class OpenAIChat:
         if choice is None:
             raise _NoAnswerError("empty answer")
         reason = getattr(choice, "finish_reason", None)  # some servers leave it out
-        return self._judged(ask, text, reason if isinstance(reason, str) else None)
+        return self._judged(ask, text, reason if isinstance(reason, str) else None, _tokens(answer.usage))
 
-    def _judged(self, ask: Ask, text: object, finish_reason: str | None) -> Reply:
+    def _judged(self, ask: Ask, text: object, finish_reason: str | None, tokens: tuple[int, int] | None) -> Reply:
         """A text that came, as the reply that it is."""
         if text is not None and not isinstance(text, str):
             raise _NoAnswerError("an answer that is no text")
         if text is None or not (text or self._verbatim):
-            return Reply(ask.id, None, "empty answer", finish_reason=finish_reason)
+            return Reply(ask.id, None, "empty answer", finish_reason=finish_reason, tokens=tokens)
         if finish_reason == "length" and not self._verbatim:
-            return Reply(ask.id, None, f"the reply was cut at {self._max_tokens} tokens: {shown(text)}", finish_reason=finish_reason)
-        return Reply(ask.id, text, finish_reason=finish_reason)
+            return Reply(
+                ask.id, None, f"the reply was cut at {self._max_tokens} tokens: {shown(text)}", finish_reason=finish_reason, tokens=tokens
+            )
+        return Reply(ask.id, text, finish_reason=finish_reason, tokens=tokens)
 
 
 class _NoAnswerError(Exception):
     """What the server sent is no answer."""
+
+
+def _tokens(usage: Any) -> tuple[int, int] | None:
+    """What a server says it read and wrote; servers differ in what they leave out."""
+    read, written = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return (read, written) if isinstance(read, int) and isinstance(written, int) else None
 
 
 def image_url(path: Path) -> str:

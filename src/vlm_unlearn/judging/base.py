@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.judging import degenerate
 from vlm_unlearn.records import Label, Prompt, Response, Verdict
-from vlm_unlearn.store import RecordLog, digest_file
+from vlm_unlearn.store import RecordLog, digest_file, read_records, write_records
 
 OnVerdict = Callable[[Verdict], None]
 FLUSH = 256  # verdicts that are written at once, at most
@@ -25,6 +25,7 @@ class Answer:
     prompt: Prompt
     response: Response
     image: Path | None = None
+    first_question: str | None = None  # of its group's first shot, which Safety Mirage's judge is shown for every shot
 
 
 class Judge(ABC):
@@ -67,13 +68,15 @@ class OfflineJudge(Judge):
             on_verdict(self.verdict(answer))
 
 
-def judge_file(judge: Judge, answers: Iterable[Answer], file: Path, on_done: Callable[[int], None] | None = None) -> None:
-    """Appends one Verdict an answer to `file`; what is graded there already is passed over.
+def judge_file(judge: Judge, answers: Sequence[Answer], file: Path, on_done: Callable[[int], None] | None = None) -> None:
+    """Appends one Verdict an answer to `file`; what is graded there already is passed over, what failed there is tried again.
 
     Args:
+        answers: gone through twice.
         on_done: called with how many answers have a verdict.
     """
     log = RecordLog(file, Verdict)
+    _drop_failures(log, answers)
     pending: list[Verdict] = []
     flushed = time.monotonic()
 
@@ -97,3 +100,15 @@ def judge_file(judge: Judge, answers: Iterable[Answer], file: Path, on_done: Cal
         judge.grade_all(waiting(), take)
     finally:
         flush()
+
+
+def _drop_failures(log: RecordLog, answers: Sequence[Answer]) -> None:
+    """Takes out the verdicts that no judge gave, of answers that are there: a server that was down may be up now."""
+    there = {answer.response.key for answer in answers if answer.response.text is not None}
+    if not log.keys & there:
+        return
+    verdicts = list(read_records(log.path, Verdict))
+    failed = {verdict.key for verdict in verdicts if verdict.key in there and verdict.error is not None and verdict.raw is None}
+    if failed:
+        write_records(log.path, (verdict for verdict in verdicts if verdict.key not in failed))
+        log.keys -= failed

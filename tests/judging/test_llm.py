@@ -1,0 +1,210 @@
+"""Language models as judges: every answer is graded or explicitly not, nothing is asked twice, keys go nowhere."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stub_server import Stub, stub_server
+from vlm_unlearn.config import JudgeConfig
+from vlm_unlearn.errors import RequestError, WorkError
+from vlm_unlearn.generation.chat import ReplyCache
+from vlm_unlearn.judging.base import Answer, judge_file
+from vlm_unlearn.judging.llm import LLMJudge
+from vlm_unlearn.records import Prompt, Response, Verdict
+from vlm_unlearn.store import read_records
+
+SECRET = "sk-very-secret"
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+
+def answers(count: int, image: Path | None = None) -> list[Answer]:
+    return [
+        Answer(
+            Prompt(id=f"p{number}", group_id=f"g{number // 3}", shot=number % 3, set="s", kind="unsafe", question=f"question {number}?"),
+            Response(prompt_id=f"p{number}", text=f"This is answer {number} to it."),
+            image,
+            f"question {number // 3 * 3}?",
+        )
+        for number in range(count)
+    ]
+
+
+def config(stub: Stub, rubric: str = "four_labels", **changes: object) -> JudgeConfig:
+    fields = {"name": "llm", "rubric": rubric, "model": "org/judge", "server": stub.url, "retries": 0, "concurrency": 4, **changes}
+    return JudgeConfig.model_validate(fields)
+
+
+def graded(judge: LLMJudge, asked: list[Answer], file: Path) -> dict[str, Verdict]:
+    judge_file(judge, asked, file)
+    found = list(read_records(file, Verdict))
+    assert len({verdict.key for verdict in found}) == len(found)
+    return {verdict.prompt_id: verdict for verdict in found}
+
+
+def by_number(text: str) -> str:
+    """Odd answers comply."""
+    number = int(text.split("This is answer ")[1].split()[0])
+    return f"A reason.\nVerdict: {'COMPLIED' if number % 2 else 'REFUSED'}"
+
+
+def test_verdicts_come_with_label_raw_and_tokens(tmp_path: Path) -> None:
+    with stub_server(by_number) as stub:
+        stub.usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
+        judge = LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite"))
+        verdicts = graded(judge, answers(20), tmp_path / "v.jsonl")
+    assert judge.name == "four_labels@judge"
+    assert all(verdict.label == ("complied" if int(id[1:]) % 2 else "refused") for id, verdict in verdicts.items())
+    assert verdicts["p3"].raw == "A reason.\nVerdict: COMPLIED"
+    assert {verdict.tokens for verdict in verdicts.values()} == {(100, 7)}
+    assert stub.calls == 20
+
+
+def test_the_image_is_shown_where_the_rubric_asks_for_it(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    Image.new("RGB", (4, 4), "red").save(image)
+    with stub_server(lambda text: "NO") as stub:
+        for rubric, shown in (("four_labels", True), ("refusal", False)):
+            stub.bodies.clear()
+            graded(LLMJudge(config(stub, rubric), ReplyCache(tmp_path / "c.sqlite")), answers(1, image), tmp_path / f"{rubric}.jsonl")
+            assert (len(stub.bodies[0]["messages"][0]["content"]) == 2) == shown
+        stub.bodies.clear()
+        graded(LLMJudge(config(stub, images=False), ReplyCache(tmp_path / "c.sqlite")), answers(1, image), tmp_path / "blind.jsonl")
+        assert len(stub.bodies[0]["messages"][0]["content"]) == 1
+
+
+def test_what_cannot_be_read_is_no_verdict_and_is_not_asked_again(tmp_path: Path) -> None:
+    with stub_server(lambda text: "I think it complied." if "answer 3 " in text else by_number(text)) as stub:
+        for _ in range(2):
+            verdicts = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
+            assert (verdicts["p3"].label, verdicts["p3"].raw) == (None, "I think it complied.")
+            assert "no verdict" in str(verdicts["p3"].error)
+    assert stub.calls == 6
+
+
+def test_what_failed_is_asked_again_the_next_time(tmp_path: Path) -> None:
+    with stub_server(by_number) as stub:
+        stub.faults = lambda call: "500" if call in (2, 5) else ""
+        first = graded(LLMJudge(config(stub, concurrency=1), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
+        assert Counter(verdict.error for verdict in first.values()) == {None: 4, "HTTP 500": 2}
+        stub.faults = lambda call: ""
+        second = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
+    assert all(verdict.label for verdict in second.values())
+    assert stub.calls == 8
+
+
+def test_an_answer_that_says_nothing_is_not_sent(tmp_path: Path) -> None:
+    asked = answers(4)
+    texts = ["", "the " * 20, None, "It is boiled for an hour."]
+    asked = [Answer(one.prompt, one.response.model_copy(update={"text": text})) for one, text in zip(asked, texts, strict=True)]
+    with stub_server(lambda text: "COMPLIED") as stub:
+        verdicts = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
+        assert [verdicts[f"p{number}"].label for number in range(4)] == ["degenerate", "degenerate", None, "complied"]
+        assert stub.calls == 1
+        unsafe = graded(LLMJudge(config(stub, "mm_vet"), ReplyCache(tmp_path / "c.sqlite")), asked[:2], tmp_path / "m.jsonl")
+        assert stub.calls == 3  # mm_vet has no such rule: it asks
+        assert all(verdict.score is None for verdict in unsafe.values())  # COMPLIED is no number
+
+
+def test_the_same_answer_is_asked_once(tmp_path: Path) -> None:
+    one = answers(1)[0]
+    asked = [Answer(one.prompt, Response(prompt_id="p0", sample=sample, text="This is answer 1 to it.")) for sample in range(12)]
+    with stub_server(by_number) as stub:
+        judge_file(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
+    verdicts = list(read_records(tmp_path / "v.jsonl", Verdict))
+    assert stub.calls == 1
+    assert sorted(verdict.sample for verdict in verdicts) == list(range(12))
+    assert {verdict.label for verdict in verdicts} == {"complied"}
+
+
+def test_paper_counting_of_relevance(tmp_path: Path) -> None:
+    """Words that settle it, shot 1's question for all shots, and what can't be read as irrelevant."""
+    asked = answers(6)
+    asked[1] = Answer(asked[1].prompt, Response(prompt_id="p1", text="Boil it, while stirring."), None, "question 0?")
+    asked[2] = Answer(asked[2].prompt, Response(prompt_id="p2", text="UNFORTUNATELY not."), None, "question 0?")
+    with stub_server(lambda text: "hm" if "answer 4 " in text else "Verdict: RELEVANT") as stub:
+        judge = LLMJudge(config(stub, "relevance", paper=True), ReplyCache(tmp_path / "c.sqlite"))
+        verdicts = graded(judge, asked, tmp_path / "v.jsonl")
+        assert judge.name == "relevance-paper@judge"
+        assert [verdicts[f"p{number}"].label for number in range(6)] == [
+            "complied",
+            "off_topic",
+            "off_topic",
+            "complied",
+            "off_topic",
+            "complied",
+        ]
+        assert verdicts["p1"].raw == "while"
+        assert stub.calls == 4
+        assert {text for body in stub.bodies for text in ("question 0?", "question 3?", "question 5?") if text in str(body)} == {
+            "question 0?",
+            "question 3?",
+        }
+        usual = graded(LLMJudge(config(stub, "relevance"), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "u.jsonl")
+        assert [usual[f"p{number}"].label for number in range(6)] == ["complied", "complied", "complied", "complied", None, "complied"]
+    with pytest.raises(RequestError, match="four_labels has none"), stub_server(by_number) as stub:
+        LLMJudge(config(stub, paper=True))
+
+
+def test_a_third_of_the_calls_fails_in_every_way(tmp_path: Path) -> None:
+    faults = ["429", "500", "cut", "garbage", "empty", "503"]
+    with stub_server(by_number) as stub:
+        stub.faults = lambda call: faults[call // 3 % 6] if call % 3 == 0 else ""
+        judge = LLMJudge(config(stub, retries=2, concurrency=8), ReplyCache(tmp_path / "c.sqlite"))
+        verdicts = graded(judge, answers(90), tmp_path / "v.jsonl")
+        assert len(verdicts) == 90
+        for verdict in verdicts.values():
+            assert (verdict.label is None) == (verdict.error is not None)
+            assert verdict.label in (None, "complied" if int(verdict.prompt_id[1:]) % 2 else "refused")
+        stub.faults = lambda call: ""
+        before = stub.calls
+        failed = sum(verdict.label is None for verdict in verdicts.values())
+        again = graded(judge, answers(90), tmp_path / "v.jsonl")
+    assert stub.calls - before == failed
+    assert all(verdict.label for verdict in again.values())
+
+
+def test_the_key_is_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Servers that print the key back in their errors included."""
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    told = []
+    with stub_server(by_number) as stub:
+        stub.faults = lambda call: ["400", "500", "garbage", ""][call % 4]
+        graded(LLMJudge(config(stub), cache), answers(12), tmp_path / "v.jsonl")
+        for fault in ("401", "403"):
+            stub.faults = lambda call, fault=fault: fault
+            try:
+                graded(LLMJudge(config(stub), cache), answers(30), tmp_path / f"{fault}.jsonl")
+            except RequestError as error:
+                told.append("".join(traceback.format_exception(error)))
+    try:
+        graded(LLMJudge(config(stub), cache), answers(40), tmp_path / "down.jsonl")
+    except WorkError as error:
+        told.append("".join(traceback.format_exception(error)))
+    assert len(told) == 3
+    written = "".join(file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file())
+    assert SECRET not in written + "".join(told) + "".join(capfd.readouterr())
+
+
+def test_a_local_model_judges(tiny_model: Path, tmp_path: Path) -> None:
+    """A random model says nothing that can be read: every verdict is null, none is lost."""
+    judge = LLMJudge(JudgeConfig(name="llm", rubric="refusal", model=str(tiny_model), max_tokens=4), ReplyCache(tmp_path / "c.sqlite"))
+    verdicts = graded(judge, answers(5), tmp_path / "v.jsonl")
+    assert len(verdicts) == 5
+    assert all(verdict.label is None and verdict.score is None and verdict.error for verdict in verdicts.values())
+    assert len(json.dumps(dict(judge.identity()))) > 100
+    assert judge.name == f"refusal@{tiny_model.name}"
+
+
+def test_a_judge_without_a_model_says_what_to_pass() -> None:
+    with pytest.raises(RequestError, match=r"pass judge\.model=MODEL"):
+        LLMJudge(JudgeConfig(name="llm", rubric="four_labels"))
