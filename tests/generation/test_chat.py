@@ -39,6 +39,34 @@ def test_faults_are_retried(tmp_path: Path) -> None:
     assert all(reply.text == f"question {id}" for id, reply in replies.items())
 
 
+def test_what_is_no_answer_is_asked_again() -> None:
+    """Broken JSON and an answer without choices: the client takes both for answers."""
+    with stub_server(lambda text: text) as stub:
+        stub.faults = lambda call: {1: "garbage", 2: "empty"}.get(call, "")
+        replies, _ = ask_all(OpenAIChat(stub.url, "m", concurrency=1, retries=2), ASKS[:2], None)
+    assert stub.calls == 4
+    assert [reply.text for reply in replies.values()] == ["question 0", "question 1"]
+
+
+def test_a_sampled_answer_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    with stub_server(lambda text: text) as stub:
+        for temperature in (0.7, 0.0):
+            chat = OpenAIChat(stub.url, "m", concurrency=1, temperature=temperature, top_p=0.9)
+            assert ask_all(chat, [Ask("a", "q", seed=1), Ask("b", "q", seed=2)], cache)[1] == 2
+    sampling = [{key: body[key] for key in ("temperature", "top_p", "seed") if key in body} for body in stub.bodies]
+    assert sampling[:2] == [{"temperature": 0.7, "top_p": 0.9, "seed": seed} for seed in (1, 2)]
+    assert sampling[2:] == [{"temperature": 0}] * 2
+
+
+@pytest.mark.parametrize(("said", "finish_reason"), [("It is", "length"), ("", "stop")])
+def test_what_a_model_under_test_says_is_its_answer(said: str, finish_reason: str) -> None:
+    with stub_server(lambda text: said) as stub:
+        stub.finish_reason = finish_reason
+        replies, _ = ask_all(OpenAIChat(stub.url, "m", verbatim=True), ASKS[:1], None)
+    assert (replies["0"].text, replies["0"].finish_reason, replies["0"].error) == (said, finish_reason, None)
+
+
 @pytest.mark.parametrize(
     ("fault", "error"), [("500", "HTTP 500"), ("400", "HTTP 400"), ("garbage", "JSON"), ("empty", "empty answer"), ("cut", "Connection")]
 )

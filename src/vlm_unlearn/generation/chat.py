@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import os
+import random
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -32,6 +33,7 @@ class Ask:
     id: str
     text: str
     image: Path | None = None
+    seed: int | None = None  # of a sampled answer
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Reply:
     id: str
     text: str | None
     error: str | None = None
+    finish_reason: str | None = None  # as the server names it: "stop", "length", ...
     tokens: tuple[int, int] | None = None  # read and written, where the server tells
 
 
@@ -48,7 +51,7 @@ OnReply = Callable[[Reply], None]
 
 
 class ChatModel(Protocol):
-    """Answers questions, greedily, so that an answer can be cached."""
+    """Answers questions: greedily, so that an answer can be cached, unless it was made to sample."""
 
     def identity(self) -> Mapping[str, object]:
         """Everything that decides an answer, besides the question."""
@@ -116,7 +119,8 @@ def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on
             except OSError as error:
                 on_reply(Reply(ask.id, None, f"{ask.image}: {error.strerror}"))
                 continue
-            key = digest_json({"model": identity, "text": ask.text, "image": images[ask.image] if ask.image else None})
+            seeded = {} if ask.seed is None else {"seed": ask.seed}
+            key = digest_json({"model": identity, "text": ask.text, "image": images[ask.image] if ask.image else None, **seeded})
             known = cache.get(key) if cache else None
             if known is not None:
                 on_reply(Reply(ask.id, known[0], tokens=known[1]))
@@ -149,16 +153,28 @@ def ask_all(
 class OpenAIChat:
     """A server that speaks OpenAI's chat completions: vLLM, `transformers serve`, OpenAI itself.
 
-    The official client retries on 429, 5xx, timeouts and cut connections, with jittered backoff, honouring Retry-After. The key is
-    read from the environment variable ``OPENAI_API_KEY`` and stands in no message.
+    The official client retries on 429, 5xx, timeouts and cut connections, with jittered backoff, honouring Retry-After; what it takes
+    for an answer and is none (broken JSON, no choices) is retried here, in the same way. The key is read from the environment variable
+    ``OPENAI_API_KEY`` and stands in no message.
 
     Args:
         concurrency: questions under way at once.
         timeout: seconds for one try.
+        temperature: 0 is greedy; above, each question is sampled with its own `Ask.seed`, as far as the server heeds it.
+        verbatim: a cut or an empty text is a reply too, as it is of a model under test.
     """
 
     def __init__(
-        self, base_url: str, model: str, max_tokens: int = 256, concurrency: int = 16, timeout: float = 60.0, retries: int = 4
+        self,
+        base_url: str,
+        model: str,
+        max_tokens: int = 256,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        retries: int = 4,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        verbatim: bool = False,
     ) -> None:
         try:
             address = urlsplit(base_url)
@@ -175,11 +191,14 @@ class OpenAIChat:
         self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries
+        # Nothing but these where nothing is sampled: servers refuse or misread what they don't know.
+        self._sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 0}
+        self._verbatim = verbatim
         self._unreached = 0  # questions in a row for which no server was there
         self._key = os.environ.get(KEY_VARIABLE, "")
 
     def identity(self) -> Mapping[str, object]:
-        return {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, "temperature": 0}
+        return {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
 
     def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
         """Asks, at most `concurrency` at once; memory doesn't grow with the number of questions.
@@ -213,41 +232,71 @@ class OpenAIChat:
                     worker.cancel()
 
     async def _reply(self, client: AsyncOpenAI, ask: Ask) -> Reply:
-        import openai
-
         content: list[Any] = [{"type": "text", "text": ask.text}]
         if ask.image is not None:
             try:
                 content.insert(0, {"type": "image_url", "image_url": {"url": image_url(ask.image)}})
             except RequestError as error:
                 return Reply(ask.id, None, str(error))
+        for tries in range(self._retries + 1):
+            if tries:
+                await asyncio.sleep(min(0.5 * 2 ** (tries - 1), 8.0) * random.uniform(0.75, 1.0))
+            try:
+                return await self._try(client, ask, content)
+            except _NoAnswerError as error:
+                problem = str(error)
+        return Reply(ask.id, None, problem)
+
+    async def _try(self, client: AsyncOpenAI, ask: Ask, content: list[Any]) -> Reply:
+        """One question, with the client's own retries.
+
+        Raises:
+            _NoAnswerError: the server sent what is no answer; asked again it may.
+        """
+        import openai
+
+        seeded: dict[str, Any] = {"seed": ask.seed} if ask.seed is not None and self._sampling["temperature"] else {}
+        messages: list[Any] = [{"role": "user", "content": content}]
         try:
             answer = await client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": content}],
-                max_tokens=self._max_tokens,
-                temperature=0,
+                model=self._model, messages=messages, max_tokens=self._max_tokens, **self._sampling, **seeded
             )
             choice = answer.choices[0] if answer.choices else None
             text = choice.message.content if choice else None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise RequestError(
-                f"{self._base_url}: the server answered {error.status_code} for model {shown(self._model)}; check --server, "
-                f"--model and {KEY_VARIABLE}"
+                f"{self._base_url}: the server answered {error.status_code} for model {shown(self._model)}; check the server's "
+                f"address, the model's name and {KEY_VARIABLE}"
             ) from None
         except openai.APIStatusError as error:
             return Reply(ask.id, None, f"HTTP {error.status_code}")
         except openai.APIConnectionError as error:  # cut, refused or timed out, after all retries
             self._unreached += 1
             return Reply(ask.id, None, type(error).__name__)
-        except Exception as error:  # an answer that is no JSON, say: the next question may fare better
-            return Reply(ask.id, None, type(error).__name__)
+        except Exception as error:  # an answer that is no JSON, or JSON of another shape
+            self._unreached = 0
+            raise _NoAnswerError(type(error).__name__) from None
         self._unreached = 0
-        if not isinstance(text, str):
-            return Reply(ask.id, None, "empty answer" if text is None else "an answer that is no text")
-        if choice and choice.finish_reason == "length":
-            return Reply(ask.id, None, f"the reply was cut at {self._max_tokens} tokens: {shown(text)}")
-        return Reply(ask.id, text, tokens=_tokens(answer.usage)) if text else Reply(ask.id, None, "empty answer")
+        if choice is None:
+            raise _NoAnswerError("empty answer")
+        reason = getattr(choice, "finish_reason", None)  # some servers leave it out
+        return self._judged(ask, text, reason if isinstance(reason, str) else None, _tokens(answer.usage))
+
+    def _judged(self, ask: Ask, text: object, finish_reason: str | None, tokens: tuple[int, int] | None) -> Reply:
+        """A text that came, as the reply that it is."""
+        if text is not None and not isinstance(text, str):
+            raise _NoAnswerError("an answer that is no text")
+        if text is None or not (text or self._verbatim):
+            return Reply(ask.id, None, "empty answer", finish_reason=finish_reason, tokens=tokens)
+        if finish_reason == "length" and not self._verbatim:
+            return Reply(
+                ask.id, None, f"the reply was cut at {self._max_tokens} tokens: {shown(text)}", finish_reason=finish_reason, tokens=tokens
+            )
+        return Reply(ask.id, text, finish_reason=finish_reason, tokens=tokens)
+
+
+class _NoAnswerError(Exception):
+    """What the server sent is no answer."""
 
 
 def _tokens(usage: Any) -> tuple[int, int] | None:
