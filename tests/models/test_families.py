@@ -18,7 +18,7 @@ from helpers import recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig
 from vlm_unlearn.data.batching import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.generation.hf import generate
+from vlm_unlearn.generation.hf import answers as answers_of
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
 from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, model_skeleton
@@ -227,10 +227,10 @@ def test_generation_in_batches_is_as_alone(loaded: Loaded, images: Path, tmp_pat
         for number, (name, question) in enumerate(questions)
     ]
 
-    def answers(batch_size: int) -> dict[str, str]:
-        file = tmp_path / f"{batch_size}.jsonl"
-        generate(loaded.model, loaded.processor, prompts, {"s": images}, file, GenerationConfig(max_new_tokens=6, batch_size=batch_size))
-        return {row["prompt_id"]: row["text"] for row in map(json.loads, file.read_text().splitlines())}
+    def answers(batch_size: int) -> dict[str, str | None]:
+        config = GenerationConfig(max_new_tokens=6, batch_size=batch_size)
+        batches = answers_of(loaded.model, loaded.processor, prompts, {"s": images}, config)
+        return {response.prompt_id: response.text for batch in batches for response in batch}
 
     together = answers(4)
     assert set(together) == {"0", "1", "2", "3"}

@@ -8,21 +8,37 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, status_console
+from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
+    from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Row
 
 SUITE = typer.Argument(..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.")
 OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.")
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 OUT = typer.Option(..., "--out", help="The run folder.")
+VERIFY = typer.Option(
+    0,
+    "--verify-batching",
+    min=0,
+    metavar="N",
+    help="Ask N prompts, spread over the suite, once more one by one: what does batching change?",
+)
 NAME = typer.Option("", "--name", help="The row's name; default: the folder's.")
 
 
 def evaluate(
-    suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT, name: str = NAME, as_json: bool = JSON_OPTION
+    suite_file: Path = SUITE,
+    overrides: list[str] = OVERRIDES,
+    out: Path = OUT,
+    name: str = NAME,
+    verify_batching: int = VERIFY,
+    as_json: bool = JSON_OPTION,
 ) -> None:
     """Generates, judges and scores in one go, and writes report.html. Run again after an interruption it goes on.
+
+    On several GPUs: accelerate launch -m vlm_unlearn.cli.main evaluate ...
 
     Example:
 
@@ -31,7 +47,11 @@ def evaluate(
     from vlm_unlearn.config import Suite, load
 
     suite = load(Suite, suite_file, overrides or [])
+    if not is_first():
+        _answer_share(suite, out)
+        return
     with status_console().status("loading transformers"):
+        from vlm_unlearn.evaluation.generating import remarks
         from vlm_unlearn.evaluation.grading import unmeasured
         from vlm_unlearn.evaluation.runner import evaluate_run
         from vlm_unlearn.records import Summary
@@ -39,7 +59,9 @@ def evaluate(
 
         quiet_libraries()
     with Stages() as bars:
-        row = evaluate_run(suite, out, name or out.resolve().name, bars.update)
+        row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
+    for remark in remarks(out):
+        typer.echo(remark, err=True)
     write_report(out / "report.html", Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
     left_out = unmeasured(suite)
     if left_out:
@@ -47,7 +69,7 @@ def evaluate(
     _show(row, as_json, f"Report: {out / 'report.html'}")
 
 
-def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT) -> None:
+def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT, verify_batching: int = VERIFY) -> None:
     """Asks the model every prompt of a suite; answers go to responses.jsonl.
 
     Example:
@@ -57,13 +79,26 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
     from vlm_unlearn.config import Suite, load
 
     suite = load(Suite, suite_file, overrides or [])
+    if not is_first():
+        _answer_share(suite, out)
+        return
     with status_console().status("loading transformers"):
-        from vlm_unlearn.evaluation.generating import generate_run
+        from vlm_unlearn.evaluation.generating import generate_run, remarks
 
         quiet_libraries()
     with Stages() as bars:
-        generate_run(suite, out, bars.update)
+        generate_run(suite, out, bars.update, verify_batching)
+    for remark in remarks(out):
+        typer.echo(remark, err=True)
     typer.echo(f"answers in {out / 'responses.jsonl'}")
+
+
+def _answer_share(suite: Suite, out: Path) -> None:
+    """What a process that isn't the first of those started together does."""
+    from vlm_unlearn.evaluation.generating import generate_run
+
+    quiet_libraries()
+    generate_run(suite, out)
 
 
 def score(

@@ -3,50 +3,168 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_unlearn.config import Suite, validate
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.evaluation.answers import RESPONSES, answer_log, drop_failed, join_parts, put_in_order
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
-from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.generation.base import Backend, Question, ask, spread
+from vlm_unlearn.records import Batching, Prompt, Response
 from vlm_unlearn.store import lock_run, note_cost, open_run, read_json, read_manifest, read_records, write_json, write_records
+from vlm_unlearn.training.processes import Team, processes, team
 
 OnDone = Callable[[str, int, int], None]  # stage, done, all
+BATCHING = "batching.json"
 
 
-def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None) -> None:
-    """Asks the suite's model all prompts; writes prompts.jsonl, responses.jsonl, suite.json and manifest.json.
+def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None, verify_batching: int = 0) -> None:
+    """Asks the suite's model all prompts; writes prompts.jsonl, responses.jsonl (in the prompts' order), suite.json, manifest.json.
+
+    Called again after a kill it goes on; called again when done it asks anew what failed, and nothing else. Under torchrun or
+    accelerate launch all processes call it, each answers its share, and the first writes the files.
+
+    Args:
+        verify_batching: how many questions are asked once more, one by one; batching.json says how many answers that changes.
 
     Raises:
         RequestError: broken data, a model that can't be loaded, or a folder that holds another run.
+        WorkError: the server is gone, or another process of the run has ended.
     """
-    from vlm_unlearn.generation.hf import generate
-    from vlm_unlearn.models.loading import device, load_run_model, resolve_precision, run_digest, run_model_folder
+    if processes() > 1 and suite.generation.backend != "hf":
+        raise RequestError(f"generation.backend={suite.generation.backend} makes its own batches; start it as one process")
+    with team() as together:
+        if together.rank == 0:
+            _lead(suite, folder, on_done, verify_batching, together)
+        elif together.agree(False):  # what the first process says counts
+            questions = _questions(suite, suite_prompts(suite))
+            _answer_share(build_backend(suite), questions, folder, together, None)
+            together.wait()
 
-    roots = image_roots(suite)
+
+def build_backend(suite: Suite) -> Backend:
+    """What answers a suite's questions.
+
+    Raises:
+        RequestError: the model isn't there, or the backend isn't installed.
+    """
+    if suite.generation.backend == "openai":
+        from vlm_unlearn.generation.server import ServerBackend
+
+        return ServerBackend(suite.model, suite.generation)
+    if suite.generation.backend == "vllm":
+        from vlm_unlearn.generation.vllm import VLLMBackend
+
+        return VLLMBackend(suite.model, suite.generation)
+    from vlm_unlearn.generation.hf import HFBackend
+
+    return HFBackend(suite.model, suite.generation)
+
+
+def _questions(suite: Suite, prompts: Sequence[Prompt]) -> list[Question]:
+    return ask(prompts, image_roots(suite), _samples(suite))
+
+
+def _samples(suite: Suite) -> dict[str, int]:
+    return {case.name: case.samples for case in suite.cases}
+
+
+def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: int, together: Team) -> None:
+    """What the first process does."""
     prompts = suite_prompts(suite)
-    model_path = run_model_folder(suite.model)
-    precision = resolve_precision(suite.generation.precision)
-    generation = {**suite.generation.model_dump(), "precision": precision}
+    questions = _questions(suite, prompts)
+    backend = build_backend(suite)
     identity = {
         "kind": "evaluate",
-        "model": run_digest(model_path),
-        "prompts": prompts_digest(prompts, roots),
-        "generation": generation,
+        **backend.identity(),
+        "prompts": prompts_digest(prompts, image_roots(suite)),
+        "samples": {case: samples for case, samples in _samples(suite).items() if samples > 1},
     }
     with lock_run(folder):
-        manifest = open_run(folder, identity)
+        open_run(folder, identity)
         write_json(folder / "suite.json", suite.model_dump(mode="json"))
-        if manifest["finished"]:
-            return
-        started = time.monotonic()
-        write_records(folder / "prompts.jsonl", prompts)
-        model, processor = load_run_model(model_path, precision)
-        model.to(device()).eval()
-        tell = None if on_done is None else lambda done, total: on_done("generate", done, total)
-        generate(model, processor, prompts, roots, folder / "responses.jsonl", suite.generation, tell)
-        note_cost(folder, time.monotonic() - started, finished=True)
+        drop_failed(folder)
+        waiting = not read_manifest(folder)["finished"]
+        if waiting:
+            write_records(folder / "prompts.jsonl", prompts)
+            join_parts(folder)
+        if together.agree(waiting):
+            with _noting_cost(folder):
+                _answer_share(backend, questions, folder, together, on_done)
+                together.wait()
+                join_parts(folder)
+                put_in_order(folder, [question.key for question in questions])
+        if verify_batching:
+            with _noting_cost(folder):
+                _verify(backend, questions, folder, verify_batching, on_done)
+
+
+@contextmanager
+def _noting_cost(folder: Path) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    note_cost(folder, time.monotonic() - started, finished=True)
+
+
+def _answer_share(backend: Backend, questions: Sequence[Question], folder: Path, together: Team, on_done: OnDone | None) -> None:
+    """Answers what this process is to answer of all that has no answer yet.
+
+    A batch that a kill cut short is asked whole again, so that answers don't depend on where the kill fell.
+    """
+    file = folder / RESPONSES
+    known = {response.key for response in read_records(file, Response)} if file.exists() else set()
+    batches = [batch for batch in backend.batches(questions) if any(question.key not in known for question in batch)]
+    share = batches[together.rank :: together.size]
+    total = sum(map(len, share))
+    done = 0
+    with answer_log(folder, together) as log:
+
+        def take(answers: Sequence[Response]) -> None:
+            nonlocal done
+            log.append(answers)
+            done += len(answers)
+            if on_done:
+                on_done("generate", done, total)
+
+        backend.run(share, take)
+
+
+def _verify(backend: Backend, questions: Sequence[Question], folder: Path, count: int, on_done: OnDone | None) -> None:
+    """Asks some of the questions, spread over the suite, once more with nothing beside them, and writes batching.json."""
+    together = {response.key: response.text for response in read_records(folder / RESPONSES, Response) if response.text is not None}
+    chosen = spread([question for question in questions if question.key in together], count)
+    known = batching_of(folder)
+    if known is not None and known.checked >= len(chosen):
+        return
+    checked = flipped = 0
+    for response in backend.one_by_one(chosen):
+        if response.text is not None:
+            checked += 1
+            flipped += response.text != together[response.key]
+        if on_done:
+            on_done("one by one", checked, len(chosen))
+    write_json(folder / BATCHING, Batching(checked=checked, flipped=flipped).model_dump())
+
+
+def batching_of(folder: Path) -> Batching | None:
+    """What `verify_batching` found of a run, where it was asked for."""
+    return validate(Batching, read_json(folder / BATCHING), str(folder / BATCHING)) if (folder / BATCHING).exists() else None
+
+
+def remarks(folder: Path) -> list[str]:
+    """What is to be said of a run's answers: how many failed, and how many batching changes."""
+    answers = list(read_records(folder / RESPONSES, Response))
+    failed = [response for response in answers if response.error is not None]
+    told = []
+    if failed:
+        first = shown(failed[0].error)
+        told.append(f"{len(failed)} of {len(answers)} answers failed, the first: {first}; the same command asks them again")
+    batching = batching_of(folder)
+    if batching is not None:
+        told.append(f"batching changes {batching.flipped} of {batching.checked} answers that were asked once more, one by one")
+    return told
 
 
 def read_answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
@@ -55,11 +173,14 @@ def read_answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
     Raises:
         RequestError: the folder holds no finished generation, or its files don't belong together.
     """
-    if not (folder / "manifest.json").exists() or not read_manifest(folder)["finished"]:
+    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
+    if manifest is None or not manifest["finished"]:
         raise RequestError(f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped)")
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
-    responses = list(read_records(folder / "responses.jsonl", Response))
-    if not prompts or set(prompts) != {response.prompt_id for response in responses}:
+    responses = list(read_records(folder / RESPONSES, Response))
+    samples = manifest["identity"].get("samples", {})
+    wanted = {(prompt.id, sample) for prompt in prompts.values() for sample in range(samples.get(prompt.set, 1))}
+    if not prompts or len(responses) != len(wanted) or wanted != {response.key for response in responses}:
         raise RequestError(f"{folder}: prompts.jsonl and responses.jsonl don't belong together; delete the folder and generate again")
     return prompts, responses
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_unlearn.config import MetricConfig, Suite
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.generating import read_answers
+from vlm_unlearn.evaluation.generating import batching_of, read_answers
 from vlm_unlearn.evaluation.grading import build_judge, cases_of, suite_judges
 from vlm_unlearn.metrics.rates import count_labels, label_rate, rate, score_rate
 from vlm_unlearn.records import Label, Prompt, Rate, Row, Summary, Verdict
@@ -43,6 +43,7 @@ def score_run(folder: Path, suite: Suite, name: str) -> Row:
         metrics=rates(suite.metrics),
         paper=rates(suite.paper_metrics) if suite.paper else {},
         labels={case: count_labels(of_case) for case, of_case in _by_case(prompts, verdicts[""]).items()},
+        batching=batching_of(folder),
     )
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
     return row

@@ -1,88 +1,106 @@
-"""Greedy answers from a transformers model, in batches, resumable after a kill at any moment."""
+"""Answers from a transformers model, in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.batching import Processor, Turn, encode, move
-from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, ask, cut_up
+from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
+from vlm_unlearn.models.loading import device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
-from vlm_unlearn.store import RecordLog
 
 
-def generate(
+class HFBackend:
+    """A model folder, hub name, adapter folder or training run; loaded when the first question is asked.
+
+    Raises:
+        RequestError: there is no such model.
+    """
+
+    def __init__(self, model: str, config: GenerationConfig) -> None:
+        self._folder = run_model_folder(model)
+        self._config = config
+        self._precision = resolve_precision(config.precision)
+
+    def identity(self) -> Mapping[str, object]:
+        decided = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
+        generation = {**self._config.model_dump(include=set(decided)), "precision": self._precision}
+        return {"model": run_digest(self._folder), "generation": generation}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Processor]:
+        model, processor = load_run_model(self._folder, self._precision)
+        model.to(device()).eval()
+        return model, processor
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        return batches(questions, self._config.batch_size)
+
+    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+        for batch in batches:
+            on_answers(answer(*self._loaded, batch, self._config))
+
+    def one_by_one(self, questions: Sequence[Question]) -> Iterator[Response]:
+        for question in questions:
+            yield from answer(*self._loaded, [question], self._config)
+
+
+def answers(
     model: Any,
     processor: Processor,
     prompts: Sequence[Prompt],
     images: Mapping[str, Path],
-    file: Path,
     config: GenerationConfig,
-    on_done: Callable[[int, int], None] | None = None,
-) -> None:
-    """Appends one Response a prompt to `file`; prompts that are answered there already are passed over.
-
-    The batches are a function of the prompts alone. A batch that a kill cut short is generated whole again, so that answers
-    don't depend on where the kill fell.
+    samples: Mapping[str, int] | None = None,
+) -> Iterator[list[Response]]:
+    """The answers to all prompts, a batch at a time, kept in no file.
 
     Args:
         model: an image-text-to-text model, on its device, in eval mode.
-        images: image root of each prompt set, by `Prompt.set`.
-        on_done: called with (answered, all) after each batch.
+        images, samples: as in `vlm_unlearn.generation.base.ask`.
     """
-    log = RecordLog(file, Response)
-    done = 0
-    for batch in _batches(prompts, config.batch_size):
-        if any((prompt.id, 0) not in log.keys for prompt in batch):
-            log.append(_answer(model, processor, batch, images, config))
-        done += len(batch)
-        if on_done:
-            on_done(done, len(prompts))
+    return (answer(model, processor, batch, config) for batch in batches(ask(prompts, images, samples or {}), config.batch_size))
 
 
-def answers(
-    model: Any, processor: Processor, prompts: Sequence[Prompt], images: Mapping[str, Path], config: GenerationConfig
-) -> Iterator[list[Response]]:
-    """The answers to all prompts, a batch at a time, kept in no file. Arguments as in `generate`."""
-    return (_answer(model, processor, batch, images, config) for batch in _batches(prompts, config.batch_size))
-
-
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Prompts of alike lengths together, for less padding; with and without image apart, as mllama needs it. Ties keep file order."""
+def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Questions of alike lengths together, for less padding; with and without image apart, as mllama needs it. Ties keep their order."""
+    found = []
     for has_image in (True, False):
-        alike = [prompt for prompt in prompts if (prompt.image is not None) == has_image]
-        alike.sort(key=lambda prompt: len(prompt.question.split()))
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+        alike = [question for question in questions if (question.image is not None) == has_image]
+        alike.sort(key=lambda question: len(question.prompt.question.split()))
+        found += cut_up(alike, size)
+    return found
 
 
 @torch.no_grad()
-def _answer(
-    model: Any, processor: Processor, prompts: Sequence[Prompt], images: Mapping[str, Path], config: GenerationConfig
-) -> list[Response]:
-    turns = [
-        Turn(
-            prompt.id,
-            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"'),
-            prompt.question,
-            None,
-        )
-        for prompt in prompts
-    ]
+def answer(model: Any, processor: Processor, questions: Sequence[Question], config: GenerationConfig) -> list[Response]:
+    """The answers of one batch."""
+    turns = [Turn(question.prompt.id, question.image, question.prompt.question, None) for question in questions]
     inputs = move(encode(processor, turns, padding_side="left"), model.device, model.dtype)
-    output = model.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False)
+    drawing = LogitsProcessorList()
+    if config.temperature:
+        seeds = [answer_seed(config.seed, question) for question in questions]
+        drawing.append(SeededSampling(seeds, config.temperature, config.top_p, model.device))
+    with plain_settings(model):
+        output = model.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False, logits_processor=drawing)
     new = output[:, inputs["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     closing = set(ends if isinstance(ends, list) else [ends])
     texts = processor.batch_decode(new, skip_special_tokens=True)
     return [
         Response(
-            prompt_id=prompt.id,
+            prompt_id=question.prompt.id,
+            sample=question.sample,
             text=text.strip(),
             finish_reason="stop" if closing & set(tokens.tolist()) else "length",
         )
-        for prompt, text, tokens in zip(prompts, texts, new, strict=True)
+        for question, text, tokens in zip(questions, texts, new, strict=True)
     ]

@@ -19,6 +19,7 @@ from vlm_unlearn.models.layout import decoder_layers
 from vlm_unlearn.models.loading import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.store import digest_model
+from vlm_unlearn.training.processes import processes
 from vlm_unlearn.training.references import Source, choose_source
 from vlm_unlearn.training.stream import Collator, TrainingStream
 
@@ -66,18 +67,6 @@ class Plan:
             "model": self.model_digest,
             "data": self.data_digest,
         }
-
-
-def processes() -> int:
-    """How many processes train together: what torchrun and accelerate launch say.
-
-    Raises:
-        RequestError: the environment says something else than a number, or says it without the rest of what they set.
-    """
-    told = os.environ.get("WORLD_SIZE", "1")
-    if not told.isdigit() or told == "0" or (told != "1" and "MASTER_ADDR" not in os.environ):
-        raise RequestError(f"WORLD_SIZE={told[:20]} in the environment, without the rest of what torchrun sets; unset it")
-    return int(told)
 
 
 def steps_of(recipe: Recipe, forget_examples: int, world_size: int) -> int:

@@ -15,7 +15,8 @@ from vlm_unlearn.models.shapes import KNOWN
 from vlm_unlearn.models.trainable import trainable_table
 from vlm_unlearn.store import refuse_foreign
 from vlm_unlearn.training.estimate import Memory, Shape, estimate
-from vlm_unlearn.training.planning import check_model, check_recipe, processes, recipe_name, steps_of
+from vlm_unlearn.training.planning import check_model, check_recipe, recipe_name, steps_of
+from vlm_unlearn.training.processes import processes
 from vlm_unlearn.training.references import Source
 from vlm_unlearn.training.stream import Collator, TrainingStream
 

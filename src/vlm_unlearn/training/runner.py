@@ -33,8 +33,9 @@ from vlm_unlearn.store import (
     read_manifest,
     write_json,
 )
-from vlm_unlearn.training.planning import Plan, plan, prepare_method, processes, steps_of
+from vlm_unlearn.training.planning import Plan, plan, prepare_method, steps_of
 from vlm_unlearn.training.probing import Probe, Prober, stopped
+from vlm_unlearn.training.processes import processes
 from vlm_unlearn.training.references import AdapterReference, CopyReference, ReferenceModel, cached_nll
 from vlm_unlearn.training.step import forward
 from vlm_unlearn.training.stream import NLL, Collator, TrainingStream

@@ -1,0 +1,81 @@
+"""What a model under test is asked, and what answers: a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.store import digest_json
+
+Key = tuple[str, int]
+OnAnswers = Callable[[Sequence[Response]], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer to be given: to a prompt, the how-manieth of its samples, and the file of its image."""
+
+    prompt: Prompt
+    sample: int = 0
+    image: Path | None = None
+
+    @property
+    def key(self) -> Key:
+        """That of its answer."""
+        return self.prompt.id, self.sample
+
+
+class Backend(Protocol):
+    """Answers questions by one model."""
+
+    def identity(self) -> Mapping[str, object]:
+        """Everything that decides an answer, besides the question: `model` and `generation`."""
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """What is asked, and written, together: a function of the questions alone."""
+
+    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+        """Calls `on_answers` until each question has its answer."""
+
+    def one_by_one(self, questions: Sequence[Question]) -> Iterator[Response]:
+        """The answers to the questions with nothing beside them."""
+
+
+def ask(prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]) -> list[Question]:
+    """The questions of all prompts, sample after sample.
+
+    Args:
+        images: image root of each prompt set, by `Prompt.set`.
+        samples: answers to each prompt of a set; 1 where it isn't named.
+
+    Raises:
+        RequestError: an image is missing.
+    """
+    questions = []
+    for prompt in prompts:
+        image = None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+        questions += [Question(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
+    return questions
+
+
+def answer_seed(seed: int, question: Question) -> int:
+    """The seed of one answer's random stream: nothing else that is asked, nor its order, changes what is drawn.
+
+    It has 31 bits, as many as every server takes.
+    """
+    return int(digest_json([seed, *question.key])[:8], 16) >> 1
+
+
+def cut_up(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Batches of `size` in the order given."""
+    return [list(questions[start : start + size]) for start in range(0, len(questions), size)]
+
+
+def spread(questions: Sequence[Question], count: int) -> list[Question]:
+    """So many of the questions at equal distances, all where there are fewer."""
+    count = min(count, len(questions))
+    return [questions[number * len(questions) // count] for number in range(count)]

@@ -1,0 +1,125 @@
+"""Answers from a model that a server runs: vLLM, `transformers serve`, OpenAI itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+
+from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, cut_up
+from vlm_unlearn.generation.chat import Ask, OpenAIChat, Reply
+from vlm_unlearn.records import Response
+
+
+class ServerBackend:
+    """Any OpenAI-compatible server. Answers come one at a time, in any order.
+
+    What the server can't answer gets a Response that says why, and is asked again the next time.
+
+    Args:
+        model: the name that the server knows the model by.
+
+    Raises:
+        RequestError: the server's address is none.
+    """
+
+    def __init__(self, model: str, config: GenerationConfig) -> None:
+        self._model = model
+        self._config = config
+        self._chat(1)
+
+    def identity(self) -> Mapping[str, object]:
+        decided = ("backend", "max_new_tokens", "temperature", "top_p", "seed")
+        # No digest can be had of what a server runs: a folder is only as good as the word of who started it.
+        model = {"server": self._config.server, "name": self._model, "weights": "unknown"}
+        return {"model": model, "generation": self._config.model_dump(include=set(decided))}
+
+    def _chat(self, concurrency: int) -> OpenAIChat:
+        config = self._config
+        return OpenAIChat(
+            str(config.server),
+            self._model,
+            config.max_new_tokens,
+            concurrency,
+            config.timeout,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            verbatim=True,
+        )
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        return cut_up(questions, 1)  # the server makes its own
+
+    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+        with Grouped(on_answers) as grouped:
+            self._ask((question for batch in batches for question in batch), grouped.add, self._config.concurrency)
+
+    def one_by_one(self, questions: Sequence[Question]) -> Iterator[Response]:
+        found: list[Response] = []
+        self._ask(questions, found.append, 1)
+        yield from found
+
+    def _ask(self, questions: Iterable[Question], on_answer: Callable[[Response], None], concurrency: int) -> None:
+        under_way: dict[str, Question] = {}
+
+        def asks() -> Iterator[Ask]:
+            for number, question in enumerate(questions):
+                under_way[str(number)] = question
+                yield Ask(str(number), question.prompt.question, question.image, answer_seed(self._config.seed, question))
+
+        def take(reply: Reply) -> None:
+            question = under_way.pop(reply.id)
+            text = None if reply.text is None else reply.text.strip()
+            answered = Response(
+                prompt_id=question.prompt.id,
+                sample=question.sample,
+                text=text,
+                finish_reason=reply.finish_reason,
+                error=reply.error,
+            )
+            on_answer(answered)
+
+        self._chat(concurrency).run(asks(), take)
+
+
+class Grouped:
+    """Hands answers on in groups, each second what has come: a disk need not sync for every one, and a kill loses little."""
+
+    def __init__(self, on_answers: OnAnswers, seconds: float = 1.0) -> None:
+        self._on_answers = on_answers
+        self._seconds = seconds
+        self._pending: list[Response] = []
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._problem: Exception | None = None  # a full disk, say
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+
+    def add(self, answer: Response) -> None:
+        """Takes an answer in; raises what handing on has raised."""
+        if self._problem:
+            raise self._problem
+        with self._lock:
+            self._pending.append(answer)
+
+    def _tick(self) -> None:
+        while not self._closed.wait(self._seconds) and self._problem is None:
+            try:
+                self._hand_on()
+            except Exception as problem:
+                self._problem = problem
+
+    def _hand_on(self) -> None:
+        with self._lock:
+            if self._pending:
+                self._on_answers(self._pending)
+                self._pending = []
+
+    def __enter__(self) -> Grouped:
+        self._ticker.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closed.set()
+        self._ticker.join()
+        self._hand_on()

@@ -1,0 +1,90 @@
+"""The processes that torchrun or accelerate launch started together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from vlm_unlearn.errors import RequestError, WorkError
+
+PATIENCE = timedelta(days=14)  # shares of work end at different times; a process that dies is noticed at once
+
+
+def processes() -> int:
+    """How many processes work together: what torchrun and accelerate launch say.
+
+    Raises:
+        RequestError: the environment says something else than a number, or says it without the rest of what they set.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdigit() or told == "0" or (told != "1" and "MASTER_ADDR" not in os.environ):
+        raise RequestError(f"WORLD_SIZE={told[:20]} in the environment, without the rest of what torchrun sets; unset it")
+    return int(told)
+
+
+def is_first() -> bool:
+    """Whether this is the process that talks, and writes what is written once."""
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+class Team:
+    """This process and those beside it."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def agree(self, value: bool) -> bool:
+        """The first process's value, in all of them; each waits for it.
+
+        Raises:
+            WorkError: a process has ended.
+        """
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        told = [value]
+        _together(lambda: distributed.broadcast_object_list(told, src=0))
+        return told[0]
+
+    def wait(self) -> None:
+        """Until all processes are here.
+
+        Raises:
+            WorkError: a process has ended.
+        """
+        if self.size > 1:
+            from torch import distributed
+
+            _together(distributed.barrier)
+
+
+def _together(step: Callable[[], object]) -> None:
+    try:
+        step()
+    except RuntimeError as error:  # gloo has one type for all that can happen
+        raise WorkError(
+            f"another process of this run ended; the same command goes on where it stopped ({str(error).strip().splitlines()[-1][:200]})"
+        ) from None
+
+
+@contextmanager
+def team() -> Iterator[Team]:
+    """Joins the processes that were started together for as long as the block lasts; one alone needs nothing.
+
+    They speak over gloo, whatever devices they use: unlike NCCL it notices at once when a process has died.
+    """
+    size = processes()
+    if size == 1:
+        yield Team(0, 1)
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Team(distributed.get_rank(), size)
+    finally:
+        distributed.destroy_process_group()
