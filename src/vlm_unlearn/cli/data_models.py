@@ -128,7 +128,8 @@ def diversify(
 
       vlm-unlearn data audit train_diversified.json
     """
-    from vlm_unlearn.data.diversify import WORDINGS, diversify
+    from vlm_unlearn.data.diversify import diversify
+    from vlm_unlearn.data.rewriting import WORDINGS
     from vlm_unlearn.errors import Problems, RequestError
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import refuse_overwriting
