@@ -16,7 +16,7 @@ from vlm_unlearn.records import Prompt
 TRIGGERS = ("what", "share")
 CONTROL = "control"  # in a trigger's place: paraphrases that begin with neither trigger, each with another word
 
-# Those of one word have different lengths, whatever is asked for, so that no two shots of a question can be the same text.
+# {core} is what is asked for, as a noun phrase; {be} is "is" or "are". The published attack takes up to three of a word.
 TEMPLATES: Mapping[str, Sequence[str]] = {
     "what": (
         "What {be} {core}?",
