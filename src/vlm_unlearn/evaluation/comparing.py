@@ -64,7 +64,7 @@ def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple
     if judges[0].identity != judges[1].identity:
         different = " and ".join(dict.fromkeys(f"judge-{judge.judge}.json" for judge in judges))
         raise RequestError(
-            f"{where}: {shown(metric)} was graded by two judges ({different} differ); grade both with the same one by `vlm-unlearn judge run`"
+            f"{where}: {shown(metric)} was graded by two judges ({different} differ); grade both with one by `vlm-unlearn judge run`"
         )
     both = first.model_copy(update={"cases": [case for case in first.cases if case in second.cases]})
     shared = {verdict.key for verdict in judges[0].verdicts if run.prompts.get(verdict.prompt_id) == base.prompts[verdict.prompt_id]}

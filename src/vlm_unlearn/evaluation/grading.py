@@ -43,39 +43,43 @@ def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:
     would have measured.
     """
     metrics = [*suite.metrics.values(), *(suite.paper_metrics.values() if suite.paper else ())]
-    named = {metric.judge for metric in metrics if metric.judge}
-    offline = suite.judge.name != "llm"
-    wanted = {name: judge for name, judge in suite.judges.items() if name in named}
-    return {"": suite.judge} | {name: judge for name, judge in wanted.items() if not (offline and judge.name == "llm" and not judge.model)}
+    named = {needs.judge for needs in (*metrics, *suite.benchmarks)}
+    own = {"": suite.judge} if suite.cases else {}
+    others = {name: judge for name, judge in suite.judges.items() if name in named}
+    nobody = [name for name, judge in others.items() if judge.name == "llm" and judge.model is None and suite.judge.name != "llm"]
+    return own | {name: judge for name, judge in others.items() if name not in nobody}
 
 
 def unmeasured(suite: Suite) -> list[str]:
-    """The metrics whose judge is a language model that nobody named."""
+    """The metrics and benchmarks whose judge is a language model that nobody named."""
     judges = suite_judges(suite)
     counted = {**suite.metrics, **({f"{name} (published)": metric for name, metric in suite.paper_metrics.items()} if suite.paper else {})}
-    return [name for name, metric in counted.items() if metric.judge not in judges]
+    open_metrics = [name for name, metric in counted.items() if metric.judge not in judges]
+    return open_metrics + [benchmark.name for benchmark in suite.benchmarks if benchmark.judge and benchmark.judge not in judges]
 
 
 def cases_of(suite: Suite, judge: str) -> set[str]:
-    """The cases whose answers a judge grades: all for the suite's own, for another those of its metrics."""
+    """The cases and benchmarks whose answers a judge grades: all cases for the suite's own, for another those of its metrics."""
     if not judge:
         return {case.name for case in suite.cases}
-    return {case for _, metric in suite.all_metrics() if metric.judge == judge for case in metric.cases}
+    of_metrics = {case for _, metric in suite.all_metrics() if metric.judge == judge for case in metric.cases}
+    return of_metrics | {benchmark.name for benchmark in suite.benchmarks if benchmark.judge == judge}
 
 
 def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None, cases: Iterable[str] | None = None) -> Path:
     """Grades a run's answers; writes and returns verdicts-<judge>.jsonl. Verdicts of a judge that has changed are made anew.
 
     Args:
-        cases: whose answers to grade; None is all.
+        cases: whose answers to grade; None is all cases, or of a suite without any all benchmarks.
 
     Raises:
         RequestError: the folder holds no finished generation.
     """
     judge = build_judge(config)
     prompts, responses = read_answers(folder)
-    roots = image_roots(saved_suite(folder))
-    wanted = set(roots) if cases is None else set(cases)
+    suite = saved_suite(folder)
+    roots = image_roots(suite)
+    wanted = ({case.name for case in suite.cases} or set(roots)) if cases is None else set(cases)
     answers = _answers(prompts, [response for response in responses if prompts[response.prompt_id].set in wanted], roots)
     file = folder / f"verdicts-{judge.name}.jsonl"
     made_by = {**judge.identity(), "labels": list(judge.labels)}

@@ -1,4 +1,4 @@
-"""The prompts of a suite, from its cases' files."""
+"""The prompts of a suite, from its cases' and its benchmarks' files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlm_unlearn.attacks.one_word import rewrite_prompts
+from vlm_unlearn.benchmarks import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.config import CaseConfig, Suite
 from vlm_unlearn.data.formats import safe_eraser, vlguard
 from vlm_unlearn.data.images import resolve_image
@@ -32,8 +33,9 @@ def case_prompts(case: CaseConfig) -> list[Prompt]:
 
 
 def suite_prompts(suite: Suite) -> list[Prompt]:
-    """All prompts of a suite, case by case."""
+    """All prompts of a suite, case by case, then benchmark by benchmark."""
     prompts = [prompt for case in suite.cases for prompt in case_prompts(case)]
+    prompts += [prompt for benchmark in suite.benchmarks for prompt in benchmark_prompts(benchmark)]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
@@ -44,7 +46,8 @@ def suite_prompts(suite: Suite) -> list[Prompt]:
 
 def image_roots(suite: Suite) -> dict[str, Path]:
     """Image root of each prompt set."""
-    return {case.name: case.images for case in suite.cases}
+    roots = {case.name: case.images for case in suite.cases}
+    return roots | {benchmark.name: benchmark_image_root(benchmark) for benchmark in suite.benchmarks}
 
 
 def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:

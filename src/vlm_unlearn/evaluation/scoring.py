@@ -9,10 +9,11 @@ from typing import Any
 
 from vlm_unlearn.config import MetricConfig, Suite
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.evaluation.benchmarks import benchmark_rates
 from vlm_unlearn.evaluation.generating import batching_of, read_answers
 from vlm_unlearn.evaluation.grading import build_judge, cases_of, suite_judges
 from vlm_unlearn.metrics.rates import Outcomes, count_labels, label_outcomes, score_outcomes
-from vlm_unlearn.records import Batching, Label, Prompt, Rate, Row, Summary, Verdict
+from vlm_unlearn.records import Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.store import read_json, read_records, write_json
 
 
@@ -32,6 +33,7 @@ class GradedRun:
 
     suite: Suite
     prompts: Mapping[str, Prompt]
+    responses: Sequence[Response]
     graded: Mapping[str, Graded]
     batching: Batching | None = None
 
@@ -69,7 +71,7 @@ def read_graded(folder: Path, suite: Suite) -> GradedRun:
         if not isinstance(identity, dict) or not isinstance(identity.get("labels"), list):
             raise RequestError(f"{note}: does not say what the judge can tell; run `vlm-unlearn judge run` with this judge again")
         graded[called] = Graded(judge, identity, identity["labels"], verdicts)
-    return GradedRun(suite, prompts, graded, batching_of(folder))
+    return GradedRun(suite, prompts, responses, graded, batching_of(folder))
 
 
 def run_row(run: GradedRun, name: str) -> Row:
@@ -81,15 +83,16 @@ def run_row(run: GradedRun, name: str) -> Row:
     def rates(metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
         return {metric: _rate(run, config, run.graded[config.judge].verdicts) for metric, config in run.measured(metrics).items()}
 
+    own = run.graded.get("")
     metrics = run.measured(run.suite.metrics)
     shots = {metric: _by_shots(run, config) for metric, config in metrics.items()}
     categories = {metric: _by_category(run, config) for metric, config in metrics.items()}
     return Row(
         model=name,
-        judge=run.graded[""].judge,
-        metrics=rates(run.suite.metrics),
+        judge=own.judge if own else "",
+        metrics=rates(run.suite.metrics) | _benchmark_rates(run),
         paper=rates(run.suite.paper_metrics) if run.suite.paper else {},
-        labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, run.graded[""].verdicts).items()},
+        labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, own.verdicts if own else []).items()},
         categories={metric: found for metric, found in categories.items() if found},
         shots={metric: found for metric, found in shots.items() if found},
         batching=run.batching,
@@ -113,6 +116,12 @@ def metric_outcomes(prompts: Mapping[str, Prompt], graded: Iterable[Verdict], me
     if not set(metric.labels) <= set(told):
         return Outcomes({}, {})
     return label_outcomes(prompts, of_metric, metric.labels, metric.group, metric.failures)
+
+
+def _benchmark_rates(run: GradedRun) -> dict[str, Rate]:
+    judges = {benchmark.judge for benchmark in run.suite.benchmarks if benchmark.judge in run.graded}
+    judged = {verdict.prompt_id: verdict.score for judge in judges for verdict in run.graded[judge].verdicts}
+    return benchmark_rates(run.suite, run.prompts, run.responses, judged)
 
 
 def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> Rate:

@@ -148,6 +148,51 @@ def score_outcomes(
     return Outcomes(values, clusters, sum(verdict.score is None for verdict in found))
 
 
+def mean_ratio(parts: Sequence[Sequence[tuple[str, float, float]]], failed: int = 0) -> Rate:
+    """The mean of ratios of sums, such as F1 over several files, with an interval that allows for clusters.
+
+    The variance is that of the linearised ratios (Cochran 1977, section 11.4), summed by cluster over all parts: an image that is in
+    each of POPE's files is one cluster. It becomes an effective sample size for Wilson's interval, as in `rate`, of no more than
+    `n` answers.
+
+    Args:
+        parts: of each ratio ``(cluster, above, below)``, one an answer. A part without answers leaves the mean without a value.
+    """
+    n = sum(map(len, parts))
+    if not parts or not all(parts):
+        return Rate(value=None, low=None, high=None, n=n, failed=failed)
+    values = []
+    residuals: dict[str, float] = defaultdict(float)
+    for part in parts:
+        below = sum(line for _, _, line in part)
+        value = sum(above for _, above, _ in part) / below if below else 0.0
+        values.append(value)
+        for cluster, above, line in part:
+            residuals[cluster] += (above - value * line) / (below * len(parts)) if below else 0.0
+    mean, count = sum(values) / len(values), len(residuals)
+    variance = sum(residual**2 for residual in residuals.values()) * count / max(count - 1, 1)
+    effective = min(float(n), mean * (1 - mean) / variance) if 0 < mean < 1 and variance > 0 else float(count)
+    low, high = wilson_interval(mean * effective, effective)
+    return Rate(value=mean, low=min(low, mean), high=max(high, mean), n=n, failed=failed)
+
+
+def mean_of_rates(rates: Sequence[Rate]) -> Rate:
+    """The mean of independent rates, its interval recovered from theirs (Zou and Donner 2008, doi 10.1002/sim.3095).
+
+    A rate without a value leaves the mean without one. `n` and `failed` are summed.
+    """
+    n, failed = sum(rate.n for rate in rates), sum(rate.failed for rate in rates)
+    told = [
+        (rate.value, rate.low, rate.high) for rate in rates if rate.value is not None and rate.low is not None and rate.high is not None
+    ]
+    if not rates or len(told) < len(rates):
+        return Rate(value=None, low=None, high=None, n=n, failed=failed)
+    mean = sum(value for value, _, _ in told) / len(told)
+    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in told)) / len(told)
+    above = math.sqrt(sum((high - value) ** 2 for value, _, high in told)) / len(told)
+    return Rate(value=mean, low=mean - below, high=mean + above, n=n, failed=failed)
+
+
 def count_labels(verdicts: Iterable[Verdict]) -> dict[str, int]:
     """How many answers got each label; ``failed`` are those without one."""
     counts = dict.fromkeys([*LABELS, "failed"], 0)
