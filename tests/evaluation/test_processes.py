@@ -156,13 +156,13 @@ def _command(process: Path) -> bytes:
 def test_one_that_fails_ends_all(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     """An image that only the second process comes upon is broken."""
     broken = Path(shutil.copytree(world, tmp_path / "world"))
-    images = sorted((broken / "safe_eraser").rglob("*.png"))
-    one_case = "cases=[{name: harmless, format: safe_eraser, file: safe_eraser/all_val.json, images: safe_eraser, kind: safe}]"
-    wanted = load(Suite, Path("suites/tiny"), [f"model={tiny_model}", f"root={broken}", one_case, "metrics={}", "generation.batch_size=1"])
-    second = batches(ask(suite_prompts(wanted), image_roots(wanted), {}), 1)[1][0]
-    assert second.image in images
-    second.image.write_bytes(b"no image")
+    one_case = "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
     shared = [f"model={tiny_model}", f"root={broken}", one_case, "metrics={}", "generation.batch_size=1"]
+    wanted = load(Suite, Path("suites/tiny"), shared)
+    asked = [question.image for (question,) in batches(ask(suite_prompts(wanted), image_roots(wanted), {}), 1)]
+    assert asked[3] is not None
+    assert asked[3] not in asked[::2]
+    asked[3].write_bytes(b"no image")
     started = time.monotonic()
     two = launch(2, "generate", "suites/tiny", *shared, "--out", tmp_path / "run")
     _, err = two.communicate(timeout=120)
