@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
 
+Item = TypeVar("Item")
 Key = tuple[str, int]
 OnAnswers = Callable[[Sequence[Response]], None]
 
@@ -75,7 +76,7 @@ def cut_up(questions: Sequence[Question], size: int) -> list[list[Question]]:
     return [list(questions[start : start + size]) for start in range(0, len(questions), size)]
 
 
-def spread(questions: Sequence[Question], count: int) -> list[Question]:
-    """So many of the questions at equal distances, all where there are fewer."""
-    count = min(count, len(questions))
-    return [questions[number * len(questions) // count] for number in range(count)]
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items at equal distances, all where there are fewer."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]

@@ -32,7 +32,8 @@ class VLLMBackend:
             raise RequestError("generation.backend=vllm: vLLM is not installed; pip install 'vlm-unlearn[vllm]', or use backend=hf")
         self._folder = run_model_folder(model)
         if (self._folder / "adapter_config.json").is_file():
-            raise RequestError(f"model {model}: is an adapter, and vLLM takes whole models; merge it: vlm-unlearn export {model} --out DIR")
+            run = self._folder.parent if (self._folder.parent / "manifest.json").is_file() else model
+            raise RequestError(f"model {model}: is an adapter, and vLLM takes whole models; merge it: vlm-unlearn export {run} --out DIR")
         self._config = config
         self._precision = resolve_precision(config.precision)
 
