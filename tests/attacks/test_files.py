@@ -214,8 +214,8 @@ def test_wrong_requests(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "link.json").symlink_to(copy)
     out = tmp_path / "out.json"
     for arguments, message in (
-        ([source, out, "--trigger", "zorg"], "the rules have 0 wordings for it; let a model paraphrase (--model), or use what, share"),
-        ([source, out, "--trigger", "generate", "--shots", "2"], "the rules have 1 wordings"),
+        ([source, out, "--trigger", "zorg"], "the rules have 0 wordings of it; let a model paraphrase (--model), or use what, share"),
+        ([source, out, "--trigger", "generate", "--shots", "2"], "the rules have 1 wording of it;"),
         ([source, out, "--trigger", "two words"], "is not a word that a question can begin with"),
         (
             [source, out, "--trigger", "what", "--kind", "unsaf"],

@@ -60,7 +60,9 @@ def write_attack(
         raise RequestError(f"{shots} shots: from 1 to {MOST_SHOTS} can be made")
     if model is None and shots > known:
         have = ", ".join(name for name, found in TEMPLATES.items() if len(found) >= shots)
-        raise RequestError(f"{shown(trigger)}: the rules have {known} wordings for it; let a model paraphrase (--model), or use {have}")
+        raise RequestError(
+            f"{shown(trigger)}: the rules have {known} wording{'' if known == 1 else 's'} of it; let a model paraphrase (--model), or use {have}"
+        )
     if out.suffix not in (".json", ".jsonl"):
         raise RequestError(f"{out}: name a file that ends in .json or .jsonl")
     asked = read_questions(source, kind, problems)
