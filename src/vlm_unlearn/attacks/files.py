@@ -55,12 +55,7 @@ def write_attack(
         RequestError: a file of another format or without such questions; more shots than the rules have wordings for the word.
     """
     word = first_word_of(trigger)
-    known = len(TEMPLATES.get(word, ()))
-    if not 0 < shots <= MOST_SHOTS:
-        raise RequestError(f"{shots} shots: from 1 to {MOST_SHOTS} can be made")
-    if model is None and shots > known:
-        have = ", ".join(name for name, found in TEMPLATES.items() if len(found) >= shots)
-        raise RequestError(f"{shown(trigger)}: the rules have {known} wordings for it; let a model paraphrase (--model), or use {have}")
+    _check_shots(word, shots, model is not None)
     if out.suffix not in (".json", ".jsonl"):
         raise RequestError(f"{out}: name a file that ends in .json or .jsonl")
     asked = read_questions(source, kind, problems)
@@ -80,6 +75,16 @@ def write_attack(
 
     written = write_list(out, records()) if out.suffix == ".json" else write_lines(out, records())
     return {"questions": len(asked), "records": written, "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
+
+
+def _check_shots(word: str, shots: int, has_model: bool) -> None:
+    known = len(TEMPLATES.get(word, ()))
+    if not 0 < shots <= MOST_SHOTS:
+        raise RequestError(f"{shots} shots: from 1 to {MOST_SHOTS} can be made")
+    if shots > known and not has_model:
+        wordings = "1 wording" if known == 1 else f"{known} wordings"
+        have = ", ".join(name for name, found in TEMPLATES.items() if len(found) >= shots)
+        raise RequestError(f"{shown(word)}: the rules have {wordings} of it; let a model paraphrase (--model), or use {have}")
 
 
 def read_questions(source: Path, kind: Kind, problems: Problems | None = None) -> list[Asked]:

@@ -93,11 +93,11 @@ def search(request: SearchRequest, folder: Path, on_done: OnDone | None = None) 
     found = questions(request)
     words = dict.fromkeys(request.words, "named") if request.words else candidates(request.file, request.goal)
     searched, held_out, budget = plan(request, found, list(words))
-    asker = _Asker(request, folder, judge, on_done)
+    model = _find_model(request)
     with lock_run(folder):
-        open_run(folder, _identity(request, judge, asker, list(words), searched, held_out))
+        open_run(folder, _identity(request, judge, model, list(words), [*searched, *held_out]))
         started = time.monotonic()
-        asker.open()
+        asker = _Asker(request, folder, judge, model, on_done)
         by_id = {prompt.id: prompt for prompt in searched}
         result = sequential_halving(
             list(words), list(by_id), budget, lambda pairs: asker("search", [with_word(by_id[id], word) for id, word in pairs], budget)
@@ -127,21 +127,35 @@ def _reworded(prompt: Prompt, way: str, question: str) -> Prompt:
     return prompt.model_copy(update={"id": f"{prompt.id}/{way}", "question": question})
 
 
-def _identity(
-    request: SearchRequest, judge: OfflineJudge, asker: _Asker, words: list[str], searched: list[Prompt], held_out: list[Prompt]
-) -> dict[str, object]:
+@dataclass(frozen=True)
+class _Model:
+    """The model to ask, found but not loaded: what is in the log already needs none."""
+
+    folder: Path
+    digest: str
+    precision: str
+
+
+def _find_model(request: SearchRequest) -> _Model:
+    from vlm_unlearn.models.loading import resolve_precision, run_digest, run_model_folder
+
+    folder = run_model_folder(request.model)
+    return _Model(folder, run_digest(folder), resolve_precision(request.generation.precision))
+
+
+def _identity(request: SearchRequest, judge: OfflineJudge, model: _Model, words: list[str], asked: list[Prompt]) -> dict[str, object]:
     """Everything that decides what is found."""
-    rewrites = [[with_word(prompt, word).question for word in words] for prompt in (*searched, *held_out)]
+    rewrites = [[with_word(prompt, word).question for word in words] for prompt in asked]
     return {
         "kind": "attack search",
         "goal": request.goal,
-        "model": asker.model_digest,
-        "prompts": prompts_digest([*searched, *held_out], {"search": request.images}),
+        "model": model.digest,
+        "prompts": prompts_digest(asked, {"search": request.images}),
         "rewrites": digest_json([rewrites, list(TEMPLATES[CONTROL])]),
         "words": words,
         "budget": request.budget,
         "judge": judge.identity(),
-        "generation": asker.generation,
+        "generation": {**request.generation.model_dump(), "precision": model.precision},
         "seed": request.seed,
     }
 
@@ -189,8 +203,8 @@ def plan(request: SearchRequest, found: Sequence[Prompt], words: Sequence[str]) 
     Raises:
         RequestError: the budget is too small for so many words, or a word is named that can't be tried.
     """
-    if CONTROL in words or len(set(words)) < len(words):
-        raise RequestError("--words: name each word once; the control is measured anyway")
+    if CONTROL in words:
+        raise RequestError(f"--words: {CONTROL} is no word to try; the control is measured beside the winner")
     least = max(2 * least_budget(len(words)), 2 * MEASURED)
     if request.budget < least:
         raise RequestError(
@@ -248,25 +262,17 @@ def _report(
 class _Asker:
     """Asks the model and grades, from a log that survives a kill: what was answered once is not asked again."""
 
-    def __init__(self, request: SearchRequest, folder: Path, judge: OfflineJudge, on_done: OnDone | None) -> None:
-        from vlm_unlearn.models.loading import resolve_precision, run_digest, run_model_folder
-
+    def __init__(self, request: SearchRequest, folder: Path, judge: OfflineJudge, model: _Model, on_done: OnDone | None) -> None:
         self._request = request
-        self._model_folder = run_model_folder(request.model)
-        self.model_digest = run_digest(self._model_folder)
-        self._precision = resolve_precision(request.generation.precision)
-        self.generation = {**request.generation.model_dump(), "precision": self._precision}
         self._folder = folder
         self._judge = judge
+        self._model = model
         self._on_done = on_done
         self._done: dict[str, int] = {}
         self._prompts: dict[str, Prompt] = {}
         self._verdicts: dict[str, Verdict] = {}
         self._loaded: tuple[Any, Any] | None = None
-
-    def open(self) -> None:
-        """Takes up what is in the log."""
-        file = self._folder / "responses.jsonl"
+        file = folder / "responses.jsonl"
         self._log = RecordLog(file, Response)
         self._responses = {response.prompt_id: response for response in read_records(file, Response)} if file.exists() else {}
 
@@ -288,7 +294,7 @@ class _Asker:
         from vlm_unlearn.models.loading import device, load_run_model
 
         if self._loaded is None:
-            self._loaded = load_run_model(self._model_folder, self._precision)
+            self._loaded = load_run_model(self._model.folder, self._model.precision)
             self._loaded[0].to(device()).eval()
         model, processor = self._loaded
         roots = {"search": self._request.images}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ def write_search_png(file: Path, report: SearchReport) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
     part = file.with_name(f".{file.name}.part.png")
-    canvas.savefig(part)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a word's script may have no letters in the font
+        canvas.savefig(part)
     part.replace(file)
 
 
@@ -46,7 +48,7 @@ def _draw_curve(axes: Any, report: SearchReport) -> None:
         bars = [[rate.value - rate.low], [rate.high - rate.value]]
         x = report.answers * (1 + 0.02 * place)
         axes.errorbar([x], [rate.value], yerr=bars, fmt="o", ms=5, capsize=3, color=colour, label=f"{name}, held-out questions")
-    axes.set(xlabel="answers asked for", ylabel=HITS[report.goal], ylim=(-0.03, 1.03))
+    axes.set(xlabel="answers asked for", ylabel=HITS[report.goal], ylim=(-0.03, 1.1))
     axes.legend(fontsize=8)
 
 
