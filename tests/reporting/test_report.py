@@ -16,7 +16,7 @@ from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.reporting.html import write_report
 from vlm_unlearn.reporting.plots import shot_curves
-from vlm_unlearn.reporting.words import change, edge, interval, meaning, notes
+from vlm_unlearn.reporting.words import change, edge, meaning, notes, reach
 from vlm_unlearn.store import write_json, write_records
 
 HOSTILE = [
@@ -130,11 +130,11 @@ def test_the_published_counting_stands_beside_the_corrected(comparison_report: P
 
 def test_zero_says_what_it_can_exclude() -> None:
     """(1 - p)^40 = 0.05 where p = 7.2 %."""
-    assert interval(share(0, 40)) == "at most 7.2"
-    assert interval(share(40, 40)) == "at least 92.8"
+    assert reach(share(0, 40)) == "at most 7.2"
+    assert reach(share(40, 40)) == "at least 92.8"
     assert edge(share(0, 40)) == "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence"
     assert edge(share(40, 40)) == "40 of 40 groups: at least 92.8\u00a0% with 95\u00a0% confidence"
-    assert (interval(share(20, 40)), edge(share(20, 40)), edge(None)) == ("[35.2, 64.8]", "", "")
+    assert (reach(share(20, 40)), edge(share(20, 40)), edge(None)) == ("[35.2, 64.8]", "", "")
     assert change(comparison("m", "asr", -0.875, 0.049)) == "-87.5 *"
     assert change(comparison("m", "asr", -0.875, 0.05)) == "-87.5"
     assert notes(Summary(rows=[Row(model="m", metrics={"asr": share(20, 40)})]), ["asr"]) == []

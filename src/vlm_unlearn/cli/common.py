@@ -114,7 +114,7 @@ def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Tab
     from rich.table import Table
 
     from vlm_unlearn.reporting.html import COLUMNS
-    from vlm_unlearn.reporting.words import change, interval, notes, percent, published
+    from vlm_unlearn.reporting.words import change, notes, percent, published, reach
 
     used = [(metric, heading) for metric, heading, _ in COLUMNS if any(metric in row.metrics for row in summary.rows)]
     caption = "\n".join(escape(note) for note in notes(summary, [metric for metric, _ in used]))
@@ -129,7 +129,7 @@ def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Tab
         cells = []
         for metric, _ in used:
             rate, paper = row.metrics.get(metric), published(row, metric)
-            lines = [percent(rate), f"[dim]{interval(rate).strip('[]')}[/dim]", change(compared.get((row.model, metric)))]
+            lines = [percent(rate), f"[dim]{reach(rate).strip('[]')}[/dim]", change(compared.get((row.model, metric)))]
             lines += [f"published {percent(paper)}" if paper else "", f"{rate.failed} failed" if rate is not None and rate.failed else ""]
             cells.append("\n".join(line for line in lines if line))
         if costs:

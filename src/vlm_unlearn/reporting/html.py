@@ -19,7 +19,7 @@ from vlm_unlearn.records import Summary
 from vlm_unlearn.reporting.curves import loss_figure
 from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars, shot_curves
 from vlm_unlearn.reporting.samples import Sample, collect_samples
-from vlm_unlearn.reporting.words import change, edge, interval, meaning, notes, percent, published, significant
+from vlm_unlearn.reporting.words import change, edge, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import read_json, write_text
 
 # Metric, heading, what it says; the first five are where a good model is low, the others where it is high.
@@ -71,7 +71,7 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
         costs={model: training_cost(run) for model, run in training.items()},
         samples=_by_case(collect_samples(runs)),
         percent=percent,
-        interval=interval,
+        reach=reach,
         edge=edge,
         change=change,
         significant=significant,

@@ -17,12 +17,17 @@ def percent(rate: Rate | None) -> str:
 
 
 def interval(rate: Rate | None) -> str:
-    """``"[8.1, 18.9]"`` in percent, ``"at most 7.2"`` or ``"at least 92.8"`` for 0 and 100 %, or nothing."""
+    """``"[8.1, 18.9]"`` in percent, or nothing."""
     if rate is None or rate.low is None or rate.high is None:
         return ""
-    groups = groups_behind(rate)
-    if groups is None:
-        return f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    return f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def reach(rate: Rate | None) -> str:
+    """The interval, or for 0 and 100 % the rule of three: ``"at most 7.2"``, ``"at least 92.8"``."""
+    groups = None if rate is None else groups_behind(rate)
+    if rate is None or groups is None:
+        return interval(rate)
     bound = 100 * rule_of_three(groups)
     return f"at least {100 - bound:.1f}" if rate.value else f"at most {bound:.1f}"
 
@@ -32,7 +37,7 @@ def edge(rate: Rate | None) -> str:
     groups = None if rate is None else groups_behind(rate)
     if rate is None or groups is None:
         return ""
-    return f"{groups if rate.value else 0} of {groups} groups: {interval(rate)}\u00a0% with 95\u00a0% confidence"
+    return f"{groups if rate.value else 0} of {groups} groups: {reach(rate)}\u00a0% with 95\u00a0% confidence"
 
 
 def change(comparison: Comparison | None) -> str:
