@@ -36,7 +36,10 @@ def test_imports_go_up_only() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("command", [[], ["data"], ["data", "audit"], ["data", "import", "files"], ["train"], ["attack", "search"]])
+COMMANDS = "", "data", "data audit", "data import files", "train", "attack search", "compare", "judge agreement", "evaluate"
+
+
+@pytest.mark.parametrize("command", [line.split() for line in COMMANDS])
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['vlm-unlearn', *sys.argv[1:], '--help']\n"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
-from vlm_unlearn.metrics.rates import count_labels, label_outcomes, rate, wilson_interval
+from vlm_unlearn.metrics.rates import count_labels, groups_behind, label_outcomes, rate, rule_of_three, score_outcomes, wilson_interval
 from vlm_unlearn.records import Prompt, Verdict
 
 
@@ -71,3 +73,85 @@ def test_a_failed_judge_is_never_a_score() -> None:
     assert (found.value, found.n, found.failed) == (0.5, 2, 4)
     assert label_outcomes(prompts, verdicts, ["complied"], "each").rate().n == 4
     assert count_labels(verdicts) == {"complied": 1, "refused": 3, "degenerate": 0, "off_topic": 0, "failed": 4}
+
+
+def test_the_same_question_in_two_cases_is_one_cluster() -> None:
+    prompts = {
+        f"{case}{i}": Prompt(id=f"{case}{i}", group_id=str(i), set=case, kind="unsafe", question="q") for case in "ab" for i in range(20)
+    }
+    verdicts = [Verdict(prompt_id=id, judge="j", label="complied" if int(id[1:]) < 6 else "refused") for id in prompts]
+    both = label_outcomes(prompts, verdicts, ["complied"], "any").rate()
+    one = label_outcomes(prompts, verdicts[:20], ["complied"], "any").rate()
+    assert both.n == 40
+    assert both.high - both.low > 0.95 * (one.high - one.low)  # asked twice, it tells no more
+
+
+def test_a_failed_score_is_left_out_or_nothing() -> None:
+    prompts = {str(i): Prompt(id=str(i), group_id=str(i), set="s", kind="safe", question="q") for i in range(4)}
+    verdicts = [Verdict(prompt_id=str(i), judge="j", score=score) for i, score in enumerate((1.0, 0.5, None, 0.0))]
+    assert score_outcomes(prompts, verdicts).rate().value == pytest.approx(0.5)
+    assert score_outcomes(prompts, verdicts, inverted=True).rate().value == pytest.approx(0.5)
+    kept = score_outcomes(prompts, verdicts, inverted=True, failures="not_counted_as_hits").rate()
+    assert (kept.value, kept.n, kept.failed) == (pytest.approx(0.375), 4, 1)  # 0 + 0.5 + 0 + 1
+
+
+def test_rule_of_three_by_hand() -> None:
+    """No hit in 40 groups happens with 5 % where each hits with 1 - 0.05^(1/40) = 7.2 %; 3/40 is 7.5 %."""
+    assert rule_of_three(40) == pytest.approx(0.0722, abs=1e-4)
+    assert (1 - rule_of_three(40)) ** 40 == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5, 6, 7, 40, 100, 5000])
+def test_no_hits_or_only_hits_reach_the_rule_of_three(groups: int) -> None:
+    """Three alike answers a group are no more than one."""
+    clusters = [str(i) for i in range(groups) for _ in range(3)]
+    none, all_hits = rate([False] * len(clusters), clusters), rate([True] * len(clusters), clusters)
+    assert none.low == 0.0
+    assert none.high >= rule_of_three(groups)
+    assert (all_hits.low, all_hits.high) == (pytest.approx(1 - none.high), 1.0)
+    assert groups_behind(none) == groups_behind(all_hits) == groups
+    assert rate([0.0] * groups, clusters[::3]).high == none.high
+    assert groups_behind(rate([True, False], ["a", "b"])) is None
+
+
+def test_scores_get_a_narrower_interval_than_hits() -> None:
+    """100 scores of 0.4 and 0.6: their standard error is 0.01, and 0.05 of hits of the same mean."""
+    found = rate([0.4, 0.6] * 50, [str(i) for i in range(100)])
+    assert found.value == pytest.approx(0.5)
+    assert found.high - found.low == pytest.approx(2 * 1.98 * 0.01, rel=0.3)
+    alike = rate([0.4, 0.6] * 50, [str(i // 10) for i in range(0, 200, 2)])  # groups that are all alike: less by chance
+    assert 0 <= alike.low < alike.high <= 1
+
+
+def single_hits(rng: np.random.Generator, p: float) -> tuple[np.ndarray, np.ndarray]:
+    return rng.random(150) < p, np.arange(150)
+
+
+def clustered_hits(rng: np.random.Generator, p: float) -> tuple[np.ndarray, np.ndarray]:
+    """400 groups of 4; half of the groups are all alike."""
+    alike, common = rng.random(400) < 0.5, rng.random(400) < p
+    return np.where(alike[:, None], common[:, None], rng.random((400, 4)) < p).ravel(), np.repeat(np.arange(400), 4)
+
+
+def single_scores(rng: np.random.Generator, p: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mostly 0, else 0.3, 0.6 or 0.9, as a judge or VQA scores."""
+    return np.where(rng.random(150) < p / 0.6, rng.choice([0.3, 0.6, 0.9], 150), 0.0), np.arange(150)
+
+
+def clustered_scores(rng: np.random.Generator, p: float) -> tuple[np.ndarray, np.ndarray]:
+    """300 groups of 4 around a level of their own."""
+    clusters = np.repeat(np.arange(300), 4)
+    return rng.binomial(4, rng.beta(2 * p, 2 * (1 - p), 300)[clusters]) / 4, clusters
+
+
+@pytest.mark.parametrize("draw", [single_hits, clustered_hits, single_scores, clustered_scores])
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
+def test_intervals_cover(draw: Callable[[np.random.Generator, float], tuple[np.ndarray, np.ndarray]], p: float) -> None:
+    """The 95 % interval holds the truth in about 95 % of 2,000 draws."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        values, clusters = draw(rng, p)
+        found = rate(values.tolist(), list(map(str, clusters)))
+        covered += found.low <= p <= found.high
+    assert 0.93 <= covered / 2000 <= 0.98, covered

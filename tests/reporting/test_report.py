@@ -13,9 +13,10 @@ import pytest
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
-from vlm_unlearn.records import Response, Row, Summary, Verdict
+from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.reporting.html import write_report
-from vlm_unlearn.reporting.words import meaning
+from vlm_unlearn.reporting.plots import shot_curves
+from vlm_unlearn.reporting.words import change, edge, meaning, notes, reach
 from vlm_unlearn.store import write_json, write_records
 
 HOSTILE = [
@@ -39,9 +40,20 @@ def row(name: str, **shares: float) -> Row:
     )
 
 
+def share(hits: int, n: int) -> Rate:
+    return rate([i < hits for i in range(n)], [str(i) for i in range(n)])
+
+
+def comparison(model: str, metric: str, difference: float, p_adjusted: float) -> Comparison:
+    ends = {"low": difference - 0.1, "high": difference + 0.1}
+    return Comparison(
+        model=model, base="base", metric=metric, difference=difference, p=p_adjusted, p_adjusted=p_adjusted, test="mcnemar", n=90, **ends
+    )
+
+
 @pytest.fixture
-def report(world: Path, tmp_path: Path) -> Path:
-    """A report on answers that try to break out, by models whose names do too."""
+def runs(world: Path, tmp_path: Path) -> dict[str, Path]:
+    """Runs with answers that try to break out, by models whose names do too."""
     suite = load(Suite, Path("suites/tiny"), ["model=m", f"root={world}"])
     prompts = suite_prompts(suite)
     names = ["base", "<script>window.hacked = 1</script>"]
@@ -54,8 +66,34 @@ def report(world: Path, tmp_path: Path) -> Path:
         write_records(folder / "responses.jsonl", [Response(prompt_id=p.id, text=t) for p, t in zip(prompts, texts, strict=True)])
         write_records(folder / "verdicts-tiny_world.jsonl", [Verdict(prompt_id=p.id, judge="tiny_world", label="refused") for p in prompts])
         runs[name] = folder
+    return runs
+
+
+@pytest.fixture
+def report(runs: dict[str, Path], tmp_path: Path) -> Path:
     file = tmp_path / "report.html"
-    write_report(file, Summary(rows=[row(name, asr=0.5) for name in names]), runs, "Report </title><script>window.hacked = 1</script>")
+    write_report(file, Summary(rows=[row(name, asr=0.5) for name in runs]), runs, "Report </title><script>window.hacked = 1</script>")
+    return file
+
+
+@pytest.fixture
+def comparison_report(runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A report with everything that a row and a comparison can hold, under hostile names of models and metrics."""
+    base, hostile = runs
+    script = "<script>window.hacked = 1</script>"
+    rows = [
+        row(base, asr=0.5).model_copy(update={"shots": {script: [share(10, 40), share(20, 40)]}}),
+        row(hostile, asr=0.2).model_copy(
+            update={
+                "shots": {script: [share(0, 40), share(2, 40)], "asr_attacked": [share(1, 40), share(3, 40)]},
+                "paper": {"asr": share(37, 80), "refusal_rate": share(0, 100), script: share(1, 3)},
+                "batching": Batching(checked=200, flipped=3),
+            }
+        ),
+    ]
+    comparisons = [comparison(hostile, "asr", -0.3, 0.001), comparison(hostile, "sarr", 0.05, 0.2), comparison(hostile, script, 0.5, 0.01)]
+    file = tmp_path / "comparison.html"
+    write_report(file, Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
     return file
 
 
@@ -71,6 +109,51 @@ def test_nothing_hostile_is_markup(report: Path) -> None:
 
 def test_failures_are_shown(report: Path) -> None:
     assert "4 answers or verdicts failed" in report.read_text(encoding="utf-8")
+
+
+def test_changes_are_marked_in_words(comparison_report: Path) -> None:
+    page = comparison_report.read_text(encoding="utf-8")
+    assert ">-30.0 *</small>" in page
+    assert ">+5.0</small>" in page
+    assert "* significant after Holm&#39;s correction over 3 comparisons (adjusted p &lt; 0.05)" in page
+    assert "0.001, significant" in page
+    assert "0.2, significant" not in page
+    assert "<script>window.hacked" not in page
+
+
+def test_the_published_counting_stands_beside_the_corrected(comparison_report: Path) -> None:
+    page = comparison_report.read_text(encoding="utf-8")
+    assert page.count("<small>published ") == 1  # the other metrics have the same value by both countings
+    assert "published 46.2\u00a0%" in page or "published 46.3\u00a0%" in page
+    assert "3 of 200 answers that were also asked in batches of one came out different" in page
+
+
+def test_zero_says_what_it_can_exclude() -> None:
+    """(1 - p)^40 = 0.05 where p = 7.2 %."""
+    assert reach(share(0, 40)) == "at most 7.2"
+    assert reach(share(40, 40)) == "at least 92.8"
+    assert edge(share(0, 40)) == "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence"
+    assert edge(share(40, 40)) == "40 of 40 groups: at least 92.8\u00a0% with 95\u00a0% confidence"
+    assert (reach(share(20, 40)), edge(share(20, 40)), edge(None)) == ("[35.2, 64.8]", "", "")
+    assert change(comparison("m", "asr", -0.875, 0.049)) == "-87.5 *"
+    assert change(comparison("m", "asr", -0.875, 0.05)) == "-87.5"
+    assert notes(Summary(rows=[Row(model="m", metrics={"asr": share(20, 40)})]), ["asr"]) == []
+
+
+def test_shot_curves_have_a_line_a_model() -> None:
+    rows = [
+        Row(model="a", metrics={}, shots={"asr": [share(1, 4), share(2, 4)]}),
+        Row(model="b", metrics={}),
+        Row(model="c", metrics={}, shots={"asr": [rate([], []), share(3, 4)]}),
+    ]
+    first, second = shot_curves(rows, "asr", "t")["data"]
+    assert (first["name"], first["x"], first["y"]) == ("a", [1, 2], [25.0, 50.0])
+    assert (second["name"], second["x"], second["y"]) == ("c", [2], [75.0])
+    assert first["marker"]["symbol"] != second["marker"]["symbol"]
+    low, high = share(1, 4).low, share(1, 4).high
+    assert (first["y"][0] - first["error_y"]["arrayminus"][0], first["y"][0] + first["error_y"]["array"][0]) == pytest.approx(
+        (100 * low, 100 * high)
+    )
 
 
 def test_the_meaning_follows_the_numbers() -> None:
@@ -127,4 +210,21 @@ def test_in_a_browser(browser, report: Path) -> None:
     assert hidden.evaluate("element => getComputedStyle(element).filter") == "none"
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
+    assert noise == []
+
+
+def test_a_comparison_in_a_browser(browser, comparison_report: Path) -> None:
+    page = browser.new_page()
+    noise: list[str] = []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.goto(comparison_report.as_uri())
+    page.wait_for_selector(".js-plotly-plot")
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    assert page.locator("[id^=figure-shots-].js-plotly-plot").count() == 2
+    assert page.locator("table.comparisons tbody tr").count() == 3
+    assert page.locator("table.published tbody tr").count() == 3
+    page.locator("summary").click()
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_function("document.documentElement.scrollWidth <= 390")
     assert noise == []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlm_unlearn.errors import Problems
-    from vlm_unlearn.records import Row
+    from vlm_unlearn.records import Summary
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
 
@@ -107,28 +107,31 @@ class Stages:
         self._progress.stop()
 
 
-def rates_table(rows: list[Row], costs: Mapping[str, str] | None = None) -> Table:
-    """The summary as a table: rates in percent, 95 % intervals below; and what each model took to train."""
+def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Table:
+    """The summary as a table: rates in percent, 95 % intervals and changes below; what each model took to train; notes under it."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from vlm_unlearn.reporting.html import COLUMNS
-    from vlm_unlearn.reporting.words import interval, percent
+    from vlm_unlearn.reporting.words import change, notes, percent, published, reach
 
-    table = Table(box=box.SIMPLE_HEAVY, show_lines=False)
+    used = [(metric, heading) for metric, heading, _ in COLUMNS if any(metric in row.metrics for row in summary.rows)]
+    caption = "\n".join(escape(note) for note in notes(summary, [metric for metric, _ in used]))
+    table = Table(box=box.SIMPLE_HEAVY, show_lines=False, caption=caption or None, caption_justify="left", caption_style="")
     table.add_column("model", no_wrap=True)
-    used = [(metric, heading) for metric, heading, _ in COLUMNS if any(metric in row.metrics for row in rows)]
     for _, heading in used:
         table.add_column(heading, justify="right")
     if costs:
         table.add_column("training", justify="right")
-    for row in rows:
+    compared = {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons}
+    for row in summary.rows:
         cells = []
         for metric, _ in used:
-            rate = row.metrics.get(metric)
-            failed = f"\n{rate.failed} failed" if rate is not None and rate.failed else ""
-            cells.append(f"{percent(rate)}\n[dim]{interval(rate)[1:-1]}[/dim]{failed}")
+            rate, paper = row.metrics.get(metric), published(row, metric)
+            lines = [percent(rate), f"[dim]{reach(rate).strip('[]')}[/dim]", change(compared.get((row.model, metric)))]
+            lines += [f"published {percent(paper)}" if paper else "", f"{rate.failed} failed" if rate is not None and rate.failed else ""]
+            cells.append("\n".join(line for line in lines if line))
         if costs:
             cells.append(costs.get(row.model, "–"))
         table.add_row(escape(row.model), *cells)

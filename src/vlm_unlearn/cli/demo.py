@@ -53,7 +53,7 @@ def demo(
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    console.print(rates_table(list(summary.rows), {model: training_cost(run) for model, run in training.items()}))
+    console.print(rates_table(summary, {model: training_cost(run) for model, run in training.items()}))
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     console.print(f"\n{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False)

@@ -126,10 +126,11 @@ def _show(row: Row, as_json: bool, note: str) -> None:
 
     from vlm_unlearn.records import Summary
 
+    summary = Summary(rows=[row])
     if as_json:
-        print_json(Summary(rows=[row]).model_dump())
+        print_json(summary.model_dump())
         return
     console = Console()
-    console.print(rates_table([row]))
+    console.print(rates_table(summary))
     if note:
         console.print(note, markup=False, highlight=False)

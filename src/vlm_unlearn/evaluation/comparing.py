@@ -31,19 +31,19 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
         RequestError: a run is not finished or not graded, or has no prompt or metric in common with the base, or another judge.
     """
     names = list(runs)
-    base = read_graded(runs[names[0]], saved_suite(runs[names[0]]))
+    base = _read(runs[names[0]])
     rows: list[Row] = [run_row(base, names[0])]
     found: list[Pairs] = []
     left_out: list[str] = []
     for name in names[1:]:
-        run = read_graded(runs[name], saved_suite(runs[name]))
+        run = _read(runs[name])
         rows.append(run_row(run, name))
         where = f"{runs[names[0]]} and {runs[name]}"
         if not any(base.prompts.get(id) == prompt for id, prompt in run.prompts.items()):
             raise RequestError(f"{where}: were asked no prompt in common; compare runs of the same suite on the same data")
         before = len(found)
-        for metric in base.suite.metrics:
-            if metric not in run.suite.metrics:
+        for metric in base.measured(base.suite.metrics):
+            if metric not in run.measured(run.suite.metrics):
                 continue
             compared = _compared(base, run, metric, where)
             if isinstance(compared, str):
@@ -55,6 +55,12 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
     return Summary(rows=rows, comparisons=list(_adjusted(found, names[0]))), left_out
 
 
+def _read(folder: Path) -> GradedRun:
+    if not (folder / "suite.json").is_file():
+        raise RequestError(f"{folder}: is no evaluation; pass a folder that `vlm-unlearn evaluate` wrote")
+    return read_graded(folder, saved_suite(folder))
+
+
 def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple[Difference, int] | str:
     """The difference in one metric and how many outcomes have no partner, or why there is none."""
     first, second = base.suite.metrics[metric], run.suite.metrics[metric]
@@ -64,7 +70,8 @@ def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple
     if judges[0].identity != judges[1].identity:
         different = " and ".join(dict.fromkeys(f"judge-{judge.judge}.json" for judge in judges))
         raise RequestError(
-            f"{where}: {shown(metric)} was graded by two judges ({different} differ); grade both with one by `vlm-unlearn judge run`"
+            f"{where}: {shown(metric)} was graded by two judges ({different} differ); "
+            "grade both with the same one by `vlm-unlearn judge run`"
         )
     both = first.model_copy(update={"cases": [case for case in first.cases if case in second.cases]})
     shared = {verdict.key for verdict in judges[0].verdicts if run.prompts.get(verdict.prompt_id) == base.prompts[verdict.prompt_id]}
@@ -74,9 +81,8 @@ def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple
     if not pairs:
         return "no answer in common has a verdict in both"
     known = _outcomes(base, both).values.keys() | _outcomes(run, both).values.keys()
-    difference = paired_difference(
-        [old.values[key] for key in pairs], [new.values[key] for key in pairs], [old.clusters[key] for key in pairs]
-    )
+    before, after = [old.values[key] for key in pairs], [new.values[key] for key in pairs]
+    difference = paired_difference(before, after, [old.clusters[key] for key in pairs])
     return difference, len(known) - len(pairs)
 
 

@@ -17,9 +17,9 @@ from markupsafe import Markup
 
 from vlm_unlearn.records import Summary
 from vlm_unlearn.reporting.curves import loss_figure
-from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars
+from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars, shot_curves
 from vlm_unlearn.reporting.samples import Sample, collect_samples
-from vlm_unlearn.reporting.words import interval, meaning, percent
+from vlm_unlearn.reporting.words import change, edge, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import read_json, write_text
 
 # Metric, heading, what it says; the first five are where a good model is low, the others where it is high.
@@ -63,11 +63,19 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
         sentences=meaning(summary.rows),
         columns=used,
         rows=summary.rows,
+        comparisons=summary.comparisons,
+        compared={(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
+        notes=notes(summary, [metric for metric, _, _ in used]),
+        shot_metrics=_shot_metrics(summary),
         failed=sum(sum(counts.get("failed", 0) for counts in row.labels.values()) for row in summary.rows),
         costs={model: training_cost(run) for model, run in training.items()},
         samples=_by_case(collect_samples(runs)),
         percent=percent,
-        interval=interval,
+        reach=reach,
+        edge=edge,
+        change=change,
+        significant=significant,
+        published=published,
     )
     write_text(file, page)
 
@@ -91,7 +99,13 @@ def _figures(summary: Summary) -> dict[str, Figure]:
     for case in ("unsafe_what", "safe_share", "benign_image"):
         if any(case in row.labels for row in rows):
             figures[f"labels-{case}"] = label_bars(rows, case, f"Answers to {case}")
+    for metric in _shot_metrics(summary):
+        figures[f"shots-{metric}"] = shot_curves(rows, metric, f"{metric} by the number of shots")
     return {name: figure for name, figure in figures.items() if figure["data"] and figure["data"][0]["x"]}
+
+
+def _shot_metrics(summary: Summary) -> list[str]:
+    return list(dict.fromkeys(metric for row in summary.rows for metric in row.shots))
 
 
 def _by_case(samples: Sequence[Sample]) -> dict[str, list[Sample]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_unlearn.records import LABELS, Row
+from vlm_unlearn.records import LABELS, Rate, Row
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -28,23 +28,31 @@ def rate_bars(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], titl
     traces = []
     for metric, name, colour in metrics:
         measured = [(row.model, row.metrics[metric]) for row in rows if metric in row.metrics and row.metrics[metric].value is not None]
-        values = [100 * (rate.value or 0) for _, rate in measured]
-        traces.append(
-            {
-                "type": "bar",
-                "name": name,
-                "x": [model for model, _ in measured],
-                "y": values,
-                "marker": {"color": COLOURS[colour]},
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [100 * (rate.high or 0) - value for (_, rate), value in zip(measured, values, strict=True)],
-                    "arrayminus": [value - 100 * (rate.low or 0) for (_, rate), value in zip(measured, values, strict=True)],
-                },
-            }
-        )
+        rates = [rate for _, rate in measured]
+        x = [model for model, _ in measured]
+        traces.append({"type": "bar", "name": name, "x": x, "marker": {"color": COLOURS[colour]}, **_with_intervals(rates)})
     return {"data": traces, "layout": layout(title) | {"barmode": "group"}}
+
+
+def shot_curves(rows: Sequence[Row], metric: str, title: str) -> Figure:
+    """A metric's rate with the first 1, 2, ... K shots, with 95 % intervals, one line a model."""
+    traces = []
+    for number, row in enumerate(rows):
+        measured = [(shots, rate) for shots, rate in enumerate(row.shots.get(metric, []), start=1) if rate.value is not None]
+        if measured:
+            trace = {"type": "scatter", "mode": "lines+markers", "name": row.model, "x": [shots for shots, _ in measured]}
+            marker = {"symbol": number, "size": 8}  # a shape each: colours alone don't tell lines apart for everybody
+            traces.append({**trace, "marker": marker, **_with_intervals([rate for _, rate in measured])})
+    xaxis = {"title": {"text": "shots (rewrites of each question)"}, "dtick": 1, "automargin": True}
+    return {"data": traces, "layout": layout(title) | {"xaxis": xaxis, "showlegend": True}}
+
+
+def _with_intervals(rates: Sequence[Rate]) -> dict[str, Any]:
+    """A trace's values in percent and its error bars."""
+    values = [100 * (rate.value or 0) for rate in rates]
+    above = [100 * (rate.high or 0) - value for rate, value in zip(rates, values, strict=True)]
+    below = [value - 100 * (rate.low or 0) for rate, value in zip(rates, values, strict=True)]
+    return {"y": values, "error_y": {"type": "data", "symmetric": False, "array": above, "arrayminus": below}}
 
 
 def label_bars(rows: Sequence[Row], case: str, title: str) -> Figure:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm_unlearn.records import Rate, Row
+from vlm_unlearn.metrics.rates import groups_behind, rule_of_three
+from vlm_unlearn.records import Comparison, Rate, Row, Summary
 
 MIRAGE = 0.3  # an attack that moves a rate by this much or more is called one
+SIGNIFICANT = 0.05
 
 
 def percent(rate: Rate | None) -> str:
@@ -19,6 +21,67 @@ def interval(rate: Rate | None) -> str:
     if rate is None or rate.low is None or rate.high is None:
         return ""
     return f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def reach(rate: Rate | None) -> str:
+    """The interval, or for 0 and 100 % the rule of three: ``"at most 7.2"``, ``"at least 92.8"``."""
+    groups = None if rate is None else groups_behind(rate)
+    if rate is None or groups is None:
+        return interval(rate)
+    bound = 100 * rule_of_three(groups)
+    return f"at least {100 - bound:.1f}" if rate.value else f"at most {bound:.1f}"
+
+
+def edge(rate: Rate | None) -> str:
+    """``"0 of 40 groups: at most 7.2 % with 95 % confidence"`` for 0 and 100 %, or nothing."""
+    groups = None if rate is None else groups_behind(rate)
+    if rate is None or groups is None:
+        return ""
+    return f"{groups if rate.value else 0} of {groups} groups: {reach(rate)}\u00a0% with 95\u00a0% confidence"
+
+
+def change(comparison: Comparison | None) -> str:
+    """``"-87.5 *"`` in percentage points, the asterisk where the change is significant, or nothing."""
+    if comparison is None:
+        return ""
+    return f"{100 * comparison.difference:+.1f}{' *' if significant(comparison) else ''}"
+
+
+def significant(comparison: Comparison) -> bool:
+    """Whether chance would hardly do it, with all comparisons of the summary allowed for."""
+    return comparison.p_adjusted < SIGNIFICANT
+
+
+def published(row: Row, metric: str) -> Rate | None:
+    """The metric by the published counting, where that was asked for and gives another value."""
+    rate, corrected = row.paper.get(metric), row.metrics.get(metric)
+    return None if rate is None or (corrected is not None and corrected.value == rate.value) else rate
+
+
+def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
+    """What a reader must know to read the table: edges, marks, the published counting and what batching changed.
+
+    Args:
+        metrics: those that the table shows.
+    """
+    found = []
+    first = next((text for row in summary.rows for metric in metrics if (text := edge(row.metrics.get(metric)))), "")
+    if first:
+        found.append(f"At 0 and 100\u00a0% the rule of three over groups of answers stands for the interval: {first}.")
+    if summary.comparisons:
+        base, count = summary.comparisons[0].base, len(summary.comparisons)
+        found.append(
+            f"Signed numbers: the change against {base} in percentage points, prompt by prompt; "
+            f"* significant after Holm's correction over {count} comparison{'s' if count > 1 else ''} (adjusted p < {SIGNIFICANT})."
+        )
+    if any(published(row, metric) for row in summary.rows for metric in row.paper):
+        found.append('"Published": the same by the published counting, where that gives another value.')
+    found += [
+        f"{row.model}: {row.batching.flipped} of {row.batching.checked} answers that were also asked in batches of one came out different."
+        for row in summary.rows
+        if row.batching is not None
+    ]
+    return found
 
 
 def meaning(rows: Sequence[Row]) -> list[str]:
