@@ -62,7 +62,9 @@ def with_answers(listed: Sequence[Mapping[str, Any]], file: Path, key: str) -> N
 
 def no_answers(file: Path) -> NoAnswersError:
     """What to say of a file of questions only."""
-    return NoAnswersError(f"{file}: has no answers; they are not public: `benchmark run` writes predictions, which the official server scores")
+    return NoAnswersError(
+        f"{file}: has no answers; they are not public: `benchmark run` writes predictions, which the official server scores"
+    )
 
 
 def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:

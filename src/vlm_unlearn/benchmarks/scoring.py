@@ -84,7 +84,5 @@ def score(
     if unknown:
         raise RequestError(f"{predictions}: question {shown(unknown[0])} is not in {', '.join(map(str, files))} ({len(unknown)} such)")
     if benchmark.judged and answers and all(prediction.score is None for prediction in answers.values()):
-        raise RequestError(
-            f'{predictions}: has no "score"; a language model scores {benchmark.name}: pass its verdicts as --predictions'
-        )
+        raise RequestError(f'{predictions}: has no "score"; a language model scores {benchmark.name}: pass its verdicts as --predictions')
     return score_predictions(benchmark, truths, answers, official)
