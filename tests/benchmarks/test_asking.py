@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmark_files import LETTER, SHORT, WRITERS, encoded, mmbench_rows, put_json, put_tsv
-from vlm_unlearn.benchmarks import BENCHMARKS, benchmark_image_root, benchmark_prompts, find, load_truths
+from vlm_unlearn.benchmarks import BENCHMARKS, Prediction, benchmark_image_root, benchmark_prompts, find, load_truths, score_predictions
 from vlm_unlearn.benchmarks import mmbench as mmbench_module
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.data.images import open_image, resolve_image
@@ -240,3 +241,38 @@ def test_mmbench_test_files_have_no_answers(tmp_path: Path) -> None:
     assert [prompt.reference for prompt in benchmark_prompts(BenchmarkConfig(name="mmbench", annotations=[file]))] == [None] * 3
     with pytest.raises(RequestError, match="has no answers"):
         load_truths(find("mmbench"), [file], None)
+
+
+def spoiled(value: Any, generator: random.Random) -> Any:
+    """The value with one place in it, at any depth, gone or replaced by something that should not be there."""
+    junk = (None, True, -1, 1.5, "", "\ud800", "\0", "../a", [], ["a"], {}, {"a": 1}, 10**30, "²")
+    if not isinstance(value, dict | list) or not value or generator.random() < 0.1:
+        return generator.choice(junk)
+    place = generator.choice(list(value)) if isinstance(value, dict) else generator.randrange(len(value))
+    if isinstance(value, dict) and generator.random() < 0.2:
+        return {key: kept for key, kept in value.items() if key != place}
+    changed = spoiled(value[place], generator)
+    return {**value, place: changed} if isinstance(value, dict) else [*value[:place], changed, *value[place + 1 :]]
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "mmbench"])
+def test_spoiled_files_are_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    generator = random.Random(name)
+    refused = []
+    for _ in range(120):
+        wanted = config(name, tmp_path)
+        file = generator.choice([*wanted.annotations, *([wanted.questions] if wanted.questions else [])])
+        value = [json.loads(line) for line in file.read_text().splitlines()]
+        changed = spoiled(value if name == "pope" else value[0], generator)
+        lines = changed if name == "pope" and isinstance(changed, list) else [changed]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            prompts = benchmark_prompts(wanted)
+            truths = load_truths(find(name), wanted.annotations, wanted.questions)
+            score_predictions(find(name), truths, {id: Prediction(question_id=id, text="A", score=0.5) for id in truths}, official=False)
+        except RequestError as error:
+            refused.append(str(error))
+        else:
+            assert all(prompt.question.encode() for prompt in prompts)
+    assert 10 < len(refused) < 120
+    assert all(message.isprintable() for message in refused)
