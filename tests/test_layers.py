@@ -36,7 +36,18 @@ def test_imports_go_up_only() -> None:
     assert not wrong
 
 
-COMMANDS = "", "data", "data audit", "data import files", "train", "attack search", "compare", "judge agreement", "evaluate"
+COMMANDS = ("", "data", "data audit", "data import files", "train", "benchmark run", "attack search", "compare", "judge agreement", "evaluate")
+    "",
+    "data",
+    "data audit",
+    "data import files",
+    "train",
+    "benchmark run",
+    "attack search",
+    "compare",
+    "judge agreement",
+    "evaluate",
+)
 
 
 @pytest.mark.parametrize("command", [line.split() for line in COMMANDS])

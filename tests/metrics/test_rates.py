@@ -8,8 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from vlm_unlearn.metrics.rates import count_labels, groups_behind, label_outcomes, rate, rule_of_three, score_outcomes, wilson_interval
-from vlm_unlearn.records import Prompt, Verdict
+from vlm_unlearn.metrics.rates import (
+    count_labels,
+    groups_behind,
+    label_outcomes,
+    mean_of_rates,
+    mean_ratio,
+    rate,
+    rule_of_three,
+    score_outcomes,
+    wilson_interval,
+)
+from vlm_unlearn.records import Prompt, Rate, Verdict
 
 
 def test_wilson_by_hand() -> None:
@@ -155,3 +165,47 @@ def test_intervals_cover(draw: Callable[[np.random.Generator, float], tuple[np.n
         found = rate(values.tolist(), list(map(str, clusters)))
         covered += found.low <= p <= found.high
     assert 0.93 <= covered / 2000 <= 0.98, covered
+
+
+def test_a_mean_of_ratios_by_hand() -> None:
+    """Two ratios, 3/4 and 1/2, of two clusters each: the mean is 5/8.
+
+    Residuals over (sum below * 2): the first part (2 - 1.5, 1 - 1.5) / 8, the second (1 - 0.5, 0 - 0.5) / 4; by cluster
+    0.5/8 + 0.5/4 = 0.1875 and its negative. Variance = 2 * 0.1875^2 * 2/1 = 0.140625, effective size 0.234375 / 0.140625 = 5/3.
+    """
+    parts = [[("a", 2.0, 2.0), ("b", 1.0, 2.0)], [("a", 1.0, 1.0), ("b", 0.0, 1.0)]]
+    found = mean_ratio(parts, failed=1)
+    low, high = wilson_interval(5 / 8 * 5 / 3, 5 / 3)
+    assert (found.value, found.low, found.high, found.n, found.failed) == (pytest.approx(5 / 8), *map(pytest.approx, (low, high)), 4, 1)
+    assert mean_ratio([parts[0], []]).value is None
+    assert mean_ratio([]).value is None
+
+
+def test_a_mean_of_ratios_has_the_interval_that_resampling_clusters_gives() -> None:
+    generator = random.Random(1)
+    clusters = {}
+    for name in range(150):
+        skill = generator.random()
+        pairs = [(generator.random() < 0.5, generator.random()) for _ in range(6)]
+        clusters[str(name)] = [(2.0 * (yes and draw < skill), float((draw < skill) + yes)) for yes, draw in pairs]
+    part = [(name, above, below) for name, lines in clusters.items() for above, below in lines]
+    found = mean_ratio([part])
+
+    def resampled() -> float:
+        drawn = [line for name in generator.choices(list(clusters), k=len(clusters)) for line in clusters[name]]
+        return sum(above for above, _ in drawn) / sum(below for _, below in drawn)
+
+    draws = sorted(resampled() for _ in range(800))
+    assert found.low == pytest.approx(draws[20], abs=0.012)
+    assert found.high == pytest.approx(draws[-21], abs=0.012)
+
+
+def test_the_mean_of_rates_by_hand() -> None:
+    """0.5 [0.4, 0.6] and 0.9 [0.86, 0.92]: 0.7, less sqrt(0.1^2 + 0.04^2) / 2, plus sqrt(0.1^2 + 0.02^2) / 2."""
+    one = Rate(value=0.5, low=0.4, high=0.6, n=100, failed=1)
+    other = Rate(value=0.9, low=0.86, high=0.92, n=300)
+    found = mean_of_rates([one, other])
+    assert found.value == pytest.approx(0.7)
+    assert (found.low, found.high) == (pytest.approx(0.7 - 0.0538516), pytest.approx(0.7 + 0.0509902))
+    assert (found.n, found.failed) == (400, 1)
+    assert mean_of_rates([one, Rate(value=None, low=None, high=None, n=0)]).value is None

@@ -137,7 +137,8 @@ def _said(row: Mapping[str, str | None], column: str) -> str:
 
 
 def _category(row: Mapping[str, str | None]) -> str | None:
-    return _said(row, "l2-category") or _said(row, "category") or None
+    """The broader of the two categories, as the releases call it."""
+    return _said(row, "l2-category") or _said(row, "L2-category") or _said(row, "category") or None
 
 
 def _asked(row: Mapping[str, str | None], index: str, where: str) -> _Row:
@@ -172,7 +173,7 @@ def _unpack(annotations: Path, wanted: Mapping[str, str], folder: Path) -> dict[
 
 
 def _write_image(text: str, index: str, where: str, folder: Path) -> str:
-    """Writes an image under a name made of index and content, once it has opened as one.
+    """Writes an image under a name made of question and content, once it has opened as one.
 
     Raises:
         RequestError: it is not base64, not an image, or too large to be opened safely.
@@ -183,7 +184,7 @@ def _write_image(text: str, index: str, where: str, folder: Path) -> str:
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise RequestError(f"{where}: the image is not base64") from None
-    name = f"{index}-{hashlib.sha256(content).hexdigest()[:32]}"
+    name = f"{_question(index)}-{hashlib.sha256(content).hexdigest()[:32]}"  # rotations with an image each share the file
     target = folder / name
     if target.exists():
         return name  # it has opened once

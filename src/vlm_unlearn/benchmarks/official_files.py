@@ -96,7 +96,7 @@ def annotated_questions(value: Any, annotations: Path, key: str) -> dict[str, An
         raise RequestError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
     return {
         str(entry["question_id"]): {
-            "answers": ten_answers(entry, f"{annotations}: question {entry['question_id']}"),
+            "answers": ten_answers(entry, f"{annotations}: question {shown(entry['question_id'])}"),
             "image": str(entry.get("image_id", entry["question_id"])),
             "type": str(entry.get("answer_type", "")),
         }

@@ -9,6 +9,7 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
 from vlm_unlearn.benchmarks.official_files import SHORT, commonest, entries, record, ten_answers, with_answers
 from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
+from vlm_unlearn.errors import shown
 from vlm_unlearn.store import read_json
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -33,7 +34,7 @@ class VizWiz(Benchmark):
         with_answers(listed, annotations, "answers")
         return {
             str(entry["image"]): {
-                "answers": ten_answers(entry, f"{annotations}: {entry['image']}"),
+                "answers": ten_answers(entry, f"{annotations}: question {shown(entry['image'])}"),
                 "type": str(entry.get("answer_type", "")),
             }
             for entry in entries(listed, str(annotations), "answers")

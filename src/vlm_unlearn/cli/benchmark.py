@@ -11,6 +11,7 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_librar
 
 if TYPE_CHECKING:
     from vlm_unlearn.benchmarks import Scores
+    from vlm_unlearn.records import Rate
 
 benchmark_app = typer.Typer(help="Utility benchmarks, from their official files.", no_args_is_help=True, rich_markup_mode=None)
 NAME = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them.")
@@ -121,15 +122,21 @@ def _show(name: str, official: bool, found: Scores, as_json: bool, files: dict[s
         told = {"headline": first.model_dump(), "missing": found.missing, "unparsed": unparsed, **found.numbers}
         print_json({**counted, **told, "parts": {part: part_rate.model_dump() for part, part_rate in parts.items()}, **files})
         return
-    if share.value is None or share.low is None or share.high is None:
+    if share.value is None:
         typer.echo(f"{name}: nothing to score; {found.missing:,} questions have no answer")
         return
-    if found.ratios and first.value is not None and first.low is not None and first.high is not None:
-        typer.echo(f"{name}: F1 {100 * first.value:.2f} % [{100 * first.low:.2f}, {100 * first.high:.2f}], n = {first.n:,}")
-    typer.echo(f"{name}: {100 * share.value:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}], n = {share.n:,}")
+    if found.ratios:
+        typer.echo(f"{name}: F1 {_percent(first)}, n = {first.n:,}")
+    typer.echo(f"{'  accuracy' if found.ratios else name}: {_percent(share)}, n = {share.n:,}")
     for part, part_rate in parts.items():
         typer.echo(f"  {part}: {100 * (part_rate.value or 0):.2f} %, n = {part_rate.n:,}")
     for key, value in found.numbers.items():
         typer.echo(f"  {key}: {100 * value:.2f} %")
     if found.missing or unparsed:
         typer.echo(f"  without an answer {found.missing:,} (in no score), unparsed {unparsed:,} (wrong)")
+
+
+def _percent(rate: Rate) -> str:
+    if rate.value is None or rate.low is None or rate.high is None:
+        return "–"
+    return f"{100 * rate.value:.2f} % [{100 * rate.low:.2f}, {100 * rate.high:.2f}]"

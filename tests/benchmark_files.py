@@ -1,0 +1,153 @@
+"""Small files in the official layouts of all benchmarks, with images; written here, nothing is copied."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+def picture(colour: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (colour, 90, 40)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def encoded(colour: int = 0) -> str:
+    return base64.b64encode(picture(colour)).decode("ascii")
+
+
+def put_image(path: Path, colour: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(colour))
+
+
+def put_json(path: Path, value: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def put_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def answers(*texts: str) -> list[dict[str, str]]:
+    return [{"answer": text} for text in texts]
+
+
+def vqav2(root: Path) -> dict[str, Any]:
+    told = [{"question_id": n, "image_id": 40 + n // 2, "answer_type": "number", "answers": answers(*["3"] * 9, "4")} for n in range(4)]
+    asked = [{"question_id": n, "image_id": 40 + n // 2, "question": f"how many in {n} ?"} for n in range(4)]
+    put_json(root / "vqav2" / "answers.json", {"annotations": told})
+    put_json(root / "vqav2" / "questions.json", {"data_subtype": "val2014", "questions": asked})
+    for image in (40, 41):
+        put_image(root / "coco" / f"COCO_val2014_{image:012d}.jpg")
+    return {"annotations": "vqav2/answers.json", "questions": "vqav2/questions.json", "images": "coco"}
+
+
+def textvqa(root: Path) -> dict[str, Any]:
+    data = [{"question_id": n, "image_id": f"a{n}", "question": f"what does {n} say?", "answers": ["stop"] * 10} for n in range(2)]
+    put_json(root / "textvqa" / "val.json", {"data": data})
+    put_json(root / "textvqa" / "ocr.json", {"data": [{"image_id": "a0", "ocr_tokens": ["STOP", "here"]}]})
+    for n in range(2):
+        put_image(root / "textvqa" / "train_images" / f"a{n}.jpg")
+    return {"annotations": "textvqa/val.json", "images": "textvqa/train_images"}
+
+
+def vizwiz(root: Path) -> dict[str, Any]:
+    listed = [
+        {"image": f"V_{n}.jpg", "question": f"What is {n}?", "answer_type": "other", "answers": answers(*["cup"] * 10)} for n in range(2)
+    ]
+    put_json(root / "vizwiz" / "val.json", listed)
+    for n in range(2):
+        put_image(root / "vizwiz" / "val" / f"V_{n}.jpg")
+    return {"annotations": "vizwiz/val.json", "images": "vizwiz/val"}
+
+
+def gqa(root: Path) -> dict[str, Any]:
+    kinds = ("query", "verify", "query")
+    found = {
+        f"20{n}": {"imageId": f"n{n}", "question": f"Is it {n}?", "answer": "yes", "types": {"structural": kinds[n]}} for n in range(3)
+    }
+    put_json(root / "gqa" / "testdev.json", found)
+    for n in range(3):
+        put_image(root / "gqa" / "images" / f"n{n}.jpg")
+    return {"annotations": "gqa/testdev.json", "images": "gqa/images"}
+
+
+def scienceqa(root: Path) -> dict[str, Any]:
+    one = {"question": "Which is 2?", "choices": ["1", "2"], "answer": 1, "hint": "Count.", "image": "image.png", "split": "test"}
+    two = {"question": "Which is 3?", "choices": ["3", "4", "5"], "answer": 0, "hint": "", "image": None, "split": "test"}
+    put_json(root / "scienceqa" / "problems.json", {"7": one, "8": two, "9": {**two, "split": "train"}})
+    put_json(root / "scienceqa" / "splits.json", {"train": ["9"], "test": ["7", "8"]})
+    put_image(root / "scienceqa" / "images" / "test" / "7" / "image.png")
+    return {"annotations": "scienceqa/problems.json", "questions": "scienceqa/splits.json", "images": "scienceqa/images"}
+
+
+def pope(root: Path) -> dict[str, Any]:
+    """Two files of two images, with the same question ids and images in both."""
+    files = []
+    for part in ("random", "popular"):
+        lines = [
+            {"question_id": n + 1, "image": f"p{n // 2}.jpg", "text": f"Is there a {n} in the image?", "label": "no" if n % 2 else "yes"}
+            for n in range(4)
+        ]
+        file = root / "pope" / f"coco_pope_{part}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        files.append(f"pope/{file.name}")
+    for n in range(2):
+        put_image(root / "coco" / f"p{n}.jpg")
+    return {"annotations": files, "images": "coco"}
+
+
+def mmvet(root: Path) -> dict[str, Any]:
+    one = {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1 <AND> -5", "capability": ["ocr", "math"]}
+    two = {"imagename": "v1_1.png", "question": "What is d?", "answer": "1.25 <OR> 5/4", "capability": ["ocr"]}
+    put_json(root / "mmvet" / "mm-vet.json", {"v1_0": one, "v1_1": two})
+    for n in range(2):
+        put_image(root / "mmvet" / "images" / f"v1_{n}.png")
+    return {"annotations": "mmvet/mm-vet.json", "images": "mmvet/images"}
+
+
+def mmbench_rows() -> list[dict[str, Any]]:
+    """Question 5 in two orders of its options, of which the first names the other's image; question 6 in one, with a hint."""
+    rest = {"category": "fine", "l2-category": "logic"}
+    return [
+        {"index": 1_000_005, "question": "Which?", "hint": "", "A": "y", "B": "x", "C": "", "D": "", "answer": "B", "image": "5", **rest},
+        {"index": 5, "question": "Which?", "hint": "nan", "A": "x", "B": "y", "C": "", "D": "", "answer": "A", "image": encoded(5), **rest},
+        {
+            "index": 6,
+            "question": "And?",
+            "hint": "See.",
+            "A": "p",
+            "B": "q",
+            "C": "r",
+            "D": "nan",
+            "answer": "C",
+            "image": encoded(6),
+            **rest,
+        },
+    ]
+
+
+def mmbench(root: Path) -> dict[str, Any]:
+    put_tsv(root / "mmbench" / "dev.tsv", mmbench_rows())
+    return {"annotations": "mmbench/dev.tsv"}
+
+
+WRITERS = {one.__name__: one for one in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, mmvet, mmbench)}
