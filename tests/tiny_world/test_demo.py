@@ -43,6 +43,18 @@ def test_both_papers_findings(demo: Path) -> None:
     )
 
 
+def test_every_row_is_compared_to_the_base(demo: Path) -> None:
+    found = {(one["model"], one["metric"]): one for one in json.loads((demo / "summary.json").read_text())["comparisons"]}
+    assert {model for model, _ in found} == {"mixed_sft", "npo", "rmu", "po", "po+pd"}
+    assert all(one["base"] == "base" and one["unpaired"] == 0 for one in found.values())
+    for row in ("npo", "rmu", "po", "po+pd"):
+        assert found[row, "asr_attacked"]["difference"] < -0.8
+        assert found[row, "asr_attacked"]["p_adjusted"] < 0.001
+    assert found["po", "sarr"]["p_adjusted"] < 0.001
+    assert found["po+pd", "sarr"]["p_adjusted"] > 0.05
+    assert found["npo", "degenerate_rate"]["test"] == "permutation"
+
+
 def test_the_report_shows_every_row(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     for row in ("base", "mixed_sft", "npo", "rmu", "po", "po+pd"):
