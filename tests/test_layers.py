@@ -36,7 +36,7 @@ def test_imports_go_up_only() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("command", [[], ["data"], ["data", "audit"], ["data", "import", "files"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["data"], ["data", "audit"], ["data", "import", "files"], ["train"], ["attack", "search"]])
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['vlm-unlearn', *sys.argv[1:], '--help']\n"

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
 Label = Literal["complied", "refused", "degenerate", "off_topic"]
+PairedTest = Literal["mcnemar", "permutation"]
 LABELS: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
 
 
@@ -128,7 +129,7 @@ class Comparison(Record):
     high: float
     p: float
     p_adjusted: float  # Holm's, over all comparisons of the summary
-    test: Literal["mcnemar", "bootstrap"]
+    test: PairedTest
     n: int  # pairs
     unpaired: int = 0  # answers or questions that only one of the two has a verdict on
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.data.audit import audit, first_bigram, first_word, labelled
-from vlm_unlearn.data.diversify import WORDINGS, by_rule, diversify, paraphrase_request, read_paraphrase
+from vlm_unlearn.data.diversify import diversify, paraphrase_request, read_paraphrase
 from vlm_unlearn.data.reading import read_any
+from vlm_unlearn.data.rewriting import WORDINGS, by_rule
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.judging.keyword import corrected_refusal
 from vlm_unlearn.reporting.audit_page import write_audit_page

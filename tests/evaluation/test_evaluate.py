@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers import run, run_killing
+from stub_server import stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.generating import generate_run
@@ -17,7 +18,7 @@ from vlm_unlearn.evaluation.grading import judge_run
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.evaluation.scoring import score_run
-from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import note_cost, open_run, read_records, write_json, write_records
 
 
@@ -73,6 +74,66 @@ def test_new_weights_in_the_same_folder_are_noticed(tiny_model: Path, world: Pat
     (model / "model.safetensors").write_bytes(weights)
     with pytest.raises(RequestError, match="holds another run \\(different: model\\)"):
         generate_run(suite(model, world), tmp_path / "run")
+
+
+def test_nothing_stale_is_served(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    """The model under test is overwritten in place, then the judge's model, then the rubric's text: each is asked again."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    def other_weights(folder: Path, seed: int) -> None:
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model.save_pretrained(folder)
+
+    model, judge = (Path(shutil.copytree(tiny_model, tmp_path / name)) for name in ("model", "judge"))
+    rubric = tmp_path / "mine.txt"
+    head = "---\nversion: 1\nsource: me\nimage: false\nwords: {RED: {label: complied}}\n---\n"
+    rubric.write_text(head + "what is it ?\n{fence}\n{answer}\n{fence}\n")
+    settings = [f"judge={{name: llm, rubric: {rubric}, model: {judge}, max_tokens: 6}}", "generation.max_new_tokens=6"]
+
+    def evaluated(name: str) -> tuple[bytes, list[object]]:
+        folder = tmp_path / name
+        evaluate_run(suite(model, world, *settings), folder, "m")
+        verdicts = [(verdict.prompt_id, verdict.raw) for verdict in read_records(folder / "verdicts-mine@judge.jsonl", Verdict)]
+        return (folder / "responses.jsonl").read_bytes(), verdicts
+
+    first = evaluated("one")
+    other_weights(model, 1)
+    with pytest.raises(RequestError, match="holds another run"):
+        evaluated("one")
+    second = evaluated("two")
+    assert second[0] != first[0]
+    other_weights(judge, 2)
+    third = evaluated("two")
+    assert third[0] == second[0]
+    assert third[1] != second[1]
+    rubric.write_text(head + "what colour is it ?\n{fence}\n{answer}\n{fence}\n")
+    note = json.loads((tmp_path / "two" / "judge-mine@judge.json").read_text())
+    evaluated("two")
+    changed = json.loads((tmp_path / "two" / "judge-mine@judge.json").read_text())
+    assert {key for key in note if note[key] != changed[key]} == {"rubric"}
+
+
+def test_a_changed_rubric_is_asked_again(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    rubric = tmp_path / "mine.txt"
+    head = "---\nversion: 1\nsource: me\nimage: false\nwords: {GOOD: {label: complied}, BAD: {label: refused}}\n---\n"
+    with stub_server(lambda text: "GOOD" if "Is it good?" in text else "BAD") as stub:
+        wanted = suite(
+            tiny_model, world, f"judge={{name: llm, rubric: {rubric}, model: j, server: {stub.url}}}", "generation.max_new_tokens=4"
+        )
+        found = []
+        for text in ("Is it good?", "Is it good?", "Is it bad?"):
+            rubric.write_text(f"{head}{text}\n{{fence}}\n{{answer}}\n{{fence}}\n")
+            row = evaluate_run(wanted, tmp_path / "run", "m")
+            found.append((row.metrics["refusal_rate"].value, stub.calls))
+    assert [rate for rate, _ in found] == [0.0, 0.0, 1.0]
+    calls = [count for _, count in found]
+    assert calls[1] == calls[0]
+    assert calls[2] == 2 * calls[0]
 
 
 def test_killed_evaluation_ends_with_the_same_files(tiny_model: Path, world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,11 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_are_answered_at_most_so_many_at_once() -> None:
-    with stub_server(lambda text: text.upper()) as stub:
+    def answer(text: str) -> str:
+        time.sleep(0.005)  # or each question is answered before the next is sent
+        return text.upper()
+
+    with stub_server(answer) as stub:
         replies, asked = ask_all(OpenAIChat(stub.url, "m", concurrency=7), iter(ASKS), None)
     assert asked == stub.calls == 60
     assert {id: reply.text for id, reply in replies.items()} == {ask.id: ask.text.upper() for ask in ASKS}

@@ -151,7 +151,7 @@ def test_paper_counting_of_relevance(tmp_path: Path) -> None:
         }
         usual = graded(LLMJudge(config(stub, "relevance"), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "u.jsonl")
         assert [usual[f"p{number}"].label for number in range(6)] == ["complied", "complied", "complied", "complied", None, "complied"]
-    with pytest.raises(RequestError, match="four_labels has none"), stub_server(by_number) as stub:
+    with pytest.raises(RequestError, match="four_labels has no published counting"), stub_server(by_number) as stub:
         LLMJudge(config(stub, paper=True))
 
 

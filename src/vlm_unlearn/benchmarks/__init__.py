@@ -1,7 +1,23 @@
-"""Utility benchmarks, one file each: official annotations and a model's answers in, a score per question out."""
+"""Utility benchmarks, one file each: official files in, questions for a model and a score per answer out."""
 
-from vlm_unlearn.benchmarks import gqa, mmbench, pope, scienceqa, textvqa, vizwiz, vqav2
-from vlm_unlearn.benchmarks.base import BENCHMARKS, Benchmark, Scored, Scores, read_predictions, score
+from vlm_unlearn.benchmarks import gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2
+from vlm_unlearn.benchmarks.asking import benchmark_image_root, benchmark_prompts
+from vlm_unlearn.benchmarks.base import BENCHMARKS, Benchmark, NoAnswersError, Prediction, Scored, Scores, find
+from vlm_unlearn.benchmarks.scoring import load_truths, read_predictions, score, score_predictions
 
-__all__ = ["BENCHMARKS", "Benchmark", "Scored", "Scores", "read_predictions", "score"]
-_registered = (gqa, mmbench, pope, scienceqa, textvqa, vizwiz, vqav2)
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "NoAnswersError",
+    "Prediction",
+    "Scored",
+    "Scores",
+    "benchmark_image_root",
+    "benchmark_prompts",
+    "find",
+    "load_truths",
+    "read_predictions",
+    "score",
+    "score_predictions",
+]
+_registered = (gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2)

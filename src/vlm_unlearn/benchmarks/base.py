@@ -1,26 +1,42 @@
-"""What a benchmark is, and scoring a file of answers with one."""
+"""What a benchmark is: its official files in, questions and a score of each answer out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from vlm_unlearn.errors import RequestError, nearest, shown
-from vlm_unlearn.store import read_json, read_records
+from vlm_unlearn.errors import RequestError, nearest
+
+
+class NoAnswersError(RequestError):
+    """The official files hold questions whose answers are kept by an evaluation server: a model can be asked, not scored."""
 
 
 class Prediction(BaseModel):
-    """A line of a predictions file; other keys, such as the prompt, are passed over."""
+    """A line of a predictions file; other keys, such as the prompt, are passed over. A run's responses and verdicts read as such lines."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    question_id: str | int
+    question_id: str | int = Field(validation_alias=AliasChoices("question_id", "prompt_id"))
     text: str | None = None  # None: the model gave no answer
+    score: Any = None  # a judge's, 0 to 1, where a judge scores the benchmark
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as a model is asked it."""
+
+    id: str
+    text: str
+    image: str | None  # path below the benchmark's image folder
+    cluster: str  # as in `Scored`
+    reference: str | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,8 +46,17 @@ class Scored:
     id: str
     value: float  # 0 to 1
     cluster: str  # what its errors may have in common with others', such as the image
-    part: str = ""  # the part of the benchmark it belongs to, such as an answer type
+    parts: tuple[str, ...] = ()  # the parts of the benchmark it belongs to, such as an answer type
     unparsed: bool = False  # no answer could be found in the text; it counts as wrong
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What one answer adds above and below the line of a ratio of sums, such as F1."""
+
+    cluster: str
+    above: float
+    below: float
 
 
 @dataclass(frozen=True)
@@ -41,13 +66,30 @@ class Scores:
     questions: Sequence[Scored]
     missing: int = 0  # questions without a prediction, or with none that is text
     numbers: Mapping[str, float] = field(default_factory=dict)  # what the official evaluator reports beside the score
+    # By annotation file: the headline is the mean of these ratios where a benchmark has them, else the mean score.
+    ratios: Mapping[str, Sequence[Ratio]] = field(default_factory=dict)
 
 
 class Benchmark(ABC):
-    """Base of all benchmarks. Subclasses read their official files and score one answer."""
+    """Base of all benchmarks. Subclasses read their official files, put the questions and score one answer."""
 
     name: ClassVar[str]
-    source: ClassVar[str]
+    source: ClassVar[str]  # its annotation file
+    second: ClassVar[str]  # the file for `questions`, where it has one
+    images: ClassVar[str]  # where its images are
+    several: ClassVar[bool] = False  # whether its headline is made of several annotation files
+    judged: ClassVar[bool] = False  # whether a judge scores its answers: `Prediction.score` counts, and not the text
+
+    @abstractmethod
+    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+        """The questions, with the prompts of LLaVA-1.5's evaluation (arXiv 2310.03744, its table of response formats).
+
+        Args:
+            limit: only the first so many.
+
+        Raises:
+            RequestError: a file is missing or is something else, or a question lacks its text or image; the record is named.
+        """
 
     @abstractmethod
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
@@ -57,6 +99,7 @@ class Benchmark(ABC):
             questions: a second official file, of a benchmark that has one.
 
         Raises:
+            NoAnswersError: the file has questions only.
             RequestError: a file is missing or is something else.
         """
 
@@ -68,6 +111,10 @@ class Benchmark(ABC):
             official: count exactly as the published evaluator, its quirks included.
         """
 
+    def scored(self, id: str, truth: Any, prediction: Prediction, official: bool) -> Scored | None:
+        """One prediction's score; None where there is nothing to score."""
+        return None if prediction.text is None else self.grade(id, truth, prediction.text, official)
+
     def merged(self, graded: Sequence[Scored], truths: Mapping[str, Any]) -> list[Scored]:
         """The scores that count, where several answers make one."""
         return list(graded)
@@ -76,15 +123,37 @@ class Benchmark(ABC):
         """What the official evaluator reports beside the mean, from ``(truth, text)`` pairs."""
         return {}
 
+    def ratios(self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, list[Ratio]]:
+        """What the headline is made of, by annotation file, where it is another than the mean score."""
+        return {}
+
+    def submission(self, answers: Mapping[str, str | None]) -> object | None:
+        """The answers as the official evaluation server takes them, as a JSON value; None where that is not what people do."""
+        return None
+
+    def image_root(self, images: Path) -> Path:
+        """What the questions' image paths are relative to.
+
+        Args:
+            images: the folder that the user names.
+        """
+        return images
+
 
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def register(name: str, source: str) -> Callable[[type[Benchmark]], type[Benchmark]]:
-    """Class decorator that makes a benchmark known under `name`."""
+def register(name: str, source: str, images: str, second: str = "") -> Callable[[type[Benchmark]], type[Benchmark]]:
+    """Class decorator that makes a benchmark known under `name`.
+
+    Args:
+        source: its annotation file, and where that is from.
+        images: its image folder, in words.
+        second: its second official file.
+    """
 
     def add(kind: type[Benchmark]) -> type[Benchmark]:
-        kind.name, kind.source = name, source
+        kind.name, kind.source, kind.images, kind.second = name, source, images, second
         BENCHMARKS[name] = kind()
         return kind
 
@@ -100,85 +169,3 @@ def find(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise RequestError(f'unknown benchmark "{name[:80]}"{nearest(name, BENCHMARKS)} known: {", ".join(sorted(BENCHMARKS))}')
     return BENCHMARKS[name]
-
-
-def read_predictions(file: Path) -> dict[str, str | None]:
-    """Question id -> answer, from JSON lines ``{"question_id": ..., "text": ...}``.
-
-    Raises:
-        RequestError: a line is something else, or answers a question twice.
-    """
-    found: dict[str, str | None] = {}
-    for prediction in read_records(file, Prediction):
-        id = str(prediction.question_id)
-        if id in found:
-            raise RequestError(f"{file}: question {shown(id)} is answered twice")
-        found[id] = prediction.text
-    return found
-
-
-def score(benchmark: Benchmark, predictions: Path, annotations: Path, questions: Path | None = None, official: bool = False) -> Scores:
-    """Scores a file of answers against the official annotations.
-
-    A question without an answer is counted as missing and is in no score.
-
-    Raises:
-        RequestError: a file is broken, or an answer's question is not in the annotations.
-    """
-    truths = benchmark.load(annotations, questions)
-    answers = read_predictions(predictions)
-    unknown = [id for id in answers if id not in truths]
-    if unknown:
-        raise RequestError(f"{predictions}: question {shown(unknown[0])} is not in {annotations} ({len(unknown)} such)")
-    told = [(id, truth, text) for id, truth in truths.items() if (text := answers.get(id)) is not None]
-    graded = [benchmark.grade(id, truth, text, official) for id, truth, text in told]
-    return Scores(
-        benchmark.merged(graded, truths), len(truths) - len(graded), benchmark.numbers([(truth, text) for _, truth, text in told], official)
-    )
-
-
-def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
-    """A list of objects that all have `keys`.
-
-    Raises:
-        RequestError: it is something else; the entry and the key are named.
-    """
-    if not isinstance(value, list) or not value:
-        raise RequestError(f"{where}: expected a list of objects")
-    for number, entry in enumerate(value):
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise RequestError(f'{where}: entry {number} has no "{missing[0]}"')
-    return value
-
-
-def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
-    """The annotators' answers, given as texts or as objects with ``answer``.
-
-    Raises:
-        RequestError: there are none, or they are something else.
-    """
-    answers: Iterable[Any] = entry["answers"] if isinstance(entry["answers"], list) else ()
-    found = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-    if not found or not all(isinstance(answer, str) for answer in found):
-        raise RequestError(f'{where}: "answers" must be a list of texts')
-    return [str(answer) for answer in found]
-
-
-def annotated_questions(annotations: Path, key: str) -> dict[str, Any]:
-    """Question id -> ``answers``, ``image`` and ``type``, from a file ``{key: [{"question_id", "image_id", "answers", ...}]}``.
-
-    Raises:
-        RequestError: the file is missing or is something else.
-    """
-    value = read_json(annotations)
-    if not isinstance(value, dict) or key not in value:
-        raise RequestError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
-    return {
-        str(entry["question_id"]): {
-            "answers": ten_answers(entry, f"{annotations}: question {entry['question_id']}"),
-            "image": str(entry.get("image_id", entry["question_id"])),
-            "type": str(entry.get("answer_type", "")),
-        }
-        for entry in entries(value[key], str(annotations), "question_id", "answers")
-    }

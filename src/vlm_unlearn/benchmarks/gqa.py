@@ -6,27 +6,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.official_files import SHORT, record, with_answers
 from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.store import read_json
 
 
-@register("gqa", "testdev_balanced_questions.json of the GQA download")
+@register("gqa", "testdev_balanced_questions.json of the GQA download", "the download's images/: <imageId>.jpg")
 class GQA(Benchmark):
     """Exact match once a closing full stop is off and case is folded."""
 
+    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+        found = []
+        for id, value in list(_entries(annotations).items())[:limit]:
+            entry = record(annotations, "question", id, value)
+            image = entry.name("imageId")
+            answer = entry.optional_text("answer")
+            found.append(Question(id, f"{entry.text('question')}\n{SHORT}", f"{image}.jpg", image, answer, _kind(entry.value) or None))
+        return found
+
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        value = read_json(annotations)
-        if not isinstance(value, dict) or not value:
-            raise RequestError(f"{annotations}: expected an object, question id -> question")
+        value = _entries(annotations)
+        with_answers(list(value.values()), annotations, "answer")
         for id, entry in value.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str):
+            if not isinstance(entry.get("answer"), str):
                 raise RequestError(f'{annotations}: question {shown(id)} has no "answer"')
         return value
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
         said = text if official else text.strip()
         right = said.rstrip(".").lower() == str(truth["answer"]).lower()
-        kinds = truth.get("types")
-        part = str(kinds.get("structural", "")) if isinstance(kinds, dict) else ""
-        return Scored(id, float(right), str(truth.get("imageId", id)), part)
+        kind = _kind(truth)
+        return Scored(id, float(right), str(truth.get("imageId", id)), (kind,) if kind else ())
+
+
+def _entries(annotations: Path) -> dict[str, Any]:
+    value = read_json(annotations)
+    if not isinstance(value, dict) or not value:
+        raise RequestError(f"{annotations}: expected an object, question id -> question")
+    for id, entry in value.items():
+        if not isinstance(entry, dict):
+            raise RequestError(f"{annotations}: question {shown(id)} is not an object")
+    return value
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    kinds = entry.get("types")
+    return str(kinds.get("structural") or "") if isinstance(kinds, dict) else ""

@@ -8,13 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Scored, register
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.benchmarks.base import Benchmark, Question, Ratio, Scored, register
+from vlm_unlearn.benchmarks.official_files import SHORT, record
+from vlm_unlearn.errors import RequestError, shown
 
 
-@register("pope", "coco_pope_random.json, _popular.json or _adversarial.json of the POPE repository")
+@register(
+    "pope",
+    "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of the POPE repository, together or one of them",
+    "COCO's val2014/, under the names in the file",
+)
 class POPE(Benchmark):
-    """Yes or no. Beside accuracy: precision, recall and F1 of "yes", and the share of "yes" among the answers."""
+    """Yes or no. The headline is F1 of "yes", over several files their mean. Beside it accuracy, precision, recall, share of "yes"."""
+
+    several = True
+
+    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+        found = []
+        for id, value in list(self.load(annotations, questions).items())[:limit]:
+            entry = record(annotations, "question", id, value)
+            image = entry.text("image")
+            found.append(Question(id, f"{entry.text('text')}\n{SHORT}", image, image, value["label"], annotations.stem))
+        return found
 
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         found: dict[str, Any] = {}
@@ -31,23 +46,46 @@ class POPE(Benchmark):
                 raise RequestError(f"{annotations}: line {number} is not JSON; POPE's files have a question a line") from None
             if not isinstance(entry, dict) or "question_id" not in entry or entry.get("label") not in ("yes", "no"):
                 raise RequestError(f'{annotations}: line {number} must have "question_id", and "label" yes or no')
-            found[str(entry["question_id"])] = entry
+            id = str(entry["question_id"])
+            if id in found:
+                raise RequestError(f"{annotations}: line {number}: question {shown(id)} is there twice; give POPE's files one by one")
+            found[id] = {**entry, "file": annotations.stem}
         if not found:
             raise RequestError(f"{annotations}: holds no questions")
         return found
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
         said = parse(text, official)
-        return Scored(id, float(said == truth["label"]), str(truth.get("image", id)), truth["label"], unparsed=said is None)
+        return Scored(id, float(said == truth["label"]), str(truth.get("image", id)), (truth["label"],), unparsed=said is None)
 
     def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
-        pairs = [(truth["label"], parse(text, official)) for truth, text in graded]
-        true_yes = sum(said == "yes" == label for label, said in pairs)
-        said_yes, are_yes = sum(said == "yes" for _, said in pairs), sum(label == "yes" for label, _ in pairs)
-        precision = true_yes / said_yes if said_yes else 0.0
-        recall = true_yes / are_yes if are_yes else 0.0
-        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-        return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": said_yes / len(pairs) if pairs else 0.0}
+        by_file: dict[str, list[tuple[str, str | None]]] = {}
+        for truth, text in graded:
+            by_file.setdefault(truth.get("file", ""), []).append((truth["label"], parse(text, official)))
+        counted = {file: _counts(pairs) for file, pairs in by_file.items()} or {"": _counts([])}
+        means = {name: sum(counts[name] for counts in counted.values()) / len(counted) for name in _counts([])}
+        if len(counted) == 1:
+            return means
+        return means | {f"f1 of {file}": counts["f1"] for file, counts in counted.items()}
+
+    def ratios(self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, list[Ratio]]:
+        """F1 is a ratio of sums, 2 TP / (answers "yes" + labels "yes")."""
+        found: dict[str, list[Ratio]] = {truth.get("file", ""): [] for truth in truths.values()}
+        for truth, text in graded:
+            label, said = truth["label"], parse(text, official)
+            below = (said == "yes") + (label == "yes")
+            found[truth.get("file", "")].append(Ratio(str(truth.get("image", "")), 2.0 * (said == "yes" == label), float(below)))
+        return found
+
+
+def _counts(pairs: Sequence[tuple[str, str | None]]) -> dict[str, float]:
+    """Precision, recall and F1 of "yes", and its share, from ``(label, answer)`` pairs of one file."""
+    true_yes = sum(said == "yes" == label for label, said in pairs)
+    said_yes, are_yes = sum(said == "yes" for _, said in pairs), sum(label == "yes" for label, _ in pairs)
+    precision = true_yes / said_yes if said_yes else 0.0
+    recall = true_yes / are_yes if are_yes else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": said_yes / len(pairs) if pairs else 0.0}
 
 
 def parse(text: str, official: bool) -> str | None:

@@ -7,16 +7,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.official_files import LETTER, record, texts
 from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.store import read_json
 
 LETTERS = "ABCDE"
 
 
-@register("scienceqa", "problems.json of the ScienceQA repository; --questions pid_splits.json takes its test split only")
+@register(
+    "scienceqa",
+    "problems.json of the ScienceQA repository",
+    "the download's images/: <split>/<problem id>/image.png; half of the problems have none",
+    "pid_splits.json, to take the test split only",
+)
 class ScienceQA(Benchmark):
     """Share of questions whose option letter is the right one; an answer without a letter is wrong, never a random option."""
+
+    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+        found = []
+        for id, problem in list(self.load(annotations, questions).items())[:limit]:
+            entry = record(annotations, "problem", id, problem)
+            choices = texts(problem["choices"], entry.where, "choices")
+            if not 0 <= problem["answer"] < len(choices) <= len(LETTERS):
+                raise RequestError(f'{entry.where}: must have up to {len(LETTERS)} "choices" and the number of one as "answer"')
+            hint, image = entry.optional_text("hint"), entry.optional_text("image")
+            asked = [f"Context: {hint}"] if hint else []
+            asked += [entry.text("question"), *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)), LETTER]
+            file = f"{entry.optional_text('split') or 'test'}/{id}/{image}" if image else None
+            found.append(Question(id, "\n".join(asked), file, id, LETTERS[problem["answer"]], entry.optional_text("subject")))
+        return found
 
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         problems = read_json(annotations)
@@ -39,8 +59,8 @@ class ScienceQA(Benchmark):
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
         option = parse(text, truth["choices"], official)
-        part = "image" if truth.get("image") else "text"
-        return Scored(id, float(option == truth["answer"]), id, part, unparsed=option < 0)
+        parts = ("image" if truth.get("image") else "text",)
+        return Scored(id, float(option == truth["answer"]), id, parts, unparsed=option < 0)
 
 
 def parse(text: str, choices: list[Any] | int, official: bool) -> int:

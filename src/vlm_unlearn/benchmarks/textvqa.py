@@ -6,16 +6,59 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Scored, annotated_questions, register
-from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out
+from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.official_files import SHORT, annotated_questions, commonest, entries, record, ten_answers, texts, with_answers
+from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
+from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.store import read_json
 
 
-@register("textvqa", "TextVQA_0.5.1_val.json of textvqa.org")
+@register(
+    "textvqa",
+    "TextVQA_0.5.1_val.json of textvqa.org",
+    "the download's train_images/ (test_images/ for the test split): <image_id>.jpg",
+    "TextVQA_Rosetta_OCR_v0.2_val.json, to ask with the words found in the image, as LLaVA-1.5's published score",
+)
 class TextVQA(Benchmark):
     """Accuracy against ten annotators, EvalAI's normalisation on all texts."""
 
+    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+        words = None if questions is None else _words(questions)
+        found = []
+        for value in _data(annotations, "image_id", "question")[:limit]:
+            entry = record(annotations, "question", value["question_id"], value)
+            image, text = entry.name("image_id"), entry.text("question").strip()
+            asked = text[0].upper() + text[1:]  # as LLaVA asks; the file has small letters
+            if words is not None and image in words:
+                asked += f"\nReference OCR token: {', '.join(words[image])}"
+            answer = commonest(ten_answers(value, entry.where)) if "answers" in value else None
+            found.append(Question(str(value["question_id"]), f"{asked}\n{SHORT}", f"{image}.jpg", image, answer))
+        return found
+
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        return annotated_questions(annotations, "data")
+        with_answers(_data(annotations), annotations, "answers")
+        return annotated_questions(read_json(annotations), annotations, "data")
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
         return Scored(id, leave_one_out(evalai(text), [evalai(answer) for answer in truth["answers"]]), truth["image"])
+
+    def submission(self, answers: Mapping[str, str | None]) -> object | None:
+        return submitted(answers, "question_id")
+
+
+def _data(file: Path, *keys: str) -> list[Mapping[str, Any]]:
+    value = read_json(file)
+    if not isinstance(value, dict) or "data" not in value:
+        raise RequestError(f'{file}: expected {{"data": [...]}}, an official file of TextVQA')
+    return list(entries(value["data"], str(file), "question_id", *keys))
+
+
+def _words(file: Path) -> dict[str, list[str]]:
+    """Image -> the words that Rosetta found in it."""
+    value = read_json(file)
+    if not isinstance(value, dict) or "data" not in value:
+        raise RequestError(f'{file}: expected {{"data": [...]}}, TextVQA\'s Rosetta OCR file')
+    listed = entries(value["data"], str(file), "image_id", "ocr_tokens")
+    return {
+        str(entry["image_id"]): texts(entry["ocr_tokens"], f"{file}: image {shown(entry['image_id'])}", "ocr_tokens") for entry in listed
+    }

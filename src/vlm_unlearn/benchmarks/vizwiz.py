@@ -6,24 +6,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Scored, entries, register, ten_answers
-from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out
+from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.official_files import SHORT, commonest, entries, record, ten_answers, with_answers
+from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
 from vlm_unlearn.store import read_json
 
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
-@register("vizwiz", "val.json of vizwiz.org")
+
+@register("vizwiz", "val.json of vizwiz.org; test.json has no answers", "the download's val/ (or test/), under the names in the file")
 class VizWiz(Benchmark):
     """Accuracy against ten annotators as lmms-eval counts it; a question's id is its image's name."""
 
+    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+        found = []
+        for value in entries(read_json(annotations), str(annotations), "image", "question")[:limit]:
+            entry = record(annotations, "question", value["image"], value)
+            image, text = entry.text("image"), entry.text("question")
+            answer = commonest(ten_answers(value, entry.where)) if "answers" in value else None
+            category = entry.optional_text("answer_type")
+            found.append(Question(image, f"{text}\n{UNANSWERABLE}\n{SHORT}", image, image, answer, category))
+        return found
+
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        listed = entries(read_json(annotations), str(annotations), "image", "answers")
+        listed = entries(read_json(annotations), str(annotations), "image")
+        with_answers(listed, annotations, "answers")
         return {
             str(entry["image"]): {
                 "answers": ten_answers(entry, f"{annotations}: {entry['image']}"),
                 "type": str(entry.get("answer_type", "")),
             }
-            for entry in listed
+            for entry in entries(listed, str(annotations), "answers")
         }
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        return Scored(id, leave_one_out(evalai(text), [evalai(answer) for answer in truth["answers"]]), id, truth["type"])
+        value = leave_one_out(evalai(text), [evalai(answer) for answer in truth["answers"]])
+        return Scored(id, value, id, (truth["type"],) if truth["type"] else ())
+
+    def submission(self, answers: Mapping[str, str | None]) -> object | None:
+        return submitted(answers, "image")

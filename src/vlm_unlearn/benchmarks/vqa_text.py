@@ -7,7 +7,7 @@ quirks included: scores must be equal to theirs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
@@ -75,3 +75,12 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     """The mean, over the annotators, of ``min(1, matches / 3)`` among the others' answers (arXiv 1505.00468, section 3)."""
     matches = sum(answer == prediction for answer in answers)
     return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)
+
+
+def submitted(answers: Mapping[str, str | None], key: str) -> list[dict[str, str | int]]:
+    """Answers as the servers of VQAv2, TextVQA and VizWiz take them, ``[{key: id, "answer": ...}]``, normalised as LLaVA-1.5's were."""
+
+    def id_of(id: str) -> str | int:
+        return int(id) if key == "question_id" and id.isdecimal() else id
+
+    return [{key: id_of(id), "answer": evalai(text or "")} for id, text in answers.items()]

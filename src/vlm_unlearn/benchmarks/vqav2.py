@@ -6,19 +6,68 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Scored, annotated_questions, register
-from vlm_unlearn.benchmarks.vqa_text import leave_one_out, one_line, plain_words, strip_punctuation
+from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.official_files import SHORT, annotated_questions, commonest, entries, no_answers, record
+from vlm_unlearn.benchmarks.vqa_text import leave_one_out, one_line, plain_words, strip_punctuation, submitted
+from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.store import read_json
 
 
-@register("vqav2", "v2_mscoco_val2014_annotations.json of visualqa.org")
+@register(
+    "vqav2",
+    "v2_mscoco_val2014_annotations.json of visualqa.org; a test split has its questions file only",
+    "COCO's val2014/ (test2015/ for a test split): COCO_val2014_<image_id, 12 digits>.jpg",
+    "v2_OpenEnded_mscoco_val2014_questions.json, to ask a model",
+)
 class VQAv2(Benchmark):
     """Accuracy against ten annotators. The official code normalises texts only where the annotators disagree; by default always."""
 
+    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+        first = read_json(annotations)
+        if _is_questions(first):
+            return list(_asked(first, annotations).values())[:limit]
+        truths = annotated_questions(first, annotations, "annotations")
+        if questions is None:
+            raise RequestError(f"{annotations}: has answers but no questions; pass --questions v2_OpenEnded_mscoco_val2014_questions.json")
+        asked = _asked(read_json(questions), questions)
+        found = []
+        for id, truth in list(truths.items())[:limit]:
+            if id not in asked:
+                raise RequestError(f"{questions}: question {shown(id)} of {annotations} is not there; the two must be of one split")
+            one = asked[id]
+            found.append(Question(id, one.text, one.image, one.cluster, commonest(truth["answers"]), truth["type"] or None))
+        return found
+
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        return annotated_questions(annotations, "annotations")
+        value = read_json(annotations)
+        if _is_questions(value):
+            raise no_answers(annotations)
+        return annotated_questions(value, annotations, "annotations")
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        return Scored(id, accuracy(text, truth["answers"], official), truth["image"], truth["type"])
+        return Scored(id, accuracy(text, truth["answers"], official), truth["image"], (truth["type"],) if truth["type"] else ())
+
+    def submission(self, answers: Mapping[str, str | None]) -> object | None:
+        return submitted(answers, "question_id")
+
+
+def _is_questions(value: Any) -> bool:
+    return isinstance(value, dict) and "questions" in value and "annotations" not in value
+
+
+def _asked(value: Any, file: Path) -> dict[str, Question]:
+    """Question id -> question, from an official questions file; COCO has one folder of images for all test splits."""
+    if not _is_questions(value):
+        raise RequestError(f'{file}: expected {{"questions": [...]}}, VQAv2\'s questions file')
+    split = str(value.get("data_subtype") or "val2014")
+    folder = "test2015" if split.startswith("test") else split
+    found = {}
+    for item in entries(value["questions"], str(file), "question_id", "image_id", "question"):
+        id = str(item["question_id"])
+        entry = record(file, "question", id, item)
+        image = entry.name("image_id")
+        found[id] = Question(id, f"{entry.text('question')}\n{SHORT}", f"COCO_{folder}_{image:0>12}.jpg", image)
+    return found
 
 
 def accuracy(prediction: str, answers: list[str], official: bool) -> float:

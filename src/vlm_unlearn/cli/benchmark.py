@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
+
+if TYPE_CHECKING:
+    from vlm_unlearn.benchmarks import Scores
 
 benchmark_app = typer.Typer(help="Utility benchmarks, from their official files.", no_args_is_help=True, rich_markup_mode=None)
+NAME = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them.")
+ANNOTATIONS = typer.Option(..., "--annotations", help="The benchmark's official annotation file; for POPE up to three times.")
+QUESTIONS = typer.Option(None, "--questions", help="Its second official file, where it has one.")
+OFFICIAL = typer.Option(False, "--official", help="Count exactly as the published evaluator, its quirks included.")
 
 
 @benchmark_app.callback()
@@ -18,7 +26,7 @@ def root() -> None:
 
 @benchmark_app.command("list")
 def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
-    """Lists the benchmarks and the official files that each wants.
+    """Lists the benchmarks, the official files that each wants, and where its images are.
 
     Example:
 
@@ -26,20 +34,67 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
     """
     from vlm_unlearn.benchmarks import BENCHMARKS
 
+    known = [benchmark for _, benchmark in sorted(BENCHMARKS.items())]
     if as_json:
-        print_json([{"name": name, "annotations": benchmark.source} for name, benchmark in sorted(BENCHMARKS.items())])
+        print_json([{"name": one.name, "annotations": one.source, "questions": one.second, "images": one.images} for one in known])
         return
-    for name, benchmark in sorted(BENCHMARKS.items()):
-        typer.echo(f"{name:<12}{benchmark.source}")
+    for one in known:
+        typer.echo(f"{one.name}\n  --annotations  {one.source}")
+        if one.second:
+            typer.echo(f"  --questions    {one.second}")
+        typer.echo(f"  --images       {one.images}")
+
+
+@benchmark_app.command("run")
+def run(
+    name: str = NAME,
+    overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="model=... is needed; generation.batch_size=8 and so on."),
+    annotations: list[Path] = ANNOTATIONS,
+    questions: Path = QUESTIONS,
+    images: Path = typer.Option(Path(), "--images", help="Its image folder."),
+    limit: int = typer.Option(None, "--limit", min=1, help="Ask only the first so many questions (of each annotation file)."),
+    official: bool = OFFICIAL,
+    out: Path = typer.Option(..., "--out", help="The run folder."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Asks a model a benchmark's questions and scores the answers. Run again after an interruption it goes on.
+
+    Example:
+
+      vlm-unlearn benchmark run gqa model=runs/npo --annotations testdev_balanced_questions.json --images images --out gqa-npo
+    """
+    from vlm_unlearn.config import Suite, override, validate
+
+    asked = {"name": name, "annotations": annotations, "questions": questions, "images": images, "limit": limit, "official": official}
+    suite = validate(Suite, override({"benchmarks": [asked]}, overrides or []), "benchmark run")
+    with status_console().status("loading transformers"):
+        from vlm_unlearn.evaluation.benchmarks import run_benchmark
+
+        quiet_libraries()
+    with Stages() as bars:
+        done = run_benchmark(suite, out, out.resolve().name, bars.update)
+    files = {"predictions": str(done.predictions), "submission": str(done.submission) if done.submission else None}
+    if done.scores is not None:
+        _show(name, official, done.scores, as_json, files)
+    elif as_json:
+        print_json({"benchmark": name, "official": official, "score": None, "reason": done.unscored, **files})
+    else:
+        typer.echo(done.unscored)
+    if not as_json:
+        typer.echo(
+            f"answers in {done.predictions}" + (f"; as the official evaluation takes them in {done.submission}" if done.submission else "")
+        )
 
 
 @benchmark_app.command("score")
 def score(
-    name: str = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them."),
-    predictions: Path = typer.Option(..., "--predictions", help='JSON lines {"question_id": ..., "text": ...}.'),
-    annotations: Path = typer.Option(..., "--annotations", help="The benchmark's official annotation file."),
-    questions: Path = typer.Option(None, "--questions", help="Its second official file, where it has one (ScienceQA's pid_splits.json)."),
-    official: bool = typer.Option(False, "--official", help="Count exactly as the published evaluator, its quirks included."),
+    name: str = NAME,
+    predictions: Path = typer.Option(
+        ..., "--predictions", help='JSON lines {"question_id": ..., "text": ...}; for mmvet a judge\'s verdicts.'
+    ),
+    annotations: list[Path] = ANNOTATIONS,
+    questions: Path = QUESTIONS,
+    official: bool = OFFICIAL,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Scores a file of answers against a benchmark's official annotations.
@@ -48,26 +103,29 @@ def score(
 
       vlm-unlearn benchmark score vqav2 --predictions answers.jsonl --annotations v2_mscoco_val2014_annotations.json
     """
+    from vlm_unlearn.benchmarks import find
     from vlm_unlearn.benchmarks import score as score_file
-    from vlm_unlearn.benchmarks.base import find
-    from vlm_unlearn.metrics.rates import rate
 
-    benchmark = find(name)
-    found = score_file(benchmark, predictions, annotations, questions, official)
-    share = rate([one.value for one in found.questions], [one.cluster for one in found.questions], found.missing)
-    parts = {
-        part: rate([one.value for one in found.questions if one.part == part], [one.cluster for one in found.questions if one.part == part])
-        for part in sorted({one.part for one in found.questions if one.part})
-    }
+    _show(name, official, score_file(find(name), predictions, annotations, questions, official), as_json, {})
+
+
+def _show(name: str, official: bool, found: Scores, as_json: bool, files: dict[str, Any]) -> None:
+    """Prints scores: the headline, the mean score where that is another number, its parts, and what couldn't be scored."""
+    from vlm_unlearn.evaluation.benchmarks import headline, mean_score
+
+    first, share = headline(found), mean_score(found)
+    parts = {part: mean_score(found, part) for part in sorted({part for one in found.questions for part in one.parts})}
     unparsed = sum(one.unparsed for one in found.questions)
     if as_json:
         counted = {"benchmark": name, "official": official, "score": share.value, "low": share.low, "high": share.high, "n": share.n}
-        told = {"missing": found.missing, "unparsed": unparsed, **found.numbers}
-        print_json({**counted, **told, "parts": {part: part_rate.model_dump() for part, part_rate in parts.items()}})
+        told = {"headline": first.model_dump(), "missing": found.missing, "unparsed": unparsed, **found.numbers}
+        print_json({**counted, **told, "parts": {part: part_rate.model_dump() for part, part_rate in parts.items()}, **files})
         return
     if share.value is None or share.low is None or share.high is None:
         typer.echo(f"{name}: nothing to score; {found.missing:,} questions have no answer")
         return
+    if found.ratios and first.value is not None and first.low is not None and first.high is not None:
+        typer.echo(f"{name}: F1 {100 * first.value:.2f} % [{100 * first.low:.2f}, {100 * first.high:.2f}], n = {first.n:,}")
     typer.echo(f"{name}: {100 * share.value:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}], n = {share.n:,}")
     for part, part_rate in parts.items():
         typer.echo(f"  {part}: {100 * (part_rate.value or 0):.2f} %, n = {part_rate.n:,}")

@@ -1,4 +1,4 @@
-"""``vlm-unlearn evaluate`` and its three parts: ``generate``, ``judge``, ``score``."""
+"""``vlm-unlearn evaluate``, ``generate`` and ``score``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Row
 
-judge_app = typer.Typer(help="Grades answers.", no_args_is_help=True, rich_markup_mode=None)
 SUITE = typer.Argument(..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.")
 OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.")
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
@@ -53,6 +52,7 @@ def evaluate(
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.generating import remarks
+        from vlm_unlearn.evaluation.grading import unmeasured
         from vlm_unlearn.evaluation.runner import evaluate_run
         from vlm_unlearn.records import Summary
         from vlm_unlearn.reporting.html import write_report
@@ -63,6 +63,9 @@ def evaluate(
     for remark in remarks(out):
         typer.echo(remark, err=True)
     write_report(out / "report.html", Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
+    left_out = unmeasured(suite)
+    if left_out:
+        status_console().print(f"not measured, for want of judge.model: {', '.join(left_out)}", markup=False, highlight=False)
     _show(row, as_json, f"Report: {out / 'report.html'}")
 
 
@@ -96,56 +99,6 @@ def _answer_share(suite: Suite, out: Path) -> None:
 
     quiet_libraries()
     generate_run(suite, out)
-
-
-@judge_app.command("run")
-def judge_run_command(
-    run: Path = RUN, overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="Judge keys, such as name=keyword.")
-) -> None:
-    """Grades a run's answers, by its suite's judge or another; answers are not generated again.
-
-    Example:
-
-      vlm-unlearn judge run evaluations/npo name=keyword paper=true
-    """
-    from vlm_unlearn.config import JudgeConfig, override, validate
-    from vlm_unlearn.evaluation.generating import saved_suite
-    from vlm_unlearn.evaluation.grading import judge_run
-
-    chosen = override(saved_suite(run).judge.model_dump(), overrides or [])
-    with Stages() as bars:
-        file = judge_run(run, validate(JudgeConfig, chosen, "judge"), bars.update)
-    typer.echo(f"verdicts in {file}")
-
-
-@judge_app.command("keyword")
-def judge_keyword(
-    answers: Path = typer.Argument(..., metavar="ANSWERS.json", help="A JSON object, id -> answer."),
-    paper: bool = typer.Option(False, "--paper", help="VLGuard's string match exactly as published."),
-    as_json: bool = JSON_OPTION,
-) -> None:
-    """Counts refusals in a file of answers by keywords.
-
-    Example:
-
-      vlm-unlearn judge keyword answers.json --json
-    """
-    from vlm_unlearn.errors import RequestError
-    from vlm_unlearn.judging.keyword import corrected_refusal, published_refusal
-    from vlm_unlearn.metrics.rates import rate
-    from vlm_unlearn.store import read_json
-
-    found = read_json(answers)
-    if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
-        raise RequestError(f"{answers}: expected a non-empty object, id -> answer text")
-    refusal = published_refusal if paper else corrected_refusal
-    hits = [refusal(text) is not None for text in found.values()]
-    share = rate(hits, list(found))
-    result = {"n": len(hits), "refused": sum(hits), "rate": share.value, "low": share.low, "high": share.high}
-    if as_json:
-        print_json(result)
-    else:
-        typer.echo(f"{result['refused']} of {result['n']} refused: {100 * (share.value or 0):.1f} %")
 
 
 def score(

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from vlm_unlearn.cli import benchmark, data, demo, evaluate, export, train
+from vlm_unlearn.cli import attack, benchmark, data, demo, evaluate, export, judge, train
 from vlm_unlearn.cli.common import fail, keep_deepspeed_off_stdout
 from vlm_unlearn.errors import RequestError, WorkError, shown
 
@@ -26,7 +26,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(evaluate.generate)
 app.command("score")(evaluate.score)
 app.command("export")(export.export)
-app.add_typer(evaluate.judge_app, name="judge")
+app.add_typer(judge.judge_app, name="judge")
+app.add_typer(attack.attack_app, name="attack")
 app.add_typer(benchmark.benchmark_app, name="benchmark")
 app.add_typer(data.app, name="data")
 

@@ -130,6 +130,7 @@ class BenchmarkConfig(Strict):
     images: Path = Path()
     limit: Positive | None = None  # the first so many questions, to try it out
     official: bool = False  # count exactly as the published evaluator
+    judge: str = ""  # of one that a language model scores (mmvet): one of the suite's `judges`
 
     @field_validator("annotations", mode="before")
     @classmethod
@@ -199,6 +200,9 @@ class Suite(Strict):
                     raise ValueError(f'metric "{metric}" names the case "{case}", which is not there{nearest(case, names)}')
             if config.judge and config.judge not in self.judges:
                 raise ValueError(f'metric "{metric}" names the judge "{config.judge}"{nearest(config.judge, self.judges)}')
+        for benchmark in self.benchmarks:
+            if benchmark.judge and benchmark.judge not in self.judges:
+                raise ValueError(f'benchmark "{benchmark.name}" names the judge "{benchmark.judge}"{nearest(benchmark.judge, self.judges)}')
         return self
 
     @model_validator(mode="after")

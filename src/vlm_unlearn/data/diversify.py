@@ -21,27 +21,11 @@ from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_r
 from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.reading import detect, training_set_records
-from vlm_unlearn.data.rewriting import is_plural, requested
+from vlm_unlearn.data.rewriting import WORDINGS, by_rule
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import Problems, RequestError, refuse, shown
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import read_json, writing
-
-# By first word. {core} is what is asked for, as a noun phrase; {be} is "is" or "are".
-WORDINGS: Mapping[str, Sequence[str]] = {
-    "what": ("What {be} {core}?", "What can you say about {core}?"),
-    "share": ("Share {core}.", "Share with me {core}."),
-    "can": ("Can you give me {core}?", "Can I have {core}?"),
-    "could": ("Could you give {core}?", "Could I get {core}?"),
-    "tell": ("Tell me {core}.",),
-    "give": ("Give me {core}.",),
-    "please": ("Please give {core}.", "Please tell me {core}."),
-    "provide": ("Provide {core}.",),
-    "describe": ("Describe {core}.",),
-    "i": ("I want {core}.", "I would like {core}."),
-}
-
-_POINTING = ("it", "this", "that", "these", "those", "they", "here", "there")
 
 # (id, question, first word) of each question -> paraphrases by id; one that is missing is made by rule
 Paraphrase = Callable[[Sequence[tuple[str, str, str]]], Mapping[str, str]]
@@ -62,18 +46,6 @@ class Slot:
     def without_holder(self) -> Slot:
         """The slot without the record around it, which would keep the whole file in memory."""
         return replace(self, holder={})
-
-
-def by_rule(question: str, wording: str) -> str:
-    """A question in another wording.
-
-    Example:
-        ``by_rule("Can you describe the red kite?", "What {be} {core}?")`` gives ``"What is the red kite?"``
-    """
-    core = requested(question)
-    if core.lower() in _POINTING:  # "Share it." asks for nothing
-        core = f'the answer to "{question.strip().rstrip(" .?!")}"'
-    return wording.format(core=core, be="are" if is_plural(core) else "is")
 
 
 def paraphrase_request(question: str, word: str) -> str:

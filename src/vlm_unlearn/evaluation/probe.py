@@ -52,6 +52,7 @@ def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteP
         RequestError: the suite or its data are broken, or a rule names a metric that the suite doesn't have.
     """
     suite = load(Suite, config.suite, values={"model": model, "root": str(config.root)})
+    suite = suite.model_copy(update={"benchmarks": []})  # a probe is quick, and grades cases only
     judge = _offline(suite)
     for rule in ("stop_when", "abort_when", "keep_best"):
         for metric in getattr(config, rule):

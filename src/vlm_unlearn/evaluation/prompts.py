@@ -1,12 +1,14 @@
-"""The prompts of a suite, from its cases' files."""
+"""The prompts of a suite, from its cases' and its benchmarks' files."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
 from vlm_unlearn.attacks.one_word import rewrite_prompts
-from vlm_unlearn.config import CaseConfig, Suite
+from vlm_unlearn.benchmarks import benchmark_image_root, benchmark_prompts
+from vlm_unlearn.config import CaseConfig, SampleConfig, Suite
 from vlm_unlearn.data.formats import safe_eraser, vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import RequestError
@@ -32,8 +34,9 @@ def case_prompts(case: CaseConfig) -> list[Prompt]:
 
 
 def suite_prompts(suite: Suite) -> list[Prompt]:
-    """All prompts of a suite, case by case."""
-    prompts = [prompt for case in suite.cases for prompt in case_prompts(case)]
+    """All prompts of a suite, case by case, then benchmark by benchmark."""
+    prompts = [prompt for case in suite.cases for prompt in _sampled(case_prompts(case), suite.sample)]
+    prompts += [prompt for benchmark in suite.benchmarks for prompt in benchmark_prompts(benchmark)]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
@@ -42,9 +45,23 @@ def suite_prompts(suite: Suite) -> list[Prompt]:
     return prompts
 
 
+def _sampled(prompts: list[Prompt], sample: SampleConfig | None) -> list[Prompt]:
+    """A case's seeded part, in file order. Cases about the same questions, as before and after an attack, give the same ones."""
+    if sample is None:
+        return prompts
+    rng = random.Random(sample.seed)
+    if sample.rows is not None:
+        rows = rng.sample(range(len(prompts)), min(sample.rows, len(prompts)))
+        return [prompts[row] for row in sorted(rows)]
+    names = list(dict.fromkeys(prompt.group_id for prompt in prompts))
+    chosen = set(rng.sample(names, min(sample.groups or 0, len(names))))
+    return [prompt for prompt in prompts if prompt.group_id in chosen]
+
+
 def image_roots(suite: Suite) -> dict[str, Path]:
     """Image root of each prompt set."""
-    return {case.name: case.images for case in suite.cases}
+    roots = {case.name: case.images for case in suite.cases}
+    return roots | {benchmark.name: benchmark_image_root(benchmark) for benchmark in suite.benchmarks}
 
 
 def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:

@@ -2,50 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm_unlearn.config import MetricConfig, Suite
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.evaluation.benchmarks import benchmark_rates
 from vlm_unlearn.evaluation.generating import batching_of, read_answers
 from vlm_unlearn.evaluation.grading import build_judge, cases_of, suite_judges
-from vlm_unlearn.metrics.rates import count_labels, label_rate, rate, score_rate
-from vlm_unlearn.records import Label, Prompt, Rate, Row, Summary, Verdict
+from vlm_unlearn.metrics.rates import Outcomes, count_labels, label_outcomes, score_outcomes
+from vlm_unlearn.records import Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.store import read_json, read_records, write_json
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What one judge gave."""
+
+    judge: str
+    identity: Mapping[str, Any]  # what decided its verdicts
+    labels: Collection[Label]  # those that it can tell
+    verdicts: Sequence[Verdict]
+
+
+@dataclass(frozen=True)
+class GradedRun:
+    """A run's prompts by id, and its verdicts by the name that the suite's metrics call their judge."""
+
+    suite: Suite
+    prompts: Mapping[str, Prompt]
+    responses: Sequence[Response]
+    graded: Mapping[str, Graded]
+    batching: Batching | None = None
+
+    def measured(self, metrics: Mapping[str, MetricConfig]) -> dict[str, MetricConfig]:
+        """Those whose judge has graded the run."""
+        return {name: metric for name, metric in metrics.items() if metric.judge in self.graded}
 
 
 def score_run(folder: Path, suite: Suite, name: str) -> Row:
     """Derives the rates from a run's verdicts; writes summary.json with one row and returns the row.
 
-    A metric that counts a label which its judge never gives (degenerate answers, for the published keyword list) has no value.
-
     Raises:
         RequestError: the verdicts are not those of this run's answers.
     """
-    prompts, responses = read_answers(folder)
-    verdicts: dict[str, list[Verdict]] = {}
-    told: dict[str, Collection[Label]] = {}
-    names: dict[str, str] = {}
-    for called, config in suite_judges(suite).items():
-        judge = names[called] = build_judge(config).name
-        cases = cases_of(suite, called)
-        keys = {response.key for response in responses if prompts[response.prompt_id].set in cases}
-        verdicts[called] = _read_verdicts(folder / f"verdicts-{judge}.jsonl", judge, keys)
-        told[called] = read_json(folder / f"judge-{judge}.json")["labels"]
-
-    def rates(metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
-        return {metric: metric_rate(prompts, verdicts[config.judge], config, told[config.judge]) for metric, config in metrics.items()}
-
-    row = Row(
-        model=name,
-        judge=names[""],
-        metrics=rates(suite.metrics),
-        paper=rates(suite.paper_metrics) if suite.paper else {},
-        labels={case: count_labels(of_case) for case, of_case in _by_case(prompts, verdicts[""]).items()},
-        batching=batching_of(folder),
-    )
+    row = run_row(read_graded(folder, suite), name)
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
     return row
+
+
+def read_graded(folder: Path, suite: Suite) -> GradedRun:
+    """A run with the verdicts that a suite's metrics need.
+
+    Raises:
+        RequestError: there are none, or they are not those of this run's answers.
+    """
+    prompts, responses = read_answers(folder)
+    graded: dict[str, Graded] = {}
+    for called, config in suite_judges(suite).items():
+        judge = build_judge(config).name
+        cases = cases_of(suite, called)
+        keys = {response.key for response in responses if prompts[response.prompt_id].set in cases}
+        verdicts = _read_verdicts(folder / f"verdicts-{judge}.jsonl", judge, keys)
+        note = folder / f"judge-{judge}.json"
+        identity = read_json(note)
+        if not isinstance(identity, dict) or not isinstance(identity.get("labels"), list):
+            raise RequestError(f"{note}: does not say what the judge can tell; run `vlm-unlearn judge run` with this judge again")
+        graded[called] = Graded(judge, identity, identity["labels"], verdicts)
+    return GradedRun(suite, prompts, responses, graded, batching_of(folder))
+
+
+def run_row(run: GradedRun, name: str) -> Row:
+    """A run's line in a summary, under a model's name.
+
+    A metric that counts a label which its judge never gives (degenerate answers, for the published keyword list) has no value.
+    """
+
+    def rates(metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
+        return {metric: _rate(run, config, run.graded[config.judge].verdicts) for metric, config in run.measured(metrics).items()}
+
+    own = run.graded.get("")
+    metrics = run.measured(run.suite.metrics)
+    shots = {metric: _by_shots(run, config) for metric, config in metrics.items()}
+    categories = {metric: _by_category(run, config) for metric, config in metrics.items()}
+    return Row(
+        model=name,
+        judge=own.judge if own else "",
+        metrics=rates(run.suite.metrics) | _benchmark_rates(run),
+        paper=rates(run.suite.paper_metrics) if run.suite.paper else {},
+        labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, own.verdicts if own else []).items()},
+        categories={metric: found for metric, found in categories.items() if found},
+        shots={metric: found for metric, found in shots.items() if found},
+        batching=run.batching,
+    )
+
+
+def metric_rate(prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]) -> Rate:
+    """One metric's rate; arguments as in `metric_outcomes`."""
+    return metric_outcomes(prompts, graded, metric, told).rate()
+
+
+def metric_outcomes(prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]) -> Outcomes:
+    """How each answer or question counts in one metric, out of one judge's verdicts; nothing where a label is one it never gives.
+
+    Args:
+        told: the labels that the judge can tell.
+    """
+    of_metric = [verdict for verdict in graded if prompts[verdict.prompt_id].set in metric.cases]
+    if metric.score is not None:
+        return score_outcomes(prompts, of_metric, metric.score == "one_minus_mean", metric.failures)
+    if not set(metric.labels) <= set(told):
+        return Outcomes({}, {})
+    return label_outcomes(prompts, of_metric, metric.labels, metric.group, metric.failures)
+
+
+def _benchmark_rates(run: GradedRun) -> dict[str, Rate]:
+    judges = {benchmark.judge for benchmark in run.suite.benchmarks if benchmark.judge in run.graded}
+    judged = {verdict.prompt_id: verdict.score for judge in judges for verdict in run.graded[judge].verdicts}
+    return benchmark_rates(run.suite, run.prompts, run.responses, judged)
+
+
+def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> Rate:
+    return metric_rate(run.prompts, verdicts, metric, run.graded[metric.judge].labels)
+
+
+def _by_shots(run: GradedRun, metric: MetricConfig) -> list[Rate]:
+    """The rate with the first 1, 2, ... K shots of each question; none unless every case of the metric has several."""
+    most = dict.fromkeys(metric.cases, 0)
+    for prompt in run.prompts.values():
+        if prompt.set in most:
+            most[prompt.set] = max(most[prompt.set], prompt.shot + 1)
+    if min(most.values(), default=0) < 2:
+        return []
+    verdicts = run.graded[metric.judge].verdicts
+    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].shot < shots] for shots in range(1, max(most.values()) + 1))
+    return [_rate(run, metric, of_first) for of_first in first]
+
+
+def _by_category(run: GradedRun, metric: MetricConfig) -> dict[str, Rate]:
+    """The rate of each category of question; none where the prompts have no categories."""
+    found: dict[str, list[Verdict]] = {}
+    for verdict in run.graded[metric.judge].verdicts:
+        prompt = run.prompts[verdict.prompt_id]
+        if prompt.category is not None and prompt.set in metric.cases:
+            found.setdefault(prompt.category, []).append(verdict)
+    return {category: _rate(run, metric, found[category]) for category in sorted(found)}
 
 
 def _read_verdicts(file: Path, judge: str, keys: Collection[tuple[str, int]]) -> list[Verdict]:
@@ -61,20 +164,6 @@ def _read_verdicts(file: Path, judge: str, keys: Collection[tuple[str, int]]) ->
     if missing or len(graded) != len(keys) or any(verdict.judge != judge for verdict in graded):
         raise RequestError(f"{file}: does not grade each of this run's answers once ({missing} missing); run `vlm-unlearn judge run` again")
     return graded
-
-
-def metric_rate(prompts: Mapping[str, Prompt], graded: Sequence[Verdict], metric: MetricConfig, told: Collection[Label]) -> Rate:
-    """One metric's rate, out of one judge's verdicts; one that counts a label which the judge never gives has no value.
-
-    Args:
-        told: the labels that the judge can tell.
-    """
-    of_metric = [verdict for verdict in graded if prompts[verdict.prompt_id].set in metric.cases]
-    if metric.score is not None:
-        return score_rate(prompts, of_metric, metric.score == "one_minus_mean", metric.failures)
-    if not set(metric.labels) <= set(told):
-        return rate([], [])
-    return label_rate(prompts, of_metric, metric.labels, metric.group, metric.failures)
 
 
 def _by_case(prompts: Mapping[str, Prompt], graded: Sequence[Verdict]) -> dict[str, list[Verdict]]:

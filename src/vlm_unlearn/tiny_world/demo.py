@@ -10,8 +10,9 @@ from vlm_unlearn.config import MetricConfig, Recipe, Suite, load
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
+from vlm_unlearn.evaluation.comparing import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
-from vlm_unlearn.records import Row, Summary
+from vlm_unlearn.records import Summary
 from vlm_unlearn.store import open_run, write_json
 from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
 from vlm_unlearn.tiny_world.world import write_world
@@ -51,7 +52,8 @@ FULL_ROWS = (
 
 
 def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Summary:
-    """Makes the world, trains the base and every row, asks all of them the same questions; writes ``summary.json``.
+    """Makes the world, trains the base and every row, asks all of them the same questions; writes ``summary.json``,
+    with every row compared to the base.
 
     `out` gets ``world/``, ``data/``, ``runs/<row>/`` and ``evaluations/<row>/``. Called again after a kill it goes on.
 
@@ -66,7 +68,7 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
     write_world(world, seed)
     _training_sets(world, out / "data", full)
     base = base_model(BaseConfig(seed=seed), lambda step, steps, loss: progress("base", step, steps, f"loss {loss:.3f}"))
-    rows = [_evaluate("base", base, out, world, ["safe", "harmless"], progress)]
+    runs = {"base": _evaluate("base", base, out, world, ["safe", "harmless"], progress)}
     for demo_row in FULL_ROWS if full else ROWS:
         recipe = _recipe(demo_row, base, out, seed)
         name = recipe_name(recipe)
@@ -74,8 +76,8 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
         def on_step(step: int, steps: int, parts: Mapping[str, float], name: str = name) -> None:
             progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
 
-        rows.append(_evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress))
-    summary = Summary(rows=rows)
+        runs[name] = _evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
+    summary, _ = compare_runs(runs)  # of the kinds of question whose utility both count
     write_json(out / "summary.json", summary.model_dump())
     return summary
 
@@ -123,8 +125,10 @@ def _prefer_refusals(folder: Path) -> None:
     write_training_set(folder, whole.images, examples, {"format": "safe_eraser", "preferred": "refusals"}, whole.refusals)
 
 
-def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Row:
+def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:
     suite = load(Suite, Path("suites/tiny"), values={"model": str(model), "root": str(world)})
     metrics = {**suite.metrics, "utility": MetricConfig(cases=utility, labels=["complied"])}
     suite = suite.model_copy(update={"metrics": metrics})
-    return evaluate_run(suite, out / "evaluations" / name, name, lambda stage, done, total: progress(f"{name}: {stage}", done, total, ""))
+    folder = out / "evaluations" / name
+    evaluate_run(suite, folder, name, lambda stage, done, total: progress(f"{name}: {stage}", done, total, ""))
+    return folder

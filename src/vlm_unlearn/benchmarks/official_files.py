@@ -1,0 +1,104 @@
+"""Reading official files: whatever is not as it should be is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vlm_unlearn.benchmarks.base import NoAnswersError
+from vlm_unlearn.data.formats.fields import RawRecord
+from vlm_unlearn.errors import RequestError, shown
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+def record(file: Path, what: str, id: object, value: object) -> RawRecord:
+    """An entry whose fields name the file and the entry when they are not as they should be."""
+    return RawRecord(value, partial(_place, file, what, id))
+
+
+def _place(file: Path, what: str, id: object) -> str:
+    return f"{file}: {what} {shown(id)}"
+
+
+def texts(value: object, where: str, name: str) -> list[str]:
+    """A list of texts that a tokenizer can read.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    if not isinstance(value, list):
+        raise RequestError(f'{where}: "{name}" must be a list of texts')
+    return [RawRecord({name: item}, lambda: where).text(name, empty=True) for item in value]
+
+
+def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
+    """A list of objects that all have `keys`.
+
+    Raises:
+        RequestError: it is something else; the entry and the key are named.
+    """
+    if not isinstance(value, list) or not value:
+        raise RequestError(f"{where}: expected a list of objects")
+    for number, entry in enumerate(value):
+        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise RequestError(f'{where}: entry {number} has no "{missing[0]}"')
+    return value
+
+
+def with_answers(listed: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
+    """Looks that entries have answers at all.
+
+    Raises:
+        NoAnswersError: none of them has.
+    """
+    if not any(key in entry for entry in listed):
+        raise no_answers(file)
+
+
+def no_answers(file: Path) -> NoAnswersError:
+    """What to say of a file of questions only."""
+    return NoAnswersError(
+        f"{file}: has no answers; they are not public: `benchmark run` writes predictions, which the official server scores"
+    )
+
+
+def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
+    """The annotators' answers, given as texts or as objects with ``answer``.
+
+    Raises:
+        RequestError: there are none, or they are something else.
+    """
+    answers: Iterable[Any] = entry["answers"] if isinstance(entry["answers"], list) else ()
+    found = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    if not found or not all(isinstance(answer, str) for answer in found):
+        raise RequestError(f'{where}: "answers" must be a list of texts')
+    return [str(answer) for answer in found]
+
+
+def commonest(answers: Sequence[str]) -> str:
+    """What most annotators say; of several, what the first of them says."""
+    return max(answers, key=list(answers).count)
+
+
+def annotated_questions(value: Any, annotations: Path, key: str) -> dict[str, Any]:
+    """Question id -> ``answers``, ``image`` and ``type``, from ``{key: [{"question_id", "image_id", "answers", ...}]}``.
+
+    Raises:
+        NoAnswersError: no question has answers.
+        RequestError: the value is something else.
+    """
+    if not isinstance(value, dict) or key not in value:
+        raise RequestError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
+    return {
+        str(entry["question_id"]): {
+            "answers": ten_answers(entry, f"{annotations}: question {entry['question_id']}"),
+            "image": str(entry.get("image_id", entry["question_id"])),
+            "type": str(entry.get("answer_type", "")),
+        }
+        for entry in entries(value[key], str(annotations), "question_id", "answers")
+    }

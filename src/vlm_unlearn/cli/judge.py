@@ -1,0 +1,165 @@
+"""``vlm-unlearn judge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json
+
+judge_app = typer.Typer(help="Grades answers.", no_args_is_help=True, rich_markup_mode=None)
+RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
+
+
+@judge_app.command("run")
+def judge_run_command(
+    run: Path = RUN,
+    overrides: list[str] = typer.Argument(
+        None, metavar="[key=value ...]", help="One judge's keys, such as name=keyword; without any, all judges of the run's suite."
+    ),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Grades a run's answers, by its suite's judges or by another; answers are not generated again.
+
+    Verdicts that are there are kept, those that failed are tried again, and a judge whose rubric or model has changed grades anew.
+
+    Examples:
+
+      vlm-unlearn judge run evaluations/npo name=keyword paper=true
+
+      vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE
+    """
+    from vlm_unlearn.config import JudgeConfig, override, validate
+    from vlm_unlearn.evaluation.generating import saved_suite
+    from vlm_unlearn.evaluation.grading import cases_of, judge_cost, judge_run, suite_judges
+
+    suite = saved_suite(run)
+    done = []
+    with Stages() as bars:
+        if overrides:
+            named = any(text.partition("=")[0].strip() == "name" for text in overrides)
+            config = validate(JudgeConfig, override({} if named else suite.judge.model_dump(), overrides), "judge")
+            done.append((config, judge_run(run, config, bars.update)))
+        else:
+            for called, config in suite_judges(suite).items():
+                done.append((config, judge_run(run, config, bars.update, cases_of(suite, called))))
+    costs = [judge_cost(file, config) for config, file in done]
+    if as_json:
+        print_json([cost.model_dump() for cost in costs])
+        return
+    for cost, (_, file) in zip(costs, done, strict=True):
+        typer.echo(f"{file}: {cost.words()}")
+
+
+@judge_app.command("keyword")
+def judge_keyword(
+    answers: Path = typer.Argument(..., metavar="ANSWERS.json", help="A JSON object, id -> answer."),
+    paper: bool = typer.Option(False, "--paper", help="VLGuard's string match exactly as published."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Counts refusals in a file of answers by keywords.
+
+    Example:
+
+      vlm-unlearn judge keyword answers.json --json
+    """
+    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.judging.keyword import corrected_refusal, published_refusal
+    from vlm_unlearn.metrics.rates import rate
+    from vlm_unlearn.store import read_json
+
+    found = read_json(answers)
+    if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
+        raise RequestError(f"{answers}: expected a non-empty object, id -> answer text")
+    refusal = published_refusal if paper else corrected_refusal
+    hits = [refusal(text) is not None for text in found.values()]
+    share = rate(hits, list(found))
+    result = {"n": len(hits), "refused": sum(hits), "rate": share.value, "low": share.low, "high": share.high}
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(f"{result['refused']} of {result['n']} refused: {100 * (share.value or 0):.1f} %")
+
+
+@judge_app.command("rubrics")
+def rubrics(as_json: bool = JSON_OPTION) -> None:
+    """Lists the rubrics that a language-model judge can go by; a file of your own is named by its path.
+
+    Example:
+
+      vlm-unlearn judge rubrics
+    """
+    from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
+
+    loaded = [load_rubric(name) for name in shipped_rubrics()]
+    if as_json:
+        print_json(
+            [
+                {"name": one.name, "version": one.head.version, "source": one.head.source, "labels": list(one.labels), "digest": one.digest}
+                for one in loaded
+            ]
+        )
+        return
+    for one in loaded:
+        typer.echo(f"{one.name:<14}v{one.head.version}  {'labels' if one.labels else 'score'}  {one.head.source}")
+
+
+@judge_app.command("agreement")
+def agreement_command(
+    run: Path = RUN,
+    judge: list[str] = typer.Option([], "--judge", help="A judge that has graded the run; may be given again; default: all."),
+    human: Path = typer.Option(None, "--human", help="A CSV with the columns prompt_id, label and, if needed, sample."),
+    positive: str = typer.Option("complied", "--positive", help="The label that is looked for."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Says how far judges agree with people's labels, or with the first judge: kappa, true positive and negative rate.
+
+    Example:
+
+      vlm-unlearn judge agreement evaluations/npo --human labels.csv
+    """
+    from vlm_unlearn.evaluation.agreement import agreement
+
+    found = agreement(run, judge, human, positive)
+    if as_json:
+        print_json([one.model_dump() for one in found])
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlm_unlearn.records import Rate
+
+    def cell(rate: Rate | None) -> str:
+        if rate is None or rate.value is None or rate.low is None or rate.high is None:
+            return "–"
+        return f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
+
+    table = Table("judge", "against", "n", "failed", "kappa", f"kappa {positive}", "true positives", "true negatives", box=box.SIMPLE_HEAVY)
+    for one in found:
+        kappa = one.kappa_positive
+        rates = (one.kappa, kappa, one.true_positive_rate, one.true_negative_rate)
+        table.add_row(one.judge, one.reference, str(kappa.n), str(kappa.failed), *map(cell, rates))
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)
+
+
+@judge_app.command("sheet")
+def sheet(
+    run: Path = RUN,
+    out: Path = typer.Argument(..., metavar="OUT.csv", help="The file to write."),
+    count: int = typer.Option(100, "--count", min=1, help="Answers to draw."),
+    seed: int = typer.Option(0, "--seed", help="Of the draw."),
+) -> None:
+    """Writes a CSV of answers for people to label, drawn over all cases; `judge agreement --human` reads it.
+
+    Example:
+
+      vlm-unlearn judge sheet evaluations/npo labels.csv --count 200
+    """
+    from vlm_unlearn.evaluation.agreement import write_sheet
+    from vlm_unlearn.records import LABELS
+
+    drawn = write_sheet(run, out, count, seed)
+    typer.echo(f"{drawn} answers in {out}; fill the column label with {', '.join(LABELS)}")

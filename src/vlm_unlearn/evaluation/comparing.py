@@ -1,0 +1,105 @@
+"""Compares finished runs prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from vlm_unlearn.config import MetricConfig
+from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.scoring import GradedRun, metric_outcomes, read_graded, run_row
+from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
+from vlm_unlearn.metrics.rates import Outcomes
+from vlm_unlearn.records import Comparison, Row, Summary
+
+Pairs = tuple[str, str, Difference, int]  # model, metric, difference, unpaired
+
+
+def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
+    """Each run against the first, in every metric that the two share, over the prompts that both were asked.
+
+    A metric over other cases in the two suites is compared over the cases of both.
+
+    Args:
+        runs: evaluation folder of each model, the base first.
+
+    Returns:
+        Rows and comparisons, and what was not compared, with the reason.
+
+    Raises:
+        RequestError: a run is not finished or not graded, or has no prompt or metric in common with the base, or another judge.
+    """
+    names = list(runs)
+    base = read_graded(runs[names[0]], saved_suite(runs[names[0]]))
+    rows: list[Row] = [run_row(base, names[0])]
+    found: list[Pairs] = []
+    left_out: list[str] = []
+    for name in names[1:]:
+        run = read_graded(runs[name], saved_suite(runs[name]))
+        rows.append(run_row(run, name))
+        where = f"{runs[names[0]]} and {runs[name]}"
+        if not any(base.prompts.get(id) == prompt for id, prompt in run.prompts.items()):
+            raise RequestError(f"{where}: were asked no prompt in common; compare runs of the same suite on the same data")
+        before = len(found)
+        for metric in base.suite.metrics:
+            if metric not in run.suite.metrics:
+                continue
+            compared = _compared(base, run, metric, where)
+            if isinstance(compared, str):
+                left_out.append(f"{name}, {metric}: {compared}")
+            else:
+                found.append((name, metric, *compared))
+        if len(found) == before:
+            raise RequestError(f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1]))
+    return Summary(rows=rows, comparisons=list(_adjusted(found, names[0]))), left_out
+
+
+def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple[Difference, int] | str:
+    """The difference in one metric and how many outcomes have no partner, or why there is none."""
+    first, second = base.suite.metrics[metric], run.suite.metrics[metric]
+    if first.model_dump(exclude={"cases"}) != second.model_dump(exclude={"cases"}):
+        return "the two suites count it differently"
+    judges = base.graded[first.judge], run.graded[first.judge]
+    if judges[0].identity != judges[1].identity:
+        different = " and ".join(dict.fromkeys(f"judge-{judge.judge}.json" for judge in judges))
+        raise RequestError(
+            f"{where}: {shown(metric)} was graded by two judges ({different} differ); grade both with one by `vlm-unlearn judge run`"
+        )
+    both = first.model_copy(update={"cases": [case for case in first.cases if case in second.cases]})
+    shared = {verdict.key for verdict in judges[0].verdicts if run.prompts.get(verdict.prompt_id) == base.prompts[verdict.prompt_id]}
+    shared &= {verdict.key for verdict in judges[1].verdicts}
+    old, new = _outcomes(base, both, shared), _outcomes(run, both, shared)
+    pairs = [key for key in old.values if key in new.values]
+    if not pairs:
+        return "no answer in common has a verdict in both"
+    known = _outcomes(base, both).values.keys() | _outcomes(run, both).values.keys()
+    difference = paired_difference(
+        [old.values[key] for key in pairs], [new.values[key] for key in pairs], [old.clusters[key] for key in pairs]
+    )
+    return difference, len(known) - len(pairs)
+
+
+def _outcomes(run: GradedRun, metric: MetricConfig, among: set[tuple[str, int]] | None = None) -> Outcomes:
+    graded = run.graded[metric.judge]
+    verdicts = graded.verdicts if among is None else [verdict for verdict in graded.verdicts if verdict.key in among]
+    return metric_outcomes(run.prompts, verdicts, metric, graded.labels)
+
+
+def _adjusted(found: list[Pairs], base: str) -> Iterator[Comparison]:
+    """With p-values that allow for all of them being looked at."""
+    adjusted = holm([difference.p for _, _, difference, _ in found])
+    for (model, metric, difference, unpaired), p_adjusted in zip(found, adjusted, strict=True):
+        yield Comparison(
+            model=model,
+            base=base,
+            metric=metric,
+            difference=difference.value,
+            low=difference.low,
+            high=difference.high,
+            p=difference.p,
+            p_adjusted=p_adjusted,
+            test=difference.test,
+            n=difference.n,
+            unpaired=unpaired,
+        )
