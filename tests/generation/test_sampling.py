@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.config import GenerationConfig, Suite, load
 from vlm_unlearn.generation.base import Question, answer_seed, ask
 from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
 from vlm_unlearn.generation.hf import answer, answers, batches
@@ -137,3 +137,10 @@ def test_every_answer_has_a_seed_of_its_own() -> None:
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert answer_seed(0, Question(one, 1)) == answer_seed(0, Question(one, 1, Path("elsewhere.png")))
+
+
+def test_the_suite_in_the_docs_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    (tmp_path / "suite.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    suite = load(Suite, tmp_path / "suite.yaml", ["model=m"])
+    assert (suite.cases[0].samples, suite.generation.temperature) == (3, 1.0)

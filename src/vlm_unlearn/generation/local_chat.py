@@ -11,6 +11,7 @@ import torch
 from vlm_unlearn.data.batching import Processor, Turn, encode, move
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.generation.chat import Ask, OnReply, Reply
+from vlm_unlearn.generation.decoding import plain_settings
 from vlm_unlearn.models.loading import device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.store import package_versions
 
@@ -51,7 +52,8 @@ class LocalChat:
                     yield from self._replies(model, processor, [ask])
             return
         inputs = move(inputs, model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        with plain_settings(model):
+            output = model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for ask, text in zip(batch, texts, strict=True):
             yield Reply(ask.id, text.strip() or None, None if text.strip() else "empty answer")
