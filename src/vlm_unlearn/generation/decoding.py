@@ -31,7 +31,7 @@ def plain_settings(model: Any) -> Iterator[None]:
         owner.generation_config = own
 
 
-class SeededSampling(LogitsProcessor):  # type: ignore[misc]
+class SeededSampling(LogitsProcessor):
     """Draws each row's next token from its softmax, with a random stream of the row's own.
 
     It adds Gumbel noise to the scores; the largest of the sums is then an exact draw (Gumbel 1954; Maddison et al. 2014, arXiv
