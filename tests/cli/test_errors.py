@@ -123,7 +123,7 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         ("model without weights", "no weights (*.safetensors)"),
         ("no model", "no such folder"),
         ("no recipe", "gone.yaml: No such file"),
-        ("suite without its files", "test.json: no such file"),
+        ("suite without its files", "world.json: no such file"),
         ("evaluate a model without weights", "no weights (*.safetensors)"),
         ("judge an empty folder", "suite.json: no such file"),
     ],

@@ -48,5 +48,14 @@ def test_changes_failures_published_counting_and_batching() -> None:
     assert "1 of 20 answers that were also asked in batches of one came out different" in notes
 
 
+def test_one_models_metrics_stand_below_each_other() -> None:
+    row = Row(
+        model="[bold]m", metrics={"asr": share(20, 40), "my own": share(3, 4, failed=2)}, paper={"asr": share(10, 40), "other": share(1, 4)}
+    )
+    lines = [" ".join(line.split()) for line in printed(Summary(rows=[row]))]
+    assert lines[0] == "[bold]m rate 95 % interval n failed published"
+    assert lines[2:5] == ["ASR 50.0 % 35.2, 64.8 40 25.0 %", "my own 75.0 % 30.1, 95.4 4 2", "other – 25.0 %"]
+
+
 def test_a_bare_row_needs_no_notes() -> None:
-    assert len(printed(Summary(rows=[Row(model="base", metrics={"asr": share(20, 40)})]))) == 4  # heading, rule, rate, interval
+    assert len(printed(Summary(rows=[Row(model="base", metrics={"asr": share(20, 40)})]))) == 3  # heading, rule, metric

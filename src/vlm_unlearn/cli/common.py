@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlm_unlearn.errors import Problems
-    from vlm_unlearn.records import Summary
+    from vlm_unlearn.records import Comparison, Row, Summary
+    from vlm_unlearn.reporting.columns import Column
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
 
@@ -108,34 +109,62 @@ class Stages:
 
 
 def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Table:
-    """The summary as a table: rates in percent, 95 % intervals and changes below; what each model took to train; notes under it."""
+    """The summary as a table: rates in percent, 95 % intervals and changes below; what each model took to train; notes under it.
+
+    One model's metrics stand below each other, several models' beside each other.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    from vlm_unlearn.reporting.html import COLUMNS
-    from vlm_unlearn.reporting.words import change, notes, percent, published, reach
+    from vlm_unlearn.reporting.columns import columns
+    from vlm_unlearn.reporting.words import notes
 
-    used = [(metric, heading) for metric, heading, _ in COLUMNS if any(metric in row.metrics for row in summary.rows)]
-    caption = "\n".join(escape(note) for note in notes(summary, [metric for metric, _ in used]))
+    used = columns(summary.rows)
+    caption = "\n".join(escape(note) for note in notes(summary, [metric for metric, _, _ in used]))
     table = Table(box=box.SIMPLE_HEAVY, show_lines=False, caption=caption or None, caption_justify="left", caption_style="")
+    if len(summary.rows) == 1:
+        _metric_lines(table, summary.rows[0], used)
+        return table
     table.add_column("model", no_wrap=True)
-    for _, heading in used:
+    for _, heading, _ in used:
         table.add_column(heading, justify="right")
     if costs:
         table.add_column("training", justify="right")
     compared = {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons}
     for row in summary.rows:
-        cells = []
-        for metric, _ in used:
-            rate, paper = row.metrics.get(metric), published(row, metric)
-            lines = [percent(rate), f"[dim]{reach(rate).strip('[]')}[/dim]", change(compared.get((row.model, metric)))]
-            lines += [f"published {percent(paper)}" if paper else "", f"{rate.failed} failed" if rate is not None and rate.failed else ""]
-            cells.append("\n".join(line for line in lines if line))
+        cells = [_cell(row, metric, compared.get((row.model, metric))) for metric, _, _ in used]
         if costs:
             cells.append(costs.get(row.model, "–"))
         table.add_row(escape(row.model), *cells)
     return table
+
+
+def _cell(row: Row, metric: str, comparison: Comparison | None) -> str:
+    from vlm_unlearn.reporting.words import change, percent, published, reach
+
+    rate, paper = row.metrics.get(metric), published(row, metric)
+    lines = [percent(rate), f"[dim]{reach(rate).strip('[]')}[/dim]", change(comparison)]
+    lines += [f"published {percent(paper)}" if paper else "", f"{rate.failed} failed" if rate is not None and rate.failed else ""]
+    return "\n".join(line for line in lines if line)
+
+
+def _metric_lines(table: Table, row: Row, used: Sequence[Column]) -> None:
+    from rich.markup import escape
+
+    from vlm_unlearn.reporting.words import percent, reach
+
+    table.add_column(escape(row.model), no_wrap=True)
+    for heading in ("rate", "95 % interval", "n", "failed"):
+        table.add_column(heading, justify="right")
+    if row.paper:
+        table.add_column("published", justify="right")
+    own = [(metric, metric, "") for metric in row.paper if metric not in row.metrics]
+    for metric, heading, _ in [*used, *own]:
+        rate = row.metrics.get(metric)
+        counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}" if rate.failed else "")
+        paper = [percent(row.paper[metric]) if metric in row.paper else ""] if row.paper else []
+        table.add_row(escape(heading), percent(rate), reach(rate).strip("[]"), *counts, *paper)
 
 
 @contextmanager

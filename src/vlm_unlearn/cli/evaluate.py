@@ -52,7 +52,7 @@ def evaluate(
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.generating import remarks
-        from vlm_unlearn.evaluation.grading import unmeasured
+        from vlm_unlearn.evaluation.grading import judge_remarks
         from vlm_unlearn.evaluation.runner import evaluate_run
         from vlm_unlearn.records import Summary
         from vlm_unlearn.reporting.html import write_report
@@ -60,12 +60,9 @@ def evaluate(
         quiet_libraries()
     with Stages() as bars:
         row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
-    for remark in remarks(out):
+    for remark in [*remarks(out), *judge_remarks(out, suite)]:
         typer.echo(remark, err=True)
     write_report(out / "report.html", Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
-    left_out = unmeasured(suite)
-    if left_out:
-        status_console().print(f"not measured, for want of judge.model: {', '.join(left_out)}", markup=False, highlight=False)
     _show(row, as_json, f"Report: {out / 'report.html'}")
 
 

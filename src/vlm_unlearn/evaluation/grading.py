@@ -137,3 +137,15 @@ def judge_cost(file: Path, config: JudgeConfig) -> Cost:
     priced = config.input_price or config.output_price
     cost = (read * config.input_price + written * config.output_price) / 1e6 if priced else None
     return Cost(judge=judge, verdicts=verdicts, failed=failed, asked=asked, tokens_read=read, tokens_written=written, cost=cost)
+
+
+def judge_remarks(folder: Path, suite: Suite) -> list[str]:
+    """What is to be said of a run's judging: what language models took, what failed, and what nobody was there to judge."""
+    told = []
+    for config in suite_judges(suite).values():
+        file = folder / f"verdicts-{build_judge(config).name}.jsonl"
+        cost = judge_cost(file, config) if file.exists() else None
+        if cost is not None and (cost.tokens_read or cost.failed):
+            told.append(f"judge {cost.judge}: {cost.words()}" + ("; `vlm-unlearn judge run` tries them again" if cost.failed else ""))
+    left_out = unmeasured(suite)
+    return [*told, f"not measured, for want of a language model (judge.model=...): {', '.join(left_out)}"] if left_out else told

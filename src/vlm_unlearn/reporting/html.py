@@ -16,23 +16,12 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from vlm_unlearn.records import Summary
+from vlm_unlearn.reporting.columns import columns
 from vlm_unlearn.reporting.curves import loss_figure
 from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars, shot_curves
 from vlm_unlearn.reporting.samples import Sample, collect_samples
 from vlm_unlearn.reporting.words import change, edge, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import read_json, write_text
-
-# Metric, heading, what it says; the first five are where a good model is low, the others where it is high.
-COLUMNS = (
-    ("asr", "ASR", "unsafe questions answered with the harm"),
-    ("asr_attacked", "ASR attacked", 'the same after the 3-shot "What" attack'),
-    ("refusal_rate", "Refusals", "harmless questions refused"),
-    ("refusal_rate_attacked", "Refusals attacked", 'the same once they begin with "Share"'),
-    ("sarr", "SARR", "unsafe question on a benign image not answered normally"),
-    ("degenerate_rate", "Degenerate", "answers that are no sentence, over all prompts"),
-    ("utility", "Utility", "harmless questions answered right, of the kinds that the row's paper retains"),
-    ("utility_attacked", "Utility attacked", 'harmless questions that begin with "Share" answered right'),
-)
 
 
 def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: str, training: Mapping[str, Path] | None = None) -> None:
@@ -48,7 +37,7 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
     script = (template_files / "report.js").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((template_files / "report.html.j2").read_text(encoding="utf-8"))
-    used = [column for column in COLUMNS if any(column[0] in row.metrics for row in summary.rows)]
+    used = columns(summary.rows)
     figures = _figures(summary)
     curves = loss_figure(training)
     if curves:

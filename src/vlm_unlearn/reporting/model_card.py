@@ -13,7 +13,7 @@ from vlm_unlearn.config import Recipe, validate
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.records import Row, Summary
-from vlm_unlearn.reporting.html import COLUMNS
+from vlm_unlearn.reporting.columns import columns
 from vlm_unlearn.reporting.words import interval, percent
 from vlm_unlearn.store import read_json, read_manifest
 
@@ -125,7 +125,7 @@ def _rows(folder: Path) -> list[Row]:
 
 
 def _measured(rows: Sequence[Row]) -> list[str]:
-    used = [(metric, heading, what) for metric, heading, what in COLUMNS if any(metric in row.metrics for row in rows)]
+    used = columns(rows)
     lines = [
         "| model | judge | " + " | ".join(heading for _, heading, _ in used) + " |",
         "|---|---|" + "---:|" * len(used),

@@ -56,8 +56,8 @@ def collect_samples(runs: Mapping[str, Path], per_case: int = 4) -> list[Sample]
 
 def _answers(model: str, folder: Path) -> dict[str, Answer]:
     """Answers with the labels that the run's own judge gave, those that its rates are made of."""
-    judge = build_judge(saved_suite(folder).judge).name
-    labels = {verdict.key: verdict.label or "failed" for verdict in read_records(folder / f"verdicts-{judge}.jsonl", Verdict)}
+    file = folder / f"verdicts-{build_judge(saved_suite(folder).judge).name}.jsonl"
+    labels = {verdict.key: verdict.label or "failed" for verdict in read_records(file, Verdict)} if file.exists() else {}
     return {
         response.prompt_id: Answer(model, (response.text or response.error or "")[:SHOWN_CHARACTERS], labels.get(response.key, "failed"))
         for response in read_records(folder / "responses.jsonl", Response)

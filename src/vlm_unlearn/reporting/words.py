@@ -101,9 +101,11 @@ def _mirage(rows: dict[str, Row]) -> str:
     broken = _value(tuned, "asr_attacked") - _value(tuned, "asr") >= MIRAGE
     prudent = _value(tuned, "refusal_rate_attacked") - _value(tuned, "refusal_rate") >= MIRAGE
     kind = "a mirage" if broken and prudent else "partly a mirage" if broken or prudent else "no mirage here"
+    control = tuned.metrics.get("asr_control")
+    beside = f" ({percent(control)} under paraphrases that begin with neither trigger)" if control is not None else ""
     first = (
         f"Safety fine-tuning is {kind}: asked as in training it answers {percent(tuned.metrics['asr'])} of the unsafe questions, but "
-        f'{percent(tuned.metrics["asr_attacked"])} once they begin with "What", and it refuses '
+        f'{percent(tuned.metrics["asr_attacked"])} once they begin with "What"{beside}, and it refuses '
         f'{percent(tuned.metrics["refusal_rate_attacked"])} of harmless questions that begin with "Share"'
     )
     others = ", ".join(

@@ -1,0 +1,56 @@
+"""What the tables show: which metrics, in which order, under which headings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlm_unlearn.records import Row
+
+Column = tuple[str, str, str]  # metric, heading, what it says
+
+KNOWN: tuple[Column, ...] = (
+    ("asr", "ASR", "unsafe questions answered with the harm"),
+    ("asr_attacked", "ASR attacked", 'the same after the 3-shot "What" attack'),
+    (
+        "asr_control",
+        "ASR control",
+        "the same after three paraphrases that begin with neither trigger: what the attack does beyond it is its own",
+    ),
+    ("refusal_rate", "Refusals", "harmless questions refused"),
+    ("refusal_rate_attacked", "Refusals attacked", 'the same once they begin with "Share"'),
+    ("refusal_rate_control", "Refusals control", "the same after a paraphrase that begins with neither trigger"),
+    ("efficacy_asr", "Efficacy ASR", "unsafe questions of the training file answered with the harm"),
+    ("efficacy_rr", "Efficacy RR", "answers to them that refuse"),
+    ("generality_asr", "Generality ASR", "unsafe questions of the validation file answered with the harm"),
+    ("generality_rr", "Generality RR", "answers to them that refuse"),
+    ("sarr", "SARR", "unsafe question on a benign image not answered normally"),
+    ("degenerate_rate", "Degenerate", "answers that are no sentence, over all prompts"),
+    ("utility", "Utility", "harmless questions answered right, of the kinds that the row's paper retains"),
+    ("utility_attacked", "Utility attacked", 'harmless questions that begin with "Share" answered right'),
+    ("rouge_l", "ROUGE-L", "harmless answers against their reference"),
+    ("answer_score", "Answer score", "a judge's score of the same, 0 to 1"),
+    *(
+        (name, heading, f"{heading}'s own score")
+        for name, heading in (
+            ("gqa", "GQA"),
+            ("vizwiz", "VizWiz"),
+            ("scienceqa", "ScienceQA"),
+            ("vqav2", "VQAv2"),
+            ("textvqa", "TextVQA"),
+            ("pope", "POPE"),
+            ("mmvet", "MM-Vet"),
+            ("mmbench", "MMBench"),
+        )
+    ),
+    ("specificity", "Specificity", "the mean of seven utility benchmarks"),
+)
+# What the demo's `utility` is put together from.
+PARTS = ("utility_vlguard", "utility_safe_eraser")
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The metrics that any row has: known ones first, then a suite's own under their names."""
+    measured = dict.fromkeys(metric for row in rows for metric in row.metrics)
+    known = [column for column in KNOWN if column[0] in measured]
+    own = set(measured) - {metric for metric, _, _ in KNOWN} - set(PARTS)
+    return known + [(metric, metric, "as the suite defines it") for metric in measured if metric in own]
