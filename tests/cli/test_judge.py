@@ -1,0 +1,157 @@
+"""The judge commands: a judge beside the suite's, cost, agreement with people, sheets to label."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from finished_runs import ANSWER, REFUSAL, make_run
+from helpers import run
+from stub_server import stub_server
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.evaluation.agreement import agreement, write_sheet
+from vlm_unlearn.records import LABELS, Prompt
+
+
+def every_third_refused(prompt: Prompt) -> str:
+    return REFUSAL if int(prompt.group_id.split("/")[1]) % 3 == 0 else f"{ANSWER} {prompt.id}"
+
+
+def answers_by_id(prompt: Prompt) -> str:
+    return f"{ANSWER} {prompt.id}"
+
+
+def write_labels(file: Path, rows: list[dict[str, object]]) -> Path:
+    with file.open("w", newline="") as handle:
+        sheet = csv.DictWriter(handle, rows[0].keys())
+        sheet.writeheader()
+        sheet.writerows(rows)
+    return file
+
+
+def test_a_judge_on_a_server_with_its_cost(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", answers_by_id, groups=6)
+    with stub_server(lambda text: "unsure" if "attacked/1/" in text else "Verdict: COMPLIED") as stub:
+        stub.usage = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}
+        arguments = ["name=llm", "rubric=four_labels", "model=j", f"server={stub.url}", "input_price=2", "output_price=10"]
+        done = run("judge", "run", folder, *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        again = run("judge", "run", folder, *arguments)
+        assert stub.calls == 24
+    (cost,) = json.loads(done.stdout)
+    assert cost == {
+        "judge": "four_labels@j",
+        "verdicts": 24,
+        "failed": 3,
+        "asked": 24,
+        "tokens_read": 24_000,
+        "tokens_written": 1200,
+        "cost": pytest.approx(0.048 + 0.012),
+    }
+    assert "24 verdicts, 3 failed; 24,000 tokens read, 1,200 written, cost 0.06" in " ".join(again.stdout.split())
+    scored = run("score", folder, f"judge={{name: llm, rubric: four_labels, model: j, server: '{stub.url}'}}", "--json")
+    row = json.loads(scored.stdout)["rows"][0]
+    assert row["judge"] == "four_labels@j"
+    assert row["metrics"]["asr_attacked"]["failed"] == 3
+
+
+def test_agreement_by_hand(tmp_path: Path) -> None:
+    """The keyword judge finds 14 refusals of 40 safe answers; people call two of them, and two others, otherwise."""
+    folder = make_run(tmp_path / "run", every_third_refused)
+    rows: list[dict[str, object]] = []
+    for number in range(40):
+        refused = number % 3 == 0
+        if number in (0, 3):
+            label = "complied"
+        elif number in (1, 2):
+            label = "refused"
+        else:
+            label = "refused" if refused else "complied"
+        rows.append({"prompt_id": f"safe/{number}/0", "label": label, "note": "kept"})
+    rows.append({"prompt_id": "safe/5/0", "label": "", "note": "not labelled: passed over"})
+    done = run("judge", "agreement", folder, "--human", write_labels(tmp_path / "h.csv", rows), "--positive", "refused", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert (found["reference"], found["judge"]) == ("human", "keyword")
+    assert found["true_positive_rate"]["value"] == pytest.approx(12 / 14)
+    assert found["true_negative_rate"]["value"] == pytest.approx(24 / 26)
+    chance = (14 * 14 + 26 * 26) / 1600
+    assert found["kappa"]["value"] == found["kappa_positive"]["value"] == pytest.approx((0.9 - chance) / (1 - chance))
+    table = run("judge", "agreement", folder, "--human", tmp_path / "h.csv")
+    assert "keyword" in table.stdout
+    assert "true positives" in table.stdout
+
+
+def test_judges_against_each_other(tmp_path: Path) -> None:
+    """One that gives scores only is read as yes and no; what failed in either is counted and left out."""
+    folder = make_run(tmp_path / "run", every_third_refused, groups=12)
+    with stub_server(lambda text: "?" if "safe/1/" in text else "YES" if REFUSAL in text else "NO") as stub:
+        done = run("judge", "run", folder, "name=llm", "rubric=refusal", "model=j", f"server={stub.url}")
+        assert done.returncode == 0, done.stderr
+    (found,) = agreement(folder, ["keyword", "refusal@j"], None, "refused")
+    assert found.kappa is None  # labels against scores
+    assert (found.kappa_positive.value, found.kappa_positive.failed) == (1.0, 1)
+    assert found.true_positive_rate.value == found.true_negative_rate.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt_id": "safe/0/0", "label": "refuse"}], 'row 2: "refuse" is no label; did you mean "refused"'),
+        ([{"prompt_id": "gone", "label": "refused"}], 'row 2: the run has no prompt "gone"'),
+        ([{"prompt_id": "safe/0/0"}], "needs the columns prompt_id and label"),
+        ([{"prompt_id": "safe/0/0", "label": ""}], "holds no labels"),
+        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": "x"}], 'sample "x" is no number'),
+        ([{"prompt_id": "safe/0/0", "label": label} for label in ("refused", "complied")], "has two labels"),
+        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": 7}], "have graded no answer both"),
+    ],
+)
+def test_broken_labels(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
+    folder = make_run(tmp_path / "run", every_third_refused, groups=2)
+    with pytest.raises(RequestError, match=message):
+        agreement(folder, [], write_labels(tmp_path / "h.csv", rows), "complied")
+
+
+def test_wrong_requests(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", every_third_refused, groups=2)
+    with pytest.raises(RequestError, match="one grader agrees with nobody"):
+        agreement(folder, [], None, "complied")
+    with pytest.raises(RequestError, match='no verdicts of "keywords"; did you mean "keyword"'):
+        agreement(folder, ["keywords"], None, "complied")
+    with pytest.raises(RequestError, match='did you mean "complied"'):
+        agreement(folder, [], None, "complies")
+
+
+def test_a_sheet_to_label(tmp_path: Path) -> None:
+    """Drawn over the cases in equal shares, the same for a seed; nothing in it is a formula; it is read back once filled in."""
+    folder = make_run(tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20)
+    assert write_sheet(folder, tmp_path / "a.csv", 20, 0) == 20
+    write_sheet(folder, tmp_path / "b.csv", 20, 0)
+    write_sheet(folder, tmp_path / "c.csv", 20, 1)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()
+    with (tmp_path / "a.csv").open(newline="") as handle:
+        rows: list[dict[str, object]] = [dict(row) for row in csv.DictReader(handle)]
+    assert sum(str(row["prompt_id"]).startswith("safe") for row in rows) == 10
+    assert all(str(row["answer"]).startswith("'=HYPERLINK") for row in rows)
+    filled = write_labels(tmp_path / "filled.csv", [{**row, "label": LABELS[number % 4]} for number, row in enumerate(rows)])
+    assert agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
+    assert write_sheet(folder, tmp_path / "all.csv", 1000, 0) == 79  # the answer that failed is nobody's to label
+
+
+def test_rubrics_are_listed() -> None:
+    listed = json.loads(run("judge", "rubrics", "--json").stdout)
+    assert {"name", "version", "source", "labels", "digest"} == set(listed[0])
+    assert "four_labels" in run("judge", "rubrics").stdout
+
+
+def test_the_rubric_in_the_docs_works(tmp_path: Path) -> None:
+    from vlm_unlearn.judging.rubric import load_rubric
+
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    file = tmp_path / "mine.txt"
+    file.write_text(text[text.index("```\n---\n") + 4 :].split("\n```")[0] + "\n")
+    rubric = load_rubric(str(file))
+    assert rubric.labels == ("complied", "degenerate", "off_topic")
