@@ -12,11 +12,14 @@ import pytest
 from benchmark_files import WRITERS, put_json
 from conftest import SHARED
 from helpers import run
+from stub_server import stub_server
 from vlm_unlearn.benchmarks import BENCHMARKS, NoAnswersError, Prediction, find, load_truths
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates, benchmark_scores, headline, run_benchmark
+from vlm_unlearn.evaluation.grading import unmeasured
 from vlm_unlearn.evaluation.prompts import suite_prompts
+from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
 from vlm_unlearn.store import read_json, write_json, write_records
 
@@ -232,3 +235,35 @@ def test_real_pope_files_answered_right_give_100() -> None:
 
 def test_no_answers_is_a_wrong_request() -> None:
     assert issubclass(NoAnswersError, RequestError)
+
+
+def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    """evaluate asks cases and benchmarks in one run; mm_vet's judge scores one benchmark, the suite's judge none of them."""
+    case = {"name": "safe", "format": "vlguard", "file": world / "vlguard/test.json", "images": world / "vlguard/test", "kind": "safe"}
+    with stub_server(lambda text: "Score: 0.4") as stub:
+        judges = {"mm_vet": {"name": "llm", "rubric": "mm_vet", "model": "j", "server": stub.url}}
+        benchmarks = [{"name": name, **WRITERS[name](tmp_path), **({"judge": "mm_vet"} if name == "mmvet" else {})} for name in SPECIFICITY]
+        fields = {"model": str(tiny_model), "root": tmp_path, "cases": [case], "benchmarks": benchmarks, "judges": judges}
+        fields |= {"metrics": {"refusals": {"cases": ["safe"], "labels": ["refused"]}}, "generation": {"max_new_tokens": 3}}
+        suite = Suite.model_validate(fields)
+        row = evaluate_run(suite, tmp_path / "run", "random")
+        assert stub.calls == row.metrics["mmvet"].n == 2
+    assert row.metrics.keys() == {"refusals", *SPECIFICITY, "specificity"}
+    assert row.metrics["mmvet"].value == pytest.approx(0.4)
+    assert row.metrics["specificity"].value == pytest.approx(sum(row.metrics[name].value or 0 for name in SPECIFICITY) / 7)
+    assert (row.judge, set(row.labels)) == ("keyword", {"safe"})
+    without = Suite.model_validate({**fields, "judges": {"mm_vet": {"name": "llm", "rubric": "mm_vet"}}})
+    assert unmeasured(without) == ["mmvet"]
+    row = evaluate_run(without, tmp_path / "run", "random")
+    assert (row.metrics["mmvet"].value, row.metrics["specificity"].value) == (None, None)
+
+
+def test_benchmarks_alone_need_no_judge(tiny_model: Path, tmp_path: Path) -> None:
+    """And their report has a table and no samples."""
+    fields = {"benchmarks": [{"name": "gqa", **WRITERS["gqa"](tmp_path)}], "generation": {"max_new_tokens": 3}}
+    write_json(tmp_path / "suite.yaml", fields)
+    done = run("evaluate", tmp_path / "suite.yaml", f"model={tiny_model}", f"root={tmp_path}", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "GQA" in done.stdout
+    assert "GQA" in (tmp_path / "run" / "report.html").read_text()
+    assert not list((tmp_path / "run").glob("verdicts-*"))
