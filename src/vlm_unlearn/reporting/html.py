@@ -78,8 +78,9 @@ def training_cost(training: Path) -> str:
 
 def _figures(summary: Summary) -> dict[str, Figure]:
     rows = summary.rows
-    attack = [("asr", "as asked", "before"), ("asr_attacked", 'after 3-shot "What"', "after")]
+    attack = [("asr", "as asked", "before"), ("asr_attacked", 'after 3-shot "What"', "after"), ("asr_control", "control", "control")]
     prudence = [("refusal_rate", "as asked", "before"), ("refusal_rate_attacked", 'after 1-shot "Share"', "after")]
+    prudence.append(("refusal_rate_control", "control", "control"))
     figures = {
         "asr": rate_bars(rows, attack, "Attack success rate on unsafe questions"),
         "refusals": rate_bars(rows, prudence, "Refusal rate on harmless questions"),

@@ -11,6 +11,7 @@ from vlm_unlearn.records import LABELS, Rate, Row
 COLOURS = {
     "before": "#0072B2",
     "after": "#D55E00",
+    "control": "#009E73",
     "complied": "#0072B2",
     "refused": "#E69F00",
     "degenerate": "#CC79A7",
@@ -30,7 +31,8 @@ def rate_bars(rows: Sequence[Row], metrics: Sequence[tuple[str, str, str]], titl
         measured = [(row.model, row.metrics[metric]) for row in rows if metric in row.metrics and row.metrics[metric].value is not None]
         rates = [rate for _, rate in measured]
         x = [model for model, _ in measured]
-        traces.append({"type": "bar", "name": name, "x": x, "marker": {"color": COLOURS[colour]}, **_with_intervals(rates)})
+        if measured:
+            traces.append({"type": "bar", "name": name, "x": x, "marker": {"color": COLOURS[colour]}, **_with_intervals(rates)})
     return {"data": traces, "layout": layout(title) | {"barmode": "group"}}
 
 
