@@ -17,6 +17,7 @@ from vlm_unlearn.benchmarks import BENCHMARKS, NoAnswersError, Prediction, find,
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates, benchmark_scores, headline, run_benchmark
+from vlm_unlearn.evaluation.comparing import compare_runs
 from vlm_unlearn.evaluation.grading import unmeasured
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
@@ -256,6 +257,27 @@ def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, 
     assert unmeasured(without) == ["mmvet"]
     row = evaluate_run(without, tmp_path / "run", "random")
     assert (row.metrics["mmvet"].value, row.metrics["specificity"].value) == (None, None)
+
+
+def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path: Path) -> None:
+    """The second model answers all of POPE right; the first, a random one, none. Two models alike differ by nothing."""
+    suite = suite_of(tmp_path, "pope", "gqa", model=str(tiny_model))
+    runs = {name: tmp_path / name for name in ("random", "right", "alike")}
+    for name, folder in runs.items():
+        evaluate_run(suite, folder, name)
+        if name == "right":
+            prompts = suite_prompts(suite)
+            write_records(folder / "responses.jsonl", answered(prompts))
+    summary, left_out = compare_runs(runs)
+    found = {(one.model, one.metric): one for one in summary.comparisons}
+    assert not left_out
+    assert (found["right", "pope"].difference, found["right", "pope"].n) == (1.0, 8)
+    assert found["alike", "pope"].difference == 0.0
+    assert found["alike", "gqa"].p == 1.0
+    fewer = suite_of(tmp_path, "pope", "gqa", model=str(tiny_model), limit=1)
+    evaluate_run(fewer, tmp_path / "fewer", "fewer")
+    with pytest.raises(RequestError, match="were asked other questions of it"):
+        compare_runs({"random": runs["random"], "fewer": tmp_path / "fewer"})
 
 
 def test_benchmarks_alone_need_no_judge(tiny_model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.data.json_stream import write_lines
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.generating import OnDone, generate_run, read_answers
-from vlm_unlearn.metrics.rates import mean_of_rates, mean_ratio, rate
+from vlm_unlearn.metrics.rates import Outcomes, mean_of_rates, mean_ratio, rate
 from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary
 from vlm_unlearn.store import write_json
 
@@ -45,6 +45,14 @@ def benchmark_rates(
     if set(SPECIFICITY) <= set(rates):
         rates["specificity"] = mean_of_rates([rates[name] for name in SPECIFICITY])
     return rates
+
+
+def benchmark_outcomes(
+    config: BenchmarkConfig, prompts: Mapping[str, Prompt], responses: Iterable[Response], judged: Mapping[str, float | None]
+) -> Outcomes:
+    """How each question of one benchmark counted; arguments and errors as in `benchmark_rates`, and NoAnswersError."""
+    scores = benchmark_scores(config, predictions_of(config.name, prompts, responses, judged))
+    return Outcomes({one.id: one.value for one in scores.questions}, {one.id: one.cluster for one in scores.questions}, scores.missing)
 
 
 def predictions_of(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlm_unlearn.config import MetricConfig
+from vlm_unlearn.benchmarks import NoAnswersError
+from vlm_unlearn.config import BenchmarkConfig, MetricConfig
 from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.evaluation.scoring import GradedRun, metric_outcomes, read_graded, run_row
 from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
@@ -50,6 +52,12 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
                 left_out.append(f"{name}, {metric}: {compared}")
             else:
                 found.append((name, metric, *compared))
+        for benchmark in base.suite.benchmarks:
+            scored = _compared_benchmark(base, run, benchmark)
+            if isinstance(scored, str):
+                left_out.append(f"{name}, {benchmark.name}: {scored}")
+            elif scored is not None:
+                found.append((name, benchmark.name, *scored))
         if len(found) == before:
             raise RequestError(f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1]))
     return Summary(rows=rows, comparisons=list(_adjusted(found, names[0]))), left_out
@@ -77,13 +85,36 @@ def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple
     shared = {verdict.key for verdict in judges[0].verdicts if run.prompts.get(verdict.prompt_id) == base.prompts[verdict.prompt_id]}
     shared &= {verdict.key for verdict in judges[1].verdicts}
     old, new = _outcomes(base, both, shared), _outcomes(run, both, shared)
+    known = _outcomes(base, both).values.keys() | _outcomes(run, both).values.keys()
+    return _difference(old, new, len(known))
+
+
+def _compared_benchmark(base: GradedRun, run: GradedRun, config: BenchmarkConfig) -> tuple[Difference, int] | str | None:
+    """The difference in a benchmark's mean score (of POPE the accuracy), question by question; None where the run doesn't have it."""
+    other = next((benchmark for benchmark in run.suite.benchmarks if benchmark.name == config.name), None)
+    if other is None:
+        return None
+    asked, other_asked = ({id: one for id, one in of.prompts.items() if one.set == config.name} for of in (base, run))
+    if asked != other_asked:
+        return "the two runs were asked other questions of it"
+    if config.official != other.official:
+        return "one of the two is counted as official, the other isn't"
+    try:
+        old, new = (
+            benchmark_outcomes(of_run, read.prompts, read.responses, read.judged()) for of_run, read in ((config, base), (other, run))
+        )
+    except NoAnswersError:
+        return "its answers are not public"
+    return _difference(old, new, len(old.values.keys() | new.values.keys()))
+
+
+def _difference(old: Outcomes, new: Outcomes, known: int) -> tuple[Difference, int] | str:
+    """The paired difference, and how many of `known` outcomes have no partner."""
     pairs = [key for key in old.values if key in new.values]
     if not pairs:
         return "no answer in common has a verdict in both"
-    known = _outcomes(base, both).values.keys() | _outcomes(run, both).values.keys()
     before, after = [old.values[key] for key in pairs], [new.values[key] for key in pairs]
-    difference = paired_difference(before, after, [old.clusters[key] for key in pairs])
-    return difference, len(known) - len(pairs)
+    return paired_difference(before, after, [old.clusters[key] for key in pairs]), known - len(pairs)
 
 
 def _outcomes(run: GradedRun, metric: MetricConfig, among: set[tuple[str, int]] | None = None) -> Outcomes:

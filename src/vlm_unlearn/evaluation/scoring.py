@@ -41,6 +41,11 @@ class GradedRun:
         """Those whose judge has graded the run."""
         return {name: metric for name, metric in metrics.items() if metric.judge in self.graded}
 
+    def judged(self) -> dict[str, float | None]:
+        """A judge's score by prompt id, of the benchmarks that a judge scores."""
+        judges = {benchmark.judge for benchmark in self.suite.benchmarks if benchmark.judge in self.graded}
+        return {verdict.prompt_id: verdict.score for judge in judges for verdict in self.graded[judge].verdicts}
+
 
 def score_run(folder: Path, suite: Suite, name: str) -> Row:
     """Derives the rates from a run's verdicts; writes summary.json with one row and returns the row.
@@ -90,7 +95,7 @@ def run_row(run: GradedRun, name: str) -> Row:
     return Row(
         model=name,
         judge=own.judge if own else "",
-        metrics=rates(run.suite.metrics) | _benchmark_rates(run),
+        metrics=rates(run.suite.metrics) | benchmark_rates(run.suite, run.prompts, run.responses, run.judged()),
         paper=rates(run.suite.paper_metrics) if run.suite.paper else {},
         labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, own.verdicts if own else []).items()},
         categories={metric: found for metric, found in categories.items() if found},
@@ -116,12 +121,6 @@ def metric_outcomes(prompts: Mapping[str, Prompt], graded: Iterable[Verdict], me
     if not set(metric.labels) <= set(told):
         return Outcomes({}, {})
     return label_outcomes(prompts, of_metric, metric.labels, metric.group, metric.failures)
-
-
-def _benchmark_rates(run: GradedRun) -> dict[str, Rate]:
-    judges = {benchmark.judge for benchmark in run.suite.benchmarks if benchmark.judge in run.graded}
-    judged = {verdict.prompt_id: verdict.score for judge in judges for verdict in run.graded[judge].verdicts}
-    return benchmark_rates(run.suite, run.prompts, run.responses, judged)
 
 
 def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> Rate:
