@@ -120,6 +120,30 @@ def test_a_refused_key_ends_it_at_once(status: str) -> None:
     assert SECRET not in str(error.value)
 
 
+def test_a_server_that_calls_all_wrong_is_given_up_on_with_its_reason() -> None:
+    with stub_server(lambda text: text) as stub:
+        stub.faults = lambda call: "400"
+        with pytest.raises(
+            RequestError, match=r"refused 8 questions in a row .*fault, your key is Bearer \*\*\*.*max_completion_tokens"
+        ) as error:
+            ask_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)
+        assert SECRET not in str(error.value)
+        stub.faults = lambda call: "400" if call % 2 else ""
+        replies, _ = ask_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)  # some are wrong: the others are answered
+    assert sum(reply.text is None for reply in replies.values()) == 30
+
+
+def test_what_a_server_wants_is_added_or_left_out(tmp_path: Path) -> None:
+    request = {"max_tokens": None, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}}
+    cache = ReplyCache(tmp_path / "c.sqlite")
+    with stub_server(lambda text: text) as stub:
+        ask_all(OpenAIChat(stub.url, "m"), ASKS[:1], cache)
+        assert ask_all(OpenAIChat(stub.url, "m", request=request), ASKS[:1], cache)[1] == 1  # another request, another reply
+    before, after = stub.bodies
+    assert (before["max_tokens"], "max_tokens" in after) == (256, False)
+    assert (after["max_completion_tokens"], after["chat_template_kwargs"]) == (9, {"enable_thinking": False})
+
+
 def test_no_server_is_given_up_on() -> None:
     """Not after hours of retries for every question."""
     with pytest.raises(WorkError, match="8 questions in a row were not answered"):

@@ -117,11 +117,20 @@ def test_a_kill_loses_no_more_than_a_second(stub: Stub, world: Path, tmp_path: P
 
 
 def test_batching_is_checked_with_nothing_beside(stub: Stub, world: Path, tmp_path: Path) -> None:
-    stub.answer = lambda text: "alone" if stub.at_once == 1 else "beside others"
+    at_once: list[int] = []
+
+    def answer(text: str) -> str:
+        if stub.calls <= 12:
+            return "beside others"
+        at_once.append(stub.at_once)
+        return "alone"
+
+    stub.answer = answer
     gate = threading.Barrier(12)
     stub.faults = lambda call: (gate.wait(), "")[1] if call <= 12 else ""  # the run's questions are all under way at once
     generate_run(suite(stub, world), tmp_path / "run", verify_batching=5)
     assert json.loads((tmp_path / "run" / "batching.json").read_text()) == {"checked": 5, "flipped": 5}
+    assert at_once == [1] * 5
     assert stub.calls == 17
 
 
@@ -129,7 +138,9 @@ def test_the_command_says_what_failed(stub: Stub, world: Path, tmp_path: Path) -
     stub.faults = lambda call: "400" if call == 1 else ""
     done = run("generate", "suites/tiny", *keys(stub, world, 1), "--out", tmp_path / "run", "--verify-batching", 3)
     assert done.returncode == 0
-    assert '1 of 12 answers failed, the first: "HTTP 400"; the same command asks them again' in done.stderr
+    assert (
+        '1 of 12 answers failed, the first: "HTTP 400: "fault, your key is Bearer none""; the same command asks them again' in done.stderr
+    )
     assert "batching changes 0 of 3 answers" in done.stderr
 
 

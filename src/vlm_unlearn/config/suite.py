@@ -63,6 +63,7 @@ class JudgeConfig(Strict):
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # llm: questions under way at once on a server
     timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0  # llm: seconds for one try
     retries: Annotated[int, Field(ge=0, le=100)] = 4  # llm: tries after the first
+    request: dict[str, Any] = {}  # llm on a server: keys to add to what is sent, or with null to leave out
     batch_size: Positive = 8  # llm without a server
     input_price: Annotated[float, Field(ge=0)] = 0.0  # llm: of a million tokens asked, in your currency, for the cost
     output_price: Annotated[float, Field(ge=0)] = 0.0  # llm: of a million tokens replied
@@ -113,6 +114,7 @@ class GenerationConfig(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of sampling; every answer has a stream of its own
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # openai: questions under way at once
     timeout: Annotated[float, Field(gt=0, le=3600)] = 300.0  # openai: seconds for one try
+    request: dict[str, Any] = {}  # openai: keys to add to what is sent, or with null to leave out
 
     @model_validator(mode="after")
     def _server(self) -> GenerationConfig:
@@ -210,7 +212,7 @@ class Suite(Strict):
         first = self.judge
         if first.name != "llm":
             return self
-        shared = ("model", "server", "concurrency", "timeout", "retries", "batch_size", "input_price", "output_price")
+        shared = ("model", "server", "concurrency", "timeout", "retries", "request", "batch_size", "input_price", "output_price")
         for name, judge in self.judges.items():
             if judge.name == "llm" and judge.model is None:
                 taken = {field: getattr(first, field) for field in shared if field not in judge.model_fields_set}

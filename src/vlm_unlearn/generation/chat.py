@@ -162,6 +162,8 @@ class OpenAIChat:
         timeout: seconds for one try.
         temperature: 0 is greedy; above, each question is sampled with its own `Ask.seed`, as far as the server heeds it.
         verbatim: a cut or an empty text is a reply too, as it is of a model under test.
+        request: keys of the request's body to add or put in another's place, or with None to leave out: servers differ in what they
+            take (OpenAI's reasoning models want ``max_completion_tokens``, vLLM's ``chat_template_kwargs``).
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class OpenAIChat:
         temperature: float = 0.0,
         top_p: float = 1.0,
         verbatim: bool = False,
+        request: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             address = urlsplit(base_url)
@@ -194,17 +197,22 @@ class OpenAIChat:
         # Nothing but these where nothing is sampled: servers refuse or misread what they don't know.
         self._sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 0}
         self._verbatim = verbatim
+        self._request = dict(request or {})
         self._unreached = 0  # questions in a row for which no server was there
+        self._refused = 0  # questions in a row that the server called wrong
         self._key = os.environ.get(KEY_VARIABLE, "")
 
     def identity(self) -> Mapping[str, object]:
-        return {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
+        told = {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
+        return {**told, "request": self._request} if self._request else told
 
     def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
         """Asks, at most `concurrency` at once; memory doesn't grow with the number of questions.
 
         Raises:
-            RequestError: the server refuses the key or doesn't know the model; no later question could fare better.
+            RequestError: the server refuses the key, doesn't know the model, or calls one question after the other wrong; no later
+                one could fare better.
+            WorkError: no server is there.
         """
         asyncio.run(self._run(iter(asks), on_reply))
 
@@ -218,10 +226,7 @@ class OpenAIChat:
             async def work() -> None:
                 for ask in asks:  # shared: each worker takes the next
                     reply = await self._reply(client, ask)
-                    if self._unreached >= max(self._concurrency, GIVE_UP):
-                        raise WorkError(
-                            f"{self._base_url}: {self._unreached} questions in a row were not answered ({reply.error}); is the server up?"
-                        )
+                    self._give_up(reply)
                     on_reply(reply)
 
             workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
@@ -230,6 +235,17 @@ class OpenAIChat:
             finally:
                 for worker in workers:
                     worker.cancel()
+
+    def _give_up(self, reply: Reply) -> None:
+        """Ends it all where no later question could fare better."""
+        enough = max(self._concurrency, GIVE_UP)
+        if self._unreached >= enough:
+            raise WorkError(f"{self._base_url}: {self._unreached} questions in a row were not answered ({reply.error}); is the server up?")
+        if self._refused >= enough:
+            raise RequestError(
+                f"{self._base_url}: refused {self._refused} questions in a row ({reply.error}); `request` adds keys to what is sent, "
+                "or leaves them out, as request={max_tokens: null, max_completion_tokens: 512}"
+            )
 
     async def _reply(self, client: AsyncOpenAI, ask: Ask) -> Reply:
         content: list[Any] = [{"type": "text", "text": ask.text}]
@@ -259,6 +275,7 @@ class OpenAIChat:
         body |= self._sampling
         if ask.seed is not None and self._sampling["temperature"]:
             body["seed"] = ask.seed
+        body = {key: value for key, value in {**body, **self._request}.items() if value is not None}
         try:
             # Not `chat.completions.create`, whose checks of the body take longer than the call does on a server nearby.
             answer = await client.post("/chat/completions", cast_to=object, body=body)
@@ -268,19 +285,28 @@ class OpenAIChat:
                 f"address, the model's name and {KEY_VARIABLE}"
             ) from None
         except openai.APIStatusError as error:
-            return Reply(ask.id, None, f"HTTP {error.status_code}")
+            self._unreached = 0
+            self._refused += error.status_code in (400, 422)
+            return Reply(ask.id, None, f"HTTP {error.status_code}{self._told(error.body)}")
         except openai.APIConnectionError as error:  # cut, refused or timed out, after all retries
             self._unreached += 1
             return Reply(ask.id, None, type(error).__name__)
         except Exception as error:  # an answer that is no JSON, or JSON of another shape
-            self._unreached = 0
+            self._unreached = self._refused = 0
             raise _NoAnswerError(type(error).__name__) from None
-        self._unreached = 0
+        self._unreached = self._refused = 0
         choice = _first_choice(answer)
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
         reason = choice.get("finish_reason")  # some servers leave it out
         return self._judged(ask, text, reason if isinstance(reason, str) else None, _tokens(answer))
+
+    def _told(self, body: object) -> str:
+        """What the server says is wrong, without the key, which some servers say back."""
+        found = body.get("message") if isinstance(body, dict) else None
+        if not isinstance(found, str) or not found.strip():
+            return ""
+        return f": {shown(found.replace(self._key, '***') if self._key else found, 200)}"
 
     def _judged(self, ask: Ask, text: object, finish_reason: str | None, tokens: tuple[int, int] | None) -> Reply:
         """A text that came, as the reply that it is."""

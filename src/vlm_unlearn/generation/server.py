@@ -30,7 +30,7 @@ class ServerBackend:
         self._chat(1)
 
     def identity(self) -> Mapping[str, object]:
-        decided = ("backend", "max_new_tokens", "temperature", "top_p", "seed")
+        decided = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request")
         # No digest can be had of what a server runs: a folder is only as good as the word of who started it.
         model = {"server": self._config.server, "name": self._model, "weights": "unknown"}
         return {"model": model, "generation": self._config.model_dump(include=set(decided))}
@@ -46,6 +46,7 @@ class ServerBackend:
             temperature=config.temperature,
             top_p=config.top_p,
             verbatim=True,
+            request=config.request,
         )
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:

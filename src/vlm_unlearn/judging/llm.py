@@ -67,7 +67,13 @@ class LLMJudge(Judge):
             config = self._config
             if config.server:
                 self._chat = OpenAIChat(
-                    config.server, str(config.model), config.max_tokens, config.concurrency, config.timeout, config.retries
+                    config.server,
+                    str(config.model),
+                    config.max_tokens,
+                    config.concurrency,
+                    config.timeout,
+                    config.retries,
+                    request=config.request,
                 )
             else:
                 from vlm_unlearn.generation.local_chat import LocalChat

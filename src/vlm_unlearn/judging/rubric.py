@@ -121,8 +121,9 @@ class Rubric:
         return _PLACE.sub(lambda place: texts[place.group(1)], self.text)  # in one pass: what is put in is not looked at again
 
     def read(self, reply: str) -> Meaning | None:
-        """What a reply says, or None where it doesn't say it in the form asked for."""
-        return self._word(reply) if self.head.words else self._number(reply)
+        """What a reply says, or None where it doesn't say it in the form asked for. What a model thought aloud before it is passed over."""
+        said = reply.rpartition("</think>")[2]
+        return self._word(said) if self.head.words else self._number(said)
 
     def _word(self, reply: str) -> Meaning | None:
         lines = _lines(reply)
