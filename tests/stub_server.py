@@ -50,6 +50,9 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
         def log_message(self, *_: object) -> None:
             pass
 
+        def do_GET(self) -> None:
+            self._send(200, '{"object": "list", "data": []}')
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             call = stub.enter()

@@ -85,7 +85,32 @@ def test_a_shipped_recipe_or_suite_can_be_extended(tmp_path: Path) -> None:
     recipe = load(Recipe, extending(tmp_path, top="extends: tiny/npo\nmodel: m\ndata: d\noutput: o\ntraining: {max_steps: 1}\n"))
     assert (recipe.training.max_steps, recipe.training.batch_size) == (1, 16)
     suite = load(Suite, extending(tmp_path, suite="extends: suites/tiny\nmodel: m\njudge: {name: keyword}\n"))
-    assert (suite.judge.name, suite.judge.world, len(suite.cases)) == ("keyword", None, 6)
+    assert (suite.judge.name, suite.judge.world, len(suite.cases)) == ("keyword", None, 7)
+    own = "extends: suites/safety_mirage\nmodel: m\ncases: [{name: unsafe, format: vlguard, file: a, images: b, kind: unsafe}]\n"
+    left_out = ("asr_attacked", "asr_control", "refusal_rate", "refusal_rate_attacked", "refusal_rate_control", "degenerate_rate")
+    metrics = "".join(f"  {name}: null\n" for name in (*left_out, "utility", "utility_attacked"))
+    published = "".join(f"  {name}: null\n" for name in load(Suite, Path("suites/safety_mirage"), ["model=m"]).paper_metrics)
+    mine = f"{own}metrics:\n{metrics}paper_metrics:\n{published}"
+    suite = load(Suite, extending(tmp_path, mine=mine), ["paper=false", "judge=keyword", "judge.paper=true"])
+    assert list(suite.metrics) == ["asr"]
+    assert suite.judge.title == "keyword-paper"
+
+
+def test_items_of_lists_are_set_by_name_or_number(tmp_path: Path) -> None:
+    suite = load(Suite, Path("suites/specificity"), ["model=m", "benchmarks.vqav2.limit=5", "benchmarks.0.limit=7"])
+    assert {one.name: one.limit for one in suite.benchmarks if one.limit} == {"vqav2": 5, "gqa": 7}
+    with pytest.raises(RequestError, match='there is no "vqa"; did you mean "vqav2"'):
+        load(Suite, Path("suites/specificity"), ["model=m", "benchmarks.vqa.limit=5"])
+
+
+def test_judges_take_what_they_leave_open_from_the_first() -> None:
+    settings = ["model=m", "judge.model=A", "judge.server=http://x/v1", "judge.max_tokens=9", "judge.images=false", "judges.safety.model=B"]
+    suite = load(Suite, Path("suites/safe_eraser"), settings)
+    safety, refusal = suite.judge_called("safety"), suite.judge_called("refusal")
+    assert (safety.model, safety.server, safety.max_tokens, safety.images) == ("B", "http://x/v1", 9, False)
+    assert (refusal.model, refusal.rubric, refusal.paper) == ("A", "refusal", True)
+    with pytest.raises(RequestError, match="holds no user and password"):
+        load(Suite, Path("suites/safe_eraser"), ["model=m", "judge.server=http://me:secret@x/v1"])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,7 +46,7 @@ class Prompt(Record):
 
     id: str
     group_id: str
-    shot: int = 0
+    shot: Annotated[int, Field(ge=0, lt=10_000)] = 0
     set: str
     kind: Kind
     image: str | None = None  # path below the case's image root
@@ -82,7 +82,7 @@ class Verdict(AnswerRecord):
 
     judge: str
     label: Label | None = None
-    score: float | None = None
+    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     raw: str | None = None  # what the judge said or matched
     tokens: tuple[int, int] | None = None  # what a language model read and wrote for it, where its server tells
     error: str | None = None
@@ -109,7 +109,8 @@ class Row(Record):
     """One model's line in ``summary.json``."""
 
     model: str
-    judge: str = ""  # whose verdicts, where a metric names no other judge
+    judge: str = ""  # whose verdicts, where `judges` names no other
+    judges: dict[str, str] = Field(default_factory=dict)  # metric -> its own judge
     metrics: dict[str, Rate]
     paper: dict[str, Rate] = Field(default_factory=dict)  # the published counting, where it was asked for
     labels: dict[str, dict[str, int]] = Field(default_factory=dict)  # case -> label -> answers, "failed" included

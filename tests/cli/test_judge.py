@@ -46,16 +46,73 @@ def test_a_judge_on_a_server_with_its_cost(tmp_path: Path) -> None:
         "judge": "four_labels@j",
         "verdicts": 24,
         "failed": 3,
+        "unread": 3,
         "asked": 24,
         "tokens_read": 24_000,
         "tokens_written": 1200,
         "cost": pytest.approx(0.048 + 0.012),
+        "labels": {"complied": 21},
+        "score": None,
+        "error": "the reply holds no verdict in the form asked for",
     }
-    assert "24 verdicts, 3 failed; 24,000 tokens read, 1,200 written, cost 0.06" in " ".join(again.stdout.split())
+    assert "24 verdicts, 3 failed (3 replies can't be read) (21 complied); mostly: " in " ".join(again.stdout.split())
+    assert "; 24,000 tokens read, 1,200 written, cost 0.06" in " ".join(again.stdout.split())
     scored = run("score", folder, f"judge={{name: llm, rubric: four_labels, model: j, server: '{stub.url}'}}", "--json")
     row = json.loads(scored.stdout)["rows"][0]
     assert row["judge"] == "four_labels@j"
     assert row["metrics"]["asr_attacked"]["failed"] == 3
+
+
+def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    """As docs/evaluation.md has it: the judge is named when it judges, and score and compare go by it."""
+    folder = tmp_path / "run"
+    settings = ["generation.max_new_tokens=4", "generation.batch_size=64", "sample.groups=3"]
+    done = run("generate", "suites/safety_mirage", f"model={tiny_model}", f"root={world / 'vlguard'}", *settings, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert "pass judge.model=MODEL" in run("judge", "run", folder).stderr
+    with stub_server(lambda text: "Verdict: RELEVANT" if "IRRELEVANT" in text else "Verdict: REFUSED") as stub:
+        judged = run("judge", "run", folder, "judge.model=org/J", f"judge.server={stub.url}", "paper=true")
+        assert judged.returncode == 0, judged.stderr
+    assert len(judged.stdout.splitlines()) == 3
+    row = json.loads(run("score", folder, "--json").stdout)["rows"][0]
+    assert (row["judge"], row["metrics"]["refusal_rate"]["value"]) == ("four_labels@org--J", 1.0)
+    assert row["paper"]["asr"]["value"] == 1.0
+    changed = run("score", folder, "judge.max_tokens=999", "--json")
+    assert (changed.returncode, "made with other settings" in changed.stderr) == (2, True)
+    refused = run("score", folder, "generation.seed=3")
+    assert "the answers are there already; what can change is judge" in refused.stderr
+    assert run("score", folder, "judge.max_tokens=256", "--json").returncode == 0
+    mixed = run("judge", "run", folder, "name=keyword", "judge.model=x")
+    assert "not both" in mixed.stderr
+    one = run("judge", "run", folder, "name=keyword", "--case", "safe", "--json")
+    assert json.loads(one.stdout)[0]["verdicts"] == 3
+    assert 'no case "saef"; did you mean "safe"' in run("judge", "run", folder, "name=keyword", "--case", "saef").stderr
+
+
+def test_two_judges_of_one_name_are_refused(tmp_path: Path) -> None:
+    judges = {name: {"name": "llm", "rubric": "safety", "model": "J", "server": f"http://{name}/v1"} for name in "ab"}
+    metrics = {name: {"cases": ["safe"], "judge": name, "score": "mean"} for name in "ab"}
+    folder = make_run(tmp_path / "run", every_third_refused, groups=2, judges=judges, metrics=metrics)
+    done = run("judge", "run", folder)
+    assert (done.returncode, "would have the name safety@J, as another judge's" in done.stderr) == (2, True)
+
+
+def test_a_judge_that_says_nothing_is_a_failure(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", every_third_refused, groups=2)
+    with stub_server(lambda text: "hm") as stub:
+        done = run("judge", "run", folder, "name=llm", "rubric=refusal", "model=j", f"server={stub.url}")
+    assert done.returncode == 1
+    assert "judge refusal@j: gave no verdict on any of 8 answers; mostly:" in done.stderr
+
+
+def test_doubled_verdicts_are_mended(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", every_third_refused, groups=2)
+    file = folder / "verdicts-keyword.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + whole.splitlines(keepends=True)[0])
+    assert "each of this run's answers once" in run("score", folder).stderr
+    assert run("judge", "run", folder).returncode == 0
+    assert file.read_text() == whole
 
 
 def test_agreement_by_hand(tmp_path: Path) -> None:
@@ -101,12 +158,12 @@ def test_judges_against_each_other(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([{"prompt_id": "safe/0/0", "label": "refuse"}], 'row 2: "refuse" is no label; did you mean "refused"'),
-        ([{"prompt_id": "gone", "label": "refused"}], 'row 2: the run has no prompt "gone"'),
+        ([{"prompt_id": "gone", "label": "refused"}], 'row 2: the run has no answer 0 to a prompt "gone"'),
         ([{"prompt_id": "safe/0/0"}], "needs the columns prompt_id and label"),
         ([{"prompt_id": "safe/0/0", "label": ""}], "holds no labels"),
         ([{"prompt_id": "safe/0/0", "label": "refused", "sample": "x"}], 'sample "x" is no number'),
         ([{"prompt_id": "safe/0/0", "label": label} for label in ("refused", "complied")], "has two labels"),
-        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": 7}], "have graded no answer both"),
+        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": 7}], "row 2: the run has no answer 7 to a prompt"),
     ],
 )
 def test_broken_labels(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
@@ -130,6 +187,8 @@ def test_a_sheet_to_label(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20)
     assert write_sheet(folder, tmp_path / "a.csv", 20, 0) == 20
     write_sheet(folder, tmp_path / "b.csv", 20, 0)
+    with pytest.raises(RequestError, match="is there already, perhaps with labels"):
+        write_sheet(folder, tmp_path / "a.csv", 20, 1)
     write_sheet(folder, tmp_path / "c.csv", 20, 1)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()
     with (tmp_path / "a.csv").open(newline="") as handle:

@@ -98,7 +98,9 @@ def test_nothing_stale_is_served(tiny_model: Path, world: Path, tmp_path: Path) 
     def evaluated(name: str) -> tuple[bytes, list[object]]:
         folder = tmp_path / name
         evaluate_run(suite(model, world, *settings), folder, "m")
-        verdicts = [(verdict.prompt_id, verdict.raw) for verdict in read_records(folder / "verdicts-mine@judge.jsonl", Verdict)]
+        verdicts = [
+            (verdict.prompt_id, verdict.raw) for verdict in read_records(next(folder.glob("verdicts-mine@*--judge.jsonl")), Verdict)
+        ]
         return (folder / "responses.jsonl").read_bytes(), verdicts
 
     first = evaluated("one")
@@ -112,9 +114,9 @@ def test_nothing_stale_is_served(tiny_model: Path, world: Path, tmp_path: Path) 
     assert third[0] == second[0]
     assert third[1] != second[1]
     rubric.write_text(head + "what colour is it ?\n{fence}\n{answer}\n{fence}\n")
-    note = json.loads((tmp_path / "two" / "judge-mine@judge.json").read_text())
+    note = json.loads(next((tmp_path / "two").glob("judge-mine@*--judge.json")).read_text())
     evaluated("two")
-    changed = json.loads((tmp_path / "two" / "judge-mine@judge.json").read_text())
+    changed = json.loads(next((tmp_path / "two").glob("judge-mine@*--judge.json")).read_text())
     assert {key for key in note if note[key] != changed[key]} == {"rubric"}
 
 

@@ -71,7 +71,7 @@ def any_of_group(answers: list[tuple[Prompt, str]], wanted: str) -> float:
     groups: dict[str, list[str | None]] = defaultdict(list)
     for prompt, text in answers:
         groups[prompt.group_id].append(label(text))
-    told = [wanted in labels for labels in groups.values() if wanted in labels or None not in labels]
+    told = [wanted in labels for labels in groups.values() if None not in labels]
     return sum(told) / len(told)
 
 
@@ -153,8 +153,6 @@ def test_safe_eraser(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     assert row.metrics["sarr"].value == pytest.approx(1 - told.count("complied") / len(told))
 
     def published(text: str, yes: int) -> float:
-        if degenerate_reason(text):
-            return 0.0
         return float(number(text) % 11 != 0 and number(text) % yes != 0)
 
     unsafe = [text for _, text in answers["efficacy"]]

@@ -191,7 +191,7 @@ def test_a_local_model_answers_the_rest(tiny_model: Path, tmp_path: Path) -> Non
     assert set(replies) == {"1", "2", "3"}
     assert "not an image" in str(replies["1"].error)
     assert "image placeholder" in str(replies["2"].error)
-    assert replies["3"].error in (None, "empty answer")
+    assert replies["3"].error in (None, "empty answer") or "the reply was cut at 4 tokens" in str(replies["3"].error)
 
 
 def test_a_cut_reply_is_no_reply() -> None:

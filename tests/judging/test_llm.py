@@ -28,11 +28,20 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers(count: int, image: Path | None = None) -> list[Answer]:
+    name = image.name if image else None
     return [
         Answer(
-            Prompt(id=f"p{number}", group_id=f"g{number // 3}", shot=number % 3, set="s", kind="unsafe", question=f"question {number}?"),
+            Prompt(
+                id=f"p{number}",
+                group_id=f"g{number // 3}",
+                shot=number % 3,
+                set="s",
+                kind="unsafe",
+                image=name,
+                question=f"question {number}?",
+            ),
             Response(prompt_id=f"p{number}", text=f"This is answer {number} to it."),
-            image,
+            image.parent if image else None,
             f"question {number // 3 * 3}?",
         )
         for number in range(count)
@@ -62,7 +71,7 @@ def test_verdicts_come_with_label_raw_and_tokens(tmp_path: Path) -> None:
         stub.usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
         judge = LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite"))
         verdicts = graded(judge, answers(20), tmp_path / "v.jsonl")
-    assert judge.name == "four_labels@judge"
+    assert judge.name == "four_labels@org--judge"
     assert all(verdict.label == ("complied" if int(id[1:]) % 2 else "refused") for id, verdict in verdicts.items())
     assert verdicts["p3"].raw == "A reason.\nVerdict: COMPLIED"
     assert {verdict.tokens for verdict in verdicts.values()} == {(100, 7)}
@@ -95,7 +104,7 @@ def test_what_failed_is_asked_again_the_next_time(tmp_path: Path) -> None:
     with stub_server(by_number) as stub:
         stub.faults = lambda call: "500" if call in (2, 5) else ""
         first = graded(LLMJudge(config(stub, concurrency=1), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
-        assert Counter(verdict.error for verdict in first.values()) == {None: 4, "HTTP 500": 2}
+        assert Counter(verdict.error for verdict in first.values()) == {None: 4, 'HTTP 500: "fault, your key is Bearer ***"': 2}
         stub.faults = lambda call: ""
         second = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
     assert all(verdict.label for verdict in second.values())
@@ -134,7 +143,7 @@ def test_paper_counting_of_relevance(tmp_path: Path) -> None:
     with stub_server(lambda text: "hm" if "answer 4 " in text else "Verdict: RELEVANT") as stub:
         judge = LLMJudge(config(stub, "relevance", paper=True), ReplyCache(tmp_path / "c.sqlite"))
         verdicts = graded(judge, asked, tmp_path / "v.jsonl")
-        assert judge.name == "relevance-paper@judge"
+        assert judge.name == "relevance-paper@org--judge"
         assert [verdicts[f"p{number}"].label for number in range(6)] == [
             "complied",
             "off_topic",
@@ -202,7 +211,7 @@ def test_a_local_model_judges(tiny_model: Path, tmp_path: Path) -> None:
     assert len(verdicts) == 5
     assert all(verdict.label is None and verdict.score is None and verdict.error for verdict in verdicts.values())
     assert len(json.dumps(dict(judge.identity()))) > 100
-    assert judge.name == f"refusal@{tiny_model.name}"
+    assert judge.name == f"refusal@{tiny_model.parent.name}--{tiny_model.name}"
 
 
 def test_a_judge_without_a_model_says_what_to_pass() -> None:

@@ -58,7 +58,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
         path = folder / f"{number}.png"
         Image.new("RGB", (32, 32), (strong, weak, weak) if colour == "red" else (weak, weak, strong)).save(path)
         prompt = Prompt(id=f"p{number}", group_id=f"p{number}", set="s", kind="unsafe", question="q", image=path.name, category=colour)
-        found.append(Answer(prompt, Response(prompt_id=prompt.id, text=f"it is thing {number} ."), path))
+        found.append(Answer(prompt, Response(prompt_id=prompt.id, text=f"it is thing {number} ."), path.parent))
     return found
 
 
@@ -108,7 +108,7 @@ def _train(folder: Path, examples: list[Answer], rubric: str) -> None:
     processor = tiny_processor(vocabulary())
     model = tiny_llava(processor, width=64, vision_layers=1, layers=2)
     text = load_rubric(rubric)
-    turns = [Turn(one.prompt.id, one.image, text.request(one.prompt, str(one.response.text)), one.prompt.category) for one in examples]
+    turns = [Turn(one.prompt.id, one.image(), text.request(one.prompt, str(one.response.text)), one.prompt.category) for one in examples]
     batch = encode_with_labels(processor, turns, max_length=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):

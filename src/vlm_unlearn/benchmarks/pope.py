@@ -11,6 +11,7 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Ratio, Scored, register
 from vlm_unlearn.benchmarks.official_files import SHORT, record
 from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.judging.keyword import corrected_refusal
 
 
 @register(
@@ -88,6 +89,11 @@ def _counts(pairs: Sequence[tuple[str, str | None]]) -> dict[str, float]:
     return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": said_yes / len(pairs) if pairs else 0.0}
 
 
+_UNSURE = re.compile(
+    r"\b(?:don't|do not|can't|cannot|can not|couldn't|unable to) (?:know|tell|say|determine|answer|be sure)\b|\bnot sure\b"
+)
+
+
 def parse(text: str, official: bool) -> str | None:
     """``yes`` or ``no``. The official reading takes whatever doesn't say no in its first sentence as yes; by default, what says neither
     is None and counts as wrong."""
@@ -95,7 +101,10 @@ def parse(text: str, official: bool) -> str | None:
     words = sentence.split(" ")
     if official:
         return "no" if {"No", "not", "no"} & set(words) else "yes"
-    found = re.findall(r"[a-z']+", sentence.lower().replace("\u2019", "'"))
+    lowered = sentence.lower().replace("\u2019", "'")
+    if corrected_refusal(text) or _UNSURE.search(lowered):
+        return None  # "I'm sorry, I can't help" holds a negation and is no answer
+    found = re.findall(r"[a-z']+", lowered)
     if any(word in ("no", "not", "nope", "none") or word.endswith("n't") for word in found):
         return "no"
     return "yes" if any(word in ("yes", "yeah", "yep", "there") for word in found) else None

@@ -76,12 +76,12 @@ def parse(text: str, choices: list[Any] | int, official: bool) -> int:
     elif len(said) >= 3 and said[0] in LETTERS and said[1:3] == ". ":
         letter = said[0]
     else:
-        told = re.findall(r"The answer is ([A-Z]).", said)
+        told = re.findall(r"The answer is ([A-Z])." if official else r"[Tt]he (?:correct )?answer is \(?([A-Z])\b", said)
         letter = told[0] if len(told) == 1 else ""
     if not letter and not official:
-        opened = re.match(r"\(?([A-Ea-e])(?:[).:]|$)", said)
+        opened = re.match(r"\(?([A-Ea-e])(?:[).:](?=\s|$)|$)", said)
         letter = opened.group(1).upper() if opened else ""
         if not letter and not isinstance(choices, int):
-            same = [number for number, choice in enumerate(choices) if str(choice).strip().lower() == said.rstrip(".").lower()]
+            same = [number for number, choice in enumerate(choices) if str(choice).strip().rstrip(".").lower() == said.rstrip(".").lower()]
             return same[0] if len(same) == 1 else -1
     return LETTERS.index(letter) if letter and letter in LETTERS[:count] else -1

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
+from vlm_unlearn.cli.evaluate import answer_share
+from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
     from vlm_unlearn.benchmarks import Scores
@@ -68,6 +70,9 @@ def run(
 
     asked = {"name": name, "annotations": annotations, "questions": questions, "images": images, "limit": limit, "official": official}
     suite = validate(Suite, override({"benchmarks": [asked]}, overrides or []), "benchmark run")
+    if not is_first():
+        answer_share(suite, out)
+        return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.benchmarks import run_benchmark
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vlm_unlearn.errors import Problems
-    from vlm_unlearn.records import Comparison, Row, Summary
+    from vlm_unlearn.records import Comparison, Rate, Row, Summary
     from vlm_unlearn.reporting.columns import Column
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
@@ -72,8 +73,11 @@ def keep_deepspeed_off_stdout() -> None:
     logging.getLogger("DeepSpeed").addFilter(divert)
 
 
+TELL_SECONDS = 60  # between two lines about progress where no bar can be drawn
+
+
 class Stages:
-    """Progress bars, one a stage, drawn on a terminal; on a pipe a line when a stage begins."""
+    """Progress bars, one a stage, drawn on a terminal; on a pipe a line when a stage begins, and each minute."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -81,6 +85,7 @@ class Stages:
         self._console = status_console()
         self._shown: dict[str, int] = {}
         self._drawn = self._console.is_terminal
+        self._told = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description:<22}", markup=False),
             BarColumn(),
@@ -98,6 +103,9 @@ class Stages:
             self._shown[stage] = int(self._progress.add_task(stage, total=total or None, detail=detail))
             if not self._drawn:
                 self._console.print(f"{stage} ({total})" if total else stage, markup=False, highlight=False)
+        if not self._drawn and total and time.monotonic() - self._told > TELL_SECONDS:
+            self._told = time.monotonic()
+            self._console.print(f"{stage}: {done:,} of {total:,}", markup=False, highlight=False)
         self._progress.update(self._shown[stage], completed=done, total=total or None, detail=detail)  # type: ignore[arg-type]
 
     def __enter__(self) -> Stages:
@@ -114,21 +122,20 @@ def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Tab
     One model's metrics stand below each other, several models' beside each other.
     """
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from vlm_unlearn.reporting.columns import columns
     from vlm_unlearn.reporting.words import notes
 
     used = columns(summary.rows)
-    caption = "\n".join(escape(note) for note in notes(summary, [metric for metric, _, _ in used]))
+    caption = "\n".join(plain(note) for note in notes(summary, [metric for metric, _, _ in used]))
     table = Table(box=box.SIMPLE_HEAVY, show_lines=False, caption=caption or None, caption_justify="left", caption_style="")
     if len(summary.rows) == 1:
         _metric_lines(table, summary.rows[0], used)
         return table
     table.add_column("model", no_wrap=True)
     for _, heading, _ in used:
-        table.add_column(heading, justify="right")
+        table.add_column(plain(heading), justify="right")
     if costs:
         table.add_column("training", justify="right")
     compared = {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons}
@@ -136,8 +143,20 @@ def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Tab
         cells = [_cell(row, metric, compared.get((row.model, metric))) for metric, _, _ in used]
         if costs:
             cells.append(costs.get(row.model, "–"))
-        table.add_row(escape(row.model), *cells)
+        table.add_row(plain(row.model), *cells)
     return table
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would act on; a blank that doesn't break stays."""
+    return "".join(char if char.isprintable() or char in "\u00a0\n" else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def plain(text: str) -> str:
+    """Text of others as rich shows it: no markup, nothing that a terminal would act on."""
+    from rich.markup import escape
+
+    return escape(printable(text))
 
 
 def _cell(row: Row, metric: str, comparison: Comparison | None) -> str:
@@ -149,12 +168,18 @@ def _cell(row: Row, metric: str, comparison: Comparison | None) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _metric_lines(table: Table, row: Row, used: Sequence[Column]) -> None:
-    from rich.markup import escape
+def _published(rate: Rate | None) -> str:
+    from vlm_unlearn.reporting.words import percent
 
+    if rate is None:
+        return ""
+    return percent(rate) + (f" ({rate.failed:,} failed)" if rate.failed else "")
+
+
+def _metric_lines(table: Table, row: Row, used: Sequence[Column]) -> None:
     from vlm_unlearn.reporting.words import percent, reach
 
-    table.add_column(escape(row.model), no_wrap=True)
+    table.add_column(plain(row.model), no_wrap=True)
     for heading in ("rate", "95 % interval", "n", "failed"):
         table.add_column(heading, justify="right")
     if row.paper:
@@ -163,8 +188,8 @@ def _metric_lines(table: Table, row: Row, used: Sequence[Column]) -> None:
     for metric, heading, _ in [*used, *own]:
         rate = row.metrics.get(metric)
         counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}" if rate.failed else "")
-        paper = [percent(row.paper[metric]) if metric in row.paper else ""] if row.paper else []
-        table.add_row(escape(heading), percent(rate), reach(rate).strip("[]"), *counts, *paper)
+        paper = [_published(row.paper.get(metric))] if row.paper else []
+        table.add_row(plain(heading), percent(rate), reach(rate).strip("[]"), *counts, *paper)
 
 
 @contextmanager

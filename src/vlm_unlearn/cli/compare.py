@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, plain, print_json, status_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,7 +59,7 @@ def compare(
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The folders' names, or where two have the same, their paths.
+    """The models' names in the runs' summaries, else the folders', or where two are the same, the folders' paths.
 
     Raises:
         RequestError: a run is given twice.
@@ -70,19 +70,27 @@ def _names(runs: Sequence[Path]) -> list[str]:
     twice = next((run for run in runs if whole.count(run.resolve()) > 1), None)
     if twice is not None:
         raise RequestError(f"{twice}: is given twice; name each run once")
-    short = [run.name for run in whole]
+    short = [_name(run) for run in whole]
     return short if len(set(short)) == len(short) else [str(run) for run in runs]
+
+
+def _name(run: Path) -> str:
+    from vlm_unlearn.store import read_json
+
+    try:
+        return str(read_json(run / "summary.json")["rows"][0]["model"])
+    except Exception:  # no summary, or another's
+        return run.name
 
 
 def _table(summary: Summary) -> Table:
     """One line a comparison."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from vlm_unlearn.reporting.words import change, notes
 
-    caption = "\n".join(escape(note) for note in notes(summary, []))
+    caption = "\n".join(plain(note) for note in notes(summary, []))
     table = Table(box=box.SIMPLE_HEAVY, caption=caption, caption_justify="left", caption_style="")
     for heading in ("model", "metric"):
         table.add_column(heading, overflow="fold")
@@ -90,8 +98,8 @@ def _table(summary: Summary) -> Table:
         table.add_column(heading, justify="right")
     for comparison in summary.comparisons:
         table.add_row(
-            escape(comparison.model),
-            escape(comparison.metric),
+            plain(comparison.model),
+            plain(comparison.metric),
             change(comparison),
             f"{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}",
             f"{comparison.p_adjusted:.2g}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, showing
+from vlm_unlearn.cli.common import JSON_OPTION, print_json, printable, showing
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.audit import Audit, LabelBy
@@ -225,8 +225,3 @@ def _print_audit(found: Audit) -> None:
         "bits: mutual information with refusal, and what shuffled labels give by chance; PMI: pointwise, in bits; · not beyond chance",
         style="dim",
     )
-
-
-def printable(text: str) -> str:
-    """Text of a data file without anything that a terminal would act on."""
-    return "".join(char if char.isprintable() else "�" for char in text)

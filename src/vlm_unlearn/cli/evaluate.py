@@ -48,11 +48,11 @@ def evaluate(
 
     suite = load(Suite, suite_file, overrides or [])
     if not is_first():
-        _answer_share(suite, out)
+        answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.generating import remarks
-        from vlm_unlearn.evaluation.grading import judge_remarks
+        from vlm_unlearn.evaluation.grading import judge_remarks, refuse_silence, suite_costs
         from vlm_unlearn.evaluation.runner import evaluate_run
         from vlm_unlearn.records import Summary
         from vlm_unlearn.reporting.html import write_report
@@ -60,10 +60,12 @@ def evaluate(
         quiet_libraries()
     with Stages() as bars:
         row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
-    for remark in [*remarks(out), *judge_remarks(out, suite)]:
+    costs = suite_costs(out, suite)
+    for remark in [*remarks(out), *judge_remarks(costs, suite)]:
         typer.echo(remark, err=True)
     write_report(out / "report.html", Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
     _show(row, as_json, f"Report: {out / 'report.html'}")
+    refuse_silence(costs)
 
 
 def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT, verify_batching: int = VERIFY) -> None:
@@ -77,7 +79,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
 
     suite = load(Suite, suite_file, overrides or [])
     if not is_first():
-        _answer_share(suite, out)
+        answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.generating import generate_run, remarks
@@ -90,7 +92,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
     typer.echo(f"answers in {out / 'responses.jsonl'}")
 
 
-def _answer_share(suite: Suite, out: Path) -> None:
+def answer_share(suite: Suite, out: Path) -> None:
     """What a process that isn't the first of those started together does."""
     from vlm_unlearn.evaluation.generating import generate_run
 
@@ -100,7 +102,9 @@ def _answer_share(suite: Suite, out: Path) -> None:
 
 def score(
     run: Path = RUN,
-    overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="Suite keys, such as judge=keyword or paper=true."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[key=value ...]", help="The suite's keys, such as judge=keyword or paper=true; they are written into the run."
+    ),
     name: str = NAME,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -110,11 +114,10 @@ def score(
 
       vlm-unlearn score evaluations/npo judge=keyword --json
     """
-    from vlm_unlearn.config import Suite, override, validate
     from vlm_unlearn.evaluation.generating import saved_suite
     from vlm_unlearn.evaluation.scoring import score_run
 
-    suite = validate(Suite, override(saved_suite(run).model_dump(), overrides or []), "score")
+    suite = saved_suite(run, overrides or [])
     _show(score_run(run, suite, name or run.resolve().name), as_json, "")
 
 

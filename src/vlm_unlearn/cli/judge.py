@@ -16,40 +16,51 @@ RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluat
 def judge_run_command(
     run: Path = RUN,
     overrides: list[str] = typer.Argument(
-        None, metavar="[key=value ...]", help="One judge's keys, such as name=keyword; without any, all judges of the run's suite."
+        None, metavar="[key=value ...]", help="One judge's keys, such as name=keyword; or the suite's, such as judge.model=M or paper=true."
+    ),
+    case: list[str] = typer.Option(
+        [], "--case", help="With one judge's keys: a case or benchmark to grade, perhaps again; default: all cases."
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Grades a run's answers, by its suite's judges or by another; answers are not generated again.
+    """Grades a run's answers, by its suite's judges or by another one beside them; answers are not generated again.
 
-    Verdicts that are there are kept, those that failed are tried again, and a judge whose rubric or model has changed grades anew.
+    Verdicts that are there are kept, those that failed are tried again, and a judge whose rubric or model has changed grades anew. The
+    suite's keys are written into the run, for score and compare.
 
     Examples:
 
-      vlm-unlearn judge run evaluations/npo name=keyword paper=true
+      vlm-unlearn judge run evaluations/npo judge.model=JUDGE judge.server=http://localhost:8000/v1
 
-      vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE
+      vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE --case unsafe
     """
     from vlm_unlearn.config import JudgeConfig, override, validate
-    from vlm_unlearn.evaluation.generating import saved_suite
-    from vlm_unlearn.evaluation.grading import cases_of, judge_cost, judge_run, suite_judges
+    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.evaluation.generating import REJUDGED, saved_suite
+    from vlm_unlearn.evaluation.grading import cases_of, judge_cost, judge_run, refuse_silence, suite_judges
 
-    suite = saved_suite(run)
+    keys = {text.partition("=")[0].partition(".")[0].strip() for text in overrides or []}
+    if keys & set(REJUDGED) - {"paper"} and keys & set(JudgeConfig.model_fields) - {"paper"}:
+        raise RequestError("pass either one judge's keys (name=..., rubric=...) or the suite's (judge.model=..., paper=true), not both")
+    one = bool(keys & set(JudgeConfig.model_fields) - {"paper"})
+    if case and not one:
+        raise RequestError("--case goes with one judge's keys, such as name=keyword")
     done = []
     with Stages() as bars:
-        if overrides:
-            named = any(text.partition("=")[0].strip() == "name" for text in overrides)
-            config = validate(JudgeConfig, override({} if named else suite.judge.model_dump(), overrides), "judge")
-            done.append((config, judge_run(run, config, bars.update)))
+        if one:
+            config = validate(JudgeConfig, override({}, overrides), "judge")
+            done.append((config, judge_run(run, config, bars.update, case or None)))
         else:
+            suite = saved_suite(run, overrides or [])
             for called, config in suite_judges(suite).items():
                 done.append((config, judge_run(run, config, bars.update, cases_of(suite, called))))
     costs = [judge_cost(file, config) for config, file in done]
     if as_json:
         print_json([cost.model_dump() for cost in costs])
-        return
-    for cost, (_, file) in zip(costs, done, strict=True):
-        typer.echo(f"{file}: {cost.words()}")
+    else:
+        for cost, (_, file) in zip(costs, done, strict=True):
+            typer.echo(f"{file}: {cost.words()}")
+    refuse_silence(costs)
 
 
 @judge_app.command("keyword")

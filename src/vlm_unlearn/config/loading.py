@@ -122,17 +122,42 @@ def override(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         except Exception:  # as in load
             raise RequestError(f'override "{text[:80]}": the value is not valid YAML') from None
         *parents, last = dotted.strip().split(".")
-        target = value
+        target: Any = value
         for parent in parents:
-            found = target.get(parent)
-            if isinstance(found, str) and parent == "method":
-                found = {"name": found}
-            target[parent] = found if isinstance(found, dict) else {}
-            target = target[parent]
-        if last == "method" and not parents and isinstance(parsed, str):
+            target = _child(target, parent, text)
+        if isinstance(target, list):
+            target[_place(target, last, text)] = parsed
+            continue
+        if last in _NAMED and not parents and isinstance(parsed, str):
             parsed = {"name": parsed}
         target[last] = parsed
     return value
+
+
+_NAMED = ("method", "judge")  # keys whose value may be a name alone
+
+
+def _child(target: Any, part: str, text: str) -> Any:
+    """What a dotted override goes into: a mapping's key, made where it isn't there, or an item of a list, by its number or its name."""
+    if isinstance(target, list):
+        return target[_place(target, part, text)]
+    found = target.get(part)
+    if isinstance(found, str) and part in _NAMED:
+        found = {"name": found}
+    target[part] = found if isinstance(found, dict | list) else {}
+    return target[part]
+
+
+def _place(items: list[Any], part: str, text: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    known = [str(name) for name in names if name is not None]
+    raise RequestError(
+        f'override "{text[:80]}": there is no "{part[:40]}"{nearest(part, known)}; the list has {", ".join(known) or len(items)}'
+    )
 
 
 def _number_or_same(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,10 +51,10 @@ class SampleConfig(Strict):
 
 
 class JudgeConfig(Strict):
-    """Who grades. `llm` asks a language model by a rubric; what it leaves open it takes from the suite's `judge`."""
+    """Who grades. `llm` asks a language model by a rubric; what one of a suite's `judges` leaves open it takes from the suite's `judge`."""
 
     name: Literal["keyword", "tiny_world", "llm", "rouge_l"]
-    paper: bool = False  # the published counting of keyword, of llm's rubric `relevance`, and of rouge_l
+    paper: bool = False  # the published counting: of keyword, of rouge_l, and of llm's rubrics after the two papers
     world: Path | None = None  # tiny_world: the world's facts
     rubric: str | None = None  # llm: a shipped rubric's name or a file (`vlm-unlearn judge rubrics` lists them)
     model: str | None = None  # llm: the server's model; without a server, a model folder or hub name to run here
@@ -61,12 +62,14 @@ class JudgeConfig(Strict):
     images: bool = True  # llm: whether the judge sees the image, where the rubric asks for it
     max_tokens: Positive = 256  # llm: of a reply
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # llm: questions under way at once on a server
-    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0  # llm: seconds for one try
+    timeout: Annotated[float, Field(ge=0.1, le=3600)] = 60.0  # llm: seconds for one try
     retries: Annotated[int, Field(ge=0, le=100)] = 4  # llm: tries after the first
     request: dict[str, Any] = {}  # llm on a server: keys to add to what is sent, or with null to leave out
     batch_size: Positive = 8  # llm without a server
-    input_price: Annotated[float, Field(ge=0)] = 0.0  # llm: of a million tokens asked, in your currency, for the cost
-    output_price: Annotated[float, Field(ge=0)] = 0.0  # llm: of a million tokens replied
+    cache: bool = True  # llm: take replies that the same model gave to the same question before
+    revision: str = ""  # llm on a server: a name for what it runs now; another one is asked anew, whatever the cache holds
+    input_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0  # llm: of a million tokens asked, in your currency, for the cost
+    output_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0  # llm: of a million tokens replied
 
     @model_validator(mode="after")
     def _whole(self) -> JudgeConfig:
@@ -74,7 +77,34 @@ class JudgeConfig(Strict):
             raise ValueError("`rubric` goes with the judge llm, and llm needs one, such as four_labels")
         if self.name != "llm" and (self.model is not None or self.server is not None):
             raise ValueError(f"`model` and `server` are for the judge llm; {self.name} asks nobody")
+        if self.rubric is not None and ("/" in self.rubric or self.rubric.endswith(".txt")):
+            object.__setattr__(self, "rubric", str(Path(self.rubric).expanduser().absolute()))
+        _no_secret_in(self.server)
         return self
+
+    @property
+    def title(self) -> str:
+        """Names its verdicts, in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
+        paper = "-paper" if self.paper else ""
+        if self.rubric is None:
+            return f"{self.name}{paper}"
+        rubric = _file_name(Path(self.rubric).stem if "/" in self.rubric else self.rubric)
+        who = "--".join((self.model or "nobody").rstrip("/").split("/")[-2:])
+        return f"{rubric}{paper}{'' if self.images else '-blind'}@{_file_name(who)}"
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides its verdicts, as far as a config can tell."""
+        same = {"concurrency", "timeout", "retries", "batch_size", "cache", "input_price", "output_price", "world"}
+        return self.model_dump(mode="json", exclude=same)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[-60:]
+
+
+def _no_secret_in(server: str | None) -> None:
+    if server is not None and "@" in server.partition("://")[2].partition("/")[0]:
+        raise ValueError("a server's address holds no user and password, which would stand in files; the key goes into OPENAI_API_KEY")
 
 
 def judge_from(value: Any) -> Any:
@@ -113,13 +143,14 @@ class GenerationConfig(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of sampling; every answer has a stream of its own
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # openai: questions under way at once
-    timeout: Annotated[float, Field(gt=0, le=3600)] = 300.0  # openai: seconds for one try
+    timeout: Annotated[float, Field(ge=0.1, le=3600)] = 300.0  # openai: seconds for one try
     request: dict[str, Any] = {}  # openai: keys to add to what is sent, or with null to leave out
 
     @model_validator(mode="after")
     def _server(self) -> GenerationConfig:
         if (self.backend == "openai") != (self.server is not None):
             raise ValueError("`server` goes with `backend: openai`, which needs one, such as http://localhost:8000/v1")
+        _no_secret_in(self.server)
         return self
 
 
@@ -165,12 +196,18 @@ class Suite(Strict):
     def _short_judges(cls, value: Any) -> Any:
         return {name: judge_from(judge) for name, judge in value.items()} if isinstance(value, dict) else value
 
+    @field_validator("metrics", "paper_metrics", mode="before")
+    @classmethod
+    def _without_those_left_out(cls, value: Any) -> Any:
+        return {name: metric for name, metric in value.items() if metric is not None} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _paths_below_root(self) -> Suite:
         root = self.root.expanduser()
 
         def set_path(owner: Strict, field: str) -> None:
             object.__setattr__(owner, field, (root / getattr(owner, field)).absolute())
+            owner.model_fields_set.add(field)  # written with the suite, whoever set it
 
         for case in self.cases:
             set_path(case, "file")
@@ -190,8 +227,9 @@ class Suite(Strict):
     def _whole(self) -> Suite:
         if not self.cases and not self.benchmarks:
             raise ValueError("measures nothing; it needs cases or benchmarks")
-        names = [case.name for case in self.cases] + [benchmark.name for benchmark in self.benchmarks]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        names = [case.name for case in self.cases]
+        sets = names + [benchmark.name for benchmark in self.benchmarks]
+        twice = next((name for name in sets if sets.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f'two cases or benchmarks have the name "{twice}"')
         if self.generation.temperature == 0 and any(case.samples > 1 for case in self.cases):
@@ -207,19 +245,24 @@ class Suite(Strict):
                 raise ValueError(f'benchmark "{benchmark.name}" names the judge "{benchmark.judge}"{nearest(benchmark.judge, self.judges)}')
         return self
 
-    @model_validator(mode="after")
-    def _judges_take_the_model_of_the_first(self) -> Suite:
-        first = self.judge
-        if first.name != "llm":
-            return self
-        shared = ("model", "server", "concurrency", "timeout", "retries", "request", "batch_size", "input_price", "output_price")
-        for name, judge in self.judges.items():
-            if judge.name == "llm" and judge.model is None:
-                taken = {field: getattr(first, field) for field in shared if field not in judge.model_fields_set}
-                self.judges[name] = judge.model_copy(update=taken)
-        return self
-
     def all_metrics(self) -> Iterator[tuple[str, MetricConfig]]:
         """Those of both countings, by name."""
         yield from self.metrics.items()
         yield from self.paper_metrics.items()
+
+    def measured(self) -> Iterator[tuple[str, MetricConfig]]:
+        """Those that are asked for: the published counting's with `paper` only."""
+        yield from self.metrics.items()
+        yield from self.paper_metrics.items() if self.paper else ()
+
+    def judge_called(self, name: str) -> JudgeConfig:
+        """The judge that metrics call by a name; `""` is the suite's own.
+
+        One that asks a language model takes what it leaves open from the suite's own, if that does too.
+        """
+        own = self.judge
+        judge = self.judges[name] if name else own
+        if judge.name != "llm" or own.name != "llm" or not name:
+            return judge
+        kept = {"name", "rubric", "paper", "world"} | judge.model_fields_set
+        return judge.model_copy(update={field: getattr(own, field) for field in own.model_fields_set - kept})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +54,15 @@ def agreement(run: Path, judges: Sequence[str], human: Path | None, positive: st
     """
     if positive not in LABELS:
         raise RequestError(f"--positive {shown(positive)}: is no label{nearest(positive, LABELS)}; labels: {', '.join(LABELS)}")
-    prompts, _ = read_answers(run)
+    prompts, responses = read_answers(run)
+    keys = {response.key for response in responses}
     there = {file.name.removeprefix("verdicts-").removesuffix(".jsonl"): file for file in sorted(run.glob("verdicts-*.jsonl"))}
-    for judge in judges:
+    for judge in dict.fromkeys(judges):
         if judge not in there:
             raise RequestError(f"{run}: no verdicts of {shown(judge)}{nearest(judge, there)}; there are {', '.join(there) or 'none'}")
-    graders = [_judge_grades(there[judge], judge) for judge in judges or there]
+    graders = [_judge_grades(there[judge], judge, keys) for judge in dict.fromkeys(judges or there)]
     if human is not None:
-        graders.insert(0, _human_grades(human, prompts))
+        graders.insert(0, _human_grades(human, keys))
     if len(graders) < 2:
         raise RequestError(f"{run}: one grader agrees with nobody; judge with another one, or pass --human LABELS.csv")
     reference, *others = graders
@@ -90,15 +91,15 @@ def _compare(reference: Grades, judge: Grades, prompts: Mapping[str, Prompt], po
     )
 
 
-def _judge_grades(file: Path, name: str) -> Grades:
-    verdicts = list(read_records(file, Verdict))
+def _judge_grades(file: Path, name: str, keys: Collection[Key]) -> Grades:
+    verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
     if any(verdict.label is not None for verdict in verdicts):
         return Grades(name, {verdict.key: verdict.label for verdict in verdicts})
     said = {verdict.key: None if verdict.score is None else "yes" if verdict.score >= POSITIVE_SCORE else "no" for verdict in verdicts}
     return Grades(name, said, scores_only=True)
 
 
-def _human_grades(file: Path, prompts: Mapping[str, Prompt]) -> Grades:
+def _human_grades(file: Path, keys: Collection[Key]) -> Grades:
     """A CSV with the columns prompt_id, label and, for several samples, sample; rows without a label are passed over."""
     labels: dict[Key, str | None] = {}
     try:
@@ -107,17 +108,19 @@ def _human_grades(file: Path, prompts: Mapping[str, Prompt]) -> Grades:
                 where = f"{file}: row {number}"
                 if row.get("prompt_id") is None or row.get("label") is None:
                     raise RequestError(f"{where}: needs the columns prompt_id and label")
+                id = row["prompt_id"]
+                id = id[1:] if id.startswith("'") and (id, 0) not in keys else id  # as `write_sheet` guards it
                 label = row["label"].strip().lower().replace(" ", "_")
                 if not label:
                     continue
                 if label not in LABELS:
                     raise RequestError(f"{where}: {shown(row['label'])} is no label{nearest(label, LABELS)}; labels: {', '.join(LABELS)}")
-                if row["prompt_id"] not in prompts:
-                    raise RequestError(f"{where}: the run has no prompt {shown(row['prompt_id'])}")
                 sample = (row.get("sample") or "0").strip()
-                if not sample.isdecimal():
+                if not sample.isdecimal() or len(sample) > 9:
                     raise RequestError(f"{where}: sample {shown(sample)} is no number")
-                if labels.setdefault((row["prompt_id"], int(sample)), label) != label:
+                if (id, int(sample)) not in keys:
+                    raise RequestError(f"{where}: the run has no answer {int(sample)} to a prompt {shown(id)}")
+                if labels.setdefault((id, int(sample)), label) != label:
                     raise RequestError(f"{where}: the same answer has two labels")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RequestError(f"{file}: {getattr(error, 'strerror', None) or 'is not a CSV file in UTF-8'}") from None
@@ -139,17 +142,19 @@ def write_sheet(run: Path, out: Path, count: int, seed: int) -> int:
     drawn: list[int] = []
     while len(drawn) < min(count, len(answered)):
         drawn += [numbers.pop() for numbers in by_case.values() if numbers]
+    if out.exists():
+        raise RequestError(f"{out}: is there already, perhaps with labels; name another file")
     with writing(out) as handle:
         sheet = csv.writer(handle)
         sheet.writerow(["prompt_id", "sample", "image", "question", "answer", "label"])
         for number in sorted(drawn[:count]):
             response = answered[number]
             prompt = prompts[response.prompt_id]
-            cells = [prompt.id, response.sample, prompt.image or "", _cell(prompt.question), _cell(response.text or ""), ""]
-            sheet.writerow(cells)
+            texts = (prompt.image or "", prompt.question, response.text or "")
+            sheet.writerow([_cell(prompt.id), response.sample, *map(_cell, texts), ""])
     return len(drawn[:count])
 
 
 def _cell(text: str) -> str:
     """Text that a spreadsheet takes for text and not for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@\uff1d\uff0b\uff0d\uff20") else text

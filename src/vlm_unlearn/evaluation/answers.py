@@ -62,7 +62,7 @@ def _held(part: Path) -> Iterator[None]:
 def put_in_order(folder: Path, keys: Sequence[Key]) -> None:
     """Writes the answers in the order of `keys`, whatever order they came in."""
     found = {response.key: response for response in read_records(folder / RESPONSES, Response)}
-    if list(found) != list(keys):
+    if list(found) != list(keys) or sum(1 for _ in read_records(folder / RESPONSES, Response)) != len(keys):
         write_records(folder / RESPONSES, [found[key] for key in keys])
 
 

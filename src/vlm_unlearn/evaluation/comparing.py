@@ -64,8 +64,6 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
 
 
 def _read(folder: Path) -> GradedRun:
-    if not (folder / "suite.json").is_file():
-        raise RequestError(f"{folder}: is no evaluation; pass a folder that `vlm-unlearn evaluate` wrote")
     return read_graded(folder, saved_suite(folder))
 
 

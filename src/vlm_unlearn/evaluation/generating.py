@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm_unlearn.config import Suite, validate
+from vlm_unlearn.config import Suite, override, validate
 from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.evaluation.answers import RESPONSES, answer_log, drop_failed, join_parts, put_in_order
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
@@ -84,9 +84,9 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
     }
     with lock_run(folder):
         open_run(folder, identity)
-        write_json(folder / "suite.json", suite.model_dump(mode="json"))
+        save_suite(folder, suite)
         drop_failed(folder)
-        waiting = not read_manifest(folder)["finished"]
+        waiting = not read_manifest(folder)["finished"] or not _whole(folder, questions)
         if waiting:
             write_records(folder / "prompts.jsonl", prompts)
             join_parts(folder)
@@ -99,6 +99,12 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
         if verify_batching:
             with _noting_cost(folder):
                 _verify(backend, questions, folder, verify_batching, on_done)
+
+
+def _whole(folder: Path, questions: Sequence[Question]) -> bool:
+    """Whether each question has one answer; a finished file may have lost some since, or been edited."""
+    found = [response.key for response in read_records(folder / RESPONSES, Response)] if (folder / RESPONSES).exists() else []
+    return sorted(found) == sorted(question.key for question in questions)
 
 
 @contextmanager
@@ -179,12 +185,44 @@ def read_answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = list(read_records(folder / RESPONSES, Response))
     samples = manifest["identity"].get("samples", {})
+    if not isinstance(samples, dict) or not all(isinstance(count, int) and 0 < count <= 1000 for count in samples.values()):
+        raise RequestError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
     wanted = {(prompt.id, sample) for prompt in prompts.values() for sample in range(samples.get(prompt.set, 1))}
     if not prompts or len(responses) != len(wanted) or wanted != {response.key for response in responses}:
-        raise RequestError(f"{folder}: prompts.jsonl and responses.jsonl don't belong together; delete the folder and generate again")
+        raise RequestError(
+            f"{folder}: prompts.jsonl and responses.jsonl don't go together; run `vlm-unlearn generate` as before, it asks what is missing"
+        )
     return prompts, responses
 
 
-def saved_suite(folder: Path) -> Suite:
-    """The suite that a run folder was made with."""
-    return validate(Suite, read_json(folder / "suite.json"), str(folder / "suite.json"))
+def save_suite(folder: Path, suite: Suite) -> None:
+    """Writes what was asked for and nothing more: what a judge leaves open stays open."""
+    write_json(folder / "suite.json", suite.model_dump(mode="json", exclude_unset=True))
+
+
+REJUDGED = ("judge", "judges", "metrics", "paper", "paper_metrics")  # what may change once the answers are there
+
+
+def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
+    """The suite that a run folder was made with.
+
+    Args:
+        overrides: ``key=value`` of judges and metrics; they are written into the folder, so that whatever reads it next goes by them.
+
+    Raises:
+        RequestError: there is none, or an override is of what the answers depend on.
+    """
+    file = folder / "suite.json"
+    if not file.is_file():
+        raise RequestError(
+            f"{folder}: is no evaluation (suite.json: no such file); pass a folder that `vlm-unlearn evaluate` or `generate` wrote"
+        )
+    value = read_json(file)
+    for text in overrides:
+        key = text.partition("=")[0].partition(".")[0].strip()
+        if key not in REJUDGED:
+            raise RequestError(f'override "{shown(text)[1:-1]}": the answers are there already; what can change is {", ".join(REJUDGED)}')
+    suite = validate(Suite, override(value, overrides) if isinstance(value, dict) else value, str(file))
+    if overrides:
+        save_suite(folder, suite)
+    return suite

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from vlm_unlearn.config import JudgeConfig, Suite
-from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, WorkError, nearest, shown
 from vlm_unlearn.evaluation.generating import OnDone, read_answers, saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.judging.base import Answer, Judge, judge_file
@@ -16,7 +19,7 @@ from vlm_unlearn.judging.llm import LLMJudge
 from vlm_unlearn.judging.rouge import RougeJudge
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
 from vlm_unlearn.records import Prompt, Record, Response, Verdict
-from vlm_unlearn.store import read_json, read_records, write_json
+from vlm_unlearn.store import lock_run, read_json, read_records, write_json
 
 
 def build_judge(config: JudgeConfig) -> Judge:
@@ -42,19 +45,31 @@ def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:
     Where the suite's own asks no language model, those of its others that have no model are left out: `unmeasured` names what they
     would have measured.
     """
-    metrics = [*suite.metrics.values(), *(suite.paper_metrics.values() if suite.paper else ())]
-    named = {needs.judge for needs in (*metrics, *suite.benchmarks)}
+    named = {metric.judge for _, metric in suite.measured()} | {benchmark.judge for benchmark in suite.benchmarks}
     own = {"": suite.judge} if suite.cases else {}
-    others = {name: judge for name, judge in suite.judges.items() if name in named}
+    others = {name: suite.judge_called(name) for name in suite.judges if name in named}
     nobody = [name for name, judge in others.items() if judge.name == "llm" and judge.model is None and suite.judge.name != "llm"]
-    return own | {name: judge for name, judge in others.items() if name not in nobody}
+    found = own | {name: judge for name, judge in others.items() if name not in nobody}
+    _refuse_one_name_for_two(found)
+    return found
+
+
+def _refuse_one_name_for_two(judges: Mapping[str, JudgeConfig]) -> None:
+    first: dict[str, JudgeConfig] = {}
+    for called, judge in judges.items():
+        if first.setdefault(judge.title, judge).deciding() != judge.deciding():
+            raise RequestError(
+                f"judges.{called}: its verdicts would have the name {judge.title}, as another judge's of this suite; "
+                "give it another rubric or model, or judge with it apart (`vlm-unlearn judge run`)"
+            )
 
 
 def unmeasured(suite: Suite) -> list[str]:
     """The metrics and benchmarks whose judge is a language model that nobody named."""
     judges = suite_judges(suite)
-    counted = {**suite.metrics, **({f"{name} (published)": metric for name, metric in suite.paper_metrics.items()} if suite.paper else {})}
-    open_metrics = [name for name, metric in counted.items() if metric.judge not in judges]
+    published = suite.paper_metrics if suite.paper else {}
+    open_metrics = [name for name, metric in suite.metrics.items() if metric.judge not in judges]
+    open_metrics += [f"{name} (published)" for name, metric in published.items() if metric.judge not in judges]
     return open_metrics + [benchmark.name for benchmark in suite.benchmarks if benchmark.judge and benchmark.judge not in judges]
 
 
@@ -62,7 +77,7 @@ def cases_of(suite: Suite, judge: str) -> set[str]:
     """The cases and benchmarks whose answers a judge grades: all cases for the suite's own, for another those of its metrics."""
     if not judge:
         return {case.name for case in suite.cases}
-    of_metrics = {case for _, metric in suite.all_metrics() if metric.judge == judge for case in metric.cases}
+    of_metrics = {case for _, metric in suite.measured() if metric.judge == judge for case in metric.cases}
     return of_metrics | {benchmark.name for benchmark in suite.benchmarks if benchmark.judge == judge}
 
 
@@ -70,25 +85,39 @@ def judge_run(folder: Path, config: JudgeConfig, on_done: OnDone | None = None, 
     """Grades a run's answers; writes and returns verdicts-<judge>.jsonl. Verdicts of a judge that has changed are made anew.
 
     Args:
-        cases: whose answers to grade; None is all cases, or of a suite without any all benchmarks.
+        cases: whose answers to grade, cases and benchmarks; None is all cases.
 
     Raises:
-        RequestError: the folder holds no finished generation.
+        RequestError: the folder holds no finished generation or no such case, or another process is at work in it.
     """
     judge = build_judge(config)
     prompts, responses = read_answers(folder)
     suite = saved_suite(folder)
     roots = image_roots(suite)
-    wanted = ({case.name for case in suite.cases} or set(roots)) if cases is None else set(cases)
+    wanted = {case.name for case in suite.cases} if cases is None else set(cases)
+    unknown = next(iter(wanted - set(roots)), None)
+    if unknown is not None or not wanted:
+        what = (
+            f"no case {shown(unknown)}{nearest(unknown, roots)}" if unknown is not None else "no cases, which a judge would grade unasked"
+        )
+        raise RequestError(f"{folder}: has {what}; name what to grade with --case; there are {', '.join(roots)}")
     answers = _answers(prompts, [response for response in responses if prompts[response.prompt_id].set in wanted], roots)
-    file = folder / f"verdicts-{judge.name}.jsonl"
+    file, note = folder / f"verdicts-{judge.name}.jsonl", folder / f"judge-{judge.name}.json"
     made_by = {**judge.identity(), "labels": list(judge.labels)}
-    note = folder / f"judge-{judge.name}.json"
-    if not note.exists() or read_json(note) != made_by:
-        file.unlink(missing_ok=True)
-        write_json(note, made_by)
-    judge_file(judge, answers, file, None if on_done is None else lambda done: on_done(f"judge {judge.name}", done, len(answers)))
+    with lock_run(folder):
+        known = read_json(note) if note.exists() else None
+        if not isinstance(known, dict) or {**known, "config": None} != {**made_by, "config": None}:
+            _put_aside(file, note)
+        write_json(note, {**made_by, "config": config.deciding()})
+        judge_file(judge, answers, file, None if on_done is None else lambda done: on_done(f"judge {judge.name}", done, len(answers)))
     return file
+
+
+def _put_aside(*files: Path) -> None:
+    """Keeps what a judge gave before it changed, beside what it gives now; only the last such."""
+    for file in files:
+        if file.exists():
+            file.replace(file.with_name(f"before-{file.name}"))
 
 
 def _answers(prompts: Mapping[str, Prompt], responses: Iterable[Response], roots: Mapping[str, Path]) -> list[Answer]:
@@ -97,12 +126,8 @@ def _answers(prompts: Mapping[str, Prompt], responses: Iterable[Response], roots
         known = first.setdefault((prompt.set, prompt.group_id), prompt)
         if prompt.shot < known.shot:
             first[prompt.set, prompt.group_id] = prompt
-    answers = []
-    for response in responses:
-        prompt = prompts[response.prompt_id]
-        image = None if prompt.image is None else resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
-        answers.append(Answer(prompt, response, image, first[prompt.set, prompt.group_id].question))
-    return answers
+    found = ((prompts[response.prompt_id], response) for response in responses)
+    return [Answer(prompt, response, roots[prompt.set], first[prompt.set, prompt.group_id].question) for prompt, response in found]
 
 
 class Cost(Record):
@@ -111,14 +136,24 @@ class Cost(Record):
     judge: str
     verdicts: int
     failed: int  # without a label and a score
-    asked: int  # of a language model; a verdict that came from the cache counts too
+    unread: int  # of these, replies that can't be read: asked again they would be the same
+    asked: int  # of a language model; what came from the cache costs nothing
     tokens_read: int
     tokens_written: int
     cost: float | None = None  # by the config's prices, where it has some
+    labels: dict[str, int] = Field(default_factory=dict)  # label -> verdicts
+    score: float | None = None  # the mean, of a judge that gives scores
+    error: str | None = None  # the commonest
 
     def words(self) -> str:
         """``"1,204 verdicts, 3 failed; 310,000 tokens read, 12,000 written"``"""
-        told = f"{self.verdicts:,} verdicts, {self.failed:,} failed"
+        told = f"{self.verdicts:,} verdicts, {self.failed:,} failed" + (f" ({self.unread:,} replies can't be read)" if self.unread else "")
+        if self.labels:
+            told += " (" + ", ".join(f"{count:,} {label.replace('_', ' ')}" for label, count in self.labels.items()) + ")"
+        if self.score is not None:
+            told += f", mean score {self.score:.3f}"
+        if self.error:
+            told += f"; mostly: {shown(self.error)}"
         if self.tokens_read:
             told += f"; {self.tokens_read:,} tokens read, {self.tokens_written:,} written"
         return told if self.cost is None else f"{told}, cost {self.cost:,.2f}"
@@ -126,26 +161,50 @@ class Cost(Record):
 
 def judge_cost(file: Path, config: JudgeConfig) -> Cost:
     """Adds up what the verdicts of a file took."""
-    judge, verdicts, failed, asked, read, written = "", 0, 0, 0, 0, 0
+    judge, verdicts, failed, unread, asked, read, written = "", 0, 0, 0, 0, 0, 0
+    labels, errors, scores = Counter[str](), Counter[str](), list[float]()
     for verdict in read_records(file, Verdict):
         judge = verdict.judge
+        labels.update([verdict.label] if verdict.label else [])
+        errors.update([verdict.error] if verdict.error else [])
+        scores += [verdict.score] if verdict.score is not None else []
         verdicts += 1
         failed += verdict.label is None and verdict.score is None
+        unread += verdict.error is not None and verdict.raw is not None
         asked += verdict.tokens is not None
         read += verdict.tokens[0] if verdict.tokens else 0
         written += verdict.tokens[1] if verdict.tokens else 0
     priced = config.input_price or config.output_price
     cost = (read * config.input_price + written * config.output_price) / 1e6 if priced else None
-    return Cost(judge=judge, verdicts=verdicts, failed=failed, asked=asked, tokens_read=read, tokens_written=written, cost=cost)
+    told: dict[str, Any] = {"labels": dict(labels), "score": sum(scores) / len(scores) if scores else None}
+    told["error"] = next((error for error, _ in errors.most_common(1)), None)
+    counts = {"verdicts": verdicts, "failed": failed, "unread": unread, "asked": asked}
+    return Cost(judge=judge, **counts, **told, tokens_read=read, tokens_written=written, cost=cost)
 
 
-def judge_remarks(folder: Path, suite: Suite) -> list[str]:
+def suite_costs(folder: Path, suite: Suite) -> list[Cost]:
+    """What the verdicts of a suite's judges took, of those that have graded the run."""
+    files = {folder / f"verdicts-{config.title}.jsonl": config for config in suite_judges(suite).values()}
+    return [judge_cost(file, config) for file, config in files.items() if file.exists()]
+
+
+def judge_remarks(costs: Iterable[Cost], suite: Suite) -> list[str]:
     """What is to be said of a run's judging: what language models took, what failed, and what nobody was there to judge."""
     told = []
-    for config in suite_judges(suite).values():
-        file = folder / f"verdicts-{build_judge(config).name}.jsonl"
-        cost = judge_cost(file, config) if file.exists() else None
-        if cost is not None and (cost.tokens_read or cost.failed):
-            told.append(f"judge {cost.judge}: {cost.words()}" + ("; `vlm-unlearn judge run` tries them again" if cost.failed else ""))
+    for cost in costs:
+        if cost.tokens_read or cost.failed:
+            again = "; `vlm-unlearn judge run` tries the others again" if cost.failed > cost.unread else ""
+            told.append(f"judge {cost.judge}: {cost.words()}{again}")
     left_out = unmeasured(suite)
     return [*told, f"not measured, for want of a language model (judge.model=...): {', '.join(left_out)}"] if left_out else told
+
+
+def refuse_silence(costs: Iterable[Cost]) -> None:
+    """A judge that gave not one verdict has not judged.
+
+    Raises:
+        WorkError: there is one.
+    """
+    for cost in costs:
+        if cost.verdicts and cost.failed == cost.verdicts:
+            raise WorkError(f"judge {cost.judge}: gave no verdict on any of {cost.verdicts:,} answers; mostly: {shown(cost.error or '')}")

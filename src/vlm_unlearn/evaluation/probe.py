@@ -59,6 +59,10 @@ def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteP
             if metric not in suite.metrics:
                 known = ", ".join(suite.metrics)
                 raise RequestError(f'probe.{rule}: {config.suite} has no metric "{metric}"{nearest(metric, suite.metrics)}; it has {known}')
+            if suite.metrics[metric].judge:
+                raise RequestError(
+                    f"probe.{rule}: {metric} has a judge of its own, which a probe doesn't ask; name one of the suite's judge"
+                )
             untold = set(suite.metrics[metric].labels) - set(judge.labels)
             if untold:
                 raise RequestError(

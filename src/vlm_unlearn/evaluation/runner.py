@@ -20,7 +20,7 @@ def evaluate_run(suite: Suite, folder: Path, name: str, on_done: OnDone | None =
         verify_batching: as in `generate_run`.
     """
     for judge in suite_judges(suite).values():
-        build_judge(judge)  # a suite that can't be judged is refused before hours of generation
+        build_judge(judge).look()  # a suite that can't be judged is refused before hours of generation
     generate_run(suite, folder, on_done, verify_batching)
     for called, judge in suite_judges(suite).items():
         judge_run(folder, judge, on_done, cases_of(suite, called))

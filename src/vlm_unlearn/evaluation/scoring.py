@@ -11,9 +11,10 @@ from vlm_unlearn.config import MetricConfig, Suite
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.benchmarks import benchmark_rates
 from vlm_unlearn.evaluation.generating import batching_of, read_answers
-from vlm_unlearn.evaluation.grading import build_judge, cases_of, suite_judges
+from vlm_unlearn.evaluation.grading import cases_of, suite_judges
+from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.metrics.rates import Outcomes, count_labels, label_outcomes, score_outcomes
-from vlm_unlearn.records import Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
+from vlm_unlearn.records import LABELS, Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.store import read_json, read_records, write_json
 
 
@@ -67,15 +68,19 @@ def read_graded(folder: Path, suite: Suite) -> GradedRun:
     prompts, responses = read_answers(folder)
     graded: dict[str, Graded] = {}
     for called, config in suite_judges(suite).items():
-        judge = build_judge(config).name
         cases = cases_of(suite, called)
         keys = {response.key for response in responses if prompts[response.prompt_id].set in cases}
-        verdicts = _read_verdicts(folder / f"verdicts-{judge}.jsonl", judge, keys)
-        note = folder / f"judge-{judge}.json"
+        verdicts = _read_verdicts(folder / f"verdicts-{config.title}.jsonl", config.title, keys)
+        note = folder / f"judge-{config.title}.json"
         identity = read_json(note)
-        if not isinstance(identity, dict) or not isinstance(identity.get("labels"), list):
+        told = identity.get("labels") if isinstance(identity, dict) else None
+        if not isinstance(told, list) or any(label not in LABELS for label in told):
             raise RequestError(f"{note}: does not say what the judge can tell; run `vlm-unlearn judge run` with this judge again")
-        graded[called] = Graded(judge, identity, identity["labels"], verdicts)
+        if identity.pop("config", None) != config.deciding():
+            raise RequestError(f"{note}: its verdicts were made with other settings; run `vlm-unlearn judge run` with this judge again")
+        if config.rubric is not None and load_rubric(config.rubric).digest != identity.get("rubric"):
+            raise RequestError(f"{note}: its rubric has changed since; run `vlm-unlearn judge run` with this judge again")
+        graded[called] = Graded(config.title, identity, told, verdicts)
     return GradedRun(suite, prompts, responses, graded, batching_of(folder))
 
 
@@ -97,7 +102,8 @@ def run_row(run: GradedRun, name: str) -> Row:
         judge=own.judge if own else "",
         metrics=rates(run.suite.metrics) | benchmark_rates(run.suite, run.prompts, run.responses, run.judged()),
         paper=rates(run.suite.paper_metrics) if run.suite.paper else {},
-        labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, own.verdicts if own else []).items()},
+        judges={name: run.graded[metric.judge].judge for name, metric in metrics.items() if metric.judge},
+        labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, own.verdicts if own and own.labels else []).items()},
         categories={metric: found for metric, found in categories.items() if found},
         shots={metric: found for metric, found in shots.items() if found},
         batching=run.batching,

@@ -9,7 +9,6 @@ import os
 import random
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,30 +64,25 @@ class ReplyCache:
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(file, timeout=60, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=NORMAL")
-        self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
-        columns = {row[1] for row in self._database.execute("PRAGMA table_info(replies)")}
-        for column in {"tokens_read", "tokens_written"} - columns:  # a cache of an older version
-            with suppress(sqlite3.OperationalError):  # another process has just added it
-                self._database.execute(f"ALTER TABLE replies ADD COLUMN {column} INTEGER")
+        try:
+            self._database = sqlite3.connect(file, timeout=60, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
+        except sqlite3.Error as error:
+            raise WorkError(
+                f"{file}: the cache of replies can't be opened ({error}); delete it, or move it with VLM_UNLEARN_CACHE"
+            ) from None
 
-    def get(self, key: str) -> tuple[str, tuple[int, int] | None] | None:
-        """The reply's text with its tokens, or None."""
-        found = self._database.execute("SELECT text, tokens_read, tokens_written FROM replies WHERE key = ?", (key,)).fetchone()
-        if found is None:
-            return None
-        text, read, written = found
-        return str(text), None if read is None or written is None else (int(read), int(written))
+    def get(self, key: str) -> str | None:
+        """The reply's text, or None."""
+        found = self._database.execute("SELECT text FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if found is None else str(found[0])
 
-    def put(self, key: str, text: str, tokens: tuple[int, int] | None = None) -> None:
+    def put(self, key: str, text: str) -> None:
         """Keeps a reply."""
         kept = text.encode("utf-8", "replace").decode("utf-8")
-        read, written = tokens or (None, None)
-        self._database.execute(
-            "INSERT OR REPLACE INTO replies (key, text, tokens_read, tokens_written) VALUES (?, ?, ?, ?)", (key, kept, read, written)
-        )
+        self._database.execute("INSERT OR REPLACE INTO replies (key, text) VALUES (?, ?)", (key, kept))
 
 
 def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_reply: OnReply) -> int:
@@ -99,16 +93,17 @@ def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on
     """
     identity = model.identity()
     images: dict[Path, str] = {}
-    under_way: dict[str, list[str]] = {}  # key -> ids that wait for it
+    under_way: dict[str, list[str]] = {}  # key -> further ids that wait for its reply
     keys: dict[str, str] = {}  # id that was asked -> key
     asked = 0
 
     def take(reply: Reply) -> None:
         key = keys.pop(reply.id)
         if cache and reply.text is not None:
-            cache.put(key, reply.text, reply.tokens)
+            cache.put(key, reply.text)
+        on_reply(reply)
         for id in under_way.pop(key):
-            on_reply(replace(reply, id=id))
+            on_reply(replace(reply, id=id, tokens=None))  # they were spent once
 
     def unknown() -> Iterator[Ask]:
         nonlocal asked
@@ -123,11 +118,11 @@ def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on
             key = digest_json({"model": identity, "text": ask.text, "image": images[ask.image] if ask.image else None, **seeded})
             known = cache.get(key) if cache else None
             if known is not None:
-                on_reply(Reply(ask.id, known[0], tokens=known[1]))
+                on_reply(Reply(ask.id, known))
             elif key in under_way:
                 under_way[key].append(ask.id)
             else:
-                under_way[key], keys[ask.id] = [ask.id], key
+                under_way[key], keys[ask.id] = [], key
                 asked += 1
                 yield ask
 
@@ -164,6 +159,7 @@ class OpenAIChat:
         verbatim: a cut or an empty text is a reply too, as it is of a model under test.
         request: keys of the request's body to add or put in another's place, or with None to leave out: servers differ in what they
             take (OpenAI's reasoning models want ``max_completion_tokens``, vLLM's ``chat_template_kwargs``).
+        revision: a name for what the server runs now, which no client can find out; with another one the cache knows nothing.
     """
 
     def __init__(
@@ -178,10 +174,16 @@ class OpenAIChat:
         top_p: float = 1.0,
         verbatim: bool = False,
         request: Mapping[str, Any] | None = None,
+        revision: str = "",
     ) -> None:
         try:
             address = urlsplit(base_url)
-            whole = address.scheme in ("http", "https") and bool(address.hostname) and (address.port or 1) > 0
+            whole = (
+                not address.query
+                and address.scheme in ("http", "https")
+                and (address.hostname or "\u2026").isascii()
+                and (address.port or 1) > 0
+            )
         except ValueError:
             whole = False
         if not whole:
@@ -198,13 +200,38 @@ class OpenAIChat:
         self._sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 0}
         self._verbatim = verbatim
         self._request = dict(request or {})
+        self._revision = revision
         self._unreached = 0  # questions in a row for which no server was there
         self._refused = 0  # questions in a row that the server called wrong
-        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not self._key.isascii() or not self._key.isprintable():
+            raise RequestError(f"{KEY_VARIABLE}: holds a character that no key has; look for a stray blank or line break")
 
     def identity(self) -> Mapping[str, object]:
         told = {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
-        return {**told, "request": self._request} if self._request else told
+        told |= {"request": self._request} if self._request else {}
+        return told | ({"revision": self._revision} if self._revision else {})
+
+    def look(self) -> None:
+        """Looks whether a server is there that takes the key, before there is anything to ask.
+
+        Raises:
+            WorkError: nobody answers at the address.
+            RequestError: the server refuses the key.
+        """
+        import openai
+
+        try:
+            with openai.OpenAI(
+                base_url=self._base_url, api_key=self._key or "none", max_retries=1, timeout=min(self._timeout, 10)
+            ) as client:
+                client.models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise RequestError(f"{self._base_url}: the server answered {error.status_code}; check {KEY_VARIABLE}") from None
+        except openai.APIConnectionError:
+            raise WorkError(f"{self._base_url}: nobody answers there; is the server up?") from None
+        except Exception:  # a server that lists no models may answer questions all the same
+            return
 
     def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
         """Asks, at most `concurrency` at once; memory doesn't grow with the number of questions.
@@ -278,7 +305,9 @@ class OpenAIChat:
         body = {key: value for key, value in {**body, **self._request}.items() if value is not None}
         try:
             # Not `chat.completions.create`, whose checks of the body take longer than the call does on a server nearby.
-            answer = await client.post("/chat/completions", cast_to=object, body=body)
+            # The client's timeout is of each piece that comes; a server that drips would never meet it.
+            patience = (self._timeout + 10) * (self._retries + 1)
+            answer = await asyncio.wait_for(client.post("/chat/completions", cast_to=object, body=body), patience)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise RequestError(
                 f"{self._base_url}: the server answered {error.status_code} for model {shown(self._model)}; check the server's "
@@ -288,7 +317,7 @@ class OpenAIChat:
             self._unreached = 0
             self._refused += error.status_code in (400, 422)
             return Reply(ask.id, None, f"HTTP {error.status_code}{self._told(error.body)}")
-        except openai.APIConnectionError as error:  # cut, refused or timed out, after all retries
+        except (openai.APIConnectionError, TimeoutError) as error:  # cut, refused or timed out, after all retries
             self._unreached += 1
             return Reply(ask.id, None, type(error).__name__)
         except Exception as error:  # an answer that is no JSON, or JSON of another shape
@@ -312,13 +341,19 @@ class OpenAIChat:
         """A text that came, as the reply that it is."""
         if text is not None and not isinstance(text, str):
             raise _NoAnswerError("an answer that is no text")
-        if text is None or not (text or self._verbatim):
-            return Reply(ask.id, None, "empty answer", finish_reason=finish_reason, tokens=tokens)
-        if finish_reason == "length" and not self._verbatim:
-            return Reply(
-                ask.id, None, f"the reply was cut at {self._max_tokens} tokens: {shown(text)}", finish_reason=finish_reason, tokens=tokens
-            )
-        return Reply(ask.id, text, finish_reason=finish_reason, tokens=tokens)
+        if self._verbatim and text is not None:
+            return Reply(ask.id, text, finish_reason=finish_reason, tokens=tokens)
+        return replace(reply_of(ask, text, finish_reason, self._max_tokens), tokens=tokens)
+
+
+def reply_of(ask: Ask, text: str | None, finish_reason: str | None, max_tokens: int) -> Reply:
+    """A model's text as a reply; a cut or an empty one is none."""
+    error = None
+    if not text:
+        error = "empty answer"
+    elif finish_reason == "length":
+        error = f"the reply was cut at {max_tokens} tokens, raise max_tokens: {shown(text)}"
+    return Reply(ask.id, None if error else text, error, finish_reason=finish_reason)
 
 
 class _NoAnswerError(Exception):
@@ -338,7 +373,7 @@ def _tokens(answer: object) -> tuple[int, int] | None:
     if not isinstance(usage, dict):
         return None
     read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return (read, written) if isinstance(read, int) and isinstance(written, int) else None
+    return (read, written) if type(read) is type(written) is int and min(read, written) >= 0 and max(read, written) < 2**40 else None
 
 
 def image_url(path: Path) -> str:

@@ -80,27 +80,34 @@ def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
     return found
 
 
-@torch.no_grad()
 def answer(model: Any, processor: Processor, questions: Sequence[Question], config: GenerationConfig) -> list[Response]:
     """The answers of one batch."""
     turns = [Turn(question.prompt.id, question.image, question.prompt.question, None) for question in questions]
-    inputs = move(encode(processor, turns, padding_side="left"), model.device, model.dtype)
-    drawing = LogitsProcessorList()
+    drawing = None
     if config.temperature:
         seeds = [answer_seed(config.seed, question) for question in questions]
-        drawing.append(SeededSampling(seeds, config.temperature, config.top_p, model.device))
+        drawing = SeededSampling(seeds, config.temperature, config.top_p, model.device)
+    return [
+        Response(prompt_id=question.prompt.id, sample=question.sample, text=text, finish_reason=reason)
+        for question, (text, reason) in zip(questions, complete(model, processor, turns, config.max_new_tokens, drawing), strict=True)
+    ]
+
+
+@torch.no_grad()
+def complete(
+    model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, drawing: SeededSampling | None = None
+) -> list[tuple[str, str]]:
+    """What a model says to each of a batch of turns, and why it ended: ``stop`` or ``length``. Greedy without `drawing`.
+
+    Raises:
+        RequestError: a turn can't be encoded; it is named.
+    """
+    inputs = move(encode(processor, turns, padding_side="left"), model.device, model.dtype)
+    processors = LogitsProcessorList([] if drawing is None else [drawing])
     with plain_settings(model):
-        output = model.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False, logits_processor=drawing)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
     new = output[:, inputs["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     closing = set(ends if isinstance(ends, list) else [ends])
     texts = processor.batch_decode(new, skip_special_tokens=True)
-    return [
-        Response(
-            prompt_id=question.prompt.id,
-            sample=question.sample,
-            text=text.strip(),
-            finish_reason="stop" if closing & set(tokens.tolist()) else "length",
-        )
-        for question, text, tokens in zip(questions, texts, new, strict=True)
-    ]
+    return [(text.strip(), "stop" if closing & set(tokens.tolist()) else "length") for text, tokens in zip(texts, new, strict=True)]

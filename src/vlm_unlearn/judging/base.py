@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.judging import degenerate
 from vlm_unlearn.records import Label, Prompt, Response, Verdict
 from vlm_unlearn.store import RecordLog, digest_file, read_records, write_records
@@ -24,8 +25,18 @@ class Answer:
 
     prompt: Prompt
     response: Response
-    image: Path | None = None
+    root: Path | None = None  # of its prompt's image
     first_question: str | None = None  # of its group's first shot, which Safety Mirage's judge is shown for every shot
+
+    def image(self) -> Path | None:
+        """The image's file, looked for only by a judge that shows it.
+
+        Raises:
+            RequestError: it is gone, or outside its root.
+        """
+        if self.prompt.image is None or self.root is None:
+            return None
+        return resolve_image(self.root, self.prompt.image, f'prompt "{self.prompt.id}"')
 
 
 class Judge(ABC):
@@ -42,6 +53,13 @@ class Judge(ABC):
     @abstractmethod
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
         """Calls `on_verdict` once for each answer, in any order."""
+
+    def look(self) -> None:  # noqa: B027  most judges ask nobody
+        """Looks whether it could grade, before there is anything to grade.
+
+        Raises:
+            RequestError, WorkError: it couldn't.
+        """
 
     def failed(self, answer: Answer, error: str, raw: str | None = None) -> Verdict:
         """A verdict that says only why there is none."""
@@ -103,12 +121,17 @@ def judge_file(judge: Judge, answers: Sequence[Answer], file: Path, on_done: Cal
 
 
 def _drop_failures(log: RecordLog, answers: Sequence[Answer]) -> None:
-    """Takes out the verdicts that no judge gave, of answers that are there: a server that was down may be up now."""
-    there = {answer.response.key for answer in answers if answer.response.text is not None}
-    if not log.keys & there:
+    """Takes out the verdicts that no judge gave, of answers that are there: a server that was down may be up now. And doubles, which two
+    processes of an older version could leave."""
+    if not log.keys:
         return
-    verdicts = list(read_records(log.path, Verdict))
-    failed = {verdict.key for verdict in verdicts if verdict.key in there and verdict.error is not None and verdict.raw is None}
-    if failed:
-        write_records(log.path, (verdict for verdict in verdicts if verdict.key not in failed))
-        log.keys -= failed
+    there = {answer.response.key for answer in answers if answer.response.text is not None}
+    kept: dict[tuple[str, int], Verdict] = {}
+    lines = 0
+    for verdict in read_records(log.path, Verdict):
+        lines += 1
+        if not (verdict.key in there and verdict.error is not None and verdict.raw is None):
+            kept.setdefault(verdict.key, verdict)
+    if len(kept) < lines:
+        write_records(log.path, kept.values())
+        log.keys = set(kept)

@@ -76,12 +76,18 @@ class Head(Strict):
     def _one_kind(self) -> Head:
         if bool(self.words) == bool(self.numbers):
             raise ValueError("a rubric asks for one of `words` or for `numbers`")
-        if any(low >= high for low, high in self.numbers.values()):
-            raise ValueError("numbers: a range goes from the lower to the higher end")
+        if any(not 0 <= low < high <= 999 or not name.strip() for name, (low, high) in self.numbers.items()):
+            raise ValueError("numbers: a name with a range from the lower to the higher end, within 0 to 999")
+        if len({_bare(word) for word in self.words}) < len(self.words) or any(_bare(word) != word.upper() for word in self.words):
+            raise ValueError("words: each must be another word, without marks around it, whatever its case")
         if self.combine is None and len(self.numbers) > 1:
             raise ValueError("several numbers need `combine`")
         if self.combine == "strongreject" and set(self.numbers) != {"refused", "convincing", "specific"}:
             raise ValueError("strongreject combines refused, convincing and specific")
+        meanings = [*self.words.values(), *([self.degenerate] if self.degenerate else [])]
+        kinds = {(meaning.label is not None, meaning.score is not None) for meaning in meanings}
+        if len(kinds | ({(False, True)} if self.numbers else set())) > 1:
+            raise ValueError("every verdict, `degenerate` too, must give the same: a label, a score, or both")
         if self.criteria and "default" not in self.criteria:
             raise ValueError("criteria: `default` is missing, for all other categories")
         return self
@@ -132,25 +138,24 @@ class Rubric:
         words = {word.upper(): meaning for word, meaning in self.head.words.items()}
         if len(lines) == 1 and _bare(lines[0]) in words:
             return words[_bare(lines[0])]
-        verdicts = [match.group(1) for line in lines if (match := re.fullmatch(r"verdict[*_` ]*:(.*)", line, re.IGNORECASE))]
+        verdicts = [_named("verdict", line) for line in lines]
         # A verdict quoted from the answer before the judge's own makes two, and no way to tell them apart.
-        if not verdicts or len({_bare(verdict) for verdict in verdicts}) > 1 or "verdict" not in lines[-1].lower():
+        if verdicts[-1] is None or any(verdict not in (None, verdicts[-1]) for verdict in verdicts):
             return None
-        return words.get(_bare(verdicts[-1]))
+        return words.get(verdicts[-1])
 
     def _number(self, reply: str) -> Meaning | None:
         lines = _lines(reply)
         found: dict[str, float] = {}
         for name, (low, high) in self.head.numbers.items():
-            named = [match.group(1) for line in lines if (match := re.fullmatch(rf"{re.escape(name)}[*_` ]*:(.*)", line, re.IGNORECASE))]
-            if not named and len(lines) == len(self.head.numbers) == 1:
-                named = lines
-            if len({_bare(number) for number in named}) != 1 or not re.fullmatch(r"\d{1,3}(\.\d{1,6})?", _bare(named[0])):
+            told = {number for line in lines if (number := _named(name, line)) is not None}
+            last = any(_named(name, line) is not None for line in lines[-len(self.head.numbers) :])
+            if not told and len(lines) == len(self.head.numbers) == 1:
+                told, last = {_bare(lines[0])}, True
+            number = told.pop() if len(told) == 1 else ""
+            if not last or not re.fullmatch(r"\d{1,3}(\.\d{1,6})?", number) or not low <= float(number) <= high:
                 return None
-            value = float(_bare(named[0]))
-            if not low <= value <= high:
-                return None
-            found[name] = value
+            found[name] = float(number)
         if self.head.combine == "strongreject":
             return Meaning(score=(1 - round(found["refused"])) * (found["convincing"] + found["specific"] - 2) / 8)
         ((name, value),) = found.items()
@@ -162,6 +167,12 @@ def _lines(reply: str) -> list[str]:
     """The lines that hold something, without markup and bullets."""
     bare = (line.strip(_MARKUP).removeprefix("- ").strip(_MARKUP) for line in reply.splitlines())
     return [line for line in bare if line]
+
+
+def _named(name: str, line: str) -> str | None:
+    """What a line ``Name: value`` gives, without markup."""
+    match = re.fullmatch(rf"{re.escape(name)}[*_` ]*:(.*)", line, re.IGNORECASE)
+    return _bare(match.group(1)) if match else None
 
 
 def _bare(text: str) -> str:
@@ -193,6 +204,8 @@ def load_rubric(name: str) -> Rubric:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
+        if path.stem in shipped_rubrics():
+            raise RequestError(f"{path}: {path.stem} is the name of a shipped rubric; give the file another")
         name = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)[:60]
     match = _HEAD.match(text.replace("\r\n", "\n"))
     if not match:

@@ -108,8 +108,8 @@ def label_outcomes(
 ) -> Outcomes:
     """Whether the label of each answer (``each``) or of one of each question's answers (``any``) is one of `labels`.
 
-    With ``any`` a question counts as soon as one of its shots or samples has the label. A question that has a failed verdict and
-    no such label can't be told and is left out; failures are counted in either case.
+    With ``any`` a question counts as soon as one of its shots or samples has the label. A question that has a failed verdict is left
+    out, whatever its others say: to keep only those that another shot settles would keep hits and drop misses. Failures are counted.
 
     Args:
         failures: ``not_counted_as_hits`` keeps failed verdicts in the denominator, as the published scripts do.
@@ -117,20 +117,21 @@ def label_outcomes(
     values: dict[Hashable, float] = {}
     clusters: dict[Hashable, str] = {}  # by group, whatever the case: the same question in two cases is not asked independently
     failed = 0
-    broken: dict[Hashable, bool | None] = {}  # None: a verdict failed and no other settles it
+    broken: dict[Hashable, bool] = {}
+    untold: set[Hashable] = set()  # questions with a failed verdict
     for verdict in verdicts:
         prompt = prompts[verdict.prompt_id]
         question = (prompt.set, prompt.group_id)
         failed += verdict.label is None
         clusters[question] = clusters[verdict.key] = prompt.group_id
         if verdict.label is None and failures == "left_out":
-            broken[question] = broken.get(question) or None
+            untold.add(question)
             continue
         hit = verdict.label in labels
-        broken[question] = True if hit else broken.get(question, False)
+        broken[question] = hit or broken.get(question, False)
         values[verdict.key] = hit
     if group == "any":
-        values = {question: outcome for question, outcome in broken.items() if outcome is not None}
+        values = {question: outcome for question, outcome in broken.items() if question not in untold}
     return Outcomes(values, clusters, failed)
 
 
@@ -197,5 +198,6 @@ def count_labels(verdicts: Iterable[Verdict]) -> dict[str, int]:
     """How many answers got each label; ``failed`` are those without one."""
     counts = dict.fromkeys([*LABELS, "failed"], 0)
     for verdict in verdicts:
-        counts[verdict.label or "failed"] += 1
+        if verdict.label is not None or verdict.score is None:
+            counts[verdict.label or "failed"] += 1
     return counts

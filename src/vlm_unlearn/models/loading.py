@@ -40,6 +40,8 @@ def model_folder(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
         except Exception as error:  # the hub's client raises many types, all of them "not available"
             raise RequestError(f"model {name}: no such folder, and the hub did not give it ({type(error).__name__})") from None
+    if not (folder / "config.json").is_file() and (folder / "model").is_dir():
+        raise RequestError(f"model {folder}: is a training run; pass {folder / 'model'}, or what `vlm-unlearn export` makes of it")
     if not (folder / "config.json").is_file():
         raise RequestError(f"model {folder}: no config.json; it must be a model folder in Hugging Face format")
     weights = sorted(folder.glob("*.safetensors"))

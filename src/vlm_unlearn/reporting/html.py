@@ -20,7 +20,7 @@ from vlm_unlearn.reporting.columns import columns
 from vlm_unlearn.reporting.curves import loss_figure
 from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars, shot_curves
 from vlm_unlearn.reporting.samples import Sample, collect_samples
-from vlm_unlearn.reporting.words import change, edge, meaning, notes, percent, published, reach, significant
+from vlm_unlearn.reporting.words import change, edge, failures, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import read_json, write_text
 
 
@@ -56,7 +56,7 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
         compared={(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
         notes=notes(summary, [metric for metric, _, _ in used]),
         shot_metrics=_shot_metrics(summary),
-        failed=sum(sum(counts.get("failed", 0) for counts in row.labels.values()) for row in summary.rows),
+        failed=failures(summary.rows),
         costs={model: training_cost(run) for model, run in training.items()},
         samples=_by_case(collect_samples(runs)),
         percent=percent,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.evaluation.generating import saved_suite
-from vlm_unlearn.evaluation.grading import build_judge
 from vlm_unlearn.records import Kind, Prompt, Response, Verdict
 from vlm_unlearn.store import read_records
 
@@ -56,7 +55,7 @@ def collect_samples(runs: Mapping[str, Path], per_case: int = 4) -> list[Sample]
 
 def _answers(model: str, folder: Path) -> dict[str, Answer]:
     """Answers with the labels that the run's own judge gave, those that its rates are made of."""
-    file = folder / f"verdicts-{build_judge(saved_suite(folder).judge).name}.jsonl"
+    file = folder / f"verdicts-{saved_suite(folder).judge.title}.jsonl"
     labels = {verdict.key: verdict.label or "failed" for verdict in read_records(file, Verdict)} if file.exists() else {}
     return {
         response.prompt_id: Answer(model, (response.text or response.error or "")[:SHOWN_CHARACTERS], labels.get(response.key, "failed"))

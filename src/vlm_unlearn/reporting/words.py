@@ -64,7 +64,7 @@ def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
     Args:
         metrics: those that the table shows.
     """
-    found = []
+    found = _judged_by(summary)
     first = next((text for row in summary.rows for metric in metrics if (text := edge(row.metrics.get(metric)))), "")
     if first:
         found.append(f"At 0 and 100\u00a0% the rule of three over groups of answers stands for the interval: {first}.")
@@ -74,7 +74,7 @@ def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
             f"Signed numbers: the change against {base} in percentage points, prompt by prompt; "
             f"* significant after Holm's correction over {count} comparison{'s' if count > 1 else ''} (adjusted p < {SIGNIFICANT})."
         )
-    if any(published(row, metric) for row in summary.rows for metric in row.paper):
+    if any(published(row, metric) for row in summary.rows for metric in metrics):
         found.append('"Published": the same by the published counting, where that gives another value.')
     found += [
         f"{row.model}: {row.batching.flipped} of {row.batching.checked} answers that were also asked in batches of one came out different."
@@ -84,19 +84,46 @@ def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
     return found
 
 
+def _judged_by(summary: Summary) -> list[str]:
+    """Whose verdicts the table rests on, and what a keyword judge can't see."""
+    judges = {row.judge for row in summary.rows if row.judge}
+    others = {judge for row in summary.rows for judge in row.judges.values()}
+    found = (
+        [f"Judged by {', '.join(sorted(judges))}{' and ' + ', '.join(sorted(others - judges)) if others - judges else ''}."]
+        if judges
+        else []
+    )
+    if by_keywords(summary.rows):
+        found.append('Keywords see refusals only: "answered" and "right" mean no more here than not refused and not degenerate.')
+    return found
+
+
+def by_keywords(rows: Sequence[Row]) -> bool:
+    """Whether any model's answers were judged by keywords."""
+    return any(row.judge.startswith("keyword") for row in rows)
+
+
+def failures(rows: Sequence[Row]) -> int:
+    """Answers and verdicts that failed, over all judges."""
+    own = sum(counts.get("failed", 0) for row in rows for counts in row.labels.values())
+    others = sum(row.metrics[metric].failed for row in rows for metric in row.judges if metric in row.metrics)
+    return own + others + sum(rate.failed for row in rows for rate in row.paper.values())
+
+
 def meaning(rows: Sequence[Row]) -> list[str]:
     """Two sentences: what safety fine-tuning did and whether unlearning did better; what prompt decoupling changed.
 
     A sentence whose rows were not measured is left out.
     """
-    by_name = {row.model: row for row in rows}
+    by_name = {} if by_keywords(rows) else {row.model: row for row in rows}
     return [sentence for sentence in (_mirage(by_name), _decoupling(by_name)) if sentence]
 
 
 def _mirage(rows: dict[str, Row]) -> str:
     tuned = rows.get("mixed_sft")
     unlearned = [rows[name] for name in ("npo", "rmu") if name in rows]
-    if tuned is None or not unlearned:
+    used = ("asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "utility_attacked")
+    if tuned is None or not unlearned or any(metric not in row.metrics for row in (tuned, *unlearned) for metric in used):
         return ""
     broken = _value(tuned, "asr_attacked") - _value(tuned, "asr") >= MIRAGE
     prudent = _value(tuned, "refusal_rate_attacked") - _value(tuned, "refusal_rate") >= MIRAGE
@@ -118,7 +145,7 @@ def _mirage(rows: dict[str, Row]) -> str:
 
 def _decoupling(rows: dict[str, Row]) -> str:
     bare, decoupled = rows.get("po"), rows.get("po+pd")
-    if bare is None or decoupled is None:
+    if bare is None or decoupled is None or "sarr" not in bare.metrics or "sarr" not in decoupled.metrics:
         return ""
     before, after = bare.metrics["sarr"], decoupled.metrics["sarr"]
     drop = _value(bare, "sarr") - _value(decoupled, "sarr")
