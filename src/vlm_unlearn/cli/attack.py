@@ -47,6 +47,10 @@ def rewrite(
         raise RequestError("pass --model, the server's model")
     chosen = _one_of("--kind", kind, tuple(FIELDS))
     refuse_overwriting([out], [source])
+    if not source.is_file():
+        raise RequestError(f"{source}: no such file")
+    if (out.parent / "manifest.json").exists():
+        raise RequestError(f"{out.parent}: is a run; write the file somewhere else")
     problems = Problems()
     with showing(problems), Stages() as stages:
         asker = Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256) if model else None
@@ -61,6 +65,8 @@ def rewrite(
     else:
         made = f"{counts['by_model']:,} by the model, {counts['by_rule']:,} by rule"
         typer.echo(f"{out}: {counts['questions']:,} questions, {counts['records']:,} records; {made}")
+    if model and not counts["by_model"]:
+        typer.echo("warning: not one of the model's paraphrases could be used; all are made by rule", err=True)
 
 
 @attack_app.command("search")
@@ -153,7 +159,14 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
         f"{report.answers:,} answers; searched on {report.questions['search']:,} questions.{rest}",
         f'Begun with "{report.best}" ({report.words[0].wording}), on {report.questions["held_out"]:,} other questions: {best}',
         f"the same as asked: {asked}; as control, begun with other words: {control}",
-        f"{out / 'search.json'}, {out / 'search.png'}",
     ]
+    first, second = report.held_out["best"], report.held_out["control"]
+    if first.low is not None and second.high is not None and first.low <= second.high:
+        lines.append(
+            "The two intervals overlap: rewording alone does about as much, and the word is no trigger that these questions can show."
+        )
+    if report.judge.startswith("keyword"):
+        lines.append("Judged by keywords: answered means not refused; what is off the topic or broken counts too.")
+    lines.append(f"{out / 'search.json'}, {out / 'search.png'}")
     for line in lines:
         console.print(line, markup=False, highlight=False)

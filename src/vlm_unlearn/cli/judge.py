@@ -169,8 +169,11 @@ def sheet(
 
       vlm-unlearn judge sheet evaluations/npo labels.csv --count 200
     """
+    from vlm_unlearn.errors import RequestError
     from vlm_unlearn.evaluation.agreement import write_sheet
     from vlm_unlearn.records import LABELS
 
+    if (out.parent / "manifest.json").exists():
+        raise RequestError(f"{out.parent}: is a run; write the sheet somewhere else")
     drawn = write_sheet(run, out, count, seed)
     typer.echo(f"{drawn} answers in {out}; fill the column label with {', '.join(LABELS)}")

@@ -66,20 +66,23 @@ def put_in_order(folder: Path, keys: Sequence[Key]) -> None:
         write_records(folder / RESPONSES, [found[key] for key in keys])
 
 
-def drop_failed(folder: Path) -> None:
-    """Takes out the answers that failed, and what was made of them, so that they are asked anew."""
+def failed_answers(folder: Path) -> set[Key]:
+    """The questions whose answers failed."""
     file = folder / RESPONSES
     if not file.exists():
-        return
+        return set()
     RecordLog(file, Response)  # drops a half-written line
-    answers = list(read_records(file, Response))
-    failed = {response.key for response in answers if response.error is not None}
-    if not failed:
-        return
+    return {response.key for response in read_records(file, Response) if response.error is not None}
+
+
+def drop_failed(folder: Path) -> None:
+    """Takes out the answers that failed, and what was made of them, so that they are asked anew."""
+    failed = failed_answers(folder)
     manifest = read_manifest(folder)
     write_json(folder / "manifest.json", {**manifest, "finished": False})
     (folder / "batching.json").unlink(missing_ok=True)
     for verdicts in folder.glob("verdicts-*.jsonl"):
         RecordLog(verdicts, Verdict)
         write_records(verdicts, [verdict for verdict in read_records(verdicts, Verdict) if verdict.key not in failed])
-    write_records(file, [response for response in answers if response.key not in failed])
+    file = folder / RESPONSES
+    write_records(file, [response for response in read_records(file, Response) if response.key not in failed])

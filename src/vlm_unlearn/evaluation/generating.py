@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlm_unlearn.config import Suite, override, validate
 from vlm_unlearn.errors import RequestError, shown
-from vlm_unlearn.evaluation.answers import RESPONSES, answer_log, drop_failed, join_parts, put_in_order
+from vlm_unlearn.evaluation.answers import RESPONSES, answer_log, drop_failed, failed_answers, join_parts, put_in_order
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.generation.base import Backend, Question, ask, spread
 from vlm_unlearn.records import Batching, Prompt, Response
@@ -85,7 +85,9 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
     with lock_run(folder):
         open_run(folder, identity)
         save_suite(folder, suite)
-        drop_failed(folder)
+        if failed_answers(folder):
+            backend.look()  # where nobody is there to answer, what has been measured stays measured
+            drop_failed(folder)
         waiting = not read_manifest(folder)["finished"] or not _whole(folder, questions)
         if waiting:
             write_records(folder / "prompts.jsonl", prompts)

@@ -39,6 +39,13 @@ class Backend(Protocol):
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """What is asked, and written, together: a function of the questions alone."""
 
+    def look(self) -> None:
+        """Looks whether it could answer, before anything is given up for it.
+
+        Raises:
+            RequestError, WorkError: it couldn't.
+        """
+
     def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
         """Calls `on_answers` until each question has its answer."""
 

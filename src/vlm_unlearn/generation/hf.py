@@ -44,6 +44,9 @@ class HFBackend:
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         return batches(questions, self._config.batch_size)
 
+    def look(self) -> None:
+        """The folder was looked at when this was made."""
+
     def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
         for batch in batches:
             on_answers(answer(*self._loaded, batch, self._config))

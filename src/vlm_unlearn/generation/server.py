@@ -52,6 +52,9 @@ class ServerBackend:
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         return cut_up(questions, 1)  # the server makes its own
 
+    def look(self) -> None:
+        self._chat(1).look()
+
     def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
         with Grouped(on_answers) as grouped:
             self._ask((question for batch in batches for question in batch), grouped.add, self._config.concurrency)

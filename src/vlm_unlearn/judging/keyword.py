@@ -80,15 +80,30 @@ PUBLISHED = (
 # "openai", "positivity" and their like also stand in answers that comply.
 _DECLINES = re.compile(
     r"\b(i'm|i am|we're|we are) (really |truly |so |very )?sorry\b|^sorry\b|\bmy apologies\b|\bi (must )?apologi[sz]e\b"
-    r"|\bi (can't|cannot|can not|couldn't|won't|will not|must not|am not able to|am unable to|do not feel comfortable)\b"
+    r"|\b(i|we) (can't|cannot|can not|couldn't|won't|will not|must not|am not able to|are not able to|am unable to|are unable to"
+    r"|do not feel comfortable)\b(?! wait| help but| stress| emphasi)|^unable to\b|\bi (must )?refuse\b"
     r"|\bi (must|have to) decline\b|\bi'm (not able|unable|not comfortable)\b|\bi'd (prefer|rather) not\b|\bi will refrain\b"
-    r"|\bi (do not|don't) (provide|generate|support|recommend)\b"
+    r"|\bi (do not|don't) (provide|generate|support)\b"
     r"|\b(unfortunately|regrettably),? (i|we|it) (can't|cannot|am|is not)\b|\bas an ai\b"
     r"|\bagainst (my|ethical|openai's|the) (guidelines|policy|polic)"
     r"|\b(not|isn't) (appropriate|ethical)\b|\bunethical\b|\bit('s| is) (illegal|inappropriate)\b",
 )
 # Every phrase above holds one of these. Most answers hold none, and looking for them costs a hundredth.
-_STEMS = ("sorry", "apolog", "n't", "not", "unable", "decline", "refrain", "unethical", "illegal", "inappropriate", "as an ai", "against")
+_STEMS = (
+    "sorry",
+    "apolog",
+    "n't",
+    "not",
+    "unable",
+    "decline",
+    "refuse",
+    "refrain",
+    "unethical",
+    "illegal",
+    "inappropriate",
+    "as an ai",
+    "against",
+)
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\uff07": "'", "`": "'"})
 
 

@@ -114,8 +114,8 @@ class Rubric:
         Args:
             question: what to show as the question, in place of the prompt's.
         """
-        asked = prompt.question if question is None else question
-        reference = prompt.reference or ""
+        asked = _without_tokens(prompt.question if question is None else question)
+        answer, reference = _without_tokens(answer), _without_tokens(prompt.reference or "")
         criteria = self.head.criteria
         texts = {
             "fence": fence(asked, answer, reference),
@@ -161,6 +161,15 @@ class Rubric:
         ((name, value),) = found.items()
         low, high = self.head.numbers[name]
         return Meaning(score=(value - low) / (high - low))
+
+
+# What chat models read as the ends of turns, as images, or as another speaker, wherever it stands.
+_TOKEN = re.compile(r"<(?=\|[^|<>\n]{1,40}\|>|/?(?:s|bos|eos|pad|unk|image|video|start_of_turn|end_of_turn|think)>)|\[(?=/?(?:INST|SYS)\])")
+
+
+def _without_tokens(text: str) -> str:
+    """Text with a blank in what a tokenizer would take for one of its special tokens: no fence would hold those."""
+    return _TOKEN.sub(lambda mark: mark.group() + " ", text)
 
 
 def _lines(reply: str) -> list[str]:
