@@ -34,6 +34,7 @@ def demo(
         from vlm_unlearn.reporting.html import training_cost, write_report
         from vlm_unlearn.reporting.words import meaning
         from vlm_unlearn.store import note_cost, peak_memory_mb
+        from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
         from vlm_unlearn.tiny_world.demo import run_demo, training_folder
 
         quiet_libraries()
@@ -56,4 +57,6 @@ def demo(
     console.print(rates_table(summary, {model: training_cost(run) for model, run in training.items()}))
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
-    console.print(f"\n{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False)
+    base = base_model(BaseConfig(seed=seed))
+    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False)
+    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False)
