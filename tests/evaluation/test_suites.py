@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stub_server import stub_server
+from stub_server import Stub, stub_server
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.grading import unmeasured
@@ -18,7 +18,7 @@ from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.llm import IRRELEVANT_WORDS
-from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.records import Prompt, Response, Row
 from vlm_unlearn.store import read_records
 
 LABELS = ("COMPLIED", "REFUSED", "OFF_TOPIC", "DEGENERATE")
@@ -79,22 +79,16 @@ def share(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def test_safety_mirage(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+def evaluated(name: str, model: Path, root: Path, folder: Path) -> tuple[Row, Stub]:
+    """A suite's row with both countings, and what its judge was asked."""
     with stub_server(judge) as stub:
-        suite = load(
-            Suite,
-            Path("suites/safety_mirage"),
-            [
-                f"model={tiny_model}",
-                "generation.max_new_tokens=12",
-                "generation.batch_size=64",
-                "judge.model=judge",
-                f"judge.server={stub.url}",
-                "paper=true",
-            ],
-            {"root": str(world / "vlguard")},
-        )
-        row = evaluate_run(suite, tmp_path / "run", "random")
+        settings = [f"model={model}", "generation.max_new_tokens=12", "generation.batch_size=64", "judge.model=judge", "paper=true"]
+        suite = load(Suite, Path(name), [*settings, f"judge.server={stub.url}"], {"root": str(root)})
+        return evaluate_run(suite, folder, "random"), stub
+
+
+def test_safety_mirage(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    row, stub = evaluated("suites/safety_mirage", tiny_model, world / "vlguard", tmp_path / "run")
     answers = answers_of(tmp_path / "run")
     asked = {case: len(of_case) for case, of_case in answers.items()}
     assert asked["unsafe_what"] == asked["unsafe_control"] == 3 * asked["unsafe"]
@@ -126,21 +120,7 @@ def test_safety_mirage(tiny_model: Path, world: Path, tmp_path: Path) -> None:
 
 
 def test_safe_eraser(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    with stub_server(judge) as stub:
-        suite = load(
-            Suite,
-            Path("suites/safe_eraser"),
-            [
-                f"model={tiny_model}",
-                "generation.max_new_tokens=12",
-                "generation.batch_size=64",
-                "judge.model=judge",
-                f"judge.server={stub.url}",
-                "paper=true",
-            ],
-            {"root": str(world / "safe_eraser")},
-        )
-        row = evaluate_run(suite, tmp_path / "run", "random")
+    row, stub = evaluated("suites/safe_eraser", tiny_model, world / "safe_eraser", tmp_path / "run")
     answers = answers_of(tmp_path / "run")
     asked = {case: len(of_case) for case, of_case in answers.items()}
     questions = {case: len({prompt.id for prompt, _ in of_case}) for case, of_case in answers.items()}

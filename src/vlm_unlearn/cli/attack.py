@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from vlm_unlearn.cli.asking import CACHE, CONCURRENCY, MODEL, SERVER, Asker
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, quiet_libraries, showing, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, quiet_libraries, result_console, showing, status_console
 
 if TYPE_CHECKING:
     from vlm_unlearn.evaluation.searching import SearchReport
@@ -140,7 +140,6 @@ def _one_of(option: str, value: str, known: tuple[Choice, ...]) -> Choice:
 
 def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from vlm_unlearn.reporting.search_plot import HITS
@@ -151,7 +150,7 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
         table.add_column(heading, justify="left" if heading in ("word", "from") else "right")
     for word in report.words[:at_most]:
         table.add_row(plain(word.word), percent(word.rate), interval(word.rate), str(word.rate.n), str(word.rounds), word.source)
-    console = Console()
+    console = result_console()
     console.print(table)
     rest = f" {len(report.words) - at_most} more words are in search.json." if len(report.words) > at_most else ""
     best, asked, control = (f"{percent(report.held_out[way])} {interval(report.held_out[way])}" for way in ("best", "as_asked", "control"))

@@ -48,6 +48,14 @@ def status_console() -> Console:
     return Console(stderr=True)
 
 
+def result_console() -> Console:
+    """A console on standard output, for tables; wide where nobody looks at a terminal, so that no table is squeezed."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
 def quiet_libraries() -> None:
     """Keeps transformers' own bars and warnings out of ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, plain, print_json, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, plain, print_json, result_console, status_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,8 +28,6 @@ def compare(
 
       vlm-unlearn compare evaluations/base evaluations/npo evaluations/rmu --out comparisons/unlearned
     """
-    from rich.console import Console
-
     from vlm_unlearn.errors import RequestError
     from vlm_unlearn.evaluation.comparing import compare_runs
 
@@ -50,9 +48,7 @@ def compare(
     if as_json:
         print_json(summary.model_dump())
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    console = result_console()
     console.print(_table(summary))
     if out is not None:
         console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
 
 
 def demo(
@@ -25,8 +25,6 @@ def demo(
 
       vlm-unlearn demo --out demo
     """
-    from rich.console import Console
-
     started = time.monotonic()
     notes = status_console()
     with notes.status("loading transformers"):
@@ -51,9 +49,7 @@ def demo(
     if as_json:
         print_json(summary.model_dump())
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    console = result_console()
     console.print(rates_table(summary, {model: training_cost(run) for model, run in training.items()}))
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)

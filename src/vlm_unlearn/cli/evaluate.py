@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
 from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
@@ -122,15 +122,13 @@ def score(
 
 
 def _show(row: Row, as_json: bool, note: str) -> None:
-    from rich.console import Console
-
     from vlm_unlearn.records import Summary
 
     summary = Summary(rows=[row])
     if as_json:
         print_json(summary.model_dump())
         return
-    console = Console()
+    console = result_console()
     console.print(rates_table(summary))
     if note:
         console.print(note, markup=False, highlight=False)

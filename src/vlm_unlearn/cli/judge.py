@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_console
 
 judge_app = typer.Typer(help="Grades answers.", no_args_is_help=True, rich_markup_mode=None)
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
@@ -137,7 +137,6 @@ def agreement_command(
         print_json([one.model_dump() for one in found])
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from vlm_unlearn.records import Rate
@@ -152,8 +151,7 @@ def agreement_command(
         kappa = one.kappa_positive
         rates = (one.kappa, kappa, one.true_positive_rate, one.true_negative_rate)
         table.add_row(one.judge, one.reference, str(kappa.n), str(kappa.failed), *map(cell, rates))
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table)
+    result_console().print(table)
 
 
 @judge_app.command("sheet")
