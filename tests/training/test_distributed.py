@@ -71,7 +71,7 @@ def test_two_processes_train_as_one(
         program, environment = [str(Path(__file__).parents[1] / "fsdp_on_cpu.py")], FSDP
     elif engine == "zero3":
         if importlib.util.find_spec("deepspeed") is None:
-            pytest.skip("needs deepspeed (pip install 'vlm-unlearn[deepspeed]')")
+            pytest.skip("needs deepspeed (pip install '.[deepspeed]')")
         config = tmp_path / "zero3.json"
         config.write_text(json.dumps(ZERO3))
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}

@@ -1,4 +1,4 @@
-"""Answers from vLLM in this process: ``pip install 'vlm-unlearn[vllm]'``."""
+"""Answers from vLLM in this process: ``pip install '.[vllm]'``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VLLMBackend:
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         if find_spec("vllm") is None:
-            raise RequestError("generation.backend=vllm: vLLM is not installed; pip install 'vlm-unlearn[vllm]', or use backend=hf")
+            raise RequestError("generation.backend=vllm: vLLM is not installed; pip install '.[vllm]', or use backend=hf")
         self._folder = run_model_folder(model)
         if (self._folder / "adapter_config.json").is_file():
             run = self._folder.parent if (self._folder.parent / "manifest.json").is_file() else model

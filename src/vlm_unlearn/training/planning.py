@@ -24,12 +24,12 @@ from vlm_unlearn.training.references import Source, choose_source
 from vlm_unlearn.training.stream import Collator, TrainingStream
 
 INSTALL = {
-    "deepspeed": "pip install 'vlm-unlearn[deepspeed]'",
+    "deepspeed": "pip install '.[deepspeed]'",
     "tensorboard": "pip install tensorboard",
     "wandb": "pip install wandb",
     "trackio": "pip install trackio",
     "flash_attention_2": "pip install flash-attn",
-    "qlora": "pip install 'vlm-unlearn[quantization]'",
+    "qlora": "pip install '.[quantization]'",
 }
 
 
