@@ -127,7 +127,7 @@ def test_answers_are_handed_on_batch_by_batch(engine: type[LLM], tiny_model: Pat
 
 
 def test_it_must_be_installed(tiny_model: Path) -> None:
-    with pytest.raises(RequestError, match=r"vLLM is not installed; pip install 'vlm-unlearn\[vllm\]'"):
+    with pytest.raises(RequestError, match=r"vLLM is not installed; pip install '\.\[vllm\]'"):
         VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm"))
 
 
