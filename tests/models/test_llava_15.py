@@ -131,7 +131,7 @@ def test_import_train_evaluate(llava: Path, vlguard: Path, tmp_path: Path, mode:
         ["data", "import", "vlguard", vlguard / "train.json", *images, "--out", data],
         ["train", "safety_mirage/npo_lora_7b", f"model={llava}", f"data={data}", f"output={trained}", *steps],
         [
-            *("evaluate", "suites/safety_mirage", f"model={trained}", f"root={vlguard}"),
+            *("evaluate", "suites/safety_mirage", f"model={trained}", f"root={vlguard}", "judge=keyword"),
             *("generation.max_new_tokens=4", "--out", measured, "--json"),
         ],
     ):

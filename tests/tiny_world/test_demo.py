@@ -59,7 +59,7 @@ def test_the_report_shows_every_row(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     for row in ("base", "mixed_sft", "npo", "rmu", "po", "po+pd"):
         assert f'<th scope="row">{row}</th>' in page
-    assert page.count('class="sample ') == 24
+    assert page.count('class="sample ') == 28  # four of each case
 
 
 def test_a_finished_demo_is_not_run_again(demo: Path) -> None:
