@@ -17,7 +17,8 @@ demo: setup
 	$(BIN)/vlm-unlearn demo --out $(OUT)
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	# Two processes of one thread each take a third of the time of one with two.
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
