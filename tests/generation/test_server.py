@@ -44,6 +44,8 @@ def responses(folder: Path) -> list[Response]:
 
 def test_a_server_answers_each_sample(stub: Stub, world: Path, tmp_path: Path) -> None:
     stub.finish_reason = "length"
+    plain = stub.answer
+    stub.answer = lambda text: (time.sleep(0.01), plain(text))[1]  # or one is answered before the next is sent
     wanted = suite(stub, world, 3, "generation.temperature=1.0", "generation.top_p=0.9", "generation.concurrency=5")
     generate_run(wanted, tmp_path / "run")
     prompts, found = read_answers(tmp_path / "run")

@@ -53,6 +53,7 @@ def train(
             _show_preview(preview(recipe), as_json)
             return
         from vlm_unlearn.reporting.curves import NOT_A_LOSS, write_loss_png
+        from vlm_unlearn.training.processes import part
         from vlm_unlearn.training.runner import run_plan
 
         planned = plan(recipe)
@@ -70,6 +71,7 @@ def train(
         try:
             with redirect_stdout(sys.stderr):  # trackio and others talk; standard output is for the result
                 model = run_plan(planned, on_step, probe)
+            part()
         except KeyboardInterrupt:
             typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
             raise

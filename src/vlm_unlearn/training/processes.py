@@ -71,6 +71,14 @@ def _together(step: Callable[[], object]) -> None:
         ) from None
 
 
+def part() -> None:
+    """Leaves the group that a training has joined: a process that ends within it may be aborted by gloo's threads."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @contextmanager
 def team() -> Iterator[Team]:
     """Joins the processes that were started together for as long as the block lasts; one alone needs nothing.
