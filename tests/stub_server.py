@@ -39,6 +39,17 @@ class Stub:
             self.at_once -= 1
 
 
+def send_json(handler: BaseHTTPRequestHandler, status: int, raw: bytes, retry_after: str) -> None:
+    """Answers a request; a 429 says when to come again."""
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(raw)))
+    if status == 429:
+        handler.send_header("Retry-After", retry_after)
+    handler.end_headers()
+    handler.wfile.write(raw)
+
+
 @contextmanager
 def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
     """Serves until the block ends."""
@@ -81,14 +92,7 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
             self._send(200, json.dumps(whole))
 
         def _send(self, status: int, text: str) -> None:
-            raw = text.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
-            if status == 429:
-                self.send_header("Retry-After", "0")
-            self.end_headers()
-            self.wfile.write(raw)
+            send_json(self, status, text.encode(), retry_after="0")
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

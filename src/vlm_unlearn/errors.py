@@ -26,8 +26,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def shown(text: object, longest: int = 80) -> str:
     """Text of a data file as an error message quotes it: cut, on one line, nothing in it that a terminal would act on."""
     cut = str(text)
-    cut = cut if len(cut) <= longest else cut[: longest - 1] + "…"
-    return '"' + "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in cut) + '"'
+    return f'"{printable(cut if len(cut) <= longest else cut[: longest - 1] + "…")}"'
+
+
+def printable(text: str) -> str:
+    """Text of others on one line, without what a terminal would act on; a blank that doesn't break stays."""
+    return "".join(char if char.isprintable() or char == "\u00a0" else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 class Problems:

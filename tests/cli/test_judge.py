@@ -81,7 +81,7 @@ def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path:
     assert (changed.returncode, "made with other settings" in changed.stderr) == (2, True)
     refused = run("score", folder, "generation.seed=3")
     assert "the answers are there already; what can change is judge" in refused.stderr
-    assert run("score", folder, "judge.max_tokens=256", "--json").returncode == 0
+    assert run("score", folder, "--json").returncode == 0  # a request that failed has changed nothing
     mixed = run("judge", "run", folder, "name=keyword", "judge.model=x")
     assert "not both" in mixed.stderr
     one = run("judge", "run", folder, "name=keyword", "--case", "safe", "--json")

@@ -12,7 +12,7 @@ import pytest
 from helpers import run, run_killing
 from stub_server import stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.evaluation.generating import generate_run
 from vlm_unlearn.evaluation.grading import judge_run
 from vlm_unlearn.evaluation.prompts import suite_prompts
@@ -136,6 +136,10 @@ def test_a_changed_rubric_is_asked_again(tiny_model: Path, world: Path, tmp_path
     calls = [count for _, count in found]
     assert calls[1] == calls[0]
     assert calls[2] == 2 * calls[0]
+    assert evaluate_run(wanted, tmp_path / "run", "m") == row  # all is there: nobody needs to be, now that the server has gone
+    with pytest.raises(WorkError, match="nobody answers there"):
+        evaluate_run(wanted, tmp_path / "new", "m")
+    assert not (tmp_path / "new").exists()
 
 
 def test_killed_evaluation_ends_with_the_same_files(tiny_model: Path, world: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stub_server import send_json
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.data.batching import Turn, encode_with_labels
 from vlm_unlearn.generation.chat import ReplyCache
@@ -185,13 +186,7 @@ class Proxy:
                     self._send(200, reply)
 
             def _send(self, status: int, raw: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(raw)))
-                if status == 429:
-                    self.send_header("Retry-After", "0.1")
-                self.end_headers()
-                self.wfile.write(raw)
+                send_json(self, status, raw, retry_after="0.1")
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

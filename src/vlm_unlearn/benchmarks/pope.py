@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Ratio, Scored, register
 from vlm_unlearn.benchmarks.official_files import SHORT, record
+from vlm_unlearn.data.json_stream import stream
 from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.judging.keyword import corrected_refusal
 
@@ -34,22 +34,16 @@ class POPE(Benchmark):
 
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         found: dict[str, Any] = {}
-        try:
-            lines = annotations.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{annotations}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                raise RequestError(f"{annotations}: line {number} is not JSON; POPE's files have a question a line") from None
+        for item in stream(annotations):
+            where = f"{annotations}: line {item.line}"
+            if item.error is not None:
+                raise RequestError(f"{where} is not JSON; POPE's files have a question a line")
+            entry = item.value
             if not isinstance(entry, dict) or "question_id" not in entry or entry.get("label") not in ("yes", "no"):
-                raise RequestError(f'{annotations}: line {number} must have "question_id", and "label" yes or no')
+                raise RequestError(f'{where} must have "question_id", and "label" yes or no')
             id = str(entry["question_id"])
             if id in found:
-                raise RequestError(f"{annotations}: line {number}: question {shown(id)} is there twice; give POPE's files one by one")
+                raise RequestError(f"{where}: question {shown(id)} is there twice; give POPE's files one by one")
             found[id] = {**entry, "file": annotations.stem}
         if not found:
             raise RequestError(f"{annotations}: holds no questions")

@@ -155,14 +155,11 @@ def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Tab
     return table
 
 
-def printable(text: str) -> str:
-    """Text without what a terminal would act on; a blank that doesn't break stays."""
-    return "".join(char if char.isprintable() or char in "\u00a0\n" else char.encode("unicode_escape").decode("ascii") for char in text)
-
-
 def plain(text: str) -> str:
     """Text of others as rich shows it: no markup, nothing that a terminal would act on."""
     from rich.markup import escape
+
+    from vlm_unlearn.errors import printable
 
     return escape(printable(text))
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, printable, showing
+from vlm_unlearn.cli.common import JSON_OPTION, print_json, showing
+from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.audit import Audit, LabelBy

@@ -114,11 +114,13 @@ def score(
 
       vlm-unlearn score evaluations/npo judge=keyword --json
     """
-    from vlm_unlearn.evaluation.generating import saved_suite
+    from vlm_unlearn.evaluation.generating import save_suite, saved_suite
     from vlm_unlearn.evaluation.scoring import score_run
 
     suite = saved_suite(run, overrides or [])
-    _show(score_run(run, suite, name or run.resolve().name), as_json, "")
+    row = score_run(run, suite, name or run.resolve().name)
+    save_suite(run, suite)
+    _show(row, as_json, "")
 
 
 def _show(row: Row, as_json: bool, note: str) -> None:

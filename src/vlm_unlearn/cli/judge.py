@@ -36,7 +36,7 @@ def judge_run_command(
     """
     from vlm_unlearn.config import JudgeConfig, override, validate
     from vlm_unlearn.errors import RequestError
-    from vlm_unlearn.evaluation.generating import REJUDGED, saved_suite
+    from vlm_unlearn.evaluation.generating import REJUDGED, save_suite, saved_suite
     from vlm_unlearn.evaluation.grading import cases_of, judge_cost, judge_run, refuse_silence, suite_judges
 
     keys = {text.partition("=")[0].partition(".")[0].strip() for text in overrides or []}
@@ -54,6 +54,7 @@ def judge_run_command(
             suite = saved_suite(run, overrides or [])
             for called, config in suite_judges(suite).items():
                 done.append((config, judge_run(run, config, bars.update, cases_of(suite, called))))
+            save_suite(run, suite)
     costs = [judge_cost(file, config) for config, file in done]
     if as_json:
         print_json([cost.model_dump() for cost in costs])

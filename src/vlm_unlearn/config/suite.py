@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,7 +106,7 @@ def _no_secret_in(server: str | None) -> None:
         raise ValueError("a server's address holds no user and password, which would stand in files; the key goes into OPENAI_API_KEY")
 
 
-def judge_from(value: Any) -> Any:
+def _judge_from(value: Any) -> Any:
     """A judge as a suite may write it: its name alone will do."""
     return {"name": value} if isinstance(value, str) else value
 
@@ -189,12 +188,12 @@ class Suite(Strict):
     @field_validator("judge", mode="before")
     @classmethod
     def _short_judge(cls, value: Any) -> Any:
-        return judge_from(value)
+        return _judge_from(value)
 
     @field_validator("judges", mode="before")
     @classmethod
     def _short_judges(cls, value: Any) -> Any:
-        return {name: judge_from(judge) for name, judge in value.items()} if isinstance(value, dict) else value
+        return {name: _judge_from(judge) for name, judge in value.items()} if isinstance(value, dict) else value
 
     @field_validator("metrics", "paper_metrics", mode="before")
     @classmethod
@@ -234,7 +233,7 @@ class Suite(Strict):
             raise ValueError(f'two cases or benchmarks have the name "{twice}"')
         if self.generation.temperature == 0 and any(case.samples > 1 for case in self.cases):
             raise ValueError("several samples of a greedy answer are all the same; set generation.temperature")
-        for metric, config in self.all_metrics():
+        for metric, config in (*self.metrics.items(), *self.paper_metrics.items()):
             for case in config.cases:
                 if case not in names:
                     raise ValueError(f'metric "{metric}" names the case "{case}", which is not there{nearest(case, names)}')
@@ -245,15 +244,9 @@ class Suite(Strict):
                 raise ValueError(f'benchmark "{benchmark.name}" names the judge "{benchmark.judge}"{nearest(benchmark.judge, self.judges)}')
         return self
 
-    def all_metrics(self) -> Iterator[tuple[str, MetricConfig]]:
-        """Those of both countings, by name."""
-        yield from self.metrics.items()
-        yield from self.paper_metrics.items()
-
-    def measured(self) -> Iterator[tuple[str, MetricConfig]]:
-        """Those that are asked for: the published counting's with `paper` only."""
-        yield from self.metrics.items()
-        yield from self.paper_metrics.items() if self.paper else ()
+    def measured(self) -> list[MetricConfig]:
+        """The metrics that are asked for: the published counting's with `paper` only."""
+        return [*self.metrics.values(), *(self.paper_metrics.values() if self.paper else ())]
 
     def judge_called(self, name: str) -> JudgeConfig:
         """The judge that metrics call by a name; `""` is the suite's own.
@@ -261,8 +254,10 @@ class Suite(Strict):
         One that asks a language model takes what it leaves open from the suite's own, if that does too.
         """
         own = self.judge
-        judge = self.judges[name] if name else own
-        if judge.name != "llm" or own.name != "llm" or not name:
+        if not name:
+            return own
+        judge = self.judges[name]
+        if {judge.name, own.name} != {"llm"}:
             return judge
         kept = {"name", "rubric", "paper", "world"} | judge.model_fields_set
         return judge.model_copy(update={field: getattr(own, field) for field in own.model_fields_set - kept})

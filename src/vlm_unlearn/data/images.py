@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -71,6 +73,13 @@ def open_image(path: Path) -> Image.Image:
             return image.convert("RGB")
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise RequestError(f"{path}: is a broken image ({_reason(error)})") from None
+
+
+def png_url(image: Image.Image) -> str:
+    """An image as a data URL, in the one format that every server and browser reads."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _open(path: Path) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,9 +75,8 @@ def failed_answers(folder: Path) -> set[Key]:
     return {response.key for response in read_records(file, Response) if response.error is not None}
 
 
-def drop_failed(folder: Path) -> None:
+def drop_failed(folder: Path, failed: Collection[Key]) -> None:
     """Takes out the answers that failed, and what was made of them, so that they are asked anew."""
-    failed = failed_answers(folder)
     manifest = read_manifest(folder)
     write_json(folder / "manifest.json", {**manifest, "finished": False})
     (folder / "batching.json").unlink(missing_ok=True)

@@ -85,9 +85,10 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
     with lock_run(folder):
         open_run(folder, identity)
         save_suite(folder, suite)
-        if failed_answers(folder):
+        failed = failed_answers(folder)
+        if failed:
             backend.look()  # where nobody is there to answer, what has been measured stays measured
-            drop_failed(folder)
+            drop_failed(folder, failed)
         waiting = not read_manifest(folder)["finished"] or not _whole(folder, questions)
         if waiting:
             write_records(folder / "prompts.jsonl", prompts)
@@ -209,7 +210,7 @@ def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
     """The suite that a run folder was made with.
 
     Args:
-        overrides: ``key=value`` of judges and metrics; they are written into the folder, so that whatever reads it next goes by them.
+        overrides: ``key=value`` of judges and metrics; once they have worked, `save_suite` makes them the run's.
 
     Raises:
         RequestError: there is none, or an override is of what the answers depend on.
@@ -224,7 +225,4 @@ def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
         key = text.partition("=")[0].partition(".")[0].strip()
         if key not in REJUDGED:
             raise RequestError(f'override "{shown(text)[1:-1]}": the answers are there already; what can change is {", ".join(REJUDGED)}')
-    suite = validate(Suite, override(value, overrides) if isinstance(value, dict) else value, str(file))
-    if overrides:
-        save_suite(folder, suite)
-    return suite
+    return validate(Suite, override(value, overrides) if isinstance(value, dict) else value, str(file))

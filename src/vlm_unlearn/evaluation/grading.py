@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -45,7 +44,7 @@ def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:
     Where the suite's own asks no language model, those of its others that have no model are left out: `unmeasured` names what they
     would have measured.
     """
-    named = {metric.judge for _, metric in suite.measured()} | {benchmark.judge for benchmark in suite.benchmarks}
+    named = {metric.judge for metric in suite.measured()} | {benchmark.judge for benchmark in suite.benchmarks}
     own = {"": suite.judge} if suite.cases else {}
     others = {name: suite.judge_called(name) for name in suite.judges if name in named}
     nobody = [name for name, judge in others.items() if judge.name == "llm" and judge.model is None and suite.judge.name != "llm"]
@@ -77,7 +76,7 @@ def cases_of(suite: Suite, judge: str) -> set[str]:
     """The cases and benchmarks whose answers a judge grades: all cases for the suite's own, for another those of its metrics."""
     if not judge:
         return {case.name for case in suite.cases}
-    of_metrics = {case for _, metric in suite.measured() if metric.judge == judge for case in metric.cases}
+    of_metrics = {case for metric in suite.measured() if metric.judge == judge for case in metric.cases}
     return of_metrics | {benchmark.name for benchmark in suite.benchmarks if benchmark.judge == judge}
 
 
@@ -161,25 +160,25 @@ class Cost(Record):
 
 def judge_cost(file: Path, config: JudgeConfig) -> Cost:
     """Adds up what the verdicts of a file took."""
-    judge, verdicts, failed, unread, asked, read, written = "", 0, 0, 0, 0, 0, 0
-    labels, errors, scores = Counter[str](), Counter[str](), list[float]()
-    for verdict in read_records(file, Verdict):
-        judge = verdict.judge
-        labels.update([verdict.label] if verdict.label else [])
-        errors.update([verdict.error] if verdict.error else [])
-        scores += [verdict.score] if verdict.score is not None else []
-        verdicts += 1
-        failed += verdict.label is None and verdict.score is None
-        unread += verdict.error is not None and verdict.raw is not None
-        asked += verdict.tokens is not None
-        read += verdict.tokens[0] if verdict.tokens else 0
-        written += verdict.tokens[1] if verdict.tokens else 0
+    verdicts = list(read_records(file, Verdict))
+    errors = Counter(verdict.error for verdict in verdicts if verdict.error is not None)
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    spent = [verdict.tokens for verdict in verdicts if verdict.tokens is not None]
+    read, written = sum(tokens[0] for tokens in spent), sum(tokens[1] for tokens in spent)
     priced = config.input_price or config.output_price
-    cost = (read * config.input_price + written * config.output_price) / 1e6 if priced else None
-    told: dict[str, Any] = {"labels": dict(labels), "score": sum(scores) / len(scores) if scores else None}
-    told["error"] = next((error for error, _ in errors.most_common(1)), None)
-    counts = {"verdicts": verdicts, "failed": failed, "unread": unread, "asked": asked}
-    return Cost(judge=judge, **counts, **told, tokens_read=read, tokens_written=written, cost=cost)
+    return Cost(
+        judge=config.title,
+        verdicts=len(verdicts),
+        failed=sum(verdict.label is None and verdict.score is None for verdict in verdicts),
+        unread=sum(verdict.error is not None and verdict.raw is not None for verdict in verdicts),
+        asked=len(spent),
+        tokens_read=read,
+        tokens_written=written,
+        cost=(read * config.input_price + written * config.output_price) / 1e6 if priced else None,
+        labels=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
+        score=sum(scores) / len(scores) if scores else None,
+        error=next((error for error, _ in errors.most_common(1)), None),
+    )
 
 
 def suite_costs(folder: Path, suite: Suite) -> list[Cost]:

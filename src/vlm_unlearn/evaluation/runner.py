@@ -9,6 +9,7 @@ from vlm_unlearn.evaluation.generating import OnDone, generate_run
 from vlm_unlearn.evaluation.grading import build_judge, cases_of, judge_run, suite_judges
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.records import Row
+from vlm_unlearn.store import read_manifest
 
 
 def evaluate_run(suite: Suite, folder: Path, name: str, on_done: OnDone | None = None, verify_batching: int = 0) -> Row:
@@ -19,9 +20,13 @@ def evaluate_run(suite: Suite, folder: Path, name: str, on_done: OnDone | None =
     Args:
         verify_batching: as in `generate_run`.
     """
-    for judge in suite_judges(suite).values():
-        build_judge(judge).look()  # a suite that can't be judged is refused before hours of generation
+    answered = (folder / "manifest.json").is_file() and read_manifest(folder)["finished"]
+    judges = suite_judges(suite)
+    for config in judges.values():
+        judge = build_judge(config)  # a suite that can't be judged is refused before hours of generation
+        if not answered:
+            judge.look()
     generate_run(suite, folder, on_done, verify_batching)
-    for called, judge in suite_judges(suite).items():
-        judge_run(folder, judge, on_done, cases_of(suite, called))
+    for called, config in judges.items():
+        judge_run(folder, config, on_done, cases_of(suite, called))
     return score_run(folder, suite, name)

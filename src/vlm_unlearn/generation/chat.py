@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import os
 import random
 import sqlite3
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from vlm_unlearn.data.images import open_image
+from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import RequestError, WorkError, shown
 from vlm_unlearn.store import digest_file, digest_json
 
@@ -178,12 +176,9 @@ class OpenAIChat:
     ) -> None:
         try:
             address = urlsplit(base_url)
-            whole = (
-                not address.query
-                and address.scheme in ("http", "https")
-                and (address.hostname or "\u2026").isascii()
-                and (address.port or 1) > 0
-            )
+            host = address.hostname or ""
+            named = host != "" and host.isascii() and not address.query
+            whole = named and address.scheme in ("http", "https") and (address.port or 1) > 0
         except ValueError:
             whole = False
         if not whole:
@@ -278,7 +273,7 @@ class OpenAIChat:
         content: list[Any] = [{"type": "text", "text": ask.text}]
         if ask.image is not None:
             try:
-                content.insert(0, {"type": "image_url", "image_url": {"url": image_url(ask.image)}})
+                content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(ask.image))}})
             except RequestError as error:
                 return Reply(ask.id, None, str(error))
         for tries in range(self._retries + 1):
@@ -374,10 +369,3 @@ def _tokens(answer: object) -> tuple[int, int] | None:
         return None
     read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
     return (read, written) if type(read) is type(written) is int and min(read, written) >= 0 and max(read, written) < 2**40 else None
-
-
-def image_url(path: Path) -> str:
-    """An image as a data URL, in the one format that every server reads."""
-    buffer = io.BytesIO()
-    open_image(path).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, cut_up
-from vlm_unlearn.generation.chat import image_url
 from vlm_unlearn.models.loading import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 
@@ -97,7 +97,7 @@ class VLLMBackend:
 def _messages(question: Question) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = [{"type": "text", "text": question.prompt.question}]
     if question.image is not None:
-        content.insert(0, {"type": "image_url", "image_url": {"url": image_url(question.image)}})
+        content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(question.image))}})
     return [{"role": "user", "content": content}]
 
 

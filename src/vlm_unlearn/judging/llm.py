@@ -52,14 +52,13 @@ class LLMJudge(Judge):
         self._chat = self._model()  # now, so that a wrong address or folder is known before hours of generation
 
     def identity(self) -> Mapping[str, object]:
-        parts = {
+        return {
             **super().identity(),
             "rubric": self.rubric.digest,
             "model": dict(self._chat.identity()),
             "images": self._images,
             "reading": digest_file(Path(__file__).with_name("rubric.py")),
         }
-        return {**parts, "revision": self._config.revision} if self._config.revision else parts
 
     def _model(self) -> ChatModel:
         config = self._config

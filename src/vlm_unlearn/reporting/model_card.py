@@ -35,25 +35,24 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
     if identity.get("kind") != "train":
         raise RequestError(f"{run}: is no training run; pass a folder that `vlm-unlearn train` wrote")
     recipe = validate(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json")).model_dump(mode="json")
-    method = recipe["method"]
     rows = [row for folder in evaluations for row in _rows(folder)]
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    front["tags"] = ["machine-unlearning", "safety", method["name"]]
+    name = recipe["method"]["name"]
     base = recipe["model"]
     on_the_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
-    if on_the_hub:
-        front["base_model"] = base
-    unlearns = METHODS[method["name"]].unlearns if method["name"] in METHODS else True
-    what = "Harmful knowledge was removed from a vision-language model" if unlearns else "A vision-language model was taught to refuse"
-    source = METHODS[method["name"]].source if method["name"] in METHODS else ""
+    known = METHODS.get(name)
+    what = "Harmful knowledge was removed from a vision-language model"
+    if known is not None and not known.unlearns:
+        what = "A vision-language model was taught to refuse"
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    front |= {"tags": ["machine-unlearning", "safety", name], **({"base_model": base} if on_the_hub else {})}
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
-        f"# {_cell(base if on_the_hub else Path(base).name)}, trained with {_cell(method['name'])}",
+        f"# {_cell(base if on_the_hub else Path(base).name)}, trained with {_cell(name)}",
         "",
-        f"{what} with {_cell(method['name'])} ({source}) by vlm-unlearn.",
+        f"{what} with {_cell(name)} ({known.source if known else ''}) by vlm-unlearn.",
         "",
         "## How it was made",
         "",
@@ -70,26 +69,26 @@ def model_card(run: Path, evaluations: Sequence[Path] = ()) -> str:
         "",
         "## What this can't tell",
         "",
-        *(
-            ["- The adapters were trained on a base in 4 bits and merged into one in full precision: answers differ from training's."]
-            if recipe["trainable"]["mode"] == "qlora"
-            else []
-        ),
-        "- Unlearning was measured with the questions and attacks above; others may bring the knowledge back, and so may further training.",
-        "- A model can be safe by being broken: read the degenerate rate and the utility beside the attack success rate.",
-        "- Judges err; each rate is one judge's, with failures left out and counted.",
-        "",
-        "## How to load it",
-        "",
-        "```python",
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
-        "",
-        'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")',
-        'processor = AutoProcessor.from_pretrained("THIS_FOLDER")',
-        "```",
-        "",
+        *([ROUNDED_BASE] if recipe["trainable"]["mode"] == "qlora" else []),
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, CLOSING])
+
+
+ROUNDED_BASE = "- The adapters were trained on a base in 4 bits and merged into one in full precision: answers differ from training's."
+CLOSING = """\
+- Unlearning was measured with the questions and attacks above; others may bring the knowledge back, and so may further training.
+- A model can be safe by being broken: read the degenerate rate and the utility beside the attack success rate.
+- Judges err; each rate is one judge's, with failures left out and counted.
+
+## How to load it
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+```
+"""
 
 
 def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, object]:

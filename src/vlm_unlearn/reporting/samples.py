@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.data.images import open_image, resolve_image
+from vlm_unlearn.data.images import open_image, png_url, resolve_image
 from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.records import Kind, Prompt, Response, Verdict
 from vlm_unlearn.store import read_records
@@ -69,6 +67,4 @@ def _thumbnail(prompt: Prompt, root: Path) -> str | None:
         return None
     image = open_image(resolve_image(root, prompt.image, f'prompt "{prompt.id}"'))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return png_url(image)
