@@ -14,8 +14,8 @@ from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.reporting.html import write_report
 from vlm_unlearn.reporting.plots import shot_curves
+from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.reporting.words import change, edge, meaning, notes, reach
 from vlm_unlearn.store import write_json, write_records
 
@@ -71,9 +71,9 @@ def runs(world: Path, tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def report(runs: dict[str, Path], tmp_path: Path) -> Path:
-    file = tmp_path / "report.html"
-    write_report(file, Summary(rows=[row(name, asr=0.5) for name in runs]), runs, "Report </title><script>window.hacked = 1</script>")
-    return file
+    return write_report(
+        tmp_path, Summary(rows=[row(name, asr=0.5) for name in runs]), runs, "Report </title><script>window.hacked = 1</script>"
+    )
 
 
 @pytest.fixture
@@ -92,9 +92,7 @@ def comparison_report(runs: dict[str, Path], tmp_path: Path) -> Path:
         ),
     ]
     comparisons = [comparison(hostile, "asr", -0.3, 0.001), comparison(hostile, "sarr", 0.05, 0.2), comparison(hostile, script, 0.5, 0.01)]
-    file = tmp_path / "comparison.html"
-    write_report(file, Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
-    return file
+    return write_report(tmp_path / "comparison", Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
 
 
 def test_nothing_hostile_is_markup(report: Path) -> None:

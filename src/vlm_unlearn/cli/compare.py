@@ -38,11 +38,11 @@ def compare(
     with notes.status("comparing"):
         summary, left_out = compare_runs(folders)
         if out is not None:
-            from vlm_unlearn.reporting.html import write_report
+            from vlm_unlearn.reporting.report import write_report
             from vlm_unlearn.store import write_json
 
             write_json(out / "comparison.json", summary.model_dump())
-            write_report(out / "report.html", summary, folders, f"vlm-unlearn: changes against {summary.rows[0].model}")
+            write_report(out, summary, folders, f"vlm-unlearn: changes against {summary.rows[0].model}")
     for reason in left_out:
         notes.print(f"not compared: {reason}", markup=False, highlight=False)
     if as_json:

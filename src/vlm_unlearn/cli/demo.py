@@ -29,7 +29,7 @@ def demo(
     notes = status_console()
     with notes.status("loading transformers"):
         from vlm_unlearn.reporting.curves import write_loss_png
-        from vlm_unlearn.reporting.html import training_cost, write_report
+        from vlm_unlearn.reporting.report import training_cost, write_report
         from vlm_unlearn.reporting.words import meaning
         from vlm_unlearn.store import note_cost, peak_memory_mb
         from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
@@ -38,12 +38,11 @@ def demo(
         quiet_libraries()
     with Stages() as bars:
         summary = run_demo(out, seed, bars.update, full)
-    report = out / "report.html"
     runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
     training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
     for run in training.values():
         write_loss_png(run)
-    write_report(report, summary, runs, f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}", training)
+    report = write_report(out, summary, runs, f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}", training)
     seconds = time.monotonic() - started
     note_cost(out, seconds, finished=True)
     if as_json:

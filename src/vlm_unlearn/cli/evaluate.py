@@ -55,7 +55,7 @@ def evaluate(
         from vlm_unlearn.evaluation.grading import judge_remarks, refuse_silence, suite_costs
         from vlm_unlearn.evaluation.runner import evaluate_run
         from vlm_unlearn.records import Summary
-        from vlm_unlearn.reporting.html import write_report
+        from vlm_unlearn.reporting.report import write_report
 
         quiet_libraries()
     with Stages() as bars:
@@ -63,8 +63,8 @@ def evaluate(
     costs = suite_costs(out, suite)
     for remark in [*remarks(out), *judge_remarks(costs, suite)]:
         typer.echo(remark, err=True)
-    write_report(out / "report.html", Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
-    _show(row, as_json, f"Report: {out / 'report.html'}")
+    report = write_report(out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
+    _show(row, as_json, f"Report: {report}")
     refuse_silence(costs)
 
 

@@ -1,5 +1,5 @@
 "use strict";
-const figures = JSON.parse(document.getElementById("figures").textContent);
+const figures = JSON.parse(document.getElementById("data").textContent);
 const ink = getComputedStyle(document.body).color;
 for (const [name, figure] of Object.entries(figures)) {
   const layout = Object.assign({}, figure.layout, { font: { color: ink } });

@@ -1,53 +1,43 @@
-"""The report: one HTML file that opens from disk and asks nothing of any network.
-
-Everything a model or a data file said is escaped, and a Content-Security-Policy lets only this page's own two scripts run.
-"""
+"""The report of a summary: the page to open first, and what it links to."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment
-from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from vlm_unlearn.records import Summary
 from vlm_unlearn.reporting.columns import columns
 from vlm_unlearn.reporting.curves import loss_figure
+from vlm_unlearn.reporting.page import render_page
 from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars, shot_curves
 from vlm_unlearn.reporting.samples import Sample, collect_samples
 from vlm_unlearn.reporting.words import change, edge, failures, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import read_json, write_text
 
 
-def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: str, training: Mapping[str, Path] | None = None) -> None:
-    """Writes the report of a summary.
+def write_report(folder: Path, summary: Summary, runs: Mapping[str, Path], title: str, training: Mapping[str, Path] | None = None) -> Path:
+    """Writes the report of a summary: ``report.html`` in a folder, and what it links to in ``report/`` beside it.
 
     Args:
         runs: evaluation folder of each model, for the page of samples.
         training: training run of each model that has one, for loss curves and cost.
+
+    Returns:
+        The page to open.
     """
     training = training or {}
-    plotly = _plotly_script()
-    template_files = files("vlm_unlearn.reporting") / "templates"
-    script = (template_files / "report.js").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((template_files / "report.html.j2").read_text(encoding="utf-8"))
     used = columns(summary.rows)
     figures = _figures(summary)
     curves = loss_figure(training)
     if curves:
         figures["loss"] = curves
-    page = template.render(
+    page = render_page(
+        "report.html.j2",
+        scripts=[str(get_plotlyjs()), "report.js"],
+        data=figures,
         title=title,
-        policy=f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {_source(plotly)} {_source(script)}",
-        plotly=Markup(plotly),
-        script=Markup(script),
-        figures=Markup(_json_for_html(figures)),
         figure_names=list(figures),
         sentences=meaning(summary.rows),
         columns=used,
@@ -66,7 +56,8 @@ def write_report(file: Path, summary: Summary, runs: Mapping[str, Path], title: 
         significant=significant,
         published=published,
     )
-    write_text(file, page)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def training_cost(training: Path) -> str:
@@ -103,19 +94,3 @@ def _by_case(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     for sample in samples:
         grouped.setdefault(sample.case, []).append(sample)
     return grouped
-
-
-def _plotly_script() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs()).replace("</script", "<\\/script")
-
-
-def _source(script: str) -> str:
-    digest = hashlib.sha256(script.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
-
-
-def _json_for_html(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=True)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
