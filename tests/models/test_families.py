@@ -24,8 +24,9 @@ from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_
 from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, model_skeleton
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
+from vlm_unlearn.training.forward import forward
 from vlm_unlearn.training.runner import run_recipe
-from vlm_unlearn.training.step import ModelStep, forward
+from vlm_unlearn.training.step import ModelStep
 
 LENGTH = 512
 ENDS = {"llava": "</s>", "llava_next": "</s>", "mllama": "<|eot_id|>", "gemma3": "<end_of_turn>"} | {
@@ -51,7 +52,7 @@ class Loaded:
 
 def answer_nll(model: Any, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return forward(model, batch, None).answer[0]
+        return forward(model, batch).answer[0]
 
 
 def labelled(processor: Processor, turns: Sequence[Turn], side: str) -> Batch:

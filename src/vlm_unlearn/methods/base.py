@@ -75,7 +75,8 @@ class Step(Protocol):
         """([], []) token mean over the whole batch under the current and the reference model."""
 
     def logits(self, role: Role) -> Tensor:
-        """[B, K, V] at the K columns from before the first answer token to the last; all S columns for `Method.whole_logits`."""
+        """[B, K, V] at the K columns from before the first answer token to the last, zeros where no answer token is next; all S
+        columns for `Method.whole_logits`."""
 
     def reference_logits(self, role: Role) -> Tensor:
         """[B, K, V] `logits` under the reference model, without gradient."""
@@ -133,6 +134,11 @@ class Method:
     @property
     def hidden_layers(self) -> tuple[int, ...]:
         """The decoder layers (0 is the first) whose outputs the loss uses."""
+        return ()
+
+    @property
+    def hidden_only(self) -> tuple[Role, ...]:
+        """Roles of whose pass the loss uses `hidden` alone: the layers above are left out. One role at least must go through them all."""
         return ()
 
     @property

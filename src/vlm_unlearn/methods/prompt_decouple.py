@@ -39,6 +39,10 @@ class PromptDecouple(Method):
         return self.method.hidden_layers
 
     @property
+    def hidden_only(self) -> tuple[Role, ...]:
+        return self.method.hidden_only
+
+    @property
     def whole_logits(self) -> tuple[Role, ...]:
         return self.method.whole_logits
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import rmu_forget_loss, rmu_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceHidden, Step, register
+from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceHidden, Role, Step, register
 
 
 class RMUOptions(Options):
@@ -37,6 +37,10 @@ class RMU(Method):
     @property
     def hidden_layers(self) -> tuple[int, ...]:
         return (self.options.layer,)
+
+    @property
+    def hidden_only(self) -> tuple[Role, ...]:
+        return ("forget",)
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         super().prepare(hidden_size, layers, generator)

@@ -39,6 +39,10 @@ class RR(Method):
         layers: tuple[int, ...] = self.options.layers
         return layers
 
+    @property
+    def hidden_only(self) -> tuple[Role, ...]:
+        return ("forget",)
+
     def loss(self, step: Step) -> LossOutput:
         options: RROptions = self.options
         forget = self._mean(step, "forget") * step.share("forget", "answers")

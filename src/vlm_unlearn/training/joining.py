@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_unlearn.data.batching import Batch
 from vlm_unlearn.losses import IGNORED
 
-NOT_FOR_THE_MODEL = ("labels", "reference_nll_sum", "reference_tokens")
+NOT_FOR_THE_MODEL = ("labels", "images", "reference_nll_sum", "reference_tokens")
 
 
 def can_join(batches: Sequence[Mapping[str, Tensor]]) -> bool:

@@ -33,11 +33,11 @@ from vlm_unlearn.store import (
     read_manifest,
     write_json,
 )
+from vlm_unlearn.training.forward import forward
 from vlm_unlearn.training.planning import Plan, plan, prepare_method, steps_of
 from vlm_unlearn.training.probing import Probe, Prober, stopped
 from vlm_unlearn.training.processes import processes
 from vlm_unlearn.training.references import AdapterReference, CopyReference, ReferenceModel, cached_nll
-from vlm_unlearn.training.step import forward
 from vlm_unlearn.training.stream import NLL, Collator, TrainingStream
 from vlm_unlearn.training.trainer import UnlearningTrainer, last_complete_checkpoint
 from vlm_unlearn.training.watching import OnStep, Watch, tensorboard
@@ -210,7 +210,7 @@ def _cached_references(
         def compute(part: Sequence[Example], role: Role = role) -> list[NLL]:
             batch = move(collator.encode(role, part), device, next(model.parameters()).dtype)
             with torch.no_grad(), _autocast(device, planned.precision):
-                nll_sum, tokens = forward(model, batch).answer
+                nll_sum, tokens = forward(model, batch, pack=True).answer
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 
         key = digest_json(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm_unlearn.data.batching import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels, render
@@ -14,6 +15,8 @@ from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.records import Example
+from vlm_unlearn.store import digest_text
+from vlm_unlearn.training.packing import NO_IMAGE
 from vlm_unlearn.training.references import answer_key
 
 NLL = tuple[float, int]  # sum over the answer's tokens, and how many they are
@@ -130,8 +133,9 @@ class Collator:
         """One role's batch."""
         turns = [self._full_turn(role, example) for example in examples]
         if role == "forget" and self._one_turn:
-            return encode(self._processor, turns, padding_side="right")
+            return {**encode(self._processor, turns, padding_side="right"), "images": _image_keys(turns)}
         batch = encode_with_labels(self._processor, turns, self._max_length)
+        batch["images"] = _image_keys(turns)
         if role in self._reference:
             values = [self._reference[role][answer_key(example)] for example in examples]
             batch["reference_nll_sum"] = torch.tensor([nll for nll, _ in values])
@@ -169,3 +173,8 @@ class Collator:
     def _turn(self, example: Example, question: str, answer: str | None) -> Turn:
         history = tuple((turn.question, turn.answer) for turn in example.history)
         return Turn(example.id, self._training_set.image_path(example), question, answer, history)
+
+
+def _image_keys(turns: Sequence[Turn]) -> Tensor:
+    """[B] a number for each image file, `NO_IMAGE` for none."""
+    return torch.tensor([NO_IMAGE if turn.image is None else int(digest_text(str(turn.image))[:15], 16) for turn in turns])

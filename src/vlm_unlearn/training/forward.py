@@ -1,0 +1,172 @@
+"""One pass of a batch through a model: logits where an answer token is predicted, hidden states of the layers that a loss uses.
+
+Nothing is run twice: questions on one image share it (`packing`), and no logits are made for what no loss reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlm_unlearn.data.batching import Batch
+from vlm_unlearn.losses import IGNORED, answer_mask
+from vlm_unlearn.models.layout import decoder_layers, layout_of, unwrapped
+from vlm_unlearn.training.joining import NOT_FOR_THE_MODEL
+from vlm_unlearn.training.packing import Packing, find_packing, packed_batch
+
+CHUNK = 1024  # tokens whose logits are held in float32 at a time
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass of a batch through a model gave."""
+
+    wanted: Tensor  # [B, S] bool, the positions that have logits
+    logits: Tensor  # [N, V] at the wanted positions, row after row
+    labels: Tensor  # [B, S]
+    hidden: Mapping[int, Tensor]  # [B, S, H] by decoder layer
+
+    @cached_property
+    def answer(self) -> tuple[Tensor, Tensor]:
+        """``(nll_sum [B], tokens [B])`` of the answers."""
+        predicts = answer_mask(self.labels)
+        targets = self.labels.roll(-1, dims=1).masked_fill(~predicts, IGNORED)[self.wanted]
+        nll = torch.cat([_nll(*part) for part in zip(torch.split(self.logits, CHUNK), torch.split(targets, CHUNK), strict=True)])
+        rows = self.wanted.nonzero()[:, 0]
+        return nll.new_zeros(len(self.labels)).index_add(0, rows, nll), predicts.sum(dim=1)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """[K] from the first wanted position of any row to one behind the last one."""
+        found = self.wanted.any(dim=0).nonzero()
+        first, last = (int(found.min()), min(int(found.max()) + 1, self.wanted.shape[1] - 1)) if len(found) else (0, 0)
+        return torch.arange(first, last + 1, device=self.wanted.device)
+
+    def block(self) -> Tensor:
+        """[B, K, V] logits at `columns`; zeros where none are wanted."""
+        wanted = self.wanted[:, self.columns]
+        return self.logits.new_zeros(*wanted.shape, self.logits.shape[-1]).index_put((wanted,), self.logits)
+
+    def rows(self, start: int, count: int, width: int) -> Forward:
+        """What the pass gave for some rows, which were `width` positions wide before they were joined with others."""
+        before, inside = int(self.wanted[:start].sum()), int(self.wanted[start : start + count].sum())
+        rows = slice(start, start + count)
+        hidden = {layer: states[rows, :width] for layer, states in self.hidden.items()}
+        return Forward(self.wanted[rows, :width], self.logits[before : before + inside], self.labels[rows, :width], hidden)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N] float32; its float32 copy of the logits is made again in the backward pass, not kept."""
+
+    def compute(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+
+    if not logits.requires_grad:
+        return compute(logits)
+    found: Tensor = checkpoint(compute, logits, use_reentrant=False)
+    return found
+
+
+def forward(
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[int] = (),
+    wanted: Tensor | None = None,
+    pack: bool = False,
+    stop: bool = False,
+) -> Forward:
+    """Runs a batch [B, S] through the model.
+
+    Args:
+        layers: the decoder layers whose outputs are kept, by number.
+        wanted: [B, S] bool, where logits are wanted; None: where an answer token is next.
+        pack: run questions on one image (``images`` [B] of the batch) as one sequence where the family can; padded on the right then.
+        stop: leave out all decoder layers above the last of `layers`; the logits mean nothing then.
+    """
+    labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
+    wanted = answer_mask(labels) if wanted is None else wanted
+    inner = unwrapped(getattr(model, "module", model))
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
+    packing = _packing(inner, batch) if pack else None
+    places = wanted.flatten().nonzero()[:, 0]
+    if packing is not None:
+        inputs = dict(packed_batch(inputs, packing, batch["images"], _positions(inner, inputs), _attention_dtype(inner)))
+        places = packing.place[wanted]
+    with _captured(inner, layers, stop) as seen, _projected(inner, places):
+        logits = model(**inputs, use_cache=False).logits[0]
+    hidden = {layer: states if packing is None else packing.unpack(states) for layer, states in seen.items()}
+    return Forward(wanted, logits, labels, hidden)
+
+
+def _packing(inner: Any, batch: Batch) -> Packing | None:
+    token = getattr(inner.config, "image_token_id", None)
+    if not layout_of(inner).packs or token is None or "images" not in batch or "pixel_values" not in batch:
+        return None
+    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], token)
+
+
+def _positions(inner: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[B, S] or, where the family has several axes, [3, B, S] position ids of the unpacked batch."""
+    if "image_grid_thw" in inputs:
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        positions: Tensor = inner.model.get_rope_index(**{name: inputs[name] for name in names})[0]
+        return positions
+    rows, width = inputs["input_ids"].shape
+    return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
+
+
+def _attention_dtype(inner: Any) -> torch.dtype:
+    device, dtype = inner.device.type, inner.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+
+
+@contextmanager
+def _captured(inner: nn.Module, numbers: Sequence[int], stop: bool) -> Iterator[dict[int, Tensor]]:
+    seen: dict[int, Tensor] = {}
+
+    def keeping(number: int) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen[number] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    with ExitStack() as undo:
+        for number in numbers:
+            undo.callback(decoder_layers(inner)[number].register_forward_hook(keeping(number)).remove)
+        if stop:
+            undo.enter_context(_cut_off(inner, max(numbers) + 1))
+        yield seen
+
+
+@contextmanager
+def _cut_off(inner: nn.Module, count: int) -> Iterator[None]:
+    """Leaves the language model its first `count` decoder layers."""
+    path, _, name = layout_of(inner).layers.rpartition(".")
+    parent, layers = inner.get_submodule(path), decoder_layers(inner)
+    setattr(parent, name, layers[:count])
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
+
+
+@contextmanager
+def _projected(inner: Any, places: Tensor) -> Iterator[None]:
+    """Makes the model's logits [1, N, V] those of N places, counted through the whole batch, instead of all [B, S, V]."""
+
+    def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0].flatten(0, 1)[places][None],)
+
+    hook = inner.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()

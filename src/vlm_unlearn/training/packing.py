@@ -1,0 +1,133 @@
+"""Packs questions on one image into one sequence: the image and what stands before the questions is run once for all of them.
+
+A packed sequence is the shared beginning followed by each question's own rest. A mask lets every rest see the beginning and itself, and
+positions count on from the beginning, so that each question sees exactly what it sees alone: loss and gradients are the same up to
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm_unlearn.data.batching import Batch
+
+NO_IMAGE = -1  # the image key of a row without one
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each position of a batch stands in its packed form."""
+
+    place: Tensor  # [B, S] sequence * L + position, 0 for padding
+    first: Tensor  # [P] the row that each packed sequence takes its image from
+    segment: Tensor  # [P, L] 0 on the shared beginning, 1, 2, ... on the rests, -1 on padding
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Packed sequences and their length ``(P, L)``."""
+        return self.segment.shape[0], self.segment.shape[1]
+
+    def pack(self, values: Tensor, real: Tensor) -> Tensor:
+        """[P, L, ...] of a tensor [B, S, ...]; zeros on padding.
+
+        Args:
+            real: [B, S] bool, False on padding.
+        """
+        sequences, length = self.shape
+        packed = values.new_zeros(sequences * length, *values.shape[2:])
+        packed[self.place[real]] = values[real]
+        return packed.view(sequences, length, *values.shape[2:])
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[B, S, ...] of a packed tensor [P, L, ...]; what stands on padding means nothing."""
+        return packed.flatten(0, 1)[self.place]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[P, 1, L, L] what is added to the attention scores: 0 where a position sees another, else the lowest number.
+
+        Padding sees padding, since a row that sees nothing gives NaN; a bool mask would be misread by eager attention.
+        """
+        by, seen = self.segment[:, :, None], self.segment[:, None, :]
+        length = self.segment.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=by.device).tril()
+        allowed = earlier & ((seen == 0) | (seen == by))
+        return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) -> Packing | None:
+    """How to pack a batch, or None where no two rows share an image.
+
+    Args:
+        ids: [B, S] token ids, padded on the right.
+        real: [B, S] bool, False on padding.
+        images: [B] the same number for the same image, `NO_IMAGE` for none.
+        image_token: the id of an image's tokens; rows that share an image but have text before it that differs stay apart.
+    """
+    keys, lengths = images.tolist(), real.sum(dim=1).tolist()
+    groups: dict[int, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key if key != NO_IMAGE else -2 - row, []).append(row)
+    if len(groups) == len(keys):
+        return None
+    packs: list[tuple[list[int], int]] = []  # rows, and how many of their tokens are shared
+    for rows in groups.values():
+        shared = _shared(ids, rows, lengths)
+        whole = all(int((ids[row, :shared] == image_token).sum()) == int((ids[row] == image_token).sum()) for row in rows)
+        packs += [(rows, shared)] if len(rows) > 1 and whole else [([row], 0) for row in rows]
+    return _lay_out(ids, packs, lengths) if len(packs) < len(keys) else None
+
+
+def _shared(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens that all rows begin with, less than any row has."""
+    limit = min(lengths[row] for row in rows) - 1
+    alike = (ids[list(rows), :limit] == ids[rows[0], :limit]).all(dim=0)
+    return limit if bool(alike.all()) else int((~alike).int().argmax())
+
+
+def _lay_out(ids: Tensor, packs: Sequence[tuple[Sequence[int], int]], lengths: Sequence[int]) -> Packing:
+    length = max(shared + sum(lengths[row] - shared for row in rows) for rows, shared in packs)
+    place = torch.zeros_like(ids)
+    segment = torch.full((len(packs), length), -1, dtype=torch.long, device=ids.device)
+    for number, (rows, shared) in enumerate(packs):
+        start = number * length
+        segment[number, :shared] = 0
+        end = shared
+        for own, row in enumerate(rows, start=1):
+            rest = lengths[row] - shared
+            place[row, :shared] = torch.arange(start, start + shared, device=ids.device)
+            place[row, shared : lengths[row]] = torch.arange(start + end, start + end + rest, device=ids.device)
+            segment[number, end : end + rest] = own
+            end += rest
+    first = torch.tensor([rows[0] for rows, _ in packs], device=ids.device)
+    return Packing(place, first, segment)
+
+
+def packed_batch(batch: Batch, packing: Packing, images: Tensor, positions: Tensor, dtype: torch.dtype) -> Batch:
+    """The model's inputs for the packed sequences: tokens packed, each image once.
+
+    Args:
+        batch: the unpacked inputs; where ``image_grid_thw`` [images, 3] is among them, ``pixel_values`` has a row a patch, else an image.
+        images: [B] image keys.
+        positions: [B, S] or [3, B, S] position ids of the unpacked batch.
+        dtype: what attention is computed in.
+    """
+    real = batch["attention_mask"].bool()
+    with_image = images != NO_IMAGE
+    kept = (with_image.cumsum(dim=0) - 1)[packing.first[with_image[packing.first]]]  # numbers of the images that stay
+    packed: Batch = {"attention_mask": packing.mask(dtype)}
+    for name, value in batch.items():
+        if name == "pixel_values" and "image_grid_thw" in batch:
+            parts = torch.split(value, batch["image_grid_thw"].prod(dim=-1).tolist())
+            packed[name] = torch.cat([parts[number] for number in kept.tolist()])
+        elif name == "pixel_values" or value.shape[:2] != real.shape:
+            packed[name] = value[kept]
+        elif name != "attention_mask":
+            packed[name] = packing.pack(value, real)
+    axes = positions if positions.dim() == 3 else positions[None]
+    together = torch.stack([packing.pack(axis, real) for axis in axes])
+    packed["position_ids"] = together if positions.dim() == 3 else together[0]
+    return packed

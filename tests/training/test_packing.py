@@ -1,0 +1,130 @@
+"""Packed sequences give what separate ones give: loss, hidden states and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import families
+from vlm_unlearn.config import MethodConfig, TrainableConfig
+from vlm_unlearn.data.batching import Batch, Turn, encode, encode_with_labels
+from vlm_unlearn.methods import Role, build_method
+from vlm_unlearn.models.layout import LAYOUTS
+from vlm_unlearn.models.loading import load_model, load_processor
+from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.training.forward import forward
+from vlm_unlearn.training.packing import NO_IMAGE, find_packing
+from vlm_unlearn.training.references import AdapterReference
+from vlm_unlearn.training.step import ModelStep
+
+PACKING = [family for family, layout in LAYOUTS.items() if layout.packs]
+QUESTIONS = [
+    ("what is this ?", "a cat ."),
+    ("what is this , and what is that beside it ?", "a dog and a bird ."),
+    ("what is this ?", "a cat . it sleeps"),  # the same question, and the answer begins alike
+    ("who is there ?", "nobody"),
+]
+
+
+@pytest.fixture(scope="module", params=PACKING)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built: Path = tmp_path_factory.mktemp(request.param)
+    families.build(request.param, built)
+    return built
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    files = []
+    for number, size in enumerate(((64, 48), (30, 70), (20, 20))):
+        files.append(tmp_path_factory.mktemp("images") / f"{number}.png")
+        Image.new("RGB", size, (90 * number, 120, 30)).save(files[-1])
+    return files
+
+
+def batches(processor: Any, images: list[Path], method: Any) -> dict[Role, Batch]:
+    """Forget questions on two images in turn, retain questions on the first, decouple questions on a third."""
+    asked: dict[Role, list[int]] = {"forget": [0, 1, 0, 1], "retain": [0, 0, 0], "decouple": [2, 2]}
+    found: dict[Role, Batch] = {}
+    for role, places in asked.items():
+        if role not in method.roles:
+            continue
+        turns = [Turn(f"{role}{n}", images[place], *QUESTIONS[(n + place) % 4]) for n, place in enumerate(places)]
+        one_turn = role == "forget" and method.forget_as_one_turn
+        whole = [Turn(turn.id, turn.image, f"{turn.question} {turn.answer}", None) for turn in turns]
+        found[role] = encode(processor, whole, "right") if one_turn else encode_with_labels(processor, turns, 2048)
+        found[role]["images"] = torch.tensor(places)
+    return found
+
+
+def step_of(model: Any, batches: dict[Role, Batch], method: Any, pack: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a step and the gradients it leaves."""
+    model.zero_grad()
+    given = batches if pack else {role: {k: v for k, v in batch.items() if k != "images"} for role, batch in batches.items()}
+    step = ModelStep(model, given, method, AdapterReference())
+    loss = method.loss(step).total
+    loss.backward()
+    return loss.detach(), {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "options", [{"name": "npo"}, {"name": "kl"}, {"name": "rmu", "layer": 0}, {"name": "undial"}], ids=lambda options: options["name"]
+)
+def test_packed_is_separate(folder: Path, images: list[Path], options: dict[str, Any], attention: Any, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = load_model(folder, "fp32", attention)
+    with torch.no_grad():  # weights this wide make losses in the thousands, of which float32 keeps few digits
+        for parameter in model.parameters():
+            parameter.mul_(0.25)
+    model = prepare_trainable(model, TrainableConfig.model_validate({"mode": "lora", "lora": {"r": 2}}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    method = build_method(MethodConfig.model_validate(options), 0.5)
+    method.prepare(32, 2, torch.Generator().manual_seed(0))
+    given = batches(load_processor(folder), images, method)
+    separate, packed = (step_of(model, given, method, pack) for pack in (False, True))
+    torch.testing.assert_close(packed[0], separate[0], atol=1e-5, rtol=1e-5)
+    assert packed[1].keys() == separate[1].keys()
+    for name, gradient in separate[1].items():
+        torch.testing.assert_close(packed[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_an_image_is_run_once(folder: Path, images: list[Path]) -> None:
+    model, processor = load_model(folder, "fp32").eval(), load_processor(folder)
+    method = build_method(MethodConfig.model_validate({"name": "gd"}), 0.0)
+    batch = batches(processor, images, method)["forget"]
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    with torch.no_grad():
+        for pack in (False, True):
+            forward(model, batch, pack=pack)
+    hook.remove()
+    separate, packed = (rows * width for rows, width in seen)
+    assert seen[0][0] == 4
+    assert seen[1][0] == 2
+    assert packed < 0.75 * separate
+
+
+def test_what_can_be_packed() -> None:
+    """9 is the image's token: rows 0 and 2 share image 5, rows 1 and 3 share 6 but the text before it differs, row 4 has none."""
+    ids = torch.tensor([[1, 9, 9, 2, 3], [1, 9, 4, 0, 0], [1, 9, 9, 2, 4], [7, 9, 4, 0, 0], [1, 2, 0, 0, 0]])
+    real = ids != 0
+    packing = find_packing(ids, real, torch.tensor([5, 6, 5, 6, NO_IMAGE]), 9)
+    assert packing is not None
+    assert packing.segment.tolist() == [[0, 0, 0, 0, 1, 2], [1, 1, 1, -1, -1, -1], [1, 1, 1, -1, -1, -1], [1, 1, -1, -1, -1, -1]]
+    assert packing.pack(ids, real).tolist() == [[1, 9, 9, 2, 3, 4], [1, 9, 4, 0, 0, 0], [7, 9, 4, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
+    assert packing.unpack(packing.pack(ids, real))[real].equal(ids[real])
+    assert (packing.mask(torch.float32)[0, 0] == 0).int().tolist()[4:] == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
+    assert find_packing(ids, real, torch.tensor([5, 6, 7, 8, NO_IMAGE]), 9) is None
