@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from vlm_unlearn.config import MethodConfig
@@ -10,8 +11,8 @@ from vlm_unlearn.methods import build_method
 from vlm_unlearn.training.stream import TrainingStream
 
 
-def stream(folder: Path, method: str, weight: float = 0.0, seed: int = 0, length: int = 60) -> TrainingStream:
-    return TrainingStream(read_training_set(folder), build_method(MethodConfig(name=method), weight), length, seed)
+def stream(folder: Path, method: str, weight: float = 0.0, seed: int = 0, length: int = 60, by_image: bool = False) -> TrainingStream:
+    return TrainingStream(read_training_set(folder), build_method(MethodConfig(name=method), weight), length, seed, by_image)
 
 
 def test_each_pass_sees_every_forget_example_once(training_sets: dict[str, Path]) -> None:
@@ -41,3 +42,17 @@ def test_po_answers_with_refusals_and_npo_with_what_is_given(training_sets: dict
     answers = {stream(training_sets["safe_eraser"], "po")[i]["forget"].answer for i in range(60)}
     assert answers == refusals
     assert stream(training_sets["safe_eraser"], "npo")[0]["forget"].answer not in refusals
+
+
+def test_by_image_keeps_an_image_s_questions_together(training_sets: dict[str, Path]) -> None:
+    """In each pass every example still comes once, each image's in one row, and the next pass has the images in another order."""
+    found = stream(training_sets["safe_eraser"], "npo", by_image=True)
+    passes = [[found[i]["forget"] for i in range(start, start + 24)] for start in (0, 24)]
+    assert len({example.id for example in passes[0]}) == 24
+    orders = [list(dict.fromkeys(example.image for example in one)) for one in passes]
+    for one, order in zip(passes, orders, strict=True):
+        changes = sum(before.image != after.image for before, after in pairwise(one))
+        assert changes == len(order) - 1
+    assert orders[0] != orders[1]
+    retain = [found[i]["retain"].image for i in range(24)]
+    assert list(dict.fromkeys(retain))[:3] == orders[0][:3]

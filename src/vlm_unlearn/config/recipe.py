@@ -58,6 +58,9 @@ class TrainingConfig(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"  # auto: what transformers chooses
     gradient_checkpointing: bool = False
+    by_image: bool = False  # questions on one image come one after the other, so that a batch of them runs the image once
+    feature_cache: Literal["memory", "disk", "off"] = "memory"  # where a frozen vision tower's features of each image are kept
+    feature_cache_gb: Positive = 2  # at most this much; the longest unused go first
     max_length: Positive = 2048  # tokens; a longer answer is cut at its end, a longer question is an error
     save_steps: Positive = 500
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []  # besides log.jsonl and loss.png

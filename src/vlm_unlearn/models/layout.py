@@ -58,6 +58,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def vision_tower(model: nn.Module) -> nn.Module:
+    """The vision tower; in some families the projector is a part of it."""
+    inner = unwrapped(model)
+    return inner.get_submodule(layout_of(inner).vision_tower)
+
+
 def is_vision(name: str, layout: Layout) -> bool:
     """Whether a parameter belongs to the vision tower (the projector does not, even where it lies inside)."""
     return name.startswith(layout.vision_tower + ".") and not is_projector(name, layout)

@@ -18,6 +18,8 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.batching import Processor, move
 from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.methods import ReferenceNLL, Role
+from vlm_unlearn.models.features import FeatureCache, keep_features
+from vlm_unlearn.models.layout import layout_of, unwrapped, vision_tower
 from vlm_unlearn.models.loading import BASE, load_model, load_processor, model_skeleton
 from vlm_unlearn.models.sine import merge_sine
 from vlm_unlearn.models.trainable import prepare_trainable
@@ -123,9 +125,10 @@ def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback
     model = prepare_trainable(model, recipe.trainable)
     if mode != "qlora":  # 4-bit weights are on their device already
         model = model.to(arguments.device)
+    _keep_features(planned, model)
     prepare_method(method, model, recipe.training.seed)
     length = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    stream = TrainingStream(planned.training_set, method, length, recipe.training.seed)
+    stream = TrainingStream(planned.training_set, method, length, recipe.training.seed, recipe.training.by_image)
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
     if planned.source == "cache":
@@ -150,6 +153,27 @@ def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback
     if "tensorboard" in recipe.training.report_to and arguments.process_index == 0:
         trainer.add_callback(tensorboard(recipe.output))
     return trainer, processor
+
+
+def _keep_features(planned: Plan, model: torch.nn.Module) -> None:
+    """Runs each image through the vision tower once, where it is frozen, whole, and not the projector's home."""
+    training, layout = planned.recipe.training, layout_of(unwrapped(model))
+    cut_up = any(os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true" for engine in ("FSDP", "DEEPSPEED"))
+    trains = planned.recipe.trainable.vision_tower or layout.projector.startswith(layout.vision_tower)
+    if training.feature_cache == "off" or trains or cut_up:
+        return
+    first = next(model.parameters())
+    deciding = [
+        planned.model_digest,
+        package_versions(),
+        str(first.dtype),
+        planned.precision,
+        first.device.type,
+        planned.recipe.trainable.mode,
+    ]
+    key = digest_json(deciding)
+    folder = cache_folder() / "features" / key if training.feature_cache == "disk" else None
+    keep_features(vision_tower(model), FeatureCache(training.feature_cache_gb * 2**30, folder))
 
 
 def _arguments(planned: Plan) -> TrainingArguments:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,15 +27,21 @@ class TrainingStream(Dataset[dict[Role, Example]]):
     The forget set is shuffled anew in each pass and its passes are laid end to end; the retain set likewise, at its own
     length. A decouple or preferred example is the one whose `pair_id` is its forget example's; a drawn refusal is a function of
     the seed and the position too.
+
+    Args:
+        by_image: shuffle the images, and in each the questions on it, so that a batch holds questions on few images. The sets are
+            shuffled alike: forget and retain questions on one image come together as far as their numbers allow.
     """
 
-    def __init__(self, training_set: TrainingSet, method: Method, length: int, seed: int) -> None:
+    def __init__(self, training_set: TrainingSet, method: Method, length: int, seed: int, by_image: bool = False) -> None:
         self._examples = training_set.examples
         self._refusals = training_set.refusals
         self._method = method
         self._roles = method.roles
         self._length = length
         self._seed = seed
+        self._by_image = by_image
+        self._orders: dict[tuple[Role, int], Sequence[int]] = {}
         self._pairs = {role: _pairs(training_set, role) for role in self._partners}
 
     @property
@@ -78,14 +83,21 @@ class TrainingStream(Dataset[dict[Role, Example]]):
     def _draw(self, role: Role, position: int) -> Example:
         examples = self._examples[role]
         turn, place = divmod(position, len(examples))
-        return examples[_order(len(examples), f"{self._seed}-{role}-{turn}")[place]]
+        if (role, turn) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != role}  # one pass of a role at a time
+            self._orders[role, turn] = self._order(role, turn)
+        return examples[self._orders[role, turn][place]]
 
-
-@lru_cache(maxsize=16)
-def _order(length: int, key: str) -> Sequence[int]:
-    order = list(range(length))
-    random.Random(key).shuffle(order)
-    return order
+    def _order(self, role: Role, turn: int) -> Sequence[int]:
+        """The numbers of a role's examples in the order of one pass."""
+        examples = self._examples[role]
+        order = list(range(len(examples)))
+        random.Random(f"{self._seed}-{role}-{turn}").shuffle(order)
+        if self._by_image:  # an example without an image is on its own, and Python's sort keeps the order among equals
+            names = [example.image or f"\0{example.id}" for example in examples]
+            ranks = {name: random.Random(f"{self._seed}-image-{turn}-{name}").random() for name in names}
+            order.sort(key=lambda number: ranks[names[number]])
+        return order
 
 
 NEEDS_PARTNERS = {
