@@ -209,7 +209,7 @@ def test_a_text_without_image_beside_images(loaded: Loaded, turns: list[Turn], s
 
 def test_gradients_reach_every_part(loaded: Loaded, turns: list[Turn]) -> None:
     loaded.model.train()
-    nll_sum, _ = forward(loaded.model, encode_with_labels(loaded.processor, turns, LENGTH), None).answer
+    nll_sum, _ = forward(loaded.model, encode_with_labels(loaded.processor, turns, LENGTH)).answer
     nll_sum.sum().backward()
     layout = layout_of(loaded.model)
     moved = {name for name, parameter in loaded.model.named_parameters() if parameter.grad is not None and parameter.grad.any()}

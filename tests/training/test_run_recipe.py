@@ -193,7 +193,17 @@ def test_accumulation_is_the_whole_batch(tiny_model: Path, training_sets: dict[s
     results = []
     for name, batch, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
         training = {"max_steps": 3, "batch_size": batch, "gradient_accumulation_steps": accumulation}
-        wanted = recipe(tiny_model, training_sets["safe_eraser"], tmp_path / name, method, training=training, prompt_decouple_weight=0.5)
+        # Not the embeddings: a token that is only where a term has no gradient yet gets rounding errors, of which Adam makes whole steps.
+        trainable = {"mode": "full", "layers": [0, 1], "projector": True}
+        wanted = recipe(
+            tiny_model,
+            training_sets["safe_eraser"],
+            tmp_path / name,
+            method,
+            training=training,
+            trainable=trainable,
+            prompt_decouple_weight=0.5,
+        )
         results.append(weights(run_recipe(wanted)))
     assert max(float((results[0][name] - results[1][name]).abs().max()) for name in results[0]) < 1e-5
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]

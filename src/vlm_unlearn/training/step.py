@@ -57,6 +57,7 @@ class ModelStep:
         self._pack = not (method.paper and (method.hidden_layers or method.whole_logits))
         self._current: dict[Role, Forward] = {}
         self._before: dict[Role, Forward] = {}
+        self._groups: dict[Role, tuple[Role, ...]] = {}  # the roles that were run in one pass
 
     def _now(self, role: Role) -> Forward:
         if not self._current:
@@ -74,15 +75,21 @@ class ModelStep:
                 self._run(group, stop)
 
     def _run(self, roles: Sequence[Role], stop: bool) -> None:
+        self._groups.update(dict.fromkeys(roles, tuple(roles)))
+        self._current.update(self._outcomes(self._model, roles, stop))
+
+    def _outcomes(self, model: nn.Module, roles: Sequence[Role], stop: bool) -> dict[Role, Forward]:
+        """What one pass of some roles' batches gives each of them."""
         batches = [self._batches[role] for role in roles]
         batch = join(batches) if len(batches) > 1 else batches[0]
         width = batch["input_ids"].shape[1]
         wanted = torch.cat([F.pad(self._wanted(role), (0, width - self._wanted(role).shape[1])) for role in roles])
-        outcome = forward(self._model, batch, self._method.hidden_layers, wanted, self._pack, stop)
-        start = 0
+        outcome = forward(model, batch, self._method.hidden_layers, wanted, self._pack, stop)
+        found, start = {}, 0
         for role, own in zip(roles, batches, strict=True):
-            self._current[role] = outcome.rows(start, *own["input_ids"].shape)
+            found[role] = outcome.rows(start, *own["input_ids"].shape)
             start += len(own["input_ids"])
+        return found
 
     def _wanted(self, role: Role) -> Tensor:
         """[B, S] where the role's loss reads logits."""
@@ -92,12 +99,14 @@ class ModelStep:
         return answer_mask(batch.get("labels", torch.full_like(batch["input_ids"], IGNORED)))
 
     def _then(self, role: Role) -> Forward:
+        """In the same pass as `_now`, other roles of it included: while the weights are the reference's, the values are too, to the bit.
+        A term whose gradient there is nothing or undefined (KL, a norm) would make steps of rounding errors, and Adam large ones."""
+        self._now(role)
         if role not in self._before:
             assert self._reference is not None, "the method asked for a reference that it did not declare in `needs`"
             stop = all(isinstance(need, ReferenceHidden) for need in self._method.needs)
             with self._reference.active(self._model) as reference:
-                batch, layers = self._batches[role], self._method.hidden_layers
-                self._before[role] = forward(reference, batch, layers, self._wanted(role), self._pack, stop)
+                self._before.update(self._outcomes(reference, self._groups[role], stop))
         return self._before[role]
 
     def nothing(self) -> Tensor:
