@@ -27,7 +27,7 @@ from vlm_unlearn.cli.main import app
 from vlm_unlearn.config import Recipe, Suite, load
 from vlm_unlearn.config.loading import models_in
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
-from vlm_unlearn.methods import METHODS, Method
+from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
 from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -92,11 +92,12 @@ def commands() -> str:
 
 def _command(path: str, command: Any, depth: int) -> Iterator[str]:
     yield f"{'#' * min(depth + 2, 4)} {path} {{ #{path.replace(' ', '-')} }}\n"
-    yield from _help_text(command.help or "")
     with command.make_context(path, [], resilient_parsing=True) as context:
         usage = [piece.strip("{}").replace("[[", "[").replace("]]...", "]") for piece in command.collect_usage_pieces(context)]
         records = [(parameter, parameter.get_help_record(context)) for parameter in command.get_params(context)]
-        yield f"```text\n{' '.join([path, *usage])}\n```\n"
+        first, *others = _help_text(command.help or "")
+        yield f"{first}\n```text\n{' '.join([path, *usage])}\n```\n"
+        yield from others
         rows = [[code(record[0]), _prose(record[1])] for parameter, record in records if record and parameter.name != "help"]
         if rows:
             yield table(["argument or option", "what it does"], rows)
@@ -116,7 +117,7 @@ def _help_text(text: str) -> Iterator[str]:
 
 def _prose(text: str) -> str:
     """Text of a terminal as Markdown: placeholders and stars are themselves."""
-    return re.sub(r"([<>*_])", r"\\\1", text)
+    return re.sub(r"([*_])", r"\\\1", text.replace("<", "&lt;"))
 
 
 # Config fields
@@ -206,9 +207,12 @@ def methods() -> str:
     return "\n".join(part for name, method in sorted(METHODS.items()) for part in _method(name, method))
 
 
+NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits", ReferenceHidden: "hidden states"}
+
+
 def _method(name: str, method: type[Method]) -> Iterator[str]:
     built = method(method.options_type())
-    needs = ", ".join(f"{type(need).__name__} of {need.role}" for need in built.needs) or "nothing"
+    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.needs) or "nothing"
     yield f"## {name}\n\n{_prose_of(method)}\n"
     yield f"- From: {method.source}\n- Draws from: {', '.join(built.roles)}\n- Must know of the reference model: {needs}\n"
     yield _fields(method.options_type)
