@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from vlm_unlearn.config import Recipe, Suite, load
+from vlm_unlearn.config.loading import models_in
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.methods import METHODS
 
 MINIMAL = "model: m\ndata: d\noutput: o\nmethod: npo\n"
 
@@ -158,3 +161,20 @@ def test_the_home_folder_is_where_the_shell_says() -> None:
     recipe = load(Recipe, Path("tiny/npo"), ["model=m", "data=~/d", "output=~/o"])
     assert recipe.output == Path.home() / "o"
     assert recipe.data == Path.home() / "d"
+
+
+def described(config: type[BaseModel]) -> dict[str, str | None]:
+    """What each field of a config says of itself, those of configs within it included."""
+    found: dict[str, str | None] = {}
+    for name, field in config.model_fields.items():
+        found[f"{config.__name__}.{name}"] = field.description
+        for inner in models_in(field.annotation):
+            found |= described(inner)
+    return found
+
+
+def test_every_field_says_what_it_is_for() -> None:
+    configs = [Recipe, Suite, *(method.options_type for method in METHODS.values())]
+    texts = {name: text for config in configs for name, text in described(config).items()}
+    assert {"LoraConfig.r", "CaseConfig.kind", "NPOOptions.beta", "Bound.at_most"} <= texts.keys()
+    assert not [name for name, text in texts.items() if not text or not text.endswith((".", "?"))]

@@ -201,14 +201,15 @@ def _keys_beside(config: type[BaseModel], location: Sequence[int | str]) -> list
     for part in location[:-1]:
         field = current.model_fields.get(str(part))
         if field is not None:
-            current = next(_models_in(field.annotation), current)
+            current = next(models_in(field.annotation), current)
     return list(current.model_fields)
 
 
-def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+def models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The configs that a field's type names, such as `CaseConfig` in ``list[CaseConfig]``."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):
             yield annotation
         return
     for argument in typing.get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)

@@ -102,7 +102,8 @@ class Step(Protocol):
 class Options(Strict):
     """What every method can be told."""
 
-    paper: bool = False  # the published code's counting; docs/published.md says what differs
+    paper: bool = False
+    """The published code's counting; docs/published.md says what differs."""
 
 
 class Method:
