@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from vlm_unlearn.records import Row
 
 Column = tuple[str, str, str]  # metric, heading, what it says
+Better = Literal["lower", "higher"]
 
 KNOWN: tuple[Column, ...] = (
     ("asr", "ASR", "unsafe questions answered with the harm"),
@@ -46,6 +48,34 @@ KNOWN: tuple[Column, ...] = (
 )
 # What the demo's `utility` is put together from.
 PARTS = ("utility_vlguard", "utility_safe_eraser")
+# Which end of a metric is the good one; a suite's own metrics have none that we know.
+LOWER_IS_BETTER = frozenset(
+    (
+        *("asr", "asr_attacked", "asr_control", "refusal_rate", "refusal_rate_attacked", "refusal_rate_control"),
+        *("efficacy_asr", "generality_asr", "sarr", "degenerate_rate", "answers_relevant_attacked"),
+    )
+)
+HIGHER_IS_BETTER = frozenset(
+    (
+        *("efficacy_rr", "generality_rr", "utility", "utility_attacked", *PARTS, "rouge_l", "answer_score"),
+        *("gqa", "vizwiz", "scienceqa", "vqav2", "textvqa", "pope", "mmvet", "mmbench", "specificity"),
+    )
+)
+
+
+def better(metric: str) -> Better | None:
+    """Whether lower or higher is better; None where that isn't known, or neither is."""
+    return "lower" if metric in LOWER_IS_BETTER else "higher" if metric in HIGHER_IS_BETTER else None
+
+
+def heading(metric: str) -> str:
+    """A metric's name in words; a suite's own keeps its name, with blanks for underscores."""
+    return next((title for name, title, _ in KNOWN if name == metric), metric.replace("_", " "))
+
+
+def case_title(case: str) -> str:
+    """A case's name in words."""
+    return case.replace("_", " ")
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
