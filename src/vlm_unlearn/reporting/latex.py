@@ -93,6 +93,7 @@ def _float(table: Table, lines: range, number: int, of: int, intervals: bool) ->
             r"\centering",
             rf"\caption{{{escaped(caption, 10_000)}}}",
             rf"\label{{tab:{table.name.replace('_', '-')}{'' if first else f'-{number}'}}}",
+            r"\vspace{4pt}",
             *size,
             rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
             r"\toprule",
@@ -119,15 +120,18 @@ def _character(character: str) -> str:
 
 
 def _head(columns: Sequence[Column]) -> list[str]:
-    """Groups over their columns with a rule between, then the headings, long ones on two lines."""
+    """Groups over their columns with a rule between, or the first words of long headings; below them the headings."""
     groups = _groups(columns)
-    lines = []
-    if any(name for name, _, _ in groups):
-        cells = [rf"\multicolumn{{{span}}}{{c}}{{{escaped(name)}}}" if name else " & ".join([""] * span) for name, _, span in groups]
-        rules = [rf"\cmidrule(lr){{{start}-{start + span - 1}}}" for name, start, span in groups if name]
-        lines += [_line(cells), " ".join(rules)]
-    stacked = [_stacked(column) for column in columns]
-    return lines + [_line([escaped(cell) for cell in line]) for line in zip(*stacked, strict=True) if any(line)]
+    stacked = [("", column.heading) if column.group else _stacked(column) for column in columns]
+    above = [
+        rf"\multicolumn{{{span}}}{{c}}{{{escaped(name)}}}"
+        if name
+        else " & ".join(escaped(first) for first, _ in stacked[start - 1 : start - 1 + span])
+        for name, start, span in groups
+    ]
+    rules = " ".join(rf"\cmidrule(lr){{{start}-{start + span - 1}}}" for name, start, span in groups if name)
+    lines = [_line(above)] if any(name for name, _, _ in groups) or any(first for first, _ in stacked) else []
+    return [*lines, *([rules] if rules else []), _line([escaped(last) for _, last in stacked])]
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int, int]]:
@@ -155,8 +159,8 @@ def _body(table: Table, numbers: range, intervals: bool) -> list[str]:
         below = [_interval(cell) if intervals else "" for cell in line]
         if any(below) and number != numbers.start:
             written.append(r"\addlinespace[2pt]")
-        written.append(_line([_cell(cell, (number, at) in best) for at, cell in enumerate(line)]))
-        written += [_line(below)] if any(below) else []
+        above = _line([_cell(cell, (number, at) in best) for at, cell in enumerate(line)])
+        written += [f"{above}[-2pt]", _line(below)] if any(below) else [above]
     return written
 
 
@@ -170,7 +174,7 @@ def _cell(cell: Cell | None, best: bool) -> str:
 
 
 def _interval(cell: Cell | None) -> str:
-    return rf"{{\tiny {cell.interval}}}" if cell is not None and cell.interval else ""
+    return rf"{{\tiny {cell.interval.replace('-', '$-$')}}}" if cell is not None and cell.interval else ""
 
 
 def _line(cells: Sequence[str]) -> str:

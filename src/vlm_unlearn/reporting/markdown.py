@@ -9,7 +9,7 @@ from vlm_unlearn.reporting.table import NOTHING, Cell, Column, Table
 LONGEST = 200  # characters of one cell
 # What Markdown acts on, and what HTML, the hub and GitHub (mentions, formulas, links) do; within a word an underscore is plain text.
 MARKDOWN = re.compile(r"[\\`*~\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-OTHERS = re.compile(r"[|>&$@#]|<(?=\S)|:(?=\S)|(?<=www)\.", re.IGNORECASE)
+OTHERS = re.compile(r"[|>&$@#]|<(?=[A-Za-z/!?])|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 
 
 def escaped(value: object, longest: int = LONGEST) -> str:

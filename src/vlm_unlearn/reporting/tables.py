@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from vlm_unlearn.errors import RequestError, nearest, shown
 from vlm_unlearn.records import LABELS, Comparison, Rate, Summary
 from vlm_unlearn.reporting.columns import better, case_title, columns, heading
 from vlm_unlearn.reporting.csv_text import csv_text
@@ -20,7 +21,7 @@ NAMES = (
     *("rates", "comparisons", "published", "labels", "categories", "shots", "cost"),
     *("safety_mirage", "safety_mirage_published", "safety_mirage_answers", "safe_eraser", "safe_eraser_published"),
 )
-WRITERS = {"csv": csv_text, "tex": latex, "md": markdown}
+FORMS = ("csv", "tex", "md")
 
 
 def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
@@ -35,14 +36,33 @@ def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
     below = folder / "report" / "tables"
     tables = summary_tables(summary, costs)
     for name in set(NAMES) - tables.keys():
-        for ending in WRITERS:
-            (below / f"{name}.{ending}").unlink(missing_ok=True)
-    written = []
+        for form in FORMS:
+            (below / f"{name}.{form}").unlink(missing_ok=True)
+    files = []
     for name, table in tables.items():
-        for ending, writer in WRITERS.items():
-            write_text(below / f"{name}.{ending}", writer(table))
-            written.append(below / f"{name}.{ending}")
-    return written
+        for form in FORMS:
+            files.append(below / f"{name}.{form}")
+            write_text(files[-1], written(table, form))
+    return files
+
+
+def written(table: Table, form: str, intervals: bool = True) -> str:
+    """The table as ``csv``, ``tex`` or ``md``; a CSV has its intervals as columns, always."""
+    return csv_text(table) if form == "csv" else latex(table, intervals) if form == "tex" else markdown(table, intervals)
+
+
+def named_table(summary: Summary, name: str) -> Table:
+    """One of the tables that a summary can fill.
+
+    Raises:
+        RequestError: there is no such table, or the summary has nothing for it.
+    """
+    tables = summary_tables(summary)
+    if name not in NAMES:
+        raise RequestError(f"no table {shown(name)}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
+    if name not in tables:
+        raise RequestError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
+    return tables[name]
 
 
 def summary_tables(summary: Summary, costs: Costs | None = None) -> dict[str, Table]:
@@ -108,7 +128,7 @@ def _compared(one: Comparison) -> list[Cell]:
 
 
 def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _published(summary: Summary) -> Iterable[Table]:
