@@ -108,7 +108,7 @@ class Batching(Record):
 class Row(Record):
     """One model's line in ``summary.json``."""
 
-    model: str = Field(description="The row's name, not a path; a summary has each name once.")
+    model: str = Field(description="The row's name.")
     judge: str = Field(default="", description="Whose verdicts the metrics rest on, where `judges` names no other.")
     judges: dict[str, str] = Field(default_factory=dict, description="Metric -> its own judge, where it has one.")
     metrics: dict[str, Rate] = Field(

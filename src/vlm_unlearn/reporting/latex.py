@@ -14,6 +14,7 @@ from vlm_unlearn.reporting.table import NOTHING, Cell, Column, Table
 LONGEST = 60  # characters of one cell
 WIDE = 8  # columns from which a table spans both columns of a page
 NARROW = 4  # columns up to which it has room for larger print
+CAPTION = 2000  # characters of a caption: TeX measures it as one line, and no line may be wider than 5.7 m
 LINES = 36  # printed lines that a page holds
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -91,7 +92,7 @@ def _float(table: Table, lines: range, number: int, of: int, intervals: bool) ->
         [
             rf"\begin{{{name}}}[tp]",
             r"\centering",
-            rf"\caption{{{escaped(caption, 10_000)}}}",
+            rf"\caption{{{escaped(caption, CAPTION)}}}",
             rf"\label{{tab:{table.name.replace('_', '-')}{'' if first else f'-{number}'}}}",
             r"\vspace{4pt}",
             *size,

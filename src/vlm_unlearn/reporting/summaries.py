@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vlm_unlearn.errors import RequestError, shown
-from vlm_unlearn.records import Summary
+from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.store import read_json
 
 
@@ -30,21 +30,37 @@ def read_summary(folder: Path) -> Summary:
 
 
 def join_summaries(folders: Sequence[Path]) -> Summary:
-    """The rows of several summaries below each other; the comparisons only of a single one, for they are against one base.
+    """The rows of several summaries below each other; what two suites measured on one model in one row.
+
+    Comparisons are against one base: they stay where there is a single summary, and else go.
 
     Raises:
-        RequestError: as `read_summary`; also for two models of one name.
+        RequestError: as `read_summary`; also for a metric or case that two summaries have of one model.
     """
     summaries = [read_summary(folder) for folder in folders]
     if len(summaries) == 1:
         return summaries[0]
-    found: dict[str, Path] = {}
+    rows: dict[str, Row] = {}
     for folder, summary in zip(folders, summaries, strict=True):
         for row in summary.rows:
-            if row.model in found:
-                where = f"{found[row.model]} and {folder}"
-                raise RequestError(
-                    f"{where}: both call a model {shown(row.model)}; give one another name with `vlm-unlearn score RUN --name`"
-                )
-            found[row.model] = folder
-    return Summary(rows=[row for summary in summaries for row in summary.rows])
+            rows[row.model] = _joined(rows[row.model], row, folder) if row.model in rows else row
+    return Summary(rows=list(rows.values()))
+
+
+def _joined(row: Row, other: Row, folder: Path) -> Row:
+    twice = [*(row.metrics.keys() & other.metrics.keys()), *(row.labels.keys() & other.labels.keys())]
+    if twice:
+        raise RequestError(
+            f"{folder}: {shown(min(twice))} of {shown(row.model)} is in another summary too; "
+            "give one of the two models another name with `vlm-unlearn score RUN --name`"
+        )
+    judge = row.judge or other.judge
+    others = {metric: other.judge for metric in other.metrics if other.judge not in ("", judge)}
+    return row.model_copy(
+        update={
+            "judge": judge,
+            "judges": row.judges | others | other.judges,
+            **{name: getattr(row, name) | getattr(other, name) for name in ("metrics", "paper", "labels", "categories", "shots")},
+            "batching": row.batching or other.batching,
+        }
+    )
