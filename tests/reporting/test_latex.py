@@ -106,6 +106,7 @@ def test_what_is_escaped_how() -> None:
     assert escaped("Zürich, Łódź") == r"Z\"{u}rich, \L{}\'{o}d\'{z}"
     assert escaped("中\u202e\ud800\x00") == "{U+4E2D}{U+202E}{U+D800}{U+0000}"
     assert escaped("<b>") == "$<$b$>$"
+    assert escaped('begin with "What" ("Share")') == "begin with ``What'' (``Share'')"
     assert escaped("a\n b") == "a b"
     assert escaped("x" * 100).endswith(r"x\ldots{}")
 
@@ -134,6 +135,9 @@ def test_a_table_as_a_paper_has_it() -> None:
     assert r"n\_po & \textbf{25.0}\rlap{$^{*}$} & \textbf{50.0} & \textbf{0.0} \\[-2pt]" in rates
     assert r" & {\tiny [14.2, 40.2]} & {\tiny [35.2, 64.8]} & {\tiny [0.0, 8.8]} \\" in rates
     assert r"\caption{Rates in \%. Judged by j. n = 40 (ASR, ASR attacked, Refusals). None failed. {*} differs from base" in rates
+    shots = [Row(model=name, metrics={}, shots={"asr": [share(1, 4)]}) for name in ("a", "b")]
+    named = latex(named_table(Summary(rows=shots), "shots"), intervals=False)
+    assert [line.split(" & ")[:2] for line in tabulars(named)[0][1][1:]] == [["ASR", "a"], ["", "b"]]  # a name that repeats is said once
     assert r"$-$25.0\rlap{$^{*}$}" in latex(named_table(summary, "comparisons"))
 
 

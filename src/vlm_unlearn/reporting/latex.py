@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from vlm_unlearn.reporting.table import NOTHING, Cell, Column, Table
 
 LONGEST = 60  # characters of one cell
-WIDE = 8  # columns from which a table spans both columns of a page
+WIDE = 7  # columns from which a table spans both columns of a page
 NARROW = 4  # columns up to which it has room for larger print
 CAPTION = 2000  # characters of a caption: TeX measures it as one line, and no line may be wider than 5.7 m
 LINES = 36  # printed lines that a page holds
@@ -23,7 +23,6 @@ SPECIAL = {
     "<": r"$<$",
     ">": r"$>$",
     "|": r"$|$",
-    '"': "''",
     "–": "--",
     "—": "---",
     "…": r"\ldots{}",
@@ -67,8 +66,7 @@ def escaped(value: object, longest: int = LONGEST) -> str:
     """Text that TeX prints and never acts on; letters that a plain installation has no form for are named as U+4E2D."""
     text = " ".join(str(value)[: 10 * longest].split())
     cut = text if len(text) <= longest else text[: longest - 1] + "…"
-    apart = ("{}" if before + character in JOINED else "" for before, character in zip(" " + cut, cut, strict=False))
-    return "".join(gap + _character(character) for gap, character in zip(apart, cut, strict=True))
+    return "".join(_character(before, character) for before, character in zip(" " + cut, cut, strict=False))
 
 
 def latex(table: Table, intervals: bool = True) -> str:
@@ -109,11 +107,13 @@ def _float(table: Table, lines: range, number: int, of: int, intervals: bool) ->
     )
 
 
-def _character(character: str) -> str:
+def _character(before: str, character: str) -> str:
+    if character == '"':
+        return "``" if before in " (" else "''"
     if character in SPECIAL:
         return SPECIAL[character]
     if character.isascii() and character.isprintable():
-        return character
+        return f"{{}}{character}" if before + character in JOINED else character
     letter, *accents = list(unicodedata.normalize("NFD", character))
     if letter.isascii() and letter.isalpha() and len(accents) == 1 and accents[0] in ACCENTS:
         return f"\\{ACCENTS[accents[0]]}{{{letter}}}"
@@ -160,7 +160,10 @@ def _body(table: Table, numbers: range, intervals: bool) -> list[str]:
         below = [_interval(cell) if intervals else "" for cell in line]
         if any(below) and number != numbers.start:
             written.append(r"\addlinespace[2pt]")
-        above = _line([_cell(cell, (number, at) in best) for at, cell in enumerate(line)])
+        shown = [_cell(cell, (number, at) in best) for at, cell in enumerate(line)]
+        if number != numbers.start and not table.columns[1].numbers and line[0] == table.lines[number - 1][0]:
+            shown[0] = ""  # the outer of two names is said once
+        above = _line(shown)
         written += [f"{above}[-2pt]", _line(below)] if any(below) else [above]
     return written
 

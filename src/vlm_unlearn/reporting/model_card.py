@@ -103,7 +103,8 @@ def _opening(recipe: Mapping[str, Any]) -> list[str]:
     if known is not None and not known.unlearns:
         what = "A vision-language model was taught to refuse"
     source = f" ({known.source})" if known else ""
-    title = f"# {escaped(base if _on_the_hub(base) else Path(base).name)}, trained with {escaped(name)}"
+    decoupled = " and prompt decoupling" if recipe["prompt_decouple_weight"] else ""
+    title = f"# {escaped(base if _on_the_hub(base) else Path(base).name)}, trained with {escaped(name)}{decoupled}"
     return [title, "", f"{what} with {escaped(name)}{source} by vlm-unlearn.", "", USE]
 
 
