@@ -48,7 +48,7 @@ def join_summaries(folders: Sequence[Path]) -> Summary:
 
 
 def _joined(row: Row, other: Row, folder: Path) -> Row:
-    twice = [*(row.metrics.keys() & other.metrics.keys()), *(row.labels.keys() & other.labels.keys())]
+    twice = [key for kind in ("metrics", "paper", "labels") for key in getattr(row, kind).keys() & getattr(other, kind).keys()]
     if twice:
         raise RequestError(
             f"{folder}: {shown(min(twice))} of {shown(row.model)} is in another summary too; "
