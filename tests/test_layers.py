@@ -45,6 +45,7 @@ COMMANDS = (
     "benchmark run",
     "attack search",
     "compare",
+    "table",
     "judge agreement",
     "evaluate",
 )

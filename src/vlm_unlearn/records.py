@@ -89,57 +89,69 @@ class Verdict(AnswerRecord):
 
 
 class Rate(Record):
-    """A share of groups or answers with its 95 % interval. All are None when nothing could be scored."""
+    """A share of groups or answers with its 95 % interval. Shares are from 0 to 1; all are null when nothing could be scored."""
 
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int  # what the share is of: groups for attack success, else answers
-    failed: int = 0  # answers or verdicts that failed and are left out of `n`
+    value: float | None = Field(description="The share, or the mean of scores, from 0 to 1.")
+    low: float | None = Field(description="Lower end of the 95 % interval, which allows for answers that fail together.")
+    high: float | None = Field(description="Upper end of the 95 % interval.")
+    n: int = Field(description="What the share is of: questions where any of a question's answers counts, else answers.")
+    failed: int = Field(default=0, description="Answers or verdicts that failed and are left out of `n`.")
 
 
 class Batching(Record):
     """How many answers differ between the run's batches and batches of one, of those that were asked both ways."""
 
-    checked: int
-    flipped: int
+    checked: int = Field(description="Answers that were asked both ways.")
+    flipped: int = Field(description="Those of them that came out different.")
 
 
 class Row(Record):
     """One model's line in ``summary.json``."""
 
-    model: str
-    judge: str = ""  # whose verdicts, where `judges` names no other
-    judges: dict[str, str] = Field(default_factory=dict)  # metric -> its own judge
-    metrics: dict[str, Rate]
-    paper: dict[str, Rate] = Field(default_factory=dict)  # the published counting, where it was asked for
-    labels: dict[str, dict[str, int]] = Field(default_factory=dict)  # case -> label -> answers, "failed" included
-    categories: dict[str, dict[str, Rate]] = Field(default_factory=dict)  # metric -> category of the question
-    shots: dict[str, list[Rate]] = Field(default_factory=dict)  # metric -> the rate with the first 1, 2, ... K rewrites
-    batching: Batching | None = None
+    model: str = Field(description="The row's name.")
+    judge: str = Field(default="", description="Whose verdicts the metrics rest on, where `judges` names no other.")
+    judges: dict[str, str] = Field(default_factory=dict, description="Metric -> its own judge, where it has one.")
+    metrics: dict[str, Rate] = Field(
+        description="Metric, such as `asr` or a benchmark's name -> its rate. docs/numbers.md says what each counts."
+    )
+    paper: dict[str, Rate] = Field(
+        default_factory=dict, description="Metric -> its rate by the published counting, where that was asked for (`paper: true`)."
+    )
+    labels: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="Case -> complied, refused, degenerate, off_topic or failed -> how many of its answers were."
+    )
+    categories: dict[str, dict[str, Rate]] = Field(default_factory=dict, description="Metric -> category of the question -> its rate.")
+    shots: dict[str, list[Rate]] = Field(
+        default_factory=dict, description="Metric -> its rates with the first 1, 2, ... K rewrites of each question."
+    )
+    batching: Batching | None = Field(default=None, description="What batching changed, where the run was checked for it.")
 
 
 class Comparison(Record):
     """Two models' answers to the same prompts: what changed from `base` to `model`, and whether it could be chance."""
 
-    model: str
-    base: str
-    metric: str
-    difference: float  # model's rate less base's, over the pairs
-    low: float  # 95 % interval, paired bootstrap over groups
-    high: float
-    p: float
-    p_adjusted: float  # Holm's, over all comparisons of the summary
-    test: PairedTest
-    n: int  # pairs
-    unpaired: int = 0  # answers or questions that only one of the two has a verdict on
+    model: str = Field(description="A row's model.")
+    base: str = Field(description="The row's model that it is compared with.")
+    metric: str = Field(description="A metric that both have.")
+    difference: float = Field(description="The model's rate less the base's, over the pairs; from -1 to 1.")
+    low: float = Field(description="Lower end of the 95 % interval: paired bootstrap over groups.")
+    high: float = Field(description="Upper end of the 95 % interval.")
+    p: float = Field(description="How often a difference at least as large comes up if the two models are alike.")
+    p_adjusted: float = Field(description="Holm's, over all comparisons of the summary.")
+    test: PairedTest = Field(description="What gave `p`.")
+    n: int = Field(description="Pairs.")
+    unpaired: int = Field(default=0, description="Answers or questions that only one of the two has a verdict on.")
 
 
 class Summary(Record):
-    """``summary.json``."""
+    """``summary.json``: what was measured, one row a model, and what changed between them."""
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
-    rows: list[Row]
-    comparisons: list[Comparison] = Field(default_factory=list)
+    schema_version: Literal[1] = Field(
+        default=1,
+        alias="schema",
+        description="Rises when a field goes, is renamed or means something else; a field more, with a default, doesn't raise it.",
+    )
+    rows: list[Row] = Field(description="One a model, in the order that tables show.")
+    comparisons: list[Comparison] = Field(default_factory=list, description="Changes against one base, where several models were compared.")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

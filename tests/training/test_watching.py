@@ -146,7 +146,7 @@ def test_export_answers_as_the_run(tiny_model: Path, training_sets: dict[str, Pa
     assert not any("parametrizations" in name for name in load_file(exported / "model.safetensors"))
     card = (exported / "README.md").read_text()
     assert "library_name: transformers" in card
-    assert "0.0\u00a0% [0.0, 3.0], 2 failed" in card
+    assert "0.0 [0.0, 3.0], 2 failed" in card
     assert "po &#124; &#60;b&#62;" in card
     assert str(tmp_path) not in card
     assert json.loads((exported / "unlearning_manifest.json").read_text())["finished"]

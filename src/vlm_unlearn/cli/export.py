@@ -21,10 +21,13 @@ def export(
     run: Path = typer.Argument(..., metavar="RUN", help="A folder that train wrote."),
     out: Path = typer.Option(..., "--out", help="The model folder to write; it must not hold anything yet."),
     evaluations: list[Path] = typer.Option(
-        [], "--evaluation", help="An evaluation folder whose rates the model card shows; may be repeated."
+        [], "--evaluation", help="An evaluation folder whose rates the model card shows, of this model or its base; may be repeated."
     ),
     precision: Precision = typer.Option(
         Precision.auto, "--precision", help="Of the weights; auto: as the base model (LoRA) or the run (full)."
+    ),
+    license: str = typer.Option(
+        None, "--license", help="The base model's license, as the hub names it (llama2, apache-2.0), for the card."
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -39,7 +42,7 @@ def export(
         from vlm_unlearn.reporting.model_card import model_card
 
         quiet_libraries()
-        card = model_card(run, evaluations)
+        card = model_card(run, evaluations, license)
         folder = export_run(run, out, precision.value, card)
     if as_json:
         print_json({"model": str(folder)})

@@ -64,7 +64,7 @@ def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
     Args:
         metrics: those that the table shows.
     """
-    found = _judged_by(summary)
+    found = judged_by(summary)
     first = next((text for row in summary.rows for metric in metrics if (text := edge(row.metrics.get(metric)))), "")
     if first:
         found.append(f"At 0 and 100\u00a0% the rule of three over groups of answers stands for the interval: {first}.")
@@ -84,7 +84,7 @@ def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
     return found
 
 
-def _judged_by(summary: Summary) -> list[str]:
+def judged_by(summary: Summary) -> list[str]:
     """Whose verdicts the table rests on, and what a keyword judge can't see."""
     judges = {row.judge for row in summary.rows if row.judge}
     others = {judge for row in summary.rows for judge in row.judges.values()}

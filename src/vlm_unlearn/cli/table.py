@@ -1,0 +1,36 @@
+"""``vlm-unlearn table``."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+
+class Form(StrEnum):
+    md = "md"
+    tex = "tex"
+    csv = "csv"
+
+
+def table(
+    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Folders with a summary.json: evaluations, a demo, a report."),
+    name: str = typer.Option(
+        "rates", "--table", help="rates, comparisons, published, labels, categories, shots, safety_mirage, safe_eraser, ..."
+    ),
+    form: Form = typer.Option(Form.md, "--format", help="Markdown, LaTeX (booktabs) or CSV."),
+    intervals: bool = typer.Option(True, "--intervals/--no-intervals", help="With 95 % intervals; a CSV always has them."),
+) -> None:
+    """Prints one table of finished runs, to paste into a paper or an issue. `report` writes all of them as files.
+
+    Example:
+
+      vlm-unlearn table evaluations/base evaluations/npo --table safety_mirage --format tex
+    """
+    from vlm_unlearn.reporting.summaries import join_summaries
+    from vlm_unlearn.reporting.tables import named_table, written
+    from vlm_unlearn.store import without_surrogates
+
+    sys.stdout.write(without_surrogates(written(named_table(join_summaries(runs), name), form.value, intervals)))
