@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from vlm_unlearn.errors import printable
 from vlm_unlearn.records import LABELS, Verdict
 from vlm_unlearn.reporting.collecting import Answer, Question, join_questions, read_run
 from vlm_unlearn.reporting.page import render_page, template_text
@@ -54,13 +54,13 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
         "answers.html.j2",
         scripts=["answers_data.js", "answers_text.js", "answers.js"],
         data=columns,
-        title=title,
+        title=printable(title),
         own_style=Markup(template_text("answers.css")),
-        notes=[without_surrogates(note) for note in notes],
+        notes=[printable(note) for note in notes],
         questions=len(columns["questions"]["id"]),
         answers=len(columns["answers"]["model"]),
         models=len(columns["models"]),
-        judges=[columns["texts"][judge] for judge in columns["judges"]],
+        judges=[printable(columns["texts"][judge]) for judge in columns["judges"]],
     )
     file = folder / "report" / "answers.html"
     write_text(file, page)
@@ -115,10 +115,9 @@ def _first_groups(questions: Sequence[Question], share: float) -> list[Question]
 
 
 def _picture_notes(questions: Iterable[Question]) -> list[str]:
-    problems = Counter(question.picture.problem for question in questions if question.picture.problem)
-    if not problems:
-        return []
-    return [f"{problems.total():,} questions stand without their image; the first: {next(iter(problems))}"]
+    problems = [question.picture.problem for question in questions if question.picture.problem]
+    which = "question stands without its image" if len(problems) == 1 else "questions stand without their image"
+    return [f"{len(problems):,} {which}; the first: {problems[0]}"] if problems else []
 
 
 class Texts:

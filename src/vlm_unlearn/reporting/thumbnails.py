@@ -78,13 +78,14 @@ def _thumbnail(folder: Path, digest: str, source: Path) -> Picture:
         image = open_image(source, LONGEST_SIDE)
     except RequestError as error:
         return Picture(problem=str(error))
-    drawn = image.getcolors(256) is not None  # a drawing is smaller and cleaner as PNG, a photograph as JPEG
+    drawn = image.getcolors(64) is not None  # a drawing is smaller and cleaner as PNG, a photograph as JPEG
     file = folder / f"{digest}.{'png' if drawn else 'jpg'}"
     _save(image, file, "PNG" if drawn else "JPEG")
     return Picture(file.name, *image.size)
 
 
 def _save(image: Image.Image, file: Path, format: str) -> None:
+    image.info.clear()  # Pillow would write the source's comment and colour profile into the copy
     part = file.with_name(f".{file.name}.part")
     image.save(part, format=format, quality=80)
     os.replace(part, file)

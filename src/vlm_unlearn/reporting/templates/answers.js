@@ -142,6 +142,7 @@ function drawAnswer(answer) {
   const state = stateOf(answer, filter.judge);
   const narrowed = result.total < answers.model.length;
   const item = make("li", { className: "answer " + states[state] + (narrowed && !result.matches[answer] ? " aside" : "") });
+  if (narrowed && result.matches[answer]) item.setAttribute("aria-current", "true");
   const head = make("p", { className: "who" });
   write(head.appendChild(make("bdi", { className: "model" })), names.model[answers.model[answer]], "");
   if (answers.sample[answer] > 0) head.append(make("span", { className: "soft" }, "sample " + (answers.sample[answer] + 1)));
