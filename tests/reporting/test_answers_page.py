@@ -78,10 +78,12 @@ def test_samples_scores_and_failures_are_told_apart(tmp_path: Path) -> None:
 
 def test_runs_with_other_prompts_are_all_there(tmp_path: Path) -> None:
     shared = prompt("shared")
-    first = put_run(
-        tmp_path / "first", [shared, prompt("same", question="One?")], [Response(prompt_id=i, text=i) for i in ("shared", "same")], {}
-    )
-    second = put_run(tmp_path / "second", [prompt("own"), prompt("same", question="Other?"), shared], [Response(prompt_id=i, text=i) for i in ("own", "same", "shared")], {})  # fmt: skip
+
+    def run(name: str, prompts: list[Prompt]) -> Path:
+        return put_run(tmp_path / name, prompts, [Response(prompt_id=one.id, text=one.id) for one in prompts], {})
+
+    first = run("first", [shared, prompt("same", question="One?")])
+    second = run("second", [prompt("own"), prompt("same", question="Other?"), shared])
     data = columns(write_answers(tmp_path / "out", {"a": first, "b": second}, "t"))
     assert texts(data, data["questions"]["text"]) == ["shared?", "One?", "own?", "Other?"]
     assert list(zip(data["answers"]["question"], data["answers"]["model"], strict=True)) == [(0, 0), (0, 1), (1, 0), (2, 1), (3, 1)]
