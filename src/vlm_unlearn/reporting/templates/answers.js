@@ -12,11 +12,12 @@ let filter = null; // what the address says
 let result = null; // what it lets through
 let revealed = new Set(); // harmful questions that were opened one by one; kept nowhere else
 let typing = 0; // a pending search
-let typedAt = 0;
+let typedAt = -Infinity; // when a search last changed the address
 
 /** Goes to another view: its address is what draws it. `step` makes a new entry in the history. */
 function go(changes, step = true) {
   const hash = filterHash({ ...filter, page: 1, ...changes });
+  if (changes.q === undefined) typedAt = -Infinity;
   if (hash === location.hash || (hash === "#" && !location.hash)) return;
   if (step) location.hash = hash;
   else location.replace(hash);
@@ -47,7 +48,10 @@ function drawControls() {
     byId(name + "-count").textContent = result.counts[name].toLocaleString("en");
   }
   for (const name of ["sort", "beside"]) byId(name).value = filter[name];
-  if (!typing && byId("q").value !== filter.q) byId("q").value = filter.q;
+  if (!typing && byId("q").value !== filter.q) {
+    byId("q").value = filter.q;
+    typedAt = -Infinity;
+  }
   const set = [...Object.keys(names).filter((name) => filter[name] >= 0), ...["changed", "disagree", "q", "id", "group"].filter((name) => filter[name])];
   byId("chosen").textContent = set.length ? " (" + set.length + " set)" : "";
   byId("clear").hidden = set.length === 0;
@@ -195,6 +199,7 @@ function veil(article, question) {
   for (const part of article.querySelectorAll(".veil")) {
     part.classList.toggle("veiled", veiled);
     part.inert = veiled;
+    part.ariaHidden = veiled ? "true" : null; // for browsers that don't know inert
   }
   const button = article.querySelector(".show");
   if (!button) return;
