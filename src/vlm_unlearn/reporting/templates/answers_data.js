@@ -113,36 +113,40 @@ function select(filter) {
   return result;
 }
 
+const MODEL = 1, LABEL = 2, JUDGE = 4, CASE = 8, CATEGORY = 16, CHANGED = 32, DISAGREE = 64;
+
 /** Counts one answer: it matches where no filter stops it, and adds to the choices of a filter that alone stops it. */
 function weigh(answer, question, filter, result) {
+  const { counts } = result;
   const state = stateOf(answer, filter.judge);
   const moved = changed(answer, filter.judge);
-  const stops = {
-    model: filter.model >= 0 && filter.model !== answers.model[answer],
-    label: filter.label >= 0 && filter.label !== state,
-    judge: filter.judge >= 0 && state === NONE,
-    case: filter.case >= 0 && filter.case !== caseOf[question],
-    category: filter.category >= 0 && filter.category !== categoryOf[question],
-    changed: filter.changed && !moved,
-    disagree: filter.disagree && !disagreeing[answer],
-  };
-  const { counts } = result;
-  const passes = (name) => !Object.keys(stops).some((other) => other !== name && stops[other]);
-  if (passes("model")) counts.model[answers.model[answer]]++;
-  if (passes("label")) counts.label[state]++;
-  if (passes("case")) counts.case[caseOf[question]]++;
-  if (categoryOf[question] >= 0 && passes("category")) counts.category[categoryOf[question]]++;
-  if (moved && passes("changed")) counts.changed++;
-  if (disagreeing[answer] && passes("disagree")) counts.disagree++;
-  if (!stops.model && !stops.case && !stops.category && !stops.disagree) {
-    verdicts.forEach((_, judge) => {
-      const seen = stateOf(answer, judge);
-      if (seen !== NONE && (filter.label < 0 || filter.label === seen) && (!filter.changed || changed(answer, judge))) counts.judge[judge]++;
-    });
-  }
-  if (passes(null)) {
+  let stops = 0; // a bit for each filter that the answer doesn't pass; numbers, because this runs for every answer
+  if (filter.model >= 0 && filter.model !== answers.model[answer]) stops |= MODEL;
+  if (filter.label >= 0 && filter.label !== state) stops |= LABEL;
+  if (filter.judge >= 0 && state === NONE) stops |= JUDGE;
+  if (filter.case >= 0 && filter.case !== caseOf[question]) stops |= CASE;
+  if (filter.category >= 0 && filter.category !== categoryOf[question]) stops |= CATEGORY;
+  if (filter.changed && !moved) stops |= CHANGED;
+  if (filter.disagree && !disagreeing[answer]) stops |= DISAGREE;
+  const passes = (but) => (stops & ~but) === 0;
+  if (passes(MODEL)) counts.model[answers.model[answer]]++;
+  if (passes(LABEL)) counts.label[state]++;
+  if (passes(CASE)) counts.case[caseOf[question]]++;
+  if (categoryOf[question] >= 0 && passes(CATEGORY)) counts.category[categoryOf[question]]++;
+  if (moved && passes(CHANGED)) counts.changed++;
+  if (disagreeing[answer] && passes(DISAGREE)) counts.disagree++;
+  if (passes(LABEL | JUDGE | CHANGED)) countJudges(answer, filter, counts.judge);
+  if (stops === 0) {
     result.matches[answer] = 1;
     result.total++;
+  }
+}
+
+/** Adds an answer to the judges by whose verdicts it would match. */
+function countJudges(answer, filter, counts) {
+  for (let judge = 0; judge < verdicts.length; judge++) {
+    const state = verdicts[judge].state[answer];
+    if (state !== NONE && (filter.label < 0 || filter.label === state) && (!filter.changed || changed(answer, judge))) counts[judge]++;
   }
 }
 
