@@ -211,6 +211,7 @@ def test_answers_stand_side_by_side_with_what_changed(visit: Open, report: Path)
     page.click("article .show")
     verdicts = [f"{judge}: {str(label_of(model, number, judge)).replace('_', ' ')}" for model in MODELS for judge in JUDGES]
     assert cards.locator(".verdicts li").all_inner_texts() == verdicts
+    assert set(cards.locator(".verdicts strong bdi").all_inner_texts()) == {JUDGES[0]}  # whose label the card has
     assert page.locator("article a >> nth=0").get_attribute("href") == "#case=attacked&group=attacked%2F0"
     page.click("article a >> nth=0")
     until(page, "document.querySelectorAll('article').length == 3")
@@ -222,6 +223,13 @@ def test_what_stands_beside_a_match_can_be_chosen(visit: Open, report: Path) -> 
         for beside in ("", "base", "none")
     }
     assert models == {"": ["base", "npo", "rmu"], "base": ["base", "npo"], "none": ["npo"]}
+
+
+def test_disagreement_is_marked(visit: Open, report: Path) -> None:
+    page = visit(report, "#disagree=1&beside=none")
+    assert page.locator(".answer").count() == len(matching(disagree=1)) > 0
+    assert page.locator(".answer:has(.split)").count() == page.locator(".answer").count()
+    assert page.locator(".answer.aside").count() == 0
 
 
 def test_the_most_changed_come_first(visit: Open, report: Path) -> None:
@@ -372,6 +380,9 @@ def test_printed_it_shows_the_answers_and_no_controls(visit: Open, report: Path)
     assert page.locator("article .show").first.is_hidden()
     assert page.locator("article .label").first.is_visible()
     assert page.locator("article .veiled").first.evaluate("part => getComputedStyle(part).visibility") == "hidden"
+    assert "hidden when this was printed" in page.locator("article .head").first.evaluate(
+        "head => getComputedStyle(head, '::after').content"
+    )
     assert page.pdf().startswith(b"%PDF")
 
 
@@ -413,9 +424,7 @@ def test_hostile_texts_are_text(visit: Open, hostile: Path) -> None:
     assert "<script>window.hacked" not in source
     assert "Content-Security-Policy" in source
     page = visit(hostile)
-    for opener in page.locator("summary:visible").all():
-        opener.click()
-    text = page.locator("#list").inner_text()
+    text = page.locator("#list").text_content()
     made_visible = ["{{ 7 * 7 }}", "U+202Egnisrever U+2066isolated", "lineU+2028separator and tag U+E0041 and U+200Bnothing"]
     for wanted in [*HOSTILE[:5], *made_visible]:
         assert text.count(wanted) >= 9, wanted  # question, answers, references, verdicts

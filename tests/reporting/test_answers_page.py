@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from PIL import Image
 
 from answer_runs import JUDGES, asked, label_of, made_runs, put_run
 from benchmark_files import put_image, vqav2
+from finished_runs import make_run, number, unlearned
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.scoring import read_graded, run_row
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers_page import STATES, write_answers
 from vlm_unlearn.reporting.thumbnails import LONGEST_SIDE, write_thumbnails
@@ -54,6 +58,18 @@ def test_every_answer_and_verdict_is_there(tmp_path: Path) -> None:
         assert set(texts(data, given["error"])) == {None, "timed out"}
 
 
+def test_labels_are_counted_as_in_the_rates(tmp_path: Path) -> None:
+    """What the report's bars say of a case is what a link into this page finds."""
+    folder = make_run(tmp_path / "m", lambda one: None if number(one) == 3 else unlearned(one))
+    row = run_row(read_graded(folder, saved_suite(folder)), "m")
+    data = columns(write_answers(tmp_path / "out", {"m": folder}, "t"))
+    cases = texts(data, data["questions"]["case"])
+    own = [data["verdicts"][judge]["state"][n] for n, judge in enumerate(data["answers"]["judge"])]
+    counted = Counter((cases[q], STATES[state]) for q, state in zip(data["answers"]["question"], own, strict=True))
+    assert counted == {(case, label): count for case, labels in row.labels.items() for label, count in labels.items() if count}
+    assert {label for _, label in counted} == {"complied", "refused", "failed"}
+
+
 def test_samples_scores_and_failures_are_told_apart(tmp_path: Path) -> None:
     one, other = prompt("one"), prompt("other")
     responses = [
@@ -92,10 +108,10 @@ def test_runs_with_other_prompts_are_all_there(tmp_path: Path) -> None:
 def test_an_image_that_changed_makes_another_question(tmp_path: Path) -> None:
     seen = prompt("seen", image="a.png")
     runs = {}
-    for number, name in enumerate("abc"):
+    for colour, name in enumerate("abc"):
         runs[name] = put_run(tmp_path / name / "run", [seen], [Response(prompt_id="seen", text=name)], {})
-        if number < 2:
-            put_image(tmp_path / name / "images" / "a.png", colour=number)
+        if colour < 2:
+            put_image(tmp_path / name / "images" / "a.png", colour=colour)
     assert columns(write_answers(tmp_path / "two", {"a": runs["a"], "b": runs["b"]}, "t"))["answers"]["question"] == [0, 1]
     lost = write_answers(tmp_path / "one", {"c": runs["c"], "a": runs["a"]}, "t")  # c's image is gone: it was the same for all we know
     assert columns(lost)["answers"]["question"] == [0, 0]

@@ -1,10 +1,9 @@
 "use strict";
 // Draws the page: its address decides everything, so that links and the back button bring a view back.
-const PAGE = 20; // questions on a page
+const PAGE = Math.max(5, Math.min(20, Math.floor(160 / names.model.length))); // questions on a page; fewer where each has many answers
 const MOST = 40; // answers drawn of one question before the rest is asked for
 const KINDS = { unsafe: "unsafe", safe: "safe", safe_image_unsafe_question: "unsafe question on a safe image" };
 const WORDS = { off_topic: "off topic", score: "score only", none: "not judged" };
-const HEADINGS = { model: "Any model", label: "Any label", judge: "Each model's own judge", case: "Any case", category: "Any category" };
 const byId = (id) => document.getElementById(id);
 const count = (number, word) => number.toLocaleString("en") + " " + word + (number === 1 ? "" : "s");
 
@@ -143,15 +142,17 @@ function drawAnswers(question) {
 }
 
 function drawAnswer(answer) {
-  const state = stateOf(answer, filter.judge);
+  const judge = judgeOf(answer, filter.judge);
+  const state = stateOf(answer, judge);
   const narrowed = result.total < answers.model.length;
   const item = make("li", { className: "answer " + states[state] + (narrowed && !result.matches[answer] ? " aside" : "") });
   if (narrowed && result.matches[answer]) item.setAttribute("aria-current", "true");
   const head = make("p", { className: "who" });
   write(head.appendChild(make("bdi", { className: "model" })), names.model[answers.model[answer]], "");
   if (answers.sample[answer] > 0) head.append(make("span", { className: "soft" }, "sample " + (answers.sample[answer] + 1)));
-  head.append(make("span", { className: "label " + states[state] }, described(answer, filter.judge < 0 ? answers.judge[answer] : filter.judge, state)));
-  if (changed(answer, filter.judge)) head.append(make("span", { className: "changed" }, "changed, was " + described(baseOf[answer], filter.judge < 0 ? answers.judge[answer] : filter.judge)));
+  head.append(make("span", { className: "label " + states[state] }, described(answer, judge, state)));
+  if (changed(answer, filter.judge)) head.append(make("span", { className: "changed" }, "changed, was " + described(baseOf[answer], judge)));
+  if (disagreeing[answer]) head.append(make("span", { className: "split" }, "judges disagree"));
   const said = make("div", { className: "veil" }, drawText(answer));
   item.append(head, said);
   const told = drawVerdicts(answer);
@@ -184,7 +185,7 @@ function drawVerdicts(answer) {
 
 function drawVerdict(answer, judge) {
   const { raw, error, score, state } = verdicts[judge];
-  const line = make("span");
+  const line = make(judge === judgeOf(answer, filter.judge) ? "strong" : "span");
   write(line.appendChild(make("bdi")), names.judge[judge], "");
   const given = score[answer] !== null && state[answer] < LABELS ? " (" + score[answer].toFixed(2) + ")" : "";
   line.append(": " + described(answer, judge, state[answer]) + given);
@@ -261,7 +262,7 @@ function onType() {
 function begin() {
   byId("base").textContent = printable(names.model[0] ?? "");
   for (const [name, known] of Object.entries(names)) {
-    byId(name).append(make("option", { value: "-1" }, HEADINGS[name]), ...known.map((_, number) => make("option", { value: String(number) })));
+    byId(name).append(make("option", { value: "-1" }, name === "judge" ? "each model's own" : "any"), ...known.map((_, number) => make("option", { value: String(number) })));
     byId(name).addEventListener("change", () => go({ [name]: Number(byId(name).value) }));
     byId(name).closest("label").hidden = known.length < (name === "label" ? 1 : 2);
   }

@@ -45,16 +45,19 @@ function disagree(answer) {
   return given.some((state) => state !== given[0]);
 }
 
-/** What an answer is in the eyes of a judge; of -1, of the judge that its model's rates are made of. */
-function stateOf(answer, judge) {
-  const who = judge < 0 ? answers.judge[answer] : judge;
+/** The judge that was chosen, or of -1 the one that the rates of the answer's model are made of. */
+const judgeOf = (answer, chosen) => (chosen < 0 ? answers.judge[answer] : chosen);
+
+/** What an answer is in the eyes of the judge. */
+function stateOf(answer, chosen) {
+  const who = judgeOf(answer, chosen);
   return who < 0 ? (answers.error[answer] < 0 ? NONE : states.indexOf("failed")) : verdicts[who].state[answer];
 }
 
 /** Whether the same judge labels the answer otherwise than the first model's, or scores it far from that. */
-function changed(answer, judge) {
+function changed(answer, chosen) {
   const base = baseOf[answer];
-  const who = judge < 0 ? answers.judge[answer] : judge;
+  const who = judgeOf(answer, chosen);
   if (base < 0 || who < 0) return false;
   const { state, score } = verdicts[who];
   if (state[answer] === SCORE && state[base] === SCORE) return Math.abs(score[answer] - score[base]) >= MOVED;
