@@ -180,12 +180,13 @@ function drawVerdicts(answer) {
   const given = verdicts.map((_, judge) => judge).filter((judge) => verdicts[judge].state[answer] !== NONE);
   const silent = (judge) => verdicts[judge].raw[answer] < 0 && verdicts[judge].error[answer] < 0;
   if (given.length < 2 && given.every(silent)) return null;
-  return make("ul", { className: "verdicts" }, ...given.map((judge) => drawVerdict(answer, judge)));
+  return make("ul", { className: "verdicts" }, ...given.map((judge) => drawVerdict(answer, judge, given.length > 1 && judge === judgeOf(answer, filter.judge))));
 }
 
-function drawVerdict(answer, judge) {
+/** One judge's verdict; `own` is the one whose label the card has, among several. */
+function drawVerdict(answer, judge, own) {
   const { raw, error, score, state } = verdicts[judge];
-  const line = make(judge === judgeOf(answer, filter.judge) ? "strong" : "span");
+  const line = make(own ? "strong" : "span");
   write(line.appendChild(make("bdi")), names.judge[judge], "");
   const given = score[answer] !== null && state[answer] < LABELS ? " (" + score[answer].toFixed(2) + ")" : "";
   line.append(": " + described(answer, judge, state[answer]) + given);
