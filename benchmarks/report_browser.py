@@ -152,6 +152,7 @@ def main() -> None:
         "python": platform.python_version(),
         "chromium": chromium,
         "playwright": version("playwright"),
+        "load": round(os.getloadavg()[0], 1),  # processes that wanted a core: with more of them than cores, the times are longer
     }
     setting = {"models": len(MODELS), "judges": 3, "characters": CHARACTERS, "repeats": REPEATS}
     RESULTS.write_text(json.dumps({**setting, "machine": machine, "rows": rows}, indent=2) + "\n")
