@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
-from answer_runs import JUDGES, MODELS, asked, label_of, made_runs, put_run
-from browser import browser  # noqa: F401  a fixture
-from vlm_unlearn.records import Prompt, Response, Verdict
+from answer_runs import JUDGES, MODELS, asked, label_of, made_runs
+from answer_visits import Open, address, until
+from vlm_unlearn.records import Prompt
 from vlm_unlearn.reporting.answers_page import write_answers
 from vlm_unlearn.store import write_text
 
 PROMPTS = asked()
 ROWS = [(number, prompt, model) for number, prompt in enumerate(PROMPTS) for model in MODELS]
 SHOWN = 20  # questions on a page
-Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -26,38 +24,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answers")
     write_text(folder / "report.html", "<title>the report</title>")
     return write_answers(folder, made_runs(folder / "runs"), "Three models")
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Open]:  # noqa: F811
-    """Opens a page; when the test ends, nothing may have stood in its console or gone to any host."""
-    noise: list[str] = []
-    opened = []
-
-    def open_page(file: Path, hash: str = "", **options: Any) -> Any:
-        page = browser.new_page(**options)
-        opened.append(page)
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
-        page.on("dialog", lambda dialog: noise.append(dialog.message))
-        page.goto(file.as_uri() + hash)
-        page.wait_for_selector("article, .nothing")
-        return page
-
-    yield open_page
-    for page in opened:
-        page.close()
-    assert noise == []
-
-
-def until(page: Any, condition: str) -> None:
-    """Waits for a condition; Playwright's own way evaluates it within the page, whose policy forbids that."""
-    for _ in range(100):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(condition)
 
 
 def told(rows: Sequence[tuple[int, Prompt, str]]) -> str:
@@ -90,10 +56,6 @@ def matching(**wanted: Any) -> list[tuple[int, Prompt, str]]:
         return all(given[name] for name in wanted)
 
     return [row for row in ROWS if fits(*row)]
-
-
-def address(**wanted: Any) -> str:
-    return "#" + "&".join(f"{name}={quote(str(value), safe='')}" for name, value in wanted.items())
 
 
 FILTERS: list[dict[str, Any]] = [
@@ -384,110 +346,3 @@ def test_printed_it_shows_the_answers_and_no_controls(visit: Open, report: Path)
         "head => getComputedStyle(head, '::after').content"
     )
     assert page.pdf().startswith(b"%PDF")
-
-
-HOSTILE = [
-    "<script>window.hacked = 1</script>",
-    "</script><script>window.hacked = 1</script>",
-    "<!--<script>",
-    "<img src=x onerror='window.hacked = 1'>",
-    "javascript:window.hacked=1",
-    "\u202egnisrever \u2066isolated",
-    "{{ 7 * 7 }}",
-    "line\u2028separator and tag \U000e0041 and \u200bnothing",
-    "lone \ud800 surrogate and \x00 nul and \x1b[31m",
-]
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that others can write is hostile: names, files, texts, what judges said."""
-    folder = tmp_path_factory.mktemp("hostile")
-    bad = HOSTILE[0]
-    prompts = [
-        Prompt(id=f"{n}{text}", group_id=text, set=bad, kind="safe", question=text, reference=text, category=text, image=f"../{text}.png")
-        for n, text in enumerate(HOSTILE)
-    ]
-    prompts.append(Prompt(id="long", group_id="long", set="long", kind="safe", question="Long?"))
-    runs = {}
-    for name in (bad, "\u202emodel", "javascript:window.hacked=1"):
-        responses = [Response(prompt_id=p.id, text=p.question, finish_reason=p.question, error=p.question) for p in prompts[:-1]]
-        responses.append(Response(prompt_id="long", text="word " * 200_000 + "the end"))
-        verdicts = [Verdict(prompt_id=p.id, judge="keyword", label="refused", raw=p.question, error=p.question) for p in prompts]
-        judges = {"keyword": verdicts, "<script>window.hacked = 1<": verdicts}
-        runs[name] = put_run(folder / f"run{len(runs)}", prompts, responses, judges)
-    return write_answers(folder, runs, "</title><script>window.hacked = 1</script>\u202e")
-
-
-def test_hostile_texts_are_text(visit: Open, hostile: Path) -> None:
-    source = hostile.read_text(encoding="utf-8")
-    assert "<script>window.hacked" not in source
-    assert "Content-Security-Policy" in source
-    page = visit(hostile)
-    text = page.locator("#list").text_content()
-    made_visible = ["{{ 7 * 7 }}", "U+202Egnisrever U+2066isolated", "lineU+2028separator and tag U+E0041 and U+200Bnothing"]
-    for wanted in [*HOSTILE[:5], *made_visible]:
-        assert text.count(wanted) >= 9, wanted  # question, answers, references, verdicts
-    assert "surrogate and \u2400 nul and \u241b[31m" in text
-    assert not set(text) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\x00\x1b")
-    assert "U+202Emodel" in page.locator("#model").inner_text()
-    assert page.locator("#list script, #list img, #list a:not([href^='#'])").count() == 0
-    assert page.evaluate("typeof window.hacked") == "undefined"
-    assert page.locator(".picture p").count() == len(HOSTILE)
-    page.set_viewport_size({"width": 390, "height": 844})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-def test_links_to_hostile_names_work(visit: Open, hostile: Path) -> None:
-    page = visit(hostile, address(model=HOSTILE[0], case="long"))
-    assert page.inner_text("#count") == "1 answer to 1 question"
-    page = visit(hostile, address(category=HOSTILE[5]))
-    assert page.inner_text("#count") == "3 answers to 1 question"
-
-
-def test_an_answer_of_a_megabyte_is_cut_until_asked_for(visit: Open, hostile: Path) -> None:
-    page = visit(hostile, "#id=long&q=the+end")
-    assert page.inner_text("#count") == "3 answers to 1 question"
-    card = page.locator(".answer").first
-    assert len(card.inner_text()) < 2000
-    assert card.locator(".more").inner_text() == "Show all 1,000,007 characters; what you search for is further on, too"
-    card.locator(".more").click()
-    assert len(card.inner_text()) > 1_000_000
-    assert card.locator("mark").inner_text() == "the end"
-
-
-def test_samples_failures_and_an_image_that_is_lost(visit: Open, tmp_path: Path) -> None:
-    """Fifty samples of one answer; an answer that failed; an empty one; an image folder left behind."""
-    prompts = [Prompt(id=i, group_id=i, set="safe", kind="safe", question=i) for i in ("many", "failed", "empty")]
-    responses = [Response(prompt_id="many", sample=n, text=f"answer {n}", finish_reason="length" if n == 1 else "stop") for n in range(50)]
-    responses += [Response(prompt_id="failed", error="timed out"), Response(prompt_id="empty", text="")]
-    verdicts = [Verdict(prompt_id="many", sample=n, judge="rouge_l", score=n / 50) for n in range(50)]
-    sampled = put_run(
-        tmp_path / "a", prompts, responses, {"rouge_l": verdicts}, judge="rouge_l", generation={"temperature": 1.0}
-    )  # fmt: skip
-    moved = [verdict.model_copy(update={"score": 0.6}) for verdict in verdicts[:1]]
-    single = put_run(tmp_path / "b", prompts[:1], responses[:1], {"rouge_l": moved}, judge="rouge_l")
-    page = visit(write_answers(tmp_path / "out", {"a": sampled, "b": single}, "t"), "#id=many")
-    assert page.inner_text("#count") == "51 answers to 1 question"
-    assert page.locator(".answer").count() == 40
-    page.click(".more")
-    assert page.locator(".answer").count() == 51
-    assert "sample 50" in page.locator(".answer").nth(49).inner_text()
-    assert "Ended at the limit of its length." in page.locator(".answer").nth(1).inner_text()
-    assert page.locator(".label").nth(25).inner_text() == "score 0.50"
-    assert page.locator(".changed").all_inner_texts() == ["changed, was score 0.00"]
-    failed = visit(tmp_path / "out" / "report" / "answers.html", "#label=failed")
-    assert "No answer:" in failed.locator(".answer").inner_text()
-    assert "timed out" in failed.locator(".answer").inner_text()
-    assert "Not asked: b" in failed.locator("article").inner_text()
-    empty = visit(tmp_path / "out" / "report" / "answers.html", "#label=none")
-    assert "(an empty answer)" in empty.locator(".answer").inner_text()
-
-
-def test_a_page_moved_without_its_images_says_so(browser: Any, report: Path, tmp_path: Path) -> None:  # noqa: F811
-    moved = tmp_path / "answers.html"
-    moved.write_bytes(report.read_bytes())
-    page = browser.new_page()
-    page.goto(moved.as_uri() + "#case=safe")
-    page.wait_for_selector("text=No image: report/images/ is not beside this page")
-    page.close()
