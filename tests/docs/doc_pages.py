@@ -11,6 +11,7 @@ from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULE = "vlm_unlearn.cli.main"
 SHELL = ("bash", "sh", "shell", "console")
 
 _FENCE = re.compile(r"^(?P<indent>\s*)(?P<marks>`{3,}|~{3,})\s*\{?\s*\.?(?P<kind>[\w-]*)(?P<rest>[^`]*)$")
@@ -102,8 +103,8 @@ def _commands_alone(lines: Sequence[str]) -> str:
     return "\n".join(kept)
 
 
-def our_commands(script: str) -> Iterator[list[str]]:
-    """The arguments of each ``vlm-unlearn`` in a script, started as such, by a launcher, or within a quoted script."""
+def our_commands(script: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Each ``vlm-unlearn`` in a script, or in one quoted there: what starts it (empty, or the words of a launcher), and its arguments."""
     for line in script.replace("\\\n", " ").splitlines():
         words: list[str] = []
         for word in [*_words(line), ";"]:
@@ -123,11 +124,11 @@ def _words(line: str) -> list[str]:
         raise AssertionError(f"no shell reads this ({error}): {line}") from None
 
 
-def _ours(words: Sequence[str]) -> Iterator[list[str]]:
+def _ours(words: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
     for word in words:
-        if " " in word and ("vlm-unlearn" in word or "vlm_unlearn" in word):
+        if " " in word and re.search(r"vlm[-_]unlearn", word):
             yield from our_commands(word)
-    for program in ("vlm-unlearn", "vlm_unlearn.cli.main"):
-        if program in words:
-            yield list(words[words.index(program) + 1 :])
-            return
+    if "vlm-unlearn" in words:
+        yield [], list(words[words.index("vlm-unlearn") + 1 :])
+    elif MODULE in words:
+        yield list(words[: words.index(MODULE) + 1]), list(words[words.index(MODULE) + 1 :])

@@ -15,9 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from doc_pages import ROOT
+from doc_pages import MODULE, ROOT
 from doc_shell import Done, Program, Shell
-from doc_stand_ins import ADDED, AFTER, GRANTED, WRITTEN
+from doc_stand_ins import ADDED, AFTER, GRANTED, REFUSED, WRITTEN
 
 import benchmark_files
 
@@ -41,9 +41,9 @@ def make_scene(folder: Path, world: Path, model: Path) -> None:
     _put_benchmarks(folder)
     answers = [{"question_id": number, "text": "3"} for number in range(4)]
     _put(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in answers))
-    put_file(
-        folder, "pairs.csv", "image,question,answer,set\na.png,what is it ?,it is red .,harmful\na.png,what is this ?,a kite .,harmless\n"
-    )
+    table = "image,question,answer,set\na.png,what is it ?,it is red .,harmful\na.png,what is this ?,a kite .,harmless"
+    for name in ("pairs.csv", "test.csv", "mine/test.csv"):
+        put_file(folder, name, table)
 
 
 def _put_benchmarks(folder: Path) -> None:
@@ -77,10 +77,10 @@ def put_file(folder: Path, name: str, text: str) -> None:
         raise AssertionError(f"a page shows the file {name}, which lies outside the reader's folder")
     _put(folder / name, text + "\n")
     if name.endswith(".csv"):
-        for row in csv.DictReader(io.StringIO(text)):
-            for image in filter(None, row.values()):
-                if re.fullmatch(r"[\w./-]+\.(png|jpe?g)", str(image)) and not (folder / "images" / str(image)).exists():
-                    benchmark_files.put_image(folder / "images" / str(image), len(str(image)))
+        images = (folder / name).parent / "images"
+        for value in (value for row in csv.DictReader(io.StringIO(text)) for value in row.values()):
+            if re.fullmatch(r"[\w./-]+\.(png|jpe?g)", value or "") and not (images / value).exists():
+                benchmark_files.put_image(images / value, len(value))
 
 
 def _put(path: Path, text: str) -> None:
@@ -123,6 +123,20 @@ def _find(words: Sequence[str]) -> tuple[Any, list[str], list[str]]:
     return command, names, rest
 
 
+def read_launcher(words: Sequence[str]) -> Any:
+    """What a launcher is asked, as its own parser reads it; None where the words are none's.
+
+    Raises:
+        SystemExit: the parser's own; it has said on standard error what is wrong.
+    """
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    if list(words[:2]) == ["accelerate", "launch"]:
+        return launch_command_parser().parse_args(words[2:])
+    return get_args_parser().parse_args(words[1:]) if words[:1] == ["torchrun"] else None
+
+
 def unknown_in(words: Sequence[str]) -> str | None:
     """What of a command that stands in a sentence, perhaps without all that it needs, isn't there: a command or an option."""
     command, _, rest = _find(words)
@@ -146,12 +160,14 @@ class Scene:
         """By the names that scripts call them by."""
         return {
             "vlm-unlearn": self._ours,
-            "accelerate": self._accelerate,
-            "torchrun": self._torchrun,
+            "accelerate": self._launcher("accelerate"),
+            "torchrun": self._launcher("torchrun"),
             "make": _make,
             "pip": _pip,
             "git": _git,
             "vllm": _serve,
+            "transformers": _serve,
+            **dict.fromkeys(REFUSED, _refuse),
         }
 
     def use(self, opened: Shell) -> None:
@@ -166,6 +182,10 @@ class Scene:
         """Runs a script in a page's folder, which is its home too."""
         assert self._shell is not None
         return self._shell.run(stood_in(script, self._server), folder, {"HOME": str(folder), "OPENAI_API_KEY": "a-key"})
+
+    def grant(self, program: str) -> None:
+        """Puts what a program in Python takes for granted into this folder."""
+        self._grant(re.findall(r"[\"'=]([\w./-]+)(?=[\"'])", program), [])
 
     def _ours(self, words: list[str]) -> int:
         try:
@@ -201,18 +221,15 @@ class Scene:
             if self._ours(command.split()[1:]):
                 raise AssertionError(f"{name}, which pages take for granted, can't be made: {command}")
 
-    def _accelerate(self, words: list[str]) -> int:
-        from accelerate.commands.launch import launch_command_parser
+    def _launcher(self, name: str) -> Program:
+        def start(words: list[str]) -> int:
+            asked = read_launcher([name, *words])
+            if asked is None:
+                sys.stderr.write(f"{name}: only a launch is known here\n")
+                return 2
+            return self._launched(asked)
 
-        if words[:1] != ["launch"]:
-            sys.stderr.write("accelerate: only `launch` is known here\n")
-            return 2
-        return self._launched(launch_command_parser().parse_args(words[1:]))
-
-    def _torchrun(self, words: list[str]) -> int:
-        from torch.distributed.run import get_args_parser
-
-        return self._launched(get_args_parser().parse_args(words))
+        return start
 
     def _launched(self, asked: Any) -> int:
         """Runs what a launcher, whose own parser has read its options, is to start."""
@@ -220,8 +237,8 @@ class Scene:
         if config is not None and not Path(config).is_file():
             sys.stderr.write(f"{config}: no such file\n")
             return 2
-        if not asked.module or asked.training_script != "vlm_unlearn.cli.main":
-            sys.stderr.write(f"starts {asked.training_script}, which is not -m vlm_unlearn.cli.main\n")
+        if not asked.module or asked.training_script != MODULE:
+            sys.stderr.write(f"starts {asked.training_script}, which is not -m {MODULE}\n")
             return 2
         return self._ours(asked.training_script_args)
 
@@ -282,3 +299,8 @@ def _serve(words: list[str]) -> int:
         sys.stderr.write("only `serve` is known here\n")
         return 2
     return 0
+
+
+def _refuse(words: list[str]) -> int:
+    sys.stderr.write("would fetch something, or change the machine; no test runs it\n")
+    return 1

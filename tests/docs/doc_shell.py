@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+LONGEST = 180.0  # seconds for one script
 Program = Callable[[list[str]], int]  # arguments -> exit code; called in the caller's folder, with its environment and output
 
 _DOOR = """#!{python} -IS
@@ -72,10 +75,14 @@ class Shell:
                 cwd=cwd,
                 env={**os.environ, **environment, "PATH": path},
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,
                 stdout=out,
                 stderr=err,
             )
+            deadline = time.monotonic() + LONGEST
             while process.poll() is None:
+                if time.monotonic() > deadline:  # a server, say, that nobody stops
+                    os.killpg(process.pid, signal.SIGKILL)
                 if select.select([self._listener], [], [], 0.02)[0]:
                     self._answer()
             texts = [(self._folder / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]

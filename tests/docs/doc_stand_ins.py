@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,8 @@ class StandIn:
 
 
 WRITTEN = (
-    StandIn(r"judges\.mm_vet\.model=\.\.\.", "judges.mm_vet.model=JUDGE judges.mm_vet.server={server}", "the reader's own judge"),
-    StandIn(r"model=\.\.\. server=\.\.\.", "model=JUDGE server={server}", "the reader's own judge"),
     StandIn(r"model=models/Qwen2\.5-VL-7B-Instruct", "model=JUDGE server={server}", "no model that can grade is small enough for a test"),
     StandIn(r"http://localhost:8000/v1", "{server}", "a stub serves, at an address of its own"),
-    StandIn(r"train RECIPE data=\.\.\. output=\.\.\.", "train safety_mirage/npo_lora_7b data=data/vlguard output=runs/any", "any recipe"),
-    StandIn(r"verdicts-\.\.\.\.jsonl", "verdicts-*.jsonl", "the file is named after the reader's judge"),
 )
 
 
@@ -58,7 +54,11 @@ LOOKED_AT = {
     "accelerate": "what it starts runs here as one process; tests/training/test_distributed.py has several",
     "torchrun": "as above",
     "vllm": "serves until it is stopped; the stub stands for it",
+    "transformers": "as above",
 }
+
+# Programs that would fetch something, or change the machine: a page that has one says that it isn't run.
+REFUSED = ("curl", "wget", "hf", "huggingface-cli", "docker", "sudo", "apt-get", "conda", "uv")
 
 # What pages take for granted because other pages make it: made by these commands, once.
 GRANTED = {
@@ -67,7 +67,7 @@ GRANTED = {
     "--harmful-answers harmful.json --out data/vlguard",
     "data/safe_eraser": "vlm-unlearn data import safe-eraser dataset/all_train.json --images dataset --refusals dataset/prompt.json "
     "--out data/safe_eraser",
-    "data/mine": "vlm-unlearn data import files pairs.csv --images images --out data/mine",
+    "data/mine": "vlm-unlearn data import files pairs.csv --images images --refusals dataset/prompt.json --out data/mine",
     "runs/npo": "vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo",
     "runs/mixed_sft": "vlm-unlearn train tiny/mixed_sft model=llava-hf/llava-1.5-7b-hf data=data/vlguard output=runs/mixed_sft",
     "evaluations/base": "vlm-unlearn evaluate suites/safety_mirage model=llava-hf/llava-1.5-7b-hf root=VLGuard judge=keyword "
@@ -81,7 +81,7 @@ def judge_says(text: str) -> str:
     """The stub's reply to whatever is asked of a judge: a choice, the first verdict, or a number in every range; else an answer."""
     if "Reply with its number alone" in text:
         return "1"
-    if verdicts := re.search(r"^Verdict: (\w+) \|", text, re.MULTILINE):
+    if verdicts := re.search(r"Verdict: (\w+) \|", text):
         return f"Verdict: {verdicts[1]}"
     asked = re.findall(r"^(\w+): [\d.]+$", text.rpartition("of this form")[2], re.MULTILINE)
     return "\n".join(f"{name}: 1" for name in asked) or "First take the red one and then the blue one."
@@ -106,17 +106,18 @@ AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"judge sheet": lambd
 
 
 def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
-    """The demo takes minutes; here it has a smaller world, a base that knows little, and runs of two steps."""
+    """The demo takes minutes; here it has a smaller world, a base that knows little, runs of two steps and few questions."""
     from vlm_unlearn.tiny_world import base_model, demo, world
 
-    size = partial(world.WorldSize, train_images=2, test_images=1, general_images=2, train_records=1, val_records=1)
+    size = partial(world.WorldSize, train_images=2, test_images=7, general_images=2, train_records=1, val_records=1)
     base = partial(base_model.BaseConfig, steps=60, width=32)
     whole = demo.load
     patch.setattr(world, "WorldSize", size)
     patch.setattr(base_model, "BaseConfig", base)
     patch.setattr(demo, "BaseConfig", base)
 
-    def short(config: Any, path: Path, overrides: Any = (), values: Any = None) -> Any:
-        return whole(config, path, [*overrides, "training.max_steps=2"] if config.__name__ == "Recipe" else overrides, values)
+    def short(config: Any, path: Path, overrides: Sequence[str] = (), values: Any = None) -> Any:
+        fewer = {"Recipe": "training.max_steps=2", "Suite": "sample.groups=2"}[config.__name__]
+        return whole(config, path, [*overrides, fewer], values)
 
     patch.setattr(demo, "load", short)

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import yaml
 from doc_pages import PAGES, ROOT, SHELL, Block, blocks_of, name_of, our_commands
-from doc_scene import Scene, make_scene, put_file, read_command, stood_in, unknown_in
+from doc_scene import Scene, make_scene, put_file, read_command, read_launcher, stood_in, unknown_in
 from doc_shell import shell
-from doc_stand_ins import ADDED, LOOKED_AT, WRITTEN, judge_says, make_the_demo_small
+from doc_stand_ins import ADDED, WRITTEN, judge_says, make_the_demo_small
 
 from stub_server import stub_server
 from vlm_unlearn.config import JudgeConfig, Recipe, Suite, load, override, validate
 from vlm_unlearn.errors import RequestError
 
-DATA = ("csv", "json", "jsonl", "yaml", "yml")
+FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # blocks that may be a file of the reader's
 
 
 @pytest.fixture(scope="module")
@@ -37,40 +37,37 @@ def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
             yield made
 
 
-@pytest.fixture
-def registries() -> Iterator[None]:
-    """What a page's programs register is forgotten after it."""
-    from vlm_unlearn.benchmarks import BENCHMARKS
-    from vlm_unlearn.methods import METHODS
-
-    kept = [(known, dict(known)) for known in (METHODS, BENCHMARKS)]
-    yield
-    for known, before in kept:
-        known.clear()
-        known.update(before)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_page_does_what_it_says(page: Path, scene: Scene, registries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_does_what_it_says(page: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block after block, in one folder, as a reader would who types all of it."""
     folder = scene.copy(tmp_path / "reader")
     monkeypatch.chdir(folder)
     names: dict[str, object] = {"__name__": "docs"}
     for block in blocks_of(page):
-        if block.file and block.kind not in SHELL:
+        if block.file and block.kind in FILES:
             put_file(folder, block.file, block.text)
-        if block.kind in SHELL and not block.not_run:
-            run(block, scene, folder)
-        elif block.kind in SHELL:
+        if block.kind in SHELL and block.not_run:
             only_read(block)
+        elif block.kind in SHELL:
+            run(block, scene, folder)
         elif block.kind in ("python", "py"):
-            compiled = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
-            if not block.not_run:
-                exec(compiled, names)
+            run_python(block, scene, names)
         elif block.kind in ("yaml", "yml"):
             read_yaml(block, folder)
         elif block.kind in ("json", "jsonl"):
             read_json(block)
+
+
+def run_python(block: Block, scene: Scene, names: dict[str, object]) -> None:
+    """Runs a program; the walk-throughs' code, which is a part of something, is read here and run by test_walkthroughs.py."""
+    before = "\n" * (block.line - 1)
+    try:
+        compiled = compile(before + block.text, block.page, "exec")
+    except SyntaxError:
+        compiled = compile(f"{before}{{{block.text}}}", block.page, "exec")  # lines of a table
+    if not block.not_run and not block.page.startswith("docs/extend/"):
+        scene.grant(block.text)
+        exec(compiled, names)
 
 
 def run(block: Block, scene: Scene, folder: Path) -> None:
@@ -88,10 +85,15 @@ def run(block: Block, scene: Scene, folder: Path) -> None:
 
 
 def only_read(block: Block) -> None:
-    """Reads the commands of a block that isn't run, with their own parser, and the recipe or suite that they would go by."""
-    for words in our_commands(stood_in(block.script, "http://localhost:8000/v1")):
-        told = f"{block.page}:{block.line}: vlm-unlearn {' '.join(words)}"
+    """Reads the commands of a block that isn't run, with their own parsers, and the recipe or suite that they would go by.
+
+    Raises:
+        AssertionError: one of them is wrong; names page and line of the block.
+    """
+    script = re.sub(r"\$\(\(.*?\)\)|\$\w+", "1", stood_in(block.script, "http://localhost:8000/v1"))
+    for launcher, words in our_commands(script):
         try:
+            read_launcher(launcher)
             name, options = read_command(words)
             overrides = options.get("overrides") or []
             if name == "train":
@@ -100,8 +102,9 @@ def only_read(block: Block) -> None:
                 load(Suite, options["suite_file"], ["model=m", *overrides])
             elif name == "judge run" and any(text.startswith("name=") for text in overrides):
                 validate(JudgeConfig, override({}, overrides), "judge")
-        except BaseException as error:  # Exit and usage errors of the parser among them
-            raise AssertionError(f"{told}: {type(error).__name__}: {error}") from None
+        except BaseException as error:  # Exit and usage errors of the parsers among them
+            told = " ".join([*launcher, "vlm-unlearn", *words])
+            raise AssertionError(f"{block.page}:{block.line}: {told}: {type(error).__name__}: {error}") from None
 
 
 def read_yaml(block: Block, folder: Path) -> None:
@@ -155,7 +158,6 @@ def test_every_stand_in_stands_for_something() -> None:
     whole = "\n".join(scripts())
     idle = [one.written for one in WRITTEN if not re.search(one.written, whole)]
     idle += [one.command for one in ADDED if not re.search(rf"(vlm-unlearn|vlm_unlearn\.cli\.main) {one.command}\b", whole)]
-    idle += [name for name in LOOKED_AT if not re.search(rf"(^|[\s;&|]){name} ", whole, re.MULTILINE)]
     assert not idle, f"no page has these any more; take them out of doc_stand_ins.py: {idle}"
 
 
@@ -165,7 +167,7 @@ def test_the_readme_is_run() -> None:
         words[0]
         for block in blocks_of(ROOT / "README.md")
         if block.kind in SHELL and not block.not_run
-        for words in our_commands(block.script)
+        for _, words in our_commands(block.script)
     ]
     assert {"data", "train", "evaluate", "compare", "export"} <= set(found)
 
@@ -192,6 +194,7 @@ def test_a_wrong_command_fails_its_page(kind: str, text: str, told: str, scene: 
         ("vlm-unlearn train tiny/nosuch", "nosuch"),
         ("vlm-unlearn train tiny/npo training.learnin_rate=1", "training.learning_rate|learnin_rate"),
         ("vlm-unlearn evaluate suites/tiny judge.nam=x --out y", "judge.nam"),
+        ("accelerate launch --num_procs 8 -m vlm_unlearn.cli.main methods", "num_procs|SystemExit"),
         ("srun bash -c 'accelerate launch -m vlm_unlearn.cli.main train tiny/npo trainin.x=1'", "trainin"),
     ],
 )

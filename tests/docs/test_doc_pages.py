@@ -54,8 +54,15 @@ def test_blocks_of_every_form() -> None:
 
 
 def test_commands_however_they_are_started() -> None:
-    found = [words for block in read_blocks("p.md", PAGE) if block.kind != "csv" for words in our_commands(block.script)]
-    assert found == [["train", "a", "b=c"], ["score", "runs/x"], ["data", "audit", "x.json"], ["train", "r"], ["doctor", "--json"]]
+    found = [command for block in read_blocks("p.md", PAGE) if block.kind != "csv" for command in our_commands(block.script)]
+    launcher = ["accelerate", "launch", "-m", "vlm_unlearn.cli.main"]
+    assert found == [
+        ([], ["train", "a", "b=c"]),
+        ([], ["score", "runs/x"]),
+        ([], ["data", "audit", "x.json"]),
+        (launcher, ["train", "r"]),
+        ([], ["doctor", "--json"]),
+    ]
 
 
 def test_a_block_that_no_shell_reads_is_named() -> None:
