@@ -99,20 +99,29 @@ class Shell:
 
     def _call(self, words: list[str], cwd: str, environment: Mapping[str, str], descriptors: Iterable[int]) -> int:
         stdout, stderr = (os.fdopen(descriptor, "w", encoding="utf-8") for descriptor in descriptors)
+        pipe = os.dup(stdout.fileno())
         try:
             with _within(cwd, environment), redirect_stdout(stdout), redirect_stderr(stderr):
                 code = self._programs[words[0]](words[1:])
                 stdout.flush()
-                return code
+                return 0 if _nobody_reads(pipe) else code  # as `head`, that has seen enough
         except BrokenPipeError:
-            return 141  # as a program that SIGPIPE ends
+            return 0
         except BaseException:
             stderr.write(traceback.format_exc())
             return 1
         finally:
+            os.close(pipe)
             for stream in (stderr, stdout):
-                with suppress(BrokenPipeError):  # nobody reads any more
+                with suppress(BrokenPipeError):
                     stream.close()
+
+
+def _nobody_reads(descriptor: int) -> bool:
+    """Whether a descriptor is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLERR)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextmanager

@@ -107,7 +107,11 @@ def test_programs_of_this_process_run_in_a_real_shell(opened: Shell, tmp_path: P
 def test_a_failing_command_is_named_with_its_line(opened: Shell, tmp_path: Path) -> None:
     done = opened.run("say well\n\nsay badly here\nsay never\n", tmp_path, {})
     assert (done.code, done.line, done.command, done.stdout) == (1, 3, "say badly here", "well\nbadly here\n")
-    done = opened.run("say badly | cat\n", tmp_path, {})
-    assert done.code == 1
+    assert opened.run("say badly | cat\n", tmp_path, {}).code == 1
     done = opened.run("say well\nnosuchprogram\n", tmp_path, {})
     assert (done.code, done.line, done.command) == (127, 2, "nosuchprogram")
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(opened: Shell, tmp_path: Path) -> None:
+    done = opened.run(f"say {'x' * 100_000} | head -c 2\n", tmp_path, {})
+    assert (done.code, done.stdout) == (0, "xx")
