@@ -40,7 +40,9 @@ class Added:
 
 
 ADDED = (
-    Added("train", ("training.max_steps=2", "training.batch_size=2"), "a published run takes hours"),
+    Added(
+        "train", ("training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation_steps=1"), "a published run takes hours"
+    ),
     Added("evaluate", ("generation.max_new_tokens=6", "generation.batch_size=64"), "an answer of 512 tokens takes seconds"),
     Added("generate", ("generation.max_new_tokens=6", "generation.batch_size=64"), "as above"),
     Added("benchmark run", ("generation.max_new_tokens=6",), "as above"),
@@ -121,3 +123,10 @@ def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
         return whole(config, path, [*overrides, fewer], values)
 
     patch.setattr(demo, "load", short)
+
+
+def leave_the_plots_empty(patch: pytest.MonkeyPatch) -> None:
+    """A plot as PNG, SVG and PDF takes a quarter of a second, and every evaluation has a dozen; tests/reporting draws them."""
+    from matplotlib.figure import Figure
+
+    patch.setattr(Figure, "savefig", lambda canvas, path, **_: Path(path).touch())

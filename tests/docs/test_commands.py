@@ -13,7 +13,7 @@ import yaml
 from doc_pages import PAGES, ROOT, SHELL, Block, blocks_of, name_of, our_commands
 from doc_scene import Scene, make_scene, put_file, read_command, read_launcher, stood_in, unknown_in
 from doc_shell import shell
-from doc_stand_ins import ADDED, WRITTEN, judge_says, make_the_demo_small
+from doc_stand_ins import ADDED, WRITTEN, judge_says, leave_the_plots_empty, make_the_demo_small
 
 from stub_server import stub_server
 from vlm_unlearn.config import JudgeConfig, Recipe, Suite, load, override, validate
@@ -31,6 +31,7 @@ def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
         store.mkdir()
         make_scene(store, world, base_model(BaseConfig(steps=60, width=32)))
         make_the_demo_small(patch)
+        leave_the_plots_empty(patch)
         made = Scene(store, stub.url)
         with shell(made.programs()) as opened:
             made.use(opened)
