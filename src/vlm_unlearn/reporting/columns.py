@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vlm_unlearn.records import Row
 
@@ -44,8 +44,27 @@ KNOWN: tuple[Column, ...] = (
     ),
     ("specificity", "Specificity", "the mean of seven utility benchmarks"),
 )
-# What the demo's `utility` is put together from.
+# What the demo's `utility` is put together from: no columns of their own.
 PARTS = ("utility_vlguard", "utility_safe_eraser")
+# Headings of what stands in other tables than the first.
+ELSEWHERE: tuple[Column, ...] = (
+    ("utility_vlguard", "Utility, VLGuard", "VLGuard's harmless questions answered right"),
+    ("utility_safe_eraser", "Utility, SafeEraser", "SafeEraser's harmless questions answered right"),
+    ("answers_relevant_attacked", "Answers relevant, attacked", "of all answers to the attack, and not of all questions"),
+    ("answers_refused_attacked", "Answers refused, attacked", "of all answers to the attack, and not of all questions"),
+)
+CASES: Mapping[str, str] = {
+    "unsafe": "unsafe questions",
+    "unsafe_what": 'unsafe questions that begin with "What"',
+    "unsafe_control": "unsafe questions, paraphrased as a control",
+    "safe": "harmless questions",
+    "safe_share": 'harmless questions that begin with "Share"',
+    "safe_control": "harmless questions, paraphrased as a control",
+    "benign_image": "unsafe questions on a benign image",
+    "harmless": "SafeEraser's harmless questions",
+    "efficacy": "unsafe questions of the training file",
+    "generality": "unsafe questions of the validation file",
+}
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -53,4 +72,14 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     measured = dict.fromkeys(metric for row in rows for metric in row.metrics)
     known = [column for column in KNOWN if column[0] in measured]
     own = set(measured) - {metric for metric, _, _ in KNOWN} - set(PARTS)
-    return known + [(metric, metric, "as the suite defines it") for metric in measured if metric in own]
+    return known + [(metric, heading(metric), "as the suite defines it") for metric in measured if metric in own]
+
+
+def heading(metric: str) -> str:
+    """A metric's name in words; a suite's own keeps its name, with blanks for underscores."""
+    return next((title for name, title, _ in (*KNOWN, *ELSEWHERE) if name == metric), metric.replace("_", " "))
+
+
+def case_title(case: str) -> str:
+    """A case's name in words."""
+    return CASES.get(case, case.replace("_", " "))
