@@ -139,11 +139,12 @@ class PlacedLabel:
 LABELLED = 12  # beyond, names in a plane only cover each other, and the legend tells
 NEAR = 4.0  # points of percent
 NARROW = (250, 210)  # a plane's pixels on a phone, where labels have the least room
-OFFSETS = ((0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 2), (0, -2), (1, 2), (-1, 2), (1, -2), (-1, -2), (0, 3), (0, -3))
+OFFSETS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 2), (0, -2), (1, 2), (-1, 2), (1, -2), (-1, -2), (0, 3), (0, -3))
 
 
-def place_labels(points: Sequence[Point]) -> list[PlacedLabel]:
-    """Names beside their points, each where it covers no other name and no other point."""
+def place_labels(chart: Plane) -> list[PlacedLabel]:
+    """Names beside their points, each where it covers no other name, no other point and not the corner's own."""
+    points = chart.points
     if len(points) > LABELLED:
         return []
     clusters: list[list[Point]] = []
@@ -154,7 +155,8 @@ def place_labels(points: Sequence[Point]) -> list[PlacedLabel]:
             clusters.append([point])
         else:
             found.append(point)
-    taken = [_box(own[0].x[0], own[0].y[0], 0, 0, 16, 16) for own in clusters]
+    corner = _box(abs(chart.ideal[0] - 25), abs(chart.ideal[1] - 5), 0, 0, 74, 12)
+    taken = [corner, *(_box(own[0].x[0], own[0].y[0], 0, 0, 16, 16) for own in clusters)]
     placed = []
     for own in clusters:
         names = [shown_name(point.name, 18) for point in own]
@@ -163,10 +165,12 @@ def place_labels(points: Sequence[Point]) -> list[PlacedLabel]:
         width = 6.2 * len(text) + 4
         choices = []
         for rank, (side, level) in enumerate(OFFSETS):
-            dx, dy = side * (width / 2 + 12), level * 15.0
+            dx, dy = side * (width / 2 + 10), level * 15.0
+            if level == 0:  # beyond the end of the interval
+                dx += side * abs(own[0].x[1 + (side > 0)] - x) / 100 * NARROW[0]
             box = _box(x, y, dx, dy, width, 14)
             left, right, bottom, top = box
-            outside = max(0, -left - 30) + max(0, right - NARROW[0] - 8) + max(0, -bottom - 10) + max(0, top - NARROW[1] - 10)
+            outside = max(0, -left) + max(0, right - NARROW[0] - 14) + max(0, -bottom - 10) + max(0, top - NARROW[1] - 10)
             covered = sum(max(0, min(box[1], t[1]) - max(left, t[0])) * max(0, min(top, t[3]) - max(bottom, t[2])) for t in taken)
             choices.append((covered + 20 * outside + rank, dx, dy, box))
         _, dx, dy, box = min(choices)

@@ -37,8 +37,8 @@ def _judges(rows: Sequence[Row]) -> list[str]:
     models = [judge for judge in judges if "@" in judge]
     if models:
         found.append(
-            f"A language model judged ({', '.join(models)}), and nobody here looked whether people agree with it: "
-            "`vlm-unlearn judge agreement` does."
+            f"A language model judged ({', '.join(models)}), and nobody here looked whether people agree with it; "
+            "vlm-unlearn judge agreement tells."
         )
     if any(judge.endswith("@nobody") for judge in judges):
         found.append("A judge of no known model graded.")
@@ -80,7 +80,7 @@ def _generation(rows: Sequence[Row], sources: Sequence[Source]) -> list[str]:
     found = []
     unchecked = {row.model for row in rows if row.batching is None}
     if any(source.model in unchecked and source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf" for source in sources):
-        found.append("Answers were made in batches, and nobody looked what that changes: `--verify-batching N` does.")
+        found.append("Answers were made in batches, and nobody looked what that changes; evaluate with --verify-batching N tells.")
     if any(source.suite.generation.backend == "openai" for source in sources):
         found.append("A server answered: its model's name is known, its weights are not.")
     if any(source.suite.generation.temperature > 0 for source in sources):

@@ -187,10 +187,11 @@ def _plane(chart: Plane) -> Canvas:
         ends = {way: [[v[0] - v[1]], [v[2] - v[0]]] for way, v in (("xerr", one.x), ("yerr", one.y))}
         look = {"color": COLOURS[one.style.colour], "mec": "black", "mew": 0.5, "ecolor": "black", "elinewidth": 0.8, "capsize": 2}
         axes.errorbar([x], [y], **ends, fmt=SYMBOLS[one.style.shape], ms=max(3, 9 - 2 * before), label=name, zorder=3 + before, **look)
-    for label in place_labels(chart.points):
+    for label in place_labels(chart):
         axes.annotate(
             label.text, (label.x, label.y), xytext=(label.dx * 0.8, label.dy * 0.85), textcoords="offset points", fontsize=8, ha="center",
-            va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#555555", "shrinkB": 4},
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#555555", "shrinkB": 4} if label.dx and label.dy else None,
         )
     axes.set(xlabel=chart.x, ylabel=chart.y, xlim=(-2, 103), ylim=(-2, 103))
     _percent_axis(axes.xaxis)

@@ -10,12 +10,22 @@ from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
-from vlm_unlearn.reporting.charts import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Series, Style, Value, place_labels, shown_name
+from vlm_unlearn.reporting.charts import COLOURS, Bars, Chart, Heatmap, Lines, Plane, PlacedLabel, Series, Style, Value, place_labels, shown_name
 
 Figure = dict[str, Any]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
+SHAPES = (  # the symbols as SVG paths in a square of 14, for the page's list of models
+    "M7 1a6 6 0 1 1 0 12a6 6 0 1 1 0-12z",
+    "M2 2h10v10H2z",
+    "M7 .5L13.5 7L7 13.5L.5 7z",
+    "M7 1.5L13.5 12.5H.5z",
+    "M5 1h4v4h4v4H9v4H5V9H1V5h4z",
+    "M1 4L4 1L7 4L10 1L13 4L10 7L13 10L10 13L7 10L4 13L1 10L4 7z",
+    "M7 .5L9 5L13.8 5.4L10.2 8.6L11.3 13.4L7 10.8L2.7 13.4L3.8 8.6L.2 5.4L5 5z",
+)
 HATCHES = ("", "/", "\\", "x", ".", "-")
 BAR, GAP = 15, 12  # pixels
+TICKS = {"tickvals": [0, 25, 50, 75, 100], "ticktext": ["0", "25 %", "50 %", "75 %", "100 %"]}
 
 
 @singledispatch
@@ -56,7 +66,7 @@ def _layout(height: int, x: Figure, y: Figure, legend: bool) -> Figure:
         "xaxis": axis | x,
         "yaxis": axis | y,
         "showlegend": legend,
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)", "itemsizing": "constant"},
         "margin": {"l": 8, "r": 14, "t": 10, "b": 8},
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "page", "bordercolor": "line", "font": {"color": "ink"}},
@@ -67,7 +77,7 @@ def _layout(height: int, x: Figure, y: Figure, legend: bool) -> Figure:
 
 
 def _percent(title: str) -> Figure:
-    return {"title": {"text": _text(title, 60), "standoff": 6}, "range": [-2, 103], "ticksuffix": " %", "tickvals": [0, 25, 50, 75, 100]}
+    return {"title": {"text": _text(title, 60), "standoff": 6}, "range": [-3, 104], **TICKS}
 
 
 @plotly_figure.register(Bars)
@@ -134,20 +144,27 @@ def _plane(chart: Plane) -> Figure:
         hover = "<br>".join((_text(one.name), _hover(chart.x, *one.x), _hover(chart.y, *one.y)))
         marker = _marker(one.style, hatched=False) | {"symbol": SYMBOLS[one.style.shape], "size": size}
         ends = {f"error_{way}": _errors(*([end] for end in values)) for way, values in (("x", one.x), ("y", one.y))}
-        trace = {"type": "scatter", "mode": "markers", "name": _text(one.name, 24), "x": [one.x[0]], "y": [one.y[0]], "marker": marker}
+        trace = {"type": "scatter", "mode": "markers", "name": _text(one.name, 24), "x": [one.x[0]], "y": [one.y[0]], "marker": marker, "cliponaxis": False}
         traces.append(trace | ends | {"hoverinfo": "text", "hovertext": [hover]})
-    layout = _layout(350, _percent(chart.x), _percent(chart.y), len(traces) > 1)
+    layout = _layout(330, _percent(chart.x), _percent(chart.y), False)  # the page's list of models is its legend
     at_x, at_y = chart.ideal
     corner = {"type": "rect", "x0": at_x, "x1": abs(at_x - 10), "y0": at_y, "y1": abs(at_y - 10), "layer": "below"}
     corner |= {"line": {"width": 1, "color": "soft", "dash": "dot"}, "fillcolor": "rgba(0,158,115,.18)"}
     inside = {"x": abs(at_x - 11), "y": abs(at_y - 5), "xanchor": "left" if at_x == 0 else "right"}
     said = inside | {"text": "ideal corner", "showarrow": False, "font": {"size": 11, "color": "soft"}, "yanchor": "middle"}
     names = [
-        {"x": label.x, "y": label.y, "ax": label.dx, "ay": -label.dy, "text": _text(label.text, 80), "showarrow": True, "arrowhead": 0}
-        | {"arrowwidth": 0.6, "arrowcolor": "soft", "font": {"size": 12, "color": "ink"}, "standoff": 7, "borderpad": 0}
-        for label in place_labels(chart.points)
+        {"x": label.x, "y": label.y, "text": _text(label.text, 80), "font": {"size": 12, "color": "ink"}} | _offset(label)
+        for label in place_labels(chart)
     ]
     return {"data": traces, "layout": layout | {"shapes": [corner], "annotations": [said, *names]}}
+
+
+def _offset(label: PlacedLabel) -> Figure:
+    """A label aside of its point needs no line to it."""
+    if not label.dx or not label.dy:
+        return {"showarrow": False, "xshift": label.dx, "yshift": label.dy}
+    line = {"arrowhead": 0, "arrowwidth": 0.6, "arrowcolor": "soft", "standoff": 7, "borderpad": 0}
+    return {"showarrow": True, "ax": label.dx, "ay": -label.dy, **line}
 
 
 def marker_sizes(chart: Plane) -> list[int]:

@@ -125,11 +125,12 @@ def _models_by(rows: Sequence[Row], title: str, of: Sequence[str], name: Callabl
 
 
 def category_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
-    """Rates by category of question, of the metrics that the table shows: the trade-off's first."""
-    shown = [metric for metric, _, _ in columns(rows)]
-    first = [metric for metric in (roles.harm, "sarr", roles.prudence, roles.use) if metric in shown]
+    """Rates by category of question: the trade-off's, over-forgetting, and a suite's own; the table's others follow these."""
+    own = [metric for metric, _, _ in columns(rows) if all(metric != known for known, _, _ in KNOWN)]
     charts: dict[str, Chart] = {}
-    for metric in dict.fromkeys([*first, *shown]):
+    for metric in dict.fromkeys((roles.harm, "asr", "sarr", roles.prudence, roles.use, *own)):
+        if metric is None:
+            continue
         categories = sorted({category for row in rows for category in row.categories.get(metric, {})})
         if len(categories) < 2:
             continue

@@ -115,6 +115,18 @@ def training_seed(source: Source) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
+COSTS = (
+    "training",
+    "optimizer steps",
+    "training's peak memory",
+    "generation",
+    "generation's peak memory",
+    "judges' tokens read",
+    "judges' tokens written",
+    "judges' cost",
+)
+
+
 def costs_of(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
     """What each model took, by heading: its training, its evaluation and its judges, as far as manifests and verdicts tell."""
     found: dict[str, dict[str, str]] = {}

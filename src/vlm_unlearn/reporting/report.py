@@ -10,16 +10,17 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from vlm_unlearn.errors import RequestError, shown
-from vlm_unlearn.records import LABELS, Summary
+from vlm_unlearn.records import LABELS, Row, Summary
 from vlm_unlearn.reporting.answers_page import write_answers
+from vlm_unlearn.reporting.charts import COLOURS, style_of
 from vlm_unlearn.reporting.columns import case_title, columns, heading
 from vlm_unlearn.reporting.curves import loss_charts
 from vlm_unlearn.reporting.limits import limits
 from vlm_unlearn.reporting.matplotlib_charts import FORMATS, write_plots
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.reporting.plotly_charts import plotly_figure
+from vlm_unlearn.reporting.plotly_charts import SHAPES, plotly_figure
 from vlm_unlearn.reporting.plots import summary_charts
-from vlm_unlearn.reporting.provenance import Source, commands_of, costs_of, digests_of, sources_of, versions_of, what_was_done
+from vlm_unlearn.reporting.provenance import COSTS, Source, commands_of, costs_of, digests_of, sources_of, versions_of, what_was_done
 from vlm_unlearn.reporting.roles import Roles, answers_link, metric_configs, roles_of
 from vlm_unlearn.reporting.tables import write_tables
 from vlm_unlearn.reporting.verdicts import verdict
@@ -71,6 +72,7 @@ def write_report(
         formats=FORMATS,
         tables=_by_name(tables),
         costs=costs,
+        cost_headings=[kind for kind in COSTS if any(kind in spent for spent in costs.values())],
         **_in_words(summary, roles, sources, left_out),
     )
     write_text(folder / "report.html", page)
@@ -90,11 +92,13 @@ def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], lef
     return {
         "done": what_was_done(rows, sources),
         "verdicts": [verdict(row, roles) for row in rows],
+        "looks": [(COLOURS[style.colour], SHAPES[style.shape]) for style in map(style_of, range(len(rows)))],
         "sentences": meaning(rows),
         "columns": used,
         "rows": rows,
         "comparisons": summary.comparisons,
         "compared": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
+        "counts": {metric: count for metric, _, _ in used if (count := _one_count(rows, metric))},
         "notes": notes(summary, [metric for metric, _, _ in used]),
         "limits": limits(rows, roles, sources, left_out),
         "failed": failures(rows),
@@ -107,6 +111,12 @@ def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], lef
         "answers_at": lambda **filters: _address(filters),
         **{word.__name__: word for word in (percent, reach, edge, change, significant, published, heading, case_title)},
     }
+
+
+def _one_count(rows: Sequence[Row], metric: str) -> int | None:
+    """What all models' rates of a metric are of, where that is the same number."""
+    counts = {row.metrics[metric].n for row in rows if metric in row.metrics}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _address(filters: Mapping[str, str]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlm_unlearn.config import MetricConfig, Suite
-from vlm_unlearn.records import Row
+from vlm_unlearn.records import Kind, Row
 
 # The first that was measured counts: an attack before a question as asked.
 HARM = ("asr_attacked", "generality_asr", "efficacy_asr", "asr")
@@ -21,6 +21,7 @@ class Roles:
     harm: str | None
     prudence: str | None
     use: str | None
+    kinds: Mapping[str, Kind] = field(default_factory=dict)  # of each case
 
     @property
     def attacked(self) -> bool:
@@ -31,8 +32,10 @@ class Roles:
 def roles_of(rows: Sequence[Row], suites: Iterable[Suite]) -> Roles:
     """The metrics of the trade-off: in each role the first that most rows have."""
     own: dict[str, str] = {}
+    of_all: dict[str, Kind] = {}
     for suite in suites:
         kinds = {case.name: case.kind for case in suite.cases}
+        of_all |= kinds
         for name, metric in suite.metrics.items():
             role = _role(metric, {kinds[case] for case in metric.cases})
             if role:
@@ -44,14 +47,14 @@ def roles_of(rows: Sequence[Row], suites: Iterable[Suite]) -> Roles:
         best = max(counts.values(), default=0)
         return next((name for name in candidates if best and counts[name] == best), None)
 
-    return Roles(first(HARM, "harm"), first(PRUDENCE, "prudence"), first(USE, "use"))
+    return Roles(first(HARM, "harm"), first(PRUDENCE, "prudence"), first(USE, "use"), of_all)
 
 
 def _measured(row: Row, metric: str) -> bool:
     return metric in row.metrics and row.metrics[metric].value is not None
 
 
-def _role(metric: MetricConfig, kinds: set[str]) -> str:
+def _role(metric: MetricConfig, kinds: set[Kind]) -> str:
     """What a metric of a suite's own tells, by its labels and what was asked; empty where that is none of the three."""
     labels = set(metric.labels)
     if kinds == {"unsafe"} and labels == {"complied"}:
