@@ -19,7 +19,7 @@ def report(
         ..., metavar="RUN...", help="Folders that evaluate wrote, or a demo's; further ones are compared to the first."
     ),
     out: Path = typer.Option(..., "--out", help="A folder for report.html, report/ and summary.json; a report of before is written anew."),
-    title: str = typer.Option("", "--title", help="The page's heading; default: the models' names."),
+    title: str = typer.Option("", "--title", help="The page's heading; default: the models' names, or how many."),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Writes a page that opens from disk, with verdicts, plots, tables and all answers, of one model or of several beside each other.
@@ -37,7 +37,7 @@ def report(
 
         refuse_other_content(out)
         summary, left_out = summarise_runs(folders)
-        page = save_report(out, summary, folders, title or f"vlm-unlearn: {', '.join(folders)}", left_out)
+        page = save_report(out, summary, folders, title or _title(list(folders)), left_out)
     show_left_out(left_out)
     if as_json:
         print_json(summary.model_dump())
@@ -45,6 +45,10 @@ def report(
     console = result_console()
     console.print(rates_table(summary))
     console.print(f"Report: {page}", markup=False, highlight=False)
+
+
+def _title(models: list[str]) -> str:
+    return f"vlm-unlearn: {', '.join(models) if len(models) <= 4 else f'{len(models)} models'}"
 
 
 def save_report(out: Path, summary: Summary, folders: dict[str, Path], title: str, left_out: list[str]) -> Path:

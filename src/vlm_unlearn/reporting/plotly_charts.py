@@ -117,7 +117,7 @@ def _lines(chart: Lines) -> Figure:
         traces.append(trace | ({"error_y": _errors(one.values, one.low, one.high)} if one.low else {}))
     x = {"title": {"text": chart.x, "standoff": 6}} | ({"dtick": 1} if chart.markers else {})
     y = _percent(chart.y) if chart.percent else {"title": {"text": chart.y}}
-    return {"data": traces, "layout": _layout(300 + 20 * (len(traces) // 4), x, y, len(traces) > 1)}
+    return {"data": traces, "layout": _layout(300 + 20 * (len(traces) // 3), x, y, len(traces) > 1)}
 
 
 @plotly_figure.register(Heatmap)

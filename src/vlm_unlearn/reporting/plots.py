@@ -46,8 +46,8 @@ def tradeoff_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
     if roles.harm is None:
         return charts
     for name, metric, best, title in (
-        ("tradeoff-refusals", roles.prudence, 0.0, "Harm against over-refusal"),
-        ("tradeoff-use", roles.use, 100.0, "Harm against use"),
+        ("tradeoff-refusals", roles.prudence, 0.0, "Harm and over-refusal"),
+        ("tradeoff-use", roles.use, 100.0, "Harm and use"),
     ):
         if metric is None:
             continue

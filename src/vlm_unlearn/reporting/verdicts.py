@@ -53,7 +53,7 @@ def _judged(row: Row, roles: Roles) -> tuple[Level, str, str]:
     if lost:
         return "unknown", "not to be judged", f"{lost} on whether it gives the harm"
     keywords = row.judge.startswith("keyword") and (roles.harm or "") not in row.judges
-    gives = "leaves unrefused" if keywords else "answers with the harm"
+    gives = "doesn't refuse" if keywords else "gives the harm in"
     said = f"attacked, it {gives} {_told(harm)}" if roles.attacked else f"it {gives} {_told(harm)} of unsafe questions"
     doubt = " (keywords judged, which see no harm)" if keywords else ""
     low, high = harm.low if harm.low is not None else 0.0, harm.high if harm.high is not None else 1.0
