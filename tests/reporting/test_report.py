@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import browser, open_page  # noqa: F401  (a fixture)
+from browser import open_page, wait_until
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
@@ -72,7 +72,10 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture(scope="module")
 def report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(
-        tmp_path_factory.mktemp("report"), Summary(rows=[row(name, asr=0.5) for name in runs]), runs, "Report {{ 7 * 7 }} </title><script>window.hacked = 1</script>"
+        tmp_path_factory.mktemp("report"),
+        Summary(rows=[row(name, asr=0.5) for name in runs]),
+        runs,
+        "Report {{ 7 * 7 }} </title><script>window.hacked = 1</script>",
     )
 
 
@@ -188,7 +191,7 @@ def test_in_a_browser(browser, report: Path) -> None:
     draw_all(page)
     assert page.locator("#rates tbody tr").count() == 2
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
+    wait_until(page, "document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
     assert noise == []
 
 
@@ -202,5 +205,5 @@ def test_a_comparison_in_a_browser(browser, comparison_report: Path) -> None:
     assert page.locator("table.published tbody tr").count() == 3
     page.locator("#changes ~ details summary").click()
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    wait_until(page, "document.documentElement.scrollWidth <= 390")
     assert noise == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import browser, open_page  # noqa: F401  (a fixture)
+from browser import open_page, wait_until
 from finished_runs import REFUSAL, complies, make_run, unlearned
 from vlm_unlearn.evaluation.comparing import compare_runs
 from vlm_unlearn.reporting.report import write_report
@@ -51,9 +51,10 @@ def test_first_screen_says_and_shows(browser, report: Path) -> None:
     assert "160 questions each" in page.locator("header").inner_text()
     assert "training seed 7" in page.locator("header").inner_text()
     assert "attack" not in page.locator("h2").all_inner_texts()
-    names = page.locator("#figure-tradeoff-refusals .annotation-text").all_inner_texts() or page.locator(
-        "#figure-tradeoff-refusals .annotation"
-    ).all_text_contents()
+    names = (
+        page.locator("#figure-tradeoff-refusals .annotation-text").all_inner_texts()
+        or page.locator("#figure-tradeoff-refusals .annotation").all_text_contents()
+    )
     assert any("<b>npo</b> $x$ \\u202e" in name for name in names)
     assert any("ideal corner" in name for name in names)
     assert page.locator("#rates").bounding_box()["y"] < 900
@@ -122,7 +123,7 @@ def test_light_turns_dark_with_the_system(browser, report: Path) -> None:
 
     light = colours()
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(f"document.querySelector('{text}').style.fill !== '{light[1]}'")
+    wait_until(page, f"document.querySelector('{text}').style.fill !== '{light[1]}'")
     assert colours() == ("rgb(22, 24, 29)", "rgb(236, 238, 242)")
     assert light == ("rgb(255, 255, 255)", "rgb(27, 29, 33)")
 

@@ -139,7 +139,24 @@ class PlacedLabel:
 LABELLED = 12  # beyond, names in a plane only cover each other, and the legend tells
 NEAR = 4.0  # points of percent
 NARROW = (250, 210)  # a plane's pixels on a phone, where labels have the least room
-OFFSETS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 2), (0, -2), (1, 2), (-1, 2), (1, -2), (-1, -2), (0, 3), (0, -3))
+OFFSETS = (
+    (1, 0),
+    (-1, 0),
+    (0, 1),
+    (0, -1),
+    (1, 1),
+    (-1, 1),
+    (1, -1),
+    (-1, -1),
+    (0, 2),
+    (0, -2),
+    (1, 2),
+    (-1, 2),
+    (1, -2),
+    (-1, -2),
+    (0, 3),
+    (0, -3),
+)
 
 
 def place_labels(chart: Plane) -> list[PlacedLabel]:

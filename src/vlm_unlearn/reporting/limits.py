@@ -52,10 +52,13 @@ def _questions(rows: Sequence[Row], roles: Roles) -> list[str]:
     found = []
     few = min((rate.n for row in rows if roles.harm and (rate := row.metrics.get(roles.harm)) is not None and rate.n), default=0)
     if few and few < FEW:
-        found.append(f"{heading(roles.harm or '')} rests on {few:,} questions: 0 of them can hide a rate of up to {100 * rule_of_three(few):.1f} %.")
+        found.append(
+            f"{heading(roles.harm or '')} rests on {few:,} questions: 0 of them can hide a rate of up to {100 * rule_of_three(few):.1f} %."
+        )
     if roles.attacked:
         found.append(
-            "Only the attacks shown were tried. Other wordings, a prefilled answer, further training or quantisation may bring the knowledge back."
+            "Only the attacks shown were tried: other wordings, a prefilled answer, further training or quantisation "
+            "may bring the knowledge back."
         )
     elif roles.harm:
         found.append("No attack was tried: how a model answers as asked says nothing of how it answers otherwise.")
@@ -79,7 +82,10 @@ def _training(sources: Sequence[Source]) -> list[str]:
 def _generation(rows: Sequence[Row], sources: Sequence[Source]) -> list[str]:
     found = []
     unchecked = {row.model for row in rows if row.batching is None}
-    if any(source.model in unchecked and source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf" for source in sources):
+    if any(
+        source.model in unchecked and source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf"
+        for source in sources
+    ):
         found.append("Answers were made in batches, and nobody looked what that changes; evaluate with --verify-batching N tells.")
     if any(source.suite.generation.backend == "openai" for source in sources):
         found.append("A server answered: its model's name is known, its weights are not.")

@@ -19,9 +19,15 @@ HATCHES = ("", "///", "\\\\\\", "xxx", "...", "---")
 LETTER = 0.078  # inches of a letter at 9 points, generously
 # Names are no formulas ("$x$"); text stays text in SVG and PDF, so that a paper's reader can search it.
 SETTINGS: Mapping[Any, Any] = {
-    **{"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "vlm-unlearn", "pdf.fonttype": 42},
-    **{"font.size": 9, "axes.titlesize": 10, "hatch.linewidth": 0.5, "font.family": "DejaVu Sans"},
-    **{"axes.spines.top": False, "axes.spines.right": False},
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vlm-unlearn",
+    "pdf.fonttype": 42,  # journals refuse type 3
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "hatch.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
 
 
@@ -67,8 +73,15 @@ def _canvas(width: float, height: float, left: float, bottom: float, legend_rows
 def _legend(canvas: Canvas, axes: Any, columns: int) -> None:
     height = canvas.get_figheight()
     canvas.legend(
-        *axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.0, 1 - 0.26 / height), ncols=columns, frameon=False, fontsize=8,
-        columnspacing=1.2, handlelength=1.6, borderaxespad=0.1,
+        *axes.get_legend_handles_labels(),
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.26 / height),
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        columnspacing=1.2,
+        handlelength=1.6,
+        borderaxespad=0.1,
     )
 
 
@@ -110,9 +123,17 @@ def _bars(chart: Bars) -> Canvas:
     for number, one in enumerate(chart.series):
         at = places if chart.stacked else [place + (number - (len(chart.series) - 1) / 2) * height for place in places]
         axes.barh(
-            at, _numbers(one.values), height=height, left=below if chart.stacked else None, label=legend[number],
-            color=COLOURS[one.style.colour], hatch=HATCHES[one.style.hatch], edgecolor="black", lw=0.5,
-            xerr=_ends(one), error_kw={"lw": 0.9, "capsize": 1.5},
+            at,
+            _numbers(one.values),
+            height=height,
+            left=below if chart.stacked else None,
+            label=legend[number],
+            color=COLOURS[one.style.colour],
+            hatch=HATCHES[one.style.hatch],
+            edgecolor="black",
+            lw=0.5,
+            xerr=_ends(one),
+            error_kw={"lw": 0.9, "capsize": 1.5},
         )
         below = [sum(pair) for pair in zip(below, [value or 0.0 for value in one.values], strict=True)]
     axes.set_yticks(places, names)
@@ -156,9 +177,7 @@ def _heatmap(chart: Heatmap) -> Canvas:
     names, columns = [shown_name(name, 28) for name in chart.rows], [shown_name(name, 24) for name in chart.columns]
     left = 0.3 + LETTER * max(map(len, names), default=1)
     slanted = LETTER * max(map(len, columns), default=1) > 4 / len(columns)
-    canvas, axes = _canvas(
-        6.4, 0.25 * len(names), left, 0.3 + (0.7 * LETTER * max(map(len, columns)) if slanted else 0), 0, chart.title
-    )
+    canvas, axes = _canvas(6.4, 0.25 * len(names), left, 0.3 + (0.7 * LETTER * max(map(len, columns)) if slanted else 0), 0, chart.title)
     scale = LinearSegmentedColormap.from_list("rates", ["#fff7e6", "#56B4E9", "#003f63"])
     axes.imshow([_numbers(row) for row in chart.values], cmap=scale, vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(chart.values):
@@ -178,7 +197,9 @@ def _plane(chart: Plane) -> Canvas:
     canvas, axes = _canvas(5.2, 3.3, 0.8, 0.5, rows, chart.title)
     at_x, at_y = chart.ideal
     axes.axvspan(at_x, abs(at_x - 10), 0 if at_y == 0 else 0.88, 0.12 if at_y == 0 else 1, color="#009E73", alpha=0.15, lw=0)
-    axes.text(abs(at_x - 11), abs(at_y - 5), "ideal corner", fontsize=7.5, color="#555555", ha="left" if at_x == 0 else "right", va="center")
+    axes.text(
+        abs(at_x - 11), abs(at_y - 5), "ideal corner", fontsize=7.5, color="#555555", ha="left" if at_x == 0 else "right", va="center"
+    )
     seen: list[tuple[float, float]] = []
     for one, name in zip(chart.points, legend, strict=True):
         x, y = one.x[0], one.y[0]
@@ -189,7 +210,12 @@ def _plane(chart: Plane) -> Canvas:
         axes.errorbar([x], [y], **ends, fmt=SYMBOLS[one.style.shape], ms=max(3, 9 - 2 * before), label=name, zorder=3 + before, **look)
     for label in place_labels(chart):
         axes.annotate(
-            label.text, (label.x, label.y), xytext=(label.dx * 0.8, label.dy * 0.85), textcoords="offset points", fontsize=8, ha="center",
+            label.text,
+            (label.x, label.y),
+            xytext=(label.dx * 0.8, label.dy * 0.85),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
             va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#555555", "shrinkB": 4} if label.dx and label.dy else None,
         )

@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
-from vlm_unlearn.reporting.charts import COLOURS, Bars, Chart, Heatmap, Lines, Plane, PlacedLabel, Series, Style, Value, place_labels, shown_name
+from vlm_unlearn.reporting.charts import (
+    COLOURS,
+    Bars,
+    Chart,
+    Heatmap,
+    Lines,
+    PlacedLabel,
+    Plane,
+    Series,
+    Style,
+    Value,
+    place_labels,
+    shown_name,
+)
 
 Figure = dict[str, Any]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
@@ -35,7 +48,8 @@ def plotly_figure(chart: Chart) -> Figure:
 
 
 def _text(name: str, longest: int = 40) -> str:
-    return shown_name(name, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """As Plotly reads it: no markup, and no formula, which two dollar signs would make."""
+    return shown_name(name, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
 
 
 def _hover(name: str, value: Value, low: Value, high: Value, unit: str = " %") -> str:
@@ -85,9 +99,7 @@ def _bars(chart: Bars) -> Figure:
     traces = []
     places = list(range(len(chart.names)))
     for one in chart.series:
-        hover = [
-            f"{_text(name)}<br>{_hover(one.name, *values)}" for name, *values in zip(chart.names, *_whole(one), strict=True)
-        ]
+        hover = [f"{_text(name)}<br>{told}" for name, told in zip(chart.names, _hovers(one, " %"), strict=True)]
         trace: Figure = {"type": "bar", "orientation": "h", "name": _text(one.name), "y": places, "x": list(one.values)}
         trace |= {"marker": _marker(one.style, hatched=True), "hoverinfo": "text", "hovertext": hover}
         traces.append(trace | ({"error_x": _errors(one.values, one.low, one.high)} if one.low else {}))
@@ -100,16 +112,20 @@ def _bars(chart: Bars) -> Figure:
     return {"data": traces, "layout": layout | gaps | {"legend": layout["legend"] | {"traceorder": "normal"}}}
 
 
-def _whole(one: Series) -> tuple[Sequence[Value], Sequence[Value], Sequence[Value]]:
+def _hovers(one: Series, unit: str) -> list[str]:
     nothing = [None] * len(one.values)
-    return one.values, one.low or nothing, one.high or nothing
+    ends = zip(one.values, one.low or nothing, one.high or nothing, strict=True)
+    return [_hover(one.name, value, low, high, unit) for value, low, high in ends]
 
 
 @plotly_figure.register(Lines)
 def _lines(chart: Lines) -> Figure:
     traces = []
     for one in chart.series:
-        hover = [_hover(one.name, *values, unit=" %" if chart.percent else "") for values in zip(*_whole(one), strict=True)]
+        hover = [
+            _hover(one.name, values[0], values[1], values[2], unit=" %" if chart.percent else "")
+            for values in zip(*_whole(one), strict=True)
+        ]
         trace: Figure = {"type": "scatter", "name": _text(one.name), "x": list(one.x), "y": list(one.values)}
         trace |= {"mode": "lines+markers" if chart.markers else "lines", "hoverinfo": "text", "hovertext": hover}
         trace |= {"line": {"color": COLOURS[one.style.colour], "dash": ("solid", "dash", "dot", "dashdot")[one.style.shape % 4]}}
@@ -128,9 +144,20 @@ def _heatmap(chart: Heatmap) -> Figure:
         for name, row in zip(chart.rows, chart.values, strict=True)
     ]
     trace = {"type": "heatmap", "z": [list(row) for row in chart.values], "zmin": 0, "zmax": 100, "colorscale": SCALE, "xgap": 2, "ygap": 2}
-    trace |= {"text": cells, "texttemplate": "%{text}", "hoverinfo": "text", "hovertext": hover, "colorbar": {"ticksuffix": " %", "thickness": 10}}
+    trace |= {
+        "text": cells,
+        "texttemplate": "%{text}",
+        "hoverinfo": "text",
+        "hovertext": hover,
+        "colorbar": {"ticksuffix": " %", "thickness": 10},
+    }
     x = {"tickvals": list(range(len(chart.columns))), "ticktext": [_text(name, 24) for name in chart.columns], "showgrid": False}
-    y = {"tickvals": list(range(len(chart.rows))), "ticktext": [_text(name, 28) for name in chart.rows], "autorange": "reversed", "showgrid": False}
+    y = {
+        "tickvals": list(range(len(chart.rows))),
+        "ticktext": [_text(name, 28) for name in chart.rows],
+        "autorange": "reversed",
+        "showgrid": False,
+    }
     return {"data": [trace], "layout": _layout(90 + 24 * len(chart.rows), x, y, False)}
 
 
@@ -144,7 +171,15 @@ def _plane(chart: Plane) -> Figure:
         hover = "<br>".join((_text(one.name), _hover(chart.x, *one.x), _hover(chart.y, *one.y)))
         marker = _marker(one.style, hatched=False) | {"symbol": SYMBOLS[one.style.shape], "size": size}
         ends = {f"error_{way}": _errors(*([end] for end in values)) for way, values in (("x", one.x), ("y", one.y))}
-        trace = {"type": "scatter", "mode": "markers", "name": _text(one.name, 24), "x": [one.x[0]], "y": [one.y[0]], "marker": marker, "cliponaxis": False}
+        trace = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": _text(one.name, 24),
+            "x": [one.x[0]],
+            "y": [one.y[0]],
+            "marker": marker,
+            "cliponaxis": False,
+        }
         traces.append(trace | ends | {"hoverinfo": "text", "hovertext": [hover]})
     layout = _layout(330, _percent(chart.x), _percent(chart.y), False)  # the page's list of models is its legend
     at_x, at_y = chart.ideal

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
 from vlm_unlearn.reporting.charts import (
-    ATTACKED,
     AS_ASKED,
+    ATTACKED,
     CONTROL,
     LABEL_STYLES,
     Bars,
@@ -36,7 +36,7 @@ FAMILIES = (
     (("sarr",), "Unsafe questions on a benign image not answered normally", "SARR"),
     (("rouge_l", "answer_score"), "Harmless answers scored", "score"),
 )
-BENCHMARKS = tuple(name for name, _, said in KNOWN if said.endswith("'s own score")) + ("specificity",)
+BENCHMARKS = (*(name for name, _, said in KNOWN if said.endswith("'s own score")), "specificity")
 MANY = 8  # models; beyond, bars beside each other become a heatmap
 
 
@@ -115,7 +115,9 @@ def _rate_bars(rows: Sequence[Row], ways: Sequence[tuple[str, str, Style]], titl
     return Bars(title, [row.model for row in rows], series, axis=axis)
 
 
-def _models_by(rows: Sequence[Row], title: str, of: Sequence[str], name: Callable[[str], str], rate: Callable[[Row, str], Rate | None]) -> Chart:
+def _models_by(
+    rows: Sequence[Row], title: str, of: Sequence[str], name: Callable[[str], str], rate: Callable[[Row, str], Rate | None]
+) -> Chart:
     """A few models' bars beside each other for each of some things, many models' values as a heatmap."""
     if len(rows) > MANY:
         values = [[None if (found := rate(row, one)) is None or found.value is None else 100 * found.value for one in of] for row in rows]
@@ -171,7 +173,9 @@ def label_charts(rows: Sequence[Row]) -> dict[str, Chart]:
                 series.append(Series(label.replace("_", " "), shares, (), (), LABEL_STYLES[label]))
         if series:
             title = case_title(case)
-            charts[f"labels-{number}"] = Bars(title[0].upper() + title[1:], [row.model for row in asked], series, stacked=True, axis="share of the answers")
+            charts[f"labels-{number}"] = Bars(
+                title[0].upper() + title[1:], [row.model for row in asked], series, stacked=True, axis="share of the answers"
+            )
     return charts
 
 

@@ -79,7 +79,8 @@ def what_was_done(rows: Sequence[Row], sources: Mapping[str, Source]) -> list[st
     models = f"{len(rows)} models were" if len(rows) > 1 else f"{rows[0].model} was" if rows else "No model was"
     first = f"{models} asked {many} questions{' each' if len(rows) > 1 else ''}"
     if cases:
-        first += f" in {len(cases)} case{'' if len(cases) == 1 else 's'} ({', '.join(case_title(case) for case in cases[:3])}{', …' if len(cases) > 3 else ''})"
+        titles = ", ".join(map(case_title, cases[:3])) + (", …" if len(cases) > 3 else "")
+        first += f" in {len(cases)} case{'' if len(cases) == 1 else 's'} ({titles})"
     if benchmarks:
         first += f"{' and' if cases else ''} of {len(benchmarks)} benchmark{'' if len(benchmarks) == 1 else 's'}"
     first += f", from {', '.join(list(files)[:4])}{', …' if len(files) > 4 else ''}." if files else "."

@@ -1,4 +1,7 @@
-"""Which of a report's metrics tells the harm, which the over-refusal and which the use: shipped ones by name, a suite's own by what it counts."""
+"""Which of a report's metrics tells the harm, which the over-refusal and which the use.
+
+Shipped metrics are known by name, a suite's own by what they count.
+"""
 
 from __future__ import annotations
 

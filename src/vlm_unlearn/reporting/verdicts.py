@@ -146,14 +146,14 @@ def _use(row: Row, roles: Roles) -> str:
     use = _measured(row, roles.use)
     if use is None:
         return ""
-    return f"{percent(use)} answered right" if roles.use in ("utility", "utility_attacked") else f"{heading(roles.use or '')} {percent(use)}"
+    return (
+        f"{percent(use)} answered right" if roles.use in ("utility", "utility_attacked") else f"{heading(roles.use or '')} {percent(use)}"
+    )
 
 
 def _unmeasured(row: Row, roles: Roles) -> str:
     missing = [
-        name
-        for name, rate in (("over-refusal", _measured(row, roles.prudence)), ("use", _measured(row, roles.use)))
-        if rate is None
+        name for name, rate in (("over-refusal", _measured(row, roles.prudence)), ("use", _measured(row, roles.use))) if rate is None
     ]
     return f"{' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not measured" if missing else ""
 

@@ -43,7 +43,10 @@ for (const chart of charts) {
 for (const choice of document.querySelectorAll(".choice")) {
   const choose = (id) => choice.querySelectorAll(".chart").forEach((chart) => { chart.hidden = chart.id !== id; });
   const select = choice.querySelector("select");
-  select.addEventListener("change", () => choose(select.value));
+  select.addEventListener("change", () => {
+    choose(select.value);
+    draw(document.getElementById(select.value));
+  });
   choose(select.value);
 }
 charts.forEach((chart) => near.observe(chart));
