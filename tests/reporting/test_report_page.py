@@ -51,10 +51,7 @@ def test_first_screen_says_and_shows(browser, report: Path) -> None:
     assert "160 questions each" in page.locator("header").inner_text()
     assert "training seed 7" in page.locator("header").inner_text()
     assert "attack" not in page.locator("h2").all_inner_texts()
-    names = (
-        page.locator("#figure-tradeoff-refusals .annotation-text").all_inner_texts()
-        or page.locator("#figure-tradeoff-refusals .annotation").all_text_contents()
-    )
+    names = page.locator("#figure-tradeoff-refusals .annotation-text").all_text_contents()
     assert any("<b>npo</b> $x$ \\u202e" in name for name in names)
     assert any("ideal corner" in name for name in names)
     assert page.locator("#rates").bounding_box()["y"] < 900

@@ -122,10 +122,7 @@ def _hovers(one: Series, unit: str) -> list[str]:
 def _lines(chart: Lines) -> Figure:
     traces = []
     for one in chart.series:
-        hover = [
-            _hover(one.name, values[0], values[1], values[2], unit=" %" if chart.percent else "")
-            for values in zip(*_whole(one), strict=True)
-        ]
+        hover = _hovers(one, " %" if chart.percent else "")
         trace: Figure = {"type": "scatter", "name": _text(one.name), "x": list(one.x), "y": list(one.values)}
         trace |= {"mode": "lines+markers" if chart.markers else "lines", "hoverinfo": "text", "hovertext": hover}
         trace |= {"line": {"color": COLOURS[one.style.colour], "dash": ("solid", "dash", "dot", "dashdot")[one.style.shape % 4]}}
