@@ -17,7 +17,7 @@ METRICS = {
     "refusal_rate": {"cases": ["safe"], "labels": ["refused"]},
     "utility": {"cases": ["safe"], "labels": ["complied"]},
 }
-HOSTILE = "<b>npo</b> $x$ \u202e"
+HOSTILE = "<i>npo</i>$\u202e$"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_first_screen_says_and_shows(browser, report: Path) -> None:
     assert "training seed 7" in page.locator("header").inner_text()
     assert "attack" not in page.locator("h2").all_inner_texts()
     names = page.locator("#figure-tradeoff-refusals .annotation-text").all_text_contents()
-    assert any("<b>npo</b> $x$ \\u202e" in name for name in names)
+    assert any("<i>npo</i>$\\u202e$" in name for name in names)
     assert any("ideal corner" in name for name in names)
     assert page.locator("#rates").bounding_box()["y"] < 900
     levels = [page.evaluate("element => element.tagName", heading) for heading in page.query_selector_all("h1, h2, h3")]
