@@ -15,7 +15,7 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Debian's chromium, driven by Playwright; import this fixture to use it."""
+    """Debian's chromium, driven by Playwright."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs Debian's chromium")
@@ -42,3 +42,12 @@ def open_page(browser: Any, file: Path, noise: list[str], **settings: Any) -> An
     page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
     page.goto(file.as_uri())
     return page
+
+
+def wait_until(page: Any, true: str) -> None:
+    """Waits until a JavaScript expression is true; Playwright's own way evaluates in the page, which its policy forbids."""
+    for _ in range(200):
+        if page.evaluate(true):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never came true: {true}")

@@ -10,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+from browser import browser  # noqa: F401  (a fixture of all tests)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

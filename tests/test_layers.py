@@ -48,6 +48,7 @@ COMMANDS = (
     "table",
     "judge agreement",
     "evaluate",
+    "report",
 )
 
 

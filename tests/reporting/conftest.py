@@ -3,4 +3,3 @@
 from __future__ import annotations
 
 from answer_visits import visit  # noqa: F401
-from browser import browser  # noqa: F401

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from browser import open_page, wait_until
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.reporting.plots import shot_curves
+from vlm_unlearn.reporting.plotly_charts import plotly_figure
+from vlm_unlearn.reporting.plots import shot_charts
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.reporting.words import change, edge, meaning, notes, reach
 from vlm_unlearn.store import write_json, write_records
@@ -51,15 +50,16 @@ def comparison(model: str, metric: str, difference: float, p_adjusted: float) ->
     )
 
 
-@pytest.fixture
-def runs(world: Path, tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs with answers that try to break out, by models whose names do too."""
     suite = load(Suite, Path("suites/tiny"), ["model=m", f"root={world}"])
     prompts = suite_prompts(suite)
     names = ["base", "<script>window.hacked = 1</script>"]
     runs = {}
+    below = tmp_path_factory.mktemp("runs")
     for name in names:
-        folder = tmp_path / re.sub(r"\W", "", name)
+        folder = below / re.sub(r"\W", "", name)
         write_json(folder / "suite.json", suite.model_dump(mode="json"))
         write_records(folder / "prompts.jsonl", prompts)
         texts = [HOSTILE[i % len(HOSTILE)] for i in range(len(prompts))]
@@ -69,15 +69,18 @@ def runs(world: Path, tmp_path: Path) -> dict[str, Path]:
     return runs
 
 
-@pytest.fixture
-def report(runs: dict[str, Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(
-        tmp_path, Summary(rows=[row(name, asr=0.5) for name in runs]), runs, "Report </title><script>window.hacked = 1</script>"
+        tmp_path_factory.mktemp("report"),
+        Summary(rows=[row(name, asr=0.5) for name in runs]),
+        runs,
+        "Report {{ 7 * 7 }} </title><script>window.hacked = 1</script>",
     )
 
 
-@pytest.fixture
-def comparison_report(runs: dict[str, Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def comparison_report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything that a row and a comparison can hold, under hostile names of models and metrics."""
     base, hostile = runs
     script = "<script>window.hacked = 1</script>"
@@ -92,7 +95,7 @@ def comparison_report(runs: dict[str, Path], tmp_path: Path) -> Path:
         ),
     ]
     comparisons = [comparison(hostile, "asr", -0.3, 0.001), comparison(hostile, "sarr", 0.05, 0.2), comparison(hostile, script, 0.5, 0.01)]
-    return write_report(tmp_path / "comparison", Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
+    return write_report(tmp_path_factory.mktemp("comparison"), Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
 
 
 def test_nothing_hostile_is_markup(report: Path) -> None:
@@ -144,9 +147,10 @@ def test_shot_curves_have_a_line_a_model() -> None:
         Row(model="b", metrics={}),
         Row(model="c", metrics={}, shots={"asr": [rate([], []), share(3, 4)]}),
     ]
-    first, second = shot_curves(rows, "asr", "t")["data"]
+    first, second = plotly_figure(shot_charts(rows)["shots-1"])["data"]
     assert (first["name"], first["x"], first["y"]) == ("a", [1, 2], [25.0, 50.0])
     assert (second["name"], second["x"], second["y"]) == ("c", [2], [75.0])
+    assert shot_charts([Row(model="b", metrics={})]) == {}
     assert first["marker"]["symbol"] != second["marker"]["symbol"]
     low, high = share(1, 4).low, share(1, 4).high
     assert (first["y"][0] - first["error_y"]["arrayminus"][0], first["y"][0] + first["error_y"]["array"][0]) == pytest.approx(
@@ -172,57 +176,34 @@ def test_the_meaning_follows_the_numbers() -> None:
     assert meaning([row("base")]) == []
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs Debian's chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    flags = (
-        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    )
-    home = os.environ.get("HOME")
-    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(
-            executable_path=chromium, headless=True, args=[*flags.split(), "--host-resolver-rules=MAP * ~NOTFOUND"]
-        )
-    if home is not None:
-        os.environ["HOME"] = home
+def draw_all(page) -> None:
+    """Brings every chart near the screen, one after the other."""
+    for chart in page.locator(".chart:not([hidden])").all():
+        chart.scroll_into_view_if_needed()
+        chart.locator(".js-plotly-plot").wait_for()
 
 
 def test_in_a_browser(browser, report: Path) -> None:
-    page = browser.new_page()
     noise: list[str] = []
-    page.on("console", lambda message: noise.append(message.text))
-    page.on("pageerror", lambda error: noise.append(str(error)))
-    page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
-    page.goto(report.as_uri())
+    page = open_page(browser, report, noise)
     page.wait_for_selector(".js-plotly-plot")
     assert page.evaluate("typeof window.hacked") == "undefined"
-    assert page.locator(".js-plotly-plot").count() >= 3
-    assert page.locator("tbody tr").count() == 2
-    hidden = page.locator(".sample.unsafe img").first
-    assert "blur" in hidden.evaluate("element => getComputedStyle(element).filter")
-    page.locator("#reveal").check()
-    assert hidden.evaluate("element => getComputedStyle(element).filter") == "none"
+    draw_all(page)
+    assert page.locator("#rates tbody tr").count() == 2
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
+    wait_until(page, "document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
     assert noise == []
 
 
 def test_a_comparison_in_a_browser(browser, comparison_report: Path) -> None:
-    page = browser.new_page()
     noise: list[str] = []
-    page.on("console", lambda message: noise.append(message.text))
-    page.on("pageerror", lambda error: noise.append(str(error)))
-    page.goto(comparison_report.as_uri())
-    page.wait_for_selector(".js-plotly-plot")
+    page = open_page(browser, comparison_report, noise)
+    draw_all(page)
     assert page.evaluate("typeof window.hacked") == "undefined"
-    assert page.locator("[id^=figure-shots-].js-plotly-plot").count() == 2
+    assert page.locator("[id^=figure-shots-] .js-plotly-plot").count() == 2
     assert page.locator("table.comparisons tbody tr").count() == 3
     assert page.locator("table.published tbody tr").count() == 3
-    page.locator("summary").click()
+    page.locator("#changes ~ details summary").click()
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    wait_until(page, "document.documentElement.scrollWidth <= 390")
     assert noise == []

@@ -29,7 +29,8 @@ def demo(
     notes = status_console()
     with notes.status("loading transformers"):
         from vlm_unlearn.reporting.curves import write_loss_png
-        from vlm_unlearn.reporting.report import training_cost, write_report
+        from vlm_unlearn.reporting.provenance import seconds_of_training
+        from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.reporting.words import meaning
         from vlm_unlearn.store import note_cost, peak_memory_mb
         from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
@@ -49,7 +50,7 @@ def demo(
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary, {model: training_cost(run) for model, run in training.items()}))
+    console.print(rates_table(summary, {model: seconds_of_training(run) for model, run in training.items()}))
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))

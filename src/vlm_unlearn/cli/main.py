@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from vlm_unlearn.cli import attack, benchmark, compare, data, demo, doctor, evaluate, export, judge, table, train
+from vlm_unlearn.cli import attack, benchmark, compare, data, demo, doctor, evaluate, export, judge, report, table, train
 from vlm_unlearn.cli.common import fail, keep_deepspeed_off_stdout
 from vlm_unlearn.errors import RequestError, WorkError, shown
 
@@ -26,6 +26,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(evaluate.generate)
 app.command("score")(evaluate.score)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("table")(table.table)
 app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)

@@ -1,16 +1,18 @@
-"""Loss curves of a training run, as PNG for the run's folder and as a figure for the report."""
+"""Loss curves of a training run, as PNG for the run's folder and as charts for the report."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.reporting.plots import Figure, layout
+from vlm_unlearn.reporting.charts import Chart, Lines, Series, style_of
 from vlm_unlearn.training.watching import PROBE
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")
+DRAWN = 500  # steps of a line, at most about twice as many
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -47,18 +49,25 @@ def write_loss_png(run: Path) -> Path | None:
     return file
 
 
-def loss_figure(runs: Mapping[str, Path]) -> Figure | None:
-    """The total loss of each run, one line a model; None where no run has a log."""
-    traces = []
-    for model, run in runs.items():
-        steps = [line for line in read_log(run) if "loss" in line]
-        if steps:
-            x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
-            traces.append({"type": "scatter", "mode": "lines", "name": model, "x": x, "y": y})
-    if not traces:
-        return None
-    own = {"yaxis": {}, "xaxis": {"title": {"text": "optimizer step"}, "automargin": True}, "legend": {}, "showlegend": True}
-    return {"data": traces, "layout": layout("Training loss") | own}
+def loss_charts(runs: Mapping[str, Path], models: Sequence[str]) -> dict[str, Chart]:
+    """The total loss of each run, then each part of it, one line a model; none where no run has a log.
+
+    Args:
+        models: all models of the report, whose places decide how their lines look.
+    """
+    logs = {model: steps for model, run in runs.items() if (steps := [line for line in read_log(run) if "loss" in line])}
+    charts: dict[str, Chart] = {}
+    for part in dict.fromkeys(part for steps in logs.values() for part in _parts(steps)):
+        series = []
+        for model, steps in logs.items():
+            known = [(line["step"], float(line[part])) for line in steps if isinstance(line.get(part), int | float)]
+            drawn = [point for point in known[:: max(1, len(known) // DRAWN)] if math.isfinite(point[1])]
+            if drawn:
+                style = style_of(models.index(model))
+                series.append(Series(model, [value for _, value in drawn], (), (), style, [step for step, _ in drawn]))
+        name = "the whole loss" if part == "loss" else f"its part: {part.replace('_', ' ')}"
+        charts[f"loss-{len(charts) + 1}"] = Lines(f"Training: {name}", series, "optimizer step", "loss", percent=False, markers=False)
+    return charts
 
 
 def _parts(steps: Sequence[Mapping[str, Any]]) -> list[str]:

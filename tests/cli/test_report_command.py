@@ -1,0 +1,97 @@
+"""``vlm-unlearn report`` on finished runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finished_runs import complies, make_run, unlearned
+from helpers import run
+from vlm_unlearn.records import Prompt, Summary
+from vlm_unlearn.reporting.provenance import training_run
+from vlm_unlearn.store import open_run, write_json
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [make_run(tmp_path / "evaluations" / "base", complies), make_run(tmp_path / "evaluations" / "npo", unlearned)]
+
+
+def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("report", *runs, "--out", out, "--title", "A & B")
+    assert done.returncode == 0, done.stderr
+    assert f"Report: {out / 'report.html'}" in done.stdout
+    assert "-90.0 *" in done.stdout
+    summary = Summary.model_validate(json.loads((out / "summary.json").read_text()))
+    assert [row.model for row in summary.rows] == ["base", "npo"]
+    assert len(summary.comparisons) == 3
+    assert "<h1>A &amp; B</h1>" in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "report" / "answers.html").exists()
+    assert (out / "report" / "tables" / "rates.csv").exists()
+    assert len(list((out / "report" / "plots").glob("tradeoff-refusals.*"))) == 3
+    assert sorted(entry.name for entry in out.iterdir()) == ["report", "report.html", "summary.json"]
+    again = run("report", runs[1], "--out", out, "--json")  # its own output is written anew
+    assert again.returncode == 0, again.stderr
+    assert [row["model"] for row in json.loads(again.stdout)["rows"]] == ["npo"]
+    assert "<h1>vlm-unlearn: npo</h1>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_demos_folder_stands_for_its_evaluations(runs: list[Path], tmp_path: Path) -> None:
+    write_json(tmp_path / "summary.json", {"rows": [{"model": "npo"}, {"model": "base"}]})
+    done = run("report", tmp_path, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["model"] for row in json.loads(done.stdout)["rows"]] == ["npo", "base"]
+
+
+def test_what_can_not_be_compared_is_said_and_shown(runs: list[Path], tmp_path: Path) -> None:
+    def others(prompt: Prompt) -> Prompt:
+        return prompt.model_copy(update={"id": f"other/{prompt.id}"})
+
+    other = make_run(tmp_path / "other", complies, edit=others)
+    done = run("report", *runs, other, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [row["model"] for row in document["rows"]] == ["base", "npo", "other"]
+    assert {one["model"] for one in document["comparisons"]} == {"npo"}
+    assert "were asked no prompt in common" in " ".join(done.stderr.split())
+    assert "were asked no prompt in common" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_other_things_are_not_written_into(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "paper.tex").write_text("")
+    (tmp_path / "notes" / "report").mkdir(parents=True)
+    (tmp_path / "notes" / "report" / "chapter.txt").write_text("")
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        (runs[0], "holds a run; choose another folder for the report"),
+        (tmp_path / "paper", 'holds "paper.tex", which is no report\'s'),
+        (tmp_path / "notes", 'holds "chapter.txt", which is no report\'s'),
+        (tmp_path / "file", "is a file, not a folder"),
+    ):
+        done = run("report", *runs, "--out", out)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
+    missing = run("report", tmp_path / "paper", "--out", tmp_path / "out")
+    assert missing.returncode == 2
+    assert "is no evaluation" in missing.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_finds_the_training_run(tmp_path: Path) -> None:
+    trained = tmp_path / "work" / "runs" / "npo"
+    open_run(trained, {"kind": "train"})
+    (trained / "model").mkdir()
+    evaluation = tmp_path / "work" / "evaluations" / "npo"
+    for asked in (trained, trained / "model"):
+        assert training_run(str(asked), evaluation) == trained
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "work", moved)
+    assert training_run(str(trained / "model"), moved / "evaluations" / "npo") == moved / "runs" / "npo"
+    open_run(tmp_path / "evaluated", {"kind": "evaluate"})
+    assert training_run(str(tmp_path / "evaluated"), evaluation) is None
+    assert training_run("org/model", evaluation) is None
