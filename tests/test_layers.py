@@ -47,6 +47,7 @@ COMMANDS = (
     "compare",
     "judge agreement",
     "evaluate",
+    "recipes",
 )
 
 

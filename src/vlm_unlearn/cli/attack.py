@@ -10,12 +10,13 @@ import typer
 
 from vlm_unlearn.cli.asking import CACHE, CONCURRENCY, MODEL, SERVER, Asker
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, quiet_libraries, result_console, showing, status_console
+from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
     from vlm_unlearn.evaluation.searching import SearchReport
 
 Choice = TypeVar("Choice", bound=str)
-attack_app = typer.Typer(help="Attacks what a model has learned to refuse.", no_args_is_help=True, rich_markup_mode=None)
+attack_app = Commands("Attacks what a model has learned to refuse: the one-word attack as a file, and a search for the worst word.")
 
 
 @attack_app.command("rewrite")

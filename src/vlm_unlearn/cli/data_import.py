@@ -9,11 +9,12 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
+from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.importing import Imported
 
-import_app = typer.Typer(help="Makes a training-set folder.", no_args_is_help=True, rich_markup_mode=None)
+import_app = Commands("Makes a training-set folder of VLGuard, SafeEraser or your own files.")
 IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
 OUT = typer.Option(..., "--out", help="The training-set folder to write.")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_console
+from vlm_unlearn.cli.terminal import Commands
 
-judge_app = typer.Typer(help="Grades answers.", no_args_is_help=True, rich_markup_mode=None)
+judge_app = Commands("Grades answers by language models or keywords; rubrics, and agreement with people.")
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 
 

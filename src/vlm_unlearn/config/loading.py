@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vlm_unlearn.errors import RequestError, nearest
+from vlm_unlearn.errors import RequestError, nearest, shown
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -60,7 +60,7 @@ class _EachKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _shipped_names() -> list[str]:
+def shipped_names() -> list[str]:
     """The recipes and suites that come with the package, by the names they are called by."""
     return [
         str(file.relative_to(folder))[: -len(".yaml")]
@@ -70,6 +70,28 @@ def _shipped_names() -> list[str]:
     ]
 
 
+def resolved(name: str | Path) -> dict[str, Any]:
+    """A YAML file's keys over those of the files it extends.
+
+    Raises:
+        RequestError: as `load`.
+    """
+    return _read(shipped(name), ())[0]
+
+
+def to_start_from(name: str) -> str:
+    """A shipped file's text for a file of one's own elsewhere: what it extends is named so that it is found from there.
+
+    Raises:
+        RequestError: no file of that name is shipped; the nearest one is named.
+    """
+    name = name.removesuffix(".yaml")
+    if name not in shipped_names():
+        raise RequestError(f"no recipe or suite {shown(name)} is shipped{nearest(name, shipped_names())}; `vlm-unlearn recipes` lists them")
+    text = shipped(name).read_text(encoding="utf-8")
+    return re.sub(r"^extends: *(?=[\w.-]+ *$)", f"extends: {Path(name).parent}/", text, flags=re.MULTILINE)
+
+
 def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
     """A file's keys over those of the file it extends, and the names extended; `readers` are the files that led here."""
     if path.resolve() in (reader.resolve() for reader in readers):
@@ -77,7 +99,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[s
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except OSError as error:
-        near = nearest(str(path), _shipped_names()) if isinstance(error, FileNotFoundError) else ""
+        near = nearest(str(path), shipped_names()) if isinstance(error, FileNotFoundError) else ""
         raise RequestError(f"{path}: {error.strerror}{near}" + (f" ({readers[-1]} extends it)" if readers else "")) from None
     except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
         mark = getattr(error, "problem_mark", None)
