@@ -74,6 +74,7 @@ def run(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         done = run_benchmark(suite, out, out.resolve().name, bars.update)
     files = {"predictions": str(done.predictions), "submission": str(done.submission) if done.submission else None}
     if done.scores is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, plain, print_json, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, result_console, status_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,9 +35,11 @@ def compare(
     if out is not None and (out / "manifest.json").exists():
         raise RequestError(f"{out}: holds a run; choose another folder for the comparison")
     notes = status_console()
-    with notes.status("comparing"):
-        summary, left_out = compare_runs(folders)
-        if out is not None:
+    with Stages() as stages:
+        stages.update("compare", 0, len(runs))
+        summary, left_out = compare_runs(folders, lambda done, total: stages.update("compare", done, total))
+    if out is not None:
+        with notes.status("writing the report"):
             from vlm_unlearn.reporting.report import write_report
             from vlm_unlearn.store import write_json
 
@@ -49,7 +51,7 @@ def compare(
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(_table(summary))
+    console.print(_table(summary, console.width))
     if out is not None:
         console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False)
 
@@ -79,8 +81,8 @@ def _name(run: Path) -> str:
         return run.name
 
 
-def _table(summary: Summary) -> Table:
-    """One line a comparison."""
+def _table(summary: Summary, width: int) -> Table:
+    """One line a comparison; a narrow terminal is shown what matters most of it."""
     from rich import box
     from rich.table import Table
 
@@ -90,12 +92,11 @@ def _table(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAVY, caption=caption, caption_justify="left", caption_style="")
     for heading in ("model", "metric"):
         table.add_column(heading, overflow="fold")
-    for heading in ("change", "95 % interval", "p after Holm", "test", "pairs", "unpaired"):
+    headings = ("change", "95 % interval", "p after Holm", "test", "pairs", "unpaired")[: None if width >= 100 else 3 if width >= 76 else 2]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for comparison in summary.comparisons:
-        table.add_row(
-            plain(comparison.model),
-            plain(comparison.metric),
+        cells = (
             change(comparison),
             f"{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}",
             f"{comparison.p_adjusted:.2g}",
@@ -103,4 +104,5 @@ def _table(summary: Summary) -> Table:
             str(comparison.n),
             str(comparison.unpaired),
         )
+        table.add_row(plain(comparison.model), plain(comparison.metric), *cells[: len(headings)])
     return table

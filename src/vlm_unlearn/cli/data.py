@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, showing
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
@@ -48,7 +48,7 @@ def _step(
 
     refuse_overwriting(outputs or [out], sources)
     problems = Problems()
-    with showing(problems):
+    with showing(problems), Stages() as stages, reading(stages):
         counts = work(None if strict else problems)
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
@@ -139,16 +139,7 @@ def mix(
     """
     from vlm_unlearn.data.pipeline import mix
 
-    with Stages() as stages:
-        _step(
-            out,
-            [retain, external],
-            strict,
-            as_json,
-            lambda problems: mix(
-                retain, external, out, size, seed, problems, lambda done, total: stages.update("read (MB)", done >> 20, total >> 20)
-            ),
-        )
+    _step(out, [retain, external], strict, as_json, lambda problems: mix(retain, external, out, size, seed, problems))
 
 
 @app.command("rmu", rich_help_panel=STEPS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, quiet_libraries, result_console, status_console
 
 
 def demo(
@@ -37,6 +37,7 @@ def demo(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("drawing the world")
         summary = run_demo(out, seed, bars.update, full)
     runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
     training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
@@ -49,7 +50,7 @@ def demo(
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary, {model: training_cost(run) for model, run in training.items()}))
+    console.print(RatesTable(summary, {model: training_cost(run) for model, run in training.items()}))
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, quiet_libraries, result_console, status_console
 from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def evaluate(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
     costs = suite_costs(out, suite)
     for remark in [*remarks(out), *judge_remarks(costs, suite)]:
@@ -86,6 +87,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         generate_run(suite, out, bars.update, verify_batching)
     for remark in remarks(out):
         typer.echo(remark, err=True)
@@ -131,6 +133,6 @@ def _show(row: Row, as_json: bool, note: str) -> None:
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary))
+    console.print(RatesTable(summary))
     if note:
         console.print(note, markup=False, highlight=False)

@@ -39,6 +39,7 @@ def export(
         from vlm_unlearn.reporting.model_card import model_card
 
         quiet_libraries()
+    with status_console().status("merging and writing the weights"):
         card = model_card(run, evaluations)
         folder = export_run(run, out, precision.value, card)
     if as_json:

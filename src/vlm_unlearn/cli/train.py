@@ -63,6 +63,7 @@ def train(
         _warn_of_refusals(planned)
         _show_start(planned)
     with Stages() as bars:
+        bars.wait("loading the model")
 
         def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
             shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in NOT_A_LOSS)
@@ -70,11 +71,8 @@ def train(
 
         try:
             with redirect_stdout(sys.stderr):  # trackio and others talk; standard output is for the result
-                model = run_plan(planned, on_step, probe)
+                model = run_plan(planned, on_step, probe, lambda done, total: bars.update("reference values", done, total))
             part()
-        except KeyboardInterrupt:
-            typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
-            raise
         except WorkError:
             if first:
                 write_loss_png(recipe.output)  # they show how it went wrong

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vlm_unlearn.benchmarks import NoAnswersError
@@ -18,13 +18,14 @@ from vlm_unlearn.records import Comparison, Row, Summary
 Pairs = tuple[str, str, Difference, int]  # model, metric, difference, unpaired
 
 
-def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
+def compare_runs(runs: Mapping[str, Path], on_done: Callable[[int, int], None] | None = None) -> tuple[Summary, list[str]]:
     """Each run against the first, in every metric that the two share, over the prompts that both were asked.
 
     A metric over other cases in the two suites is compared over the cases of both.
 
     Args:
         runs: evaluation folder of each model, the base first.
+        on_done: told of each run that is compared: runs done, runs in all.
 
     Returns:
         Rows and comparisons, and what was not compared, with the reason.
@@ -37,7 +38,7 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
     rows: list[Row] = [run_row(base, names[0])]
     found: list[Pairs] = []
     left_out: list[str] = []
-    for name in names[1:]:
+    for done, name in enumerate(names[1:], start=1):
         run = _read(runs[name])
         rows.append(run_row(run, name))
         where = f"{runs[names[0]]} and {runs[name]}"
@@ -60,6 +61,8 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
                 found.append((name, benchmark.name, *scored))
         if len(found) == before:
             raise RequestError(f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1]))
+        if on_done:
+            on_done(done, len(names) - 1)
     return Summary(rows=rows, comparisons=list(_adjusted(found, names[0]))), left_out
 
 
