@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vlm_unlearn.errors import RequestError, nearest, shown
+from vlm_unlearn.store import what_it_is
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -45,8 +46,14 @@ def load(config: type[Config], path: Path, overrides: Sequence[str] = (), values
     """
     path = shipped(path)
     value, bases = _read(path, ())
+    for mark, what in _MARKS.items():
+        if mark in value and mark not in config.model_fields:
+            raise RequestError(f"{path}: is {what}")
     where = f"{path} (extends {', '.join(bases)})" if bases else str(path)
     return validate(config, {**override(value, overrides), **(values or {})}, where)
+
+
+_MARKS = {"method": "a recipe, for `vlm-unlearn train`", "metrics": "a suite, for `vlm-unlearn evaluate`"}
 
 
 class _EachKeyOnce(yaml.SafeLoader):
@@ -68,6 +75,13 @@ def shipped_names() -> list[str]:
         for file in sorted(folder.rglob("*.yaml"))
         if not file.stem.startswith("_") and file.parent.name != "engines"
     ]
+
+
+def _nearest_shipped(path: Path) -> str:
+    """The shipped name that may be meant: one that ends so, else the closest."""
+    names = shipped_names()
+    same = [name for name in names if Path(name).name == path.name.removesuffix(".yaml")]
+    return nearest(same[0] if same else str(path), names)
 
 
 def resolved(name: str | Path) -> dict[str, Any]:
@@ -99,7 +113,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[s
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except OSError as error:
-        near = nearest(str(path), shipped_names()) if isinstance(error, FileNotFoundError) else ""
+        near = _nearest_shipped(path) if isinstance(error, FileNotFoundError) else what_it_is(path)
         raise RequestError(f"{path}: {error.strerror}{near}" + (f" ({readers[-1]} extends it)" if readers else "")) from None
     except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
         mark = getattr(error, "problem_mark", None)
@@ -196,7 +210,10 @@ def validate(config: type[Config], value: object, where: str) -> Config:
     try:
         return config.model_validate(value)
     except ValidationError as error:
-        first, *others = error.errors()
+        found = error.errors()
+        if found[0]["type"] == "missing":  # a misspelt key is why
+            found.sort(key=lambda one: one["type"] != "extra_forbidden")
+        first, *others = found
         # A value that may be of several kinds fails once for each, and each names its kind as if it were a key.
         known = _keys_beside(config, first["loc"])
         kinds = [
