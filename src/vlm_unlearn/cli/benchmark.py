@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
+from vlm_unlearn.cli.completing import benchmark_names
 from vlm_unlearn.cli.evaluate import answer_share
 from vlm_unlearn.cli.terminal import Commands
 from vlm_unlearn.training.processes import is_first
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vlm_unlearn.records import Rate
 
 benchmark_app = Commands("Utility benchmarks, asked and scored from their official files.")
-NAME = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them.")
+NAME = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them.", autocompletion=benchmark_names)
 ANNOTATIONS = typer.Option(..., "--annotations", help="The benchmark's official annotation file; for POPE up to three times.")
 QUESTIONS = typer.Option(None, "--questions", help="Its second official file, where it has one.")
 OFFICIAL = typer.Option(False, "--official", help="Count exactly as the published evaluator, its quirks included.")

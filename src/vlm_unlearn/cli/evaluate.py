@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, quiet_libraries, result_console, status_console
+from vlm_unlearn.cli.completing import suite_keys, suite_names
 from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Row
 
-SUITE = typer.Argument(..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.")
-OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.")
+SUITE = typer.Argument(
+    ..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.", autocompletion=suite_names
+)
+OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.", autocompletion=suite_keys)
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 OUT = typer.Option(..., "--out", help="The run folder.")
 VERIFY = typer.Option(
@@ -105,7 +108,10 @@ def answer_share(suite: Suite, out: Path) -> None:
 def score(
     run: Path = RUN,
     overrides: list[str] = typer.Argument(
-        None, metavar="[key=value ...]", help="The suite's keys, such as judge=keyword or paper=true; they are written into the run."
+        None,
+        metavar="[key=value ...]",
+        help="The suite's keys, such as judge=keyword or paper=true; they are written into the run.",
+        autocompletion=suite_keys,
     ),
     name: str = NAME,
     as_json: bool = JSON_OPTION,

@@ -8,12 +8,13 @@ from typing import Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, print_json
+from vlm_unlearn.cli.completing import shipped_names
 
 MODES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 def recipes(
-    name: str = typer.Argument(None, metavar="NAME", help="One of them: print its YAML."),
+    name: str = typer.Argument(None, metavar="NAME", help="One of them: print its YAML.", autocompletion=shipped_names),
     resolved: bool = typer.Option(False, "--resolved", help="With everything that NAME extends, in one file; without comments."),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -26,13 +27,14 @@ def recipes(
       vlm-unlearn recipes safety_mirage/npo_lora_7b > mine.yaml
     """
     from vlm_unlearn.config import resolved as read
-    from vlm_unlearn.config import shipped_names, to_start_from
+    from vlm_unlearn.config import shipped_names as all_names
+    from vlm_unlearn.config import to_start_from
     from vlm_unlearn.errors import RequestError
 
     if name is None:
         if resolved:
             raise RequestError("--resolved is of one recipe: vlm-unlearn recipes NAME --resolved")
-        found = [_described(one, read(one)) for one in shipped_names()]
+        found = [_described(one, read(one)) for one in all_names()]
         if as_json:
             print_json(found)
         else:
