@@ -39,7 +39,7 @@ def places(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_pa
         ("compare {demo} {evaluation}", "it is a demo: its training runs are in its folder runs"),
         ("judge run {data}", "it is a training set, for train's data="),
         ("judge run {gone}", "there is nothing of that name"),
-        ("export {evaluation} --out {gone}", "is no training run; pass a folder that `vlm-unlearn train` wrote; it is an evaluation"),
+        ("export {evaluation} --out {gone}", "is no folder that `vlm-unlearn train` wrote; it is an evaluation"),
         ("export {model} --out {gone}", "it is a model folder, for model="),
         ("train {train}", "Is a directory; it is a training run"),
         ("train tiny/npo model={model} data={train} output={gone}", "holds no dataset.json; make a training set"),

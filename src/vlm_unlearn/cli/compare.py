@@ -36,7 +36,7 @@ def compare(
         raise RequestError(f"{out}: holds a run; choose another folder for the comparison")
     notes = status_console()
     with Stages() as stages:
-        stages.update("compare", 0, len(runs))
+        stages.wait("comparing")
         summary, left_out = compare_runs(folders, lambda done, total: stages.update("compare", done, total))
     if out is not None:
         with notes.status("writing the report"):

@@ -38,7 +38,7 @@ def export(
     from vlm_unlearn.store import what_it_is
 
     if not (run / "recipe.json").is_file():
-        raise RequestError(f"{run}: is no training run; pass a folder that `vlm-unlearn train` wrote{what_it_is(run)}")
+        raise RequestError(f"{run}: is no folder that `vlm-unlearn train` wrote{what_it_is(run)}")
     with status_console().status("loading transformers"):
         from vlm_unlearn.models.exporting import export_run
         from vlm_unlearn.reporting.model_card import model_card
