@@ -49,6 +49,7 @@ COMMANDS = (
     "judge agreement",
     "evaluate",
     "report",
+    "recipes",
 )
 
 

@@ -292,6 +292,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+_WRITTEN_BY = {
+    "train": "is a training run: `vlm-unlearn evaluate SUITE model={} --out DIR` evaluates it, `vlm-unlearn export {} --out DIR` ships it",
+    "evaluate": "is an evaluation, which judge, score and compare read",
+    "attack search": "is an attack search",
+    "demo": "is a demo: its training runs are in its folder runs, its evaluations in its folder evaluations",
+}
+
+
+def what_it_is(path: Path) -> str:
+    """``'; it is a training run: ...'``: what lies at a path where something else was wanted, as far as it can be told."""
+    if not path.exists():
+        return "; there is nothing of that name"
+    if (path / "dataset.json").is_file():
+        return "; it is a training set, for train's data="
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return "; it is a model folder, for model="
+    try:
+        kind = read_manifest(path)["identity"].get("kind")
+    except RequestError:
+        return ""
+    return f"; it {_WRITTEN_BY[kind].format(path, path)}" if kind in _WRITTEN_BY else ""
+
+
 def note_cost(folder: Path, wall_seconds: float, finished: bool = False, ended: Mapping[str, object] | None = None) -> None:
     """Adds wall time to a run's manifest, notes the process's peak memory so far, and marks the run finished.
 

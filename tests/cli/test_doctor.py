@@ -30,6 +30,14 @@ def test_it_says_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_cache_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "weights").write_bytes(b"0" * 1000)
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path))
+    assert doctor.diagnosis()["folders"]["cache"]["used"] == 1000
+    assert doctor._used(tmp_path / "base", seconds=-1) is None  # too many files to count
+
+
 def test_it_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['vlm-unlearn', 'doctor', '--json']\nfrom vlm_unlearn.cli.main import main\n"

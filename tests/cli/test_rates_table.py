@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from vlm_unlearn.cli.common import rates_table
+from vlm_unlearn.cli.common import RatesTable
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Row, Summary
 
@@ -17,7 +17,7 @@ def share(hits: int, n: int, failed: int = 0) -> Rate:
 
 def printed(summary: Summary) -> list[str]:
     console = Console(file=io.StringIO(), width=150)
-    console.print(rates_table(summary))
+    console.print(RatesTable(summary))
     return [line.strip() for line in console.file.getvalue().splitlines() if line.strip()]
 
 

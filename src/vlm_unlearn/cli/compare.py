@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, plain, print_json, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, result_console
 from vlm_unlearn.cli.report import save_report, show_left_out
 from vlm_unlearn.cli.runs import named_runs
 
@@ -32,26 +32,27 @@ def compare(
     from vlm_unlearn.evaluation.comparing import compare_runs
 
     folders = named_runs([base, *runs])
-    with status_console().status("comparing"):
-        if out is not None:
-            from vlm_unlearn.reporting.report import refuse_other_content
+    if out is not None:
+        from vlm_unlearn.reporting.report import refuse_other_content
 
-            refuse_other_content(out)
-        summary, left_out = compare_runs(folders)
+        refuse_other_content(out)
+    with Stages() as stages:
+        stages.wait("comparing")
+        summary, left_out = compare_runs(folders, lambda done, total: stages.update("compare", done, total))
         if out is not None:
-            save_report(out, summary, folders, f"vlm-unlearn: changes against {summary.rows[0].model}", left_out)
+            save_report(out, summary, folders, f"vlm-unlearn: changes against {summary.rows[0].model}", left_out, stages.update)
     show_left_out(left_out)
     if as_json:
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(_table(summary))
+    console.print(_table(summary, console.width))
     if out is not None:
         console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False)
 
 
-def _table(summary: Summary) -> Table:
-    """One line a comparison."""
+def _table(summary: Summary, width: int) -> Table:
+    """One line a comparison; a narrow terminal is shown what matters most of it."""
     from rich import box
     from rich.table import Table
 
@@ -61,12 +62,11 @@ def _table(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAVY, caption=caption, caption_justify="left", caption_style="")
     for heading in ("model", "metric"):
         table.add_column(heading, overflow="fold")
-    for heading in ("change", "95 % interval", "p after Holm", "test", "pairs", "unpaired"):
+    headings = ("change", "95 % interval", "p after Holm", "test", "pairs", "unpaired")[: None if width >= 100 else 3 if width >= 76 else 2]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for comparison in summary.comparisons:
-        table.add_row(
-            plain(comparison.model),
-            plain(comparison.metric),
+        cells = (
             change(comparison),
             f"{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}",
             f"{comparison.p_adjusted:.2g}",
@@ -74,4 +74,5 @@ def _table(summary: Summary) -> Table:
             str(comparison.n),
             str(comparison.unpaired),
         )
+        table.add_row(plain(comparison.model), plain(comparison.metric), *cells[: len(headings)])
     return table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.asking import CACHE, CONCURRENCY, MODEL, SERVER, Asker
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, showing
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def diversify(
         refuse_overwriting([out], [file])
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     problems = Problems()
-    with showing(problems), Stages() as stages:
+    with showing(problems), Stages() as stages, reading(stages):
 
         def by_model(asked: Sequence[tuple[str, str, str]]) -> Mapping[str, str]:
             return _paraphrases(Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256), asked)
@@ -110,6 +110,7 @@ def diversify(
             columns,
             by_model if model else None,
             problems,
+            lambda done, total: stages.update("rewrite", done, total),
         )
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})

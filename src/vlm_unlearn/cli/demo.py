@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, quiet_libraries, result_console, status_console
 
 
 def demo(
@@ -38,19 +38,21 @@ def demo(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("drawing the world")
         summary = run_demo(out, seed, bars.update, full)
-    runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
-    training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
-    for run in training.values():
-        write_loss_png(run)
-    report = write_report(out, summary, runs, f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}", training)
+        runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
+        training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
+        for run in training.values():
+            write_loss_png(run)
+        title = f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}"
+        report = write_report(out, summary, runs, title, training, on_done=bars.update)
     seconds = time.monotonic() - started
     note_cost(out, seconds, finished=True)
     if as_json:
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary, {model: seconds_of_training(run) for model, run in training.items()}))
+    console.print(RatesTable(summary, {model: seconds_of_training(run) for model, run in training.items()}))
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))

@@ -7,13 +7,27 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.cli.common import JSON_OPTION, print_json, result_console
 
-NEEDED = ("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "openai", "rouge-score", "plotly")
+NEEDED = (
+    "vlm-unlearn",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "openai",
+    "rouge-score",
+    "plotly",
+    "matplotlib",
+)
 # What is optional: package, what pip installs it by (an extra of this checkout, or its own name), what it is for.
 OPTIONAL = (
     ("deepspeed", ".[deepspeed]", "training with ZeRO-3 (recipes/engines/zero3.yaml)"),
@@ -121,10 +135,22 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """A folder that is there or would be made: free bytes, and whether it can be written to."""
+    """A folder that is there or would be made: the bytes in it and those free, and whether it can be written to."""
     there = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
     free = shutil.disk_usage(there).free if there is not None else None
-    return {"path": str(path), "free": free, "writable": there is not None and os.access(there, os.W_OK)}
+    return {"path": str(path), "used": _used(path), "free": free, "writable": there is not None and os.access(there, os.W_OK)}
+
+
+def _used(path: Path, seconds: float = 1.0) -> int | None:
+    """Bytes of all files below a folder; None where counting them takes too long, as in a cache on a network's disk."""
+    end, total = time.monotonic() + seconds, 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(folder, file)).st_size
+        if time.monotonic() > end:
+            return None
+    return total
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -148,8 +174,9 @@ def _print(found: dict[str, Any]) -> None:
         console.print(f"  {extra['package']:<14}{plain(told)}  ({plain(extra['for'])})", highlight=False)
     console.print()
     for name, folder in found["folders"].items():
+        used = "large" if folder["used"] is None else f"holds {_gib(folder['used'])}"
         free = "" if folder["free"] is None else f", {_gib(folder['free'])} free"
-        console.print(f"{name}: {plain(folder['path'])}{free}", highlight=False)
+        console.print(f"{name}: {plain(folder['path'])}, {used}{free}", highlight=False)
     settings = found["settings"]
     console.print(f"OPENAI_API_KEY {'is' if settings['OPENAI_API_KEY'] else 'is not'} set (judges on a server)", highlight=False)
     if settings["HF_HUB_OFFLINE"]:

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, quiet_libraries, result_console, status_console
+from vlm_unlearn.cli.completing import suite_keys, suite_names
 from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Row
 
-SUITE = typer.Argument(..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.")
-OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.")
+SUITE = typer.Argument(
+    ..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.", autocompletion=suite_names
+)
+OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.", autocompletion=suite_keys)
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 OUT = typer.Option(..., "--out", help="The run folder.")
 VERIFY = typer.Option(
@@ -59,11 +62,13 @@ def evaluate(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
     costs = suite_costs(out, suite)
     for remark in [*remarks(out), *judge_remarks(costs, suite)]:
         typer.echo(remark, err=True)
-    report = write_report(out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
+    with Stages() as bars:
+        report = write_report(out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}", on_done=bars.update)
     _show(row, as_json, f"Report: {report}")
     refuse_silence(costs)
 
@@ -86,6 +91,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         generate_run(suite, out, bars.update, verify_batching)
     for remark in remarks(out):
         typer.echo(remark, err=True)
@@ -103,7 +109,10 @@ def answer_share(suite: Suite, out: Path) -> None:
 def score(
     run: Path = RUN,
     overrides: list[str] = typer.Argument(
-        None, metavar="[key=value ...]", help="The suite's keys, such as judge=keyword or paper=true; they are written into the run."
+        None,
+        metavar="[key=value ...]",
+        help="The suite's keys, such as judge=keyword or paper=true; they are written into the run.",
+        autocompletion=suite_keys,
     ),
     name: str = NAME,
     as_json: bool = JSON_OPTION,
@@ -131,6 +140,6 @@ def _show(row: Row, as_json: bool, note: str) -> None:
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary))
+    console.print(RatesTable(summary))
     if note:
         console.print(note, markup=False, highlight=False)

@@ -37,11 +37,17 @@ def export(
 
       vlm-unlearn export runs/npo --evaluation evaluations/base --evaluation evaluations/npo --out models/llava-npo
     """
+    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.store import what_it_is
+
+    if not (run / "recipe.json").is_file():
+        raise RequestError(f"{run}: is no folder that `vlm-unlearn train` wrote{what_it_is(run)}")
     with status_console().status("loading transformers"):
         from vlm_unlearn.models.exporting import export_run
         from vlm_unlearn.reporting.model_card import model_card
 
         quiet_libraries()
+    with status_console().status("merging and writing the weights"):
         card = model_card(run, evaluations, license)
         folder = export_run(run, out, precision.value, card)
     if as_json:

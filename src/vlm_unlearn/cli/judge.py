@@ -7,8 +7,10 @@ from pathlib import Path
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_console
+from vlm_unlearn.cli.completing import judge_keys
+from vlm_unlearn.cli.terminal import Commands
 
-judge_app = typer.Typer(help="Grades answers.", no_args_is_help=True, rich_markup_mode=None)
+judge_app = Commands("Grades answers by language models or keywords; rubrics, and agreement with people.")
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 
 
@@ -16,7 +18,10 @@ RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluat
 def judge_run_command(
     run: Path = RUN,
     overrides: list[str] = typer.Argument(
-        None, metavar="[key=value ...]", help="One judge's keys, such as name=keyword; or the suite's, such as judge.model=M or paper=true."
+        None,
+        metavar="[key=value ...]",
+        help="One judge's keys, such as name=keyword; or the suite's, such as judge.model=M or paper=true.",
+        autocompletion=judge_keys,
     ),
     case: list[str] = typer.Option(
         [], "--case", help="With one judge's keys: a case or benchmark to grade, perhaps again; default: all cases."

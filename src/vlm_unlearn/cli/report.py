@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, rates_table, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, result_console, status_console
 from vlm_unlearn.cli.runs import named_runs
 
 if TYPE_CHECKING:
+    from vlm_unlearn.evaluation.generating import OnDone
     from vlm_unlearn.records import Summary
 
 
@@ -31,19 +32,20 @@ def report(
       vlm-unlearn report demo --out reports/demo --title "Both papers in miniature"
     """
     folders = named_runs(runs)
-    with status_console().status("writing the report"):
+    with Stages() as stages:
+        stages.wait("reading the runs")
         from vlm_unlearn.evaluation.comparing import summarise_runs
         from vlm_unlearn.reporting.report import refuse_other_content
 
         refuse_other_content(out)
-        summary, left_out = summarise_runs(folders)
-        page = save_report(out, summary, folders, title or _title(list(folders)), left_out)
+        summary, left_out = summarise_runs(folders, lambda done, total: stages.update("compare", done, total))
+        page = save_report(out, summary, folders, title or _title(list(folders)), left_out, stages.update)
     show_left_out(left_out)
     if as_json:
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary))
+    console.print(RatesTable(summary))
     console.print(f"Report: {page}", markup=False, highlight=False)
 
 
@@ -51,13 +53,13 @@ def _title(models: list[str]) -> str:
     return f"vlm-unlearn: {', '.join(models) if len(models) <= 4 else f'{len(models)} models'}"
 
 
-def save_report(out: Path, summary: Summary, folders: dict[str, Path], title: str, left_out: list[str]) -> Path:
+def save_report(out: Path, summary: Summary, folders: dict[str, Path], title: str, left_out: list[str], on_done: OnDone) -> Path:
     """Writes summary.json and the report; returns the page to open."""
     from vlm_unlearn.reporting.report import write_report
     from vlm_unlearn.store import write_json
 
     write_json(out / "summary.json", summary.model_dump())
-    return write_report(out, summary, folders, title, left_out=left_out)
+    return write_report(out, summary, folders, title, left_out=left_out, on_done=on_done)
 
 
 def show_left_out(left_out: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
+from vlm_unlearn.cli.completing import recipe_keys, recipe_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,8 +25,15 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe_file: Path = typer.Argument(..., metavar="RECIPE.yaml", help="A recipe, or the name of a shipped one such as tiny/npo."),
-    overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides, such as training.learning_rate=1e-5."),
+    recipe_file: Path = typer.Argument(
+        ..., metavar="RECIPE.yaml", help="A recipe, or the name of a shipped one such as tiny/npo.", autocompletion=recipe_names
+    ),
+    overrides: list[str] = typer.Argument(
+        None,
+        metavar="[key=value ...]",
+        help="Dotted overrides, such as training.learning_rate=1e-5.",
+        autocompletion=recipe_keys,
+    ),
     plan_only: bool = typer.Option(False, "--plan", help="Only say what would train, on what, for how long, in how much memory."),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -63,6 +71,7 @@ def train(
         _warn_of_refusals(planned)
         _show_start(planned)
     with Stages() as bars:
+        bars.wait("loading the model")
 
         def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
             shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in NOT_A_LOSS)
@@ -70,11 +79,8 @@ def train(
 
         try:
             with redirect_stdout(sys.stderr):  # trackio and others talk; standard output is for the result
-                model = run_plan(planned, on_step, probe)
+                model = run_plan(planned, on_step, probe, lambda done, total: bars.update("reference values", done, total))
             part()
-        except KeyboardInterrupt:
-            typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
-            raise
         except WorkError:
             if first:
                 write_loss_png(recipe.output)  # they show how it went wrong
@@ -188,7 +194,8 @@ def methods(as_json: bool = JSON_OPTION) -> None:
 
       vlm-unlearn methods --json
     """
-    from vlm_unlearn.methods import METHODS
+    with status_console().status("loading torch"):
+        from vlm_unlearn.methods import METHODS
 
     if as_json:
         print_json([{"name": name, "source": method.source, "options": _options(method)} for name, method in sorted(METHODS.items())])

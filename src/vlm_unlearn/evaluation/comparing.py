@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vlm_unlearn.benchmarks import NoAnswersError
@@ -15,25 +15,27 @@ from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
 
+OnCompared = Callable[[int, int], None]  # models compared, and how many there are
 Pairs = tuple[str, str, Difference, int]  # model, metric, difference, unpaired
 
 
-def summarise_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
+def summarise_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
     """Each run's row, with those compared to the first that can be; returns and raises as `compare_runs`, but where two runs have
     nothing to compare, that is among the reasons."""
     if len(runs) == 1:
         name, folder = next(iter(runs.items()))
         return Summary(rows=[run_row(_read(folder), name)]), []
-    return _compare(runs, refuse=False)
+    return _compare(runs, refuse=False, on_done=on_done)
 
 
-def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
+def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
     """Each run against the first, in every metric that the two share, over the prompts that both were asked.
 
     A metric over other cases in the two suites is compared over the cases of both.
 
     Args:
         runs: evaluation folder of each model, the base first.
+        on_done: told of each run that is compared: runs done, runs in all.
 
     Returns:
         Rows and comparisons, and what was not compared, with the reason.
@@ -41,16 +43,16 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
     Raises:
         RequestError: a run is not finished or not graded, or has no prompt or metric in common with the base, or another judge.
     """
-    return _compare(runs, refuse=True)
+    return _compare(runs, refuse=True, on_done=on_done)
 
 
-def _compare(runs: Mapping[str, Path], refuse: bool) -> tuple[Summary, list[str]]:
+def _compare(runs: Mapping[str, Path], refuse: bool, on_done: OnCompared | None) -> tuple[Summary, list[str]]:
     names = list(runs)
     base = _read(runs[names[0]])
     rows: list[Row] = [run_row(base, names[0])]
     found: list[Pairs] = []
     left_out: list[str] = []
-    for name in names[1:]:
+    for done, name in enumerate(names[1:], start=1):
         run = _read(runs[name])
         rows.append(run_row(run, name))
         try:
@@ -61,6 +63,8 @@ def _compare(runs: Mapping[str, Path], refuse: bool) -> tuple[Summary, list[str]
             compared, reasons = [], [f"{name}: {error}"]
         found += compared
         left_out += reasons
+        if on_done:
+            on_done(done, len(names) - 1)
     return Summary(rows=rows, comparisons=list(_adjusted(found, names[0]))), left_out
 
 

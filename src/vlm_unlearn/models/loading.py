@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vlm_unlearn.data.batching import Processor
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.models.layout import Layout, layout_of
-from vlm_unlearn.store import digest_model, read_json
+from vlm_unlearn.store import digest_model, read_json, read_manifest, what_it_is
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -219,6 +219,8 @@ def run_model_folder(name: str) -> Path:
     """
     folder = Path(name).expanduser()
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
+        if read_manifest(folder)["identity"].get("kind") not in ("train", None):
+            raise RequestError(f"model {name}: must be a model folder, a hub name, or a training run's folder{what_it_is(folder)}")
         folder = folder / "model"
         if not folder.is_dir():
             raise RequestError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from vlm_unlearn.errors import printable
+from vlm_unlearn.evaluation.generating import OnDone
 from vlm_unlearn.records import LABELS, Verdict
 from vlm_unlearn.reporting.collecting import Answer, Question, join_questions, read_run
 from vlm_unlearn.reporting.page import render_page, template_text
@@ -20,7 +21,6 @@ STATES = (*LABELS, "score", "failed", "none")  # what an answer can be in a judg
 MOST_BYTES = 40_000_000  # of inlined data: more would keep a browser busy for seconds
 CUTS = (20_000, 4_000, 1_000)  # characters of the longest text, tried one after the other where all would be too much
 
-OnDone = Callable[[str, int, int], None]  # stage, done, all
 Columns = dict[str, Any]
 
 

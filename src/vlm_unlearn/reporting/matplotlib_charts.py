@@ -8,6 +8,7 @@ from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_unlearn.evaluation.generating import OnDone
 from vlm_unlearn.reporting.charts import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Series, Value, place_labels, shown_name
 
 if TYPE_CHECKING:
@@ -31,8 +32,12 @@ SETTINGS: Mapping[Any, Any] = {
 }
 
 
-def write_plots(folder: Path, charts: Mapping[str, Chart]) -> list[Path]:
-    """Draws each chart into ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``; plots of an earlier report that this one doesn't have go."""
+def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None) -> list[Path]:
+    """Draws each chart into ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``; plots of an earlier report that this one doesn't have go.
+
+    Args:
+        on_done: told how far it is: "plots", done, all.
+    """
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,13 +46,15 @@ def write_plots(folder: Path, charts: Mapping[str, Chart]) -> list[Path]:
         if file.suffix[1:] in FORMATS and file not in wanted:
             file.unlink()
     with matplotlib.rc_context(dict(SETTINGS)), warnings.catch_warnings(action="ignore", category=UserWarning):  # a script without letters
-        for name, chart in charts.items():
+        for done, (name, chart) in enumerate(charts.items(), start=1):
             canvas = canvas_of(chart)
             for kind in FORMATS:
                 part = folder / f".{name}.part.{kind}"
                 undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
                 canvas.savefig(part, dpi=150, metadata=undated.get(kind))
                 part.replace(folder / f"{name}.{kind}")
+            if on_done:
+                on_done("plots", done, len(charts))
     return wanted
 
 

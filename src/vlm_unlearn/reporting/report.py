@@ -10,6 +10,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.evaluation.generating import OnDone
 from vlm_unlearn.records import LABELS, Row, Summary
 from vlm_unlearn.reporting.answers_page import write_answers
 from vlm_unlearn.reporting.charts import COLOURS, style_of
@@ -38,6 +39,7 @@ def write_report(
     title: str,
     training: Mapping[str, Path] | None = None,
     left_out: Sequence[str] = (),
+    on_done: OnDone | None = None,
 ) -> Path:
     """Writes the report of a summary: ``report.html`` in a folder, and what it links to in ``report/`` beside it.
 
@@ -45,6 +47,7 @@ def write_report(
         runs: evaluation folder of each model.
         training: training run of each model that has one, where it isn't the one that the evaluation's suite names.
         left_out: what was not compared, with the reason.
+        on_done: told how far it is: stage, done, all.
 
     Returns:
         The page to open.
@@ -59,8 +62,8 @@ def write_report(
     charts = summary_charts(summary, roles)
     charts["loss"] = loss_charts(trained, [row.model for row in summary.rows])
     drawn = {name: chart for section in charts.values() for name, chart in section.items()}
-    write_plots(folder / "report" / "plots", drawn)
-    write_answers(folder, runs, title)
+    write_plots(folder / "report" / "plots", drawn, on_done)
+    write_answers(folder, runs, title, on_done)
     tables = write_tables(folder, summary, costs)
     page = render_page(
         "report.html.j2",
