@@ -126,7 +126,7 @@ def timings(browser: Any, page_file: Path) -> Iterator[tuple[str, list[float]]]:
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
-    from vlm_unlearn.reporting.answers_page import write_answers
+    from vlm_unlearn.reporting.answers.answers_page import write_answers
     from vlm_unlearn.store import peak_memory_mb
 
     rows = []

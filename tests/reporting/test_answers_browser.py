@@ -11,7 +11,7 @@ import pytest
 from answer_runs import JUDGES, MODELS, asked, label_of, made_runs
 from answer_visits import Open, address, until
 from vlm_unlearn.records import Prompt
-from vlm_unlearn.reporting.answers_page import write_answers
+from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.store import write_text
 
 PROMPTS = asked()

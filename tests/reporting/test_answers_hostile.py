@@ -10,7 +10,7 @@ import pytest
 from answer_runs import made_runs, put_run
 from answer_visits import Open, address
 from vlm_unlearn.records import Prompt, Response, Verdict
-from vlm_unlearn.reporting.answers_page import write_answers
+from vlm_unlearn.reporting.answers.answers_page import write_answers
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",

@@ -18,8 +18,8 @@ from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.evaluation.scoring import read_graded, run_row
 from vlm_unlearn.records import Prompt, Response, Verdict
-from vlm_unlearn.reporting.answers_page import STATES, write_answers
-from vlm_unlearn.reporting.thumbnails import LONGEST_SIDE, write_thumbnails
+from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
+from vlm_unlearn.reporting.answers.thumbnails import LONGEST_SIDE, write_thumbnails
 
 
 def columns(page: Path) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import pytest
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row, Summary
-from vlm_unlearn.reporting.charts import COLOURS, Bars, Chart, Plane, Point, place_labels, shown_name, style_of
-from vlm_unlearn.reporting.matplotlib_charts import write_plots
-from vlm_unlearn.reporting.plotly_charts import plotly_figure
-from vlm_unlearn.reporting.plots import summary_charts
+from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Plane, Point, place_labels, shown_name, style_of
+from vlm_unlearn.reporting.charts.matplotlib_charts import write_plots
+from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
+from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.roles import Roles, answers_link, roles_of
 
 NAMES = ["$x^2$", "<script>", "a & b", "nul \x00 \ud800 \u202e", "very_long_" * 20]

@@ -11,8 +11,8 @@ import pytest
 
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Comparison, Rate, Row, Summary
-from vlm_unlearn.reporting.latex import escaped, latex
-from vlm_unlearn.reporting.tables import named_table, summary_tables, write_tables
+from vlm_unlearn.reporting.tables.latex import escaped, latex
+from vlm_unlearn.reporting.tables.summary_tables import named_table, summary_tables, write_tables
 
 HOSTILE = [
     r"\input{/etc/passwd}",

@@ -12,8 +12,8 @@ from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.reporting.plotly_charts import plotly_figure
-from vlm_unlearn.reporting.plots import shot_charts
+from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
+from vlm_unlearn.reporting.charts.summary_charts import shot_charts
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.reporting.words import change, edge, meaning, notes, reach
 from vlm_unlearn.store import write_json, write_records

@@ -14,8 +14,8 @@ from vlm_unlearn.errors import RequestError
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Comparison, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import better
-from vlm_unlearn.reporting.markdown import escaped
-from vlm_unlearn.reporting.tables import NAMES, named_table, summary_tables, write_tables, written
+from vlm_unlearn.reporting.tables.markdown import escaped
+from vlm_unlearn.reporting.tables.summary_tables import NAMES, named_table, summary_tables, write_tables, written
 
 HOSTILE = [
     "=HYPERLINK(1)",

@@ -110,7 +110,7 @@ def search(
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.searching import GOALS, SearchRequest
         from vlm_unlearn.evaluation.searching import search as run_search
-        from vlm_unlearn.reporting.search_plot import write_search_png
+        from vlm_unlearn.reporting.charts.search_plot import write_search_png
 
         quiet_libraries()
     request = SearchRequest(
@@ -147,7 +147,7 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.search_plot import HITS
+    from vlm_unlearn.reporting.charts.search_plot import HITS
     from vlm_unlearn.reporting.words import interval, percent
 
     table = Table(box=box.SIMPLE_HEAVY)

@@ -28,7 +28,7 @@ def demo(
     started = time.monotonic()
     notes = status_console()
     with notes.status("loading transformers"):
-        from vlm_unlearn.reporting.curves import write_loss_png
+        from vlm_unlearn.reporting.charts.curves import write_loss_png
         from vlm_unlearn.reporting.provenance import seconds_of_training
         from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.reporting.words import meaning

@@ -30,7 +30,7 @@ def table(
       vlm-unlearn table evaluations/base evaluations/npo --table safety_mirage --format tex
     """
     from vlm_unlearn.reporting.summaries import join_summaries
-    from vlm_unlearn.reporting.tables import named_table, written
+    from vlm_unlearn.reporting.tables.summary_tables import named_table, written
     from vlm_unlearn.store import without_surrogates
 
     sys.stdout.write(without_surrogates(written(named_table(join_summaries(runs), name), form.value, intervals)))

@@ -60,7 +60,7 @@ def train(
         if plan_only:
             _show_preview(preview(recipe), as_json)
             return
-        from vlm_unlearn.reporting.curves import NOT_A_LOSS, write_loss_png
+        from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
         from vlm_unlearn.training.processes import part
         from vlm_unlearn.training.runner import run_plan
 
@@ -90,7 +90,7 @@ def train(
 
 
 def _show_result(name: str, model: Path, output: Path, as_json: bool) -> None:
-    from vlm_unlearn.reporting.curves import write_loss_png
+    from vlm_unlearn.reporting.charts.curves import write_loss_png
     from vlm_unlearn.store import read_manifest
 
     curves, stopped = write_loss_png(output), read_manifest(output).get("stopped")

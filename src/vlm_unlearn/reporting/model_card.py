@@ -14,10 +14,10 @@ from vlm_unlearn.methods import METHODS
 from vlm_unlearn.records import Summary
 from vlm_unlearn.reporting.columns import columns
 from vlm_unlearn.reporting.evaluated import Evaluated, changes, model_index, read_evaluated
-from vlm_unlearn.reporting.markdown import escaped, markdown, markdown_table
 from vlm_unlearn.reporting.summaries import join_summaries
-from vlm_unlearn.reporting.table import Table, word, words
-from vlm_unlearn.reporting.tables import summary_tables
+from vlm_unlearn.reporting.tables.markdown import escaped, markdown, markdown_table
+from vlm_unlearn.reporting.tables.summary_tables import summary_tables
+from vlm_unlearn.reporting.tables.table import Table, word, words
 from vlm_unlearn.store import read_json, read_manifest
 
 

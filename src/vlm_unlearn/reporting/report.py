@@ -12,18 +12,18 @@ from plotly.offline import get_plotlyjs
 from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.evaluation.generating import OnDone
 from vlm_unlearn.records import LABELS, Row, Summary
-from vlm_unlearn.reporting.answers_page import write_answers
-from vlm_unlearn.reporting.charts import COLOURS, style_of
+from vlm_unlearn.reporting.answers.answers_page import write_answers
+from vlm_unlearn.reporting.charts.chart import COLOURS, style_of
+from vlm_unlearn.reporting.charts.curves import loss_charts
+from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, write_plots
+from vlm_unlearn.reporting.charts.plotly_charts import SHAPES, plotly_figure
+from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import case_title, columns, heading
-from vlm_unlearn.reporting.curves import loss_charts
 from vlm_unlearn.reporting.limits import limits
-from vlm_unlearn.reporting.matplotlib_charts import FORMATS, write_plots
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.reporting.plotly_charts import SHAPES, plotly_figure
-from vlm_unlearn.reporting.plots import summary_charts
 from vlm_unlearn.reporting.provenance import COSTS, Source, commands_of, costs_of, digests_of, sources_of, versions_of, what_was_done
 from vlm_unlearn.reporting.roles import Roles, answers_link, metric_configs, roles_of
-from vlm_unlearn.reporting.tables import write_tables
+from vlm_unlearn.reporting.tables.summary_tables import write_tables
 from vlm_unlearn.reporting.verdicts import verdict
 from vlm_unlearn.reporting.words import change, edge, failures, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import write_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
-from vlm_unlearn.reporting.charts import (
+from vlm_unlearn.reporting.charts.chart import (
     AS_ASKED,
     ATTACKED,
     CONTROL,

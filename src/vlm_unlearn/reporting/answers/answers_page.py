@@ -12,9 +12,9 @@ from markupsafe import Markup
 from vlm_unlearn.errors import printable
 from vlm_unlearn.evaluation.generating import OnDone
 from vlm_unlearn.records import LABELS, Verdict
-from vlm_unlearn.reporting.collecting import Answer, Question, join_questions, read_run
+from vlm_unlearn.reporting.answers.collecting import Answer, Question, join_questions, read_run
+from vlm_unlearn.reporting.answers.thumbnails import Picture, write_thumbnails
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.reporting.thumbnails import Picture, write_thumbnails
 from vlm_unlearn.store import without_surrogates, write_text
 
 STATES = (*LABELS, "score", "failed", "none")  # what an answer can be in a judge's eyes; "none" is one that it did not grade

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import better
-from vlm_unlearn.reporting.table import Cell, Column, Table, counts, rate_cell, word, words
+from vlm_unlearn.reporting.tables.table import Cell, Column, Table, counts, rate_cell, word, words
 from vlm_unlearn.reporting.words import judged_by
 
 ATTACKED_CASE = "unsafe_what"  # the shipped suites' name of the attack on unsafe questions

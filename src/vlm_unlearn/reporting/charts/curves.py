@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.reporting.charts import Chart, Lines, Series, style_of
+from vlm_unlearn.reporting.charts.chart import Chart, Lines, Series, style_of
 from vlm_unlearn.training.watching import PROBE
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")

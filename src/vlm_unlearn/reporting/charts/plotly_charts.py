@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import singledispatch
 from typing import Any
 
-from vlm_unlearn.reporting.charts import (
+from vlm_unlearn.reporting.charts.chart import (
     COLOURS,
     Bars,
     Chart,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vlm_unlearn.reporting.table import NOTHING, Cell, Column, Table
+from vlm_unlearn.reporting.tables.table import NOTHING, Cell, Column, Table
 
 LONGEST = 200  # characters of one cell
 # What Markdown acts on, and what HTML, the hub and GitHub (mentions, formulas, links) do; within a word an underscore is plain text.

@@ -8,11 +8,11 @@ from pathlib import Path
 from vlm_unlearn.errors import RequestError, nearest, shown
 from vlm_unlearn.records import LABELS, Comparison, Rate, Summary
 from vlm_unlearn.reporting.columns import better, case_title, columns, heading
-from vlm_unlearn.reporting.csv_text import csv_text
-from vlm_unlearn.reporting.latex import latex
-from vlm_unlearn.reporting.markdown import markdown
-from vlm_unlearn.reporting.paper_tables import safe_eraser, safety_mirage, safety_mirage_answers, shares, told
-from vlm_unlearn.reporting.table import Cell, Column, Raw, Table, rate_cell, word, words
+from vlm_unlearn.reporting.tables.csv_text import csv_text
+from vlm_unlearn.reporting.tables.latex import latex
+from vlm_unlearn.reporting.tables.markdown import markdown
+from vlm_unlearn.reporting.tables.paper_tables import safe_eraser, safety_mirage, safety_mirage_answers, shares, told
+from vlm_unlearn.reporting.tables.table import Cell, Column, Raw, Table, rate_cell, word, words
 from vlm_unlearn.reporting.words import SIGNIFICANT, judged_by, significant
 from vlm_unlearn.store import write_text
 

@@ -15,7 +15,7 @@ from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.generation.base import Key
 from vlm_unlearn.records import Prompt, Response, Verdict
-from vlm_unlearn.reporting.thumbnails import Picture, Source
+from vlm_unlearn.reporting.answers.thumbnails import Picture, Source
 from vlm_unlearn.store import read_records
 
 

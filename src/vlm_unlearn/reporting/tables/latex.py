@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from vlm_unlearn.reporting.table import NOTHING, Cell, Column, Table
+from vlm_unlearn.reporting.tables.table import NOTHING, Cell, Column, Table
 
 LONGEST = 60  # characters of one cell
 WIDE = 7  # columns from which a table spans both columns of a page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from vlm_unlearn.reporting.table import Cell, Raw, Table
+from vlm_unlearn.reporting.tables.table import Cell, Raw, Table
 
 # What makes spreadsheets take a text for a formula, full-width forms included.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_unlearn.evaluation.generating import OnDone
-from vlm_unlearn.reporting.charts import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Series, Value, place_labels, shown_name
+from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Series, Value, place_labels, shown_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
