@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -23,7 +24,7 @@ def at_terminal(
     """The exit code, and everything that the terminal was sent.
 
     Args:
-        stop_at: Ctrl-C is typed as soon as this is seen.
+        stop_at: Ctrl-C is typed as soon as this pattern is seen.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -48,7 +49,7 @@ def at_terminal(
                 if not part:
                     break
                 seen += part
-            if not typed and stop_at.encode() in seen:
+            if not typed and re.search(stop_at.encode(), seen):
                 os.write(ours, CTRL_C)
                 typed = True
         assert time.monotonic() < end, seen.decode(errors="replace")

@@ -32,10 +32,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_training_shows_its_time_and_is_stopped_by_ctrl_c(training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "npo"
     line = ["train", "tiny/npo", f"model={tiny_model}", f"data={training_sets['harmful']}", f"output={out}", "training.save_steps=2"]
-    code, seen = at_terminal(*line, "training.max_steps=400", stop_at=" 3/400")
+    code, seen = at_terminal(*line, "training.max_steps=4000", stop_at=r"\d\d/4000")  # the bar may leave steps out
     assert code == 130
     assert seen.count("stopped; nothing is half-written. Run the same command again") == 1
-    assert re.search(r"3/400\S* \S*\d:\d\d:\d\d\S* \S*[-\d]:", seen)  # the time it took, the time that is left
+    assert re.search(r"\d/4000\S* \S*\d:\d\d:\d\d\S* \S*[-\d]:", seen)  # the time it took, the time that is left
     assert "Traceback" not in seen
     assert seen.rindex(f"{ESCAPE}[?25h") > seen.rindex(f"{ESCAPE}[?25l")  # the cursor is back
     assert (out / "checkpoints").is_dir()
@@ -46,7 +46,7 @@ def test_a_large_file_has_a_bar_and_ctrl_c_leaves_nothing(tmp_path: Path) -> Non
     (tmp_path / "retain.json").write_text(json.dumps([record]))
     (tmp_path / "large.json").write_text(json.dumps([record] * 4000))
     line = ["data", "mix", tmp_path / "retain.json", tmp_path / "large.json", tmp_path / "out.json"]
-    code, seen = at_terminal(*line, stop_at="read large.json (MB)")
+    code, seen = at_terminal(*line, stop_at=r"read large\.json \(MB\)")
     assert (code, "stopped;" in seen) == (130, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.json", "retain.json"]
     assert at_terminal(*line, "--size", "10")[0] == 0
