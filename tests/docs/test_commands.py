@@ -170,7 +170,7 @@ def test_the_readme_is_run() -> None:
         if block.kind in SHELL and not block.not_run
         for _, words in our_commands(block.script)
     ]
-    assert {"data", "train", "evaluate", "compare", "export"} <= set(found)
+    assert {"data", "train", "evaluate", "report", "table", "export"} <= set(found)
 
 
 @pytest.mark.parametrize(
