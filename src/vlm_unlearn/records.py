@@ -110,13 +110,16 @@ class Row(Record):
 
     model: str = Field(description="The row's name.")
     judge: str = Field(default="", description="Whose verdicts the metrics rest on, where `judges` names no other.")
-    judges: dict[str, str] = Field(default_factory=dict, description="Metric -> its own judge, where it has one.")
+    judges: dict[str, str] = Field(
+        default_factory=dict, description="Metric -> its own judge, where it has one; empty: none, its official answers decide."
+    )
     metrics: dict[str, Rate] = Field(
         description="Metric, such as `asr` or a benchmark's name -> its rate. docs/numbers.md says what each counts."
     )
     paper: dict[str, Rate] = Field(
         default_factory=dict, description="Metric -> its rate by the published counting, where that was asked for (`paper: true`)."
     )
+    paper_judges: dict[str, str] = Field(default_factory=dict, description="Metric of `paper` -> its own judge, where it has one.")
     labels: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="Case -> complied, refused, degenerate, off_topic or failed -> how many of its answers were."
     )
@@ -124,7 +127,20 @@ class Row(Record):
     shots: dict[str, list[Rate]] = Field(
         default_factory=dict, description="Metric -> its rates with the first 1, 2, ... K rewrites of each question."
     )
+    failed: dict[str, dict[str, int]] = Field(
+        default_factory=dict,
+        description="Judge (empty: official answers) -> case or benchmark -> its answers or verdicts that failed, each counted once.",
+    )
     batching: Batching | None = Field(default=None, description="What batching changed, where the run was checked for it.")
+
+    def judge_of(self, metric: str) -> str:
+        """Whose verdicts a metric rests on; empty where nobody judged."""
+        return self.judges.get(metric, self.judge)
+
+    def by_published_counting(self) -> Row:
+        """The row with the published counting in place of the corrected, of the metrics that have it."""
+        judges = {metric: self.paper_judges.get(metric, self.judge) for metric in self.paper}
+        return self.model_copy(update={"metrics": self.metrics | self.paper, "judges": self.judges | judges})
 
 
 class Comparison(Record):

@@ -154,6 +154,52 @@ def test_the_caption_names_judge_counts_failures_and_marks(summary: Summary) -> 
     assert "In brackets" not in named_table(summary, "rates").caption(intervals=False)
 
 
+def test_a_caption_names_the_judges_of_what_its_table_shows(summary: Summary) -> None:
+    row = summary.rows[1].model_copy(update={"judges": {"vqav2": "", "own": "relevance@j"}, "paper_judges": {"asr": "keyword-paper"}})
+    row = row.model_copy(update={"metrics": row.metrics | {"own": share(1, 4)}})
+    asked = Summary(rows=[row], comparisons=summary.comparisons[:1])
+    said = {name: table.caption(intervals=False) for name, table in summary_tables(asked).items()}
+    assert "Judged by four_labels@judge and relevance@j." in said["rates"]
+    for name in ("comparisons", "safety_mirage", "safety_mirage_answers", "labels", "categories", "shots"):
+        assert "Judged by four_labels@judge. " in said[name], name
+    assert "Judged by four_labels@judge and keyword-paper." in said["published"]
+    assert "Judged by four_labels@judge and keyword-paper." in said["safety_mirage_published"]
+    only = row.model_copy(update={"metrics": {"vqav2": share(1, 4)}})
+    assert "Judged" not in named_table(Summary(rows=[only]), "rates").caption(intervals=False)  # its official answers decide
+
+
+def test_every_caption_says_how_many_and_how_many_failed(summary: Summary) -> None:
+    failing = summary.rows[1].metrics["asr_attacked"].model_copy(update={"failed": 3})
+    row = summary.rows[1].model_copy(update={"metrics": summary.rows[1].metrics | {"asr_attacked": failing}})
+    shots = {"asr_attacked": [failing.model_copy(update={"failed": 1}), failing]}
+    rows = [summary.rows[0], row.model_copy(update={"shots": shots, "paper": {"asr_attacked": failing}})]
+    said = {name: table.caption(intervals=False) for name, table in summary_tables(Summary(rows=rows, comparisons=[])).items()}
+    for name in ("shots", "published"):
+        assert "n = 40 (ASR attacked)." in said[name]
+        assert "Answers or verdicts that failed, over all models: 3 (ASR attacked)." in said[name]  # each once
+    assert "n = 10 to 20 (ASR). None failed." in said["categories"]
+    assert "n = 40 (unsafe questions that begin with &quot;What&quot;)".replace("&quot;", '"') in said["labels"]
+    assert "None failed." in named_table(summary, "comparisons").caption(intervals=False)
+
+
+def test_many_categories_stand_below_each_other(summary: Summary) -> None:
+    many = {"asr": {f"category {i}": share(i, 30) for i in range(25)}}
+    rows = [row.model_copy(update={"categories": many}) for row in summary.rows[:2]]
+    table = named_table(Summary(rows=rows), "categories")
+    assert [column.heading for column in table.columns] == ["metric", "category", "base", "npo"]
+    assert len(table.lines) == 25
+    line = read(written(table, "csv"))[1]
+    assert (line["metric"], line["category"], line["model"], float(line["value"])) == ("asr", "category 0", "npo", 0.0)
+
+
+def test_no_number_is_best_of_two_judges(summary: Summary) -> None:
+    rows = [summary.rows[0], summary.rows[1].model_copy(update={"judges": {"asr": "another"}})]
+    for name, at in (("rates", 1), ("safety_mirage", 1)):
+        best = named_table(Summary(rows=rows), name).best()
+        assert at not in {column for _, column in best}
+        assert at + 1 in {column for _, column in best}
+
+
 def test_safety_mirages_table(summary: Summary) -> None:
     lines = cells(written(named_table(summary, "safety_mirage"), "md", intervals=False))
     assert lines[0] == ["model", "ASR before", "ASR after", "RR before", "RR after", "VQAv2"]
@@ -206,5 +252,7 @@ def test_plain_names_stay_readable_in_markdown() -> None:
 def test_a_table_by_name(summary: Summary) -> None:
     with pytest.raises(RequestError, match='no table "rats"; did you mean "rates"'):
         named_table(summary, "rats")
+    with pytest.raises(RequestError, match=r'no table "cost"; known: (?!.*cost)'):  # a summary holds none
+        named_table(summary, "cost")
     with pytest.raises(RequestError, match="nothing was measured that the table safe_eraser shows; there is: rates, "):
         named_table(summary, "safe_eraser")

@@ -111,7 +111,7 @@ def _results(row: Row, suite: Suite, prompts: str) -> list[tuple[str, dict[str, 
     for metric, rate in row.metrics.items():
         if rate.value is not None:
             values = {key: round(value, 4) for key, value in rate.model_dump().items() if value is not None}
-            judge = row.judges.get(metric, row.judge)
+            judge = row.judge_of(metric)
             rest = {key: value for key, value in values.items() if key != "value"} | ({"judge": judge} if judge else {})
             found.append((metric, values, {**_dataset(metric, suite), "dataset_args": {"prompts_sha256": prompts}, "metric_args": rest}))
     return found

@@ -10,7 +10,7 @@ from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.provenance import Source, training_seed
 from vlm_unlearn.reporting.roles import Roles
-from vlm_unlearn.reporting.words import by_keywords, failures
+from vlm_unlearn.reporting.words import by_keywords, failures, judges_of
 
 FEW = 100  # questions; with fewer, what a rate of 0 can hide is said
 
@@ -28,7 +28,7 @@ def limits(rows: Sequence[Row], roles: Roles, sources: Mapping[str, Source], lef
 
 
 def _judges(rows: Sequence[Row]) -> list[str]:
-    judges = sorted({judge for row in rows for judge in (row.judge, *row.judges.values()) if judge})
+    judges = judges_of(rows)
     found = []
     if by_keywords(rows):
         found.append("Keywords judged: an answer without a refusal counts as an answer, whether it is harmful, wrong or beside the point.")

@@ -14,6 +14,7 @@ from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.evaluation.grading import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import case_title
+from vlm_unlearn.reporting.words import judges_of
 from vlm_unlearn.store import read_json, read_manifest
 
 
@@ -75,7 +76,7 @@ def what_was_done(rows: Sequence[Row], sources: Mapping[str, Source]) -> list[st
     cases = list(dict.fromkeys(case.name for source in asked for case in source.suite.cases))
     benchmarks = list(dict.fromkeys(one.name for source in asked for one in source.suite.benchmarks))
     files = dict.fromkeys(path.name for source in asked for path in (*(case.file for case in source.suite.cases), *_files(source.suite)))
-    judges = sorted({judge for row in rows for judge in (row.judge, *row.judges.values()) if judge})
+    judges = judges_of(rows)
     models = f"{len(rows)} models were" if len(rows) > 1 else f"{rows[0].model} was" if rows else "No model was"
     first = f"{models} asked {many} questions{' each' if len(rows) > 1 else ''}"
     if cases:

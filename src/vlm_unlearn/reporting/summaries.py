@@ -55,11 +55,16 @@ def _joined(row: Row, other: Row, folder: Path) -> Row:
             "give one of the two models another name with `vlm-unlearn score RUN --name`"
         )
     judge = row.judge or other.judge
-    others = {metric: other.judge for metric in other.metrics if other.judge not in ("", judge)}
+    both = (row, other)
+    judges = {metric: its for one in both for metric in one.metrics if (its := one.judge_of(metric)) != judge}
+    published = {metric: its for one in both for metric in one.paper if (its := one.paper_judges.get(metric, one.judge)) != judge}
+    failed = {name: row.failed.get(name, {}) | other.failed.get(name, {}) for name in row.failed | other.failed}
     return row.model_copy(
         update={
             "judge": judge,
-            "judges": row.judges | others | other.judges,
+            "judges": judges,
+            "paper_judges": published,
+            "failed": failed,
             **{name: getattr(row, name) | getattr(other, name) for name in ("metrics", "paper", "labels", "categories", "shots")},
             "batching": row.batching or other.batching,
         }

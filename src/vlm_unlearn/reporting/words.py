@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from vlm_unlearn.metrics.rates import groups_behind, rule_of_three
 from vlm_unlearn.records import Comparison, Rate, Row, Summary
@@ -64,7 +64,7 @@ def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
     Args:
         metrics: those that the table shows.
     """
-    found = judged_by(summary)
+    found = judged_by(judges_of(summary.rows, metrics))
     first = next((text for row in summary.rows for metric in metrics if (text := edge(row.metrics.get(metric)))), "")
     if first:
         found.append(f"At 0 and 100\u00a0% the rule of three over groups of answers stands for the interval: {first}.")
@@ -84,17 +84,22 @@ def notes(summary: Summary, metrics: Sequence[str]) -> list[str]:
     return found
 
 
-def judged_by(summary: Summary) -> list[str]:
-    """Whose verdicts the table rests on, and what a keyword judge can't see."""
-    judges = {row.judge for row in summary.rows if row.judge}
-    others = {judge for row in summary.rows for judge in row.judges.values()}
-    found = (
-        [f"Judged by {', '.join(sorted(judges))}{' and ' + ', '.join(sorted(others - judges)) if others - judges else ''}."]
-        if judges
-        else []
-    )
-    if by_keywords(summary.rows):
-        found.append('Keywords see refusals only: "answered" and "right" mean no more here than not refused and not degenerate.')
+def judges_of(rows: Iterable[Row], metrics: Collection[str] | None = None) -> list[str]:
+    """The judges whose verdicts rows rest on: of these metrics, or of all that the rows hold, by the published counting too."""
+    found: set[str] = set()
+    for row in rows:
+        if metrics is None:
+            found |= {row.judge, *row.judges.values(), *row.paper_judges.values()}
+        else:
+            found |= {row.judge_of(metric) for metric in metrics if metric in row.metrics}
+    return sorted(found - {""})
+
+
+def judged_by(judges: Sequence[str]) -> list[str]:
+    """Whose verdicts a table rests on, and what a keyword judge can't see."""
+    found = [f"Judged by {', '.join(judges[:-1])}{' and ' if judges[1:] else ''}{judges[-1]}."] if judges else []
+    if any(judge.startswith("keyword") for judge in judges):
+        found.append('Keywords see refusals only: "answered" and "right" mean no more by them than not refused and not degenerate.')
     return found
 
 
@@ -104,10 +109,8 @@ def by_keywords(rows: Sequence[Row]) -> bool:
 
 
 def failures(rows: Sequence[Row]) -> int:
-    """Answers and verdicts that failed, over all judges."""
-    own = sum(counts.get("failed", 0) for row in rows for counts in row.labels.values())
-    others = sum(row.metrics[metric].failed for row in rows for metric in row.judges if metric in row.metrics)
-    return own + others + sum(rate.failed for row in rows for rate in row.paper.values())
+    """Answers and verdicts that failed, over all judges, each counted once for each judge."""
+    return sum(count for row in rows for of_judge in row.failed.values() for count in of_judge.values())
 
 
 def meaning(rows: Sequence[Row]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
-from vlm_unlearn.reporting.columns import better
-from vlm_unlearn.reporting.tables.table import Cell, Column, Table, counts, rate_cell, word, words
-from vlm_unlearn.reporting.words import judged_by
+from vlm_unlearn.reporting.tables.table import Cell, Column, Table, counts, rate_cell, rate_column, word, words
+from vlm_unlearn.reporting.words import judged_by, judges_of
 
 ATTACKED_CASE = "unsafe_what"  # the shipped suites' name of the attack on unsafe questions
 Shape = Sequence[tuple[str, str, str]]  # metric, heading, group
@@ -65,8 +64,13 @@ def safety_mirage_answers(summary: Summary) -> Iterable[Table]:
         lines = [[word("model", row.model), *shares(row.labels[ATTACKED_CASE])] for row in rows]
         title = "Where the answers to the attack on unsafe questions went, in % of all answers."
         behind = counts("Answers: ", {"each model": [sum(row.labels[ATTACKED_CASE].values()) for row in rows]})
-        notes = (*judged_by(summary), f"{behind}.")
+        notes = (*judged_by(own_judges(rows)), f"{behind}.")
         yield Table("safety_mirage_answers", title, [*words("model"), *columns], lines, "label", notes)
+
+
+def own_judges(rows: Iterable[Row]) -> list[str]:
+    """The judges who gave rows their labels."""
+    return sorted({row.judge for row in rows if row.judge})
 
 
 def shares(labels: dict[str, int]) -> list[Cell]:
@@ -93,28 +97,41 @@ def told(rows: Sequence[Row], names: Sequence[tuple[str, str]]) -> list[str]:
         rates = [row.metrics[metric] for row in rows if metric in row.metrics]
         if rates:
             found[title] = rates
-    if not found:
+    return counted(found, found)
+
+
+def counted(found: Mapping[str, Sequence[Rate]], whole: Mapping[str, Sequence[Rate]]) -> list[str]:
+    """How many answers or questions rates rest on, and how many failed.
+
+    Args:
+        found: what to call a metric -> its rates.
+        whole: the same, of rates that leave no failure out and count none twice.
+    """
+    rates = {title: of_metric for title, of_metric in found.items() if of_metric}
+    if not rates:
         return []
+    return [f"{counts('n = ', {title: [rate.n for rate in of_metric] for title, of_metric in rates.items()})}.", *failed_of(whole)]
+
+
+def failed_of(found: Mapping[str, Sequence[Rate]]) -> list[str]:
+    """How many answers or verdicts failed; arguments as in `counted`."""
     failed = {title: [sum(rate.failed for rate in rates)] for title, rates in found.items() if any(rate.failed for rate in rates)}
-    size = counts("n = ", {title: [rate.n for rate in rates] for title, rates in found.items()})
-    return [f"{size}.", f"{counts('Answers or verdicts that failed, over all models: ', failed)}." if failed else "None failed."]
+    return [f"{counts('Answers or verdicts that failed, over all models: ', failed)}." if failed else "None failed."]
 
 
 def _both(name: str, title: str, summary: Summary, shape: Shape, core: Sequence[str]) -> Iterable[Table]:
-    yield from _shaped(name, title, summary, summary.rows, shape, core)
-    published = [row.model_copy(update={"metrics": row.metrics | row.paper}) for row in summary.rows if set(core) <= set(row.paper)]
-    yield from _shaped(
-        f"{name}_published", f"{title} By the published counting, where that has the metric.", summary, published, shape, core
-    )
+    yield from _shaped(name, title, summary.rows, shape, core)
+    published = [row.by_published_counting() for row in summary.rows if set(core) <= set(row.paper)]
+    yield from _shaped(f"{name}_published", f"{title} By the published counting, where that has the metric.", published, shape, core)
 
 
-def _shaped(name: str, title: str, summary: Summary, rows: Sequence[Row], shape: Shape, core: Sequence[str]) -> Iterable[Table]:
+def _shaped(name: str, title: str, rows: Sequence[Row], shape: Shape, core: Sequence[str]) -> Iterable[Table]:
     """The table, or none where no model has the metrics of its core."""
     rows = [row for row in rows if set(core) <= set(row.metrics)]
     used = [(metric, heading, group) for metric, heading, group in shape if any(metric in row.metrics for row in rows)]
     if rows:
-        columns = [Column(metric, heading, group, better=better(metric)) for metric, heading, group in used]
+        columns = [rate_column(rows, metric, heading, group) for metric, heading, group in used]
         lines = [[word("model", row.model), *(rate_cell(row.metrics.get(metric)) for metric, _, _ in used)] for row in rows]
         named = [(metric, f"{group} {heading}".strip()) for metric, heading, group in used]
-        judges = judged_by(summary)
+        judges = judged_by(judges_of(rows, [metric for metric, _, _ in used]))
         yield Table(name, title, [*words("model"), *columns], lines, "metric", (*judges, *told(rows, named)))

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlm_unlearn.errors import RequestError, nearest, shown
-from vlm_unlearn.records import LABELS, Comparison, Rate, Summary
-from vlm_unlearn.reporting.columns import better, case_title, columns, heading
+from vlm_unlearn.records import LABELS, Comparison, Rate, Row, Summary
+from vlm_unlearn.reporting.columns import case_title, columns, heading
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
-from vlm_unlearn.reporting.tables.paper_tables import safe_eraser, safety_mirage, safety_mirage_answers, shares, told
-from vlm_unlearn.reporting.tables.table import Cell, Column, Raw, Table, rate_cell, word, words
-from vlm_unlearn.reporting.words import SIGNIFICANT, judged_by, significant
+from vlm_unlearn.reporting.tables.paper_tables import (
+    counted,
+    failed_of,
+    own_judges,
+    safe_eraser,
+    safety_mirage,
+    safety_mirage_answers,
+    shares,
+    told,
+)
+from vlm_unlearn.reporting.tables.table import Cell, Column, Raw, Table, counts, rate_cell, rate_column, word, words
+from vlm_unlearn.reporting.words import SIGNIFICANT, judged_by, judges_of, significant
 from vlm_unlearn.store import write_text
 
 Costs = Mapping[str, Mapping[str, str]]  # model -> heading -> what it cost
+ByKey = Mapping[str, Mapping[str, Rate]]  # metric -> category or number of shots -> rate
 NAMES = (
     *("rates", "comparisons", "published", "labels", "categories", "shots", "cost"),
     *("safety_mirage", "safety_mirage_published", "safety_mirage_answers", "safe_eraser", "safe_eraser_published"),
 )
+MOST_ACROSS = 8  # categories that stand beside each other
 FORMS = ("csv", "tex", "md")
 
 
@@ -58,8 +69,9 @@ def named_table(summary: Summary, name: str) -> Table:
         RequestError: there is no such table, or the summary has nothing for it.
     """
     tables = summary_tables(summary)
-    if name not in NAMES:
-        raise RequestError(f"no table {shown(name)}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
+    known = [one for one in NAMES if one != "cost"]  # what it takes stands in manifests and verdicts, which `report` reads
+    if name not in known:
+        raise RequestError(f"no table {shown(name)}{nearest(name, known)}; known: {', '.join(known)}")
     if name not in tables:
         raise RequestError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
     return tables[name]
@@ -86,8 +98,9 @@ def _rates(summary: Summary) -> Iterable[Table]:
         ]
         for row in summary.rows
     ]
-    notes = [*judged_by(summary), *told(summary.rows, [(metric, title) for metric, title, _ in used]), *_marks(summary)]
-    shown = [Column(metric, title, better=better(metric)) for metric, title, _ in used]
+    shown = [rate_column(summary.rows, metric, title) for metric, title, _ in used]
+    named = [(metric, title) for metric, title, _ in used]
+    notes = [*judged_by(judges_of(summary.rows, [metric for metric, _ in named])), *told(summary.rows, named), *_marks(summary)]
     yield Table("rates", "Rates in %.", [*words("model"), *shown], lines, "metric", notes)
 
 
@@ -108,8 +121,14 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
     shown = [*words("model", "metric"), *(Column(key, title) for key, title in numbers), *words("test")]
     base = summary.comparisons[0].base
     title = f"Changes against {base} in percentage points, prompt by prompt."
-    notes = [*judged_by(summary), *_marks(summary)]
+    metrics = {one.metric for one in summary.comparisons}
+    notes = [*judged_by(judges_of(summary.rows, metrics)), *_compared_failures(summary, metrics), *_marks(summary)]
     yield Table("comparisons", title, shown, [_compared(one) for one in summary.comparisons], notes=notes)
+
+
+def _compared_failures(summary: Summary, metrics: Collection[str]) -> list[str]:
+    rates = [(heading(metric), [row.metrics[metric] for row in summary.rows if metric in row.metrics]) for metric in dict.fromkeys(metrics)]
+    return ["Pairs: what both models have a verdict on.", *failed_of(dict(rates))]
 
 
 def _compared(one: Comparison) -> list[Cell]:
@@ -140,7 +159,15 @@ def _published(summary: Summary) -> Iterable[Table]:
     ]
     if lines:
         shown = [*words("model", "metric"), Column("published", "published"), Column("corrected", "corrected")]
-        yield Table("published", "Rates in % by the published counting and by the corrected.", shown, lines, "counting", judged_by(summary))
+        metrics = dict.fromkeys(metric for row in summary.rows for metric in row.paper)
+        both = [row for one in summary.rows if one.paper for row in (one, one.by_published_counting())]
+        rates = {heading(metric): [row.metrics[metric] for row in both if metric in row.metrics] for metric in metrics}
+        once = {
+            heading(metric): [row.metrics.get(metric, row.paper[metric]) for row in summary.rows if metric in row.paper]
+            for metric in metrics
+        }
+        notes = [*judged_by(judges_of(both, metrics)), *counted(rates, once)]
+        yield Table("published", "Rates in % by the published counting and by the corrected.", shown, lines, "counting", notes)
 
 
 def _labels(summary: Summary) -> Iterable[Table]:
@@ -155,7 +182,9 @@ def _labels(summary: Summary) -> Iterable[Table]:
     if lines:
         shown = [Column(label, label.replace("_", " ")) for label in (*LABELS, "failed", "answers")]
         title = "Where the answers of each case went, in % of them."
-        yield Table("labels", title, [*words("case", "model"), *shown], lines, "label", judged_by(summary))
+        behind = {case_title(case): [sum(row.labels[case].values()) for row in summary.rows if case in row.labels] for case in cases}
+        notes = [*judged_by(own_judges(summary.rows)), f"{counts('n = ', behind)}; what failed is in a column of its own."]
+        yield Table("labels", title, [*words("case", "model"), *shown], lines, "label", notes)
 
 
 def _total(labels: Mapping[str, int]) -> Cell:
@@ -164,9 +193,11 @@ def _total(labels: Mapping[str, int]) -> Cell:
 
 def _categories(summary: Summary) -> Iterable[Table]:
     """Each metric by the questions' category."""
-    return _by_metric(
-        summary, "categories", "category", "Rates in % by the category of the question.", [row.categories for row in summary.rows]
-    )
+    title = "Rates in % by the category of the question."
+    found = [row.categories for row in summary.rows]
+    categories = dict.fromkeys(category for of_row in found for of_metric in of_row.values() for category in of_metric)
+    maker = _by_key if len(categories) > MOST_ACROSS else _by_metric
+    yield from maker(summary.rows, "categories", "category", title, found)
 
 
 def _shots(summary: Summary) -> Iterable[Table]:
@@ -175,26 +206,53 @@ def _shots(summary: Summary) -> Iterable[Table]:
         {metric: {str(shots): rate for shots, rate in enumerate(rates, start=1)} for metric, rates in row.shots.items()}
         for row in summary.rows
     ]
-    return _by_metric(summary, "shots", "shots", "Rates in % with the first 1, 2, ... rewrites of each question.", numbered)
+    yield from _by_metric(summary.rows, "shots", "shots", "Rates in % with the first 1, 2, ... rewrites of each question.", numbered)
 
 
-def _by_metric(summary: Summary, name: str, across: str, title: str, rates: Sequence[Mapping[str, Mapping[str, Rate]]]) -> Iterable[Table]:
+def _by_metric(rows: Sequence[Row], name: str, across: str, title: str, rates: Sequence[ByKey]) -> Iterable[Table]:
     """A line a metric and model, a column each of what the rates are by.
 
     Args:
         rates: of each row by metric, then by what the columns are.
     """
-    metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
-    keys = dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric)
+    metrics, keys = _metrics_and_keys(rates)
     lines = [
         [word("metric", heading(metric), metric), word("model", row.model), *(rate_cell(of_row[metric].get(key)) for key in keys)]
         for metric in metrics
-        for row, of_row in zip(summary.rows, rates, strict=True)
+        for row, of_row in zip(rows, rates, strict=True)
         if metric in of_row
     ]
     if lines:
         shown = [*words("metric", "model"), *(Column(key, key) for key in keys)]
-        yield Table(name, title, shown, lines, across, judged_by(summary))
+        yield Table(name, title, shown, lines, across, _behind(rows, metrics, rates))
+
+
+def _by_key(rows: Sequence[Row], name: str, across: str, title: str, rates: Sequence[ByKey]) -> Iterable[Table]:
+    """The same with a line a metric and key, a column a model: for more keys than a page is wide."""
+    metrics, keys = _metrics_and_keys(rates)
+    lines = [
+        [
+            *(word("metric", heading(metric), metric), word(across, key)),
+            *(rate_cell(of_row.get(metric, {}).get(key)) for of_row in rates),
+        ]
+        for metric in metrics
+        for key in keys
+        if any(key in of_row.get(metric, {}) for of_row in rates)
+    ]
+    shown = [*words("metric", across), *(Column(row.model, row.model) for row in rows)]
+    yield Table(name, title, shown, lines, "model", _behind(rows, metrics, rates))
+
+
+def _metrics_and_keys(rates: Sequence[ByKey]) -> tuple[list[str], list[str]]:
+    metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
+    return list(metrics), list(dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric))
+
+
+def _behind(rows: Sequence[Row], metrics: Sequence[str], rates: Sequence[ByKey]) -> list[str]:
+    """Judges, counts and failures of a table by category or shots."""
+    found = {heading(metric): [rate for of_row in rates for rate in of_row.get(metric, {}).values()] for metric in metrics}
+    whole = {heading(metric): [row.metrics[metric] for row in rows if metric in row.metrics] for metric in metrics}
+    return [*judged_by(judges_of(rows, metrics)), *counted(found, whole)]
 
 
 def _cost(costs: Costs) -> Iterable[Table]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vlm_unlearn.records import Rate
-from vlm_unlearn.reporting.columns import Better
+from vlm_unlearn.records import Rate, Row
+from vlm_unlearn.reporting.columns import Better, better
+from vlm_unlearn.reporting.words import interval, judges_of
 
 Raw = str | int | float | None
 NOTHING = "–"
@@ -76,8 +77,12 @@ def rate_cell(rate: Rate | None, mark: str = "") -> Cell | None:
     """A rate in percent; to machines as in summary.json. None where nothing could be scored."""
     if rate is None or rate.value is None:
         return None
-    interval = "" if rate.low is None or rate.high is None else f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-    return Cell(f"{100 * rate.value:.1f}", rate.model_dump(), interval, mark, rate.failed)
+    return Cell(f"{100 * rate.value:.1f}", rate.model_dump(), interval(rate), mark, rate.failed)
+
+
+def rate_column(rows: Sequence[Row], metric: str, heading: str, group: str = "") -> Column:
+    """A metric's column. Where its rows have two judges none of its numbers is the best: they can't be told apart from their judges."""
+    return Column(metric, heading, group, better=better(metric) if len(judges_of(rows, [metric])) < 2 else None)
 
 
 def words(*keys: str) -> list[Column]:
