@@ -12,7 +12,7 @@ from finished_runs import complies, make_run, unlearned
 from helpers import run
 from vlm_unlearn.records import Prompt, Summary
 from vlm_unlearn.reporting.provenance import training_run
-from vlm_unlearn.store import open_run, write_json
+from vlm_unlearn.store import digest_model, open_run, write_json
 
 
 @pytest.fixture
@@ -92,6 +92,13 @@ def test_finds_the_training_run(tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "work", moved)
     assert training_run(str(trained / "model"), moved / "evaluations" / "npo") == moved / "runs" / "npo"
+    write_json(moved / "runs" / "npo" / "model" / "config.json", {})
+    other = tmp_path / "moved" / "evaluations" / "other"
+    open_run(other, {"kind": "evaluate", "model": "d" * 64})
+    assert training_run(str(trained / "model"), other) is None  # the same path, other weights
+    same = tmp_path / "moved" / "evaluations" / "same"
+    open_run(same, {"kind": "evaluate", "model": digest_model(moved / "runs" / "npo" / "model")})
+    assert training_run(str(trained / "model"), same) == moved / "runs" / "npo"
     open_run(tmp_path / "evaluated", {"kind": "evaluate"})
     assert training_run(str(tmp_path / "evaluated"), evaluation) is None
     assert training_run("org/model", evaluation) is None

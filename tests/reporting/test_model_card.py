@@ -101,6 +101,39 @@ def test_other_models_are_shown_and_not_the_hubs_results(trained: Path, tmp_path
     assert "What changed" not in card
 
 
+def test_other_weights_at_the_runs_path_are_not_this_model(trained: Path, tmp_path: Path) -> None:
+    """The run was made anew since, or its folder named in another suite: the digest counts, not the name."""
+    card = model_card(trained, [evaluation(tmp_path / "old", "d" * 64, model=str(trained))])
+    assert "model-index" not in card
+    assert "is this model" not in card
+    asked_by_name = model_card(trained, [evaluation(tmp_path / "served", "a server's model", model=str(trained))])
+    assert "served is this model" in asked_by_name  # nothing but the name tells
+
+
+def test_the_card_claims_no_more_than_was_measured(trained: Path, evaluations: list[Path], tmp_path: Path) -> None:
+    for card in (model_card(trained), model_card(trained, [evaluations[0]])):  # nothing, and the base alone
+        assert "was trained to unlearn harmful knowledge with npo" in card
+        assert "nobody has measured it" in card
+        assert "was removed" not in card
+        assert "This model was measured with" not in card
+        assert "no evaluation of this model's weights" in card
+    card = model_card(trained, evaluations)
+    assert "This model was measured with the questions and attacks above" in card
+    assert "nobody has measured it" not in card
+
+
+def test_a_benchmarks_score_is_no_judges(trained: Path, evaluations: list[Path]) -> None:
+    from huggingface_hub import ModelCard
+
+    summary = json.loads((evaluations[1] / "summary.json").read_text())
+    row = summary["rows"][0]
+    row["metrics"]["vqav2"], row["judges"] = row["metrics"]["asr_attacked"], {"vqav2": ""}
+    write_json(evaluations[1] / "summary.json", summary)
+    found = {result.metric_type: result for result in ModelCard(model_card(trained, evaluations)).data.eval_results}
+    assert "judge" not in found["vqav2"].metric_args
+    assert found["asr_attacked"].metric_args["judge"] == "keyword"
+
+
 def test_what_cannot_be_compared_is_said(trained: Path, tmp_path: Path) -> None:
     own = f"{'b' * 64}+{digest_model(trained / 'model')}"
     ungraded = evaluation(tmp_path / "before", "b" * 64)
@@ -123,6 +156,9 @@ def test_no_name_breaks_out(trained: Path, evaluations: list[Path], tmp_path: Pa
     from huggingface_hub import ModelCard
 
     score_run(evaluations[1], saved_suite(evaluations[1]), HOSTILE)
+    summary = json.loads((evaluations[1] / "summary.json").read_text())
+    summary["rows"][0]["metrics"]["<img src=x onerror=alert(1)> [x](http://evil)"] = summary["rows"][0]["metrics"].pop("refusal_rate")
+    write_json(evaluations[1] / "summary.json", summary)
     card = model_card(trained, evaluations, "other\n---\n# x")
     read = ModelCard(card)
     assert read.data.license == "other\n---\n# x"
@@ -130,9 +166,11 @@ def test_no_name_breaks_out(trained: Path, evaluations: list[Path], tmp_path: Pa
     assert "<script>" not in card
     assert "\u202e" not in read.text
     assert "\x00" not in card
+    assert "<img" not in read.text
+    assert "[x](http" not in read.text
     assert "\nlicense: mit" not in card
     tables = [line for line in read.text.splitlines() if line.startswith("| a ")]
-    assert {line.count("|") for line in tables} == {5, 9}  # rates, changes
+    assert {line.count("|") for line in tables} == {6, 9}  # rates, changes
 
 
 def test_wrong_requests(trained: Path, tmp_path: Path) -> None:

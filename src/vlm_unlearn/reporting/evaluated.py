@@ -13,8 +13,9 @@ from vlm_unlearn.evaluation.comparing import compare_runs
 from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.reporting.columns import case_title, heading
+from vlm_unlearn.reporting.provenance import own_digest, same_weights
 from vlm_unlearn.reporting.summaries import read_summary
-from vlm_unlearn.store import digest_model, read_manifest
+from vlm_unlearn.store import read_manifest
 
 Role = Literal["base", "this", "other"]
 
@@ -35,7 +36,7 @@ class Evaluated:
 
 
 def read_evaluated(run: Path, base_digest: object, base: str, evaluations: Sequence[Path]) -> list[Evaluated]:
-    """Reads evaluations and tells by the digests of the weights, or else by the suite's `model`, whose each is.
+    """Reads evaluations and tells by the digests of the weights, or where there are none by the suite's `model`, whose each is.
 
     Args:
         run: the training run.
@@ -45,17 +46,8 @@ def read_evaluated(run: Path, base_digest: object, base: str, evaluations: Seque
     Raises:
         RequestError: an evaluation has no summary.
     """
-    own = _own_digest(run, base_digest)
+    own = own_digest(run, base_digest)
     return [_read(folder, run, own, base_digest, base) for folder in evaluations]
-
-
-def _own_digest(run: Path, base_digest: object) -> str | None:
-    """As an evaluation's manifest would have it: an adapter's digest stands behind its base's."""
-    folder = run / "model"
-    if not folder.is_dir():
-        return None
-    digest = digest_model(folder)
-    return f"{base_digest}+{digest}" if (folder / "adapter_config.json").is_file() else digest
 
 
 def _read(folder: Path, run: Path, own: str | None, base_digest: object, base: str) -> Evaluated:
@@ -64,9 +56,10 @@ def _read(folder: Path, run: Path, own: str | None, base_digest: object, base: s
         return Evaluated(folder, "other", None, "", summary)
     suite, identity = saved_suite(folder), read_manifest(folder)["identity"]
     role: Role = "other"
-    if identity.get("model") == own or Path(suite.model).expanduser().resolve() in (run.resolve(), (run / "model").resolve()):
+    is_own, is_base = same_weights(identity.get("model"), own), same_weights(identity.get("model"), base_digest)
+    if is_own or (is_own is None and Path(suite.model).expanduser().resolve() in (run.resolve(), (run / "model").resolve())):
         role = "this"
-    elif identity.get("model") == base_digest or suite.model == base:
+    elif is_base or (is_base is None and suite.model == base):
         role = "base"
     return Evaluated(folder, role, suite, str(identity.get("prompts", "")), summary)
 

@@ -41,11 +41,15 @@ def model_card(run: Path, evaluations: Sequence[Path] = (), license: str | None 
     recipe = validate(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json")).model_dump(mode="json")
     found = read_evaluated(run, manifest["identity"].get("model"), recipe["model"], evaluations)
     summary = join_summaries(evaluations) if evaluations else None
+    measured = any(one.role == "this" and row.metrics for one in found for row in one.summary.rows)
     lines = [
         *_front(recipe, found, license),
-        *_opening(recipe),
+        *_opening(recipe, measured),
         *(_measured(summary, found) if summary else NOT_MEASURED),
-        CANT_TELL,
+        "## What this can't tell",
+        "",
+        MEASURED_SO_FAR if measured else UNMEASURED,
+        *(CANT_TELL if summary else [ONE_RUN]),
         *([ROUNDED_BASE] if recipe["trainable"]["mode"] == "qlora" else []),
         *_made(recipe, manifest),
     ]
@@ -61,13 +65,16 @@ the questions that your users ask.
 
 It is not for use as the only safeguard, where a wrong or harmful answer does damage, nor as proof that knowledge is gone from the weights.
 """
-CANT_TELL = """\
-## What this can't tell
-
-- Unlearning was measured with the questions and attacks above; others may bring the knowledge back, and so may further training.
-- A model can be safe by being broken: read the degenerate rate and the utility beside the attack success rate.
-- Judges err; each rate is one judge's, with failures left out and counted.
-- It is one training run with one seed: another seed's model would give other numbers, beyond what the intervals allow for."""
+MEASURED_SO_FAR = (
+    "- This model was measured with the questions and attacks above; others may bring the knowledge back, and so may further training."
+)
+UNMEASURED = "- Whether the knowledge is gone: no evaluation of this model's weights came with it."
+ONE_RUN = "- It is one training run with one seed: another seed's model would give other numbers, beyond what intervals allow for."
+CANT_TELL = [
+    "- A model can be safe by being broken: read the degenerate rate and the utility beside the attack success rate.",
+    "- Judges err; a judged rate is one judge's, with failures left out and counted.",
+    ONE_RUN,
+]
 ROUNDED_BASE = "- The adapters were trained on a base in 4 bits and merged into one in full precision: answers differ from training's."
 CLOSING = """\
 ## How to load it
@@ -96,16 +103,17 @@ def _front(recipe: Mapping[str, Any], found: Sequence[Evaluated], license: str |
     return ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
 
 
-def _opening(recipe: Mapping[str, Any]) -> list[str]:
+def _opening(recipe: Mapping[str, Any], measured: bool) -> list[str]:
     name, base = recipe["method"]["name"], recipe["model"]
     known = METHODS.get(name)
-    what = "Harmful knowledge was removed from a vision-language model"
+    what = "A vision-language model was trained to unlearn harmful knowledge"
     if known is not None and not known.unlearns:
-        what = "A vision-language model was taught to refuse"
+        what = "A vision-language model was trained to refuse"
     source = f" ({known.source})" if known else ""
     decoupled = " and prompt decoupling" if recipe["prompt_decouple_weight"] else ""
     title = f"# {escaped(base if _on_the_hub(base) else Path(base).name)}, trained with {escaped(name)}{decoupled}"
-    return [title, "", f"{what} with {escaped(name)}{source} by vlm-unlearn.", "", USE]
+    how_far = f"How far that went: {'see below' if measured else 'nobody has measured it'}."
+    return [title, "", f"{what} with {escaped(name)}{source} by vlm-unlearn. {how_far}", "", USE]
 
 
 def _measured(summary: Summary, found: Sequence[Evaluated]) -> list[str]:
@@ -117,7 +125,7 @@ def _measured(summary: Summary, found: Sequence[Evaluated]) -> list[str]:
     lines += [f"{'; '.join(dict.fromkeys(told))}.", ""] if told else []
     rates = summary_tables(summary).get("rates")
     lines += [markdown(rates)] if rates else ["Nothing: the evaluations have no metrics.", ""]
-    lines += [*(f"- {heading}: {escaped(what)}." for _, heading, what in used), ""]
+    lines += [*(f"- {escaped(heading)}: {escaped(what)}." for _, heading, what in used), ""]
     compared = changes(found)
     if compared:
         lines += ["### What changed", ""]

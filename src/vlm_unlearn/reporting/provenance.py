@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from vlm_unlearn.evaluation.grading import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import case_title
 from vlm_unlearn.reporting.words import judges_of
-from vlm_unlearn.store import read_json, read_manifest
+from vlm_unlearn.store import digest_model, read_json, read_manifest
+
+DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of weights; of an adapter its base's and its own
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,43 @@ def sources_of(runs: Mapping[str, Path], training: Mapping[str, Path]) -> dict[s
 def training_run(model: str, run: Path) -> Path | None:
     """The training run that a suite's model is, or lies in; of a run folder that was moved, below the folders that it lies in.
 
+    One that holds other weights than the evaluation was of is none.
+
     Args:
         run: the evaluation.
     """
+    evaluated = _manifest(run).get("identity", {}).get("model")
     asked = Path(model).expanduser()
     named = asked.parent if asked.name == "model" else asked
     moved = [folder / "runs" / named.name for folder in run.resolve().parents[:3]] if named.parent.name == "runs" else []
-    return next((folder for folder in (asked, named, *moved) if _manifest(folder).get("identity", {}).get("kind") == "train"), None)
+    for folder in (asked, named, *moved):
+        identity = _manifest(folder).get("identity", {})
+        if identity.get("kind") == "train" and same_weights(evaluated, own_digest(folder, identity.get("model"))) is not False:
+            return folder
+    return None
+
+
+def same_weights(evaluated: object, wanted: object) -> bool | None:
+    """Whether an evaluation was of these weights; None where one of the two has no digest to tell by, as with a server's model.
+
+    Args:
+        evaluated: what the evaluation's manifest calls its model.
+        wanted: the weights' digest.
+    """
+    told = all(isinstance(one, str) and DIGEST.fullmatch(one) for one in (evaluated, wanted))
+    return evaluated == wanted if told else None
+
+
+def own_digest(run: Path, base_digest: object) -> str | None:
+    """The digest of what a training run made, as an evaluation's manifest would have it: an adapter's stands behind its base's.
+
+    None where the weights aren't there any more.
+    """
+    folder = run / "model"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    digest = digest_model(folder)
+    return f"{base_digest}+{digest}" if (folder / "adapter_config.json").is_file() else digest
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -167,14 +200,31 @@ def _memory(manifest: Mapping[str, Any]) -> str:
 
 
 def commands_of(sources: Mapping[str, Source]) -> list[str]:
-    """The commands that make each model and its answers again, out of the files that the runs keep."""
+    """The commands that make each model and its answers again, out of the files that the runs keep, and a report of what they made."""
+    names = _names_of_folders(sources)
+    trained: dict[Path, str] = {}
     lines = []
-    for source in sources.values():
+    for model, source in sources.items():
+        made = ""
         if source.training is not None:
-            lines.append(f"vlm-unlearn train {_quoted(source.training / 'recipe.json')} output={_quoted(f'again/{source.training.name}')}")
-        lines.append(f"vlm-unlearn evaluate {_quoted(source.run / 'suite.json')} --out {_quoted(f'again/evaluations/{source.run.name}')}")
-    kept = " ".join(_quoted(source.run) for source in sources.values())
-    return [*lines, f"vlm-unlearn report {kept} --out again/report"]
+            if source.training not in trained:
+                trained[source.training] = f"again/runs/{names[model]}"
+                lines.append(f"vlm-unlearn train {_quoted(source.training / 'recipe.json')} output={_quoted(trained[source.training])}")
+            made = f" model={_quoted(trained[source.training])}"
+        out = f"--out {_quoted(f'again/evaluations/{names[model]}')} --name={_quoted(model)}"
+        lines.append(f"vlm-unlearn evaluate {_quoted(source.run / 'suite.json')}{made} {out}")
+    again = " ".join(_quoted(f"again/evaluations/{name}") for name in names.values())
+    return [*lines, f"vlm-unlearn report {again} --out again/report"]
+
+
+def _names_of_folders(models: Iterable[str]) -> dict[str, str]:
+    """A folder's name for each model, none twice, also where upper and lower case are the same."""
+    found: dict[str, str] = {}
+    for model in models:
+        plain = re.sub(r"[^A-Za-z0-9._+-]", "_", model)[-60:].lstrip(".-") or "model"
+        taken = {name.lower() for name in found.values()}
+        found[model] = next(name for name in (plain, *(f"{plain}-{i}" for i in range(2, len(found) + 3))) if name.lower() not in taken)
+    return found
 
 
 def _quoted(path: Path | str) -> str:
