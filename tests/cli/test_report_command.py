@@ -10,7 +10,10 @@ import pytest
 
 from finished_runs import complies, make_run, unlearned
 from helpers import run
+from vlm_unlearn.cli.report import save_report
+from vlm_unlearn.evaluation.comparing import summarise_runs
 from vlm_unlearn.records import Prompt, Summary
+from vlm_unlearn.reporting import report
 from vlm_unlearn.reporting.provenance import training_run
 from vlm_unlearn.store import digest_model, open_run, write_json
 
@@ -38,6 +41,24 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     assert again.returncode == 0, again.stderr
     assert [row["model"] for row in json.loads(again.stdout)["rows"]] == ["npo"]
     assert "<h1>vlm-unlearn: npo</h1>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_report_that_was_cut_short_is_still_the_one_of_before(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut when all below it is written: page, numbers and all that the page links to are there."""
+    out = tmp_path / "out"
+    assert run("report", *runs, "--out", out).returncode == 0
+    kept = {name: (out / name).read_bytes() for name in ("report.html", "summary.json")}
+    linked = set((out / "report").rglob("*"))
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "render_page", cut)
+    folders = {"npo": runs[1]}
+    with pytest.raises(KeyboardInterrupt):
+        save_report(out, summarise_runs(folders)[0], folders, "cut", [], lambda *_: None)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert linked <= set((out / "report").rglob("*"))
 
 
 def test_a_demos_folder_stands_for_its_evaluations(runs: list[Path], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_training_shows_its_time_and_is_stopped_by_ctrl_c(training_sets: dict[st
     line = ["train", "tiny/npo", f"model={tiny_model}", f"data={training_sets['harmful']}", f"output={out}", "training.save_steps=2"]
     code, seen = at_terminal(*line, "training.max_steps=4000", stop_at=r"\d\d/4000")  # the bar may leave steps out
     assert code == 130
-    assert seen.count("stopped; nothing is half-written. Run the same command again") == 1
+    assert seen.count("stopped; no file is half-written. Run the same command again") == 1
     assert re.search(r"\d/4000\S* \S*\d:\d\d:\d\d\S* \S*[-\d]:", seen)  # the time it took, the time that is left
     assert "Traceback" not in seen
     assert seen.rindex(f"{ESCAPE}[?25h") > seen.rindex(f"{ESCAPE}[?25l")  # the cursor is back

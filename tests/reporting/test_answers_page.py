@@ -19,7 +19,7 @@ from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.evaluation.scoring import read_graded, run_row
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
-from vlm_unlearn.reporting.answers.thumbnails import LONGEST_SIDE, write_thumbnails
+from vlm_unlearn.reporting.answers.thumbnails import LONGEST_SIDE, delete_other_thumbnails, write_thumbnails
 
 
 def columns(page: Path) -> dict[str, Any]:
@@ -158,7 +158,10 @@ def test_images_are_made_anew_and_kept_once(tmp_path: Path) -> None:
     made = (out / photo.file).stat().st_mtime_ns
     assert write_thumbnails(out, [(source, "photo.jpg")])[source, "photo.jpg"] == photo
     assert (out / photo.file).stat().st_mtime_ns == made
-    assert [file.name for file in out.iterdir()] == [photo.file]  # what nobody asks for any more goes
+    for name in (f".{'0' * 32}.png.part", "mine.png"):
+        (out / name).write_text("left by a kill, and somebody's")
+    delete_other_thumbnails(out, [photo])
+    assert sorted(file.name for file in out.iterdir()) == sorted([photo.file, "mine.png"])  # what nobody asks for any more goes
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from vlm_unlearn.config import Suite, load
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row, Summary
 from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Plane, Point, place_labels, shown_name, style_of
-from vlm_unlearn.reporting.charts.matplotlib_charts import write_plots
+from vlm_unlearn.reporting.charts.matplotlib_charts import delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.roles import Roles, answers_link, roles_of
@@ -37,11 +37,17 @@ def test_every_chart_is_drawn_in_every_format(tmp_path: Path) -> None:
     kinds = {"A": share(3), "B": share(5)}
     rows = [row(name, number, categories={"asr": kinds}, shots={"asr": [share(1), share(2)]}) for number, name in enumerate(NAMES)]
     found = charts(rows)
-    (tmp_path / "gone.svg").write_text("of an earlier report")
-    (tmp_path / "kept.txt").write_text("somebody's")
+    for name in ("labels-99.svg", ".labels-99.part.png"):
+        (tmp_path / name).write_text("of an earlier report, and of one that was killed")
+    for name in ("kept.txt", "mine.pdf"):
+        (tmp_path / name).write_text("somebody's")
+    files = write_plots(tmp_path, found)
+    assert (tmp_path / "labels-99.svg").exists()  # the page of before links to it
+    delete_other_plots(tmp_path, [])
+    assert {file.name for file in tmp_path.iterdir()} == {"kept.txt", "mine.pdf"}  # all of ours are known as ours
     files = write_plots(tmp_path, found)
     assert len(files) == 3 * len(found)
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files} | {"kept.txt"}
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files} | {"kept.txt", "mine.pdf"}
     said = {"".join(node.itertext()) for file in files if file.suffix == ".svg" for node in ElementTree.parse(file).iter()}
     for name in ("$x^2$", "<script>", "a & b", "nul \\x00 \\ud800 \\u202e"):
         assert name in said

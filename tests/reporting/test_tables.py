@@ -15,7 +15,7 @@ from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Comparison, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import better
 from vlm_unlearn.reporting.tables.markdown import escaped
-from vlm_unlearn.reporting.tables.summary_tables import NAMES, named_table, summary_tables, write_tables, written
+from vlm_unlearn.reporting.tables.summary_tables import NAMES, delete_other_tables, named_table, summary_tables, write_tables, written
 
 HOSTILE = [
     "=HYPERLINK(1)",
@@ -87,7 +87,12 @@ def test_every_table_that_the_summary_fills_is_written_three_times(summary: Summ
     assert all(file.stat().st_size for file in files)
     assert cells((tmp_path / "report/tables/cost.md").read_text())[2:] == [["npo", "5.1 s", "626 MB"], ["rmu", "6.0 s", "–"]]
     later = write_tables(tmp_path, Summary(rows=[Row(model="m", metrics={"asr": share(1, 4)})]), {})
-    assert set((tmp_path / "report/tables").iterdir()) == set(later)  # nothing of the earlier summary is left
+    (tmp_path / "report/tables/mine.csv").write_text("somebody's")
+    delete_other_tables(tmp_path, later)
+    assert set((tmp_path / "report/tables").iterdir()) == {
+        *later,
+        tmp_path / "report/tables/mine.csv",
+    }  # nothing else of before
     assert {file.stem for file in later} == {"rates"}
 
 

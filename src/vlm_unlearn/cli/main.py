@@ -15,7 +15,7 @@ from vlm_unlearn.errors import RequestError, WorkError, shown
 
 START, PREPARE, UNLEARN = "Start here", "1. Prepare data", "2. Unlearn"
 MEASURE, COMPARE, SHIP = "3. Measure: generate, judge, score", "4. Compare", "5. Ship"
-STOPPED = "stopped; nothing is half-written. Run the same command again: it goes on from what is finished"
+STOPPED = "stopped; no file is half-written. Run the same command again: answers and checkpoints are kept, the rest is made anew"
 
 app = Commands(
     "Removes harmful knowledge from vision-language models and proves it is gone.\n\n"

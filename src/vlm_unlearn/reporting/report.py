@@ -15,7 +15,7 @@ from vlm_unlearn.records import LABELS, Row, Summary
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.reporting.charts.chart import COLOURS, style_of
 from vlm_unlearn.reporting.charts.curves import loss_charts
-from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, write_plots
+from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import SHAPES, plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import case_title, columns, heading
@@ -23,7 +23,7 @@ from vlm_unlearn.reporting.limits import limits
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.reporting.provenance import COSTS, Source, commands_of, costs_of, digests_of, sources_of, versions_of, what_was_done
 from vlm_unlearn.reporting.roles import Roles, answers_link, metric_configs, roles_of
-from vlm_unlearn.reporting.tables.summary_tables import write_tables
+from vlm_unlearn.reporting.tables.summary_tables import delete_other_tables, write_tables
 from vlm_unlearn.reporting.verdicts import verdict
 from vlm_unlearn.reporting.words import change, edge, failures, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import write_text
@@ -62,7 +62,7 @@ def write_report(
     charts = summary_charts(summary, roles)
     charts["loss"] = loss_charts(trained, [row.model for row in summary.rows])
     drawn = {name: chart for section in charts.values() for name, chart in section.items()}
-    write_plots(folder / "report" / "plots", drawn, on_done)
+    plots = write_plots(folder / "report" / "plots", drawn, on_done)
     write_answers(folder, runs, title, on_done)
     tables = write_tables(folder, summary, costs)
     page = render_page(
@@ -79,6 +79,8 @@ def write_report(
         **_in_words(summary, roles, sources, left_out),
     )
     write_text(folder / "report.html", page)
+    delete_other_plots(folder / "report" / "plots", plots)  # no sooner: until now the page of before linked to them
+    delete_other_tables(folder, tables)
     return folder / "report.html"
 
 

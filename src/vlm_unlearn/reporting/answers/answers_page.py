@@ -13,7 +13,7 @@ from vlm_unlearn.errors import printable
 from vlm_unlearn.evaluation.generating import OnDone
 from vlm_unlearn.records import LABELS, Verdict
 from vlm_unlearn.reporting.answers.collecting import Answer, Question, join_questions, read_run
-from vlm_unlearn.reporting.answers.thumbnails import Picture, write_thumbnails
+from vlm_unlearn.reporting.answers.thumbnails import Picture, delete_other_thumbnails, write_thumbnails
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.store import without_surrogates, write_text
 
@@ -64,6 +64,7 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
     )
     file = folder / "report" / "answers.html"
     write_text(file, page)
+    delete_other_thumbnails(folder / "report" / "images", pictures.values())  # no sooner: until now the page of before showed them
     return file
 
 

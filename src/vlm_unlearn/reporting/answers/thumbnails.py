@@ -33,8 +33,8 @@ class Picture:
 def write_thumbnails(folder: Path, sources: Iterable[Source], on_done: OnDone | None = None) -> dict[Source, Picture]:
     """Writes a thumbnail of each image into a folder of its own, decoded and encoded anew: no byte of the source is copied.
 
-    A file is named by the digest of its source, so that the same image is there once, and one that is there is not made again. What an
-    earlier call left there and nobody asks for now is deleted. An image that is missing, broken or outside its root has a `problem`.
+    A file is named by the digest of its source, so that the same image is there once, and one that is there is not made again. An
+    image that is missing, broken or outside its root has a `problem`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = {source: _resolved(*source) for source in dict.fromkeys(sources)}
@@ -42,7 +42,6 @@ def write_thumbnails(folder: Path, sources: Iterable[Source], on_done: OnDone | 
     digests = dict(in_threads(_digest, list(paths)))
     first = {digest: path for path, digest in reversed(digests.items()) if digest is not None}
     made = dict(in_threads(lambda digest: _thumbnail(folder, digest, first[digest]), list(first), on_done))
-    _delete_others(folder, {picture.file for picture in made.values()})
     return {source: _picture(path, digests, made) for source, path in found.items()}
 
 
@@ -91,7 +90,9 @@ def _save(image: Image.Image, file: Path, format: str) -> None:
     os.replace(part, file)
 
 
-def _delete_others(folder: Path, wanted: set[str]) -> None:
+def delete_other_thumbnails(folder: Path, kept: Iterable[Picture]) -> None:
+    """Deletes the thumbnails of an earlier page that this one doesn't show, and what a kill left; files of other names are not ours."""
+    wanted = {picture.file for picture in kept}
     for file in folder.iterdir():
-        if re.fullmatch(r"[0-9a-f]{32}\.(png|jpg)", file.name) and file.name not in wanted:
+        if re.fullmatch(r"[0-9a-f]{32}\.(png|jpg)|\.[0-9a-f]{32}\.(png|jpg)\.part", file.name) and file.name not in wanted:
             file.unlink()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 FORMATS = ("png", "svg", "pdf")
+# Names of plots, and of such a file in the making.
+OURS = re.compile(r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|(categories|shots|labels|loss)-\d+)(\.part)?\.(png|svg|pdf)")
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
 HATCHES = ("", "///", "\\\\\\", "xxx", "...", "---")
 LETTER = 0.078  # inches of a letter at 9 points, generously
@@ -33,7 +36,7 @@ SETTINGS: Mapping[Any, Any] = {
 
 
 def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None) -> list[Path]:
-    """Draws each chart into ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``; plots of an earlier report that this one doesn't have go.
+    """Draws each chart into ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``.
 
     Args:
         on_done: told how far it is: "plots", done, all.
@@ -41,10 +44,6 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [folder / f"{name}.{kind}" for name in charts for kind in FORMATS]
-    for file in folder.iterdir():
-        if file.suffix[1:] in FORMATS and file not in wanted:
-            file.unlink()
     with matplotlib.rc_context(dict(SETTINGS)), warnings.catch_warnings(action="ignore", category=UserWarning):  # a script without letters
         for done, (name, chart) in enumerate(charts.items(), start=1):
             canvas = canvas_of(chart)
@@ -55,7 +54,14 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
                 part.replace(folder / f"{name}.{kind}")
             if on_done:
                 on_done("plots", done, len(charts))
-    return wanted
+    return [folder / f"{name}.{kind}" for name in charts for kind in FORMATS]
+
+
+def delete_other_plots(folder: Path, kept: Collection[Path]) -> None:
+    """Deletes the plots of an earlier report that this one doesn't have, and what a kill left; files of other names are a reader's own."""
+    for file in folder.iterdir():
+        if OURS.fullmatch(file.name) and file not in kept:
+            file.unlink()
 
 
 @singledispatch

@@ -36,7 +36,7 @@ FORMS = ("csv", "tex", "md")
 
 
 def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
-    """Writes each table that the summary can fill as ``report/tables/NAME.csv``, ``.tex`` and ``.md``; those of an earlier summary go.
+    """Writes each table that the summary can fill as ``report/tables/NAME.csv``, ``.tex`` and ``.md``.
 
     Args:
         costs: what each model took, under headings such as "training time".
@@ -46,15 +46,19 @@ def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
     """
     below = folder / "report" / "tables"
     tables = summary_tables(summary, costs)
-    for name in set(NAMES) - tables.keys():
-        for form in FORMS:
-            (below / f"{name}.{form}").unlink(missing_ok=True)
     files = []
     for name, table in tables.items():
         for form in FORMS:
             files.append(below / f"{name}.{form}")
             write_text(files[-1], written(table, form))
     return files
+
+
+def delete_other_tables(folder: Path, kept: Collection[Path]) -> None:
+    """Deletes the tables of an earlier summary that this one doesn't fill."""
+    ours = {folder / "report" / "tables" / f"{name}.{form}" for name in NAMES for form in FORMS}
+    for file in ours - set(kept):
+        file.unlink(missing_ok=True)
 
 
 def written(table: Table, form: str, intervals: bool = True) -> str:
