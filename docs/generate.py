@@ -26,6 +26,7 @@ from vlm_unlearn.benchmarks.base import BENCHMARKS
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.config import Recipe, Suite, load
 from vlm_unlearn.config.loading import models_in
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
 from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
@@ -260,21 +261,37 @@ def _folded(title: str, text: str, language: str) -> str:
 
 
 def metrics() -> str:
-    """The metrics of every shipped suite."""
+    """The metrics of every shipped suite, and with `paper: true` those of the published counting."""
     scores = {"mean": "mean score", "one_minus_mean": "1 less the mean score"}
     parts = []
     for file in sorted((RECIPES / "suites").glob("*.yaml")):
         suite = load(Suite, Path(f"suites/{file.stem}"), ["model=m"])
         rows = []
-        for name, metric in suite.metrics.items():
+        corrected = [(code(name), metric) for name, metric in suite.metrics.items()]
+        published = [(f"{code(name)}, published", metric) for name, metric in suite.paper_metrics.items()]
+        for name, metric in (*corrected, *published):
             counts = scores[metric.score] if metric.score else ", ".join(map(code, metric.labels))
             of = "questions, any answer" if metric.group == "any" else "answers"
-            rows.append([code(name), counts, of, ", ".join(map(code, metric.cases)), metric.judge or suite.judge.name])
-        for benchmark in suite.benchmarks:
-            name = code(benchmark.name)
-            rows.append([name, "the benchmark's score", "questions", name, benchmark.judge or "the official answers"])
-        parts += [f"## suites/{file.stem}\n", table(["metric", "counts", "of", "cases", "judge"], rows)]
+            rows.append([name, counts, of, ", ".join(map(code, metric.cases)), _judge(suite, metric.judge)])
+        parts += [f"## suites/{file.stem}\n", table(["metric", "counts", "of", "cases", "judge"], [*rows, *_benchmarks(suite)])]
     return "\n".join(parts)
+
+
+def _judge(suite: Suite, called: str) -> str:
+    """Who judges, and by what."""
+    judge = suite.judge_called(called)
+    by = f" by {code(judge.rubric)}" if judge.rubric else ""
+    return f"{code(judge.name)}{by}{', as published' if judge.paper else ''}"
+
+
+def _benchmarks(suite: Suite) -> list[list[str]]:
+    rows = []
+    for one in suite.benchmarks:
+        name = code(one.name)
+        rows.append([name, "the benchmark's score", "questions", name, _judge(suite, one.judge) if one.judge else "the official answers"])
+    if set(SPECIFICITY) <= {one.name for one in suite.benchmarks}:
+        rows.append([code("specificity"), "the mean of their scores", "questions", ", ".join(map(code, SPECIFICITY)), "as theirs"])
+    return rows
 
 
 def records() -> str:

@@ -14,6 +14,7 @@ from stub_server import stub_server
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.agreement import agreement, write_sheet
 from vlm_unlearn.records import LABELS, Prompt
+from vlm_unlearn.store import note_cost, open_run
 
 
 def every_third_refused(prompt: Prompt) -> str:
@@ -180,6 +181,14 @@ def test_wrong_requests(tmp_path: Path) -> None:
         agreement(folder, ["keywords"], None, "complied")
     with pytest.raises(RequestError, match='did you mean "complied"'):
         agreement(folder, [], None, "complies")
+
+
+def test_what_holds_no_answers_is_told_by_what_it_is(tmp_path: Path) -> None:
+    open_run(tmp_path / "training", {"kind": "train"})
+    note_cost(tmp_path / "training", 1.0, finished=True)
+    for folder, told in ((tmp_path / "training", "it is a training run"), (tmp_path / "gone", "there is nothing of that name")):
+        with pytest.raises(RequestError, match=told):
+            write_sheet(folder, tmp_path / "a.csv", 20, 0)
 
 
 def test_a_sheet_to_label(tmp_path: Path) -> None:

@@ -105,6 +105,11 @@ def read_command(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     command, names, rest = _find(words)
     if hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         raise LookupError(f"no command {rest[0]}")
+    if not names and rest:  # the program's own options; to parse them is to do what they say, such as to write into the shell's files
+        unknown = unknown_in(rest)
+        if unknown:
+            raise LookupError(f"no option {unknown}")
+        return "", {}
     context = command.make_context(" ".join(names), list(rest))
     return " ".join(names), dict(context.params)
 

@@ -191,6 +191,7 @@ def test_a_wrong_command_fails_its_page(kind: str, text: str, told: str, scene: 
     ("text", "told"),
     [
         ("vlm-unlearn trian x", "trian"),
+        ("vlm-unlearn --install-complet", "no option --install-complet"),
         ("vlm-unlearn train tiny/npo --no-such", "no-such"),
         ("vlm-unlearn train tiny/nosuch", "nosuch"),
         ("vlm-unlearn train tiny/npo training.learnin_rate=1", "training.learning_rate|learnin_rate"),

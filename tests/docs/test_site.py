@@ -54,6 +54,16 @@ def test_the_command_line_has_every_command_and_option(generate: ModuleType) -> 
         assert not missing, name
 
 
+def test_the_metrics_have_their_judges_and_none_is_missing(generate: ModuleType) -> None:
+    sections = dict(part.split("\n", 1) for part in generate.metrics().split("## suites/")[1:])
+    assert "| `specificity` | the mean of their scores |" in sections["specificity"]
+    assert "| `mmvet` | the benchmark's score | questions | `mmvet` | `llm` by `mm_vet` |" in sections["specificity"]
+    published = re.search(r"^\| `asr`, published \|.*$", sections["safety_mirage"], re.MULTILINE)
+    assert published is not None
+    assert published[0].endswith("| `llm` by `relevance`, as published |")
+    assert "| `asr` | `complied` | questions, any answer | `unsafe` | `llm` by `four_labels` |" in sections["safety_mirage"]
+
+
 def test_the_command_line_tells_examples_as_commands(generate: ModuleType) -> None:
     assert "```bash\nvlm-unlearn demo --out demo\n```" in generate.commands()
 

@@ -48,7 +48,6 @@ def train(
       vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo
     """
     from vlm_unlearn.config import Recipe, load
-    from vlm_unlearn.errors import WorkError
 
     recipe = load(Recipe, recipe_file, overrides or [])
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, the one that talks
@@ -60,16 +59,28 @@ def train(
         if plan_only:
             _show_preview(preview(recipe), as_json)
             return
-        from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
-        from vlm_unlearn.training.processes import part
-        from vlm_unlearn.training.runner import run_plan
-
         planned = plan(recipe)
         probe = _probe(planned)
-    name = recipe_name(recipe)
     if first:
         _warn_of_refusals(planned)
         _show_start(planned)
+    name = recipe_name(recipe)
+    model = _run(planned, probe, name, first)
+    if first:
+        _show_result(name, model, recipe.output, as_json)
+
+
+def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
+    """Trains with a bar; returns the model.
+
+    Raises:
+        WorkError: the training failed; its loss curves are drawn, by the first process.
+    """
+    from vlm_unlearn.errors import WorkError
+    from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
+    from vlm_unlearn.training.processes import part
+    from vlm_unlearn.training.runner import run_plan
+
     with Stages() as bars:
         bars.wait("loading the model")
 
@@ -83,10 +94,9 @@ def train(
             part()
         except WorkError:
             if first:
-                write_loss_png(recipe.output)  # they show how it went wrong
+                write_loss_png(planned.recipe.output)  # they show how it went wrong
             raise
-    if first:
-        _show_result(name, model, recipe.output, as_json)
+    return model
 
 
 def _show_result(name: str, model: Path, output: Path, as_json: bool) -> None:

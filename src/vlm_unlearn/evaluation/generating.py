@@ -184,7 +184,11 @@ def read_answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
     """
     manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
     if manifest is None or not manifest["finished"]:
-        raise RequestError(f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped)")
+        raise RequestError(
+            f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped){what_it_is(folder)}"
+        )
+    if not (folder / "prompts.jsonl").is_file() or not (folder / RESPONSES).is_file():
+        raise RequestError(f"{folder}: holds no answers of a model{what_it_is(folder)}")
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = list(read_records(folder / RESPONSES, Response))
     samples = manifest["identity"].get("samples", {})

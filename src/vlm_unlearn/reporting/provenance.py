@@ -16,7 +16,7 @@ from vlm_unlearn.evaluation.grading import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import case_title
 from vlm_unlearn.reporting.words import judges_of
-from vlm_unlearn.store import digest_model, read_json, read_manifest
+from vlm_unlearn.store import digest_model, read_manifest
 
 DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of weights; of an adapter its base's and its own
 
@@ -255,4 +255,5 @@ def versions_of(sources: Mapping[str, Source]) -> str:
 
 def seconds_of_training(training: Path) -> str:
     """``"5.1 s"``: the training time that a run's manifest holds."""
-    return f"{read_json(training / 'manifest.json')['wall_seconds']:.1f} s" if (training / "manifest.json").exists() else "–"
+    manifest = _manifest(training)
+    return _seconds(manifest) if manifest else "–"

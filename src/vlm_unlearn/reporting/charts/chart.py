@@ -118,6 +118,17 @@ def rates_series(name: str, rates: Sequence[Rate | None], style: Style, x: Seque
     return Series(name, values, low, high, style, x)
 
 
+def distances(ends: Sequence[Value], values: Sequence[Value]) -> list[float]:
+    """How far an interval's ends lie from its values, as both drawing libraries want them; 0 where one of the two is missing."""
+    return [0 if end is None or value is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
+
+
+def seen_before(chart: Plane) -> list[int]:
+    """For each point how many earlier ones lie at its place, within 1 %: drawn smaller on top of each other, all are seen."""
+    at = [(point.x[0], point.y[0]) for point in chart.points]
+    return [sum(abs(x - a) < 1 and abs(y - b) < 1 for a, b in at[:number]) for number, (x, y) in enumerate(at)]
+
+
 def shown_name(name: str, longest: int = LONGEST_NAME) -> str:
     """A name of somebody's as a chart holds it: on one line, nothing in it that is no letter, its middle left out where it is long."""
     plain = printable(name)

@@ -10,7 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_unlearn.evaluation.generating import OnDone
-from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Series, Value, place_labels, shown_name
+from vlm_unlearn.reporting.charts.chart import (
+    COLOURS,
+    Bars,
+    Chart,
+    Heatmap,
+    Lines,
+    Plane,
+    Series,
+    Value,
+    distances,
+    place_labels,
+    seen_before,
+    shown_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -111,10 +124,7 @@ def _ends(one: Series) -> list[list[float]] | None:
     if not one.low:
         return None
 
-    def distance(ends: Sequence[Value]) -> list[float]:
-        return [0 if end is None or value is None else abs(end - value) for end, value in zip(ends, one.values, strict=True)]
-
-    return [distance(one.low), distance(one.high)]
+    return [distances(one.low, one.values), distances(one.high, one.values)]
 
 
 def _percent_axis(axis: Any) -> None:
@@ -213,14 +223,12 @@ def _plane(chart: Plane) -> Canvas:
     axes.text(
         abs(at_x - 11), abs(at_y - 5), "ideal corner", fontsize=7.5, color="#555555", ha="left" if at_x == 0 else "right", va="center"
     )
-    seen: list[tuple[float, float]] = []
-    for one, name in zip(chart.points, legend, strict=True):
-        x, y = one.x[0], one.y[0]
-        before = sum(abs(x - a) < 1 and abs(y - b) < 1 for a, b in seen)
-        seen.append((x, y))
+    for one, name, before in zip(chart.points, legend, seen_before(chart), strict=True):
         ends = {way: [[v[0] - v[1]], [v[2] - v[0]]] for way, v in (("xerr", one.x), ("yerr", one.y))}
         look = {"color": COLOURS[one.style.colour], "mec": "black", "mew": 0.5, "ecolor": "black", "elinewidth": 0.8, "capsize": 2}
-        axes.errorbar([x], [y], **ends, fmt=SYMBOLS[one.style.shape], ms=max(3, 9 - 2 * before), label=name, zorder=3 + before, **look)
+        axes.errorbar(
+            [one.x[0]], [one.y[0]], **ends, fmt=SYMBOLS[one.style.shape], ms=max(3, 9 - 2 * before), label=name, zorder=3 + before, **look
+        )
     for label in place_labels(chart):
         axes.annotate(
             label.text,

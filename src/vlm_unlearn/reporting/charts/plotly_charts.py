@@ -21,7 +21,9 @@ from vlm_unlearn.reporting.charts.chart import (
     Series,
     Style,
     Value,
+    distances,
     place_labels,
+    seen_before,
     shown_name,
 )
 
@@ -60,11 +62,8 @@ def _hover(name: str, value: Value, low: Value, high: Value, unit: str = " %") -
 
 
 def _errors(values: Sequence[Value], low: Sequence[Value], high: Sequence[Value]) -> Figure:
-    def distance(ends: Sequence[Value]) -> list[float]:
-        return [0 if end is None or value is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
-
     shape = {"color": "ink", "thickness": 1.2, "width": 3}
-    return {"type": "data", "symmetric": False, "array": distance(high), "arrayminus": distance(low), **shape}
+    return {"type": "data", "symmetric": False, "array": distances(high, values), "arrayminus": distances(low, values), **shape}
 
 
 def _marker(style: Style, hatched: bool) -> Figure:
@@ -201,11 +200,4 @@ def _offset(label: PlacedLabel) -> Figure:
 
 def marker_sizes(chart: Plane) -> list[int]:
     """Pixels: of points at one place, the later ones are smaller, so that all are seen."""
-    seen: list[tuple[float, float]] = []
-    sizes = []
-    for one in chart.points:
-        at = (one.x[0], one.y[0])
-        before = sum(abs(at[0] - x) < 1 and abs(at[1] - y) < 1 for x, y in seen)
-        seen.append(at)
-        sizes.append(max(5, (12 if len(chart.points) == 1 else 14) - 4 * before) if before else 14)
-    return sizes
+    return [max(5, 14 - 4 * before) for before in seen_before(chart)]
