@@ -34,9 +34,8 @@ METRICS = ("asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "sarr
 def row(name: str, **shares: float) -> Row:
     """A row with n = 100 and the shares given, zero elsewhere."""
     metrics = {metric: rate([i < 100 * shares.get(metric, 0) for i in range(100)], [str(i) for i in range(100)]) for metric in METRICS}
-    return Row(
-        model=name, metrics=metrics, labels={"unsafe_what": {"complied": 1, "refused": 1, "degenerate": 1, "off_topic": 1, "failed": 2}}
-    )
+    labels = {"unsafe_what": {"complied": 1, "refused": 1, "degenerate": 1, "off_topic": 1, "failed": 2}}
+    return Row(model=name, metrics=metrics, labels=labels, failed={"tiny_world": {"unsafe_what": 2}})
 
 
 def share(hits: int, n: int) -> Rate:
