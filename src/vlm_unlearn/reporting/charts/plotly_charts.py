@@ -207,5 +207,5 @@ def marker_sizes(chart: Plane) -> list[int]:
         at = (one.x[0], one.y[0])
         before = sum(abs(at[0] - x) < 1 and abs(at[1] - y) < 1 for x, y in seen)
         seen.append(at)
-        sizes.append(max(5, (12 if len(chart.points) == 1 else 14) - 4 * before) if before else 14)
+        sizes.append(max(5, 14 - 4 * before))
     return sizes
