@@ -29,7 +29,7 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     summary = Summary.model_validate(json.loads((out / "summary.json").read_text()))
     assert [row.model for row in summary.rows] == ["base", "npo"]
     assert len(summary.comparisons) == 3
-    assert "<h1>A &amp; B</h1>" in (out / "report.html").read_text(encoding="utf-8")
+    assert "<h1><bdi>A &amp; B</bdi></h1>" in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "report" / "answers.html").exists()
     assert (out / "report" / "tables" / "rates.csv").exists()
     assert len(list((out / "report" / "plots").glob("tradeoff-refusals.*"))) == 3
