@@ -37,7 +37,7 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     again = run("report", runs[1], "--out", out, "--json")  # its own output is written anew
     assert again.returncode == 0, again.stderr
     assert [row["model"] for row in json.loads(again.stdout)["rows"]] == ["npo"]
-    assert "<h1>vlm-unlearn: npo</h1>" in (out / "report.html").read_text(encoding="utf-8")
+    assert "<h1><bdi>vlm-unlearn: npo</bdi></h1>" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_demos_folder_stands_for_its_evaluations(runs: list[Path], tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def _generation(rows: Sequence[Row], sources: Sequence[Source]) -> list[str]:
         source.model in unchecked and source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf"
         for source in sources
     ):
-        found.append("Answers were made in batches, and this report doesn't show what that changes; evaluate with --verify-batching N tells.")
+        found.append(
+            "Answers were made in batches, and this report doesn't show what that changes; evaluate with --verify-batching N tells."
+        )
     if any(source.suite.generation.backend == "openai" for source in sources):
         found.append("A server answered: its model's name is known, its weights are not.")
     if any(source.suite.generation.temperature > 0 for source in sources):
