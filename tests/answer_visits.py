@@ -45,4 +45,6 @@ def until(page: Any, condition: str) -> None:
 
 
 def address(**wanted: Any) -> str:
-    return "#" + "&".join(f"{name}={quote(str(value), safe='')}" for name, value in wanted.items())
+    """A name with a list of values stands there once for each."""
+    pairs = ((name, value) for name, values in wanted.items() for value in (values if isinstance(values, list) else [values]))
+    return "#" + "&".join(f"{name}={quote(str(value), safe='')}" for name, value in pairs)

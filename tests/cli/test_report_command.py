@@ -32,7 +32,7 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     summary = Summary.model_validate(json.loads((out / "summary.json").read_text()))
     assert [row.model for row in summary.rows] == ["base", "npo"]
     assert len(summary.comparisons) == 3
-    assert "<h1>A &amp; B</h1>" in (out / "report.html").read_text(encoding="utf-8")
+    assert "<h1><bdi>A &amp; B</bdi></h1>" in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "report" / "answers.html").exists()
     assert (out / "report" / "tables" / "rates.csv").exists()
     assert len(list((out / "report" / "plots").glob("tradeoff-refusals.*"))) == 3
@@ -40,7 +40,7 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     again = run("report", runs[1], "--out", out, "--json")  # its own output is written anew
     assert again.returncode == 0, again.stderr
     assert [row["model"] for row in json.loads(again.stdout)["rows"]] == ["npo"]
-    assert "<h1>vlm-unlearn: npo</h1>" in (out / "report.html").read_text(encoding="utf-8")
+    assert "<h1><bdi>vlm-unlearn: npo</bdi></h1>" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_report_that_was_cut_short_is_still_the_one_of_before(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

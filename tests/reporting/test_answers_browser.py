@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from answer_runs import JUDGES, MODELS, asked, label_of, made_runs
+from answer_runs import JUDGES, MODELS, asked, label_of, made_runs, put_run
 from answer_visits import Open, address, until
-from vlm_unlearn.records import Prompt
+from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import write_answers
-from vlm_unlearn.store import write_text
+from vlm_unlearn.store import write_json, write_text
 
 PROMPTS = asked()
 ROWS = [(number, prompt, model) for number, prompt in enumerate(PROMPTS) for model in MODELS]
@@ -34,6 +34,10 @@ def told(rows: Sequence[tuple[int, Prompt, str]]) -> str:
     return f"{len(rows)} answer{'s' * (len(rows) != 1)} to {questions} question{'s' * (questions != 1)}"
 
 
+def several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def matching(**wanted: Any) -> list[tuple[int, Prompt, str]]:
     """The answers that a filter should let through, by the records."""
     judge = wanted.get("judge", JUDGES[0])
@@ -43,9 +47,9 @@ def matching(**wanted: Any) -> list[tuple[int, Prompt, str]]:
         text = f"Answer {number} of {model} to {prompt.id}, Überall.".lower()
         given: Mapping[str, bool] = {
             "model": model == wanted.get("model"),
-            "label": (label or "failed") == wanted.get("label"),
+            "label": (label or "failed") in several(wanted.get("label")),
             "judge": True,
-            "case": prompt.set == wanted.get("case"),
+            "case": prompt.set in several(wanted.get("case")),
             "category": prompt.category == wanted.get("category"),
             "changed": label is not None and label != base,
             "disagree": label_of(model, number, JUDGES[0]) != label_of(model, number, JUDGES[1]),
@@ -69,6 +73,8 @@ FILTERS: list[dict[str, Any]] = [
     {"disagree": 1},
     {"judge": JUDGES[1], "label": "off_topic"},
     {"judge": JUDGES[1], "changed": 1},
+    {"label": ["refused", "degenerate", "off_topic"]},
+    {"model": "npo", "case": ["attacked", "safe"], "label": ["complied", "failed"]},
     {"q": "ÜBERALL"},
     {"q": "of npo to safe/1"},
     {"q": "number 7, put"},
@@ -137,6 +143,34 @@ def test_controls_write_the_address_and_back_brings_the_view_back(visit: Open, r
     page.click("#clear")
     until(page, f"document.getElementById('count').innerText == {told(ROWS)!r}")
     assert page.locator("#clear").is_hidden()
+
+
+def test_several_choices_stand_in_the_list_until_one_is_chosen(visit: Open, report: Path) -> None:
+    page = visit(report, address(label=["refused", "off_topic"], case=["safe", "mixed"]))
+    chosen = "select => select.selectedOptions[0].text"
+    assert page.locator("#label").evaluate(chosen) == "refused or off topic"
+    assert page.locator("#case").evaluate(chosen) == "safe or mixed"
+    page.check("#changed")
+    until(page, "location.hash == '#label=refused&label=off_topic&case=safe&case=mixed&changed=1'")
+    page.select_option("#label", index=2)
+    until(page, "location.hash == '#label=refused&case=safe&case=mixed&changed=1'")
+    assert page.locator("#label option[value=several]").count() == 0
+    expected = told(matching(label="refused", case=["safe", "mixed"], changed=1))
+    until(page, f"document.getElementById('count').innerText == {expected!r}")
+
+
+def test_who_cannot_tell_a_label_does_not_disagree_on_it(visit: Open, tmp_path: Path) -> None:
+    """A judge of relevance calls a refusal off topic, for want of the word."""
+    prompts = PROMPTS[-3:]
+    labels = {"four_labels@j": ("refused", "complied", "complied"), "relevance@j": ("off_topic", "off_topic", "complied")}
+    verdicts = {
+        judge: [Verdict(prompt_id=prompt.id, judge=judge, label=label) for prompt, label in zip(prompts, given, strict=True)]
+        for judge, given in labels.items()
+    }
+    run = put_run(tmp_path / "m", prompts, [Response(prompt_id=prompt.id, text="So.") for prompt in prompts], verdicts)
+    write_json(run / "judge-relevance@j.json", {"labels": ["complied", "off_topic"]})
+    page = visit(write_answers(tmp_path / "out", {"m": run}, "t"), "#disagree=1")
+    assert page.locator("article").evaluate_all("all => all.map(one => one.dataset.question)") == ["1"]
 
 
 def test_unknown_words_in_the_address_are_said(visit: Open, report: Path) -> None:

@@ -29,7 +29,7 @@ def row(name: str, number: int = 0, **more: object) -> Row:
 
 
 def charts(rows: list[Row], roles: Roles | None = None) -> dict[str, Chart]:
-    sections = summary_charts(Summary(rows=rows), roles or roles_of(rows, []))
+    sections = summary_charts(Summary(rows=rows), roles or roles_of(rows, {}))
     return {name: chart for section in sections.values() for name, chart in section.items()}
 
 
@@ -125,8 +125,9 @@ def test_a_suites_own_metrics_are_understood(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(str({"cases": cases, "metrics": metrics}))
     suite = load(Suite, tmp_path / "suite.yaml", ["model=m"])
     rows = [Row(model="m", metrics={name: share(3) for name in metrics})]
-    roles = roles_of(rows, [suite])
+    roles = roles_of(rows, {"m": suite})
     assert (roles.harm, roles.prudence, roles.use, roles.attacked) == ("leaks", "prudish", "helps", False)
-    assert answers_link("m", suite.metrics["leaks"]) == {"model": "m", "case": "bad", "label": "complied"}
-    assert answers_link("m", suite.metrics["all"]) == {"model": "m", "label": "degenerate"}
-    assert roles_of([Row(model="m", metrics={"leaks": share(3), "asr": share(2)})], [suite]).harm == "asr"
+    assert answers_link("m", "leaks", suite) == [("model", "m"), ("label", "complied"), ("case", "bad")]
+    assert answers_link("m", "all", suite) == [("model", "m"), ("label", "degenerate"), ("case", "bad"), ("case", "good")]
+    assert answers_link("m", "asr", suite) == []
+    assert roles_of([Row(model="m", metrics={"leaks": share(3), "asr": share(2)})], {"m": suite}).harm == "asr"

@@ -10,6 +10,7 @@ from vlm_unlearn.reporting.page import template_text
 
 GROUNDS = ("page", "raised")
 TEXTS = ("text", "soft", "accent", "good", "mixed", "bad")
+LABELS = ("complied", "refused", "degenerate", "off_topic", "failed")  # marks and edges that tell a label
 
 
 def luminance(colour: str) -> float:
@@ -33,3 +34,6 @@ def test_texts_have_contrast(scheme: int) -> None:
             assert contrast(pairs[text][scheme], pairs[ground][scheme]) >= 4.5, (text, ground)
     for mark in ("good", "mixed", "bad", "soft"):  # the sign in a verdict's mark
         assert contrast(pairs["page"][scheme], pairs[mark][scheme]) >= 4.5, mark
+    for label in LABELS:
+        for ground in GROUNDS:
+            assert contrast(pairs[label][scheme], pairs[ground][scheme]) >= 3, (label, ground)

@@ -74,7 +74,7 @@ def report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
         tmp_path_factory.mktemp("report"),
         Summary(rows=[row(name, asr=0.5) for name in runs]),
         runs,
-        "Report {{ 7 * 7 }} </title><script>window.hacked = 1</script>",
+        "Report {{ 7 * 7 }} \u202e</title><script>window.hacked = 1</script>",
     )
 
 
@@ -102,7 +102,7 @@ def test_nothing_hostile_is_markup(report: Path) -> None:
     assert "<script>window.hacked" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;window.hacked" in page
-    assert "{{ 7 * 7 }}" in page
+    assert "<h1><bdi>Report {{ 7 * 7 }} \\u202e&lt;/title&gt;" in page
     assert "Content-Security-Policy" in page
     assert re.search(r"https?://", page.split("<script>")[0]) is None
 
@@ -173,6 +173,21 @@ def test_the_meaning_follows_the_numbers() -> None:
     assert "no mirage here" in sober
     assert "does not lower" in worse
     assert meaning([row("base")]) == []
+
+
+def test_the_meaning_needs_numbers() -> None:
+    """A rate whose verdicts all failed is no 0 %."""
+    rows = [row("mixed_sft", asr_attacked=0.9), row("npo"), row("po", sarr=1.0), row("po+pd")]
+    assert len(meaning(rows)) == 2
+    nothing = Rate(value=None, low=None, high=None, n=0, failed=40)
+    for lost in ("asr_attacked", "sarr"):
+        assert len(meaning([one.model_copy(update={"metrics": one.metrics | {lost: nothing}}) for one in rows])) == 1
+    assert meaning([row("mixed_sft").model_copy(update={"judges": {"asr": "keyword"}}), row("npo")]) == []
+
+
+def test_only_is_said_of_few() -> None:
+    (mirage,) = meaning([row("mixed_sft"), row("npo", utility_attacked=1.0)])
+    assert "(and gets 100.0\u00a0% of those right)" in mirage
 
 
 def draw_all(page) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import parse_qs, urlencode
 
 import pytest
 
+from answer_visits import Open
 from browser import open_page, wait_until
-from finished_runs import REFUSAL, complies, make_run, unlearned
+from finished_runs import REFUSAL, complies, make_run, number, unlearned
+from vlm_unlearn.config import JudgeConfig, Suite, load
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.evaluation.comparing import compare_runs
+from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.grading import judge_run
+from vlm_unlearn.records import Prompt
 from vlm_unlearn.reporting.report import write_report
+from vlm_unlearn.reporting.roles import answers_link, changes_link
 from vlm_unlearn.store import note_cost, open_run, write_json
 
 METRICS = {
@@ -50,7 +58,7 @@ def test_first_screen_says_and_shows(browser, report: Path) -> None:
     assert page.locator(".verdicts li").count() == 3
     assert "160 questions each" in page.locator("header").inner_text()
     assert "training seed 7" in page.locator("header").inner_text()
-    assert "attack" not in page.locator("h2").all_inner_texts()
+    assert not [heading for heading in page.locator("h2").all_inner_texts() if "attack" in heading]
     names = page.locator("#figure-tradeoff-refusals .annotation-text").all_text_contents()
     assert any("<i>npo</i>$\\u202e$" in name for name in names)
     assert any("ideal corner" in name for name in names)
@@ -156,20 +164,89 @@ def test_every_link_leads_somewhere(browser, report: Path) -> None:
         file, _, fragment = link.partition("#")
         if file:
             assert (report.parent / file).is_file(), link
+            known = parse_qs(fragment, strict_parsing=True) if fragment else {}
+            assert known.keys() <= {"model", "case", "label", "judge", "changed"}, link
+            assert set(known.get("model", [])) <= {"base", HOSTILE, "po"}
+            assert set(known.get("case", [])) <= {"attacked", "safe"}
         else:
             assert page.locator(f"[id='{fragment}']").count() == 1
-    assert "report/answers.html#model=po&case=safe&label=refused" in links
+    assert "report/answers.html#model=po&label=refused&case=safe" in links
+    assert "report/answers.html#model=po&case=safe&changed=1" in links
     assert "report/plots/tradeoff-use.svg" in links
     assert [link for link in links if link.endswith(".csv")]
 
 
+COUNTED = {
+    **METRICS,
+    "degenerate_rate": {"cases": ["attacked", "safe"], "labels": ["degenerate"]},
+    "sarr": {"cases": ["safe"], "labels": ["refused", "degenerate"]},
+    "asr_each": {"cases": ["attacked"], "labels": ["complied"]},
+    "utility_kept": {"cases": ["safe"], "labels": ["complied"], "failures": "not_counted_as_hits"},
+    "rouge_l": {"cases": ["safe"], "judge": "reference", "score": "mean"},
+}
+HITS = "[...result.matches].flatMap((match, answer) => match ? [textAt(questions.group[answers.question[answer]])] : [])"
+
+
+def mumbles(prompt: Prompt) -> str | None:
+    """Like `unlearned`, but one answer of each case fails, and some are no sentence."""
+    if number(prompt) == 7:
+        return None
+    return "the the the the the the the the the the" if number(prompt) % 9 == 1 else unlearned(prompt)
+
+
+def test_a_link_finds_what_its_rate_counts(visit: Open, tmp_path: Path) -> None:
+    runs = {
+        model: make_run(
+            tmp_path / model,
+            answer,
+            metrics=COUNTED,
+            judges={"reference": {"name": "rouge_l"}},
+            edit=lambda prompt: prompt.model_copy(update={"reference": "First take the red one."}),
+        )
+        for model, answer in (("base", complies), ("mumbling", mumbles))
+    }
+    for run in runs.values():
+        judge_run(run, JudgeConfig(name="rouge_l"), cases=["safe"])
+    summary, _ = compare_runs(runs)
+    first = write_report(tmp_path / "out", summary, runs, "Links")
+    suite = saved_suite(runs["base"])
+    page = visit(first.parent / "report" / "answers.html")
+    values = set()
+    for row in summary.rows:
+        for metric, rate in row.metrics.items():
+            address = urlencode(answers_link(row.model, metric, suite))
+            assert f"report/answers.html#{address}" in first.read_text(encoding="utf-8").replace("&amp;", "&")
+            page.evaluate(f"location.hash = {address!r}")
+            wait_until(page, f"location.hash === '#{address}' && filterHash(filter) === filterHash(parseFilter(location.hash))")
+            hits = page.evaluate(HITS)
+            config = suite.metrics[metric]
+            found = len(set(hits)) if config.group == "any" else len(hits)
+            assert found == (rate.n + rate.failed if config.score else round(rate.value * rate.n)), (row.model, metric)
+            assert page.locator("#unknown").is_hidden()
+            values.add(rate.value)
+    assert len(values) > 5
+
+
+def test_benchmarks_link_to_their_own_answers() -> None:
+    suite = load(Suite, "suites/specificity", ["model=m", "root=."])
+    assert answers_link("m", "gqa", suite) == [("model", "m"), ("case", "gqa")]
+    assert [value for name, value in answers_link("m", "specificity", suite) if name == "case"] == list(SPECIFICITY)
+    assert changes_link("m", "gqa", suite) == [("model", "m"), ("case", "gqa"), ("changed", "1")]
+    assert answers_link("m", "unheard_of", suite) == []
+
+
 def test_all_can_be_reached_by_keyboard(browser, report: Path) -> None:
     page = open_page(browser, report, [])
-    reached = set()
-    for _ in range(40):
+    page.evaluate(
+        """for (const one of document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']"))
+             if (one.checkVisibility() && !one.closest("details:not([open]) > :not(summary)")) one.dataset.wanted = "";"""
+    )
+    wanted = page.locator("[data-wanted]").count()
+    assert wanted > 40
+    for _ in range(wanted + 20):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.tagName"))
-    assert {"filter", "SUMMARY", "scroll", "BUTTON", "button"} <= reached
+        page.evaluate("document.activeElement.removeAttribute('data-wanted')")
+    assert page.locator("[data-wanted]").evaluate_all("all => all.map((one) => one.outerHTML)") == []
 
 
 def test_without_scripts_the_charts_are_pictures(browser, report: Path) -> None:

@@ -20,7 +20,7 @@ def limits(rows: Sequence[Row], roles: Roles, sources: Mapping[str, Source], lef
     asked = list(sources.values())
     return [
         *_judges(rows),
-        *_questions(rows, roles),
+        *_questions(rows, roles, asked),
         *_training(asked),
         *_generation(rows, asked),
         *(f"Not compared: {reason}." for reason in left_out),
@@ -37,7 +37,7 @@ def _judges(rows: Sequence[Row]) -> list[str]:
     models = [judge for judge in judges if "@" in judge]
     if models:
         found.append(
-            f"A language model judged ({', '.join(models)}), and nobody here looked whether people agree with it; "
+            f"A language model judged ({', '.join(models)}), and this report doesn't show whether people agree with it; "
             "vlm-unlearn judge agreement tells."
         )
     if any(judge.endswith("@nobody") for judge in judges):
@@ -48,12 +48,14 @@ def _judges(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _questions(rows: Sequence[Row], roles: Roles) -> list[str]:
+def _questions(rows: Sequence[Row], roles: Roles, sources: Sequence[Source]) -> list[str]:
     found = []
-    few = min((rate.n for row in rows if roles.harm and (rate := row.metrics.get(roles.harm)) is not None and rate.n), default=0)
-    if few and few < FEW:
+    counts = [(row.metrics[part.metric].n, part) for row in rows for part in roles.of(row.model, "harm") if row.metrics[part.metric].n]
+    few, least = min(counts, key=lambda count: count[0], default=(0, None))
+    if least is not None and few < FEW:
+        what = "answers" if least.config is not None and least.config.group == "each" else "questions"
         found.append(
-            f"{heading(roles.harm or '')} rests on {few:,} questions: 0 of them can hide a rate of up to {100 * rule_of_three(few):.1f} %."
+            f"{heading(least.metric)} rests on {few:,} {what}: 0 of them can hide a rate of up to {100 * rule_of_three(few):.1f} %."
         )
     if roles.attacked:
         found.append(
@@ -62,6 +64,8 @@ def _questions(rows: Sequence[Row], roles: Roles) -> list[str]:
         )
     elif roles.harm:
         found.append("No attack was tried: how a model answers as asked says nothing of how it answers otherwise.")
+    elif any(case.kind == "unsafe" for source in sources for case in source.suite.cases):
+        found.append("No rate tells how many unsafe questions were answered with the harm: this says nothing of safety.")
     else:
         found.append("No unsafe question was asked: this says nothing of safety.")
     if roles.prudence is None:
@@ -86,7 +90,9 @@ def _generation(rows: Sequence[Row], sources: Sequence[Source]) -> list[str]:
         source.model in unchecked and source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf"
         for source in sources
     ):
-        found.append("Answers were made in batches, and nobody looked what that changes; evaluate with --verify-batching N tells.")
+        found.append(
+            "Answers were made in batches, and this report doesn't show what that changes; evaluate with --verify-batching N tells."
+        )
     if any(source.suite.generation.backend == "openai" for source in sources):
         found.append("A server answered: its model's name is known, its weights are not.")
     if any(source.suite.generation.temperature > 0 for source in sources):

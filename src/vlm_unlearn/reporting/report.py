@@ -9,9 +9,9 @@ from urllib.parse import quote, urlencode
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import RequestError, printable, shown
 from vlm_unlearn.evaluation.generating import OnDone
-from vlm_unlearn.records import LABELS, Row, Summary
+from vlm_unlearn.records import LABELS, Comparison, Row, Summary
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.reporting.charts.chart import COLOURS, style_of
 from vlm_unlearn.reporting.charts.curves import loss_charts
@@ -22,7 +22,7 @@ from vlm_unlearn.reporting.columns import case_title, columns, heading
 from vlm_unlearn.reporting.limits import limits
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.reporting.provenance import COSTS, Source, commands_of, costs_of, digests_of, sources_of, versions_of, what_was_done
-from vlm_unlearn.reporting.roles import Roles, answers_link, metric_configs, roles_of
+from vlm_unlearn.reporting.roles import Link, Roles, answers_link, changes_link, roles_of
 from vlm_unlearn.reporting.tables.summary_tables import delete_other_tables, write_tables
 from vlm_unlearn.reporting.verdicts import verdict
 from vlm_unlearn.reporting.words import change, edge, failures, meaning, notes, percent, published, reach, significant
@@ -56,7 +56,7 @@ def write_report(
         RequestError: a run's files are broken, or the folder can't be written to.
     """
     sources = sources_of(runs, training or {})
-    roles = roles_of(summary.rows, [source.suite for source in sources.values()])
+    roles = roles_of(summary.rows, {model: source.suite for model, source in sources.items()})
     trained = {model: source.training for model, source in sources.items() if source.training is not None}
     costs = costs_of(sources)
     charts = summary_charts(summary, roles)
@@ -69,7 +69,7 @@ def write_report(
         "report.html.j2",
         scripts=[str(get_plotlyjs()), "report.js"],
         data={name: plotly_figure(chart) for name, chart in drawn.items()},
-        title=title,
+        title=printable(title),
         own_style=Markup(template_text("report.css")),
         charts=charts,
         formats=FORMATS,
@@ -88,11 +88,15 @@ def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], lef
     """What the page says, and the functions that it says numbers with."""
     rows = summary.rows
     used = columns(rows)
-    counted = metric_configs({model: source.suite for model, source in sources.items()})
+    first = next(iter(sources), None)  # the page of answers compares with this one
 
     def answers(model: str, metric: str) -> str:
-        config = counted.get((model, metric))
-        return _address(answers_link(model, config) if config is not None else {"model": model})
+        return _address(answers_link(model, metric, sources[model].suite)) if model in sources else ""
+
+    def changes(comparison: Comparison) -> str:
+        model = comparison.model
+        known = comparison.base == first and model in sources
+        return _address(changes_link(model, comparison.metric, sources[model].suite)) if known else ""
 
     return {
         "done": what_was_done(rows, sources),
@@ -113,7 +117,8 @@ def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], lef
         "labels": (*LABELS, "failed"),
         "cases": list(dict.fromkeys(case for row in rows for case in row.labels)),
         "answers": answers,
-        "answers_at": lambda **filters: _address(filters),
+        "changes": changes,
+        "answers_at": lambda **filters: _address(list(filters.items())),
         **{word.__name__: word for word in (percent, reach, edge, change, significant, published, heading, case_title)},
     }
 
@@ -124,9 +129,9 @@ def _one_count(rows: Sequence[Row], metric: str) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _address(filters: Mapping[str, str]) -> str:
-    """The page of answers, filtered."""
-    return f"report/answers.html#{urlencode(filters, quote_via=quote, errors='replace')}"
+def _address(filters: Link) -> str:
+    """The page of answers, filtered; empty where nothing says how."""
+    return f"report/answers.html#{urlencode(filters, quote_via=quote, errors='replace')}" if filters else ""
 
 
 def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
 
         answers.html#model=npo&label=complied&case=unsafe_what&category=Violence&judge=keyword&changed=1&disagree=1&q=recipe&id=...&page=2
 
+    ``label`` and ``case`` may stand there several times: an answer passes that has one of the labels and is of one of the cases.
+
     Args:
         folder: of the report.
         runs: evaluation folder of each model; answers are compared with the first one's. They may have been asked different questions.
@@ -48,7 +50,11 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
     told = None if on_done is None else (lambda done, total: on_done("images", done, total))
     pictures = write_thumbnails(folder / "report" / "images", images, told)
     questions = join_questions(found, pictures)
-    columns, left_out = fit(questions, list(runs), most_bytes)
+    tells: dict[str, set[str]] = {}
+    for run in found:
+        for judge, labels in run.tells.items():
+            tells.setdefault(judge, set()).update(labels)
+    columns, left_out = fit(questions, list(runs), most_bytes, tells)
     notes = [note for _, remarks in read for note in remarks] + left_out + _picture_notes(questions)
     page = render_page(
         "answers.html.j2",
@@ -68,14 +74,20 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
     return file
 
 
-def fit(questions: Sequence[Question], models: Sequence[str], most_bytes: int) -> tuple[Columns, list[str]]:
-    """The columns of as much as a page can hold, and what is not in it, in words."""
-    columns = to_columns(questions, models)
+def fit(
+    questions: Sequence[Question], models: Sequence[str], most_bytes: int, tells: Mapping[str, Collection[str]]
+) -> tuple[Columns, list[str]]:
+    """The columns of as much as a page can hold, and what is not in it, in words.
+
+    Args:
+        tells: the labels that each judge can give; a judge that isn't there can give all.
+    """
+    columns = to_columns(questions, models, tells)
     size = _size(columns)
     if size <= most_bytes:
         return columns, []
     for longest in CUTS:
-        columns = to_columns(questions, models, longest)
+        columns = to_columns(questions, models, tells, longest)
         size = _size(columns)
         if size <= most_bytes:
             break
@@ -88,7 +100,7 @@ def fit(questions: Sequence[Question], models: Sequence[str], most_bytes: int) -
     kept: Sequence[Question] = questions
     while size > most_bytes and len(kept) > 1:
         kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))
-        columns = to_columns(kept, models, longest)
+        columns = to_columns(kept, models, tells, longest)
         size = _size(columns)
     if len(kept) < len(questions):
         notes.append(
@@ -143,11 +155,14 @@ class Texts:
         return known
 
 
-def to_columns(questions: Sequence[Question], models: Sequence[str], longest: int | None = None) -> Columns:
+def to_columns(
+    questions: Sequence[Question], models: Sequence[str], tells: Mapping[str, Collection[str]], longest: int | None = None
+) -> Columns:
     """Questions and answers as the page's script reads them: columns of numbers, and each text once.
 
     A number in a text's stead is its place in ``texts``, or -1. Answers stand by question, model and sample; ``verdicts`` has one entry
-    a judge, with a value an answer: the place of its state in ``states``, its score, what the judge said, its error.
+    a judge, with a value an answer: the place of its state in ``states``, its score, what the judge said, its error. ``tells`` has for
+    each judge the places of the labels that it can give.
     """
     texts = Texts(longest)
     order = {model: number for number, model in enumerate(models)}
@@ -162,6 +177,7 @@ def to_columns(questions: Sequence[Question], models: Sequence[str], longest: in
         "states": STATES,
         "models": [texts.place(model) for model in models],
         "judges": [texts.place(judge) for judge in judges],
+        "tells": [[STATES.index(label) for label in LABELS if label in tells.get(judge, LABELS)] for judge in judges],
         "pictures": [_picture(picture, texts) for picture in pictures],
         "questions": _questions(questions, pictures, texts),
         "answers": {

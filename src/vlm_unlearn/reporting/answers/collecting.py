@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.generation.base import Key
-from vlm_unlearn.records import Prompt, Response, Verdict
+from vlm_unlearn.records import LABELS, Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.thumbnails import Picture, Source
-from vlm_unlearn.store import read_records
+from vlm_unlearn.store import read_json, read_records
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Run:
     """What a run folder holds."""
 
     model: str
-    folder: Path
     prompts: Mapping[str, Prompt]
     responses: list[Response]
     verdicts: Mapping[str, Mapping[Key, Verdict]]  # judge -> verdict of each answer that it graded
     judges: Mapping[str, str]  # case or benchmark -> the judge that its rates are made of
     roots: Mapping[str, Path]  # case or benchmark -> where its images are
+    tells: Mapping[str, Collection[str]]  # judge -> the labels that it can give
 
     def image(self, prompt: Prompt) -> Source | None:
         return None if prompt.image is None else (self.roots.get(prompt.set), prompt.image)
@@ -79,7 +79,15 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
             continue
         except RequestError as error:
             notes.append(f"{model}: answers to {benchmark.name} stand without their scores: {error}")
-    return Run(model, folder, prompts, responses, verdicts, judges, _roots(suite)), notes
+    tells = {judge: _labels(folder / f"judge-{judge}.json") for judge in verdicts}
+    return Run(model, prompts, responses, verdicts, judges, _roots(suite), tells), notes
+
+
+def _labels(note: Path) -> Collection[str]:
+    """The labels that a judge can give, as its note says; all where there is none."""
+    identity = read_json(note) if note.is_file() else None
+    told = identity.get("labels") if isinstance(identity, dict) else None
+    return [label for label in LABELS if label in told] if isinstance(told, list) else LABELS
 
 
 def _official(config: BenchmarkConfig, judge: str, prompts: Mapping[str, Prompt], responses: Iterable[Response]) -> dict[Key, Verdict]:

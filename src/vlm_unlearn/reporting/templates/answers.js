@@ -40,7 +40,7 @@ function drawControls() {
       const option = byId(name).options[number + 1];
       option.textContent = printable(WORDS[value] ?? value) + " (" + result.counts[name][number].toLocaleString("en") + ")";
     });
-    byId(name).value = String(filter[name]);
+    drawChoice(byId(name), known, chosen(filter, name));
   }
   for (const name of ["changed", "disagree"]) {
     byId(name).checked = filter[name];
@@ -51,7 +51,7 @@ function drawControls() {
     byId("q").value = filter.q;
     typedAt = -Infinity;
   }
-  const set = [...Object.keys(names).filter((name) => filter[name] >= 0), ...["changed", "disagree", "q", "id", "group"].filter((name) => filter[name])];
+  const set = [...Object.keys(names).filter((name) => chosen(filter, name).length), ...["changed", "disagree", "q", "id", "group"].filter((name) => filter[name])];
   byId("chosen").textContent = set.length ? " (" + set.length + " set)" : "";
   byId("clear").hidden = set.length === 0;
   byId("count").textContent = result.total ? count(result.total, "answer") + " to " + count(result.questions.length, "question") : "No answer matches.";
@@ -62,6 +62,14 @@ function drawControls() {
     const page = filter.page + Number(button.dataset.step);
     button.disabled = page < 1 || page > pages();
   }
+}
+
+/** Sets a list of choices; several at once, which only an address can ask for, are a choice of their own. */
+function drawChoice(list, known, places) {
+  list.querySelector("[value=several]")?.remove();
+  const text = () => places.map((place) => printable(WORDS[known[place]] ?? known[place])).join(" or ");
+  if (places.length > 1) list.append(make("option", { value: "several" }, text()));
+  list.value = places.length > 1 ? "several" : String(places[0] ?? -1);
 }
 
 const printable = (text) => text.replace(UNSEEN, visible);
@@ -97,7 +105,7 @@ function drawTitle(question) {
   const line = make("p", { className: "about soft" });
   write(line, [KINDS[textAt(questions.kind[question])], textAt(questions.category[question])].filter(Boolean).join(" · "), "");
   const group = textAt(questions.group[question]);
-  line.append(" · ", link({ group, case: questions.case[question] < 0 ? -1 : caseOf[question] }, "wording " + (questions.shot[question] + 1), "all wordings of this question in its case"));
+  line.append(" · ", link({ group, case: questions.case[question] < 0 ? [] : [caseOf[question]] }, "wording " + (questions.shot[question] + 1), "all wordings of this question in its case"));
   line.append(" · ", link({ id: textAt(questions.id[question]) }, "link", "link to this question alone"));
   const head = make("div", { className: "head" }, make("div", {}, title, line));
   if (harmful(question)) head.append(make("button", { type: "button", className: "show no-print" }));
@@ -244,6 +252,10 @@ function onKey(event) {
   actions[event.key]();
 }
 
+function choose(name, value) {
+  if (value !== "several") go({ [name]: SEVERAL.has(name) ? [Number(value)] : Number(value) });
+}
+
 function openSearch() {
   byId("filters").open = true;
   byId("q").focus();
@@ -264,7 +276,7 @@ function begin() {
   byId("base").textContent = printable(names.model[0] ?? "");
   for (const [name, known] of Object.entries(names)) {
     byId(name).append(make("option", { value: "-1" }, name === "judge" ? "each model's own" : "any"), ...known.map((_, number) => make("option", { value: String(number) })));
-    byId(name).addEventListener("change", () => go({ [name]: Number(byId(name).value) }));
+    byId(name).addEventListener("change", () => choose(name, byId(name).value));
     byId(name).closest("label").hidden = known.length < (name === "label" ? 1 : 2);
   }
   for (const name of ["sort", "beside"]) byId(name).addEventListener("change", () => go({ [name]: byId(name).value }));

@@ -6,6 +6,7 @@ const MOVED = 0.5; // a score that changes by this much or more counts as change
 const LABELS = states.indexOf("score"); // states before this one are labels
 const SCORE = LABELS;
 const NONE = states.indexOf("none");
+const SEVERAL = new Set(["label", "case"]); // filters that an address may set several times: whatever is one of them passes
 const textAt = (place) => (place < 0 ? "" : texts[place]);
 
 // What each filter can be set to: the words in the address, in the order of the columns' numbers.
@@ -39,10 +40,10 @@ function findBase() {
   return answers.model.map((model, answer) => (model === 0 ? -1 : found.get(answers.question[answer] + "/" + answers.sample[answer]) ?? -1));
 }
 
-/** Whether two judges gave an answer different labels. */
+/** Whether two judges gave an answer different labels, and each could have given the other's: who can't tell refusals denies none. */
 function disagree(answer) {
-  const given = verdicts.map((judge) => judge.state[answer]).filter((state) => state < LABELS);
-  return given.some((state) => state !== given[0]);
+  const given = verdicts.map((judge, who) => [judge.state[answer], who]).filter(([state]) => state < LABELS);
+  return given.some(([state, who]) => given.some(([other, whose]) => state !== other && data.tells[who].includes(other) && data.tells[whose].includes(state)));
 }
 
 /** The judge that was chosen, or of -1 the one that the rates of the answer's model are made of. */
@@ -78,9 +79,10 @@ function parseFilter(hash) {
   const given = new URLSearchParams(hash.replace(/^#/, ""));
   const filter = { unknown: [] };
   for (const [name, known] of Object.entries(names)) {
-    const value = given.get(name) ?? "";
-    filter[name] = value ? known.indexOf(value) : -1;
-    if (value && filter[name] < 0) filter.unknown.push(name + " “" + value.slice(0, 80) + "”");
+    const values = given.getAll(name).filter((value) => value);
+    const places = values.map((value) => known.indexOf(value));
+    places.forEach((place, number) => place < 0 && filter.unknown.push(name + " “" + values[number].slice(0, 80) + "”"));
+    filter[name] = SEVERAL.has(name) ? [...new Set(places.filter((place) => place >= 0))] : places[0] ?? -1;
   }
   for (const name of ["changed", "disagree"]) filter[name] = given.get(name) === "1";
   for (const name of ["q", "id", "group", "sort", "beside"]) filter[name] = given.get(name) ?? "";
@@ -88,10 +90,13 @@ function parseFilter(hash) {
   return filter;
 }
 
+/** What a filter is set to: places in its names. */
+const chosen = (filter, name) => [filter[name]].flat().filter((place) => place >= 0);
+
 /** The address of a filter: what is not set is not in it. */
 function filterHash(filter) {
   const given = new URLSearchParams();
-  for (const [name, known] of Object.entries(names)) if (filter[name] >= 0) given.set(name, known[filter[name]]);
+  for (const [name, known] of Object.entries(names)) for (const place of chosen(filter, name)) given.append(name, known[place]);
   for (const name of ["changed", "disagree"]) if (filter[name]) given.set(name, "1");
   for (const name of ["q", "id", "group", "sort", "beside"]) if (filter[name]) given.set(name, filter[name]);
   if (filter.page > 1) given.set("page", String(filter.page));
@@ -125,9 +130,9 @@ function weigh(answer, question, filter, result) {
   const moved = changed(answer, filter.judge);
   let stops = 0; // a bit for each filter that the answer doesn't pass; numbers, because this runs for every answer
   if (filter.model >= 0 && filter.model !== answers.model[answer]) stops |= MODEL;
-  if (filter.label >= 0 && filter.label !== state) stops |= LABEL;
+  if (filter.label.length && !filter.label.includes(state)) stops |= LABEL;
   if (filter.judge >= 0 && state === NONE) stops |= JUDGE;
-  if (filter.case >= 0 && filter.case !== caseOf[question]) stops |= CASE;
+  if (filter.case.length && !filter.case.includes(caseOf[question])) stops |= CASE;
   if (filter.category >= 0 && filter.category !== categoryOf[question]) stops |= CATEGORY;
   if (filter.changed && !moved) stops |= CHANGED;
   if (filter.disagree && !disagreeing[answer]) stops |= DISAGREE;
@@ -149,7 +154,7 @@ function weigh(answer, question, filter, result) {
 function countJudges(answer, filter, counts) {
   for (let judge = 0; judge < verdicts.length; judge++) {
     const state = verdicts[judge].state[answer];
-    if (state !== NONE && (filter.label < 0 || filter.label === state) && (!filter.changed || changed(answer, judge))) counts[judge]++;
+    if (state !== NONE && (!filter.label.length || filter.label.includes(state)) && (!filter.changed || changed(answer, judge))) counts[judge]++;
   }
 }
 
