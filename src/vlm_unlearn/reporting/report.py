@@ -106,6 +106,7 @@ def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], lef
         "columns": used,
         "rows": rows,
         "comparisons": summary.comparisons,
+        "significant_changes": sum(map(significant, summary.comparisons)),
         "compared": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
         "counts": {metric: count for metric, _, _ in used if (count := _one_count(rows, metric))},
         "notes": notes(summary, [metric for metric, _, _ in used]),
