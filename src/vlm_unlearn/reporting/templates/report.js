@@ -1,7 +1,7 @@
 "use strict";
 const figures = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const settings = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const settings = { responsive: true, displaylogo: false, displayModeBar: false };
 
 // Charts name the colours that depend on light and dark; these are what the names stand for now.
 function palette() {
