@@ -145,12 +145,19 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+def test_the_site_opens_from_disk(site: Path) -> None:
+    """A link names a file: from disk a folder would show its list."""
+    for page in site.rglob("*.html"):
+        for link in re.findall(r'<a [^>]*href="([^"#?]+)', page.read_text(encoding="utf-8")):
+            assert page.name == "404.html" or re.match(r"[a-z]+:", link) or (page.parent / link).is_file(), (page, link)
+
+
 def test_no_page_keeps_a_marker_or_a_link_out_of_the_site(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert "<!-- generated:" not in text, page
         assert not re.search(r'href="[^"]*\.md["#]', text), page
-    assert (site / "changelog" / "index.html").is_file()
+    assert (site / "changelog.html").is_file()
     assert not (site / "generate.py").exists()
 
 
@@ -183,7 +190,7 @@ def test_it_searches_and_fits_a_phone(served: str, tmp_path: Path, monkeypatch: 
         page.on("request", lambda request: elsewhere.append(request.url) if request.url.startswith("http") else None)
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        for path in ("", "published/", "reference/recipe/", "reference/api/losses/"):
+        for path in ("index.html", "published.html", "reference/recipe.html", "reference/api/losses.html"):
             page.goto(served + path)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
         page.set_viewport_size({"width": 1280, "height": 900})
