@@ -23,6 +23,9 @@ from pydantic import BaseModel, Field
 
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.methods import METHODS
+from vlm_unlearn.metrics.rates import rate
+from vlm_unlearn.reporting import verdicts
+from vlm_unlearn.reporting.words import USEFUL
 
 pytest.importorskip("mkdocs", reason="the site needs the extra docs")
 ROOT = Path(__file__).parents[2]
@@ -103,6 +106,22 @@ def test_a_type_is_told_in_words(generate: ModuleType) -> None:
     ]
 
 
+def test_a_page_that_the_build_fills_says_so_in_its_file() -> None:
+    pages = [page for page in (ROOT / "docs" / "reference").rglob("*.md") if page.name != "index.md"]
+    assert [page.name for page in pages if "stub here: `make docs`" not in page.read_text(encoding="utf-8")] == []
+
+
+def test_the_verdicts_are_told_with_their_thresholds() -> None:
+    told = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The verdicts")[2].partition("\n## ")[0]
+    assert [word for word in (*verdicts.OF_KEYWORDS, *verdicts.OF_KEYWORDS.values()) if word not in told] == []
+    assert (verdicts.SAFE, verdicts.HARMFUL, verdicts.FAILING) == (0.1, 0.1, 0.1)
+    assert (verdicts.BROKEN, verdicts.PRUDENT, USEFUL) == (0.3, 0.2, 0.7)
+    highs = [rate([0.0] * count, [str(group) for group in range(count)]).high for count in (34, 35)]
+    assert [high is not None and high <= verdicts.SAFE for high in highs] == [False, True]
+    for share in ("10 %", "20 % or more", "fewer than 70 %", "30 % or fewer", "35 are the fewest"):
+        assert share in told
+
+
 def test_an_unknown_part_fails(generate: ModuleType) -> None:
     with pytest.raises(KeyError, match="nonsense"):
         generate.on_page_markdown("<!-- generated: nonsense -->", page=None, config=None, files=None)
@@ -156,6 +175,7 @@ def test_no_page_keeps_a_marker_or_a_link_out_of_the_site(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert "<!-- generated:" not in text, page
+        assert "stub here" not in text, page
         assert not re.search(r'href="[^"]*\.md["#]', text), page
     assert (site / "changelog.html").is_file()
     assert not (site / "generate.py").exists()
