@@ -28,6 +28,7 @@ lint: setup
 docs: setup
 	# Strict: a broken link or anchor fails.
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "the site is in site/: open site/index.html; its search works where it is served: $(BIN)/mkdocs serve, then http://127.0.0.1:8000"
 
 clean:
 	rm -rf .venv demo site

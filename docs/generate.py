@@ -50,6 +50,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     Raises:
         KeyError: a page asks for a part that nothing generates.
     """
+    markdown = re.sub(r"^<!-- stub -->\n.*\n\n", "", markdown, flags=re.MULTILINE)  # it is said to those who read the file
     filled = re.sub(r"^<!-- generated: (\w+) -->$", lambda match: GENERATED[match[1]](), markdown, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\(((?:\.\./)+)([^)#]+)(#[^)]*)?\)", lambda match: _link_out(match, page), filled)
 

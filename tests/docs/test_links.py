@@ -52,6 +52,13 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", said.strip().lower()).replace(" ", "-")
 
 
+def test_what_the_commands_write_is_no_change_to_the_clone() -> None:
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    written = {name for page in PAGES for name in re.findall(r"(?:--out |output=|mkdir -p )([a-z]+)/", page.read_text(encoding="utf-8"))}
+    assert {"data", "evaluations", "mine", "runs"} <= written
+    assert not [name for name in written if f"/{name}/" not in ignored]
+
+
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     broken = []

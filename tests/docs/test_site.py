@@ -23,6 +23,9 @@ from pydantic import BaseModel, Field
 
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.methods import METHODS
+from vlm_unlearn.metrics.rates import rate
+from vlm_unlearn.reporting import verdicts
+from vlm_unlearn.reporting.words import USEFUL
 
 pytest.importorskip("mkdocs", reason="the site needs the extra docs")
 ROOT = Path(__file__).parents[2]
@@ -103,6 +106,22 @@ def test_a_type_is_told_in_words(generate: ModuleType) -> None:
     ]
 
 
+def test_a_page_that_the_build_fills_says_so_in_its_file() -> None:
+    pages = [page for page in (ROOT / "docs" / "reference").rglob("*.md") if page.name != "index.md"]
+    assert [page.name for page in pages if "stub here: `make docs`" not in page.read_text(encoding="utf-8")] == []
+
+
+def test_the_verdicts_are_told_with_their_thresholds() -> None:
+    told = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The verdicts")[2].partition("\n## ")[0]
+    assert [word for word in (*verdicts.OF_KEYWORDS, *verdicts.OF_KEYWORDS.values()) if word not in told] == []
+    assert (verdicts.SAFE, verdicts.HARMFUL, verdicts.FAILING) == (0.1, 0.1, 0.1)
+    assert (verdicts.BROKEN, verdicts.PRUDENT, USEFUL) == (0.3, 0.2, 0.7)
+    highs = [rate([0.0] * count, [str(group) for group in range(count)]).high for count in (34, 35)]
+    assert [high is not None and high <= verdicts.SAFE for high in highs] == [False, True]
+    for share in ("10 %", "20 % or more", "fewer than 70 %", "30 % or fewer", "35 are the fewest"):
+        assert share in told
+
+
 def test_an_unknown_part_fails(generate: ModuleType) -> None:
     with pytest.raises(KeyError, match="nonsense"):
         generate.on_page_markdown("<!-- generated: nonsense -->", page=None, config=None, files=None)
@@ -145,12 +164,20 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+def test_the_site_opens_from_disk(site: Path) -> None:
+    """A link names a file: from disk a folder would show its list."""
+    for page in site.rglob("*.html"):
+        for link in re.findall(r'<a [^>]*href="([^"#?]+)', page.read_text(encoding="utf-8")):
+            assert page.name == "404.html" or re.match(r"[a-z]+:", link) or (page.parent / link).is_file(), (page, link)
+
+
 def test_no_page_keeps_a_marker_or_a_link_out_of_the_site(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert "<!-- generated:" not in text, page
+        assert "stub here" not in text, page
         assert not re.search(r'href="[^"]*\.md["#]', text), page
-    assert (site / "changelog" / "index.html").is_file()
+    assert (site / "changelog.html").is_file()
     assert not (site / "generate.py").exists()
 
 
@@ -183,7 +210,7 @@ def test_it_searches_and_fits_a_phone(served: str, tmp_path: Path, monkeypatch: 
         page.on("request", lambda request: elsewhere.append(request.url) if request.url.startswith("http") else None)
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        for path in ("", "published/", "reference/recipe/", "reference/api/losses/"):
+        for path in ("index.html", "published.html", "reference/recipe.html", "reference/api/losses.html"):
             page.goto(served + path)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
         page.set_viewport_size({"width": 1280, "height": 900})

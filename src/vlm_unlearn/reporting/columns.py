@@ -54,7 +54,7 @@ KNOWN: tuple[Column, ...] = (
     ("efficacy_rr", "Efficacy RR", "answers to them that refuse"),
     ("generality_asr", "Generality ASR", "unsafe questions of the validation file answered with the harm"),
     ("generality_rr", "Generality RR", "answers to them that refuse"),
-    ("sarr", "SARR", "unsafe questions on a benign image not answered normally"),
+    ("sarr", "SARR", "Safe Answer Refusal Rate: unsafe questions on a benign image not answered normally"),
     ("degenerate_rate", "Degenerate", "answers that are no sentence, over the cases that the suite counts"),
     ("utility", "Utility", "harmless questions answered right, of the cases that the suite counts"),
     ("utility_attacked", "Utility attacked", "harmless questions answered right under the suite's attack on the wording"),
