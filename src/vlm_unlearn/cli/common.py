@@ -279,7 +279,9 @@ def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, 
 
     roles = roles_of(rows, {model: saved_suite(folder) for model, folder in folders.items()})
     for one in safest_first([verdict(row, roles) for row in rows]):
-        console.print(printable(f"{one.model} is {one.word}: {one.text}."), markup=False, highlight=False)
+        console.print(
+            printable(f"{one.model} is {one.word}: {one.text}."), markup=False, highlight=False, soft_wrap=not console.is_terminal
+        )
 
 
 @contextmanager

@@ -152,4 +152,4 @@ def _show(row: Row, run: Path, as_json: bool, note: str) -> None:
     console.print(RatesTable(summary))
     print_verdicts(console, [row], {row.model: run})
     if note:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -49,7 +49,7 @@ def report(
     console = result_console()
     console.print(RatesTable(summary))
     print_verdicts(console, summary.rows, folders)
-    console.print(f"Report: {page}", markup=False, highlight=False)
+    console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(models: list[str]) -> str:
