@@ -116,7 +116,7 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         ("broken JSON", "line 3, column 7"),
         ("empty forget set", "the forget set is empty; nothing was written"),
         ("unknown recipe key", 'unknown key "trainning"; did you mean "training"?'),
-        ("unknown method", 'unknown method "npoo"; did you mean "npo"?'),
+        ("unknown method", 'unknown method "npoo"; did you mean "npo"?; known: dpo, '),
         ("unknown option", 'unknown key "betta"; did you mean "beta"?'),
         ("empty forget file", "forget.jsonl: the forget set is empty"),
         ("no training set", "no such training-set folder"),
@@ -170,6 +170,8 @@ def test_json_is_the_only_output(call, tmp_path: Path) -> None:
     assert sorted(found) == wanted.split()
     assert found["npo"]["options"]["beta"] == 0.1
     assert "arXiv" in found["npo"]["source"]
+    assert found["npo"]["about"].startswith("Negative Preference Optimization. Pushes the forget answers' likelihood below")
+    assert all(5 < len(method["about"]) < 160 and "arXiv" not in method["about"] for method in found.values())
 
 
 def test_every_command_has_help_with_an_example() -> None:

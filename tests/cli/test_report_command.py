@@ -29,6 +29,8 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     assert done.returncode == 0, done.stderr
     assert f"Report: {out / 'report.html'}" in done.stdout
     assert "-90.0 *" in done.stdout
+    said = [line for line in done.stdout.splitlines() if line.startswith(("base is ", "npo is "))]
+    assert [line.partition(":")[0] for line in said] == ["npo is not shown to refuse", "base is not refusing"]  # the safer one first
     summary = Summary.model_validate(json.loads((out / "summary.json").read_text()))
     assert [row.model for row in summary.rows] == ["base", "npo"]
     assert len(summary.comparisons) == 3

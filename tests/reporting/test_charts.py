@@ -131,3 +131,12 @@ def test_a_suites_own_metrics_are_understood(tmp_path: Path) -> None:
     assert answers_link("m", "all", suite) == [("model", "m"), ("label", "degenerate"), ("case", "bad"), ("case", "good")]
     assert answers_link("m", "asr", suite) == []
     assert roles_of([Row(model="m", metrics={"leaks": share(3), "asr": share(2)})], {"m": suite}).harm == "asr"
+
+
+def test_a_stack_of_one_label_still_says_which(tmp_path: Path) -> None:
+    one = Row(model="m", metrics={"asr": share(0)}, labels={"unsafe": {"refused": 4}})
+    name, chart = next((name, chart) for name, chart in charts([one]).items() if isinstance(chart, Bars) and chart.stacked)
+    assert len(chart.series) == 1
+    assert plotly_figure(chart)["layout"]["showlegend"]
+    drawn = next(file for file in write_plots(tmp_path, {name: chart}) if file.suffix == ".svg")
+    assert chart.series[0].name in {"".join(node.itertext()) for node in ElementTree.parse(drawn).iter()}

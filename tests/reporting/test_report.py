@@ -97,6 +97,20 @@ def comparison_report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     return write_report(tmp_path_factory.mktemp("comparison"), Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
 
 
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [
+        (0.2, "No change is significant: chance alone could make each of the 2,"),
+        (0.001, "1 of 2 changes is significant: chance would hardly make it,"),
+    ],
+)
+def test_how_many_changes_are_significant(p: float, said: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    base, other = runs
+    comparisons = [comparison(other, "asr", 0.1, p), comparison(other, "sarr", 0.1, 0.2)]
+    summary = Summary(rows=[row(base, asr=0.5), row(other, asr=0.6)], comparisons=comparisons)
+    assert said in write_report(tmp_path, summary, runs, "Comparison").read_text(encoding="utf-8")
+
+
 def test_nothing_hostile_is_markup(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     assert "<script>window.hacked" not in page

@@ -54,11 +54,13 @@ def status_console() -> Console:
 
 
 def result_console() -> Console:
-    """A console on standard output, for tables; wide where nobody looks at a terminal, so that no table is squeezed."""
+    """A console on standard output, for tables; where no terminal is, as wide as COLUMNS says, else so that no table is squeezed."""
     from rich.console import Console
 
+    columns = os.environ.get("COLUMNS", "")
+    told = columns.isdecimal() and int(columns) > 0
     console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal or told else Console(width=150)
 
 
 def quiet_libraries() -> None:
@@ -259,10 +261,27 @@ def _metric_lines(row: Row, used: Sequence[Column]) -> Table:
     own = [(metric, metric, "") for metric in row.paper if metric not in row.metrics]
     for metric, heading, _ in [*used, *own]:
         rate = row.metrics.get(metric)
-        counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}" if rate.failed else "")
+        counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}")
         paper = [_published(row.paper.get(metric))] if row.paper else []
         table.add_row(plain(heading), percent(rate), reach(rate).strip("[]"), *counts, *paper)
     return table
+
+
+def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
+    """The report's verdicts as plain text, the safe models first.
+
+    Args:
+        folders: each model's evaluation.
+    """
+    from vlm_unlearn.evaluation.generating import saved_suite
+    from vlm_unlearn.reporting.roles import roles_of
+    from vlm_unlearn.reporting.verdicts import safest_first, verdict
+
+    roles = roles_of(rows, {model: saved_suite(folder) for model, folder in folders.items()})
+    for one in safest_first([verdict(row, roles) for row in rows]):
+        console.print(
+            printable(f"{one.model} is {one.word}: {one.text}."), markup=False, highlight=False, soft_wrap=not console.is_terminal
+        )
 
 
 @contextmanager

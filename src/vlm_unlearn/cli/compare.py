@@ -48,7 +48,7 @@ def compare(
     console = result_console()
     console.print(_table(summary, console.width))
     if out is not None:
-        console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False)
+        console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(summary: Summary, width: int) -> Table:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, quiet_libraries, result_console, status_console
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    RatesTable,
+    Stages,
+    print_json,
+    print_verdicts,
+    quiet_libraries,
+    result_console,
+    status_console,
+)
 
 
 def demo(
@@ -53,8 +62,9 @@ def demo(
         return
     console = result_console()
     console.print(RatesTable(summary, {model: seconds_of_training(run) for model, run in training.items()}))
+    print_verdicts(console, summary.rows, runs)
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))
-    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False)
-    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False)
+    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, quiet_libraries, result_console, status_console
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    RatesTable,
+    Stages,
+    print_json,
+    print_verdicts,
+    quiet_libraries,
+    result_console,
+    status_console,
+)
 from vlm_unlearn.cli.completing import suite_keys, suite_names
 from vlm_unlearn.training.processes import is_first
 
@@ -69,7 +78,7 @@ def evaluate(
         typer.echo(remark, err=True)
     with Stages() as bars:
         report = write_report(out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}", on_done=bars.update)
-    _show(row, as_json, f"Report: {report}")
+    _show(row, out, as_json, f"Report: {report}")
     refuse_silence(costs)
 
 
@@ -129,10 +138,10 @@ def score(
     suite = saved_suite(run, overrides or [])
     row = score_run(run, suite, name or run.resolve().name)
     save_suite(run, suite)
-    _show(row, as_json, "")
+    _show(row, run, as_json, "")
 
 
-def _show(row: Row, as_json: bool, note: str) -> None:
+def _show(row: Row, run: Path, as_json: bool, note: str) -> None:
     from vlm_unlearn.records import Summary
 
     summary = Summary(rows=[row])
@@ -141,5 +150,6 @@ def _show(row: Row, as_json: bool, note: str) -> None:
         return
     console = result_console()
     console.print(RatesTable(summary))
+    print_verdicts(console, [row], {row.model: run})
     if note:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import typer
 
 from vlm_unlearn.cli import attack, benchmark, compare, data, demo, doctor, evaluate, export, judge, recipes, report, table, train
 from vlm_unlearn.cli.common import fail, keep_deepspeed_off_stdout
+from vlm_unlearn.cli.completing import bash_words, no_blank_after_keys
 from vlm_unlearn.cli.terminal import Commands, show_any_text, wrong_usage
 from vlm_unlearn.errors import RequestError, WorkError, shown
 
@@ -64,8 +65,11 @@ def main() -> None:
     debug = arguments[:1] == ["--debug"]
     show_any_text()
     keep_deepspeed_off_stdout()
+    if arguments[:1] in (["--show-completion"], ["--install-completion"]):
+        no_blank_after_keys()
     try:
-        code = app(arguments, prog_name="vlm-unlearn", standalone_mode=False)
+        with bash_words():
+            code = app(arguments, prog_name="vlm-unlearn", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

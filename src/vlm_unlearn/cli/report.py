@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, result_console, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, print_verdicts, result_console, status_console
 from vlm_unlearn.cli.runs import named_runs
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def report(
     runs: list[Path] = typer.Argument(
-        ..., metavar="RUN...", help="Folders that evaluate wrote, or a demo's; further ones are compared to the first."
+        ...,
+        metavar="RUN...",
+        help="Folders that evaluate wrote; a demo's is all its models, demo/evaluations/NAME one. All are compared to the first.",
     ),
     out: Path = typer.Option(..., "--out", help="A folder for report.html, report/ and summary.json; a report of before is written anew."),
     title: str = typer.Option("", "--title", help="The page's heading; default: the models' names, or how many."),
@@ -46,7 +48,8 @@ def report(
         return
     console = result_console()
     console.print(RatesTable(summary))
-    console.print(f"Report: {page}", markup=False, highlight=False)
+    print_verdicts(console, summary.rows, folders)
+    console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(models: list[str]) -> str:

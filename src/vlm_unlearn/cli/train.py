@@ -198,7 +198,7 @@ def _warn_of_refusals(planned: Plan) -> None:
 
 
 def methods(as_json: bool = JSON_OPTION) -> None:
-    """Lists the unlearning methods, their sources and their options.
+    """Lists the unlearning methods: what each does, where it is from and its options.
 
     Example:
 
@@ -208,11 +208,29 @@ def methods(as_json: bool = JSON_OPTION) -> None:
         from vlm_unlearn.methods import METHODS
 
     if as_json:
-        print_json([{"name": name, "source": method.source, "options": _options(method)} for name, method in sorted(METHODS.items())])
+        print_json(
+            [
+                {"name": name, "about": _about(method), "source": method.source, "options": _options(method)}
+                for name, method in sorted(METHODS.items())
+            ]
+        )
         return
     for name, method in sorted(METHODS.items()):
         options = ", ".join(f"{key}={value}" for key, value in _options(method).items())
-        typer.echo(f"{name:<12}{method.source}\n{'':<12}{options or 'no options'}")
+        typer.echo(f"{name:<12}{_about(method)}\n{'':<12}{method.source}\n{'':<12}{options or 'no options'}")
+
+
+NAME_WORDS = 5
+
+
+def _about(method: type[Method]) -> str:
+    """How a method's docstring begins, without where it is from: one sentence, or two where the first is hardly more than a name."""
+    import inspect
+    import re
+
+    text = re.sub(r"\s*\([^()]*arXiv[^()]*\)", "", " ".join((inspect.getdoc(method) or "").replace("`", "").split()))
+    first, *others = re.split(r"(?<=\.)\s+(?=[A-Z])", text)
+    return " ".join([first, *others[:1]]) if len(first.split()) <= NAME_WORDS else first
 
 
 def _options(method: type[Method]) -> dict[str, object]:

@@ -227,11 +227,51 @@ def validate(config: type[Config], value: object, where: str) -> Config:
             raise RequestError(f"{where}: {key}: {told}") from None
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise RequestError(f'{where}: unknown key "{key}"{nearest(str(first["loc"][-1]), known)}') from None
+            raise RequestError(f'{where}: unknown key "{key}"{_meant(config, str(first["loc"][-1]), known)}') from None
         if first["type"] == "missing":
             raise RequestError(f'{where}: key "{key}" is missing; add it to the file or pass {key}=...') from None
         message = first["msg"].removeprefix("Value error, ")
         raise RequestError(f"{where}: {key + ': ' if key else ''}{message}") from None
+
+
+# What transformers, PEFT, TRL and LLaVA's scripts call some of our keys.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning-rate"), "learning_rate"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_batch_size", "train_batch_size", "bs"), "batch_size"),
+    **dict.fromkeys(("grad_accum", "gradient_accumulation", "accumulation_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "scheduler"),
+    **dict.fromkeys(("bf16", "fp16", "dtype", "torch_dtype"), "precision"),
+    **dict.fromkeys(("lora_r", "lora_rank", "rank"), "lora.r"),
+    **dict.fromkeys(("model_name_or_path", "model_path", "base_model"), "model"),
+    **dict.fromkeys(("output_dir", "out", "save_dir"), "output"),
+    **dict.fromkeys(("data_path", "dataset", "train_data"), "data"),
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "model_max_length": "max_length",
+    "mm_projector_lr": "projector_learning_rate",
+}
+_OF_METHODS = ("beta", "gamma", "forget_weight", "retain_weight", "paper")  # options; a recipe's class doesn't hold them
+
+
+def _meant(config: type[BaseModel], key: str, beside: Sequence[str]) -> str:
+    """The right key for an unknown one: what others call so, the same key elsewhere in the config, or the nearest beside it."""
+    name = _ELSEWHERE.get(key, key)
+    if name in beside:
+        return f"; did you mean {shown(name)}?"
+    options = [f"method.{option}" for option in _OF_METHODS] if "method" in config.model_fields else []
+    same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{name}")]
+    return f"; did you mean {' or '.join(map(shown, same[:3]))}?" if same else nearest(key, beside)
+
+
+def _paths(config: type[BaseModel], before: str = "") -> Iterator[str]:
+    """The dotted keys that an override can give, but for those of lists' items."""
+    for name, field in config.model_fields.items():
+        yield f"{before}{name}"
+        if typing.get_origin(field.annotation) not in (list, dict):
+            for inner in models_in(field.annotation):
+                yield from _paths(inner, f"{before}{name}.")
 
 
 def _keys_beside(config: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -48,7 +48,7 @@ def resolve_image(root: Path, relative: str, where: str) -> Path:
     if not inside:
         raise RequestError(f"{named} is a link out of the image folder {root}")
     if not found:
-        raise RequestError(f"{named} not found under {root}; pass --images")
+        raise RequestError(f"{named} not found under {root}; correct its path, or the image folder (--images)")
     return path
 
 

@@ -6,6 +6,7 @@ interval is, so that few questions can't acquit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,11 @@ class Sentence:
     def mark(self) -> str:
         """A sign, so that the level isn't told by colour alone."""
         return MARKS[self.level]
+
+
+def safest_first(sentences: Sequence[Sentence]) -> list[Sentence]:
+    """Ordered by level, as MARKS has them; models of one level stay in their order."""
+    return sorted(sentences, key=lambda one: list(MARKS).index(one.level))
 
 
 def verdict(row: Row, roles: Roles) -> Sentence:

@@ -86,7 +86,7 @@ def _order(length: int, key: str) -> Sequence[int]:
 
 
 NEEDS_PARTNERS = {
-    "decouple": "prompt decoupling needs decouple.jsonl; import SafeEraser data, or set prompt_decouple_weight=0",
+    "decouple": "prompt decoupling needs decouple.jsonl: import SafeEraser, or a table with decouple rows; or set prompt_decouple_weight=0",
     "preferred": "dpo needs preferred.jsonl; import VLGuard with --harmful-answers, a table with preferred rows, or take idk_dpo",
 }
 

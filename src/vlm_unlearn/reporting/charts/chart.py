@@ -62,6 +62,11 @@ class Bars:
     stacked: bool = False
     axis: str = ""
 
+    @property
+    def keyed(self) -> bool:
+        """Whether a legend says what the colours are: always in stacks, where the names beside the bars don't."""
+        return self.stacked or len(self.series) > 1
+
 
 @dataclass(frozen=True)
 class Lines:

@@ -138,7 +138,7 @@ def _bars(chart: Bars) -> Canvas:
     columns = _legend_columns(legend, 6.4)
     thick = 0.17 * (1 if chart.stacked else len(chart.series))
     left = 0.3 + LETTER * max(map(len, names), default=1)
-    rows = -(-len(legend) // columns) if len(legend) > 1 else 0
+    rows = -(-len(legend) // columns) if chart.keyed else 0
     canvas, axes = _canvas(6.4, max(0.5, len(names) * (thick + 0.13)), left, 0.5, rows, chart.title)
     places = list(range(len(names)))
     below = [0.0] * len(names)

@@ -103,10 +103,10 @@ def _bars(chart: Bars) -> Figure:
         trace |= {"marker": _marker(one.style, hatched=True), "hoverinfo": "text", "hovertext": hover}
         traces.append(trace | ({"error_x": _errors(one.values, one.low, one.high)} if one.low else {}))
     thick = BAR * (1 if chart.stacked else len(chart.series))
-    height = round(len(chart.names) * (thick + GAP)) + 64 + (24 * (1 + len(chart.series) // 4) if len(chart.series) > 1 else 0)
+    height = round(len(chart.names) * (thick + GAP)) + 64 + (24 * (1 + len(chart.series) // 4) if chart.keyed else 0)
     ticks = {"tickvals": places, "ticktext": [_text(name, 28) for name in chart.names]}
     y = {"autorange": False, "range": [len(places) - 0.5, -0.5], **ticks}
-    layout = _layout(height, _percent(chart.axis), y, len(chart.series) > 1)
+    layout = _layout(height, _percent(chart.axis), y, chart.keyed)
     gaps = {"barmode": "stack" if chart.stacked else "group", "bargap": GAP / (GAP + thick)}
     return {"data": traces, "layout": layout | gaps | {"legend": layout["legend"] | {"traceorder": "normal"}}}
 

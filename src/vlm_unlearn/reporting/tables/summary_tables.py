@@ -11,6 +11,7 @@ from vlm_unlearn.reporting.columns import case_title, columns, heading
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
+from vlm_unlearn.reporting.tables.names import NAMES, PRINTED
 from vlm_unlearn.reporting.tables.paper_tables import (
     counted,
     failed_of,
@@ -27,10 +28,6 @@ from vlm_unlearn.store import write_text
 
 Costs = Mapping[str, Mapping[str, str]]  # model -> heading -> what it cost
 ByKey = Mapping[str, Mapping[str, Rate]]  # metric -> category or number of shots -> rate
-NAMES = (
-    *("rates", "comparisons", "published", "labels", "categories", "shots", "cost"),
-    *("safety_mirage", "safety_mirage_published", "safety_mirage_answers", "safe_eraser", "safe_eraser_published"),
-)
 MOST_ACROSS = 8  # categories that stand beside each other
 FORMS = ("csv", "tex", "md")
 
@@ -73,9 +70,8 @@ def named_table(summary: Summary, name: str) -> Table:
         RequestError: there is no such table, or the summary has nothing for it.
     """
     tables = summary_tables(summary)
-    known = [one for one in NAMES if one != "cost"]  # what it takes stands in manifests and verdicts, which `report` reads
-    if name not in known:
-        raise RequestError(f"no table {shown(name)}{nearest(name, known)}; known: {', '.join(known)}")
+    if name not in PRINTED:
+        raise RequestError(f"no table {shown(name)}{nearest(name, PRINTED)}; known: {', '.join(PRINTED)}")
     if name not in tables:
         raise RequestError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
     return tables[name]
