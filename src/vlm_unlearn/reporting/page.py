@@ -57,6 +57,6 @@ def _source(script: str) -> str:
 
 
 def _json_for_html(value: object) -> str:
-    """JSON in ASCII without a character that could end the element that holds it."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    """JSON in ASCII without a character that could end the element that holds it, and without NaN, which no browser reads."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
