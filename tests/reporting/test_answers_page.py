@@ -155,6 +155,8 @@ def test_images_are_made_anew_and_kept_once(tmp_path: Path) -> None:
     assert (photo.file[-4:], icon.file[-4:]) == (".jpg", ".png")
     assert sorted(file.name for file in out.iterdir()) == sorted({photo.file, icon.file})
     assert b"script" not in (out / photo.file).read_bytes()
+    (out / icon.file).write_bytes(b"")
+    assert write_thumbnails(out, [(source, "icon.png")])[source, "icon.png"] == icon  # a damaged one is made anew
     made = (out / photo.file).stat().st_mtime_ns
     assert write_thumbnails(out, [(source, "photo.jpg")])[source, "photo.jpg"] == photo
     assert (out / photo.file).stat().st_mtime_ns == made
@@ -208,6 +210,31 @@ def test_too_much_is_cut_and_said(tmp_path: Path) -> None:
     assert 20 < len(kept) < 50
     assert kept == [f"{case}{n}" for case in ("safe", "other") for n in range(len(kept) // 2)]  # of each case the first
     assert f"{100 - len(kept)} of 100 questions are left out" in shown_text(fewer)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.9, 1), (0.3, 1)])
+def test_questions_of_many_samples_are_left_out_until_one_is_left(tmp_path: Path, share: float, kept: int) -> None:
+    prompts = [prompt("one"), prompt("other")]
+    responses = [Response(prompt_id=one.id, sample=n, text=f"{one.id} {n} " + "漢" * 100) for one in prompts for n in range(20)]
+    run = put_run(tmp_path / "m", prompts, responses, {})
+    whole = len(json.dumps(columns(write_answers(tmp_path / "whole", {"m": run}, "t")), separators=(",", ":")))
+    page = write_answers(tmp_path / "fewer", {"m": run}, "t", most_bytes=int(share * whole))
+    assert len(columns(page)["questions"]["id"]) == kept
+    assert "1 of 2 questions are left out" in shown_text(page)
+    assert ("may open slowly" in shown_text(page)) == (share < 0.5)
+
+
+def test_a_judge_that_was_killed_is_a_note(tmp_path: Path) -> None:
+    prompts = [prompt(f"p{n}") for n in range(3)]
+    given = {judge: [Verdict(prompt_id=one.id, judge=judge, label="refused") for one in prompts] for judge in ("keyword", "other")}
+    run = put_run(tmp_path / "m", prompts, [Response(prompt_id=one.id, text="a") for one in prompts], given)
+    file = run / "verdicts-other.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])
+    page = write_answers(tmp_path / "out", {"m": run}, "t")
+    keyword, other = columns(page)["verdicts"]
+    assert [STATES[state] for state in keyword["state"]] == ["refused"] * 3
+    assert [STATES[state] for state in other["state"]] == ["refused", "refused", "none"]
+    assert "m: of the judge other 2 verdicts are shown; the rest of its file can&#39;t be read:" in shown_text(page)
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:

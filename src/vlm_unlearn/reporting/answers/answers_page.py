@@ -99,7 +99,7 @@ def fit(
         )
     kept: Sequence[Question] = questions
     while size > most_bytes and len(kept) > 1:
-        kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))
+        kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))[: len(kept) - 1]  # always fewer
         columns = to_columns(kept, models, tells, longest)
         size = _size(columns)
     if len(kept) < len(questions):
@@ -107,6 +107,8 @@ def fit(
             f"{len(questions) - len(kept):,} of {len(questions):,} questions are left out, the last of each case, because all would be "
             "too much for one page: make a report of fewer runs to see more of them, or read each run's responses.jsonl"
         )
+    if size > most_bytes:
+        notes.append(f"one question's answers alone are {size / 1e6:,.1f} MB, so that this page may open slowly")
     return columns, notes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def _picture(path: Path | str, digests: Mapping[Path, str | None], made: Mapping
 def _thumbnail(folder: Path, digest: str, source: Path) -> Picture:
     for known in (folder / f"{digest}.png", folder / f"{digest}.jpg"):
         if known.is_file():
-            return Picture(known.name, *image_size(known))
+            with suppress(RequestError):  # one that was damaged is made anew
+                return Picture(known.name, *image_size(known))
     try:
         image = open_image(source, LONGEST_SIDE)
     except RequestError as error:
