@@ -10,7 +10,7 @@ import pytest
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row, Summary
-from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Lines, Plane, Point, place_labels, shown_name, style_of
+from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Point, place_labels, shown_name, style_of
 from vlm_unlearn.reporting.charts.curves import loss_charts, write_loss_png
 from vlm_unlearn.reporting.charts.matplotlib_charts import delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
@@ -99,6 +99,29 @@ def test_many_models_and_categories_stay_readable() -> None:
     assert type(many["categories-1"]).__name__ == "Heatmap"
     looks = [(style.colour, style.shape) for style in map(style_of, range(49))]
     assert len(set(looks)) == 49
+
+
+@pytest.mark.parametrize("models", [2, 25])
+def test_the_largest_categories_are_drawn(models: int) -> None:
+    kinds = {f"c{number:04}": share(1, 10 + number % 7) for number in range(1500)} | {"zz": share(1, 99)}
+    chart = charts([row(f"m{i}", categories={"asr": kinds}) for i in range(models)])["categories-1"]
+    assert isinstance(chart, Bars | Heatmap)
+    names = chart.names if isinstance(chart, Bars) else chart.columns
+    assert chart.title == "ASR by category, the largest 40 (1,461 more in the table)"
+    assert list(names) == [*(f"c{number:04}" for number in range(6, 6 + 39 * 7, 7)), "zz"]
+
+
+@pytest.mark.parametrize("name", ["", "\x01\x1b[31m", "\ud800", "\u202eevil", "long " * 200_000, "$x$ $"])
+def test_titles_and_axes_with_names_of_others_are_drawn(tmp_path: Path, name: str) -> None:
+    rates = {"asr": share(1), name: share(2)}
+    of_name = {"categories": {name: {"A": share(1), "B": share(2)}}, "shots": {name: [share(1), share(2)]}}
+    found = charts([Row(model="m", metrics=rates, labels={name: {"complied": 1}}, **of_name)])
+    assert {"categories-1", "shots-1", "labels-1"} <= set(found)
+    assert all(0 < len(chart.title) <= 90 and chart.title.isprintable() for chart in found.values())
+    for file in write_plots(tmp_path, found):
+        if file.suffix == ".svg":
+            ElementTree.parse(file)
+    assert max(len(plotly_figure(chart)["layout"]["xaxis"]["title"]["text"]) for chart in found.values()) < 100
 
 
 def test_the_trade_off_has_intervals_both_ways_and_its_corner() -> None:
