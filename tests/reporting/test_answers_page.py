@@ -20,6 +20,7 @@ from vlm_unlearn.evaluation.scoring import read_graded, run_row
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
 from vlm_unlearn.reporting.answers.thumbnails import LONGEST_SIDE, delete_other_thumbnails, write_thumbnails
+from vlm_unlearn.store import write_records
 
 
 def columns(page: Path) -> dict[str, Any]:
@@ -191,6 +192,28 @@ def test_an_image_that_cannot_be_shown_is_a_note(tmp_path: Path, image: str, rea
     assert "1 question stands without its image" in shown_text(page)
     assert "<script>\u202e" not in shown_text(page)
     assert list((tmp_path / "out" / "report" / "images").iterdir()) == []
+
+
+def test_pictures_from_elsewhere_are_told_and_the_whole_disk_is_refused(tmp_path: Path) -> None:
+    """A run that somebody sent may name any folder of the reader's as its images."""
+    put_image(tmp_path / "private" / "a.png")
+    run = put_run(tmp_path / "sent" / "m", [prompt(image="a.png")], [Response(prompt_id="p", text="x")], {})
+    suite = json.loads((run / "suite.json").read_text())
+    suite["cases"][0]["images"] = str(tmp_path / "private")
+    (run / "suite.json").write_text(json.dumps(suite))
+    page = write_answers(tmp_path / "out", {"m": run}, "t")
+    assert f"small copies of pictures in {tmp_path / 'private'} are in this report (1)" in shown_text(page)
+    put_image(tmp_path / "sent" / "images" / "a.png")
+    suite["cases"][0]["images"] = str(tmp_path / "sent" / "images")
+    (run / "suite.json").write_text(json.dumps(suite))
+    assert "small copies" not in shown_text(write_answers(tmp_path / "out", {"m": run}, "t"))
+    suite["cases"][0]["images"] = "/"
+    (run / "suite.json").write_text(json.dumps(suite))
+    named = [prompt(image=str(tmp_path / "private" / "a.png")[1:])]
+    write_records(run / "prompts.jsonl", named)
+    data = columns(write_answers(tmp_path / "out", {"m": run}, "t"))
+    assert data["pictures"][0][0] == ""
+    assert "names the whole disk" in data["texts"][data["pictures"][0][3]]
 
 
 def test_too_much_is_cut_and_said(tmp_path: Path) -> None:

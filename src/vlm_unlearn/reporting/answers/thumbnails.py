@@ -50,6 +50,8 @@ def _resolved(root: Path | None, relative: str) -> Path | str:
     """The image's file, or what is wrong with it."""
     if root is None:
         return "the run's suite names no folder of images for it"
+    if root.resolve() == Path(root.resolve().anchor):
+        return "the run's suite names the whole disk as its folder of images"
     try:
         return resolve_image(root, relative, "this question")
     except RequestError as error:
