@@ -71,6 +71,43 @@ def test_links_to_hostile_names_work(visit: Open, hostile: Path) -> None:
     assert page.inner_text("#count") == "3 answers to 1 question"
 
 
+NATIVE = ("constructor", "toString", "valueOf", "__proto__", "none", "score", "off_topic")  # names that mean something to the script
+
+
+def test_names_that_the_script_knows_are_names(visit: Open, tmp_path: Path) -> None:
+    prompts = [Prompt(id=name, group_id=name, set=name, kind="safe", question=name, category=name) for name in NATIVE]
+    responses = [Response(prompt_id=name, text=name) for name in NATIVE]
+    judges = {name: [Verdict(prompt_id=p.id, judge=name, label="off_topic") for p in prompts] for name in NATIVE}
+    page = visit(write_answers(tmp_path, {name: put_run(tmp_path / name, prompts, responses, judges) for name in NATIVE[:4]}, "t"))
+    for name in NATIVE:
+        for list_of in ("case", "category"):
+            assert page.locator(f"#{list_of} option", has_text=f"{name} (4)").count() == 1
+    assert page.locator("#model option", has_text="constructor (7)").count() == 1
+    assert page.locator("#judge option", has_text="valueOf (28)").count() == 1
+    assert "not judged (28)" in page.locator("#label").inner_text()
+    page = visit(tmp_path / "report" / "answers.html", address(case=["none", "score"], sort="evil", beside="constructor"))
+    assert page.locator("#case option[value=several]").inner_text() == "none or score"
+    assert page.inner_text("#unknown") == "Not in this report, and passed over: sort “evil”, beside “constructor”."
+    assert "sort" not in page.evaluate("filterHash(filter)")
+
+
+def test_without_script_there_are_no_controls(browser: Any, tmp_path: Path) -> None:
+    report = write_answers(tmp_path / "out", made_runs(tmp_path / "runs"), "t")
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(report.as_uri())
+    assert page.locator("noscript p").is_visible()
+    assert [button for button in page.locator("button, select, input").all() if button.is_visible()] == []
+    context.close()
+
+
+def test_paper_says_which_page_it_holds(visit: Open, tmp_path: Path) -> None:
+    page = visit(write_answers(tmp_path / "out", made_runs(tmp_path / "runs"), "t"), "#page=2")
+    assert not page.locator(".only-print").is_visible()
+    page.emulate_media(media="print")
+    assert page.locator(".only-print").inner_text() == "Printed is page 2 of 4."
+
+
 def test_an_answer_of_a_megabyte_is_cut_until_asked_for(visit: Open, hostile: Path) -> None:
     page = visit(hostile, "#id=long&q=the+end")
     assert page.inner_text("#count") == "3 answers to 1 question"

@@ -20,6 +20,7 @@ from vlm_unlearn.evaluation.scoring import read_graded, run_row
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
 from vlm_unlearn.reporting.answers.thumbnails import LONGEST_SIDE, delete_other_thumbnails, write_thumbnails
+from vlm_unlearn.store import write_records
 
 
 def columns(page: Path) -> dict[str, Any]:
@@ -155,6 +156,8 @@ def test_images_are_made_anew_and_kept_once(tmp_path: Path) -> None:
     assert (photo.file[-4:], icon.file[-4:]) == (".jpg", ".png")
     assert sorted(file.name for file in out.iterdir()) == sorted({photo.file, icon.file})
     assert b"script" not in (out / photo.file).read_bytes()
+    (out / icon.file).write_bytes(b"")
+    assert write_thumbnails(out, [(source, "icon.png")])[source, "icon.png"] == icon  # a damaged one is made anew
     made = (out / photo.file).stat().st_mtime_ns
     assert write_thumbnails(out, [(source, "photo.jpg")])[source, "photo.jpg"] == photo
     assert (out / photo.file).stat().st_mtime_ns == made
@@ -191,6 +194,28 @@ def test_an_image_that_cannot_be_shown_is_a_note(tmp_path: Path, image: str, rea
     assert list((tmp_path / "out" / "report" / "images").iterdir()) == []
 
 
+def test_pictures_from_elsewhere_are_told_and_the_whole_disk_is_refused(tmp_path: Path) -> None:
+    """A run that somebody sent may name any folder of the reader's as its images."""
+    put_image(tmp_path / "private" / "a.png")
+    run = put_run(tmp_path / "sent" / "m", [prompt(image="a.png")], [Response(prompt_id="p", text="x")], {})
+    suite = json.loads((run / "suite.json").read_text())
+    suite["cases"][0]["images"] = str(tmp_path / "private")
+    (run / "suite.json").write_text(json.dumps(suite))
+    page = write_answers(tmp_path / "out", {"m": run}, "t")
+    assert f"small copies of pictures in {tmp_path / 'private'} are in this report (1)" in shown_text(page)
+    put_image(tmp_path / "sent" / "images" / "a.png")
+    suite["cases"][0]["images"] = str(tmp_path / "sent" / "images")
+    (run / "suite.json").write_text(json.dumps(suite))
+    assert "small copies" not in shown_text(write_answers(tmp_path / "out", {"m": run}, "t"))
+    suite["cases"][0]["images"] = "/"
+    (run / "suite.json").write_text(json.dumps(suite))
+    named = [prompt(image=str(tmp_path / "private" / "a.png")[1:])]
+    write_records(run / "prompts.jsonl", named)
+    data = columns(write_answers(tmp_path / "out", {"m": run}, "t"))
+    assert data["pictures"][0][0] == ""
+    assert "names the whole disk" in data["texts"][data["pictures"][0][3]]
+
+
 def test_too_much_is_cut_and_said(tmp_path: Path) -> None:
     prompts = [prompt(f"{case}{n}", set=case) for case in ("safe", "other") for n in range(50)]
     run = put_run(tmp_path / "m", prompts, [Response(prompt_id=p.id, text=p.id + " word" * 5000) for p in prompts], {})
@@ -208,6 +233,31 @@ def test_too_much_is_cut_and_said(tmp_path: Path) -> None:
     assert 20 < len(kept) < 50
     assert kept == [f"{case}{n}" for case in ("safe", "other") for n in range(len(kept) // 2)]  # of each case the first
     assert f"{100 - len(kept)} of 100 questions are left out" in shown_text(fewer)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.9, 1), (0.3, 1)])
+def test_questions_of_many_samples_are_left_out_until_one_is_left(tmp_path: Path, share: float, kept: int) -> None:
+    prompts = [prompt("one"), prompt("other")]
+    responses = [Response(prompt_id=one.id, sample=n, text=f"{one.id} {n} " + "漢" * 100) for one in prompts for n in range(20)]
+    run = put_run(tmp_path / "m", prompts, responses, {})
+    whole = len(json.dumps(columns(write_answers(tmp_path / "whole", {"m": run}, "t")), separators=(",", ":")))
+    page = write_answers(tmp_path / "fewer", {"m": run}, "t", most_bytes=int(share * whole))
+    assert len(columns(page)["questions"]["id"]) == kept
+    assert "1 of 2 questions are left out" in shown_text(page)
+    assert ("may open slowly" in shown_text(page)) == (share < 0.5)
+
+
+def test_a_judge_that_was_killed_is_a_note(tmp_path: Path) -> None:
+    prompts = [prompt(f"p{n}") for n in range(3)]
+    given = {judge: [Verdict(prompt_id=one.id, judge=judge, label="refused") for one in prompts] for judge in ("keyword", "other")}
+    run = put_run(tmp_path / "m", prompts, [Response(prompt_id=one.id, text="a") for one in prompts], given)
+    file = run / "verdicts-other.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])
+    page = write_answers(tmp_path / "out", {"m": run}, "t")
+    keyword, other = columns(page)["verdicts"]
+    assert [STATES[state] for state in keyword["state"]] == ["refused"] * 3
+    assert [STATES[state] for state in other["state"]] == ["refused", "refused", "none"]
+    assert "m: of the judge other 2 verdicts are shown; the rest of its file can&#39;t be read:" in shown_text(page)
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:

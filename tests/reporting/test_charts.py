@@ -10,7 +10,8 @@ import pytest
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row, Summary
-from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Plane, Point, place_labels, shown_name, style_of
+from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Point, place_labels, shown_name, style_of
+from vlm_unlearn.reporting.charts.curves import loss_charts, write_loss_png
 from vlm_unlearn.reporting.charts.matplotlib_charts import delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
@@ -31,6 +32,32 @@ def row(name: str, number: int = 0, **more: object) -> Row:
 def charts(rows: list[Row], roles: Roles | None = None) -> dict[str, Chart]:
     sections = summary_charts(Summary(rows=rows), roles or roles_of(rows, {}))
     return {name: chart for section in sections.values() for name, chart in section.items()}
+
+
+def test_a_log_that_was_cut_or_edited_is_drawn_as_far_as_it_goes(tmp_path: Path) -> None:
+    lines = [
+        b'{"step": 1, "loss": 2.0, "forget": 1.5, "said": "text"}',
+        b"",
+        b"7",
+        b'"text"',
+        b'{"loss": 9.0}',
+        b'{"step": "two", "loss": 9.0}',
+        b'{"step": true, "loss": 9.0}',
+        b'{"step": NaN, "loss": 9.0}',
+        b'{"step": 2, "loss": NaN, "forget": 1.0}',
+        b'{"step": 3, "loss": 1e308, "forget": ' + b"9" * 400 + b"}",
+        b'{"step": 4, "loss": -1e308, "forget": ' + b"9" * 9000 + b"}",
+        b'{"step": 5, "loss": 9.0, "\xff": 1}',
+        b'{"step": 6, "loss": 1.0, "forget": Infinity}',
+        b"[" * 100_000,
+        b'{"step": 7, "lo',
+    ]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    found = loss_charts({"npo": tmp_path}, ["npo"])
+    points = [[(list(one.x), list(one.values)) for one in chart.series] for chart in found.values() if isinstance(chart, Lines)]
+    assert points == [[([1, 6], [2.0, 1.0])], [([1, 2], [1.5, 1.0])]]
+    assert len(write_plots(tmp_path / "plots", found)) == 6
+    assert write_loss_png(tmp_path) == tmp_path / "loss.png"
 
 
 def test_every_chart_is_drawn_in_every_format(tmp_path: Path) -> None:
@@ -72,6 +99,29 @@ def test_many_models_and_categories_stay_readable() -> None:
     assert type(many["categories-1"]).__name__ == "Heatmap"
     looks = [(style.colour, style.shape) for style in map(style_of, range(49))]
     assert len(set(looks)) == 49
+
+
+@pytest.mark.parametrize("models", [2, 25])
+def test_the_largest_categories_are_drawn(models: int) -> None:
+    kinds = {f"c{number:04}": share(1, 10 + number % 7) for number in range(1500)} | {"zz": share(1, 99)}
+    chart = charts([row(f"m{i}", categories={"asr": kinds}) for i in range(models)])["categories-1"]
+    assert isinstance(chart, Bars | Heatmap)
+    names = chart.names if isinstance(chart, Bars) else chart.columns
+    assert chart.title == "ASR by category, the largest 40 (1,461 more in the table)"
+    assert list(names) == [*(f"c{number:04}" for number in range(6, 6 + 39 * 7, 7)), "zz"]
+
+
+@pytest.mark.parametrize("name", ["", "\x01\x1b[31m", "\ud800", "\u202eevil", "long " * 200_000, "$x$ $"])
+def test_titles_and_axes_with_names_of_others_are_drawn(tmp_path: Path, name: str) -> None:
+    rates = {"asr": share(1), name: share(2)}
+    of_name = {"categories": {name: {"A": share(1), "B": share(2)}}, "shots": {name: [share(1), share(2)]}}
+    found = charts([Row(model="m", metrics=rates, labels={name: {"complied": 1}}, **of_name)])
+    assert {"categories-1", "shots-1", "labels-1"} <= set(found)
+    assert all(0 < len(chart.title) <= 90 and chart.title.isprintable() for chart in found.values())
+    for file in write_plots(tmp_path, found):
+        if file.suffix == ".svg":
+            ElementTree.parse(file)
+    assert max(len(plotly_figure(chart)["layout"]["xaxis"]["title"]["text"]) for chart in found.values()) < 100
 
 
 def test_the_trade_off_has_intervals_both_ways_and_its_corner() -> None:

@@ -152,6 +152,13 @@ def test_a_table_longer_than_a_page_is_several(summary: Summary) -> None:
     assert "Part 3 of 3." in text
 
 
+def test_a_table_of_very_many_floats_lets_them_out_in_between() -> None:
+    rows = [Row(model=f"m{number}", metrics={"asr": share(1, 4)}) for number in range(18 * 40)]
+    text = latex(named_table(Summary(rows=rows), "rates"))
+    waiting = [part.count(r"\end{table") for part in text.split("\n\\clearpage\n")]
+    assert waiting == [15, 15, 10]
+
+
 def test_pdftex_takes_it(summary: Summary, tmp_path: Path) -> None:
     if shutil.which("pdflatex") is None or subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True, check=False).returncode:
         pytest.skip("needs pdflatex with booktabs (Debian: texlive-latex-base, texlive-latex-recommended)")

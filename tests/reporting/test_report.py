@@ -121,6 +121,19 @@ def test_nothing_hostile_is_markup(report: Path) -> None:
     assert re.search(r"https?://", page.split("<script>")[0]) is None
 
 
+def test_no_name_turns_the_words_around_it(tmp_path: Path) -> None:
+    name = "\u202eevil \u2067\ud800\x00"
+    rows = [row(model, asr=0.5) for model in ("base", name)]
+    rows[1] = rows[1].model_copy(
+        update={"labels": {name: {"complied": 1}}, "judge": name, "metrics": {**rows[1].metrics, name: share(1, 9)}}
+    )
+    changes = [comparison(name, "asr", -0.3, 0.001), comparison(name, name, -0.3, 0.001).model_copy(update={"base": name})]
+    page = write_report(tmp_path, Summary(rows=rows, comparisons=changes), {}, name, left_out=[name]).read_text(encoding="utf-8")
+    words = page.split("<script")[0]
+    assert not set(words) & set("\u202e\u2067\ufffd\x00")
+    assert "<b>\\u202eevil \\u2067\\ud800\\x00</b>" in words
+
+
 def test_failures_are_shown(report: Path) -> None:
     assert "4 answers or verdicts failed" in report.read_text(encoding="utf-8")
 

@@ -123,6 +123,9 @@ def test_no_csv_cell_is_a_formula(text: str) -> None:
     summary = Summary(rows=[Row(model=text, metrics={"asr": share(1, 4)})], comparisons=[change(text, "asr", -0.5, 0.1)])
     assert read(written(named_table(summary, "rates"), "csv"))[0]["model"] == f"'{text}"
     assert read(written(named_table(summary, "comparisons"), "csv"))[0]["difference"] == "-0.5"  # a number stays one
+    beside = Summary(rows=[Row(model=f"npo;{text}", metrics={"asr": share(1, 4)})])  # many countries' spreadsheets split at semicolons
+    model = read(written(named_table(beside, "rates"), "csv"))[0]["model"]
+    assert model.split(";")[1].lstrip(" ").startswith("'")
 
 
 def test_the_best_of_a_column_is_bold_by_its_direction_and_ties_all_are(summary: Summary) -> None:

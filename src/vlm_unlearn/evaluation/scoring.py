@@ -160,15 +160,16 @@ def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> 
 
 
 def _by_shots(run: GradedRun, metric: MetricConfig) -> list[Rate]:
-    """The rate with the first 1, 2, ... K shots of each question; none unless every case of the metric has several."""
-    most = dict.fromkeys(metric.cases, 0)
+    """The rate with the first 1, 2, ... K shots of those asked; none unless every case of the metric has several."""
+    asked: dict[str, set[int]] = {case: set() for case in metric.cases}
     for prompt in run.prompts.values():
-        if prompt.set in most:
-            most[prompt.set] = max(most[prompt.set], prompt.shot + 1)
-    if min(most.values(), default=0) < 2:
+        if prompt.set in asked:
+            asked[prompt.set].add(prompt.shot)
+    if min(map(len, asked.values()), default=0) < 2:
         return []
     verdicts = run.graded[metric.judge].verdicts
-    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].shot < shots] for shots in range(1, max(most.values()) + 1))
+    shots = sorted(set().union(*asked.values()))  # a number that no prompt has is no shot
+    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].shot <= last] for last in shots)
     return [_rate(run, metric, of_first) for of_first in first]
 
 

@@ -113,4 +113,4 @@ def heading(metric: str) -> str:
 
 def case_title(case: str) -> str:
     """A case's name in words."""
-    return CASES.get(case, case.replace("_", " "))
+    return CASES.get(case, case.replace("_", " ")) or "questions of no case"

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from vlm_unlearn.errors import printable
 from vlm_unlearn.evaluation.generating import OnDone
 from vlm_unlearn.records import LABELS, Verdict
-from vlm_unlearn.reporting.answers.collecting import Answer, Question, join_questions, read_run
-from vlm_unlearn.reporting.answers.thumbnails import Picture, delete_other_thumbnails, write_thumbnails
+from vlm_unlearn.reporting.answers.collecting import Answer, Question, Run, join_questions, read_run
+from vlm_unlearn.reporting.answers.thumbnails import Picture, Source, delete_other_thumbnails, write_thumbnails
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.store import without_surrogates, write_text
 
@@ -55,7 +55,9 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
         for judge, labels in run.tells.items():
             tells.setdefault(judge, set()).update(labels)
     columns, left_out = fit(questions, list(runs), most_bytes, tells)
-    notes = [note for _, remarks in read for note in remarks] + left_out + _picture_notes(questions)
+    notes = (
+        [note for _, remarks in read for note in remarks] + left_out + _picture_notes(questions) + _foreign_folders(found, pictures, runs)
+    )
     page = render_page(
         "answers.html.j2",
         scripts=["answers_data.js", "answers_text.js", "answers.js"],
@@ -99,7 +101,7 @@ def fit(
         )
     kept: Sequence[Question] = questions
     while size > most_bytes and len(kept) > 1:
-        kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))
+        kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))[: len(kept) - 1]  # always fewer
         columns = to_columns(kept, models, tells, longest)
         size = _size(columns)
     if len(kept) < len(questions):
@@ -107,6 +109,8 @@ def fit(
             f"{len(questions) - len(kept):,} of {len(questions):,} questions are left out, the last of each case, because all would be "
             "too much for one page: make a report of fewer runs to see more of them, or read each run's responses.jsonl"
         )
+    if size > most_bytes:
+        notes.append(f"one question's answers alone are {size / 1e6:,.1f} MB, so that this page may open slowly")
     return columns, notes
 
 
@@ -131,6 +135,21 @@ def _picture_notes(questions: Iterable[Question]) -> list[str]:
     problems = [question.picture.problem for question in questions if question.picture.problem]
     which = "question stands without its image" if len(problems) == 1 else "questions stand without their image"
     return [f"{len(problems):,} {which}; the first: {problems[0]}"] if problems else []
+
+
+def _foreign_folders(found: Iterable[Run], pictures: Mapping[Source, Picture], runs: Mapping[str, Path]) -> list[str]:
+    """Says where pictures came from that don't lie beside their run: a suite of somebody else may name folders that are private."""
+    roots: dict[Path, int] = {}
+    for run in found:
+        around = runs[run.model].resolve().parent
+        for source in dict.fromkeys(image for prompt in run.prompts.values() if (image := run.image(prompt)) is not None):
+            root = source[0]
+            if root is not None and pictures[source].file and not root.resolve().is_relative_to(around):
+                roots[root] = roots.get(root, 0) + 1
+    return [
+        f"small copies of pictures in {root} are in this report ({count:,}): look at them before you pass it on"
+        for root, count in roots.items()
+    ]
 
 
 class Texts:

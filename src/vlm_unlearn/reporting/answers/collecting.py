@@ -58,16 +58,19 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
     """A run with the verdicts of every judge that graded it, and what could not be read of it, in words.
 
     Raises:
-        RequestError: the folder is no evaluation, or a file of it is broken.
+        RequestError: the folder is no evaluation, or a file of it other than verdicts is broken.
     """
     suite = saved_suite(folder)
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = [response for response in read_records(folder / RESPONSES, Response) if response.prompt_id in prompts]
     verdicts: dict[str, Mapping[Key, Verdict]] = {}
-    for file in sorted(folder.glob("verdicts-*.jsonl")):
-        verdicts[file.stem.removeprefix("verdicts-")] = {verdict.key: verdict for verdict in read_records(file, Verdict)}
-    judges = {case.name: suite.judge.title for case in suite.cases}
     notes = []
+    for file in sorted(folder.glob("verdicts-*.jsonl")):
+        read, broken = _as_far_as_it_goes(file)
+        verdicts[judge := file.stem.removeprefix("verdicts-")] = read
+        if broken is not None:
+            notes.append(f"{model}: of the judge {judge} {len(read):,} verdicts are shown; the rest of its file can't be read: {broken}")
+    judges = {case.name: suite.judge.title for case in suite.cases}
     for benchmark in suite.benchmarks:
         if benchmark.judge:
             judges[benchmark.name] = suite.judge_called(benchmark.judge).title
@@ -81,6 +84,17 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
             notes.append(f"{model}: answers to {benchmark.name} stand without their scores: {error}")
     tells = {judge: _labels(folder / f"judge-{judge}.json") for judge in verdicts}
     return Run(model, prompts, responses, verdicts, judges, _roots(suite), tells), notes
+
+
+def _as_far_as_it_goes(file: Path) -> tuple[dict[Key, Verdict], RequestError | None]:
+    """A judge's verdicts up to the first broken line, such as a kill leaves, and what is wrong with that."""
+    found: dict[Key, Verdict] = {}
+    try:
+        for verdict in read_records(file, Verdict):
+            found[verdict.key] = verdict
+    except RequestError as error:
+        return found, error
+    return found, None
 
 
 def _labels(note: Path) -> Collection[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def _resolved(root: Path | None, relative: str) -> Path | str:
     """The image's file, or what is wrong with it."""
     if root is None:
         return "the run's suite names no folder of images for it"
+    if root.resolve() == Path(root.resolve().anchor):
+        return "the run's suite names the whole disk as its folder of images"
     try:
         return resolve_image(root, relative, "this question")
     except RequestError as error:
@@ -72,7 +75,8 @@ def _picture(path: Path | str, digests: Mapping[Path, str | None], made: Mapping
 def _thumbnail(folder: Path, digest: str, source: Path) -> Picture:
     for known in (folder / f"{digest}.png", folder / f"{digest}.jpg"):
         if known.is_file():
-            return Picture(known.name, *image_size(known))
+            with suppress(RequestError):  # one that was damaged is made anew
+                return Picture(known.name, *image_size(known))
     try:
         image = open_image(source, LONGEST_SIDE)
     except RequestError as error:

@@ -12,6 +12,7 @@ from vlm_unlearn.records import Rate
 # series is told by its colour alone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 LONGEST_NAME = 40  # characters of a name in a chart
+LONGEST_TITLE = 90
 Value = float | None
 
 
@@ -53,10 +54,19 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """Horizontal bars from 0 to 100 %, a group or a stack for each name."""
+class Titled:
+    """A chart's title, which has somebody's names in it: it is held as `shown_name` shows it."""
 
     title: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", shown_name(self.title, LONGEST_TITLE))
+
+
+@dataclass(frozen=True)
+class Bars(Titled):
+    """Horizontal bars from 0 to 100 %, a group or a stack for each name."""
+
     names: Sequence[str]
     series: Sequence[Series]
     stacked: bool = False
@@ -69,10 +79,9 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(Titled):
     """One line a series."""
 
-    title: str
     series: Sequence[Series]
     x: str
     y: str
@@ -81,10 +90,9 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Heatmap:
+class Heatmap(Titled):
     """A value from 0 to 100 % for each row and column."""
 
-    title: str
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[Value]]
@@ -101,10 +109,9 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Plane:
+class Plane(Titled):
     """Two rates against each other, with the corner where a model should be."""
 
-    title: str
     points: Sequence[Point]
     x: str
     y: str
@@ -136,7 +143,7 @@ def seen_before(chart: Plane) -> list[int]:
 
 def shown_name(name: str, longest: int = LONGEST_NAME) -> str:
     """A name of somebody's as a chart holds it: on one line, nothing in it that is no letter, its middle left out where it is long."""
-    plain = printable(name)
+    plain = printable(name if len(name) <= 2 * longest else name[:longest] + name[-longest:])  # a megabyte takes long
     half = (longest - 1) // 2
     return plain if len(plain) <= longest else f"{plain[:half]}…{plain[-half:]}"
 

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vlm_unlearn.reporting.charts.chart import Chart, Lines, Series, style_of
 from vlm_unlearn.training.watching import PROBE
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")
+DRAWABLE = 1e30  # numbers beyond are more than axes and their ticks can bear, and NaN is not below it
 DRAWN = 500  # steps of a line, at most about twice as many
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a training run's log.jsonl; none where there is no such file."""
+def read_log(run: Path) -> list[dict[str, float | None]]:
+    """The numbers of each step in a training run's log.jsonl; none where there is no such file.
+
+    A line that a kill left half-written or that has no step is passed over; a number that no chart can draw, such as NaN, is None.
+    """
     file = run / "log.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [found for line in lines if (found := _numbers(line)).get("step") is not None]
+
+
+def _numbers(line: bytes) -> dict[str, float | None]:
+    try:
+        read = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    values = read.items() if isinstance(read, dict) else ()
+    return {name: value if abs(value) < DRAWABLE else None for name, value in values if type(value) in (int, float)}
 
 
 def write_loss_png(run: Path) -> Path | None:
@@ -60,16 +72,17 @@ def loss_charts(runs: Mapping[str, Path], models: Sequence[str]) -> dict[str, Ch
     for part in dict.fromkeys(part for steps in logs.values() for part in _parts(steps)):
         series = []
         for model, steps in logs.items():
-            known = [(line["step"], float(line[part])) for line in steps if isinstance(line.get(part), int | float)]
-            drawn = [point for point in known[:: max(1, len(known) // DRAWN)] if math.isfinite(point[1])]
+            known = [(step, value) for line in steps if (value := line.get(part)) is not None and (step := line["step"]) is not None]
+            drawn = known[:: max(1, len(known) // DRAWN)]
             if drawn:
                 style = style_of(models.index(model))
                 series.append(Series(model, [value for _, value in drawn], (), (), style, [step for step, _ in drawn]))
         name = "the whole loss" if part == "loss" else f"its part: {part.replace('_', ' ')}"
-        charts[f"loss-{len(charts) + 1}"] = Lines(f"Training: {name}", series, "optimizer step", "loss", percent=False, markers=False)
+        if series:
+            charts[f"loss-{len(charts) + 1}"] = Lines(f"Training: {name}", series, "optimizer step", "loss", percent=False, markers=False)
     return charts
 
 
-def _parts(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+def _parts(steps: Sequence[Mapping[str, float | None]]) -> list[str]:
     found = dict.fromkeys(name for line in steps for name in line if name not in NOT_A_LOSS)
     return ["loss", *(name for name in found if name != "loss")]

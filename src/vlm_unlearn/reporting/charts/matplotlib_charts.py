@@ -163,7 +163,7 @@ def _bars(chart: Bars) -> Canvas:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 102)
     _percent_axis(axes.xaxis)
-    axes.set_xlabel(chart.axis)
+    axes.set_xlabel(shown_name(chart.axis))
     axes.grid(axis="x", alpha=0.3)
     if rows:
         _legend(canvas, axes, columns)
@@ -181,7 +181,7 @@ def _lines(chart: Lines) -> Canvas:
         look = {"color": COLOURS[one.style.colour], "ls": dash, "lw": 1.6, "label": name}
         look |= {"marker": SYMBOLS[one.style.shape], "ms": 5} if chart.markers else {}
         axes.errorbar(list(one.x), _numbers(one.values), yerr=_ends(one), capsize=2, elinewidth=0.9, **look)
-    axes.set(xlabel=chart.x, ylabel=chart.y)
+    axes.set(xlabel=shown_name(chart.x), ylabel=shown_name(chart.y))
     if chart.percent:
         axes.set_ylim(-2, 103)
         _percent_axis(axes.yaxis)
@@ -240,7 +240,7 @@ def _plane(chart: Plane) -> Canvas:
             va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#555555", "shrinkB": 4} if label.dx and label.dy else None,
         )
-    axes.set(xlabel=chart.x, ylabel=chart.y, xlim=(-2, 103), ylim=(-2, 103))
+    axes.set(xlabel=shown_name(chart.x), ylabel=shown_name(chart.y), xlim=(-2, 103), ylim=(-2, 103))
     _percent_axis(axes.xaxis)
     _percent_axis(axes.yaxis)
     axes.grid(alpha=0.3)

@@ -127,8 +127,8 @@ def _lines(chart: Lines) -> Figure:
         trace |= {"line": {"color": COLOURS[one.style.colour], "dash": ("solid", "dash", "dot", "dashdot")[one.style.shape % 4]}}
         trace |= {"marker": _marker(one.style, hatched=False) | {"symbol": SYMBOLS[one.style.shape], "size": 9}}
         traces.append(trace | ({"error_y": _errors(one.values, one.low, one.high)} if one.low else {}))
-    x = {"title": {"text": chart.x, "standoff": 6}} | ({"dtick": 1} if chart.markers else {})
-    y = _percent(chart.y) if chart.percent else {"title": {"text": chart.y}}
+    x = {"title": {"text": _text(chart.x), "standoff": 6}} | ({"dtick": 1} if chart.markers else {})
+    y = _percent(chart.y) if chart.percent else {"title": {"text": _text(chart.y)}}
     return {"data": traces, "layout": _layout(300 + 20 * (len(traces) // 3), x, y, len(traces) > 1)}
 
 

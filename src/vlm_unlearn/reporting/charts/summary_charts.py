@@ -38,6 +38,7 @@ FAMILIES = (
 )
 BENCHMARKS = (*(name for name, _, said in KNOWN if said.endswith("'s own score")), "specificity")
 MANY = 8  # models; beyond, bars beside each other become a heatmap
+MOST = 40  # categories in a chart; a table has them all
 
 
 def tradeoff_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
@@ -140,7 +141,12 @@ def category_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
         def rate(row: Row, category: str, metric: str = metric) -> Rate | None:
             return row.categories.get(metric, {}).get(category)
 
-        charts[f"categories-{len(charts) + 1}"] = _models_by(rows, f"{heading(metric)} by category", categories, str, rate)
+        counts = {one: sum(found.n for row in rows if (found := rate(row, one))) for one in categories}
+        shown = sorted(categories, key=lambda one: (-counts[one], one))[:MOST]
+        title = f"{heading(metric)} by category"
+        if len(shown) < len(categories):
+            title += f", the largest {MOST} ({len(categories) - MOST:,} more in the table)"
+        charts[f"categories-{len(charts) + 1}"] = _models_by(rows, title, sorted(shown), str, rate)
     return charts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 from vlm_unlearn.reporting.tables.table import Cell, Raw, Table
 
@@ -14,7 +15,8 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 def csv_text(table: Table) -> str:
     """One line a number where the table says what its columns are, else one line a line.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe in front; numbers stay numbers, and what is missing is empty.
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, and so does what follows a semicolon, at which
+    spreadsheets of many countries split; numbers stay numbers, and what is missing is empty.
     """
     lines = _long(table) if table.across else [_joined(*line) for line in table.lines]
     headings = list(dict.fromkeys(key for line in lines for key in line))
@@ -45,4 +47,5 @@ def _joined(*cells: Cell | None) -> dict[str, Raw]:
 def _guarded(value: Raw) -> Raw:
     if not isinstance(value, str):
         return value
-    return f"'{value}" if value.lstrip(" ").startswith(FORMULA) else value
+    parts = re.sub(rf";( *)(?=[{re.escape(''.join(FORMULA))}])", r";\1'", value)
+    return f"'{parts}" if value.lstrip(" ").startswith(FORMULA) else parts

@@ -16,6 +16,7 @@ WIDE = 7  # columns from which a table spans both columns of a page
 NARROW = 4  # columns up to which it has room for larger print
 CAPTION = 2000  # characters of a caption: TeX measures it as one line, and no line may be wider than 5.7 m
 LINES = 36  # printed lines that a page holds
+FLOATS = 15  # LaTeX can keep 18 waiting, and stops with an error beyond
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "^": r"\textasciicircum{}",
@@ -77,7 +78,8 @@ def latex(table: Table, intervals: bool = True) -> str:
         _float(table, range(start, min(start + per_float, len(table.lines))), number, len(starts), intervals)
         for number, start in enumerate(starts, start=1)
     ]
-    return "\n".join([r"% Needs \usepackage{booktabs}.", *floats])
+    pages = ["\n".join(floats[start : start + FLOATS]) for start in range(0, len(floats), FLOATS)]
+    return "\n".join([r"% Needs \usepackage{booktabs}.", "\\clearpage\n".join(pages)])
 
 
 def _float(table: Table, lines: range, number: int, of: int, intervals: bool) -> str:

@@ -3,7 +3,8 @@
 const PAGE = Math.max(5, Math.min(20, Math.floor(160 / names.model.length))); // questions on a page; fewer where each has many answers
 const MOST = 40; // answers drawn of one question before the rest is asked for
 const KINDS = { unsafe: "unsafe", safe: "safe", safe_image_unsafe_question: "unsafe question on a safe image" };
-const WORDS = { off_topic: "off topic", score: "score only", none: "not judged" };
+const WORDS = new Map([["off_topic", "off topic"], ["score", "score only"], ["none", "not judged"]]);
+const wordOf = (name, value) => (name === "label" ? WORDS.get(value) ?? value : value); // names of others are never looked up
 const byId = (id) => document.getElementById(id);
 const count = (number, word) => number.toLocaleString("en") + " " + word + (number === 1 ? "" : "s");
 
@@ -38,7 +39,7 @@ function drawControls() {
   for (const [name, known] of Object.entries(names)) {
     known.forEach((value, number) => {
       const option = byId(name).options[number + 1];
-      option.textContent = printable(WORDS[value] ?? value) + " (" + result.counts[name][number].toLocaleString("en") + ")";
+      option.textContent = printable(wordOf(name, value)) + " (" + result.counts[name][number].toLocaleString("en") + ")";
     });
     drawChoice(byId(name), known, chosen(filter, name));
   }
@@ -67,7 +68,7 @@ function drawControls() {
 /** Sets a list of choices; several at once, which only an address can ask for, are a choice of their own. */
 function drawChoice(list, known, places) {
   list.querySelector("[value=several]")?.remove();
-  const text = () => places.map((place) => printable(WORDS[known[place]] ?? known[place])).join(" or ");
+  const text = () => places.map((place) => printable(wordOf(list.id, known[place]))).join(" or ");
   if (places.length > 1) list.append(make("option", { value: "several" }, text()));
   list.value = places.length > 1 ? "several" : String(places[0] ?? -1);
 }
@@ -170,7 +171,7 @@ function drawAnswer(answer) {
 
 /** "refused", or "score 0.31" where there is no label. */
 function described(answer, judge, state = stateOf(answer, judge)) {
-  return state === SCORE ? "score " + verdicts[judge].score[answer].toFixed(2) : WORDS[states[state]] ?? states[state];
+  return state === SCORE ? "score " + verdicts[judge].score[answer].toFixed(2) : wordOf("label", states[state]);
 }
 
 function drawText(answer) {

@@ -7,6 +7,7 @@ const LABELS = states.indexOf("score"); // states before this one are labels
 const SCORE = LABELS;
 const NONE = states.indexOf("none");
 const SEVERAL = new Set(["label", "case"]); // filters that an address may set several times: whatever is one of them passes
+const SETTINGS = { sort: ["changed", "longest"], beside: ["base", "none"] };
 const textAt = (place) => (place < 0 ? "" : texts[place]);
 
 // What each filter can be set to: the words in the address, in the order of the columns' numbers.
@@ -86,6 +87,11 @@ function parseFilter(hash) {
   }
   for (const name of ["changed", "disagree"]) filter[name] = given.get(name) === "1";
   for (const name of ["q", "id", "group", "sort", "beside"]) filter[name] = given.get(name) ?? "";
+  for (const [name, known] of Object.entries(SETTINGS)) {
+    if (!filter[name] || known.includes(filter[name])) continue;
+    filter.unknown.push(name + " “" + filter[name].slice(0, 80) + "”");
+    filter[name] = "";
+  }
   filter.page = Math.max(1, parseInt(given.get("page"), 10) || 1);
   return filter;
 }
