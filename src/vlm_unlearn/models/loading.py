@@ -116,7 +116,7 @@ def load_model(folder: Path, precision: str, attn_implementation: str = "auto", 
     try:
         model: Any
         model, loaded = AutoModelForImageTextToText.from_pretrained(
-            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, **options
+            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
         )
     except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
@@ -165,7 +165,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder))
+        # Left open, transformers would ask on standard input whether to run Python that came with the folder.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
     return config
@@ -181,7 +182,7 @@ def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
 
     try:
         with _not_cut_up(), torch.device("meta"):
-            skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+            skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise RequestError(f"model {name}: transformers can't load it: {_first_line(error)}") from None
     return skeleton
