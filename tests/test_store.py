@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.records import Prompt, Response
-from vlm_unlearn.store import RecordLog, build_once, digest_model, open_run, read_json, read_records, write_json, write_records
+from vlm_unlearn.store import RecordLog, build_once, digest_model, lock_folder, open_run, read_json, read_records, write_json, write_records
 
 
 def responses(*names: str) -> list[Response]:
@@ -89,3 +92,20 @@ def test_the_model_digest_follows_the_weights(tmp_path: Path) -> None:
     before = digest_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert digest_model(tmp_path) != before
+
+
+def test_what_a_killed_writer_left_is_deleted_by_the_next(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, of_another, foreign = (tmp_path / name for name in (f".a.json.{dead.pid}.part", f".a.json.{os.getppid()}.part", ".a.json.x.part"))
+    for file in (left, of_another, foreign):
+        file.touch()
+    write_json(tmp_path / "a.json", {})
+    assert {file.name for file in tmp_path.iterdir()} == {"a.json", of_another.name, foreign.name}
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "out"), pytest.raises(RequestError, match="another process is at work"), lock_folder(tmp_path / "out"):
+        pass
+    with lock_folder(tmp_path / "out"):  # let go of
+        pass

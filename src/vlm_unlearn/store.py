@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ def writing(path: Path) -> Iterator[TextIO]:
     part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _delete_parts_of_the_dead(target)
         handle = part.open("w", encoding="utf-8", errors="replace", newline="")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; choose another output") from None
@@ -53,6 +55,20 @@ def writing(path: Path) -> Iterator[TextIO]:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _delete_parts_of_the_dead(target: Path) -> None:
+    """Deletes what processes that were killed while they wrote this file have left."""
+    for part in target.parent.glob(f".{glob.escape(target.name[:100])}.*.part"):
+        pid = part.suffixes[-2][1:] if len(part.suffixes) > 1 else ""
+        if pid.isdecimal() and part.is_file() and not _alive(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
 
 
 def _refuse_special(path: Path) -> None:
@@ -331,12 +347,23 @@ def note_cost(folder: Path, wall_seconds: float, finished: bool = False, ended: 
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it when the process ends, however it ends.
+    """Holds a run folder as `lock_folder` does.
+
+    Raises:
+        RequestError: as `lock_folder` and `refuse_foreign`.
+    """
+    refuse_foreign(folder)
+    with lock_folder(folder):
+        yield
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds it for this process; the system lets go of it when the process ends, however it ends.
 
     Raises:
         RequestError: another process is at work in the folder, or the folder can't be made.
     """
-    refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -56,10 +56,11 @@ def _title(models: list[str]) -> str:
 def save_report(out: Path, summary: Summary, folders: dict[str, Path], title: str, left_out: list[str], on_done: OnDone) -> Path:
     """Writes the report and summary.json; returns the page to open."""
     from vlm_unlearn.reporting.report import write_report
-    from vlm_unlearn.store import write_json
+    from vlm_unlearn.store import lock_folder, write_json
 
-    page = write_report(out, summary, folders, title, left_out=left_out, on_done=on_done)
-    write_json(out / "summary.json", summary.model_dump())  # last: a report that was cut short stays the one of before
+    with lock_folder(out):
+        page = write_report(out, summary, folders, title, left_out=left_out, on_done=on_done)
+        write_json(out / "summary.json", summary.model_dump())  # last: a report that was cut short stays the one of before
     return page
 
 
