@@ -9,9 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from vlm_unlearn.config import Suite, validate
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.models.loading import model_folder
 from vlm_unlearn.records import Prompt, Response
-from vlm_unlearn.store import RecordLog, build_once, digest_model, lock_folder, open_run, read_json, read_records, write_json, write_records
+from vlm_unlearn.store import (
+    RecordLog,
+    build_once,
+    cache_folder,
+    digest_model,
+    lock_folder,
+    open_run,
+    read_json,
+    read_manifest,
+    read_records,
+    write_json,
+    write_records,
+)
 
 
 def responses(*names: str) -> list[Response]:
@@ -109,3 +123,36 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
         pass
     with lock_folder(tmp_path / "out"):  # let go of
         pass
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("special", ["pipe", "link to a device"])
+def test_what_has_no_end_is_not_read(special: str, tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    if special == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    for read in (lambda: read_json(file), lambda: list(read_records(file, Response)), lambda: RecordLog(file, Response)):
+        with pytest.raises(RequestError, match="is a device or a pipe"):
+            read()
+
+
+@pytest.mark.parametrize("field", ["wall_seconds", "peak_memory_mb"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "1" + "0" * 400, '"1"'])
+def test_costs_that_are_no_amounts_are_refused(field: str, value: str, tmp_path: Path) -> None:
+    costs = {"wall_seconds": "1.5", "peak_memory_mb": "100", field: value}
+    written = ", ".join(f'"{name}": {amount}' for name, amount in costs.items())
+    (tmp_path / "manifest.json").write_text(f'{{"identity": {{}}, "finished": true, {written}}}')
+    with pytest.raises(RequestError, match="is not a run's manifest"):
+        read_manifest(tmp_path)
+
+
+def test_the_home_of_somebody_unknown_is_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", "~nosuchuser/x")
+    assert cache_folder() == Path("~nosuchuser/x")
+    with pytest.raises(RequestError, match="model ~nosuchuser/x: no such folder"):
+        model_folder("~nosuchuser/x")
+    cases = [{"name": "a", "format": "vlguard", "file": "x.json", "images": "x", "kind": "unsafe"}]
+    suite = validate(Suite, {"model": "~nosuchuser/x", "root": "~nosuchuser/y", "judge": "keyword", "cases": cases}, "suite.json")
+    assert suite.cases[0].file.parent.name == "y"

@@ -28,7 +28,7 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     moved = os.environ.get("VLM_UNLEARN_CACHE")
-    return Path(moved).expanduser() if moved else user_cache_path("vlm-unlearn")
+    return Path(os.path.expanduser(moved)) if moved else user_cache_path("vlm-unlearn")
 
 
 @contextmanager
@@ -78,6 +78,12 @@ def _refuse_special(path: Path) -> None:
         raise RequestError(f"{path}: is a device or a pipe; name a file to write")
 
 
+def _refuse_endless(path: Path) -> None:
+    """Refuses what reading may never come to an end of."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RequestError(f"{path}: is a device or a pipe; a file is wanted")
+
+
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
     """Looks before anything is written that no output is an input, under whatever name.
 
@@ -114,6 +120,7 @@ def read_json(path: Path) -> Any:
     Raises:
         RequestError: the file is missing, or is not JSON; the line is named.
     """
+    _refuse_endless(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
@@ -136,6 +143,7 @@ def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
     Raises:
         RequestError: the file is missing or a line is not such a record; the line and the field are named.
     """
+    _refuse_endless(path)
     try:
         handle = path.open(encoding="utf-8-sig")
     except OSError as error:
@@ -184,6 +192,7 @@ class RecordLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
+            _refuse_endless(path)
             _drop_half_line(path)
         self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
 
@@ -302,10 +311,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         RequestError: it is missing or was edited into something else.
     """
     manifest = read_json(folder / "manifest.json")
-    whole = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict)
-    if not whole or not isinstance(manifest.get("finished"), bool) or not isinstance(manifest.get("wall_seconds"), int | float):
+    whole = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict) and isinstance(manifest.get("finished"), bool)
+    if not whole or not _amount(manifest.get("wall_seconds")) or not _amount(manifest.get("peak_memory_mb", 0)):
         raise RequestError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
     return dict(manifest)
+
+
+def _amount(value: object) -> bool:
+    """Whether it is a number that can be reckoned with: JSON holds integers of any length, and Python's reads NaN and Infinity."""
+    return isinstance(value, int | float) and 0 <= value < 1e15  # false for NaN
 
 
 _WRITTEN_BY = {

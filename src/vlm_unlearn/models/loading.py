@@ -30,7 +30,7 @@ def model_folder(name: str) -> Path:
     Raises:
         RequestError: there is no such folder and no such model on the hub, or the folder holds no safetensors weights.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
             raise RequestError(f"model {name}: no such folder")
@@ -58,7 +58,7 @@ def model_folder(name: str) -> Path:
 
 def local_folder(name: str) -> Path | None:
     """Where a model's configuration lies on this machine, without asking a network; None where it doesn't."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir() and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
@@ -218,7 +218,7 @@ def run_model_folder(name: str) -> Path:
     Raises:
         RequestError: as `model_folder`; also for a training run that isn't finished.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         if read_manifest(folder)["identity"].get("kind") not in ("train", None):
             raise RequestError(f"model {name}: must be a model folder, a hub name, or a training run's folder{what_it_is(folder)}")
