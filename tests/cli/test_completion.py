@@ -57,3 +57,10 @@ def test_the_script_is_shown_without_a_network() -> None:
         env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
     )
     assert "_VLM_UNLEARN_COMPLETE=complete_bash" in done.stdout
+
+
+@pytest.mark.parametrize("missing", [{}, {"COMP_WORDS": "vlm-unlearn "}, {"COMP_WORDS": "vlm-unlearn ", "COMP_CWORD": "abc"}])
+def test_a_shell_that_does_not_say_where_is_offered_nothing(missing: dict[str, str]) -> None:
+    environment = {**os.environ, "_VLM_UNLEARN_COMPLETE": "complete_bash", **missing}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

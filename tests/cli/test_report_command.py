@@ -125,6 +125,12 @@ def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
         report.refuse_other_content(tmp_path / "out")
 
 
+def test_a_long_path_stays_on_one_line(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / ("long " * 40).strip()
+    done = run("compare", *runs, "--out", out)
+    assert f"Report: {out / 'report.html'}" in done.stdout.splitlines()
+
+
 def test_two_reports_do_not_mix(runs: list[Path], tmp_path: Path) -> None:
     folders = {"npo": runs[1]}
     with lock_folder(tmp_path / "out"), pytest.raises(RequestError, match="another process is at work in this folder"):

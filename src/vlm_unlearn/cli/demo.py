@@ -56,5 +56,5 @@ def demo(
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))
-    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False)
-    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False)
+    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False, soft_wrap=True)

@@ -133,6 +133,7 @@ def score(
 
 
 def _show(row: Row, as_json: bool, note: str) -> None:
+    from vlm_unlearn.errors import printable
     from vlm_unlearn.records import Summary
 
     summary = Summary(rows=[row])
@@ -142,4 +143,4 @@ def _show(row: Row, as_json: bool, note: str) -> None:
     console = result_console()
     console.print(RatesTable(summary))
     if note:
-        console.print(note, markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, result_console, status_console
 from vlm_unlearn.cli.runs import named_runs
+from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
     from vlm_unlearn.evaluation.generating import OnDone
@@ -46,7 +47,7 @@ def report(
         return
     console = result_console()
     console.print(RatesTable(summary))
-    console.print(f"Report: {page}", markup=False, highlight=False)
+    console.print(printable(f"Report: {page}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(models: list[str]) -> str:
@@ -68,4 +69,4 @@ def show_left_out(left_out: list[str]) -> None:
     """Says what was not compared, on standard error."""
     notes = status_console()
     for reason in left_out:
-        notes.print(f"not compared: {reason}", markup=False, highlight=False)
+        notes.print(printable(f"not compared: {reason}"), markup=False, highlight=False, soft_wrap=True)

@@ -29,8 +29,11 @@ def table(
 
       vlm-unlearn table evaluations/base evaluations/npo --table safety_mirage --format tex
     """
+    from vlm_unlearn.errors import printable
     from vlm_unlearn.reporting.summaries import join_summaries
     from vlm_unlearn.reporting.tables.summary_tables import named_table, written
     from vlm_unlearn.store import without_surrogates
 
-    sys.stdout.write(without_surrogates(written(named_table(join_summaries(runs), name), form.value, intervals)))
+    text = without_surrogates(written(named_table(join_summaries(runs), name), form.value, intervals))
+    # A CSV holds names as they are, which a terminal might act on.
+    sys.stdout.write("\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text)
