@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     moved = os.environ.get("VLM_UNLEARN_CACHE")
-    return Path(moved).expanduser() if moved else user_cache_path("vlm-unlearn")
+    return Path(os.path.expanduser(moved)) if moved else user_cache_path("vlm-unlearn")
 
 
 @contextmanager
@@ -44,6 +45,7 @@ def writing(path: Path) -> Iterator[TextIO]:
     part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _delete_parts_of_the_dead(target)
         handle = part.open("w", encoding="utf-8", errors="replace", newline="")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; choose another output") from None
@@ -55,11 +57,31 @@ def writing(path: Path) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
+def _delete_parts_of_the_dead(target: Path) -> None:
+    """Deletes what processes that were killed while they wrote this file have left."""
+    for part in target.parent.glob(f".{glob.escape(target.name[:100])}.*.part"):
+        pid = part.suffixes[-2][1:] if len(part.suffixes) > 1 else ""
+        if pid.isdecimal() and part.is_file() and not _alive(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
+
+
 def _refuse_special(path: Path) -> None:
     if path.is_dir():
         raise RequestError(f"{path}: is a folder; name a file to write")
     if path.exists() and not path.is_file():
         raise RequestError(f"{path}: is a device or a pipe; name a file to write")
+
+
+def _refuse_endless(path: Path) -> None:
+    """Refuses what reading may never come to an end of."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RequestError(f"{path}: is a device or a pipe; a file is wanted")
 
 
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
@@ -98,6 +120,7 @@ def read_json(path: Path) -> Any:
     Raises:
         RequestError: the file is missing, or is not JSON; the line is named.
     """
+    _refuse_endless(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
@@ -120,6 +143,7 @@ def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
     Raises:
         RequestError: the file is missing or a line is not such a record; the line and the field are named.
     """
+    _refuse_endless(path)
     try:
         handle = path.open(encoding="utf-8-sig")
     except OSError as error:
@@ -168,6 +192,7 @@ class RecordLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
+            _refuse_endless(path)
             _drop_half_line(path)
         self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
 
@@ -286,10 +311,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         RequestError: it is missing or was edited into something else.
     """
     manifest = read_json(folder / "manifest.json")
-    whole = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict)
-    if not whole or not isinstance(manifest.get("finished"), bool) or not isinstance(manifest.get("wall_seconds"), int | float):
+    whole = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict) and isinstance(manifest.get("finished"), bool)
+    if not whole or not _amount(manifest.get("wall_seconds")) or not _amount(manifest.get("peak_memory_mb", 0)):
         raise RequestError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
     return dict(manifest)
+
+
+def _amount(value: object) -> bool:
+    """Whether it is a number that can be reckoned with: JSON holds integers of any length, and Python's reads NaN and Infinity."""
+    return isinstance(value, int | float) and 0 <= value < 1e15  # false for NaN
 
 
 _WRITTEN_BY = {
@@ -331,12 +361,23 @@ def note_cost(folder: Path, wall_seconds: float, finished: bool = False, ended: 
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it when the process ends, however it ends.
+    """Holds a run folder as `lock_folder` does.
+
+    Raises:
+        RequestError: as `lock_folder` and `refuse_foreign`.
+    """
+    refuse_foreign(folder)
+    with lock_folder(folder):
+        yield
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and holds it for this process; the system lets go of it when the process ends, however it ends.
 
     Raises:
         RequestError: another process is at work in the folder, or the folder can't be made.
     """
-    refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -127,3 +127,10 @@ def until(terminal: int, text: str, seconds: float = 60) -> str:
         if select.select([terminal], [], [], 0.2)[0]:
             shown += os.read(terminal, 65536).decode(errors="replace")
     return shown
+
+
+@pytest.mark.parametrize("missing", [{}, {"COMP_WORDS": "vlm-unlearn "}, {"COMP_WORDS": "vlm-unlearn ", "COMP_CWORD": "abc"}])
+def test_a_shell_that_does_not_say_where_is_offered_nothing(missing: dict[str, str]) -> None:
+    environment = {**os.environ, "_VLM_UNLEARN_COMPLETE": "complete_bash", **missing}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

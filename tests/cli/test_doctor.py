@@ -77,3 +77,20 @@ def test_problems_go_to_standard_error(tmp_path: Path) -> None:
     environment.pop("MASTER_ADDR", None)
     done = subprocess.run(command("doctor"), capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, "problem: WORLD_SIZE is set without" in done.stderr) == (0, True)
+
+
+def test_it_answers_whatever_it_finds(tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_bytes(b"#!/bin/sh\nprintf 'NVIDIA \\377 GB10, 1000, [N/A]\\nother, [N/A], [N/A]\\n'\n")
+    tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "file").touch()
+    for cache, problem in (("~nosuchuser/x", ""), (str(tmp_path / "file"), "file (cache): can't be written to"), ("\x1b[31m", "")):
+        done = subprocess.run(
+            command("doctor"), capture_output=True, text=True, check=False, env={**environment, "VLM_UNLEARN_CACHE": cache}
+        )
+        assert done.returncode == 0, done.stderr
+        assert "GB10, 1.0 GiB, unknown free" in done.stdout
+        assert "other, unknown, unknown free" in done.stdout
+        assert problem in done.stderr
+        assert "\x1b" not in done.stdout + done.stderr

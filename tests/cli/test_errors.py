@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from helpers import command
 from vlm_unlearn.cli import main as cli
 from vlm_unlearn.tiny_world.lexicon import vocabulary
 
@@ -155,6 +159,44 @@ def test_debug_shows_the_traceback(call, tmp_path: Path) -> None:
     code, _, err = call("--debug", "train", tmp_path / "gone.yaml")
     assert code == 2
     assert "Traceback" in err
+
+
+def test_debug_shows_what_nobody_expected(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("in the depths")
+
+    monkeypatch.setattr("vlm_unlearn.reporting.summaries.join_summaries", unexpected)
+    code, _, err = call("table", tmp_path)
+    assert (code, "vlm-unlearn --debug" in one_line(err)) == (1, True)
+    code, _, err = call("--debug", "table", tmp_path)
+    assert code == 1
+    assert "Traceback" in err
+    assert ", in unexpected" in err
+
+
+def test_nothing_of_a_file_reaches_the_terminal_raw(call, tmp_path: Path) -> None:
+    (tmp_path / "suite.json").write_text(json.dumps({"\x1b[31mevil\x1b[0m": 1, "model": "m"}))
+    (tmp_path / "manifest.json").write_text("{}")
+    code, _, err = call("score", tmp_path)
+    assert code == 2
+    assert "\x1b" not in err
+    assert "\\x1b[31mevil" in one_line(err)
+
+
+def test_a_full_disk_is_told(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vlm_unlearn.reporting.summaries.join_summaries", full)
+    code, _, err = call("table", tmp_path)
+    assert (code, "the disk of the output or of the temporary folder: No space left" in one_line(err)) == (1, True)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_end_nothing(closed: str) -> None:
+    line = f"{shlex.join(command('methods'))} {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_json_is_the_only_output(call, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 from finished_runs import complies, make_run, unlearned
 from helpers import run
 from vlm_unlearn.cli.report import save_report
+from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.comparing import summarise_runs
 from vlm_unlearn.records import Prompt, Summary
 from vlm_unlearn.reporting import report
 from vlm_unlearn.reporting.provenance import training_run
-from vlm_unlearn.store import digest_model, open_run, write_json
+from vlm_unlearn.store import digest_model, lock_folder, open_run, write_json
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     assert (out / "report" / "answers.html").exists()
     assert (out / "report" / "tables" / "rates.csv").exists()
     assert len(list((out / "report" / "plots").glob("tradeoff-refusals.*"))) == 3
-    assert sorted(entry.name for entry in out.iterdir()) == ["report", "report.html", "summary.json"]
+    assert sorted(entry.name for entry in out.iterdir() if entry.name != ".lock") == ["report", "report.html", "summary.json"]
     again = run("report", runs[1], "--out", out, "--json")  # its own output is written anew
     assert again.returncode == 0, again.stderr
     assert [row["model"] for row in json.loads(again.stdout)["rows"]] == ["npo"]
@@ -103,6 +104,39 @@ def test_other_things_are_not_written_into(runs: list[Path], tmp_path: Path) -> 
     assert missing.returncode == 2
     assert "is no evaluation" in missing.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["report.html", "summary.json", "report", "report/answers.html", "report/images", "report/tables", "report/plots"]
+)
+def test_links_in_its_folder_are_not_followed(name: str, tmp_path: Path) -> None:
+    link, elsewhere = tmp_path / "out" / name, tmp_path / "elsewhere"
+    link.parent.mkdir(parents=True)
+    if "." in name:
+        elsewhere.write_text("mine")
+    else:
+        elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    with pytest.raises(RequestError, match=f"{name}: is a link; delete it"):
+        report.refuse_other_content(tmp_path / "out")
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(RequestError, match="out: is a link to nothing"):
+        report.refuse_other_content(tmp_path / "out")
+
+
+def test_a_long_path_stays_on_one_line(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / ("long " * 40).strip()
+    done = run("compare", *runs, "--out", out)
+    assert f"Report: {out / 'report.html'}" in done.stdout.splitlines()
+
+
+def test_two_reports_do_not_mix(runs: list[Path], tmp_path: Path) -> None:
+    folders = {"npo": runs[1]}
+    with lock_folder(tmp_path / "out"), pytest.raises(RequestError, match="another process is at work in this folder"):
+        save_report(tmp_path / "out", summarise_runs(folders)[0], folders, "second", [], lambda *_: None)
 
 
 def test_finds_the_training_run(tmp_path: Path) -> None:

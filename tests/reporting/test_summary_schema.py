@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from finished_runs import complies, make_run, unlearned
+from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.comparing import compare_runs
 from vlm_unlearn.evaluation.generating import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.records import Summary
 from vlm_unlearn.reporting.schema import summary_schema
+from vlm_unlearn.reporting.summaries import read_summary
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "summary.schema.json"
 # As version 0.1 wrote it before rows had judges, categories, shots and the rest.
@@ -76,3 +78,22 @@ def test_other_validators_agree(written: list[dict[str, object]]) -> None:
         {"rows": [], "row": []},
     ):
         assert list(published.iter_errors(broken)), broken
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"metrics": {"asr": {"value": "nan", "low": 0, "high": 1, "n": 9}}}, "metrics.asr.value"),
+        ({"metrics": {"asr": {"value": 0.5, "low": "-inf", "high": 1, "n": 9}}}, "metrics.asr.low"),
+        ({"metrics": {"asr": {"value": 0.5, "low": 0, "high": 70, "n": 9}}}, "metrics.asr.high"),
+        ({"metrics": {"asr": {"value": 0.5, "low": 0, "high": 1, "n": -9}}}, "metrics.asr.n"),
+        ({"metrics": {"asr": {"value": 0.5, "low": 0, "high": 1, "n": 9, "failed": -1}}}, "metrics.asr.failed"),
+        ({"metrics": {}, "labels": {"safe": {"refused": -1}}}, "labels.safe.refused"),
+        ({"metrics": {}, "batching": {"checked": 1, "flipped": 2}}, "batching: Value error, flipped: 2 of 1 checked"),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused(row: dict[str, object], field: str, tmp_path: Path) -> None:
+    text = json.dumps({"rows": [{"model": "m", **row}]}).replace('"nan"', "NaN").replace('"-inf"', "-Infinity")
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(RequestError, match=rf"summary\.json: rows\.0\.{field}"):
+        read_summary(tmp_path)

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +29,9 @@ if TYPE_CHECKING:
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
 
 
-def fail(error: BaseException, code: int, debug: bool) -> NoReturn:
-    """Prints one line (with --debug the traceback first) and exits."""
-    if debug:
-        traceback.print_exception(error.__context__ if error.__suppress_context__ is False and error.__context__ else error)
-    line = " ".join(str(error).split())
+def fail(error: BaseException, code: int) -> NoReturn:
+    """Prints one line and exits."""
+    line = printable(" ".join(str(error).split()))
     if os.environ.get("RANK", "0") != "0" and "Connection closed by peer" in line:
         raise SystemExit(code)  # the first process has said what happened
     sys.stderr.write(f"vlm-unlearn: {line}\n")
@@ -298,7 +295,7 @@ def show_problems(problems: Problems, at_most: int = 10) -> None:
     if not problems:
         return
     for message in problems.messages[:at_most]:
-        sys.stderr.write(f"left out: {' '.join(message.split())}\n")
+        sys.stderr.write(f"left out: {printable(' '.join(message.split()))}\n")
     if problems.count > at_most:
         sys.stderr.write(f"left out: {problems.count - at_most:,} more\n")
     sys.stderr.write(f"{problems.count:,} broken record{' was' if problems.count == 1 else 's were'} left out\n")

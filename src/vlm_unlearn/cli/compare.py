@@ -10,6 +10,7 @@ import typer
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, result_console
 from vlm_unlearn.cli.report import save_report, show_left_out
 from vlm_unlearn.cli.runs import named_runs
+from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +49,7 @@ def compare(
     console = result_console()
     console.print(_table(summary, console.width))
     if out is not None:
-        console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(f"Report: {out / 'report.html'}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(summary: Summary, width: int) -> Table:

@@ -142,6 +142,7 @@ def score(
 
 
 def _show(row: Row, run: Path, as_json: bool, note: str) -> None:
+    from vlm_unlearn.errors import printable
     from vlm_unlearn.records import Summary
 
     summary = Summary(rows=[row])
@@ -152,4 +153,4 @@ def _show(row: Row, run: Path, as_json: bool, note: str) -> None:
     console.print(RatesTable(summary))
     print_verdicts(console, [row], {row.model: run})
     if note:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 import typer
 
@@ -63,8 +65,11 @@ def main() -> None:
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     debug = arguments[:1] == ["--debug"]
+    _open_closed_streams()
     show_any_text()
     keep_deepspeed_off_stdout()
+    if not _completable():
+        raise SystemExit(0)
     if arguments[:1] in (["--show-completion"], ["--install-completion"]):
         no_blank_after_keys()
     try:
@@ -85,23 +90,41 @@ def main() -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: Exception, debug: bool) -> None:
+def _completable() -> bool:
+    """Whether a shell that asks for what Tab offers has said where; a script of another version, or a person, may not have."""
+    if not os.environ.get("_VLM_UNLEARN_COMPLETE", "").startswith("complete_bash"):
+        return True
+    return "COMP_WORDS" in os.environ and os.environ.get("COMP_CWORD", "").isdecimal()
+
+
+def _open_closed_streams() -> None:
+    """A stream that the caller has closed (``>&-``) is None; then what would be written there goes nowhere."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _fail(error: Exception, debug: bool) -> NoReturn:
     """One line and an exit code for whatever went wrong."""
+    if debug:
+        traceback.print_exception(error)
     if isinstance(error, typer.TyperException):
-        fail(RequestError(wrong_usage(error)), 2, debug)
+        fail(RequestError(wrong_usage(error)), 2)
     if isinstance(error, RequestError):
-        fail(error, 2, debug)
+        fail(error, 2)
     if isinstance(error, WorkError):
-        fail(error, 1, debug)
+        fail(error, 1)
     if isinstance(error, IsADirectoryError | NotADirectoryError | FileNotFoundError | FileExistsError | PermissionError):
-        fail(RequestError(f"{error.filename}: {error.strerror}"), 2, debug)
+        fail(RequestError(f"{error.filename}: {error.strerror}"), 2)
     if isinstance(error, OSError):
         if error.errno == errno.ENAMETOOLONG:
-            fail(RequestError(f"{shown(error.filename)}: {error.strerror}"), 2, debug)
-        fail(WorkError(": ".join(str(part) for part in (error.filename, error.strerror or error) if part)), 1, debug)
+            fail(RequestError(f"{shown(error.filename)}: {error.strerror}"), 2)
+        where = error.filename or ("" if error.errno != errno.ENOSPC else "the disk of the output or of the temporary folder")
+        fail(WorkError(": ".join(str(part) for part in (where, error.strerror or error) if part)), 1)
     if "null byte" in str(error) or isinstance(error, UnicodeEncodeError):
-        fail(RequestError(f"a path or name holds a character that no file name can have ({error})"), 2, debug)
-    fail(WorkError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1, debug)
+        fail(RequestError(f"a path or name holds a character that no file name can have ({error})"), 2)
+    fail(WorkError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1)
 
 
 if __name__ == "__main__":

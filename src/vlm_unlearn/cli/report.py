@@ -9,6 +9,7 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, RatesTable, Stages, print_json, print_verdicts, result_console, status_console
 from vlm_unlearn.cli.runs import named_runs
+from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
     from vlm_unlearn.evaluation.generating import OnDone
@@ -49,7 +50,7 @@ def report(
     console = result_console()
     console.print(RatesTable(summary))
     print_verdicts(console, summary.rows, folders)
-    console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(f"Report: {page}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(models: list[str]) -> str:
@@ -59,10 +60,11 @@ def _title(models: list[str]) -> str:
 def save_report(out: Path, summary: Summary, folders: dict[str, Path], title: str, left_out: list[str], on_done: OnDone) -> Path:
     """Writes the report and summary.json; returns the page to open."""
     from vlm_unlearn.reporting.report import write_report
-    from vlm_unlearn.store import write_json
+    from vlm_unlearn.store import lock_folder, write_json
 
-    page = write_report(out, summary, folders, title, left_out=left_out, on_done=on_done)
-    write_json(out / "summary.json", summary.model_dump())  # last: a report that was cut short stays the one of before
+    with lock_folder(out):
+        page = write_report(out, summary, folders, title, left_out=left_out, on_done=on_done)
+        write_json(out / "summary.json", summary.model_dump())  # last: a report that was cut short stays the one of before
     return page
 
 
@@ -70,4 +72,4 @@ def show_left_out(left_out: list[str]) -> None:
     """Says what was not compared, on standard error."""
     notes = status_console()
     for reason in left_out:
-        notes.print(f"not compared: {reason}", markup=False, highlight=False)
+        notes.print(printable(f"not compared: {reason}"), markup=False, highlight=False, soft_wrap=True)

@@ -31,7 +31,7 @@ def table(
 
       vlm-unlearn table evaluations/base evaluations/npo --table safety_mirage --format tex
     """
-    from vlm_unlearn.errors import RequestError, nearest, shown
+    from vlm_unlearn.errors import RequestError, nearest, printable, shown
 
     if form == "json":
         raise RequestError("table: writes no JSON; all numbers are in the runs' summary.json")
@@ -41,4 +41,6 @@ def table(
     from vlm_unlearn.reporting.tables.summary_tables import named_table, written
     from vlm_unlearn.store import without_surrogates
 
-    sys.stdout.write(without_surrogates(written(named_table(join_summaries(runs), name), form, intervals)))
+    text = without_surrogates(written(named_table(join_summaries(runs), name), form, intervals))
+    # A CSV holds names as they are, which a terminal might act on.
+    sys.stdout.write("\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,7 +135,7 @@ class ProbeConfig(Strict):
     @field_validator("root")
     @classmethod
     def _home(cls, value: Path) -> Path:
-        return value.expanduser()
+        return Path(os.path.expanduser(value))
 
 
 class Recipe(Strict):
@@ -166,7 +167,7 @@ class Recipe(Strict):
     @field_validator("data", "output")
     @classmethod
     def _home(cls, value: Path) -> Path:
-        return value.expanduser()
+        return Path(os.path.expanduser(value))
 
     @model_validator(mode="before")
     @classmethod

@@ -15,6 +15,7 @@ The text below it holds ``{question}`` and ``{answer}``, each on a line of its o
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -204,7 +205,7 @@ def load_rubric(name: str) -> Rubric:
     if name in shipped_rubrics():
         where, text = f"rubric {name}", (files("vlm_unlearn.judging") / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
     else:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         where = str(path)
         if not path.is_file():
             known = ", ".join(shipped_rubrics())

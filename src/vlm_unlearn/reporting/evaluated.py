@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def _read(folder: Path, run: Path, own: str | None, base_digest: object, base: s
     suite, identity = saved_suite(folder), read_manifest(folder)["identity"]
     role: Role = "other"
     is_own, is_base = same_weights(identity.get("model"), own), same_weights(identity.get("model"), base_digest)
-    if is_own or (is_own is None and Path(suite.model).expanduser().resolve() in (run.resolve(), (run / "model").resolve())):
+    if is_own or (is_own is None and Path(os.path.expanduser(suite.model)).resolve() in (run.resolve(), (run / "model").resolve())):
         role = "this"
     elif is_base or (is_base is None and suite.model == base):
         role = "base"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,7 +55,7 @@ def training_run(model: str, run: Path) -> Path | None:
         run: the evaluation.
     """
     evaluated = _manifest(run).get("identity", {}).get("model")
-    asked = Path(model).expanduser()
+    asked = Path(os.path.expanduser(model))
     named = asked.parent if asked.name == "model" else asked
     moved = [folder / "runs" / named.name for folder in run.resolve().parents[:3]] if named.parent.name == "runs" else []
     for folder in (asked, named, *moved):

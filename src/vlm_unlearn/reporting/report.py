@@ -146,14 +146,19 @@ def refuse_other_content(folder: Path) -> None:
     """Looks before a report is written that the folder holds nothing else.
 
     Raises:
-        RequestError: it holds a run, or something that is no report's.
+        RequestError: it holds a run, something that is no report's, or a link, which would lead out of the folder.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise RequestError(f"{folder}: is a link to nothing; choose another folder for the report")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file, not a folder; choose another folder for the report")
     if (folder / "manifest.json").exists():
         raise RequestError(f"{folder}: holds a run; choose another folder for the report")
     for below, own in ((folder, OWN), (folder / "report", BELOW)):
         entries = sorted(entry.name for entry in below.iterdir()) if below.is_dir() else []
+        link = next((name for name in entries if name in own and (below / name).is_symlink()), None)
+        if link is not None:
+            raise RequestError(f"{below / link}: is a link; delete it, or choose another folder for the report")
         foreign = next((name for name in entries if name not in own and not name.startswith(".")), None)
         if foreign is not None:
             raise RequestError(f"{below}: holds {shown(foreign)}, which is no report's; choose another folder for the report")
