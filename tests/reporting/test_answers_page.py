@@ -202,11 +202,11 @@ def test_pictures_from_elsewhere_are_told_and_the_whole_disk_is_refused(tmp_path
     suite["cases"][0]["images"] = str(tmp_path / "private")
     (run / "suite.json").write_text(json.dumps(suite))
     page = write_answers(tmp_path / "out", {"m": run}, "t")
-    assert f"small copies of pictures in {tmp_path / 'private'} are in this report (1)" in shown_text(page)
+    assert f"Small copies of pictures in {tmp_path / 'private'} are in this report (1)" in shown_text(page)
     put_image(tmp_path / "sent" / "images" / "a.png")
     suite["cases"][0]["images"] = str(tmp_path / "sent" / "images")
     (run / "suite.json").write_text(json.dumps(suite))
-    assert "small copies" not in shown_text(write_answers(tmp_path / "out", {"m": run}, "t"))
+    assert "Small copies" not in shown_text(write_answers(tmp_path / "out", {"m": run}, "t"))
     suite["cases"][0]["images"] = "/"
     (run / "suite.json").write_text(json.dumps(suite))
     named = [prompt(image=str(tmp_path / "private" / "a.png")[1:])]

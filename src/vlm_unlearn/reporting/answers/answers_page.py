@@ -55,9 +55,7 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
         for judge, labels in run.tells.items():
             tells.setdefault(judge, set()).update(labels)
     columns, left_out = fit(questions, list(runs), most_bytes, tells)
-    notes = (
-        [note for _, remarks in read for note in remarks] + left_out + _picture_notes(questions) + _foreign_folders(found, pictures, runs)
-    )
+    notes = [note for _, remarks in read for note in remarks] + left_out + _picture_notes(questions)
     page = render_page(
         "answers.html.j2",
         scripts=["answers_data.js", "answers_text.js", "answers.js"],
@@ -65,6 +63,7 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
         title=printable(title),
         own_style=Markup(template_text("answers.css")),
         notes=[printable(note) for note in notes],
+        copied=[printable(note) for note in _foreign_folders(found, pictures, runs)],
         questions=len(columns["questions"]["id"]),
         answers=len(columns["answers"]["model"]),
         models=len(columns["models"]),
@@ -147,7 +146,7 @@ def _foreign_folders(found: Iterable[Run], pictures: Mapping[Source, Picture], r
             if root is not None and pictures[source].file and not root.resolve().is_relative_to(around):
                 roots[root] = roots.get(root, 0) + 1
     return [
-        f"small copies of pictures in {root} are in this report ({count:,}): look at them before you pass it on"
+        f"Small copies of pictures in {root} are in this report ({count:,}): look at them before you pass it on"
         for root, count in roots.items()
     ]
 
