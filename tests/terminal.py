@@ -35,7 +35,12 @@ def at_terminal(
         stderr=theirs,
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        env={**os.environ, "TERM": "xterm", **(environment or {})},
+        # Without the size that a library of this process may have set: the terminal has its own.
+        env={
+            **{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")},
+            "TERM": "xterm",
+            **(environment or {}),
+        },
     )
     os.close(theirs)
     seen, typed, end = b"", not stop_at, time.monotonic() + seconds

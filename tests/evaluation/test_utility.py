@@ -292,7 +292,7 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
     assert (row.failed["keyword"], row.failed["mm_vet@j"], row.failed[""]["vqav2"]) == ({"safe": 0}, {"mmvet": 1}, 0)
     assert failures([row]) == 2
     assert judges_of([row]) == ["keyword", "mm_vet@j", "rouge_l"]
-    told = " ".join(limits([row], roles_of([row], [suite]), {}, []))
+    told = " ".join(limits([row], roles_of([row], {"m": suite}), {}, []))
     assert "A language model judged (mm_vet@j)" in told
     assert "2 answers or verdicts failed" in told
     alone = row.model_copy(update={"metrics": {"mmvet": row.metrics["mmvet"]}, "judge": ""})
