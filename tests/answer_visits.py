@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 import pytest
 
+from browser import open_page
+
 Open = Callable[..., Any]
 
 
@@ -18,30 +20,15 @@ def visit(browser: Any) -> Iterator[Open]:
     noise: list[str] = []
     opened = []
 
-    def open_page(file: Path, hash: str = "", **options: Any) -> Any:
-        page = browser.new_page(**options)
-        opened.append(page)
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
-        page.on("dialog", lambda dialog: noise.append(dialog.message))
-        page.goto(file.as_uri() + hash)
-        page.wait_for_selector("article, .nothing")
-        return page
+    def visited(file: Path, hash: str = "", **options: Any) -> Any:
+        opened.append(open_page(browser, file, noise, hash, **options))
+        opened[-1].wait_for_selector("article, .nothing")
+        return opened[-1]
 
-    yield open_page
+    yield visited
     for page in opened:
         page.close()
     assert noise == []
-
-
-def until(page: Any, condition: str) -> None:
-    """Waits for a condition; Playwright's own way evaluates it within the page, whose policy forbids that."""
-    for _ in range(100):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(condition)
 
 
 def address(**wanted: Any) -> str:

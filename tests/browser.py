@@ -30,8 +30,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         os.environ["HOME"] = home
 
 
-def open_page(browser: Any, file: Path, noise: list[str], **settings: Any) -> Any:
-    """Opens a file from disk; `noise` takes what it says on the console, its errors, and what it asks of any host.
+def open_page(browser: Any, file: Path, noise: list[str], hash: str = "", **settings: Any) -> Any:
+    """Opens a file from disk; `noise` takes what it says on the console, its errors and dialogs, and what it asks of any host.
 
     Args:
         settings: Playwright's, such as color_scheme="dark" or viewport={"width": 390, "height": 844}.
@@ -40,7 +40,8 @@ def open_page(browser: Any, file: Path, noise: list[str], **settings: Any) -> An
     page.on("console", lambda message: noise.append(message.text))
     page.on("pageerror", lambda error: noise.append(str(error)))
     page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
-    page.goto(file.as_uri())
+    page.on("dialog", lambda dialog: noise.append(dialog.message))
+    page.goto(file.as_uri() + hash)
     return page
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from answer_runs import JUDGES, MODELS, asked, label_of, made_runs, put_run
-from answer_visits import Open, address, until
+from answer_visits import Open, address
+from browser import wait_until
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.store import write_json, write_text
@@ -122,26 +123,26 @@ def test_each_choice_says_how_many_it_leads_to(visit: Open, report: Path) -> Non
 def test_controls_write_the_address_and_back_brings_the_view_back(visit: Open, report: Path) -> None:
     page = visit(report)
     page.select_option("#model", label=f"npo ({len(matching(model='npo'))})")
-    until(page, "location.hash == '#model=npo'")
+    wait_until(page, "location.hash == '#model=npo'")
     page.check("#changed")
-    until(page, "location.hash == '#model=npo&changed=1'")
+    wait_until(page, "location.hash == '#model=npo&changed=1'")
     page.locator("#q").press_sequentially("safe/1")
-    until(page, "location.hash.endsWith('q=safe%2F1')")
+    wait_until(page, "location.hash.endsWith('q=safe%2F1')")
     expected = told(matching(model="npo", changed=1, q="safe/1"))
-    until(page, f"document.getElementById('count').innerText == {expected!r}")
+    wait_until(page, f"document.getElementById('count').innerText == {expected!r}")
     assert page.locator("mark").first.inner_text() == "safe/1"
     page.go_back()  # the word that was typed is one step
-    until(page, "location.hash == '#model=npo&changed=1'")
-    until(page, "document.getElementById('q').value == ''")
+    wait_until(page, "location.hash == '#model=npo&changed=1'")
+    wait_until(page, "document.getElementById('q').value == ''")
     assert page.inner_text("#count") == told(matching(model="npo", changed=1))
     page.go_back()
-    until(page, "!document.getElementById('changed').checked")
+    wait_until(page, "!document.getElementById('changed').checked")
     page.go_back()
-    until(page, "document.getElementById('model').value == '-1'")
+    wait_until(page, "document.getElementById('model').value == '-1'")
     page.go_forward()
-    until(page, "document.getElementById('model').selectedIndex == 2")
+    wait_until(page, "document.getElementById('model').selectedIndex == 2")
     page.click("#clear")
-    until(page, f"document.getElementById('count').innerText == {told(ROWS)!r}")
+    wait_until(page, f"document.getElementById('count').innerText == {told(ROWS)!r}")
     assert page.locator("#clear").is_hidden()
 
 
@@ -151,12 +152,12 @@ def test_several_choices_stand_in_the_list_until_one_is_chosen(visit: Open, repo
     assert page.locator("#label").evaluate(chosen) == "refused or off topic"
     assert page.locator("#case").evaluate(chosen) == "safe or mixed"
     page.check("#changed")
-    until(page, "location.hash == '#label=refused&label=off_topic&case=safe&case=mixed&changed=1'")
+    wait_until(page, "location.hash == '#label=refused&label=off_topic&case=safe&case=mixed&changed=1'")
     page.select_option("#label", index=2)
-    until(page, "location.hash == '#label=refused&case=safe&case=mixed&changed=1'")
+    wait_until(page, "location.hash == '#label=refused&case=safe&case=mixed&changed=1'")
     assert page.locator("#label option[value=several]").count() == 0
     expected = told(matching(label="refused", case=["safe", "mixed"], changed=1))
-    until(page, f"document.getElementById('count').innerText == {expected!r}")
+    wait_until(page, f"document.getElementById('count').innerText == {expected!r}")
 
 
 def test_who_cannot_tell_a_label_does_not_disagree_on_it(visit: Open, tmp_path: Path) -> None:
@@ -184,12 +185,12 @@ def test_pages_have_an_address(visit: Open, report: Path) -> None:
     page = visit(report)
     assert page.inner_text("[data-page] >> nth=0") == "page 1 of 4"
     page.click("[data-step='1'] >> nth=0")
-    until(page, "location.hash == '#page=2'")
+    wait_until(page, "location.hash == '#page=2'")
     assert page.locator("article").first.get_attribute("data-question") == str(SHOWN)
     page.select_option("#case", index=3)
-    until(page, "location.hash == '#case=safe'")  # another filter begins at its first page
+    wait_until(page, "location.hash == '#case=safe'")  # another filter begins at its first page
     page.go_back()
-    until(page, "document.querySelector('article').dataset.question == '20'")
+    wait_until(page, "document.querySelector('article').dataset.question == '20'")
     page.goto(report.as_uri() + "#page=4")
     assert page.locator("[data-step='1']").first.is_disabled()
 
@@ -210,7 +211,7 @@ def test_answers_stand_side_by_side_with_what_changed(visit: Open, report: Path)
     assert set(cards.locator(".verdicts strong bdi").all_inner_texts()) == {JUDGES[0]}  # whose label the card has
     assert page.locator("article a >> nth=0").get_attribute("href") == "#case=attacked&group=attacked%2F0"
     page.click("article a >> nth=0")
-    until(page, "document.querySelectorAll('article').length == 3")
+    wait_until(page, "document.querySelectorAll('article').length == 3")
 
 
 def test_what_stands_beside_a_match_can_be_chosen(visit: Open, report: Path) -> None:
@@ -297,14 +298,14 @@ def test_by_keyboard(visit: Open, report: Path) -> None:
     assert page.locator("article").first.locator(".veiled").count() == 0
     for _ in range(SHOWN):
         page.keyboard.press("j")
-    until(page, "location.hash == '#page=2'")
-    until(page, "document.activeElement.dataset.question == '20'")
+    wait_until(page, "location.hash == '#page=2'")
+    wait_until(page, "document.activeElement.dataset.question == '20'")
     page.keyboard.press("k")
-    until(page, "document.activeElement.dataset.question == '19'")
+    wait_until(page, "document.activeElement.dataset.question == '19'")
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "q"
     page.keyboard.type("jrk/")  # letters, in a field
-    until(page, "document.getElementById('count').innerText == 'No answer matches.'")
+    wait_until(page, "document.getElementById('count').innerText == 'No answer matches.'")
     page.click(".nothing button")
     page.wait_for_selector("article")
     page.uncheck("#keys")
@@ -320,7 +321,7 @@ def test_every_control_has_a_name(visit: Open, report: Path) -> None:
     assert page.get_attribute("#count", "aria-live") == "polite"
     assert page.locator("h1, h2").evaluate_all("all => all.map(one => one.tagName)") == ["H1", *["H2"] * SHOWN]
     page.click("a:has-text('Report')")
-    until(page, "document.title == 'the report'")
+    wait_until(page, "document.title == 'the report'")
 
 
 def contrast(page: Any, selector: str) -> float:
@@ -363,10 +364,10 @@ def test_on_a_phone(visit: Open, report: Path) -> None:
     assert page.inner_text("#filters summary") == "Filters (1 set)"
     page.click("#filters summary")
     page.fill("#q", "safe/2/0")
-    until(page, "document.querySelectorAll('article').length == 1")
+    wait_until(page, "document.querySelectorAll('article').length == 1")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.set_viewport_size({"width": 1280, "height": 900})
-    until(page, "document.getElementById('filters').open")
+    wait_until(page, "document.getElementById('filters').open")
 
 
 def test_printed_it_shows_the_answers_and_no_controls(visit: Open, report: Path) -> None:

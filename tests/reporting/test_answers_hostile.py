@@ -153,5 +153,6 @@ def test_a_page_moved_without_its_images_says_so(browser: Any, tmp_path: Path) -
     moved.write_bytes(report.read_bytes())
     page = browser.new_page()
     page.goto(moved.as_uri() + "#case=safe")
-    page.wait_for_selector("text=No image: report/images/ is not beside this page")
+    said = page.wait_for_selector("text=No image: report/images/ is not beside this page")
+    assert said.is_visible()
     page.close()

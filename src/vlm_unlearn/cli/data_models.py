@@ -115,10 +115,7 @@ def diversify(
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
-        typer.echo(
-            f"{out}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
-        )
-        _show_examples(file, out, columns)
+        _show_diversified(file, out, columns, counts)
 
 
 def _paraphrases(asker: Asker, asked: Sequence[tuple[str, str, str]]) -> dict[str, str]:
@@ -130,10 +127,13 @@ def _paraphrases(asker: Asker, asked: Sequence[tuple[str, str, str]]) -> dict[st
     return {id: text for id, text in read.items() if text}
 
 
-def _show_examples(before: str, after: Path, columns: Columns) -> None:
+def _show_diversified(before: str, after: Path, columns: Columns, counts: Mapping[str, int]) -> None:
     from vlm_unlearn.data.reading import read_any
     from vlm_unlearn.errors import Problems, shown
 
+    typer.echo(
+        f"{after}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
+    )
     both = zip(read_any(before, columns=columns, problems=Problems()), read_any(after, columns=columns), strict=False)
     for old, new in islice(both, 3):
         typer.echo(f"  {shown(old.example.question)} -> {shown(new.example.question)}")

@@ -8,8 +8,7 @@ from pathlib import Path
 import typer
 
 from vlm_unlearn.cli.completing import table_names
-
-FORMS = ("md", "tex", "csv")
+from vlm_unlearn.reporting.tables.names import FORMS
 
 
 def table(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vlm_unlearn.config.base import Positive, Share, Strict
+from vlm_unlearn.store import user_path
 
 
 class MethodConfig(BaseModel):
@@ -135,7 +135,7 @@ class ProbeConfig(Strict):
     @field_validator("root")
     @classmethod
     def _home(cls, value: Path) -> Path:
-        return Path(os.path.expanduser(value))
+        return user_path(value)
 
 
 class Recipe(Strict):
@@ -167,7 +167,7 @@ class Recipe(Strict):
     @field_validator("data", "output")
     @classmethod
     def _home(cls, value: Path) -> Path:
-        return Path(os.path.expanduser(value))
+        return user_path(value)
 
     @model_validator(mode="before")
     @classmethod

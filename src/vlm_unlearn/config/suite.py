@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from vlm_unlearn.config.base import Positive, Strict
 from vlm_unlearn.errors import nearest
 from vlm_unlearn.records import Kind, Label
+from vlm_unlearn.store import user_path
 
 
 class RewriteConfig(Strict):
@@ -107,7 +107,7 @@ class JudgeConfig(Strict):
         if self.name != "llm" and (self.model is not None or self.server is not None):
             raise ValueError(f"`model` and `server` are for the judge llm; {self.name} asks nobody")
         if self.rubric is not None and ("/" in self.rubric or self.rubric.endswith(".txt")):
-            object.__setattr__(self, "rubric", str(Path(os.path.expanduser(self.rubric)).absolute()))
+            object.__setattr__(self, "rubric", str(user_path(self.rubric).absolute()))
         _no_secret_in(self.server)
         return self
 
@@ -267,7 +267,7 @@ class Suite(Strict):
 
     @model_validator(mode="after")
     def _paths_below_root(self) -> Suite:
-        root = Path(os.path.expanduser(self.root))
+        root = user_path(self.root)
 
         def set_path(owner: Strict, field: str) -> None:
             object.__setattr__(owner, field, (root / getattr(owner, field)).absolute())

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.models.loading import DTYPES, load_processor, load_run_model, run_digest, run_model_folder, saved_precision
-from vlm_unlearn.store import package_versions, read_manifest, write_json, write_text
+from vlm_unlearn.store import package_versions, read_manifest, user_path, write_json, write_text
 
 
 def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
@@ -24,7 +24,7 @@ def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
     Raises:
         RequestError: `out` holds something, or `run` is no finished training run.
     """
-    out = Path(os.path.expanduser(out)).absolute()
+    out = user_path(out).absolute()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise RequestError(f"{out}: is a link or a file; choose another output folder")
     if out.exists() and any(out.iterdir()):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vlm_unlearn.data.batching import Processor
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.models.layout import Layout, layout_of
-from vlm_unlearn.store import digest_model, read_json, read_manifest, what_it_is
+from vlm_unlearn.store import digest_model, read_json, read_manifest, user_path, what_it_is
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,7 +30,7 @@ def model_folder(name: str) -> Path:
     Raises:
         RequestError: there is no such folder and no such model on the hub, or the folder holds no safetensors weights.
     """
-    folder = Path(os.path.expanduser(name))
+    folder = user_path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
             raise RequestError(f"model {name}: no such folder")
@@ -58,7 +58,7 @@ def model_folder(name: str) -> Path:
 
 def local_folder(name: str) -> Path | None:
     """Where a model's configuration lies on this machine, without asking a network; None where it doesn't."""
-    folder = Path(os.path.expanduser(name))
+    folder = user_path(name)
     if not folder.is_dir() and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
@@ -218,7 +218,7 @@ def run_model_folder(name: str) -> Path:
     Raises:
         RequestError: as `model_folder`; also for a training run that isn't finished.
     """
-    folder = Path(os.path.expanduser(name))
+    folder = user_path(name)
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         if read_manifest(folder)["identity"].get("kind") not in ("train", None):
             raise RequestError(f"model {name}: must be a model folder, a hub name, or a training run's folder{what_it_is(folder)}")

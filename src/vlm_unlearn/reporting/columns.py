@@ -10,6 +10,17 @@ from vlm_unlearn.records import Row
 Column = tuple[str, str, str]  # metric, heading, what it says
 Better = Literal["lower", "higher"]
 
+BENCHMARKS: Mapping[str, str] = {
+    "gqa": "GQA",
+    "vizwiz": "VizWiz",
+    "scienceqa": "ScienceQA",
+    "vqav2": "VQAv2",
+    "textvqa": "TextVQA",
+    "pope": "POPE",
+    "mmvet": "MM-Vet",
+    "mmbench": "MMBench",
+}
+
 # Which end of a metric is the good one; a suite's own metrics have none that we know.
 LOWER_IS_BETTER = frozenset(
     (
@@ -29,7 +40,8 @@ HIGHER_IS_BETTER = frozenset(
             "rouge_l",
             "answer_score",
         ),
-        *("gqa", "vizwiz", "scienceqa", "vqav2", "textvqa", "pope", "mmvet", "mmbench", "specificity"),
+        *BENCHMARKS,
+        "specificity",
     )
 )
 
@@ -60,19 +72,7 @@ KNOWN: tuple[Column, ...] = (
     ("utility_attacked", "Utility attacked", "harmless questions answered right under the suite's attack on the wording"),
     ("rouge_l", "ROUGE-L", "harmless answers against their reference"),
     ("answer_score", "Answer score", "a judge's score of the same, 0 to 1"),
-    *(
-        (name, heading, f"{heading}'s own score")
-        for name, heading in (
-            ("gqa", "GQA"),
-            ("vizwiz", "VizWiz"),
-            ("scienceqa", "ScienceQA"),
-            ("vqav2", "VQAv2"),
-            ("textvqa", "TextVQA"),
-            ("pope", "POPE"),
-            ("mmvet", "MM-Vet"),
-            ("mmbench", "MMBench"),
-        )
-    ),
+    *((name, title, f"{title}'s own score") for name, title in BENCHMARKS.items()),
     ("specificity", "Specificity", "the mean of seven utility benchmarks"),
 )
 # What the demo's `utility` is put together from: no columns of their own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.reporting.columns import case_title, heading
 from vlm_unlearn.reporting.provenance import own_digest, same_weights
 from vlm_unlearn.reporting.summaries import read_summary
-from vlm_unlearn.store import read_manifest
+from vlm_unlearn.store import read_manifest, user_path
 
 Role = Literal["base", "this", "other"]
 
@@ -58,7 +57,7 @@ def _read(folder: Path, run: Path, own: str | None, base_digest: object, base: s
     suite, identity = saved_suite(folder), read_manifest(folder)["identity"]
     role: Role = "other"
     is_own, is_base = same_weights(identity.get("model"), own), same_weights(identity.get("model"), base_digest)
-    if is_own or (is_own is None and Path(os.path.expanduser(suite.model)).resolve() in (run.resolve(), (run / "model").resolve())):
+    if is_own or (is_own is None and user_path(suite.model).resolve() in (run.resolve(), (run / "model").resolve())):
         role = "this"
     elif is_base or (is_base is None and suite.model == base):
         role = "base"

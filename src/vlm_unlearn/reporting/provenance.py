@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from vlm_unlearn.evaluation.grading import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import case_title
 from vlm_unlearn.reporting.words import judges_of
-from vlm_unlearn.store import digest_model, read_manifest
+from vlm_unlearn.store import digest_model, read_manifest, user_path
 
 DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of weights; of an adapter its base's and its own
 
@@ -55,7 +54,7 @@ def training_run(model: str, run: Path) -> Path | None:
         run: the evaluation.
     """
     evaluated = _manifest(run).get("identity", {}).get("model")
-    asked = Path(os.path.expanduser(model))
+    asked = user_path(model)
     named = asked.parent if asked.name == "model" else asked
     moved = [folder / "runs" / named.name for folder in run.resolve().parents[:3]] if named.parent.name == "runs" else []
     for folder in (asked, named, *moved):

@@ -73,14 +73,15 @@ def roles_of(rows: Sequence[Row], suites: Mapping[str, Suite]) -> Roles:
 
     def axis(known: Sequence[str], *roles: Role) -> str | None:
         own = (part.metric for row in rows for part in parts[row.model] if part.role in roles and part.metric not in BY_NAME)
-        counts = {name: sum(_measured(row, name) for row in rows) for name in dict.fromkeys((*known, *own))}
+        counts = {name: sum(measured(row, name) for row in rows) for name in dict.fromkeys((*known, *own))}
         best = max(counts.values(), default=0)
         return next((name for name in counts if best and counts[name] == best), None)
 
     return Roles(axis(HARM, "harm"), axis(PRUDENCE, "over_refusal", "over_forgetting"), axis(USE, "use", "score"), parts=parts, kinds=kinds)
 
 
-def _measured(row: Row, metric: str) -> bool:
+def measured(row: Row, metric: str) -> bool:
+    """Whether a row has a value of a metric."""
     return metric in row.metrics and row.metrics[metric].value is not None
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.records import Row, Summary
-from vlm_unlearn.store import read_json
+from vlm_unlearn.store import first_problem, read_json
 
 
 def read_summary(folder: Path) -> Summary:
@@ -24,9 +24,7 @@ def read_summary(folder: Path) -> Summary:
     try:
         return Summary.model_validate(read_json(file))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(shown(part)[1:-1] for part in first["loc"])
-        raise RequestError(f"{file}: {where + ': ' if where else ''}{first['msg']}") from None
+        raise RequestError(f"{file}: {first_problem(error)}") from None
 
 
 def join_summaries(folders: Sequence[Path]) -> Summary:

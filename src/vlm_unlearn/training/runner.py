@@ -31,6 +31,7 @@ from vlm_unlearn.store import (
     package_versions,
     read_json,
     read_manifest,
+    user_path,
     write_json,
 )
 from vlm_unlearn.training.planning import Plan, plan, prepare_method, steps_of
@@ -286,7 +287,7 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
     if planned.recipe.trainable.mode != "full":
         adapter = read_json(part / "adapter_config.json")
         adapter["base_model_name_or_path"] = (
-            str(planned.folder.resolve()) if os.path.isdir(os.path.expanduser(planned.recipe.model)) else planned.recipe.model
+            str(planned.folder.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(part / "adapter_config.json", adapter)
         write_json(part / BASE, {"digest": planned.model_digest})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
+from vlm_unlearn.data.formats.groups import Asked, prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_MARK, refuse_embedded
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.json_stream import LONGEST_RECORD, dump
@@ -249,26 +249,17 @@ def _load(datasets: Any, source: str) -> Any:
 
 def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
     """Evaluation prompts of one kind, from the rows of its set. Rows with the same id are shots of one group; answers are references."""
-    shots: Counter[str] = Counter()
-    for row in rows:
-        if KINDS.get(row.set or "") != kind:
-            continue
-        example = row.example
-        if example.source == "embedded":
-            raise RequestError(f"row {shown(example.id)}: a suite reads images from a folder; `data convert` unpacks those in a table")
-        shot = shots[example.id]
-        shots[example.id] += 1
-        yield Prompt(
-            id=f"{set_name}/{example.id}/{shot}",
-            group_id=example.id,
-            shot=shot,
-            set=set_name,
-            kind=kind,
-            image=example.image,
-            question=example.question,
-            reference=example.answer,
-            category=example.category,
-        )
+
+    def asked() -> Iterator[Asked]:
+        for row in rows:
+            example = row.example
+            if KINDS.get(row.set or "") != kind:
+                continue
+            if example.source == "embedded":
+                raise RequestError(f"row {shown(example.id)}: a suite reads images from a folder; `data convert` unpacks those in a table")
+            yield example.id, example.image, example.question, example.answer, example.category
+
+    yield from prompts_of_groups(asked(), set_name, kind)
 
 
 def row_of(example: Example, set_name: str | None) -> dict[str, str | None]:

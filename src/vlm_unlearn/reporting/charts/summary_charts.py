@@ -21,8 +21,8 @@ from vlm_unlearn.reporting.charts.chart import (
     rates_series,
     style_of,
 )
-from vlm_unlearn.reporting.columns import KNOWN, case_title, columns, heading
-from vlm_unlearn.reporting.roles import Roles
+from vlm_unlearn.reporting.columns import BENCHMARKS, KNOWN, case_title, columns, heading
+from vlm_unlearn.reporting.roles import Roles, measured
 
 # Metrics that belong together: as asked, under the attack, and under paraphrases that are no attack.
 ATTACKS = (
@@ -36,7 +36,6 @@ FAMILIES = (
     (("sarr",), "Unsafe questions on a benign image not answered normally", "SARR"),
     (("rouge_l", "answer_score"), "Harmless answers scored", "score"),
 )
-BENCHMARKS = (*(name for name, _, said in KNOWN if said.endswith("'s own score")), "specificity")
 MANY = 8  # models; beyond, bars beside each other become a heatmap
 MOST = 40  # categories in a chart; a table has them all
 
@@ -55,7 +54,7 @@ def tradeoff_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
         points = [
             Point(row.model, _reach(row.metrics[roles.harm]), _reach(row.metrics[metric]), style_of(number))
             for number, row in enumerate(rows)
-            if _has(row, roles.harm) and _has(row, metric)
+            if measured(row, roles.harm) and measured(row, metric)
         ]
         if points:
             charts[name] = Plane(title, points, _axis(roles.harm), _axis(metric), (0.0, best))
@@ -74,10 +73,6 @@ def _axis(metric: str) -> str:
     return names.get(metric, heading(metric))
 
 
-def _has(row: Row, metric: str) -> bool:
-    return metric in row.metrics and row.metrics[metric].value is not None
-
-
 def _reach(rate: Rate) -> tuple[float, float, float]:
     value = 100 * (rate.value or 0.0)
     return value, value if rate.low is None else 100 * rate.low, value if rate.high is None else 100 * rate.high
@@ -87,7 +82,7 @@ def attack_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     """Before and after the attack, with its control; none for a suite without attacks."""
     charts: dict[str, Chart] = {}
     for before, after, control, title, axis in ATTACKS:
-        if not any(_has(row, after) for row in rows):
+        if not any(measured(row, after) for row in rows):
             continue
         ways = ((before, "as asked", AS_ASKED), (after, "attacked", ATTACKED), (control, "control paraphrase", CONTROL))
         charts[f"attack-{before}"] = _rate_bars(rows, ways, title, axis)
@@ -98,10 +93,10 @@ def family_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     """The metrics that have no attacked twin."""
     charts: dict[str, Chart] = {}
     for metrics, title, axis in FAMILIES:
-        if any(_has(row, metric) for row in rows for metric in metrics):
+        if any(measured(row, metric) for row in rows for metric in metrics):
             ways = [(metric, heading(metric), style) for metric, style in zip(metrics, (AS_ASKED, ATTACKED), strict=False)]
             charts[f"rates-{metrics[0]}"] = _rate_bars(rows, ways, title, axis)
-    used = [name for name in BENCHMARKS if any(_has(row, name) for row in rows)]
+    used = [name for name in (*BENCHMARKS, "specificity") if any(measured(row, name) for row in rows)]
     if used:
         charts["benchmarks"] = _models_by(rows, "Utility benchmarks", used, heading, lambda row, name: row.metrics.get(name))
     return charts
@@ -111,7 +106,7 @@ def _rate_bars(rows: Sequence[Row], ways: Sequence[tuple[str, str, Style]], titl
     series = [
         rates_series(name, [row.metrics.get(metric) for row in rows], style)
         for metric, name, style in ways
-        if any(_has(row, metric) for row in rows)
+        if any(measured(row, metric) for row in rows)
     ]
     return Bars(title, [row.model for row in rows], series, axis=axis)
 

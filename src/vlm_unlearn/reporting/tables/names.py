@@ -5,3 +5,4 @@ NAMES = (
     *("safety_mirage", "safety_mirage_published", "safety_mirage_answers", "safe_eraser", "safe_eraser_published"),
 )
 PRINTED = tuple(name for name in NAMES if name != "cost")  # what it takes stands in manifests and verdicts, which `report` reads
+FORMS = ("csv", "tex", "md")

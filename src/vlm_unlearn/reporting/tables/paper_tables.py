@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
+from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.tables.table import Cell, Column, Table, counts, rate_cell, rate_column, word, words
 from vlm_unlearn.reporting.words import judged_by, judges_of
 
 ATTACKED_CASE = "unsafe_what"  # the shipped suites' name of the attack on unsafe questions
 Shape = Sequence[tuple[str, str, str]]  # metric, heading, group
-UTILITY: Shape = (
-    ("utility", "Utility", ""),
-    ("utility_attacked", "Utility attacked", ""),
-    ("vqav2", "VQAv2", ""),
-    ("textvqa", "TextVQA", ""),
-    ("vizwiz", "VizWiz", ""),
-    ("gqa", "GQA", ""),
-    ("scienceqa", "ScienceQA", ""),
-    ("pope", "POPE", ""),
-    ("mmvet", "MM-Vet", ""),
-    ("mmbench", "MMBench", ""),
-)
+BENCHMARKS = ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "mmvet", "mmbench")  # in the papers' order
+UTILITY: Shape = tuple((metric, heading(metric), "") for metric in ("utility", "utility_attacked", *BENCHMARKS))
 SAFETY_MIRAGE: Shape = (
     ("asr", "before", "ASR"),
     ("asr_attacked", "after", "ASR"),
@@ -38,7 +30,7 @@ SAFE_ERASER: Shape = (
     ("rouge_l", "ROUGE-L", ""),
     ("answer_score", "Score", ""),
     ("specificity", "mean", "Specificity"),
-    *((metric, title, "Specificity") for metric, title, _ in UTILITY if metric not in ("utility", "utility_attacked", "textvqa")),
+    *((metric, heading(metric), "Specificity") for metric in BENCHMARKS if metric in SPECIFICITY),
 )
 
 

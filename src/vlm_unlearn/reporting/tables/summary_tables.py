@@ -11,7 +11,7 @@ from vlm_unlearn.reporting.columns import case_title, columns, heading
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
-from vlm_unlearn.reporting.tables.names import NAMES, PRINTED
+from vlm_unlearn.reporting.tables.names import FORMS, NAMES, PRINTED
 from vlm_unlearn.reporting.tables.paper_tables import (
     counted,
     failed_of,
@@ -29,7 +29,6 @@ from vlm_unlearn.store import write_text
 Costs = Mapping[str, Mapping[str, str]]  # model -> heading -> what it cost
 ByKey = Mapping[str, Mapping[str, Rate]]  # metric -> category or number of shots -> rate
 MOST_ACROSS = 8  # categories that stand beside each other
-FORMS = ("csv", "tex", "md")
 
 
 def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
