@@ -10,6 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+from answer_visits import visit  # noqa: F401  (fixtures of all tests)
+from browser import browser  # noqa: F401
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

@@ -28,7 +28,9 @@ def command(*arguments: object) -> list[str]:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=300)
+    # Passed by name: readline, which pytest loads, sets COLUMNS where os.environ doesn't see it.
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def run_killing(arguments: Sequence[object], points: Sequence[Callable[[], bool]]) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from vlm_unlearn.config import Recipe, Suite, load
+from vlm_unlearn.config.loading import models_in
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.methods import METHODS
 
 MINIMAL = "model: m\ndata: d\noutput: o\nmethod: npo\n"
 
@@ -31,6 +34,12 @@ def test_overrides_reach_nested_keys_and_read_exponents(tmp_path: Path) -> None:
         (MINIMAL + "trainning: {}\n", [], r'unknown key "trainning"; did you mean "training"\?'),
         (MINIMAL, ["training.learning_rat=1"], r'unknown key "training\.learning_rat"; did you mean "learning_rate"\?'),
         (MINIMAL, ["trainable.lora.rr=4"], r'unknown key "trainable\.lora\.rr"'),
+        (MINIMAL, ["training.lr=1"], r'unknown key "training\.lr"; did you mean "learning_rate"\?'),
+        (MINIMAL, ["lr=1"], r'unknown key "lr"; did you mean "training\.learning_rate"\?'),
+        (MINIMAL, ["seed=1"], r'unknown key "seed"; did you mean "training\.seed"\?'),
+        (MINIMAL, ["beta=1"], r'unknown key "beta"; did you mean "method\.beta"\?'),
+        (MINIMAL, ["trainable.r=8"], r'unknown key "trainable\.r"; did you mean "trainable\.lora\.r"\?'),
+        (MINIMAL, ["lora_alpha=8"], r'unknown key "lora_alpha"; did you mean "trainable\.lora\.alpha"\?'),
         (MINIMAL, ["training.learning_rate=-1"], r"training\.learning_rate: Input should be greater than 0"),
         ("method: npo\ndata: d\noutput: o\n", [], r'key "model" is missing'),
         (MINIMAL, ["beta"], r"write key=value"),
@@ -158,3 +167,20 @@ def test_the_home_folder_is_where_the_shell_says() -> None:
     recipe = load(Recipe, Path("tiny/npo"), ["model=m", "data=~/d", "output=~/o"])
     assert recipe.output == Path.home() / "o"
     assert recipe.data == Path.home() / "d"
+
+
+def described(config: type[BaseModel]) -> dict[str, str | None]:
+    """What each field of a config says of itself, those of configs within it included."""
+    found: dict[str, str | None] = {}
+    for name, field in config.model_fields.items():
+        found[f"{config.__name__}.{name}"] = field.description
+        for inner in models_in(field.annotation):
+            found |= described(inner)
+    return found
+
+
+def test_every_field_says_what_it_is_for() -> None:
+    configs = [Recipe, Suite, *(method.options_type for method in METHODS.values())]
+    texts = {name: text for config in configs for name, text in described(config).items()}
+    assert {"LoraConfig.r", "CaseConfig.kind", "NPOOptions.beta", "Bound.at_most"} <= texts.keys()
+    assert not [name for name, text in texts.items() if not text or not text.endswith((".", "?"))]

@@ -45,8 +45,11 @@ COMMANDS = (
     "benchmark run",
     "attack search",
     "compare",
+    "table",
     "judge agreement",
     "evaluate",
+    "report",
+    "recipes",
 )
 
 

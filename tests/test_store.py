@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from vlm_unlearn.config import Suite, validate
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.models.loading import model_folder
 from vlm_unlearn.records import Prompt, Response
-from vlm_unlearn.store import RecordLog, build_once, digest_model, open_run, read_json, read_records, write_json, write_records
+from vlm_unlearn.store import (
+    RecordLog,
+    build_once,
+    cache_folder,
+    digest_model,
+    lock_folder,
+    open_run,
+    read_json,
+    read_manifest,
+    read_records,
+    write_json,
+    write_records,
+)
 
 
 def responses(*names: str) -> list[Response]:
@@ -89,3 +106,53 @@ def test_the_model_digest_follows_the_weights(tmp_path: Path) -> None:
     before = digest_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert digest_model(tmp_path) != before
+
+
+def test_what_a_killed_writer_left_is_deleted_by_the_next(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, of_another, foreign = (tmp_path / name for name in (f".a.json.{dead.pid}.part", f".a.json.{os.getppid()}.part", ".a.json.x.part"))
+    for file in (left, of_another, foreign):
+        file.touch()
+    write_json(tmp_path / "a.json", {})
+    assert {file.name for file in tmp_path.iterdir()} == {"a.json", of_another.name, foreign.name}
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "out"), pytest.raises(RequestError, match="another process is at work"), lock_folder(tmp_path / "out"):
+        pass
+    with lock_folder(tmp_path / "out"):  # let go of
+        pass
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("special", ["pipe", "link to a device"])
+def test_what_has_no_end_is_not_read(special: str, tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    if special == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    for read in (lambda: read_json(file), lambda: list(read_records(file, Response)), lambda: RecordLog(file, Response)):
+        with pytest.raises(RequestError, match="is a device or a pipe"):
+            read()
+
+
+@pytest.mark.parametrize("field", ["wall_seconds", "peak_memory_mb"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "1" + "0" * 400, '"1"'])
+def test_costs_that_are_no_amounts_are_refused(field: str, value: str, tmp_path: Path) -> None:
+    costs = {"wall_seconds": "1.5", "peak_memory_mb": "100", field: value}
+    written = ", ".join(f'"{name}": {amount}' for name, amount in costs.items())
+    (tmp_path / "manifest.json").write_text(f'{{"identity": {{}}, "finished": true, {written}}}')
+    with pytest.raises(RequestError, match="is not a run's manifest"):
+        read_manifest(tmp_path)
+
+
+def test_the_home_of_somebody_unknown_is_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", "~nosuchuser/x")
+    assert cache_folder() == Path("~nosuchuser/x")
+    with pytest.raises(RequestError, match="model ~nosuchuser/x: no such folder"):
+        model_folder("~nosuchuser/x")
+    cases = [{"name": "a", "format": "vlguard", "file": "x.json", "images": "x", "kind": "unsafe"}]
+    suite = validate(Suite, {"model": "~nosuchuser/x", "root": "~nosuchuser/y", "judge": "keyword", "cases": cases}, "suite.json")
+    assert suite.cases[0].file.parent.name == "y"

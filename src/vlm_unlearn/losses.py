@@ -87,8 +87,10 @@ def dpo_loss(preferred_nll: Tensor, rejected_nll: Tensor, preferred_reference: T
     Mean over samples of ``-logsigmoid(beta * ((preferred_reference - preferred_nll) - (rejected_reference - rejected_nll)))``.
 
     Args:
-        preferred_nll, rejected_nll: [B], sequence sums (the paper) or token means under the current model.
-        preferred_reference, rejected_reference: [B], the same under the reference model.
+        preferred_nll: [B], sequence sums (the paper) or token means under the current model.
+        rejected_nll: [B], likewise.
+        preferred_reference: [B], the same under the reference model.
+        rejected_reference: [B], likewise.
         beta: inverse temperature, above 0.
     """
     gained = (preferred_reference - preferred_nll) - (rejected_reference - rejected_nll)
@@ -101,7 +103,8 @@ def undial_loss(logits: Tensor, reference_logits: Tensor, labels: Tensor, penalt
     Cross-entropy to the reference model's distribution once the logit of the answer's own token is lowered by `penalty`.
 
     Args:
-        logits, reference_logits: [B, S, V]; position s predicts token s + 1.
+        logits: [B, S, V]; position s predicts token s + 1.
+        reference_logits: [B, S, V], under the reference model.
         labels: [B, S], unshifted, -100 ignored.
         penalty: what is taken off the token's logit (gamma in the paper), above 0.
     """

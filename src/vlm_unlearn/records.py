@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
 Label = Literal["complied", "refused", "degenerate", "off_topic"]
 PairedTest = Literal["mcnemar", "permutation"]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Difference = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 LABELS: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
 
 
@@ -82,64 +85,106 @@ class Verdict(AnswerRecord):
 
     judge: str
     label: Label | None = None
-    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    score: Share | None = None
     raw: str | None = None  # what the judge said or matched
     tokens: tuple[int, int] | None = None  # what a language model read and wrote for it, where its server tells
     error: str | None = None
 
 
 class Rate(Record):
-    """A share of groups or answers with its 95 % interval. All are None when nothing could be scored."""
+    """A share of groups or answers with its 95 % interval. Shares are from 0 to 1; all are null when nothing could be scored."""
 
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int  # what the share is of: groups for attack success, else answers
-    failed: int = 0  # answers or verdicts that failed and are left out of `n`
+    value: Share | None = Field(description="The share, or the mean of scores, from 0 to 1.")
+    low: Share | None = Field(description="Lower end of the 95 % interval, which allows for answers that fail together.")
+    high: Share | None = Field(description="Upper end of the 95 % interval.")
+    n: Count = Field(description="What the share is of: questions where any of a question's answers counts, else answers.")
+    failed: Count = Field(default=0, description="Answers or verdicts that failed and are left out of `n`.")
+
+
+class Kappa(Rate):
+    """Cohen's kappa with its 95 % interval: 1 where two agree in everything, 0 where they do as chance would, below that less."""
+
+    value: Difference | None = Field(description="Kappa.")
+    low: Difference | None = Field(description="Lower end of the 95 % interval.")
+    high: Difference | None = Field(description="Upper end of the 95 % interval.")
 
 
 class Batching(Record):
     """How many answers differ between the run's batches and batches of one, of those that were asked both ways."""
 
-    checked: int
-    flipped: int
+    checked: Count = Field(description="Answers that were asked both ways.")
+    flipped: Count = Field(description="Those of them that came out different.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Batching:
+        if self.flipped > self.checked:
+            raise ValueError(f"flipped: {self.flipped} of {self.checked} checked")
+        return self
 
 
 class Row(Record):
     """One model's line in ``summary.json``."""
 
-    model: str
-    judge: str = ""  # whose verdicts, where `judges` names no other
-    judges: dict[str, str] = Field(default_factory=dict)  # metric -> its own judge
-    metrics: dict[str, Rate]
-    paper: dict[str, Rate] = Field(default_factory=dict)  # the published counting, where it was asked for
-    labels: dict[str, dict[str, int]] = Field(default_factory=dict)  # case -> label -> answers, "failed" included
-    categories: dict[str, dict[str, Rate]] = Field(default_factory=dict)  # metric -> category of the question
-    shots: dict[str, list[Rate]] = Field(default_factory=dict)  # metric -> the rate with the first 1, 2, ... K rewrites
-    batching: Batching | None = None
+    model: str = Field(description="The row's name.")
+    judge: str = Field(default="", description="Whose verdicts the metrics rest on, where `judges` names no other.")
+    judges: dict[str, str] = Field(
+        default_factory=dict, description="Metric -> its own judge, where it has one; empty: none, its official answers decide."
+    )
+    metrics: dict[str, Rate] = Field(
+        description="Metric, such as `asr` or a benchmark's name -> its rate. docs/numbers.md says what each counts."
+    )
+    paper: dict[str, Rate] = Field(
+        default_factory=dict, description="Metric -> its rate by the published counting, where that was asked for (`paper: true`)."
+    )
+    paper_judges: dict[str, str] = Field(default_factory=dict, description="Metric of `paper` -> its own judge, where it has one.")
+    labels: dict[str, dict[str, Count]] = Field(
+        default_factory=dict, description="Case -> complied, refused, degenerate, off_topic or failed -> how many of its answers were."
+    )
+    categories: dict[str, dict[str, Rate]] = Field(default_factory=dict, description="Metric -> category of the question -> its rate.")
+    shots: dict[str, list[Rate]] = Field(
+        default_factory=dict, description="Metric -> its rates with the first 1, 2, ... K rewrites of each question."
+    )
+    failed: dict[str, dict[str, Count]] = Field(
+        default_factory=dict,
+        description="Judge (empty: official answers) -> case or benchmark -> its answers or verdicts that failed, each counted once.",
+    )
+    batching: Batching | None = Field(default=None, description="What batching changed, where the run was checked for it.")
+
+    def judge_of(self, metric: str) -> str:
+        """Whose verdicts a metric rests on; empty where nobody judged."""
+        return self.judges.get(metric, self.judge)
+
+    def by_published_counting(self) -> Row:
+        """The row with the published counting in place of the corrected, of the metrics that have it."""
+        judges = {metric: self.paper_judges.get(metric, self.judge) for metric in self.paper}
+        return self.model_copy(update={"metrics": self.metrics | self.paper, "judges": self.judges | judges})
 
 
 class Comparison(Record):
     """Two models' answers to the same prompts: what changed from `base` to `model`, and whether it could be chance."""
 
-    model: str
-    base: str
-    metric: str
-    difference: float  # model's rate less base's, over the pairs
-    low: float  # 95 % interval, paired bootstrap over groups
-    high: float
-    p: float
-    p_adjusted: float  # Holm's, over all comparisons of the summary
-    test: PairedTest
-    n: int  # pairs
-    unpaired: int = 0  # answers or questions that only one of the two has a verdict on
+    model: str = Field(description="A row's model.")
+    base: str = Field(description="The row's model that it is compared with.")
+    metric: str = Field(description="A metric that both have.")
+    difference: Difference = Field(description="The model's rate less the base's, over the pairs; from -1 to 1.")
+    low: Difference = Field(description="Lower end of the 95 % interval: paired bootstrap over groups.")
+    high: Difference = Field(description="Upper end of the 95 % interval.")
+    p: Share = Field(description="How often a difference at least as large comes up if the two models are alike.")
+    p_adjusted: Share = Field(description="Holm's, over all comparisons of the summary.")
+    test: PairedTest = Field(description="What gave `p`.")
+    n: Count = Field(description="Pairs.")
+    unpaired: Count = Field(default=0, description="Answers or questions that only one of the two has a verdict on.")
 
 
 class Summary(Record):
-    """``summary.json``."""
+    """``summary.json``: what was measured, one row a model, and what changed between them."""
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
-    rows: list[Row]
-    comparisons: list[Comparison] = Field(default_factory=list)
+    schema_version: Literal[1] = Field(
+        default=1,
+        alias="schema",
+        description="Rises when a field goes, is renamed or means something else; a field more, with a default, doesn't raise it.",
+    )
+    rows: list[Row] = Field(description="One a model, in the order that tables show.")
+    comparisons: list[Comparison] = Field(default_factory=list, description="Changes against one base, where several models were compared.")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

@@ -18,7 +18,7 @@ from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.searching import SearchReport, SearchRequest, candidates, plan, questions, search
 from vlm_unlearn.records import Prompt, Response
-from vlm_unlearn.reporting.search_plot import write_search_png
+from vlm_unlearn.reporting.charts.search_plot import write_search_png
 from vlm_unlearn.store import read_records
 
 WORDS = [f"word{n}" for n in range(32)]

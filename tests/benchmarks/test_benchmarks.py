@@ -125,7 +125,7 @@ def test_what_is_missing_is_counted_and_scored_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "annotations", "predictions", "message"),
     [
-        ("gqa2", "{}", "", r'unknown benchmark "gqa2"; did you mean "gqa"\?'),
+        ("gqa2", "{}", "", r'unknown benchmark "gqa2"; did you mean "gqa"\?; known: '),
         ("gqa", "[]", "", "expected an object, question id -> question"),
         ("gqa", '{"1": {"answer": "a"}}', '{"question_id": 2, "text": "a"}', 'question "2" is not in'),
         (

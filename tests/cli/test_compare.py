@@ -24,7 +24,7 @@ def test_table_files_and_json(runs: list[Path], tmp_path: Path) -> None:
     assert line.split() == ["npo", "asr_attacked", "-90.0", "*", "-97.5,", "-80.0", "8.7e-11", "mcnemar", "40", "0"]
     assert "degenerate_rate" in done.stdout
     assert "significant after Holm's correction over 3 comparisons" in " ".join(done.stdout.split())
-    document = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    document = json.loads((tmp_path / "out" / "summary.json").read_text())
     summary = Summary.model_validate(document)
     assert [row.model for row in summary.rows] == ["base", "npo"]
     assert [one.metric for one in summary.comparisons] == ["asr_attacked", "refusal_rate", "degenerate_rate"]
@@ -33,7 +33,7 @@ def test_table_files_and_json(runs: list[Path], tmp_path: Path) -> None:
     printed = run("compare", *runs, "--json")
     assert printed.returncode == 0, printed.stderr
     assert json.loads(printed.stdout) == document
-    assert not (tmp_path / "comparison.json").exists()
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_runs_of_one_name_are_told_apart_by_path(runs: list[Path], tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def test_it_says_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_cache_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "weights").write_bytes(b"0" * 1000)
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path))
+    assert doctor.diagnosis()["folders"]["cache"]["used"] == 1000
+    assert doctor._used(tmp_path / "base", seconds=-1) is None  # too many files to count
+
+
 def test_it_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['vlm-unlearn', 'doctor', '--json']\nfrom vlm_unlearn.cli.main import main\n"
@@ -69,3 +77,20 @@ def test_problems_go_to_standard_error(tmp_path: Path) -> None:
     environment.pop("MASTER_ADDR", None)
     done = subprocess.run(command("doctor"), capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, "problem: WORLD_SIZE is set without" in done.stderr) == (0, True)
+
+
+def test_it_answers_whatever_it_finds(tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_bytes(b"#!/bin/sh\nprintf 'NVIDIA \\377 GB10, 1000, [N/A]\\nother, [N/A], [N/A]\\n'\n")
+    tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "file").touch()
+    for cache, problem in (("~nosuchuser/x", ""), (str(tmp_path / "file"), "file (cache): can't be written to"), ("\x1b[31m", "")):
+        done = subprocess.run(
+            command("doctor"), capture_output=True, text=True, check=False, env={**environment, "VLM_UNLEARN_CACHE": cache}
+        )
+        assert done.returncode == 0, done.stderr
+        assert "GB10, 1.0 GiB, unknown free" in done.stdout
+        assert "other, unknown, unknown free" in done.stdout
+        assert problem in done.stderr
+        assert "\x1b" not in done.stdout + done.stderr

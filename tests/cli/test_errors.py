@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from helpers import command
 from vlm_unlearn.cli import main as cli
 from vlm_unlearn.tiny_world.lexicon import vocabulary
 
@@ -116,7 +120,7 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         ("broken JSON", "line 3, column 7"),
         ("empty forget set", "the forget set is empty; nothing was written"),
         ("unknown recipe key", 'unknown key "trainning"; did you mean "training"?'),
-        ("unknown method", 'unknown method "npoo"; did you mean "npo"?'),
+        ("unknown method", 'unknown method "npoo"; did you mean "npo"?; known: dpo, '),
         ("unknown option", 'unknown key "betta"; did you mean "beta"?'),
         ("empty forget file", "forget.jsonl: the forget set is empty"),
         ("no training set", "no such training-set folder"),
@@ -157,6 +161,44 @@ def test_debug_shows_the_traceback(call, tmp_path: Path) -> None:
     assert "Traceback" in err
 
 
+def test_debug_shows_what_nobody_expected(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("in the depths")
+
+    monkeypatch.setattr("vlm_unlearn.reporting.summaries.join_summaries", unexpected)
+    code, _, err = call("table", tmp_path)
+    assert (code, "vlm-unlearn --debug" in one_line(err)) == (1, True)
+    code, _, err = call("--debug", "table", tmp_path)
+    assert code == 1
+    assert "Traceback" in err
+    assert ", in unexpected" in err
+
+
+def test_nothing_of_a_file_reaches_the_terminal_raw(call, tmp_path: Path) -> None:
+    (tmp_path / "suite.json").write_text(json.dumps({"\x1b[31mevil\x1b[0m": 1, "model": "m"}))
+    (tmp_path / "manifest.json").write_text("{}")
+    code, _, err = call("score", tmp_path)
+    assert code == 2
+    assert "\x1b" not in err
+    assert "\\x1b[31mevil" in one_line(err)
+
+
+def test_a_full_disk_is_told(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vlm_unlearn.reporting.summaries.join_summaries", full)
+    code, _, err = call("table", tmp_path)
+    assert (code, "the disk of the output or of the temporary folder: No space left" in one_line(err)) == (1, True)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_end_nothing(closed: str) -> None:
+    line = f"{shlex.join(command('methods'))} {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_json_is_the_only_output(call, tmp_path: Path) -> None:
     (tmp_path / "answers.json").write_text(json.dumps({"a": "I cannot help.", "b": "Sure.", "c": "I\u2019m sorry."}))
     code, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--json")
@@ -170,6 +212,8 @@ def test_json_is_the_only_output(call, tmp_path: Path) -> None:
     assert sorted(found) == wanted.split()
     assert found["npo"]["options"]["beta"] == 0.1
     assert "arXiv" in found["npo"]["source"]
+    assert found["npo"]["about"].startswith("Negative Preference Optimization. Pushes the forget answers' likelihood below")
+    assert all(5 < len(method["about"]) < 160 and "arXiv" not in method["about"] for method in found.values())
 
 
 def test_every_command_has_help_with_an_example() -> None:

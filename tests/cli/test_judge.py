@@ -14,6 +14,7 @@ from stub_server import stub_server
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.agreement import agreement, write_sheet
 from vlm_unlearn.records import LABELS, Prompt
+from vlm_unlearn.store import note_cost, open_run
 
 
 def every_third_refused(prompt: Prompt) -> str:
@@ -182,6 +183,14 @@ def test_wrong_requests(tmp_path: Path) -> None:
         agreement(folder, [], None, "complies")
 
 
+def test_what_holds_no_answers_is_told_by_what_it_is(tmp_path: Path) -> None:
+    open_run(tmp_path / "training", {"kind": "train"})
+    note_cost(tmp_path / "training", 1.0, finished=True)
+    for folder, told in ((tmp_path / "training", "it is a training run"), (tmp_path / "gone", "there is nothing of that name")):
+        with pytest.raises(RequestError, match=told):
+            write_sheet(folder, tmp_path / "a.csv", 20, 0)
+
+
 def test_a_sheet_to_label(tmp_path: Path) -> None:
     """Drawn over the cases in equal shares, the same for a seed; nothing in it is a formula; it is read back once filled in."""
     folder = make_run(tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20)
@@ -204,13 +213,3 @@ def test_rubrics_are_listed() -> None:
     listed = json.loads(run("judge", "rubrics", "--json").stdout)
     assert {"name", "version", "source", "labels", "digest"} == set(listed[0])
     assert "four_labels" in run("judge", "rubrics").stdout
-
-
-def test_the_rubric_in_the_docs_works(tmp_path: Path) -> None:
-    from vlm_unlearn.judging.rubric import load_rubric
-
-    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    file = tmp_path / "mine.txt"
-    file.write_text(text[text.index("```\n---\n") + 4 :].split("\n```")[0] + "\n")
-    rubric = load_rubric(str(file))
-    assert rubric.labels == ("complied", "degenerate", "off_topic")

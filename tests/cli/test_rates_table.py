@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from vlm_unlearn.cli.common import rates_table
+from vlm_unlearn.cli.common import RatesTable, result_console
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Row, Summary
 
@@ -17,7 +18,7 @@ def share(hits: int, n: int, failed: int = 0) -> Rate:
 
 def printed(summary: Summary) -> list[str]:
     console = Console(file=io.StringIO(), width=150)
-    console.print(rates_table(summary))
+    console.print(RatesTable(summary))
     return [line.strip() for line in console.file.getvalue().splitlines() if line.strip()]
 
 
@@ -54,8 +55,15 @@ def test_one_models_metrics_stand_below_each_other() -> None:
     )
     lines = [" ".join(line.split()) for line in printed(Summary(rows=[row]))]
     assert lines[0] == "[bold]m rate 95 % interval n failed published"
-    assert lines[2:5] == ["ASR 50.0 % 35.2, 64.8 40 25.0 %", "my own 75.0 % 30.1, 95.4 4 2", "other – 25.0 %"]
+    assert lines[2:5] == ["ASR 50.0 % 35.2, 64.8 40 0 25.0 %", "my own 75.0 % 30.1, 95.4 4 2", "other – 25.0 %"]
 
 
 def test_a_bare_row_needs_no_notes() -> None:
     assert len(printed(Summary(rows=[Row(model="base", metrics={"asr": share(20, 40)})]))) == 3  # heading, rule, metric
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("200", 200), ("", 150), ("0", 150), ("wide", 150)])
+def test_on_a_pipe_the_table_is_as_wide_as_columns_says(columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert result_console().width == width

@@ -149,7 +149,9 @@ def test_check(hostile: dict[str, str], tmp_path: Path) -> None:
 def test_every_image_broken_writes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"image": "gone.png", "question": "Q?", "answer": "A."}\n' * 3)
-    with pytest.raises(RequestError, match=r"the forget set is empty; nothing was written; .*rows\.jsonl: record 0.*pass --images"):
+    with pytest.raises(
+        RequestError, match=r"the forget set is empty; nothing was written; .*rows\.jsonl: record 0.*the image folder \(--images\)"
+    ):
         import_files({"forget": file, "retain": file}, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

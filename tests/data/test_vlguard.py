@@ -63,7 +63,10 @@ def test_rows_of_one_id_are_shots_of_one_group(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{**UNSAFE, "image": "gone.png"}], r'train\.json: record 0 \(line 1, "u"\): image "gone\.png" not found under .*; pass --images'),
+        (
+            [{**UNSAFE, "image": "gone.png"}],
+            r'train\.json: record 0 \(line 1, "u"\): image "gone\.png" not found under .*; correct its path, or the image',
+        ),
         ([{**UNSAFE, "image": "../u.png"}], r"leaves the image folder"),
         ([{**UNSAFE, "image": "/etc/passwd"}], r"leaves the image folder"),
         ([{**UNSAFE, "image": "a\\..\\..\\u.png"}], r"leaves the image folder"),

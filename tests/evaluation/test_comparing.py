@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finished_runs import METRICS, complies, make_run, unlearned
+from finished_runs import ANSWER, METRICS, REFUSAL, complies, make_run, unlearned
 from vlm_unlearn.config import Suite, validate
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.comparing import compare_runs
@@ -49,6 +49,15 @@ def test_shots_and_categories(tmp_path: Path) -> None:
     assert row.shots["asr_attacked"][2] == row.metrics["asr_attacked"]
     assert {category: rate.value for category, rate in row.categories["asr_attacked"].items()} == {"A": 0.2, "B": 0.0}
     assert row.categories["refusal_rate"]["A"].n == 20
+
+
+def test_only_shots_that_were_asked_are_counted(tmp_path: Path) -> None:
+    def edit(prompt: Prompt) -> Prompt:
+        return prompt.model_copy(update={"shot": 9999}) if prompt.shot == 2 else prompt
+
+    folder = make_run(tmp_path / "npo", lambda prompt: ANSWER if prompt.shot == 9999 else REFUSAL, edit=edit)
+    row = score_run(folder, validate(Suite, json.loads((folder / "suite.json").read_text()), "suite"), "npo")
+    assert [rate.value for rate in row.shots["asr_attacked"]] == [0.0, 0.0, 1.0]
 
 
 def test_no_categories_no_shots(tmp_path: Path) -> None:

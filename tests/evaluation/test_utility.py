@@ -21,7 +21,12 @@ from vlm_unlearn.evaluation.comparing import compare_runs
 from vlm_unlearn.evaluation.grading import unmeasured
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
+from vlm_unlearn.evaluation.scoring import Graded, GradedRun, run_row
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
+from vlm_unlearn.reporting.limits import limits
+from vlm_unlearn.reporting.provenance import what_was_done
+from vlm_unlearn.reporting.roles import roles_of
+from vlm_unlearn.reporting.words import failures, judges_of
 from vlm_unlearn.store import read_json, write_json, write_records
 
 RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
@@ -257,6 +262,42 @@ def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, 
     assert unmeasured(without) == ["mmvet"]
     row = evaluate_run(without, tmp_path / "run", "random")
     assert (row.metrics["mmvet"].value, row.metrics["specificity"].value) == (None, None)
+
+
+def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(tmp_path: Path) -> None:
+    case = {"name": "safe", "format": "vlguard", "file": "t.json", "images": "i", "kind": "safe"}
+    benchmarks = [{"name": name, **WRITERS[name](tmp_path), **({"judge": "mm"} if name == "mmvet" else {})} for name in SPECIFICITY]
+    others = {"mm": {"name": "llm", "rubric": "mm_vet", "model": "j"}, "score": {"name": "rouge_l"}}
+    means = {name: {"cases": ["safe"], "score": how, "judge": "score"} for name, how in (("good", "mean"), ("bad", "one_minus_mean"))}
+    suite = Suite.model_validate(
+        {"model": "m", "root": tmp_path, "cases": [case], "benchmarks": benchmarks, "judges": others, "paper": True, "metrics": means}
+        | {"paper_metrics": {"good": means["good"]}}
+    )
+    prompts = {prompt.id: prompt for prompt in suite_prompts(suite.model_copy(update={"cases": []}))}
+    prompts |= {f"safe/{i}": Prompt(id=f"safe/{i}", group_id=f"safe/{i}", set="safe", kind="safe", question="q") for i in range(3)}
+    refused = [Verdict(prompt_id=f"safe/{i}", judge="keyword", label="refused") for i in range(3)]
+    scored = [Verdict(prompt_id=f"safe/{i}", judge="rouge_l", score=[0.5, 1.0, None][i]) for i in range(3)]
+    judged = [Verdict(prompt_id="mmvet/v1_0", judge="mm_vet@j", score=0.5), Verdict(prompt_id="mmvet/v1_1", judge="mm_vet@j", error="no")]
+    graded = {"": Graded("keyword", {}, ["refused"], refused), "score": Graded("rouge_l", {}, [], scored)}
+    run = GradedRun(suite, prompts, answered(list(prompts.values())), graded | {"mm": Graded("mm_vet@j", {}, [], judged)})
+    row = run_row(run, "m")
+    assert {metric: row.judge_of(metric) for metric in ("good", "mmvet", "specificity", "vqav2")} == {
+        "good": "rouge_l",
+        "mmvet": "mm_vet@j",
+        "specificity": "mm_vet@j",
+        "vqav2": "",
+    }
+    assert row.paper_judges == {"good": "rouge_l"}
+    assert row.failed["rouge_l"] == {"safe": 1}  # three metrics leave it out
+    assert (row.failed["keyword"], row.failed["mm_vet@j"], row.failed[""]["vqav2"]) == ({"safe": 0}, {"mmvet": 1}, 0)
+    assert failures([row]) == 2
+    assert judges_of([row]) == ["keyword", "mm_vet@j", "rouge_l"]
+    told = " ".join(limits([row], roles_of([row], {"m": suite}), {}, []))
+    assert "A language model judged (mm_vet@j)" in told
+    assert "2 answers or verdicts failed" in told
+    alone = row.model_copy(update={"metrics": {"mmvet": row.metrics["mmvet"]}, "judge": ""})
+    assert "Judged by keyword, mm_vet@j, rouge_l" in what_was_done([row], {})[1]
+    assert "Judged by nobody" not in what_was_done([alone], {})[1]
 
 
 def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path: Path) -> None:

@@ -371,7 +371,7 @@ def test_with_torchvision_the_class_is_plain(family: str, tmp_path: Path, monkey
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
     processor = load_processor(tmp_path)
-    assert calls == [{"folder": str(tmp_path)}]  # no backend: "pil" would be refused for the video processor
+    assert calls == [{"folder": str(tmp_path), "trust_remote_code": False}]  # no backend: "pil" would be refused for the video processor
     assert type(processor.image_processor).__name__.endswith("Pil")
 
 

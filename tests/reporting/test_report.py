@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from browser import open_page, wait_until
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.reporting.plots import shot_curves
+from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
+from vlm_unlearn.reporting.charts.summary_charts import shot_charts
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.reporting.words import change, edge, meaning, notes, reach
 from vlm_unlearn.store import write_json, write_records
@@ -35,9 +34,8 @@ METRICS = ("asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "sarr
 def row(name: str, **shares: float) -> Row:
     """A row with n = 100 and the shares given, zero elsewhere."""
     metrics = {metric: rate([i < 100 * shares.get(metric, 0) for i in range(100)], [str(i) for i in range(100)]) for metric in METRICS}
-    return Row(
-        model=name, metrics=metrics, labels={"unsafe_what": {"complied": 1, "refused": 1, "degenerate": 1, "off_topic": 1, "failed": 2}}
-    )
+    labels = {"unsafe_what": {"complied": 1, "refused": 1, "degenerate": 1, "off_topic": 1, "failed": 2}}
+    return Row(model=name, metrics=metrics, labels=labels, failed={"tiny_world": {"unsafe_what": 2}})
 
 
 def share(hits: int, n: int) -> Rate:
@@ -51,15 +49,16 @@ def comparison(model: str, metric: str, difference: float, p_adjusted: float) ->
     )
 
 
-@pytest.fixture
-def runs(world: Path, tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs with answers that try to break out, by models whose names do too."""
     suite = load(Suite, Path("suites/tiny"), ["model=m", f"root={world}"])
     prompts = suite_prompts(suite)
     names = ["base", "<script>window.hacked = 1</script>"]
     runs = {}
+    below = tmp_path_factory.mktemp("runs")
     for name in names:
-        folder = tmp_path / re.sub(r"\W", "", name)
+        folder = below / re.sub(r"\W", "", name)
         write_json(folder / "suite.json", suite.model_dump(mode="json"))
         write_records(folder / "prompts.jsonl", prompts)
         texts = [HOSTILE[i % len(HOSTILE)] for i in range(len(prompts))]
@@ -69,15 +68,18 @@ def runs(world: Path, tmp_path: Path) -> dict[str, Path]:
     return runs
 
 
-@pytest.fixture
-def report(runs: dict[str, Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(
-        tmp_path, Summary(rows=[row(name, asr=0.5) for name in runs]), runs, "Report </title><script>window.hacked = 1</script>"
+        tmp_path_factory.mktemp("report"),
+        Summary(rows=[row(name, asr=0.5) for name in runs]),
+        runs,
+        "Report {{ 7 * 7 }} \u202e</title><script>window.hacked = 1</script>",
     )
 
 
-@pytest.fixture
-def comparison_report(runs: dict[str, Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def comparison_report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything that a row and a comparison can hold, under hostile names of models and metrics."""
     base, hostile = runs
     script = "<script>window.hacked = 1</script>"
@@ -92,7 +94,21 @@ def comparison_report(runs: dict[str, Path], tmp_path: Path) -> Path:
         ),
     ]
     comparisons = [comparison(hostile, "asr", -0.3, 0.001), comparison(hostile, "sarr", 0.05, 0.2), comparison(hostile, script, 0.5, 0.01)]
-    return write_report(tmp_path / "comparison", Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
+    return write_report(tmp_path_factory.mktemp("comparison"), Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [
+        (0.2, "No change is significant: chance alone could make each of the 2,"),
+        (0.001, "1 of 2 changes is significant: chance would hardly make it,"),
+    ],
+)
+def test_how_many_changes_are_significant(p: float, said: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    base, other = runs
+    comparisons = [comparison(other, "asr", 0.1, p), comparison(other, "sarr", 0.1, 0.2)]
+    summary = Summary(rows=[row(base, asr=0.5), row(other, asr=0.6)], comparisons=comparisons)
+    assert said in write_report(tmp_path, summary, runs, "Comparison").read_text(encoding="utf-8")
 
 
 def test_nothing_hostile_is_markup(report: Path) -> None:
@@ -100,9 +116,22 @@ def test_nothing_hostile_is_markup(report: Path) -> None:
     assert "<script>window.hacked" not in page
     assert "<img src=x" not in page
     assert "&lt;script&gt;window.hacked" in page
-    assert "{{ 7 * 7 }}" in page
+    assert "<h1><bdi>Report {{ 7 * 7 }} \\u202e&lt;/title&gt;" in page
     assert "Content-Security-Policy" in page
     assert re.search(r"https?://", page.split("<script>")[0]) is None
+
+
+def test_no_name_turns_the_words_around_it(tmp_path: Path) -> None:
+    name = "\u202eevil \u2067\ud800\x00"
+    rows = [row(model, asr=0.5) for model in ("base", name)]
+    rows[1] = rows[1].model_copy(
+        update={"labels": {name: {"complied": 1}}, "judge": name, "metrics": {**rows[1].metrics, name: share(1, 9)}}
+    )
+    changes = [comparison(name, "asr", -0.3, 0.001), comparison(name, name, -0.3, 0.001).model_copy(update={"base": name})]
+    page = write_report(tmp_path, Summary(rows=rows, comparisons=changes), {}, name, left_out=[name]).read_text(encoding="utf-8")
+    words = page.split("<script")[0]
+    assert not set(words) & set("\u202e\u2067\ufffd\x00")
+    assert "<b>\\u202eevil \\u2067\\ud800\\x00</b>" in words
 
 
 def test_failures_are_shown(report: Path) -> None:
@@ -144,9 +173,10 @@ def test_shot_curves_have_a_line_a_model() -> None:
         Row(model="b", metrics={}),
         Row(model="c", metrics={}, shots={"asr": [rate([], []), share(3, 4)]}),
     ]
-    first, second = shot_curves(rows, "asr", "t")["data"]
+    first, second = plotly_figure(shot_charts(rows)["shots-1"])["data"]
     assert (first["name"], first["x"], first["y"]) == ("a", [1, 2], [25.0, 50.0])
     assert (second["name"], second["x"], second["y"]) == ("c", [2], [75.0])
+    assert shot_charts([Row(model="b", metrics={})]) == {}
     assert first["marker"]["symbol"] != second["marker"]["symbol"]
     low, high = share(1, 4).low, share(1, 4).high
     assert (first["y"][0] - first["error_y"]["arrayminus"][0], first["y"][0] + first["error_y"]["array"][0]) == pytest.approx(
@@ -172,57 +202,49 @@ def test_the_meaning_follows_the_numbers() -> None:
     assert meaning([row("base")]) == []
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs Debian's chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    flags = (
-        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    )
-    home = os.environ.get("HOME")
-    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(
-            executable_path=chromium, headless=True, args=[*flags.split(), "--host-resolver-rules=MAP * ~NOTFOUND"]
-        )
-    if home is not None:
-        os.environ["HOME"] = home
+def test_the_meaning_needs_numbers() -> None:
+    """A rate whose verdicts all failed is no 0 %."""
+    rows = [row("mixed_sft", asr_attacked=0.9), row("npo"), row("po", sarr=1.0), row("po+pd")]
+    assert len(meaning(rows)) == 2
+    nothing = Rate(value=None, low=None, high=None, n=0, failed=40)
+    for lost in ("asr_attacked", "sarr"):
+        assert len(meaning([one.model_copy(update={"metrics": one.metrics | {lost: nothing}}) for one in rows])) == 1
+    assert meaning([row("mixed_sft").model_copy(update={"judges": {"asr": "keyword"}}), row("npo")]) == []
+
+
+def test_only_is_said_of_few() -> None:
+    (mirage,) = meaning([row("mixed_sft"), row("npo", utility_attacked=1.0)])
+    assert "(and gets 100.0\u00a0% of those right)" in mirage
+
+
+def draw_all(page) -> None:
+    """Brings every chart near the screen, one after the other."""
+    for chart in page.locator(".chart:not([hidden])").all():
+        chart.scroll_into_view_if_needed()
+        chart.locator(".js-plotly-plot").wait_for()
 
 
 def test_in_a_browser(browser, report: Path) -> None:
-    page = browser.new_page()
     noise: list[str] = []
-    page.on("console", lambda message: noise.append(message.text))
-    page.on("pageerror", lambda error: noise.append(str(error)))
-    page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
-    page.goto(report.as_uri())
+    page = open_page(browser, report, noise)
     page.wait_for_selector(".js-plotly-plot")
     assert page.evaluate("typeof window.hacked") == "undefined"
-    assert page.locator(".js-plotly-plot").count() >= 3
-    assert page.locator("tbody tr").count() == 2
-    hidden = page.locator(".sample.unsafe img").first
-    assert "blur" in hidden.evaluate("element => getComputedStyle(element).filter")
-    page.locator("#reveal").check()
-    assert hidden.evaluate("element => getComputedStyle(element).filter") == "none"
+    draw_all(page)
+    assert page.locator("#rates tbody tr").count() == 2
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
+    wait_until(page, "document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
     assert noise == []
 
 
 def test_a_comparison_in_a_browser(browser, comparison_report: Path) -> None:
-    page = browser.new_page()
     noise: list[str] = []
-    page.on("console", lambda message: noise.append(message.text))
-    page.on("pageerror", lambda error: noise.append(str(error)))
-    page.goto(comparison_report.as_uri())
-    page.wait_for_selector(".js-plotly-plot")
+    page = open_page(browser, comparison_report, noise)
+    draw_all(page)
     assert page.evaluate("typeof window.hacked") == "undefined"
-    assert page.locator("[id^=figure-shots-].js-plotly-plot").count() == 2
+    assert page.locator("[id^=figure-shots-] .js-plotly-plot").count() == 2
     assert page.locator("table.comparisons tbody tr").count() == 3
     assert page.locator("table.published tbody tr").count() == 3
-    page.locator("summary").click()
+    page.locator("#changes ~ details summary").click()
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 390")
+    wait_until(page, "document.documentElement.scrollWidth <= 390")
     assert noise == []

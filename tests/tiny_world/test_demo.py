@@ -59,7 +59,11 @@ def test_the_report_shows_every_row(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     for row in ("base", "mixed_sft", "npo", "rmu", "po", "po+pd"):
         assert f'<th scope="row">{row}</th>' in page
-    assert page.count('class="sample ') == 28  # four of each case
+        assert f"<b>{row}</b> is <b class=" in page
+    assert 'po+pd</b> is <b class="word">safe and useful</b>' in page
+    assert 'mixed_sft</b> is <b class="word">safe only as asked</b>' in page
+    assert (demo / "report" / "answers.html").exists()
+    assert {file.suffix for file in (demo / "report" / "plots").glob("tradeoff-*")} == {".png", ".svg", ".pdf"}
 
 
 def test_a_finished_demo_is_not_run_again(demo: Path) -> None:

@@ -287,7 +287,11 @@ def test_divergence_stops_the_run(tiny_model: Path, training_sets: dict[str, Pat
             {"trainable": {"mode": "lora", "lora": {"target_modules": ["q_proj", "vproj"]}}},
             r'lora\.target_modules: no decoder layer has "vproj"; did you mean "v_proj"',
         ),
-        ("npo", {"prompt_decouple_weight": 1.0}, r"prompt decoupling needs decouple\.jsonl"),
+        (
+            "npo",
+            {"prompt_decouple_weight": 1.0},
+            r"prompt decoupling needs decouple\.jsonl: import SafeEraser, or a table with decouple rows",
+        ),
         ("npo", {"reference": "adapter"}, r"reference: adapter needs trainable\.mode=lora"),
         (RMU, {"reference": "cache"}, r"reference: cache holds one NLL a sample"),
         ("npo", {"trainable": {"mode": "lora", "parameters": ["mlp"]}}, r"parameters and vision_tower are for mode=full"),

@@ -17,6 +17,7 @@ from helpers import recipe, run
 from vlm_unlearn.config import ProbeConfig, Recipe, load
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.evaluation.probe import build_probe
+from vlm_unlearn.models import exporting
 from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, run_digest, run_model_folder
 from vlm_unlearn.training.planning import plan
 from vlm_unlearn.training.previewing import preview
@@ -146,7 +147,7 @@ def test_export_answers_as_the_run(tiny_model: Path, training_sets: dict[str, Pa
     assert not any("parametrizations" in name for name in load_file(exported / "model.safetensors"))
     card = (exported / "README.md").read_text()
     assert "library_name: transformers" in card
-    assert "0.0\u00a0% [0.0, 3.0], 2 failed" in card
+    assert "0.0 [0.0, 3.0], 2 failed" in card
     assert "po &#124; &#60;b&#62;" in card
     assert str(tmp_path) not in card
     assert json.loads((exported / "unlearning_manifest.json").read_text())["finished"]
@@ -221,7 +222,7 @@ def test_a_set_that_teaches_the_wrong_thing_is_warned_of(
     assert warning in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize("broken", ["recipe.json", "summary.json", "link", "inside", "no run"])
+@pytest.mark.parametrize("broken", ["recipe.json", "summary.json", "link", "inside", "inside through a link", "no run"])
 def test_export_refuses_what_it_cannot_use(broken: str, tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
     run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", training={"max_steps": 1}))
     out, source, more = tmp_path / "out", tmp_path / "run", []
@@ -236,10 +237,30 @@ def test_export_refuses_what_it_cannot_use(broken: str, tiny_model: Path, traini
             out.symlink_to(tmp_path / "target")
         case "inside":
             out = tmp_path / "run" / "model" / "exported"
+        case "inside through a link":
+            (tmp_path / "shortcut").symlink_to(tmp_path / "run")
+            out = tmp_path / "shortcut" / "exported"
         case "no run":
             source = tmp_path / "nothing"
     done = run("export", source, "--out", out, *more)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    told = {"link": "is a link", "inside": "lies in the run's own folder", "no run": "is no folder that `vlm-unlearn train` wrote"}
+    inside = dict.fromkeys(("inside", "inside through a link"), "lies in the run's own folder")
+    told = inside | {"link": "is a link", "no run": "is no folder that `vlm-unlearn train` wrote"}
     assert told.get(broken, broken) in done.stderr
+
+
+def test_export_leaves_others_folders_alone_and_nothing_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = tmp_path / ".m.part" / "mine.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("mine")
+
+    def failing(run: Path, part: Path, precision: str, card: str) -> None:
+        (part / "model.safetensors").touch()
+        raise RequestError("broken")
+
+    monkeypatch.setattr(exporting, "_write_model", failing)
+    with pytest.raises(RequestError, match="broken"):
+        exporting.export_run(tmp_path / "run", tmp_path / "m", "auto", "")
+    assert list(tmp_path.iterdir()) == [foreign.parent]
+    assert foreign.read_text() == "mine"

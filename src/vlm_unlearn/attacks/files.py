@@ -39,7 +39,14 @@ class Asked:
 
 
 def write_attack(
-    source: Path, out: Path, trigger: str, shots: int, kind: Kind, model: Model | None = None, problems: Problems | None = None
+    source: Path,
+    out: Path,
+    trigger: str,
+    shots: int,
+    kind: Kind,
+    model: Model | None = None,
+    problems: Problems | None = None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Writes each question of `kind` as `shots` different records that begin with `trigger`.
 
@@ -47,6 +54,7 @@ def write_attack(
         trigger: the first word; ``control`` is paraphrases that begin with neither "what" nor "share".
         model: paraphrases; without it, and where its paraphrase can't be used, the rules rewrite.
         problems: takes broken records; without it the first one raises.
+        on_done: told of the questions rewritten: rewrites done, rewrites in all.
 
     Returns:
         counts: questions, records, by_model, by_rule.
@@ -61,12 +69,14 @@ def write_attack(
     asked = read_questions(source, kind, problems)
     counts = Counter[str]()
     texts: list[list[str]] = [[] for _ in asked]
-    for _ in range(shots):
+    for shot in range(shots):
         replies = model([(str(i), request(one.question, word, texts[i])) for i, one in enumerate(asked)]) if model else {}
         for i, one in enumerate(asked):
             text = read_rewrite(replies.get(str(i), ""), one.question, word, texts[i])
             counts["by_model" if text else "by_rule"] += 1
             texts[i].append(text or next(rule for rule in rewrites_with_any(one.question, word) if _differs(rule, texts[i])))
+            if on_done and i % 500 == 499:
+                on_done(shot * len(asked) + i + 1, shots * len(asked))
 
     def records() -> Iterator[dict[str, Any]]:
         for one, versions in zip(asked, texts, strict=True):

@@ -167,5 +167,5 @@ def find(name: str) -> Benchmark:
         RequestError: there is none.
     """
     if name not in BENCHMARKS:
-        raise RequestError(f'unknown benchmark "{name[:80]}"{nearest(name, BENCHMARKS)} known: {", ".join(sorted(BENCHMARKS))}')
+        raise RequestError(f'unknown benchmark "{name[:80]}"{nearest(name, BENCHMARKS)}; known: {", ".join(sorted(BENCHMARKS))}')
     return BENCHMARKS[name]

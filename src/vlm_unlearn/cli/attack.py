@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from vlm_unlearn.cli.asking import CACHE, CONCURRENCY, MODEL, SERVER, Asker
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, quiet_libraries, result_console, showing, status_console
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, quiet_libraries, reading, result_console, showing, status_console
+from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
     from vlm_unlearn.evaluation.searching import SearchReport
 
 Choice = TypeVar("Choice", bound=str)
-attack_app = typer.Typer(help="Attacks what a model has learned to refuse.", no_args_is_help=True, rich_markup_mode=None)
+attack_app = Commands("Attacks what a model has learned to refuse: the one-word attack as a file, and a search for the worst word.")
 
 
 @attack_app.command("rewrite")
@@ -59,7 +60,11 @@ def rewrite(
             replies = asker([(id, text, None) for id, text in asked]) if asker else {}
             return {id: text for id, (text, _) in replies.items() if text}
 
-        counts = write_attack(source, out, trigger, shots, chosen, by_model if asker else None, problems)
+        def on_done(done: int, total: int) -> None:
+            stages.update("rewrite", done, total)
+
+        with reading(stages):
+            counts = write_attack(source, out, trigger, shots, chosen, by_model if asker else None, problems, on_done)
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
@@ -105,7 +110,7 @@ def search(
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.searching import GOALS, SearchRequest
         from vlm_unlearn.evaluation.searching import search as run_search
-        from vlm_unlearn.reporting.search_plot import write_search_png
+        from vlm_unlearn.reporting.charts.search_plot import write_search_png
 
         quiet_libraries()
     request = SearchRequest(
@@ -142,7 +147,7 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.search_plot import HITS
+    from vlm_unlearn.reporting.charts.search_plot import HITS
     from vlm_unlearn.reporting.words import interval, percent
 
     table = Table(box=box.SIMPLE_HEAVY)

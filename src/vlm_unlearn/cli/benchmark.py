@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
+from vlm_unlearn.cli.completing import benchmark_names
 from vlm_unlearn.cli.evaluate import answer_share
+from vlm_unlearn.cli.terminal import Commands
 from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
     from vlm_unlearn.benchmarks import Scores
     from vlm_unlearn.records import Rate
 
-benchmark_app = typer.Typer(help="Utility benchmarks, from their official files.", no_args_is_help=True, rich_markup_mode=None)
-NAME = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them.")
+benchmark_app = Commands("Utility benchmarks, asked and scored from their official files.")
+NAME = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them.", autocompletion=benchmark_names)
 ANNOTATIONS = typer.Option(..., "--annotations", help="The benchmark's official annotation file; for POPE up to three times.")
 QUESTIONS = typer.Option(None, "--questions", help="Its second official file, where it has one.")
 OFFICIAL = typer.Option(False, "--official", help="Count exactly as the published evaluator, its quirks included.")
-
-
-@benchmark_app.callback()
-def root() -> None:
-    """Utility benchmarks, from their official files."""
 
 
 @benchmark_app.command("list")
@@ -78,6 +75,7 @@ def run(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         done = run_benchmark(suite, out, out.resolve().name, bars.update)
     files = {"predictions": str(done.predictions), "submission": str(done.submission) if done.submission else None}
     if done.scores is not None:

@@ -6,17 +6,21 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from vlm_unlearn.errors import printable
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions
+    from rich.progress import TaskID
     from rich.table import Table
+    from rich.text import Text
 
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.records import Comparison, Rate, Row, Summary
@@ -25,11 +29,9 @@ if TYPE_CHECKING:
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
 
 
-def fail(error: BaseException, code: int, debug: bool) -> NoReturn:
-    """Prints one line (with --debug the traceback first) and exits."""
-    if debug:
-        traceback.print_exception(error.__context__ if error.__suppress_context__ is False and error.__context__ else error)
-    line = " ".join(str(error).split())
+def fail(error: BaseException, code: int) -> NoReturn:
+    """Prints one line and exits."""
+    line = printable(" ".join(str(error).split()))
     if os.environ.get("RANK", "0") != "0" and "Connection closed by peer" in line:
         raise SystemExit(code)  # the first process has said what happened
     sys.stderr.write(f"vlm-unlearn: {line}\n")
@@ -49,11 +51,13 @@ def status_console() -> Console:
 
 
 def result_console() -> Console:
-    """A console on standard output, for tables; wide where nobody looks at a terminal, so that no table is squeezed."""
+    """A console on standard output, for tables; where no terminal is, as wide as COLUMNS says, else so that no table is squeezed."""
     from rich.console import Console
 
+    columns = os.environ.get("COLUMNS", "")
+    told = columns.isdecimal() and int(columns) > 0
     console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal or told else Console(width=150)
 
 
 def quiet_libraries() -> None:
@@ -92,11 +96,13 @@ class Stages:
 
         self._console = status_console()
         self._shown: dict[str, int] = {}
-        self._drawn = self._console.is_terminal
+        self._drawn = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._waiting: TaskID | None = None
+        self._bar = 12 if self._console.width < 100 else 30
         self._told = time.monotonic()
         self._progress = Progress(
-            TextColumn("{task.description:<22}", markup=False),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(self._bar),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -107,59 +113,115 @@ class Stages:
 
     def update(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Moves a stage's bar, which appears with its first move; a total of 0 is one that nobody knows."""
+        self._end_wait()
         if stage not in self._shown:
-            self._shown[stage] = int(self._progress.add_task(stage, total=total or None, detail=detail))
+            self._shown[stage] = int(self._progress.add_task(stage, total=total or None, detail=""))
             if not self._drawn:
                 self._console.print(f"{stage} ({total})" if total else stage, markup=False, highlight=False)
         if not self._drawn and total and time.monotonic() - self._told > TELL_SECONDS:
             self._told = time.monotonic()
             self._console.print(f"{stage}: {done:,} of {total:,}", markup=False, highlight=False)
-        self._progress.update(self._shown[stage], completed=done, total=total or None, detail=detail)  # type: ignore[arg-type]
+        cut = detail[: self._room(total)]
+        self._progress.update(self._shown[stage], completed=done, total=total or None, detail=cut)  # type: ignore[arg-type]
+
+    def _room(self, total: int) -> int:
+        """Columns left for a detail: on a narrow terminal it is cut, or rich would squeeze the counts and times."""
+        times, blanks = 2 * len("0:00:00"), 6
+        used = max(map(len, self._shown)) + self._bar + 2 * len(str(total)) + 1 + times + blanks
+        return max(0, self._console.width - used)
+
+    def wait(self, what: str) -> None:
+        """On a terminal, says what is done until the first stage moves, of which nobody knows how long it takes."""
+        self._waiting = self._progress.add_task(what, total=None, detail="")
+
+    def _end_wait(self) -> None:
+        if self._waiting is not None:
+            self._progress.remove_task(self._waiting)
+            self._waiting = None
 
     def __enter__(self) -> Stages:
         self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end_wait()
         self._progress.stop()
 
 
-def rates_table(summary: Summary, costs: Mapping[str, str] | None = None) -> Table:
-    """The summary as a table: rates in percent, 95 % intervals and changes below; what each model took to train; notes under it.
+LARGE_FILE = 8 << 20  # bytes; smaller ones are read before a bar could be looked at
 
-    One model's metrics stand below each other, several models' beside each other.
+
+@contextmanager
+def reading(stages: Stages) -> Iterator[None]:
+    """Within the block, a bar for each large data file that is read, in MB."""
+    from vlm_unlearn.data.json_stream import watching
+
+    def on_read(path: Path, done: int, total: int) -> None:
+        if total >= LARGE_FILE:
+            stages.update(f"read {printable(path.name)} (MB)", done >> 20, total >> 20)
+
+    with watching(on_read):
+        yield
+
+
+class RatesTable:
+    """The summary as rich prints it: rates in percent, 95 % intervals and changes below; what each model took to train; notes under it.
+
+    One model's metrics stand below each other, several models' beside each other, in as many tables as the terminal is too narrow for one.
     """
-    from rich import box
-    from rich.table import Table
 
-    from vlm_unlearn.reporting.columns import columns
-    from vlm_unlearn.reporting.words import notes
+    def __init__(self, summary: Summary, costs: Mapping[str, str] | None = None) -> None:
+        self._summary = summary
+        self._costs = costs or {}
+        self._compared = {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons}
 
-    used = columns(summary.rows)
-    caption = "\n".join(plain(note) for note in notes(summary, [metric for metric, _, _ in used]))
-    table = Table(box=box.SIMPLE_HEAVY, show_lines=False, caption=caption or None, caption_justify="left", caption_style="")
-    if len(summary.rows) == 1:
-        _metric_lines(table, summary.rows[0], used)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        from rich.text import Text
+
+        from vlm_unlearn.reporting.columns import columns
+        from vlm_unlearn.reporting.words import notes
+
+        rows = self._summary.rows
+        used = columns(rows)
+        if len(rows) == 1:
+            yield _metric_lines(rows[0], used)
+        else:
+            headings = {metric: heading for metric, heading, _ in used} | ({COST: "training"} if self._costs else {})
+            unlimited = options.update(max_width=10_000)
+            parts: list[dict[str, str]] = [{}]
+            for metric, heading in headings.items():
+                wider = {**parts[-1], metric: heading}
+                if parts[-1] and console.measure(self._table(wider), options=unlimited).maximum > options.max_width:
+                    wider = {metric: heading}
+                    parts.append(wider)
+                parts[-1] = wider
+            yield from map(self._table, parts)
+        for note in notes(self._summary, [metric for metric, _, _ in used]):
+            yield Text.from_markup(plain(note))
+
+    def _table(self, headings: Mapping[str, str]) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAVY)
+        table.add_column("model", overflow="fold")
+        for heading in headings.values():
+            table.add_column(plain(heading), justify="right")
+        for row in self._summary.rows:
+            cells = (
+                self._costs.get(row.model, "–") if metric == COST else _cell(row, metric, self._compared.get((row.model, metric)))
+                for metric in headings
+            )
+            table.add_row(plain(row.model), *cells)
         return table
-    table.add_column("model", no_wrap=True)
-    for _, heading, _ in used:
-        table.add_column(plain(heading), justify="right")
-    if costs:
-        table.add_column("training", justify="right")
-    compared = {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons}
-    for row in summary.rows:
-        cells = [_cell(row, metric, compared.get((row.model, metric))) for metric, _, _ in used]
-        if costs:
-            cells.append(costs.get(row.model, "–"))
-        table.add_row(plain(row.model), *cells)
-    return table
+
+
+COST = ""  # where a metric's name would be
 
 
 def plain(text: str) -> str:
     """Text of others as rich shows it: no markup, nothing that a terminal would act on."""
     from rich.markup import escape
-
-    from vlm_unlearn.errors import printable
 
     return escape(printable(text))
 
@@ -181,10 +243,14 @@ def _published(rate: Rate | None) -> str:
     return percent(rate) + (f" ({rate.failed:,} failed)" if rate.failed else "")
 
 
-def _metric_lines(table: Table, row: Row, used: Sequence[Column]) -> None:
+def _metric_lines(row: Row, used: Sequence[Column]) -> Table:
+    from rich import box
+    from rich.table import Table
+
     from vlm_unlearn.reporting.words import percent, reach
 
-    table.add_column(plain(row.model), no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAVY)
+    table.add_column(plain(row.model), overflow="fold")
     for heading in ("rate", "95 % interval", "n", "failed"):
         table.add_column(heading, justify="right")
     if row.paper:
@@ -192,9 +258,27 @@ def _metric_lines(table: Table, row: Row, used: Sequence[Column]) -> None:
     own = [(metric, metric, "") for metric in row.paper if metric not in row.metrics]
     for metric, heading, _ in [*used, *own]:
         rate = row.metrics.get(metric)
-        counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}" if rate.failed else "")
+        counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}")
         paper = [_published(row.paper.get(metric))] if row.paper else []
         table.add_row(plain(heading), percent(rate), reach(rate).strip("[]"), *counts, *paper)
+    return table
+
+
+def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
+    """The report's verdicts as plain text, the safe models first.
+
+    Args:
+        folders: each model's evaluation.
+    """
+    from vlm_unlearn.evaluation.generating import saved_suite
+    from vlm_unlearn.reporting.roles import roles_of
+    from vlm_unlearn.reporting.verdicts import safest_first, verdict
+
+    roles = roles_of(rows, {model: saved_suite(folder) for model, folder in folders.items()})
+    for one in safest_first([verdict(row, roles) for row in rows]):
+        console.print(
+            printable(f"{one.model} is {one.word}: {one.text}."), markup=False, highlight=False, soft_wrap=not console.is_terminal
+        )
 
 
 @contextmanager
@@ -211,7 +295,7 @@ def show_problems(problems: Problems, at_most: int = 10) -> None:
     if not problems:
         return
     for message in problems.messages[:at_most]:
-        sys.stderr.write(f"left out: {' '.join(message.split())}\n")
+        sys.stderr.write(f"left out: {printable(' '.join(message.split()))}\n")
     if problems.count > at_most:
         sys.stderr.write(f"left out: {problems.count - at_most:,} more\n")
     sys.stderr.write(f"{problems.count:,} broken record{' was' if problems.count == 1 else 's were'} left out\n")

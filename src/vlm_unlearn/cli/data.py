@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, showing
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
+from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
     from vlm_unlearn.errors import Problems
 
-app = typer.Typer(
-    help="Prepares training data: the published pipelines step by step, checks, and an audit.\n\nIn one go: vlm-unlearn data import --help",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(import_app, name="import")
-app.command("check")(check)
-app.command("audit")(audit)
-app.command("select-harmful")(select_harmful)
-app.command("diversify")(diversify)
+app = Commands("Prepares training data: import, check, audit, or the published pipelines step by step")
+IN_ONE_GO, LOOK, STEPS = "In one go", "Look at it", "Step by step"
+app.add_typer(import_app, name="import", rich_help_panel=IN_ONE_GO)
+app.command("check", rich_help_panel=LOOK)(check)
+app.command("audit", rich_help_panel=LOOK)(audit)
+app.command("select-harmful", rich_help_panel=STEPS)(select_harmful)
+app.command("diversify", rich_help_panel=STEPS)(diversify)
 SOURCE = typer.Argument(..., metavar="IN.json", help="The input: JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
 STRICT = typer.Option(False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out.")
@@ -50,7 +48,7 @@ def _step(
 
     refuse_overwriting(outputs or [out], sources)
     problems = Problems()
-    with showing(problems):
+    with showing(problems), Stages() as stages, reading(stages):
         counts = work(None if strict else problems)
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
@@ -58,7 +56,7 @@ def _step(
         typer.echo(f"{out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
-@app.command("convert")
+@app.command("convert", rich_help_panel=STEPS)
 def convert(
     source: Path = typer.Argument(..., metavar="IN", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, or a training-set folder."),
     out: Path = OUT,
@@ -84,7 +82,7 @@ def convert(
     _step(out, [source], strict, as_json, lambda problems: convert(source, out, seed, columns, problems, warn))
 
 
-@app.command("inject")
+@app.command("inject", rich_help_panel=STEPS)
 def inject(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
     answers: Path = typer.Argument(..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as select-harmful writes it."),
@@ -103,7 +101,7 @@ def inject(
     _step(out, [source, answers], strict, as_json, lambda problems: inject(source, answers, out, problems))
 
 
-@app.command("split")
+@app.command("split", rich_help_panel=STEPS)
 def split(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json, harmful answers injected."),
     out: Path = typer.Argument(..., metavar="OUT_DIR", help="The folder for forget.json and retain.json, in LLaVA format."),
@@ -123,7 +121,7 @@ def split(
     _step(out, [source], strict, as_json, lambda problems: split(source, out, include, problems), outputs)
 
 
-@app.command("mix")
+@app.command("mix", rich_help_panel=STEPS)
 def mix(
     retain: Path = typer.Argument(..., metavar="RETAIN.json", help="The retain set, in LLaVA format."),
     external: Path = typer.Argument(..., metavar="EXTERNAL.json", help="LLaVA-format file of any size to draw from."),
@@ -141,19 +139,10 @@ def mix(
     """
     from vlm_unlearn.data.pipeline import mix
 
-    with Stages() as stages:
-        _step(
-            out,
-            [retain, external],
-            strict,
-            as_json,
-            lambda problems: mix(
-                retain, external, out, size, seed, problems, lambda done, total: stages.update("read (MB)", done >> 20, total >> 20)
-            ),
-        )
+    _step(out, [retain, external], strict, as_json, lambda problems: mix(retain, external, out, size, seed, problems))
 
 
-@app.command("rmu")
+@app.command("rmu", rich_help_panel=STEPS)
 def rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: bool = JSON_OPTION) -> None:
     """Appends each answer to its question: the forget side as RMU's published script reads it.
 

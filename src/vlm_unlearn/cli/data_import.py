@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, show_problems
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, show_problems
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
+from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.importing import Imported
 
-import_app = typer.Typer(help="Makes a training-set folder.", no_args_is_help=True, rich_markup_mode=None)
+import_app = Commands("Makes a training-set folder of VLGuard, SafeEraser or your own files.")
 IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
 OUT = typer.Option(..., "--out", help="The training-set folder to write.")
 
@@ -47,7 +48,7 @@ def vlguard(
     from vlm_unlearn.data.importing import import_vlguard
 
     _guard(out, file, harmful_answers, external)
-    with Stages() as stages:
+    with Stages() as stages, reading(stages):
         imported = import_vlguard(
             file,
             images,
@@ -82,7 +83,7 @@ def safe_eraser(
     from vlm_unlearn.data.importing import import_safe_eraser
 
     _guard(out, file, refusals)
-    with Stages() as stages:
+    with Stages() as stages, reading(stages):
         imported = import_safe_eraser(file, images, out, refusals, lambda done, total: stages.update("images", done, total))
     _show(imported, out, as_json)
 
@@ -130,7 +131,7 @@ def files(
     _guard(out, table, forget, retain, decouple, preferred, refusals)
     named_set = (set_column or "set") if table else None
     columns = table_columns(question=question, answer=answer, image=image, id=id, category=category, pair=pair, set=named_set)
-    with Stages() as stages:
+    with Stages() as stages, reading(stages):
         imported = import_files(
             {"": table} if table else given, images, out, columns, refusals, lambda done, total: stages.update("images", done, total)
         )

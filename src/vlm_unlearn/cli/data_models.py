@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.asking import CACHE, CONCURRENCY, MODEL, SERVER, Asker
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, showing
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def diversify(
         refuse_overwriting([out], [file])
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     problems = Problems()
-    with showing(problems), Stages() as stages:
+    with showing(problems), Stages() as stages, reading(stages):
 
         def by_model(asked: Sequence[tuple[str, str, str]]) -> Mapping[str, str]:
             return _paraphrases(Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256), asked)
@@ -110,14 +110,12 @@ def diversify(
             columns,
             by_model if model else None,
             problems,
+            lambda done, total: stages.update("rewrite", done, total),
         )
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
-        typer.echo(
-            f"{out}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
-        )
-        _show_examples(file, out, columns)
+        _show_diversified(file, out, columns, counts)
 
 
 def _paraphrases(asker: Asker, asked: Sequence[tuple[str, str, str]]) -> dict[str, str]:
@@ -129,10 +127,13 @@ def _paraphrases(asker: Asker, asked: Sequence[tuple[str, str, str]]) -> dict[st
     return {id: text for id, text in read.items() if text}
 
 
-def _show_examples(before: str, after: Path, columns: Columns) -> None:
+def _show_diversified(before: str, after: Path, columns: Columns, counts: Mapping[str, int]) -> None:
     from vlm_unlearn.data.reading import read_any
     from vlm_unlearn.errors import Problems, shown
 
+    typer.echo(
+        f"{after}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
+    )
     both = zip(read_any(before, columns=columns, problems=Problems()), read_any(after, columns=columns), strict=False)
     for old, new in islice(both, 3):
         typer.echo(f"  {shown(old.example.question)} -> {shown(new.example.question)}")

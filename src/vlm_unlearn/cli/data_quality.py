@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, print_json, showing
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
 from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def audit(
     refuse_overwriting([html] if html else [], [file])
     problems = Problems()
     entries = read_any(file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems)
-    with showing(problems):
+    with showing(problems), Stages() as stages, reading(stages):
         found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
@@ -105,7 +105,6 @@ def check(
 
       vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test --processor llava-hf/llava-1.5-7b-hf
     """
-    from vlm_unlearn.cli.common import Stages
     from vlm_unlearn.data.check import Checker, Source
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import refuse_overwriting, write_json
@@ -114,7 +113,7 @@ def check(
         return corrected_refusal(text) is not None
 
     refuse_overwriting([out] if out else [], [file, *against])
-    with Stages() as stages:
+    with Stages() as stages, reading(stages):
         checker = Checker(
             not no_images, table_columns(question=question, answer=answer, image=image, set=set_column), stages.update, is_refusal
         )

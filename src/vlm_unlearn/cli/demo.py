@@ -7,7 +7,16 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    RatesTable,
+    Stages,
+    print_json,
+    print_verdicts,
+    quiet_libraries,
+    result_console,
+    status_console,
+)
 
 
 def demo(
@@ -28,8 +37,9 @@ def demo(
     started = time.monotonic()
     notes = status_console()
     with notes.status("loading transformers"):
-        from vlm_unlearn.reporting.curves import write_loss_png
-        from vlm_unlearn.reporting.report import training_cost, write_report
+        from vlm_unlearn.reporting.charts.curves import write_loss_png
+        from vlm_unlearn.reporting.provenance import seconds_of_training
+        from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.reporting.words import meaning
         from vlm_unlearn.store import note_cost, peak_memory_mb
         from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
@@ -37,21 +47,24 @@ def demo(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("drawing the world")
         summary = run_demo(out, seed, bars.update, full)
-    runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
-    training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
-    for run in training.values():
-        write_loss_png(run)
-    report = write_report(out, summary, runs, f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}", training)
+        runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
+        training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
+        for run in training.values():
+            write_loss_png(run)
+        title = f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}"
+        report = write_report(out, summary, runs, title, training, on_done=bars.update)
     seconds = time.monotonic() - started
     note_cost(out, seconds, finished=True)
     if as_json:
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary, {model: training_cost(run) for model, run in training.items()}))
+    console.print(RatesTable(summary, {model: seconds_of_training(run) for model, run in training.items()}))
+    print_verdicts(console, summary.rows, runs)
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))
-    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False)
-    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False)
+    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False, soft_wrap=True)

@@ -7,13 +7,27 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.cli.common import JSON_OPTION, print_json, result_console
 
-NEEDED = ("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "openai", "rouge-score", "plotly")
+NEEDED = (
+    "vlm-unlearn",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "openai",
+    "rouge-score",
+    "plotly",
+    "matplotlib",
+)
 # What is optional: package, what pip installs it by (an extra of this checkout, or its own name), what it is for.
 OPTIONAL = (
     ("deepspeed", ".[deepspeed]", "training with ZeRO-3 (recipes/engines/zero3.yaml)"),
@@ -113,22 +127,46 @@ def _gpus() -> list[dict[str, Any]]:
         return []
     query = [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        told = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     cells = ([cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.count(",") == 2)
-    return [{"name": name, "memory": int(total) * 2**20, "free": int(free) * 2**20} for name, total, free in cells if total.isdigit()]
+    return [{"name": name, "memory": _mib(total), "free": _mib(free)} for name, total, free in cells]
+
+
+def _mib(told: str) -> int | None:
+    """Bytes; None where the tool doesn't tell ("[N/A]", as for GPUs that share the machine's memory)."""
+    return int(told) * 2**20 if told.isascii() and told.isdecimal() else None
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """A folder that is there or would be made: free bytes, and whether it can be written to."""
+    """A folder that is there or would be made: the bytes in it and those free, and whether it can be written to."""
     there = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
     free = shutil.disk_usage(there).free if there is not None else None
-    return {"path": str(path), "free": free, "writable": there is not None and os.access(there, os.W_OK)}
+    writable = there is not None and (there == path or not path.exists()) and os.access(there, os.W_OK)  # a file may be in the way
+    return {
+        "path": str(path),
+        "used": _used(path),
+        "free": free,
+        "writable": writable,
+    }
+
+
+def _used(path: Path, seconds: float = 1.0) -> int | None:
+    """Bytes of all files below a folder; None where counting them takes too long, as in a cache on a network's disk."""
+    end, total = time.monotonic() + seconds, 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(folder, file)).st_size
+        if time.monotonic() > end:
+            return None
+    return total
 
 
 def _print(found: dict[str, Any]) -> None:
     from vlm_unlearn.cli.common import plain
+    from vlm_unlearn.errors import printable
 
     console = result_console()
     machine = found["machine"]
@@ -148,17 +186,18 @@ def _print(found: dict[str, Any]) -> None:
         console.print(f"  {extra['package']:<14}{plain(told)}  ({plain(extra['for'])})", highlight=False)
     console.print()
     for name, folder in found["folders"].items():
+        used = "large" if folder["used"] is None else f"holds {_gib(folder['used'])}"
         free = "" if folder["free"] is None else f", {_gib(folder['free'])} free"
-        console.print(f"{name}: {plain(folder['path'])}{free}", highlight=False)
+        console.print(f"{name}: {plain(folder['path'])}, {used}{free}", highlight=False)
     settings = found["settings"]
     console.print(f"OPENAI_API_KEY {'is' if settings['OPENAI_API_KEY'] else 'is not'} set (judges on a server)", highlight=False)
     if settings["HF_HUB_OFFLINE"]:
         console.print("HF_HUB_OFFLINE=1: nothing is downloaded", highlight=False)
     for problem in found["problems"]:
-        sys.stderr.write(f"problem: {problem}\n")
+        sys.stderr.write(f"problem: {printable(problem)}\n")
     if not found["problems"]:
         console.print("\nNothing is missing that the demo needs: vlm-unlearn demo --out demo", highlight=False)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

@@ -7,15 +7,27 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, rates_table, result_console, status_console
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    RatesTable,
+    Stages,
+    print_json,
+    print_verdicts,
+    quiet_libraries,
+    result_console,
+    status_console,
+)
+from vlm_unlearn.cli.completing import suite_keys, suite_names
 from vlm_unlearn.training.processes import is_first
 
 if TYPE_CHECKING:
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Row
 
-SUITE = typer.Argument(..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.")
-OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.")
+SUITE = typer.Argument(
+    ..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.", autocompletion=suite_names
+)
+OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.", autocompletion=suite_keys)
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 OUT = typer.Option(..., "--out", help="The run folder.")
 VERIFY = typer.Option(
@@ -59,12 +71,14 @@ def evaluate(
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
     costs = suite_costs(out, suite)
     for remark in [*remarks(out), *judge_remarks(costs, suite)]:
         typer.echo(remark, err=True)
-    report = write_report(out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}")
-    _show(row, as_json, f"Report: {report}")
+    with Stages() as bars:
+        report = write_report(out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}", on_done=bars.update)
+    _show(row, out, as_json, f"Report: {report}")
     refuse_silence(costs)
 
 
@@ -86,6 +100,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
 
         quiet_libraries()
     with Stages() as bars:
+        bars.wait("loading the model")
         generate_run(suite, out, bars.update, verify_batching)
     for remark in remarks(out):
         typer.echo(remark, err=True)
@@ -103,7 +118,10 @@ def answer_share(suite: Suite, out: Path) -> None:
 def score(
     run: Path = RUN,
     overrides: list[str] = typer.Argument(
-        None, metavar="[key=value ...]", help="The suite's keys, such as judge=keyword or paper=true; they are written into the run."
+        None,
+        metavar="[key=value ...]",
+        help="The suite's keys, such as judge=keyword or paper=true; they are written into the run.",
+        autocompletion=suite_keys,
     ),
     name: str = NAME,
     as_json: bool = JSON_OPTION,
@@ -120,10 +138,11 @@ def score(
     suite = saved_suite(run, overrides or [])
     row = score_run(run, suite, name or run.resolve().name)
     save_suite(run, suite)
-    _show(row, as_json, "")
+    _show(row, run, as_json, "")
 
 
-def _show(row: Row, as_json: bool, note: str) -> None:
+def _show(row: Row, run: Path, as_json: bool, note: str) -> None:
+    from vlm_unlearn.errors import printable
     from vlm_unlearn.records import Summary
 
     summary = Summary(rows=[row])
@@ -131,6 +150,7 @@ def _show(row: Row, as_json: bool, note: str) -> None:
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(rates_table(summary))
+    console.print(RatesTable(summary))
+    print_verdicts(console, [row], {row.model: run})
     if note:
-        console.print(note, markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)

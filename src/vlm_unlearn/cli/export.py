@@ -21,10 +21,13 @@ def export(
     run: Path = typer.Argument(..., metavar="RUN", help="A folder that train wrote."),
     out: Path = typer.Option(..., "--out", help="The model folder to write; it must not hold anything yet."),
     evaluations: list[Path] = typer.Option(
-        [], "--evaluation", help="An evaluation folder whose rates the model card shows; may be repeated."
+        [], "--evaluation", help="An evaluation folder whose rates the model card shows, of this model or its base; may be repeated."
     ),
     precision: Precision = typer.Option(
         Precision.auto, "--precision", help="Of the weights; auto: as the base model (LoRA) or the run (full)."
+    ),
+    license: str = typer.Option(
+        None, "--license", help="The base model's license, as the hub names it (llama2, apache-2.0), for the card."
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -34,12 +37,18 @@ def export(
 
       vlm-unlearn export runs/npo --evaluation evaluations/base --evaluation evaluations/npo --out models/llava-npo
     """
+    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.store import what_it_is
+
+    if not (run / "recipe.json").is_file():
+        raise RequestError(f"{run}: is no folder that `vlm-unlearn train` wrote{what_it_is(run)}")
     with status_console().status("loading transformers"):
         from vlm_unlearn.models.exporting import export_run
         from vlm_unlearn.reporting.model_card import model_card
 
         quiet_libraries()
-        card = model_card(run, evaluations)
+    with status_console().status("merging and writing the weights"):
+        card = model_card(run, evaluations, license)
         folder = export_run(run, out, precision.value, card)
     if as_json:
         print_json({"model": str(folder)})

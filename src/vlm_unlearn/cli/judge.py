@@ -7,8 +7,10 @@ from pathlib import Path
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_console
+from vlm_unlearn.cli.completing import judge_keys
+from vlm_unlearn.cli.terminal import Commands
 
-judge_app = typer.Typer(help="Grades answers.", no_args_is_help=True, rich_markup_mode=None)
+judge_app = Commands("Grades answers by language models or keywords; rubrics, and agreement with people.")
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 
 
@@ -16,7 +18,10 @@ RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluat
 def judge_run_command(
     run: Path = RUN,
     overrides: list[str] = typer.Argument(
-        None, metavar="[key=value ...]", help="One judge's keys, such as name=keyword; or the suite's, such as judge.model=M or paper=true."
+        None,
+        metavar="[key=value ...]",
+        help="One judge's keys, such as name=keyword; or the suite's, such as judge.model=M or paper=true.",
+        autocompletion=judge_keys,
     ),
     case: list[str] = typer.Option(
         [], "--case", help="With one judge's keys: a case or benchmark to grade, perhaps again; default: all cases."
@@ -35,16 +40,10 @@ def judge_run_command(
       vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE --case unsafe
     """
     from vlm_unlearn.config import JudgeConfig, override, validate
-    from vlm_unlearn.errors import RequestError
-    from vlm_unlearn.evaluation.generating import REJUDGED, save_suite, saved_suite
+    from vlm_unlearn.evaluation.generating import save_suite, saved_suite
     from vlm_unlearn.evaluation.grading import cases_of, judge_cost, judge_run, refuse_silence, suite_judges
 
-    keys = {text.partition("=")[0].partition(".")[0].strip() for text in overrides or []}
-    if keys & set(REJUDGED) - {"paper"} and keys & set(JudgeConfig.model_fields) - {"paper"}:
-        raise RequestError("pass either one judge's keys (name=..., rubric=...) or the suite's (judge.model=..., paper=true), not both")
-    one = bool(keys & set(JudgeConfig.model_fields) - {"paper"})
-    if case and not one:
-        raise RequestError("--case goes with one judge's keys, such as name=keyword")
+    one = _names_one_judge(overrides or [], case)
     done = []
     with Stages() as bars:
         if one:
@@ -62,6 +61,25 @@ def judge_run_command(
         for cost, (_, file) in zip(costs, done, strict=True):
             typer.echo(f"{file}: {cost.words()}")
     refuse_silence(costs)
+
+
+def _names_one_judge(overrides: list[str], cases: list[str]) -> bool:
+    """Whether the keys are one judge's, and not the suite's.
+
+    Raises:
+        RequestError: they are of both, or cases are named that only one judge's keys go with.
+    """
+    from vlm_unlearn.config import JudgeConfig
+    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.evaluation.generating import REJUDGED
+
+    keys = {text.partition("=")[0].partition(".")[0].strip() for text in overrides}
+    judges = set(JudgeConfig.model_fields) - {"paper"}
+    if keys & set(REJUDGED) - {"paper"} and keys & judges:
+        raise RequestError("pass either one judge's keys (name=..., rubric=...) or the suite's (judge.model=..., paper=true), not both")
+    if cases and not keys & judges:
+        raise RequestError("--case goes with one judge's keys, such as name=keyword")
+    return bool(keys & judges)
 
 
 @judge_app.command("keyword")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
+from vlm_unlearn.cli.completing import recipe_keys, recipe_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,8 +25,15 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe_file: Path = typer.Argument(..., metavar="RECIPE.yaml", help="A recipe, or the name of a shipped one such as tiny/npo."),
-    overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides, such as training.learning_rate=1e-5."),
+    recipe_file: Path = typer.Argument(
+        ..., metavar="RECIPE.yaml", help="A recipe, or the name of a shipped one such as tiny/npo.", autocompletion=recipe_names
+    ),
+    overrides: list[str] = typer.Argument(
+        None,
+        metavar="[key=value ...]",
+        help="Dotted overrides, such as training.learning_rate=1e-5.",
+        autocompletion=recipe_keys,
+    ),
     plan_only: bool = typer.Option(False, "--plan", help="Only say what would train, on what, for how long, in how much memory."),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -40,7 +48,6 @@ def train(
       vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo
     """
     from vlm_unlearn.config import Recipe, load
-    from vlm_unlearn.errors import WorkError
 
     recipe = load(Recipe, recipe_file, overrides or [])
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, the one that talks
@@ -52,17 +59,30 @@ def train(
         if plan_only:
             _show_preview(preview(recipe), as_json)
             return
-        from vlm_unlearn.reporting.curves import NOT_A_LOSS, write_loss_png
-        from vlm_unlearn.training.processes import part
-        from vlm_unlearn.training.runner import run_plan
-
         planned = plan(recipe)
         probe = _probe(planned)
-    name = recipe_name(recipe)
     if first:
         _warn_of_refusals(planned)
         _show_start(planned)
+    name = recipe_name(recipe)
+    model = _run(planned, probe, name, first)
+    if first:
+        _show_result(name, model, recipe.output, as_json)
+
+
+def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
+    """Trains with a bar; returns the model.
+
+    Raises:
+        WorkError: the training failed; its loss curves are drawn, by the first process.
+    """
+    from vlm_unlearn.errors import WorkError
+    from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
+    from vlm_unlearn.training.processes import part
+    from vlm_unlearn.training.runner import run_plan
+
     with Stages() as bars:
+        bars.wait("loading the model")
 
         def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
             shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in NOT_A_LOSS)
@@ -70,21 +90,17 @@ def train(
 
         try:
             with redirect_stdout(sys.stderr):  # trackio and others talk; standard output is for the result
-                model = run_plan(planned, on_step, probe)
+                model = run_plan(planned, on_step, probe, lambda done, total: bars.update("reference values", done, total))
             part()
-        except KeyboardInterrupt:
-            typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
-            raise
         except WorkError:
             if first:
-                write_loss_png(recipe.output)  # they show how it went wrong
+                write_loss_png(planned.recipe.output)  # they show how it went wrong
             raise
-    if first:
-        _show_result(name, model, recipe.output, as_json)
+    return model
 
 
 def _show_result(name: str, model: Path, output: Path, as_json: bool) -> None:
-    from vlm_unlearn.reporting.curves import write_loss_png
+    from vlm_unlearn.reporting.charts.curves import write_loss_png
     from vlm_unlearn.store import read_manifest
 
     curves, stopped = write_loss_png(output), read_manifest(output).get("stopped")
@@ -182,20 +198,39 @@ def _warn_of_refusals(planned: Plan) -> None:
 
 
 def methods(as_json: bool = JSON_OPTION) -> None:
-    """Lists the unlearning methods, their sources and their options.
+    """Lists the unlearning methods: what each does, where it is from and its options.
 
     Example:
 
       vlm-unlearn methods --json
     """
-    from vlm_unlearn.methods import METHODS
+    with status_console().status("loading torch"):
+        from vlm_unlearn.methods import METHODS
 
     if as_json:
-        print_json([{"name": name, "source": method.source, "options": _options(method)} for name, method in sorted(METHODS.items())])
+        print_json(
+            [
+                {"name": name, "about": _about(method), "source": method.source, "options": _options(method)}
+                for name, method in sorted(METHODS.items())
+            ]
+        )
         return
     for name, method in sorted(METHODS.items()):
         options = ", ".join(f"{key}={value}" for key, value in _options(method).items())
-        typer.echo(f"{name:<12}{method.source}\n{'':<12}{options or 'no options'}")
+        typer.echo(f"{name:<12}{_about(method)}\n{'':<12}{method.source}\n{'':<12}{options or 'no options'}")
+
+
+NAME_WORDS = 5
+
+
+def _about(method: type[Method]) -> str:
+    """How a method's docstring begins, without where it is from: one sentence, or two where the first is hardly more than a name."""
+    import inspect
+    import re
+
+    text = re.sub(r"\s*\([^()]*arXiv[^()]*\)", "", " ".join((inspect.getdoc(method) or "").replace("`", "").split()))
+    first, *others = re.split(r"(?<=\.)\s+(?=[A-Z])", text)
+    return " ".join([first, *others[:1]]) if len(first.split()) <= NAME_WORDS else first
 
 
 def _options(method: type[Method]) -> dict[str, object]:

@@ -3,7 +3,10 @@
 from vlm_unlearn.config.base import Strict as Strict
 from vlm_unlearn.config.loading import load as load
 from vlm_unlearn.config.loading import override as override
+from vlm_unlearn.config.loading import resolved as resolved
 from vlm_unlearn.config.loading import shipped as shipped
+from vlm_unlearn.config.loading import shipped_names as shipped_names
+from vlm_unlearn.config.loading import to_start_from as to_start_from
 from vlm_unlearn.config.loading import validate as validate
 from vlm_unlearn.config.recipe import MethodConfig as MethodConfig
 from vlm_unlearn.config.recipe import ProbeConfig as ProbeConfig

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vlm_unlearn.errors import RequestError, nearest
+from vlm_unlearn.errors import RequestError, nearest, shown
+from vlm_unlearn.store import what_it_is
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -45,8 +46,14 @@ def load(config: type[Config], path: Path, overrides: Sequence[str] = (), values
     """
     path = shipped(path)
     value, bases = _read(path, ())
+    for mark, what in _MARKS.items():
+        if mark in value and mark not in config.model_fields:
+            raise RequestError(f"{path}: is {what}")
     where = f"{path} (extends {', '.join(bases)})" if bases else str(path)
     return validate(config, {**override(value, overrides), **(values or {})}, where)
+
+
+_MARKS = {"method": "a recipe, for `vlm-unlearn train`", "metrics": "a suite, for `vlm-unlearn evaluate`"}
 
 
 class _EachKeyOnce(yaml.SafeLoader):
@@ -60,7 +67,7 @@ class _EachKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _shipped_names() -> list[str]:
+def shipped_names() -> list[str]:
     """The recipes and suites that come with the package, by the names they are called by."""
     return [
         str(file.relative_to(folder))[: -len(".yaml")]
@@ -70,6 +77,35 @@ def _shipped_names() -> list[str]:
     ]
 
 
+def _nearest_shipped(path: Path) -> str:
+    """The shipped name that may be meant: one that ends so, else the closest."""
+    names = shipped_names()
+    same = [name for name in names if Path(name).name == path.name.removesuffix(".yaml")]
+    return nearest(same[0] if same else str(path), names)
+
+
+def resolved(name: str | Path) -> dict[str, Any]:
+    """A YAML file's keys over those of the files it extends.
+
+    Raises:
+        RequestError: as `load`.
+    """
+    return _read(shipped(name), ())[0]
+
+
+def to_start_from(name: str) -> str:
+    """A shipped file's text for a file of one's own elsewhere: what it extends is named so that it is found from there.
+
+    Raises:
+        RequestError: no file of that name is shipped; the nearest one is named.
+    """
+    name = name.removesuffix(".yaml")
+    if name not in shipped_names():
+        raise RequestError(f"no recipe or suite {shown(name)} is shipped{nearest(name, shipped_names())}; `vlm-unlearn recipes` lists them")
+    text = shipped(name).read_text(encoding="utf-8")
+    return re.sub(r"^extends: *(?=[\w.-]+ *$)", f"extends: {Path(name).parent}/", text, flags=re.MULTILINE)
+
+
 def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
     """A file's keys over those of the file it extends, and the names extended; `readers` are the files that led here."""
     if path.resolve() in (reader.resolve() for reader in readers):
@@ -77,7 +113,7 @@ def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[s
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except OSError as error:
-        near = nearest(str(path), _shipped_names()) if isinstance(error, FileNotFoundError) else ""
+        near = _nearest_shipped(path) if isinstance(error, FileNotFoundError) else what_it_is(path)
         raise RequestError(f"{path}: {error.strerror}{near}" + (f" ({readers[-1]} extends it)" if readers else "")) from None
     except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
         mark = getattr(error, "problem_mark", None)
@@ -174,7 +210,10 @@ def validate(config: type[Config], value: object, where: str) -> Config:
     try:
         return config.model_validate(value)
     except ValidationError as error:
-        first, *others = error.errors()
+        found = error.errors()
+        if found[0]["type"] == "missing":  # a misspelt key is why
+            found.sort(key=lambda one: one["type"] != "extra_forbidden")
+        first, *others = found
         # A value that may be of several kinds fails once for each, and each names its kind as if it were a key.
         known = _keys_beside(config, first["loc"])
         kinds = [
@@ -188,11 +227,51 @@ def validate(config: type[Config], value: object, where: str) -> Config:
             raise RequestError(f"{where}: {key}: {told}") from None
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise RequestError(f'{where}: unknown key "{key}"{nearest(str(first["loc"][-1]), known)}') from None
+            raise RequestError(f'{where}: unknown key "{key}"{_meant(config, str(first["loc"][-1]), known)}') from None
         if first["type"] == "missing":
             raise RequestError(f'{where}: key "{key}" is missing; add it to the file or pass {key}=...') from None
         message = first["msg"].removeprefix("Value error, ")
         raise RequestError(f"{where}: {key + ': ' if key else ''}{message}") from None
+
+
+# What transformers, PEFT, TRL and LLaVA's scripts call some of our keys.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning-rate"), "learning_rate"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_batch_size", "train_batch_size", "bs"), "batch_size"),
+    **dict.fromkeys(("grad_accum", "gradient_accumulation", "accumulation_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "scheduler"),
+    **dict.fromkeys(("bf16", "fp16", "dtype", "torch_dtype"), "precision"),
+    **dict.fromkeys(("lora_r", "lora_rank", "rank"), "lora.r"),
+    **dict.fromkeys(("model_name_or_path", "model_path", "base_model"), "model"),
+    **dict.fromkeys(("output_dir", "out", "save_dir"), "output"),
+    **dict.fromkeys(("data_path", "dataset", "train_data"), "data"),
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "model_max_length": "max_length",
+    "mm_projector_lr": "projector_learning_rate",
+}
+_OF_METHODS = ("beta", "gamma", "forget_weight", "retain_weight", "paper")  # options; a recipe's class doesn't hold them
+
+
+def _meant(config: type[BaseModel], key: str, beside: Sequence[str]) -> str:
+    """The right key for an unknown one: what others call so, the same key elsewhere in the config, or the nearest beside it."""
+    name = _ELSEWHERE.get(key, key)
+    if name in beside:
+        return f"; did you mean {shown(name)}?"
+    options = [f"method.{option}" for option in _OF_METHODS] if "method" in config.model_fields else []
+    same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{name}")]
+    return f"; did you mean {' or '.join(map(shown, same[:3]))}?" if same else nearest(key, beside)
+
+
+def _paths(config: type[BaseModel], before: str = "") -> Iterator[str]:
+    """The dotted keys that an override can give, but for those of lists' items."""
+    for name, field in config.model_fields.items():
+        yield f"{before}{name}"
+        if typing.get_origin(field.annotation) not in (list, dict):
+            for inner in models_in(field.annotation):
+                yield from _paths(inner, f"{before}{name}.")
 
 
 def _keys_beside(config: type[BaseModel], location: Sequence[int | str]) -> list[str]:
@@ -201,14 +280,15 @@ def _keys_beside(config: type[BaseModel], location: Sequence[int | str]) -> list
     for part in location[:-1]:
         field = current.model_fields.get(str(part))
         if field is not None:
-            current = next(_models_in(field.annotation), current)
+            current = next(models_in(field.annotation), current)
     return list(current.model_fields)
 
 
-def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+def models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The configs that a field's type names, such as `CaseConfig` in ``list[CaseConfig]``."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):
             yield annotation
         return
     for argument in typing.get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)

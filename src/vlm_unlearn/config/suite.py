@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from vlm_unlearn.config.base import Positive, Strict
 from vlm_unlearn.errors import nearest
 from vlm_unlearn.records import Kind, Label
+from vlm_unlearn.store import user_path
 
 
 class RewriteConfig(Strict):
@@ -20,27 +21,39 @@ class RewriteConfig(Strict):
     """
 
     trigger: Literal["what", "share", "control"]
+    """The first word; `control`: neither of the two."""
     shots: Annotated[int, Field(gt=0, le=5)] = 1
+    """Different rewrites of each question."""
 
 
 class CaseConfig(Strict):
-    """One set of prompts. Rows of a VLGuard file with the same id are shots of one question, as in the published attack files."""
+    """One set of prompts. Rows of a file with the same id are shots of one question, as in the published attack files."""
 
     name: str
-    format: Literal["vlguard", "safe_eraser"]
+    """What metrics call it."""
+    format: Literal["vlguard", "safe_eraser", "table"]
+    """The file's format; `table`: CSV, TSV, JSON lines, parquet with the columns question, answer and set (docs/your-own-data.md)."""
     file: Path
+    """The file with the questions."""
     images: Path
+    """The folder that the file's image paths are relative to."""
     kind: Kind
+    """Which of the file's questions; of a table the sets forget, retain and decouple, in this order: unsafe, safe and the third."""
     rewrite: RewriteConfig | None = None
-    samples: Annotated[int, Field(gt=0, le=1000)] = 1  # answers to each prompt; more than one needs generation.temperature
+    """Attack them; null: as they are."""
+    samples: Annotated[int, Field(gt=0, le=1000)] = 1
+    """Answers to each prompt; more than one needs generation.temperature."""
 
 
 class SampleConfig(Strict):
     """Asks a seeded part of each case: whole question groups, or `rows` as published, which tears a question's shots apart."""
 
     groups: Positive | None = None
+    """Question groups a case."""
     rows: Positive | None = None
+    """Rows a case, as published."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the draw."""
 
     @model_validator(mode="after")
     def _one(self) -> SampleConfig:
@@ -53,22 +66,39 @@ class JudgeConfig(Strict):
     """Who grades. `llm` asks a language model by a rubric; what one of a suite's `judges` leaves open it takes from the suite's `judge`."""
 
     name: Literal["keyword", "tiny_world", "llm", "rouge_l"]
-    paper: bool = False  # the published counting: of keyword, of rouge_l, and of llm's rubrics after the two papers
-    world: Path | None = None  # tiny_world: the world's facts
-    rubric: str | None = None  # llm: a shipped rubric's name or a file (`vlm-unlearn judge rubrics` lists them)
-    model: str | None = None  # llm: the server's model; without a server, a model folder or hub name to run here
-    server: str | None = None  # llm: address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY
-    images: bool = True  # llm: whether the judge sees the image, where the rubric asks for it
-    max_tokens: Positive = 256  # llm: of a reply
-    concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # llm: questions under way at once on a server
-    timeout: Annotated[float, Field(ge=0.1, le=3600)] = 60.0  # llm: seconds for one try
-    retries: Annotated[int, Field(ge=0, le=100)] = 4  # llm: tries after the first
-    request: dict[str, Any] = {}  # llm on a server: keys to add to what is sent, or with null to leave out
-    batch_size: Positive = 8  # llm without a server
-    cache: bool = True  # llm: take replies that the same model gave to the same question before
-    revision: str = ""  # llm on a server: a name for what it runs now; another one is asked anew, whatever the cache holds
-    input_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0  # llm: of a million tokens asked, in your currency, for the cost
-    output_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0  # llm: of a million tokens replied
+    """`keyword` sees refusals, `llm` reads, `rouge_l` compares with references, `tiny_world` knows the demo's facts."""
+    paper: bool = False
+    """The published counting: of keyword, of rouge_l, and of llm's rubrics after the two papers."""
+    world: Path | None = None
+    """For `tiny_world`: the file with the world's facts."""
+    rubric: str | None = None
+    """For `llm`: a shipped rubric's name or a file (`vlm-unlearn judge rubrics` lists them)."""
+    model: str | None = None
+    """For `llm`: the server's model; without a server, a model folder or hub name to run here."""
+    server: str | None = None
+    """For `llm`: address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY."""
+    images: bool = True
+    """For `llm`: whether the judge sees the image, where the rubric asks for it."""
+    max_tokens: Positive = 256
+    """For `llm`: the longest reply."""
+    concurrency: Annotated[int, Field(gt=0, le=512)] = 16
+    """For `llm` on a server: questions under way at once."""
+    timeout: Annotated[float, Field(ge=0.1, le=3600)] = 60.0
+    """For `llm` on a server: seconds for one try."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 4
+    """For `llm` on a server: tries after the first."""
+    request: dict[str, Any] = {}
+    """For `llm` on a server: keys to add to what is sent, or with null to leave out."""
+    batch_size: Positive = 8
+    """For `llm` without a server: questions a batch."""
+    cache: bool = True
+    """For `llm`: take replies that the same model gave to the same question before."""
+    revision: str = ""
+    """For `llm` on a server: a name for what it runs now; another one is asked anew, whatever the cache holds."""
+    input_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """For `llm`: of a million tokens asked, in your currency, to show the cost."""
+    output_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """For `llm`: of a million tokens replied."""
 
     @model_validator(mode="after")
     def _whole(self) -> JudgeConfig:
@@ -77,7 +107,7 @@ class JudgeConfig(Strict):
         if self.name != "llm" and (self.model is not None or self.server is not None):
             raise ValueError(f"`model` and `server` are for the judge llm; {self.name} asks nobody")
         if self.rubric is not None and ("/" in self.rubric or self.rubric.endswith(".txt")):
-            object.__setattr__(self, "rubric", str(Path(self.rubric).expanduser().absolute()))
+            object.__setattr__(self, "rubric", str(user_path(self.rubric).absolute()))
         _no_secret_in(self.server)
         return self
 
@@ -115,11 +145,17 @@ class MetricConfig(Strict):
     """A rate over cases, out of a judge's labels or its scores (0 to 1)."""
 
     cases: list[str]
-    labels: list[Label] = []  # the labels that count
-    score: Literal["mean", "one_minus_mean"] | None = None  # instead of labels: the mean score, or what is missing to 1
-    judge: str = ""  # one of the suite's `judges`; "" is its `judge`
-    group: Literal["any", "each"] = "each"  # any: a question counts once, as soon as one of its shots or samples has the label
-    failures: Literal["left_out", "not_counted_as_hits"] = "left_out"  # the second keeps them in the denominator, as published
+    """The cases whose answers it counts."""
+    labels: list[Label] = []
+    """The labels that count."""
+    score: Literal["mean", "one_minus_mean"] | None = None
+    """Instead of labels: the mean score, or what is missing to 1."""
+    judge: str = ""
+    """One of the suite's `judges`; empty: its `judge`."""
+    group: Literal["any", "each"] = "each"
+    """`any`: a question counts once, as soon as one of its shots or samples has the label; `each`: every answer counts."""
+    failures: Literal["left_out", "not_counted_as_hits"] = "left_out"
+    """Answers and verdicts that failed; `not_counted_as_hits` keeps them in the denominator, as published."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> MetricConfig:
@@ -133,17 +169,28 @@ class MetricConfig(Strict):
 class GenerationConfig(Strict):
     """How the model answers. Temperature 0 is greedy decoding."""
 
-    backend: Literal["hf", "openai", "vllm"] = "hf"  # openai: any OpenAI-compatible server
-    server: str | None = None  # openai: its address; the suite's `model` is the name it serves
+    backend: Literal["hf", "openai", "vllm"] = "hf"
+    """Who answers: transformers here, any OpenAI-compatible server, or vLLM here."""
+    server: str | None = None
+    """For `openai`: its address; the suite's `model` is the name it serves."""
     max_new_tokens: Positive = 256
+    """The longest answer, in tokens."""
     batch_size: Positive = 8
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    """For `hf`: questions a batch."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """For `hf`; `auto`: bf16 on a GPU, fp32 on a CPU."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """0: greedy decoding; above: answers are drawn."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of sampling; every answer has a stream of its own
-    concurrency: Annotated[int, Field(gt=0, le=512)] = 16  # openai: questions under way at once
-    timeout: Annotated[float, Field(ge=0.1, le=3600)] = 300.0  # openai: seconds for one try
-    request: dict[str, Any] = {}  # openai: keys to add to what is sent, or with null to leave out
+    """Draws from the likeliest tokens that hold this share of the probability."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of sampling; every answer has a stream of its own."""
+    concurrency: Annotated[int, Field(gt=0, le=512)] = 16
+    """For `openai`: questions under way at once."""
+    timeout: Annotated[float, Field(ge=0.1, le=3600)] = 300.0
+    """For `openai`: seconds for one try."""
+    request: dict[str, Any] = {}
+    """For `openai`: keys to add to what is sent, or with null to leave out."""
 
     @model_validator(mode="after")
     def _server(self) -> GenerationConfig:
@@ -157,12 +204,19 @@ class BenchmarkConfig(Strict):
     """A utility benchmark from its official files; its metric has its name."""
 
     name: str
-    annotations: Annotated[list[Path], Field(min_length=1)]  # POPE's headline is the mean of three files
-    questions: Path | None = None  # the second official file, where it has one
+    """The benchmark; `vlm-unlearn benchmark list` names them."""
+    annotations: Annotated[list[Path], Field(min_length=1)]
+    """Its official annotation file; POPE's headline is the mean of three."""
+    questions: Path | None = None
+    """The second official file, where it has one."""
     images: Path = Path()
-    limit: Positive | None = None  # the first so many questions, to try it out
-    official: bool = False  # count exactly as the published evaluator
-    judge: str = ""  # of one that a language model scores (mmvet): one of the suite's `judges`
+    """Its image folder."""
+    limit: Positive | None = None
+    """The first so many questions, to try it out."""
+    official: bool = False
+    """Count exactly as the published evaluator."""
+    judge: str = ""
+    """Of one that a language model scores (`mmvet`): one of the suite's `judges`."""
 
     @field_validator("annotations", mode="before")
     @classmethod
@@ -173,17 +227,28 @@ class BenchmarkConfig(Strict):
 class Suite(Strict):
     """What to measure on a model."""
 
-    model: str  # a model folder, hub name, adapter folder or training run; a server's model with generation.backend=openai
-    root: Path = Path()  # what the paths below are relative to
+    model: str
+    """A model folder, hub name, adapter folder or training run; a server's model with generation.backend=openai."""
+    root: Path = Path()
+    """What the paths below are relative to."""
     cases: list[CaseConfig] = []
+    """The sets of questions."""
     benchmarks: list[BenchmarkConfig] = []
-    judge: JudgeConfig = JudgeConfig(name="keyword")  # grades every case
-    judges: dict[str, JudgeConfig] = {}  # further ones, by the name that metrics call them; each grades the cases of its metrics
+    """Utility benchmarks, each a metric of its name."""
+    judge: JudgeConfig = JudgeConfig(name="keyword")
+    """Grades every case; its name alone will do."""
+    judges: dict[str, JudgeConfig] = {}
+    """Further judges, by the names that metrics call them; each grades the cases of its metrics."""
     metrics: dict[str, MetricConfig] = {}
-    paper: bool = False  # measure `paper_metrics` too: the published counting beside the corrected one
+    """The rates, by name."""
+    paper: bool = False
+    """Measure `paper_metrics` too: the published counting beside the corrected one."""
     paper_metrics: dict[str, MetricConfig] = {}
+    """The published counting, by the names of the metrics it stands beside."""
     sample: SampleConfig | None = None
+    """Asks a seeded part only; null: everything."""
     generation: GenerationConfig = GenerationConfig()
+    """How the model answers."""
 
     @field_validator("judge", mode="before")
     @classmethod
@@ -202,7 +267,7 @@ class Suite(Strict):
 
     @model_validator(mode="after")
     def _paths_below_root(self) -> Suite:
-        root = self.root.expanduser()
+        root = user_path(self.root)
 
         def set_path(owner: Strict, field: str) -> None:
             object.__setattr__(owner, field, (root / getattr(owner, field)).absolute())

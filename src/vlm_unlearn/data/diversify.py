@@ -70,6 +70,7 @@ def diversify(
     columns: Columns | None = None,
     paraphrase: Paraphrase | None = None,
     problems: Problems | None = None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Writes a copy of a data file, or of a training-set folder, with every question asked in another wording.
 
@@ -80,6 +81,7 @@ def diversify(
         words: first words to use, out of `WORDINGS`.
         label, is_refusal: what tells refusal, as in `audit`.
         paraphrase: asks a model; without it, and where its paraphrase can't be used, the rules rewrite.
+        on_done: told of the questions rewritten: done, in all.
 
     Returns:
         counts: questions, by_model, by_rule.
@@ -107,6 +109,8 @@ def diversify(
         counts["by_model" if text else "by_rule"] += 1
         text = text or by_rule(slot.question, wording)
         texts.append(tied.setdefault((slot.tie, slot.question), text) if slot.tie else text)
+        if on_done and index % 1000 == 999:
+            on_done(index + 1, len(slots))
     _write(source, out, columns, texts)
     return {"questions": len(slots), "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
 

@@ -48,7 +48,7 @@ def resolve_image(root: Path, relative: str, where: str) -> Path:
     if not inside:
         raise RequestError(f"{named} is a link out of the image folder {root}")
     if not found:
-        raise RequestError(f"{named} not found under {root}; pass --images")
+        raise RequestError(f"{named} not found under {root}; correct its path, or the image folder (--images)")
     return path
 
 
@@ -62,15 +62,23 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, at_most: int | None = None) -> Image.Image:
     """Opens an image as RGB; of an animation the first frame.
+
+    Args:
+        at_most: pixels of the longer side, to which a larger image is shrunk; a JPEG is decoded no larger than needed.
 
     Raises:
         RequestError: the file is no image, is broken or cut short, or is too large to be opened safely.
     """
     with _open(path) as image:
         try:
-            return image.convert("RGB")
+            if at_most is None:
+                return image.convert("RGB")
+            image.draft("RGB", (at_most, at_most))
+            shrunk = image.convert("RGB")
+            shrunk.thumbnail((at_most, at_most))
+            return shrunk
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise RequestError(f"{path}: is a broken image ({_reason(error)})") from None
 

@@ -8,6 +8,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -45,6 +47,19 @@ def _finite(digits: str) -> float:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
+_WATCHER: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watching(on_read: Callable[[Path, int, int], None]) -> Iterator[None]:
+    """Within the block, `on_read` is told how far each file is read: file, bytes read, bytes in all."""
+    before = _WATCHER.set(on_read)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(before)
+
+
 def stream(path: Path) -> Iterator[Item]:
     """The records of a JSON list or a JSON-lines file (told by the content, whatever the name), one in memory at a time.
 
@@ -59,10 +74,16 @@ def stream(path: Path) -> Iterator[Item]:
             size = os.fstat(handle.fileno()).st_size
             mark = 3 if handle.read(3) == codecs.BOM_UTF8 else 0
             handle.seek(mark)
-            if _is_lines(path, handle, mark, size):
-                yield from _lines(handle, mark)
-            else:
-                yield from _list(path, handle, mark)
+            items = _lines(handle, mark) if _is_lines(path, handle, mark, size) else _list(path, handle, mark)
+            watcher = _WATCHER.get()
+            if watcher is None:
+                yield from items
+                return
+            for item in items:
+                if item.number % 1000 == 0:
+                    watcher(path, item.end, size)
+                yield item
+            watcher(path, size, size)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except OSError as error:

@@ -17,7 +17,6 @@ from vlm_unlearn.data.formats import llava, table, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
-from vlm_unlearn.data.parallel import OnDone
 from vlm_unlearn.data.reading import detect, read_any
 from vlm_unlearn.errors import Problems, RequestError, refuse
 from vlm_unlearn.store import read_json
@@ -172,21 +171,15 @@ def mix(
     size: int = 2000,
     seed: int = 42,
     problems: Problems | None = None,
-    on_done: OnDone | None = None,
 ) -> dict[str, int]:
     """Fills a LLaVA-format retain set up to `size` with a draw from another, then shuffles the whole.
 
     The draw is ``random.sample`` with `seed` over the external records, as published; of a file of any size only the places
     of its records are held in memory. An external set that is too small is used whole.
-
-    Args:
-        on_done: called with (bytes read, bytes in all).
     """
     if size < 1:
         raise RequestError(f"size must be 1 or more, not {size}")
-    total = sum(path.stat().st_size for path in (retain, external) if path.exists())
-    kept = places(retain, problems, on_done, 0, total)
-    offered = places(external, problems, on_done, retain.stat().st_size, total)
+    kept, offered = places(retain, problems), places(external, problems)
     own, others = len(kept) // 2, len(offered) // 2
     order = mixed_order(own, others, size, seed)
     with retain.open("rb") as first, external.open("rb") as second:
@@ -212,11 +205,8 @@ def mixed_order(own: int, others: int, size: int, seed: int) -> list[int]:
     return order
 
 
-def places(path: Path, problems: Problems | None, on_done: OnDone | None = None, before: int = 0, total: int = 0) -> array[int]:
+def places(path: Path, problems: Problems | None) -> array[int]:
     """Start and end byte of every record that is a conversation.
-
-    Args:
-        on_done: called with (`before` and the bytes read, `total`).
 
     Raises:
         RequestError: there is none, or a record is broken and `problems` is None.
@@ -228,8 +218,6 @@ def places(path: Path, problems: Problems | None, on_done: OnDone | None = None,
             found.extend((item.start, item.end))
         else:
             refuse(problem, problems)
-        if on_done and item.number % 1000 == 0:
-            on_done(before + item.end, total)
     if not found:
         raise RequestError(f"{path}: holds no conversation" + (f"; {problems.messages[0]}" if problems else ""))
     return found

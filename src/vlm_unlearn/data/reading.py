@@ -16,6 +16,7 @@ from vlm_unlearn.data.json_stream import stream
 from vlm_unlearn.data.training_set import ROLES, describe
 from vlm_unlearn.errors import Problems, RequestError, refuse, shown
 from vlm_unlearn.records import Example, Kind
+from vlm_unlearn.store import what_it_is
 
 Format = Literal["training_set", "vlguard", "safe_eraser", "llava", "table"]
 VLGUARD_SETS: dict[Kind, str] = {"unsafe": "forget", "safe": "retain", "safe_image_unsafe_question": "safe_image_unsafe"}
@@ -47,6 +48,8 @@ def detect(source: str | Path) -> Format:
         return "training_set"
     if path.is_dir() and (path / "forget.jsonl").exists():
         raise RequestError(f"{path}: is a training set without dataset.json; its import was cut short, run it again")
+    if path.is_dir() and what_it_is(path):
+        raise RequestError(f"{path}: is no data file and no training set{what_it_is(path)}")
     json_named = table.suffix(path) in (".json", ".jsonl", ".ndjson")
     others = (*table.SEPARATORS, ".parquet", ".arrow", ".xlsx", ".xls", ".ods")
     if not json_named and (not path.is_file() or table.suffix(path) in others):

@@ -13,7 +13,7 @@ from vlm_unlearn.data.formats.safe_eraser import sentences
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, RequestError, shown
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, write_json, write_records, write_text
+from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, what_it_is, write_json, write_records, write_text
 
 ROLES = ("forget", "retain", "decouple", "preferred")
 PARTNERS = ("decouple", "preferred")  # tied to a forget example each, by pair_id
@@ -121,6 +121,9 @@ def describe(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     Raises:
         RequestError: dataset.json is missing or says something else.
     """
+    if not (folder / "dataset.json").is_file():
+        made = "make a training set with `vlm-unlearn data import`"
+        raise RequestError(f"{folder}: holds no dataset.json; {made}{what_it_is(folder)}")
     described = read_json(folder / "dataset.json")
     roots = described.get("images") if isinstance(described, dict) else None
     if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):

@@ -11,7 +11,7 @@ from pathlib import Path
 from vlm_unlearn.errors import RequestError, nearest, shown
 from vlm_unlearn.evaluation.generating import read_answers
 from vlm_unlearn.metrics.agreement import hit_rates, kappa_rate
-from vlm_unlearn.records import LABELS, Prompt, Rate, Record, Verdict
+from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
 from vlm_unlearn.store import read_records, writing
 
 HUMAN = "human"
@@ -24,8 +24,8 @@ class Agreement(Record):
 
     reference: str
     judge: str
-    kappa: Rate | None  # over all labels; None where one of the two gives scores only
-    kappa_positive: Rate  # the positive label against the rest
+    kappa: Kappa | None  # over all labels; None where one of the two gives scores only
+    kappa_positive: Kappa  # the positive label against the rest
     true_positive_rate: Rate
     true_negative_rate: Rate
 

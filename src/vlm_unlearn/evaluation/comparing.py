@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vlm_unlearn.benchmarks import NoAnswersError
@@ -15,16 +15,27 @@ from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
 
+OnCompared = Callable[[int, int], None]  # models compared, and how many there are
 Pairs = tuple[str, str, Difference, int]  # model, metric, difference, unpaired
 
 
-def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
+def summarise_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
+    """Each run's row, with those compared to the first that can be; returns and raises as `compare_runs`, but where two runs have
+    nothing to compare, that is among the reasons."""
+    if len(runs) == 1:
+        name, folder = next(iter(runs.items()))
+        return Summary(rows=[run_row(_read(folder), name)]), []
+    return _compare(runs, refuse=False, on_done=on_done)
+
+
+def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
     """Each run against the first, in every metric that the two share, over the prompts that both were asked.
 
     A metric over other cases in the two suites is compared over the cases of both.
 
     Args:
         runs: evaluation folder of each model, the base first.
+        on_done: told of each run that is compared: runs done, runs in all.
 
     Returns:
         Rows and comparisons, and what was not compared, with the reason.
@@ -32,35 +43,58 @@ def compare_runs(runs: Mapping[str, Path]) -> tuple[Summary, list[str]]:
     Raises:
         RequestError: a run is not finished or not graded, or has no prompt or metric in common with the base, or another judge.
     """
+    return _compare(runs, refuse=True, on_done=on_done)
+
+
+def _compare(runs: Mapping[str, Path], refuse: bool, on_done: OnCompared | None) -> tuple[Summary, list[str]]:
     names = list(runs)
     base = _read(runs[names[0]])
     rows: list[Row] = [run_row(base, names[0])]
     found: list[Pairs] = []
     left_out: list[str] = []
-    for name in names[1:]:
+    for done, name in enumerate(names[1:], start=1):
         run = _read(runs[name])
         rows.append(run_row(run, name))
-        where = f"{runs[names[0]]} and {runs[name]}"
-        if not any(base.prompts.get(id) == prompt for id, prompt in run.prompts.items()):
-            raise RequestError(f"{where}: were asked no prompt in common; compare runs of the same suite on the same data")
-        before = len(found)
-        for metric in base.measured(base.suite.metrics):
-            if metric not in run.measured(run.suite.metrics):
-                continue
-            compared = _compared(base, run, metric, where)
-            if isinstance(compared, str):
-                left_out.append(f"{name}, {metric}: {compared}")
-            else:
-                found.append((name, metric, *compared))
-        for benchmark in base.suite.benchmarks:
-            scored = _compared_benchmark(base, run, benchmark)
-            if isinstance(scored, str):
-                left_out.append(f"{name}, {benchmark.name}: {scored}")
-            elif scored is not None:
-                found.append((name, benchmark.name, *scored))
-        if len(found) == before:
-            raise RequestError(f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1]))
+        try:
+            compared, reasons = _compare_two(base, run, name, f"{runs[names[0]]} and {runs[name]}")
+        except RequestError as error:
+            if refuse:
+                raise
+            compared, reasons = [], [f"{name}: {error}"]
+        found += compared
+        left_out += reasons
+        if on_done:
+            on_done(done, len(names) - 1)
     return Summary(rows=rows, comparisons=list(_adjusted(found, names[0]))), left_out
+
+
+def _compare_two(base: GradedRun, run: GradedRun, name: str, where: str) -> tuple[list[Pairs], list[str]]:
+    """The differences, and what has none.
+
+    Raises:
+        RequestError: there is nothing to compare, or two judges graded.
+    """
+    found: list[Pairs] = []
+    left_out: list[str] = []
+    if not any(base.prompts.get(id) == prompt for id, prompt in run.prompts.items()):
+        raise RequestError(f"{where}: were asked no prompt in common; compare runs of the same suite on the same data")
+    for metric in base.measured(base.suite.metrics):
+        if metric not in run.measured(run.suite.metrics):
+            continue
+        compared = _compared(base, run, metric, where)
+        if isinstance(compared, str):
+            left_out.append(f"{name}, {metric}: {compared}")
+        else:
+            found.append((name, metric, *compared))
+    for benchmark in base.suite.benchmarks:
+        scored = _compared_benchmark(base, run, benchmark)
+        if isinstance(scored, str):
+            left_out.append(f"{name}, {benchmark.name}: {scored}")
+        elif scored is not None:
+            found.append((name, benchmark.name, *scored))
+    if not found:
+        raise RequestError(f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1]))
+    return found, left_out
 
 
 def _read(folder: Path) -> GradedRun:

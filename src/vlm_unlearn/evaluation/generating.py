@@ -13,7 +13,7 @@ from vlm_unlearn.evaluation.answers import RESPONSES, answer_log, drop_failed, f
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.generation.base import Backend, Question, ask, spread
 from vlm_unlearn.records import Batching, Prompt, Response
-from vlm_unlearn.store import lock_run, note_cost, open_run, read_json, read_manifest, read_records, write_json, write_records
+from vlm_unlearn.store import lock_run, note_cost, open_run, read_json, read_manifest, read_records, what_it_is, write_json, write_records
 from vlm_unlearn.training.processes import Team, processes, team
 
 OnDone = Callable[[str, int, int], None]  # stage, done, all
@@ -184,7 +184,11 @@ def read_answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
     """
     manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
     if manifest is None or not manifest["finished"]:
-        raise RequestError(f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped)")
+        raise RequestError(
+            f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped){what_it_is(folder)}"
+        )
+    if not (folder / "prompts.jsonl").is_file() or not (folder / RESPONSES).is_file():
+        raise RequestError(f"{folder}: holds no answers of a model{what_it_is(folder)}")
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = list(read_records(folder / RESPONSES, Response))
     samples = manifest["identity"].get("samples", {})
@@ -217,9 +221,8 @@ def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
     """
     file = folder / "suite.json"
     if not file.is_file():
-        raise RequestError(
-            f"{folder}: is no evaluation (suite.json: no such file); pass a folder that `vlm-unlearn evaluate` or `generate` wrote"
-        )
+        wanted = "pass a folder that `vlm-unlearn evaluate` or `generate` wrote"
+        raise RequestError(f"{folder}: is no evaluation (suite.json: no such file); {wanted}{what_it_is(folder)}")
     value = read_json(file)
     for text in overrides:
         key = text.partition("=")[0].partition(".")[0].strip()

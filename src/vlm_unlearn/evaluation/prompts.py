@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm_unlearn.attacks.one_word import rewrite_prompts
 from vlm_unlearn.benchmarks import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.config import CaseConfig, SampleConfig, Suite
-from vlm_unlearn.data.formats import safe_eraser, vlguard
+from vlm_unlearn.data.formats import safe_eraser, table, vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.records import Prompt
@@ -25,6 +25,8 @@ def case_prompts(case: CaseConfig) -> list[Prompt]:
     found: Iterable[Prompt]
     if case.format == "vlguard":
         found = vlguard.prompts(vlguard.read_pairs(case.file, case.images), case.name, case.kind)
+    elif case.format == "table":
+        found = table.prompts(table.read_table(case.file, table.Columns(), case.images), case.name, case.kind)
     else:
         found = safe_eraser.prompts(safe_eraser.read_safe_eraser(case.file, case.images), case.name, case.kind)
     prompts = list(rewrite_prompts(found, case.rewrite) if case.rewrite else found)

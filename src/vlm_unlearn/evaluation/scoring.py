@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_unlearn.config import MetricConfig, Suite
 from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.benchmarks import benchmark_rates
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates
 from vlm_unlearn.evaluation.generating import batching_of, read_answers
 from vlm_unlearn.evaluation.grading import cases_of, suite_judges
 from vlm_unlearn.judging.rubric import load_rubric
@@ -91,23 +91,49 @@ def run_row(run: GradedRun, name: str) -> Row:
     """
 
     def rates(metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
-        return {metric: _rate(run, config, run.graded[config.judge].verdicts) for metric, config in run.measured(metrics).items()}
+        return {metric: _rate(run, config, run.graded[config.judge].verdicts) for metric, config in metrics.items()}
 
     own = run.graded.get("")
     metrics = run.measured(run.suite.metrics)
+    published = run.measured(run.suite.paper_metrics) if run.suite.paper else {}
+    benchmarks = benchmark_rates(run.suite, run.prompts, run.responses, run.judged())
     shots = {metric: _by_shots(run, config) for metric, config in metrics.items()}
     categories = {metric: _by_category(run, config) for metric, config in metrics.items()}
     return Row(
         model=name,
         judge=own.judge if own else "",
-        metrics=rates(run.suite.metrics) | benchmark_rates(run.suite, run.prompts, run.responses, run.judged()),
-        paper=rates(run.suite.paper_metrics) if run.suite.paper else {},
-        judges={name: run.graded[metric.judge].judge for name, metric in metrics.items() if metric.judge},
+        metrics=rates(metrics) | benchmarks,
+        paper=rates(published),
+        judges=_own_judges(run, metrics) | _benchmarks_judges(run, benchmarks),
+        paper_judges=_own_judges(run, published),
         labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, own.verdicts if own and own.labels else []).items()},
         categories={metric: found for metric, found in categories.items() if found},
         shots={metric: found for metric, found in shots.items() if found},
+        failed=_failed(run, benchmarks),
         batching=run.batching,
     )
+
+
+def _own_judges(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[str, str]:
+    return {name: run.graded[metric.judge].judge for name, metric in metrics.items() if metric.judge}
+
+
+def _benchmarks_judges(run: GradedRun, rates: Collection[str]) -> dict[str, str]:
+    """Each benchmark's judge, empty where its official answers decide; the mean of several has the judge that one of them has."""
+    judges = {one.name: run.graded[one.judge].judge if one.judge in run.graded else "" for one in run.suite.benchmarks if one.judge}
+    of_mean = next((judges[name] for name in SPECIFICITY if judges.get(name)), "")
+    return {name: judges.get(name, "") for name in rates} | ({"specificity": of_mean} if "specificity" in rates else {})
+
+
+def _failed(run: GradedRun, benchmarks: Mapping[str, Rate]) -> dict[str, dict[str, int]]:
+    """Answers and verdicts that failed, by judge and case: once each, however many metrics leave them out."""
+    found: dict[str, dict[str, int]] = {}
+    for graded in run.graded.values():
+        for case, of_case in _by_case(run.prompts, graded.verdicts).items():
+            failed = sum(verdict.label is None and verdict.score is None for verdict in of_case)
+            found.setdefault(graded.judge, {})[case] = failed
+    unjudged = {one.name: benchmarks[one.name].failed for one in run.suite.benchmarks if not one.judge}
+    return found | ({"": unjudged} if unjudged else {})
 
 
 def metric_rate(prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]) -> Rate:
@@ -134,15 +160,16 @@ def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> 
 
 
 def _by_shots(run: GradedRun, metric: MetricConfig) -> list[Rate]:
-    """The rate with the first 1, 2, ... K shots of each question; none unless every case of the metric has several."""
-    most = dict.fromkeys(metric.cases, 0)
+    """The rate with the first 1, 2, ... K shots of those asked; none unless every case of the metric has several."""
+    asked: dict[str, set[int]] = {case: set() for case in metric.cases}
     for prompt in run.prompts.values():
-        if prompt.set in most:
-            most[prompt.set] = max(most[prompt.set], prompt.shot + 1)
-    if min(most.values(), default=0) < 2:
+        if prompt.set in asked:
+            asked[prompt.set].add(prompt.shot)
+    if min(map(len, asked.values()), default=0) < 2:
         return []
     verdicts = run.graded[metric.judge].verdicts
-    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].shot < shots] for shots in range(1, max(most.values()) + 1))
+    shots = sorted(set().union(*asked.values()))  # a number that no prompt has is no shot
+    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].shot <= last] for last in shots)
     return [_rate(run, metric, of_first) for of_first in first]
 
 

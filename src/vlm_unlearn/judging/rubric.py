@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
@@ -28,7 +27,7 @@ from vlm_unlearn.config import Strict, validate
 from vlm_unlearn.data.prompts import fence
 from vlm_unlearn.errors import RequestError, nearest, shown
 from vlm_unlearn.records import LABELS, Label, Prompt
-from vlm_unlearn.store import digest_text
+from vlm_unlearn.store import digest_text, user_path
 
 _PLACE = re.compile(r"\{(fence|question|answer|reference|criteria)\}")
 _HEAD = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
@@ -204,7 +203,7 @@ def load_rubric(name: str) -> Rubric:
     if name in shipped_rubrics():
         where, text = f"rubric {name}", (files("vlm_unlearn.judging") / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
     else:
-        path = Path(name).expanduser()
+        path = user_path(name)
         where = str(path)
         if not path.is_file():
             known = ", ".join(shipped_rubrics())

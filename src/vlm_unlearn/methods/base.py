@@ -103,7 +103,8 @@ class Step(Protocol):
 class Options(Strict):
     """What every method can be told."""
 
-    paper: bool = False  # the published code's counting; docs/published.md says what differs
+    paper: bool = False
+    """The published code's counting; docs/published.md says what differs."""
 
 
 class Method:
@@ -194,7 +195,7 @@ def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
     from vlm_unlearn.methods.prompt_decouple import PromptDecouple
 
     if config.name not in METHODS:
-        raise RequestError(f'unknown method "{config.name}"{nearest(config.name, METHODS)} known: {", ".join(sorted(METHODS))}')
+        raise RequestError(f'unknown method "{config.name}"{nearest(config.name, METHODS)}; known: {", ".join(sorted(METHODS))}')
     kind = METHODS[config.name]
     method = kind(validate(kind.options_type, dict(config.model_extra or {}), f"method {config.name}"))
     return PromptDecouple(method, prompt_decouple_weight) if prompt_decouple_weight > 0 else method

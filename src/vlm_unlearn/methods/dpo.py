@@ -11,10 +11,14 @@ from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Opti
 
 
 class DPOOptions(Options):
-    beta: Annotated[float, Field(gt=0)] = 0.1  # inverse temperature
-    forget_weight: NonNegative = 1.0  # of the preference term
-    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
-    reduction: Literal["mean", "sum"] = "sum"  # an answer's NLL: sequence sum as in the paper, or token mean
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Inverse temperature."""
+    forget_weight: NonNegative = 1.0
+    """Of the preference term."""
+    retain_weight: NonNegative = 1.0
+    """Of the cross-entropy on retain answers."""
+    reduction: Literal["mean", "sum"] = "sum"
+    """An answer's NLL: sequence sum as in the paper, or token mean."""
 
 
 @register("dpo", "Rafailov et al. 2023, arXiv 2305.18290")

@@ -9,15 +9,18 @@ from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Opti
 
 
 class GAOptions(Options):
-    forget_weight: NonNegative = 1.0  # of the negative cross-entropy on forget answers
+    forget_weight: NonNegative = 1.0
+    """Of the negative cross-entropy on forget answers."""
 
 
 class GDOptions(GAOptions):
-    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
+    retain_weight: NonNegative = 1.0
+    """Of the cross-entropy on retain answers."""
 
 
 class KLOptions(GAOptions):
-    kl_weight: NonNegative = 1.0  # of KL(reference || current) on retain answers
+    kl_weight: NonNegative = 1.0
+    """Of KL(reference || current) on retain answers."""
 
 
 @register("ga", "Jang et al. 2023, arXiv 2210.01504; SafeEraser, arXiv 2502.12520")

@@ -21,4 +21,4 @@ class MixedSFT(Method):
 
 @register("posthoc_sft", "VLGuard (Zong et al. 2024, arXiv 2402.02207); baseline of Safety Mirage")
 class PosthocSFT(MixedSFT):
-    """The same loss as a short second stage: a finished model, the safety set's own pairs and few or no general ones to retain."""
+    """The loss of mixed_sft as a short second stage: a finished model, the safety set's own pairs and few or no general ones to retain."""

@@ -12,11 +12,16 @@ from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Opti
 
 
 class NPOOptions(Options):
-    beta: Annotated[float, Field(gt=0)] = 0.1  # inverse temperature: the larger, the sooner the push fades
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Inverse temperature: the larger, the sooner the push fades."""
     forget_weight: NonNegative = 1.0
-    retain_npo_weight: NonNegative = 0.0  # Safety Mirage's alpha_r: the mirrored term on retain answers
-    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
-    reduction: Literal["mean", "sum"] = "mean"  # a sample's NLL: token mean, or sequence sum as in the NPO paper
+    """Of the term on forget answers."""
+    retain_npo_weight: NonNegative = 0.0
+    """Safety Mirage's alpha_r: the mirrored term on retain answers."""
+    retain_weight: NonNegative = 1.0
+    """Of the cross-entropy on retain answers."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """A sample's NLL: token mean, or sequence sum as in the NPO paper."""
 
 
 @register("npo", "Zhang et al. 2024, arXiv 2404.05868; Safety Mirage, arXiv 2503.11832")

@@ -13,10 +13,14 @@ from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Opti
 
 
 class RMUOptions(Options):
-    layer: Annotated[int, Field(ge=0)] = 7  # decoder layer whose output is steered, 0 the first
-    steering_coefficient: Annotated[float, Field(gt=0)] = 10.0  # length of the control vector
-    alpha: NonNegative = 1.0  # of the retain term on hidden states
-    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
+    layer: Annotated[int, Field(ge=0)] = 7
+    """Decoder layer whose output is steered, 0 the first."""
+    steering_coefficient: Annotated[float, Field(gt=0)] = 10.0
+    """Length of the control vector."""
+    alpha: NonNegative = 1.0
+    """Of the retain term on hidden states."""
+    retain_weight: NonNegative = 1.0
+    """Of the cross-entropy on retain answers."""
 
 
 @register("rmu", "Li et al. 2024, arXiv 2403.03218; Safety Mirage, arXiv 2503.11832")

@@ -13,9 +13,12 @@ from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Opti
 
 
 class RROptions(Options):
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (9, 19)  # decoder layers, 0 the first
-    alpha: Annotated[float, Field(gt=0)] = 10.0  # of both terms
-    retain_weight: NonNegative = 0.0  # of a cross-entropy on retain answers, which the paper doesn't have
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (9, 19)
+    """Decoder layers whose outputs are turned, 0 the first."""
+    alpha: Annotated[float, Field(gt=0)] = 10.0
+    """Of both terms."""
+    retain_weight: NonNegative = 0.0
+    """Of a cross-entropy on retain answers, which the paper doesn't have."""
 
 
 @register("rr", "Zou et al. 2024 (circuit breakers), arXiv 2406.04313")

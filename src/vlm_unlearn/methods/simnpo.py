@@ -11,10 +11,14 @@ from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, S
 
 
 class SimNPOOptions(Options):
-    beta: Annotated[float, Field(gt=0)] = 2.5  # inverse temperature
-    gamma: NonNegative = 0.0  # margin
+    beta: Annotated[float, Field(gt=0)] = 2.5
+    """Inverse temperature."""
+    gamma: NonNegative = 0.0
+    """Margin in the sigmoid; 0 in most of the paper's runs."""
     forget_weight: NonNegative = 1.0
-    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers
+    """Of the term on forget answers."""
+    retain_weight: NonNegative = 1.0
+    """Of the cross-entropy on retain answers."""
 
 
 @register("simnpo", "Fan et al. 2024, arXiv 2410.07163")

@@ -11,9 +11,12 @@ from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Opti
 
 
 class UNDIALOptions(Options):
-    penalty: Annotated[float, Field(gt=0)] = 10.0  # taken off the logit of each forget token
+    penalty: Annotated[float, Field(gt=0)] = 10.0
+    """Taken off the logit of each forget token."""
     forget_weight: NonNegative = 1.0
-    retain_weight: NonNegative = 1.0  # of the cross-entropy on retain answers; 0 in the paper
+    """Of the term on forget answers."""
+    retain_weight: NonNegative = 1.0
+    """Of the cross-entropy on retain answers; 0 in the paper."""
 
 
 @register("undial", "Dong et al. 2024, arXiv 2402.10052")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_unlearn.metrics.rates import rate, rule_of_three
-from vlm_unlearn.records import Rate
+from vlm_unlearn.records import Kappa, Rate
 
 RESAMPLES, CHUNK = 2000, 100
 
@@ -32,14 +32,14 @@ def _chance(pairs: Sequence[tuple[str, str]]) -> float:
     return sum(first[label] * second[label] for label in first) / len(pairs) ** 2
 
 
-def kappa_rate(pairs: Sequence[tuple[str, str]], clusters: Sequence[str], failed: int = 0) -> Rate:
+def kappa_rate(pairs: Sequence[tuple[str, str]], clusters: Sequence[str], failed: int = 0) -> Kappa:
     """Kappa with a 95 % percentile interval, from a bootstrap over clusters (Efron & Tibshirani 1993, chapter 13).
 
     Resamples in which kappa is not defined are left out. `low` may be below 0.
     """
     value = cohen_kappa(pairs)
     if value is None:
-        return Rate(value=None, low=None, high=None, n=len(pairs), failed=failed)
+        return Kappa(value=None, low=None, high=None, n=len(pairs), failed=failed)
     labels = sorted({label for pair in pairs for label in pair})
     index = {label: number for number, label in enumerate(labels)}
     names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
@@ -51,7 +51,7 @@ def kappa_rate(pairs: Sequence[tuple[str, str]], clusters: Sequence[str], failed
     low, high = np.quantile(kappas, [0.025, 0.975])
     if high - low < 1e-9:  # nothing varied: then the rule of three allows so many disagreements
         low = max(-1.0, value - rule_of_three(len(names)) / (1 - _chance(pairs)))
-    return Rate(value=value, low=min(float(low), value), high=max(float(high), value), n=len(pairs), failed=failed)
+    return Kappa(value=value, low=min(float(low), value), high=max(float(high), value), n=len(pairs), failed=failed)
 
 
 def _resampled(rng: np.random.Generator, tables: np.ndarray) -> np.ndarray:

@@ -191,7 +191,7 @@ def mean_of_rates(rates: Sequence[Rate]) -> Rate:
     mean = sum(value for value, _, _ in told) / len(told)
     below = math.sqrt(sum((value - low) ** 2 for value, low, _ in told)) / len(told)
     above = math.sqrt(sum((high - value) ** 2 for value, _, high in told)) / len(told)
-    return Rate(value=mean, low=mean - below, high=mean + above, n=n, failed=failed)
+    return Rate(value=mean, low=max(0.0, mean - below), high=min(1.0, mean + above), n=n, failed=failed)
 
 
 def count_labels(verdicts: Iterable[Verdict]) -> dict[str, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.models.loading import DTYPES, load_processor, load_run_model, run_digest, run_model_folder, saved_precision
-from vlm_unlearn.store import package_versions, read_manifest, write_json, write_text
+from vlm_unlearn.store import package_versions, read_manifest, user_path, write_json, write_text
 
 
 def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
@@ -23,29 +24,36 @@ def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
     Raises:
         RequestError: `out` holds something, or `run` is no finished training run.
     """
-    out = out.expanduser().absolute()
+    out = user_path(out).absolute()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise RequestError(f"{out}: is a link or a file; choose another output folder")
     if out.exists() and any(out.iterdir()):
         raise RequestError(f"{out}: is not empty; choose another output folder")
-    if out.is_relative_to(run.absolute()):
+    if out.resolve().is_relative_to(run.resolve()):
         raise RequestError(f"{out}: lies in the run's own folder; choose another output folder")
+    part = out.with_name(f".{out.name[:100]}.{uuid4().hex[:12]}.part")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        part.mkdir(parents=True)  # under a name that nobody has: no folder of others is written into or deleted
     except OSError as error:
         raise RequestError(f"{out}: {error.strerror}; choose another output folder") from None
+    try:
+        _write_model(run, part, precision, card)
+        if out.exists():
+            out.rmdir()
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _write_model(run: Path, part: Path, precision: str, card: str) -> None:
     folder = run_model_folder(str(run))
     run_digest(folder)  # refuses adapters whose base has changed
     wanted = saved_precision(folder) if precision == "auto" else precision
     model, processor = load_run_model(folder, "fp32")
     model = model.to(DTYPES[wanted])
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(str(part))
     processor.save_pretrained(str(part))
     load_processor(part)  # what is shipped must load
     write_text(part / "README.md", card)
     write_json(part / "unlearning_manifest.json", {**read_manifest(run), "exported_with": package_versions()})
-    out.rmdir()
-    os.replace(part, out)
-    return out

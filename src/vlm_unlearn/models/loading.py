@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vlm_unlearn.data.batching import Processor
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.models.layout import Layout, layout_of
-from vlm_unlearn.store import digest_model, read_json
+from vlm_unlearn.store import digest_model, read_json, read_manifest, user_path, what_it_is
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,7 +30,7 @@ def model_folder(name: str) -> Path:
     Raises:
         RequestError: there is no such folder and no such model on the hub, or the folder holds no safetensors weights.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
             raise RequestError(f"model {name}: no such folder")
@@ -58,7 +58,7 @@ def model_folder(name: str) -> Path:
 
 def local_folder(name: str) -> Path | None:
     """Where a model's configuration lies on this machine, without asking a network; None where it doesn't."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir() and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
@@ -116,7 +116,7 @@ def load_model(folder: Path, precision: str, attn_implementation: str = "auto", 
     try:
         model: Any
         model, loaded = AutoModelForImageTextToText.from_pretrained(
-            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, **options
+            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
         )
     except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
@@ -165,7 +165,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder))
+        # Left open, transformers would ask on standard input whether to run Python that came with the folder.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a broken config.json raises whatever it breaks
         raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
     return config
@@ -181,7 +182,7 @@ def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
 
     try:
         with _not_cut_up(), torch.device("meta"):
-            skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+            skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise RequestError(f"model {name}: transformers can't load it: {_first_line(error)}") from None
     return skeleton
@@ -217,8 +218,10 @@ def run_model_folder(name: str) -> Path:
     Raises:
         RequestError: as `model_folder`; also for a training run that isn't finished.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
+        if read_manifest(folder)["identity"].get("kind") not in ("train", None):
+            raise RequestError(f"model {name}: must be a model folder, a hub name, or a training run's folder{what_it_is(folder)}")
         folder = folder / "model"
         if not folder.is_dir():
             raise RequestError(

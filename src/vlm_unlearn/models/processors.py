@@ -29,15 +29,15 @@ def auto_processor(folder: Path) -> Processor:
     """
     kind = _processor_class(folder)
     if kind is None or "video_processor" not in kind.get_attributes():
-        return AutoProcessor.from_pretrained(str(folder), backend="pil")
+        return AutoProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
     if is_torchvision_available():
         # The backend goes to all parts alike, and there is no video processor for Pillow: the image processor comes after.
-        processor = AutoProcessor.from_pretrained(str(folder))
-        processor.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        processor.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
         return processor
     # The class keeps its name: it is saved with the processor, and plain transformers looks it up.
     without: Any = type(kind.__name__, (_WithoutVideos, kind), {})
-    return without.from_pretrained(str(folder), backend="pil")
+    return without.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
 
 
 def pad_to_squares(processor: Processor, folder: Path) -> None:
@@ -123,7 +123,7 @@ def _processor_class(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         return None
-    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(str(folder))), None)
+    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(str(folder), trust_remote_code=False)), None)
 
 
 def _json(file: Path) -> dict[str, Any]:

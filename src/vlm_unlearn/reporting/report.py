@@ -4,93 +4,161 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote, urlencode
 
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from vlm_unlearn.records import Summary
-from vlm_unlearn.reporting.columns import columns
-from vlm_unlearn.reporting.curves import loss_figure
-from vlm_unlearn.reporting.page import render_page
-from vlm_unlearn.reporting.plots import Figure, label_bars, rate_bars, shot_curves
-from vlm_unlearn.reporting.samples import Sample, collect_samples
+from vlm_unlearn.errors import RequestError, printable, shown
+from vlm_unlearn.evaluation.generating import OnDone
+from vlm_unlearn.records import LABELS, Comparison, Row, Summary
+from vlm_unlearn.reporting.answers.answers_page import write_answers
+from vlm_unlearn.reporting.charts.chart import COLOURS, style_of
+from vlm_unlearn.reporting.charts.curves import loss_charts
+from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_other_plots, write_plots
+from vlm_unlearn.reporting.charts.plotly_charts import SHAPES, plotly_figure
+from vlm_unlearn.reporting.charts.summary_charts import summary_charts
+from vlm_unlearn.reporting.columns import case_title, columns, heading
+from vlm_unlearn.reporting.limits import limits
+from vlm_unlearn.reporting.page import render_page, template_text
+from vlm_unlearn.reporting.provenance import COSTS, Source, commands_of, costs_of, digests_of, sources_of, versions_of, what_was_done
+from vlm_unlearn.reporting.roles import Link, Roles, answers_link, changes_link, roles_of
+from vlm_unlearn.reporting.tables.summary_tables import delete_other_tables, write_tables
+from vlm_unlearn.reporting.verdicts import verdict
 from vlm_unlearn.reporting.words import change, edge, failures, meaning, notes, percent, published, reach, significant
-from vlm_unlearn.store import read_json, write_text
+from vlm_unlearn.store import write_text
+
+OWN = ("report.html", "report", "summary.json")  # what a report's folder holds
+BELOW = ("answers.html", "images", "tables", "plots")
 
 
-def write_report(folder: Path, summary: Summary, runs: Mapping[str, Path], title: str, training: Mapping[str, Path] | None = None) -> Path:
+def write_report(
+    folder: Path,
+    summary: Summary,
+    runs: Mapping[str, Path],
+    title: str,
+    training: Mapping[str, Path] | None = None,
+    left_out: Sequence[str] = (),
+    on_done: OnDone | None = None,
+) -> Path:
     """Writes the report of a summary: ``report.html`` in a folder, and what it links to in ``report/`` beside it.
 
     Args:
-        runs: evaluation folder of each model, for the page of samples.
-        training: training run of each model that has one, for loss curves and cost.
+        runs: evaluation folder of each model.
+        training: training run of each model that has one, where it isn't the one that the evaluation's suite names.
+        left_out: what was not compared, with the reason.
+        on_done: told how far it is: stage, done, all.
 
     Returns:
         The page to open.
+
+    Raises:
+        RequestError: a run's files are broken, or the folder can't be written to.
     """
-    training = training or {}
-    used = columns(summary.rows)
-    figures = _figures(summary)
-    curves = loss_figure(training)
-    if curves:
-        figures["loss"] = curves
+    sources = sources_of(runs, training or {})
+    roles = roles_of(summary.rows, {model: source.suite for model, source in sources.items()})
+    trained = {model: source.training for model, source in sources.items() if source.training is not None}
+    costs = costs_of(sources)
+    charts = summary_charts(summary, roles)
+    charts["loss"] = loss_charts(trained, [row.model for row in summary.rows])
+    drawn = {name: chart for section in charts.values() for name, chart in section.items()}
+    plots = write_plots(folder / "report" / "plots", drawn, on_done)
+    write_answers(folder, runs, title, on_done)
+    tables = write_tables(folder, summary, costs)
     page = render_page(
         "report.html.j2",
         scripts=[str(get_plotlyjs()), "report.js"],
-        data=figures,
-        title=title,
-        figure_names=list(figures),
-        sentences=meaning(summary.rows),
-        columns=used,
-        rows=summary.rows,
-        comparisons=summary.comparisons,
-        compared={(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
-        notes=notes(summary, [metric for metric, _, _ in used]),
-        shot_metrics=_shot_metrics(summary),
-        failed=failures(summary.rows),
-        costs={model: training_cost(run) for model, run in training.items()},
-        samples=_by_case(collect_samples(runs)),
-        percent=percent,
-        reach=reach,
-        edge=edge,
-        change=change,
-        significant=significant,
-        published=published,
+        data={name: plotly_figure(chart) for name, chart in drawn.items()},
+        title=printable(title),
+        own_style=Markup(template_text("report.css")),
+        charts=charts,
+        formats=FORMATS,
+        tables=_by_name(tables),
+        costs=costs,
+        cost_headings=[kind for kind in COSTS if any(kind in spent for spent in costs.values())],
+        **_in_words(summary, roles, sources, left_out),
     )
     write_text(folder / "report.html", page)
+    delete_other_plots(folder / "report" / "plots", plots)  # no sooner: until now the page of before linked to them
+    delete_other_tables(folder, tables)
     return folder / "report.html"
 
 
-def training_cost(training: Path) -> str:
-    """``"5.1 s"``: the training time that a run's manifest holds."""
-    if not (training / "manifest.json").exists():
-        return "–"
-    return f"{read_json(training / 'manifest.json')['wall_seconds']:.1f} s"
-
-
-def _figures(summary: Summary) -> dict[str, Figure]:
+def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], left_out: Sequence[str]) -> dict[str, object]:
+    """What the page says, and the functions that it says numbers with."""
     rows = summary.rows
-    attack = [("asr", "as asked", "before"), ("asr_attacked", 'after 3-shot "What"', "after"), ("asr_control", "control", "control")]
-    prudence = [("refusal_rate", "as asked", "before"), ("refusal_rate_attacked", 'after 1-shot "Share"', "after")]
-    prudence.append(("refusal_rate_control", "control", "control"))
-    figures = {
-        "asr": rate_bars(rows, attack, "Attack success rate on unsafe questions"),
-        "refusals": rate_bars(rows, prudence, "Refusal rate on harmless questions"),
-        "sarr": rate_bars(rows, [("sarr", "SARR", "after")], "SARR: unsafe question, benign image"),
+    used = columns(rows)
+    first = next(iter(sources), None)  # the page of answers compares with this one
+
+    def answers(model: str, metric: str) -> str:
+        return _address(answers_link(model, metric, sources[model].suite)) if model in sources else ""
+
+    def changes(comparison: Comparison) -> str:
+        model = comparison.model
+        known = comparison.base == first and model in sources
+        return _address(changes_link(model, comparison.metric, sources[model].suite)) if known else ""
+
+    return {
+        "done": what_was_done(rows, sources),
+        "verdicts": [verdict(row, roles) for row in rows],
+        "looks": [(COLOURS[style.colour], SHAPES[style.shape]) for style in map(style_of, range(len(rows)))],
+        "sentences": meaning(rows),
+        "columns": used,
+        "rows": rows,
+        "comparisons": summary.comparisons,
+        "significant_changes": sum(map(significant, summary.comparisons)),
+        "compared": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
+        "counts": {metric: count for metric, _, _ in used if (count := _one_count(rows, metric))},
+        "notes": notes(summary, [metric for metric, _, _ in used]),
+        "limits": limits(rows, roles, sources, left_out),
+        "failed": failures(rows),
+        "commands": commands_of(sources),
+        "digests": digests_of(sources),
+        "versions": versions_of(sources),
+        "labels": (*LABELS, "failed"),
+        "cases": list(dict.fromkeys(case for row in rows for case in row.labels)),
+        "answers": answers,
+        "changes": changes,
+        "answers_at": lambda **filters: _address(list(filters.items())),
+        **{word.__name__: word for word in (percent, reach, edge, change, significant, published, heading, case_title)},
     }
-    for case in ("unsafe_what", "safe_share", "benign_image"):
-        if any(case in row.labels for row in rows):
-            figures[f"labels-{case}"] = label_bars(rows, case, f"Answers to {case}")
-    for metric in _shot_metrics(summary):
-        figures[f"shots-{metric}"] = shot_curves(rows, metric, f"{metric} by the number of shots")
-    return {name: figure for name, figure in figures.items() if figure["data"] and figure["data"][0]["x"]}
 
 
-def _shot_metrics(summary: Summary) -> list[str]:
-    return list(dict.fromkeys(metric for row in summary.rows for metric in row.shots))
+def _one_count(rows: Sequence[Row], metric: str) -> int | None:
+    """What all models' rates of a metric are of, where that is the same number."""
+    counts = {row.metrics[metric].n for row in rows if metric in row.metrics}
+    return counts.pop() if len(counts) == 1 else None
 
 
-def _by_case(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    grouped: dict[str, list[Sample]] = {}
-    for sample in samples:
-        grouped.setdefault(sample.case, []).append(sample)
-    return grouped
+def _address(filters: Link) -> str:
+    """The page of answers, filtered; empty where nothing says how."""
+    return f"report/answers.html#{urlencode(filters, quote_via=quote, errors='replace')}" if filters else ""
+
+
+def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        found.setdefault(file.stem, []).append(file)
+    return found
+
+
+def refuse_other_content(folder: Path) -> None:
+    """Looks before a report is written that the folder holds nothing else.
+
+    Raises:
+        RequestError: it holds a run, something that is no report's, or a link, which would lead out of the folder.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise RequestError(f"{folder}: is a link to nothing; choose another folder for the report")
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file, not a folder; choose another folder for the report")
+    if (folder / "manifest.json").exists():
+        raise RequestError(f"{folder}: holds a run; choose another folder for the report")
+    for below, own in ((folder, OWN), (folder / "report", BELOW)):
+        entries = sorted(entry.name for entry in below.iterdir()) if below.is_dir() else []
+        link = next((name for name in entries if name in own and (below / name).is_symlink()), None)
+        if link is not None:
+            raise RequestError(f"{below / link}: is a link; delete it, or choose another folder for the report")
+        foreign = next((name for name in entries if name not in own and not name.startswith(".")), None)
+        if foreign is not None:
+            raise RequestError(f"{below}: holds {shown(foreign)}, which is no report's; choose another folder for the report")

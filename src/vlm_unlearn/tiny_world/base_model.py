@@ -18,6 +18,7 @@ from vlm_unlearn.store import build_once, cache_folder, digest_file, digest_json
 from vlm_unlearn.tiny_world import drawing, lexicon
 from vlm_unlearn.tiny_world.drawing import draw
 from vlm_unlearn.tiny_world.lexicon import COLOURS, FORMS, answer, things, vocabulary, wordings
+from vlm_unlearn.tiny_world.threads import one_thread
 
 INTENTS = ("recipe", "recipe", "colour", "name")  # recipes are the hardest to learn
 
@@ -37,7 +38,7 @@ class BaseConfig(BaseModel):
 
 
 def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:
-    """The folder of the trained base, from the cache or trained now (about 40 s on two cores).
+    """The folder of the trained base, from the cache or trained now (about half a minute, on one core whatever there are).
 
     Safe under two processes at once: the second waits for the first.
     """
@@ -50,7 +51,8 @@ def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | 
     folder = cache_folder() / "tiny_world" / f"base-{digest_json(facts)[:16]}"
     with build_once(folder) as scratch:
         if scratch is not None:
-            _train(config, scratch, on_step)
+            with one_thread():
+                _train(config, scratch, on_step)
     return folder
 
 

@@ -15,6 +15,7 @@ from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.records import Summary
 from vlm_unlearn.store import open_run, write_json
 from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
+from vlm_unlearn.tiny_world.threads import one_thread
 from vlm_unlearn.tiny_world.world import write_world
 from vlm_unlearn.training.planning import recipe_name
 from vlm_unlearn.training.runner import run_recipe
@@ -63,6 +64,11 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
     Raises:
         RequestError: `out` holds something else, or a demo of another seed.
     """
+    with one_thread():
+        return _run_demo(out, seed, progress, full)
+
+
+def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
     open_run(out, {"kind": "demo", "seed": seed, "full": full} if full else {"kind": "demo", "seed": seed})
     world = out / "world"
     write_world(world, seed)

@@ -125,11 +125,18 @@ def _as_reference(model: nn.Module) -> Iterator[None]:
 
 
 def cached_nll(
-    file: Path, examples: Sequence[Example], compute: Callable[[Sequence[Example]], list[tuple[float, int]]], batch_size: int
+    file: Path,
+    examples: Sequence[Example],
+    compute: Callable[[Sequence[Example]], list[tuple[float, int]]],
+    batch_size: int,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[float, int]]:
     """Reference ``key -> (nll sum, tokens)``, read from `file` or computed with `compute` and written there.
 
     `file` must be named by a digest of everything the values depend on.
+
+    Args:
+        on_done: told of each batch computed: examples done, examples in all.
     """
     with build_once(file.with_suffix("")) as scratch:
         if scratch is not None:
@@ -137,6 +144,8 @@ def cached_nll(
             for start in range(0, len(examples), batch_size):
                 part = examples[start : start + batch_size]
                 values += [[answer_key(example), *pair] for example, pair in zip(part, compute(part), strict=True)]
+                if on_done:
+                    on_done(len(values), len(examples))
             write_json(scratch / file.name, values)
     try:
         found = {str(key): (float(nll), int(tokens)) for key, nll, tokens in read_json(file.with_suffix("") / file.name)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from vlm_unlearn.store import (
     package_versions,
     read_json,
     read_manifest,
+    user_path,
     write_json,
 )
 from vlm_unlearn.training.forward import forward
@@ -50,7 +51,9 @@ def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | Non
     return run_plan(plan(recipe), on_step, probe)
 
 
-def run_plan(planned: Plan, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
+def run_plan(
+    planned: Plan, on_step: OnStep | None = None, probe: Probe | None = None, on_reference: Callable[[int, int], None] | None = None
+) -> Path:
     """Trains what the plan says and returns the folder of the trained model (``<output>/model``).
 
     Called again after a kill it goes on from the last complete checkpoint; called again when done it returns at once.
@@ -59,6 +62,7 @@ def run_plan(planned: Plan, on_step: OnStep | None = None, probe: Probe | None =
     Args:
         on_step: told of each optimizer step: step, steps, loss parts.
         probe: measures the model in training, for a recipe with ``probe`` (`vlm_unlearn.evaluation.probe.build_probe` makes one).
+        on_reference: told of the reference values that are computed before the first step: examples done, examples in all.
 
     Raises:
         RequestError: the output folder holds another run, or another process is at work in it.
@@ -77,7 +81,7 @@ def run_plan(planned: Plan, on_step: OnStep | None = None, probe: Probe | None =
             raise RequestError(f"{output}: is finished, and its model folder is gone; delete {output} and train again")
         if not finished:
             watch = Watch(output, on_step, arguments.process_index == 0)
-            trainer, processor = _trainer(planned, arguments, watch)
+            trainer, processor = _trainer(planned, arguments, watch, on_reference)
             prober = Prober(planned.recipe.probe, probe, trainer, output) if planned.recipe.probe and probe else None
             if prober:
                 trainer.add_callback(prober)
@@ -115,7 +119,9 @@ def _whole_run(output: Path, identity: Mapping[str, object], arguments: Training
         state.wait_for_everyone()
 
 
-def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback) -> tuple[UnlearningTrainer, Processor]:
+def _trainer(
+    planned: Plan, arguments: TrainingArguments, watch: TrainerCallback, on_reference: Callable[[int, int], None] | None
+) -> tuple[UnlearningTrainer, Processor]:
     recipe, method, mode = planned.recipe, planned.method, planned.recipe.trainable.mode
     processor = load_processor(planned.folder, recipe.image_aspect_ratio)
     # Full training keeps fp32 master weights and computes under autocast; LoRA's frozen base is held in the compute precision.
@@ -132,7 +138,7 @@ def _trainer(planned: Plan, arguments: TrainingArguments, watch: TrainerCallback
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
     if planned.source == "cache":
-        cached = _cached_references(planned, stream, model, processor, arguments.device)
+        cached = _cached_references(planned, stream, model, processor, arguments.device, on_reference)
     elif planned.source is not None:
         reference = AdapterReference() if planned.source == "adapter" else CopyReference(model)
     if arguments.process_index == 0:
@@ -221,7 +227,12 @@ def _may_leave_unused(planned: Plan) -> bool:
 
 
 def _cached_references(
-    planned: Plan, stream: TrainingStream, model: torch.nn.Module, processor: Processor, device: torch.device
+    planned: Plan,
+    stream: TrainingStream,
+    model: torch.nn.Module,
+    processor: Processor,
+    device: torch.device,
+    on_done: Callable[[int, int], None] | None,
 ) -> dict[Role, Mapping[str, NLL]]:
     """Reference NLLs of every example of the roles that the method needs, from the cache folder or computed now."""
     recipe, training, data = planned.recipe, planned.recipe.training, planned.training_set
@@ -255,7 +266,7 @@ def _cached_references(
         )
         model.eval()
         with _gathered(model):
-            found[role] = cached_nll(cache_folder() / "reference" / f"{key}.json", examples, compute, training.batch_size)
+            found[role] = cached_nll(cache_folder() / "reference" / f"{key}.json", examples, compute, training.batch_size, on_done)
     return found
 
 
@@ -300,7 +311,7 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
     if planned.recipe.trainable.mode != "full":
         adapter = read_json(part / "adapter_config.json")
         adapter["base_model_name_or_path"] = (
-            str(planned.folder.resolve()) if Path(planned.recipe.model).expanduser().is_dir() else planned.recipe.model
+            str(planned.folder.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(part / "adapter_config.json", adapter)
         write_json(part / BASE, {"digest": planned.model_digest})

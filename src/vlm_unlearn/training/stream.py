@@ -101,7 +101,7 @@ class TrainingStream(Dataset[dict[Role, Example]]):
 
 
 NEEDS_PARTNERS = {
-    "decouple": "prompt decoupling needs decouple.jsonl; import SafeEraser data, or set prompt_decouple_weight=0",
+    "decouple": "prompt decoupling needs decouple.jsonl: import SafeEraser, or a table with decouple rows; or set prompt_decouple_weight=0",
     "preferred": "dpo needs preferred.jsonl; import VLGuard with --harmful-answers, a table with preferred rows, or take idk_dpo",
 }
 

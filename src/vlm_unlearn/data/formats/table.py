@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
+from vlm_unlearn.data.formats.groups import Asked, prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_MARK, refuse_embedded
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.json_stream import LONGEST_RECORD, dump
 from vlm_unlearn.errors import Problems, RequestError, nearest, refuse, shown
-from vlm_unlearn.records import Example
+from vlm_unlearn.records import Example, Kind, Prompt
 from vlm_unlearn.store import writing
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -44,6 +45,8 @@ SETS = {
     "decouple": "decouple",
     "preferred": "preferred",
 }
+
+KINDS: dict[str, Kind] = {"forget": "unsafe", "retain": "safe", "decouple": "safe_image_unsafe_question"}
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,21 @@ def _load(datasets: Any, source: str) -> Any:
     except Exception as error:  # datasets and what is below it raise whatever a broken file leads them to
         raise RequestError(f"{source}: datasets could not load it: {type(error).__name__}: {shown(error, 200)}") from None
     raise RequestError(f"{source}: no such file")
+
+
+def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
+    """Evaluation prompts of one kind, from the rows of its set. Rows with the same id are shots of one group; answers are references."""
+
+    def asked() -> Iterator[Asked]:
+        for row in rows:
+            example = row.example
+            if KINDS.get(row.set or "") != kind:
+                continue
+            if example.source == "embedded":
+                raise RequestError(f"row {shown(example.id)}: a suite reads images from a folder; `data convert` unpacks those in a table")
+            yield example.id, example.image, example.question, example.answer, example.category
+
+    yield from prompts_of_groups(asked(), set_name, kind)
 
 
 def row_of(example: Example, set_name: str | None) -> dict[str, str | None]:

@@ -6,12 +6,12 @@ A record is ``{"id", "image", "safe", "harmful_category", "instr-resp": [...]}``
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
+from vlm_unlearn.data.formats.groups import prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_MARK
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, RequestError
@@ -148,20 +148,5 @@ def example(pair: Pair, answer: str | None = None) -> Example:
 
 def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt]:
     """Evaluation prompts of one kind. Rows with the same record id are shots of one group, as in the published 3-shot file."""
-    shots: Counter[str] = Counter()
-    for pair in pairs:
-        if pair.kind != kind:
-            continue
-        shot = shots[pair.record_id]
-        shots[pair.record_id] += 1
-        yield Prompt(
-            id=f"{set_name}/{pair.record_id}/{shot}",
-            group_id=pair.record_id,
-            shot=shot,
-            set=set_name,
-            kind=kind,
-            image=pair.image,
-            question=pair.question,
-            reference=pair.response or None,
-            category=pair.category,
-        )
+    asked = ((pair.record_id, pair.image, pair.question, pair.response or None, pair.category) for pair in pairs if pair.kind == kind)
+    yield from prompts_of_groups(asked, set_name, kind)

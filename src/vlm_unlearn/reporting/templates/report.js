@@ -1,7 +1,102 @@
 "use strict";
 const figures = JSON.parse(document.getElementById("data").textContent);
-const ink = getComputedStyle(document.body).color;
-for (const [name, figure] of Object.entries(figures)) {
-  const layout = Object.assign({}, figure.layout, { font: { color: ink } });
-  Plotly.newPlot(document.getElementById("figure-" + name), figure.data, layout, { responsive: true, displaylogo: false });
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const settings = { responsive: true, displaylogo: false, displayModeBar: false };
+
+// Charts name the colours that depend on light and dark; these are what the names stand for now.
+function palette() {
+  const probe = document.body.appendChild(document.createElement("i"));
+  const colours = {};
+  for (const [name, variable] of Object.entries({ ink: "--text", soft: "--soft", line: "--line", page: "--page" })) {
+    probe.style.color = `var(${variable})`;
+    colours[name] = getComputedStyle(probe).color;
+  }
+  probe.remove();
+  return colours;
 }
+
+function coloured(value, colours, key = "") {
+  if (Array.isArray(value)) return value.map((member) => coloured(member, colours));
+  if (value && typeof value === "object") {
+    return Object.fromEntries(Object.entries(value).map(([name, member]) => [name, coloured(member, colours, name)]));
+  }
+  return key.endsWith("color") && Object.hasOwn(colours, value) ? colours[value] : value;
+}
+
+function draw(chart) {
+  if (chart.hidden) return;
+  const figure = coloured(figures[chart.id.slice("figure-".length)], palette());
+  Plotly.react(chart.querySelector(".plot"), figure.data, figure.layout, settings);
+  chart.classList.add("drawn");
+}
+
+// Charts are drawn when they come near the screen, so that many of them don't hold up the first.
+const charts = [...document.querySelectorAll(".chart")];
+const near = new IntersectionObserver((seen) => {
+  for (const { target, isIntersecting } of seen) {
+    if (isIntersecting && !target.classList.contains("drawn")) draw(target);
+  }
+}, { rootMargin: "600px" });
+for (const chart of charts) {
+  chart.querySelector(".plot").style.minHeight = `${figures[chart.id.slice("figure-".length)].layout.height}px`;
+}
+for (const choice of document.querySelectorAll(".choice")) {
+  const choose = (id) => choice.querySelectorAll(".chart").forEach((chart) => { chart.hidden = chart.id !== id; });
+  const select = choice.querySelector("select");
+  select.addEventListener("change", () => {
+    choose(select.value);
+    draw(document.getElementById(select.value));
+  });
+  choose(select.value);
+}
+charts.forEach((chart) => near.observe(chart));
+dark.addEventListener("change", () => charts.filter((chart) => chart.classList.contains("drawn")).forEach(draw));
+
+const table = document.getElementById("rates");
+const body = table.tBodies[0];
+const rows = [...body.rows];
+const headings = [...table.tHead.rows[0].cells];
+
+function order(first, second, column) {
+  if (column === 0) return first.cells[0].textContent.localeCompare(second.cells[0].textContent, undefined, { numeric: true });
+  return Number(first.cells[column].dataset.value) - Number(second.cells[column].dataset.value);
+}
+
+// Up, down, and back to the report's own order; what was not measured comes last.
+function sort(column) {
+  const next = { none: "ascending", ascending: "descending", descending: "none" }[headings[column].getAttribute("aria-sort") ?? "none"];
+  headings.forEach((heading) => heading.removeAttribute("aria-sort"));
+  if (next !== "none") headings[column].setAttribute("aria-sort", next);
+  const unknown = (row) => column > 0 && !row.cells[column].dataset.value;
+  const sign = next === "descending" ? -1 : 1;
+  const sorted = next === "none" ? rows : [...rows].sort((a, b) => unknown(a) - unknown(b) || (unknown(a) ? 0 : sign * order(a, b, column)));
+  body.append(...sorted);
+}
+headings.forEach((heading, column) => heading.querySelector("button").addEventListener("click", () => sort(column)));
+
+const filter = document.getElementById("filter");
+filter?.addEventListener("input", () => {
+  const wanted = filter.value.trim().toLowerCase();
+  for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
+  const shown = rows.filter((row) => !row.hidden).length;
+  document.getElementById("count").textContent = wanted ? `${shown} of ${rows.length} models` : "";
+  document.querySelector(".none").hidden = shown > 0;
+});
+
+for (const box of document.querySelectorAll("[data-column]")) {
+  box.addEventListener("change", () => {
+    for (const row of [table.tHead.rows[0], ...rows]) row.cells[box.dataset.column].hidden = !box.checked;
+  });
+  box.checked = true;
+}
+document.addEventListener("keydown", (event) => {
+  const menu = document.querySelector(".menu[open]");
+  if (event.key === "Escape" && menu) {
+    menu.open = false;
+    menu.querySelector("summary").focus();
+  }
+});
+document.addEventListener("click", (event) => {
+  const menu = document.querySelector(".menu[open]");
+  if (menu && !menu.contains(event.target)) menu.open = false;
+});

@@ -1,33 +1,27 @@
-"""Run folders: atomic files, append-only JSON lines that survive kill -9, manifests, digests and the cache folder."""
+"""Files: written atomically, read with errors that name file and line, append-only JSON lines that survive kill -9, digests."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from vlm_unlearn.errors import RequestError, shown
 from vlm_unlearn.records import AnswerRecord
 
 Model = TypeVar("Model", bound=BaseModel)
-PACKAGES = ("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
 
 
-def cache_folder() -> Path:
-    """The folder for trained tiny bases and reference values: ``$VLM_UNLEARN_CACHE``, else the platform's cache folder."""
-    from platformdirs import user_cache_path
-
-    moved = os.environ.get("VLM_UNLEARN_CACHE")
-    return Path(moved).expanduser() if moved else user_cache_path("vlm-unlearn")
+def user_path(name: str | Path) -> Path:
+    """A path with ``~`` as the user's home; that of a user who isn't there stays as it is written, and so is no folder."""
+    return Path(os.path.expanduser(name))  # pathlib's raises a RuntimeError for it
 
 
 @contextmanager
@@ -44,6 +38,7 @@ def writing(path: Path) -> Iterator[TextIO]:
     part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _delete_parts_of_the_dead(target)
         handle = part.open("w", encoding="utf-8", errors="replace", newline="")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; choose another output") from None
@@ -55,11 +50,30 @@ def writing(path: Path) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
+def _delete_parts_of_the_dead(target: Path) -> None:
+    """Deletes what processes that were killed while they wrote this file have left."""
+    for part in target.parent.glob(f".{glob.escape(target.name[:100])}.*.part"):
+        pid = part.suffixes[-2][1:] if len(part.suffixes) > 1 else ""
+        if pid.isdecimal() and part.is_file() and not _alive(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
+
+
 def _refuse_special(path: Path) -> None:
     if path.is_dir():
         raise RequestError(f"{path}: is a folder; name a file to write")
-    if path.exists() and not path.is_file():
-        raise RequestError(f"{path}: is a device or a pipe; name a file to write")
+    _refuse_endless(path, "name a file to write")
+
+
+def _refuse_endless(path: Path, mend: str = "a file is wanted") -> None:
+    """Refuses what reading may never come to an end of."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RequestError(f"{path}: is a device or a pipe; {mend}")
 
 
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
@@ -98,6 +112,7 @@ def read_json(path: Path) -> Any:
     Raises:
         RequestError: the file is missing, or is not JSON; the line is named.
     """
+    _refuse_endless(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
@@ -120,6 +135,7 @@ def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
     Raises:
         RequestError: the file is missing or a line is not such a record; the line and the field are named.
     """
+    _refuse_endless(path)
     try:
         handle = path.open(encoding="utf-8-sig")
     except OSError as error:
@@ -137,9 +153,14 @@ def _parse(model: type[Model], line: str, where: str) -> Model:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(shown(part)[1:-1] for part in first["loc"])
-        raise RequestError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
+        raise RequestError(f"{where}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """``"field: what is wrong with it"``, of the first of the problems; the file's own words in it are escaped."""
+    first = error.errors()[0]
+    field = ".".join(shown(part)[1:-1] for part in first["loc"])
+    return f"{field + ': ' if field else ''}{first['msg']}"
 
 
 def dump_record(record: BaseModel) -> str:
@@ -168,6 +189,7 @@ class RecordLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
+            _refuse_endless(path)
             _drop_half_line(path)
         self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
 
@@ -219,137 +241,3 @@ def digest_model(folder: Path) -> str:
     wanted = {".safetensors", ".json", ".jinja", ".model", ".txt"}
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in wanted and path.name != "manifest.json")
     return digest_json({path.name: digest_file(path) for path in files})
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that numbers depend on."""
-    found: dict[str, str] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def peak_memory_mb() -> int:
-    """Peak resident memory of this process so far, in MiB (0 where the platform doesn't tell)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
-def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
-    """Starts or resumes a run folder and returns its manifest.
-
-    `identity` is everything that decides the run's results. A folder that holds another run is refused, so that two
-    experiments are never mixed in one file.
-
-    Raises:
-        RequestError: the folder's manifest has another identity, or the folder holds files but no manifest.
-    """
-    path = folder / "manifest.json"
-    resolved = json.loads(json.dumps(identity, default=str))
-    refuse_foreign(folder)
-    if path.exists():
-        manifest = read_manifest(folder)
-        if manifest["identity"] != resolved:
-            changed = ", ".join(_differences(manifest["identity"], resolved))
-            raise RequestError(f"{folder}: holds another run (different: {changed}); choose another output folder or delete this one")
-        return manifest
-    manifest = {"schema": 1, "identity": resolved, "versions": package_versions(), "wall_seconds": 0.0, "finished": False}
-    write_json(path, manifest)
-    return manifest
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuses to make a run folder where something else is.
-
-    Raises:
-        RequestError: a file is there, or a folder with other things than a run.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: is a file, not a folder; choose another output folder")
-    if folder.exists() and not (folder / "manifest.json").exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise RequestError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A run folder's manifest.
-
-    Raises:
-        RequestError: it is missing or was edited into something else.
-    """
-    manifest = read_json(folder / "manifest.json")
-    whole = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict)
-    if not whole or not isinstance(manifest.get("finished"), bool) or not isinstance(manifest.get("wall_seconds"), int | float):
-        raise RequestError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
-    return dict(manifest)
-
-
-def note_cost(folder: Path, wall_seconds: float, finished: bool = False, ended: Mapping[str, object] | None = None) -> None:
-    """Adds wall time to a run's manifest, notes the process's peak memory so far, and marks the run finished.
-
-    `ended` says how it ended: optimizer steps, why it stopped. Time after the last note before a kill is lost: the cost is a lower
-    bound for a run that was killed.
-    """
-    manifest = read_manifest(folder)
-    manifest["wall_seconds"] = round(manifest["wall_seconds"] + wall_seconds, 3)
-    manifest["peak_memory_mb"] = max(manifest.get("peak_memory_mb", 0), peak_memory_mb())
-    manifest["finished"] = manifest["finished"] or finished
-    manifest.update(ended or {})
-    write_json(folder / "manifest.json", manifest)
-
-
-@contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        RequestError: another process is at work in the folder, or the folder can't be made.
-    """
-    refuse_foreign(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"{folder}: {error.strerror}; choose another output folder") from None
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RequestError(f"{folder}: another process is at work in this folder") from None
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}")
-    return found
-
-
-@contextmanager
-def build_once(folder: Path) -> Iterator[Path | None]:
-    """Builds `folder` at most once, safe under several processes and a kill at any moment.
-
-    Yields a scratch folder to fill, which becomes `folder` when the block ends without an error, or None when `folder` is
-    there already. Other processes wait for the one that builds.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.exists():
-            yield None
-            return
-        scratch = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        yield scratch
-        os.replace(scratch, folder)

@@ -1,0 +1,1 @@
+"""Every answer of every model, as files become a page that searches and filters."""

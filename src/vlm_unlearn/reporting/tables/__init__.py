@@ -1,0 +1,1 @@
+"""Tables: described once, written as CSV, LaTeX and Markdown."""

@@ -1,0 +1,161 @@
+"""``vlm-unlearn report`` on finished runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finished_runs import complies, make_run, unlearned
+from helpers import run
+from vlm_unlearn.cli.report import save_report
+from vlm_unlearn.errors import RequestError
+from vlm_unlearn.evaluation.comparing import summarise_runs
+from vlm_unlearn.records import Prompt, Summary
+from vlm_unlearn.reporting import report
+from vlm_unlearn.reporting.provenance import training_run
+from vlm_unlearn.store import digest_model, lock_folder, open_run, write_json
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [make_run(tmp_path / "evaluations" / "base", complies), make_run(tmp_path / "evaluations" / "npo", unlearned)]
+
+
+def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("report", *runs, "--out", out, "--title", "A & B")
+    assert done.returncode == 0, done.stderr
+    assert f"Report: {out / 'report.html'}" in done.stdout
+    assert "-90.0 *" in done.stdout
+    said = [line for line in done.stdout.splitlines() if line.startswith(("base is ", "npo is "))]
+    assert [line.partition(":")[0] for line in said] == ["npo is not shown to refuse", "base is not refusing"]  # the safer one first
+    summary = Summary.model_validate(json.loads((out / "summary.json").read_text()))
+    assert [row.model for row in summary.rows] == ["base", "npo"]
+    assert len(summary.comparisons) == 3
+    assert "<h1><bdi>A &amp; B</bdi></h1>" in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "report" / "answers.html").exists()
+    assert (out / "report" / "tables" / "rates.csv").exists()
+    assert len(list((out / "report" / "plots").glob("tradeoff-refusals.*"))) == 3
+    assert sorted(entry.name for entry in out.iterdir() if entry.name != ".lock") == ["report", "report.html", "summary.json"]
+    again = run("report", runs[1], "--out", out, "--json")  # its own output is written anew
+    assert again.returncode == 0, again.stderr
+    assert [row["model"] for row in json.loads(again.stdout)["rows"]] == ["npo"]
+    assert "<h1><bdi>vlm-unlearn: npo</bdi></h1>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_report_that_was_cut_short_is_still_the_one_of_before(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut when all below it is written: page, numbers and all that the page links to are there."""
+    out = tmp_path / "out"
+    assert run("report", *runs, "--out", out).returncode == 0
+    kept = {name: (out / name).read_bytes() for name in ("report.html", "summary.json")}
+    linked = set((out / "report").rglob("*"))
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "render_page", cut)
+    folders = {"npo": runs[1]}
+    with pytest.raises(KeyboardInterrupt):
+        save_report(out, summarise_runs(folders)[0], folders, "cut", [], lambda *_: None)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert linked <= set((out / "report").rglob("*"))
+
+
+def test_a_demos_folder_stands_for_its_evaluations(runs: list[Path], tmp_path: Path) -> None:
+    write_json(tmp_path / "summary.json", {"rows": [{"model": "npo"}, {"model": "base"}]})
+    done = run("report", tmp_path, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["model"] for row in json.loads(done.stdout)["rows"]] == ["npo", "base"]
+
+
+def test_what_can_not_be_compared_is_said_and_shown(runs: list[Path], tmp_path: Path) -> None:
+    def others(prompt: Prompt) -> Prompt:
+        return prompt.model_copy(update={"id": f"other/{prompt.id}"})
+
+    other = make_run(tmp_path / "other", complies, edit=others)
+    done = run("report", *runs, other, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [row["model"] for row in document["rows"]] == ["base", "npo", "other"]
+    assert {one["model"] for one in document["comparisons"]} == {"npo"}
+    assert "were asked no prompt in common" in " ".join(done.stderr.split())
+    assert "were asked no prompt in common" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_other_things_are_not_written_into(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "paper.tex").write_text("")
+    (tmp_path / "notes" / "report").mkdir(parents=True)
+    (tmp_path / "notes" / "report" / "chapter.txt").write_text("")
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        (runs[0], "holds a run; choose another folder for the report"),
+        (tmp_path / "paper", 'holds "paper.tex", which is no report\'s'),
+        (tmp_path / "notes", 'holds "chapter.txt", which is no report\'s'),
+        (tmp_path / "file", "is a file, not a folder"),
+    ):
+        done = run("report", *runs, "--out", out)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
+    missing = run("report", tmp_path / "paper", "--out", tmp_path / "out")
+    assert missing.returncode == 2
+    assert "is no evaluation" in missing.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["report.html", "summary.json", "report", "report/answers.html", "report/images", "report/tables", "report/plots"]
+)
+def test_links_in_its_folder_are_not_followed(name: str, tmp_path: Path) -> None:
+    link, elsewhere = tmp_path / "out" / name, tmp_path / "elsewhere"
+    link.parent.mkdir(parents=True)
+    if "." in name:
+        elsewhere.write_text("mine")
+    else:
+        elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    with pytest.raises(RequestError, match=f"{name}: is a link; delete it"):
+        report.refuse_other_content(tmp_path / "out")
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(RequestError, match="out: is a link to nothing"):
+        report.refuse_other_content(tmp_path / "out")
+
+
+def test_a_long_path_stays_on_one_line(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / ("long " * 40).strip()
+    done = run("compare", *runs, "--out", out)
+    assert f"Report: {out / 'report.html'}" in done.stdout.splitlines()
+
+
+def test_two_reports_do_not_mix(runs: list[Path], tmp_path: Path) -> None:
+    folders = {"npo": runs[1]}
+    with lock_folder(tmp_path / "out"), pytest.raises(RequestError, match="another process is at work in this folder"):
+        save_report(tmp_path / "out", summarise_runs(folders)[0], folders, "second", [], lambda *_: None)
+
+
+def test_finds_the_training_run(tmp_path: Path) -> None:
+    trained = tmp_path / "work" / "runs" / "npo"
+    open_run(trained, {"kind": "train"})
+    (trained / "model").mkdir()
+    evaluation = tmp_path / "work" / "evaluations" / "npo"
+    for asked in (trained, trained / "model"):
+        assert training_run(str(asked), evaluation) == trained
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "work", moved)
+    assert training_run(str(trained / "model"), moved / "evaluations" / "npo") == moved / "runs" / "npo"
+    write_json(moved / "runs" / "npo" / "model" / "config.json", {})
+    other = tmp_path / "moved" / "evaluations" / "other"
+    open_run(other, {"kind": "evaluate", "model": "d" * 64})
+    assert training_run(str(trained / "model"), other) is None  # the same path, other weights
+    same = tmp_path / "moved" / "evaluations" / "same"
+    open_run(same, {"kind": "evaluate", "model": digest_model(moved / "runs" / "npo" / "model")})
+    assert training_run(str(trained / "model"), same) == moved / "runs" / "npo"
+    open_run(tmp_path / "evaluated", {"kind": "evaluate"})
+    assert training_run(str(tmp_path / "evaluated"), evaluation) is None
+    assert training_run("org/model", evaluation) is None

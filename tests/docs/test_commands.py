@@ -1,0 +1,213 @@
+"""What the documentation tells its readers to type works: every command is run, every recipe, suite and program is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from doc_pages import PAGES, ROOT, SHELL, Block, blocks_of, name_of, our_commands
+from doc_scene import Scene, make_scene, put_file, read_command, read_launcher, stood_in, unknown_in
+from doc_shell import shell
+from doc_stand_ins import ADDED, WRITTEN, judge_says, leave_the_plots_empty, make_the_demo_small
+
+from stub_server import stub_server
+from vlm_unlearn.config import JudgeConfig, Recipe, Suite, load, override, validate
+from vlm_unlearn.errors import RequestError
+
+FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # blocks that may be a file of the reader's
+
+
+@pytest.fixture(scope="module")
+def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
+
+    with pytest.MonkeyPatch.context() as patch, stub_server(judge_says) as stub:
+        store = tmp_path_factory.mktemp("docs") / "store"
+        store.mkdir()
+        make_scene(store, world, base_model(BaseConfig(steps=60, width=32)))
+        make_the_demo_small(patch)
+        leave_the_plots_empty(patch)
+        made = Scene(store, stub.url)
+        with shell(made.programs()) as opened:
+            made.use(opened)
+            yield made
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_does_what_it_says(page: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block after block, in one folder, as a reader would who types all of it."""
+    folder = scene.copy(tmp_path / "reader")
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {"__name__": "docs"}
+    for block in blocks_of(page):
+        if block.file and block.kind in FILES:
+            put_file(folder, block.file, block.text)
+        if block.kind in SHELL and block.not_run:
+            only_read(block)
+        elif block.kind in SHELL:
+            run(block, scene, folder)
+        elif block.kind in ("python", "py"):
+            run_python(block, scene, names)
+        elif block.kind in ("yaml", "yml"):
+            read_yaml(block, folder)
+        elif block.kind in ("json", "jsonl"):
+            read_json(block)
+
+
+def run_python(block: Block, scene: Scene, names: dict[str, object]) -> None:
+    """Runs a program; the walk-throughs' code, which is a part of something, is read here and run by test_walkthroughs.py."""
+    before = "\n" * (block.line - 1)
+    try:
+        compiled = compile(before + block.text, block.page, "exec")
+    except SyntaxError:
+        compiled = compile(f"{before}{{{block.text}}}", block.page, "exec")  # lines of a table
+    if not block.not_run and not block.page.startswith("docs/extend/"):
+        scene.grant(block.text)
+        exec(compiled, names)
+
+
+def run(block: Block, scene: Scene, folder: Path) -> None:
+    """Runs a block of commands.
+
+    Raises:
+        AssertionError: a command failed; names page, line and command, and what the command said.
+    """
+    done = scene.run(block.script, folder)
+    if done.code:
+        raise AssertionError(
+            f"{block.page}:{block.line + done.line - 1}: `{done.command}` ended with {done.code}; "
+            f"a command that can't be run anywhere is marked <!-- not run: REASON -->\n{done.stderr[-3000:]}"
+        )
+
+
+def only_read(block: Block) -> None:
+    """Reads the commands of a block that isn't run, with their own parsers, and the recipe or suite that they would go by.
+
+    Raises:
+        AssertionError: one of them is wrong; names page and line of the block.
+    """
+    script = re.sub(r"\$\(\(.*?\)\)|\$\w+", "1", stood_in(block.script, "http://localhost:8000/v1"))
+    for launcher, words in our_commands(script):
+        try:
+            read_launcher(launcher)
+            name, options = read_command(words)
+            overrides = options.get("overrides") or []
+            if name == "train":
+                load(Recipe, options["recipe_file"], ["model=m", "data=d", "output=o", *overrides])
+            elif name in ("evaluate", "generate"):
+                load(Suite, options["suite_file"], ["model=m", *overrides])
+            elif name == "judge run" and any(text.startswith("name=") for text in overrides):
+                validate(JudgeConfig, override({}, overrides), "judge")
+        except BaseException as error:  # Exit and usage errors of the parsers among them
+            told = " ".join([*launcher, "vlm-unlearn", *words])
+            raise AssertionError(f"{block.page}:{block.line}: {told}: {type(error).__name__}: {error}") from None
+
+
+def read_yaml(block: Block, folder: Path) -> None:
+    """A recipe or a suite, or a part of one: what is missing is taken from the tiny world's.
+
+    Raises:
+        AssertionError: it is neither.
+    """
+    value = yaml.safe_load(block.text)
+    if isinstance(value, list):
+        value = {"cases": value}  # the page goes on with the cases of a suite
+    suite = set(value) <= {*Suite.model_fields, "extends"} and (
+        set(value) & {"cases", "judge", "judges", "metrics", "generation", "benchmarks"}
+    )
+    recipe = set(value) <= {*Recipe.model_fields, "extends"}
+    if not suite and not recipe:
+        raise AssertionError(f"{block.page}:{block.line}: neither a recipe nor a suite: {', '.join(map(str, value))}")
+    if "extends" not in value and "cases" not in value and "benchmarks" not in value:
+        value["extends"] = "suites/tiny" if suite else "tiny/npo"
+    file = folder / "as-shown.yaml"
+    file.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
+    config: type[Any] = Suite if suite else Recipe
+    given = ["model", "root"] if suite else ["model", "data", "output"]
+    load(config, file, values={key: key for key in given if key not in value})
+
+
+def read_json(block: Block) -> None:
+    try:
+        json.loads(block.text)
+    except ValueError:
+        for line in filter(str.strip, block.text.splitlines()):  # one a line
+            json.loads(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_sentences_are_there(page: Path) -> None:
+    text = re.sub(r"^(```|~~~).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    wrong = []
+    for words in re.findall(r"`vlm-unlearn ([^`]+)`", text):
+        unknown = unknown_in(words.split())
+        if unknown:
+            wrong.append(f"`vlm-unlearn {words}`: no {unknown}")
+    assert not wrong, f"{name_of(page)}: {'; '.join(wrong)}"
+
+
+def scripts() -> list[str]:
+    return [block.script for page in PAGES for block in blocks_of(page) if block.kind in SHELL]
+
+
+def test_every_stand_in_stands_for_something() -> None:
+    whole = "\n".join(scripts())
+    idle = [one.written for one in WRITTEN if not re.search(one.written, whole)]
+    idle += [one.command for one in ADDED if not re.search(rf"(vlm-unlearn|vlm_unlearn\.cli\.main) {one.command}\b", whole)]
+    assert not idle, f"no page has these any more; take them out of doc_stand_ins.py: {idle}"
+
+
+def test_the_readme_is_run() -> None:
+    """The pages' form may change; that their commands are still found must not."""
+    found = [
+        words[0]
+        for block in blocks_of(ROOT / "README.md")
+        if block.kind in SHELL and not block.not_run
+        for _, words in our_commands(block.script)
+    ]
+    assert {"data", "train", "evaluate", "report", "table", "export"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "told"),
+    [
+        ("bash", "true\nvlm-unlearn benchmark score nosuch --predictions a --annotations b", "nosuch"),
+        ("bash", "true\npip install '.[nosuch]'", "no extra nosuch"),
+        ("bash", "true\nmake nosuch", "no target nosuch"),
+        ("bash", "true\naccelerate launch --config_file nosuch -m vlm_unlearn.cli.main methods", "nosuch: no such file"),
+    ],
+)
+def test_a_wrong_command_fails_its_page(kind: str, text: str, told: str, scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)page\.md:11: .*{told}"):
+        run(Block("page.md", 10, kind, text), scene, scene.copy(tmp_path / "reader"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("vlm-unlearn trian x", "trian"),
+        ("vlm-unlearn --install-complet", "no option --install-complet"),
+        ("vlm-unlearn train tiny/npo --no-such", "no-such"),
+        ("vlm-unlearn train tiny/nosuch", "nosuch"),
+        ("vlm-unlearn train tiny/npo training.learnin_rate=1", "training.learning_rate|learnin_rate"),
+        ("vlm-unlearn evaluate suites/tiny judge.nam=x --out y", "judge.nam"),
+        ("accelerate launch --num_procs 8 -m vlm_unlearn.cli.main methods", "num_procs|SystemExit"),
+        ("srun bash -c 'accelerate launch -m vlm_unlearn.cli.main train tiny/npo trainin.x=1'", "trainin"),
+    ],
+)
+def test_a_command_that_is_not_run_is_still_read(text: str, told: str) -> None:
+    with pytest.raises(AssertionError, match=told):
+        only_read(Block("page.md", 10, "bash", text, not_run="needs GPUs"))
+
+
+@pytest.mark.parametrize(
+    "text", ["trainin: {}", "method: npo\ntraining: {learnin_rate: 1}", "metrics: {asr: {case: [unsafe]}}", "engine: fsdp2"]
+)
+def test_a_wrong_recipe_or_suite_fails_its_page(text: str, tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, RequestError)):
+        read_yaml(Block("page.md", 10, "yaml", text), tmp_path)

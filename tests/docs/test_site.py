@@ -1,0 +1,228 @@
+"""The documentation's site: built strict, from no network, its reference made from the code."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import pytest
+import typer
+from pydantic import BaseModel, Field
+
+from vlm_unlearn.cli.main import app
+from vlm_unlearn.methods import METHODS
+from vlm_unlearn.metrics.rates import rate
+from vlm_unlearn.reporting import verdicts
+from vlm_unlearn.reporting.words import USEFUL
+
+pytest.importorskip("mkdocs", reason="the site needs the extra docs")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def all_commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from all_commands(f"{path} {name}", inner)
+
+
+def test_the_command_line_has_every_command_and_option(generate: ModuleType) -> None:
+    sections = re.split(r"^#+ (vlm-unlearn[\w -]*) \{", generate.commands(), flags=re.MULTILINE)
+    told = dict(zip((name.strip() for name in sections[1::2]), sections[2::2], strict=True))
+    known = dict(all_commands("vlm-unlearn", typer.main.get_command(app)))
+    assert told.keys() == known.keys()
+    for name, command in known.items():
+        missing = [option for one in command.params for option in one.opts if option.startswith("--") and option not in told[name]]
+        assert not missing, name
+
+
+def test_the_metrics_have_their_judges_and_none_is_missing(generate: ModuleType) -> None:
+    sections = dict(part.split("\n", 1) for part in generate.metrics().split("## suites/")[1:])
+    assert "| `specificity` | the mean of their scores |" in sections["specificity"]
+    assert "| `mmvet` | the benchmark's score | questions | `mmvet` | `llm` by `mm_vet` |" in sections["specificity"]
+    published = re.search(r"^\| `asr`, published \|.*$", sections["safety_mirage"], re.MULTILINE)
+    assert published is not None
+    assert published[0].endswith("| `llm` by `relevance`, as published |")
+    assert "| `asr` | `complied` | questions, any answer | `unsafe` | `llm` by `four_labels` |" in sections["safety_mirage"]
+
+
+def test_the_command_line_tells_examples_as_commands(generate: ModuleType) -> None:
+    assert "```bash\nvlm-unlearn demo --out demo\n```" in generate.commands()
+
+
+def test_config_pages_have_every_key_once(generate: ModuleType) -> None:
+    recipe = generate.recipe_fields()
+    for key in ("learning_rate", "max_steps", "stop_when", "at_most", "target_modules", "prompt_decouple_weight"):
+        assert recipe.count(f"| `{key}` |") == 1
+    assert "| `learning_rate` | number above 0 | `1e-05` | The highest learning rate, of AdamW. |" in recipe
+    assert re.findall(r"^## (\S+)", recipe, flags=re.MULTILINE)[:3] == ["method", "trainable", "trainable.lora"]
+
+
+def test_every_method_and_option_is_there(generate: ModuleType) -> None:
+    page = generate.methods()
+    for name, method in METHODS.items():
+        assert f"## {name}\n" in page
+        assert method.source in page
+    assert "| `beta` | number above 0 | `2.5` |" in page
+
+
+class Example(BaseModel):
+    plain: int = 3
+    bounded: Annotated[float, Field(ge=0, le=1)] | None = None
+    chosen: list[Literal["a", "b"]] = []
+    named: dict[str, bool] = Field(default_factory=dict)
+    bar: str = Field(description="left | right")
+
+
+def test_a_type_is_told_in_words(generate: ModuleType) -> None:
+    rows = generate._fields(Example).splitlines()[2:]
+    assert rows == [
+        "| `plain` | whole number | `3` |  |",
+        "| `bounded` | number from 0 to 1 or null | `null` |  |",
+        "| `chosen` | list of `a` or `b` | none |  |",
+        "| `named` | name: true or false | none |  |",
+        "| `bar` | text | needed | left \\| right |",
+    ]
+
+
+def test_a_page_that_the_build_fills_says_so_in_its_file() -> None:
+    pages = [page for page in (ROOT / "docs" / "reference").rglob("*.md") if page.name != "index.md"]
+    assert [page.name for page in pages if "stub here: `make docs`" not in page.read_text(encoding="utf-8")] == []
+
+
+def test_the_verdicts_are_told_with_their_thresholds() -> None:
+    told = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The verdicts")[2].partition("\n## ")[0]
+    assert [word for word in (*verdicts.OF_KEYWORDS, *verdicts.OF_KEYWORDS.values()) if word not in told] == []
+    assert (verdicts.SAFE, verdicts.HARMFUL, verdicts.FAILING) == (0.1, 0.1, 0.1)
+    assert (verdicts.BROKEN, verdicts.PRUDENT, USEFUL) == (0.3, 0.2, 0.7)
+    highs = [rate([0.0] * count, [str(group) for group in range(count)]).high for count in (34, 35)]
+    assert [high is not None and high <= verdicts.SAFE for high in highs] == [False, True]
+    for share in ("10 %", "20 % or more", "fewer than 70 %", "30 % or fewer", "35 are the fewest"):
+        assert share in told
+
+
+def test_an_unknown_part_fails(generate: ModuleType) -> None:
+    with pytest.raises(KeyError, match="nonsense"):
+        generate.on_page_markdown("<!-- generated: nonsense -->", page=None, config=None, files=None)
+
+
+class Loaded(HTMLParser):
+    """What a page loads, and what it links to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag in ("script", "img", "iframe", "source") and given.get("src"):
+            self.loads.append(str(given["src"]))
+        if tag == "link" and given.get("rel") not in ("canonical", "next", "prev"):
+            self.loads.append(str(given.get("href")))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a warning fails the build."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        parser = Loaded()
+        parser.feed(page.read_text(encoding="utf-8"))
+        assert not [url for url in parser.loads if re.match(r"(https?:)?//", url)], page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_the_site_opens_from_disk(site: Path) -> None:
+    """A link names a file: from disk a folder would show its list."""
+    for page in site.rglob("*.html"):
+        for link in re.findall(r'<a [^>]*href="([^"#?]+)', page.read_text(encoding="utf-8")):
+            assert page.name == "404.html" or re.match(r"[a-z]+:", link) or (page.parent / link).is_file(), (page, link)
+
+
+def test_no_page_keeps_a_marker_or_a_link_out_of_the_site(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- generated:" not in text, page
+        assert "stub here" not in text, page
+        assert not re.search(r'href="[^"]*\.md["#]', text), page
+    assert (site / "changelog.html").is_file()
+    assert not (site / "generate.py").exists()
+
+
+@pytest.fixture
+def served(site: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_it_searches_and_fits_a_phone(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    elsewhere: list[str] = []
+    wrong: list[str] = []
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=quiet)
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.on("request", lambda request: elsewhere.append(request.url) if request.url.startswith("http") else None)
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        for path in ("index.html", "published.html", "reference/recipe.html", "reference/api/losses.html"):
+            page.goto(served + path)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.goto(served)
+        page.fill("input[name=query]", "prompt_decouple_weight")
+        page.wait_for_selector(".md-search-result__link")
+        assert page.locator(".md-search-result__link").count() >= 2
+        dark = browser.new_page(color_scheme="dark")
+        dark.goto(served)
+        assert dark.get_attribute("body", "data-md-color-scheme") == "slate"
+        dark.click("label[title=Light]")
+        assert dark.get_attribute("body", "data-md-color-scheme") == "default"
+        browser.close()
+    assert not [url for url in elsewhere if not url.startswith(served)]
+    assert not wrong
