@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test lint docs bench bench-quick clean
 
 setup: .venv/.done
 
@@ -29,6 +29,12 @@ docs: setup
 	# Strict: a broken link or anchor fails.
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "the site is in site/: open site/index.html; its search works where it is served: $(BIN)/mkdocs serve, then http://127.0.0.1:8000"
+
+bench: setup
+	$(BIN)/python -W ignore benchmarks/speed.py
+
+bench-quick: setup
+	$(BIN)/python -W ignore benchmarks/speed.py --quick
 
 clean:
 	rm -rf .venv demo site

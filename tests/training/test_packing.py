@@ -14,10 +14,10 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.data.batching import Batch, Turn, encode, encode_with_labels
 from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.models.layout import LAYOUTS
-from vlm_unlearn.models.loading import load_model, load_processor
+from vlm_unlearn.models.loading import load_model, load_processor, model_skeleton
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.training.forward import forward
-from vlm_unlearn.training.packing import NO_IMAGE, find_packing
+from vlm_unlearn.training.packing import NO_IMAGE, find_packing, why_not_packed
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
@@ -127,4 +127,20 @@ def test_what_can_be_packed() -> None:
     assert packing.pack(ids, real).tolist() == [[1, 9, 9, 2, 3, 4], [1, 9, 4, 0, 0, 0], [7, 9, 4, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
     assert packing.unpack(packing.pack(ids, real))[real].equal(ids[real])
     assert (packing.mask(torch.float32)[0, 0] == 0).int().tolist()[4:] == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
+    sees = packing.block_mask().mask_mod
+    place = torch.arange(6)
+    assert sees(torch.tensor(0), torch.tensor(0), place[:, None], place).equal(packing.mask(torch.float32)[0, 0] == 0)
     assert find_packing(ids, real, torch.tensor([5, 6, 7, 8, NO_IMAGE]), 9) is None
+
+
+def test_who_does_not_share_images_says_so(folder: Path) -> None:
+    npo, paper = (build_method(MethodConfig.model_validate({"name": name, "paper": True}), 0.5) for name in ("npo", "kl"))
+    assert why_not_packed(model_skeleton(folder), npo, "sdpa") is None
+    assert why_not_packed(model_skeleton(folder), npo, "flash_attention_2") == "not with flash_attention_2"
+    assert why_not_packed(model_skeleton(folder), paper, "sdpa") == "not with paper: true, which counts padding"
+
+
+def test_other_families_run_each_question(tmp_path: Path) -> None:
+    families.build("idefics3", tmp_path)
+    method = build_method(MethodConfig.model_validate({"name": "npo"}), 0.0)
+    assert why_not_packed(model_skeleton(tmp_path), method, "sdpa") == "not with models of the family idefics3"

@@ -299,6 +299,7 @@ def test_divergence_stops_the_run(tiny_model: Path, training_sets: dict[str, Pat
         ("kl", {"reference": "cache"}, r"reference: cache holds one NLL a sample, and this method needs logits; use reference=auto"),
         ("npo", {"trainable": {"mode": "qlora"}}, r"trainable\.mode=qlora needs a CUDA GPU; use trainable\.mode=lora"),
         ("npo", {"training": {"attn_implementation": "flash_attention_2"}}, r"flash_attention_2 needs a CUDA GPU; use sdpa"),
+        ("npo", {"training": {"attn_implementation": "flex_attention"}}, r"flex_attention computes no gradients on a CPU; use sdpa"),
         ("npo", {"training": {"report_to": ["trackio"]}}, r"report_to=trackio needs the package trackio: pip install trackio"),
         (
             "npo",

@@ -131,8 +131,12 @@ def _show_start(planned: Plan) -> None:
     """What trains, and where reference values come from."""
     console = status_console()
     console.print(_parts_table(planned.trainable))
-    reference = f"reference values: {planned.source or 'none needed'}; precision {planned.precision}"
-    console.print(reference, markup=False, highlight=False)
+    for line in (f"reference values: {planned.source or 'none needed'}; precision {planned.precision}", _images_line(planned.unshared)):
+        console.print(line, markup=False, highlight=False)
+
+
+def _images_line(unshared: str | None) -> str:
+    return "images: run once for all questions on them in a batch" if unshared is None else f"images: run for each question ({unshared})"
 
 
 def _parts_table(rows: list[tuple[str, int, int]]) -> Table:
@@ -169,6 +173,7 @@ def _show_preview(found: Preview, as_json: bool) -> None:
         f"steps: {found.steps:,}, of {found.samples_per_step:,} forget samples each over {found.processes} process(es); "
         f"{found.tokens:,} tokens in all (a sample: {lengths})",
         f"reference values: {found.reference or 'none needed'}; precision {found.precision}",
+        _images_line(found.unshared),
         "memory, estimated, GiB: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
         f"GPUs, the states split over them (FSDP2 or ZeRO-3): {needed}",
     ):

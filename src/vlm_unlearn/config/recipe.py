@@ -79,7 +79,7 @@ class TrainingConfig(Strict):
     """Gradients are cut to this norm."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the computation; `auto`: bf16 on a GPU, fp32 on a CPU."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """How attention is computed; `auto`: what transformers chooses."""
     gradient_checkpointing: bool = False
     """Computes activations twice instead of holding them: less memory, more time."""

@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_unlearn.data.batching import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
+from vlm_unlearn.methods import Method
 from vlm_unlearn.models.layout import decoder_layers, layout_of, unwrapped
 from vlm_unlearn.training.joining import NOT_FOR_THE_MODEL
-from vlm_unlearn.training.packing import Packing, find_packing, packed_batch
+from vlm_unlearn.training.packing import Packing, find_packing, packed_batch, why_not_packed
 
 CHUNK = 1024  # tokens whose logits are held in float32 at a time
 
@@ -88,7 +89,8 @@ def forward(
     Args:
         layers: the decoder layers whose outputs are kept, by number.
         wanted: [B, S] bool, where logits are wanted; None: where an answer token is next.
-        pack: run questions on one image (``images`` [B] of the batch) as one sequence where the family can; padded on the right then.
+        pack: run questions on one image (``images`` [B] of the batch, which is padded on the right) as one sequence; only where
+            `why_not_packed` finds nothing against it.
         stop: leave out all decoder layers above the last of `layers`; the logits mean nothing then.
     """
     labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
@@ -98,7 +100,8 @@ def forward(
     packing = _packing(inner, batch) if pack else None
     places = wanted.flatten().nonzero()[:, 0]
     if packing is not None:
-        inputs = dict(packed_batch(inputs, packing, batch["images"], _positions(inner, inputs), _attention_dtype(inner)))
+        mask = packing.block_mask() if _attention(inner) == "flex_attention" else packing.mask(_attention_dtype(inner))
+        inputs = packed_batch(inputs, packing, batch["images"], _positions(inner, inputs), mask)
         places = packing.place[wanted]
     with _captured(inner, layers, stop) as seen, _projected(inner, places):
         logits = model(**inputs, use_cache=False).logits[0]
@@ -106,9 +109,15 @@ def forward(
     return Forward(wanted, logits, labels, hidden)
 
 
+def packs(model: nn.Module, method: Method) -> bool:
+    """Whether questions on one image share it in this model's passes; the model may be wrapped."""
+    inner = unwrapped(getattr(model, "module", model))
+    return why_not_packed(inner, method, _attention(inner)) is None
+
+
 def _packing(inner: Any, batch: Batch) -> Packing | None:
     token = getattr(inner.config, "image_token_id", None)
-    if not layout_of(inner).packs or token is None or "images" not in batch or "pixel_values" not in batch:
+    if token is None or "images" not in batch or "pixel_values" not in batch:
         return None
     return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], token)
 
@@ -121,6 +130,12 @@ def _positions(inner: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         return positions
     rows, width = inputs["input_ids"].shape
     return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
+
+
+def _attention(inner: Any) -> str:
+    """transformers' name of how the language model computes attention."""
+    name: str = inner.config.get_text_config()._attn_implementation
+    return name
 
 
 def _attention_dtype(inner: Any) -> torch.dtype:

@@ -9,13 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_unlearn.data.batching import Batch
+from vlm_unlearn.methods import Method
+from vlm_unlearn.models.layout import layout_of
 
 NO_IMAGE = -1  # the image key of a row without one
+TAKES_MASKS = ("eager", "sdpa", "flex_attention")  # attention that lets us say which position sees which
+
+
+def why_not_packed(model: nn.Module, method: Method, attention: str) -> str | None:
+    """What keeps questions on one image from sharing it, in a few words; None where they do.
+
+    Args:
+        model: of transformers, no wrapper around it.
+        attention: transformers' name of how attention is computed.
+    """
+    if not layout_of(model).packs:
+        return f"not with models of the family {model.config.model_type}"  # type: ignore[union-attr]
+    if attention not in TAKES_MASKS:
+        return f"not with {attention}"
+    if method.paper and (method.hidden_layers or method.whole_logits):
+        return "not with paper: true, which counts padding"  # of which packed sequences have none
+    return None
 
 
 @dataclass(frozen=True)
@@ -51,11 +71,25 @@ class Packing:
 
         Padding sees padding, since a row that sees nothing gives NaN; a bool mask would be misread by eager attention.
         """
-        by, seen = self.segment[:, :, None], self.segment[:, None, :]
-        length = self.segment.shape[1]
-        earlier = torch.ones(length, length, dtype=torch.bool, device=by.device).tril()
-        allowed = earlier & ((seen == 0) | (seen == by))
+        sequences, length = self.shape
+        every = torch.arange(length, device=self.segment.device)
+        allowed = self._sees(torch.arange(sequences, device=every.device)[:, None, None], every[:, None], every)
         return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+    def block_mask(self) -> Any:
+        """The same for FlexAttention, a BlockMask: blocks in which no position sees another are not computed."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(sequence: Tensor, _head: Tensor, by: Tensor, seen: Tensor) -> Tensor:
+            return self._sees(sequence, by, seen)
+
+        sequences, length = self.shape
+        return create_block_mask(sees, sequences, None, length, length, device=str(self.segment.device))
+
+    def _sees(self, sequence: Tensor, by: Tensor, seen: Tensor) -> Tensor:
+        """Whether a position sees another one: what came before, on the shared beginning or in its own rest."""
+        own, other = self.segment[sequence, by], self.segment[sequence, seen]
+        return (by >= seen) & ((other == 0) | (other == own))
 
 
 def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) -> Packing | None:
@@ -106,19 +140,19 @@ def _lay_out(ids: Tensor, packs: Sequence[tuple[Sequence[int], int]], lengths: S
     return Packing(place, first, segment)
 
 
-def packed_batch(batch: Batch, packing: Packing, images: Tensor, positions: Tensor, dtype: torch.dtype) -> Batch:
+def packed_batch(batch: Batch, packing: Packing, images: Tensor, positions: Tensor, mask: Any) -> dict[str, Any]:
     """The model's inputs for the packed sequences: tokens packed, each image once.
 
     Args:
         batch: the unpacked inputs; where ``image_grid_thw`` [images, 3] is among them, ``pixel_values`` has a row a patch, else an image.
         images: [B] image keys.
         positions: [B, S] or [3, B, S] position ids of the unpacked batch.
-        dtype: what attention is computed in.
+        mask: the packing's own, in the form that the attention takes.
     """
     real = batch["attention_mask"].bool()
     with_image = images != NO_IMAGE
     kept = (with_image.cumsum(dim=0) - 1)[packing.first[with_image[packing.first]]]  # numbers of the images that stay
-    packed: Batch = {"attention_mask": packing.mask(dtype)}
+    packed = {"attention_mask": mask}
     for name, value in batch.items():
         if name == "pixel_values" and "image_grid_thw" in batch:
             parts = torch.split(value, batch["image_grid_thw"].prod(dim=-1).tolist())

@@ -15,10 +15,11 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.errors import RequestError
 from vlm_unlearn.methods import Method, build_method
-from vlm_unlearn.models.layout import decoder_layers
+from vlm_unlearn.models.layout import decoder_layers, unwrapped
 from vlm_unlearn.models.loading import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.store import digest_model
+from vlm_unlearn.training.packing import why_not_packed
 from vlm_unlearn.training.processes import processes
 from vlm_unlearn.training.references import Source, choose_source
 from vlm_unlearn.training.stream import Collator, TrainingStream
@@ -51,12 +52,14 @@ class Plan:
     model_digest: str
     data_digest: dict[str, str]
     trainable: list[tuple[str, int, int]]  # part, trained parameters, all parameters
+    unshared: str | None  # why each question runs its own image; None: those of a batch on one image run it once
 
     @property
     def identity(self) -> dict[str, object]:
         """What decides the run's weights; a run folder is resumed only by the same."""
-        # Digests stand for paths; a name and where is logged to change no weight. The probe's own digest comes with the probe.
-        left_out: Any = {"name": True, "output": True, "model": True, "data": True, "training": {"report_to"}, "probe": {"suite", "root"}}
+        # Digests stand for paths; a name and what is logged or kept where change no weight. The probe's own digest comes with the probe.
+        training = {"report_to", "feature_cache", "feature_cache_gb"}
+        left_out: Any = {"name": True, "output": True, "model": True, "data": True, "training": training, "probe": {"suite", "root"}}
         recipe = self.recipe.model_dump(mode="json", exclude=left_out)
         return {
             "kind": "train",
@@ -98,7 +101,14 @@ def plan(recipe: Recipe) -> Plan:
         model_digest=digest_model(folder),
         data_digest=training_set.digest(),
         trainable=trainable_table(skeleton),
+        unshared=unshared(recipe, method, skeleton),
     )
+
+
+def unshared(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> str | None:
+    """Why questions on one image will not share it, or None."""
+    attention = recipe.training.attn_implementation
+    return why_not_packed(unwrapped(skeleton), method, "sdpa" if attention == "auto" else attention)
 
 
 def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
@@ -161,6 +171,8 @@ def check_machine(recipe: Recipe) -> None:
         if not gpu:
             raise RequestError("trainable.mode=qlora needs a CUDA GPU; use trainable.mode=lora")
         _need("bitsandbytes", "qlora", "trainable.mode=qlora")
+    if training.attn_implementation == "flex_attention" and not gpu:
+        raise RequestError("training.attn_implementation=flex_attention computes no gradients on a CPU; use sdpa")
     if training.attn_implementation == "flash_attention_2":
         if not gpu:
             raise RequestError("training.attn_implementation=flash_attention_2 needs a CUDA GPU; use sdpa")

@@ -15,7 +15,7 @@ from vlm_unlearn.models.shapes import KNOWN
 from vlm_unlearn.models.trainable import trainable_table
 from vlm_unlearn.store import refuse_foreign
 from vlm_unlearn.training.estimate import Memory, Shape, estimate
-from vlm_unlearn.training.planning import check_model, check_recipe, recipe_name, steps_of
+from vlm_unlearn.training.planning import check_model, check_recipe, recipe_name, steps_of, unshared
 from vlm_unlearn.training.processes import processes
 from vlm_unlearn.training.references import Source
 from vlm_unlearn.training.stream import Collator, TrainingStream
@@ -39,6 +39,7 @@ class Preview:
     tokens_per_sample: dict[str, float]  # by role, image tokens included
     tokens: int  # of the whole run
     memory: Memory
+    unshared: str | None  # why questions on one image will not share it
 
 
 def preview(recipe: Recipe) -> Preview:
@@ -62,7 +63,8 @@ def preview(recipe: Recipe) -> Preview:
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
         Collator(processor, training_set, method, training.max_length, {}).check_lengths()
-    table = trainable_table(check_model(recipe, method, training_set, bare))
+    prepared = check_model(recipe, method, training_set, bare)
+    table = trainable_table(prepared)
     tokens, answers = _lengths(recipe, stream, training_set, processor, bare.config)
     shape = Shape(
         parameters=sum(total for _, _, total in table),
@@ -97,6 +99,7 @@ def preview(recipe: Recipe) -> Preview:
         tokens_per_sample={role: round(value, 1) for role, value in tokens.items()},
         tokens=int(steps * per_step * sum(tokens.values())),
         memory=memory,
+        unshared=unshared(recipe, method, prepared),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlm_unlearn.data.batching import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role
-from vlm_unlearn.training.forward import Forward, forward
+from vlm_unlearn.training.forward import Forward, forward, packs
 from vlm_unlearn.training.joining import can_join, join
 from vlm_unlearn.training.references import ReferenceModel
 
@@ -53,8 +53,7 @@ class ModelStep:
         self._method = method
         self._reference = reference
         self._totals: Mapping[tuple[Role, Counted], float] = totals if totals is not None else count(batches)
-        # The published counting of some methods reads what stands on padding, which packed sequences don't have.
-        self._pack = not (method.paper and (method.hidden_layers or method.whole_logits))
+        self._pack = packs(model, method)
         self._current: dict[Role, Forward] = {}
         self._before: dict[Role, Forward] = {}
         self._groups: dict[Role, tuple[Role, ...]] = {}  # the roles that were run in one pass
