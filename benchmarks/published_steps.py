@@ -1,12 +1,13 @@
-"""One training step as the two published codes structure it, written from their description: what the speed benchmarks compare with.
+"""One training step as published research code structures it, written from descriptions: what the speed benchmarks compare with.
 
-Each role is a forward pass of its own, a reference is a second model, logits are made at every position and in float32, and
-Safety Mirage's methods run the retain questions once more for their cross-entropy.
+Each role is a forward pass of its own and each term takes its own; a reference is a second model; logits are made at every position
+and in float32; Safety Mirage's methods run the retain questions once more for their cross-entropy. What is counted (answer tokens, real
+tokens) is as here, so that the losses can be compared. simnpo, dpo, rr and undial, which neither code has, are written in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
-NEEDS_REFERENCE = ("npo", "kl", "rmu")
+Batches = Mapping[str, Batch]
+Loss = Callable[[Any, Any, Batches], Tensor]  # model, reference, batches by role
+
+NEEDS_REFERENCE = ("npo", "kl", "kl+pd", "rmu", "dpo", "undial", "rr")
+LAYER = 3  # whose output rmu and rr read
+BETA = 0.9  # of npo
+DPO_BETA, SIMNPO_BETA, PENALTY, REROUTING = 0.1, 2.5, 10.0, 10.0
 
 
 def inputs(batch: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "pixel_values")}
+
+
+def answers(batch: Batch) -> Tensor:
+    """[B, S] bool, where an answer token is next."""
+    return F.pad(batch["labels"][:, 1:] != -100, (0, 1))
 
 
 def cross_entropy(model: Any, batch: Batch) -> Tensor:
@@ -27,50 +39,131 @@ def cross_entropy(model: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def without_gradient(model: Any, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return cross_entropy(model, batch)
+def nll(model: Any, batch: Batch) -> Tensor:
+    """[B] each answer's mean."""
+    logits = model(**inputs(batch), use_cache=False).logits.float()[:, :-1]
+    found = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none")
+    return found.sum(dim=1) / answers(batch).sum(dim=1)
 
 
-def npo(model: Any, reference: Any, batches: Mapping[str, Batch]) -> Tensor:
-    """Safety Mirage: difference of batch means on both sides, and a third pass for the cross-entropy."""
-    beta = 0.9
-    forget = cross_entropy(model, batches["forget"]) - without_gradient(reference, batches["forget"])
-    retain = cross_entropy(model, batches["retain"]) - without_gradient(reference, batches["retain"])
-    push = -F.logsigmoid(beta * forget) * 2 / beta
-    hold = F.logsigmoid(beta * retain) * 2 / beta
-    return push + hold + cross_entropy(model, batches["retain"])
+def hidden(model: Any, batch: Batch) -> Tensor:
+    """[B, S, H] what the steered layer gives; every pass goes through all layers and makes logits."""
+    states: Tensor = model(**inputs(batch), output_hidden_states=True, use_cache=False).hidden_states[LAYER + 1]
+    return states
 
 
-def gd_pd(model: Any, _reference: Any, batches: Mapping[str, Batch]) -> Tensor:
-    """SafeEraser's gradient difference with prompt decoupling."""
-    forget, retain, decouple = (cross_entropy(model, batches[role]) for role in ("forget", "retain", "decouple"))
-    return -forget + 0.5 * retain + 0.5 * decouple
+def supervised(model: Any, _reference: Any, batches: Batches) -> Tensor:
+    """po and mixed_sft: both sets as one batch, cut apart here since their widths differ."""
+    tokens = {role: answers(batches[role]).sum() for role in ("forget", "retain")}
+    total = torch.stack([cross_entropy(model, batches[role]) * count for role, count in tokens.items()]).sum()
+    return total / torch.stack(list(tokens.values())).sum()
 
 
-def kl(model: Any, reference: Any, batches: Mapping[str, Batch]) -> Tensor:
-    """SafeEraser's KL term; the divergence at the answers, as ours, over logits made everywhere."""
-    forget = cross_entropy(model, batches["forget"])
+def ga(model: Any, _reference: Any, batches: Batches) -> Tensor:
+    return -cross_entropy(model, batches["forget"])
+
+
+def gd(model: Any, reference: Any, batches: Batches) -> Tensor:
+    return ga(model, reference, batches) + cross_entropy(model, batches["retain"])
+
+
+def gd_pd(model: Any, reference: Any, batches: Batches) -> Tensor:
+    halves = [0.5 * cross_entropy(model, batches[role]) for role in ("retain", "decouple")]
+    return ga(model, reference, batches) + torch.stack(halves).sum()
+
+
+def kl(model: Any, reference: Any, batches: Batches) -> Tensor:
     retain = batches["retain"]
-    current = model(**inputs(retain), use_cache=False).logits.float()
+    forget = cross_entropy(model, batches["forget"])
+    current = F.log_softmax(model(**inputs(retain), use_cache=False).logits.float(), dim=-1)
     with torch.no_grad():
-        before = reference(**inputs(retain), use_cache=False).logits.float()
-    current, before = F.log_softmax(current, dim=-1), F.log_softmax(before, dim=-1)
+        before = F.log_softmax(reference(**inputs(retain), use_cache=False).logits.float(), dim=-1)
     divergence = F.kl_div(current, before, reduction="none", log_target=True).sum(dim=-1)
-    answers = F.pad(retain["labels"][:, 1:] != -100, (0, 1))
-    return -forget + divergence[answers].mean()
+    return -forget + divergence[answers(retain)].mean()
 
 
-def rmu(model: Any, reference: Any, batches: Mapping[str, Batch], layer: int, control: Tensor) -> Tensor:
-    """Safety Mirage's RMU; every pass goes through all layers and makes logits. Real tokens count, as in ours."""
+def npo(model: Any, reference: Any, batches: Batches) -> Tensor:
+    """Safety Mirage: difference of batch means on both sides, and a third pass for the cross-entropy."""
+    terms = []
+    for role, sign in (("forget", -1), ("retain", 1)):
+        current = cross_entropy(model, batches[role])
+        with torch.no_grad():
+            before = cross_entropy(reference, batches[role])
+        terms.append(sign * F.logsigmoid(BETA * (current - before)) * 2 / BETA)
+    return torch.stack(terms).sum() + cross_entropy(model, batches["retain"])
 
-    def hidden(of: Any, batch: Batch) -> Tensor:
-        return of(**inputs(batch), output_hidden_states=True, use_cache=False).hidden_states[layer + 1]  # type: ignore[no-any-return]
 
+def rmu(model: Any, reference: Any, batches: Batches) -> Tensor:
+    """Safety Mirage's RMU; the control vector is in the forget batch."""
     forget, retain = batches["forget"], batches["retain"]
     now = hidden(model, retain)
     with torch.no_grad():
         before = hidden(reference, retain)
-    push = (hidden(model, forget) - control).square().mean(dim=-1)[forget["attention_mask"].bool()].mean()
+    push = (hidden(model, forget) - forget["control"]).square().mean(dim=-1)[forget["attention_mask"].bool()].mean()
     hold = (now - before).square().mean(dim=-1)[retain["attention_mask"].bool()].mean()
     return push + hold + cross_entropy(model, retain)
+
+
+def simnpo(model: Any, _reference: Any, batches: Batches) -> Tensor:
+    forget = (-2 / SIMNPO_BETA * F.logsigmoid(SIMNPO_BETA * nll(model, batches["forget"]))).mean()
+    return forget + cross_entropy(model, batches["retain"])
+
+
+def dpo(model: Any, reference: Any, batches: Batches) -> Tensor:
+    def gained(role: str) -> Tensor:
+        tokens = answers(batches[role]).sum(dim=1)
+        with torch.no_grad():
+            before = nll(reference, batches[role])
+        return (before - nll(model, batches[role])) * tokens
+
+    preference = -F.logsigmoid(DPO_BETA * (gained("preferred") - gained("forget"))).mean()
+    return preference + cross_entropy(model, batches["retain"])
+
+
+def undial(model: Any, reference: Any, batches: Batches) -> Tensor:
+    forget = batches["forget"]
+    current = F.log_softmax(model(**inputs(forget), use_cache=False).logits.float(), dim=-1)
+    with torch.no_grad():
+        wanted = reference(**inputs(forget), use_cache=False).logits.float()
+        tokens = F.pad(forget["labels"][:, 1:].clamp(min=0), (0, 1))[..., None]
+        wanted = wanted.scatter_add(-1, tokens, torch.full_like(wanted[..., :1], -PENALTY)).softmax(dim=-1)
+    distilled = -(wanted * current).sum(dim=-1)[answers(forget)].mean()
+    return distilled + cross_entropy(model, batches["retain"])
+
+
+def rr(model: Any, reference: Any, batches: Batches) -> Tensor:
+    """Circuit breakers at the beginning of a run, when the retain term has no weight yet but is computed."""
+    forget, retain = batches["forget"], batches["retain"]
+    with torch.no_grad():
+        before = {role: hidden(reference, batch) for role, batch in (("forget", forget), ("retain", retain))}
+    turned = F.cosine_similarity(hidden(model, forget), before["forget"], dim=-1).relu()[answers(forget)].mean()
+    held = (hidden(model, retain) - before["retain"]).norm(dim=-1)[retain["attention_mask"].bool()].mean()
+    return REROUTING * (turned + 0 * held)
+
+
+def decoupled(loss: Loss, weight: float) -> Loss:
+    """SafeEraser's prompt decoupling on top of a method."""
+
+    def total(model: Any, reference: Any, batches: Batches) -> Tensor:
+        return loss(model, reference, batches) + weight * cross_entropy(model, batches["decouple"])
+
+    return total
+
+
+PUBLISHED: dict[str, Loss] = {
+    "npo": npo,
+    "rmu": rmu,
+    "mixed_sft": supervised,
+    "ga": ga,
+    "gd": gd,
+    "kl": kl,
+    "po": supervised,
+    "ga+pd": decoupled(ga, 0.5),
+    "gd+pd": gd_pd,
+    "kl+pd": decoupled(kl, 1.0),
+    "po+pd": decoupled(supervised, 1.0),
+    "simnpo": simnpo,
+    "dpo": dpo,
+    "undial": undial,
+    "rr": rr,
+}

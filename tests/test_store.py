@@ -20,6 +20,7 @@ from vlm_unlearn.store import (
     digest_model,
     lock_folder,
     open_run,
+    peak_memory_mb,
     read_json,
     read_manifest,
     read_records,
@@ -156,3 +157,13 @@ def test_the_home_of_somebody_unknown_is_a_path_that_is_not_there(monkeypatch: p
     cases = [{"name": "a", "format": "vlguard", "file": "x.json", "images": "x", "kind": "unsafe"}]
     suite = validate(Suite, {"model": "~nosuchuser/x", "root": "~nosuchuser/y", "judge": "keyword", "cases": cases}, "suite.json")
     assert suite.cases[0].file.parent.name == "y"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux counts a parent's memory in")
+def test_peak_memory_is_this_process_own() -> None:
+    held = bytearray(300 * 2**20)
+    assert peak_memory_mb() >= 300
+    code = "from vlm_unlearn.store import peak_memory_mb; print(peak_memory_mb())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    del held
+    assert 0 < int(done.stdout) < 250

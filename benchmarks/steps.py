@@ -1,0 +1,201 @@
+"""What the speed benchmarks run: LLaVA models of random weights, batches, and a training step of each side."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from published_steps import LAYER, NEEDS_REFERENCE, PUBLISHED
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vlm_unlearn.config import MethodConfig, TrainableConfig
+from vlm_unlearn.methods import Method, build_method
+from vlm_unlearn.models.features import FeatureCache, keep_features
+from vlm_unlearn.models.layout import vision_tower
+from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.training.forward import forward
+from vlm_unlearn.training.references import AdapterReference
+from vlm_unlearn.training.step import ModelStep
+
+IMAGE_TOKEN, PATCH, VOCABULARY = 5, 14, 32_000
+ROWS = 4  # questions of a role in a step, where an image has no more of its own
+Batch = dict[str, torch.Tensor]
+Batches = dict[str, Batch]
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    layers: int
+    vision_width: int
+    vision_layers: int
+    intermediate: int | None = None  # of the language model; None: 2.7 times the width
+
+
+SIZES = {
+    "15M": Size(width=256, layers=8, vision_width=256, vision_layers=4),
+    "53M": Size(width=512, layers=8, vision_width=512, vision_layers=6),
+    "160M": Size(width=768, layers=12, vision_width=768, vision_layers=12),
+}
+METHODS: dict[str, tuple[dict[str, Any], float]] = {  # options, and the weight of prompt decoupling
+    "npo": ({"name": "npo", "beta": 0.9, "retain_npo_weight": 1.0, "paper": True}, 0.0),
+    "rmu": ({"name": "rmu", "layer": LAYER}, 0.0),
+    "mixed_sft": ({"name": "mixed_sft"}, 0.0),
+    "ga": ({"name": "ga"}, 0.0),
+    "gd": ({"name": "gd"}, 0.0),
+    "kl": ({"name": "kl"}, 0.0),
+    "po": ({"name": "po"}, 0.0),
+    "ga+pd": ({"name": "ga"}, 0.5),
+    "gd+pd": ({"name": "gd", "retain_weight": 0.5}, 0.5),
+    "kl+pd": ({"name": "kl"}, 1.0),
+    "po+pd": ({"name": "po"}, 1.0),
+    "simnpo": ({"name": "simnpo"}, 0.0),
+    "dpo": ({"name": "dpo"}, 0.0),
+    "undial": ({"name": "undial"}, 0.0),
+    "rr": ({"name": "rr", "layers": [LAYER]}, 0.0),
+}
+LORA = TrainableConfig.model_validate({"mode": "lora", "projector": True, "lora": {"r": 16}})
+
+
+def build(size: Size, image_tokens: int) -> Any:
+    """A LLaVA of random weights whose images take `image_tokens` tokens, on torch's default device and of its default dtype."""
+    torch.manual_seed(0)
+    side = PATCH * round(image_tokens**0.5)
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_width,
+        intermediate_size=4 * size.vision_width,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_width // 64,
+        image_size=side,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.width,
+        intermediate_size=size.intermediate or int(2.7 * size.width),
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.width // 64,
+        max_position_embeddings=4096,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=image_tokens)
+    return LlavaForConditionalGeneration(config)
+
+
+def make_batch(seed: int, images: int, questions: int, image_tokens: int) -> Batch:
+    """Questions of 12 to 24 tokens with answers of 40 to 60 behind a system line of 35 and an image."""
+    random = torch.Generator().manual_seed(seed)
+
+    def text(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high + 1, (1,), generator=random))
+        return torch.randint(10, VOCABULARY, (length,), generator=random).tolist()
+
+    side = PATCH * round(image_tokens**0.5)
+    system, rows, labels, keys, pixels = list(range(10, 45)), [], [], [], []
+    for number in range(images):
+        picture = torch.randn(3, side, side, generator=random)
+        for _ in range(questions):
+            asked = [*system, *[IMAGE_TOKEN] * image_tokens, *text(12, 24)]
+            answer = text(40, 60)
+            rows.append(torch.tensor(asked + answer))
+            labels.append(torch.tensor([-100] * len(asked) + answer))
+            keys.append(1000 * seed + number)
+            pixels.append(picture)
+    padded = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": padded(rows, batch_first=True),
+        "attention_mask": padded([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": padded(labels, batch_first=True, padding_value=-100),
+        "pixel_values": torch.stack(pixels),
+        "images": torch.tensor(keys),
+    }
+
+
+def make_batches(seed: int, questions: int, image_tokens: int) -> Batches:
+    """A step's batches.
+
+    Where an image has several questions, the forget questions are followed by as many retain questions on the same images, as in
+    SafeEraser's data; where it has one, forget and retain images differ, as in VLGuard's. Decouple questions are on other images.
+    """
+    images = max(1, ROWS // questions)
+    roles = ("forget", "retain", "preferred", "decouple")
+    made = {role: make_batch(10 * seed + number, images, questions, image_tokens) for number, role in enumerate(roles)}
+    for role in ("preferred", "retain") if questions > 1 else ("preferred",):
+        made[role] |= {name: made["forget"][name] for name in ("pixel_values", "images")}
+    return made
+
+
+def moved(batches: Batches, device: torch.device, dtype: torch.dtype) -> Batches:
+    """The batches on a device, pixels in the model's dtype."""
+    return {
+        role: {name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in batch.items()}
+        for role, batch in batches.items()
+    }
+
+
+def made_method(name: str, model: Any) -> Method:
+    """The method, with its control vector if it has one."""
+    options, weight = METHODS[name]
+    method = build_method(MethodConfig.model_validate(options), weight)
+    text = model.config.text_config
+    method.prepare(text.hidden_size, text.num_hidden_layers, torch.Generator().manual_seed(0))
+    return method
+
+
+class Ours:
+    """A step as the trainer takes it, with what a run computes before its first one.
+
+    Args:
+        base: the model, which is changed.
+        steps: the batches of all steps; references are written into them.
+    """
+
+    def __init__(self, base: Any, name: str, steps: list[Batches], trainable: TrainableConfig = LORA) -> None:
+        self.method = made_method(name, base)
+        self.model = prepare_trainable(base, trainable)
+        keep_features(vision_tower(self.model), FeatureCache(2**31))
+        self.optimizer = optimizer(self.model)
+        started = time.perf_counter()
+        if self.method.needs and name in ("npo", "dpo"):
+            for batches in steps:
+                for need in self.method.needs:
+                    with torch.no_grad():
+                        total, tokens = forward(self.model, batches[need.role], pack=True).answer
+                    batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
+        self.before = time.perf_counter() - started  # seconds
+
+    def step(self, batches: Batches) -> float:
+        roles: Any = {role: batches[role] for role in self.method.roles}
+        if self.method.forget_as_one_turn:
+            roles["forget"] = {name: value for name, value in roles["forget"].items() if name != "labels"}
+        loss = self.method.loss(ModelStep(self.model, roles, self.method, AdapterReference())).total
+        return update(self.optimizer, loss)
+
+
+class Published:
+    """A step of the published structure; where it has a reference, a second model."""
+
+    def __init__(self, base: Any, name: str, trainable: TrainableConfig = LORA) -> None:
+        self.reference = copy.deepcopy(base).eval() if name in NEEDS_REFERENCE else None
+        self.control = made_method(name, base).state().get("control_vector")
+        self.model = prepare_trainable(base, trainable)
+        self.optimizer = optimizer(self.model)
+        self.loss = PUBLISHED[name]
+
+    def step(self, batches: Batches) -> float:
+        if self.control is not None:
+            batches = {**batches, "forget": {**batches["forget"], "control": self.control.to(batches["forget"]["pixel_values"].device)}}
+        return update(self.optimizer, self.loss(self.model, self.reference, batches))
+
+
+def optimizer(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
