@@ -61,12 +61,9 @@ def test_help_is_typer_and_our_own_commands() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "--version",
         "train --help",
-        "doctor",
+        "doctor --json",
         "recipes",
-        "recipes safety_mirage/npo_lora_7b",
-        "judge rubrics",
         "judge keyword {folder}/answers.json",
         "benchmark list",
         "data convert {world}/vlguard/train.json {folder}/out.json",
@@ -81,7 +78,7 @@ def test_light_commands_stay_light(line: str, runs: list[str], world: Path, tmp_
     assert len(others(loaded)) < CEILING
 
 
-@pytest.mark.parametrize("line", ["train nothing.yaml", "train tiny/npo trainable.mode=none", "evaluate suites/tiny mode=none --out out"])
+@pytest.mark.parametrize("line", ["train tiny/npo trainable.mode=none", "evaluate suites/tiny mode=none --out out"])
 def test_a_wrong_request_is_refused_before_anything_is_loaded(line: str) -> None:
     assert not loaded_by(line.split(), code=2) & HEAVY
 
