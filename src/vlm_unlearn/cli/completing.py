@@ -12,7 +12,8 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
+if typing.TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def recipe_names(incomplete: str) -> list[str]:
@@ -67,6 +68,8 @@ def overrides_of(config: typing.Literal["Recipe", "Suite", "JudgeConfig"]) -> Ca
 
 def _keys(config: type[BaseModel], before: str = "") -> Iterator[tuple[str, list[str]]]:
     """Dotted keys, each with its choices where it has some."""
+    from pydantic import BaseModel
+
     for name, field in config.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +105,8 @@ _MOVED_BY = {"cache": "VLM_UNLEARN_CACHE", "hub": "HF_HOME"}
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -122,6 +122,8 @@ def _memory() -> dict[str, int]:
 
 def _gpus() -> list[dict[str, Any]]:
     """NVIDIA's GPUs as its own tool tells them; none where there is no such tool."""
+    import subprocess
+
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []

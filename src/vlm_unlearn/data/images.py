@@ -6,10 +6,12 @@ import base64
 import io
 import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from vlm_unlearn.errors import RequestError, shown
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # What annotated image sets hold. Formats that run an interpreter or a decoder of their own (EPS, PDF, ...) are never tried.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # a telephone's MPO opens as JPEG
@@ -17,7 +19,7 @@ LONGEST_SIDE = 32_768
 MOST_PIXELS = 89_478_485  # Pillow's own line between a photograph and a decompression bomb: a quarter of a GiB as RGB
 
 # Refused below, so that a warning would say the same twice.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
 
 
 def resolve_image(root: Path, relative: str, where: str) -> Path:
@@ -91,6 +93,8 @@ def png_url(image: Image.Image) -> str:
 
 
 def _open(path: Path) -> Image.Image:
+    from PIL import Image
+
     try:
         if path.stat().st_size == 0:
             raise RequestError(f"{path}: is an empty file")

@@ -14,7 +14,6 @@ from vlm_unlearn.evaluation.generating import OnDone, read_answers, saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.judging.base import Answer, Judge, judge_file
 from vlm_unlearn.judging.keyword import KeywordJudge
-from vlm_unlearn.judging.llm import LLMJudge
 from vlm_unlearn.judging.rouge import RougeJudge
 from vlm_unlearn.judging.tiny_world import TinyWorldJudge
 from vlm_unlearn.records import Prompt, Record, Response, Verdict
@@ -32,6 +31,8 @@ def build_judge(config: JudgeConfig) -> Judge:
     if config.name == "rouge_l":
         return RougeJudge(config.paper)
     if config.name == "llm":
+        from vlm_unlearn.judging.llm import LLMJudge
+
         return LLMJudge(config)
     if config.world is None:
         raise RequestError("judge tiny_world: needs the world's facts; pass judge.world=.../world.json")

@@ -8,8 +8,6 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.special import stdtrit
-
 from vlm_unlearn.records import LABELS, Label, Prompt, Rate, Verdict
 
 Failures = Literal["left_out", "not_counted_as_hits"]
@@ -76,6 +74,8 @@ def rate(hits: Sequence[float], clusters: Sequence[str], failed: int = 0) -> Rat
     elif hits_only:
         effective = min(float(n), value * (1 - value) / variance)
     else:
+        from scipy.special import stdtrit
+
         variance += 2 * value * (1 - value) / (count * (count - 1))
         effective = value * (1 - value) / variance * (Z / float(stdtrit(count - 1, 0.975))) ** 2
     low, high = wilson_interval(value * effective, effective)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,41 +37,39 @@ class FeatureCache:
         self._size = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-            self._sizes.update((file.stem, file.stat().st_size) for file in files)
-            self._size = sum(self._sizes.values())
+            files = []
+            for file in folder.glob("*.safetensors"):
+                with suppress(FileNotFoundError):  # another process makes room
+                    files.append((file.stat().st_mtime, file.stem, file.stat().st_size))
+            for _, key, size in sorted(files):
+                self._note(key, size)
 
     def get(self, key: str) -> Features | None:
-        """An image's features, or None."""
-        if key not in self._sizes:
-            return None
-        self._sizes.move_to_end(key)
-        if self._folder is None:
-            return self._kept[key]
-        file = self._folder / f"{key}.safetensors"
-        try:
-            found = load_file(file)
-            os.utime(file)
-        except (OSError, SafetensorError):  # another process has made room, or a disk has lost it
-            self._size -= self._sizes.pop(key)
-            return None
+        """An image's features, or None; in a folder those that another process has put there too."""
+        found = self._kept.get(key) if self._folder is None else _read(self._folder / f"{key}.safetensors")
+        if found is None:
+            self._size -= self._sizes.pop(key, 0)
+        elif key in self._sizes:
+            self._sizes.move_to_end(key)
+        else:
+            self._note(key, _bytes(found))
         return found
 
     def put(self, key: str, features: Features) -> None:
-        """Keeps an image's features, and lets go of others where there is no room."""
-        size = sum(value.numel() * value.element_size() for value in features.values())
-        if size > self._limit or key in self._sizes:
+        """Keeps an image's features, and lets go of others where there is no room; where a disk is full, it keeps nothing."""
+        if _bytes(features) > self._limit or key in self._sizes:
             return
-        while self._sizes and self._size + size > self._limit:
-            self._drop(next(iter(self._sizes)))
-        self._sizes[key] = size
-        self._size += size
         if self._folder is None:
             self._kept[key] = features
+        elif not _write(self._folder / f"{key}.safetensors", features):
             return
-        part = self._folder / f".{key}.{os.getpid()}.part"
-        save_file(features, part)
-        os.replace(part, self._folder / f"{key}.safetensors")
+        self._note(key, _bytes(features))
+
+    def _note(self, key: str, size: int) -> None:
+        self._sizes[key] = size
+        self._size += size
+        while self._size > self._limit:
+            self._drop(next(iter(self._sizes)))
 
     def _drop(self, key: str) -> None:
         self._size -= self._sizes.pop(key)
@@ -79,11 +78,36 @@ class FeatureCache:
             (self._folder / f"{key}.safetensors").unlink(missing_ok=True)
 
 
+def _bytes(features: Features) -> int:
+    return sum(value.numel() * value.element_size() for value in features.values())
+
+
+def _read(file: Path) -> Features | None:
+    try:
+        found = load_file(file)
+        os.utime(file)
+    except (OSError, SafetensorError):  # never there, gone since another process made room, or torn
+        return None
+    return found
+
+
+def _write(file: Path, features: Features) -> bool:
+    part = file.with_name(f".{file.stem}.{os.getpid()}.part")
+    try:
+        save_file(features, part)
+        os.replace(part, file)
+    except (OSError, SafetensorError):
+        part.unlink(missing_ok=True)
+        return False
+    return True
+
+
 def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
     """From now on the vision tower runs only images that it has not seen.
 
     The tower must stay frozen and whole: where it is cut up among processes, all of them must run it together. Calls that give it
-    more than one tensor [images, channels, height, width] are left as they are.
+    more than one tensor [images, channels, height, width] are left as they are. Features are those of the precision that is asked
+    for: autocast's differ.
     """
     run: Any = tower.forward
 
@@ -91,23 +115,20 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
         alone = pixel_values.dim() == 4 and not any(isinstance(value, Tensor) for value in others.values())
         if not alone or isinstance(output_hidden_states, bool):
             return run(pixel_values, output_hidden_states=output_hidden_states, **others)
-        layers = (
-            []
-            if output_hidden_states is None
-            else [output_hidden_states]
-            if isinstance(output_hidden_states, int)
-            else list(output_hidden_states)
-        )
-        keys = [_content(image) for image in pixel_values]
-        found = {key: features for key in keys if (features := cache.get(key)) is not None}
-        missing = [number for number, key in enumerate(keys) if key not in found and key not in keys[:number]]
+        layers = _numbers(output_hidden_states)
+        asked = f"{layers} {_autocast(pixel_values.device)}"
+        keys = [_digest(image, asked) for image in pixel_values]
+        found = {key: features for key in dict.fromkeys(keys) if (features := cache.get(key)) is not None}
+        missing = {key: number for number, key in enumerate(keys) if key not in found}
         if missing:
             with torch.no_grad():
-                outputs = run(pixel_values[missing], output_hidden_states=output_hidden_states, **others)
-            states = {str(layer): outputs.hidden_states[layer] for layer in layers} or {LAST: outputs.last_hidden_state}
-            for place, number in enumerate(missing):
-                found[keys[number]] = {name: value[place].clone() for name, value in states.items()}
-                cache.put(keys[number], {name: value.cpu() for name, value in found[keys[number]].items()})
+                outputs = run(pixel_values[list(missing.values())], output_hidden_states=output_hidden_states, **others)
+            states = {str(layer): outputs.hidden_states[layer] for layer in layers}
+            if not layers or -1 in layers:  # some families then read the last state itself, which a norm may set apart
+                states[LAST] = outputs.last_hidden_state
+            for place, key in enumerate(missing):
+                found[key] = {name: value[place].clone() for name, value in states.items()}
+                cache.put(key, {name: value.cpu() for name, value in found[key].items()})
         together = {name: torch.stack([found[key][name].to(pixel_values.device) for key in keys]) for name in found[keys[0]]}
         return BaseModelOutputWithPooling(
             last_hidden_state=together.get(LAST), hidden_states={layer: together[str(layer)] for layer in layers} or None
@@ -116,7 +137,18 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
     tower.forward = forward
 
 
-def _content(image: Tensor) -> str:
-    """A digest of an image's pixels as the tower gets them."""
-    data = image.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16, key=str((tuple(image.shape), image.dtype)).encode()).hexdigest()
+def _numbers(layers: int | Sequence[int] | None) -> list[int]:
+    if layers is None:
+        return []
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _digest(image: Tensor, asked: str) -> str:
+    """Names an image's features by its pixels as the tower gets them, and by what is asked of it."""
+    digest = hashlib.blake2b(f"{tuple(image.shape)} {image.dtype} {asked}".encode(), digest_size=16)
+    digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

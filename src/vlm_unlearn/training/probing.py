@@ -11,8 +11,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
+from vlm_unlearn.records import PROBE
 from vlm_unlearn.training.trainer import UnlearningTrainer
-from vlm_unlearn.training.watching import PROBE
 
 SCORE = f"{PROBE}score"
 

@@ -174,6 +174,7 @@ def _keep_features(planned: Plan, model: torch.nn.Module) -> None:
         package_versions(),
         str(first.dtype),
         planned.precision,
+        training.attn_implementation,
         first.device.type,
         planned.recipe.trainable.mode,
     ]

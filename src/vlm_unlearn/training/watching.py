@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from vlm_unlearn.records import PROBE
 from vlm_unlearn.store import note_cost, write_text
 
-PROBE = "probe/"  # begins the name of a probed rate in the log
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, steps, loss parts
 
 

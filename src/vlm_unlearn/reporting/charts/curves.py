@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlm_unlearn.records import PROBE
 from vlm_unlearn.reporting.charts.chart import Chart, Lines, Series, style_of
-from vlm_unlearn.training.watching import PROBE
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")
 DRAWABLE = 1e30  # numbers beyond are more than axes and their ticks can bear, and NaN is not below it

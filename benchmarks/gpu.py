@@ -1,0 +1,262 @@
+"""Training steps at the size of LLaVA-1.5-7B on one GPU: ours against the published structure, in bf16.
+
+    python benchmarks/gpu.py                              under 8 minutes; needs torch with CUDA and this package, no data, no network
+    python benchmarks/gpu.py --shape tiny --device cpu    the same road in seconds, for those who change this file
+
+Weights are random and made on the GPU. `lora` has rank 128 and trains the projector too; `full` trains projector and language model with
+weights, gradients and AdamW's states in bf16 (8 bytes a parameter, 54 GB), since float32 ones (16 bytes, 108 GB) leave too little for
+activations. Without adapters or a copy there is no reference, so `full` has the methods that need none in a step.
+
+Utilisation is FLOPs a second over the device's peak for dense bf16 (`PEAKS`). FLOPs are counted by torch (`FlopCounterMode`): two for each
+multiplication in a matrix product, convolution or attention of a step, forward and backward; masked attention counts whole. They are
+those that a side runs, so work that is done twice raises the published side's utilisation, not its tokens a second: these count the real
+tokens of the batches, the same for both.
+
+Rows are written to benchmarks/results/gpu.json as they come. What the time or the memory is too short for is named there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from steps import IMAGE_TOKEN, Batches, Ours, Published, made_method, make_batches, moved
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
+
+from vlm_unlearn.config import TrainableConfig
+from vlm_unlearn.models.shapes import KNOWN
+from vlm_unlearn.store import package_versions, write_json
+
+RESULTS = Path(__file__).parent / "results" / "gpu.json"
+DTYPE = torch.bfloat16
+SECONDS = 440  # after which nothing new is begun
+LORA = TrainableConfig.model_validate({"mode": "lora", "projector": True, "lora": {"r": 128, "alpha": 256}})
+TRAINABLE = {"lora": LORA, "full": TrainableConfig(mode="full", projector=True)}
+PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100": 312e12}  # by how a device's name begins
+TINY_VOCABULARY = 500
+SIDES = ("ours", "published")
+CASES = [  # training, method, questions an image; the first ones matter most
+    ("lora", "npo", 4),
+    ("lora", "gd+pd", 4),
+    ("lora", "kl", 4),
+    ("lora", "rmu", 4),
+    ("full", "npo", 4),
+    ("full", "gd+pd", 4),
+    ("lora", "npo", 1),
+]
+
+
+class OutOfTimeError(Exception):
+    """A case can't be finished in time."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is measured on."""
+
+    device: torch.device
+    shape: str
+    steps: int
+    end: float  # `time.monotonic` when it is to be over
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """What the trainer computes a step under; anew for each, since it keeps what it casts, such as weights of before the step."""
+        return torch.autocast(self.device.type, DTYPE)
+
+    def described(self) -> dict[str, Any]:
+        found = {"cpus": os.cpu_count(), "python": platform.python_version(), "cuda": torch.version.cuda, "device": str(self.device)}
+        if not self.cuda:
+            return found
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return {**found, "device": torch.cuda.get_device_name(self.device), "memory_gib": round(memory / 2**30, 1), "driver": driver()}
+
+    def peak(self) -> float | None:
+        """FLOPs a second of dense bf16; None for a device that is not known, as the slower NVL cards."""
+        name = torch.cuda.get_device_name(self.device) if self.cuda else ""
+        known = (peak for begins, peak in PEAKS.items() if name.startswith(begins) and "NVL" not in name)
+        return next(known, None)
+
+
+@dataclass
+class Measured:
+    """What one side took for a case's steps."""
+
+    tokens_per_second: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    flops_per_token: float = 0.0
+    memory: int | None = None  # bytes at the peak
+
+
+def driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return next(iter(subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()), None)
+
+
+def config_of(shape: str) -> Any:
+    config = KNOWN["llava-hf/llava-1.5-7b-hf"]()
+    config.image_token_id = IMAGE_TOKEN
+    if shape == "tiny":
+        parts = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 2}
+        config.text_config.update({**parts, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": TINY_VOCABULARY})
+        config.vision_config.update({**parts, "image_size": 56})
+        config.image_seq_length = 16
+    return config
+
+
+def build(machine: Machine) -> Any:
+    torch.manual_seed(0)
+    with machine.device:
+        return AutoModelForImageTextToText.from_config(config_of(machine.shape), dtype=DTYPE, attn_implementation="sdpa")
+
+
+def batches_of(machine: Machine, questions: int) -> list[Batches]:
+    """Each step's batches, of words that the shape has."""
+    tokens = config_of(machine.shape).image_seq_length
+    steps = [moved(make_batches(number, questions, tokens), machine.device, DTYPE) for number in range(machine.steps)]
+    if machine.shape == "tiny":
+        for batch in (batch for batches in steps for batch in batches.values()):
+            for name in ("input_ids", "labels"):
+                batch[name] = torch.where(batch[name] < TINY_VOCABULARY, batch[name], batch[name] % (TINY_VOCABULARY - 10) + 10)
+    return steps
+
+
+def tokens_of(batches: Batches, roles: Sequence[str]) -> int:
+    return sum(int(batches[role]["attention_mask"].sum()) for role in roles)
+
+
+def measure(machine: Machine, side: str, training: str, method: str, questions: int) -> Measured:
+    """One side's steps; the first is left out of the times, and the last batches are run once more to count FLOPs.
+
+    Raises:
+        OutOfTimeError: the time is up.
+        torch.OutOfMemoryError: so is the memory.
+    """
+    gc.collect()
+    if machine.cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(machine.device)
+    steps = batches_of(machine, questions)
+    base = build(machine)
+    roles = made_method(method, base).roles
+    found = Measured()
+    torch.manual_seed(1)
+    with machine.computing():
+        taker: Any = Ours(base, method, steps, TRAINABLE[training]) if side == "ours" else Published(base, method, TRAINABLE[training])
+    if training == "full":
+        taker.model.to(DTYPE)
+    for number, batches in enumerate(steps):
+        if time.monotonic() > machine.end:
+            raise OutOfTimeError
+        started = time.perf_counter()
+        with machine.computing():
+            found.losses.append(taker.step(batches))  # a number, so the device has finished
+        seconds = time.perf_counter() - started
+        if number:
+            found.tokens_per_second.append(tokens_of(batches, roles) / seconds)
+    found.memory = torch.cuda.max_memory_allocated(machine.device) if machine.cuda else None
+    with machine.computing(), FlopCounterMode(display=False) as counter:
+        taker.step(steps[-1])
+    found.flops_per_token = counter.get_total_flops() / tokens_of(steps[-1], roles)
+    return found
+
+
+def compared(machine: Machine, training: str, method: str, questions: int) -> dict[str, Any]:
+    """A case's row; a side that the memory is too short for is null and named.
+
+    Raises:
+        OutOfTimeError: the time is up.
+    """
+    row: dict[str, Any] = {
+        "training": training,
+        "method": method,
+        "questions_per_image": questions,
+        "image_tokens": config_of(machine.shape).image_seq_length,
+        "steps": machine.steps,
+    }
+    sides: dict[str, Measured] = {}
+    for side in SIDES:
+        try:
+            sides[side] = measure(machine, side, training, method, questions)
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = [*row.get("out_of_memory", []), side]
+    peak = machine.peak()
+    for side, found in sides.items():
+        rate = statistics.median(found.tokens_per_second)
+        row[side] = {
+            "tokens_per_second": rate,
+            "flops_per_token": found.flops_per_token,
+            "utilisation": rate * found.flops_per_token / peak if peak else None,
+            "memory_gib": found.memory / 2**30 if found.memory else None,
+        }
+    if len(sides) == len(SIDES):
+        ours, published = (sides[side] for side in SIDES)
+        ratios = [fast / slow for fast, slow in zip(ours.tokens_per_second, published.tokens_per_second, strict=True)]
+        row["speedup"] = statistics.median(ratios)
+        row["work_ratio"] = published.flops_per_token / ours.flops_per_token
+        row["memory_ratio"] = ours.memory / published.memory if ours.memory and published.memory else None
+        row["max_loss_difference"] = max(abs(a - b) for a, b in zip(ours.losses, published.losses, strict=True))
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"{row['training']:<5}{row['method']:<7}{row['questions_per_image']} questions", end="")
+    for side in SIDES:
+        if side in row.get("out_of_memory", []):
+            print(f"  {side}: out of memory", end="")
+            continue
+        used, memory = row[side]["utilisation"], row[side]["memory_gib"]
+        print(f"  {side}: {row[side]['tokens_per_second']:,.0f} tokens/s", end="")
+        print(f", {used:.0%} of the peak" if used else "", f", {memory:.0f} GiB" if memory else "", sep="", end="")
+    print(f"  {row['speedup']:.2f}x" if "speedup" in row else "", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=6, help="of each side in a case, the first one not timed; at least 2")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which nothing new is begun")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    machine = Machine(torch.device(options.device), options.shape, options.steps, time.monotonic() + options.seconds)
+    rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    longest = 0.0
+    for training, method, questions in CASES:
+        started = time.monotonic()
+        try:
+            if started + longest > machine.end:
+                raise OutOfTimeError
+            rows.append(compared(machine, training, method, questions))
+            show(rows[-1])
+        except OutOfTimeError:
+            left_out.append({"training": training, "method": method, "questions_per_image": questions, "reason": "out of time"})
+        longest = max(longest, time.monotonic() - started)
+        found = {"machine": machine.described(), "shape": machine.shape, "versions": package_versions(), "rows": rows, "left_out": left_out}
+        write_json(options.out, found)
+    for one in left_out:
+        print(f"left out, {one['reason']}: {one['training']} {one['method']} with {one['questions_per_image']} questions an image")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The script that measures on a GPU runs here too, with a tiny model on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("gpu")
+
+
+def measured(gpu: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", str(out), *options])
+    gpu.main()
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_both_sides_take_the_same_steps(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CASES", [("lora", "npo", 4), ("lora", "rmu", 4), ("full", "gd+pd", 4)])
+    found = measured(gpu, tmp_path / "gpu.json", monkeypatch)
+    assert [(row["training"], row["method"], row["questions_per_image"]) for row in found["rows"]] == gpu.CASES
+    assert found["left_out"] == []
+    assert found["machine"]["device"] == "cpu"
+    for row in found["rows"]:
+        assert row["max_loss_difference"] < 0.02  # of about 6, in bf16
+        assert row["work_ratio"] > 1.2
+        assert row["ours"]["utilisation"] is None  # nobody knows this device's peak
+        assert row["ours"]["tokens_per_second"] > 0
+
+
+def test_out_of_time_or_memory_is_said(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(machine: Any, side: str, training: str, method: str, questions: int) -> Any:
+        if training == "full" or method == "kl":
+            raise gpu.OutOfTimeError
+        if side == "published":
+            raise torch.OutOfMemoryError
+        return gpu.Measured([100.0], [1.0], 2.0, None)
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    found = measured(gpu, tmp_path / "gpu.json", monkeypatch)
+    assert [row["out_of_memory"] for row in found["rows"]] == [["published"]] * 4
+    assert "speedup" not in found["rows"][0]
+    assert {case["method"] for case in found["left_out"]} == {"kl", "npo", "gd+pd"}
+    late = measured(gpu, tmp_path / "late.json", monkeypatch, "--seconds", "-1")
+    assert len(late["left_out"]) == len(gpu.CASES)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200 NVL", None), ("NVIDIA L4", None)]
+)
+def test_peaks_are_of_known_devices(gpu: Any, name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    assert gpu.Machine(torch.device("cuda"), "7b", 6, 0.0).peak() == peak
