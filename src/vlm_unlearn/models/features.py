@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,10 @@ Features = dict[str, Tensor]  # one image's [tokens, width] by layer
 
 
 class FeatureCache:
-    """Features by the content of the image, at most `limit` bytes in memory or in a folder; the longest unused go first.
+    """Features by the content of the image, at most `limit` bytes in memory or in a folder.
+
+    What this run has asked for stays: epochs ask for all images in turn, and were the longest unused to make room for the next, none
+    would be there when it is asked for again. Older files in the folder make room, the longest unused first.
 
     Args:
         limit: bytes.
@@ -32,50 +34,49 @@ class FeatureCache:
     def __init__(self, limit: int, folder: Path | None = None) -> None:
         self._limit = limit
         self._folder = folder
-        self._kept: OrderedDict[str, Features] = OrderedDict()
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # longest unused first
-        self._size = 0
+        self._kept: dict[str, Features] = {}
+        self._sizes: dict[str, int] = {}  # longest unused first
+        self._asked: set[str] = set()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             files = []
             for file in folder.glob("*.safetensors"):
                 with suppress(FileNotFoundError):  # another process makes room
                     files.append((file.stat().st_mtime, file.stem, file.stat().st_size))
-            for _, key, size in sorted(files):
-                self._note(key, size)
+            self._sizes = {key: size for _, key, size in sorted(files)}
+            self._make_room(0)
 
     def get(self, key: str) -> Features | None:
         """An image's features, or None; in a folder those that another process has put there too."""
+        self._asked.add(key)
         found = self._kept.get(key) if self._folder is None else _read(self._folder / f"{key}.safetensors")
         if found is None:
-            self._size -= self._sizes.pop(key, 0)
-        elif key in self._sizes:
-            self._sizes.move_to_end(key)
+            self._sizes.pop(key, None)
         else:
-            self._note(key, _bytes(found))
+            self._sizes.setdefault(key, _bytes(found))
         return found
 
     def put(self, key: str, features: Features) -> None:
-        """Keeps an image's features, and lets go of others where there is no room; where a disk is full, it keeps nothing."""
-        if _bytes(features) > self._limit or key in self._sizes:
+        """Keeps the features of an image that was asked for, if there is room, and a disk takes them."""
+        size = _bytes(features)
+        if key in self._sizes or not self._make_room(size):
             return
         if self._folder is None:
             self._kept[key] = features
         elif not _write(self._folder / f"{key}.safetensors", features):
             return
-        self._note(key, _bytes(features))
-
-    def _note(self, key: str, size: int) -> None:
         self._sizes[key] = size
-        self._size += size
-        while self._size > self._limit:
-            self._drop(next(iter(self._sizes)))
 
-    def _drop(self, key: str) -> None:
-        self._size -= self._sizes.pop(key)
-        self._kept.pop(key, None)
-        if self._folder is not None:
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes have room, once what this run has not asked for is gone as far as it must."""
+        room = self._limit - sum(self._sizes.values()) - size
+        for key in [key for key in self._sizes if key not in self._asked] if room < 0 <= self._limit - size else ():
+            assert self._folder is not None
             (self._folder / f"{key}.safetensors").unlink(missing_ok=True)
+            room += self._sizes.pop(key)
+            if room >= 0:
+                break
+        return room >= 0
 
 
 def _bytes(features: Features) -> int:
@@ -120,15 +121,15 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
         keys = [_digest(image, asked) for image in pixel_values]
         found = {key: features for key in dict.fromkeys(keys) if (features := cache.get(key)) is not None}
         missing = {key: number for number, key in enumerate(keys) if key not in found}
-        if missing:
+        for key, number in missing.items():
+            # Alone, so that what is beside it in a batch, or was cached before a run went on, changes no bit of it.
             with torch.no_grad():
-                outputs = run(pixel_values[list(missing.values())], output_hidden_states=output_hidden_states, **others)
+                outputs = run(pixel_values[number : number + 1], output_hidden_states=output_hidden_states, **others)
             states = {str(layer): outputs.hidden_states[layer] for layer in layers}
             if not layers or -1 in layers:  # some families then read the last state itself, which a norm may set apart
                 states[LAST] = outputs.last_hidden_state
-            for place, key in enumerate(missing):
-                found[key] = {name: value[place].clone() for name, value in states.items()}
-                cache.put(key, {name: value.cpu() for name, value in found[key].items()})
+            found[key] = {name: value[0].clone() for name, value in states.items()}
+            cache.put(key, {name: value.cpu() for name, value in found[key].items()})
         together = {name: torch.stack([found[key][name].to(pixel_values.device) for key in keys]) for name in found[keys[0]]}
         return BaseModelOutputWithPooling(
             last_hidden_state=together.get(LAST), hidden_states={layer: together[str(layer)] for layer in layers} or None
