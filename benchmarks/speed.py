@@ -56,6 +56,7 @@ def compare(case: Case) -> dict[str, Any]:
     """Both sides take the same steps from the same weights; the first is left out of the medians."""
     import torch
     from steps import SIZES, Ours, Published, build, make_batches
+    from torch.utils.flop_counter import FlopCounterMode
 
     published = [make_batches(number, case.questions_per_image, case.image_tokens) for number in range(case.steps)]
     ours = [{role: dict(batch) for role, batch in batches.items()} for batches in published]
@@ -77,6 +78,10 @@ def compare(case: Case) -> dict[str, Any]:
     samples = sum(len(published[0][role]["input_ids"]) for role in roles)
     tokens = sum(int(batches[role]["attention_mask"].sum()) for batches in published for role in roles) / case.steps
     spent, published_spent = (sum(side) for side in zip(*times, strict=True))
+    with FlopCounterMode(display=False) as work:
+        here.step(ours[-1])
+    with FlopCounterMode(display=False) as published_work:
+        there.step(published[-1])
     return {
         **asdict(case),
         "speedup": statistics.median(ratios),
@@ -88,6 +93,7 @@ def compare(case: Case) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds,
         "run_seconds": here.before + spent,  # with the references computed before the first step
         "run_speedup": published_spent / (here.before + spent),
+        "work_ratio": published_work.get_total_flops() / work.get_total_flops(),  # of floating-point operations, on any machine
         "max_loss_difference": max(abs(a - b) for a, b in losses),
         "first_loss": losses[0][0],
         "last_loss": losses[-1][0],
@@ -136,7 +142,8 @@ def show(row: dict[str, Any]) -> None:
     what = f"{row['method']:<10} {row['size']:>5} {row['questions_per_image']:>2} questions {row['image_tokens']:>4} tokens"
     rate = f"{row['samples_per_second']:6.1f} samples/s {row['tokens_per_second']:7.0f} tokens/s"
     spread = f"{row['speedup']:5.2f}x ({row['speedup_lowest']:.2f}-{row['speedup_highest']:.2f}, run {row['run_speedup']:.2f})"
-    print(f"{what}  {rate}  {spread}  memory {row['memory_ratio']:.2f}  loss {row['max_loss_difference']:.0e}", flush=True)
+    others = f"work {row['work_ratio']:.1f}x  memory {row['memory_ratio']:.2f}  loss {row['max_loss_difference']:.0e}"
+    print(f"{what}  {rate}  {spread}  {others}", flush=True)
 
 
 def main() -> None:
