@@ -34,7 +34,7 @@ class Prefilled:
         """Some of the rows, by number, with the new tokens [B, N] behind them; all but the last are in the cache already."""
         on = torch.arange(1, new.shape[1] + 1, device=new.device)
         positions = torch.cat([self.positions, self.positions[..., -1:] + on], dim=-1)
-        self.cache.batch_select_indices(rows)
+        _deal_out(self.cache, rows, len(self.ids))
         ids, mask = torch.cat([self.ids, new], dim=1), torch.cat([self.mask, torch.ones_like(new)], dim=1)
         return Prefilled(ids[rows], mask[rows], positions[..., rows, :], self.cache)
 
@@ -77,12 +77,18 @@ def prefill(model: Any, processor: Processor, turns: Sequence[Turn], rows: Seque
     width = ids.shape[1] - 1  # `generate` runs the last token, and asks for what comes next
     if shared:
         run([groups.index(group) for group in range(max(groups) + 1)], 0, shared, **images)
-        cache.batch_select_indices(torch.tensor(groups, device=ids.device))
+        _deal_out(cache, torch.tensor(groups, device=ids.device), max(groups) + 1)
     if width > shared:
         run(range(len(turns)), shared, width)
     chosen = torch.tensor(rows, device=ids.device)
-    cache.batch_select_indices(chosen)
+    _deal_out(cache, chosen, len(turns))
     return Prefilled(ids[chosen], mask[chosen], positions[..., chosen, :], cache)
+
+
+def _deal_out(cache: DynamicCache, numbers: Tensor, count: int) -> None:
+    """Makes row `numbers[n]` of a cache of `count` rows its row n; it is copied, unless nothing changes."""
+    if numbers.tolist() != list(range(count)):
+        cache.batch_select_indices(numbers)
 
 
 def _encode(processor: Processor, turns: Sequence[Turn], image_token: int) -> tuple[list[list[int]], list[int], Batch]:
