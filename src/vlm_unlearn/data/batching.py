@@ -168,17 +168,22 @@ class PromptMeter:
         return self._count(turn, render(self._processor, turn).text)
 
     def _count(self, turn: Turn, text: str) -> int:
-        count = len(self._processor.tokenizer(text, add_special_tokens=_needs_special_tokens(self._processor, text))["input_ids"])
+        count = len(token_ids(self._processor, text))
         if turn.image is None:
             return count
         size = image_size(turn.image)
         if size not in self._image_tokens:
             alone = replace(turn, answer=None, history=())
-            bare = render(self._processor, alone).text
-            without = len(self._processor.tokenizer(bare, add_special_tokens=_needs_special_tokens(self._processor, bare))["input_ids"])
+            without = len(token_ids(self._processor, render(self._processor, alone).text))
             encoded = encode(self._processor, [alone], padding_side="right")
             self._image_tokens[size] = encoded["input_ids"].shape[1] - without
         return count + self._image_tokens[size]
+
+
+def token_ids(processor: Processor, text: str) -> list[int]:
+    """The tokens of a rendered turn, an image's placeholder left as it is."""
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=_needs_special_tokens(processor, text))["input_ids"]
+    return ids
 
 
 def _needs_special_tokens(processor: Processor, text: str) -> bool:
@@ -189,7 +194,8 @@ def _needs_special_tokens(processor: Processor, text: str) -> bool:
 
 def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:
     # A turn without an image has its own empty list beside the others: idefics3, smolvlm and gemma3 match lists with texts.
-    images = [[open_image(turn.image)] if turn.image is not None else [] for turn in turns]
+    opened = {image: open_image(image) for image in dict.fromkeys(turn.image for turn in turns) if image is not None}
+    images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
     encoded = processor(
         text=texts,

@@ -52,6 +52,10 @@ class SeededSampling(LogitsProcessor):
         if top_p < 1:
             self._warpers.append(TopPLogitsWarper(top_p))
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with some of the rows alone, by number."""
+        self._streams = [self._streams[row] for row in rows]
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] scores with noise, in float64: uniform numbers of 24 bits would now and then draw the unlikeliest token."""
         scores = self._warpers(input_ids, scores)

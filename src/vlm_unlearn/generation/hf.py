@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.batching import Processor, Turn, encode, move
 from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, ask, cut_up
 from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
+from vlm_unlearn.generation.sharing import Prefilled, prefill
 from vlm_unlearn.models.loading import device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
+
+STRIDE = 32  # tokens after which answers that have ended are looked for
 
 
 class HFBackend:
@@ -32,7 +37,7 @@ class HFBackend:
 
     def identity(self) -> Mapping[str, object]:
         decided = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
-        generation = {**self._config.model_dump(include=set(decided)), "precision": self._precision}
+        generation = {**self._config.model_dump(include=set(decided)), "precision": self._precision, "batches": "by image"}
         return {"model": run_digest(self._folder), "generation": generation}
 
     @cached_property
@@ -74,13 +79,29 @@ def answers(
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Questions of alike lengths together, for less padding; with and without image apart, as mllama needs it. Ties keep their order."""
+    """Questions on one image together, and beside others of alike lengths, for less padding; with and without image apart, as mllama
+    needs it.
+
+    An image's questions are in one batch where they fit in; so are the samples of a prompt without an image. Ties keep their order.
+    """
     found = []
     for has_image in (True, False):
-        alike = [question for question in questions if (question.image is not None) == has_image]
-        alike.sort(key=lambda question: len(question.prompt.question.split()))
-        found += cut_up(alike, size)
+        together: dict[object, list[Question]] = {}
+        for question in sorted(questions, key=_length):
+            if (question.image is not None) == has_image:
+                together.setdefault(question.image or question.prompt.id, []).append(question)
+        batch: list[Question] = []
+        for part in (part for group in together.values() for part in cut_up(group, size)):
+            if len(batch) + len(part) > size:
+                found.append(batch)
+                batch = []
+            batch = batch + part
+        found += [batch] if batch else []
     return found
+
+
+def _length(question: Question) -> int:
+    return len(question.prompt.question.split())
 
 
 def answer(model: Any, processor: Processor, questions: Sequence[Question], config: GenerationConfig) -> list[Response]:
@@ -102,15 +123,60 @@ def complete(
 ) -> list[tuple[str, str]]:
     """What a model says to each of a batch of turns, and why it ended: ``stop`` or ``length``. Greedy without `drawing`.
 
+    What turns begin with alike is run once, where the family can (`vlm_unlearn.generation.sharing`); turns that ask the same have one
+    greedy answer, which is made once.
+
     Raises:
         RequestError: a turn can't be encoded; it is named.
     """
-    inputs = move(encode(processor, turns, padding_side="left"), model.device, model.dtype)
+    first: dict[Turn, Turn] = {}  # of the turns that ask the same
+    for turn in turns:
+        first.setdefault(replace(turn, id=""), turn)
+    numbers = {asked: number for number, asked in enumerate(first)}
+    which = [numbers[replace(turn, id="")] for turn in turns]
+    distinct = list(first.values())
+    rows = range(len(distinct)) if drawing is None else which
+    prompts = prefill(model, processor, distinct, rows, max_new_tokens)
+    if prompts is not None:
+        new = _go_on(model, prompts, max_new_tokens, drawing)
+    else:
+        inputs = move(encode(processor, [distinct[row] for row in rows], padding_side="left"), model.device, model.dtype)
+        new = list(_generate(model, inputs, max_new_tokens, drawing))
+    texts = processor.batch_decode(new, skip_special_tokens=True)
+    closing = set(_closing(model))
+    said = [(text.strip(), "stop" if closing & set(tokens.tolist()) else "length") for text, tokens in zip(texts, new, strict=True)]
+    return [said[number] for number in which] if drawing is None else said
+
+
+def _go_on(model: Any, prompts: Prefilled, max_new_tokens: int, drawing: SeededSampling | None) -> list[Tensor]:
+    """The new tokens of each row. Every few tokens the rows that have ended are left out, so that they don't cost what the longest does."""
+    found: list[list[Tensor]] = [[] for _ in prompts.ids]
+    rows = torch.arange(len(prompts.ids))
+    closing = torch.tensor(_closing(model), dtype=torch.long, device=prompts.ids.device)
+    for start in range(0, max_new_tokens, STRIDE):
+        inputs: dict[str, Any] = {"input_ids": prompts.ids, "attention_mask": prompts.mask, "position_ids": prompts.positions}
+        new = _generate(model, inputs | {"past_key_values": prompts.cache}, min(STRIDE, max_new_tokens - start), drawing)
+        for row, tokens in zip(rows.tolist(), new, strict=True):
+            found[row].append(tokens)
+        going = (~torch.isin(new, closing).any(dim=1)).nonzero()[:, 0]
+        if not len(going):
+            break
+        prompts = prompts.followed_by(new, going)
+        rows = rows[going.cpu()]
+        if drawing is not None:
+            drawing.keep(going.tolist())
+    return [torch.cat(parts) for parts in found]
+
+
+def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, drawing: SeededSampling | None) -> Tensor:
+    """[B, N] new tokens, padding behind the end of an answer; N is less than the most where all have ended."""
     processors = LogitsProcessorList([] if drawing is None else [drawing])
     with plain_settings(model):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
-    new = output[:, inputs["input_ids"].shape[1] :]
+        output: Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def _closing(model: Any) -> list[int]:
+    """The tokens that end an answer."""
     ends = model.generation_config.eos_token_id
-    closing = set(ends if isinstance(ends, list) else [ends])
-    texts = processor.batch_decode(new, skip_special_tokens=True)
-    return [(text.strip(), "stop" if closing & set(tokens.tolist()) else "length") for text, tokens in zip(texts, new, strict=True)]
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
