@@ -82,7 +82,6 @@ def k_shot(repetitions: int) -> dict[str, Any]:
     from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
     from vlm_unlearn.generation.hf import complete
 
-    torch.set_num_threads(2)
     model, processor = build(SIZES["53M"], IMAGE_TOKENS).eval(), word_processor()
     model.generation_config.eos_token_id = None  # every answer has its full length
     with tempfile.TemporaryDirectory() as scratch:
