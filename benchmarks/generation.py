@@ -75,7 +75,7 @@ def batching(repetitions: int) -> dict[str, Any]:
 def k_shot(repetitions: int) -> dict[str, Any]:
     """Rewrites and samples on one image: as the library answers them, and each alone with its image by `generate`."""
     import torch
-    from speed import SIZES, build
+    from steps import SIZES, build
     from transformers import LogitsProcessorList
 
     from vlm_unlearn.data.batching import Turn, encode
@@ -140,8 +140,8 @@ def in_turn(
 
 
 def word_processor() -> Any:
-    """A processor for the models of speed.py: a word a token, a system line of 35 before the image."""
-    from speed import IMAGE_TOKEN, PATCH, VOCABULARY
+    """A processor for the models of steps.py: a word a token, a system line of 35 before the image."""
+    from steps import IMAGE_TOKEN, PATCH, VOCABULARY
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
