@@ -118,19 +118,33 @@ def test_an_image_is_run_once(folder: Path, images: list[Path]) -> None:
 
 
 def test_what_can_be_packed() -> None:
-    """9 is the image's token: rows 0 and 2 share image 5, rows 1 and 3 share 6 but the text before it differs, row 4 has none."""
-    ids = torch.tensor([[1, 9, 9, 2, 3], [1, 9, 4, 0, 0], [1, 9, 9, 2, 4], [7, 9, 4, 0, 0], [1, 2, 0, 0, 0]])
+    """9 is the image's token: rows 0, 2 and 5 share image 5, rows 1 and 3 share 6 but the text before it differs, row 4 has none."""
+    rows = [[1, 9, 9, 9, 9, 2, 3], [1, 9, 4], [1, 9, 9, 9, 9, 2, 4], [7, 9, 4], [1, 2], [1, 9, 9, 9, 9, 2, 5]]
+    ids = torch.tensor([row + [0] * (7 - len(row)) for row in rows])
     real = ids != 0
-    packing = find_packing(ids, real, torch.tensor([5, 6, 5, 6, NO_IMAGE]), 9)
+    packing = find_packing(ids, real, torch.tensor([5, 6, 5, 6, NO_IMAGE, 5]), 9)
     assert packing is not None
-    assert packing.segment.tolist() == [[0, 0, 0, 0, 1, 2], [1, 1, 1, -1, -1, -1], [1, 1, 1, -1, -1, -1], [1, 1, -1, -1, -1, -1]]
-    assert packing.pack(ids, real).tolist() == [[1, 9, 9, 2, 3, 4], [1, 9, 4, 0, 0, 0], [7, 9, 4, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
-    assert packing.unpack(packing.pack(ids, real))[real].equal(ids[real])
-    assert (packing.mask(torch.float32)[0, 0] == 0).int().tolist()[4:] == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]]
-    sees = packing.block_mask().mask_mod
-    place = torch.arange(6)
-    assert sees(torch.tensor(0), torch.tensor(0), place[:, None], place).equal(packing.mask(torch.float32)[0, 0] == 0)
-    assert find_packing(ids, real, torch.tensor([5, 6, 7, 8, NO_IMAGE]), 9) is None
+    assert packing.segment.tolist() == [[0] * 6 + [1, 2, 3], *([[1] * 3 + [-1] * 6] * 2), [1] * 2 + [-1] * 7]
+    packed = packing.pack(ids, real)
+    assert packed.tolist() == [[1, 9, 9, 9, 9, 2, 3, 4, 5], [1, 9, 4] + [0] * 6, [7, 9, 4] + [0] * 6, [1, 2] + [0] * 7]
+    assert packing.unpack(packed)[real].equal(ids[real])
+    seen = packing.mask(torch.float32)[0, 0] == 0
+    assert seen.int().tolist()[6:] == [[1] * 7 + [0] * 2, [1] * 6 + [0, 1, 0], [1] * 6 + [0, 0, 1]]
+    place = torch.arange(9)
+    assert packing.block_mask().mask_mod(torch.tensor(0), torch.tensor(0), place[:, None], place).equal(seen)
+    assert find_packing(ids, real, torch.tensor([5, 6, 7, 8, NO_IMAGE, 4]), 9) is None
+
+
+def test_packing_computes_less() -> None:
+    """Behind ten tokens one image has eight questions of three, another two: all eight in a sequence would stretch the other."""
+    beginning, rests = [1] + [9] * 8 + [2], torch.arange(10, 40).reshape(10, 3).tolist()
+    ids = torch.tensor([beginning + rest for rest in rests])
+    real = torch.ones_like(ids, dtype=torch.bool)
+    packing = find_packing(ids, real, torch.tensor([5] * 8 + [6] * 2), 9)
+    assert packing is not None
+    assert packing.shape == (3, 10 + 4 * 3)
+    assert packing.first.tolist() == [0, 4, 8]
+    assert find_packing(ids, real, torch.tensor([5, 5, *range(6, 14)]), 9) is None  # all would be padded to the one pair's length
 
 
 def test_who_does_not_share_images_says_so(folder: Path) -> None:

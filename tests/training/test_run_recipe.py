@@ -85,6 +85,14 @@ def test_weight_zero_is_the_bare_method_to_the_bit(tiny_model: Path, training_se
     assert not moved(weights(bare), weights(zero))
 
 
+def test_processes_that_load_data_change_nothing(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    results = []
+    for workers in (0, 2):
+        training = {"max_steps": 4, "batch_size": 2, "dataloader_num_workers": workers}
+        results.append(weights(run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / str(workers), "npo", training=training))))
+    assert not moved(*results)
+
+
 LORA = {"mode": "lora", "lora": {"r": 4, "alpha": 8}}
 
 

@@ -91,6 +91,8 @@ class TrainingConfig(Strict):
     """At most this much of them; the longest unused go first."""
     max_length: Positive = 2048
     """Tokens; a longer answer is cut at its end, a longer question is an error."""
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Processes that open images and tokenise for the steps to come; 0: the trainer does so itself, between steps."""
     save_steps: Positive = 500
     """Optimizer steps between two checkpoints."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []

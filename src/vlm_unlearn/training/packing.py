@@ -19,7 +19,10 @@ from vlm_unlearn.methods import Method
 from vlm_unlearn.models.layout import layout_of
 
 NO_IMAGE = -1  # the image key of a row without one
+WORTH = 0.9  # of a batch's positions at most, or packing it isn't worth its mask
 TAKES_MASKS = ("eager", "sdpa", "flex_attention")  # attention that lets us say which position sees which
+
+Pack = tuple[Sequence[int], int]  # rows of one sequence, and how many of their tokens are shared
 
 
 def why_not_packed(model: nn.Module, method: Method, attention: str) -> str | None:
@@ -71,9 +74,9 @@ class Packing:
 
         Padding sees padding, since a row that sees nothing gives NaN; a bool mask would be misread by eager attention.
         """
-        sequences, length = self.shape
-        every = torch.arange(length, device=self.segment.device)
-        allowed = self._sees(torch.arange(sequences, device=every.device)[:, None, None], every[:, None], every)
+        length = self.segment.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=self.segment.device).tril()
+        allowed = _sees(earlier, self.segment[:, :, None], self.segment[:, None, :])
         return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
     def block_mask(self) -> Any:
@@ -81,19 +84,19 @@ class Packing:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def sees(sequence: Tensor, _head: Tensor, by: Tensor, seen: Tensor) -> Tensor:
-            return self._sees(sequence, by, seen)
+            return _sees(by >= seen, self.segment[sequence, by], self.segment[sequence, seen])
 
         sequences, length = self.shape
         return create_block_mask(sees, sequences, None, length, length, device=str(self.segment.device))
 
-    def _sees(self, sequence: Tensor, by: Tensor, seen: Tensor) -> Tensor:
-        """Whether a position sees another one: what came before, on the shared beginning or in its own rest."""
-        own, other = self.segment[sequence, by], self.segment[sequence, seen]
-        return (by >= seen) & ((other == 0) | (other == own))
+
+def _sees(earlier: Tensor, by: Tensor, seen: Tensor) -> Tensor:
+    """Whether a position of one segment sees one of another: what is earlier, on the shared beginning or in its own rest."""
+    return earlier & ((seen == 0) | (seen == by))
 
 
 def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) -> Packing | None:
-    """How to pack a batch, or None where no two rows share an image.
+    """How to pack a batch, or None where that would save little.
 
     Args:
         ids: [B, S] token ids, padded on the right.
@@ -102,17 +105,51 @@ def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) ->
         image_token: the id of an image's tokens; rows that share an image but have text before it that differs stay apart.
     """
     keys, lengths = images.tolist(), real.sum(dim=1).tolist()
-    groups: dict[int, list[int]] = {}
+    rows_of: dict[int, list[int]] = {}
     for row, key in enumerate(keys):
-        groups.setdefault(key if key != NO_IMAGE else -2 - row, []).append(row)
-    if len(groups) == len(keys):
+        rows_of.setdefault(key if key != NO_IMAGE else -2 - row, []).append(row)
+    if len(rows_of) == len(keys):
         return None
-    packs: list[tuple[list[int], int]] = []  # rows, and how many of their tokens are shared
-    for rows in groups.values():
-        shared = _shared(ids, rows, lengths)
+    groups: list[Pack] = []
+    for rows in rows_of.values():
+        shared = _shared(ids, rows, lengths) if len(rows) > 1 else 0
         whole = all(int((ids[row, :shared] == image_token).sum()) == int((ids[row] == image_token).sum()) for row in rows)
-        packs += [(rows, shared)] if len(rows) > 1 and whole else [([row], 0) for row in rows]
-    return _lay_out(ids, packs, lengths) if len(packs) < len(keys) else None
+        groups += [(rows, shared)] if len(rows) > 1 and whole else [([row], 0) for row in rows]
+    packs = _cut(groups, lengths)
+    return _lay_out(ids, packs, lengths) if _cells(packs, lengths) <= WORTH * ids.numel() else None
+
+
+def _cut(groups: Sequence[Pack], lengths: Sequence[int]) -> list[Pack]:
+    """Cuts groups to a length at which the fewest positions are computed, padding included: one group of many questions would make the
+    sequences of all others as long as its own."""
+    limits: set[int] = set()
+    for rows, shared in groups:
+        limits.update(_length((rows[: count + 1], shared), lengths) for count in range(len(rows)))
+    return min(
+        ([part for group in groups for part in _parts(group, limit, lengths)] for limit in sorted(limits)),
+        key=lambda packs: _cells(packs, lengths),
+    )
+
+
+def _parts(group: Pack, limit: int, lengths: Sequence[int]) -> list[Pack]:
+    """A group as sequences that are no longer than the limit, or hold a single row."""
+    rows, shared = group
+    parts: list[list[int]] = []
+    for row in rows:
+        if parts and _length(([*parts[-1], row], shared), lengths) <= limit:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return [(part, shared if len(part) > 1 else 0) for part in parts]
+
+
+def _length(pack: Pack, lengths: Sequence[int]) -> int:
+    rows, shared = pack
+    return shared + sum(lengths[row] - shared for row in rows)
+
+
+def _cells(packs: Sequence[Pack], lengths: Sequence[int]) -> int:
+    return len(packs) * max(_length(pack, lengths) for pack in packs)
 
 
 def _shared(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
@@ -122,8 +159,8 @@ def _shared(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
     return limit if bool(alike.all()) else int((~alike).int().argmax())
 
 
-def _lay_out(ids: Tensor, packs: Sequence[tuple[Sequence[int], int]], lengths: Sequence[int]) -> Packing:
-    length = max(shared + sum(lengths[row] - shared for row in rows) for rows, shared in packs)
+def _lay_out(ids: Tensor, packs: Sequence[Pack], lengths: Sequence[int]) -> Packing:
+    length = max(_length(pack, lengths) for pack in packs)
     place = torch.zeros_like(ids)
     segment = torch.full((len(packs), length), -1, dtype=torch.long, device=ids.device)
     for number, (rows, shared) in enumerate(packs):

@@ -58,7 +58,7 @@ class Plan:
     def identity(self) -> dict[str, object]:
         """What decides the run's weights; a run folder is resumed only by the same."""
         # Digests stand for paths; a name and what is logged or kept where change no weight. The probe's own digest comes with the probe.
-        training = {"report_to", "feature_cache", "feature_cache_gb"}
+        training = {"report_to", "feature_cache", "feature_cache_gb", "dataloader_num_workers"}
         left_out: Any = {"name": True, "output": True, "model": True, "data": True, "training": training, "probe": {"suite", "root"}}
         recipe = self.recipe.model_dump(mode="json", exclude=left_out)
         return {

@@ -211,6 +211,7 @@ def _arguments(planned: Plan) -> TrainingArguments:
         # The stream is shuffled already, as a function of the position; a sampler of its own would not resume to the bit.
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
+        dataloader_num_workers=training.dataloader_num_workers,
         label_names=["forget", "retain"],
         report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
         project="vlm-unlearn",
