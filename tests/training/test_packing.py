@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import families
 from vlm_unlearn.config import MethodConfig, TrainableConfig
@@ -19,6 +21,7 @@ from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.training.forward import forward
 from vlm_unlearn.training.packing import NO_IMAGE, find_packing, why_not_packed
 from vlm_unlearn.training.references import AdapterReference
+from vlm_unlearn.training.shared_attention import shared_attention
 from vlm_unlearn.training.step import ModelStep
 
 PACKING = [family for family, layout in LAYOUTS.items() if layout.packs]
@@ -72,13 +75,12 @@ def step_of(model: Any, batches: dict[Role, Batch], method: Any, pack: bool) -> 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "options", [{"name": "npo"}, {"name": "kl"}, {"name": "rmu", "layer": 0}, {"name": "undial"}], ids=lambda options: options["name"]
 )
-def test_packed_is_separate(folder: Path, images: list[Path], options: dict[str, Any], attention: Any, checkpointing: bool) -> None:
+def test_packed_is_separate(folder: Path, images: list[Path], options: dict[str, Any], checkpointing: bool) -> None:
     torch.manual_seed(0)
-    model = load_model(folder, "fp32", attention)
+    model = load_model(folder, "fp32")
     with torch.no_grad():  # weights this wide make losses in the thousands, of which float32 keeps few digits
         for parameter in model.parameters():
             parameter.mul_(0.25)
@@ -113,44 +115,57 @@ def test_an_image_is_run_once(folder: Path, images: list[Path]) -> None:
     hook.remove()
     separate, packed = (rows * width for rows, width in seen)
     assert seen[0][0] == 4
-    assert seen[1][0] == 2
+    assert seen[1][0] == 1
     assert packed < 0.75 * separate
 
 
 def test_what_can_be_packed() -> None:
     """9 is the image's token: rows 0, 2 and 5 share image 5, rows 1 and 3 share 6 but the text before it differs, row 4 has none."""
-    rows = [[1, 9, 9, 9, 9, 2, 3], [1, 9, 4], [1, 9, 9, 9, 9, 2, 4], [7, 9, 4], [1, 2], [1, 9, 9, 9, 9, 2, 5]]
-    ids = torch.tensor([row + [0] * (7 - len(row)) for row in rows])
+    rows = [[1, 9, 9, 9, 9, 2, 3], [1, 9, 4], [1, 9, 9, 9, 9, 2, 4, 6], [7, 9, 4], [1, 2], [1, 9, 9, 9, 9, 2, 5]]
+    ids = torch.tensor([row + [0] * (8 - len(row)) for row in rows])
     real = ids != 0
     packing = find_packing(ids, real, torch.tensor([5, 6, 5, 6, NO_IMAGE, 5]), 9)
     assert packing is not None
-    assert packing.segment.tolist() == [[0] * 6 + [1, 2, 3], *([[1] * 3 + [-1] * 6] * 2), [1] * 2 + [-1] * 7]
+    assert packing.segment.tolist() == [[0] * 10 + [1] * 3 + [2] * 3 + [3] * 2, [0] * 6 + [1, 2, 2, 3] + [0] * 8]
+    assert packing.first.tolist() == [0, 1, 3, 4]
     packed = packing.pack(ids, real)
-    assert packed.tolist() == [[1, 9, 9, 9, 9, 2, 3, 4, 5], [1, 9, 4] + [0] * 6, [7, 9, 4] + [0] * 6, [1, 2] + [0] * 7]
+    assert packed.tolist() == [[1, 9, 9, 9, 9, 2, 3, 4, 6, 5, 1, 9, 4, 7, 9, 4, 1, 2]]
     assert packing.unpack(packed)[real].equal(ids[real])
-    seen = packing.mask(torch.float32)[0, 0] == 0
-    assert seen.int().tolist()[6:] == [[1] * 7 + [0] * 2, [1] * 6 + [0, 1, 0], [1] * 6 + [0, 0, 1]]
-    place = torch.arange(9)
-    assert packing.block_mask().mask_mod(torch.tensor(0), torch.tensor(0), place[:, None], place).equal(seen)
-    assert find_packing(ids, real, torch.tensor([5, 6, 7, 8, NO_IMAGE, 4]), 9) is None
+    assert find_packing(ids[:, :7], real[:, :7], torch.tensor([5, 6, 7, 8, NO_IMAGE, 4]), 9) is not None  # without padding, at least
+    assert find_packing(ids[[0, 2]][:, :7], real[[0, 2]][:, :7], torch.tensor([5, 7]), 9) is None
 
 
-def test_packing_computes_less() -> None:
-    """Behind ten tokens one image has eight questions of three, another two: all eight in a sequence would stretch the other."""
-    beginning, rests = [1] + [9] * 8 + [2], torch.arange(10, 40).reshape(10, 3).tolist()
-    ids = torch.tensor([beginning + rest for rest in rests])
-    real = torch.ones_like(ids, dtype=torch.bool)
-    packing = find_packing(ids, real, torch.tensor([5] * 8 + [6] * 2), 9)
+def test_what_sees_what() -> None:
+    """By its parts and by FlexAttention's mask, a position sees what comes before it on its beginning, and of its own rest."""
+    ids = torch.tensor([[1, 9, 2, 3, 0], [1, 9, 2, 4, 5], [1, 8, 0, 0, 0]])
+    packing = find_packing(ids, ids != 0, torch.tensor([5, 5, NO_IMAGE]), 9)
     assert packing is not None
-    assert packing.shape == (3, 10 + 4 * 3)
-    assert packing.first.tolist() == [0, 4, 8]
-    assert find_packing(ids, real, torch.tensor([5, 5, *range(6, 14)]), 9) is None  # all would be padded to the one pair's length
+    place = torch.arange(packing.segment.shape[1])
+    seen = packing.block_mask().mask_mod(torch.tensor(0), torch.tensor(0), place[:, None], place)
+    own = {3: [3], 4: [4], 5: [4, 5]}
+    assert {by: row.nonzero()[:, 0].tolist() for by, row in enumerate(seen)} == {
+        **{by: list(range(by + 1)) for by in range(3)},
+        **{by: [0, 1, 2, *rest] for by, rest in own.items()},
+        6: [6],
+        7: [6, 7],
+    }
+    heads, width = 2, 4
+    query, key, value = torch.randn(3, 1, heads, len(place), width, generator=torch.Generator().manual_seed(0))
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
+    found, _ = shared_attention(nn.Module(), query, key, value, None, parts=packing.parts)
+    torch.testing.assert_close(found, wanted)
+    module = nn.Module()
+    module.num_key_value_groups = 2  # one head of keys for both of queries
+    few, _ = shared_attention(module, query, key[:, :1], value[:, :1], None, parts=packing.parts)
+    many, _ = shared_attention(nn.Module(), query, key[:, [0, 0]], value[:, [0, 0]], None, parts=packing.parts)
+    assert few.equal(many)
 
 
 def test_who_does_not_share_images_says_so(folder: Path) -> None:
     npo, paper = (build_method(MethodConfig.model_validate({"name": name, "paper": True}), 0.5) for name in ("npo", "kl"))
     assert why_not_packed(model_skeleton(folder), npo, "sdpa") is None
-    assert why_not_packed(model_skeleton(folder), npo, "flash_attention_2") == "not with flash_attention_2"
+    for attention in ("eager", "flash_attention_2"):
+        assert why_not_packed(model_skeleton(folder), npo, attention) == f"not with {attention}"
     assert why_not_packed(model_skeleton(folder), paper, "sdpa") == "not with paper: true, which counts padding"
 
 

@@ -22,6 +22,7 @@ from vlm_unlearn.methods import Method
 from vlm_unlearn.models.layout import decoder_layers, layout_of, unwrapped
 from vlm_unlearn.training.joining import NOT_FOR_THE_MODEL
 from vlm_unlearn.training.packing import Packing, find_packing, packed_batch, why_not_packed
+from vlm_unlearn.training.shared_attention import NAME
 
 CHUNK = 1024  # tokens whose logits are held in float32 at a time
 
@@ -100,8 +101,7 @@ def forward(
     packing = _packing(inner, batch) if pack else None
     places = wanted.flatten().nonzero()[:, 0]
     if packing is not None:
-        mask = packing.block_mask() if _attention(inner) == "flex_attention" else packing.mask(_attention_dtype(inner))
-        inputs = packed_batch(inputs, packing, batch["images"], _positions(inner, inputs), mask)
+        inputs = {**packed_batch(inputs, packing, batch["images"], _positions(inner, inputs)), **_seen(inner, packing)}
         places = packing.place[wanted]
     with _captured(inner, layers, stop) as seen, _projected(inner, places):
         logits = model(**inputs, use_cache=False).logits[0]
@@ -132,15 +132,20 @@ def _positions(inner: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
 
 
+def _seen(inner: Any, packing: Packing) -> dict[str, Any]:
+    """What tells the model's attention which positions of a packed sequence see which."""
+    if _attention(inner) == "flex_attention":
+        return {"attention_mask": packing.block_mask()}
+    # For good: gradient checkpointing computes attention again in the backward pass. Of what isn't packed it makes no difference.
+    inner.config.get_text_config()._attn_implementation = NAME
+    nothing = torch.zeros(1, 1, 1, 1, dtype=inner.dtype, device=inner.device)  # a mask of four dimensions is left as it is
+    return {"attention_mask": nothing, "parts": packing.parts}
+
+
 def _attention(inner: Any) -> str:
     """transformers' name of how the language model computes attention."""
     name: str = inner.config.get_text_config()._attn_implementation
     return name
-
-
-def _attention_dtype(inner: Any) -> torch.dtype:
-    device, dtype = inner.device.type, inner.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
 @contextmanager
