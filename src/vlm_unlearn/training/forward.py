@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vlm_unlearn.data.batching import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
@@ -41,7 +40,7 @@ class Forward:
         """``(nll_sum [B], tokens [B])`` of the answers."""
         predicts = answer_mask(self.labels)
         targets = self.labels.roll(-1, dims=1).masked_fill(~predicts, IGNORED)[self.wanted]
-        nll = torch.cat([_nll(*part) for part in zip(torch.split(self.logits, CHUNK), torch.split(targets, CHUNK), strict=True)])
+        nll: Tensor = _AnswerNLL.apply(self.logits, targets)  # type: ignore[no-untyped-call]
         rows = self.wanted.nonzero()[:, 0]
         return nll.new_zeros(len(self.labels)).index_add(0, rows, nll), predicts.sum(dim=1)
 
@@ -65,16 +64,31 @@ class Forward:
         return Forward(self.wanted[rows, :width], self.logits[before : before + inside], self.labels[rows, :width], hidden)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """[N] float32; its float32 copy of the logits is made again in the backward pass, not kept."""
+class _AnswerNLL(torch.autograd.Function):
+    """[N] float32 negative log-likelihoods of targets [N], 0 where they are ignored, from logits [N, V] of any precision.
 
-    def compute(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    Nothing of the vocabulary's size is kept but the logits; float32 copies are made of `CHUNK` rows at a time. PyTorch's cross-entropy
+    would keep one of all rows, and its gradient is another.
+    """
 
-    if not logits.requires_grad:
-        return compute(logits)
-    found: Tensor = checkpoint(compute, logits, use_reentrant=False)
-    return found
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        parts = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
+        return torch.cat([F.cross_entropy(part.float(), target, ignore_index=IGNORED, reduction="none") for part, target in parts])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        weights = gradients[0].masked_fill(targets == IGNORED, 0.0)[:, None]
+        found = torch.empty_like(logits)
+        for part, target, weight, gradient in zip(*(torch.split(each, CHUNK) for each in (logits, targets, weights, found)), strict=True):
+            probabilities = gradient if gradient.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+            torch.softmax(part, dim=-1, dtype=torch.float32, out=probabilities)
+            probabilities.mul_(weight).scatter_add_(1, target[:, None].clamp(min=0), -weight)
+            if probabilities is not gradient:
+                gradient.copy_(probabilities)
+        return found, None
 
 
 def forward(
