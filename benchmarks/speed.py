@@ -4,8 +4,8 @@
     make bench-quick    the smallest size, under four minutes
 
 Both sides get the same batches and take their steps in turn in one process, so that a noisy machine is noisy for both; the speedup is
-the median of the steps' ratios in the last epoch. Memory is measured in a process of its own for each side: the peak above what Python and its libraries
-took. Rows are written to benchmarks/results/latest.json as they come.
+the median of the steps' ratios in the last epoch. Memory is measured in a process of its own for each side: the peak above what Python
+and its libraries took. Rows are written to benchmarks/results/latest.json as they come.
 """
 
 from __future__ import annotations
