@@ -16,7 +16,7 @@ from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.models.features import FeatureCache, keep_features
 from vlm_unlearn.models.layout import vision_tower
 from vlm_unlearn.models.trainable import prepare_trainable
-from vlm_unlearn.training.forward import forward
+from vlm_unlearn.training.forward import forward, packing_of
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
@@ -162,7 +162,9 @@ class Ours:
             for batches in steps:
                 for need in self.method.needs:
                     with torch.no_grad():
-                        total, tokens = forward(self.model, batches[need.role], pack=True).answer
+                        total, tokens = forward(
+                            self.model, batches[need.role], packing=packing_of(self.model, batches[need.role], self.method)
+                        ).answer
                     batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
         self.before = time.perf_counter() - started  # seconds
 

@@ -77,6 +77,14 @@ def test_what_decides_the_features_is_told_apart(tower: Any) -> None:
     assert runs == [1] * 6
 
 
+def test_a_step_runs_an_image_once_where_the_cache_has_no_room(tower: Any) -> None:
+    keep_features(tower, FeatureCache(1))
+    with counted(tower) as runs:
+        for numbers in ([0, 1], [0, 1], [2], [0]):
+            tower(IMAGES[numbers], output_hidden_states=-2)
+    assert runs == [1] * 4
+
+
 def test_calls_of_another_kind_are_left_alone(tower: Any) -> None:
     keep_features(tower, FeatureCache(2**20))
     with counted(tower) as runs:

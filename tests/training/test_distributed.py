@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,20 @@ def test_a_loss_may_end_at_an_early_layer(tiny_model: Path, training_sets: dict[
     ]
     assert moved[0] > 1e-4
     assert not any(moved[1:])
+
+
+def test_images_on_the_forget_side_alone(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+    """rmu's forget pass ends early and uses the projector; were the retain pass behind it without images, DDP would take it for unused."""
+    data = tmp_path / "data"
+    shutil.copytree(training_sets["safe_eraser"], data)
+    retain = [json.loads(line) for line in (data / "retain.jsonl").read_text().splitlines()]
+    (data / "retain.jsonl").write_text("".join(json.dumps({**example, "image": None}) + "\n" for example in retain))
+    keys = [f"model={tiny_model}", f"data={data}", *STEPS, *RMU, "trainable.mode=lora"]
+    done = train(1, COMMAND, [*keys, "training.batch_size=4", f"output={tmp_path / 'one'}"], {})
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = train(2, COMMAND, [*keys, "training.batch_size=2", f"output={tmp_path / 'two'}"], {})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
 
 def difference(one: Path, other: Path) -> float:

@@ -18,7 +18,7 @@ from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.models.layout import LAYOUTS
 from vlm_unlearn.models.loading import load_model, load_processor, model_skeleton
 from vlm_unlearn.models.trainable import prepare_trainable
-from vlm_unlearn.training.forward import forward
+from vlm_unlearn.training.forward import forward, packing_of
 from vlm_unlearn.training.packing import NO_IMAGE, find_packing, why_not_packed
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.shared_attention import shared_attention
@@ -111,7 +111,7 @@ def test_an_image_is_run_once(folder: Path, images: list[Path]) -> None:
     hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
     with torch.no_grad():
         for pack in (False, True):
-            forward(model, batch, pack=pack)
+            forward(model, batch, packing=packing_of(model, batch, method) if pack else None)
     hook.remove()
     separate, packed = (rows * width for rows, width in seen)
     assert seen[0][0] == 4
@@ -167,6 +167,14 @@ def test_who_does_not_share_images_says_so(folder: Path) -> None:
     for attention in ("eager", "flash_attention_2"):
         assert why_not_packed(model_skeleton(folder), npo, attention) == f"not with {attention}"
     assert why_not_packed(model_skeleton(folder), paper, "sdpa") == "not with paper: true, which counts padding"
+
+
+def test_a_sliding_window_is_not_packed_over(folder: Path, images: list[Path]) -> None:
+    method = build_method(MethodConfig.model_validate({"name": "gd"}), 0.0)
+    model, batch = load_model(folder, "fp32"), batches(load_processor(folder), images, method)["retain"]
+    assert packing_of(model, batch, method) is not None
+    model.config.get_text_config().sliding_window = batch["input_ids"].shape[1] - 1
+    assert packing_of(model, batch, method) is None
 
 
 def test_other_families_run_each_question(tmp_path: Path) -> None:

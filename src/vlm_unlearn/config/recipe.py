@@ -87,8 +87,8 @@ class TrainingConfig(Strict):
     """Questions on one image come one after the other, so that a batch of them runs the image once."""
     feature_cache: Literal["memory", "disk", "off"] = "memory"
     """Where a frozen vision tower's features of each image are kept, so that it runs each image once."""
-    feature_cache_gb: Positive = 2
-    """At most this much of them; the longest unused go first."""
+    feature_cache_gb: Positive = 4
+    """At most this much of them; the tower runs the images of the others again."""
     max_length: Positive = 2048
     """Tokens; a longer answer is cut at its end, a longer question is an error."""
     dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = 0

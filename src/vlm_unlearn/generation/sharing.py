@@ -64,7 +64,7 @@ def prefill(model: Any, processor: Processor, turns: Sequence[Turn], rows: Seque
     positions = _positions(inner, ids, mask, groups, images)
 
     def run(chosen: Sequence[int], start: int, end: int, **seen: Tensor) -> None:
-        model(
+        inner(
             input_ids=ids[chosen, start:end],
             attention_mask=mask[chosen, :end],
             position_ids=positions[..., chosen, start:end],

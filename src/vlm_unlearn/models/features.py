@@ -57,10 +57,11 @@ class FeatureCache:
         return found
 
     def put(self, key: str, features: Features) -> None:
-        """Keeps the features of an image that was asked for, if there is room, and a disk takes them."""
+        """Keeps the features of an image that was asked for in main memory or on disk, if there is room there."""
         size = _bytes(features)
         if key in self._sizes or not self._make_room(size):
             return
+        features = {name: value.cpu() for name, value in features.items()}
         if self._folder is None:
             self._kept[key] = features
         elif not _write(self._folder / f"{key}.safetensors", features):
@@ -111,6 +112,7 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
     for: autocast's differ.
     """
     run: Any = tower.forward
+    last: dict[str, Features] = {}  # a step's reference has the same images, and the cache may have no room for them
 
     def forward(pixel_values: Tensor, output_hidden_states: int | Sequence[int] | bool | None = None, **others: Any) -> Any:
         alone = pixel_values.dim() == 4 and not any(isinstance(value, Tensor) for value in others.values())
@@ -119,7 +121,7 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
         layers = _numbers(output_hidden_states)
         asked = f"{layers} {_autocast(pixel_values.device)}"
         keys = [_digest(image, asked) for image in pixel_values]
-        found = {key: features for key in dict.fromkeys(keys) if (features := cache.get(key)) is not None}
+        found = {key: features for key in dict.fromkeys(keys) if (features := last.get(key) or cache.get(key)) is not None}
         missing = {key: number for number, key in enumerate(keys) if key not in found}
         for key, number in missing.items():
             # Alone, so that what is beside it in a batch, or was cached before a run went on, changes no bit of it.
@@ -129,7 +131,9 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
             if not layers or -1 in layers:  # some families then read the last state itself, which a norm may set apart
                 states[LAST] = outputs.last_hidden_state
             found[key] = {name: value[0].clone() for name, value in states.items()}
-            cache.put(key, {name: value.cpu() for name, value in found[key].items()})
+            cache.put(key, found[key])
+        last.clear()
+        last.update(found)
         together = {name: torch.stack([found[key][name].to(pixel_values.device) for key in keys]) for name in found[keys[0]]}
         return BaseModelOutputWithPooling(
             last_hidden_state=together.get(LAST), hidden_states={layer: together[str(layer)] for layer in layers} or None

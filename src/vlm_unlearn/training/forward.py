@@ -56,12 +56,16 @@ class Forward:
         wanted = self.wanted[:, self.columns]
         return self.logits.new_zeros(*wanted.shape, self.logits.shape[-1]).index_put((wanted,), self.logits)
 
-    def rows(self, start: int, count: int, width: int) -> Forward:
-        """What the pass gave for some rows, which were `width` positions wide before they were joined with others."""
-        before, inside = int(self.wanted[:start].sum()), int(self.wanted[start : start + count].sum())
-        rows = slice(start, start + count)
-        hidden = {layer: states[rows, :width] for layer, states in self.hidden.items()}
-        return Forward(self.wanted[rows, :width], self.logits[before : before + inside], self.labels[rows, :width], hidden)
+    def parted(self, shapes: Sequence[tuple[int, int]]) -> list[Forward]:
+        """What the pass gave for each of the batches that were joined, of B rows and S positions."""
+        counts = [rows for rows, _ in shapes]
+        wanted, labels = torch.split(self.wanted, counts), torch.split(self.labels, counts)
+        logits = torch.split(self.logits, torch.stack([part.sum() for part in wanted]).tolist())
+        hidden = {layer: torch.split(states, counts) for layer, states in self.hidden.items()}
+        return [
+            Forward(wanted[n][:, :width], logits[n], labels[n][:, :width], {layer: parts[n][:, :width] for layer, parts in hidden.items()})
+            for n, (_, width) in enumerate(shapes)
+        ]
 
 
 class _AnswerNLL(torch.autograd.Function):
@@ -96,7 +100,7 @@ def forward(
     batch: Batch,
     layers: Sequence[int] = (),
     wanted: Tensor | None = None,
-    pack: bool = False,
+    packing: Packing | None = None,
     stop: bool = False,
 ) -> Forward:
     """Runs a batch [B, S] through the model.
@@ -104,15 +108,13 @@ def forward(
     Args:
         layers: the decoder layers whose outputs are kept, by number.
         wanted: [B, S] bool, where logits are wanted; None: where an answer token is next.
-        pack: run questions on one image (``images`` [B] of the batch, which is padded on the right) as one sequence; only where
-            `why_not_packed` finds nothing against it.
-        stop: leave out all decoder layers above the last of `layers`; the logits mean nothing then.
+        packing: that of the batch (`packing_of`); None runs each question with its image.
+        stop: leave out decoder layers above the last of `layers`, if none is cut up among processes; the logits mean nothing then.
     """
     labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
     wanted = answer_mask(labels) if wanted is None else wanted
     inner = unwrapped(getattr(model, "module", model))
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
-    packing = _packing(inner, batch) if pack else None
     places = wanted.flatten().nonzero()[:, 0]
     if packing is not None:
         inputs = {**packed_batch(inputs, packing, batch["images"], _positions(inner, inputs)), **_seen(inner, packing)}
@@ -123,17 +125,18 @@ def forward(
     return Forward(wanted, logits, labels, hidden)
 
 
-def packs(model: nn.Module, method: Method) -> bool:
-    """Whether questions on one image share it in this model's passes; the model may be wrapped."""
-    inner = unwrapped(getattr(model, "module", model))
-    return why_not_packed(inner, method, _attention(inner)) is None
+def packing_of(model: nn.Module, batch: Batch, method: Method) -> Packing | None:
+    """How questions of a batch, padded on the right, share their images (``images`` [B]); None where they don't.
 
-
-def _packing(inner: Any, batch: Batch) -> Packing | None:
-    token = getattr(inner.config, "image_token_id", None)
-    if token is None or "images" not in batch or "pixel_values" not in batch:
+    The model may be wrapped. A sliding window counts positions of the packed sequence: nothing is packed that could reach it.
+    """
+    inner: Any = unwrapped(getattr(model, "module", model))
+    if "images" not in batch or "pixel_values" not in batch or why_not_packed(inner, method, _attention(inner)) is not None:
         return None
-    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], token)
+    window = getattr(inner.config.get_text_config(), "sliding_window", None)
+    if window and batch["input_ids"].shape[1] > window:
+        return None
+    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], inner.config.image_token_id)
 
 
 def _positions(inner: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -182,10 +185,11 @@ def _captured(inner: nn.Module, numbers: Sequence[int], stop: bool) -> Iterator[
 
 @contextmanager
 def _cut_off(inner: nn.Module, count: int) -> Iterator[None]:
-    """Leaves the language model its first `count` decoder layers."""
+    """Leaves the language model its first `count` decoder layers; all of them where FSDP or ZeRO-3 prepares each for the next."""
     path, _, name = layout_of(inner).layers.rpartition(".")
     parent, layers = inner.get_submodule(path), decoder_layers(inner)
-    setattr(parent, name, layers[:count])
+    cut_up = hasattr(layers[0], "set_requires_gradient_sync") or any(hasattr(parameter, "ds_id") for parameter in layers.parameters())
+    setattr(parent, name, layers if cut_up else layers[:count])
     try:
         yield
     finally:

@@ -2,14 +2,13 @@
 
 The packed sequence has no padding: each image's shared beginning, followed by what each question on it has of its own. Attention lets a
 rest see its beginning and itself, and positions count on from the beginning, so that each question sees exactly what it sees alone: loss
-and gradients are the same up to rounding.
+and gradients are the same up to rounding. (With dropout, what questions share is dropped for all of them alike.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,9 +47,10 @@ def why_not_packed(model: nn.Module, method: Method, attention: str) -> str | No
 class Packing:
     """Where each position of a batch stands in its packed form, a sequence of N positions."""
 
-    place: Tensor  # [B, S], 0 for padding
+    place: Tensor  # [B, S], anywhere for padding
     first: Tensor  # [G] the row that each beginning takes its image from
     segment: Tensor  # [2, N] the number of the image, and 0 on its shared beginning, 1, 2, ... on the rests
+    parts: Parts  # the same as `shared_attention` needs it
 
     def pack(self, values: Tensor, real: Tensor) -> Tensor:
         """[1, N, ...] of a tensor [B, S, ...].
@@ -66,30 +66,6 @@ class Packing:
         """[B, S, ...] of a packed tensor [1, N, ...]; what stands on padding means nothing."""
         found: Tensor = packed[0][self.place]
         return found
-
-    @cached_property
-    def parts(self) -> Parts:
-        """What `shared_attention` needs."""
-        group, part = self.segment.unbind()
-        new = torch.ones_like(part, dtype=torch.bool)
-        new[1:] = (group[1:] != group[:-1]) | (part[1:] != part[:-1])
-        starts = new.nonzero()[:, 0]
-        lengths = starts.diff(append=starts.new_tensor([len(part)])).tolist()
-        places = torch.split(torch.arange(len(part), device=part.device), lengths)
-        is_rest = (part[starts] > 0).tolist()
-        heads = [place for place, rest in zip(places, is_rest, strict=True) if not rest]
-        tails = [place for place, rest in zip(places, is_rest, strict=True) if rest]
-        beginnings = pad_sequence(heads, batch_first=True, padding_value=-1)
-        rests = pad_sequence(tails, batch_first=True, padding_value=-1) if tails else beginnings.new_zeros(0, 0)
-        group = group[starts[part[starts] > 0]]
-        width = rests.shape[1]
-        own = torch.ones(width, width, dtype=torch.bool, device=part.device).tril()
-        before = (beginnings >= 0)[group][:, None, :].expand(-1, width, -1)
-        laid = torch.cat([beginnings.flatten(), rests.flatten()])
-        back = torch.empty_like(part)
-        back[laid[laid >= 0]] = (laid >= 0).nonzero()[:, 0]
-        seen = torch.cat([before, own.expand(len(rests), -1, -1)], dim=2)[:, None]
-        return Parts(beginnings.clamp(min=0), rests.clamp(min=0), group, seen, back)
 
     def block_mask(self) -> Any:
         """The same for FlexAttention, a BlockMask: blocks in which no position sees another are not computed."""
@@ -112,7 +88,8 @@ def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) ->
         images: [B] the same number for the same image, `NO_IMAGE` for none.
         image_token: the id of an image's tokens; rows that share an image but have text before it that differs stay apart.
     """
-    keys, lengths = images.tolist(), real.sum(dim=1).tolist()
+    device = ids.device
+    ids, keys, lengths = ids.cpu(), images.tolist(), real.sum(dim=1).tolist()  # many small questions, which a GPU would be asked one by one
     rows_of: dict[int, list[int]] = {}
     for row, key in enumerate(keys):
         rows_of.setdefault(key if key != NO_IMAGE else -2 - row, []).append(row)
@@ -122,7 +99,7 @@ def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) ->
         whole = all(int((ids[row, :shared] == image_token).sum()) == int((ids[row] == image_token).sum()) for row in rows)
         packs += [(rows, shared)] if len(rows) > 1 and whole else [([row], lengths[row]) for row in rows]
     size = sum(shared + sum(lengths[row] - shared for row in rows) for rows, shared in packs)
-    return _lay_out(ids, packs, lengths, size) if size <= WORTH * ids.numel() else None
+    return _lay_out(ids, packs, lengths, size, device) if size <= WORTH * ids.numel() else None
 
 
 def _shared(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
@@ -132,10 +109,10 @@ def _shared(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
     return limit if bool(alike.all()) else int((~alike).int().argmax())
 
 
-def _lay_out(ids: Tensor, packs: Sequence[Pack], lengths: Sequence[int], size: int) -> Packing:
-    place = torch.zeros_like(ids)
-    segment = torch.zeros(2, size, dtype=torch.long, device=ids.device)
-    every = torch.arange(size, device=ids.device)
+def _lay_out(ids: Tensor, packs: Sequence[Pack], lengths: Sequence[int], size: int, device: torch.device) -> Packing:
+    place = torch.arange(ids.numel()).view_as(ids) % size  # not one place for all padding, whose gradients a GPU would add one by one
+    segment = torch.zeros(2, size, dtype=torch.long)
+    every = torch.arange(size)
     end = 0
     for number, (rows, shared) in enumerate(packs):
         start = end
@@ -147,8 +124,28 @@ def _lay_out(ids: Tensor, packs: Sequence[Pack], lengths: Sequence[int], size: i
             place[row, shared : lengths[row]] = every[end : end + rest]
             segment[1, end : end + rest] = own
             end += rest
-    first = torch.tensor([rows[0] for rows, _ in packs], device=ids.device)
-    return Packing(place, first, segment)
+    first = torch.tensor([rows[0] for rows, _ in packs])
+    return Packing(place.to(device), first.to(device), segment.to(device), _parts(segment).to(device))
+
+
+def _parts(segment: Tensor) -> Parts:
+    group, part = segment.unbind()
+    new = torch.ones_like(part, dtype=torch.bool)
+    new[1:] = (segment[:, 1:] != segment[:, :-1]).any(dim=0)
+    starts = new.nonzero()[:, 0]
+    lengths = starts.diff(append=starts.new_tensor([len(part)])).tolist()
+    places = list(zip(torch.split(torch.arange(len(part)), lengths), (part[starts] > 0).tolist(), strict=True))
+    beginnings = pad_sequence([place for place, rest in places if not rest], batch_first=True, padding_value=-1)
+    tails = [place for place, rest in places if rest]
+    rests = pad_sequence(tails, batch_first=True, padding_value=-1) if tails else beginnings.new_zeros(0, 0)
+    group = group[starts[part[starts] > 0]]
+    width = rests.shape[1]
+    before = (beginnings >= 0)[group][:, None, :].expand(-1, width, -1)
+    own = torch.ones(width, width, dtype=torch.bool).tril().expand(len(rests), -1, -1)
+    laid = torch.cat([beginnings.flatten(), rests.flatten()])
+    back = torch.empty_like(part)
+    back[laid[laid >= 0]] = (laid >= 0).nonzero()[:, 0]
+    return Parts(beginnings.clamp(min=0), rests.clamp(min=0), group, torch.cat([before, own], dim=2)[:, None], back)
 
 
 def packed_batch(batch: Batch, packing: Packing, images: Tensor, positions: Tensor) -> Batch:

@@ -36,7 +36,7 @@ from vlm_unlearn.store import (
     user_path,
     write_json,
 )
-from vlm_unlearn.training.forward import forward, packs
+from vlm_unlearn.training.forward import forward, packing_of
 from vlm_unlearn.training.planning import Plan, plan, prepare_method, steps_of
 from vlm_unlearn.training.probing import Probe, Prober, stopped
 from vlm_unlearn.training.processes import processes
@@ -247,7 +247,7 @@ def _cached_references(
         def compute(part: Sequence[Example], role: Role = role) -> list[NLL]:
             batch = move(collator.encode(role, part), device, next(model.parameters()).dtype)
             with torch.no_grad(), _autocast(device, planned.precision):
-                nll_sum, tokens = forward(model, batch, pack=packs(model, planned.method)).answer
+                nll_sum, tokens = forward(model, batch, packing=packing_of(model, batch, planned.method)).answer
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 
         key = digest_json(

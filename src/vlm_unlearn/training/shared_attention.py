@@ -6,7 +6,7 @@ without parts it is ``sdpa``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class Parts:
     group: Tensor  # [R] the number of a rest's beginning
     seen: Tensor  # [R, 1, T, S + T] bool, what a rest's positions see of its beginning and of itself
     back: Tensor  # [N] where each position is among the beginnings and rests laid end to end
+
+    def to(self, device: torch.device) -> Parts:
+        """The same on a device."""
+        return Parts(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def shared_attention(
@@ -52,14 +56,15 @@ def shared_attention(
         )
         return plain
     groups = getattr(module, "num_key_value_groups", 1)
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-    first, first_keys, first_values = (_take(tensor, parts.beginnings) for tensor in (query, key, value))
-    found = F.scaled_dot_product_attention(first, first_keys, first_values, dropout_p=dropout, is_causal=True, scale=scaling)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    first, *before = (_take(tensor, parts.beginnings) for tensor in (query, key, value))
+    keys, values = (repeat_kv(tensor, groups) for tensor in before)
+    found = F.scaled_dot_product_attention(first, keys, values, dropout_p=dropout, is_causal=True, scale=scaling)
     laid = [found.transpose(1, 2).flatten(0, 1)]
     if len(parts.rests):
         keys, values = (
-            torch.cat([before.index_select(0, parts.group), _take(own, parts.rests)], dim=2)
-            for before, own in ((first_keys, key), (first_values, value))
+            repeat_kv(torch.cat([shared.index_select(0, parts.group), _take(own, parts.rests)], dim=2), groups)
+            for shared, own in zip(before, (key, value), strict=True)
         )
         found = F.scaled_dot_product_attention(
             _take(query, parts.rests), keys, values, attn_mask=parts.seen, dropout_p=dropout, scale=scaling

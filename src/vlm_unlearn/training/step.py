@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from vlm_unlearn.data.batching import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role
-from vlm_unlearn.training.forward import Forward, forward, packs
+from vlm_unlearn.training.forward import Forward, forward, packing_of
 from vlm_unlearn.training.joining import can_join, join
+from vlm_unlearn.training.packing import Packing
 from vlm_unlearn.training.references import ReferenceModel
 
 Counted = Literal["tokens", "answers"]
@@ -29,6 +31,16 @@ def _counted(batch: Batch, of: Counted) -> Tensor:
     if of == "tokens":
         return batch["attention_mask"].sum()
     return (batch["labels"][:, 1:] != IGNORED).sum() if "labels" in batch else torch.tensor(0)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Roles whose batches are one pass."""
+
+    roles: Sequence[Role]
+    batch: Batch
+    wanted: Tensor  # [B, S] bool, where a loss reads logits
+    packing: Packing | None
 
 
 class ModelStep:
@@ -53,10 +65,9 @@ class ModelStep:
         self._method = method
         self._reference = reference
         self._totals: Mapping[tuple[Role, Counted], float] = totals if totals is not None else count(batches)
-        self._pack = packs(model, method)
         self._current: dict[Role, Forward] = {}
         self._before: dict[Role, Forward] = {}
-        self._groups: dict[Role, tuple[Role, ...]] = {}  # the roles that were run in one pass
+        self._groups: dict[Role, _Group] = {}  # the roles that were run in one pass
 
     def _now(self, role: Role) -> Forward:
         if not self._current:
@@ -65,30 +76,31 @@ class ModelStep:
 
     def _run_all(self) -> None:
         """Roles in one pass where their batches can be joined: a step's overheads are paid once, and DDP wants it so."""
-        # Images last: a pass without any doesn't use the projector, and DDP must see that pass first.
-        roles = sorted(self._batches, key=lambda role: "pixel_values" in self._batches[role])
+        with_image = {role for role, batch in self._batches.items() if "pixel_values" in batch}
+        # Images last: a pass without any doesn't use the projector, and DDP sees what is unused in the last pass.
+        roles = sorted(self._batches, key=lambda role: role in with_image)
         short = [role for role in roles if role in self._method.hidden_only]
+        if with_image & set(short) and not with_image - set(short):
+            short = []  # a pass through all layers must be the last, and have an image
         for stop, part in ((True, short), (False, [role for role in roles if role not in short])):
             joined = len(part) > 1 and can_join([self._batches[role] for role in part])
             for group in [part] if joined else [[role] for role in part]:
                 self._run(group, stop)
 
     def _run(self, roles: Sequence[Role], stop: bool) -> None:
-        self._groups.update(dict.fromkeys(roles, tuple(roles)))
-        self._current.update(self._outcomes(self._model, roles, stop))
-
-    def _outcomes(self, model: nn.Module, roles: Sequence[Role], stop: bool) -> dict[Role, Forward]:
-        """What one pass of some roles' batches gives each of them."""
         batches = [self._batches[role] for role in roles]
         batch = join(batches) if len(batches) > 1 else batches[0]
         width = batch["input_ids"].shape[1]
         wanted = torch.cat([F.pad(self._wanted(role), (0, width - self._wanted(role).shape[1])) for role in roles])
-        outcome = forward(model, batch, self._method.hidden_layers, wanted, self._pack, stop)
-        found, start = {}, 0
-        for role, own in zip(roles, batches, strict=True):
-            found[role] = outcome.rows(start, *own["input_ids"].shape)
-            start += len(own["input_ids"])
-        return found
+        group = _Group(roles, batch, wanted, packing_of(self._model, batch, self._method))
+        self._groups.update(dict.fromkeys(roles, group))
+        self._current.update(self._outcomes(self._model, group, stop))
+
+    def _outcomes(self, model: nn.Module, group: _Group, stop: bool) -> dict[Role, Forward]:
+        """What one pass of some roles' batches gives each of them."""
+        outcome = forward(model, group.batch, self._method.hidden_layers, group.wanted, group.packing, stop)
+        shapes = [tuple(self._batches[role]["input_ids"].shape) for role in group.roles]
+        return dict(zip(group.roles, outcome.parted([(rows, width) for rows, width in shapes]), strict=True))
 
     def _wanted(self, role: Role) -> Tensor:
         """[B, S] where the role's loss reads logits."""
