@@ -62,7 +62,7 @@ def test_wrong_requests(runs: list[Path], tmp_path: Path) -> None:
         ([tmp_path / "broken"], "summary.json: rows.0.model: "),
         ([runs[0], "--table", "lables"], 'no table "lables"; did you mean "labels"'),
         ([runs[0], "--format", "json"], "writes no JSON; all numbers are in the runs' summary.json"),
-        ([runs[0], "--format", "latex"], 'no format "latex"; did you mean "tex"?; known: md, tex, csv'),
+        ([runs[0], "--format", "latex"], 'no format "latex"; did you mean "tex"?; known: csv, tex, md'),
         ([*runs, "--table", "comparisons"], "nothing was measured that the table comparisons shows; there is: rates, "),
     ):
         done = run("table", *arguments)
