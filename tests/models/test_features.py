@@ -218,5 +218,7 @@ def test_a_tower_that_trains_is_left_alone(
 def test_a_projector_in_the_tower_keeps_the_cache_out(training_sets: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
     families.build("qwen2_5_vl", tmp_path / "model")
     planned = plan(recipe(tmp_path / "model", training_sets["harmful"], tmp_path / "run", "ga"))
-    monkeypatch.setattr(runner, "keep_features", lambda tower, _cache: pytest.fail("its features would stand still while it trains"))
+    given: list[object] = []
+    monkeypatch.setattr(runner, "keep_features", lambda tower, _cache: given.append(tower))
     runner._keep_features(planned, load_model(tmp_path / "model", "fp32"))
+    assert not given, "its features would stand still while the projector trains"

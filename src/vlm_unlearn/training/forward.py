@@ -109,10 +109,12 @@ def forward(
         layers: the decoder layers whose outputs are kept, by number.
         wanted: [B, S] bool, where logits are wanted; None: where an answer token is next.
         packing: that of the batch (`packing_of`); None runs each question with its image.
-        stop: leave out decoder layers above the last of `layers`, if none is cut up among processes; the logits mean nothing then.
+        stop: leave out decoder layers above the last of `layers`, if none is cut up among processes, and all logits.
     """
     labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
     wanted = answer_mask(labels) if wanted is None else wanted
+    if stop:
+        wanted = torch.zeros_like(wanted)
     inner = unwrapped(getattr(model, "module", model))
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
     places = wanted.flatten().nonzero()[:, 0]

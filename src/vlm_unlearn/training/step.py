@@ -99,8 +99,8 @@ class ModelStep:
     def _outcomes(self, model: nn.Module, group: _Group, stop: bool) -> dict[Role, Forward]:
         """What one pass of some roles' batches gives each of them."""
         outcome = forward(model, group.batch, self._method.hidden_layers, group.wanted, group.packing, stop)
-        shapes = [tuple(self._batches[role]["input_ids"].shape) for role in group.roles]
-        return dict(zip(group.roles, outcome.parted([(rows, width) for rows, width in shapes]), strict=True))
+        ids = [self._batches[role]["input_ids"] for role in group.roles]
+        return dict(zip(group.roles, outcome.parted([(len(rows), rows.shape[1]) for rows in ids]), strict=True))
 
     def _wanted(self, role: Role) -> Tensor:
         """[B, S] where the role's loss reads logits."""
