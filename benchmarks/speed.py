@@ -1,11 +1,12 @@
 """A training step here against the published structure: samples a second, peak memory and losses, for every method.
 
-    make bench          every method and size, and how it grows: half an hour on two cores
+    make bench          every method and size, and how it grows: three quarters of an hour on two cores
     make bench-quick    the smallest size, under four minutes
+    python benchmarks/speed.py --table    the figures of the last `make bench` as Markdown, for the docs
 
 Both sides get the same batches and take their steps in turn in one process, so that a noisy machine is noisy for both; the speedup is
 the median of the steps' ratios in the last epoch. Memory is measured in a process of its own for each side: the peak above what Python
-and its libraries took. Rows are written to benchmarks/results/latest.json as they come.
+and its libraries took. Rows are written as they come: to benchmarks/results/latest.json, and a part of them to part.json beside it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
+PART = RESULTS.with_name("part.json")
 MAIN = ("npo", "gd+pd", "kl", "rmu")
 THREADS = 2
 
@@ -48,7 +51,8 @@ def cases() -> list[Case]:
     growth = [*(Case("npo", questions_per_image=questions) for questions in (1, 2, 8)), Case("npo", image_tokens=576)]
     data = [Case("npo", steps=steps, epochs=3) for steps in (4, 16)]
     others = [Case(method) for method in METHODS if method not in MAIN]
-    return [*promised, *(Case(method) for method in MAIN), *growth, *others, Case("npo", "160M"), Case("gd+pd", "160M"), *data]
+    large = [Case(method, "160M", epochs=2) for method in ("npo", "gd+pd")]
+    return [*promised, *(Case(method) for method in MAIN), *growth, *others, *large, *data]
 
 
 def compare(case: Case) -> dict[str, Any]:
@@ -149,29 +153,55 @@ def show(row: dict[str, Any]) -> None:
     print(f"{what}  {rate}  {spread}  {others}", flush=True)
 
 
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "method": lambda row: f"`{row['method']}`",
+    "model": lambda row: row["size"],
+    "questions an image": lambda row: f"{row['questions_per_image']}",
+    "image tokens": lambda row: f"{row['image_tokens']}",
+    "steps × epochs": lambda row: f"{row['steps']} × {row['epochs']}",
+    "samples/s": lambda row: f"{row['samples_per_second']:.1f}",
+    "times faster": lambda row: f"**{row['speedup']:.1f}** ({row['speedup_lowest']:.1f}–{row['speedup_highest']:.1f})",
+    "whole run": lambda row: f"{row['run_speedup']:.1f}",
+    "less work": lambda row: f"{row['work_ratio']:.1f}",
+    "memory": lambda row: f"{row['memory_ratio']:.2f}",
+    "losses differ by": lambda row: f"{row['max_loss_difference']:.0e}",
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown, as in docs/performance.md."""
+    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *([shown(row) for shown in COLUMNS.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest size")
     parser.add_argument("--method", help="this method only")
     parser.add_argument("--size", help="this size only")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="the file of figures, also for --table")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the figures there are as a Markdown table")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         peak(options.peak[0], Case(**json.loads(options.peak[1])))
+        return
+    if options.table:
+        print(table(json.loads((options.out or RESULTS).read_text())["rows"]))
         return
 
     import torch
 
     from vlm_unlearn.store import package_versions, write_json
 
+    out = options.out or (PART if options.quick or options.method or options.size else RESULTS)
     torch.set_num_threads(THREADS)
     rows: list[dict[str, Any]] = []
     for case in QUICK if options.quick else cases():
         if options.method in (None, case.method) and options.size in (None, case.size):
             rows.append({**compare(case), **memory(case)})
             show(rows[-1])
-            write_json(options.out, {"machine": machine(), "threads": THREADS, "versions": package_versions(), "rows": rows})
+            write_json(out, {"machine": machine(), "threads": THREADS, "versions": package_versions(), "rows": rows})
 
 
 if __name__ == "__main__":
