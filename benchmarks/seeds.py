@@ -1,0 +1,60 @@
+"""The table of docs/methods.md: what each method did to the tiny world's model, over the seeds of `demo --full`.
+
+    for seed in 0 1 2; do vlm-unlearn demo --full --seed $seed --out full$seed; done
+    python benchmarks/seeds.py full0 full1 full2
+
+Rates are the lowest and the highest of the seeds, in percent; the seconds are the median of the training runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+METRICS = {
+    "ASR attacked": "asr_attacked",
+    "SARR": "sarr",
+    "degenerate": "degenerate_rate",
+    "utility": "utility",
+    "utility attacked": "utility_attacked",
+}
+NAMES = {"mixed_sft diversified": "`mixed_sft` on diversified questions"}
+
+
+def shown_name(model: str) -> str:
+    name, _, decoupled = model.partition("+")
+    return NAMES.get(model, f"`{name}`" + (" + pd" if decoupled else ""))
+
+
+def shown_range(values: Sequence[float]) -> str:
+    lowest, highest = (round(100 * value) for value in (min(values), max(values)))
+    return f"{lowest}" if lowest == highest else f"{lowest}–{highest}"
+
+
+def seconds(folders: Sequence[Path], model: str) -> str:
+    """Of the training runs; nothing for the base, which isn't one."""
+    run = model.replace("+", "_").replace(" ", "_")
+    manifests = [folder / "runs" / run / "manifest.json" for folder in folders]
+    if not all(manifest.exists() for manifest in manifests):
+        return ""
+    return f"{statistics.median(json.loads(manifest.read_text())['wall_seconds'] for manifest in manifests):.1f}"
+
+
+def table(folders: Sequence[Path]) -> str:
+    summaries = [json.loads((folder / "summary.json").read_text())["rows"] for folder in folders]
+    seeds: list[dict[str, Any]] = [{row["model"]: row["metrics"] for row in rows} for rows in summaries]
+    lines = [["method", *METRICS, "seconds"], ["---", *["---:"] * (len(METRICS) + 1)]]
+    for model in seeds[0]:
+        rates = [shown_range([metrics[model][metric]["value"] for metrics in seeds]) for metric in METRICS.values()]
+        lines.append([shown_name(model), *rates, seconds(folders, model)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="of `demo --full`, one a seed")
+    print(table(parser.parse_args().folders))
