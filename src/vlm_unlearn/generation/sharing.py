@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlm_unlearn.data.batching import Batch, Processor, Turn, encode, move, render, token_ids
+from vlm_unlearn.generation.cache import cache_with_room
 from vlm_unlearn.models.layout import LAYOUTS, unwrapped
 
 TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")  # what the processor makes of text; the rest is the images'
@@ -57,7 +58,7 @@ def prefill(model: Any, processor: Processor, turns: Sequence[Turn], rows: Seque
         return None
     prompts, groups, images = _encode(processor, turns, inner.config.image_token_id)
     ids, mask, shared = lay_out(prompts, groups, processor.tokenizer.pad_token_id)
-    cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
+    cache = cache_with_room(inner.config.get_text_config(decoder=True))
     if any(layer.is_sliding and ids.shape[1] + max_new_tokens > layer.sliding_window for layer in cache.layers):
         return None
     ids, mask, images = ids.to(inner.device), mask.to(inner.device), move(images, inner.device, inner.dtype)
