@@ -21,7 +21,7 @@ from vlm_unlearn.generation import hf
 from vlm_unlearn.generation.base import Question
 from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
 from vlm_unlearn.generation.hf import batches, complete
-from vlm_unlearn.generation.sharing import lay_out
+from vlm_unlearn.generation.sharing import lay_out, prefill
 from vlm_unlearn.models.layout import LAYOUTS
 from vlm_unlearn.models.loading import load_model, load_processor
 from vlm_unlearn.models.trainable import prepare_trainable
@@ -128,6 +128,23 @@ def test_answers_are_those_of_one_by_one(
     complete(model, processor, asked, TOKENS, listening)
     for found, (_, scores) in zip(listening.heard, expected, strict=True):
         torch.testing.assert_close(torch.stack(found)[: len(scores)], scores, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("end", "shares"), [("", True), (" why", False)], ids=["behind the image", "and at the end"])
+def test_tokens_that_close_an_image(folder: Path, images: list[Path], end: str, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixtral's processor puts one behind each image; what it does with the rest of a text must be known, or nothing is shared."""
+    model, processor = load_model(folder, "fp32").eval(), spelling(folder)
+    image = processor.image_token
+
+    class Closing(type(processor)):  # type: ignore[misc]
+        def __call__(self, text: list[str], **others: Any) -> Any:
+            return super().__call__(text=[one.replace(image, image + " what") + end for one in text], **others)
+
+    monkeypatch.setattr(processor, "__class__", Closing)
+    asked = turns(images, [0, 1, 2, 8])
+    expected = [alone(model, processor, turn)[0] for turn in asked]
+    assert [said for said, _ in complete(model, processor, asked, TOKENS)] == expected
+    assert (prefill(model, processor, asked, range(4), TOKENS) is not None) == shares
 
 
 def test_each_image_and_each_prompt_is_run_once(folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import families
 from helpers import recipe
 from vlm_unlearn.data.batching import Turn, encode_with_labels
+from vlm_unlearn.errors import RequestError
 from vlm_unlearn.models import features as module
 from vlm_unlearn.models.features import FeatureCache, Features, keep_features
 from vlm_unlearn.models.layout import vision_tower
@@ -185,6 +186,53 @@ def test_a_full_disk_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cache.put("a", VALUE)
     assert cache.get("a") is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_goes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors opens a file twice; what torch says when it is gone at the second time is no OSError."""
+    cache = FeatureCache(2**20, tmp_path)
+    cache.put("a", VALUE)
+
+    def gone(file: Path) -> Features:
+        file.unlink()
+        return {"-2": torch.from_file(str(file), size=1)}
+
+    with monkeypatch.context() as during:
+        during.setattr(module, "load_file", gone)
+        assert cache.get("a") is None
+    cache.put("a", VALUE)
+    assert cache.get("a") is not None
+
+
+def test_a_folder_that_can_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in "ab":
+        FeatureCache(2**20, tmp_path).put(key, VALUE)
+
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise PermissionError("not yours")  # tests may run as root, who may do anything
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(module, "save_file", refuse)
+    cache = FeatureCache(1, tmp_path)
+    assert cache.get("a") is not None
+    cache.put("c", {"-2": torch.zeros(1, 0)})
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(RequestError, match=r"cache/features: no features can be kept there \(Not a directory\); let VLM_U"):
+        FeatureCache(2**20, tmp_path / "cache" / "features")
+
+
+def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
+    old, young = tmp_path / ".a.1.part", tmp_path / ".b.2.part"
+    for part in (old, young):
+        part.write_bytes(b"begun")
+    os.utime(old, (0, 0))
+    FeatureCache(2**20, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [young.name]
 
 
 def test_training_gives_the_same_weights(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:

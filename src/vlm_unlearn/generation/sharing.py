@@ -56,7 +56,10 @@ def prefill(model: Any, processor: Processor, turns: Sequence[Turn], rows: Seque
     layout = LAYOUTS.get(str(inner.config.model_type))
     if layout is None or not layout.packs:
         return None
-    prompts, groups, images = _encode(processor, turns, inner.config.image_token_id)
+    encoded = _encode(processor, turns, inner.config.image_token_id)
+    if encoded is None:
+        return None
+    prompts, groups, images = encoded
     ids, mask, shared = lay_out(prompts, groups, processor.tokenizer.pad_token_id)
     cache = cache_with_room(inner.config.get_text_config(decoder=True))
     if any(layer.is_sliding and ids.shape[1] + max_new_tokens > layer.sliding_window for layer in cache.layers):
@@ -92,10 +95,11 @@ def _deal_out(cache: DynamicCache, numbers: Tensor, count: int) -> None:
         cache.batch_select_indices(numbers)
 
 
-def _encode(processor: Processor, turns: Sequence[Turn], image_token: int) -> tuple[list[list[int]], list[int], Batch]:
+def _encode(processor: Processor, turns: Sequence[Turn], image_token: int) -> tuple[list[list[int]], list[int], Batch] | None:
     """The tokens of each prompt, its group, and what the processor makes of the images, each once.
 
-    A group has an image and what stands before it in common; prompts without an image are one group.
+    A group has an image and what stands before it in common; prompts without an image are one group. None where the processor changes
+    the text behind the image.
     """
     bare = [token_ids(processor, render(processor, turn).text) for turn in turns]  # an image is a single token here
     behind = [_behind(ids, image_token) for ids in bare]
@@ -103,9 +107,13 @@ def _encode(processor: Processor, turns: Sequence[Turn], image_token: int) -> tu
     groups = [numbers.setdefault((turn.image, *ids[:end]), len(numbers)) for turn, ids, end in zip(turns, bare, behind, strict=True)]
     encoded = encode(processor, [turns[groups.index(group)] for group in range(len(numbers))], padding_side="right")
     heads = []
-    for padded, real in zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True):
-        ids = padded[real].tolist()
-        heads.append(ids[: _behind(ids, image_token)])
+    for number, (padded, real) in enumerate(zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)):
+        ids, row = padded[real].tolist(), groups.index(number)
+        text = bare[row][behind[row] :]
+        end = len(ids) - len(text)  # an image's tokens may be followed by others that close it
+        if ids[end:] != text:
+            return None
+        heads.append(ids[:end])
     prompts = [heads[group] + ids[end:] for group, ids, end in zip(groups, bare, behind, strict=True)]
     return prompts, groups, {name: value for name, value in encoded.items() if name not in TOKENS}
 

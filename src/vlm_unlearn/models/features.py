@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlm_unlearn.errors import RequestError
+
+ABANDONED = 3600  # seconds after which a file that was begun is no writer's any more
 LAST = "last"  # the name of a tower's last hidden state beside those of its layers, which are numbers
 
 Features = dict[str, Tensor]  # one image's [tokens, width] by layer
@@ -27,8 +31,11 @@ class FeatureCache:
     would be there when it is asked for again. Older files in the folder make room, the longest unused first.
 
     Args:
-        limit: bytes.
+        limit: bytes; processes that share a folder count what each of them has asked for or found there.
         folder: keeps them there, for later runs too; it must be named by everything the features depend on: weights, precision, versions.
+
+    Raises:
+        RequestError: the folder can't be made.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
@@ -38,7 +45,17 @@ class FeatureCache:
         self._sizes: dict[str, int] = {}  # longest unused first
         self._asked: set[str] = set()
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RequestError(
+                    f"{folder}: no features can be kept there ({error.strerror}); "
+                    "let VLM_UNLEARN_CACHE name a folder of yours, or take training.feature_cache=memory"
+                ) from error
+            for file in folder.glob(".*.part"):  # a writer that was killed left it
+                with suppress(OSError):
+                    if time.time() - file.stat().st_mtime > ABANDONED:
+                        file.unlink()
             files = []
             for file in folder.glob("*.safetensors"):
                 with suppress(FileNotFoundError):  # another process makes room
@@ -73,7 +90,10 @@ class FeatureCache:
         room = self._limit - sum(self._sizes.values()) - size
         for key in [key for key in self._sizes if key not in self._asked] if room < 0 <= self._limit - size else ():
             assert self._folder is not None
-            (self._folder / f"{key}.safetensors").unlink(missing_ok=True)
+            try:
+                (self._folder / f"{key}.safetensors").unlink(missing_ok=True)
+            except OSError:  # another user's, or on a disk that can only be read
+                continue
             room += self._sizes.pop(key)
             if room >= 0:
                 break
@@ -87,9 +107,10 @@ def _bytes(features: Features) -> int:
 def _read(file: Path) -> Features | None:
     try:
         found = load_file(file)
-        os.utime(file)
-    except (OSError, SafetensorError):  # never there, gone since another process made room, or torn
+    except (OSError, RuntimeError, SafetensorError):  # never there, torn, or taken away by another process, even while it is opened
         return None
+    with suppress(OSError):  # of a file that can only be read
+        os.utime(file)
     return found
 
 

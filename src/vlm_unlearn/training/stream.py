@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from vlm_unlearn.data.batching import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels, render
 from vlm_unlearn.data.training_set import TrainingSet
@@ -138,8 +138,14 @@ class Collator:
         self._max_length = max_length
         self._reference = reference
 
-    def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch]:
-        return {role: self.encode(role, [item[role] for item in items]) for role in items[0]}
+    def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch] | RequestError:
+        """The batch; in a process that loads data, also the error there is, since one raised there comes with all its traceback."""
+        try:
+            return {role: self.encode(role, [item[role] for item in items]) for role in items[0]}
+        except RequestError as error:
+            if get_worker_info() is None:
+                raise
+            return error
 
     def encode(self, role: Role, examples: Sequence[Example]) -> Batch:
         """One role's batch."""

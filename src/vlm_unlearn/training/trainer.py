@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from vlm_unlearn.data.batching import Batch, move
-from vlm_unlearn.errors import WorkError
+from vlm_unlearn.errors import RequestError, WorkError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.models.layout import is_projector, layout_of, unwrapped
 from vlm_unlearn.store import write_json
@@ -46,7 +46,7 @@ class UnlearningTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The micro-batches of an optimizer step; counts their tokens, over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(_raising(epoch_iterator), num_batches, device)
         self._totals = None
         if batches and not self.method.paper:
             counts = [count(batch) for batch in batches]
@@ -153,6 +153,14 @@ class UnlearningTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.load_trained(Path(resume_from_checkpoint))
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+    """Raises the errors that processes that load data hand over as batches."""
+    for batch in batches:
+        if isinstance(batch, RequestError):
+            raise batch
+        yield batch
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
