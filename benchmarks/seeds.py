@@ -9,11 +9,15 @@ Rates are the lowest and the highest of the seeds, in percent; the seconds are t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from speed import markdown
+
+from vlm_unlearn.store import read_json
+from vlm_unlearn.tiny_world.demo import training_folder
 
 METRICS = {
     "ASR attacked": "asr_attacked",
@@ -37,21 +41,20 @@ def shown_range(values: Sequence[float]) -> str:
 
 def seconds(folders: Sequence[Path], model: str) -> str:
     """Of the training runs; nothing for the base, which isn't one."""
-    run = model.replace("+", "_").replace(" ", "_")
-    manifests = [folder / "runs" / run / "manifest.json" for folder in folders]
-    if not all(manifest.exists() for manifest in manifests):
+    if model == "base":
         return ""
-    return f"{statistics.median(json.loads(manifest.read_text())['wall_seconds'] for manifest in manifests):.1f}"
+    manifests = [training_folder(folder, model) / "manifest.json" for folder in folders]
+    return f"{statistics.median(read_json(manifest)['wall_seconds'] for manifest in manifests):.1f}"
 
 
 def table(folders: Sequence[Path]) -> str:
-    summaries = [json.loads((folder / "summary.json").read_text())["rows"] for folder in folders]
+    summaries = [read_json(folder / "summary.json")["rows"] for folder in folders]
     seeds: list[dict[str, Any]] = [{row["model"]: row["metrics"] for row in rows} for rows in summaries]
-    lines = [["method", *METRICS, "seconds"], ["---", *["---:"] * (len(METRICS) + 1)]]
+    lines = []
     for model in seeds[0]:
         rates = [shown_range([metrics[model][metric]["value"] for metrics in seeds]) for metric in METRICS.values()]
         lines.append([shown_name(model), *rates, seconds(folders, model)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(["method", *METRICS, "seconds"], lines)
 
 
 if __name__ == "__main__":

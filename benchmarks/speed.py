@@ -170,8 +170,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown, as in docs/performance.md."""
-    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *([shown(row) for shown in COLUMNS.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(list(COLUMNS), [[shown(row) for shown in COLUMNS.values()] for row in rows])
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is words, the others numbers."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---", *["---:"] * (len(heads) - 1)], *lines))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.importing import import_files, import_safe_eraser, import_vlguard
+from vlm_unlearn.data.reading import read_any
 from vlm_unlearn.data.select_harmful import questions
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import Problems, RequestError
@@ -147,22 +148,9 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
     out = work / "out.json"
     columns = Columns(set="set")
 
-    def on_all(file: Path) -> None:
-        audit(labelled(table_or_other(file), "auto", lambda text: text.startswith("No")))
-
-    def table_or_other(file: Path) -> Any:
-        from vlm_unlearn.data.reading import read_any
-
-        return read_any(file, images, None, Problems())
-
-    def check(file: Path) -> None:
-        checker = Checker()
-        checker.add(Source(file, images))
-        json.dumps(checker.report())
-
     common = [
-        on_all,
-        check,
+        lambda file: audit(labelled(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))),
+        lambda file: checked(Source(file, images)),
         lambda file: diversify(file, out, problems=Problems()),
         lambda file: pipeline.convert(file, out, problems=Problems()),
     ]
@@ -202,6 +190,13 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
             lambda file: read_training_set(folder_with(file, work)),
         ],
     }
+
+
+def checked(source: Source) -> str:
+    """The report of `data check`, as JSON."""
+    checker = Checker()
+    checker.add(source)
+    return json.dumps(checker.report())
 
 
 def folder_with(file: Path, work: Path) -> Path:

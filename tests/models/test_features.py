@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,12 +229,13 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
-    old, young = tmp_path / ".a.1.part", tmp_path / ".b.2.part"
-    for part in (old, young):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, of_another = tmp_path / f".a.{dead.pid}.part", tmp_path / f".b.{os.getppid()}.part"
+    for part in (left, of_another):
         part.write_bytes(b"begun")
-    os.utime(old, (0, 0))
     FeatureCache(2**20, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [young.name]
+    assert [file.name for file in tmp_path.iterdir()] == [of_another.name]
 
 
 def test_training_gives_the_same_weights(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:

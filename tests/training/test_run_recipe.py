@@ -25,14 +25,12 @@ from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.training.trainer import last_complete_checkpoint
 
 VISION, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
+FORGETTING = ["ga", "gd", "kl", "npo", "simnpo", "po", "idk_dpo", "undial", RMU, RR]
 
 
 def before_and_after(base: Path, run: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """All weights of the base and of what was made of it, adapters merged."""
     return load_model(base, "fp32").state_dict(), load_run_model(run_model_folder(str(run)), "fp32")[0].state_dict()
-
-
-FORGETTING = ["ga", "gd", "kl", "npo", "simnpo", "po", "idk_dpo", "undial", RMU, RR]
 
 
 @pytest.mark.parametrize(

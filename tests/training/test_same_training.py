@@ -16,19 +16,6 @@ from vlm_unlearn.errors import RequestError
 from vlm_unlearn.training.planning import plan
 from vlm_unlearn.training.runner import run_plan, run_recipe
 
-
-def test_what_a_process_that_loads_data_finds_wrong_is_said_in_a_line(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    """An image that breaks once the run is planned."""
-    copied = Path(shutil.copytree(world / "vlguard", tmp_path / "vlguard"))
-    import_vlguard(copied / "train.json", copied / "train", tmp_path / "data", copied / "harmful_answers.json")
-    training = {"max_steps": 4, "batch_size": 2, "dataloader_num_workers": 1}
-    planned = plan(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "ga", training=training))
-    for image in (copied / "train").rglob("*.png"):
-        image.write_bytes(image.read_bytes()[:60])
-    with pytest.raises(RequestError, match=r"^[^\n]*: is a broken image[^\n]*$"):
-        run_plan(planned)
-
-
 LORA = {"mode": "lora", "lora": {"r": 4, "alpha": 8}}
 
 
@@ -44,6 +31,18 @@ def test_processes_that_load_data_change_nothing(tiny_model: Path, training_sets
         training = {"max_steps": 4, "batch_size": 2, "dataloader_num_workers": workers}
         results.append(weights(run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / str(workers), "npo", training=training))))
     assert not moved(*results)
+
+
+def test_what_a_process_that_loads_data_finds_wrong_is_said_in_a_line(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    """An image that breaks once the run is planned."""
+    copied = Path(shutil.copytree(world / "vlguard", tmp_path / "vlguard"))
+    import_vlguard(copied / "train.json", copied / "train", tmp_path / "data", copied / "harmful_answers.json")
+    training = {"max_steps": 4, "batch_size": 2, "dataloader_num_workers": 1}
+    planned = plan(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "ga", training=training))
+    for image in (copied / "train").rglob("*.png"):
+        image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(RequestError, match=r"^[^\n]*: is a broken image[^\n]*$"):
+        run_plan(planned)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class LayerWithRoom(DynamicLayer):  # type: ignore[misc]  # transformers has no 
         end = start + key_states.shape[-2]
         # Other methods, of transformers' too, put other tensors in the place of keys and values.
         if self._longer is None or self._longer[0].shape[-2] < end or self._longer[0].data_ptr() != self.keys.data_ptr():
-            self._longer = _longer(self.keys, key_states, start, end), _longer(self.values, value_states, start, end)
+            self._longer = _lengthened(self.keys, key_states, start, end), _lengthened(self.values, value_states, start, end)
         keys, values = self._longer
         keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
         self.keys, self.values = keys[..., :end, :], values[..., :end, :]
@@ -49,7 +49,7 @@ class LayerWithRoom(DynamicLayer):  # type: ignore[misc]  # transformers has no 
         super().batch_select_indices(indices)
 
 
-def _longer(kept: Tensor, new: Tensor, start: int, end: int) -> Tensor:
+def _lengthened(kept: Tensor, new: Tensor, start: int, end: int) -> Tensor:
     """[B, heads, end + ROOM, width] that begin with what is kept."""
     longer = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
     if start:

@@ -105,11 +105,11 @@ def _encode(processor: Processor, turns: Sequence[Turn], image_token: int) -> tu
     behind = [_behind(ids, image_token) for ids in bare]
     numbers: dict[tuple[object, ...], int] = {}
     groups = [numbers.setdefault((turn.image, *ids[:end]), len(numbers)) for turn, ids, end in zip(turns, bare, behind, strict=True)]
-    encoded = encode(processor, [turns[groups.index(group)] for group in range(len(numbers))], padding_side="right")
+    firsts = [groups.index(group) for group in range(len(numbers))]
+    encoded = encode(processor, [turns[row] for row in firsts], padding_side="right")
     heads = []
-    for number, (padded, real) in enumerate(zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)):
-        ids, row = padded[real].tolist(), groups.index(number)
-        text = bare[row][behind[row] :]
+    for row, padded, real in zip(firsts, encoded["input_ids"], encoded["attention_mask"].bool(), strict=True):
+        ids, text = padded[real].tolist(), bare[row][behind[row] :]
         end = len(ids) - len(text)  # an image's tokens may be followed by others that close it
         if ids[end:] != text:
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_unlearn.errors import RequestError
+from vlm_unlearn.store import delete_parts_of_the_dead
 
-ABANDONED = 3600  # seconds after which a file that was begun is no writer's any more
 LAST = "last"  # the name of a tower's last hidden state beside those of its layers, which are numbers
 
 Features = dict[str, Tensor]  # one image's [tokens, width] by layer
@@ -52,10 +51,8 @@ class FeatureCache:
                     f"{folder}: no features can be kept there ({error.strerror}); "
                     "let VLM_UNLEARN_CACHE name a folder of yours, or take training.feature_cache=memory"
                 ) from error
-            for file in folder.glob(".*.part"):  # a writer that was killed left it
-                with suppress(OSError):
-                    if time.time() - file.stat().st_mtime > ABANDONED:
-                        file.unlink()
+            with suppress(OSError):  # of a folder that can only be read
+                delete_parts_of_the_dead(folder)
             files = []
             for file in folder.glob("*.safetensors"):
                 with suppress(FileNotFoundError):  # another process makes room

@@ -1,6 +1,7 @@
 """What runs leave on disk: files that a kill can't break, and the folders that hold them."""
 
 from vlm_unlearn.store.files import RecordLog as RecordLog
+from vlm_unlearn.store.files import delete_parts_of_the_dead as delete_parts_of_the_dead
 from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json
 from vlm_unlearn.store.files import digest_model as digest_model

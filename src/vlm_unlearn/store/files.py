@@ -38,7 +38,7 @@ def writing(path: Path) -> Iterator[TextIO]:
     part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _delete_parts_of_the_dead(target)
+        delete_parts_of_the_dead(target.parent, glob.escape(target.name[:100]))
         handle = part.open("w", encoding="utf-8", errors="replace", newline="")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; choose another output") from None
@@ -50,9 +50,9 @@ def writing(path: Path) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
-def _delete_parts_of_the_dead(target: Path) -> None:
-    """Deletes what processes that were killed while they wrote this file have left."""
-    for part in target.parent.glob(f".{glob.escape(target.name[:100])}.*.part"):
+def delete_parts_of_the_dead(folder: Path, name: str = "*") -> None:
+    """Deletes what processes that were killed while they wrote a file of such a name have left, ``.NAME.PROCESS.part``."""
+    for part in folder.glob(f".{name}.*.part"):
         pid = part.suffixes[-2][1:] if len(part.suffixes) > 1 else ""
         if pid.isdecimal() and part.is_file() and not _alive(int(pid)):
             part.unlink(missing_ok=True)
