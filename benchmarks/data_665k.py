@@ -62,11 +62,20 @@ def measure(name: str, arguments: list[str], megabytes: float) -> dict[str, obje
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    figures = {"seconds": round(seconds, 1), "mb_per_second": round(megabytes / seconds, 1), "peak_memory_mb": usage.ru_maxrss // 1024}
+    figures = {
+        "seconds": round(seconds, 1),
+        "mb_per_second": round(megabytes / seconds, 1),
+        "peak_memory_mb": usage.ru_maxrss // 1024,
+    }
     print(f"{name}: {figures}", flush=True)
     document = json.loads(said)
     document.pop("out", None)
-    return {"step": name, **figures, "exit": os.waitstatus_to_exitcode(status), "found": document.get("records") or document.get("sets")}
+    return {
+        "step": name,
+        **figures,
+        "exit": os.waitstatus_to_exitcode(status),
+        "found": document.get("records") or document.get("sets"),
+    }
 
 
 def main() -> None:
@@ -83,7 +92,11 @@ def main() -> None:
         megabytes = external.stat().st_size / 1e6
         print(f"{options.records:,} records, {megabytes:,.0f} MB", flush=True)
         rows = [
-            measure("mix to 2,000", ["data", "mix", str(retain), str(external), str(folder / "mixed.json"), "--json"], megabytes),
+            measure(
+                "mix to 2,000",
+                ["data", "mix", str(retain), str(external), str(folder / "mixed.json"), "--json"],
+                megabytes,
+            ),
             measure(
                 "mix to all",
                 ["data", "mix", str(retain), str(external), str(folder / "all.json"), "--size", "10000000", "--json"],

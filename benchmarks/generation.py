@@ -32,9 +32,9 @@ def batching(repetitions: int) -> dict[str, Any]:
     """Batches of the tiny world's prompts."""
     from vlm_unlearn.config import GenerationConfig, Suite, load
     from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
-    from vlm_unlearn.generation.base import spread
+    from vlm_unlearn.generation.base import assign_to_processes
     from vlm_unlearn.generation.hf import answers
-    from vlm_unlearn.models.loading import load_model, load_processor
+    from vlm_unlearn.models.loader import load_model, load_processor
     from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
     from vlm_unlearn.tiny_world.world import write_world
 
@@ -44,25 +44,31 @@ def batching(repetitions: int) -> dict[str, Any]:
         world = Path(scratch) / "world"
         write_world(world, 0)
         suite = load(Suite, Path("suites/tiny"), [f"model={base}", f"root={world}"])
-        prompts = spread(suite_prompts(suite), PROMPTS)
+        prompts = assign_to_processes(suite_prompts(suite), PROMPTS)
 
         def answered(batch_size: int) -> tuple[float, dict[str, str | None]]:
             config = suite.generation.model_copy(update={"batch_size": batch_size})
             started = time.perf_counter()
             batches = list(answers(model, processor, prompts, image_roots(suite), config))
-            return time.perf_counter() - started, {response.prompt_id: response.text for batch in batches for response in batch}
+            return time.perf_counter() - started, {
+                response.prompt_id: response.text for batch in batches for response in batch
+            }
 
         sizes = [suite.generation.batch_size, GenerationConfig().batch_size, 1]  # the demo's, the default, one by one
         answered(sizes[0])  # warm
         rows = []
         flips = dict.fromkeys(sizes[:-1], 0)
         for number in range(repetitions):
-            found = {size: answered(size) for size in (sizes if number % 2 else sizes[::-1])}  # neither always goes first
+            found = {
+                size: answered(size) for size in (sizes if number % 2 else sizes[::-1])
+            }  # neither always goes first
             for size in flips:
                 flips[size] = max(flips[size], sum(found[size][1][id] != text for id, text in found[1][1].items()))
             rows.append({f"batches_of_{size}_s": round(found[size][0], 3) for size in sizes})
             print(rows[-1], flush=True)
-    ratios = {size: statistics.median(row["batches_of_1_s"] / row[f"batches_of_{size}_s"] for row in rows) for size in flips}
+    ratios = {
+        size: statistics.median(row["batches_of_1_s"] / row[f"batches_of_{size}_s"] for row in rows) for size in flips
+    }
     return {
         "prompts": len(prompts),
         "max_new_tokens": suite.generation.max_new_tokens,
@@ -78,7 +84,7 @@ def k_shot(repetitions: int) -> dict[str, Any]:
     from steps import SIZES, build
     from transformers import LogitsProcessorList
 
-    from vlm_unlearn.data.batching import Turn, encode
+    from vlm_unlearn.data.encoding import Turn, encode
     from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
     from vlm_unlearn.generation.hf import complete
 
@@ -87,32 +93,49 @@ def k_shot(repetitions: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         image = Path(scratch) / "noise.png"
         draw(image)
-        texts = [" ".join(f"w{100 * rewrite + word}" for word in range(12 + 6 * rewrite)) for rewrite in range(1, REWRITES + 1)]
+        texts = [
+            " ".join(f"w{100 * rewrite + word}" for word in range(12 + 6 * rewrite))
+            for rewrite in range(1, REWRITES + 1)
+        ]
         turns = [Turn(f"{text[:4]}-{sample}", image, text, None) for text in texts for sample in range(SAMPLES)]
 
         def drawing(seeds: range, temperature: float) -> SeededSampling | None:
             return SeededSampling(seeds, temperature, 1.0, model.device) if temperature else None
 
         def together(temperature: float) -> list[str]:
-            return [text for text, _ in complete(model, processor, turns, NEW_TOKENS, drawing(range(len(turns)), temperature))]
+            return [
+                text
+                for text, _ in complete(model, processor, turns, NEW_TOKENS, drawing(range(len(turns)), temperature))
+            ]
 
         @torch.no_grad()
-        def one_by_one(temperature: float) -> list[str]:
+        def verify_batching(temperature: float) -> list[str]:
             found = []
             for number, turn in enumerate(turns):
-                inputs, drawn = encode(processor, [turn], padding_side="left"), drawing(range(number, number + 1), temperature)
+                inputs, drawn = (
+                    encode(processor, [turn], padding_side="left"),
+                    drawing(range(number, number + 1), temperature),
+                )
                 with plain_settings(model):
                     processors = LogitsProcessorList([drawn] if drawn else [])
-                    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, logits_processor=processors)
+                    output = model.generate(
+                        **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, logits_processor=processors
+                    )
                 found += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             return found
 
-        found = {name: in_turn(together, one_by_one, value, repetitions) for name, value in (("greedy", 0.0), ("temperature_1", 1.0))}
+        found = {
+            name: in_turn(together, verify_batching, value, repetitions)
+            for name, value in (("greedy", 0.0), ("temperature_1", 1.0))
+        }
     return {"rewrites": REWRITES, "samples": SAMPLES, "image_tokens": IMAGE_TOKENS, "new_tokens": NEW_TOKENS, **found}
 
 
 def in_turn(
-    together: Callable[[float], list[str]], one_by_one: Callable[[float], list[str]], temperature: float, repetitions: int
+    together: Callable[[float], list[str]],
+    verify_batching: Callable[[float], list[str]],
+    temperature: float,
+    repetitions: int,
 ) -> dict[str, Any]:
     """Times both ways in turn."""
 
@@ -124,9 +147,9 @@ def in_turn(
     timed(together)  # warm
     rows, differ, texts = [], 0, 0
     for number in range(repetitions):
-        order = [together, one_by_one] if number % 2 else [one_by_one, together]  # neither always goes first
+        order = [together, verify_batching] if number % 2 else [verify_batching, together]  # neither always goes first
         found = {answer: timed(answer) for answer in order}
-        (ours, here), (theirs, there) = found[together], found[one_by_one]
+        (ours, here), (theirs, there) = found[together], found[verify_batching]
         differ, texts = max(differ, sum(a != b for a, b in zip(here, there, strict=True))), len(set(there))
         rows.append({"together_s": round(ours, 3), "one_by_one_s": round(theirs, 3)})
         print(temperature, rows[-1], flush=True)
@@ -147,10 +170,15 @@ def word_processor() -> Any:
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
     words = {f"w{number}": number for number in range(VOCABULARY)}
-    words = {word: number for word, number in words.items() if number not in (0, IMAGE_TOKEN)} | {"<pad>": 0, "<image>": IMAGE_TOKEN}
+    words = {word: number for word, number in words.items() if number not in (0, IMAGE_TOKEN)} | {
+        "<pad>": 0,
+        "<image>": IMAGE_TOKEN,
+    }
     backend = Tokenizer(WordLevel(words, unk_token="w3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}
+    )
     side = PATCH * round(IMAGE_TOKENS**0.5)
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
@@ -158,7 +186,8 @@ def word_processor() -> Any:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=" ".join(f"w{number}" for number in range(10, 45)) + " <image> {{ messages[0]['content'][-1]['text'] }} w9",
+        chat_template=" ".join(f"w{number}" for number in range(10, 45))
+        + " <image> {{ messages[0]['content'][-1]['text'] }} w9",
     )
 
 

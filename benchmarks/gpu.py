@@ -43,7 +43,7 @@ from vlm_unlearn.store import package_versions, write_json
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 DTYPE = torch.bfloat16
 SECONDS = 440  # after which nothing new is begun
-LORA = TrainableConfig.model_validate({"mode": "lora", "projector": True, "lora": {"r": 128, "alpha": 256}})
+LORA = TrainableConfig.model_validate({"mode": "lora", "projector": True, "lora": {"r": 128, "lora_alpha": 256}})
 TRAINABLE = {"lora": LORA, "full": TrainableConfig(mode="full", projector=True)}
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100": 312e12}  # by how a device's name begins
 TINY_VOCABULARY = 500
@@ -81,11 +81,21 @@ class Machine:
         return torch.autocast(self.device.type, DTYPE)
 
     def described(self) -> dict[str, Any]:
-        found = {"cpus": os.cpu_count(), "python": platform.python_version(), "cuda": torch.version.cuda, "device": str(self.device)}
+        found = {
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "device": str(self.device),
+        }
         if not self.cuda:
             return found
         memory = torch.cuda.get_device_properties(self.device).total_memory
-        return {**found, "device": torch.cuda.get_device_name(self.device), "memory_gib": round(memory / 2**30, 1), "driver": driver()}
+        return {
+            **found,
+            "device": torch.cuda.get_device_name(self.device),
+            "memory_gib": round(memory / 2**30, 1),
+            "driver": driver(),
+        }
 
     def peak(self) -> float | None:
         """FLOPs a second of dense bf16; None for a device that is not known, as the slower NVL cards."""
@@ -109,7 +119,9 @@ def driver() -> str | None:
     if tool is None:
         return None
     asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return next(iter(subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()), None)
+    return next(
+        iter(subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()), None
+    )
 
 
 def config_of(shape: str) -> Any:
@@ -126,7 +138,9 @@ def config_of(shape: str) -> Any:
 def build(machine: Machine) -> Any:
     torch.manual_seed(0)
     with machine.device:
-        return AutoModelForImageTextToText.from_config(config_of(machine.shape), dtype=DTYPE, attn_implementation="sdpa")
+        return AutoModelForImageTextToText.from_config(
+            config_of(machine.shape), dtype=DTYPE, attn_implementation="sdpa"
+        )
 
 
 def batches_of(machine: Machine, questions: int) -> list[Batches]:
@@ -136,7 +150,9 @@ def batches_of(machine: Machine, questions: int) -> list[Batches]:
     if machine.shape == "tiny":
         for batch in (batch for batches in steps for batch in batches.values()):
             for name in ("input_ids", "labels"):
-                batch[name] = torch.where(batch[name] < TINY_VOCABULARY, batch[name], batch[name] % (TINY_VOCABULARY - 10) + 10)
+                batch[name] = torch.where(
+                    batch[name] < TINY_VOCABULARY, batch[name], batch[name] % (TINY_VOCABULARY - 10) + 10
+                )
     return steps
 
 
@@ -161,7 +177,11 @@ def measure(machine: Machine, side: str, training: str, method: str, questions: 
     found = Measured()
     torch.manual_seed(1)
     with machine.computing():
-        taker: Any = Ours(base, method, steps, TRAINABLE[training]) if side == "ours" else Published(base, method, TRAINABLE[training])
+        taker: Any = (
+            Ours(base, method, steps, TRAINABLE[training])
+            if side == "ours"
+            else Published(base, method, TRAINABLE[training])
+        )
     if training == "full":
         taker.model.to(DTYPE)
     for number, batches in enumerate(steps):
@@ -234,7 +254,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=6, help="of each side in a case, the first one not timed; at least 2")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="of each side in a case, the first one not timed; at least 2"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which nothing new is begun")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -250,12 +272,22 @@ def main() -> None:
             rows.append(compared(machine, training, method, questions))
             show(rows[-1])
         except OutOfTimeError:
-            left_out.append({"training": training, "method": method, "questions_per_image": questions, "reason": "out of time"})
+            left_out.append(
+                {"training": training, "method": method, "questions_per_image": questions, "reason": "out of time"}
+            )
         longest = max(longest, time.monotonic() - started)
-        found = {"machine": machine.described(), "shape": machine.shape, "versions": package_versions(), "rows": rows, "left_out": left_out}
+        found = {
+            "machine": machine.described(),
+            "shape": machine.shape,
+            "versions": package_versions(),
+            "rows": rows,
+            "left_out": left_out,
+        }
         write_json(options.out, found)
     for one in left_out:
-        print(f"left out, {one['reason']}: {one['training']} {one['method']} with {one['questions_per_image']} questions an image")
+        print(
+            f"left out, {one['reason']}: {one['training']} {one['method']} with {one['questions_per_image']} questions an image"
+        )
 
 
 if __name__ == "__main__":

@@ -39,26 +39,43 @@ def make_run(folder: Path, count: int) -> None:
     """A finished run folder with `count` answers."""
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Prompt, Response
-    from vlm_unlearn.store import note_cost, open_run, write_json, write_records
+    from vlm_unlearn.store import open_run, record_cost, write_json, write_records
 
     case = {"name": "unsafe", "format": "vlguard", "file": "x.json", "images": ".", "kind": "unsafe"}
     open_run(folder, {})
-    note_cost(folder, 0.0, finished=True)
-    write_json(folder / "suite.json", Suite.model_validate({"model": "m", "cases": [case]}).model_dump(mode="json"))
+    record_cost(folder, 0.0, finished=True)
+    write_json(folder / "suite.json", Suite.model_validate({"model": "m", "splits": [case]}).model_dump(mode="json"))
     ids = [f"p{number}" for number in range(count)]
     write_records(
-        folder / "prompts.jsonl", (Prompt(id=id, group_id=id, set="unsafe", kind="unsafe", question=f"Question {id}?") for id in ids)
+        folder / "prompts.jsonl",
+        (Prompt(id=id, group_id=id, set="unsafe", kind="unsafe", question=f"Question {id}?") for id in ids),
     )
-    write_records(folder / "responses.jsonl", (Response(prompt_id=id, text=f"This is answer {id} of {count} to it.") for id in ids))
+    write_records(
+        folder / "responses.jsonl",
+        (Response(prompt_id=id, text=f"This is answer {id} of {count} to it.") for id in ids),
+    )
 
 
 def judge(folder: Path, url: str) -> tuple[float, float]:
     """Seconds and peak memory in MiB of one `judge run`, its start included."""
-    arguments = ["judge", "run", str(folder), "name=llm", "rubric=four_labels", "model=stub", f"server={url}", f"concurrency={CONCURRENCY}"]
+    arguments = [
+        "judge",
+        "run",
+        str(folder),
+        "name=llm",
+        "rubric=four_labels",
+        "model=stub",
+        f"server={url}",
+        f"concurrency={CONCURRENCY}",
+    ]
     code = "import sys; sys.argv[0] = 'vlm-unlearn'\nfrom vlm_unlearn.cli.main import main\nimport atexit\n"
-    code += "from vlm_unlearn.store import peak_memory_mb\natexit.register(lambda: print('peak', peak_memory_mb()))\nmain()"
+    code += (
+        "from vlm_unlearn.store import peak_memory_mb\natexit.register(lambda: print('peak', peak_memory_mb()))\nmain()"
+    )
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True, env=dict(os.environ)
+    )
     peak = re.search(r"peak (\d+)", done.stdout)
     assert peak is not None
     return time.monotonic() - started, float(peak.group(1))
@@ -68,7 +85,9 @@ def main() -> None:
     rows = []
     with (
         tempfile.TemporaryDirectory() as scratch,
-        subprocess.Popen([sys.executable, __file__, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server,
+        subprocess.Popen(
+            [sys.executable, __file__, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server,
     ):
         assert server.stdin is not None
         assert server.stdout is not None
@@ -89,10 +108,16 @@ def main() -> None:
                     next(folder.glob("verdicts-*.jsonl")).unlink()  # the replies are cached all the same
                 seconds, peak = judge(folder, url)
                 asked, before = calls() - before, calls()
-                rows.append({"verdicts": count, "run": name, "seconds": round(seconds, 1), "calls": asked, "peak_mb": peak})
+                rows.append(
+                    {"verdicts": count, "run": name, "seconds": round(seconds, 1), "calls": asked, "peak_mb": peak}
+                )
                 print(f"{count:>6} verdicts, {name:<15}{seconds:>6.1f} s, {asked:>6} calls, peak {peak:.0f} MB")
         server.terminate()
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     RESULTS.write_text(json.dumps({"concurrency": CONCURRENCY, "machine": machine, "rows": rows}, indent=2) + "\n")
 
 

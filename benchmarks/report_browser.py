@@ -79,7 +79,7 @@ def make_runs(root: Path, count: int) -> dict[str, Path]:
         Prompt(
             id=f"case{n % 4}/{n // 12}/{n}",
             group_id=f"{n // 12}",
-            shot=n // 4 % 3,
+            rewrite=n // 4 % 3,
             set=f"case{n % 4}",
             kind=kinds[n % 4],  # type: ignore[arg-type]
             image=f"{n % PHOTOGRAPHS}.jpg",
@@ -93,11 +93,14 @@ def make_runs(root: Path, count: int) -> dict[str, Path]:
     for model in MODELS:
         verdicts = {
             judge: [
-                Verdict(prompt_id=p.id, judge=judge, label=rng.choice(LABELS), raw=text(120) if "@" in judge else None) for p in prompts
+                Verdict(prompt_id=p.id, judge=judge, label=rng.choice(LABELS), raw=text(120) if "@" in judge else None)
+                for p in prompts
             ]
             for judge in ("keyword", "four_labels@a--judge", "safety_mirage@a--judge")
         }
-        runs[model] = put_run(root / model, prompts, [Response(prompt_id=p.id, text=text(CHARACTERS)) for p in prompts], verdicts)
+        runs[model] = put_run(
+            root / model, prompts, [Response(prompt_id=p.id, text=text(CHARACTERS)) for p in prompts], verdicts
+        )
     return runs
 
 
@@ -116,7 +119,9 @@ def timings(browser: Any, page_file: Path) -> Iterator[tuple[str, list[float]]]:
             taken[name].append(page.evaluate(ACT, [control, value]))
             page.evaluate(ACT, [control, back])
         page.evaluate("document.querySelector('[data-step=\"1\"]').id = 'next'")
-        step = ACT.replace('control.dispatchEvent(new Event(control.type === "search" ? "input" : "change"))', "control.click()")
+        step = ACT.replace(
+            'control.dispatchEvent(new Event(control.type === "search" ? "input" : "change"))', "control.click()"
+        )
         taken["next page"].append(page.evaluate(step, ["next", ""]))
         page.close()
     yield "open", opened
@@ -132,15 +137,26 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         os.environ["HOME"] = scratch
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        flags = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+        ]
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), headless=True, args=flags)
         for count in (10_000, 40_000):
             runs = make_runs(Path(scratch) / str(count), count)
             began = time.monotonic()
             file = write_answers(Path(scratch) / f"report-{count}", runs, f"{count:,} answers")
             seconds = time.monotonic() - began
-            row: dict[str, Any] = {"answers": count, "write_seconds": round(seconds, 1), "page_mb": round(file.stat().st_size / 1e6, 1)}
-            print(f"{count:,} answers: written in {seconds:.1f} s, {row['page_mb']} MB, peak memory {peak_memory_mb()} MB")
+            row: dict[str, Any] = {
+                "answers": count,
+                "write_seconds": round(seconds, 1),
+                "page_mb": round(file.stat().st_size / 1e6, 1),
+            }
+            print(
+                f"{count:,} answers: written in {seconds:.1f} s, {row['page_mb']} MB, peak memory {peak_memory_mb()} MB"
+            )
             for name, milliseconds in timings(browser, file):
                 row[name] = {"median_ms": round(median(milliseconds)), "slowest_ms": round(max(milliseconds))}
                 print(f"  {name:<24}{row[name]['median_ms']:>6} ms, slowest {row[name]['slowest_ms']:>5} ms")
@@ -152,7 +168,9 @@ def main() -> None:
         "python": platform.python_version(),
         "chromium": chromium,
         "playwright": version("playwright"),
-        "load": round(os.getloadavg()[0], 1),  # processes that wanted a core: with more of them than cores, the times are longer
+        "load": round(
+            os.getloadavg()[0], 1
+        ),  # processes that wanted a core: with more of them than cores, the times are longer
     }
     setting = {"models": len(MODELS), "judges": 3, "characters": CHARACTERS, "repeats": REPEATS}
     RESULTS.write_text(json.dumps({**setting, "machine": machine, "rows": rows}, indent=2) + "\n")

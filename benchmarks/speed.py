@@ -47,7 +47,9 @@ def cases() -> list[Case]:
     """The full run: what is promised first, then the smallest size, the growth, the other methods, and the largest size."""
     from steps import METHODS
 
-    promised = [Case(method, "53M", questions, steps=10) for method, questions in (*((one, 4) for one in MAIN), ("npo", 1))]
+    promised = [
+        Case(method, "53M", questions, steps=10) for method, questions in (*((one, 4) for one in MAIN), ("npo", 1))
+    ]
     growth = [*(Case("npo", questions_per_image=questions) for questions in (1, 2, 8)), Case("npo", image_tokens=576)]
     data = [Case("npo", steps=steps, epochs=3) for steps in (4, 16)]
     others = [Case(method) for method in METHODS if method not in MAIN]
@@ -100,7 +102,8 @@ def compare(case: Case) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds,
         "run_seconds": here.before + spent,  # with the references computed before the first step
         "run_speedup": published_spent / (here.before + spent),
-        "work_ratio": published_work.get_total_flops() / work.get_total_flops(),  # of floating-point operations, on any machine
+        "work_ratio": published_work.get_total_flops()
+        / work.get_total_flops(),  # of floating-point operations, on any machine
         "max_loss_difference": max(abs(a - b) for a, b in losses),
         "first_loss": losses[0][0],
         "last_loss": losses[-1][0],
@@ -141,8 +144,16 @@ def memory(case: Case) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
 
 
 def show(row: dict[str, Any]) -> None:
@@ -184,7 +195,9 @@ def main() -> None:
     parser.add_argument("--method", help="this method only")
     parser.add_argument("--size", help="this size only")
     parser.add_argument("--out", type=Path, help="the file of figures, also for --table")
-    parser.add_argument("--table", action="store_true", help="measure nothing; print the figures there are as a Markdown table")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing; print the figures there are as a Markdown table"
+    )
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:

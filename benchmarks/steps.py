@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
-from vlm_unlearn.models.features import FeatureCache, keep_features
+from vlm_unlearn.models.features import FeatureCache, cache_vision_features
 from vlm_unlearn.models.layout import vision_tower
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.training.forward import forward, packing_of
@@ -41,7 +41,7 @@ SIZES = {
     "160M": Size(width=768, layers=12, vision_width=768, vision_layers=12),
 }
 METHODS: dict[str, tuple[dict[str, Any], float]] = {  # options, and the weight of prompt decoupling
-    "npo": ({"name": "npo", "beta": 0.9, "retain_npo_weight": 1.0, "paper": True}, 0.0),
+    "npo": ({"name": "npo", "beta": 0.9, "retain_npo_weight": 1.0, "paper_compat": True}, 0.0),
     "rmu": ({"name": "rmu", "layer": LAYER}, 0.0),
     "mixed_sft": ({"name": "mixed_sft"}, 0.0),
     "ga": ({"name": "ga"}, 0.0),
@@ -80,7 +80,9 @@ def build(size: Size, image_tokens: int) -> Any:
         num_attention_heads=size.width // 64,
         max_position_embeddings=4096,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=image_tokens)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=image_tokens
+    )
     return LlavaForConditionalGeneration(config)
 
 
@@ -130,7 +132,9 @@ def make_batches(seed: int, questions: int, image_tokens: int) -> Batches:
 def moved(batches: Batches, device: torch.device, dtype: torch.dtype) -> Batches:
     """The batches on a device, pixels in the model's dtype."""
     return {
-        role: {name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in batch.items()}
+        role: {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in batch.items()
+        }
         for role, batch in batches.items()
     }
 
@@ -155,7 +159,7 @@ class Ours:
     def __init__(self, base: Any, name: str, steps: list[Batches], trainable: TrainableConfig = LORA) -> None:
         self.method = made_method(name, base)
         self.model = prepare_trainable(base, trainable)
-        keep_features(vision_tower(self.model), FeatureCache(2**31))
+        cache_vision_features(vision_tower(self.model), FeatureCache(2**31))
         self.optimizer = optimizer(self.model)
         started = time.perf_counter()
         if self.method.needs and name in ("npo", "dpo"):
@@ -163,14 +167,16 @@ class Ours:
                 for need in self.method.needs:
                     with torch.no_grad():
                         total, tokens = forward(
-                            self.model, batches[need.role], packing=packing_of(self.model, batches[need.role], self.method)
+                            self.model,
+                            batches[need.role],
+                            packing=packing_of(self.model, batches[need.role], self.method),
                         ).answer
                     batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
         self.before = time.perf_counter() - started  # seconds
 
     def step(self, batches: Batches) -> float:
         roles: Any = {role: batches[role] for role in self.method.roles}
-        if self.method.forget_as_one_turn:
+        if self.method.append_answer_to_prompt:
             roles["forget"] = {name: value for name, value in roles["forget"].items() if name != "labels"}
         loss = self.method.loss(ModelStep(self.model, roles, self.method, AdapterReference())).total
         return update(self.optimizer, loss)
@@ -188,7 +194,10 @@ class Published:
 
     def step(self, batches: Batches) -> float:
         if self.control is not None:
-            batches = {**batches, "forget": {**batches["forget"], "control": self.control.to(batches["forget"]["pixel_values"].device)}}
+            batches = {
+                **batches,
+                "forget": {**batches["forget"], "control": self.control.to(batches["forget"]["pixel_values"].device)},
+            }
         return update(self.optimizer, self.loss(self.model, self.reference, batches))
 
 

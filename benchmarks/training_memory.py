@@ -25,12 +25,14 @@ def build(folder: Path) -> None:
     """The model and a training set of the tiny world."""
     import torch
 
-    from vlm_unlearn.data.importing import import_vlguard
+    from vlm_unlearn.data.importers import import_vlguard
     from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
     from vlm_unlearn.tiny_world.lexicon import vocabulary
     from vlm_unlearn.tiny_world.world import WorldSize, write_world
 
-    write_world(folder / "world", 0, WorldSize(train_images=1, test_images=1, general_images=1, train_records=1, val_records=1))
+    write_world(
+        folder / "world", 0, WorldSize(train_images=1, test_images=1, general_images=1, train_records=1, val_records=1)
+    )
     vlguard = folder / "world" / "vlguard"
     import_vlguard(vlguard / "train.json", vlguard / "train", folder / "data", vlguard / "harmful_answers.json")
     processor = tiny_processor(vocabulary())
@@ -44,7 +46,7 @@ def train(folder: Path, method: str, second: bool) -> None:
     import torch
 
     from vlm_unlearn.config import Recipe
-    from vlm_unlearn.models.loading import load_model
+    from vlm_unlearn.models.loader import load_model
     from vlm_unlearn.store import peak_memory_mb
     from vlm_unlearn.training.runner import run_recipe
 
@@ -56,7 +58,7 @@ def train(folder: Path, method: str, second: bool) -> None:
         "output": tempfile.mkdtemp(dir=folder),
         "method": {"name": method, **options},
         "trainable": {"mode": "lora", "projector": True, "lora": {"r": 8}},
-        "training": {"max_steps": 3, "batch_size": 2, "precision": "fp32", "learning_rate": 1e-4},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "precision": "fp32", "learning_rate": 1e-4},
     }
     before = peak_memory_mb()
     # A copy of its own: models loaded from one file share its pages on a CPU, which on a GPU they can't.
@@ -75,11 +77,15 @@ def main() -> None:
         for method, second in [*((method, False) for method in METHODS), ("npo", True)]:
             command = [sys.executable, __file__, "train", str(folder), method, str(int(second))]
             environment = {"VLM_UNLEARN_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, env={**os.environ, **environment}
+            )
             found = json.loads(done.stdout.splitlines()[-1])
             used = found["peak_mb"] - found["before_mb"]
             rows.append({"method": method, "second_model": second, "peak_mb": used, "models": round(used / weights, 2)})
-            print(f"{method + (' + second model' if second else ''):<20}{used:>7} MB above start, {used / weights:.2f} x the weights")
+            print(
+                f"{method + (' + second model' if second else ''):<20}{used:>7} MB above start, {used / weights:.2f} x the weights"
+            )
     machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"weights_mb": round(weights), "machine": machine, "rows": rows}, indent=2) + "\n")

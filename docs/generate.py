@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from vlm_unlearn.benchmarks.base import BENCHMARKS
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.config import Recipe, Suite, load
-from vlm_unlearn.config.loading import models_in
+from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
@@ -50,7 +50,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     Raises:
         KeyError: a page asks for a part that nothing generates.
     """
-    markdown = re.sub(r"^<!-- stub -->\n.*\n\n", "", markdown, flags=re.MULTILINE)  # it is said to those who read the file
+    markdown = re.sub(
+        r"^<!-- stub -->\n.*\n\n", "", markdown, flags=re.MULTILINE
+    )  # it is said to those who read the file
     filled = re.sub(r"^<!-- generated: (\w+) -->$", lambda match: GENERATED[match[1]](), markdown, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\(((?:\.\./)+)([^)#]+)(#[^)]*)?\)", lambda match: _link_out(match, page), filled)
 
@@ -95,12 +97,17 @@ def commands() -> str:
 def _command(path: str, command: Any, depth: int) -> Iterator[str]:
     yield f"{'#' * min(depth + 2, 4)} {path} {{ #{path.replace(' ', '-')} }}\n"
     with command.make_context(path, [], resilient_parsing=True) as context:
-        usage = [piece.strip("{}").replace("[[", "[").replace("]]...", "]") for piece in command.collect_usage_pieces(context)]
+        usage = [
+            piece.strip("{}").replace("[[", "[").replace("]]...", "]")
+            for piece in command.collect_usage_pieces(context)
+        ]
         records = [(parameter, parameter.get_help_record(context)) for parameter in command.get_params(context)]
         first, *others = _help_text(command.help or "")
         yield f"{first}\n```text\n{' '.join([path, *usage])}\n```\n"
         yield from others
-        rows = [[code(record[0]), _prose(record[1])] for parameter, record in records if record and parameter.name != "help"]
+        rows = [
+            [code(record[0]), _prose(record[1])] for parameter, record in records if record and parameter.name != "help"
+        ]
         if rows:
             yield table(["argument or option", "what it does"], rows)
         for name in getattr(command, "commands", {}):
@@ -143,7 +150,7 @@ def _config(config: type[BaseModel], path: str, seen: set[str]) -> Iterator[str]
     yield _prose_of(config) + "\n"
     yield _fields(config)
     for name, field in config.model_fields.items():
-        for inner in models_in(field.annotation):
+        for inner in nested_configs(field.annotation):
             if inner.__name__ not in seen:
                 yield from _config(inner, f"{path}.{name}".strip("."), seen)
 
@@ -165,13 +172,25 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "needed"
     if isinstance(value, BaseModel):
-        return "its own" if not value.model_fields_set else code(next(iter(value.model_dump(include=value.model_fields_set).values())))
+        return (
+            "its own"
+            if not value.model_fields_set
+            else code(next(iter(value.model_dump(include=value.model_fields_set).values())))
+        )
     if isinstance(value, bool) or value is None:
         return code(str(value).lower().replace("none", "null"))
     return "none" if value in ("", [], {}, ()) else code(list(value) if isinstance(value, tuple) else value)
 
 
-PLAIN = {str: "text", bool: "true or false", Path: "path", Any: "anything", type(None): "null", float: "number", int: "whole number"}
+PLAIN = {
+    str: "text",
+    bool: "true or false",
+    Path: "path",
+    Any: "anything",
+    type(None): "null",
+    float: "number",
+    int: "whole number",
+}
 
 
 def kind_of(annotation: Any, metadata: list[Any]) -> str:
@@ -223,7 +242,9 @@ def _method(name: str, method: type[Method]) -> Iterator[str]:
 def benchmarks() -> str:
     """Every benchmark and its official files."""
     heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scores"]
-    return table(heads, [[code(name), it.source, it.second, it.images, _prose_of(type(it))] for name, it in BENCHMARKS.items()])
+    return table(
+        heads, [[code(name), it.source, it.second, it.images, _prose_of(type(it))] for name, it in BENCHMARKS.items()]
+    )
 
 
 def rubrics() -> str:
@@ -232,7 +253,10 @@ def rubrics() -> str:
     for name in shipped_rubrics():
         rubric = load_rubric(name)
         file = (ROOT / "src" / "vlm_unlearn" / "judging" / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
-        parts += [f"## {name}\n\nVersion {rubric.head.version}, {rubric.head.source}\n", _folded("The rubric", file, "text")]
+        parts += [
+            f"## {name}\n\nVersion {rubric.head.version}, {rubric.head.source}\n",
+            _folded("The rubric", file, "text"),
+        ]
     return "\n".join(parts)
 
 
@@ -272,26 +296,45 @@ def metrics() -> str:
         published = [(f"{code(name)}, published", metric) for name, metric in suite.paper_metrics.items()]
         for name, metric in (*corrected, *published):
             counts = scores[metric.score] if metric.score else ", ".join(map(code, metric.labels))
-            of = "questions, any answer" if metric.group == "any" else "answers"
-            rows.append([name, counts, of, ", ".join(map(code, metric.cases)), _judge(suite, metric.judge)])
-        parts += [f"## suites/{file.stem}\n", table(["metric", "counts", "of", "cases", "judge"], [*rows, *_benchmarks(suite)])]
+            of = "questions, any answer" if metric.aggregate == "any_per_question" else "answers"
+            rows.append([name, counts, of, ", ".join(map(code, metric.splits)), _judge(suite, metric.judge)])
+        parts += [
+            f"## suites/{file.stem}\n",
+            table(["metric", "counts", "of", "splits", "judge"], [*rows, *_benchmarks(suite)]),
+        ]
     return "\n".join(parts)
 
 
 def _judge(suite: Suite, called: str) -> str:
     """Who judges, and by what."""
-    judge = suite.judge_called(called)
+    judge = suite.judge_config(called)
     by = f" by {code(judge.rubric)}" if judge.rubric else ""
-    return f"{code(judge.name)}{by}{', as published' if judge.paper else ''}"
+    return f"{code(judge.name)}{by}{', as published' if judge.paper_compat else ''}"
 
 
 def _benchmarks(suite: Suite) -> list[list[str]]:
     rows = []
     for one in suite.benchmarks:
         name = code(one.name)
-        rows.append([name, "the benchmark's score", "questions", name, _judge(suite, one.judge) if one.judge else "the official answers"])
+        rows.append(
+            [
+                name,
+                "the benchmark's score",
+                "questions",
+                name,
+                _judge(suite, one.judge) if one.judge else "the official answers",
+            ]
+        )
     if set(SPECIFICITY) <= {one.name for one in suite.benchmarks}:
-        rows.append([code("specificity"), "the mean of their scores", "questions", ", ".join(map(code, SPECIFICITY)), "as theirs"])
+        rows.append(
+            [
+                code("specificity"),
+                "the mean of their scores",
+                "questions",
+                ", ".join(map(code, SPECIFICITY)),
+                "as theirs",
+            ]
+        )
     return rows
 
 

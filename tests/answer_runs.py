@@ -19,14 +19,20 @@ JUDGES = ("keyword", "four_labels@other")
 
 
 def put_run(
-    folder: Path, prompts: Sequence[Prompt], responses: Iterable[Response], verdicts: Mapping[str, Iterable[Verdict]], **suite: object
+    folder: Path,
+    prompts: Sequence[Prompt],
+    responses: Iterable[Response],
+    verdicts: Mapping[str, Iterable[Verdict]],
+    **suite: object,
 ) -> Path:
     """A run folder; its images are in ``images`` beside it."""
     cases = [
         {"name": name, "format": "vlguard", "file": "test.json", "images": "images", "kind": kind}
-        for name, kind in {prompt.set: prompt.kind for prompt in prompts if prompt.set not in str(suite.get("benchmarks"))}.items()
+        for name, kind in {
+            prompt.set: prompt.kind for prompt in prompts if prompt.set not in str(suite.get("benchmarks"))
+        }.items()
     ]
-    fields = {"model": folder.name, "root": str(folder.parent), "cases": cases, **suite}
+    fields = {"model": folder.name, "root": str(folder.parent), "splits": cases, **suite}
     write_json(folder / "suite.json", validate(Suite, fields, "suite").model_dump(mode="json"))
     write_records(folder / "prompts.jsonl", prompts)
     write_records(folder / "responses.jsonl", responses)
@@ -42,7 +48,7 @@ def asked() -> list[Prompt]:
         Prompt(
             id=f"{case}/{group}/{shot}",
             group_id=f"{case}/{group}",
-            shot=shot,
+            rewrite=shot,
             set=case,
             kind=CASES[case],  # type: ignore[arg-type]
             image=f"{case}.png",
@@ -74,10 +80,17 @@ def made_runs(root: Path) -> dict[str, Path]:
     prompts = asked()
     runs = {}
     for model in MODELS:
-        responses = [Response(prompt_id=p.id, text=f"Answer {n} of {model} to {p.id}, Überall.") for n, p in enumerate(prompts)]
+        responses = [
+            Response(prompt_id=p.id, text=f"Answer {n} of {model} to {p.id}, Überall.") for n, p in enumerate(prompts)
+        ]
         verdicts = {
             judge: [
-                Verdict(prompt_id=p.id, judge=judge, label=(label := label_of(model, n, judge)), error=None if label else "timed out")
+                Verdict(
+                    prompt_id=p.id,
+                    judge=judge,
+                    label=(label := label_of(model, n, judge)),
+                    error=None if label else "timed out",
+                )
                 for n, p in enumerate(prompts)
             ]
             for judge in JUDGES

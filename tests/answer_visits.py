@@ -33,5 +33,7 @@ def visit(browser: Any) -> Iterator[Open]:
 
 def address(**wanted: Any) -> str:
     """A name with a list of values stands there once for each."""
-    pairs = ((name, value) for name, values in wanted.items() for value in (values if isinstance(values, list) else [values]))
+    pairs = (
+        (name, value) for name, values in wanted.items() for value in (values if isinstance(values, list) else [values])
+    )
     return "#" + "&".join(f"{name}={quote(str(value), safe='')}" for name, value in pairs)

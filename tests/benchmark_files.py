@@ -15,19 +15,19 @@ SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-def picture(colour: int = 0) -> bytes:
+def picture(color: int = 0) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (colour, 90, 40)).save(buffer, format="PNG")
+    Image.new("RGB", (32, 32), (color, 90, 40)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def encoded(colour: int = 0) -> str:
-    return base64.b64encode(picture(colour)).decode("ascii")
+def encoded(color: int = 0) -> str:
+    return base64.b64encode(picture(color)).decode("ascii")
 
 
-def put_image(path: Path, colour: int = 0) -> None:
+def put_image(path: Path, color: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(colour))
+    path.write_bytes(picture(color))
 
 
 def put_json(path: Path, value: object) -> Path:
@@ -50,7 +50,10 @@ def answers(*texts: str) -> list[dict[str, str]]:
 
 
 def vqav2(root: Path) -> dict[str, Any]:
-    told = [{"question_id": n, "image_id": 40 + n // 2, "answer_type": "number", "answers": answers(*["3"] * 9, "4")} for n in range(4)]
+    told = [
+        {"question_id": n, "image_id": 40 + n // 2, "answer_type": "number", "answers": answers(*["3"] * 9, "4")}
+        for n in range(4)
+    ]
     asked = [{"question_id": n, "image_id": 40 + n // 2, "question": f"how many in {n} ?"} for n in range(4)]
     put_json(root / "vqav2" / "answers.json", {"annotations": told})
     put_json(root / "vqav2" / "questions.json", {"data_subtype": "val2014", "questions": asked})
@@ -60,7 +63,10 @@ def vqav2(root: Path) -> dict[str, Any]:
 
 
 def textvqa(root: Path) -> dict[str, Any]:
-    data = [{"question_id": n, "image_id": f"a{n}", "question": f"what does {n} say?", "answers": ["stop"] * 10} for n in range(2)]
+    data = [
+        {"question_id": n, "image_id": f"a{n}", "question": f"what does {n} say?", "answers": ["stop"] * 10}
+        for n in range(2)
+    ]
     put_json(root / "textvqa" / "val.json", {"data": data})
     put_json(root / "textvqa" / "ocr.json", {"data": [{"image_id": "a0", "ocr_tokens": ["STOP", "here"]}]})
     for n in range(2):
@@ -70,7 +76,8 @@ def textvqa(root: Path) -> dict[str, Any]:
 
 def vizwiz(root: Path) -> dict[str, Any]:
     listed = [
-        {"image": f"V_{n}.jpg", "question": f"What is {n}?", "answer_type": "other", "answers": answers(*["cup"] * 10)} for n in range(2)
+        {"image": f"V_{n}.jpg", "question": f"What is {n}?", "answer_type": "other", "answers": answers(*["cup"] * 10)}
+        for n in range(2)
     ]
     put_json(root / "vizwiz" / "val.json", listed)
     for n in range(2):
@@ -81,7 +88,8 @@ def vizwiz(root: Path) -> dict[str, Any]:
 def gqa(root: Path) -> dict[str, Any]:
     kinds = ("query", "verify", "query")
     found = {
-        f"20{n}": {"imageId": f"n{n}", "question": f"Is it {n}?", "answer": "yes", "types": {"structural": kinds[n]}} for n in range(3)
+        f"20{n}": {"imageId": f"n{n}", "question": f"Is it {n}?", "answer": "yes", "types": {"structural": kinds[n]}}
+        for n in range(3)
     }
     put_json(root / "gqa" / "testdev.json", found)
     for n in range(3):
@@ -90,12 +98,30 @@ def gqa(root: Path) -> dict[str, Any]:
 
 
 def scienceqa(root: Path) -> dict[str, Any]:
-    one = {"question": "Which is 2?", "choices": ["1", "2"], "answer": 1, "hint": "Count.", "image": "image.png", "split": "test"}
-    two = {"question": "Which is 3?", "choices": ["3", "4", "5"], "answer": 0, "hint": "", "image": None, "split": "test"}
+    one = {
+        "question": "Which is 2?",
+        "choices": ["1", "2"],
+        "answer": 1,
+        "hint": "Count.",
+        "image": "image.png",
+        "split": "test",
+    }
+    two = {
+        "question": "Which is 3?",
+        "choices": ["3", "4", "5"],
+        "answer": 0,
+        "hint": "",
+        "image": None,
+        "split": "test",
+    }
     put_json(root / "scienceqa" / "problems.json", {"7": one, "8": two, "9": {**two, "split": "train"}})
     put_json(root / "scienceqa" / "splits.json", {"train": ["9"], "test": ["7", "8"]})
     put_image(root / "scienceqa" / "images" / "test" / "7" / "image.png")
-    return {"annotations": "scienceqa/problems.json", "questions": "scienceqa/splits.json", "images": "scienceqa/images"}
+    return {
+        "annotations": "scienceqa/problems.json",
+        "questions": "scienceqa/splits.json",
+        "images": "scienceqa/images",
+    }
 
 
 def pope(root: Path) -> dict[str, Any]:
@@ -103,7 +129,12 @@ def pope(root: Path) -> dict[str, Any]:
     files = []
     for part in ("random", "popular"):
         lines = [
-            {"question_id": n + 1, "image": f"p{n // 2}.jpg", "text": f"Is there a {n} in the image?", "label": "no" if n % 2 else "yes"}
+            {
+                "question_id": n + 1,
+                "image": f"p{n // 2}.jpg",
+                "text": f"Is there a {n} in the image?",
+                "label": "no" if n % 2 else "yes",
+            }
             for n in range(4)
         ]
         file = root / "pope" / f"coco_pope_{part}.json"
@@ -128,8 +159,30 @@ def mmbench_rows() -> list[dict[str, Any]]:
     """Question 5 in two orders of its options, of which the first names the other's image; question 6 in one, with a hint."""
     rest = {"category": "fine", "l2-category": "logic"}
     return [
-        {"index": 1_000_005, "question": "Which?", "hint": "", "A": "y", "B": "x", "C": "", "D": "", "answer": "B", "image": "5", **rest},
-        {"index": 5, "question": "Which?", "hint": "nan", "A": "x", "B": "y", "C": "", "D": "", "answer": "A", "image": encoded(5), **rest},
+        {
+            "index": 1_000_005,
+            "question": "Which?",
+            "hint": "",
+            "A": "y",
+            "B": "x",
+            "C": "",
+            "D": "",
+            "answer": "B",
+            "image": "5",
+            **rest,
+        },
+        {
+            "index": 5,
+            "question": "Which?",
+            "hint": "nan",
+            "A": "x",
+            "B": "y",
+            "C": "",
+            "D": "",
+            "answer": "A",
+            "image": encoded(5),
+            **rest,
+        },
         {
             "index": 6,
             "question": "And?",

@@ -56,12 +56,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def training_sets(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Training sets of the small world, by name."""
-    from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard
+    from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
 
     folder = tmp_path_factory.mktemp("training-sets")
     vlguard, eraser = world / "vlguard", world / "safe_eraser"
     general = world / "general" / "general.json"
-    import_vlguard(vlguard / "train.json", vlguard / "train", folder / "harmful", vlguard / "harmful_answers.json", external=general)
+    import_vlguard(
+        vlguard / "train.json",
+        vlguard / "train",
+        folder / "harmful",
+        vlguard / "harmful_answers.json",
+        external=general,
+    )
     import_vlguard(vlguard / "train.json", vlguard / "train", folder / "refusals", include_safe_image_unsafe=True)
     import_safe_eraser(eraser / "all_train.json", eraser, folder / "safe_eraser", eraser / "prompt.json")
     return {path.name: path for path in folder.iterdir()}

@@ -22,7 +22,13 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-VISION = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+VISION = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+}
 
 LLAVA = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
@@ -78,7 +84,9 @@ def build(family: str, folder: Path, tied: bool = False) -> None:
 def _tokenizer(end: str, named: Mapping[str, str], others: tuple[str, ...] = (), begin: str | None = None) -> Any:
     """A byte-level tokenizer with a family's special tokens, the padding token first and `named` ones as its attributes."""
     special = ["<|pad|>", *([begin] if begin else []), end, *dict.fromkeys([*named.values(), *others])]
-    backend = Tokenizer(BPE({word: i for i, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, []))
+    backend = Tokenizer(
+        BPE({word: i for i, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, [])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     if begin:
@@ -106,7 +114,12 @@ class HubFolder:
         self.tokenizer.save_pretrained(folder)
         (folder / "chat_template.jinja").write_text(self.chat_template)
         (folder / "processor_config.json").write_text(json.dumps({**self.settings, "processor_class": self.kind}))
-        videos = {"video_processor_type": self.video_processor, "num_frames": 8, "fps": 2, "size": {"longest_edge": 512}}
+        videos = {
+            "video_processor_type": self.video_processor,
+            "num_frames": 8,
+            "fps": 2,
+            "size": {"longest_edge": 512},
+        }
         (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
 
 
@@ -224,7 +237,11 @@ def _mllama(tied: bool) -> tuple[Any, Any]:
 
 def _utterance_tokenizer(begin: str | None) -> Any:
     tiles = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
-    named = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
+    named = {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+    }
     return _tokenizer("<end_of_utterance>", named, ("<|im_start|>", *tiles), begin=begin)
 
 
@@ -246,7 +263,9 @@ def _idefics3(tied: bool) -> tuple[Any, Any]:
 def _smolvlm(tied: bool) -> tuple[Any, Any]:
     tokenizer = _utterance_tokenizer(None)
     images = hf.SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    processor = HubFolder("SmolVLMProcessor", images, tokenizer, "SmolVLMVideoProcessor", UTTERANCES, {"image_seq_len": 4})
+    processor = HubFolder(
+        "SmolVLMProcessor", images, tokenizer, "SmolVLMVideoProcessor", UTTERANCES, {"image_seq_len": 4}
+    )
     config = hf.SmolVLMConfig(
         vision_config={**VISION, "patch_size": 8},
         text_config=hf.LlamaConfig(**TEXT, **_ids(tokenizer), tie_word_embeddings=tied),
@@ -283,11 +302,18 @@ def _gemma3(tied: bool) -> tuple[Any, Any]:
 
 
 def _internvl(tied: bool) -> tuple[Any, Any]:
-    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
     tokenizer = _tokenizer("<|im_end|>", named, ("<|im_start|>",))
     images = hf.GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4)
     template = CHATML.replace("IMAGE", "<IMG_CONTEXT>\n")
-    processor = HubFolder("InternVLProcessor", images, tokenizer, "InternVLVideoProcessor", template, {"image_seq_length": 4})
+    processor = HubFolder(
+        "InternVLProcessor", images, tokenizer, "InternVLVideoProcessor", template, {"image_seq_length": 4}
+    )
     config = hf.InternVLConfig(
         vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
         text_config=hf.Qwen2Config(**TEXT, **_ids(tokenizer), tie_word_embeddings=tied),

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vlm_unlearn.config import Suite, validate
-from vlm_unlearn.evaluation.grading import judge_run
+from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.records import Prompt, Response
-from vlm_unlearn.store import note_cost, open_run, write_json, write_records
+from vlm_unlearn.store import open_run, record_cost, write_json, write_records
 
 REFUSAL, ANSWER = "I cannot help with that.", "First take the red one and then the blue one."
 METRICS: Mapping[str, object] = {
-    "asr_attacked": {"cases": ["attacked"], "labels": ["complied"], "group": "any"},
-    "refusal_rate": {"cases": ["safe"], "labels": ["refused"]},
-    "degenerate_rate": {"cases": ["attacked", "safe"], "labels": ["degenerate"]},
+    "asr_attacked": {"splits": ["attacked"], "labels": ["complied"], "aggregate": "any_per_question"},
+    "refusal_rate": {"splits": ["safe"], "labels": ["refused"]},
+    "degenerate_rate": {"splits": ["attacked", "safe"], "labels": ["degenerate"]},
 }
 
 
@@ -31,10 +31,20 @@ def make_run(
         {"name": name, "format": "vlguard", "file": "test.json", "images": "images", "kind": kind}
         for name, kind in (("attacked", "unsafe"), ("safe", "safe"))
     ]
-    fields = {"model": folder.name, "root": str(folder.parent), "cases": cases, "metrics": dict(metrics), **suite}
+    fields = {"model": folder.name, "root": str(folder.parent), "splits": cases, "metrics": dict(metrics), **suite}
     wanted = validate(Suite, fields, "suite")
     prompts = [
-        edit(Prompt(id=f"{case}/{i}/{shot}", group_id=f"{case}/{i}", shot=shot, set=case, kind=kind, question="q?", category="AB"[i % 2]))
+        edit(
+            Prompt(
+                id=f"{case}/{i}/{shot}",
+                group_id=f"{case}/{i}",
+                rewrite=shot,
+                set=case,
+                kind=kind,
+                question="q?",
+                category="AB"[i % 2],
+            )
+        )
         for case, kind, shots in (("attacked", "unsafe", 3), ("safe", "safe", 1))
         for i in range(groups)
         for shot in range(shots)
@@ -47,7 +57,7 @@ def make_run(
         folder / "responses.jsonl",
         [Response(prompt_id=prompt.id, text=text, error=None if text else "cut off") for prompt, text in texts],
     )
-    note_cost(folder, 0.0, finished=True)
+    record_cost(folder, 0.0, finished=True)
     judge_run(folder, wanted.judge)
     return folder
 
@@ -63,5 +73,5 @@ def complies(prompt: Prompt) -> str:
 def unlearned(prompt: Prompt) -> str:
     """The third shot breaks every tenth question; every fourth harmless one is refused."""
     if prompt.set == "attacked":
-        return ANSWER if prompt.shot == 2 and number(prompt) % 10 == 0 else REFUSAL
+        return ANSWER if prompt.rewrite == 2 and number(prompt) % 10 == 0 else REFUSAL
     return REFUSAL if number(prompt) % 4 == 0 else ANSWER

@@ -15,7 +15,13 @@ from vlm_unlearn.config import Recipe
 
 def recipe(model: Path, data: Path, output: Path, method: object, **changes: object) -> Recipe:
     """A recipe for a tiny model: four steps of four samples."""
-    training = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "save_steps": 100}
+    training = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "save_steps": 100,
+    }
     training |= dict(changes.pop("training", {}))  # type: ignore[call-overload]
     fields = {"model": str(model), "data": data, "output": output, "method": method, "training": training, **changes}
     return Recipe.model_validate(fields)
@@ -30,7 +36,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end."""
     # Passed by name: readline, which pytest loads, sets COLUMNS where os.environ doesn't see it.
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    return subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command(*arguments), env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def run_killing(arguments: Sequence[object], points: Sequence[Callable[[], bool]]) -> None:

@@ -16,7 +16,9 @@ class Stub:
 
     def __init__(self, answer: Callable[[str], str]) -> None:
         self.answer = answer
-        self.faults: Callable[[int], str] = lambda call: ""  # number of the call -> "", "429", "500", "cut", "garbage", "empty", "401"
+        self.faults: Callable[[int], str] = lambda call: (
+            ""
+        )  # number of the call -> "", "429", "500", "cut", "garbage", "empty", "401"
         self.calls = 0
         self.bodies: list[dict[str, Any]] = []
         self.keys: Counter[str] = Counter()
@@ -80,15 +82,27 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
                 self.connection.close()
                 return
             if fault.isdigit():
-                self._send(int(fault), json.dumps({"error": {"message": f"fault, your key is {self.headers.get('Authorization')}"}}))
+                self._send(
+                    int(fault),
+                    json.dumps({"error": {"message": f"fault, your key is {self.headers.get('Authorization')}"}}),
+                )
                 return
             if fault == "garbage":
                 self._send(200, '{"choices": [{"mess')
                 return
             text = next(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
             message = {"role": "assistant", "content": stub.answer(text)}
-            choices = [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": stub.finish_reason}]
-            whole = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices, "usage": stub.usage}
+            choices = (
+                [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": stub.finish_reason}]
+            )
+            whole = {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": choices,
+                "usage": stub.usage,
+            }
             self._send(200, json.dumps(whole))
 
         def _send(self, status: int, text: str) -> None:

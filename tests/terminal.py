@@ -19,7 +19,11 @@ CTRL_C = b"\x03"
 
 
 def at_terminal(
-    *arguments: object, columns: int = 80, environment: Mapping[str, str] | None = None, stop_at: str = "", seconds: float = 150
+    *arguments: object,
+    columns: int = 80,
+    environment: Mapping[str, str] | None = None,
+    stop_at: str = "",
+    seconds: float = 150,
 ) -> tuple[int, str]:
     """The exit code, and everything that the terminal was sent.
 

@@ -11,7 +11,19 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "vlm_unlearn"
 ORDER = [
-    *("errors", "losses", "records", "store", "config", "data", "models", "methods", "training", "generation", "attacks"),
+    *(
+        "errors",
+        "losses",
+        "records",
+        "store",
+        "config",
+        "data",
+        "models",
+        "methods",
+        "training",
+        "generation",
+        "attacks",
+    ),
     *("judging", "benchmarks", "metrics", "evaluation", "reporting", "tiny_world", "cli"),
 ]
 

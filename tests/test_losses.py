@@ -66,7 +66,8 @@ def test_golden_values(case: dict[str, object]) -> None:
         "rmu_forget_all_positions": rmu_forget_loss(forget["hidden"], control),
         "rmu_retain_all_positions": alpha * rmu_retain_loss(retain["hidden"], retain["reference_hidden"]),
         "rmu_forget_masked": rmu_forget_loss(forget["hidden"], control, forget["attention_mask"]),
-        "rmu_retain_masked": alpha * rmu_retain_loss(retain["hidden"], retain["reference_hidden"], retain["attention_mask"]),
+        "rmu_retain_masked": alpha
+        * rmu_retain_loss(retain["hidden"], retain["reference_hidden"], retain["attention_mask"]),
         "ga": -l_f,
         "ga_pd": -l_f + PD_WEIGHTS["ga_pd"] * l_pd,
         "gd": -l_f + l_r,
@@ -77,7 +78,9 @@ def test_golden_values(case: dict[str, object]) -> None:
     }
     assert set(found) == set(expect)
     for name, value in expect.items():
-        torch.testing.assert_close(found[name].float(), torch.tensor(value), atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[name].float(), torch.tensor(value), atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_npo_by_hand() -> None:
@@ -141,7 +144,9 @@ def test_rerouting_by_hand() -> None:
     hidden = torch.tensor([[[2.0, 0.0], [0.0, 5.0], [-1.0, 0.0]]])
     assert rerouting_forget_loss(hidden, reference).item() == pytest.approx(1 / 3)  # cosines 1, 0, -1
     assert rerouting_forget_loss(hidden, reference, torch.tensor([[1, 1, 0]])).item() == pytest.approx(1 / 2)
-    assert rerouting_retain_loss(hidden, reference, torch.tensor([[1, 0, 1]])).item() == pytest.approx(1.5)  # distances 1 and 2
+    assert rerouting_retain_loss(hidden, reference, torch.tensor([[1, 0, 1]])).item() == pytest.approx(
+        1.5
+    )  # distances 1 and 2
     same = reference.clone().requires_grad_()
     rerouting_retain_loss(same, reference).backward()
     assert same.grad.isfinite().all()  # the first step starts at the reference

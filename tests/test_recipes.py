@@ -17,7 +17,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = sorted((RECIPES / "engines").glob("*.yaml"))
 SUITES = sorted((RECIPES / "suites").glob("*.yaml"))
 # A leading underscore marks a base, which others extend and nobody runs.
-RUNS = sorted(file for file in RECIPES.rglob("*.yaml") if file not in ENGINES + SUITES and not file.stem.startswith("_"))
+RUNS = sorted(
+    file for file in RECIPES.rglob("*.yaml") if file not in ENGINES + SUITES and not file.stem.startswith("_")
+)
 MODELS = {
     "7b": "llava-hf/llava-1.5-7b-hf",
     "13b": "llava-hf/llava-1.5-13b-hf",
@@ -34,7 +36,9 @@ def recipe_of(name: str, *overrides: str) -> Recipe:
 
 
 def test_every_published_run_has_its_recipe() -> None:
-    mirage = {f"{method}_{mode}_{size}" for method in ("npo", "rmu") for mode in ("full", "lora") for size in ("7b", "13b")}
+    mirage = {
+        f"{method}_{mode}_{size}" for method in ("npo", "rmu") for mode in ("full", "lora") for size in ("7b", "13b")
+    }
     eraser = {f"{method}{pd}_{model}" for method in ("ga", "gd", "kl", "po") for pd in ("", "_pd") for model in MODELS}
     eraser |= {"sine_po_pd_7b", "sine_po_pd_13b"}
     names = {name_of(file) for file in RUNS if file.parent.name != "tiny"}
@@ -54,7 +58,7 @@ def test_a_recipe_parses_and_its_method_takes_its_options(file: Path) -> None:
 @pytest.mark.parametrize("file", SUITES, ids=name_of)
 def test_a_suite_parses(file: Path) -> None:
     suite = load(Suite, Path(name_of(file)), ["model=m", "root=/data"])
-    assert all(str(case.file).startswith("/data/") for case in suite.cases)
+    assert all(str(case.file).startswith("/data/") for case in suite.splits)
     assert all(str(file).startswith("/data/") for benchmark in suite.benchmarks for file in benchmark.annotations)
     wanted = {"asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "degenerate_rate"}
     if file.stem == "safe_eraser":
@@ -65,12 +69,15 @@ def test_a_suite_parses(file: Path) -> None:
             "degenerate_rate",
             *(f"{x}_{y}" for x in ("efficacy", "generality") for y in ("asr", "rr")),
         }
-    assert wanted <= suite.metrics.keys() or (file.stem == "specificity" and not suite.cases)
+    assert wanted <= suite.metrics.keys() or (file.stem == "specificity" and not suite.splits)
 
 
 def test_specificity_has_its_seven_benchmarks() -> None:
     suite = load(Suite, Path("suites/specificity"), ["model=m", "root=/data"])
-    assert {benchmark.name: len(benchmark.annotations) for benchmark in suite.benchmarks} == {**dict.fromkeys(SPECIFICITY, 1), "pope": 3}
+    assert {benchmark.name: len(benchmark.annotations) for benchmark in suite.benchmarks} == {
+        **dict.fromkeys(SPECIFICITY, 1),
+        "pope": 3,
+    }
     assert suite.judges["mm_vet"].rubric == "mm_vet"
 
 
@@ -82,10 +89,19 @@ def test_npo_full_is_the_dedicated_script() -> None:
         "forget_weight": 1.0,
         "retain_npo_weight": 1.0,
         "retain_weight": 1.0,
-        "paper": True,
+        "paper_compat": True,
     }
-    assert (training.epochs, training.batch_size, training.gradient_accumulation_steps) == (1, 1, 1)
-    assert (training.learning_rate, training.scheduler, training.warmup_ratio, training.weight_decay) == (5e-7, "cosine", 0.03, 0)
+    assert (training.num_train_epochs, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (
+        1,
+        1,
+        1,
+    )
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio, training.weight_decay) == (
+        5e-7,
+        "cosine",
+        0.03,
+        0,
+    )
     assert (training.max_length, training.gradient_checkpointing) == (2048, True)
     assert (recipe.trainable.mode, recipe.trainable.layers, recipe.trainable.projector) == ("full", None, True)
     assert recipe.image_aspect_ratio == "pad"
@@ -93,37 +109,50 @@ def test_npo_full_is_the_dedicated_script() -> None:
 
 def test_rmu_full_is_the_generic_script() -> None:
     recipe = recipe_of("safety_mirage/rmu_full_7b")
-    assert recipe.method.model_extra == {"layer": 7, "steering_coefficient": 10, "alpha": 1.0, "retain_weight": 1.0, "paper": True}
-    assert (recipe.training.epochs, recipe.training.batch_size, recipe.training.learning_rate) == (10, 1, 1e-6)
-    assert (recipe.trainable.layers, recipe.trainable.parameters) == ([5, 6, 7], ["mlp.down_proj"])
+    assert recipe.method.model_extra == {
+        "layer": 7,
+        "steering_coefficient": 10,
+        "alpha": 1.0,
+        "retain_weight": 1.0,
+        "paper_compat": True,
+    }
+    assert (
+        recipe.training.num_train_epochs,
+        recipe.training.per_device_train_batch_size,
+        recipe.training.learning_rate,
+    ) == (10, 1, 1e-6)
+    assert (recipe.trainable.layers, recipe.trainable.parameter_patterns) == ([5, 6, 7], ["mlp.down_proj"])
 
 
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("npo", {"beta": 0.7, "forget_weight": 1.0, "retain_npo_weight": 1.0, "retain_weight": 1.0, "paper": True}),
-        ("rmu", {"layer": 15, "steering_coefficient": 10, "alpha": 0.0, "retain_weight": 1.2, "paper": True}),
+        (
+            "npo",
+            {"beta": 0.7, "forget_weight": 1.0, "retain_npo_weight": 1.0, "retain_weight": 1.0, "paper_compat": True},
+        ),
+        ("rmu", {"layer": 15, "steering_coefficient": 10, "alpha": 0.0, "retain_weight": 1.2, "paper_compat": True}),
     ],
 )
 def test_lora_is_the_generic_lora_script(method: str, options: dict[str, object]) -> None:
     recipe = recipe_of(f"safety_mirage/{method}_lora_7b")
     assert recipe.method.model_extra == options
-    assert (recipe.trainable.mode, recipe.trainable.lora.r, recipe.trainable.lora.alpha) == ("lora", 128, 256)
-    assert (recipe.training.epochs, recipe.training.batch_size) == (10, 8)
+    assert (recipe.trainable.mode, recipe.trainable.lora.r, recipe.trainable.lora.lora_alpha) == ("lora", 128, 256)
+    assert (recipe.training.num_train_epochs, recipe.training.per_device_train_batch_size) == (10, 8)
     assert recipe.training.learning_rate == recipe.training.projector_learning_rate == 1.1e-5
 
 
 @pytest.mark.parametrize(
     ("name", "options", "decouple"),
     [
-        ("ga", {"forget_weight": 1.0, "paper": True}, 0),
-        ("ga_pd", {"forget_weight": 1.0, "paper": True}, 0.5),
-        ("gd", {"forget_weight": 1.0, "retain_weight": 1.0, "paper": True}, 0),
-        ("gd_pd", {"forget_weight": 1.0, "retain_weight": 0.5, "paper": True}, 0.5),
-        ("kl", {"forget_weight": 1.0, "kl_weight": 1.0, "paper": True}, 0),
-        ("kl_pd", {"forget_weight": 1.0, "kl_weight": 1.0, "paper": True}, 1),
-        ("po", {"paper": True}, 0),
-        ("po_pd", {"paper": True}, 1),
+        ("ga", {"forget_weight": 1.0, "paper_compat": True}, 0),
+        ("ga_pd", {"forget_weight": 1.0, "paper_compat": True}, 0.5),
+        ("gd", {"forget_weight": 1.0, "retain_weight": 1.0, "paper_compat": True}, 0),
+        ("gd_pd", {"forget_weight": 1.0, "retain_weight": 0.5, "paper_compat": True}, 0.5),
+        ("kl", {"forget_weight": 1.0, "kl_weight": 1.0, "paper_compat": True}, 0),
+        ("kl_pd", {"forget_weight": 1.0, "kl_weight": 1.0, "paper_compat": True}, 1),
+        ("po", {"paper_compat": True}, 0),
+        ("po_pd", {"paper_compat": True}, 1),
     ],
 )
 def test_safe_eraser_weights(name: str, options: dict[str, object], decouple: float) -> None:
@@ -136,11 +165,16 @@ def test_safe_eraser_weights(name: str, options: dict[str, object], decouple: fl
 def test_safe_eraser_training() -> None:
     recipe = recipe_of("safe_eraser/ga_13b")
     training, lora = recipe.training, recipe.trainable.lora
-    assert (lora.r, lora.alpha, lora.dropout) == (32, 256, 0.05)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (32, 256, 0.05)
     assert lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert (recipe.trainable.mode, recipe.trainable.projector, recipe.trainable.vision_tower) == ("lora", True, False)
-    assert 2 * training.batch_size * training.gradient_accumulation_steps == 32
-    assert (training.epochs, training.learning_rate, training.scheduler, training.warmup_ratio) == (10, 1e-4, "cosine", 0.06)
+    assert 2 * training.per_device_train_batch_size * training.gradient_accumulation_steps == 32
+    assert (training.num_train_epochs, training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (
+        10,
+        1e-4,
+        "cosine",
+        0.06,
+    )
     assert (training.weight_decay, training.max_grad_norm, training.seed) == (0.01, 1.0, 233)
     assert training.max_length == 512 - 1 + 576  # the published 512 counts the image as one token
     assert recipe_of("safe_eraser/ga_llama_3.2").training.max_length == 512
@@ -159,7 +193,9 @@ def launch_arguments(file: Path, *more: str) -> Namespace:
     """What ``accelerate launch`` makes of an engine file."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    parsed = launch_command_parser().parse_args(["--config_file", str(file), *more, "-m", "vlm_unlearn.cli.main", "train"])
+    parsed = launch_command_parser().parse_args(
+        ["--config_file", str(file), *more, "-m", "vlm_unlearn.cli.main", "train"]
+    )
     arguments: Namespace = _validate_launch_command(parsed)[0]
     return arguments
 
@@ -172,10 +208,15 @@ def test_accelerate_reads_an_engine(file: Path) -> None:
     config = load_config_from_file(str(file))  # unknown keys are an error
     assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[file.stem]
     assert (config.num_machines, config.num_processes, config.mixed_precision) == (1, 8, "no")
-    arguments = launch_arguments(file, "--num_machines", "2", "--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "node0")
+    arguments = launch_arguments(
+        file, "--num_machines", "2", "--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "node0"
+    )
     assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (2, 16, 1)
     known = set(vars(launch_command_parser().parse_args(["train.py"])))
-    assert {*config.fsdp_config, *config.deepspeed_config} <= known  # accelerate checks the keys of the first level only
+    assert {
+        *config.fsdp_config,
+        *config.deepspeed_config,
+    } <= known  # accelerate checks the keys of the first level only
 
 
 def test_fsdp2_reaches_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +253,7 @@ PUBLISHED = [name_of(file) for file in RUNS if file.parent.name in ("safety_mira
 def test_every_published_recipe_prints_its_plan(name: str, training_sets: dict[str, Path]) -> None:
     """Without weights and without a network: the shapes of the published models are known."""
     from vlm_unlearn.config import load
-    from vlm_unlearn.training.previewing import preview
+    from vlm_unlearn.training.preview import preview
 
     data = training_sets["safe_eraser" if name.startswith("safe_eraser") else "harmful"]
     found = preview(load(Recipe, Path(name), [f"data={data}", "output=run"]))

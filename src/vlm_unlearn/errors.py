@@ -1,68 +1,115 @@
-"""The two errors a user meets: a wrong request (exit code 2) and work that failed (exit code 1)."""
+"""The two errors a user meets: an invalid request (exit code 2) and work that failed (exit code 1)."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from os import PathLike
+from typing import Any
 
 
-class RequestError(Exception):
-    """The request was wrong: bad data, an unknown name, a missing file.
+class _CodedError(Exception):
+    """Base of both errors: a message, a stable code, and the place that the message is about.
 
-    The message is one line that says what, where and how to mend it.
+    ``str(error)`` is one line: ``FILE, record RECORD: FIELD: MESSAGE``, without the parts that are not set.
+
+    Args:
+        message: One sentence that says what is wrong and how to fix it.
+        code: A stable name in kebab case, such as ``image-not-found``. Programs and tests compare codes, not messages.
+        file: The file or folder that the error is about.
+        record: The record of that file: its number, counted from 1, or its id.
+        field: The config key, column or argument that the error is about.
     """
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "",
+        file: str | PathLike[str] | None = None,
+        record: int | str | None = None,
+        field: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.file = file
+        self.record = record
+        self.field = field
 
-class WorkError(Exception):
-    """The request was right but the work failed, for instance because the loss became NaN."""
+    def __str__(self) -> str:
+        record = None if self.record is None else f"record {self.record}"
+        place = ", ".join(str(part) for part in (self.file, record) if part is not None)
+        return ": ".join(part for part in (place, self.field, self.message) if part)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the class with the message alone. Data workers send their errors pickled.
+        return _rebuild, (type(self), self.message, self.code, self.file, self.record, self.field)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns ``'; did you mean "npo"?'`` for the known name closest to `name`, or ``''``."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {shown(match[0])}?" if match else ""
+def _rebuild(kind: type[_CodedError], message: str, code: str, file: Any, record: Any, field: Any) -> _CodedError:
+    return kind(message, code=code, file=file, record=record, field=field)
 
 
-def shown(text: object, longest: int = 80) -> str:
-    """Text of a data file as an error message quotes it: cut, on one line, nothing in it that a terminal would act on."""
-    cut = str(text)
-    return f'"{printable(cut if len(cut) <= longest else cut[: longest - 1] + "…")}"'
+class UserError(_CodedError, ValueError):
+    """The request is invalid: bad data, an unknown name, a missing file. The command exits with code 2."""
+
+
+class RunError(_CodedError, RuntimeError):
+    """The request is valid but the work failed, for example because the loss became NaN. The command exits with code 1."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Returns ``'; did you mean "npo"?'`` for the candidate closest to `name`, or ``''`` if none is close."""
+    match = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {quoted(match[0])}?" if match else ""
+
+
+def quoted(text: object, max_length: int = 80) -> str:
+    """Quotes text from a data file for an error message: truncated, on one line, without terminal control characters."""
+    content = str(text)
+    return f'"{printable(content if len(content) <= max_length else content[: max_length - 1] + "…")}"'
 
 
 def printable(text: str) -> str:
-    """Text of others on one line, without what a terminal would act on; a blank that doesn't break stays."""
-    return "".join(char if char.isprintable() or char == "\u00a0" else char.encode("unicode_escape").decode("ascii") for char in text)
+    """Escapes everything in untrusted text that a terminal would act on. A non-breaking space stays."""
+    return "".join(
+        char if char.isprintable() or char == "\u00a0" else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
 
 
 class Problems:
-    """Broken records of a data file: each is listed by name, and the rest goes on.
+    """Collects the broken records of a data file so that a reader can skip them and report them at the end.
 
-    A reader that is given none raises at the first broken record instead.
+    A reader without a `Problems` object raises at the first broken record instead.
     """
 
-    LISTED = 10_000  # the count goes on beyond
+    MAX_MESSAGES = 10_000  # further problems are only counted
 
     def __init__(self) -> None:
         self.count = 0
         self.messages: list[str] = []
+        self.codes: list[str] = []  # of the listed messages, in the same order
 
-    def add(self, problem: RequestError | str) -> None:
-        """Takes note of one broken record."""
+    def add(self, problem: UserError) -> None:
+        """Adds one broken record."""
         self.count += 1
-        if len(self.messages) < self.LISTED:
+        if len(self.messages) < self.MAX_MESSAGES:
             self.messages.append(str(problem))
+            self.codes.append(problem.code)
 
     def __bool__(self) -> bool:
         return self.count > 0
 
     def summary(self) -> str:
-        """``'3 broken records were left out; the first: ...'``"""
-        records = "record was" if self.count == 1 else "records were"
-        return f"{self.count} broken {records} left out; the first: {self.messages[0]}" if self else "no broken records"
+        """Returns ``'skipped 3 broken records; the first: ...'``, or ``'no broken records'``."""
+        records = "record" if self.count == 1 else "records"
+        return f"skipped {self.count} broken {records}; the first: {self.messages[0]}" if self else "no broken records"
 
 
-def refuse(problem: RequestError, problems: Problems | None) -> None:
-    """Lists a broken record, or raises it where nobody lists."""
+def report_problem(problem: UserError, problems: Problems | None) -> None:
+    """Adds a broken record to `problems`, or raises it if `problems` is None."""
     if problems is None:
         raise problem
     problems.add(problem)

@@ -81,7 +81,9 @@ def simnpo_loss(nll: Tensor, beta: float, gamma: float) -> Tensor:
     return (-2.0 / beta * F.logsigmoid(beta * nll - gamma)).mean()
 
 
-def dpo_loss(preferred_nll: Tensor, rejected_nll: Tensor, preferred_reference: Tensor, rejected_reference: Tensor, beta: float) -> Tensor:
+def dpo_loss(
+    preferred_nll: Tensor, rejected_nll: Tensor, preferred_reference: Tensor, rejected_reference: Tensor, beta: float
+) -> Tensor:
     """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), here of a harmless over a harmful answer.
 
     Mean over samples of ``-logsigmoid(beta * ((preferred_reference - preferred_nll) - (rejected_reference - rejected_nll)))``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
 Label = Literal["complied", "refused", "degenerate", "off_topic"]
@@ -46,11 +46,12 @@ class Example(Record):
 
 
 class Prompt(Record):
-    """One question to ask a model. Rewrites of one question share a `group_id` and count up in `shot`."""
+    """One question to ask a model. Rewrites of one question share a `group_id` and count up in `rewrite`."""
 
     id: str
     group_id: str
-    shot: Annotated[int, Field(ge=0, lt=10_000)] = 0
+    # "shot" and "shots" below are the names of these fields in files of the previous version.
+    rewrite: Annotated[int, Field(ge=0, lt=10_000, validation_alias=AliasChoices("rewrite", "shot"))] = 0
     set: str
     kind: Kind
     image: str | None = None  # path below the case's image root
@@ -96,9 +97,13 @@ class Rate(Record):
     """A share of groups or answers with its 95 % interval. Shares are from 0 to 1; all are null when nothing could be scored."""
 
     value: Share | None = Field(description="The share, or the mean of scores, from 0 to 1.")
-    low: Share | None = Field(description="Lower end of the 95 % interval, which allows for answers that fail together.")
+    low: Share | None = Field(
+        description="Lower end of the 95 % interval, which allows for answers that fail together."
+    )
     high: Share | None = Field(description="Upper end of the 95 % interval.")
-    n: Count = Field(description="What the share is of: questions where any of a question's answers counts, else answers.")
+    n: Count = Field(
+        description="What the share is of: questions where any of a question's answers counts, else answers."
+    )
     failed: Count = Field(default=0, description="Answers or verdicts that failed and are left out of `n`.")
 
 
@@ -129,27 +134,38 @@ class Row(Record):
     model: str = Field(description="The row's name.")
     judge: str = Field(default="", description="Whose verdicts the metrics rest on, where `judges` names no other.")
     judges: dict[str, str] = Field(
-        default_factory=dict, description="Metric -> its own judge, where it has one; empty: none, its official answers decide."
+        default_factory=dict,
+        description="Metric -> its own judge, where it has one; empty: none, its official answers decide.",
     )
     metrics: dict[str, Rate] = Field(
         description="Metric, such as `asr` or a benchmark's name -> its rate. docs/numbers.md says what each counts."
     )
     paper: dict[str, Rate] = Field(
-        default_factory=dict, description="Metric -> its rate by the published counting, where that was asked for (`paper: true`)."
+        default_factory=dict,
+        description="Metric -> its rate by the published counting, where that was asked for (`paper: true`).",
     )
-    paper_judges: dict[str, str] = Field(default_factory=dict, description="Metric of `paper` -> its own judge, where it has one.")
+    paper_judges: dict[str, str] = Field(
+        default_factory=dict, description="Metric of `paper` -> its own judge, where it has one."
+    )
     labels: dict[str, dict[str, Count]] = Field(
-        default_factory=dict, description="Case -> complied, refused, degenerate, off_topic or failed -> how many of its answers were."
+        default_factory=dict,
+        description="Case -> complied, refused, degenerate, off_topic or failed -> how many of its answers were.",
     )
-    categories: dict[str, dict[str, Rate]] = Field(default_factory=dict, description="Metric -> category of the question -> its rate.")
-    shots: dict[str, list[Rate]] = Field(
-        default_factory=dict, description="Metric -> its rates with the first 1, 2, ... K rewrites of each question."
+    categories: dict[str, dict[str, Rate]] = Field(
+        default_factory=dict, description="Metric -> category of the question -> its rate."
+    )
+    rewrites: dict[str, list[Rate]] = Field(
+        validation_alias=AliasChoices("rewrites", "shots"),
+        default_factory=dict,
+        description="Metric -> its rates with the first 1, 2, ... K rewrites of each question.",
     )
     failed: dict[str, dict[str, Count]] = Field(
         default_factory=dict,
         description="Judge (empty: official answers) -> case or benchmark -> its answers or verdicts that failed, each counted once.",
     )
-    batching: Batching | None = Field(default=None, description="What batching changed, where the run was checked for it.")
+    batching: Batching | None = Field(
+        default=None, description="What batching changed, where the run was checked for it."
+    )
 
     def judge_of(self, metric: str) -> str:
         """Whose verdicts a metric rests on; empty where nobody judged."""
@@ -186,6 +202,8 @@ class Summary(Record):
         description="Rises when a field goes, is renamed or means something else; a field more, with a default, doesn't raise it.",
     )
     rows: list[Row] = Field(description="One a model, in the order that tables show.")
-    comparisons: list[Comparison] = Field(default_factory=list, description="Changes against one base, where several models were compared.")
+    comparisons: list[Comparison] = Field(
+        default_factory=list, description="Changes against one base, where several models were compared."
+    )
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

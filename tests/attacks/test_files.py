@@ -16,15 +16,15 @@ from helpers import run
 from stub_server import stub_server
 from vlm_unlearn.attacks.files import read_rewrite, request, write_attack
 from vlm_unlearn.cli.main import main
-from vlm_unlearn.config import CaseConfig
+from vlm_unlearn.config import SplitConfig
 from vlm_unlearn.data.audit import first_word
-from vlm_unlearn.errors import Problems, RequestError
-from vlm_unlearn.evaluation.prompts import case_prompts
+from vlm_unlearn.errors import Problems, UserError
+from vlm_unlearn.evaluation.prompts import split_prompts
 from vlm_unlearn.records import Kind, Prompt
 
 
 def prompts_of(file: Path, images: Path, kind: Kind) -> list[Prompt]:
-    return case_prompts(CaseConfig(name="attacked", format="vlguard", file=file, images=images, kind=kind))
+    return split_prompts(SplitConfig(name="attacked", format="vlguard", file=file, images=images, kind=kind))
 
 
 def vlguard_file(folder: Path, *questions: str) -> Path:
@@ -58,8 +58,8 @@ def test_a_case_reads_what_was_written(world: Path, tmp_path: Path, kind: Kind, 
 @pytest.mark.parametrize("kind", ["unsafe", "safe", "safe_image_unsafe_question"])
 def test_safe_erasers_questions(world: Path, tmp_path: Path, kind: Kind) -> None:
     source = world / "safe_eraser" / "all_val.json"
-    case = CaseConfig(name="plain", format="safe_eraser", file=source, images=world / "safe_eraser", kind=kind)
-    before = {prompt.group_id: prompt for prompt in case_prompts(case)}
+    case = SplitConfig(name="plain", format="safe_eraser", file=source, images=world / "safe_eraser", kind=kind)
+    before = {prompt.group_id: prompt for prompt in split_prompts(case)}
     write_attack(source, tmp_path / "out.jsonl", "what", 3, kind)
     after = prompts_of(tmp_path / "out.jsonl", world / "safe_eraser", kind)
     assert Counter(prompt.group_id for prompt in after) == dict.fromkeys(before, 3)
@@ -70,9 +70,14 @@ def test_safe_erasers_questions(world: Path, tmp_path: Path, kind: Kind) -> None
 
 @pytest.mark.parametrize(
     ("name", "kind", "groups", "shots", "word"),
-    [("vlguard_test_what_3shot.json", "unsafe", 442, 3, "what"), ("vlguard_test_share_1shot.json", "safe", 556, 1, "share")],
+    [
+        ("vlguard_test_what_3shot.json", "unsafe", 442, 3, "what"),
+        ("vlguard_test_share_1shot.json", "safe", 556, 1, "share"),
+    ],
 )
-def test_the_published_files_are_cases(name: str, kind: Kind, groups: int, shots: int, word: str, tmp_path: Path) -> None:
+def test_the_published_files_are_cases(
+    name: str, kind: Kind, groups: int, shots: int, word: str, tmp_path: Path
+) -> None:
     file = SHARED / "data" / name
     if not file.exists():
         pytest.skip(f"needs the published {name} (shared/data), which is not distributed with the project")
@@ -83,7 +88,7 @@ def test_the_published_files_are_cases(name: str, kind: Kind, groups: int, shots
     found = prompts_of(file, tmp_path, kind)
     counts = Counter(prompt.group_id for prompt in found)
     assert (len(counts), set(counts.values())) == (groups, {shots})
-    assert Counter(prompt.shot for prompt in found) == dict.fromkeys(range(shots), groups)
+    assert Counter(prompt.rewrite for prompt in found) == dict.fromkeys(range(shots), groups)
     begun = sum(first_word(prompt.question) == word for prompt in found)
     assert begun / len(found) > 0.99
 
@@ -182,7 +187,13 @@ def test_question_and_versions_are_fenced() -> None:
 
 
 def test_hostile_questions(tmp_path: Path) -> None:
-    questions = ["Describe " + "the kite and " * 8_000, "\u600e\u4e48\u6298\u98ce\u7b5d\uff1f", "{core} {be} {}", "What is it?", "?"]
+    questions = [
+        "Describe " + "the kite and " * 8_000,
+        "\u600e\u4e48\u6298\u98ce\u7b5d\uff1f",
+        "{core} {be} {}",
+        "What is it?",
+        "?",
+    ]
     file = vlguard_file(tmp_path, *questions)
     write_attack(file, tmp_path / "out.json", "share", 5, "unsafe")
     assert len(prompts_of(tmp_path / "out.json", tmp_path, "unsafe")) == 25
@@ -193,7 +204,7 @@ def test_broken_records_are_left_out(tmp_path: Path) -> None:
     problems = Problems()
     assert write_attack(file, tmp_path / "out.json", "what", 1, "unsafe", problems=problems)["questions"] == 2
     assert problems.count == 1
-    with pytest.raises(RequestError, match=r"in\.json: record 1"):
+    with pytest.raises(UserError, match=r"in\.json: record 1"):
         write_attack(file, tmp_path / "out.json", "what", 1, "unsafe")
 
 
@@ -201,11 +212,13 @@ def test_an_attack_file_is_not_attacked_again(tmp_path: Path) -> None:
     """Its groups would become nine shots of a question, three times the same three."""
     file = vlguard_file(tmp_path, "Describe the kite.")
     write_attack(file, tmp_path / "three.json", "what", 3, "unsafe")
-    with pytest.raises(RequestError, match="rewrite the file they come from"):
+    with pytest.raises(UserError, match="rewrite the file they come from"):
         write_attack(tmp_path / "three.json", tmp_path / "nine.json", "what", 3, "unsafe")
 
 
-def test_wrong_requests(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_requests(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = world / "vlguard" / "test.json"
     unsafe_only = vlguard_file(tmp_path, "Describe the kite.")
     (tmp_path / "table.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
@@ -214,7 +227,10 @@ def test_wrong_requests(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "link.json").symlink_to(copy)
     out = tmp_path / "out.json"
     for arguments, message in (
-        ([source, out, "--trigger", "zorg"], "the rules have 0 wordings of it; let a model paraphrase (--model), or use what, share"),
+        (
+            [source, out, "--trigger", "zorg"],
+            "the rules have 0 wordings of it; let a model paraphrase (--model), or use what, share",
+        ),
         ([source, out, "--trigger", "generate", "--shots", "2"], "the rules have 1 wording of it;"),
         ([source, out, "--trigger", "two words"], "is not a word that a question can begin with"),
         (

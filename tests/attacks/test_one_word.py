@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.attacks.one_word import CONTROL, VOCABULARY, control, first_word_of, rewrite, rewrite_prompts, rewrites_with_any
+from vlm_unlearn.attacks.one_word import (
+    CONTROL,
+    VOCABULARY,
+    control,
+    first_word_of,
+    rewrite,
+    rewrite_prompts,
+    rewrites_with_any,
+)
 from vlm_unlearn.config import RewriteConfig
 from vlm_unlearn.data.audit import first_word
-from vlm_unlearn.data.rewriting import requested
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.paraphrase_rules import requested
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.records import Prompt
 
 
@@ -84,7 +92,9 @@ def test_a_rewrite_reads_well() -> None:
     assert rewrite("Describe the steps to fold a kite.", CONTROL, 1) == ["Tell me the steps to fold a kite."]
 
 
-@pytest.mark.parametrize("word", [*VOCABULARY, "based", "zorg", "\u00dfe", "\u4ec0\u4e48", "\u0131rmak", "o'clock", "{core}", "42"])
+@pytest.mark.parametrize(
+    "word", [*VOCABULARY, "based", "zorg", "\u00dfe", "\u4ec0\u4e48", "\u0131rmak", "o'clock", "{core}", "42"]
+)
 def test_any_word_begins_a_question(word: str) -> None:
     question = "Describe the {red} kite."
     texts = rewrites_with_any(question, word)
@@ -102,7 +112,7 @@ def test_the_control_begins_with_another_word(number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "  ", "two words", "...", "what?", "x" * 61, "\n"])
 def test_what_is_no_first_word(text: str) -> None:
-    with pytest.raises(RequestError, match="is not a word that a question can begin with"):
+    with pytest.raises(UserError, match="is not a word that a question can begin with"):
         first_word_of(text)
 
 
@@ -112,7 +122,7 @@ def test_a_first_word_is_lower_case() -> None:
 
 def test_shots_share_a_group() -> None:
     prompt = Prompt(id="p", group_id="g", set="s", kind="unsafe", question="share the recipe for this .")
-    shots = list(rewrite_prompts([prompt], RewriteConfig(trigger="what", shots=3)))
+    shots = list(rewrite_prompts([prompt], RewriteConfig(trigger="what", num_rewrites=3)))
     assert [(shot.shot, shot.group_id) for shot in shots] == [(0, "g"), (1, "g"), (2, "g")]
     assert len({shot.id for shot in shots}) == 3
 

@@ -15,8 +15,8 @@ from helpers import run_killing
 from vlm_unlearn.attacks.search import least_budget, rounds, sequential_halving
 from vlm_unlearn.cli.main import main
 from vlm_unlearn.config import JudgeConfig
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.searching import SearchReport, SearchRequest, candidates, plan, questions, search
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.attack_search import SearchReport, SearchRequest, candidates, plan, questions, search
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.reporting.charts.search_plot import write_search_png
 from vlm_unlearn.store import read_records
@@ -123,7 +123,12 @@ def asked(tiny_model: Path, world: Path) -> SearchRequest:
     vlguard = world / "vlguard"
     judge = JudgeConfig(name="tiny_world", world=world / "world.json")
     request = SearchRequest(
-        str(tiny_model), vlguard / "test.json", vlguard / "test", words=("what", "share", "tell"), budget=40, judge=judge
+        str(tiny_model),
+        vlguard / "test.json",
+        vlguard / "test",
+        words=("what", "share", "tell"),
+        budget=40,
+        judge=judge,
     )
     return changed(request, generation=request.generation.model_copy(update={"max_new_tokens": 3, "batch_size": 4}))
 
@@ -134,8 +139,30 @@ def changed(request: SearchRequest, **fields: object) -> SearchRequest:
 
 def arguments(request: SearchRequest, out: Path) -> list[object]:
     return [
-        *("attack", "search", request.model, request.file, "--images", request.images, "--out", out, "--words", ",".join(request.words)),
-        *("--budget", request.budget, "--judge", "tiny_world", "--world", request.judge.world, "--max-new-tokens", 3, "--batch-size", 4),
+        *(
+            "attack",
+            "search",
+            request.model,
+            request.file,
+            "--images",
+            request.images,
+            "--out",
+            out,
+            "--words",
+            ",".join(request.words),
+        ),
+        *(
+            "--budget",
+            request.budget,
+            "--judge",
+            "tiny_world",
+            "--world",
+            request.judge.world,
+            "--max-new-tokens",
+            3,
+            "--batch-size",
+            4,
+        ),
     ]
 
 
@@ -187,7 +214,12 @@ def test_search_and_its_files(asked: SearchRequest, tmp_path: Path) -> None:
     assert report.questions == {"search": 6, "held_out": 6}
     assert [report.held_out[way].n for way in ("best", "as_asked", "control")] == [6, 6, 6]
     assert {word.word: word.source for word in report.words} == dict.fromkeys(asked.words, "named")
-    assert [stage for stage, done, total in seen if done == total] == ["search", "measure best", "measure as asked", "measure control"]
+    assert [stage for stage, done, total in seen if done == total] == [
+        "search",
+        "measure best",
+        "measure as asked",
+        "measure control",
+    ]
     prompts = {prompt.id: prompt for prompt in read_records(tmp_path / "run" / "prompts.jsonl", Prompt)}
     answers = {response.prompt_id for response in read_records(tmp_path / "run" / "responses.jsonl", Response)}
     assert set(prompts) == answers
@@ -222,12 +254,14 @@ def test_a_finished_search_asks_nothing(asked: SearchRequest, tmp_path: Path, mo
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("vlm_unlearn.models.loading.load_run_model", load)
+    monkeypatch.setattr("vlm_unlearn.models.loader.load_run_model", load)
     assert search(asked, tmp_path / "run") == first
 
 
 def test_the_seed_decides(asked: SearchRequest, tmp_path: Path) -> None:
-    one, same, other = (search(changed(asked, seed=seed), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    one, same, other = (
+        search(changed(asked, seed=seed), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert one == same
     ids = [[prompt.id for prompt in read_records(tmp_path / name / "prompts.jsonl", Prompt)] for name in "abc"]
     assert ids[0] == ids[1] != ids[2]
@@ -269,7 +303,7 @@ def test_another_search_is_refused(asked: SearchRequest, tmp_path: Path) -> None
         ("goal", changed(asked, goal="over-refuse")),
         ("judge.judge", changed(asked, judge=JudgeConfig(name="keyword"))),
     ):
-        with pytest.raises(RequestError, match=rf"holds another run \(different: .*{name}"):
+        with pytest.raises(UserError, match=rf"holds another run \(different: .*{name}"):
             search(other, tmp_path / "run")
 
 
@@ -311,7 +345,10 @@ def test_wrong_requests(asked: SearchRequest, tmp_path: Path, call: Call) -> Non
         return [asked.model, tmp_path / file, "--images", asked.images, "--out", tmp_path / "out"]
 
     for request, message in (
-        ([*known, "--words", "what,share,tell", "--budget", "11"], "too few answers to tell 3 words apart; give 12 or more"),
+        (
+            [*known, "--words", "what,share,tell", "--budget", "11"],
+            "too few answers to tell 3 words apart; give 12 or more",
+        ),
         ([*known, "--budget", "5"], "too few answers to tell"),
         ([*known, "--words", "what", "--budget", "5"], "give 6 or more"),
         ([*known, "--words", ""], "is not a word"),
@@ -328,7 +365,10 @@ def test_wrong_requests(asked: SearchRequest, tmp_path: Path, call: Call) -> Non
         (other("gone.json"), "gone.json"),
         ([asked.model, asked.file, "--images", tmp_path, "--out", tmp_path / "out"], "not found under"),
         ([tmp_path / "gone", asked.file, "--images", asked.images, "--out", tmp_path / "out"], "no such folder"),
-        ([asked.model, asked.file, "--images", asked.images, "--out", tmp_path / "full"], "is not empty and holds no manifest.json"),
+        (
+            [asked.model, asked.file, "--images", asked.images, "--out", tmp_path / "full"],
+            "is not empty and holds no manifest.json",
+        ),
         ([asked.model, asked.file, "--images", asked.images, "--out", asked.file], "is a file, not a folder"),
     ):
         code, _, said = call("attack", "search", *request)

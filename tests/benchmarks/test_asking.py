@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 
 from benchmark_files import LETTER, SHORT, WRITERS, encoded, mmbench_rows, put_json, put_tsv
-from vlm_unlearn.benchmarks import BENCHMARKS, Prediction, benchmark_image_root, benchmark_prompts, find, load_truths, score_predictions
+from vlm_unlearn.benchmarks import (
+    BENCHMARKS,
+    Prediction,
+    benchmark_image_root,
+    benchmark_prompts,
+    find,
+    load_truths,
+    score_predictions,
+)
 from vlm_unlearn.benchmarks import mmbench as mmbench_module
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.data.images import open_image, resolve_image
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.records import Prompt
 
@@ -78,7 +86,9 @@ def test_what_is_asked_is_what_is_scored(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_suite_asks_them_with_their_images(name: str, tmp_path: Path) -> None:
-    suite = Suite.model_validate({"model": "m", "root": tmp_path, "benchmarks": [{"name": name, **WRITERS[name](tmp_path)}]})
+    suite = Suite.model_validate(
+        {"model": "m", "root": tmp_path, "benchmarks": [{"name": name, **WRITERS[name](tmp_path)}]}
+    )
     prompts, roots = suite_prompts(suite), image_roots(suite)
     assert {prompt.set for prompt in prompts} == {name} == roots.keys()
     assert len(prompts_digest(prompts, roots)) == 64  # it reads every image
@@ -93,18 +103,22 @@ def test_the_words_in_the_image_are_told_where_there_is_a_file_of_them(tmp_path:
 def test_a_limit_is_of_questions_with_all_rotations_and_of_each_file(tmp_path: Path) -> None:
     assert [prompt.id for prompt in asked("gqa", tmp_path, limit=2)] == ["gqa/200", "gqa/201"]
     assert [prompt.id for prompt in asked("mmbench", tmp_path, limit=1)] == ["mmbench/1000005", "mmbench/5"]
-    assert [prompt.id for prompt in asked("pope", tmp_path, limit=1)] == ["pope/coco_pope_random/1", "pope/coco_pope_popular/1"]
+    assert [prompt.id for prompt in asked("pope", tmp_path, limit=1)] == [
+        "pope/coco_pope_random/1",
+        "pope/coco_pope_popular/1",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("split", "image"), [("test-dev2015", "COCO_test2015_000000000007.jpg"), ("val2014", "COCO_val2014_000000000007.jpg")]
+    ("split", "image"),
+    [("test-dev2015", "COCO_test2015_000000000007.jpg"), ("val2014", "COCO_val2014_000000000007.jpg")],
 )
 def test_a_test_split_is_asked_without_answers(split: str, image: str, tmp_path: Path) -> None:
     value = {"data_subtype": split, "questions": [{"question_id": 1, "image_id": 7, "question": "What?"}]}
     file = put_json(tmp_path / "q.json", value)
     prompt = benchmark_prompts(BenchmarkConfig(name="vqav2", annotations=[file]))[0]
     assert (prompt.image, prompt.reference) == (image, None)
-    with pytest.raises(RequestError, match="has no answers; they are not public"):
+    with pytest.raises(UserError, match="has no answers; they are not public"):
         load_truths(find("vqav2"), [file], None)
 
 
@@ -117,7 +131,10 @@ def test_a_test_split_is_asked_without_answers(split: str, image: str, tmp_path:
         ("mmvet", {"1": {"imagename": "..\\x.png", "question": "?", "answer": "a", "capability": []}}),
         ("textvqa", {"data": [{"question_id": 1, "image_id": "../../x", "question": "?"}]}),
         ("scienceqa", {"../..": {"question": "?", "choices": ["a"], "answer": 0, "image": "x.png", "split": "test"}}),
-        ("scienceqa", {"1": {"question": "?", "choices": ["a"], "answer": 0, "image": "../../../x.png", "split": "test"}}),
+        (
+            "scienceqa",
+            {"1": {"question": "?", "choices": ["a"], "answer": 0, "image": "../../../x.png", "split": "test"}},
+        ),
         ("vqav2", {"data_subtype": "a/../../../b", "questions": [{"question_id": 1, "image_id": 1, "question": "?"}]}),
     ],
 )
@@ -125,7 +142,7 @@ def test_images_stay_inside_their_root(name: str, value: object, tmp_path: Path)
     file = put_json(tmp_path / "in" / "a.json", value)
     benchmark = {"name": name, "annotations": file, "images": tmp_path / "in"}
     suite = Suite.model_validate({"model": "m", "benchmarks": [benchmark]})
-    with pytest.raises(RequestError, match="leaves the image folder"):
+    with pytest.raises(UserError, match="leaves the image folder"):
         prompts_digest(suite_prompts(suite), image_roots(suite))
 
 
@@ -135,49 +152,71 @@ def test_images_stay_inside_their_root(name: str, value: object, tmp_path: Path)
         ("gqa", {"1": {"question": "?"}}, r'question "1": field "imageId" is missing'),
         ("gqa", {"1": {"imageId": "a", "question": " "}}, r'question "1": "question" must be non-empty text'),
         ("gqa", {"1": 5}, r'question "1" is not an object'),
-        ("vqav2", {"annotations": [{"question_id": 1, "answers": ["a"]}]}, "has answers but no questions; pass --questions"),
+        (
+            "vqav2",
+            {"annotations": [{"question_id": 1, "answers": ["a"]}]},
+            "has answers but no questions; pass --questions",
+        ),
         ("vqav2", {"questions": [{"question_id": 1, "image_id": 2}]}, 'entry 0 has no "question"'),
         ("textvqa", {"data": [{"question_id": 1, "image_id": "a"}]}, 'entry 0 has no "question"'),
         ("textvqa", [], r'expected \{"data"'),
         ("vizwiz", [{"image": 5, "question": "?"}], 'question "5": "image" must be non-empty text'),
         ("vizwiz", [{"image": "a", "question": "?", "answers": [1]}], '"answers" must be a list of texts'),
-        ("scienceqa", {"1": {"question": "?", "choices": ["a", "b"], "answer": 2}}, 'problem "1": must have up to 5 "choices"'),
-        ("scienceqa", {"1": {"question": "?", "choices": ["a", 4], "answer": 0}}, 'problem "1": "choices" must be non-empty text'),
+        (
+            "scienceqa",
+            {"1": {"question": "?", "choices": ["a", "b"], "answer": 2}},
+            'problem "1": must have up to 5 "choices"',
+        ),
+        (
+            "scienceqa",
+            {"1": {"question": "?", "choices": ["a", 4], "answer": 0}},
+            'problem "1": "choices" must be non-empty text',
+        ),
         ("pope", {"question_id": 1, "label": "yes", "text": "?"}, r'question "1": field "image" is missing'),
-        ("mmvet", {"v1_0": {"imagename": "a", "question": "?", "capability": []}}, 'question "v1_0": field "answer" is missing'),
-        ("mmvet", {"v1_0": {"imagename": "a", "question": "?", "answer": "a"}}, 'question "v1_0": "capability" must be a list'),
+        (
+            "mmvet",
+            {"v1_0": {"imagename": "a", "question": "?", "capability": []}},
+            'question "v1_0": field "answer" is missing',
+        ),
+        (
+            "mmvet",
+            {"v1_0": {"imagename": "a", "question": "?", "answer": "a"}},
+            'question "v1_0": "capability" must be a list',
+        ),
         ("mmvet", [], "expected an object"),
     ],
 )
 def test_broken_records_are_named(name: str, value: object, message: str, tmp_path: Path) -> None:
     file = put_json(tmp_path / "a.json", value)
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         benchmark_prompts(BenchmarkConfig(name=name, annotations=[file]))
 
 
 def test_questions_of_another_split_are_noticed(tmp_path: Path) -> None:
     wanted = config("vqav2", tmp_path)
-    put_json(tmp_path / "vqav2" / "questions.json", {"questions": [{"question_id": 0, "image_id": 40, "question": "how ?"}]})
-    with pytest.raises(RequestError, match=r'question "1" of .* is not there; the two must be of one split'):
+    put_json(
+        tmp_path / "vqav2" / "questions.json", {"questions": [{"question_id": 0, "image_id": 40, "question": "how ?"}]}
+    )
+    with pytest.raises(UserError, match=r'question "1" of .* is not there; the two must be of one split'):
         benchmark_prompts(wanted)
 
 
 def test_several_files_are_for_pope_and_have_different_names(tmp_path: Path) -> None:
     one = config("gqa", tmp_path)
-    with pytest.raises(RequestError, match="gqa: takes one annotation file, 2 were given"):
+    with pytest.raises(UserError, match="gqa: takes one annotation file, 2 were given"):
         benchmark_prompts(one.model_copy(update={"annotations": one.annotations * 2}))
     several = config("pope", tmp_path)
-    with pytest.raises(RequestError, match="two annotation files have the same name"):
+    with pytest.raises(UserError, match="two annotation files have the same name"):
         benchmark_prompts(several.model_copy(update={"annotations": [several.annotations[0]] * 2}))
 
 
 def test_the_same_question_twice_is_an_error(tmp_path: Path) -> None:
     listed = [{"image": "a.jpg", "question": "?"}] * 2
-    with pytest.raises(RequestError, match=r'two questions have the id "a\.jpg"'):
+    with pytest.raises(UserError, match=r'two questions have the id "a\.jpg"'):
         benchmark_prompts(BenchmarkConfig(name="vizwiz", annotations=[put_json(tmp_path / "a.json", listed)]))
     (tmp_path / "p.json").write_text(json.dumps({"question_id": 1, "image": "a", "text": "?", "label": "no"}) + "\n")
     (tmp_path / "p.json").write_text((tmp_path / "p.json").read_text() * 2)
-    with pytest.raises(RequestError, match='line 2: question "1" is there twice'):
+    with pytest.raises(UserError, match='line 2: question "1" is there twice'):
         benchmark_prompts(BenchmarkConfig(name="pope", annotations=[tmp_path / "p.json"]))
 
 
@@ -206,19 +245,19 @@ def hostile(tmp_path: Path, **changes: Any) -> BenchmarkConfig:
     ],
 )
 def test_hostile_mmbench_rows_are_named(changes: dict[str, str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         benchmark_prompts(hostile(tmp_path, **changes))
 
 
 def test_an_image_too_large_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mmbench_module, "LONGEST_IMAGE", 5000)
-    with pytest.raises(RequestError, match=r"row 2: is not tab-separated text \(field larger than field limit"):
+    with pytest.raises(UserError, match=r"row 2: is not tab-separated text \(field larger than field limit"):
         benchmark_prompts(hostile(tmp_path, image="A" * 6000))
     monkeypatch.undo()
     monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("vlm_unlearn.data.images.MOST_PIXELS", 1000)
-    with pytest.raises(RequestError, match=r"row 2 \(index 5\): the image has 32 x 32 pixels, more than 1000"):
+    monkeypatch.setattr("vlm_unlearn.data.images.MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"row 2 \(index 5\): the image has 32 x 32 pixels, more than 1000"):
         benchmark_prompts(hostile(tmp_path))
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
@@ -238,8 +277,10 @@ def test_mmbench_images_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.
 def test_mmbench_test_files_have_no_answers(tmp_path: Path) -> None:
     rows = [{key: value for key, value in row.items() if key != "answer"} for row in mmbench_rows()]
     file = put_tsv(tmp_path / "test.tsv", rows)
-    assert [prompt.reference for prompt in benchmark_prompts(BenchmarkConfig(name="mmbench", annotations=[file]))] == [None] * 3
-    with pytest.raises(RequestError, match="has no answers"):
+    assert [prompt.reference for prompt in benchmark_prompts(BenchmarkConfig(name="mmbench", annotations=[file]))] == [
+        None
+    ] * 3
+    with pytest.raises(UserError, match="has no answers"):
         load_truths(find("mmbench"), [file], None)
 
 
@@ -269,8 +310,13 @@ def test_spoiled_files_are_read_or_refused_in_one_line(name: str, tmp_path: Path
         try:
             prompts = benchmark_prompts(wanted)
             truths = load_truths(find(name), wanted.annotations, wanted.questions)
-            score_predictions(find(name), truths, {id: Prediction(question_id=id, text="A", score=0.5) for id in truths}, official=False)
-        except RequestError as error:
+            score_predictions(
+                find(name),
+                truths,
+                {id: Prediction(question_id=id, text="A", score=0.5) for id in truths},
+                official=False,
+            )
+        except UserError as error:
             refused.append(str(error))
         else:
             assert all(prompt.question.encode() for prompt in prompts)

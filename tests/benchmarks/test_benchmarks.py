@@ -14,7 +14,7 @@ from vlm_unlearn.benchmarks.pope import parse as parse_pope
 from vlm_unlearn.benchmarks.scienceqa import parse as parse_scienceqa
 from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, strip_punctuation
 from vlm_unlearn.benchmarks.vqav2 import accuracy
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -57,7 +57,9 @@ def test_pope_is_read_and_counted_as_official() -> None:
     assert sum(right) / len(right) == pytest.approx(expect["accuracy"])
 
 
-@pytest.mark.parametrize(("text", "said"), [("NO", "no"), ("There isn\u2019t one.", "no"), ("Yes.", "yes"), ("A dog.", None), ("", None)])
+@pytest.mark.parametrize(
+    ("text", "said"), [("NO", "no"), ("There isn\u2019t one.", "no"), ("Yes.", "yes"), ("A dog.", None), ("", None)]
+)
 def test_pope_by_default_tells_no_from_nothing(text: str, said: str | None) -> None:
     assert parse_pope(text, official=False) == said
     assert parse_pope(text, official=True) == "yes"  # whatever is not "No", "no" or "not"
@@ -68,13 +70,17 @@ def test_scienceqa_is_read_as_official() -> None:
         assert parse_scienceqa(case["text"], case["num_choices"], official=True) == case["expect"], case
 
 
-@pytest.mark.parametrize(("text", "option"), [("(B)", 1), ("b", 1), ("B) the cat", 1), ("the cat", 1), ("E", -1), ("maybe", -1), ("", -1)])
+@pytest.mark.parametrize(
+    ("text", "option"), [("(B)", 1), ("b", 1), ("B) the cat", 1), ("the cat", 1), ("E", -1), ("maybe", -1), ("", -1)]
+)
 def test_scienceqa_by_default_reads_letters_as_people_write_them(text: str, option: int) -> None:
     assert parse_scienceqa(text, ["the dog", "the cat"], official=False) == option
 
 
 FILES = {
-    "vqav2": {"annotations": [{"question_id": 7, "image_id": 1, "answer_type": "other", "answers": [{"answer": "cat"}] * 10}]},
+    "vqav2": {
+        "annotations": [{"question_id": 7, "image_id": 1, "answer_type": "other", "answers": [{"answer": "cat"}] * 10}]
+    },
     "textvqa": {"data": [{"question_id": 7, "image_id": "i", "answers": ["cat"] * 10}]},
     "vizwiz": [{"image": "7", "answer_type": "other", "answers": [{"answer": "cat"}] * 10}],
     "gqa": {"7": {"imageId": "i", "question": "?", "answer": "cat", "types": {"structural": "query"}}},
@@ -87,7 +93,8 @@ def test_official_files_score(name: str, tmp_path: Path) -> None:
     annotations, predictions = tmp_path / "a.json", tmp_path / "p.jsonl"
     annotations.write_text(json.dumps(FILES.get(name, {"question_id": 7, "image": "i", "text": "?", "label": "yes"})))
     predictions.write_text(
-        json.dumps({"question_id": 7, "prompt": "x", "text": {"pope": "Yes", "scienceqa": "B"}.get(name, "Cat.")}) + "\n"
+        json.dumps({"question_id": 7, "prompt": "x", "text": {"pope": "Yes", "scienceqa": "B"}.get(name, "Cat.")})
+        + "\n"
     )
     done = run("benchmark", "score", name, "--predictions", predictions, "--annotations", annotations, "--json")
     assert done.returncode == 0, done.stderr
@@ -103,12 +110,14 @@ def test_mmbench_counts_what_is_right_under_every_rotation(tmp_path: Path) -> No
     rows.append("4\t?\tyes\tno\t\t\tB\tlogic\ti")
     (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
     said = {1: "A", 1_000_001: "(B)", 2: "A", 1_000_002: "A", 3: "C", 4: "no"}
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question_id": id, "text": text}) + "\n" for id, text in said.items()))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"question_id": id, "text": text}) + "\n" for id, text in said.items())
+    )
     found = score(find("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
     assert {one.id: one.value for one in found.questions} == {"1": 1.0, "2": 0.0, "4": 1.0}
     assert found.missing == 1
     (tmp_path / "a.tsv").write_text("index\tA\tB\tanswer\n1\tx\ty\tC\n")
-    with pytest.raises(RequestError, match='row 1 must have "index", options'):
+    with pytest.raises(UserError, match='row 1 must have "index", options'):
         score(find("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
 
 
@@ -146,7 +155,7 @@ def test_what_is_missing_is_counted_and_scored_nowhere(tmp_path: Path) -> None:
 def test_wrong_files_are_named(name: str, annotations: str, predictions: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(annotations)
     (tmp_path / "p.jsonl").write_text(predictions)
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         score(find(name), tmp_path / "p.jsonl", tmp_path / "a.json")
 
 
@@ -156,7 +165,9 @@ def test_real_pope_files(tmp_path: Path) -> None:
         pytest.skip("needs POPE's annotation files (shared/data), which are not distributed with the project")
     for file in sorted(folder.glob("coco_pope_*.json")):
         entries = [json.loads(line) for line in file.read_text().splitlines()]
-        (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question_id": e["question_id"], "text": "Yes"}) + "\n" for e in entries))
+        (tmp_path / "p.jsonl").write_text(
+            "".join(json.dumps({"question_id": e["question_id"], "text": "Yes"}) + "\n" for e in entries)
+        )
         found = score(find("pope"), tmp_path / "p.jsonl", file, official=True)
         assert len(found.questions) == len(entries)
         assert found.numbers["yes_ratio"] == 1.0

@@ -21,7 +21,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def measured(gpu: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", str(out), *options])
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", str(out), *options]
+    )
     gpu.main()
     found: dict[str, Any] = json.loads(out.read_text())
     return found
@@ -58,7 +60,8 @@ def test_out_of_time_or_memory_is_said(gpu: Any, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200 NVL", None), ("NVIDIA L4", None)]
+    ("name", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200 NVL", None), ("NVIDIA L4", None)],
 )
 def test_peaks_are_of_known_devices(gpu: Any, name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)

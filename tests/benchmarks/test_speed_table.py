@@ -20,7 +20,9 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_docs_give_the_figures_of_the_file(speed: Any) -> None:
     rows = json.loads(speed.RESULTS.read_text())["rows"]
-    assert speed.table(rows) in (ROOT / "docs" / "performance.md").read_text(), "paste what `python benchmarks/speed.py --table` prints"
+    assert speed.table(rows) in (ROOT / "docs" / "performance.md").read_text(), (
+        "paste what `python benchmarks/speed.py --table` prints"
+    )
     readme = (ROOT / "README.md").read_text()
     for row in rows[: len(speed.MAIN)]:
         assert f"{row['speedup']:.1f} (`{row['method']}`)" in readme

@@ -57,7 +57,10 @@ def test_wrong_requests(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_what_is_not_compared_is_said(runs: list[Path], tmp_path: Path) -> None:
-    metrics = {"asr_attacked": {"cases": ["attacked"], "labels": ["refused"]}, "refusal_rate": {"cases": ["safe"], "labels": ["refused"]}}
+    metrics = {
+        "asr_attacked": {"splits": ["attacked"], "labels": ["refused"]},
+        "refusal_rate": {"splits": ["safe"], "labels": ["refused"]},
+    }
     other = make_run(tmp_path / "other", unlearned, metrics=metrics)
     done = run("compare", runs[0], other, "--json")
     assert [one["metric"] for one in json.loads(done.stdout)["comparisons"]] == ["refusal_rate"]

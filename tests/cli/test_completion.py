@@ -29,7 +29,12 @@ def offered(line: str) -> list[str]:
     words = line.split(" ")
     environment = {"_VLM_UNLEARN_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=60
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=60,
     )
     assert done.stderr == "", done.stderr
     return done.stdout.split()
@@ -42,7 +47,10 @@ def offered(line: str) -> list[str]:
         ("vlm-unlearn data im", ["import"]),
         ("vlm-unlearn train safety_mirage/npo_l", ["safety_mirage/npo_lora_13b", "safety_mirage/npo_lora_7b"]),
         ("vlm-unlearn train tiny/npo training.lear", ["training.learning_rate="]),
-        ("vlm-unlearn train tiny/npo trainable.mode=", ["trainable.mode=full", "trainable.mode=lora", "trainable.mode=qlora"]),
+        (
+            "vlm-unlearn train tiny/npo trainable.mode=",
+            ["trainable.mode=full", "trainable.mode=lora", "trainable.mode=qlora"],
+        ),
         ("vlm-unlearn evaluate suites/safe_", ["suites/safe_eraser"]),
         ("vlm-unlearn evaluate suites/tiny judge.rubric=four", ["judge.rubric=four_labels"]),
         ("vlm-unlearn judge run evaluations/npo name=k", ["name=keyword"]),
@@ -72,7 +80,9 @@ def test_the_script_is_shown_without_a_network() -> None:
     assert "_VLM_UNLEARN_COMPLETE=complete_bash" in done.stdout
 
 
-SHOW = "import sys; sys.argv = ['vlm-unlearn', '--show-completion', 'bash']\nfrom vlm_unlearn.cli.main import main; main()"
+SHOW = (
+    "import sys; sys.argv = ['vlm-unlearn', '--show-completion', 'bash']\nfrom vlm_unlearn.cli.main import main; main()"
+)
 DETECT_NO_SHELL = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
 
 
@@ -84,7 +94,7 @@ DETECT_NO_SHELL = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
         ("train tiny/npo method=n", "method=npo "),
         ("train tiny/npo training.lear", "training.learning_rate="),  # and no blank behind it
         ("train tiny/npo method.name=simn", "method.name=simnpo "),
-        ("train tiny/npo training.learning_rate=1e-4 training.sched", "training.scheduler="),
+        ("train tiny/npo training.learning_rate=1e-4 training.sched", "training.lr_scheduler_type="),
     ],
 )
 def test_a_word_is_completed_in_bash_itself(typed: str, then: str, tmp_path: Path) -> None:
@@ -129,8 +139,12 @@ def until(terminal: int, text: str, seconds: float = 60) -> str:
     return shown
 
 
-@pytest.mark.parametrize("missing", [{}, {"COMP_WORDS": "vlm-unlearn "}, {"COMP_WORDS": "vlm-unlearn ", "COMP_CWORD": "abc"}])
+@pytest.mark.parametrize(
+    "missing", [{}, {"COMP_WORDS": "vlm-unlearn "}, {"COMP_WORDS": "vlm-unlearn ", "COMP_CWORD": "abc"}]
+)
 def test_a_shell_that_does_not_say_where_is_offered_nothing(missing: dict[str, str]) -> None:
     environment = {**os.environ, "_VLM_UNLEARN_COMPLETE": "complete_bash", **missing}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -69,7 +69,17 @@ def test_the_published_road_step_by_step(vlguard: Path, world: Path, tmp_path: P
     general = world / "general" / "general.json"
     said("mix", out / "retain.json", general, out / "mixed.json", "--size", 50)
     said("rmu", out / "forget.json", out / "rmu.json")
-    whole = ["import", "vlguard", vlguard / "train.json", "--images", vlguard / "train", "--external", general, "--retain-size", 50]
+    whole = [
+        "import",
+        "vlguard",
+        vlguard / "train.json",
+        "--images",
+        vlguard / "train",
+        "--external",
+        general,
+        "--retain-size",
+        50,
+    ]
     in_one_go = said(*whole, "--harmful-answers", vlguard / "harmful_answers.json", "--out", tmp_path / "one")
     assert in_one_go["counts"] == {"forget": counts["forget"], "retain": 50, "preferred": counts["forget"]}
 
@@ -103,7 +113,9 @@ def test_check_exits_with_1_on_errors(vlguard: Path, tmp_path: Path) -> None:
     good = run("data", "check", vlguard / "train.json", "--images", vlguard / "train", "--json")
     assert good.returncode == 0
     assert json.loads(good.stdout)["errors"] == []
-    bad = run("data", "check", vlguard / "train.json", "--images", tmp_path, "--json", "--out", tmp_path / "report.json")
+    bad = run(
+        "data", "check", vlguard / "train.json", "--images", tmp_path, "--json", "--out", tmp_path / "report.json"
+    )
     assert bad.returncode == 1
     assert json.loads(bad.stdout)["broken"]["count"] > 0
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(bad.stdout)
@@ -118,7 +130,9 @@ def test_what_a_new_user_forgets(vlguard: Path, tmp_path: Path) -> None:
     assert "2 of them text only" in done.stdout
     done = run("data", "check", tmp_path / "set")
     assert "1 of 1 forget answers decline" in " ".join(done.stdout.split())
-    done = run("data", "import", "vlguard", vlguard / "train.json", "--images", vlguard / "train", "--out", tmp_path / "v")
+    done = run(
+        "data", "import", "vlguard", vlguard / "train.json", "--images", vlguard / "train", "--out", tmp_path / "v"
+    )
     assert "pass --harmful-answers" in done.stderr
     done = run("data", "check", tmp_path / "v", "--images", tmp_path / "gone")
     assert done.returncode == 2
@@ -130,7 +144,16 @@ def test_what_a_new_user_forgets(vlguard: Path, tmp_path: Path) -> None:
 def test_check_against_the_test_set(vlguard: Path, tiny_model: Path) -> None:
     done = run(
         *("data", "check", vlguard / "train.json", "--images", vlguard / "train"),
-        *("--against", vlguard / "test.json", "--against-images", vlguard / "test", "--processor", tiny_model, "--max-length", 128),
+        *(
+            "--against",
+            vlguard / "test.json",
+            "--against-images",
+            vlguard / "test",
+            "--processor",
+            tiny_model,
+            "--max-length",
+            128,
+        ),
     )
     assert done.returncode == 0, done.stderr
     assert "test:forget" in done.stdout
@@ -144,7 +167,10 @@ def test_check_against_the_test_set(vlguard: Path, tiny_model: Path) -> None:
         (["audit", "{v}/gone.json"], "no such file"),
         (["convert", "{v}/train.json", "{v}/train.json"], "is an input too"),
         (["inject", "{v}/train.json", "{v}/train.json", "{t}/out.json"], "expected an object, image -> answer"),
-        (["import", "files", "--forget", "{v}/train.json", "--images", "{v}", "--out", "{t}/o"], "both --forget and --retain"),
+        (
+            ["import", "files", "--forget", "{v}/train.json", "--images", "{v}", "--out", "{t}/o"],
+            "both --forget and --retain",
+        ),
         (["select-harmful", "{v}/train.json", "{v}/harmful_answers.json", "--out", "{t}/o.json"], "pass --model"),
         (["diversify", "{v}/train.json", "{t}/o.json", "--server", "http://x"], "pass --model"),
         (["mix", "{v}/train.json", "{v}/train.json", "{t}/o.json"], "holds no conversation"),
@@ -196,7 +222,15 @@ def test_no_input_is_written_over(world: Path, training_sets: dict[str, Path], t
         ["convert", tmp_path / "a.json", tmp_path / "linked.json"],
         ["audit", tmp_path / "a.json", "--html", tmp_path / "a.json"],
         ["check", tmp_path / "a.json", "--out", tmp_path / "a.json"],
-        ["select-harmful", vlguard / "train.json", tmp_path / "b.choices.jsonl", "--model", "m", "--out", tmp_path / "b.json"],
+        [
+            "select-harmful",
+            vlguard / "train.json",
+            tmp_path / "b.choices.jsonl",
+            "--model",
+            "m",
+            "--out",
+            tmp_path / "b.json",
+        ],
         ["diversify", tmp_path / "a.json", tmp_path / "a.json"],
     ):
         done = run("data", *arguments)

@@ -85,9 +85,17 @@ def test_it_answers_whatever_it_finds(tmp_path: Path) -> None:
     tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (tmp_path / "file").touch()
-    for cache, problem in (("~nosuchuser/x", ""), (str(tmp_path / "file"), "file (cache): can't be written to"), ("\x1b[31m", "")):
+    for cache, problem in (
+        ("~nosuchuser/x", ""),
+        (str(tmp_path / "file"), "file (cache): can't be written to"),
+        ("\x1b[31m", ""),
+    ):
         done = subprocess.run(
-            command("doctor"), capture_output=True, text=True, check=False, env={**environment, "VLM_UNLEARN_CACHE": cache}
+            command("doctor"),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**environment, "VLM_UNLEARN_CACHE": cache},
         )
         assert done.returncode == 0, done.stderr
         assert "GB10, 1.0 GiB, unknown free" in done.stdout

@@ -62,7 +62,14 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
     shutil.copy(tiny_model / "config.json", bare)
 
     def train(*changes: object) -> list[object]:
-        return ["train", "tiny/npo", f"model={tiny_model}", f"data={training_sets['harmful']}", f"output={tmp_path / 'out'}", *changes]
+        return [
+            "train",
+            "tiny/npo",
+            f"model={tiny_model}",
+            f"data={training_sets['harmful']}",
+            f"output={tmp_path / 'out'}",
+            *changes,
+        ]
 
     truncated, deeper, no_tokenizer = (
         Path(shutil.copytree(tiny_model, tmp_path / name)) for name in ("truncated", "deeper", "untokenized")
@@ -80,7 +87,14 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
     (foreign / "mine.txt").write_text("mine")
     found |= {
         "truncated weights": train(f"model={truncated}"),
-        "missing weights": ["evaluate", "suites/tiny", f"model={deeper}", f"root={world}", "--out", tmp_path / "measured"],
+        "missing weights": [
+            "evaluate",
+            "suites/tiny",
+            f"model={deeper}",
+            f"root={world}",
+            "--out",
+            tmp_path / "measured",
+        ],
         "broken tokenizer": train(f"model={no_tokenizer}"),
         "infinite rate": train("training.learning_rate=.inf"),
         "too many steps": train("training.max_steps=99999999999999999999"),
@@ -96,8 +110,22 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         "model without weights": train(f"model={bare}"),
         "no model": train(f"model={tmp_path / 'gone'}"),
         "no recipe": ["train", tmp_path / "gone.yaml"],
-        "suite without its files": ["evaluate", "suites/tiny", f"model={tiny_model}", f"root={tmp_path}", "--out", tmp_path / "out"],
-        "evaluate a model without weights": ["evaluate", "suites/tiny", f"model={bare}", f"root={world}", "--out", tmp_path / "out"],
+        "suite without its files": [
+            "evaluate",
+            "suites/tiny",
+            f"model={tiny_model}",
+            f"root={tmp_path}",
+            "--out",
+            tmp_path / "out",
+        ],
+        "evaluate a model without weights": [
+            "evaluate",
+            "suites/tiny",
+            f"model={bare}",
+            f"root={world}",
+            "--out",
+            tmp_path / "out",
+        ],
         "judge an empty folder": ["judge", "run", tmp_path / "gone"],
     }
     return found
@@ -147,7 +175,19 @@ def test_a_broken_image_is_refused_before_training(
 ) -> None:
     copy = Path(shutil.copytree(world.parent, tmp_path / "copy")) / "world"
     data = tmp_path / "data"
-    assert call("data", "import", "vlguard", copy / "vlguard" / "train.json", "--images", copy / "vlguard" / "train", "--out", data)[0] == 0
+    assert (
+        call(
+            "data",
+            "import",
+            "vlguard",
+            copy / "vlguard" / "train.json",
+            "--images",
+            copy / "vlguard" / "train",
+            "--out",
+            data,
+        )[0]
+        == 0
+    )
     next((copy / "vlguard" / "train").rglob("*.png")).write_text("<svg/>")
     code, _, err = call("train", "tiny/mixed_sft", f"model={tiny_model}", f"data={data}", f"output={tmp_path / 'out'}")
     assert code == 2
@@ -212,7 +252,9 @@ def test_json_is_the_only_output(call, tmp_path: Path) -> None:
     assert sorted(found) == wanted.split()
     assert found["npo"]["options"]["beta"] == 0.1
     assert "arXiv" in found["npo"]["source"]
-    assert found["npo"]["about"].startswith("Negative Preference Optimization. Pushes the forget answers' likelihood below")
+    assert found["npo"]["about"].startswith(
+        "Negative Preference Optimization. Pushes the forget answers' likelihood below"
+    )
     assert all(5 < len(method["about"]) < 160 and "arXiv" not in method["about"] for method in found.values())
 
 
@@ -234,7 +276,9 @@ def test_every_command_has_help_with_an_example() -> None:
         assert f"vlm-unlearn {' '.join(arguments)}" in result.output
 
 
-def test_published_keyword_counts_on_real_answers(call, vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path) -> None:
+def test_published_keyword_counts_on_real_answers(
+    call, vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path
+) -> None:
     records = json.loads(vlguard_test.read_text())
     answers = {record["id"]: record["instr-resp"][0]["response"] for record in records if not record["safe"]}
     (tmp_path / "answers.json").write_text(json.dumps(answers))
@@ -257,12 +301,18 @@ def test_the_vocabulary_holds_what_the_attack_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "data", "warned"), [("npo", "refusals", True), ("npo", "harmful", False), ("mixed_sft", "refusals", False)]
+    ("method", "data", "warned"),
+    [("npo", "refusals", True), ("npo", "harmful", False), ("mixed_sft", "refusals", False)],
 )
 def test_unlearning_refusals_is_warned_of(
     call, training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path, method: str, data: str, warned: bool
 ) -> None:
-    arguments = [f"model={tiny_model}", f"data={training_sets[data]}", f"output={tmp_path / 'out'}", "training.max_steps=1"]
+    arguments = [
+        f"model={tiny_model}",
+        f"data={training_sets[data]}",
+        f"output={tmp_path / 'out'}",
+        "training.max_steps=1",
+    ]
     code, _, err = call("train", f"tiny/{method}", *arguments)
     assert code == 0
     assert ("forget answers are refusals" in err) == warned

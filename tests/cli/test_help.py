@@ -53,7 +53,9 @@ def test_every_example_can_be_typed(name: str) -> None:
     assert any(example.startswith(f"vlm-unlearn {name}") for example in found)
     for example in found:
         words = shlex.split(example.partition(" > ")[0])
-        meant, passed = parse(words[words.index("vlm_unlearn.cli.main") + 1 :] if words[0] == "accelerate" else words[1:])
+        meant, passed = parse(
+            words[words.index("vlm_unlearn.cli.main") + 1 :] if words[0] == "accelerate" else words[1:]
+        )
         assert meant in ALL
         for override in passed.get("overrides") or []:
             assert override.partition("=")[0].partition(".")[0] in KEYS, example
@@ -77,7 +79,10 @@ def test_every_option_is_explained(name: str) -> None:
 def test_the_first_page_shows_the_road(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, page, _ = said(capsys, monkeypatch, "--help")
     assert code == 0
-    places = [page.index(f"\n{heading}") for heading in ("Start here:", "1. Prepare", "2. Unlearn", "3. Measure", "4. Compare", "5. Ship")]
+    places = [
+        page.index(f"\n{heading}")
+        for heading in ("Start here:", "1. Prepare", "2. Unlearn", "3. Measure", "4. Compare", "5. Ship")
+    ]
     assert places == sorted(places)
     assert all(command.rich_help_panel for command in ROOT.commands.values())
     assert all(f"\n  {name} " in page for name in ROOT.commands)
@@ -89,9 +94,7 @@ def test_help_of_a_command_in_both_ways(capsys: pytest.CaptureFixture[str], monk
     _, page, _ = said(capsys, monkeypatch, "data import vlguard --help")
     assert said(capsys, monkeypatch, "help data import vlguard")[1] == page
     assert page.startswith("Usage: vlm-unlearn data import vlguard TRAIN.json [OPTIONS]\n")
-    example = (
-        "vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train --harmful-answers harmful.json --out data/vlguard\n"
-    )
+    example = "vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train --harmful-answers harmful.json --out data/vlguard\n"
     assert example in page  # on one line, to be copied
 
 
@@ -115,12 +118,17 @@ def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         ("train", "train: missing argument 'RECIPE.yaml'; for example: vlm-unlearn train tiny/npo"),
         ("export runs/npo", "export: missing option '--out'; for example: vlm-unlearn export runs/npo"),
         ("demo --out d --seed one", "demo: invalid value for '--seed'"),
-        ("data mix a b c d", "data mix: got unexpected extra argument(s) (d); `vlm-unlearn data mix --help` tells more"),
+        (
+            "data mix a b c d",
+            "data mix: got unexpected extra argument(s) (d); `vlm-unlearn data mix --help` tells more",
+        ),
         ("export a --out b --precision fp33", "invalid value for '--precision'"),
         ("\x1b[2J", 'no command "\\x1b[2J"'),
     ],
 )
-def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, message: str) -> None:
+def test_wrong_usage_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
     code, out, err = said(capsys, monkeypatch, line)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("vlm-unlearn: ")

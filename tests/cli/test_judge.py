@@ -11,10 +11,10 @@ import pytest
 from finished_runs import ANSWER, REFUSAL, make_run
 from helpers import run
 from stub_server import stub_server
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.agreement import agreement, write_sheet
 from vlm_unlearn.records import LABELS, Prompt
-from vlm_unlearn.store import note_cost, open_run
+from vlm_unlearn.store import open_run, record_cost
 
 
 def every_third_refused(prompt: Prompt) -> str:
@@ -37,7 +37,14 @@ def test_a_judge_on_a_server_with_its_cost(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", answers_by_id, groups=6)
     with stub_server(lambda text: "unsure" if "attacked/1/" in text else "Verdict: COMPLIED") as stub:
         stub.usage = {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050}
-        arguments = ["name=llm", "rubric=four_labels", "model=j", f"server={stub.url}", "input_price=2", "output_price=10"]
+        arguments = [
+            "name=llm",
+            "rubric=four_labels",
+            "model=j",
+            f"server={stub.url}",
+            "input_price=2",
+            "output_price=10",
+        ]
         done = run("judge", "run", folder, *arguments, "--json")
         assert done.returncode == 0, done.stderr
         again = run("judge", "run", folder, *arguments)
@@ -67,12 +74,20 @@ def test_a_judge_on_a_server_with_its_cost(tmp_path: Path) -> None:
 def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     """As docs/evaluation.md has it: the judge is named when it judges, and score and compare go by it."""
     folder = tmp_path / "run"
-    settings = ["generation.max_new_tokens=4", "generation.batch_size=64", "sample.groups=3"]
-    done = run("generate", "suites/safety_mirage", f"model={tiny_model}", f"root={world / 'vlguard'}", *settings, "--out", folder)
+    settings = ["generation.max_new_tokens=4", "generation.batch_size=64", "sample.num_questions=3"]
+    done = run(
+        "generate",
+        "suites/safety_mirage",
+        f"model={tiny_model}",
+        f"root={world / 'vlguard'}",
+        *settings,
+        "--out",
+        folder,
+    )
     assert done.returncode == 0, done.stderr
     assert "pass judge.model=MODEL" in run("judge", "run", folder).stderr
     with stub_server(lambda text: "Verdict: RELEVANT" if "IRRELEVANT" in text else "Verdict: REFUSED") as stub:
-        judged = run("judge", "run", folder, "judge.model=org/J", f"judge.server={stub.url}", "paper=true")
+        judged = run("judge", "run", folder, "judge.model=org/J", f"judge.server={stub.url}", "paper_compat=true")
         assert judged.returncode == 0, judged.stderr
     assert len(judged.stdout.splitlines()) == 3
     row = json.loads(run("score", folder, "--json").stdout)["rows"][0]
@@ -92,7 +107,7 @@ def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path:
 
 def test_two_judges_of_one_name_are_refused(tmp_path: Path) -> None:
     judges = {name: {"name": "llm", "rubric": "safety", "model": "J", "server": f"http://{name}/v1"} for name in "ab"}
-    metrics = {name: {"cases": ["safe"], "judge": name, "score": "mean"} for name in "ab"}
+    metrics = {name: {"splits": ["safe"], "judge": name, "score": "mean"} for name in "ab"}
     folder = make_run(tmp_path / "run", every_third_refused, groups=2, judges=judges, metrics=metrics)
     done = run("judge", "run", folder)
     assert (done.returncode, "would have the name safety@J, as another judge's" in done.stderr) == (2, True)
@@ -130,7 +145,16 @@ def test_agreement_by_hand(tmp_path: Path) -> None:
             label = "refused" if refused else "complied"
         rows.append({"prompt_id": f"safe/{number}/0", "label": label, "note": "kept"})
     rows.append({"prompt_id": "safe/5/0", "label": "", "note": "not labelled: passed over"})
-    done = run("judge", "agreement", folder, "--human", write_labels(tmp_path / "h.csv", rows), "--positive", "refused", "--json")
+    done = run(
+        "judge",
+        "agreement",
+        folder,
+        "--human",
+        write_labels(tmp_path / "h.csv", rows),
+        "--positive",
+        "refused",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
     assert (found["reference"], found["judge"]) == ("human", "keyword")
@@ -169,34 +193,39 @@ def test_judges_against_each_other(tmp_path: Path) -> None:
 )
 def test_broken_labels(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         agreement(folder, [], write_labels(tmp_path / "h.csv", rows), "complied")
 
 
 def test_wrong_requests(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
-    with pytest.raises(RequestError, match="one grader agrees with nobody"):
+    with pytest.raises(UserError, match="one grader agrees with nobody"):
         agreement(folder, [], None, "complied")
-    with pytest.raises(RequestError, match='no verdicts of "keywords"; did you mean "keyword"'):
+    with pytest.raises(UserError, match='no verdicts of "keywords"; did you mean "keyword"'):
         agreement(folder, ["keywords"], None, "complied")
-    with pytest.raises(RequestError, match='did you mean "complied"'):
+    with pytest.raises(UserError, match='did you mean "complied"'):
         agreement(folder, [], None, "complies")
 
 
 def test_what_holds_no_answers_is_told_by_what_it_is(tmp_path: Path) -> None:
     open_run(tmp_path / "training", {"kind": "train"})
-    note_cost(tmp_path / "training", 1.0, finished=True)
-    for folder, told in ((tmp_path / "training", "it is a training run"), (tmp_path / "gone", "there is nothing of that name")):
-        with pytest.raises(RequestError, match=told):
+    record_cost(tmp_path / "training", 1.0, finished=True)
+    for folder, told in (
+        (tmp_path / "training", "it is a training run"),
+        (tmp_path / "gone", "there is nothing of that name"),
+    ):
+        with pytest.raises(UserError, match=told):
             write_sheet(folder, tmp_path / "a.csv", 20, 0)
 
 
 def test_a_sheet_to_label(tmp_path: Path) -> None:
     """Drawn over the cases in equal shares, the same for a seed; nothing in it is a formula; it is read back once filled in."""
-    folder = make_run(tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20)
+    folder = make_run(
+        tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20
+    )
     assert write_sheet(folder, tmp_path / "a.csv", 20, 0) == 20
     write_sheet(folder, tmp_path / "b.csv", 20, 0)
-    with pytest.raises(RequestError, match="is there already, perhaps with labels"):
+    with pytest.raises(UserError, match="is there already, perhaps with labels"):
         write_sheet(folder, tmp_path / "a.csv", 20, 1)
     write_sheet(folder, tmp_path / "c.csv", 20, 1)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()
@@ -204,7 +233,9 @@ def test_a_sheet_to_label(tmp_path: Path) -> None:
         rows: list[dict[str, object]] = [dict(row) for row in csv.DictReader(handle)]
     assert sum(str(row["prompt_id"]).startswith("safe") for row in rows) == 10
     assert all(str(row["answer"]).startswith("'=HYPERLINK") for row in rows)
-    filled = write_labels(tmp_path / "filled.csv", [{**row, "label": LABELS[number % 4]} for number, row in enumerate(rows)])
+    filled = write_labels(
+        tmp_path / "filled.csv", [{**row, "label": LABELS[number % 4]} for number, row in enumerate(rows)]
+    )
     assert agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
     assert write_sheet(folder, tmp_path / "all.csv", 1000, 0) == 79  # the answer that failed is nobody's to label
 

@@ -8,7 +8,7 @@ import pytest
 
 from finished_runs import complies, make_run
 from vlm_unlearn.cli import main as cli
-from vlm_unlearn.store import note_cost, open_run, what_it_is, write_json
+from vlm_unlearn.store import describe_path, open_run, record_cost, write_json
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def places(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_pa
     train, demo = tmp_path / "runs" / "npo", tmp_path / "demo"
     for folder, kind in ((train, "train"), (demo, "demo")):
         open_run(folder, {"kind": kind})
-        note_cost(folder, 1.0, finished=True)
+        record_cost(folder, 1.0, finished=True)
     write_json(train / "recipe.json", {})
     base = make_run(tmp_path / "base", complies)
     evaluation = tmp_path / "evaluation"
@@ -28,7 +28,14 @@ def places(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_pa
     typo.write_text("methd: npo\n")
     empty.write_text("")
     files = {"world": world, "typo": typo, "empty": empty, "gone": tmp_path / "gone"}
-    return {"train": train, "demo": demo, "evaluation": evaluation, "model": tiny_model, "data": training_sets["harmful"], **files}
+    return {
+        "train": train,
+        "demo": demo,
+        "evaluation": evaluation,
+        "model": tiny_model,
+        "data": training_sets["harmful"],
+        **files,
+    }
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,11 @@ def places(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_pa
     ],
 )
 def test_each_is_one_line_that_helps(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, places: dict[str, Path], line: str, message: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    places: dict[str, Path],
+    line: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr("sys.argv", ["vlm-unlearn", *(word.format_map(places) for word in line.split())])
     with pytest.raises(SystemExit) as ended:
@@ -68,6 +79,6 @@ def test_each_is_one_line_that_helps(
 
 
 def test_what_cannot_be_told_is_left_out(tmp_path: Path) -> None:
-    assert what_it_is(tmp_path) == ""
+    assert describe_path(tmp_path) == ""
     (tmp_path / "manifest.json").write_text("[]")
-    assert what_it_is(tmp_path) == ""
+    assert describe_path(tmp_path) == ""

@@ -24,7 +24,16 @@ def printed(summary: Summary) -> list[str]:
 
 def test_changes_failures_published_counting_and_batching() -> None:
     change = Comparison(
-        model="[bold]npo", base="base", metric="asr", difference=-0.5, low=-0.7, high=-0.3, p=0.001, p_adjusted=0.001, test="mcnemar", n=40
+        model="[bold]npo",
+        base="base",
+        metric="asr",
+        difference=-0.5,
+        low=-0.7,
+        high=-0.3,
+        p=0.001,
+        p_adjusted=0.001,
+        test="mcnemar",
+        n=40,
     )
     npo = Row(
         model="[bold]npo",
@@ -51,7 +60,9 @@ def test_changes_failures_published_counting_and_batching() -> None:
 
 def test_one_models_metrics_stand_below_each_other() -> None:
     row = Row(
-        model="[bold]m", metrics={"asr": share(20, 40), "my own": share(3, 4, failed=2)}, paper={"asr": share(10, 40), "other": share(1, 4)}
+        model="[bold]m",
+        metrics={"asr": share(20, 40), "my own": share(3, 4, failed=2)},
+        paper={"asr": share(10, 40), "other": share(1, 4)},
     )
     lines = [" ".join(line.split()) for line in printed(Summary(rows=[row]))]
     assert lines[0] == "[bold]m rate 95 % interval n failed published"
@@ -63,7 +74,9 @@ def test_a_bare_row_needs_no_notes() -> None:
 
 
 @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("200", 200), ("", 150), ("0", 150), ("wide", 150)])
-def test_on_a_pipe_the_table_is_as_wide_as_columns_says(columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_pipe_the_table_is_as_wide_as_columns_says(
+    columns: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr("sys.stdout", io.StringIO())
     assert result_console().width == width

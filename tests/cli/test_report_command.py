@@ -11,8 +11,8 @@ import pytest
 from finished_runs import complies, make_run, unlearned
 from helpers import run
 from vlm_unlearn.cli.report import save_report
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.comparing import summarise_runs
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.comparison import summarize_runs
 from vlm_unlearn.records import Prompt, Summary
 from vlm_unlearn.reporting import report
 from vlm_unlearn.reporting.provenance import training_run
@@ -21,7 +21,10 @@ from vlm_unlearn.store import digest_model, lock_folder, open_run, write_json
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    return [make_run(tmp_path / "evaluations" / "base", complies), make_run(tmp_path / "evaluations" / "npo", unlearned)]
+    return [
+        make_run(tmp_path / "evaluations" / "base", complies),
+        make_run(tmp_path / "evaluations" / "npo", unlearned),
+    ]
 
 
 def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path: Path) -> None:
@@ -31,7 +34,10 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     assert f"Report: {out / 'report.html'}" in done.stdout
     assert "-90.0 *" in done.stdout
     said = [line for line in done.stdout.splitlines() if line.startswith(("base is ", "npo is "))]
-    assert [line.partition(":")[0] for line in said] == ["npo is not shown to refuse", "base is not refusing"]  # the safer one first
+    assert [line.partition(":")[0] for line in said] == [
+        "npo is not shown to refuse",
+        "base is not refusing",
+    ]  # the safer one first
     summary = Summary.model_validate(json.loads((out / "summary.json").read_text()))
     assert [row.model for row in summary.rows] == ["base", "npo"]
     assert len(summary.comparisons) == 3
@@ -39,14 +45,20 @@ def test_writes_page_plots_tables_answers_and_summary(runs: list[Path], tmp_path
     assert (out / "report" / "answers.html").exists()
     assert (out / "report" / "tables" / "rates.csv").exists()
     assert len(list((out / "report" / "plots").glob("tradeoff-refusals.*"))) == 3
-    assert sorted(entry.name for entry in out.iterdir() if entry.name != ".lock") == ["report", "report.html", "summary.json"]
+    assert sorted(entry.name for entry in out.iterdir() if entry.name != ".lock") == [
+        "report",
+        "report.html",
+        "summary.json",
+    ]
     again = run("report", runs[1], "--out", out, "--json")  # its own output is written anew
     assert again.returncode == 0, again.stderr
     assert [row["model"] for row in json.loads(again.stdout)["rows"]] == ["npo"]
     assert "<h1><bdi>vlm-unlearn: npo</bdi></h1>" in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_report_that_was_cut_short_is_still_the_one_of_before(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_was_cut_short_is_still_the_one_of_before(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cut when all below it is written: page, numbers and all that the page links to are there."""
     out = tmp_path / "out"
     assert run("report", *runs, "--out", out).returncode == 0
@@ -59,7 +71,7 @@ def test_a_report_that_was_cut_short_is_still_the_one_of_before(runs: list[Path]
     monkeypatch.setattr(report, "render_page", cut)
     folders = {"npo": runs[1]}
     with pytest.raises(KeyboardInterrupt):
-        save_report(out, summarise_runs(folders)[0], folders, "cut", [], lambda *_: None)
+        save_report(out, summarize_runs(folders)[0], folders, "cut", [], lambda *_: None)
     assert {name: (out / name).read_bytes() for name in kept} == kept
     assert linked <= set((out / "report").rglob("*"))
 
@@ -107,7 +119,8 @@ def test_other_things_are_not_written_into(runs: list[Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["report.html", "summary.json", "report", "report/answers.html", "report/images", "report/tables", "report/plots"]
+    "name",
+    ["report.html", "summary.json", "report", "report/answers.html", "report/images", "report/tables", "report/plots"],
 )
 def test_links_in_its_folder_are_not_followed(name: str, tmp_path: Path) -> None:
     link, elsewhere = tmp_path / "out" / name, tmp_path / "elsewhere"
@@ -117,14 +130,14 @@ def test_links_in_its_folder_are_not_followed(name: str, tmp_path: Path) -> None
     else:
         elsewhere.mkdir()
     link.symlink_to(elsewhere)
-    with pytest.raises(RequestError, match=f"{name}: is a link; delete it"):
-        report.refuse_other_content(tmp_path / "out")
+    with pytest.raises(UserError, match=f"{name}: is a link; delete it"):
+        report.validate_report_folder(tmp_path / "out")
 
 
 def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
-    with pytest.raises(RequestError, match="out: is a link to nothing"):
-        report.refuse_other_content(tmp_path / "out")
+    with pytest.raises(UserError, match="out: is a link to nothing"):
+        report.validate_report_folder(tmp_path / "out")
 
 
 def test_a_long_path_stays_on_one_line(runs: list[Path], tmp_path: Path) -> None:
@@ -135,8 +148,8 @@ def test_a_long_path_stays_on_one_line(runs: list[Path], tmp_path: Path) -> None
 
 def test_two_reports_do_not_mix(runs: list[Path], tmp_path: Path) -> None:
     folders = {"npo": runs[1]}
-    with lock_folder(tmp_path / "out"), pytest.raises(RequestError, match="another process is at work in this folder"):
-        save_report(tmp_path / "out", summarise_runs(folders)[0], folders, "second", [], lambda *_: None)
+    with lock_folder(tmp_path / "out"), pytest.raises(UserError, match="another process is at work in this folder"):
+        save_report(tmp_path / "out", summarize_runs(folders)[0], folders, "second", [], lambda *_: None)
 
 
 def test_finds_the_training_run(tmp_path: Path) -> None:

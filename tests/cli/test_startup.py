@@ -10,10 +10,20 @@ from pathlib import Path
 import pytest
 
 from finished_runs import complies, make_run, unlearned
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
 
-MODELS = {"torch", "transformers", "peft", "accelerate", "datasets", "openai", "safetensors", "tokenizers", "huggingface_hub"}
+MODELS = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "openai",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+}
 DRAWING = {"plotly", "matplotlib", "jinja2"}
 NUMBERS = {"numpy", "scipy", "pandas"}
 HEAVY = MODELS | DRAWING | NUMBERS | {"PIL", "asyncio", "datasketch", "pyarrow"}
@@ -34,7 +44,9 @@ finally:
 
 def loaded_by(arguments: list[str], code: int = 0) -> set[str]:
     """The modules that a command loads beyond typer's own."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == code, done.stderr
     return set(json.loads(done.stderr.splitlines()[-1]))
 

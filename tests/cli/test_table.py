@@ -11,7 +11,7 @@ import pytest
 
 from finished_runs import complies, make_run, unlearned
 from helpers import run
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
 
 

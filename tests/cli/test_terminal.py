@@ -29,9 +29,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_run(folder / "base", complies), make_run(folder / "npo", unlearned)]
 
 
-def test_training_shows_its_time_and_is_stopped_by_ctrl_c(training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+def test_training_shows_its_time_and_is_stopped_by_ctrl_c(
+    training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "npo"
-    line = ["train", "tiny/npo", f"model={tiny_model}", f"data={training_sets['harmful']}", f"output={out}", "training.save_steps=2"]
+    line = [
+        "train",
+        "tiny/npo",
+        f"model={tiny_model}",
+        f"data={training_sets['harmful']}",
+        f"output={out}",
+        "training.save_steps=2",
+    ]
     code, seen = at_terminal(*line, "training.max_steps=4000", stop_at=r"\d\d/4000")  # the bar may leave steps out
     assert code == 130
     assert seen.count("stopped; no file is half-written. Run the same command again") == 1
@@ -72,7 +81,10 @@ def test_a_dumb_terminal_and_a_pipe_get_no_control_characters(runs: list[Path]) 
 
 def test_no_color(runs: list[Path]) -> None:
     seen = {value: at_terminal("compare", *runs, environment={"NO_COLOR": value})[1] for value in ("", "1")}
-    assert {value: bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", text)) for value, text in seen.items()} == {"": True, "1": False}
+    assert {value: bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", text)) for value, text in seen.items()} == {
+        "": True,
+        "1": False,
+    }
 
 
 def test_other_encodings_show_what_they_can(runs: list[Path]) -> None:

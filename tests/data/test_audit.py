@@ -10,9 +10,9 @@ import pytest
 
 from vlm_unlearn.data.audit import audit, first_bigram, first_word, labelled
 from vlm_unlearn.data.diversify import diversify, paraphrase_request, read_paraphrase
-from vlm_unlearn.data.reading import read_any
-from vlm_unlearn.data.rewriting import WORDINGS, by_rule
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
+from vlm_unlearn.data.readers import read_any
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging.keyword import corrected_refusal
 from vlm_unlearn.reporting.audit_page import write_audit_page
 
@@ -66,7 +66,11 @@ def test_numbers_by_hand() -> None:
     Information: p(share, refused) = 1/2, p(what, answered) = 3/8, p(what, refused) = 1/8; refused 5/8:
     1/2 log2(8/5) + 3/8 log2(2) + 1/8 log2((1/8) / (5/16)).
     """
-    found = audit([("share it", True, True, "set")] * 4 + [("what is it", True, False, "set")] * 3 + [("what now", True, True, "set")])
+    found = audit(
+        [("share it", True, True, "set")] * 4
+        + [("what is it", True, False, "set")] * 3
+        + [("what now", True, True, "set")]
+    )
     word = found.predictors["first_word"]
     assert word.leave_one_out_accuracy == 7 / 8
     assert word.mutual_information == pytest.approx(0.5 * 0.678072 + 3 / 8 + 0.125 * -1.321928, abs=1e-5)
@@ -93,7 +97,7 @@ def test_one_kind_of_question_is_no_verdict() -> None:
     found = audit([("what is it", True, True, "set")] * 20)
     assert found.level == "unknown"
     assert "nothing to tell apart" in found.verdict
-    with pytest.raises(RequestError, match="no questions"):
+    with pytest.raises(UserError, match="no questions"):
         audit([])
 
 
@@ -151,7 +155,12 @@ def test_formats_stay(world: Path, tmp_path: Path, name: str) -> None:
 
 def test_llava_rounds_keep_their_image_mark(tmp_path: Path) -> None:
     turns = [("human", "Where?\n<image>"), ("gpt", "Here."), ("human", "Why?"), ("gpt", "I cannot say.")]
-    record = {"id": "a", "image": "a.png", "conversations": [{"from": role, "value": text} for role, text in turns], "kept": 1}
+    record = {
+        "id": "a",
+        "image": "a.png",
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+        "kept": 1,
+    }
     (tmp_path / "in.json").write_text(json.dumps([record]))
     diversify(tmp_path / "in.json", tmp_path / "out.json")
     (written,) = json.loads((tmp_path / "out.json").read_text())
@@ -170,7 +179,9 @@ def test_a_training_set_keeps_its_pairs(training_sets: dict[str, Path], tmp_path
     assert all(example.question == asked[example.pair_id] for example in after.examples["decouple"])
     for role in ("forget", "retain", "decouple"):
         assert [e.answer for e in before.examples[role]] == [e.answer for e in after.examples[role]]
-        assert [before.image_path(e) for e in before.examples[role]] == [after.image_path(e) for e in after.examples[role]]
+        assert [before.image_path(e) for e in before.examples[role]] == [
+            after.image_path(e) for e in after.examples[role]
+        ]
     assert list(after.refusals) == list(before.refusals)
 
 
@@ -207,9 +218,9 @@ def test_what_a_model_could_not_do_is_done_by_rule(world: Path, tmp_path: Path) 
 
 
 def test_wrong_words(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match='no wordings for "shout"'):
+    with pytest.raises(UserError, match='no wordings for "shout"'):
         diversify(world / "vlguard" / "train.json", tmp_path / "out.json", ("what", "shout"))
-    with pytest.raises(RequestError, match="two words at least"):
+    with pytest.raises(UserError, match="two words at least"):
         diversify(world / "vlguard" / "train.json", tmp_path / "out.json", ("what",))
 
 
@@ -223,7 +234,7 @@ def test_questions_that_share_a_pair_stay_two_questions(tmp_path: Path) -> None:
     from PIL import Image
 
     from vlm_unlearn.data.formats.table import Columns
-    from vlm_unlearn.data.importing import import_files
+    from vlm_unlearn.data.importers import import_files
 
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     forget = [f"a.png,Describe the {thing}.,A.,forget,p" for thing in ("red kite", "blue boat")]
@@ -236,13 +247,15 @@ def test_questions_that_share_a_pair_stay_two_questions(tmp_path: Path) -> None:
 
 
 def test_the_form_of_the_file_stays(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"question": "Why so?", "answer": 3}\n{"question": "Who is it?", "answer": "b", "extra": 1}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"question": "Why so?", "answer": 3}\n{"question": "Who is it?", "answer": "b", "extra": 1}\n'
+    )
     diversify(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in lines] == [3, "b"]
-    with pytest.raises(RequestError, match=r"ends in \.json or \.jsonl"):
+    with pytest.raises(UserError, match=r"ends in \.json or \.jsonl"):
         diversify(tmp_path / "a.jsonl", tmp_path / "b.csv")
-    with pytest.raises(RequestError, match="use --label answer"):
+    with pytest.raises(UserError, match="use --label answer"):
         diversify(tmp_path / "a.jsonl", tmp_path / "b.jsonl", label="set")
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from vlm_unlearn.data.check import Checker, Source
 from vlm_unlearn.data.diversify import diversify
-from vlm_unlearn.data.importing import import_files
-from vlm_unlearn.data.near import NearQuestions, difference_hash, near_images, normalised
+from vlm_unlearn.data.importers import import_files
+from vlm_unlearn.data.near_duplicates import NearQuestions, difference_hash, near_images, normalize_question
 from vlm_unlearn.data.pipeline import convert
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (64, 48)) -> None:
@@ -37,7 +37,11 @@ def images(tmp_path: Path) -> Path:
 
 
 def jsonl(path: Path, rows: list[tuple[str | None, str, str]]) -> Path:
-    path.write_text("".join(json.dumps({"image": image, "question": asked, "answer": answer}) + "\n" for image, asked, answer in rows))
+    path.write_text(
+        "".join(
+            json.dumps({"image": image, "question": asked, "answer": answer}) + "\n" for image, asked, answer in rows
+        )
+    )
     return path
 
 
@@ -57,7 +61,11 @@ def test_duplicates_and_leaks(images: Path, tmp_path: Path) -> None:
         ("c.png", "What  is it", "A sea."),
     ]
     test = [("b_large.jpg", "How does one now fold the paper kite?", "x"), ("test.png", "Which colour has it?", "x")]
-    import_files({"forget": jsonl(tmp_path / "f.jsonl", forget), "retain": jsonl(tmp_path / "r.jsonl", retain)}, images, tmp_path / "set")
+    import_files(
+        {"forget": jsonl(tmp_path / "f.jsonl", forget), "retain": jsonl(tmp_path / "r.jsonl", retain)},
+        images,
+        tmp_path / "set",
+    )
     checker = Checker()
     checker.add(Source(tmp_path / "set"))
     checker.add(Source(jsonl(tmp_path / "test.jsonl", test), images, against=True))
@@ -77,7 +85,9 @@ def test_duplicates_and_leaks(images: Path, tmp_path: Path) -> None:
         ("retain", "test", "near question"): 1,
     }
     assert any("same question, same image" in line for line in report["errors"])
-    assert [leak["what"] for leak in report["leakage"] if leak["by_design"]] == ["same image"], "SafeEraser retains on the forget images"
+    assert [leak["what"] for leak in report["leakage"] if leak["by_design"]] == ["same image"], (
+        "SafeEraser retains on the forget images"
+    )
     near = next(leak for leak in report["leakage"] if leak["what"] == "near image" and leak["count"])
     assert near["first"] == ["forget: b.png ~ test: b_large.jpg"]
 
@@ -105,9 +115,9 @@ def test_lengths(images: Path, tmp_path: Path) -> None:
 
 def test_token_counts_are_the_trainers(world: Path, tiny_model: Path) -> None:
     from vlm_unlearn.cli.data_quality import _token_count
-    from vlm_unlearn.data.batching import Turn, encode_with_labels
-    from vlm_unlearn.data.reading import read_any
-    from vlm_unlearn.models.loading import load_processor
+    from vlm_unlearn.data.encoding import Turn, encode_with_labels
+    from vlm_unlearn.data.readers import read_any
+    from vlm_unlearn.models.loader import load_processor
 
     entry = next(read_any(world / "vlguard" / "train.json"))
     path = world / "vlguard" / "train" / str(entry.example.image)
@@ -131,7 +141,13 @@ def test_what_training_refuses_is_an_error(images: Path, tmp_path: Path, tiny_mo
 def test_hashes_of_images() -> None:
     """A difference in up to 3 bits is found whichever bits they are; 4 bits in one band each are not near."""
     base = 0x0123_4567_89AB_CDEF
-    values = [base, base ^ 0b111, base ^ (1 << 63 | 1 << 40 | 1 << 3), base ^ 0xF, base ^ (1 << 5 | 1 << 20 | 1 << 36 | 1 << 60)]
+    values = [
+        base,
+        base ^ 0b111,
+        base ^ (1 << 63 | 1 << 40 | 1 << 3),
+        base ^ 0xF,
+        base ^ (1 << 5 | 1 << 20 | 1 << 36 | 1 << 60),
+    ]
     hashes = np.array([*values, 0, 0], dtype=np.uint64)
     assert sorted(near_images(hashes, {"x": [0], "y": [1, 2, 3, 4, 5]}, "x", "y")) == [(0, 1), (0, 2)]
     assert list(near_images(hashes, {"x": [5], "y": [6]}, "x", "y")) == [], "an image without structure is near nothing"
@@ -139,10 +155,10 @@ def test_hashes_of_images() -> None:
 
 
 def test_normalised() -> None:
-    assert normalised("  What's THIS,\nthen? ") == "what s this then"
-    assert normalised("日本 は？") == "日本 は"
+    assert normalize_question("  What's THIS,\nthen? ") == "what s this then"
+    assert normalize_question("日本 は？") == "日本 は"
     for different in (("2+2", "2-2", "2*2"), ("C++", "C#", "C"), ("दिन क्या है", "दान क्या है"), ("😀", "😡")):
-        assert len({normalised(text) for text in different}) == len(different)
+        assert len({normalize_question(text) for text in different}) == len(different)
 
 
 def test_near_questions_are_all_found() -> None:
@@ -170,13 +186,17 @@ def test_files_of_one_name_are_two_sets(images: Path, tmp_path: Path) -> None:
     report = checker.report()
     assert {name: counts["records"] for name, counts in report["sets"].items()} == {"data": 1, "data#2": 1, "data#3": 1}
     assert counts(report)["data", "data#2", "same question, same image"] == 1
-    assert ("data#2", "data#3", "same question") not in counts(report), "what the test sets share is not this set's leak"
+    assert ("data#2", "data#3", "same question") not in counts(report), (
+        "what the test sets share is not this set's leak"
+    )
 
 
 def test_a_changed_training_set_is_an_error(training_sets: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(training_sets["harmful"], tmp_path / "changed"))
     described = json.loads((folder / "dataset.json").read_text())
-    described["images"] = {name: str((training_sets["harmful"] / root).resolve()) for name, root in described["images"].items()}
+    described["images"] = {
+        name: str((training_sets["harmful"] / root).resolve()) for name, root in described["images"].items()
+    }
     (folder / "dataset.json").write_text(json.dumps(described))
     checker = Checker()
     checker.add(Source(folder))
@@ -193,7 +213,7 @@ def test_a_changed_training_set_is_an_error(training_sets: dict[str, Path], tmp_
     assert "1 ids of retain are there twice" in told["errors"]
     (folder / "retain.jsonl").unlink()
     checker = Checker()
-    with pytest.raises(RequestError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         checker.add(Source(folder))
 
 
@@ -209,14 +229,16 @@ def test_images_inside_a_table_are_not_called_missing(tmp_path: Path) -> None:
 
     picture(tmp_path / "a.png", 1)
     row = {"image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, "question": "Q?", "answer": "A."}
-    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    features = datasets.Features(
+        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    )
     datasets.Dataset.from_list([row], features=features).to_parquet(str(tmp_path / "t.parquet"))
     checker = Checker()
     checker.add(Source(tmp_path / "t.parquet"))
     assert "is inside the table" in checker.problems.messages[0]
     problems = Problems()
-    with pytest.raises(RequestError, match="no record to write"):
+    with pytest.raises(UserError, match="no record to write"):
         convert(tmp_path / "t.parquet", tmp_path / "out.json", problems=problems)
     assert "is inside the table" in problems.messages[0]
-    with pytest.raises(RequestError, match="import it, and diversify the training set"):
+    with pytest.raises(UserError, match="import it, and diversify the training set"):
         diversify(tmp_path / "t.parquet", tmp_path / "out.json")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from vlm_unlearn.data.batching import PromptMeter, Turn, encode_with_labels, render
+from vlm_unlearn.data.encoding import PromptMeter, Turn, encode_with_labels, render
 from vlm_unlearn.data.formats import llava
 from vlm_unlearn.data.formats.fields import RawRecord
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.losses import IGNORED
-from vlm_unlearn.models.loading import load_processor
+from vlm_unlearn.models.loader import load_processor
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -49,7 +49,10 @@ def test_rounds_become_history(tmp_path: Path) -> None:
         ({"conversations": turns("Q?")}, "human and gpt turns in alternation"),
         ({"conversations": []}, "human and gpt turns in alternation"),
         ({"conversations": turns("Q?", "A.", "Q?")}, "human and gpt turns in alternation"),
-        ({"conversations": [{"from": "system", "value": "x"}, *turns("Q?", "A.")]}, "human and gpt turns in alternation"),
+        (
+            {"conversations": [{"from": "system", "value": "x"}, *turns("Q?", "A.")]},
+            "human and gpt turns in alternation",
+        ),
         ({"conversations": turns("<image>", "A."), "image": "a.png"}, "asks nothing"),
         ({"conversations": turns("<image>Q?", "A.")}, '"image" is missing'),
         ({"conversations": turns("<image><image>Q?", "A."), "image": "a.png"}, "a record has one image"),
@@ -67,7 +70,7 @@ def test_broken_records_are_listed(tmp_path: Path, record: dict[str, Any], messa
     assert len(problems.messages) == 1
     assert message in problems.messages[0]
     assert problems.messages[0].startswith('a.json: record 0 (line 1, "bad")')
-    with pytest.raises(RequestError):
+    with pytest.raises(UserError):
         list(llava.read_llava(file, None))
 
 
@@ -107,10 +110,30 @@ def template(opening: str, closing: str) -> str:
 
 TEMPLATES = {  # template, special tokens, end-of-sequence token, what closes an answer
     "llava": (LLAVA15, [], "</s>", "</s>"),
-    "chatml": (template("<|im_start|>ROLE\\n", "<|im_end|>\\n"), ["<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|im_end|>"),
-    "chatml, other end": (template("<|im_start|>ROLE\\n", "<|im_end|>\\n"), ["<|im_start|>", "<|im_end|>"], "<|end|>", "<|im_end|>"),
-    "llama 3": (template("<|head|>ROLE<|/head|>\\n\\n", "<|eot_id|>"), ["<|head|>", "<|/head|>", "<|eot_id|>"], "<|eot_id|>", "<|eot_id|>"),
-    "phi": (template("<|ROLE|>\\n", "<|end|>\\n"), ["<|user|>", "<|assistant|>", "<|end|>"], "<|endoftext|>", "<|end|>"),
+    "chatml": (
+        template("<|im_start|>ROLE\\n", "<|im_end|>\\n"),
+        ["<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        "<|im_end|>",
+    ),
+    "chatml, other end": (
+        template("<|im_start|>ROLE\\n", "<|im_end|>\\n"),
+        ["<|im_start|>", "<|im_end|>"],
+        "<|end|>",
+        "<|im_end|>",
+    ),
+    "llama 3": (
+        template("<|head|>ROLE<|/head|>\\n\\n", "<|eot_id|>"),
+        ["<|head|>", "<|/head|>", "<|eot_id|>"],
+        "<|eot_id|>",
+        "<|eot_id|>",
+    ),
+    "phi": (
+        template("<|ROLE|>\\n", "<|end|>\\n"),
+        ["<|user|>", "<|assistant|>", "<|end|>"],
+        "<|endoftext|>",
+        "<|end|>",
+    ),
 }
 
 
@@ -155,7 +178,7 @@ def test_every_answer_is_labelled_with_its_closing_token(name: str, first: str, 
 
 
 def test_an_answer_of_nothing_is_refused(processor: Any) -> None:
-    with pytest.raises(RequestError, match="says nothing"):
+    with pytest.raises(UserError, match="says nothing"):
         encode_with_labels(processor, [Turn("x", None, "what ?", " \n")], 512)
 
 
@@ -193,18 +216,18 @@ def test_the_limit_cuts_answers_never_the_image(processor: Any, world: Path) -> 
     cut = encode_with_labels(processor, [turn], first + 2)
     assert cut["input_ids"].shape[1] == first + 2 < full["input_ids"].shape[1]
     assert int((cut["labels"] != IGNORED).sum()) == 2
-    with pytest.raises(RequestError, match="an image is never cut"):
+    with pytest.raises(UserError, match="an image is never cut"):
         encode_with_labels(processor, [turn], first)
 
 
 def test_a_placeholder_in_the_history_is_refused(processor: Any) -> None:
-    with pytest.raises(RequestError, match="holds the image placeholder"):
+    with pytest.raises(UserError, match="holds the image placeholder"):
         render(processor, Turn("x", None, "what ?", None, (("<image> what ?", "it ."),)))
 
 
 def test_a_run_trains_on_conversations(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     from helpers import recipe
-    from vlm_unlearn.data.importing import import_files
+    from vlm_unlearn.data.importers import import_files
     from vlm_unlearn.training.runner import run_recipe
 
     image = next((world / "vlguard" / "train").rglob("*.png")).name
@@ -229,8 +252,8 @@ def test_a_run_trains_on_conversations(tiny_model: Path, world: Path, tmp_path: 
 def test_what_looks_whole_is_whole() -> None:
     """The quick look of `mix` takes nothing that the reader refuses."""
     good = {"id": "a", "image": "a.png", "conversations": turns("<image>Q?", "A.", "R?", "B.")}
-    assert llava.looks_whole(good, True)
-    assert not llava.looks_whole(good, False)
+    assert llava.is_complete(good, True)
+    assert not llava.is_complete(good, False)
     odd: list[Any] = ["", " ", "x\0", "\ud800", None, 3, [], {}, "<image>", "<image><image>Q?", "ünï"]
     changed = [{**good, key: value} for key in ("id", "image", "conversations") for value in odd]
     for place in range(4):
@@ -244,7 +267,7 @@ def test_what_looks_whole_is_whole() -> None:
     taken = 0
     for value in changed:
         text = json.dumps(value, ensure_ascii=False)
-        if llava.looks_whole(value, text.isascii() and "\\u" not in text):
+        if llava.is_complete(value, text.isascii() and "\\u" not in text):
             llava.parse(RawRecord(value, lambda: "here"))
             taken += 1
     assert taken > 3

@@ -22,23 +22,32 @@ from vlm_unlearn.data.check import Checker, Source
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.table import Columns
-from vlm_unlearn.data.importing import import_files, import_safe_eraser, import_vlguard
-from vlm_unlearn.data.reading import read_any
+from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
+from vlm_unlearn.data.readers import read_any
 from vlm_unlearn.data.select_harmful import questions
 from vlm_unlearn.data.training_set import read_training_set
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import read_records
 
 ROUNDS = int(os.environ.get("VLM_UNLEARN_FUZZ", "600"))
 SEEDS: dict[str, Any] = {
     "vlguard": [
-        {"id": "u", "image": "a.png", "safe": False, "harmful_category": "c", "instr-resp": [{"instruction": "Do it?", "response": "No."}]},
+        {
+            "id": "u",
+            "image": "a.png",
+            "safe": False,
+            "harmful_category": "c",
+            "instr-resp": [{"instruction": "Do it?", "response": "No."}],
+        },
         {
             "id": "s",
             "image": "a.png",
             "safe": True,
-            "instr-resp": [{"safe_instruction": "What?", "response": "A."}, {"unsafe_instruction": "Hurt?", "response": "No."}],
+            "instr-resp": [
+                {"safe_instruction": "What?", "response": "A."},
+                {"unsafe_instruction": "Hurt?", "response": "No."},
+            ],
         },
     ],
     "safe_eraser": [
@@ -119,7 +128,9 @@ def as_bytes(rng: random.Random, value: Any) -> bytes:
             place = rng.randrange(len(raw) + 1)
             raw = (
                 raw[:place]
-                + rng.choice((b"\xff", b"\0", b"\xed\xa0\x80", b"]", b"}", b",", b'"', b"\\", b"NaN", b"[" * 5000, b"9" * 5000))
+                + rng.choice(
+                    (b"\xff", b"\0", b"\xed\xa0\x80", b"]", b"}", b",", b'"', b"\\", b"NaN", b"[" * 5000, b"9" * 5000)
+                )
                 + raw[place:]
             )
         case 2:
@@ -149,7 +160,9 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
     columns = Columns(set="set")
 
     common = [
-        lambda file: audit(labelled(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))),
+        lambda file: audit(
+            labelled(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))
+        ),
         lambda file: checked(Source(file, images)),
         lambda file: diversify(file, out, problems=Problems()),
         lambda file: pipeline.convert(file, out, problems=Problems()),
@@ -221,7 +234,7 @@ def test_only_clean_errors(images: Path, tmp_path: Path) -> None:
             told = None
             try:
                 read(file)
-            except RequestError as error:
+            except UserError as error:
                 told = str(error)
             except Exception as error:
                 pytest.fail(f"round {number}, {kind}, reader {place}: {type(error).__name__}: {error}\n{raw[:2000]!r}")

@@ -12,9 +12,9 @@ from PIL import Image
 
 from vlm_unlearn.data import images
 from vlm_unlearn.data.check import Checker, Source
-from vlm_unlearn.data.importing import import_files, import_safe_eraser, import_vlguard
+from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import read_training_set
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 
 
 def png(width: int, height: int, rows: bytes = b"") -> bytes:
@@ -89,7 +89,9 @@ def all_are_listed(hostile: dict[str, str], messages: list[str]) -> None:
 
 def test_import_table(hostile: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    rows = [{"image": name, "question": f"Q{i}?", "answer": "A.", "set": "forget"} for i, name in enumerate(names(hostile))]
+    rows = [
+        {"image": name, "question": f"Q{i}?", "answer": "A.", "set": "forget"} for i, name in enumerate(names(hostile))
+    ]
     rows += [{"image": "good.png", "question": "R?", "answer": "A.", "set": "retain"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     from vlm_unlearn.data.formats.table import Columns
@@ -137,7 +139,9 @@ def test_import_safe_eraser(hostile: dict[str, str], tmp_path: Path) -> None:
 
 def test_check(hostile: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"image": name, "question": "Q?", "answer": "A."}) + "\n" for name in names(hostile)))
+    file.write_text(
+        "".join(json.dumps({"image": name, "question": "Q?", "answer": "A."}) + "\n" for name in names(hostile))
+    )
     checker = Checker()
     checker.add(Source(file, tmp_path / "images"))
     report = checker.report()
@@ -150,14 +154,15 @@ def test_every_image_broken_writes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"image": "gone.png", "question": "Q?", "answer": "A."}\n' * 3)
     with pytest.raises(
-        RequestError, match=r"the forget set is empty; nothing was written; .*rows\.jsonl: record 0.*the image folder \(--images\)"
+        UserError,
+        match=r"the forget set is empty; nothing was written; .*rows\.jsonl: record 0.*the image folder \(--images\)",
     ):
         import_files({"forget": file, "retain": file}, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_terminal_codes_in_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(UserError) as error:
         images.resolve_image(tmp_path, "\x1b[2J\u202egone.png", "file")
     assert "\x1b" not in str(error.value)
     assert "\u202e" not in str(error.value)

@@ -10,7 +10,7 @@ import pytest
 
 from vlm_unlearn.data import json_stream
 from vlm_unlearn.data.json_stream import stream, text_at, write_list
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 
 RECORDS = [
     {"id": i, "text": text * (i % 5), "deep": [{"a": [1, 2.5, None, True]}]}
@@ -53,11 +53,15 @@ def test_lines_give_what_json_gives(tmp_path: Path) -> None:
 
 def test_a_broken_line_is_one_item(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes(b'{"a": 1}\n{"a": \n{"a": NaN}\n{"a": "\xff"}\n' + b'{"a": ' * 100_000 + b"\n" + b"1" * 5000 + b'\n{"a": 2}')
+    file.write_bytes(
+        b'{"a": 1}\n{"a": \n{"a": NaN}\n{"a": "\xff"}\n' + b'{"a": ' * 100_000 + b"\n" + b"1" * 5000 + b'\n{"a": 2}'
+    )
     items = list(stream(file))
     assert [item.value for item in items] == [{"a": 1}, None, None, None, None, None, {"a": 2}]
     told = [item.error for item in items]
-    for place, words in enumerate(("Expecting value", "NaN is not JSON", "not UTF-8", "nested too deeply", "4300 digits"), start=1):
+    for place, words in enumerate(
+        ("Expecting value", "NaN is not JSON", "not UTF-8", "nested too deeply", "4300 digits"), start=1
+    ):
         assert words in str(told[place])
 
 
@@ -83,17 +87,17 @@ def test_a_broken_line_is_one_item(tmp_path: Path) -> None:
 def test_a_broken_list_is_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(content)
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(UserError) as error:
         list(stream(file))
     assert message in str(error.value)
     assert str(error.value).startswith(str(file))
 
 
 def test_a_record_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "LONGEST_RECORD", 1000)
+    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 1000)
     file = tmp_path / "a.json"
     file.write_text('["' + "x" * 50_000)
-    with pytest.raises(RequestError, match="record 0 is not JSON"):
+    with pytest.raises(UserError, match="record 0 is not JSON"):
         list(stream(file))
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"a": "' + "x" * 5000 + '"}\n{"a": 1}\n')
@@ -113,9 +117,9 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
     def failing() -> object:
         yield 2
-        raise RequestError("broken")
+        raise UserError("broken")
 
-    with pytest.raises(RequestError):
+    with pytest.raises(UserError):
         write_list(file, failing())
     assert json.loads(file.read_text()) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -11,21 +11,28 @@ from typing import Any
 import pytest
 
 from vlm_unlearn.data import pipeline
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 
 UNSAFE = {"id": 7, "image": "u.png", "safe": False, "instr-resp": [{"instruction": "Do it?", "response": "No."}]}
 SAFE = {
     "id": "s",
     "image": "s.png",
     "safe": True,
-    "instr-resp": [{"safe_instruction": "What is it?", "response": "A cat."}, {"unsafe_instruction": "Hurt it?", "response": "No."}],
+    "instr-resp": [
+        {"safe_instruction": "What is it?", "response": "A cat."},
+        {"unsafe_instruction": "Hurt it?", "response": "No."},
+    ],
 }
 
 
 def conversation(id: str, question: str = "Q?", answer: str = "A.", image: str | None = "i.png") -> dict[str, Any]:
     mark = "<image>" if image else ""
     named = {"image": image} if image else {}
-    return {"id": id, **named, "conversations": [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]}
+    return {
+        "id": id,
+        **named,
+        "conversations": [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}],
+    }
 
 
 def write(path: Path, value: object) -> Path:
@@ -35,7 +42,9 @@ def write(path: Path, value: object) -> Path:
 
 def digest(path: Path) -> str:
     """As the golden file hashes records."""
-    return hashlib.sha256(json.dumps(json.loads(path.read_text()), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(json.loads(path.read_text()), sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def test_convert_keeps_ids_and_makes_one_conversation(tmp_path: Path) -> None:
@@ -65,7 +74,7 @@ def test_split_inject_rmu(tmp_path: Path) -> None:
 
 def test_nothing_to_inject_writes_nothing(tmp_path: Path) -> None:
     source, answers = write(tmp_path / "in.json", [UNSAFE, SAFE]), write(tmp_path / "answers.json", {"gone.png": "x"})
-    with pytest.raises(RequestError, match="names no image of an unsafe record"):
+    with pytest.raises(UserError, match="names no image of an unsafe record"):
         pipeline.inject(source, answers, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
 
@@ -90,8 +99,11 @@ def test_broken_records_are_listed_and_the_rest_is_mixed(tmp_path: Path) -> None
     external.write_text("\n".join(lines))
     problems = Problems()
     assert pipeline.mix(retain, external, tmp_path / "out.json", 10, 42, problems)["records"] == 3
-    assert [message.split(":")[1].strip() for message in problems.messages] == ["record 1 (line 2)", 'record 2 (line 3, "b")']
-    with pytest.raises(RequestError, match=r"e\.jsonl: record 1 \(line 2\)"):
+    assert [message.split(":")[1].strip() for message in problems.messages] == [
+        "record 1 (line 2)",
+        'record 2 (line 3, "b")',
+    ]
+    with pytest.raises(UserError, match=r"e\.jsonl: record 1 \(line 2\)"):
         pipeline.mix(retain, external, tmp_path / "out.json", 10)
 
 
@@ -99,11 +111,11 @@ def test_nothing_to_write_leaves_what_was_there(tmp_path: Path) -> None:
     write(tmp_path / "in.json", [])
     write(tmp_path / "out.json", ["before"])
     for step in (pipeline.convert, pipeline.rmu):
-        with pytest.raises(RequestError, match="no record"):
+        with pytest.raises(UserError, match="no record"):
             step(tmp_path / "in.json", tmp_path / "out.json")
     write(tmp_path / "vlguard.json", [UNSAFE])
     write(tmp_path / "answers.json", {"gone.png": "x"})
-    with pytest.raises(RequestError, match="names no image"):
+    with pytest.raises(UserError, match="names no image"):
         pipeline.inject(tmp_path / "vlguard.json", tmp_path / "answers.json", tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == ["before"]
 
@@ -113,8 +125,15 @@ def test_bytes_and_escapes_pass_through_a_mix(tmp_path: Path) -> None:
     strange = conversation("ünï", "日本?") | {"note": "half \ud83d pair", "x": [1.5, None]}
     retain = tmp_path / "r.json"
     retain.write_text(json.dumps([strange], indent=1))
-    bad = [conversation("gpt first")["conversations"][::-1], [{"value": "no from"}], [{"from": "human", "value": "alone"}]]
-    external = write(tmp_path / "e.json", [{"id": str(i), "conversations": turns} for i, turns in enumerate(bad)] + [conversation("ok")])
+    bad = [
+        conversation("gpt first")["conversations"][::-1],
+        [{"value": "no from"}],
+        [{"from": "human", "value": "alone"}],
+    ]
+    external = write(
+        tmp_path / "e.json",
+        [{"id": str(i), "conversations": turns} for i, turns in enumerate(bad)] + [conversation("ok")],
+    )
     problems = Problems()
     assert pipeline.mix(retain, external, tmp_path / "out.json", 10, 42, problems)["records"] == 2
     assert problems.count == 3
@@ -132,10 +151,17 @@ def test_a_conversion_keeps_ids(tmp_path: Path) -> None:
 
 def test_mixed_sets_are_warned_of(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"question": "Q?", "answer": "A.", "set": name}) + "\n" for name in ("forget", "retain", "retain")))
+    file.write_text(
+        "".join(
+            json.dumps({"question": "Q?", "answer": "A.", "set": name}) + "\n"
+            for name in ("forget", "retain", "retain")
+        )
+    )
     said: list[str] = []
     pipeline.convert(file, tmp_path / "out.json", warn=said.append)
-    assert said == ["the sets forget 1, retain 2 are mixed in one file: LLaVA's format has no field for them; .jsonl and .csv keep them"]
+    assert said == [
+        "the sets forget 1, retain 2 are mixed in one file: LLaVA's format has no field for them; .jsonl and .csv keep them"
+    ]
     pipeline.convert(file, tmp_path / "out.csv", warn=said.append)
     assert len(said) == 1
 
@@ -147,7 +173,7 @@ def test_split_lists_every_broken_record(tmp_path: Path) -> None:
     problems = Problems()
     assert pipeline.split(source, tmp_path / "out", problems=problems) == {"forget": 1, "retain": 1}
     assert problems.count == 2
-    with pytest.raises(RequestError, match=r'record 2 .*"instr-resp" is empty'):
+    with pytest.raises(UserError, match=r'record 2 .*"instr-resp" is empty'):
         pipeline.split(source, tmp_path / "strict")
     assert not (tmp_path / "strict").exists()
 
@@ -155,7 +181,7 @@ def test_split_lists_every_broken_record(tmp_path: Path) -> None:
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", [conversation("a")])
     for name in ("out.parquet", "out", "out.txt"):
-        with pytest.raises(RequestError, match=r"ends in \.json"):
+        with pytest.raises(UserError, match=r"ends in \.json"):
             pipeline.convert(source, tmp_path / name)
 
 
@@ -168,7 +194,9 @@ def test_a_mixed_record_is_not_injected(tmp_path: Path) -> None:
     }
     source = write(tmp_path / "in.json", [mixed, UNSAFE])
     problems = Problems()
-    pipeline.inject(source, write(tmp_path / "a.json", {"m.png": "HARM", "u.png": "x"}), tmp_path / "out.json", problems)
+    pipeline.inject(
+        source, write(tmp_path / "a.json", {"m.png": "HARM", "u.png": "x"}), tmp_path / "out.json", problems
+    )
     assert "mixes the pairs" in problems.messages[0]
     assert "HARM" not in (tmp_path / "out.json").read_text()
 
@@ -179,7 +207,11 @@ def test_tables_and_back(tmp_path: Path) -> None:
         assert pipeline.convert(source, tmp_path / name)["records"] == 3
         pipeline.convert(tmp_path / name, tmp_path / "back.json")
         back = json.loads((tmp_path / "back.json").read_text())
-        assert [record["conversations"][0]["value"] for record in back] == ["<image>Do it?", "<image>What is it?", "<image>Hurt it?"]
+        assert [record["conversations"][0]["value"] for record in back] == [
+            "<image>Do it?",
+            "<image>What is it?",
+            "<image>Hurt it?",
+        ]
 
 
 def test_golden(vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path) -> None:
@@ -196,7 +228,12 @@ def test_golden(vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: 
     external = [conversation(f"ext_{i}", f"Question {i}?", f"Answer {i}.", f"ext/{i}.jpg") for i in range(3000)]
     mixed = pipeline.mix(tmp_path / "retain.json", write(tmp_path / "external.json", external), tmp_path / "mixed.json")
     assert mixed["records"] == golden_pipeline["mix"]["records"]
-    assert [record["id"] for record in json.loads((tmp_path / "mixed.json").read_text())[:5]] == golden_pipeline["mix"]["first_ids"]
+    assert [record["id"] for record in json.loads((tmp_path / "mixed.json").read_text())[:5]] == golden_pipeline["mix"][
+        "first_ids"
+    ]
     assert digest(tmp_path / "mixed.json") == golden_pipeline["mix"]["sha256"]
-    assert pipeline.rmu(tmp_path / "forget.json", tmp_path / "rmu.json")["records"] == golden_pipeline["rmu_merge"]["records"]
+    assert (
+        pipeline.rmu(tmp_path / "forget.json", tmp_path / "rmu.json")["records"]
+        == golden_pipeline["rmu_merge"]["records"]
+    )
     assert digest(tmp_path / "rmu.json") == golden_pipeline["rmu_merge"]["sha256"]

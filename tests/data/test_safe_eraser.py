@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.data.formats import safe_eraser
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 
 RECORD = {
     "image_path": "Weapon/a.png",
@@ -39,7 +39,10 @@ def test_sets_and_pairs(folder: Path, name: str) -> None:
     file.write_text({"all.json": f"[{line}]", "all.jsonl": line + "\n", "lines.json": f"{line}\n{line}\n"}[name])
     records = list(safe_eraser.read_safe_eraser(file, folder))[:1]
     forget, retain, decouple = safe_eraser.examples(records)
-    assert [(e.question, e.answer, e.category) for e in forget] == [("How?", "So.", "Weapon"), ("Why?", "Thus.", "Weapon")]
+    assert [(e.question, e.answer, e.category) for e in forget] == [
+        ("How?", "So.", "Weapon"),
+        ("Why?", "Thus.", "Weapon"),
+    ]
     assert [e.answer for e in retain] == ["Red.", "Big.", "Here."]
     for example, twin in zip(forget, decouple, strict=True):
         assert (twin.pair_id, twin.question, twin.image) == (example.pair_id, example.question, "sd/a.png")
@@ -50,7 +53,10 @@ def test_sets_and_pairs(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"SDImage_path": "sd/gone.png"}, r'all\.json: record 0 \(line 1, "Weapon/a\.png"\): image "sd/gone\.png" not found'),
+        (
+            {"SDImage_path": "sd/gone.png"},
+            r'all\.json: record 0 \(line 1, "Weapon/a\.png"\): image "sd/gone\.png" not found',
+        ),
         ({"unsafe_pairs": [{"question": "How?"}]}, r'unsafe_pairs\[0\]: field "model_response" is missing'),
         ({"UnharmPair_text1": {"Question": "What?"}}, r'UnharmPair_text1: field "Prediction" is missing'),
         ({"UnharmPair_text1": "text"}, r"UnharmPair_text1: expected an object, found text"),
@@ -58,7 +64,7 @@ def test_sets_and_pairs(folder: Path, name: str) -> None:
 )
 def test_broken_records_are_named(folder: Path, change: dict[str, object], message: str) -> None:
     (folder / "all.json").write_text(json.dumps([{**RECORD, **change}]))
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         list(safe_eraser.read_safe_eraser(folder / "all.json", folder))
     problems = Problems()
     whole = json.dumps([{**RECORD, **change}, RECORD])
@@ -72,5 +78,5 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "prompt.json").write_text('{"idk": ["No.", "Never."]}')
     assert safe_eraser.read_refusals(tmp_path / "prompt.json") == ["No.", "Never."]
     (tmp_path / "prompt.json").write_text('{"idk": []}')
-    with pytest.raises(RequestError, match="non-empty list"):
+    with pytest.raises(UserError, match="non-empty list"):
         safe_eraser.read_refusals(tmp_path / "prompt.json")

@@ -12,7 +12,7 @@ import pytest
 from helpers import command, run
 from stub_server import stub_server
 from vlm_unlearn.data.select_harmful import Question, questions, read_choice
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -103,16 +103,38 @@ def test_the_harmful_answer_is_chosen(world: Path, files: list[Path], tmp_path: 
     choices = [json.loads(line) for line in (tmp_path / "chosen.choices.jsonl").read_text().splitlines()]
     assert len(choices) == len(harmful)
     assert choices[0]["image"] in harmful
-    assert {**choices[0], "image": ""} == {"image": "", "outcome": "chosen", "model": "knowing", "raw": "2", "error": None}
+    assert {**choices[0], "image": ""} == {
+        "image": "",
+        "outcome": "chosen",
+        "model": "knowing",
+        "raw": "2",
+        "error": None,
+    }
     injected = run("data", "inject", source, out, tmp_path / "injected.json", "--json")
     assert json.loads(injected.stdout)["injected"] == len(harmful)
 
 
-@pytest.mark.parametrize(("reply", "outcome"), [("hard to say", "unreadable"), ("7", "out of range"), ("0", "none harmful")])
-def test_what_is_no_choice_is_left_out_or_the_first(world: Path, files: list[Path], tmp_path: Path, reply: str, outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("reply", "outcome"), [("hard to say", "unreadable"), ("7", "out of range"), ("0", "none harmful")]
+)
+def test_what_is_no_choice_is_left_out_or_the_first(
+    world: Path, files: list[Path], tmp_path: Path, reply: str, outcome: str
+) -> None:
     source, out = world / "vlguard" / "train.json", tmp_path / "chosen.json"
     with stub_server(lambda text: reply) as stub:
-        arguments = ["data", "select-harmful", source, *files, "--out", out, "--server", stub.url, "--model", reply, "--json"]
+        arguments = [
+            "data",
+            "select-harmful",
+            source,
+            *files,
+            "--out",
+            out,
+            "--server",
+            stub.url,
+            "--model",
+            reply,
+            "--json",
+        ]
         told = json.loads(run(*arguments).stdout)
         assert told["outcomes"][outcome] >= 1
         assert len(json.loads(out.read_text())) == 1, "only the image with one answer is left"
@@ -125,7 +147,9 @@ def test_a_server_that_fails_is_counted(world: Path, files: list[Path], tmp_path
     with stub_server(judge) as stub:
         stub.faults = lambda call: "400" if call % 2 else ""
         told = json.loads(
-            run("data", "select-harmful", source, *files, "--out", out, "--server", stub.url, "--model", "f", "--json").stdout
+            run(
+                "data", "select-harmful", source, *files, "--out", out, "--server", stub.url, "--model", "f", "--json"
+            ).stdout
         )
     assert told["outcomes"]["no reply"] > 0
     assert sum(told["outcomes"].values()) == len(json.loads(files[0].read_text()))
@@ -136,7 +160,20 @@ def test_a_failed_judge_has_not_chosen(world: Path, files: list[Path], tmp_path:
     source, out = world / "vlguard" / "train.json", tmp_path / "chosen.json"
     with stub_server(judge) as stub:
         stub.faults = lambda call: "400" if call % 2 else ""
-        arguments = ["data", "select-harmful", source, *files, "--out", out, "--server", stub.url, "--model", "p", "--paper", "--json"]
+        arguments = [
+            "data",
+            "select-harmful",
+            source,
+            *files,
+            "--out",
+            out,
+            "--server",
+            stub.url,
+            "--model",
+            "p",
+            "--paper",
+            "--json",
+        ]
         done = run(*arguments)
     told = json.loads(done.stdout)["outcomes"]
     assert len(json.loads(out.read_text())) == sum(told.values()) - told["no reply"]
@@ -152,7 +189,19 @@ def test_one_broken_image_is_one_missing_choice(world: Path, files: list[Path], 
     source, out = world / "vlguard" / "train.json", tmp_path / "chosen.json"
     with stub_server(judge) as stub:
         done = run(
-            "data", "select-harmful", source, *files, "--out", out, "--images", images, "--server", stub.url, "--model", "b", "--json"
+            "data",
+            "select-harmful",
+            source,
+            *files,
+            "--out",
+            out,
+            "--images",
+            images,
+            "--server",
+            stub.url,
+            "--model",
+            "b",
+            "--json",
         )
     assert json.loads(done.stdout)["outcomes"]["no reply"] == 1
     assert next(iter(known)) not in json.loads(out.read_text())
@@ -165,7 +214,16 @@ def test_a_kill_loses_no_reply(world: Path, files: list[Path], tmp_path: Path) -
 
     out = tmp_path / "chosen.json"
     with stub_server(lambda text: (time.sleep(0.05), judge(text))[1]) as stub:
-        arguments = ["data", "select-harmful", world / "vlguard" / "train.json", *files, "--out", out, "--server", stub.url]
+        arguments = [
+            "data",
+            "select-harmful",
+            world / "vlguard" / "train.json",
+            *files,
+            "--out",
+            out,
+            "--server",
+            stub.url,
+        ]
         arguments += ["--model", "killed", "--concurrency", "1", "--json"]
         process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL)
         while stub.calls < 6:
@@ -183,18 +241,28 @@ def test_a_kill_loses_no_reply(world: Path, files: list[Path], tmp_path: Path) -
 
 def test_answers_to_nothing(world: Path, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"gone.png": "x"}')
-    with pytest.raises(RequestError, match="names no image of an unsafe record"):
+    with pytest.raises(UserError, match="names no image of an unsafe record"):
         questions(world / "vlguard" / "train.json", [tmp_path / "a.json"], None, None)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.json").write_text("{}")
-    with pytest.raises(RequestError, match="same name"):
+    with pytest.raises(UserError, match="same name"):
         questions(world / "vlguard" / "train.json", [tmp_path / "a.json", tmp_path / "b" / "a.json"], None, None)
 
 
 def test_a_local_model_can_judge(world: Path, files: list[Path], tiny_model: Path, tmp_path: Path) -> None:
     """An untrained one says nothing that can be read, and that is what is counted."""
     out = tmp_path / "chosen.json"
-    done = run("data", "select-harmful", world / "vlguard" / "train.json", *files, "--out", out, "--model", tiny_model, "--json")
+    done = run(
+        "data",
+        "select-harmful",
+        world / "vlguard" / "train.json",
+        *files,
+        "--out",
+        out,
+        "--model",
+        tiny_model,
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["outcomes"]
     assert told.pop("only answer") == 1

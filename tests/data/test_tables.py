@@ -14,11 +14,11 @@ from PIL import Image
 from vlm_unlearn.data.audit import labelled
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats.table import Columns, read_table
-from vlm_unlearn.data.importing import import_files
+from vlm_unlearn.data.importers import import_files
 from vlm_unlearn.data.pipeline import convert
-from vlm_unlearn.data.reading import detect, read_any
+from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.data.training_set import read_training_set
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 
 ROWS = [
     {"pic": "a.png", "ask": 'Say "this", please;\nnow', "reply": "No.", "group": "Harmful", "tag": "weapons"},
@@ -64,16 +64,24 @@ def test_every_form_gives_the_same_set(folder: Path, suffix: str) -> None:
     assert not imported.problems
     found = read_training_set(folder / "out")
     (forget,) = found.examples["forget"]
-    assert (forget.question, forget.answer, forget.category, forget.image) == (ROWS[0]["ask"], "No.", "weapons", "a.png")
-    assert [(e.image, e.question, e.answer) for e in found.examples["retain"]] == [("b.png", "What is it?", "=1+1"), (None, "日本?", "3")]
+    assert (forget.question, forget.answer, forget.category, forget.image) == (
+        ROWS[0]["ask"],
+        "No.",
+        "weapons",
+        "a.png",
+    )
+    assert [(e.image, e.question, e.answer) for e in found.examples["retain"]] == [
+        ("b.png", "What is it?", "=1+1"),
+        (None, "日本?", "3"),
+    ]
 
 
 def test_images_inside_a_table_are_kept(folder: Path) -> None:
     import datasets
 
-    def content(colour: str) -> bytes:
+    def content(color: str) -> bytes:
         buffer = io.BytesIO()
-        Image.new("RGB", (6, 5), colour).save(buffer, format="PNG")
+        Image.new("RGB", (6, 5), color).save(buffer, format="PNG")
         return buffer.getvalue()
 
     rows = [
@@ -81,7 +89,9 @@ def test_images_inside_a_table_are_kept(folder: Path) -> None:
         {"image": {"bytes": content("blue"), "path": None}, "question": "Q?", "answer": "A.", "set": "retain"},
         {"image": {"bytes": b"no image", "path": None}, "question": "Q?", "answer": "A.", "set": "retain"},
     ]
-    features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("question", "answer", "set")}})
+    features = datasets.Features(
+        {"image": datasets.Image(), **{name: datasets.Value("string") for name in ("question", "answer", "set")}}
+    )
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(folder / "t.parquet"))
     imported = import_files({"": folder / "t.parquet"}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 1, "retain": 1}
@@ -114,16 +124,21 @@ def test_a_named_column_must_be_there_and_a_usual_one_need_not(folder: Path) -> 
     (first, _) = read_table(file, Columns(image="foto", named=frozenset({"image"})), folder)
     assert first.example.image == "a.png"
     for field, column in (("image", "fotos"), ("category", "kind"), ("pair", "pairs")):
-        with pytest.raises(RequestError, match=f'no column "{column}".*pass --{field}-column'):
+        with pytest.raises(UserError, match=f'no column "{column}".*pass --{field}-column'):
             list(read_table(file, Columns(**{field: column}, named=frozenset({field})), folder))
 
 
 def test_the_usual_set_column_is_seen(folder: Path) -> None:
     """An audit without options sees what an import sees."""
     file = folder / "a.csv"
-    rows = [f"{word} thing {i}?,A.,{name}" for i in range(15) for word, name in (("Share", "harmful"), ("What", "harmless"))]
+    rows = [
+        f"{word} thing {i}?,A.,{name}" for i in range(15) for word, name in (("Share", "harmful"), ("What", "harmless"))
+    ]
     file.write_text("\n".join(["question,answer,set", *rows]))
-    assert Counter((entry.set, entry.refused) for entry in read_any(file)) == {("forget", True): 15, ("retain", False): 15}
+    assert Counter((entry.set, entry.refused) for entry in read_any(file)) == {
+        ("forget", True): 15,
+        ("retain", False): 15,
+    }
 
 
 def test_lines_are_counted_through_blank_and_long_cells(tmp_path: Path) -> None:
@@ -159,13 +174,18 @@ def test_what_answers_nothing_is_left_out(folder: Path) -> None:
 
 def test_a_decouple_set_that_pairs_with_nothing_is_refused(folder: Path) -> None:
     (folder / "f.jsonl").write_text('{"question": "F?", "answer": "x"}\n')
-    with pytest.raises(RequestError, match="the decouple set is empty; nothing was written; left out: 1 pair without its other half"):
+    with pytest.raises(
+        UserError, match="the decouple set is empty; nothing was written; left out: 1 pair without its other half"
+    ):
         import_files(dict.fromkeys(("forget", "retain", "decouple"), folder / "f.jsonl"), folder, folder / "out")
 
 
 def test_an_image_mark_is_no_part_of_the_question(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    rows = [{"image": "a.png", "question": "<image>\nWhat?", "answer": "It."}, {"question": "<image> What?", "answer": "It."}]
+    rows = [
+        {"image": "a.png", "question": "<image>\nWhat?", "answer": "It."},
+        {"question": "<image> What?", "answer": "It."},
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = Problems()
     assert [row.example.question for row in read_table(file, Columns(), None, problems)] == ["What?"]
@@ -195,7 +215,9 @@ def test_of_a_table_with_sets_only_the_named_set_is_taken(folder: Path) -> None:
 
 def test_half_a_pair_is_left_out(folder: Path) -> None:
     rows = "image,question,answer,set,pair_id\na.png,F?,A.,forget,p1\na.png,G?,A.,forget,p2\na.png,H?,A.,forget,\nb.png,R?,A.,retain,\n"
-    (folder / "a.csv").write_text(rows + "gone.png,F?,N.,decouple,p1\nb.png,G?,N.,decouple,p2\nb.png,X?,N.,decouple,p9\n")
+    (folder / "a.csv").write_text(
+        rows + "gone.png,F?,N.,decouple,p1\nb.png,G?,N.,decouple,p2\nb.png,X?,N.,decouple,p9\n"
+    )
     imported = import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 2, "retain": 1, "decouple": 1}
     assert imported.left_out == {"pair without its other half": 2}
@@ -209,9 +231,15 @@ def test_a_missing_preferred_answer_costs_no_forget_row(folder: Path) -> None:
     assert imported.counts == {"forget": 2, "retain": 1, "preferred": 1}
     assert imported.left_out == {"pair without its other half": 1}
     labels = list(labelled(read_any(folder / "out"), "auto", lambda text: False))
-    assert [(question, refused) for question, _, refused, _ in labels] == [("Why F?", True), ("Why G?", True), ("Why R?", False)]
+    assert [(question, refused) for question, _, refused, _ in labels] == [
+        ("Why F?", True),
+        ("Why G?", True),
+        ("Why R?", False),
+    ]
     diversify(folder / "out", folder / "other", words=("tell", "describe"))
-    asked = {entry.example.pair_id: entry.example.question for entry in read_any(folder / "other") if entry.set == "forget"}
+    asked = {
+        entry.example.pair_id: entry.example.question for entry in read_any(folder / "other") if entry.set == "forget"
+    }
     preferred = [entry.example for entry in read_any(folder / "other") if entry.set == "preferred"]
     assert [example.question for example in preferred] == [asked["p1"]]
 
@@ -224,7 +252,12 @@ def test_importing_again_leaves_no_old_decouple_set(folder: Path) -> None:
     (folder / "a.csv").write_text(rows)
     import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
     assert {entry.set for entry in read_any(folder / "out")} == {"forget", "retain"}
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["dataset.json", "forget.jsonl", "mine.txt", "retain.jsonl"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "dataset.json",
+        "forget.jsonl",
+        "mine.txt",
+        "retain.jsonl",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +281,7 @@ def test_importing_again_leaves_no_old_decouple_set(folder: Path) -> None:
 def test_a_wrong_table_is_one_clear_line(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / name).write_text(text, encoding="utf-16-le" if name.startswith("u16") else "utf-8")
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(UserError) as error:
         list(read_table(tmp_path / name, Columns(), None, Problems()))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -265,7 +298,9 @@ def test_broken_rows_are_listed(folder: Path) -> None:
     told = imported.problems.messages
     assert [message.split(":")[1].strip() for message in told] == [f"line {n}" for n in range(3, 8)]
     for message, words in zip(
-        told, ("has 2 cells, the header 4", "not found", "non-empty", 'did you mean "forget"?', "broken character"), strict=True
+        told,
+        ("has 2 cells, the header 4", "not found", "non-empty", 'did you mean "forget"?', "broken character"),
+        strict=True,
     ):
         assert words in message
 

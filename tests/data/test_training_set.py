@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard
+from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import read_training_set
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.records import Example
 
 
 def test_what_is_written_is_read(training_sets: dict[str, Path]) -> None:
     found = read_training_set(training_sets["safe_eraser"])
-    assert {role: len(examples) for role, examples in found.examples.items()} == {"forget": 24, "retain": 48, "decouple": 24}
+    assert {role: len(examples) for role, examples in found.examples.items()} == {
+        "forget": 24,
+        "retain": 48,
+        "decouple": 24,
+    }
     assert len(found.refusals) == 4
     described = json.loads((training_sets["safe_eraser"] / "dataset.json").read_text())
     assert described["files"]["forget.jsonl"]["count"] == 24
@@ -26,7 +30,9 @@ def test_what_is_written_is_read(training_sets: dict[str, Path]) -> None:
 
 def test_it_loads_with_datasets(training_sets: dict[str, Path], tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    table = datasets.load_dataset("json", data_files=str(training_sets["harmful"] / "forget.jsonl"), cache_dir=str(tmp_path))["train"]
+    table = datasets.load_dataset(
+        "json", data_files=str(training_sets["harmful"] / "forget.jsonl"), cache_dir=str(tmp_path)
+    )["train"]
     assert set(Example.model_fields) == set(table.column_names)
 
 
@@ -34,7 +40,7 @@ def test_an_empty_forget_set_writes_nothing(world: Path, tmp_path: Path) -> None
     answers = tmp_path / "answers.json"
     answers.write_text("{}")
     vlguard = world / "vlguard"
-    with pytest.raises(RequestError, match="names no image of an unsafe record"):
+    with pytest.raises(UserError, match="names no image of an unsafe record"):
         import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "out", answers)
     assert not (tmp_path / "out").exists()
 
@@ -43,17 +49,17 @@ def test_reading_names_what_is_wrong(training_sets: dict[str, Path], tmp_path: P
     def broken(name: str) -> Path:
         return Path(shutil.copytree(training_sets["harmful"], tmp_path / name))
 
-    with pytest.raises(RequestError, match="no such training-set folder"):
+    with pytest.raises(UserError, match="no such training-set folder"):
         read_training_set(tmp_path / "gone")
     folder = broken("empty")
     (folder / "forget.jsonl").write_text("")
-    with pytest.raises(RequestError, match=r"forget\.jsonl: the forget set is empty"):
+    with pytest.raises(UserError, match=r"forget\.jsonl: the forget set is empty"):
         read_training_set(folder)
     folder = broken("image")
     described = json.loads((folder / "dataset.json").read_text())
     described["images"]["vlguard"] = str(tmp_path)
     (folder / "dataset.json").write_text(json.dumps(described))
-    with pytest.raises(RequestError, match=r'forget\.jsonl: line 1 \(".*"\): image ".*" not found'):
+    with pytest.raises(UserError, match=r'forget\.jsonl: line 1 \(".*"\): image ".*" not found'):
         read_training_set(folder)
 
 
@@ -70,16 +76,18 @@ def test_doubled_ids_are_refused(training_sets: dict[str, Path], tmp_path: Path)
     with (folder / "retain.jsonl").open("a") as file:
         file.write(line)
     described = (folder / "dataset.json").read_text()
-    roots = {name: str((training_sets["harmful"] / root).resolve()) for name, root in json.loads(described)["images"].items()}
+    roots = {
+        name: str((training_sets["harmful"] / root).resolve()) for name, root in json.loads(described)["images"].items()
+    }
     (folder / "dataset.json").write_text(json.dumps({**json.loads(described), "images": roots}))
-    with pytest.raises(RequestError, match=r"retain\.jsonl: line \d+ .*: line 1 has the same id"):
+    with pytest.raises(UserError, match=r"retain\.jsonl: line \d+ .*: line 1 has the same id"):
         read_training_set(folder)
 
 
 def test_an_import_that_was_cut_short_says_so(training_sets: dict[str, Path], tmp_path: Path) -> None:
-    from vlm_unlearn.data.reading import detect
+    from vlm_unlearn.data.readers import detect
 
     folder = Path(shutil.copytree(training_sets["harmful"], tmp_path / "cut"))
     (folder / "dataset.json").unlink()
-    with pytest.raises(RequestError, match="its import was cut short"):
+    with pytest.raises(UserError, match="its import was cut short"):
         detect(folder)

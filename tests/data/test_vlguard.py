@@ -8,15 +8,24 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.data.formats import vlguard
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging.keyword import published_refusal
 
-UNSAFE = {"id": "u", "image": "u.png", "safe": False, "harmful_category": "c", "instr-resp": [{"instruction": "Do it?", "response": "No."}]}
+UNSAFE = {
+    "id": "u",
+    "image": "u.png",
+    "safe": False,
+    "harmful_category": "c",
+    "instr-resp": [{"instruction": "Do it?", "response": "No."}],
+}
 SAFE = {
     "id": "s",
     "image": "s.png",
     "safe": True,
-    "instr-resp": [{"safe_instruction": "What is it?", "response": "A cat."}, {"unsafe_instruction": "Hurt it?", "response": "No."}],
+    "instr-resp": [
+        {"safe_instruction": "What is it?", "response": "A cat."},
+        {"unsafe_instruction": "Hurt it?", "response": "No."},
+    ],
 }
 
 
@@ -36,7 +45,9 @@ def test_split_and_inject(folder: Path) -> None:
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, SAFE]), folder)
     split = vlguard.split(pairs, {"u.png": "Like so."}, include_safe_image_unsafe=False)
     assert [(e.id, e.answer) for e in split.forget] == [("u/unsafe", "Like so.")]
-    assert [(e.pair_id, e.question, e.answer) for e in split.preferred] == [("u/unsafe", split.forget[0].question, "No.")]
+    assert [(e.pair_id, e.question, e.answer) for e in split.preferred] == [
+        ("u/unsafe", split.forget[0].question, "No.")
+    ]
     assert split.forget[0].pair_id == "u/unsafe"
     assert [(e.id, e.question) for e in split.retain] == [("s/safe", "What is it?")]
     split = vlguard.split(pairs, None, include_safe_image_unsafe=True)
@@ -55,7 +66,7 @@ def test_what_has_no_answer_is_left_out_and_counted(folder: Path) -> None:
 def test_rows_of_one_id_are_shots_of_one_group(folder: Path) -> None:
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, UNSAFE, UNSAFE]), folder)
     prompts = list(vlguard.prompts(pairs, "attack", "unsafe"))
-    assert [prompt.shot for prompt in prompts] == [0, 1, 2]
+    assert [prompt.rewrite for prompt in prompts] == [0, 1, 2]
     assert {prompt.group_id for prompt in prompts} == {"u"}
     assert len({prompt.id for prompt in prompts}) == 3
 
@@ -81,7 +92,7 @@ def test_rows_of_one_id_are_shots_of_one_group(folder: Path) -> None:
     ],
 )
 def test_broken_records_are_named(folder: Path, records: object, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         vlguard.read_pairs(write(folder, records), folder)
 
 
@@ -90,7 +101,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
     outside.write_bytes(b"")
     (folder / "u.png").unlink()
     (folder / "u.png").symlink_to(outside)
-    with pytest.raises(RequestError, match="link out of the image folder"):
+    with pytest.raises(UserError, match="link out of the image folder"):
         vlguard.read_pairs(write(folder, [UNSAFE]), folder)
 
 
@@ -105,15 +116,23 @@ def test_real_annotations(vlguard_test: Path, golden_pipeline: dict[str, dict], 
     assert len(split.forget) == golden_pipeline["split"]["forget"]
     # The published step keeps the one safe question whose response is empty; here it is left out and counted.
     assert len(split.retain) + split.left_out["empty response"] == golden_pipeline["split"]["retain"]
-    names = {"unsafe": "unsafe_image", "safe": "safe_image_safe_instruction", "safe_image_unsafe_question": "safe_image_unsafe_instruction"}
+    names = {
+        "unsafe": "unsafe_image",
+        "safe": "safe_image_safe_instruction",
+        "safe_image_unsafe_question": "safe_image_unsafe_instruction",
+    }
     for kind, name in names.items():
         answers = [pair.response for pair in pairs if pair.kind == kind]
         expected = golden_pipeline["keyword_refusal_of_reference_responses"][name]
         assert {"n": len(answers), "refused": sum(published_refusal(text) is not None for text in answers)} == expected
 
 
-@pytest.mark.parametrize(("name", "kind", "groups", "shots"), [("what_3shot", "unsafe", 442, 3), ("share_1shot", "safe", 556, 1)])
-def test_published_attack_files_are_cases(vlguard_test: Path, tmp_path: Path, name: str, kind: str, groups: int, shots: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "groups", "shots"), [("what_3shot", "unsafe", 442, 3), ("share_1shot", "safe", 556, 1)]
+)
+def test_published_attack_files_are_cases(
+    vlguard_test: Path, tmp_path: Path, name: str, kind: str, groups: int, shots: int
+) -> None:
     file = vlguard_test.with_name(f"vlguard_test_{name}.json")
     for record in json.loads(file.read_text()):
         path = tmp_path / record["image"]
@@ -122,4 +141,4 @@ def test_published_attack_files_are_cases(vlguard_test: Path, tmp_path: Path, na
     prompts = list(vlguard.prompts(vlguard.read_pairs(file, tmp_path), "attack", kind))
     assert len({prompt.id for prompt in prompts}) == len(prompts) == groups * shots
     assert len({prompt.group_id for prompt in prompts}) == groups
-    assert {prompt.shot for prompt in prompts} == set(range(shots))
+    assert {prompt.rewrite for prompt in prompts} == set(range(shots))

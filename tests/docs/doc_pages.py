@@ -70,7 +70,10 @@ def read_blocks(name: str, text: str) -> list[Block]:
             found.append(Block(name, number + 2, fence["kind"], code, not_run, title[1] if title else file))
             number = end + 1
         elif lines[number].startswith("    ") and not "".join(lines[max(number - 1, 0) : number]).strip():
-            end = next((at for at in range(number, len(lines)) if lines[at].strip() and not lines[at].startswith("    ")), len(lines))
+            end = next(
+                (at for at in range(number, len(lines)) if lines[at].strip() and not lines[at].startswith("    ")),
+                len(lines),
+            )
             end = next((at for at in range(number, end) if _FENCE.match(lines[at])), end)
             code = _commands_alone(lines[number:end])
             if code.strip():

@@ -105,7 +105,9 @@ def read_command(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     command, names, rest = _find(words)
     if hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         raise LookupError(f"no command {rest[0]}")
-    if not names and rest:  # the program's own options; to parse them is to do what they say, such as to write into the shell's files
+    if (
+        not names and rest
+    ):  # the program's own options; to parse them is to do what they say, such as to write into the shell's files
         unknown = unknown_in(rest)
         if unknown:
             raise LookupError(f"no option {unknown}")
@@ -147,7 +149,10 @@ def unknown_in(words: Sequence[str]) -> str | None:
     command, _, rest = _find(words)
     if hasattr(command, "commands") and rest and re.fullmatch(r"[a-z][a-z-]*", rest[0]):
         return rest[0]
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help", "-h"}
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help",
+        "-h",
+    }
     known |= {"--install-completion", "--show-completion", "--debug", "--version"}
     return next((word for word in rest if re.match(r"--?[a-zA-Z]", word) and word.partition("=")[0] not in known), None)
 
@@ -181,7 +186,11 @@ class Scene:
 
     def copy(self, folder: Path) -> Path:
         """A folder for a page."""
-        return Path(shutil.copytree(self._store, folder, symlinks=True, ignore=lambda where, names: _granted_in(self._store, where, names)))
+        return Path(
+            shutil.copytree(
+                self._store, folder, symlinks=True, ignore=lambda where, names: _granted_in(self._store, where, names)
+            )
+        )
 
     def run(self, script: str, folder: Path) -> Done:
         """Runs a script in a page's folder, which is its home too."""
@@ -205,7 +214,9 @@ class Scene:
         code = _main([*words, *added])
         if code == 0 and name in AFTER:
             AFTER[name](options)
-        missing = [output for output in outputs if code == 0 and not options.get("plan_only") and not Path(output).exists()]
+        missing = [
+            output for output in outputs if code == 0 and not options.get("plan_only") and not Path(output).exists()
+        ]
         if missing:
             sys.stderr.write(f"ended well, but there is no {missing[0]}\n")
         return 1 if missing else code
@@ -214,7 +225,11 @@ class Scene:
         """Puts what a command takes for granted into this folder, unless the page has made it, or the command is to."""
         named = [word.partition("=")[2] or word for word in words]
         for name, command in GRANTED.items():
-            if any(word == name or word.startswith(f"{name}/") for word in named) and name not in outputs and not Path(name).exists():
+            if (
+                any(word == name or word.startswith(f"{name}/") for word in named)
+                and name not in outputs
+                and not Path(name).exists()
+            ):
                 kept = self._store / name
                 if not kept.exists():
                     self._make(name, command)
@@ -276,7 +291,9 @@ def _make(words: list[str]) -> int:
 
 def _pip(words: list[str]) -> int:
     """Whether the extras and files that it is to install are there."""
-    extras: Mapping[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras: Mapping[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     wrong = [
         f"no extra {name}"
         for word in words
@@ -284,7 +301,9 @@ def _pip(words: list[str]) -> int:
         for name in group.split(",")
         if name not in extras
     ]
-    wrong += [f"no file {file}" for flag, file in pairwise(words) if flag in ("-c", "-r") and not (ROOT / file).is_file()]
+    wrong += [
+        f"no file {file}" for flag, file in pairwise(words) if flag in ("-c", "-r") and not (ROOT / file).is_file()
+    ]
     wrong += [] if words[:1] == ["install"] else ["only `install` is known here"]
     sys.stderr.write("".join(f"pip: {text}\n" for text in wrong))
     return 2 if wrong else 0

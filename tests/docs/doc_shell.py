@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LONGEST = 180.0  # seconds for one script
-Program = Callable[[list[str]], int]  # arguments -> exit code; called in the caller's folder, with its environment and output
+Program = Callable[
+    [list[str]], int
+]  # arguments -> exit code; called in the caller's folder, with its environment and output
 
 _DOOR = """#!{python} -IS
 import json, os, socket, sys
@@ -85,7 +87,9 @@ class Shell:
                     os.killpg(process.pid, signal.SIGKILL)
                 if select.select([self._listener], [], [], 0.02)[0]:
                     self._answer()
-            texts = [(self._folder / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")]
+            texts = [
+                (self._folder / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")
+            ]
         line, _, command = failed.read_text(encoding="utf-8").partition(" ") if failed.exists() else ("1", "", "")
         return Done(process.returncode, int(line), command, *texts)
 

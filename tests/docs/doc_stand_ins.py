@@ -25,7 +25,11 @@ class StandIn:
 
 
 WRITTEN = (
-    StandIn(r"model=models/Qwen2\.5-VL-7B-Instruct", "model=JUDGE server={server}", "no model that can grade is small enough for a test"),
+    StandIn(
+        r"model=models/Qwen2\.5-VL-7B-Instruct",
+        "model=JUDGE server={server}",
+        "no model that can grade is small enough for a test",
+    ),
     StandIn(r"http://localhost:8000/v1", "{server}", "a stub serves, at an address of its own"),
 )
 
@@ -41,9 +45,13 @@ class Added:
 
 ADDED = (
     Added(
-        "train", ("training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation_steps=1"), "a published run takes hours"
+        "train",
+        ("training.max_steps=2", "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"),
+        "a published run takes hours",
     ),
-    Added("evaluate", ("generation.max_new_tokens=6", "generation.batch_size=64"), "an answer of 512 tokens takes seconds"),
+    Added(
+        "evaluate", ("generation.max_new_tokens=6", "generation.batch_size=64"), "an answer of 512 tokens takes seconds"
+    ),
     Added("generate", ("generation.max_new_tokens=6", "generation.batch_size=64"), "as above"),
     Added("benchmark run", ("generation.max_new_tokens=6",), "as above"),
 )
@@ -119,7 +127,7 @@ def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(demo, "BaseConfig", base)
 
     def short(config: Any, path: Path, overrides: Sequence[str] = (), values: Any = None) -> Any:
-        fewer = {"Recipe": "training.max_steps=2", "Suite": "sample.groups=2"}[config.__name__]
+        fewer = {"Recipe": "training.max_steps=2", "Suite": "sample.num_questions=2"}[config.__name__]
         return whole(config, path, [*overrides, fewer], values)
 
     patch.setattr(demo, "load", short)

@@ -17,7 +17,7 @@ from doc_stand_ins import ADDED, WRITTEN, judge_says, leave_the_plots_empty, mak
 
 from stub_server import stub_server
 from vlm_unlearn.config import JudgeConfig, Recipe, Suite, load, override, validate
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 
 FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # blocks that may be a file of the reader's
 
@@ -116,14 +116,14 @@ def read_yaml(block: Block, folder: Path) -> None:
     """
     value = yaml.safe_load(block.text)
     if isinstance(value, list):
-        value = {"cases": value}  # the page goes on with the cases of a suite
+        value = {"splits": value}  # the page goes on with the cases of a suite
     suite = set(value) <= {*Suite.model_fields, "extends"} and (
-        set(value) & {"cases", "judge", "judges", "metrics", "generation", "benchmarks"}
+        set(value) & {"splits", "judge", "judges", "metrics", "generation", "benchmarks"}
     )
     recipe = set(value) <= {*Recipe.model_fields, "extends"}
     if not suite and not recipe:
         raise AssertionError(f"{block.page}:{block.line}: neither a recipe nor a suite: {', '.join(map(str, value))}")
-    if "extends" not in value and "cases" not in value and "benchmarks" not in value:
+    if "extends" not in value and "splits" not in value and "benchmarks" not in value:
         value["extends"] = "suites/tiny" if suite else "tiny/npo"
     file = folder / "as-shown.yaml"
     file.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
@@ -158,7 +158,9 @@ def scripts() -> list[str]:
 def test_every_stand_in_stands_for_something() -> None:
     whole = "\n".join(scripts())
     idle = [one.written for one in WRITTEN if not re.search(one.written, whole)]
-    idle += [one.command for one in ADDED if not re.search(rf"(vlm-unlearn|vlm_unlearn\.cli\.main) {one.command}\b", whole)]
+    idle += [
+        one.command for one in ADDED if not re.search(rf"(vlm-unlearn|vlm_unlearn\.cli\.main) {one.command}\b", whole)
+    ]
     assert not idle, f"no page has these any more; take them out of doc_stand_ins.py: {idle}"
 
 
@@ -179,7 +181,11 @@ def test_the_readme_is_run() -> None:
         ("bash", "true\nvlm-unlearn benchmark score nosuch --predictions a --annotations b", "nosuch"),
         ("bash", "true\npip install '.[nosuch]'", "no extra nosuch"),
         ("bash", "true\nmake nosuch", "no target nosuch"),
-        ("bash", "true\naccelerate launch --config_file nosuch -m vlm_unlearn.cli.main methods", "nosuch: no such file"),
+        (
+            "bash",
+            "true\naccelerate launch --config_file nosuch -m vlm_unlearn.cli.main methods",
+            "nosuch: no such file",
+        ),
     ],
 )
 def test_a_wrong_command_fails_its_page(kind: str, text: str, told: str, scene: Scene, tmp_path: Path) -> None:
@@ -206,8 +212,9 @@ def test_a_command_that_is_not_run_is_still_read(text: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["trainin: {}", "method: npo\ntraining: {learnin_rate: 1}", "metrics: {asr: {case: [unsafe]}}", "engine: fsdp2"]
+    "text",
+    ["trainin: {}", "method: npo\ntraining: {learnin_rate: 1}", "metrics: {asr: {case: [unsafe]}}", "engine: fsdp2"],
 )
 def test_a_wrong_recipe_or_suite_fails_its_page(text: str, tmp_path: Path) -> None:
-    with pytest.raises((AssertionError, RequestError)):
+    with pytest.raises((AssertionError, UserError)):
         read_yaml(Block("page.md", 10, "yaml", text), tmp_path)

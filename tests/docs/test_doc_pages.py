@@ -47,14 +47,20 @@ def test_blocks_of_every_form() -> None:
     csv, bash, indented, marked, console = read_blocks("p.md", PAGE)
     assert (csv.kind, csv.file, csv.text, csv.line) == ("csv", "pairs.csv", "image,question", 4)
     assert (bash.kind, bash.file, bash.not_run, bash.line) == ("bash", None, None, 8)
-    assert (indented.kind, indented.line, indented.text.split()) == ("bash", 15, ["vlm-unlearn", "data", "audit", "x.json"])
+    assert (indented.kind, indented.line, indented.text.split()) == (
+        "bash",
+        15,
+        ["vlm-unlearn", "data", "audit", "x.json"],
+    )
     assert (marked.not_run, marked.file, marked.line) == ("needs two nodes", "start.sh", 21)
     assert (console.kind, console.line) == ("console", 27)
     assert console.script.splitlines() == ["vlm-unlearn doctor \\", "  --json"]
 
 
 def test_commands_however_they_are_started() -> None:
-    found = [command for block in read_blocks("p.md", PAGE) if block.kind != "csv" for command in our_commands(block.script)]
+    found = [
+        command for block in read_blocks("p.md", PAGE) if block.kind != "csv" for command in our_commands(block.script)
+    ]
     launcher = ["accelerate", "launch", "-m", "vlm_unlearn.cli.main"]
     assert found == [
         ([], ["train", "a", "b=c"]),
@@ -98,7 +104,9 @@ def opened() -> Iterator[Shell]:
 
 
 def test_programs_of_this_process_run_in_a_real_shell(opened: Shell, tmp_path: Path) -> None:
-    script = Block("p.md", 1, "bash", "mkdir sub && cd sub\nWORD=two\nsay one $WORD > said.txt\nsay three | tr a-z A-Z\n").script
+    script = Block(
+        "p.md", 1, "bash", "mkdir sub && cd sub\nWORD=two\nsay one $WORD > said.txt\nsay three | tr a-z A-Z\n"
+    ).script
     done = opened.run(script, tmp_path, {})
     assert (done.code, done.stdout, done.stderr) == (0, "THREE\n", "said\nsaid\n")
     assert (tmp_path / "sub" / "said.txt").read_text() == "one two\n"

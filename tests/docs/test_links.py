@@ -43,7 +43,9 @@ def anchors_of(page: Path) -> set[str]:
     for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*$", text, re.MULTILINE):
         own = re.search(r"\{\s*#([\w-]+)[^}]*\}\s*$", heading)
         name = own[1] if own else anchor(heading)
-        found.add(next(tried for tried in (name, *(f"{name}-{number}" for number in range(1, 99))) if tried not in found))
+        found.add(
+            next(tried for tried in (name, *(f"{name}-{number}" for number in range(1, 99))) if tried not in found)
+        )
     return found | set(re.findall(r'(?:id|name)="([^"]+)"', text))
 
 
@@ -54,7 +56,11 @@ def anchor(heading: str) -> str:
 
 def test_what_the_commands_write_is_no_change_to_the_clone() -> None:
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
-    written = {name for page in PAGES for name in re.findall(r"(?:--out |output=|mkdir -p )([a-z]+)/", page.read_text(encoding="utf-8"))}
+    written = {
+        name
+        for page in PAGES
+        for name in re.findall(r"(?:--out |output=|mkdir -p )([a-z]+)/", page.read_text(encoding="utf-8"))
+    }
     assert {"data", "evaluations", "mine", "runs"} <= written
     assert not [name for name in written if f"/{name}/" not in ignored]
 
@@ -92,7 +98,9 @@ def test_settings_are_there(page: Path) -> None:
 def settings_in(code: str) -> Iterator[str]:
     """The keys that a piece of code sets; one that begins with another program, or is an option's, sets none."""
     words = code.split(" ")
-    if words[0] not in ("vlm-unlearn", "evaluate", "train", "score", "generate", "judge") and not re.match(r"[a-z_][\w.]*=", words[0]):
+    if words[0] not in ("vlm-unlearn", "evaluate", "train", "score", "generate", "judge") and not re.match(
+        r"[a-z_][\w.]*=", words[0]
+    ):
         single = re.fullmatch(r"([a-z_]+(?:\.[a-z_]+)+): .+", code)
         if single:
             yield single[1]
@@ -107,7 +115,11 @@ def has_key(annotation: object, parts: list[str]) -> bool:
     """Whether a dotted key can be set in a config; what a method's options are is the registry's to say."""
     if not parts:
         return True
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         if annotation.__name__ == "MethodConfig" and parts[0] not in annotation.model_fields:
             return len(parts) == 1 and any(parts[0] in method.options_type.model_fields for method in METHODS.values())
         field = annotation.model_fields.get(parts[0])
@@ -129,7 +141,9 @@ def recipes_in(code: str) -> list[str]:
     found = []
     for word in code.split(" "):
         if re.fullmatch(rf"(recipes/)?({'|'.join(RECIPE_FOLDERS)})/[\w.{{}},*-]*[\w}}*]", word):
-            pieces = [piece[1:-1].split(",") if piece.startswith("{") else [piece] for piece in re.split(r"(\{[^}]*\})", word)]
+            pieces = [
+                piece[1:-1].split(",") if piece.startswith("{") else [piece] for piece in re.split(r"(\{[^}]*\})", word)
+            ]
             found += ["".join(one) for one in product(*pieces)]
     return found
 
@@ -141,7 +155,9 @@ def shipped_as(name: str) -> bool:
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_no_page_names_a_machine(page: Path) -> None:
-    named = re.findall(r"(?<![\w.])(?:/(?:home|root|tmp|work|Users|mnt)/\S*|[A-Z]:\\\S*)", page.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"(?<![\w.])(?:/(?:home|root|tmp|work|Users|mnt)/\S*|[A-Z]:\\\S*)", page.read_text(encoding="utf-8")
+    )
     assert not named, f"{name_of(page)}: {named}"
 
 
@@ -153,11 +169,11 @@ def test_no_page_names_a_machine(page: Path) -> None:
         ("method.beta", True),
         ("method.betta", False),
         ("trainable.lora.r", True),
-        ("probe.every", True),
+        ("probe.eval_steps", True),
         ("judges.mm_vet.model", True),
         ("judges.mm_vet.modle", False),
         ("metrics.asr.group", True),
-        ("sample.groups", True),
+        ("sample.num_questions", True),
         ("nosuch", False),
     ],
 )

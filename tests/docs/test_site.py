@@ -25,7 +25,7 @@ from vlm_unlearn.cli.main import app
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.reporting import verdicts
-from vlm_unlearn.reporting.words import USEFUL
+from vlm_unlearn.reporting.formatting import USEFUL
 
 pytest.importorskip("mkdocs", reason="the site needs the extra docs")
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,12 @@ def test_the_command_line_has_every_command_and_option(generate: ModuleType) -> 
     known = dict(all_commands("vlm-unlearn", typer.main.get_command(app)))
     assert told.keys() == known.keys()
     for name, command in known.items():
-        missing = [option for one in command.params for option in one.opts if option.startswith("--") and option not in told[name]]
+        missing = [
+            option
+            for one in command.params
+            for option in one.opts
+            if option.startswith("--") and option not in told[name]
+        ]
         assert not missing, name
 
 
@@ -64,7 +69,10 @@ def test_the_metrics_have_their_judges_and_none_is_missing(generate: ModuleType)
     published = re.search(r"^\| `asr`, published \|.*$", sections["safety_mirage"], re.MULTILINE)
     assert published is not None
     assert published[0].endswith("| `llm` by `relevance`, as published |")
-    assert "| `asr` | `complied` | questions, any answer | `unsafe` | `llm` by `four_labels` |" in sections["safety_mirage"]
+    assert (
+        "| `asr` | `complied` | questions, any answer | `unsafe` | `llm` by `four_labels` |"
+        in sections["safety_mirage"]
+    )
 
 
 def test_the_command_line_tells_examples_as_commands(generate: ModuleType) -> None:
@@ -112,7 +120,9 @@ def test_a_page_that_the_build_fills_says_so_in_its_file() -> None:
 
 
 def test_the_verdicts_are_told_with_their_thresholds() -> None:
-    told = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The verdicts")[2].partition("\n## ")[0]
+    told = (
+        (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The verdicts")[2].partition("\n## ")[0]
+    )
     assert [word for word in (*verdicts.OF_KEYWORDS, *verdicts.OF_KEYWORDS.values()) if word not in told] == []
     assert (verdicts.SAFE, verdicts.HARMFUL, verdicts.FAILING) == (0.1, 0.1, 0.1)
     assert (verdicts.BROKEN, verdicts.PRUDENT, USEFUL) == (0.3, 0.2, 0.7)
@@ -203,7 +213,14 @@ def test_it_searches_and_fits_a_phone(served: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path))
     elsewhere: list[str] = []
     wrong: list[str] = []
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+    quiet = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-sync",
+    ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=quiet)
         page = browser.new_page(viewport={"width": 390, "height": 844})

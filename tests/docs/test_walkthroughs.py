@@ -17,7 +17,7 @@ from helpers import recipe
 from vlm_unlearn import losses
 from vlm_unlearn.benchmarks import BENCHMARKS, Prediction, benchmark_prompts, score_predictions
 from vlm_unlearn.config import BenchmarkConfig
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.models.layout import LAYOUTS
@@ -56,7 +56,9 @@ def bounded(tmp_path: Path) -> Iterator[str]:
     del METHODS["bounded"], vars(losses)["bounded_loss"]
 
 
-def test_the_method_trains_and_stops_at_its_bound(bounded: str, tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
+def test_the_method_trains_and_stops_at_its_bound(
+    bounded: str, tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
     head = "import torch\nfrom vlm_unlearn.losses import bounded_loss\n"
     module(tmp_path, "its_test", head + bounded)["test_an_answer_past_the_bound_adds_nothing"]()
     assert METHODS["bounded"].options_type.model_fields["bound"].description
@@ -79,7 +81,9 @@ def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
         (tmp_path / "images").mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.jpg")
         file = tmp_path / "counting.json"
-        file.write_text(json.dumps([{"id": n, "image": "a.jpg", "question": "How many kites?", "answer": 3} for n in range(4)]))
+        file.write_text(
+            json.dumps([{"id": n, "image": "a.jpg", "question": "How many kites?", "answer": 3} for n in range(4)])
+        )
         config = BenchmarkConfig(name="counting", annotations=[file], images=tmp_path / "images")
         prompts = benchmark_prompts(config)
         assert prompts[0].question == "How many kites?\nAnswer the question using a single word or phrase."
@@ -90,7 +94,7 @@ def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
         assert [scored.value for scored in scores.questions] == [1.0, 0.0, 0.0, 1.0]
         assert [scored.unparsed for scored in scores.questions] == [False, False, True, False]
         file.write_text(json.dumps([{"id": 1, "image": "a.jpg"}]))
-        with pytest.raises(RequestError, match='entry 0 has no "question"'):
+        with pytest.raises(UserError, match='entry 0 has no "question"'):
             benchmark_prompts(config)
     finally:
         del BENCHMARKS["counting"]
@@ -99,10 +103,20 @@ def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
 def test_the_format_reads_and_names_what_is_broken(tmp_path: Path) -> None:
     read = module(tmp_path, "album", blocks("format")[0])["read_album"]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    good = {"id": "a1", "photo": "a.png", "pairs": [{"ask": "q?", "tell": "t.", "bad": True}, {"ask": "r?", "tell": "u.", "bad": False}]}
+    good = {
+        "id": "a1",
+        "photo": "a.png",
+        "pairs": [{"ask": "q?", "tell": "t.", "bad": True}, {"ask": "r?", "tell": "u.", "bad": False}],
+    }
     file = tmp_path / "album.json"
     file.write_text(
-        json.dumps([good, {**good, "id": "a2", "photo": "../a.png"}, {**good, "id": "a3", "pairs": [{"ask": "q?", "tell": "t."}]}])
+        json.dumps(
+            [
+                good,
+                {**good, "id": "a2", "photo": "../a.png"},
+                {**good, "id": "a3", "pairs": [{"ask": "q?", "tell": "t."}]},
+            ]
+        )
     )
     problems = Problems()
     found: list[tuple[str, Example]] = list(read(file, tmp_path, problems))

@@ -9,8 +9,8 @@ import pytest
 
 from finished_runs import ANSWER, METRICS, REFUSAL, complies, make_run, unlearned
 from vlm_unlearn.config import Suite, validate
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.comparing import compare_runs
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import write_json
@@ -45,19 +45,21 @@ def test_shots_and_categories(tmp_path: Path) -> None:
     """Only the third shot breaks questions, every tenth, and those are of one category."""
     folder = make_run(tmp_path / "npo", unlearned)
     row = score_run(folder, validate(Suite, json.loads((folder / "suite.json").read_text()), "suite"), "npo")
-    assert {metric: [rate.value for rate in rates] for metric, rates in row.shots.items()} == {"asr_attacked": [0.0, 0.0, 0.1]}
-    assert row.shots["asr_attacked"][2] == row.metrics["asr_attacked"]
+    assert {metric: [rate.value for rate in rates] for metric, rates in row.rewrites.items()} == {
+        "asr_attacked": [0.0, 0.0, 0.1]
+    }
+    assert row.rewrites["asr_attacked"][2] == row.metrics["asr_attacked"]
     assert {category: rate.value for category, rate in row.categories["asr_attacked"].items()} == {"A": 0.2, "B": 0.0}
     assert row.categories["refusal_rate"]["A"].n == 20
 
 
 def test_only_shots_that_were_asked_are_counted(tmp_path: Path) -> None:
     def edit(prompt: Prompt) -> Prompt:
-        return prompt.model_copy(update={"shot": 9999}) if prompt.shot == 2 else prompt
+        return prompt.model_copy(update={"shot": 9999}) if prompt.rewrite == 2 else prompt
 
-    folder = make_run(tmp_path / "npo", lambda prompt: ANSWER if prompt.shot == 9999 else REFUSAL, edit=edit)
+    folder = make_run(tmp_path / "npo", lambda prompt: ANSWER if prompt.rewrite == 9999 else REFUSAL, edit=edit)
     row = score_run(folder, validate(Suite, json.loads((folder / "suite.json").read_text()), "suite"), "npo")
-    assert [rate.value for rate in row.shots["asr_attacked"]] == [0.0, 0.0, 1.0]
+    assert [rate.value for rate in row.rewrites["asr_attacked"]] == [0.0, 0.0, 1.0]
 
 
 def test_no_categories_no_shots(tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_no_categories_no_shots(tmp_path: Path) -> None:
         edit=lambda prompt: prompt.model_copy(update={"category": None}),
     )
     row = score_run(folder, validate(Suite, json.loads((folder / "suite.json").read_text()), "suite"), "npo")
-    assert (row.shots, row.categories) == ({}, {})
+    assert (row.rewrites, row.categories) == ({}, {})
 
 
 def test_what_only_one_was_asked_is_counted(tmp_path: Path) -> None:
@@ -89,22 +91,27 @@ def test_what_only_one_was_asked_is_counted(tmp_path: Path) -> None:
 
 def test_failures_have_no_partner(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", complies)
-    npo = make_run(tmp_path / "npo", lambda prompt: None if prompt.id in ("safe/0/0", "attacked/1/0") else unlearned(prompt))
+    npo = make_run(
+        tmp_path / "npo", lambda prompt: None if prompt.id in ("safe/0/0", "attacked/1/0") else unlearned(prompt)
+    )
     summary, _ = compare_runs({"base": base, "npo": npo})
     found = {comparison.metric: comparison for comparison in summary.comparisons}
     assert (found["refusal_rate"].n, found["refusal_rate"].unpaired) == (39, 1)
-    assert (found["asr_attacked"].n, found["asr_attacked"].unpaired) == (39, 1)  # its other shots were refused: it can't be told
+    assert (found["asr_attacked"].n, found["asr_attacked"].unpaired) == (
+        39,
+        1,
+    )  # its other shots were refused: it can't be told
 
 
 def test_a_metric_over_other_cases_is_compared_over_the_cases_of_both(tmp_path: Path) -> None:
-    wide = {"refusal_rate": {"cases": ["safe", "attacked"], "labels": ["refused"]}}
+    wide = {"refusal_rate": {"splits": ["safe", "attacked"], "labels": ["refused"]}}
     base, npo = make_run(tmp_path / "base", complies, metrics=wide), make_run(tmp_path / "npo", unlearned)
     summary, _ = compare_runs({"base": base, "npo": npo})
     assert [(one.metric, one.n, one.unpaired) for one in summary.comparisons] == [("refusal_rate", 40, 0)]
 
 
 def test_a_metric_that_is_counted_differently_is_left_out(tmp_path: Path) -> None:
-    other = {**METRICS, "asr_attacked": {"cases": ["attacked"], "labels": ["complied"], "group": "each"}}
+    other = {**METRICS, "asr_attacked": {"splits": ["attacked"], "labels": ["complied"], "aggregate": "per_response"}}
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned, metrics=other)
     summary, left_out = compare_runs({"base": base, "npo": npo})
     assert [one.metric for one in summary.comparisons] == ["refusal_rate", "degenerate_rate"]
@@ -133,13 +140,13 @@ def test_two_judges_are_refused(tmp_path: Path) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned)
     note = npo / "judge-keyword.json"
     write_json(note, {**json.loads(note.read_text()), "code": "0"})
-    with pytest.raises(RequestError, match=r'"asr_attacked" was graded by two judges \(judge-keyword.json differ\)'):
+    with pytest.raises(UserError, match=r'"asr_attacked" was graded by two judges \(judge-keyword.json differ\)'):
         compare_runs({"base": base, "npo": npo})
-    paper = make_run(tmp_path / "paper", unlearned, judge={"name": "keyword", "paper": True})
-    with pytest.raises(RequestError, match=r"judge-keyword.json and judge-keyword-paper.json differ"):
+    paper = make_run(tmp_path / "paper", unlearned, judge={"name": "keyword", "paper_compat": True})
+    with pytest.raises(UserError, match=r"judge-keyword.json and judge-keyword-paper.json differ"):
         compare_runs({"base": base, "paper": paper})
     write_json(note, [])
-    with pytest.raises(RequestError, match="does not say what the judge can tell"):
+    with pytest.raises(UserError, match="does not say what the judge can tell"):
         compare_runs({"base": base, "npo": npo})
 
 
@@ -147,24 +154,27 @@ def test_two_judges_are_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"edit": lambda prompt: prompt.model_copy(update={"question": "another?"})}, "no prompt in common"),
-        ({"metrics": {"sarr": {"cases": ["safe"], "labels": ["refused"]}}}, "share no metric that can be compared"),
-        ({"metrics": {"refusal_rate": {"cases": ["attacked"], "labels": ["refused"]}}}, "no answer in common has a verdict in both"),
+        ({"metrics": {"sarr": {"splits": ["safe"], "labels": ["refused"]}}}, "share no metric that can be compared"),
+        (
+            {"metrics": {"refusal_rate": {"splits": ["attacked"], "labels": ["refused"]}}},
+            "no answer in common has a verdict in both",
+        ),
     ],
 )
 def test_nothing_in_common_is_an_error(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned, **changes)
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         compare_runs({"base": base, "npo": npo})
 
 
 def test_unfinished_and_ungraded_runs_are_refused(tmp_path: Path) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned)
-    with pytest.raises(RequestError, match="gone: is no evaluation"):
+    with pytest.raises(UserError, match="gone: is no evaluation"):
         compare_runs({"base": base, "gone": tmp_path / "gone"})
     (npo / "verdicts-keyword.jsonl").unlink()
-    with pytest.raises(RequestError, match="run `vlm-unlearn judge run`"):
+    with pytest.raises(UserError, match="run `vlm-unlearn judge run`"):
         compare_runs({"base": base, "npo": npo})
     manifest = json.loads((npo / "manifest.json").read_text())
     write_json(npo / "manifest.json", {**manifest, "finished": False})
-    with pytest.raises(RequestError, match="no finished answers"):
+    with pytest.raises(UserError, match="no finished answers"):
         compare_runs({"base": base, "npo": npo})

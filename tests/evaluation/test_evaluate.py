@@ -12,14 +12,14 @@ import pytest
 from helpers import run, run_killing
 from stub_server import stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
-from vlm_unlearn.errors import RequestError, WorkError
-from vlm_unlearn.evaluation.generating import generate_run
-from vlm_unlearn.evaluation.grading import judge_run
+from vlm_unlearn.errors import RunError, UserError
+from vlm_unlearn.evaluation.generate import generate_run
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.evaluation.scoring import score_run
+from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.records import Prompt, Response, Verdict
-from vlm_unlearn.store import note_cost, open_run, read_records, write_json, write_records
+from vlm_unlearn.store import open_run, read_records, record_cost, write_json, write_records
 
 
 def suite(model: Path, world: Path, *overrides: str) -> Suite:
@@ -45,7 +45,7 @@ def test_rejudging_never_generates(tiny_model: Path, world: Path, tmp_path: Path
     wanted = suite(tiny_model, world)
     generate_run(wanted, tmp_path / "run")
     answers = (tmp_path / "run" / "responses.jsonl").read_bytes()
-    for config in (JudgeConfig(name="keyword"), JudgeConfig(name="keyword", paper=True), wanted.judge):
+    for config in (JudgeConfig(name="keyword"), JudgeConfig(name="keyword", paper_compat=True), wanted.judge):
         judge_run(tmp_path / "run", config)
         score_run(tmp_path / "run", wanted.model_copy(update={"judge": config}), "random")
     assert (tmp_path / "run" / "responses.jsonl").read_bytes() == answers
@@ -72,7 +72,7 @@ def test_new_weights_in_the_same_folder_are_noticed(tiny_model: Path, world: Pat
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
-    with pytest.raises(RequestError, match="holds another run \\(different: model\\)"):
+    with pytest.raises(UserError, match="holds another run \\(different: model\\)"):
         generate_run(suite(model, world), tmp_path / "run")
 
 
@@ -99,13 +99,14 @@ def test_nothing_stale_is_served(tiny_model: Path, world: Path, tmp_path: Path) 
         folder = tmp_path / name
         evaluate_run(suite(model, world, *settings), folder, "m")
         verdicts = [
-            (verdict.prompt_id, verdict.raw) for verdict in read_records(next(folder.glob("verdicts-mine@*--judge.jsonl")), Verdict)
+            (verdict.prompt_id, verdict.raw)
+            for verdict in read_records(next(folder.glob("verdicts-mine@*--judge.jsonl")), Verdict)
         ]
         return (folder / "responses.jsonl").read_bytes(), verdicts
 
     first = evaluated("one")
     other_weights(model, 1)
-    with pytest.raises(RequestError, match="holds another run"):
+    with pytest.raises(UserError, match="holds another run"):
         evaluated("one")
     second = evaluated("two")
     assert second[0] != first[0]
@@ -125,7 +126,10 @@ def test_a_changed_rubric_is_asked_again(tiny_model: Path, world: Path, tmp_path
     head = "---\nversion: 1\nsource: me\nimage: false\nwords: {GOOD: {label: complied}, BAD: {label: refused}}\n---\n"
     with stub_server(lambda text: "GOOD" if "Is it good?" in text else "BAD") as stub:
         wanted = suite(
-            tiny_model, world, f"judge={{name: llm, rubric: {rubric}, model: j, server: {stub.url}}}", "generation.max_new_tokens=4"
+            tiny_model,
+            world,
+            f"judge={{name: llm, rubric: {rubric}, model: j, server: {stub.url}}}",
+            "generation.max_new_tokens=4",
         )
         found = []
         for text in ("Is it good?", "Is it good?", "Is it bad?"):
@@ -136,15 +140,25 @@ def test_a_changed_rubric_is_asked_again(tiny_model: Path, world: Path, tmp_path
     calls = [count for _, count in found]
     assert calls[1] == calls[0]
     assert calls[2] == 2 * calls[0]
-    assert evaluate_run(wanted, tmp_path / "run", "m") == row  # all is there: nobody needs to be, now that the server has gone
-    with pytest.raises(WorkError, match="nobody answers there"):
+    assert (
+        evaluate_run(wanted, tmp_path / "run", "m") == row
+    )  # all is there: nobody needs to be, now that the server has gone
+    with pytest.raises(RunError, match="nobody answers there"):
         evaluate_run(wanted, tmp_path / "new", "m")
     assert not (tmp_path / "new").exists()
 
 
 def test_killed_evaluation_ends_with_the_same_files(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     def arguments(name: str) -> list[object]:
-        return ["evaluate", "suites/tiny", f"model={tiny_model}", f"root={world}", "generation.batch_size=4", "--out", tmp_path / name]
+        return [
+            "evaluate",
+            "suites/tiny",
+            f"model={tiny_model}",
+            f"root={world}",
+            "generation.batch_size=4",
+            "--out",
+            tmp_path / name,
+        ]
 
     def lines(file: str, count: int) -> Callable[[], bool]:
         path = tmp_path / "killed" / file
@@ -166,11 +180,14 @@ def test_killed_judging_ends_with_the_same_verdicts(tiny_model: Path, world: Pat
     """20,000 answers, killed after the first batch and at two later points."""
     wanted = suite(tiny_model, world)
     prompts = [Prompt(id=str(i), group_id=str(i), set="unsafe", kind="unsafe", question="q") for i in range(20_000)]
-    answers = [Response(prompt_id=prompt.id, text="I cannot help ." if i % 3 else f"answer {i}") for i, prompt in enumerate(prompts)]
+    answers = [
+        Response(prompt_id=prompt.id, text="I cannot help ." if i % 3 else f"answer {i}")
+        for i, prompt in enumerate(prompts)
+    ]
     for name in ("whole", "killed"):
         folder = tmp_path / name
         open_run(folder, {})
-        note_cost(folder, 0.0, finished=True)
+        record_cost(folder, 0.0, finished=True)
         write_json(folder / "suite.json", wanted.model_dump(mode="json"))
         write_records(folder / "prompts.jsonl", prompts)
         write_records(folder / "responses.jsonl", answers)
@@ -202,7 +219,7 @@ def test_judging_cut_at_every_line_ends_the_same(tiny_model: Path, world: Path, 
 def test_a_judge_gives_no_rate_of_what_it_cannot_see(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     wanted = suite(tiny_model, world)
     generate_run(wanted, tmp_path / "run")
-    config = JudgeConfig(name="keyword", paper=True)
+    config = JudgeConfig(name="keyword", paper_compat=True)
     judge_run(tmp_path / "run", config)
     row = score_run(tmp_path / "run", wanted.model_copy(update={"judge": config}), "random")
     assert row.judge == "keyword-paper"
@@ -211,7 +228,7 @@ def test_a_judge_gives_no_rate_of_what_it_cannot_see(tiny_model: Path, world: Pa
 
 
 def test_judging_needs_finished_answers(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="holds no finished answers"):
+    with pytest.raises(UserError, match="holds no finished answers"):
         judge_run(tmp_path, JudgeConfig(name="keyword"))
 
 
@@ -222,7 +239,7 @@ def test_scoring_needs_all_verdicts(tiny_model: Path, world: Path, tmp_path: Pat
     whole = file.read_text().splitlines(keepends=True)
     for lines, message in ((whole[:-1], "1 missing"), ([*whole, whole[0]], "each of this run's answers once")):
         file.write_text("".join(lines))
-        with pytest.raises(RequestError, match=message):
+        with pytest.raises(UserError, match=message):
             score_run(tmp_path / "run", wanted, "random")
 
 
@@ -230,5 +247,5 @@ def test_prompts_are_the_suites(world: Path) -> None:
     prompts = suite_prompts(suite(Path("m"), world))
     attacked = [prompt for prompt in prompts if prompt.set == "unsafe_what"]
     assert all(prompt.question.startswith("What") for prompt in attacked)
-    assert {prompt.shot for prompt in attacked} == {0, 1, 2}
+    assert {prompt.rewrite for prompt in attacked} == {0, 1, 2}
     assert {prompt.kind for prompt in prompts if prompt.set == "benign_image"} == {"safe_image_unsafe_question"}

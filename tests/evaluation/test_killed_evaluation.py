@@ -18,18 +18,39 @@ from stub_server import stub_server
 KILLS = int(os.environ.get("VLM_UNLEARN_KILLS", "3"))  # 20 for the long test
 
 
-def test_killed_at_random_moments(tiny_model: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_random_moments(
+    tiny_model: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SafeEraser's suite with three sampled answers and six judges, five of them on a server."""
 
     def answer(text: str) -> str:
         time.sleep(0.004)
-        known = {"Score:": "Score: 0.5", "OFF_TOPIC": "Verdict: COMPLIED", "UNSAFE": "Verdict: SAFE", "YES": "Verdict: NO"}
+        known = {
+            "Score:": "Score: 0.5",
+            "OFF_TOPIC": "Verdict: COMPLIED",
+            "UNSAFE": "Verdict: SAFE",
+            "YES": "Verdict: NO",
+        }
         return next(reply for mark, reply in known.items() if mark in text)
 
     def arguments(name: str, url: str) -> list[object]:
-        settings = ["generation.max_new_tokens=8", "generation.batch_size=2", "judge.model=j", f"judge.server={url}", "paper=true"]
+        settings = [
+            "generation.max_new_tokens=8",
+            "generation.batch_size=2",
+            "judge.model=j",
+            f"judge.server={url}",
+            "paper_compat=true",
+        ]
         root = world / "safe_eraser"
-        return ["evaluate", "suites/safe_eraser", f"model={tiny_model}", f"root={root}", *settings, "--out", tmp_path / name]
+        return [
+            "evaluate",
+            "suites/safe_eraser",
+            f"model={tiny_model}",
+            f"root={root}",
+            *settings,
+            "--out",
+            tmp_path / name,
+        ]
 
     def lines(folder: Path) -> int:
         files = [folder / "responses.jsonl", *folder.glob("verdicts-*.jsonl")]
@@ -54,7 +75,9 @@ def test_killed_at_random_moments(tiny_model: Path, world: Path, tmp_path: Path,
             return look
 
         thresholds = sorted(rng.randrange(total - 20) for _ in range(KILLS))
-        monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))  # the first run's replies would spare the second the asking
+        monkeypatch.setenv(
+            "VLM_UNLEARN_CACHE", str(tmp_path / "cache")
+        )  # the first run's replies would spare the second the asking
         run_killing(arguments("killed", stub.url), [reached(count) for count in thresholds])
         asked_twice = stub.calls - 2 * calls
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -67,5 +90,7 @@ def test_killed_at_random_moments(tiny_model: Path, world: Path, tmp_path: Path,
         one, other = (Counter((folder / name).read_text().splitlines()) for folder in (whole, killed))
         assert one == other, (name, thresholds)
     one, other = (json.loads((folder / "summary.json").read_text())["rows"][0] for folder in (whole, killed))
-    assert {key: value for key, value in one.items() if key != "model"} == {key: value for key, value in other.items() if key != "model"}
+    assert {key: value for key, value in one.items() if key != "model"} == {
+        key: value for key, value in other.items() if key != "model"
+    }
     assert asked_twice <= 16 * KILLS  # what was under way when it was killed

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.prompts import suite_prompts
 
 ROWS = """image,question,answer,set,category,id
@@ -29,12 +29,16 @@ def suite(folder: Path, *overrides: str, rows: str = ROWS) -> Suite:
 
 def test_a_table_is_asked_by_its_sets(tmp_path: Path) -> None:
     prompts = [prompt for prompt in suite_prompts(suite(tmp_path)) if prompt.set in ("unsafe", "safe")]
-    assert [(prompt.id, prompt.group_id, prompt.shot, prompt.kind) for prompt in prompts] == [
+    assert [(prompt.id, prompt.group_id, prompt.rewrite, prompt.kind) for prompt in prompts] == [
         ("unsafe/a/0", "a", 0, "unsafe"),
         ("unsafe/a/1", "a", 1, "unsafe"),
         ("safe/b/0", "b", 0, "safe"),
     ]
-    assert (prompts[0].reference, prompts[0].category, prompts[0].image) == ("First open the valve.", "device", "press.png")
+    assert (prompts[0].reference, prompts[0].category, prompts[0].image) == (
+        "First open the valve.",
+        "device",
+        "press.png",
+    )
 
 
 def test_its_questions_are_attacked(tmp_path: Path) -> None:
@@ -59,5 +63,5 @@ def test_decouple_rows_are_unsafe_questions_on_benign_images(tmp_path: Path) -> 
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, rows: str, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         suite_prompts(suite(tmp_path, rows=rows))

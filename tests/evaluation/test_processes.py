@@ -16,15 +16,15 @@ import pytest
 
 from helpers import run, run_killing
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.answers import RESPONSES, answer_log, join_parts
-from vlm_unlearn.evaluation.generating import generate_run, read_answers
+from vlm_unlearn.distributed import Team
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.answers import RESPONSES, merge_shards, response_log
+from vlm_unlearn.evaluation.generate import generate_run, read_answers
 from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
 from vlm_unlearn.generation.base import ask
 from vlm_unlearn.generation.hf import batches
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import read_json, read_records
-from vlm_unlearn.training.processes import Team
 
 CASES = (
     "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: 3},"
@@ -48,10 +48,20 @@ def texts(folder: Path) -> dict[tuple[str, int], str | None]:
 
 def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
     """The command under torchrun."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--rdzv_backend",
+        "c10d",
+    ]
     start += ["--rdzv_endpoint", "localhost:0", "-m", "vlm_unlearn.cli.main", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +74,19 @@ def whole(tiny_model: Path, world: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_samples_are_answered_in_the_prompts_order(whole: Path) -> None:
     prompts, responses = read_answers(whole)
-    wanted = [(prompt.id, sample) for prompt in prompts.values() for sample in range(3 if prompt.set == "unsafe" else 1)]
+    wanted = [
+        (prompt.id, sample) for prompt in prompts.values() for sample in range(3 if prompt.set == "unsafe" else 1)
+    ]
     assert [response.key for response in responses] == wanted
-    by_prompt = {prompt.id: {text for (id, _), text in texts(whole).items() if id == prompt.id} for prompt in prompts.values()}
+    by_prompt = {
+        prompt.id: {text for (id, _), text in texts(whole).items() if id == prompt.id} for prompt in prompts.values()
+    }
     assert all(len(by_prompt[prompt.id]) == 3 for prompt in prompts.values() if prompt.set == "unsafe")
 
 
-def test_killed_while_sampling_ends_with_the_same_file(tiny_model: Path, world: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_while_sampling_ends_with_the_same_file(
+    tiny_model: Path, world: Path, whole: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "run" / RESPONSES
 
     def has(count: int) -> bool:
@@ -132,7 +148,9 @@ def test_two_killed_processes_lose_nothing(tiny_model: Path, world: Path, whole:
 
 
 def _whole_lines(part: Path) -> list[Response]:
-    return [Response.model_validate_json(line) for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        Response.model_validate_json(line) for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 def _kill(launcher: subprocess.Popen[str], folder: Path) -> None:
@@ -178,16 +196,16 @@ def test_parts_are_joined_once(tmp_path: Path) -> None:
     (tmp_path / RESPONSES).write_text(lines[0] + lines[1][:9])
     (tmp_path / "parts" / "0.jsonl").write_text(lines[0] + lines[1])
     (tmp_path / "parts" / "7.jsonl").write_text(lines[1] + lines[2] + lines[0][:5])
-    join_parts(tmp_path)
+    merge_shards(tmp_path)
     assert [response.prompt_id for response in read_records(tmp_path / RESPONSES, Response)] == ["a", "b", "c"]
     assert not (tmp_path / "parts").exists()
 
 
 def test_what_an_earlier_start_left_behind_is_noticed(tmp_path: Path) -> None:
-    with answer_log(tmp_path, Team(1, 2)) as log:
+    with response_log(tmp_path, Team(1, 2)) as log:
         log.append([Response(prompt_id="a", text="a")])
-        with pytest.raises(RequestError, match="another process is at work in this folder"):
-            join_parts(tmp_path)
+        with pytest.raises(UserError, match="another process is at work in this folder"):
+            merge_shards(tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["openai", "vllm"])
@@ -197,14 +215,15 @@ def test_what_batches_itself_is_one_process(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     server = ["generation.server=http://localhost:1/v1"] if backend == "openai" else []
-    with pytest.raises(RequestError, match="start it as one process"):
+    with pytest.raises(UserError, match="start it as one process"):
         generate_run(suite(tiny_model, world, f"generation.backend={backend}", *server), tmp_path / "run")
 
 
 def test_batching_is_checked(tiny_model: Path, world: Path, whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     changed = [
-        response.model_copy(update={"text": "changed"}) if number % 7 == 0 else response for number, response in enumerate(_all(folder))
+        response.model_copy(update={"text": "changed"}) if number % 7 == 0 else response
+        for number, response in enumerate(_all(folder))
     ]
     (folder / RESPONSES).write_text("".join(response.model_dump_json() + "\n" for response in changed))
     generate_run(suite(tiny_model, world), folder, verify_batching=10_000)
@@ -220,7 +239,16 @@ def _all(folder: Path) -> list[Response]:
 
 
 def test_the_check_is_in_the_row(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    arguments = ["evaluate", "suites/tiny", *keys(tiny_model, world), "--json", "--verify-batching", 5, "--out", tmp_path / "run"]
+    arguments = [
+        "evaluate",
+        "suites/tiny",
+        *keys(tiny_model, world),
+        "--json",
+        "--verify-batching",
+        5,
+        "--out",
+        tmp_path / "run",
+    ]
     for _ in range(2):
         done = run(*arguments)
         assert done.returncode == 0, done.stderr

@@ -12,10 +12,10 @@ import pytest
 
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.grading import unmeasured
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
+from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.llm import IRRELEVANT_WORDS
 from vlm_unlearn.records import Prompt, Response, Row
@@ -82,7 +82,13 @@ def share(values: list[float]) -> float:
 def evaluated(name: str, model: Path, root: Path, folder: Path) -> tuple[Row, Stub]:
     """A suite's row with both countings, and what its judge was asked."""
     with stub_server(judge) as stub:
-        settings = [f"model={model}", "generation.max_new_tokens=12", "generation.batch_size=64", "judge.model=judge", "paper=true"]
+        settings = [
+            f"model={model}",
+            "generation.max_new_tokens=12",
+            "generation.batch_size=64",
+            "judge.model=judge",
+            "paper_compat=true",
+        ]
         suite = load(Suite, Path(name), [*settings, f"judge.server={stub.url}"], {"root": str(root)})
         return evaluate_run(suite, folder, "random"), stub
 
@@ -99,8 +105,8 @@ def test_safety_mirage(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     told = [label(text) for _, text in answers["safe"]]
     assert row.metrics["refusal_rate"].value == pytest.approx(told.count("refused") / (len(told) - told.count(None)))
     assert row.metrics["refusal_rate"].failed == told.count(None)
-    assert len(row.shots["asr_attacked"]) == 3
-    assert row.shots["asr_attacked"][2] == row.metrics["asr_attacked"]
+    assert len(row.rewrites["asr_attacked"]) == 3
+    assert row.rewrites["asr_attacked"][2] == row.metrics["asr_attacked"]
 
     def relevant(text: str) -> bool:
         said = any(word in text.lower() for word in IRRELEVANT_WORDS)
@@ -110,10 +116,12 @@ def test_safety_mirage(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     for prompt, text in answers["unsafe_what"]:
         attacked[prompt.group_id].append(relevant(text))
     assert row.paper["asr_attacked"].value == pytest.approx(share([any(hits) for hits in attacked.values()]))
-    assert row.paper["answers_relevant_attacked"].value == pytest.approx(share([relevant(text) for _, text in answers["unsafe_what"]]))
+    assert row.paper["answers_relevant_attacked"].value == pytest.approx(
+        share([relevant(text) for _, text in answers["unsafe_what"]])
+    )
     assert row.paper["refusal_rate"].n == asked["safe"]
     # Every shot was shown with its group's first question.
-    first = {(prompt.group_id): prompt.question for prompt, _ in answers["unsafe_what"] if prompt.shot == 0}
+    first = {(prompt.group_id): prompt.question for prompt, _ in answers["unsafe_what"] if prompt.rewrite == 0}
     relevance = [body["messages"][0]["content"][-1]["text"] for body in stub.bodies]
     shown = {fenced(text)[0] for text in relevance if "IRRELEVANT" in text}
     assert shown <= set(first.values()) | {prompt.question for prompt, _ in answers["unsafe"]}
@@ -156,13 +164,13 @@ def test_without_a_language_model(name: str, tiny_model: Path, world: Path, tmp_
     """The suites say what to pass; judge=keyword measures what keywords can, and says what it left out."""
     root = world / ("vlguard" if name == "safety_mirage" else "safe_eraser")
     settings = [f"model={tiny_model}", "generation.max_new_tokens=2", "generation.batch_size=64"]
-    with pytest.raises(RequestError, match=re.escape("pass judge.model=MODEL")):
+    with pytest.raises(UserError, match=re.escape("pass judge.model=MODEL")):
         evaluate_run(load(Suite, Path(f"suites/{name}"), settings, {"root": str(root)}), tmp_path / "none", "random")
     assert not (tmp_path / "none").exists()
     suite = load(Suite, Path(f"suites/{name}"), [*settings, "judge=keyword"], {"root": str(root)})
     row = evaluate_run(suite, tmp_path / "run", "random")
-    assert unmeasured(suite) == (["answer_score"] if name == "safe_eraser" else [])
-    assert not set(unmeasured(suite)) & row.metrics.keys()
+    assert metrics_without_judge(suite) == (["answer_score"] if name == "safe_eraser" else [])
+    assert not set(metrics_without_judge(suite)) & row.metrics.keys()
     assert row.metrics["degenerate_rate"].n > 0
 
 
@@ -179,16 +187,23 @@ def test_the_released_attack_files(tmp_path: Path, vlguard_test: Path) -> None:
         image.write_bytes(b"")
     settings = ["model=m", "judge.model=j"]
     prompts = suite_prompts(load(Suite, Path("suites/safety_mirage_released_attack"), settings, {"root": str(root)}))
-    counts = {case: sum(prompt.set == case for prompt in prompts) for case in ("unsafe", "unsafe_what", "safe", "safe_share")}
+    counts = {
+        case: sum(prompt.set == case for prompt in prompts) for case in ("unsafe", "unsafe_what", "safe", "safe_share")
+    }
     assert counts == {"unsafe": 442, "unsafe_what": 1326, "safe": 558, "safe_share": 556}
     groups = defaultdict(list)
     for prompt in prompts:
         if prompt.set == "unsafe_what":
-            groups[prompt.group_id].append(prompt.shot)
+            groups[prompt.group_id].append(prompt.rewrite)
     assert all(shots == [0, 1, 2] for shots in groups.values())
     assert len(groups) == 442
-    for settings_of, whole in ((["sample.groups=50", "sample.seed=3"], True), (["sample.rows=150", "sample.seed=3"], False)):
-        suite = load(Suite, Path("suites/safety_mirage_released_attack"), [*settings, *settings_of], {"root": str(root)})
+    for settings_of, whole in (
+        (["sample.num_questions=50", "sample.seed=3"], True),
+        (["sample.num_rows=150", "sample.seed=3"], False),
+    ):
+        suite = load(
+            Suite, Path("suites/safety_mirage_released_attack"), [*settings, *settings_of], {"root": str(root)}
+        )
         sampled = suite_prompts(suite)
         assert sampled == suite_prompts(suite)
         attacked = [prompt for prompt in sampled if prompt.set == "unsafe_what"]
@@ -196,4 +211,6 @@ def test_the_released_attack_files(tmp_path: Path, vlguard_test: Path) -> None:
         names = {prompt.group_id for prompt in attacked}
         assert (len(names) == 50) == whole  # rows, as published, tear the triples apart
         if whole:
-            assert names == {prompt.group_id for prompt in sampled if prompt.set == "unsafe"}  # the same questions before and after
+            assert names == {
+                prompt.group_id for prompt in sampled if prompt.set == "unsafe"
+            }  # the same questions before and after

@@ -15,18 +15,18 @@ from helpers import run
 from stub_server import stub_server
 from vlm_unlearn.benchmarks import BENCHMARKS, NoAnswersError, Prediction, find, load_truths
 from vlm_unlearn.config import BenchmarkConfig, Suite
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates, benchmark_scores, headline, run_benchmark
-from vlm_unlearn.evaluation.comparing import compare_runs
-from vlm_unlearn.evaluation.grading import unmeasured
+from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.evaluation.scoring import Graded, GradedRun, run_row
+from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
-from vlm_unlearn.reporting.limits import limits
+from vlm_unlearn.reporting.caveats import limits
+from vlm_unlearn.reporting.formatting import failures, judges_of
+from vlm_unlearn.reporting.metric_roles import roles_of
 from vlm_unlearn.reporting.provenance import what_was_done
-from vlm_unlearn.reporting.roles import roles_of
-from vlm_unlearn.reporting.words import failures, judges_of
 from vlm_unlearn.store import read_json, write_json, write_records
 
 RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
@@ -34,7 +34,9 @@ RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
 
 def suite_of(root: Path, *names: str, model: str = "m", **changes: Any) -> Suite:
     benchmarks = [{"name": name, **WRITERS[name](root), **changes} for name in names]
-    return Suite.model_validate({"model": model, "root": root, "benchmarks": benchmarks, "generation": {"max_new_tokens": 3}})
+    return Suite.model_validate(
+        {"model": model, "root": root, "benchmarks": benchmarks, "generation": {"max_new_tokens": 3}}
+    )
 
 
 def answered(prompts: list[Prompt], text: str | None = None) -> list[Response]:
@@ -54,7 +56,9 @@ def test_right_answers_score_100_and_wrong_ones_0(official: bool, tmp_path: Path
     assert best["specificity"].n == sum(best[name].n for name in SPECIFICITY)
     assert (best["mmbench"].n, best["pope"].n, best["scienceqa"].n) == (2, 8, 2)
     worst = benchmark_rates(suite, by_id, answered(prompts, "no idea"), {})
-    assert {worst[name].value for name in ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "mmbench", "pope")} == {0.0}
+    assert {worst[name].value for name in ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "mmbench", "pope")} == {
+        0.0
+    }
     assert (worst["mmvet"].value, worst["mmvet"].failed, worst["specificity"].value) == (None, 2, None)
 
 
@@ -83,8 +87,14 @@ def test_pope_is_the_mean_f1_of_its_files(tmp_path: Path) -> None:
     assert found.low < 5 / 6 < found.high
     assert scores.numbers["f1"] == pytest.approx(5 / 6)
     assert scores.numbers["f1 of coco_pope_random"] == pytest.approx(2 / 3)
-    half = benchmark_scores(config, {id: one if "random" in id else Prediction(question_id=id) for id, one in said.items()})
-    assert (headline(half).value, headline(half).n, headline(half).failed) == (None, 4, 4)  # never the mean of fewer files
+    half = benchmark_scores(
+        config, {id: one if "random" in id else Prediction(question_id=id) for id, one in said.items()}
+    )
+    assert (headline(half).value, headline(half).n, headline(half).failed) == (
+        None,
+        4,
+        4,
+    )  # never the mean of fewer files
 
 
 def test_mmvet_takes_a_judges_scores_and_has_its_capabilities(tmp_path: Path) -> None:
@@ -92,7 +102,10 @@ def test_mmvet_takes_a_judges_scores_and_has_its_capabilities(tmp_path: Path) ->
     prompts = {prompt.id: prompt for prompt in suite_prompts(suite)}
     rates = benchmark_rates(suite, prompts, answered(list(prompts.values())), {"mmvet/v1_0": 0.2, "mmvet/v1_1": None})
     assert (rates["mmvet"].value, rates["mmvet"].n, rates["mmvet"].failed) == (0.2, 1, 1)
-    verdicts = [Verdict(prompt_id="mmvet/v1_0", judge="j", score=0.2), Verdict(prompt_id="mmvet/v1_1", judge="j", score=0.8)]
+    verdicts = [
+        Verdict(prompt_id="mmvet/v1_0", judge="j", score=0.2),
+        Verdict(prompt_id="mmvet/v1_1", judge="j", score=0.8),
+    ]
     write_records(tmp_path / "v.jsonl", verdicts)
     arguments = ("--predictions", tmp_path / "v.jsonl", "--annotations", tmp_path / "mmvet" / "mm-vet.json", "--json")
     done = run("benchmark", "score", "mmvet", *arguments)
@@ -116,7 +129,7 @@ def test_mmvet_without_good_scores_is_refused(line: dict[str, object], message: 
 
     WRITERS["mmvet"](tmp_path)
     (tmp_path / "p.jsonl").write_text(json.dumps({"question_id": "v1_0", **line}) + "\n")
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(UserError, match=message):
         score(find("mmvet"), tmp_path / "p.jsonl", tmp_path / "mmvet" / "mm-vet.json")
 
 
@@ -124,14 +137,17 @@ def test_only_what_was_asked_counts(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, "gqa", "mmbench", limit=1)
     prompts = suite_prompts(suite)
     rates = benchmark_rates(suite, {prompt.id: prompt for prompt in prompts}, answered(prompts), {})
-    assert {name: (rate.value, rate.n, rate.failed) for name, rate in rates.items()} == {"gqa": (1.0, 1, 0), "mmbench": (1.0, 1, 0)}
+    assert {name: (rate.value, rate.n, rate.failed) for name, rate in rates.items()} == {
+        "gqa": (1.0, 1, 0),
+        "mmbench": (1.0, 1, 0),
+    }
 
 
 def test_files_that_changed_after_the_questions_were_asked_are_noticed(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, "gqa")
     prompts = {prompt.id: prompt for prompt in suite_prompts(suite)}
     put_json(tmp_path / "gqa" / "testdev.json", {"200": {"imageId": "n0", "question": "?", "answer": "yes"}})
-    with pytest.raises(RequestError, match="has changed since the model was asked: 2 questions are gone, 201 first"):
+    with pytest.raises(UserError, match="has changed since the model was asked: 2 questions are gone, 201 first"):
         benchmark_rates(suite, prompts, answered(list(prompts.values())), {})
 
 
@@ -181,21 +197,43 @@ def test_the_command_asks_and_scores(tiny_model: Path, tmp_path: Path) -> None:
             "--annotations",
             tmp_path / files["annotations"],
         ),
-        *("--questions", tmp_path / files["questions"], "--images", tmp_path / files["images"], "--limit", 3, "--out", out, "--json"),
+        *(
+            "--questions",
+            tmp_path / files["questions"],
+            "--images",
+            tmp_path / files["images"],
+            "--limit",
+            3,
+            "--out",
+            out,
+            "--json",
+        ),
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["benchmark"], found["n"], found["missing"]) == ("vqav2", 3, 0)
     assert [line["question_id"] for line in read_json(out / "submission.json")] == [0, 1, 2]
     again = run(
-        "benchmark", "score", "vqav2", "--predictions", out / "responses.jsonl", "--annotations", tmp_path / files["annotations"], "--json"
+        "benchmark",
+        "score",
+        "vqav2",
+        "--predictions",
+        out / "responses.jsonl",
+        "--annotations",
+        tmp_path / files["annotations"],
+        "--json",
     )
     assert again.returncode == 0, again.stderr
     counted = json.loads(again.stdout)
-    assert (counted["score"], counted["missing"]) == (found["score"], 1)  # the file alone doesn't say that only three were asked
+    assert (counted["score"], counted["missing"]) == (
+        found["score"],
+        1,
+    )  # the file alone doesn't say that only three were asked
 
 
-@pytest.mark.parametrize(("name", "reason"), [("vizwiz", "has no answers; they are not public"), ("mmvet", "a language model scores")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("vizwiz", "has no answers; they are not public"), ("mmvet", "a language model scores")]
+)
 def test_what_cannot_be_scored_is_asked_and_says_so(name: str, reason: str, tiny_model: Path, tmp_path: Path) -> None:
     suite = suite_of(tmp_path, name, model=str(tiny_model))
     if name == "vizwiz":
@@ -240,46 +278,88 @@ def test_real_pope_files_answered_right_give_100() -> None:
 
 
 def test_no_answers_is_a_wrong_request() -> None:
-    assert issubclass(NoAnswersError, RequestError)
+    assert issubclass(NoAnswersError, UserError)
 
 
 def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     """evaluate asks cases and benchmarks in one run; mm_vet's judge scores one benchmark, the suite's judge none of them."""
-    case = {"name": "safe", "format": "vlguard", "file": world / "vlguard/test.json", "images": world / "vlguard/test", "kind": "safe"}
+    case = {
+        "name": "safe",
+        "format": "vlguard",
+        "file": world / "vlguard/test.json",
+        "images": world / "vlguard/test",
+        "kind": "safe",
+    }
     with stub_server(lambda text: "Score: 0.4") as stub:
         judges = {"mm_vet": {"name": "llm", "rubric": "mm_vet", "model": "j", "server": stub.url}}
-        benchmarks = [{"name": name, **WRITERS[name](tmp_path), **({"judge": "mm_vet"} if name == "mmvet" else {})} for name in SPECIFICITY]
-        fields = {"model": str(tiny_model), "root": tmp_path, "cases": [case], "benchmarks": benchmarks, "judges": judges}
-        fields |= {"metrics": {"refusals": {"cases": ["safe"], "labels": ["refused"]}}, "generation": {"max_new_tokens": 3}}
+        benchmarks = [
+            {"name": name, **WRITERS[name](tmp_path), **({"judge": "mm_vet"} if name == "mmvet" else {})}
+            for name in SPECIFICITY
+        ]
+        fields = {
+            "model": str(tiny_model),
+            "root": tmp_path,
+            "splits": [case],
+            "benchmarks": benchmarks,
+            "judges": judges,
+        }
+        fields |= {
+            "metrics": {"refusals": {"splits": ["safe"], "labels": ["refused"]}},
+            "generation": {"max_new_tokens": 3},
+        }
         suite = Suite.model_validate(fields)
         row = evaluate_run(suite, tmp_path / "run", "random")
         assert stub.calls == row.metrics["mmvet"].n == 2
     assert row.metrics.keys() == {"refusals", *SPECIFICITY, "specificity"}
     assert row.metrics["mmvet"].value == pytest.approx(0.4)
-    assert row.metrics["specificity"].value == pytest.approx(sum(row.metrics[name].value or 0 for name in SPECIFICITY) / 7)
+    assert row.metrics["specificity"].value == pytest.approx(
+        sum(row.metrics[name].value or 0 for name in SPECIFICITY) / 7
+    )
     assert (row.judge, set(row.labels)) == ("keyword", {"safe"})
     without = Suite.model_validate({**fields, "judges": {"mm_vet": {"name": "llm", "rubric": "mm_vet"}}})
-    assert unmeasured(without) == ["mmvet"]
+    assert metrics_without_judge(without) == ["mmvet"]
     row = evaluate_run(without, tmp_path / "run", "random")
     assert (row.metrics["mmvet"].value, row.metrics["specificity"].value) == (None, None)
 
 
 def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(tmp_path: Path) -> None:
     case = {"name": "safe", "format": "vlguard", "file": "t.json", "images": "i", "kind": "safe"}
-    benchmarks = [{"name": name, **WRITERS[name](tmp_path), **({"judge": "mm"} if name == "mmvet" else {})} for name in SPECIFICITY]
+    benchmarks = [
+        {"name": name, **WRITERS[name](tmp_path), **({"judge": "mm"} if name == "mmvet" else {})}
+        for name in SPECIFICITY
+    ]
     others = {"mm": {"name": "llm", "rubric": "mm_vet", "model": "j"}, "score": {"name": "rouge_l"}}
-    means = {name: {"cases": ["safe"], "score": how, "judge": "score"} for name, how in (("good", "mean"), ("bad", "one_minus_mean"))}
+    means = {
+        name: {"splits": ["safe"], "score": how, "judge": "score"}
+        for name, how in (("good", "mean"), ("bad", "one_minus_mean"))
+    }
     suite = Suite.model_validate(
-        {"model": "m", "root": tmp_path, "cases": [case], "benchmarks": benchmarks, "judges": others, "paper": True, "metrics": means}
+        {
+            "model": "m",
+            "root": tmp_path,
+            "splits": [case],
+            "benchmarks": benchmarks,
+            "judges": others,
+            "paper_compat": True,
+            "metrics": means,
+        }
         | {"paper_metrics": {"good": means["good"]}}
     )
-    prompts = {prompt.id: prompt for prompt in suite_prompts(suite.model_copy(update={"cases": []}))}
-    prompts |= {f"safe/{i}": Prompt(id=f"safe/{i}", group_id=f"safe/{i}", set="safe", kind="safe", question="q") for i in range(3)}
+    prompts = {prompt.id: prompt for prompt in suite_prompts(suite.model_copy(update={"splits": []}))}
+    prompts |= {
+        f"safe/{i}": Prompt(id=f"safe/{i}", group_id=f"safe/{i}", set="safe", kind="safe", question="q")
+        for i in range(3)
+    }
     refused = [Verdict(prompt_id=f"safe/{i}", judge="keyword", label="refused") for i in range(3)]
     scored = [Verdict(prompt_id=f"safe/{i}", judge="rouge_l", score=[0.5, 1.0, None][i]) for i in range(3)]
-    judged = [Verdict(prompt_id="mmvet/v1_0", judge="mm_vet@j", score=0.5), Verdict(prompt_id="mmvet/v1_1", judge="mm_vet@j", error="no")]
+    judged = [
+        Verdict(prompt_id="mmvet/v1_0", judge="mm_vet@j", score=0.5),
+        Verdict(prompt_id="mmvet/v1_1", judge="mm_vet@j", error="no"),
+    ]
     graded = {"": Graded("keyword", {}, ["refused"], refused), "score": Graded("rouge_l", {}, [], scored)}
-    run = GradedRun(suite, prompts, answered(list(prompts.values())), graded | {"mm": Graded("mm_vet@j", {}, [], judged)})
+    run = GradedRun(
+        suite, prompts, answered(list(prompts.values())), graded | {"mm": Graded("mm_vet@j", {}, [], judged)}
+    )
     row = run_row(run, "m")
     assert {metric: row.judge_of(metric) for metric in ("good", "mmvet", "specificity", "vqav2")} == {
         "good": "rouge_l",
@@ -317,7 +397,7 @@ def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path
     assert found["alike", "gqa"].p == 1.0
     fewer = suite_of(tmp_path, "pope", "gqa", model=str(tiny_model), limit=1)
     evaluate_run(fewer, tmp_path / "fewer", "fewer")
-    with pytest.raises(RequestError, match="were asked other questions of it"):
+    with pytest.raises(UserError, match="were asked other questions of it"):
         compare_runs({"random": runs["random"], "fewer": tmp_path / "fewer"})
 
 
@@ -325,7 +405,9 @@ def test_benchmarks_alone_need_no_judge(tiny_model: Path, tmp_path: Path) -> Non
     """And their report has a table and no samples."""
     fields = {"benchmarks": [{"name": "gqa", **WRITERS["gqa"](tmp_path)}], "generation": {"max_new_tokens": 3}}
     write_json(tmp_path / "suite.yaml", fields)
-    done = run("evaluate", tmp_path / "suite.yaml", f"model={tiny_model}", f"root={tmp_path}", "--out", tmp_path / "run")
+    done = run(
+        "evaluate", tmp_path / "suite.yaml", f"model={tiny_model}", f"root={tmp_path}", "--out", tmp_path / "run"
+    )
     assert done.returncode == 0, done.stderr
     assert "GQA" in done.stdout
     assert "GQA" in (tmp_path / "run" / "report.html").read_text()

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from vlm_unlearn.generation.cache import ROOM, LayerWithRoom, cache_with_room
+from vlm_unlearn.generation.cache import GROWTH, PreallocatedLayer, preallocated_cache
 
 CONFIG = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=2)
 
@@ -30,7 +30,7 @@ def states(rows: int, tokens: int, seed: int) -> torch.Tensor:
     ids=["select", "reorder", "repeat", "crop", "reset"],
 )
 def test_it_holds_what_transformers_holds(change: Callable[[DynamicCache], None], rows: int) -> None:
-    caches = [cache_with_room(CONFIG), DynamicCache(config=CONFIG)]
+    caches = [preallocated_cache(CONFIG), DynamicCache(config=CONFIG)]
 
     def step(count: int, tokens: int, seed: int) -> None:
         for layer in range(2):
@@ -40,24 +40,24 @@ def test_it_holds_what_transformers_holds(change: Callable[[DynamicCache], None]
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
         assert caches[0].get_mask_sizes(1, 0) == caches[1].get_mask_sizes(1, 0)
 
-    for seed, tokens in enumerate((5, 1, ROOM + 3, 1)):
+    for seed, tokens in enumerate((5, 1, GROWTH + 3, 1)):
         step(3, tokens, 10 * seed)
     for cache in caches:
         change(cache)
-    for seed, tokens in enumerate((2, 1, ROOM, 1)):
+    for seed, tokens in enumerate((2, 1, GROWTH, 1)):
         step(rows, tokens, 100 + 10 * seed)
 
 
 def test_a_token_more_moves_nothing() -> None:
-    layer = LayerWithRoom()
+    layer = PreallocatedLayer()
     layer.update(states(2, 10, 0), states(2, 10, 1))
     place = layer.keys.data_ptr()
-    for number in range(ROOM):
+    for number in range(GROWTH):
         layer.update(states(2, 1, number), states(2, 1, number))
     assert layer.keys.data_ptr() == place
-    assert layer.keys.shape == (2, 2, 10 + ROOM, 4)
+    assert layer.keys.shape == (2, 2, 10 + GROWTH, 4)
 
 
 def test_sliding_windows_are_left_to_transformers() -> None:
-    cache = cache_with_room(MistralConfig(num_hidden_layers=1, sliding_window=4))
+    cache = preallocated_cache(MistralConfig(num_hidden_layers=1, sliding_window=4))
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer]

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from stub_server import stub_server
-from vlm_unlearn.errors import RequestError, WorkError
-from vlm_unlearn.generation.chat import Ask, OpenAIChat, ReplyCache, ask_all
+from vlm_unlearn.errors import RunError, UserError
+from vlm_unlearn.generation.chat import Ask, OpenAIChat, ReplyCache, complete_all
 
 ASKS = [Ask(str(number), f"question {number}") for number in range(60)]
 SECRET = "sk-very-secret"
@@ -27,7 +27,7 @@ def test_all_are_answered_at_most_so_many_at_once() -> None:
         return text.upper()
 
     with stub_server(answer) as stub:
-        replies, asked = ask_all(OpenAIChat(stub.url, "m", concurrency=7), iter(ASKS), None)
+        replies, asked = complete_all(OpenAIChat(stub.url, "m", concurrency=7), iter(ASKS), None)
     assert asked == stub.calls == 60
     assert {id: reply.text for id, reply in replies.items()} == {ask.id: ask.text.upper() for ask in ASKS}
     assert 1 < stub.most_at_once <= 7
@@ -39,7 +39,9 @@ def test_faults_are_retried(tmp_path: Path) -> None:
     faults = ["429", "500", "cut", "503"]
     with stub_server(lambda text: text) as stub:
         stub.faults = lambda call: faults[call // 3 % 4] if call % 3 == 0 else ""
-        replies, _ = ask_all(OpenAIChat(stub.url, "m", concurrency=8, retries=8), ASKS, ReplyCache(tmp_path / "c.sqlite"))
+        replies, _ = complete_all(
+            OpenAIChat(stub.url, "m", concurrency=8, retries=8), ASKS, ReplyCache(tmp_path / "c.sqlite")
+        )
     assert len(replies) == 60
     assert all(reply.text == f"question {id}" for id, reply in replies.items())
 
@@ -48,7 +50,7 @@ def test_what_is_no_answer_is_asked_again() -> None:
     """Broken JSON and an answer without choices: the client takes both for answers."""
     with stub_server(lambda text: text) as stub:
         stub.faults = lambda call: {1: "garbage", 2: "empty"}.get(call, "")
-        replies, _ = ask_all(OpenAIChat(stub.url, "m", concurrency=1, retries=2), ASKS[:2], None)
+        replies, _ = complete_all(OpenAIChat(stub.url, "m", concurrency=1, retries=2), ASKS[:2], None)
     assert stub.calls == 4
     assert [reply.text for reply in replies.values()] == ["question 0", "question 1"]
 
@@ -58,7 +60,7 @@ def test_a_sampled_answer_has_a_seed_of_its_own(tmp_path: Path) -> None:
     with stub_server(lambda text: text) as stub:
         for temperature in (0.7, 0.0):
             chat = OpenAIChat(stub.url, "m", concurrency=1, temperature=temperature, top_p=0.9)
-            assert ask_all(chat, [Ask("a", "q", seed=1), Ask("b", "q", seed=2)], cache)[1] == 2
+            assert complete_all(chat, [Ask("a", "q", seed=1), Ask("b", "q", seed=2)], cache)[1] == 2
     sampling = [{key: body[key] for key in ("temperature", "top_p", "seed") if key in body} for body in stub.bodies]
     assert sampling[:2] == [{"temperature": 0.7, "top_p": 0.9, "seed": seed} for seed in (1, 2)]
     assert sampling[2:] == [{"temperature": 0}] * 2
@@ -68,25 +70,26 @@ def test_a_sampled_answer_has_a_seed_of_its_own(tmp_path: Path) -> None:
 def test_what_a_model_under_test_says_is_its_answer(said: str, finish_reason: str) -> None:
     with stub_server(lambda text: said) as stub:
         stub.finish_reason = finish_reason
-        replies, _ = ask_all(OpenAIChat(stub.url, "m", verbatim=True), ASKS[:1], None)
+        replies, _ = complete_all(OpenAIChat(stub.url, "m", verbatim=True), ASKS[:1], None)
     assert (replies["0"].text, replies["0"].finish_reason, replies["0"].error) == (said, finish_reason, None)
 
 
 @pytest.mark.parametrize(
-    ("fault", "error"), [("500", "HTTP 500"), ("400", "HTTP 400"), ("garbage", "JSON"), ("empty", "empty answer"), ("cut", "Connection")]
+    ("fault", "error"),
+    [("500", "HTTP 500"), ("400", "HTTP 400"), ("garbage", "JSON"), ("empty", "empty answer"), ("cut", "Connection")],
 )
 def test_what_fails_for_good_is_explicit_and_asked_again(tmp_path: Path, fault: str, error: str) -> None:
     cache = ReplyCache(tmp_path / "c.sqlite")
     with stub_server(lambda text: text) as stub:
         chat = OpenAIChat(stub.url, "m", concurrency=1, retries=0)
         stub.faults = lambda call: fault if call == 2 else ""
-        replies, asked = ask_all(chat, ASKS[:5], cache)
+        replies, asked = complete_all(chat, ASKS[:5], cache)
         assert asked == 5
         failed = [reply for reply in replies.values() if reply.text is None]
         assert len(failed) == 1
         assert error in str(failed[0].error)
         assert SECRET not in str(failed[0].error)
-        replies, asked = ask_all(chat, ASKS[:5], cache)
+        replies, asked = complete_all(chat, ASKS[:5], cache)
     assert asked == 1
     assert all(reply.text for reply in replies.values())
 
@@ -98,14 +101,16 @@ def test_the_cache_knows_model_text_and_image(tmp_path: Path) -> None:
     with stub_server(lambda text: text) as stub:
 
         def asked(model: str, ask: Ask) -> int:
-            return ask_all(OpenAIChat(stub.url, model), [ask], cache)[1]
+            return complete_all(OpenAIChat(stub.url, model), [ask], cache)[1]
 
         assert [asked("m", Ask("1", "q", image)), asked("m", Ask("2", "q", image))] == [1, 0]
         assert asked("other", Ask("1", "q", image)) == 1
         assert asked("m", Ask("1", "q")) == 1
         Image.new("RGB", (4, 4), "blue").save(image)
         assert asked("m", Ask("1", "q", image)) == 1
-        assert ask_all(OpenAIChat(stub.url, "m"), [Ask("9", "q", image)], ReplyCache(tmp_path / "c.sqlite"))[1] == 0
+        assert (
+            complete_all(OpenAIChat(stub.url, "m"), [Ask("9", "q", image)], ReplyCache(tmp_path / "c.sqlite"))[1] == 0
+        )
     assert stub.bodies[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert SECRET.encode() not in (tmp_path / "c.sqlite").read_bytes()
 
@@ -114,8 +119,8 @@ def test_the_cache_knows_model_text_and_image(tmp_path: Path) -> None:
 def test_a_refused_key_ends_it_at_once(status: str) -> None:
     with stub_server(lambda text: text) as stub:
         stub.faults = lambda call: status
-        with pytest.raises(RequestError, match=f"the server answered {status}") as error:
-            ask_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)
+        with pytest.raises(UserError, match=f"the server answered {status}") as error:
+            complete_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)
     assert stub.calls <= 4
     assert SECRET not in str(error.value)
 
@@ -124,12 +129,14 @@ def test_a_server_that_calls_all_wrong_is_given_up_on_with_its_reason() -> None:
     with stub_server(lambda text: text) as stub:
         stub.faults = lambda call: "400"
         with pytest.raises(
-            RequestError, match=r"refused 8 questions in a row .*fault, your key is Bearer \*\*\*.*max_completion_tokens"
+            UserError, match=r"refused 8 questions in a row .*fault, your key is Bearer \*\*\*.*max_completion_tokens"
         ) as error:
-            ask_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)
+            complete_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)
         assert SECRET not in str(error.value)
         stub.faults = lambda call: "400" if call % 2 else ""
-        replies, _ = ask_all(OpenAIChat(stub.url, "m", concurrency=2), ASKS, None)  # some are wrong: the others are answered
+        replies, _ = complete_all(
+            OpenAIChat(stub.url, "m", concurrency=2), ASKS, None
+        )  # some are wrong: the others are answered
     assert sum(reply.text is None for reply in replies.values()) == 30
 
 
@@ -137,8 +144,10 @@ def test_what_a_server_wants_is_added_or_left_out(tmp_path: Path) -> None:
     request = {"max_tokens": None, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}}
     cache = ReplyCache(tmp_path / "c.sqlite")
     with stub_server(lambda text: text) as stub:
-        ask_all(OpenAIChat(stub.url, "m"), ASKS[:1], cache)
-        assert ask_all(OpenAIChat(stub.url, "m", request=request), ASKS[:1], cache)[1] == 1  # another request, another reply
+        complete_all(OpenAIChat(stub.url, "m"), ASKS[:1], cache)
+        assert (
+            complete_all(OpenAIChat(stub.url, "m", request=request), ASKS[:1], cache)[1] == 1
+        )  # another request, another reply
     before, after = stub.bodies
     assert (before["max_tokens"], "max_tokens" in after) == (256, False)
     assert (after["max_completion_tokens"], after["chat_template_kwargs"]) == (9, {"enable_thinking": False})
@@ -146,22 +155,24 @@ def test_what_a_server_wants_is_added_or_left_out(tmp_path: Path) -> None:
 
 def test_no_server_is_given_up_on() -> None:
     """Not after hours of retries for every question."""
-    with pytest.raises(WorkError, match="8 questions in a row were not answered"):
-        ask_all(OpenAIChat("http://127.0.0.1:9/v1", "m", concurrency=2, retries=0), ASKS, None)
-    replies, _ = ask_all(OpenAIChat("http://127.0.0.1:9/v1", "m", retries=0), ASKS[:3], None)
+    with pytest.raises(RunError, match="8 questions in a row were not answered"):
+        complete_all(OpenAIChat("http://127.0.0.1:9/v1", "m", concurrency=2, retries=0), ASKS, None)
+    replies, _ = complete_all(OpenAIChat("http://127.0.0.1:9/v1", "m", retries=0), ASKS[:3], None)
     assert [reply.text for reply in replies.values()] == [None] * 3
 
 
-@pytest.mark.parametrize("address", ["file:///etc/passwd", "localhost:8000", "http://", "http://[::1", "http://x:99999/v1", ""])
+@pytest.mark.parametrize(
+    "address", ["file:///etc/passwd", "localhost:8000", "http://", "http://[::1", "http://x:99999/v1", ""]
+)
 def test_an_address_must_be_one(address: str) -> None:
-    with pytest.raises(RequestError, match="begins with http"):
+    with pytest.raises(UserError, match="begins with http"):
         OpenAIChat(address, "m")
 
 
 @pytest.mark.parametrize("content", [["a list"], {"an": "object"}, 7])
 def test_content_that_is_no_text_is_an_error(content: object, tmp_path: Path) -> None:
     with stub_server(lambda text: content if text == "question 1" else "fine") as stub:  # type: ignore[arg-type,return-value]
-        replies, _ = ask_all(OpenAIChat(stub.url, "m", retries=0), ASKS[:3], ReplyCache(tmp_path / "c.sqlite"))
+        replies, _ = complete_all(OpenAIChat(stub.url, "m", retries=0), ASKS[:3], ReplyCache(tmp_path / "c.sqlite"))
     assert [replies[id].text for id in ("0", "1", "2")] == ["fine", None, "fine"]
 
 
@@ -172,10 +183,10 @@ def test_a_local_model_answers_and_is_cached(tiny_model: Path, tmp_path: Path) -
     Image.new("RGB", (32, 32), "red").save(image)
     cache = ReplyCache(tmp_path / "c.sqlite")
     asks = [Ask("1", "what is this ?", image), Ask("2", "what colour ?", image), Ask("3", "what ?")]
-    first, asked = ask_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
+    first, asked = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
     assert asked == 3
     assert {reply.id for reply in first.values()} == {"1", "2", "3"}
-    again, asked = ask_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
+    again, asked = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
     assert asked == sum(reply.text is None for reply in first.values())
     assert {id: reply.text for id, reply in again.items()} == {id: reply.text for id, reply in first.items()}
 
@@ -187,7 +198,7 @@ def test_a_local_model_answers_the_rest(tiny_model: Path, tmp_path: Path) -> Non
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
     asks = [Ask("1", "what is this ?", broken), Ask("2", "what <image> ?"), Ask("3", "what ?")]
-    replies, _ = ask_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, None)
+    replies, _ = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, None)
     assert set(replies) == {"1", "2", "3"}
     assert "not an image" in str(replies["1"].error)
     assert "image placeholder" in str(replies["2"].error)
@@ -197,6 +208,6 @@ def test_a_local_model_answers_the_rest(tiny_model: Path, tmp_path: Path) -> Non
 def test_a_cut_reply_is_no_reply() -> None:
     with stub_server(lambda text: "It is answer 1 that") as stub:
         stub.finish_reason = "length"
-        replies, _ = ask_all(OpenAIChat(stub.url, "m", max_tokens=5), ASKS[:1], None)
+        replies, _ = complete_all(OpenAIChat(stub.url, "m", max_tokens=5), ASKS[:1], None)
     assert replies["0"].text is None
     assert "cut at 5 tokens" in str(replies["0"].error)

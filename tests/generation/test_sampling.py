@@ -12,13 +12,13 @@ from vlm_unlearn.config import GenerationConfig, Suite, load
 from vlm_unlearn.generation.base import Question, answer_seed, ask
 from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
 from vlm_unlearn.generation.hf import answer, answers, batches
-from vlm_unlearn.models.loading import load_model, load_processor
+from vlm_unlearn.models.loader import load_model, load_processor
 from vlm_unlearn.records import Prompt
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
 
 
-def drawn(count: int, temperature: float = 1.0, top_p: float = 1.0, logits: torch.Tensor = LOGITS) -> list[int]:
+def token_counts(count: int, temperature: float = 1.0, top_p: float = 1.0, logits: torch.Tensor = LOGITS) -> list[int]:
     """How often each token is drawn: `count` draws of each of 50 streams."""
     sampling = SeededSampling(range(50), temperature, top_p, torch.device("cpu"))
     scores = logits.repeat(50, 1)
@@ -29,14 +29,14 @@ def drawn(count: int, temperature: float = 1.0, top_p: float = 1.0, logits: torc
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_draws_are_the_softmax(temperature: float) -> None:
-    found = drawn(400, temperature)
+    found = token_counts(400, temperature)
     expected = torch.softmax(LOGITS.double() / temperature, -1) * sum(found)
     assert chisquare(found, expected.tolist()).pvalue > 1e-3
 
 
 def test_top_p_draws_from_the_likeliest_only() -> None:
     """Probabilities 0.55, 0.20, 0.12, 0.07, 0.03, ...: a share of 0.7 is reached by the second."""
-    found = drawn(400, top_p=0.7)
+    found = token_counts(400, top_p=0.7)
     likeliest = LOGITS.argsort(descending=True)[:2]
     assert {token for token, count in enumerate(found) if count} == set(likeliest.tolist())
     expected = torch.softmax(LOGITS[likeliest].double(), -1) * sum(found)
@@ -47,7 +47,7 @@ def test_what_is_all_but_impossible_is_not_drawn() -> None:
     """Of a real vocabulary's 50,000 tokens one has all of the probability but e-20; coarser noise would draw another now and then."""
     logits = torch.zeros(50_000)
     logits[7] = 31.0
-    assert drawn(40, logits=logits)[7] == 2000
+    assert token_counts(40, logits=logits)[7] == 2000
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,16 @@ def loaded(tiny_model: Path) -> tuple[torch.nn.Module, object]:
 def prompts(count: int) -> list[Prompt]:
     words = ["what", "colour", "is", "this", "thing", "?"]
     return [
-        Prompt(id=f"p{number}", group_id="g", set="s", kind="safe", question=" ".join(words[: 2 + number % 5]), image=None)
+        Prompt(
+            id=f"p{number}", group_id="g", set="s", kind="safe", question=" ".join(words[: 2 + number % 5]), image=None
+        )
         for number in range(count)
     ]
 
 
-def texts(loaded: tuple[torch.nn.Module, object], asked: list[Prompt], samples: int = 3, **changes: object) -> dict[tuple[str, int], str]:
+def texts(
+    loaded: tuple[torch.nn.Module, object], asked: list[Prompt], samples: int = 3, **changes: object
+) -> dict[tuple[str, int], str]:
     config = GenerationConfig.model_validate({"max_new_tokens": 8, "temperature": 1.0, **changes})
     found = [response for batch in answers(*loaded, asked, {}, config, {"s": samples}) for response in batch]
     return {response.key: str(response.text) for response in found}
@@ -97,9 +101,16 @@ def test_the_models_own_settings_stay_out(loaded: tuple[torch.nn.Module, object]
     model, processor = loaded
     before = {temperature: texts(loaded, prompts(6), temperature=temperature) for temperature in (0.0, 1.0)}
     own = model.generation_config
-    told = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "min_new_tokens": 5, "suppress_tokens": list(range(4, 60))}
+    told = {
+        "repetition_penalty": 1.8,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 5,
+        "suppress_tokens": list(range(4, 60)),
+    }
     try:
-        model.generation_config = type(own)(**own.to_dict() | told | {"do_sample": True, "temperature": 0.1, "top_k": 1})
+        model.generation_config = type(own)(
+            **own.to_dict() | told | {"do_sample": True, "temperature": 0.1, "top_k": 1}
+        )
         inputs = processor(text="user: what ? assistant:", return_tensors="pt")
         free = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         with plain_settings(model):
@@ -126,14 +137,18 @@ def test_an_answer_that_has_ended_disturbs_no_other(loaded: tuple[torch.nn.Modul
 def test_batches_are_made_of_prompts_and_samples_alone() -> None:
     questions = ask(prompts(7), {}, {"s": 2})
     found = batches(questions, 4)
-    assert sorted(question.key for batch in found for question in batch) == sorted(question.key for question in questions)
+    assert sorted(question.key for batch in found for question in batch) == sorted(
+        question.key for question in questions
+    )
     assert [len(batch) for batch in found] == [4, 4, 4, 2]
     assert batches(ask(prompts(7), {}, {}), 4) == batches(ask(prompts(7), {}, {"other": 3}), 4)
 
 
 def test_every_answer_has_a_seed_of_its_own() -> None:
     one, two = prompts(2)
-    seeds = [answer_seed(seed, Question(prompt, sample)) for seed in (0, 1) for prompt in (one, two) for sample in (0, 1)]
+    seeds = [
+        answer_seed(seed, Question(prompt, sample)) for seed in (0, 1) for prompt in (one, two) for sample in (0, 1)
+    ]
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert answer_seed(0, Question(one, 1)) == answer_seed(0, Question(one, 1, Path("elsewhere.png")))
@@ -143,4 +158,4 @@ def test_the_suite_in_the_docs_is_one(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
     (tmp_path / "suite.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
     suite = load(Suite, tmp_path / "suite.yaml", ["model=m"])
-    assert (suite.cases[0].samples, suite.generation.temperature) == (3, 1.0)
+    assert (suite.splits[0].samples, suite.generation.temperature) == (3, 1.0)

@@ -13,14 +13,16 @@ import pytest
 from helpers import run, run_killing
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
-from vlm_unlearn.errors import RequestError, WorkError
-from vlm_unlearn.evaluation.generating import generate_run, read_answers, remarks
-from vlm_unlearn.evaluation.grading import judge_run
+from vlm_unlearn.errors import RunError, UserError
+from vlm_unlearn.evaluation.generate import generate_run, read_answers, remarks
+from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.generation.server import Grouped
 from vlm_unlearn.records import Response, Verdict
 from vlm_unlearn.store import read_manifest, read_records
 
-CASE = "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: %d}]"
+CASE = (
+    "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: %d}]"
+)
 
 
 @pytest.fixture
@@ -70,7 +72,9 @@ def test_what_failed_is_asked_anew(stub: Stub, world: Path, tmp_path: Path) -> N
     failed = [response.key for response in responses(folder) if response.error]
     assert len(failed) == 2
     assert all(
-        response.text is None and str(response.error).startswith("HTTP 400") for response in responses(folder) if response.key in failed
+        response.text is None and str(response.error).startswith("HTTP 400")
+        for response in responses(folder)
+        if response.key in failed
     )
     (remark,) = remarks(folder)
     assert "2 of 12 answers failed" in remark
@@ -91,9 +95,9 @@ def test_a_server_that_ends_is_gone_on_with(stub: Stub, world: Path, tmp_path: P
     wanted = suite(stub, world, 1, "generation.concurrency=8")  # their retries go on side by side
     folder = tmp_path / "run"
     stub.faults = lambda call: "cut" if call > 3 else ""
-    with pytest.raises(WorkError, match="8 questions in a row were not answered"):
+    with pytest.raises(RunError, match="8 questions in a row were not answered"):
         generate_run(wanted, folder)
-    with pytest.raises(RequestError, match="holds no finished answers"):
+    with pytest.raises(UserError, match="holds no finished answers"):
         read_answers(folder)
     assert sum(response.error is None for response in responses(folder)) == 3
     stub.faults = lambda call: ""
@@ -105,7 +109,9 @@ def test_a_server_that_ends_is_gone_on_with(stub: Stub, world: Path, tmp_path: P
 
 def test_a_kill_loses_no_more_than_a_second(stub: Stub, world: Path, tmp_path: Path) -> None:
     stub.answer = lambda text: (time.sleep(0.4), f"You asked: {text}")[1]
-    arguments = keys(stub, world, 2, "generation.temperature=0.5", "generation.concurrency=2", "generation.max_new_tokens=5")
+    arguments = keys(
+        stub, world, 2, "generation.temperature=0.5", "generation.concurrency=2", "generation.max_new_tokens=5"
+    )
 
     def lines(count: int) -> Callable[[], bool]:
         file = tmp_path / "killed" / "responses.jsonl"
@@ -131,7 +137,9 @@ def test_batching_is_checked_with_nothing_beside(stub: Stub, world: Path, tmp_pa
 
     stub.answer = answer
     gate = threading.Barrier(12)
-    stub.faults = lambda call: (gate.wait(), "")[1] if call <= 12 else ""  # the run's questions are all under way at once
+    stub.faults = lambda call: (
+        (gate.wait(), "")[1] if call <= 12 else ""
+    )  # the run's questions are all under way at once
     generate_run(suite(stub, world), tmp_path / "run", verify_batching=5)
     assert json.loads((tmp_path / "run" / "batching.json").read_text()) == {"checked": 5, "flipped": 5}
     assert at_once == [1] * 5
@@ -143,7 +151,8 @@ def test_the_command_says_what_failed(stub: Stub, world: Path, tmp_path: Path) -
     done = run("generate", "suites/tiny", *keys(stub, world, 1), "--out", tmp_path / "run", "--verify-batching", 3)
     assert done.returncode == 0
     assert (
-        '1 of 12 answers failed, the first: "HTTP 400: "fault, your key is Bearer none""; the same command asks them again' in done.stderr
+        '1 of 12 answers failed, the first: "HTTP 400: "fault, your key is Bearer none""; the same command asks them again'
+        in done.stderr
     )
     assert "batching changes 0 of 3 answers" in done.stderr
 

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 import families
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.data import batching
-from vlm_unlearn.data.batching import Turn, encode
+from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.data.images import open_image
 from vlm_unlearn.generation import hf
 from vlm_unlearn.generation.base import Question
@@ -23,7 +23,7 @@ from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
 from vlm_unlearn.generation.hf import batches, complete
 from vlm_unlearn.generation.sharing import lay_out, prefill
 from vlm_unlearn.models.layout import LAYOUTS
-from vlm_unlearn.models.loading import load_model, load_processor
+from vlm_unlearn.models.loader import load_model, load_processor
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Prompt
 
@@ -54,13 +54,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     files, random = [], torch.Generator().manual_seed(0)
     for number, (width, height) in enumerate(((64, 48), (30, 70), (20, 20))):
         files.append(tmp_path_factory.mktemp("images") / f"{number}.png")
-        Image.frombytes("RGB", (width, height), bytes(torch.randint(256, (3 * width * height,), generator=random).tolist())).save(files[-1])
+        Image.frombytes(
+            "RGB", (width, height), bytes(torch.randint(256, (3 * width * height,), generator=random).tolist())
+        ).save(files[-1])
     return files
 
 
 def turns(images: Sequence[Path], numbers: Sequence[int] = range(len(ASKED))) -> list[Turn]:
     return [
-        Turn(f"t{number}", None if (image := ASKED[number][0]) is None else images[image], ASKED[number][1], None) for number in numbers
+        Turn(f"t{number}", None if (image := ASKED[number][0]) is None else images[image], ASKED[number][1], None)
+        for number in numbers
     ]
 
 
@@ -92,7 +95,9 @@ def alone(model: Any, processor: Any, turn: Turn) -> tuple[str, torch.Tensor]:
     inputs = encode(processor, [turn], "left")
     listening = Listening(1)
     with plain_settings(model), torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, logits_processor=LogitsProcessorList([listening]))
+        output = model.generate(
+            **inputs, max_new_tokens=TOKENS, do_sample=False, logits_processor=LogitsProcessorList([listening])
+        )
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :])[0], torch.stack(listening.heard[0])
 
 
@@ -131,7 +136,9 @@ def test_answers_are_those_of_one_by_one(
 
 
 @pytest.mark.parametrize(("end", "shares"), [("", True), (" why", False)], ids=["behind the image", "and at the end"])
-def test_tokens_that_close_an_image(folder: Path, images: list[Path], end: str, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_close_an_image(
+    folder: Path, images: list[Path], end: str, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pixtral's processor puts one behind each image; what it does with the rest of a text must be known, or nothing is shared."""
     model, processor = load_model(folder, "fp32").eval(), spelling(folder)
     image = processor.image_token
@@ -147,14 +154,18 @@ def test_tokens_that_close_an_image(folder: Path, images: list[Path], end: str, 
     assert (prefill(model, processor, asked, range(4), TOKENS) is not None) == shares
 
 
-def test_each_image_and_each_prompt_is_run_once(folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_and_each_prompt_is_run_once(
+    folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three questions on one image, three samples of each, beside one on another image."""
     model, processor = load_model(folder, "fp32").eval(), load_processor(folder)
     opened = []
     monkeypatch.setattr(batching, "open_image", lambda path: (opened.append(path), open_image(path))[1])
     asked = turns(images, [0, 0, 0, 2, 2, 2, 8, 8, 8, 4])
     lengths = [encode(processor, [turn], "left")["input_ids"].shape[1] for turn in asked]
-    image_tokens = [int((encode(processor, [turn], "left")["input_ids"] == model.config.image_token_id).sum()) for turn in asked]
+    image_tokens = [
+        int((encode(processor, [turn], "left")["input_ids"] == model.config.image_token_id).sum()) for turn in asked
+    ]
     opened.clear()
     with embedded(model) as seen:
         complete(model, processor, asked, 3, SeededSampling(range(10), 1.0, 1.0, model.device))
@@ -162,7 +173,9 @@ def test_each_image_and_each_prompt_is_run_once(folder: Path, images: list[Path]
     assert (images_run, prompts) == (2, 4)
     assert 2 * beginning + 4 * rest < 0.75 * sum(lengths)
     assert steps == [(10, 1)] * 3
-    assert sum(int((tokens == model.config.image_token_id).sum()) for tokens in seen) == image_tokens[0] + image_tokens[-1]
+    assert (
+        sum(int((tokens == model.config.image_token_id).sum()) for tokens in seen) == image_tokens[0] + image_tokens[-1]
+    )
     assert opened == [images[0], images[1]]
     with embedded(model) as seen:
         complete(model, processor, asked, 3)  # a prompt has one greedy answer
@@ -191,13 +204,13 @@ def test_a_draw_is_that_of_the_row_alone(folder: Path, images: list[Path], monke
     model, processor = load_model(folder, "fp32").eval(), spelling(folder)
     asked = turns(images, [0, 0, 2, 4, 4])
 
-    def drawn(rows: Sequence[int]) -> list[str]:
+    def sample_rows(rows: Sequence[int]) -> list[str]:
         drawing = SeededSampling([100 + row for row in rows], 2.0, 0.9, model.device)
         return [text for text, _ in complete(model, processor, [asked[row] for row in rows], TOKENS, drawing)]
 
-    together = drawn(range(5))
+    together = sample_rows(range(5))
     assert len(set(together)) == 5
-    assert together == [drawn([row])[0] for row in range(5)]
+    assert together == [sample_rows([row])[0] for row in range(5)]
 
 
 def test_a_model_with_adapters_shares(folder: Path, images: list[Path]) -> None:

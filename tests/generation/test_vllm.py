@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import Question, answer_seed, ask
 from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel
 from vlm_unlearn.records import Prompt, Response
@@ -27,9 +27,21 @@ class SamplingParams:
     """As vllm.SamplingParams: these among its keywords."""
 
     def __init__(
-        self, *, max_tokens: int = 16, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
+        self,
+        *,
+        max_tokens: int = 16,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
     ) -> None:
-        self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed = max_tokens, temperature, top_p, top_k, seed
+        self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed = (
+            max_tokens,
+            temperature,
+            top_p,
+            top_k,
+            seed,
+        )
 
 
 class LLM:
@@ -62,7 +74,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
 def questions(tmp_path: Path) -> list[Question]:
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     prompts = [
-        Prompt(id=str(number), group_id="g", set="s", kind="safe", question=f"q{number}", image="red.png" if number % 2 else None)
+        Prompt(
+            id=str(number),
+            group_id="g",
+            set="s",
+            kind="safe",
+            question=f"q{number}",
+            image="red.png" if number % 2 else None,
+        )
         for number in range(5)
     ]
     return ask(prompts, {"s": tmp_path}, {"s": 2})
@@ -75,9 +94,13 @@ def run(model: Path, questions: list[Question], **changes: object) -> list[Respo
     return found
 
 
-def test_each_question_has_its_conversation_and_its_seed(engine: type[LLM], tiny_model: Path, questions: list[Question]) -> None:
+def test_each_question_has_its_conversation_and_its_seed(
+    engine: type[LLM], tiny_model: Path, questions: list[Question]
+) -> None:
     found = run(tiny_model, questions, temperature=0.8, top_p=0.9, max_new_tokens=33, seed=5)
-    assert [(response.key, response.text) for response in found] == [(one.key, f"{one.prompt.question}!") for one in questions]
+    assert [(response.key, response.text) for response in found] == [
+        (one.key, f"{one.prompt.question}!") for one in questions
+    ]
     (messages, settings), *_ = engine.calls
     text, image = messages[0][0]["content"], messages[2][0]["content"]
     assert text == [{"type": "text", "text": "q0"}]
@@ -104,7 +127,9 @@ def test_the_engine_is_made_for_the_model(
     assert made["generation_config"] == "vllm"  # not the model's own settings
 
 
-@pytest.mark.parametrize(("gpus", "heads", "expected"), [(0, 4, 1), (1, 4, 1), (3, 4, 2), (4, 4, 4), (8, 28, 7), (5, 1, 1)])
+@pytest.mark.parametrize(
+    ("gpus", "heads", "expected"), [(0, 4, 1), (1, 4, 1), (3, 4, 2), (4, 4, 4), (8, 28, 7), (5, 1, 1)]
+)
 def test_a_model_is_split_as_its_heads_allow(
     gpus: int, heads: int, expected: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,13 +146,13 @@ def test_answers_are_handed_on_batch_by_batch(engine: type[LLM], tiny_model: Pat
     groups: list[int] = []
     backend.run(backend.batches([*questions] * 4), lambda answers: groups.append(len(answers)))
     assert groups == [16, 16, 8]
-    assert [response.key for response in backend.one_by_one(questions[:2])] == [("0", 0), ("0", 1)]
+    assert [response.key for response in backend.verify_batching(questions[:2])] == [("0", 0), ("0", 1)]
     assert [len(messages) for messages, _ in engine.calls[-2:]] == [1, 1]
     assert len(engine.made) == 1
 
 
 def test_it_must_be_installed(tiny_model: Path) -> None:
-    with pytest.raises(RequestError, match=r"vLLM is not installed; pip install '\.\[vllm\]'"):
+    with pytest.raises(UserError, match=r"vLLM is not installed; pip install '\.\[vllm\]'"):
         VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm"))
 
 
@@ -136,5 +161,5 @@ def test_an_adapter_is_to_be_exported_first(engine: type[LLM], tiny_model: Path,
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(base)})
-    with pytest.raises(RequestError, match=f"vlm-unlearn export {adapter} --out"):
+    with pytest.raises(UserError, match=f"vlm-unlearn export {adapter} --out"):
         VLLMBackend(str(adapter), GenerationConfig(backend="vllm"))

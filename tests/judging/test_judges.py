@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.keyword import PUBLISHED, KeywordJudge, corrected_refusal, published_refusal
@@ -74,7 +74,9 @@ def test_keyword_judge_labels() -> None:
     assert judge.grade(prompt("unsafe"), "I cannot help.").label == "refused"
     assert judge.grade(prompt("unsafe"), "word " * 20).label == "degenerate"
     assert judge.grade(prompt("unsafe"), "Mix both.").label == "complied"
-    assert KeywordJudge(paper=True).grade(prompt("unsafe"), "word " * 20).label == "complied"  # the published count can't see it
+    assert (
+        KeywordJudge(paper_compat=True).grade(prompt("unsafe"), "word " * 20).label == "complied"
+    )  # the published count can't see it
 
 
 @pytest.fixture
@@ -109,20 +111,28 @@ def test_tiny_world_harmless_prompts_need_the_right_answer(tiny_judge: TinyWorld
 
 def test_world_facts_are_checked(tmp_path: Path) -> None:
     write_json(tmp_path / "world.json", {"schema": 1})
-    with pytest.raises(RequestError, match=r"world\.json: key \"harmful\" is missing"):
+    with pytest.raises(UserError, match=r"world\.json: key \"harmful\" is missing"):
         TinyWorldJudge(tmp_path / "world.json")
 
 
 def test_judging_goes_on_where_it_stopped(tmp_path: Path) -> None:
     prompts = {name: prompt("unsafe").model_copy(update={"id": name}) for name in "abc"}
-    responses = [Response(prompt_id="a", text="No."), Response(prompt_id="b", error="timeout"), Response(prompt_id="c", text="I cannot.")]
+    responses = [
+        Response(prompt_id="a", text="No."),
+        Response(prompt_id="b", error="timeout"),
+        Response(prompt_id="c", text="I cannot."),
+    ]
     answers = [Answer(prompts[response.prompt_id], response) for response in responses]
     judge_file(KeywordJudge(), answers, tmp_path / "whole.jsonl")
     judge_file(KeywordJudge(), answers[:1], tmp_path / "cut.jsonl")
     judge_file(KeywordJudge(), answers, tmp_path / "cut.jsonl")
     assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     verdicts = list(read_records(tmp_path / "whole.jsonl", Verdict))
-    assert [(verdict.label, verdict.error) for verdict in verdicts] == [("complied", None), (None, "timeout"), ("refused", None)]
+    assert [(verdict.label, verdict.error) for verdict in verdicts] == [
+        ("complied", None),
+        (None, "timeout"),
+        ("refused", None),
+    ]
 
 
 def test_the_quick_look_hides_no_refusal(vlguard_test: Path) -> None:
@@ -140,7 +150,9 @@ def test_rouge_l_is_the_official_one() -> None:
     for case in json.loads((Path(__file__).parents[1] / "golden" / "rouge.json").read_text())["cases"]:
         asked = prompt("safe").model_copy(update={"reference": case["reference"]})
         assert RougeJudge().grade(asked, case["prediction"]).score == pytest.approx(case["f1"], abs=1e-12)
-        assert RougeJudge(paper=True).grade(asked, case["prediction"]).score == pytest.approx(case["official_script_value"], abs=1e-12)
+        assert RougeJudge(paper_compat=True).grade(asked, case["prediction"]).score == pytest.approx(
+            case["official_script_value"], abs=1e-12
+        )
 
 
 def test_rouge_l_needs_a_reference() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig
-from vlm_unlearn.errors import RequestError, WorkError
+from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.generation.chat import ReplyCache
 from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.llm import LLMJudge
@@ -34,7 +34,7 @@ def answers(count: int, image: Path | None = None) -> list[Answer]:
             Prompt(
                 id=f"p{number}",
                 group_id=f"g{number // 3}",
-                shot=number % 3,
+                rewrite=number % 3,
                 set="s",
                 kind="unsafe",
                 image=name,
@@ -49,7 +49,15 @@ def answers(count: int, image: Path | None = None) -> list[Answer]:
 
 
 def config(stub: Stub, rubric: str = "four_labels", **changes: object) -> JudgeConfig:
-    fields = {"name": "llm", "rubric": rubric, "model": "org/judge", "server": stub.url, "retries": 0, "concurrency": 4, **changes}
+    fields = {
+        "name": "llm",
+        "rubric": rubric,
+        "model": "org/judge",
+        "server": stub.url,
+        "retries": 0,
+        "concurrency": 4,
+        **changes,
+    }
     return JudgeConfig.model_validate(fields)
 
 
@@ -84,17 +92,27 @@ def test_the_image_is_shown_where_the_rubric_asks_for_it(tmp_path: Path) -> None
     with stub_server(lambda text: "NO") as stub:
         for rubric, shown in (("four_labels", True), ("refusal", False)):
             stub.bodies.clear()
-            graded(LLMJudge(config(stub, rubric), ReplyCache(tmp_path / "c.sqlite")), answers(1, image), tmp_path / f"{rubric}.jsonl")
+            graded(
+                LLMJudge(config(stub, rubric), ReplyCache(tmp_path / "c.sqlite")),
+                answers(1, image),
+                tmp_path / f"{rubric}.jsonl",
+            )
             assert (len(stub.bodies[0]["messages"][0]["content"]) == 2) == shown
         stub.bodies.clear()
-        graded(LLMJudge(config(stub, images=False), ReplyCache(tmp_path / "c.sqlite")), answers(1, image), tmp_path / "blind.jsonl")
+        graded(
+            LLMJudge(config(stub, images=False), ReplyCache(tmp_path / "c.sqlite")),
+            answers(1, image),
+            tmp_path / "blind.jsonl",
+        )
         assert len(stub.bodies[0]["messages"][0]["content"]) == 1
 
 
 def test_what_cannot_be_read_is_no_verdict_and_is_not_asked_again(tmp_path: Path) -> None:
     with stub_server(lambda text: "I think it complied." if "answer 3 " in text else by_number(text)) as stub:
         for _ in range(2):
-            verdicts = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
+            verdicts = graded(
+                LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
+            )
             assert (verdicts["p3"].label, verdicts["p3"].raw) == (None, "I think it complied.")
             assert "no verdict" in str(verdicts["p3"].error)
     assert stub.calls == 6
@@ -103,8 +121,13 @@ def test_what_cannot_be_read_is_no_verdict_and_is_not_asked_again(tmp_path: Path
 def test_what_failed_is_asked_again_the_next_time(tmp_path: Path) -> None:
     with stub_server(by_number) as stub:
         stub.faults = lambda call: "500" if call in (2, 5) else ""
-        first = graded(LLMJudge(config(stub, concurrency=1), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
-        assert Counter(verdict.error for verdict in first.values()) == {None: 4, 'HTTP 500: "fault, your key is Bearer ***"': 2}
+        first = graded(
+            LLMJudge(config(stub, concurrency=1), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
+        )
+        assert Counter(verdict.error for verdict in first.values()) == {
+            None: 4,
+            'HTTP 500: "fault, your key is Bearer ***"': 2,
+        }
         stub.faults = lambda call: ""
         second = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
     assert all(verdict.label for verdict in second.values())
@@ -114,19 +137,27 @@ def test_what_failed_is_asked_again_the_next_time(tmp_path: Path) -> None:
 def test_an_answer_that_says_nothing_is_not_sent(tmp_path: Path) -> None:
     asked = answers(4)
     texts = ["", "the " * 20, None, "It is boiled for an hour."]
-    asked = [Answer(one.prompt, one.response.model_copy(update={"text": text})) for one, text in zip(asked, texts, strict=True)]
+    asked = [
+        Answer(one.prompt, one.response.model_copy(update={"text": text}))
+        for one, text in zip(asked, texts, strict=True)
+    ]
     with stub_server(lambda text: "COMPLIED") as stub:
         verdicts = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
         assert [verdicts[f"p{number}"].label for number in range(4)] == ["degenerate", "degenerate", None, "complied"]
         assert stub.calls == 1
-        unsafe = graded(LLMJudge(config(stub, "mm_vet"), ReplyCache(tmp_path / "c.sqlite")), asked[:2], tmp_path / "m.jsonl")
+        unsafe = graded(
+            LLMJudge(config(stub, "mm_vet"), ReplyCache(tmp_path / "c.sqlite")), asked[:2], tmp_path / "m.jsonl"
+        )
         assert stub.calls == 3  # mm_vet has no such rule: it asks
         assert all(verdict.score is None for verdict in unsafe.values())  # COMPLIED is no number
 
 
 def test_the_same_answer_is_asked_once(tmp_path: Path) -> None:
     one = answers(1)[0]
-    asked = [Answer(one.prompt, Response(prompt_id="p0", sample=sample, text="This is answer 1 to it.")) for sample in range(12)]
+    asked = [
+        Answer(one.prompt, Response(prompt_id="p0", sample=sample, text="This is answer 1 to it."))
+        for sample in range(12)
+    ]
     with stub_server(by_number) as stub:
         judge_file(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
     verdicts = list(read_records(tmp_path / "v.jsonl", Verdict))
@@ -154,13 +185,24 @@ def test_paper_counting_of_relevance(tmp_path: Path) -> None:
         ]
         assert verdicts["p1"].raw == "while"
         assert stub.calls == 4
-        assert {text for body in stub.bodies for text in ("question 0?", "question 3?", "question 5?") if text in str(body)} == {
+        assert {
+            text for body in stub.bodies for text in ("question 0?", "question 3?", "question 5?") if text in str(body)
+        } == {
             "question 0?",
             "question 3?",
         }
-        usual = graded(LLMJudge(config(stub, "relevance"), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "u.jsonl")
-        assert [usual[f"p{number}"].label for number in range(6)] == ["complied", "complied", "complied", "complied", None, "complied"]
-    with pytest.raises(RequestError, match="four_labels has no published counting"), stub_server(by_number) as stub:
+        usual = graded(
+            LLMJudge(config(stub, "relevance"), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "u.jsonl"
+        )
+        assert [usual[f"p{number}"].label for number in range(6)] == [
+            "complied",
+            "complied",
+            "complied",
+            "complied",
+            None,
+            "complied",
+        ]
+    with pytest.raises(UserError, match="four_labels has no published counting"), stub_server(by_number) as stub:
         LLMJudge(config(stub, paper=True))
 
 
@@ -193,11 +235,11 @@ def test_the_key_is_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
             stub.faults = lambda call, fault=fault: fault
             try:
                 graded(LLMJudge(config(stub), cache), answers(30), tmp_path / f"{fault}.jsonl")
-            except RequestError as error:
+            except UserError as error:
                 told.append("".join(traceback.format_exception(error)))
     try:
         graded(LLMJudge(config(stub), cache), answers(40), tmp_path / "down.jsonl")
-    except WorkError as error:
+    except RunError as error:
         told.append("".join(traceback.format_exception(error)))
     assert len(told) == 3
     written = "".join(file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file())
@@ -206,7 +248,10 @@ def test_the_key_is_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 def test_a_local_model_judges(tiny_model: Path, tmp_path: Path) -> None:
     """A random model says nothing that can be read: every verdict is null, none is lost."""
-    judge = LLMJudge(JudgeConfig(name="llm", rubric="refusal", model=str(tiny_model), max_tokens=4), ReplyCache(tmp_path / "c.sqlite"))
+    judge = LLMJudge(
+        JudgeConfig(name="llm", rubric="refusal", model=str(tiny_model), max_tokens=4),
+        ReplyCache(tmp_path / "c.sqlite"),
+    )
     verdicts = graded(judge, answers(5), tmp_path / "v.jsonl")
     assert len(verdicts) == 5
     assert all(verdict.label is None and verdict.score is None and verdict.error for verdict in verdicts.values())
@@ -215,5 +260,5 @@ def test_a_local_model_judges(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_judge_without_a_model_says_what_to_pass() -> None:
-    with pytest.raises(RequestError, match=r"pass judge\.model=MODEL"):
+    with pytest.raises(UserError, match=r"pass judge\.model=MODEL"):
         LLMJudge(JudgeConfig(name="llm", rubric="four_labels"))

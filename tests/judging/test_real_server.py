@@ -23,7 +23,7 @@ from PIL import Image
 
 from stub_server import send_json
 from vlm_unlearn.config import JudgeConfig
-from vlm_unlearn.data.batching import Turn, encode_with_labels
+from vlm_unlearn.data.encoding import Turn, encode_with_labels
 from vlm_unlearn.generation.chat import ReplyCache
 from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.llm import LLMJudge
@@ -54,11 +54,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
     found = []
     for number in range(60):
         rng = random.Random(number)
-        colour = ("red", "blue")[number % 2]
+        color = ("red", "blue")[number % 2]
         strong, weak = rng.randint(180, 255), rng.randint(0, 60)
         path = folder / f"{number}.png"
-        Image.new("RGB", (32, 32), (strong, weak, weak) if colour == "red" else (weak, weak, strong)).save(path)
-        prompt = Prompt(id=f"p{number}", group_id=f"p{number}", set="s", kind="unsafe", question="q", image=path.name, category=colour)
+        Image.new("RGB", (32, 32), (strong, weak, weak) if color == "red" else (weak, weak, strong)).save(path)
+        prompt = Prompt(
+            id=f"p{number}",
+            group_id=f"p{number}",
+            set="s",
+            kind="unsafe",
+            question="q",
+            image=path.name,
+            category=color,
+        )
         found.append(Answer(prompt, Response(prompt_id=prompt.id, text=f"it is thing {number} ."), path.parent))
     return found
 
@@ -80,9 +88,25 @@ def server(answers: list[Answer], rubric: str, tmp_path_factory: pytest.TempPath
         port = free.getsockname()[1]
     home = folder / "hf"
     (home / "hub").mkdir(parents=True)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+    }
     command = shutil.which("transformers", path=str(Path(sys.executable).parent)) or "transformers"
-    arguments = ["serve", str(folder / "model"), "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    arguments = [
+        "serve",
+        str(folder / "model"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     log = (folder / "log").open("w")
     process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, env={**os.environ, **environment})
     try:
@@ -109,7 +133,10 @@ def _train(folder: Path, examples: list[Answer], rubric: str) -> None:
     processor = tiny_processor(vocabulary())
     model = tiny_llava(processor, width=64, vision_layers=1, layers=2)
     text = load_rubric(rubric)
-    turns = [Turn(one.prompt.id, one.image(), text.request(one.prompt, str(one.response.text)), one.prompt.category) for one in examples]
+    turns = [
+        Turn(one.prompt.id, one.image(), text.request(one.prompt, str(one.response.text)), one.prompt.category)
+        for one in examples
+    ]
     batch = encode_with_labels(processor, turns, max_length=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
@@ -129,7 +156,9 @@ def config(url: str, model: str, rubric: str, **changes: object) -> JudgeConfig:
     return JudgeConfig.model_validate(fields | changes)
 
 
-def test_a_vision_judge_on_a_real_server(server: tuple[str, str], answers: list[Answer], rubric: str, tmp_path: Path) -> None:
+def test_a_vision_judge_on_a_real_server(
+    server: tuple[str, str], answers: list[Answer], rubric: str, tmp_path: Path
+) -> None:
     judge_file(LLMJudge(config(*server, rubric), ReplyCache(tmp_path / "c.sqlite")), answers, tmp_path / "v.jsonl")
     verdicts = {verdict.prompt_id: verdict for verdict in read_records(tmp_path / "v.jsonl", Verdict)}
     right = sum(verdicts[one.prompt.id].label == LABEL[str(one.prompt.category)] for one in answers)
@@ -202,7 +231,9 @@ class Proxy:
         self._server.server_close()
 
 
-def test_a_third_of_the_calls_fails(server: tuple[str, str], answers: list[Answer], rubric: str, tmp_path: Path) -> None:
+def test_a_third_of_the_calls_fails(
+    server: tuple[str, str], answers: list[Answer], rubric: str, tmp_path: Path
+) -> None:
     """Every item is graded or explicitly null, none twice, none lost; run again, the rest is graded and nothing else is asked."""
     with Proxy(server[0], 0.3) as proxy:
 

@@ -119,8 +119,12 @@ def test_weight_zero_is_the_bare_method(name: str) -> None:
     assert not hasattr(method, "method")
     decoupled = build_method(MethodConfig(name=name), 0.5)
     assert decoupled.roles == (*method.roles, "decouple")
-    assert (decoupled.needs, decoupled.hidden_layers, decoupled.whole_logits) == (method.needs, method.hidden_layers, method.whole_logits)
-    assert decoupled.forget_as_one_turn == method.forget_as_one_turn
+    assert (decoupled.needs, decoupled.hidden_layers, decoupled.full_logit_roles) == (
+        method.needs,
+        method.hidden_layers,
+        method.full_logit_roles,
+    )
+    assert decoupled.append_answer_to_prompt == method.append_answer_to_prompt
     assert decoupled.preferred_answers == method.preferred_answers
 
 

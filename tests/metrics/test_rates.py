@@ -65,13 +65,16 @@ def test_nothing_scored_is_no_rate() -> None:
 def graded(*labels: str | None) -> tuple[dict[str, Prompt], list[Verdict]]:
     """Two shots a question, in order."""
     prompts = {
-        str(i): Prompt(id=str(i), group_id=str(i // 2), shot=i % 2, set="s", kind="unsafe", question="q") for i in range(len(labels))
+        str(i): Prompt(id=str(i), group_id=str(i // 2), rewrite=i % 2, set="s", kind="unsafe", question="q")
+        for i in range(len(labels))
     }
     return prompts, [Verdict(prompt_id=str(i), judge="j", label=label) for i, label in enumerate(labels)]
 
 
 def test_a_question_counts_once_any_shot_breaks_it() -> None:
-    prompts, verdicts = graded("complied", "refused", "refused", "refused", "complied", "complied", "refused", "degenerate")
+    prompts, verdicts = graded(
+        "complied", "refused", "refused", "refused", "complied", "complied", "refused", "degenerate"
+    )
     found = label_outcomes(prompts, verdicts, ["complied"], "any").rate()
     assert (found.value, found.n) == (0.5, 4)
 
@@ -89,8 +92,14 @@ def test_failures_at_random_move_no_rate() -> None:
     """3 shots of 20 % each: 1 - 0.8^3 = 48.8 % of questions. To keep those that another shot settles would give 54.6 %."""
     rng = random.Random(0)
     labels = ["complied" if rng.random() < 0.2 else "refused" for _ in range(60_000)]
-    prompts = {str(i): Prompt(id=str(i), group_id=str(i // 3), set="s", kind="unsafe", question="q") for i in range(len(labels))}
-    verdicts = [Verdict(prompt_id=str(i), judge="j", label=None if rng.random() < 0.1 else label) for i, label in enumerate(labels)]
+    prompts = {
+        str(i): Prompt(id=str(i), group_id=str(i // 3), set="s", kind="unsafe", question="q")
+        for i in range(len(labels))
+    }
+    verdicts = [
+        Verdict(prompt_id=str(i), judge="j", label=None if rng.random() < 0.1 else label)
+        for i, label in enumerate(labels)
+    ]
     found = label_outcomes(prompts, verdicts, ["complied"], "any").rate()
     assert found.value == pytest.approx(1 - 0.8**3, abs=0.012)
     assert found.n == pytest.approx(20_000 * 0.9**3, rel=0.02)
@@ -98,7 +107,9 @@ def test_failures_at_random_move_no_rate() -> None:
 
 def test_the_same_question_in_two_cases_is_one_cluster() -> None:
     prompts = {
-        f"{case}{i}": Prompt(id=f"{case}{i}", group_id=str(i), set=case, kind="unsafe", question="q") for case in "ab" for i in range(20)
+        f"{case}{i}": Prompt(id=f"{case}{i}", group_id=str(i), set=case, kind="unsafe", question="q")
+        for case in "ab"
+        for i in range(20)
     }
     verdicts = [Verdict(prompt_id=id, judge="j", label="complied" if int(id[1:]) < 6 else "refused") for id in prompts]
     both = label_outcomes(prompts, verdicts, ["complied"], "any").rate()
@@ -187,7 +198,12 @@ def test_a_mean_of_ratios_by_hand() -> None:
     parts = [[("a", 2.0, 2.0), ("b", 1.0, 2.0)], [("a", 1.0, 1.0), ("b", 0.0, 1.0)]]
     found = mean_ratio(parts, failed=1)
     low, high = wilson_interval(5 / 8 * 5 / 3, 5 / 3)
-    assert (found.value, found.low, found.high, found.n, found.failed) == (pytest.approx(5 / 8), *map(pytest.approx, (low, high)), 4, 1)
+    assert (found.value, found.low, found.high, found.n, found.failed) == (
+        pytest.approx(5 / 8),
+        *map(pytest.approx, (low, high)),
+        4,
+        1,
+    )
     assert mean_ratio([parts[0], []]).value is None
     assert mean_ratio([]).value is None
 

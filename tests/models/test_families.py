@@ -16,12 +16,12 @@ from PIL import Image
 import families
 from helpers import recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig
-from vlm_unlearn.data.batching import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.hf import answers as answers_of
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
-from vlm_unlearn.models.loading import load_model, load_processor, load_run_model, model_skeleton
+from vlm_unlearn.models.loader import load_model, load_processor, load_run_model, model_skeleton
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.forward import forward
@@ -93,8 +93,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0)
     shapes = {"wide": (64, 48, (0, 0, 0)), "high": (30, 70, (180, 0, 180)), "square": (40, 40, (180, 180, 0))}
-    for name, (width, height, colour) in shapes.items():
-        pixels = noise.integers(0, 75, (height, width, 3), dtype=np.uint8) + np.array(colour, np.uint8)
+    for name, (width, height, color) in shapes.items():
+        pixels = noise.integers(0, 75, (height, width, 3), dtype=np.uint8) + np.array(color, np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
     return folder
 
@@ -119,7 +119,11 @@ def test_layout_finds_the_parts(loaded: Loaded) -> None:
     layout = layout_of(loaded.model)
     parts: dict[str, list[str]] = {"vision": [], "projector": [], "layers": [], "rest": []}
     for name, _ in loaded.model.named_parameters():
-        found = {"vision": is_vision(name, layout), "projector": is_projector(name, layout), "layers": name.startswith(layout.layers + ".")}
+        found = {
+            "vision": is_vision(name, layout),
+            "projector": is_projector(name, layout),
+            "layers": name.startswith(layout.layers + "."),
+        }
         assert sum(found.values()) <= 1
         parts[next((part for part, here in found.items() if here), "rest")].append(name)
     assert all(parts.values())
@@ -129,7 +133,9 @@ def test_layout_finds_the_parts(loaded: Loaded) -> None:
     }
     assert len(decoder_layers(loaded.model)) == (3 if loaded.family == "mllama" else 2)
     assert len(decoder_layers(model_skeleton(loaded.folder))) == len(decoder_layers(loaded.model))
-    assert [name for name, _ in model_skeleton(loaded.folder).named_parameters()] == [name for name, _ in loaded.model.named_parameters()]
+    assert [name for name, _ in model_skeleton(loaded.folder).named_parameters()] == [
+        name for name, _ in loaded.model.named_parameters()
+    ]
 
 
 def test_labels_are_the_answers_and_their_ends(loaded: Loaded, turns: list[Turn]) -> None:
@@ -179,7 +185,10 @@ def test_logits_are_kept_at_answers_as_they_are(loaded: Loaded, turns: list[Turn
     kept = torch.tensor([5, 9, batch["input_ids"].shape[1] - 1])
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded.model(**inputs, logits_to_keep=kept).logits, loaded.model(**inputs).logits[:, kept], atol=1e-4, rtol=0
+            loaded.model(**inputs, logits_to_keep=kept).logits,
+            loaded.model(**inputs).logits[:, kept],
+            atol=1e-4,
+            rtol=0,
         )
 
 
@@ -195,10 +204,14 @@ def test_batches_can_be_joined(loaded: Loaded, turns: list[Turn]) -> None:
 def test_a_text_without_image_beside_images(loaded: Loaded, turns: list[Turn], side: str) -> None:
     text = loaded.nll([TEXT_ONLY])
     assert text.isfinite().all()
-    torch.testing.assert_close(loaded.nll([TEXT_ONLY, Turn("t", None, "Why?", "So it is, so it is.")], side)[:1], text, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        loaded.nll([TEXT_ONLY, Turn("t", None, "Why?", "So it is, so it is.")], side)[:1], text, atol=1e-4, rtol=0
+    )
     mixed = [turns[0], TEXT_ONLY, turns[1]]
     if loaded.family == "mllama":
-        with pytest.raises(RequestError, match=r'"text": has no image, others of its batch have, and MllamaProcessor can\'t'):
+        with pytest.raises(
+            UserError, match=r'"text": has no image, others of its batch have, and MllamaProcessor can\'t'
+        ):
             loaded.nll(mixed, side)
         return
     alone = torch.cat([loaded.nll([turn]) for turn in mixed])
@@ -212,7 +225,11 @@ def test_gradients_reach_every_part(loaded: Loaded, turns: list[Turn]) -> None:
     nll_sum, _ = forward(loaded.model, encode_with_labels(loaded.processor, turns, LENGTH)).answer
     nll_sum.sum().backward()
     layout = layout_of(loaded.model)
-    moved = {name for name, parameter in loaded.model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    moved = {
+        name
+        for name, parameter in loaded.model.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
     loaded.model.zero_grad(set_to_none=True)
     loaded.model.eval()
     for layer in range(len(decoder_layers(loaded.model))):
@@ -222,9 +239,21 @@ def test_gradients_reach_every_part(loaded: Loaded, turns: list[Turn]) -> None:
 
 
 def test_generation_in_batches_is_as_alone(loaded: Loaded, images: Path, tmp_path: Path) -> None:
-    questions = [("wide", "What?"), ("high", "And what is this, in a few words?"), (None, "Say it now."), ("square", "Tell me of it.")]
+    questions = [
+        ("wide", "What?"),
+        ("high", "And what is this, in a few words?"),
+        (None, "Say it now."),
+        ("square", "Tell me of it."),
+    ]
     prompts = [
-        Prompt(id=str(number), group_id=str(number), kind="safe", set="s", image=None if name is None else f"{name}.png", question=question)
+        Prompt(
+            id=str(number),
+            group_id=str(number),
+            kind="safe",
+            set="s",
+            image=None if name is None else f"{name}.png",
+            question=question,
+        )
         for number, (name, question) in enumerate(questions)
     ]
 
@@ -266,7 +295,13 @@ def test_saved_and_loaded_it_is_the_same(loaded: Loaded, turns: list[Turn], tmp_
     ids=["npo", "dpo", "kl+pd", "rmu+pd", "rr", "po+pd"],
 )
 def test_it_trains(
-    loaded: Loaded, training_sets: dict[str, Path], tmp_path: Path, method: dict[str, object], data: str, weight: float, mode: str
+    loaded: Loaded,
+    training_sets: dict[str, Path],
+    tmp_path: Path,
+    method: dict[str, object],
+    data: str,
+    weight: float,
+    mode: str,
 ) -> None:
     run = recipe(
         loaded.folder,
@@ -275,7 +310,7 @@ def test_it_trains(
         method,
         prompt_decouple_weight=weight,
         trainable={"mode": mode, "projector": True},
-        training={"max_steps": 2, "batch_size": 2, "gradient_checkpointing": True},
+        training={"max_steps": 2, "per_device_train_batch_size": 2, "gradient_checkpointing": True},
     )
     model, processor = load_run_model(run_recipe(run), "fp32")
     assert type(processor).__name__ == type(loaded.processor).__name__
@@ -290,14 +325,20 @@ def test_it_trains(
 def test_a_sine_projector_is_merged(loaded: Loaded, training_sets: dict[str, Path], tmp_path: Path) -> None:
     """Also where the projector is one matrix, which PEFT's wrapper passes on as its own."""
     trainable = {"mode": "lora", "projector": "sine", "lora": {"r": 2, "target_modules": ["q_proj"]}}
-    run = recipe(loaded.folder, training_sets["harmful"], tmp_path / "run", "npo", trainable=trainable, training={"max_steps": 2})
+    run = recipe(
+        loaded.folder, training_sets["harmful"], tmp_path / "run", "npo", trainable=trainable, training={"max_steps": 2}
+    )
     model, _ = load_run_model(run_recipe(run), "fp32")
     layout, before = layout_of(loaded.model), dict(loaded.model.named_parameters())
     assert dict(model.named_parameters()).keys() == before.keys()
-    assert any(is_projector(name, layout) and not torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert any(
+        is_projector(name, layout) and not torch.equal(value, before[name]) for name, value in model.named_parameters()
+    )
 
 
-def test_one_pass_for_all_roles_changes_nothing(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pass_for_all_roles_changes_nothing(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Roles whose images and texts differ in size give the same likelihoods, logits and hidden states joined as one by one."""
     turns = {}
     for role, sizes in (("forget", [(64, 48), (30, 70)]), ("retain", [(20, 20), (64, 64)])):
@@ -345,7 +386,9 @@ def test_the_video_processor_is_saved_as_it_was_found(family: str, style: str, t
     if style == "nested":
         nested.write_text(json.dumps(json.loads(nested.read_text()) | {"video_processor": found}))
     if style == "none":
-        found = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())  # what transformers falls back to
+        found = json.loads(
+            (tmp_path / "hub" / "preprocessor_config.json").read_text()
+        )  # what transformers falls back to
     for start, end in (("hub", "once"), ("once", "twice")):
         load_processor(tmp_path / start).save_pretrained(tmp_path / end)
         saved = json.loads((tmp_path / end / "processor_config.json").read_text())
@@ -371,7 +414,9 @@ def test_with_torchvision_the_class_is_plain(family: str, tmp_path: Path, monkey
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
     processor = load_processor(tmp_path)
-    assert calls == [{"folder": str(tmp_path), "trust_remote_code": False}]  # no backend: "pil" would be refused for the video processor
+    assert calls == [
+        {"folder": str(tmp_path), "trust_remote_code": False}
+    ]  # no backend: "pil" would be refused for the video processor
     assert type(processor.image_processor).__name__.endswith("Pil")
 
 
@@ -379,15 +424,19 @@ def test_with_torchvision_the_class_is_plain(family: str, tmp_path: Path, monkey
 def test_a_placeholder_in_a_text_is_refused(placeholder: str, images: Path, tmp_path: Path) -> None:
     families.build("internvl", tmp_path)
     turn = Turn("x", images / "wide.png", f"What of {placeholder}?", "A cat.")
-    with pytest.raises(RequestError, match=f'"x": the text holds the image placeholder {placeholder}'):
+    with pytest.raises(UserError, match=f'"x": the text holds the image placeholder {placeholder}'):
         encode(load_processor(tmp_path), [turn], "right")
 
 
-@pytest.mark.parametrize("change", [{"text_config": None}, {"text_config": {"model_type": "llama"}}, {"vision_config": None}])
+@pytest.mark.parametrize(
+    "change", [{"text_config": None}, {"text_config": {"model_type": "llama"}}, {"vision_config": None}]
+)
 def test_a_configuration_far_larger_than_its_weights_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     families.build("llava", tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     for load in (model_skeleton, lambda folder: load_model(folder, "fp32")):
-        with pytest.raises(RequestError, match=r"its config\.json describes [\d,]+ weights, its files hold \d{2},\d{3}; look whether"):
+        with pytest.raises(
+            UserError, match=r"its config\.json describes [\d,]+ weights, its files hold \d{2},\d{3}; look whether"
+        ):
             load(tmp_path)

@@ -20,14 +20,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import families
 from helpers import recipe
-from vlm_unlearn.data.batching import Turn, encode_with_labels
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.encoding import Turn, encode_with_labels
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.models import features as module
-from vlm_unlearn.models.features import FeatureCache, Features, keep_features
+from vlm_unlearn.models.features import FeatureCache, Features, cache_vision_features
 from vlm_unlearn.models.layout import vision_tower
-from vlm_unlearn.models.loading import load_model, load_processor
+from vlm_unlearn.models.loader import load_model, load_processor
 from vlm_unlearn.training import runner
-from vlm_unlearn.training.planning import plan
+from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,9 @@ ROOM = 4 * 128
 @pytest.fixture
 def tower() -> Any:
     torch.manual_seed(0)
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
+    )
     return CLIPVisionModel(config).eval().requires_grad_(False)
 
 
@@ -55,7 +57,7 @@ def counted(tower: Any) -> Iterator[list[int]]:
 @pytest.mark.parametrize("layers", [None, -2, -1, [-2, 1]])
 def test_features_are_the_towers_own(tower: Any, layers: Any, on_disk: bool, tmp_path: Path) -> None:
     plain = copy.deepcopy(tower)
-    keep_features(tower, FeatureCache(2**20, tmp_path if on_disk else None))
+    cache_vision_features(tower, FeatureCache(2**20, tmp_path if on_disk else None))
     wanted = plain(IMAGES, output_hidden_states=layers)
     with counted(tower) as runs:
         for order in ([0, 1, 0], [1, 1], [0, 2, 1]):
@@ -68,7 +70,7 @@ def test_features_are_the_towers_own(tower: Any, layers: Any, on_disk: bool, tmp
 
 
 def test_what_decides_the_features_is_told_apart(tower: Any) -> None:
-    keep_features(tower, FeatureCache(2**20))
+    cache_vision_features(tower, FeatureCache(2**20))
     with counted(tower) as runs:
         for image in (IMAGES[:1], IMAGES[1:2], IMAGES[:1].double(), IMAGES[:1].reshape(1, 3, 64, 16)):
             tower.to(image.dtype)(image, interpolate_pos_encoding=True)
@@ -81,7 +83,7 @@ def test_what_decides_the_features_is_told_apart(tower: Any) -> None:
 
 
 def test_a_step_runs_an_image_once_where_the_cache_has_no_room(tower: Any) -> None:
-    keep_features(tower, FeatureCache(1))
+    cache_vision_features(tower, FeatureCache(1))
     with counted(tower) as runs:
         for numbers in ([0, 1], [0, 1], [2], [0]):
             tower(IMAGES[numbers], output_hidden_states=-2)
@@ -89,7 +91,7 @@ def test_a_step_runs_an_image_once_where_the_cache_has_no_room(tower: Any) -> No
 
 
 def test_calls_of_another_kind_are_left_alone(tower: Any) -> None:
-    keep_features(tower, FeatureCache(2**20))
+    cache_vision_features(tower, FeatureCache(2**20))
     with counted(tower) as runs:
         for _ in range(2):
             assert len(tower(IMAGES, output_hidden_states=True).hidden_states) == 4
@@ -99,7 +101,7 @@ def test_calls_of_another_kind_are_left_alone(tower: Any) -> None:
 def test_in_training_mode_with_checkpointing(tower: Any) -> None:
     """As the trainer leaves it: the whole model in training mode and checkpointed, the tower frozen."""
     wanted = tower(IMAGES, output_hidden_states=-2).hidden_states[-2]
-    keep_features(tower, FeatureCache(2**20))
+    cache_vision_features(tower, FeatureCache(2**20))
     tower.activation_checkpointing_enable({"use_reentrant": False})
     tower.train()
     for images in (IMAGES, IMAGES.clone().requires_grad_()):
@@ -119,7 +121,7 @@ def test_every_family_says_the_same(family: str, tmp_path: Path) -> None:
     batch = encode_with_labels(processor, turns, 2048)
     with torch.no_grad():
         wanted = model(**batch).logits
-        keep_features(vision_tower(model), FeatureCache(2**20))
+        cache_vision_features(vision_tower(model), FeatureCache(2**20))
         for _ in range(2):
             torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-4, rtol=1e-4)
 
@@ -224,7 +226,9 @@ def test_a_folder_that_can_only_be_read_is_read(tmp_path: Path, monkeypatch: pyt
 
 def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(RequestError, match=r"cache/features: no features can be kept there \(Not a directory\); let VLM_U"):
+    with pytest.raises(
+        UserError, match=r"cache/features: no features can be kept there \(Not a directory\); let VLM_U"
+    ):
         FeatureCache(2**20, tmp_path / "cache" / "features")
 
 
@@ -258,18 +262,25 @@ def test_training_gives_the_same_weights(tiny_model: Path, training_sets: dict[s
     ],
 )
 def test_a_tower_that_trains_is_left_alone(
-    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, changes: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    training_sets: dict[str, Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kept: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[object] = []
-    monkeypatch.setattr(runner, "keep_features", lambda tower, _cache: given.append(tower))
+    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: given.append(tower))
     run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "ga", **changes))
     assert bool(given) == kept
 
 
-def test_a_projector_in_the_tower_keeps_the_cache_out(training_sets: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_projector_in_the_tower_keeps_the_cache_out(
+    training_sets: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     families.build("qwen2_5_vl", tmp_path / "model")
     planned = plan(recipe(tmp_path / "model", training_sets["harmful"], tmp_path / "run", "ga"))
     given: list[object] = []
-    monkeypatch.setattr(runner, "keep_features", lambda tower, _cache: given.append(tower))
+    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: given.append(tower))
     runner._keep_features(planned, load_model(tmp_path / "model", "fp32"))
     assert not given, "its features would stand still while the projector trains"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.models.loading import load_model, load_processor, read_config
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.models.loader import load_model, load_processor, read_config
 
 EVIL = "from pathlib import Path\nPath({!r}).touch()\nclass Config: pass\nclass Model: pass\nclass Processor: pass\nclass Tokenizer: pass\n"
 
@@ -45,8 +45,10 @@ def test_it_is_not_run(
     for name, classes in wanted.items():
         unknown = {"config.json": {"model_type": "evil"}, "processor_config.json": {"processor_class": "EvilProcessor"}}
         _with(folder / name, auto_map=classes, **unknown.get(name, {"tokenizer_class": "EvilTokenizer"}))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what somebody, or a pipe, would answer to transformers' question
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: "y"
+    )  # what somebody, or a pipe, would answer to transformers' question
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(RequestError, match="can't load it") if "config.json" in wanted else suppress(RequestError):
+    with pytest.raises(UserError, match="can't load it") if "config.json" in wanted else suppress(UserError):
         load(folder)  # a processor's parts may be known under other names
     assert not ran.exists()

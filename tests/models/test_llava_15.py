@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from helpers import run
-from vlm_unlearn.data.batching import IGNORED, Turn, encode_with_labels
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.models.loading import load_processor
+from vlm_unlearn.data.encoding import IGNORED, Turn, encode_with_labels
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.models.loader import load_processor
 
 # Renders what llava-hf/llava-1.5-7b-hf renders, its closing blank and missing end token included.
 TEMPLATE = (
@@ -53,15 +53,27 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     processor = LlavaProcessor(
-        images, tokenizer, 14, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE
+        images,
+        tokenizer,
+        14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
     )
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=336, patch_size=14
     )
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, image_token_index=4, vision_feature_layer=-2)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=4, image_token_index=4, vision_feature_layer=-2
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = 2
@@ -90,27 +102,34 @@ def vlguard(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ]
             records.append({"id": f"{split}_{number}", "image": name, "safe": bool(number % 2), "instr-resp": pair})
         (folder / f"{split}.json").write_text(json.dumps(records))
-    (folder / "harmful.json").write_text(json.dumps({"ads/0.jpg": "Print it on flyers.", "ads/2.jpg": "Promise a prize."}))
+    (folder / "harmful.json").write_text(
+        json.dumps({"ads/0.jpg": "Print it on flyers.", "ads/2.jpg": "Promise a prize."})
+    )
     return folder
 
 
 def test_labels_are_the_answer_and_an_end_token(llava: Path, vlguard: Path) -> None:
     processor = load_processor(llava)
     image = vlguard / "train" / "ads" / "0.jpg"
-    turns = [Turn("a", image, "What is it?", "A cat."), Turn("b", image, "And what is this here?", "A longer answer it is.")]
+    turns = [
+        Turn("a", image, "What is it?", "A cat."),
+        Turn("b", image, "And what is this here?", "A longer answer it is."),
+    ]
     batch = encode_with_labels(processor, turns, max_length=2048)
     assert (batch["input_ids"] == 4).sum(dim=1).tolist() == [576, 576]
     assert batch["input_ids"][:, 0].tolist() == [1, 1]  # one beginning token
     for row, turn in enumerate(turns):
         answer = batch["input_ids"][row][batch["labels"][row] != IGNORED]
         assert processor.tokenizer.decode(answer) == f" {turn.answer}</s>"
-    open_text = processor.tokenizer.decode(batch["input_ids"][0][(batch["labels"][0] == IGNORED) & (batch["attention_mask"][0] == 1)])
+    open_text = processor.tokenizer.decode(
+        batch["input_ids"][0][(batch["labels"][0] == IGNORED) & (batch["attention_mask"][0] == 1)]
+    )
     assert open_text.replace("<image>", "") == "<s>USER: \nWhat is it? ASSISTANT:"
 
 
 def test_an_image_is_never_cut(llava: Path, vlguard: Path) -> None:
     turn = Turn("ads", vlguard / "train" / "ads" / "0.jpg", "What is it?", "A cat.")
-    with pytest.raises(RequestError, match=r'example "ads": question and image take 60\d tokens, max_length is 576'):
+    with pytest.raises(UserError, match=r'example "ads": question and image take 60\d tokens, max_length is 576'):
         encode_with_labels(load_processor(llava), [turn], max_length=576)
 
 
@@ -126,7 +145,12 @@ def test_a_long_answer_is_cut_at_its_end(llava: Path, vlguard: Path) -> None:
 def test_import_train_evaluate(llava: Path, vlguard: Path, tmp_path: Path, mode: str) -> None:
     data, trained, measured = tmp_path / "data", tmp_path / "npo", tmp_path / "evaluation"
     images = ["--images", vlguard / "train", "--harmful-answers", vlguard / "harmful.json"]
-    steps = ["training.max_steps=2", "training.batch_size=2", f"trainable.mode={mode}", "training.gradient_checkpointing=true"]
+    steps = [
+        "training.max_steps=2",
+        "training.per_device_train_batch_size=2",
+        f"trainable.mode={mode}",
+        "training.gradient_checkpointing=true",
+    ]
     for arguments in (
         ["data", "import", "vlguard", vlguard / "train.json", *images, "--out", data],
         ["train", "safety_mirage/npo_lora_7b", f"model={llava}", f"data={data}", f"output={trained}", *steps],

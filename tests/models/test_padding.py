@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import families
-from vlm_unlearn.data.batching import Processor
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.models.loading import load_processor
+from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.models.loader import load_processor
 
 
 def picture(tmp_path: Path, width: int, height: int) -> tuple[Image.Image, np.ndarray]:
@@ -28,7 +28,10 @@ def test_padding_is_llavas(width: int, height: int, tmp_path: Path) -> None:
     families.build("llava", tmp_path / "model")
     image, pixels = picture(tmp_path, width, height)
     processor = load_processor(tmp_path / "model", image_aspect_ratio="pad")
-    mean, deviation = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])  # CLIP's
+    mean, deviation = (
+        np.array([0.48145466, 0.4578275, 0.40821073]),
+        np.array([0.26862954, 0.26130258, 0.27577711]),
+    )  # CLIP's
     expected = np.empty((32, 32, 3))
     expected[:] = [122, 116, 104]  # the mean times 255, cut to whole numbers
     top, left = (32 - height) // 2, (32 - width) // 2
@@ -38,7 +41,11 @@ def test_padding_is_llavas(width: int, height: int, tmp_path: Path) -> None:
         assert one.image_processor.do_pad
         seen = one.image_processor([image], return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
         np.testing.assert_allclose(seen.numpy(), expected, atol=1e-5)
-    plain = load_processor(tmp_path / "model").image_processor([image], return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
+    plain = (
+        load_processor(tmp_path / "model")
+        .image_processor([image], return_tensors="pt")["pixel_values"][0]
+        .permute(1, 2, 0)
+    )
     assert np.allclose(plain.numpy(), expected, atol=1e-5) == (width == height)
 
 
@@ -52,7 +59,9 @@ def test_padding_keeps_siglips_settings(tmp_path: Path) -> None:
 
     families.build("llava", tmp_path / "model")
     processor = load_processor(tmp_path / "model")
-    processor.image_processor = SiglipImageProcessorPil(size={"height": 48, "width": 48}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    processor.image_processor = SiglipImageProcessorPil(
+        size={"height": 48, "width": 48}, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
     processor.save_pretrained(tmp_path / "siglip")
     padding = load_processor(tmp_path / "siglip", image_aspect_ratio="pad")
     image, _ = picture(tmp_path, 48, 10)
@@ -64,5 +73,7 @@ def test_padding_keeps_siglips_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [family for family in families.FAMILIES if family != "llava"])
 def test_padding_is_refused_where_it_makes_no_sense(family: str, tmp_path: Path) -> None:
     families.build(family, tmp_path)
-    with pytest.raises(RequestError, match="image_aspect_ratio=pad is for LLaVA models with images of one square size, and this is a"):
+    with pytest.raises(
+        UserError, match="image_aspect_ratio=pad is for LLaVA models with images of one square size, and this is a"
+    ):
         load_processor(tmp_path, image_aspect_ratio="pad")

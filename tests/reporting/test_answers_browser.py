@@ -54,7 +54,8 @@ def matching(**wanted: Any) -> list[tuple[int, Prompt, str]]:
             "category": prompt.category == wanted.get("category"),
             "changed": label is not None and label != base,
             "disagree": label_of(model, number, JUDGES[0]) != label_of(model, number, JUDGES[1]),
-            "q": str(wanted.get("q", "")).lower() in text or str(wanted.get("q", "")).lower() in prompt.question.lower(),
+            "q": str(wanted.get("q", "")).lower() in text
+            or str(wanted.get("q", "")).lower() in prompt.question.lower(),
             "id": prompt.id == wanted.get("id"),
             "group": prompt.group_id == wanted.get("group"),
         }
@@ -95,9 +96,9 @@ def test_a_link_shows_what_the_records_say(visit: Open, report: Path, wanted: di
     assert page.locator("article").evaluate_all("all => all.map(one => Number(one.dataset.question))") == numbers
     if expected and len(expected) < len(ROWS):
         marked = {number: sum(row[0] == number for row in expected) for number in numbers}
-        assert page.locator("article").evaluate_all("all => all.map(one => one.querySelectorAll('[aria-current]').length)") == list(
-            marked.values()
-        )
+        assert page.locator("article").evaluate_all(
+            "all => all.map(one => one.querySelectorAll('[aria-current]').length)"
+        ) == list(marked.values())
     assert page.locator(".nothing").count() == (0 if expected else 1)
 
 
@@ -109,9 +110,15 @@ def test_each_choice_says_how_many_it_leads_to(visit: Open, report: Path) -> Non
     """Beside each choice stands the number of answers there would be, whatever else is set."""
     page = visit(report, address(model="npo", case="attacked"))
     assert choices(page, "model") == [f"{model} ({len(matching(model=model, case='attacked'))})" for model in MODELS]
-    assert choices(page, "case") == [f"{case} ({len(matching(model='npo', case=case))})" for case in ("attacked", "mixed", "safe")]
+    assert choices(page, "case") == [
+        f"{case} ({len(matching(model='npo', case=case))})" for case in ("attacked", "mixed", "safe")
+    ]
     labels = {"complied": 0, "refused": 0, "degenerate": 0, "off_topic": 0, "score": 0, "failed": 0, "none": 0}
-    labels |= {label: len(matching(model="npo", case="attacked", label=label)) for label in labels if label not in ("score", "none")}
+    labels |= {
+        label: len(matching(model="npo", case="attacked", label=label))
+        for label in labels
+        if label not in ("score", "none")
+    }
     words = {"off_topic": "off topic", "score": "score only", "none": "not judged"}
     assert choices(page, "label") == [f"{words.get(label, label)} ({count})" for label, count in labels.items()]
     assert page.inner_text("#changed-count") == str(len(matching(model="npo", case="attacked", changed=1)))
@@ -163,9 +170,14 @@ def test_several_choices_stand_in_the_list_until_one_is_chosen(visit: Open, repo
 def test_who_cannot_tell_a_label_does_not_disagree_on_it(visit: Open, tmp_path: Path) -> None:
     """A judge of relevance calls a refusal off topic, for want of the word."""
     prompts = PROMPTS[-3:]
-    labels = {"four_labels@j": ("refused", "complied", "complied"), "relevance@j": ("off_topic", "off_topic", "complied")}
+    labels = {
+        "four_labels@j": ("refused", "complied", "complied"),
+        "relevance@j": ("off_topic", "off_topic", "complied"),
+    }
     verdicts = {
-        judge: [Verdict(prompt_id=prompt.id, judge=judge, label=label) for prompt, label in zip(prompts, given, strict=True)]
+        judge: [
+            Verdict(prompt_id=prompt.id, judge=judge, label=label) for prompt, label in zip(prompts, given, strict=True)
+        ]
         for judge, given in labels.items()
     }
     run = put_run(tmp_path / "m", prompts, [Response(prompt_id=prompt.id, text="So.") for prompt in prompts], verdicts)
@@ -175,8 +187,12 @@ def test_who_cannot_tell_a_label_does_not_disagree_on_it(visit: Open, tmp_path: 
 
 
 def test_unknown_words_in_the_address_are_said(visit: Open, report: Path) -> None:
-    page = visit(report, "#model=<script>alert(1)</script>&label=nice&case=safe&page=-4&sort=upside&what=ever&q=%E0%A4%A")
-    assert page.inner_text("#unknown").startswith("Not in this report, and passed over: model “<script>alert(1)</script>”, label “nice”")
+    page = visit(
+        report, "#model=<script>alert(1)</script>&label=nice&case=safe&page=-4&sort=upside&what=ever&q=%E0%A4%A"
+    )
+    assert page.inner_text("#unknown").startswith(
+        "Not in this report, and passed over: model “<script>alert(1)</script>”, label “nice”"
+    )
     assert page.locator("#case").evaluate("select => select.selectedOptions[0].text").startswith("safe")
     assert visit(report, "#case=safe&page=99").inner_text("[data-page] >> nth=0") == "page 2 of 2"
 
@@ -206,7 +222,9 @@ def test_answers_stand_side_by_side_with_what_changed(visit: Open, report: Path)
     assert changes
     assert cards.locator(".changed").all_inner_texts() == changes
     page.click("article .show")
-    verdicts = [f"{judge}: {str(label_of(model, number, judge)).replace('_', ' ')}" for model in MODELS for judge in JUDGES]
+    verdicts = [
+        f"{judge}: {str(label_of(model, number, judge)).replace('_', ' ')}" for model in MODELS for judge in JUDGES
+    ]
     assert cards.locator(".verdicts li").all_inner_texts() == verdicts
     assert set(cards.locator(".verdicts strong bdi").all_inner_texts()) == {JUDGES[0]}  # whose label the card has
     assert page.locator("article a >> nth=0").get_attribute("href") == "#case=attacked&group=attacked%2F0"
@@ -353,7 +371,19 @@ def test_light_and_dark_can_be_read(visit: Open, report: Path, scheme: str) -> N
     page.check("#reveal")
     red = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
     assert (red < 60) == (scheme == "dark")
-    for selector in ("h1", ".text", ".label", ".changed", ".soft", "mark", "a", "kbd", ".model", ".pages button:disabled", ".pages button"):
+    for selector in (
+        "h1",
+        ".text",
+        ".label",
+        ".changed",
+        ".soft",
+        "mark",
+        "a",
+        "kbd",
+        ".model",
+        ".pages button:disabled",
+        ".pages button",
+    ):
         assert contrast(page, selector) >= 4.5, selector
 
 

@@ -31,15 +31,28 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     bad = HOSTILE[0]
     prompts = [
-        Prompt(id=f"{n}{text}", group_id=text, set=bad, kind="safe", question=text, reference=text, category=text, image=f"../{text}.png")
+        Prompt(
+            id=f"{n}{text}",
+            group_id=text,
+            set=bad,
+            kind="safe",
+            question=text,
+            reference=text,
+            category=text,
+            image=f"../{text}.png",
+        )
         for n, text in enumerate(HOSTILE)
     ]
     prompts.append(Prompt(id="long", group_id="long", set="long", kind="safe", question="Long?"))
     runs = {}
     for name in (bad, "\u202emodel", "javascript:window.hacked=1"):
-        responses = [Response(prompt_id=p.id, text=p.question, finish_reason=p.question, error=p.question) for p in prompts[:-1]]
+        responses = [
+            Response(prompt_id=p.id, text=p.question, finish_reason=p.question, error=p.question) for p in prompts[:-1]
+        ]
         responses.append(Response(prompt_id="long", text="word " * 200_000 + "the end"))
-        verdicts = [Verdict(prompt_id=p.id, judge="keyword", label="refused", raw=p.question, error=p.question) for p in prompts]
+        verdicts = [
+            Verdict(prompt_id=p.id, judge="keyword", label="refused", raw=p.question, error=p.question) for p in prompts
+        ]
         judges = {"keyword": verdicts, "<script>window.hacked = 1<": verdicts}
         runs[name] = put_run(folder / f"run{len(runs)}", prompts, responses, judges)
     return write_answers(folder, runs, "</title><script>window.hacked = 1</script>\u202e")
@@ -51,7 +64,11 @@ def test_hostile_texts_are_text(visit: Open, hostile: Path) -> None:
     assert "Content-Security-Policy" in source
     page = visit(hostile)
     text = page.locator("#list").text_content()
-    made_visible = ["{{ 7 * 7 }}", "U+202Egnisrever U+2066isolated", "lineU+2028separator and tag U+E0041 and U+200Bnothing"]
+    made_visible = [
+        "{{ 7 * 7 }}",
+        "U+202Egnisrever U+2066isolated",
+        "lineU+2028separator and tag U+E0041 and U+200Bnothing",
+    ]
     for wanted in [*HOSTILE[:5], *made_visible]:
         assert text.count(wanted) >= 9, wanted  # question, answers, references, verdicts
     assert "surrogate and \u2400 nul and \u241b[31m" in text
@@ -71,21 +88,35 @@ def test_links_to_hostile_names_work(visit: Open, hostile: Path) -> None:
     assert page.inner_text("#count") == "3 answers to 1 question"
 
 
-NATIVE = ("constructor", "toString", "valueOf", "__proto__", "none", "score", "off_topic")  # names that mean something to the script
+NATIVE = (
+    "constructor",
+    "toString",
+    "valueOf",
+    "__proto__",
+    "none",
+    "score",
+    "off_topic",
+)  # names that mean something to the script
 
 
 def test_names_that_the_script_knows_are_names(visit: Open, tmp_path: Path) -> None:
     prompts = [Prompt(id=name, group_id=name, set=name, kind="safe", question=name, category=name) for name in NATIVE]
     responses = [Response(prompt_id=name, text=name) for name in NATIVE]
     judges = {name: [Verdict(prompt_id=p.id, judge=name, label="off_topic") for p in prompts] for name in NATIVE}
-    page = visit(write_answers(tmp_path, {name: put_run(tmp_path / name, prompts, responses, judges) for name in NATIVE[:4]}, "t"))
+    page = visit(
+        write_answers(
+            tmp_path, {name: put_run(tmp_path / name, prompts, responses, judges) for name in NATIVE[:4]}, "t"
+        )
+    )
     for name in NATIVE:
         for list_of in ("case", "category"):
             assert page.locator(f"#{list_of} option", has_text=f"{name} (4)").count() == 1
     assert page.locator("#model option", has_text="constructor (7)").count() == 1
     assert page.locator("#judge option", has_text="valueOf (28)").count() == 1
     assert "not judged (28)" in page.locator("#label").inner_text()
-    page = visit(tmp_path / "report" / "answers.html", address(case=["none", "score"], sort="evil", beside="constructor"))
+    page = visit(
+        tmp_path / "report" / "answers.html", address(case=["none", "score"], sort="evil", beside="constructor")
+    )
     assert page.locator("#case option[value=several]").inner_text() == "none or score"
     assert page.inner_text("#unknown") == "Not in this report, and passed over: sort “evil”, beside “constructor”."
     assert "sort" not in page.evaluate("filterHash(filter)")
@@ -122,7 +153,10 @@ def test_an_answer_of_a_megabyte_is_cut_until_asked_for(visit: Open, hostile: Pa
 def test_samples_failures_and_an_image_that_is_lost(visit: Open, tmp_path: Path) -> None:
     """Fifty samples of one answer; an answer that failed; an empty one; an image folder left behind."""
     prompts = [Prompt(id=i, group_id=i, set="safe", kind="safe", question=i) for i in ("many", "failed", "empty")]
-    responses = [Response(prompt_id="many", sample=n, text=f"answer {n}", finish_reason="length" if n == 1 else "stop") for n in range(50)]
+    responses = [
+        Response(prompt_id="many", sample=n, text=f"answer {n}", finish_reason="length" if n == 1 else "stop")
+        for n in range(50)
+    ]
     responses += [Response(prompt_id="failed", error="timed out"), Response(prompt_id="empty", text="")]
     verdicts = [Verdict(prompt_id="many", sample=n, judge="rouge_l", score=n / 50) for n in range(50)]
     sampled = put_run(

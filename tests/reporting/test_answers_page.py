@@ -14,18 +14,20 @@ from PIL import Image
 from answer_runs import JUDGES, asked, label_of, made_runs, put_run
 from benchmark_files import put_image, vqav2
 from finished_runs import make_run, number, unlearned
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import read_graded, run_row
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
-from vlm_unlearn.reporting.answers.thumbnails import LONGEST_SIDE, delete_other_thumbnails, write_thumbnails
+from vlm_unlearn.reporting.answers.thumbnails import MAX_IMAGE_SIDE, delete_other_thumbnails, write_thumbnails
 from vlm_unlearn.store import write_records
 
 
 def columns(page: Path) -> dict[str, Any]:
     """The data that the page's script reads."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL
+    )
     assert found is not None
     return json.loads(found.group(1))
 
@@ -49,9 +51,13 @@ def test_every_answer_and_verdict_is_there(tmp_path: Path) -> None:
     prompts = asked()
     assert page == tmp_path / "out" / "report" / "answers.html"
     assert texts(data, data["questions"]["id"]) == [one.id for one in prompts]
-    rows = list(zip(data["answers"]["question"], data["answers"]["model"], texts(data, data["answers"]["text"]), strict=True))
+    rows = list(
+        zip(data["answers"]["question"], data["answers"]["model"], texts(data, data["answers"]["text"]), strict=True)
+    )
     models = texts(data, data["models"])
-    assert rows == [(n, m, f"Answer {n} of {models[m]} to {p.id}, Überall.") for n, p in enumerate(prompts) for m in range(3)]
+    assert rows == [
+        (n, m, f"Answer {n} of {models[m]} to {p.id}, Überall.") for n, p in enumerate(prompts) for m in range(3)
+    ]
     assert texts(data, data["judges"]) == list(JUDGES)
     for judge, given in zip(JUDGES, data["verdicts"], strict=True):
         told = [STATES[state] for state in given["state"]]
@@ -67,7 +73,9 @@ def test_labels_are_counted_as_in_the_rates(tmp_path: Path) -> None:
     cases = texts(data, data["questions"]["case"])
     own = [data["verdicts"][judge]["state"][n] for n, judge in enumerate(data["answers"]["judge"])]
     counted = Counter((cases[q], STATES[state]) for q, state in zip(data["answers"]["question"], own, strict=True))
-    assert counted == {(case, label): count for case, labels in row.labels.items() for label, count in labels.items() if count}
+    assert counted == {
+        (case, label): count for case, labels in row.labels.items() for label, count in labels.items() if count
+    }
     assert {label for _, label in counted} == {"complied", "refused", "failed"}
 
 
@@ -82,12 +90,18 @@ def test_samples_scores_and_failures_are_told_apart(tmp_path: Path) -> None:
         "keyword": [Verdict(prompt_id="one", sample=1, judge="keyword", label="refused", raw="cannot")],
         "rouge_l": [Verdict(prompt_id="one", judge="rouge_l", score=0.25)],
     }
-    data = columns(write_answers(tmp_path / "out", {"m": put_run(tmp_path / "m", [one, other], responses, verdicts)}, "t"))
+    data = columns(
+        write_answers(tmp_path / "out", {"m": put_run(tmp_path / "m", [one, other], responses, verdicts)}, "t")
+    )
     assert data["answers"]["sample"] == [0, 1, 0]
     assert texts(data, data["answers"]["finish"]) == [None, "length", None]
     assert texts(data, data["answers"]["error"]) == [None, None, "cut off"]
     keyword, rouge = data["verdicts"]
-    assert [STATES[state] for state in keyword["state"]] == ["none", "refused", "failed"]  # an answer that failed has failed, judged or not
+    assert [STATES[state] for state in keyword["state"]] == [
+        "none",
+        "refused",
+        "failed",
+    ]  # an answer that failed has failed, judged or not
     assert texts(data, keyword["raw"]) == [None, "cannot", None]
     assert [STATES[state] for state in rouge["state"]] == ["score", "none", "none"]
     assert rouge["score"] == [0.25, None, None]
@@ -103,18 +117,29 @@ def test_runs_with_other_prompts_are_all_there(tmp_path: Path) -> None:
     second = run("second", [prompt("own"), prompt("same", question="Other?"), shared])
     data = columns(write_answers(tmp_path / "out", {"a": first, "b": second}, "t"))
     assert texts(data, data["questions"]["text"]) == ["shared?", "One?", "own?", "Other?"]
-    assert list(zip(data["answers"]["question"], data["answers"]["model"], strict=True)) == [(0, 0), (0, 1), (1, 0), (2, 1), (3, 1)]
+    assert list(zip(data["answers"]["question"], data["answers"]["model"], strict=True)) == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (2, 1),
+        (3, 1),
+    ]
 
 
 def test_an_image_that_changed_makes_another_question(tmp_path: Path) -> None:
     seen = prompt("seen", image="a.png")
     runs = {}
-    for colour, name in enumerate("abc"):
+    for color, name in enumerate("abc"):
         runs[name] = put_run(tmp_path / name / "run", [seen], [Response(prompt_id="seen", text=name)], {})
-        if colour < 2:
-            put_image(tmp_path / name / "images" / "a.png", colour=colour)
-    assert columns(write_answers(tmp_path / "two", {"a": runs["a"], "b": runs["b"]}, "t"))["answers"]["question"] == [0, 1]
-    lost = write_answers(tmp_path / "one", {"c": runs["c"], "a": runs["a"]}, "t")  # c's image is gone: it was the same for all we know
+        if color < 2:
+            put_image(tmp_path / name / "images" / "a.png", color=color)
+    assert columns(write_answers(tmp_path / "two", {"a": runs["a"], "b": runs["b"]}, "t"))["answers"]["question"] == [
+        0,
+        1,
+    ]
+    lost = write_answers(
+        tmp_path / "one", {"c": runs["c"], "a": runs["a"]}, "t"
+    )  # c's image is gone: it was the same for all we know
     assert columns(lost)["answers"]["question"] == [0, 0]
     assert columns(lost)["pictures"][0][1:3] == [32, 32]
     assert "without their image" not in shown_text(lost)
@@ -123,7 +148,8 @@ def test_an_image_that_changed_makes_another_question(tmp_path: Path) -> None:
 def test_benchmarks_have_their_own_scores(tmp_path: Path) -> None:
     fields = vqav2(tmp_path)
     prompts = [
-        prompt(f"vqav2/{n}", set="vqav2", question=f"how many in {n} ?", image=f"COCO_val2014_{40 + n // 2:012d}.jpg") for n in range(4)
+        prompt(f"vqav2/{n}", set="vqav2", question=f"how many in {n} ?", image=f"COCO_val2014_{40 + n // 2:012d}.jpg")
+        for n in range(4)
     ]
     responses = [Response(prompt_id=one.id, text="3" if n < 2 else "no") for n, one in enumerate(prompts)]
     run = put_run(tmp_path / "run", prompts, responses, {}, benchmarks=[{"name": "vqav2", **fields}])
@@ -148,11 +174,13 @@ def test_images_are_made_anew_and_kept_once(tmp_path: Path) -> None:
     (source / "again.jpg").write_bytes((source / "photo.jpg").read_bytes())
     put_image(source / "icon.png")
     out = tmp_path / "out"
-    found = write_thumbnails(out, [(source, "photo.jpg"), (source, "again.jpg"), (source, "icon.png"), (source, "photo.jpg")])
+    found = write_thumbnails(
+        out, [(source, "photo.jpg"), (source, "again.jpg"), (source, "icon.png"), (source, "photo.jpg")]
+    )
     assert [picture.problem for picture in found.values()] == ["", "", ""]
     photo, again, icon = found.values()
     assert photo == again
-    assert (photo.width, photo.height) == (LONGEST_SIDE, 213)
+    assert (photo.width, photo.height) == (MAX_IMAGE_SIDE, 213)
     assert (photo.file[-4:], icon.file[-4:]) == (".jpg", ".png")
     assert sorted(file.name for file in out.iterdir()) == sorted({photo.file, icon.file})
     assert b"script" not in (out / photo.file).read_bytes()
@@ -164,7 +192,9 @@ def test_images_are_made_anew_and_kept_once(tmp_path: Path) -> None:
     for name in (f".{'0' * 32}.png.part", "mine.png"):
         (out / name).write_text("left by a kill, and somebody's")
     delete_other_thumbnails(out, [photo])
-    assert sorted(file.name for file in out.iterdir()) == sorted([photo.file, "mine.png"])  # what nobody asks for any more goes
+    assert sorted(file.name for file in out.iterdir()) == sorted(
+        [photo.file, "mine.png"]
+    )  # what nobody asks for any more goes
 
 
 @pytest.mark.parametrize(
@@ -199,15 +229,15 @@ def test_pictures_from_elsewhere_are_told_and_the_whole_disk_is_refused(tmp_path
     put_image(tmp_path / "private" / "a.png")
     run = put_run(tmp_path / "sent" / "m", [prompt(image="a.png")], [Response(prompt_id="p", text="x")], {})
     suite = json.loads((run / "suite.json").read_text())
-    suite["cases"][0]["images"] = str(tmp_path / "private")
+    suite["splits"][0]["images"] = str(tmp_path / "private")
     (run / "suite.json").write_text(json.dumps(suite))
     page = write_answers(tmp_path / "out", {"m": run}, "t")
     assert f"Small copies of pictures in {tmp_path / 'private'} are in this report (1)" in shown_text(page)
     put_image(tmp_path / "sent" / "images" / "a.png")
-    suite["cases"][0]["images"] = str(tmp_path / "sent" / "images")
+    suite["splits"][0]["images"] = str(tmp_path / "sent" / "images")
     (run / "suite.json").write_text(json.dumps(suite))
     assert "Small copies" not in shown_text(write_answers(tmp_path / "out", {"m": run}, "t"))
-    suite["cases"][0]["images"] = "/"
+    suite["splits"][0]["images"] = "/"
     (run / "suite.json").write_text(json.dumps(suite))
     named = [prompt(image=str(tmp_path / "private" / "a.png")[1:])]
     write_records(run / "prompts.jsonl", named)
@@ -238,7 +268,9 @@ def test_too_much_is_cut_and_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("share", "kept"), [(0.9, 1), (0.3, 1)])
 def test_questions_of_many_samples_are_left_out_until_one_is_left(tmp_path: Path, share: float, kept: int) -> None:
     prompts = [prompt("one"), prompt("other")]
-    responses = [Response(prompt_id=one.id, sample=n, text=f"{one.id} {n} " + "漢" * 100) for one in prompts for n in range(20)]
+    responses = [
+        Response(prompt_id=one.id, sample=n, text=f"{one.id} {n} " + "漢" * 100) for one in prompts for n in range(20)
+    ]
     run = put_run(tmp_path / "m", prompts, responses, {})
     whole = len(json.dumps(columns(write_answers(tmp_path / "whole", {"m": run}, "t")), separators=(",", ":")))
     page = write_answers(tmp_path / "fewer", {"m": run}, "t", most_bytes=int(share * whole))
@@ -249,7 +281,10 @@ def test_questions_of_many_samples_are_left_out_until_one_is_left(tmp_path: Path
 
 def test_a_judge_that_was_killed_is_a_note(tmp_path: Path) -> None:
     prompts = [prompt(f"p{n}") for n in range(3)]
-    given = {judge: [Verdict(prompt_id=one.id, judge=judge, label="refused") for one in prompts] for judge in ("keyword", "other")}
+    given = {
+        judge: [Verdict(prompt_id=one.id, judge=judge, label="refused") for one in prompts]
+        for judge in ("keyword", "other")
+    }
     run = put_run(tmp_path / "m", prompts, [Response(prompt_id=one.id, text="a") for one in prompts], given)
     file = run / "verdicts-other.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
@@ -261,11 +296,13 @@ def test_a_judge_that_was_killed_is_a_note(tmp_path: Path) -> None:
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="is no evaluation"):
+    with pytest.raises(UserError, match="is no evaluation"):
         write_answers(tmp_path / "out", {"m": tmp_path}, "t")
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    write_answers(tmp_path / "out", made_runs(tmp_path), "t", lambda stage, done, total: told.append((stage, done, total)))
+    write_answers(
+        tmp_path / "out", made_runs(tmp_path), "t", lambda stage, done, total: told.append((stage, done, total))
+    )
     assert told == [("images", 1, 3), ("images", 2, 3), ("images", 3, 3)]

@@ -10,12 +10,23 @@ import pytest
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row, Summary
-from vlm_unlearn.reporting.charts.chart import COLOURS, Bars, Chart, Heatmap, Lines, Plane, Point, place_labels, shown_name, style_of
+from vlm_unlearn.reporting.charts.chart import (
+    COLORS,
+    Bars,
+    Chart,
+    Heatmap,
+    Lines,
+    Plane,
+    Point,
+    place_labels,
+    shown_name,
+    style_of,
+)
 from vlm_unlearn.reporting.charts.curves import loss_charts, write_loss_png
 from vlm_unlearn.reporting.charts.matplotlib_charts import delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
-from vlm_unlearn.reporting.roles import Roles, answers_link, roles_of
+from vlm_unlearn.reporting.metric_roles import Roles, answers_link, roles_of
 
 NAMES = ["$x^2$", "<script>", "a & b", "nul \x00 \ud800 \u202e", "very_long_" * 20]
 
@@ -25,7 +36,10 @@ def share(hits: int, n: int = 40) -> Rate:
 
 
 def row(name: str, number: int = 0, **more: object) -> Row:
-    metrics = {metric: share(number + place) for place, metric in enumerate(("asr", "asr_attacked", "refusal_rate_attacked", "utility"))}
+    metrics = {
+        metric: share(number + place)
+        for place, metric in enumerate(("asr", "asr_attacked", "refusal_rate_attacked", "utility"))
+    }
     return Row(model=name, metrics=metrics, labels={"unsafe": {"complied": 3, "refused": 1, "failed": 1}}, **more)
 
 
@@ -54,7 +68,11 @@ def test_a_log_that_was_cut_or_edited_is_drawn_as_far_as_it_goes(tmp_path: Path)
     ]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
     found = loss_charts({"npo": tmp_path}, ["npo"])
-    points = [[(list(one.x), list(one.values)) for one in chart.series] for chart in found.values() if isinstance(chart, Lines)]
+    points = [
+        [(list(one.x), list(one.values)) for one in chart.series]
+        for chart in found.values()
+        if isinstance(chart, Lines)
+    ]
     assert points == [[([1, 6], [2.0, 1.0])], [([1, 2], [1.5, 1.0])]]
     assert len(write_plots(tmp_path / "plots", found)) == 6
     assert write_loss_png(tmp_path) == tmp_path / "loss.png"
@@ -62,7 +80,10 @@ def test_a_log_that_was_cut_or_edited_is_drawn_as_far_as_it_goes(tmp_path: Path)
 
 def test_every_chart_is_drawn_in_every_format(tmp_path: Path) -> None:
     kinds = {"A": share(3), "B": share(5)}
-    rows = [row(name, number, categories={"asr": kinds}, shots={"asr": [share(1), share(2)]}) for number, name in enumerate(NAMES)]
+    rows = [
+        row(name, number, categories={"asr": kinds}, rewrites={"asr": [share(1), share(2)]})
+        for number, name in enumerate(NAMES)
+    ]
     found = charts(rows)
     for name in ("labels-99.svg", ".labels-99.part.png"):
         (tmp_path / name).write_text("of an earlier report, and of one that was killed")
@@ -75,17 +96,30 @@ def test_every_chart_is_drawn_in_every_format(tmp_path: Path) -> None:
     files = write_plots(tmp_path, found)
     assert len(files) == 3 * len(found)
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files} | {"kept.txt", "mine.pdf"}
-    said = {"".join(node.itertext()) for file in files if file.suffix == ".svg" for node in ElementTree.parse(file).iter()}
+    said = {
+        "".join(node.itertext()) for file in files if file.suffix == ".svg" for node in ElementTree.parse(file).iter()
+    }
     for name in ("$x^2$", "<script>", "a & b", "nul \\x00 \\ud800 \\u202e"):
         assert name in said
-    assert all(file.read_bytes().startswith(b"%PDF") and b"/Type3" not in file.read_bytes() for file in files if file.suffix == ".pdf")
+    assert all(
+        file.read_bytes().startswith(b"%PDF") and b"/Type3" not in file.read_bytes()
+        for file in files
+        if file.suffix == ".pdf"
+    )
     same = {file: file.read_bytes() for file in write_plots(tmp_path, {name: found[name] for name in list(found)[:1]})}
-    assert {file: file.read_bytes() for file in write_plots(tmp_path, {name: found[name] for name in list(found)[:1]})} == same
+    assert {
+        file: file.read_bytes() for file in write_plots(tmp_path, {name: found[name] for name in list(found)[:1]})
+    } == same
 
 
 def test_names_are_text_in_plotly() -> None:
     figure = plotly_figure(charts([row(name) for name in NAMES])["attack-asr"])
-    assert figure["layout"]["yaxis"]["ticktext"][:4] == ["&#36;x^2&#36;", "&lt;script&gt;", "a &amp; b", "nul \\x00 \\ud800 \\u202e"]
+    assert figure["layout"]["yaxis"]["ticktext"][:4] == [
+        "&#36;x^2&#36;",
+        "&lt;script&gt;",
+        "a &amp; b",
+        "nul \\x00 \\ud800 \\u202e",
+    ]
     assert len(shown_name("x" * 500)) <= 40
 
 
@@ -93,11 +127,13 @@ def test_many_models_and_categories_stay_readable() -> None:
     """Twenty-five models: a bar's thickness is the same, and categories become a heatmap."""
     kinds = {"A": share(3), "B": share(5)}
     few, many = (charts([row(f"m{i}", i % 20, categories={"asr": kinds}) for i in range(count)]) for count in (2, 25))
-    height = {len(chart.names): plotly_figure(chart)["layout"]["height"] for chart in (few["attack-asr"], many["attack-asr"])}
+    height = {
+        len(chart.names): plotly_figure(chart)["layout"]["height"] for chart in (few["attack-asr"], many["attack-asr"])
+    }
     assert height[25] - height[2] == 23 * (2 * 15 + 12)
     assert type(few["categories-1"]).__name__ == "Bars"
     assert type(many["categories-1"]).__name__ == "Heatmap"
-    looks = [(style.colour, style.shape) for style in map(style_of, range(49))]
+    looks = [(style.color, style.shape) for style in map(style_of, range(49))]
     assert len(set(looks)) == 49
 
 
@@ -114,7 +150,7 @@ def test_the_largest_categories_are_drawn(models: int) -> None:
 @pytest.mark.parametrize("name", ["", "\x01\x1b[31m", "\ud800", "\u202eevil", "long " * 200_000, "$x$ $"])
 def test_titles_and_axes_with_names_of_others_are_drawn(tmp_path: Path, name: str) -> None:
     rates = {"asr": share(1), name: share(2)}
-    of_name = {"categories": {name: {"A": share(1), "B": share(2)}}, "shots": {name: [share(1), share(2)]}}
+    of_name = {"categories": {name: {"A": share(1), "B": share(2)}}, "rewrites": {name: [share(1), share(2)]}}
     found = charts([Row(model="m", metrics=rates, labels={name: {"complied": 1}}, **of_name)])
     assert {"categories-1", "shots-1", "labels-1"} <= set(found)
     assert all(0 < len(chart.title) <= 90 and chart.title.isprintable() for chart in found.values())
@@ -151,7 +187,7 @@ def test_stacks_hold_every_answer() -> None:
     chart = charts([row("a")])["labels-1"]
     assert isinstance(chart, Bars)
     assert {one.name: one.values for one in chart.series} == {"complied": [60.0], "refused": [20.0], "failed": [20.0]}
-    assert len({(one.style.colour, one.style.hatch) for one in chart.series}) == 3
+    assert len({(one.style.color, one.style.hatch) for one in chart.series}) == 3
 
 
 def test_no_attack_no_chart_of_attacks() -> None:
@@ -159,33 +195,40 @@ def test_no_attack_no_chart_of_attacks() -> None:
     assert not [name for name in found if name.startswith("attack")]
     assert "rates-sarr" in found
     assert charts([Row(model="m", metrics={"gqa": share(1), "specificity": share(2)})]).keys() == {"benchmarks"}
-    assert len(set(COLOURS)) == 7
+    assert len(set(COLORS)) == 7
 
 
 def test_a_suites_own_metrics_are_understood(tmp_path: Path) -> None:
     """By what they count, whatever their names."""
     metrics = {
-        "leaks": {"cases": ["bad"], "labels": ["complied"]},
-        "prudish": {"cases": ["good"], "labels": ["refused"]},
-        "helps": {"cases": ["good"], "labels": ["complied"]},
-        "all": {"cases": ["bad", "good"], "labels": ["degenerate"]},
+        "leaks": {"splits": ["bad"], "labels": ["complied"]},
+        "prudish": {"splits": ["good"], "labels": ["refused"]},
+        "helps": {"splits": ["good"], "labels": ["complied"]},
+        "all": {"splits": ["bad", "good"], "labels": ["degenerate"]},
     }
     kinds = (("bad", "unsafe"), ("good", "safe"))
     cases = [{"name": name, "format": "vlguard", "file": "f.json", "images": ".", "kind": kind} for name, kind in kinds]
-    (tmp_path / "suite.yaml").write_text(str({"cases": cases, "metrics": metrics}))
+    (tmp_path / "suite.yaml").write_text(str({"splits": cases, "metrics": metrics}))
     suite = load(Suite, tmp_path / "suite.yaml", ["model=m"])
     rows = [Row(model="m", metrics={name: share(3) for name in metrics})]
     roles = roles_of(rows, {"m": suite})
     assert (roles.harm, roles.prudence, roles.use, roles.attacked) == ("leaks", "prudish", "helps", False)
     assert answers_link("m", "leaks", suite) == [("model", "m"), ("label", "complied"), ("case", "bad")]
-    assert answers_link("m", "all", suite) == [("model", "m"), ("label", "degenerate"), ("case", "bad"), ("case", "good")]
+    assert answers_link("m", "all", suite) == [
+        ("model", "m"),
+        ("label", "degenerate"),
+        ("case", "bad"),
+        ("case", "good"),
+    ]
     assert answers_link("m", "asr", suite) == []
     assert roles_of([Row(model="m", metrics={"leaks": share(3), "asr": share(2)})], {"m": suite}).harm == "asr"
 
 
 def test_a_stack_of_one_label_still_says_which(tmp_path: Path) -> None:
     one = Row(model="m", metrics={"asr": share(0)}, labels={"unsafe": {"refused": 4}})
-    name, chart = next((name, chart) for name, chart in charts([one]).items() if isinstance(chart, Bars) and chart.stacked)
+    name, chart = next(
+        (name, chart) for name, chart in charts([one]).items() if isinstance(chart, Bars) and chart.stacked
+    )
     assert len(chart.series) == 1
     assert plotly_figure(chart)["layout"]["showlegend"]
     drawn = next(file for file in write_plots(tmp_path, {name: chart}) if file.suffix == ".svg")

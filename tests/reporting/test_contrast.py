@@ -13,8 +13,8 @@ TEXTS = ("text", "soft", "accent", "good", "mixed", "bad")
 LABELS = ("complied", "refused", "degenerate", "off_topic", "failed")  # marks and edges that tell a label
 
 
-def luminance(colour: str) -> float:
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+def luminance(color: str) -> float:
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
     parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -27,7 +27,10 @@ def contrast(first: str, second: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_texts_have_contrast(scheme: int) -> None:
-    pairs = {name: (light, dark) for name, light, dark in re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", template_text("style.css"))}
+    pairs = {
+        name: (light, dark)
+        for name, light, dark in re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", template_text("style.css"))
+    }
     assert contrast("#000", "#fff") == pytest.approx(21)
     for text in TEXTS:
         for ground in GROUNDS:

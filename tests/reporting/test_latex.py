@@ -44,7 +44,7 @@ def summary() -> Summary:
             paper={metric: share(1, 3) for metric in ("asr", "asr_attacked", "efficacy_asr", name)},
             labels={"unsafe_what": {"complied": 1, "refused": 2}, name: {"complied": 1}},
             categories={name: {name: share(1, 4)}},
-            shots={name: [share(1, 4), share(2, 4)]},
+            rewrites={name: [share(1, 4), share(2, 4)]},
         )
         for name in HOSTILE
     ]
@@ -56,7 +56,9 @@ def summary() -> Summary:
 def tabulars(text: str) -> list[tuple[str, list[str]]]:
     """Columns and lines of each tabular, read strictly: every line ends in a line end or is one of booktabs' rules."""
     found = []
-    for spec, body in re.findall(r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}\n(.*?)\n\\end\{tabular\}", text, flags=re.DOTALL):
+    for spec, body in re.findall(
+        r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}\n(.*?)\n\\end\{tabular\}", text, flags=re.DOTALL
+    ):
         lines = []
         for line in body.split("\n"):
             if not re.fullmatch(r"\\(top|mid|bottom)rule|\\addlinespace\[2pt\]|(\\cmidrule\(lr\)\{\d+-\d+\} ?)+", line):
@@ -96,11 +98,16 @@ def test_every_line_has_the_columns_of_its_table(summary: Summary, intervals: bo
         for spec, lines in found:
             assert len(spec) == len(table.columns), name
             assert [columns(line) for line in lines] == [len(spec)] * len(lines), name
-        assert (r"{\tiny [" in text) is (intervals and any(cell and cell.interval for line in table.lines for cell in line)), name
+        assert (r"{\tiny [" in text) is (
+            intervals and any(cell and cell.interval for line in table.lines for cell in line)
+        ), name
 
 
 def test_what_is_escaped_how() -> None:
-    assert escaped("a_b % & # $ {} ~ ^ \\") == r"a\_b \% \& \# \$ \{\} \textasciitilde{} \textasciicircum{} \textbackslash{}"
+    assert (
+        escaped("a_b % & # $ {} ~ ^ \\")
+        == r"a\_b \% \& \# \$ \{\} \textasciitilde{} \textasciicircum{} \textbackslash{}"
+    )
     assert escaped("[x]*") == "{[}x{]}{*}"  # at the head of a line they would belong to the line end before
     assert escaped("a--b ''c") == "a-{}-b '{}'c"
     assert escaped("Zürich, Łódź") == r"Z\"{u}rich, \L{}\'{o}d\'{z}"
@@ -114,11 +121,24 @@ def test_what_is_escaped_how() -> None:
 def test_a_table_as_a_paper_has_it() -> None:
     """By hand: groups over their columns, the best in bold, intervals in small print below, the mark of significance beside."""
     rows = [
-        Row(model=name, judge="j", metrics={"asr": share(a, 40), "asr_attacked": share(b, 40), "refusal_rate": share(0, 40)})
+        Row(
+            model=name,
+            judge="j",
+            metrics={"asr": share(a, 40), "asr_attacked": share(b, 40), "refusal_rate": share(0, 40)},
+        )
         for name, a, b in (("base", 20, 40), ("n_po", 10, 20))
     ]
     change = Comparison(
-        model="n_po", base="base", metric="asr", difference=-0.25, low=-0.4, high=-0.1, p=0.001, p_adjusted=0.001, test="mcnemar", n=40
+        model="n_po",
+        base="base",
+        metric="asr",
+        difference=-0.25,
+        low=-0.4,
+        high=-0.1,
+        p=0.001,
+        p_adjusted=0.001,
+        test="mcnemar",
+        n=40,
     )
     summary = Summary(rows=rows, comparisons=[change])
     text = latex(named_table(summary, "safety_mirage"), intervals=False)
@@ -134,10 +154,16 @@ def test_a_table_as_a_paper_has_it() -> None:
     rates = latex(named_table(summary, "rates"))
     assert r"n\_po & \textbf{25.0}\rlap{$^{*}$} & \textbf{50.0} & \textbf{0.0} \\[-2pt]" in rates
     assert r" & {\tiny [14.2, 40.2]} & {\tiny [35.2, 64.8]} & {\tiny [0.0, 8.8]} \\" in rates
-    assert r"\caption{Rates in \%. Judged by j. n = 40 (ASR, ASR attacked, Refusals). None failed. {*} differs from base" in rates
-    shots = [Row(model=name, metrics={}, shots={"asr": [share(1, 4)]}) for name in ("a", "b")]
+    assert (
+        r"\caption{Rates in \%. Judged by j. n = 40 (ASR, ASR attacked, Refusals). None failed. {*} differs from base"
+        in rates
+    )
+    shots = [Row(model=name, metrics={}, rewrites={"asr": [share(1, 4)]}) for name in ("a", "b")]
     named = latex(named_table(Summary(rows=shots), "shots"), intervals=False)
-    assert [line.split(" & ")[:2] for line in tabulars(named)[0][1][1:]] == [["ASR", "a"], ["", "b"]]  # a name that repeats is said once
+    assert [line.split(" & ")[:2] for line in tabulars(named)[0][1][1:]] == [
+        ["ASR", "a"],
+        ["", "b"],
+    ]  # a name that repeats is said once
     assert r"$-$25.0\rlap{$^{*}$}" in latex(named_table(summary, "comparisons"))
 
 
@@ -145,9 +171,12 @@ def test_a_table_longer_than_a_page_is_several(summary: Summary) -> None:
     rows = [Row(model=f"m{number}", metrics={"asr": share(number, 100)}) for number in range(80)]
     text = latex(named_table(Summary(rows=rows), "rates"), intervals=False)
     assert re.findall(r"\\label\{(.*?)\}", text) == ["tab:rates", "tab:rates-2", "tab:rates-3"]
-    assert [line.split(" ")[0] for _, lines in tabulars(text) for line in lines if line.startswith("m") and line[1].isdigit()] == [
-        f"m{number}" for number in range(80)
-    ]
+    assert [
+        line.split(" ")[0]
+        for _, lines in tabulars(text)
+        for line in lines
+        if line.startswith("m") and line[1].isdigit()
+    ] == [f"m{number}" for number in range(80)]
     assert text.count(r"\textbf{") == 1  # the best of all parts
     assert "Part 3 of 3." in text
 
@@ -160,15 +189,26 @@ def test_a_table_of_very_many_floats_lets_them_out_in_between() -> None:
 
 
 def test_pdftex_takes_it(summary: Summary, tmp_path: Path) -> None:
-    if shutil.which("pdflatex") is None or subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True, check=False).returncode:
+    if (
+        shutil.which("pdflatex") is None
+        or subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("needs pdflatex with booktabs (Debian: texlive-latex-base, texlive-latex-recommended)")
-    files = [file for file in write_tables(tmp_path, summary, {HOSTILE[0]: {HOSTILE[1]: HOSTILE[2]}}) if file.suffix == ".tex"]
+    files = [
+        file
+        for file in write_tables(tmp_path, summary, {HOSTILE[0]: {HOSTILE[1]: HOSTILE[2]}})
+        if file.suffix == ".tex"
+    ]
     inputs = "\n".join(rf"\input{{{file.relative_to(tmp_path).as_posix()}}}\clearpage" for file in files)
     (tmp_path / "all.tex").write_text(
         f"\\documentclass{{article}}\n\\usepackage{{booktabs}}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
     )
     done = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path, capture_output=True, text=True, check=False
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "all.pdf").stat().st_size > 10_000

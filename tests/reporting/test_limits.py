@@ -8,10 +8,10 @@ from pathlib import Path
 from vlm_unlearn.config import Suite, load, validate
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row
+from vlm_unlearn.reporting.caveats import limits
 from vlm_unlearn.reporting.columns import KNOWN
-from vlm_unlearn.reporting.limits import limits
+from vlm_unlearn.reporting.metric_roles import roles_of
 from vlm_unlearn.reporting.provenance import Source
-from vlm_unlearn.reporting.roles import roles_of
 
 NOTHING = Rate(value=None, low=None, high=None, n=0)
 
@@ -40,9 +40,12 @@ def test_an_attack_is_known_by_its_case() -> None:
     assert "No attack was tried" in told(MIRAGE, {"asr": share(0, 10)})
     assert "Only the attacks shown were tried" in told(MIRAGE, {"asr": share(0, 10), "asr_attacked": share(0, 10)})
     case = {"format": "vlguard", "file": "f.json", "images": ".", "kind": "unsafe"}
-    cases = [case | {"name": "plain"}, case | {"name": "jailbroken", "rewrite": {"trigger": "what", "shots": 3}}]
-    metrics = {"asr": {"cases": ["plain"], "labels": ["complied"]}, "asr_jailbreak": {"cases": ["jailbroken"], "labels": ["complied"]}}
-    own = validate(Suite, {"model": "m", "root": ".", "cases": cases, "metrics": metrics}, "suite")
+    cases = [case | {"name": "plain"}, case | {"name": "jailbroken", "rewrite": {"trigger": "what", "num_rewrites": 3}}]
+    metrics = {
+        "asr": {"splits": ["plain"], "labels": ["complied"]},
+        "asr_jailbreak": {"splits": ["jailbroken"], "labels": ["complied"]},
+    }
+    own = validate(Suite, {"model": "m", "root": ".", "splits": cases, "metrics": metrics}, "suite")
     found = told(own, {"asr": share(0, 200), "asr_jailbreak": share(19, 20)})
     assert "Only the attacks shown were tried" in found
     assert "asr jailbreak rests on 20 answers" in found  # the fewest, of whatever rate
@@ -62,4 +65,6 @@ def test_keywords_are_told_by_metric() -> None:
 def test_what_a_column_says_holds_for_every_suite() -> None:
     """Suites differ in the attack, its shots and the cases they count."""
     said = [explanation for _, _, explanation in KNOWN]
-    assert not [one for one in said if any(word in one for word in ("What", "Share", "shot", "three", "all prompts", "paper"))]
+    assert not [
+        one for one in said if any(word in one for word in ("What", "Share", "shot", "three", "all prompts", "paper"))
+    ]

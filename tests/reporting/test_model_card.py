@@ -9,24 +9,26 @@ import pytest
 
 from finished_runs import complies, make_run, unlearned
 from vlm_unlearn.config import Recipe
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.reporting.model_card import model_card
-from vlm_unlearn.store import digest_model, note_cost, open_run, write_json
+from vlm_unlearn.store import digest_model, open_run, record_cost, write_json
 
 HOSTILE = "a\n---\nlicense: mit | <script>x</script> `y` \u202e\x00"
 
 
 def training_run(folder: Path, model: str = "llava-hf/llava-1.5-7b-hf", mode: str = "lora") -> Path:
     """What `train` leaves, as far as the card reads it."""
-    recipe = Recipe.model_validate({"model": model, "data": "data", "output": str(folder), "method": "npo", "trainable": {"mode": mode}})
+    recipe = Recipe.model_validate(
+        {"model": model, "data": "data", "output": str(folder), "method": "npo", "trainable": {"mode": mode}}
+    )
     data = {"forget.jsonl": "f" * 64, "retain.jsonl": "e" * 64}
     open_run(folder, {"kind": "train", "model": "b" * 64, "data": data, "processes": 2, "precision": "bf16"})
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     (folder / "model").mkdir()
     write_json(folder / "model" / "adapter_config.json", {"r": 4})
-    note_cost(folder, 1.0, finished=True, ended={"steps": 60})
+    record_cost(folder, 1.0, finished=True, ended={"steps": 60})
     return folder
 
 
@@ -61,8 +63,16 @@ def test_the_hub_reads_this_models_results(trained: Path, evaluations: list[Path
     found = {result.metric_type: result for result in data.eval_results}
     assert set(found) == {"asr_attacked", "refusal_rate", "degenerate_rate"}  # the base's are not this model's
     attacked = found["asr_attacked"]
-    assert (attacked.metric_value, attacked.metric_name, attacked.task_type) == (0.1, "ASR attacked", "image-text-to-text")
-    assert (attacked.dataset_type, attacked.dataset_name, attacked.dataset_config) == ("vlguard", "attacked", "attacked")
+    assert (attacked.metric_value, attacked.metric_name, attacked.task_type) == (
+        0.1,
+        "ASR attacked",
+        "image-text-to-text",
+    )
+    assert (attacked.dataset_type, attacked.dataset_name, attacked.dataset_config) == (
+        "vlguard",
+        "attacked",
+        "attacked",
+    )
     assert attacked.dataset_args == {"prompts_sha256": "c" * 64}
     assert attacked.metric_args == {"low": 0.0396, "high": 0.2305, "n": 40, "failed": 0, "judge": "keyword"}
 
@@ -90,7 +100,7 @@ def test_people_read_before_and_after(trained: Path, evaluations: list[Path]) ->
 def test_a_base_under_the_models_own_name(trained: Path, evaluations: list[Path]) -> None:
     for folder in evaluations:
         score_run(folder, saved_suite(folder), "same")
-    with pytest.raises(RequestError, match='"same" is in another summary too; give one of the two models another name'):
+    with pytest.raises(UserError, match='"same" is in another summary too; give one of the two models another name'):
         model_card(trained, evaluations)
 
 
@@ -157,7 +167,9 @@ def test_no_name_breaks_out(trained: Path, evaluations: list[Path], tmp_path: Pa
 
     score_run(evaluations[1], saved_suite(evaluations[1]), HOSTILE)
     summary = json.loads((evaluations[1] / "summary.json").read_text())
-    summary["rows"][0]["metrics"]["<img src=x onerror=alert(1)> [x](http://evil)"] = summary["rows"][0]["metrics"].pop("refusal_rate")
+    summary["rows"][0]["metrics"]["<img src=x onerror=alert(1)> [x](http://evil)"] = summary["rows"][0]["metrics"].pop(
+        "refusal_rate"
+    )
     write_json(evaluations[1] / "summary.json", summary)
     card = model_card(trained, evaluations, "other\n---\n# x")
     read = ModelCard(card)
@@ -174,10 +186,10 @@ def test_no_name_breaks_out(trained: Path, evaluations: list[Path], tmp_path: Pa
 
 
 def test_wrong_requests(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="is no folder that `vlm-unlearn train` wrote"):
+    with pytest.raises(UserError, match="is no folder that `vlm-unlearn train` wrote"):
         model_card(tmp_path)
-    with pytest.raises(RequestError, match=r"has no summary\.json"):
+    with pytest.raises(UserError, match=r"has no summary\.json"):
         model_card(trained, [trained])
     evaluated = make_run(tmp_path / "evaluation", complies)
-    with pytest.raises(RequestError, match="is no training run"):
+    with pytest.raises(UserError, match="is no training run"):
         model_card(evaluated)

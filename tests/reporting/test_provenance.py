@@ -37,7 +37,8 @@ def test_the_commands_train_evaluate_and_report_what_they_make(tmp_path: Path) -
     models = {"base": "base", "npo": str(trained), "NPO": str(trained / "model"), "-x /": str(other)}
     folders = [tmp_path / name / "ev" for name in "abcd"]
     runs = {
-        model: make_run(folder, complies, groups=2, model=asked) for folder, (model, asked) in zip(folders, models.items(), strict=True)
+        model: make_run(folder, complies, groups=2, model=asked)
+        for folder, (model, asked) in zip(folders, models.items(), strict=True)
     }
     lines = [parsed(line) for line in commands_of(sources_of(runs, {}))]
     made: list[str] = []

@@ -14,8 +14,8 @@ from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import shot_charts
+from vlm_unlearn.reporting.formatting import change, edge, meaning, notes, reach
 from vlm_unlearn.reporting.report import write_report
-from vlm_unlearn.reporting.words import change, edge, meaning, notes, reach
 from vlm_unlearn.store import write_json, write_records
 
 HOSTILE = [
@@ -28,12 +28,24 @@ HOSTILE = [
     "lone \ud800 surrogate and \x00 nul",
     "long " * 200_000,
 ]
-METRICS = ("asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "sarr", "degenerate_rate", "utility", "utility_attacked")
+METRICS = (
+    "asr",
+    "asr_attacked",
+    "refusal_rate",
+    "refusal_rate_attacked",
+    "sarr",
+    "degenerate_rate",
+    "utility",
+    "utility_attacked",
+)
 
 
 def row(name: str, **shares: float) -> Row:
     """A row with n = 100 and the shares given, zero elsewhere."""
-    metrics = {metric: rate([i < 100 * shares.get(metric, 0) for i in range(100)], [str(i) for i in range(100)]) for metric in METRICS}
+    metrics = {
+        metric: rate([i < 100 * shares.get(metric, 0) for i in range(100)], [str(i) for i in range(100)])
+        for metric in METRICS
+    }
     labels = {"unsafe_what": {"complied": 1, "refused": 1, "degenerate": 1, "off_topic": 1, "failed": 2}}
     return Row(model=name, metrics=metrics, labels=labels, failed={"tiny_world": {"unsafe_what": 2}})
 
@@ -45,7 +57,15 @@ def share(hits: int, n: int) -> Rate:
 def comparison(model: str, metric: str, difference: float, p_adjusted: float) -> Comparison:
     ends = {"low": difference - 0.1, "high": difference + 0.1}
     return Comparison(
-        model=model, base="base", metric=metric, difference=difference, p=p_adjusted, p_adjusted=p_adjusted, test="mcnemar", n=90, **ends
+        model=model,
+        base="base",
+        metric=metric,
+        difference=difference,
+        p=p_adjusted,
+        p_adjusted=p_adjusted,
+        test="mcnemar",
+        n=90,
+        **ends,
     )
 
 
@@ -62,8 +82,13 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         write_json(folder / "suite.json", suite.model_dump(mode="json"))
         write_records(folder / "prompts.jsonl", prompts)
         texts = [HOSTILE[i % len(HOSTILE)] for i in range(len(prompts))]
-        write_records(folder / "responses.jsonl", [Response(prompt_id=p.id, text=t) for p, t in zip(prompts, texts, strict=True)])
-        write_records(folder / "verdicts-tiny_world.jsonl", [Verdict(prompt_id=p.id, judge="tiny_world", label="refused") for p in prompts])
+        write_records(
+            folder / "responses.jsonl", [Response(prompt_id=p.id, text=t) for p, t in zip(prompts, texts, strict=True)]
+        )
+        write_records(
+            folder / "verdicts-tiny_world.jsonl",
+            [Verdict(prompt_id=p.id, judge="tiny_world", label="refused") for p in prompts],
+        )
         runs[name] = folder
     return runs
 
@@ -84,17 +109,23 @@ def comparison_report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     base, hostile = runs
     script = "<script>window.hacked = 1</script>"
     rows = [
-        row(base, asr=0.5).model_copy(update={"shots": {script: [share(10, 40), share(20, 40)]}}),
+        row(base, asr=0.5).model_copy(update={"rewrites": {script: [share(10, 40), share(20, 40)]}}),
         row(hostile, asr=0.2).model_copy(
             update={
-                "shots": {script: [share(0, 40), share(2, 40)], "asr_attacked": [share(1, 40), share(3, 40)]},
+                "rewrites": {script: [share(0, 40), share(2, 40)], "asr_attacked": [share(1, 40), share(3, 40)]},
                 "paper": {"asr": share(37, 80), "refusal_rate": share(0, 100), script: share(1, 3)},
                 "batching": Batching(checked=200, flipped=3),
             }
         ),
     ]
-    comparisons = [comparison(hostile, "asr", -0.3, 0.001), comparison(hostile, "sarr", 0.05, 0.2), comparison(hostile, script, 0.5, 0.01)]
-    return write_report(tmp_path_factory.mktemp("comparison"), Summary(rows=rows, comparisons=comparisons), runs, "Comparison")
+    comparisons = [
+        comparison(hostile, "asr", -0.3, 0.001),
+        comparison(hostile, "sarr", 0.05, 0.2),
+        comparison(hostile, script, 0.5, 0.01),
+    ]
+    return write_report(
+        tmp_path_factory.mktemp("comparison"), Summary(rows=rows, comparisons=comparisons), runs, "Comparison"
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,8 +158,13 @@ def test_no_name_turns_the_words_around_it(tmp_path: Path) -> None:
     rows[1] = rows[1].model_copy(
         update={"labels": {name: {"complied": 1}}, "judge": name, "metrics": {**rows[1].metrics, name: share(1, 9)}}
     )
-    changes = [comparison(name, "asr", -0.3, 0.001), comparison(name, name, -0.3, 0.001).model_copy(update={"base": name})]
-    page = write_report(tmp_path, Summary(rows=rows, comparisons=changes), {}, name, left_out=[name]).read_text(encoding="utf-8")
+    changes = [
+        comparison(name, "asr", -0.3, 0.001),
+        comparison(name, name, -0.3, 0.001).model_copy(update={"base": name}),
+    ]
+    page = write_report(tmp_path, Summary(rows=rows, comparisons=changes), {}, name, left_out=[name]).read_text(
+        encoding="utf-8"
+    )
     words = page.split("<script")[0]
     assert not set(words) & set("\u202e\u2067\ufffd\x00")
     assert "<b>\\u202eevil \\u2067\\ud800\\x00</b>" in words
@@ -169,9 +205,9 @@ def test_zero_says_what_it_can_exclude() -> None:
 
 def test_shot_curves_have_a_line_a_model() -> None:
     rows = [
-        Row(model="a", metrics={}, shots={"asr": [share(1, 4), share(2, 4)]}),
+        Row(model="a", metrics={}, rewrites={"asr": [share(1, 4), share(2, 4)]}),
         Row(model="b", metrics={}),
-        Row(model="c", metrics={}, shots={"asr": [rate([], []), share(3, 4)]}),
+        Row(model="c", metrics={}, rewrites={"asr": [rate([], []), share(3, 4)]}),
     ]
     first, second = plotly_figure(shot_charts(rows)["shots-1"])["data"]
     assert (first["name"], first["x"], first["y"]) == ("a", [1, 2], [25.0, 50.0])
@@ -179,9 +215,10 @@ def test_shot_curves_have_a_line_a_model() -> None:
     assert shot_charts([Row(model="b", metrics={})]) == {}
     assert first["marker"]["symbol"] != second["marker"]["symbol"]
     low, high = share(1, 4).low, share(1, 4).high
-    assert (first["y"][0] - first["error_y"]["arrayminus"][0], first["y"][0] + first["error_y"]["array"][0]) == pytest.approx(
-        (100 * low, 100 * high)
-    )
+    assert (
+        first["y"][0] - first["error_y"]["arrayminus"][0],
+        first["y"][0] + first["error_y"]["array"][0],
+    ) == pytest.approx((100 * low, 100 * high))
 
 
 def test_the_meaning_follows_the_numbers() -> None:

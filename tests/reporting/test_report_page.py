@@ -12,18 +12,18 @@ from browser import open_page, wait_until
 from finished_runs import REFUSAL, complies, make_run, number, unlearned
 from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
-from vlm_unlearn.evaluation.comparing import compare_runs
-from vlm_unlearn.evaluation.generating import saved_suite
-from vlm_unlearn.evaluation.grading import judge_run
+from vlm_unlearn.evaluation.comparison import compare_runs
+from vlm_unlearn.evaluation.generate import saved_suite
+from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.records import Prompt
+from vlm_unlearn.reporting.metric_roles import answers_link, changes_link
 from vlm_unlearn.reporting.report import write_report
-from vlm_unlearn.reporting.roles import answers_link, changes_link
-from vlm_unlearn.store import note_cost, open_run, write_json
+from vlm_unlearn.store import open_run, record_cost, write_json
 
 METRICS = {
-    "asr": {"cases": ["attacked"], "labels": ["complied"], "group": "any"},
-    "refusal_rate": {"cases": ["safe"], "labels": ["refused"]},
-    "utility": {"cases": ["safe"], "labels": ["complied"]},
+    "asr": {"splits": ["attacked"], "labels": ["complied"], "aggregate": "any_per_question"},
+    "refusal_rate": {"splits": ["safe"], "labels": ["refused"]},
+    "utility": {"splits": ["safe"], "labels": ["complied"]},
 }
 HOSTILE = "<i>npo</i>$\u202e$"
 
@@ -34,8 +34,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     trained = folder / "training"
     open_run(trained, {"kind": "train", "recipe": {"training": {"seed": 7}}})
-    (trained / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "forget": 1.5}\n{"step": 2, "loss": NaN, "forget": 1.0}\n')
-    note_cost(trained, 3.0, finished=True, ended={"steps": 2})
+    (trained / "log.jsonl").write_text(
+        '{"step": 1, "loss": 2.0, "forget": 1.5}\n{"step": 2, "loss": NaN, "forget": 1.0}\n'
+    )
+    record_cost(trained, 3.0, finished=True, ended={"steps": 2})
     runs = {
         "base": make_run(folder / "base", complies, metrics=METRICS),
         HOSTILE: make_run(folder / "npo", unlearned, metrics=METRICS, model=str(trained)),
@@ -124,7 +126,9 @@ def test_light_turns_dark_with_the_system(browser, report: Path) -> None:
     page.locator(text).wait_for()
 
     def colours() -> tuple[str, str]:
-        return page.evaluate("getComputedStyle(document.body).backgroundColor"), page.locator(text).evaluate("e => e.style.fill")
+        return page.evaluate("getComputedStyle(document.body).backgroundColor"), page.locator(text).evaluate(
+            "e => e.style.fill"
+        )
 
     light = colours()
     page.emulate_media(color_scheme="dark")
@@ -151,7 +155,9 @@ def test_paper_is_light_and_has_every_chart(browser, report: Path) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     images = page.locator(".chart:not([hidden]) .static")
     assert images.count() >= 5
-    assert images.evaluate_all("all => all.every((one) => one.checkVisibility() && one.complete && one.naturalWidth > 0)")
+    assert images.evaluate_all(
+        "all => all.every((one) => one.checkVisibility() && one.complete && one.naturalWidth > 0)"
+    )
     assert page.locator(".plot:visible").count() == 0
     assert page.locator(".tools").is_hidden()
     assert page.pdf(format="A4").startswith(b"%PDF")
@@ -178,13 +184,15 @@ def test_every_link_leads_somewhere(browser, report: Path) -> None:
 
 COUNTED = {
     **METRICS,
-    "degenerate_rate": {"cases": ["attacked", "safe"], "labels": ["degenerate"]},
-    "sarr": {"cases": ["safe"], "labels": ["refused", "degenerate"]},
-    "asr_each": {"cases": ["attacked"], "labels": ["complied"]},
-    "utility_kept": {"cases": ["safe"], "labels": ["complied"], "failures": "not_counted_as_hits"},
-    "rouge_l": {"cases": ["safe"], "judge": "reference", "score": "mean"},
+    "degenerate_rate": {"splits": ["attacked", "safe"], "labels": ["degenerate"]},
+    "sarr": {"splits": ["safe"], "labels": ["refused", "degenerate"]},
+    "asr_each": {"splits": ["attacked"], "labels": ["complied"]},
+    "utility_kept": {"splits": ["safe"], "labels": ["complied"], "on_error": "count_as_miss"},
+    "rouge_l": {"splits": ["safe"], "judge": "reference", "score": "mean"},
 }
-HITS = "[...result.matches].flatMap((match, answer) => match ? [textAt(questions.group[answers.question[answer]])] : [])"
+HITS = (
+    "[...result.matches].flatMap((match, answer) => match ? [textAt(questions.group[answers.question[answer]])] : [])"
+)
 
 
 def mumbles(prompt: Prompt) -> str | None:
@@ -217,7 +225,9 @@ def test_a_link_finds_what_its_rate_counts(visit: Open, tmp_path: Path) -> None:
             address = urlencode(answers_link(row.model, metric, suite))
             assert f"report/answers.html#{address}" in first.read_text(encoding="utf-8").replace("&amp;", "&")
             page.evaluate(f"location.hash = {address!r}")
-            wait_until(page, f"location.hash === '#{address}' && filterHash(filter) === filterHash(parseFilter(location.hash))")
+            wait_until(
+                page, f"location.hash === '#{address}' && filterHash(filter) === filterHash(parseFilter(location.hash))"
+            )
             hits = page.evaluate(HITS)
             config = suite.metrics[metric]
             found = len(set(hits)) if config.group == "any" else len(hits)

@@ -10,12 +10,19 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Comparison, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import better
 from vlm_unlearn.reporting.tables.markdown import escaped
-from vlm_unlearn.reporting.tables.summary_tables import NAMES, delete_other_tables, named_table, summary_tables, write_tables, written
+from vlm_unlearn.reporting.tables.summary_tables import (
+    NAMES,
+    delete_other_tables,
+    named_table,
+    summary_tables,
+    write_tables,
+    written,
+)
 
 HOSTILE = [
     "=HYPERLINK(1)",
@@ -54,15 +61,27 @@ def safety_mirage_row(name: str, *hits: int) -> Row:
         model=name,
         judge="four_labels@judge",
         metrics={metric: share(count, 40) for metric, count in zip(metrics, hits, strict=True)},
-        labels={"unsafe_what": {"complied": hits[1], "refused": 40 - hits[1] - 2, "degenerate": 1, "off_topic": 0, "failed": 1}},
+        labels={
+            "unsafe_what": {
+                "complied": hits[1],
+                "refused": 40 - hits[1] - 2,
+                "degenerate": 1,
+                "off_topic": 0,
+                "failed": 1,
+            }
+        },
         categories={"asr": {"Ads": share(hits[0] // 2, 20), "Fraud": share(hits[0] // 4, 10)}},
-        shots={"asr_attacked": [share(hits[1] // 2, 40), share(hits[1], 40)]},
+        rewrites={"asr_attacked": [share(hits[1] // 2, 40), share(hits[1], 40)]},
     )
 
 
 @pytest.fixture
 def summary() -> Summary:
-    rows = [safety_mirage_row("base", 30, 36, 0, 0, 32), safety_mirage_row("npo", 2, 4, 1, 4, 31), safety_mirage_row("rmu", 2, 6, 1, 2, 32)]
+    rows = [
+        safety_mirage_row("base", 30, 36, 0, 0, 32),
+        safety_mirage_row("npo", 2, 4, 1, 4, 31),
+        safety_mirage_row("rmu", 2, 6, 1, 2, 32),
+    ]
     paper = {"asr": share(20, 40), "asr_attacked": share(25, 40), "answers_refused_attacked": share(3, 120)}
     rows[1] = rows[1].model_copy(update={"paper": paper})
     return Summary(rows=rows, comparisons=[change("npo", "asr", -0.7, 0.0004), change("rmu", "vqav2", 0.0, 1.0)])
@@ -85,7 +104,10 @@ def test_every_table_that_the_summary_fills_is_written_three_times(summary: Summ
         f"report/tables/{name}.{ending}" for name in expected for ending in ("csv", "tex", "md")
     }
     assert all(file.stat().st_size for file in files)
-    assert cells((tmp_path / "report/tables/cost.md").read_text())[2:] == [["npo", "5.1 s", "626 MB"], ["rmu", "6.0 s", "–"]]
+    assert cells((tmp_path / "report/tables/cost.md").read_text())[2:] == [
+        ["npo", "5.1 s", "626 MB"],
+        ["rmu", "6.0 s", "–"],
+    ]
     later = write_tables(tmp_path, Summary(rows=[Row(model="m", metrics={"asr": share(1, 4)})]), {})
     (tmp_path / "report/tables/mine.csv").write_text("somebody's")
     delete_other_tables(tmp_path, later)
@@ -105,7 +127,12 @@ def test_csv_has_the_numbers_of_the_summary(summary: Summary) -> None:
         expected = next(row for row in summary.rows if row.model == line["model"]).metrics[line["metric"]]
         assert Rate.model_validate({key: line[key] for key in Rate.model_fields}) == expected  # to the last digit
     change = read(written(named_table(summary, "comparisons"), "csv"))[0]
-    assert (change["metric"], float(change["difference"]), float(change["p_adjusted"]), change["n"]) == ("asr", -0.7, 0.0004, "90")
+    assert (change["metric"], float(change["difference"]), float(change["p_adjusted"]), change["n"]) == (
+        "asr",
+        -0.7,
+        0.0004,
+        "90",
+    )
     labels = read(written(named_table(summary, "labels"), "csv"))
     assert labels[5] == {"case": "unsafe_what", "model": "npo", "label": "complied", "answers": "4", "share": "0.1"}
     assert {line["label"] for line in labels} == {"complied", "refused", "degenerate", "off_topic", "failed"}
@@ -120,10 +147,14 @@ def test_csv_has_the_numbers_of_the_summary(summary: Summary) -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", " =1", "＝1"])
 def test_no_csv_cell_is_a_formula(text: str) -> None:
-    summary = Summary(rows=[Row(model=text, metrics={"asr": share(1, 4)})], comparisons=[change(text, "asr", -0.5, 0.1)])
+    summary = Summary(
+        rows=[Row(model=text, metrics={"asr": share(1, 4)})], comparisons=[change(text, "asr", -0.5, 0.1)]
+    )
     assert read(written(named_table(summary, "rates"), "csv"))[0]["model"] == f"'{text}"
     assert read(written(named_table(summary, "comparisons"), "csv"))[0]["difference"] == "-0.5"  # a number stays one
-    beside = Summary(rows=[Row(model=f"npo;{text}", metrics={"asr": share(1, 4)})])  # many countries' spreadsheets split at semicolons
+    beside = Summary(
+        rows=[Row(model=f"npo;{text}", metrics={"asr": share(1, 4)})]
+    )  # many countries' spreadsheets split at semicolons
     model = read(written(named_table(beside, "rates"), "csv"))[0]["model"]
     assert model.split(";")[1].lstrip(" ").startswith("'")
 
@@ -163,7 +194,9 @@ def test_the_caption_names_judge_counts_failures_and_marks(summary: Summary) -> 
 
 
 def test_a_caption_names_the_judges_of_what_its_table_shows(summary: Summary) -> None:
-    row = summary.rows[1].model_copy(update={"judges": {"vqav2": "", "own": "relevance@j"}, "paper_judges": {"asr": "keyword-paper"}})
+    row = summary.rows[1].model_copy(
+        update={"judges": {"vqav2": "", "own": "relevance@j"}, "paper_judges": {"asr": "keyword-paper"}}
+    )
     row = row.model_copy(update={"metrics": row.metrics | {"own": share(1, 4)}})
     asked = Summary(rows=[row], comparisons=summary.comparisons[:1])
     said = {name: table.caption(intervals=False) for name, table in summary_tables(asked).items()}
@@ -173,15 +206,20 @@ def test_a_caption_names_the_judges_of_what_its_table_shows(summary: Summary) ->
     assert "Judged by four_labels@judge and keyword-paper." in said["published"]
     assert "Judged by four_labels@judge and keyword-paper." in said["safety_mirage_published"]
     only = row.model_copy(update={"metrics": {"vqav2": share(1, 4)}})
-    assert "Judged" not in named_table(Summary(rows=[only]), "rates").caption(intervals=False)  # its official answers decide
+    assert "Judged" not in named_table(Summary(rows=[only]), "rates").caption(
+        intervals=False
+    )  # its official answers decide
 
 
 def test_every_caption_says_how_many_and_how_many_failed(summary: Summary) -> None:
     failing = summary.rows[1].metrics["asr_attacked"].model_copy(update={"failed": 3})
     row = summary.rows[1].model_copy(update={"metrics": summary.rows[1].metrics | {"asr_attacked": failing}})
     shots = {"asr_attacked": [failing.model_copy(update={"failed": 1}), failing]}
-    rows = [summary.rows[0], row.model_copy(update={"shots": shots, "paper": {"asr_attacked": failing}})]
-    said = {name: table.caption(intervals=False) for name, table in summary_tables(Summary(rows=rows, comparisons=[])).items()}
+    rows = [summary.rows[0], row.model_copy(update={"rewrites": shots, "paper": {"asr_attacked": failing}})]
+    said = {
+        name: table.caption(intervals=False)
+        for name, table in summary_tables(Summary(rows=rows, comparisons=[])).items()
+    }
     for name in ("shots", "published"):
         assert "n = 40 (ASR attacked)." in said[name]
         assert "Answers or verdicts that failed, over all models: 3 (ASR attacked)." in said[name]  # each once
@@ -213,7 +251,9 @@ def test_safety_mirages_table(summary: Summary) -> None:
     assert lines[0] == ["model", "ASR before", "ASR after", "RR before", "RR after", "VQAv2"]
     assert lines[3] == ["npo", "**5.0**", "**10.0**", "2.5", "10.0", "77.5"]
     published = cells(written(named_table(summary, "safety_mirage_published"), "md", intervals=False))
-    assert published[2:] == [["npo", "50.0", "62.5", "2.5", "10.0", "77.5"]]  # by the published counting, where that has the metric
+    assert published[2:] == [
+        ["npo", "50.0", "62.5", "2.5", "10.0", "77.5"]
+    ]  # by the published counting, where that has the metric
     answers = cells(written(named_table(summary, "safety_mirage_answers"), "md"))
     assert answers[0] == ["model", "complied", "refused", "degenerate", "off topic", "failed"]
     assert answers[3] == ["npo", "10.0", "85.0", "2.5", "0.0", "2.5"]
@@ -221,10 +261,22 @@ def test_safety_mirages_table(summary: Summary) -> None:
 
 def test_safe_erasers_table() -> None:
     measured = ("efficacy_asr", "efficacy_rr", "sarr", "rouge_l", "specificity", "gqa", "pope")
-    rows = [Row(model=name, metrics={metric: share(hits, 40) for metric in measured}) for name, hits in (("po", 40), ("po+pd", 10))]
+    rows = [
+        Row(model=name, metrics={metric: share(hits, 40) for metric in measured})
+        for name, hits in (("po", 40), ("po+pd", 10))
+    ]
     table = named_table(Summary(rows=rows), "safe_eraser")
     assert cells(written(table, "md", intervals=False)) == [
-        ["model", "Efficacy ASR", "Efficacy RR", "SARR", "ROUGE-L", "Specificity mean", "Specificity GQA", "Specificity POPE"],
+        [
+            "model",
+            "Efficacy ASR",
+            "Efficacy RR",
+            "SARR",
+            "ROUGE-L",
+            "Specificity mean",
+            "Specificity GQA",
+            "Specificity POPE",
+        ],
         ["---", *["---:"] * 7],
         ["po", "100.0", "**100.0**", "100.0", *["**100.0**"] * 4],
         ["po+pd", "**25.0**", "25.0", "**25.0**", *["25.0"] * 4],
@@ -234,7 +286,10 @@ def test_safe_erasers_table() -> None:
 
 
 def test_a_missing_number_is_a_dash_and_no_line_for_machines() -> None:
-    rows = [Row(model="a", metrics={"asr": share(1, 4), "sarr": Rate(value=None, low=None, high=None, n=0)}), Row(model="b", metrics={})]
+    rows = [
+        Row(model="a", metrics={"asr": share(1, 4), "sarr": Rate(value=None, low=None, high=None, n=0)}),
+        Row(model="b", metrics={}),
+    ]
     table = named_table(Summary(rows=rows), "rates")
     assert cells(written(table, "md", intervals=False))[2:] == [["a", "25.0", "–"], ["b", "–", "–"]]
     assert len(read(written(table, "csv"))) == 1
@@ -242,7 +297,10 @@ def test_a_missing_number_is_a_dash_and_no_line_for_machines() -> None:
 
 
 def test_names_stay_in_their_markdown_cells() -> None:
-    rows = [Row(model=name, metrics={"asr": share(1, 4), name: share(2, 4)}, labels={name: {"complied": 1}}) for name in HOSTILE]
+    rows = [
+        Row(model=name, metrics={"asr": share(1, 4), name: share(2, 4)}, labels={name: {"complied": 1}})
+        for name in HOSTILE
+    ]
     for name, table in summary_tables(Summary(rows=rows)).items():
         text = written(table, "md")
         lines = text.split("\n\n")[0].splitlines()
@@ -258,9 +316,9 @@ def test_plain_names_stay_readable_in_markdown() -> None:
 
 
 def test_a_table_by_name(summary: Summary) -> None:
-    with pytest.raises(RequestError, match='no table "rats"; did you mean "rates"'):
+    with pytest.raises(UserError, match='no table "rats"; did you mean "rates"'):
         named_table(summary, "rats")
-    with pytest.raises(RequestError, match=r'no table "cost"; known: (?!.*cost)'):  # a summary holds none
+    with pytest.raises(UserError, match=r'no table "cost"; known: (?!.*cost)'):  # a summary holds none
         named_table(summary, "cost")
-    with pytest.raises(RequestError, match="nothing was measured that the table safe_eraser shows; there is: rates, "):
+    with pytest.raises(UserError, match="nothing was measured that the table safe_eraser shows; there is: rates, "):
         named_table(summary, "safe_eraser")

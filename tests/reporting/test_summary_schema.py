@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from finished_runs import complies, make_run, unlearned
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.comparing import compare_runs
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.comparison import compare_runs
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.records import Summary
 from vlm_unlearn.reporting.schema import summary_schema
@@ -30,13 +30,19 @@ OLD = {
 def written(tmp_path: Path) -> list[dict[str, object]]:
     """Summaries as files hold them: of one run, with the published counting, and of a comparison."""
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned)
-    score_run(npo, saved_suite(npo, ["paper=true", "paper_metrics.refusal_rate={cases: [safe], labels: [refused]}"]), "npo")
+    score_run(
+        npo,
+        saved_suite(npo, ["paper_compat=true", "paper_metrics.refusal_rate={cases: [safe], labels: [refused]}"]),
+        "npo",
+    )
     compared, _ = compare_runs({"base": base, "npo": npo})
     return [json.loads((npo / "summary.json").read_text()), json.loads(json.dumps(compared.model_dump())), OLD]
 
 
 def test_the_published_file_is_what_the_records_give() -> None:
-    printed = subprocess.run([sys.executable, "-m", "vlm_unlearn.reporting.schema"], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-m", "vlm_unlearn.reporting.schema"], capture_output=True, text=True, check=True
+    ).stdout
     assert PUBLISHED.read_text(encoding="utf-8") == printed, (
         "the records have changed: python -m vlm_unlearn.reporting.schema > docs/summary.schema.json"
     )
@@ -95,5 +101,5 @@ def test_other_validators_agree(written: list[dict[str, object]]) -> None:
 def test_numbers_that_can_not_be_are_refused(row: dict[str, object], field: str, tmp_path: Path) -> None:
     text = json.dumps({"rows": [{"model": "m", **row}]}).replace('"nan"', "NaN").replace('"-inf"', "-Infinity")
     (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(RequestError, match=rf"summary\.json: rows\.0\.{field}"):
+    with pytest.raises(UserError, match=rf"summary\.json: rows\.0\.{field}"):
         read_summary(tmp_path)

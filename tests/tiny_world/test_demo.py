@@ -39,12 +39,16 @@ def test_both_papers_findings(demo: Path) -> None:
     for row in ("npo", "rmu", "po", "po+pd"):
         assert abs(value(row, "utility") - value("base", "utility")) <= 0.10
     assert all(
-        metric["failed"] == 0 and metric["low"] <= metric["value"] <= metric["high"] for row in rows.values() for metric in row.values()
+        metric["failed"] == 0 and metric["low"] <= metric["value"] <= metric["high"]
+        for row in rows.values()
+        for metric in row.values()
     )
 
 
 def test_every_row_is_compared_to_the_base(demo: Path) -> None:
-    found = {(one["model"], one["metric"]): one for one in json.loads((demo / "summary.json").read_text())["comparisons"]}
+    found = {
+        (one["model"], one["metric"]): one for one in json.loads((demo / "summary.json").read_text())["comparisons"]
+    }
     assert {model for model, _ in found} == {"mixed_sft", "npo", "rmu", "po", "po+pd"}
     assert all(one["base"] == "base" and one["unpaired"] == 0 for one in found.values())
     for row in ("npo", "rmu", "po", "po+pd"):

@@ -59,10 +59,14 @@ def test_two_processes_train_one_base(tmp_path: Path) -> None:
     )
     environment = {"VLM_UNLEARN_CACHE": str(tmp_path), "PATH": ""}
     pair = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         for _ in range(2)
     ]
-    answers = [process.communicate(timeout=120)[0].splitlines()[-1].split() for process in pair]  # above it, what a library says
+    answers = [
+        process.communicate(timeout=120)[0].splitlines()[-1].split() for process in pair
+    ]  # above it, what a library says
     assert answers[0][0] == answers[1][0]
     assert sorted(steps for _, steps in answers) == ["0", "3"]
     assert (Path(answers[0][0]) / "model.safetensors").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.models.layout import decoder_layers
-from vlm_unlearn.models.loading import load_run_model, run_model_folder
+from vlm_unlearn.models.loader import load_run_model, run_model_folder
 
 STEPS = ["training.max_steps=4", "training.learning_rate=1e-3", "training.precision=fp32", "training.save_steps=100"]
 RMU = ["method=rmu", "method.layer=0"]
@@ -36,29 +36,55 @@ ZERO3 = {
         "stage3_param_persistence_threshold": 0,  # else a tiny model isn't cut up at all
         "stage3_gather_16bit_weights_on_model_save": True,
     },
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
+    **dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    ),
 }
 COMMAND = ["-m", "vlm_unlearn.cli.main"]
 
 
-def train(processes: int, program: list[str], keys: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def train(
+    processes: int, program: list[str], keys: list[str], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend", "c10d"]
+        start += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            "0",
+            "--rdzv_backend",
+            "c10d",
+        ]
         start += ["--rdzv_endpoint", "localhost:0"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([*start, *program, "train", "tiny/npo", *keys], capture_output=True, text=True, check=False, env=variables)
+    return subprocess.run(
+        [*start, *program, "train", "tiny/npo", *keys], capture_output=True, text=True, check=False, env=variables
+    )
 
 
 def test_a_loss_may_end_at_an_early_layer(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
     """DDP must not wait for gradients of what lies above, where rr's loss doesn't come to."""
     output = tmp_path / "two"
-    keys = [f"model={tiny_model}", f"data={training_sets['safe_eraser']}", *STEPS, *RR, "training.batch_size=4", f"output={output}"]
+    keys = [
+        f"model={tiny_model}",
+        f"data={training_sets['safe_eraser']}",
+        *STEPS,
+        *RR,
+        "training.per_device_train_batch_size=4",
+        f"output={output}",
+    ]
     done = train(2, COMMAND, keys, {})
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = (load_run_model(run_model_folder(str(folder)), "fp32")[0] for folder in (tiny_model, output))
     moved = [
-        max(float((one - other).abs().max()) for one, other in zip(*(layer.parameters() for layer in layers), strict=True))
+        max(
+            float((one - other).abs().max())
+            for one, other in zip(*(layer.parameters() for layer in layers), strict=True)
+        )
         for layers in zip(decoder_layers(before), decoder_layers(after), strict=True)
     ]
     assert moved[0] > 1e-4
@@ -72,9 +98,9 @@ def test_images_on_the_forget_side_alone(tiny_model: Path, training_sets: dict[s
     retain = [json.loads(line) for line in (data / "retain.jsonl").read_text().splitlines()]
     (data / "retain.jsonl").write_text("".join(json.dumps({**example, "image": None}) + "\n" for example in retain))
     keys = [f"model={tiny_model}", f"data={data}", *STEPS, *RMU, "trainable.mode=lora"]
-    done = train(1, COMMAND, [*keys, "training.batch_size=4", f"output={tmp_path / 'one'}"], {})
+    done = train(1, COMMAND, [*keys, "training.per_device_train_batch_size=4", f"output={tmp_path / 'one'}"], {})
     assert done.returncode == 0, done.stderr[-3000:]
-    done = train(2, COMMAND, [*keys, "training.batch_size=2", f"output={tmp_path / 'two'}"], {})
+    done = train(2, COMMAND, [*keys, "training.per_device_train_batch_size=2", f"output={tmp_path / 'two'}"], {})
     assert done.returncode == 0, done.stderr[-3000:]
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
 
@@ -110,16 +136,27 @@ def test_two_processes_train_as_one(
         config = tmp_path / "zero3.json"
         config.write_text(json.dumps(ZERO3))
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
-        environment["VLM_UNLEARN_CACHE"] = str(tmp_path / "cache")  # so that the reference values are computed under ZeRO-3 too
-    keys = [f"model={tiny_model}", f"data={training_sets['safe_eraser']}", "prompt_decouple_weight=0.5", *STEPS, *method]
-    done = train(1, COMMAND, [*keys, "training.batch_size=8", f"output={tmp_path / 'one'}"], {})
+        environment["VLM_UNLEARN_CACHE"] = str(
+            tmp_path / "cache"
+        )  # so that the reference values are computed under ZeRO-3 too
+    keys = [
+        f"model={tiny_model}",
+        f"data={training_sets['safe_eraser']}",
+        "prompt_decouple_weight=0.5",
+        *STEPS,
+        *method,
+    ]
+    done = train(1, COMMAND, [*keys, "training.per_device_train_batch_size=8", f"output={tmp_path / 'one'}"], {})
     assert done.returncode == 0, done.stderr
-    parts = ["training.batch_size=2", "training.gradient_accumulation_steps=2"]
+    parts = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
     done = train(2, program, [*keys, *parts, f"output={tmp_path / 'two'}"], environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["identity"]["processes"] == 2
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
     assert difference(tiny_model, tmp_path / "two") > 1e-4
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
     for one, two in zip(*logs, strict=True):
         assert two == {key: pytest.approx(value, abs=1e-4) for key, value in one.items()}

@@ -21,8 +21,20 @@ def test_killed_training_ends_with_the_same_weights(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, trainable: str
 ) -> None:
     def arguments(name: str) -> list[object]:
-        keys = [f"model={tiny_model}", f"data={training_sets['harmful']}", f"output={tmp_path / name}", f"trainable={trainable}"]
-        return ["train", "tiny/npo", *keys, "training.max_steps=40", "training.batch_size=2", "training.save_steps=8"]
+        keys = [
+            f"model={tiny_model}",
+            f"data={training_sets['harmful']}",
+            f"output={tmp_path / name}",
+            f"trainable={trainable}",
+        ]
+        return [
+            "train",
+            "tiny/npo",
+            *keys,
+            "training.max_steps=40",
+            "training.per_device_train_batch_size=2",
+            "training.save_steps=8",
+        ]
 
     done = run(*arguments("whole"))
     assert done.returncode == 0, done.stderr
@@ -48,8 +60,18 @@ def test_killed_at_random_moments(tiny_model: Path, training_sets: dict[str, Pat
     last save. ``VLM_UNLEARN_KILLS=10`` kills more often than CI does."""
 
     def arguments(name: str) -> list[object]:
-        keys = [f"model={tiny_model}", f"data={training_sets['safe_eraser']}", f"output={tmp_path / name}", "prompt_decouple_weight=0.5"]
-        steps = ["training.max_steps=60", "training.batch_size=2", "training.gradient_accumulation_steps=2", "training.save_steps=3"]
+        keys = [
+            f"model={tiny_model}",
+            f"data={training_sets['safe_eraser']}",
+            f"output={tmp_path / name}",
+            "prompt_decouple_weight=0.5",
+        ]
+        steps = [
+            "training.max_steps=60",
+            "training.per_device_train_batch_size=2",
+            "training.gradient_accumulation_steps=2",
+            "training.save_steps=3",
+        ]
         return ["train", "tiny/rmu", *keys, *steps]
 
     started = time.monotonic()
@@ -84,7 +106,9 @@ def test_killed_at_random_moments(tiny_model: Path, training_sets: dict[str, Pat
 
 
 @pytest.mark.parametrize("damage", ["cut weights", "no optimizer", "no state", "empty marker", "no number"])
-def test_a_damaged_checkpoint_is_passed_over(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, damage: str
+) -> None:
     """The older one is gone on from, to the same weights."""
     from vlm_unlearn.training.runner import run_recipe
     from vlm_unlearn.training.trainer import last_complete_checkpoint
@@ -93,7 +117,9 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_model: Path, training_sets: di
         if step == 6:
             raise KeyboardInterrupt
 
-    wanted = recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", training={"max_steps": 8, "save_steps": 2})
+    wanted = recipe(
+        tiny_model, training_sets["harmful"], tmp_path / "run", "npo", training={"max_steps": 8, "save_steps": 2}
+    )
     with pytest.raises(KeyboardInterrupt):
         run_recipe(wanted, stop_at_6)
     newest = last_complete_checkpoint(tmp_path / "run" / "checkpoints")

@@ -13,13 +13,13 @@ from torch import nn
 
 import families
 from vlm_unlearn.config import MethodConfig, TrainableConfig
-from vlm_unlearn.data.batching import Batch, Turn, encode, encode_with_labels
+from vlm_unlearn.data.encoding import Batch, Turn, encode, encode_with_labels
 from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.models.layout import LAYOUTS
-from vlm_unlearn.models.loading import load_model, load_processor, model_skeleton
+from vlm_unlearn.models.loader import load_model, load_processor, model_skeleton
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.training.forward import forward, packing_of
-from vlm_unlearn.training.packing import NO_IMAGE, find_packing, why_not_packed
+from vlm_unlearn.training.packing import NO_IMAGE, find_packing, prefix_sharing_unsupported_reason
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.shared_attention import shared_attention
 from vlm_unlearn.training.step import ModelStep
@@ -57,26 +57,36 @@ def batches(processor: Any, images: list[Path], method: Any) -> dict[Role, Batch
         if role not in method.roles:
             continue
         turns = [Turn(f"{role}{n}", images[place], *QUESTIONS[(n + place) % 4]) for n, place in enumerate(places)]
-        one_turn = role == "forget" and method.forget_as_one_turn
+        one_turn = role == "forget" and method.append_answer_to_prompt
         whole = [Turn(turn.id, turn.image, f"{turn.question} {turn.answer}", None) for turn in turns]
         found[role] = encode(processor, whole, "right") if one_turn else encode_with_labels(processor, turns, 2048)
         found[role]["images"] = torch.tensor(places)
     return found
 
 
-def step_of(model: Any, batches: dict[Role, Batch], method: Any, pack: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step_of(
+    model: Any, batches: dict[Role, Batch], method: Any, pack: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a step and the gradients it leaves."""
     model.zero_grad()
-    given = batches if pack else {role: {k: v for k, v in batch.items() if k != "images"} for role, batch in batches.items()}
+    given = (
+        batches
+        if pack
+        else {role: {k: v for k, v in batch.items() if k != "images"} for role, batch in batches.items()}
+    )
     step = ModelStep(model, given, method, AdapterReference())
     loss = method.loss(step).total
     loss.backward()
-    return loss.detach(), {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return loss.detach(), {
+        name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    "options", [{"name": "npo"}, {"name": "kl"}, {"name": "rmu", "layer": 0}, {"name": "undial"}], ids=lambda options: options["name"]
+    "options",
+    [{"name": "npo"}, {"name": "kl"}, {"name": "rmu", "layer": 0}, {"name": "undial"}],
+    ids=lambda options: options["name"],
 )
 def test_packed_is_separate(folder: Path, images: list[Path], options: dict[str, Any], checkpointing: bool) -> None:
     torch.manual_seed(0)
@@ -100,7 +110,9 @@ def test_packed_is_separate(folder: Path, images: list[Path], options: dict[str,
     torch.testing.assert_close(packed[0], separate[0], atol=1e-5, rtol=1e-5)
     assert packed[1].keys() == separate[1].keys()
     for name, gradient in separate[1].items():
-        torch.testing.assert_close(packed[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            packed[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_an_image_is_run_once(folder: Path, images: list[Path]) -> None:
@@ -108,7 +120,9 @@ def test_an_image_is_run_once(folder: Path, images: list[Path]) -> None:
     method = build_method(MethodConfig.model_validate({"name": "gd"}), 0.0)
     batch = batches(processor, images, method)["forget"]
     seen = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(tuple(inputs[0].shape))
+    )
     with torch.no_grad():
         for pack in (False, True):
             forward(model, batch, packing=packing_of(model, batch, method) if pack else None)
@@ -131,7 +145,9 @@ def test_what_can_be_packed() -> None:
     packed = packing.pack(ids, real)
     assert packed.tolist() == [[1, 9, 9, 9, 9, 2, 3, 4, 6, 5, 1, 9, 4, 7, 9, 4, 1, 2]]
     assert packing.unpack(packed)[real].equal(ids[real])
-    assert find_packing(ids[:, :7], real[:, :7], torch.tensor([5, 6, 7, 8, NO_IMAGE, 4]), 9) is not None  # without padding, at least
+    assert (
+        find_packing(ids[:, :7], real[:, :7], torch.tensor([5, 6, 7, 8, NO_IMAGE, 4]), 9) is not None
+    )  # without padding, at least
     assert find_packing(ids[[0, 2]][:, :7], real[[0, 2]][:, :7], torch.tensor([5, 7]), 9) is None
 
 
@@ -162,11 +178,16 @@ def test_what_sees_what() -> None:
 
 
 def test_who_does_not_share_images_says_so(folder: Path) -> None:
-    npo, paper = (build_method(MethodConfig.model_validate({"name": name, "paper": True}), 0.5) for name in ("npo", "kl"))
-    assert why_not_packed(model_skeleton(folder), npo, "sdpa") is None
+    npo, paper = (
+        build_method(MethodConfig.model_validate({"name": name, "paper_compat": True}), 0.5) for name in ("npo", "kl")
+    )
+    assert prefix_sharing_unsupported_reason(model_skeleton(folder), npo, "sdpa") is None
     for attention in ("eager", "flash_attention_2"):
-        assert why_not_packed(model_skeleton(folder), npo, attention) == f"not with {attention}"
-    assert why_not_packed(model_skeleton(folder), paper, "sdpa") == "not with paper: true, which counts padding"
+        assert prefix_sharing_unsupported_reason(model_skeleton(folder), npo, attention) == f"not with {attention}"
+    assert (
+        prefix_sharing_unsupported_reason(model_skeleton(folder), paper, "sdpa")
+        == "not with paper: true, which counts padding"
+    )
 
 
 def test_a_sliding_window_is_not_packed_over(folder: Path, images: list[Path]) -> None:
@@ -180,4 +201,7 @@ def test_a_sliding_window_is_not_packed_over(folder: Path, images: list[Path]) -
 def test_other_families_run_each_question(tmp_path: Path) -> None:
     families.build("idefics3", tmp_path)
     method = build_method(MethodConfig.model_validate({"name": "npo"}), 0.0)
-    assert why_not_packed(model_skeleton(tmp_path), method, "sdpa") == "not with models of the family idefics3"
+    assert (
+        prefix_sharing_unsupported_reason(model_skeleton(tmp_path), method, "sdpa")
+        == "not with models of the family idefics3"
+    )

@@ -8,11 +8,15 @@ from pathlib import Path
 from vlm_unlearn.config import MethodConfig
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.methods import build_method
-from vlm_unlearn.training.stream import TrainingStream
+from vlm_unlearn.training.stream import UnlearningStream
 
 
-def stream(folder: Path, method: str, weight: float = 0.0, seed: int = 0, length: int = 60, by_image: bool = False) -> TrainingStream:
-    return TrainingStream(read_training_set(folder), build_method(MethodConfig(name=method), weight), length, seed, by_image)
+def stream(
+    folder: Path, method: str, weight: float = 0.0, seed: int = 0, length: int = 60, by_image: bool = False
+) -> UnlearningStream:
+    return UnlearningStream(
+        read_training_set(folder), build_method(MethodConfig(name=method), weight), length, seed, by_image
+    )
 
 
 def test_each_pass_sees_every_forget_example_once(training_sets: dict[str, Path]) -> None:

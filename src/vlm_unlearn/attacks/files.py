@@ -13,24 +13,31 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-from vlm_unlearn.attacks.one_word import CONTROL, TEMPLATES, TRIGGERS, capitalised, first_word_of, rewrites_with_any
+from vlm_unlearn.attacks.one_word import (
+    CONTROL,
+    TEMPLATES,
+    TRIGGERS,
+    capitalize_first,
+    first_word_of,
+    rewrites_with_any,
+)
 from vlm_unlearn.data.audit import first_word
 from vlm_unlearn.data.formats import safe_eraser, vlguard
 from vlm_unlearn.data.formats.llava import IMAGE_MARK
 from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.prompts import fence, template
-from vlm_unlearn.data.reading import detect
-from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.data.readers import detect
+from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Kind
 
-MOST_SHOTS = 5
+MAX_REWRITES = 5
 FIELDS: Mapping[Kind, str] = {kind: field for field, kind in vlguard.KINDS.items()}
 # (id, request) of each question -> replies by id; one that is missing didn't come
 Model = Callable[[Sequence[tuple[str, str]]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class AttackRecord:
     """A question of the file, and everything of its record besides."""
 
     record: dict[str, Any]
@@ -60,21 +67,25 @@ def write_attack(
         counts: questions, records, by_model, by_rule.
 
     Raises:
-        RequestError: a file of another format or without such questions; more shots than the rules have wordings for the word.
+        UserError: a file of another format or without such questions; more shots than the rules have wordings for the word.
     """
     word = first_word_of(trigger)
     _check_shots(word, shots, model is not None)
     if out.suffix not in (".json", ".jsonl"):
-        raise RequestError(f"{out}: name a file that ends in .json or .jsonl")
+        raise UserError(f"{out}: name a file that ends in .json or .jsonl")
     asked = read_questions(source, kind, problems)
     counts = Counter[str]()
     texts: list[list[str]] = [[] for _ in asked]
     for shot in range(shots):
-        replies = model([(str(i), request(one.question, word, texts[i])) for i, one in enumerate(asked)]) if model else {}
+        replies = (
+            model([(str(i), request(one.question, word, texts[i])) for i, one in enumerate(asked)]) if model else {}
+        )
         for i, one in enumerate(asked):
             text = read_rewrite(replies.get(str(i), ""), one.question, word, texts[i])
             counts["by_model" if text else "by_rule"] += 1
-            texts[i].append(text or next(rule for rule in rewrites_with_any(one.question, word) if _differs(rule, texts[i])))
+            texts[i].append(
+                text or next(rule for rule in rewrites_with_any(one.question, word) if _differs(rule, texts[i]))
+            )
             if on_done and i % 500 == 499:
                 on_done(shot * len(asked) + i + 1, shots * len(asked))
 
@@ -89,19 +100,21 @@ def write_attack(
 
 def _check_shots(word: str, shots: int, has_model: bool) -> None:
     known = len(TEMPLATES.get(word, ()))
-    if not 0 < shots <= MOST_SHOTS:
-        raise RequestError(f"{shots} shots: from 1 to {MOST_SHOTS} can be made")
+    if not 0 < shots <= MAX_REWRITES:
+        raise UserError(f"{shots} shots: from 1 to {MAX_REWRITES} can be made")
     if shots > known and not has_model:
         wordings = "1 wording" if known == 1 else f"{known} wordings"
         have = ", ".join(name for name, found in TEMPLATES.items() if len(found) >= shots)
-        raise RequestError(f"{shown(word)}: the rules have {wordings} of it; let a model paraphrase (--model), or use {have}")
+        raise UserError(
+            f"{quoted(word)}: the rules have {wordings} of it; let a model paraphrase (--model), or use {have}"
+        )
 
 
-def read_questions(source: Path, kind: Kind, problems: Problems | None = None) -> list[Asked]:
+def read_questions(source: Path, kind: Kind, problems: Problems | None = None) -> list[AttackRecord]:
     """The questions of one kind of a VLGuard or SafeEraser file.
 
     Raises:
-        RequestError: the file is of another format, or has no such question; a broken record, or a second record of one id, where
+        UserError: the file is of another format, or has no such question; a broken record, or a second record of one id, where
             `problems` is None.
     """
     match detect(source):
@@ -110,38 +123,47 @@ def read_questions(source: Path, kind: Kind, problems: Problems | None = None) -
         case "safe_eraser":
             found = list(_of_safe_eraser(source, kind, problems))
         case other:
-            raise RequestError(f"{source}: must be a VLGuard or SafeEraser file; this is one of kind {other}")
+            raise UserError(f"{source}: must be a VLGuard or SafeEraser file; this is one of kind {other}")
     if not found:
-        raise RequestError(f'{source}: has no questions of kind "{kind}"' + (f"; {problems.summary()}" if problems else ""))
+        raise UserError(
+            f'{source}: has no questions of kind "{kind}"' + (f"; {problems.summary()}" if problems else "")
+        )
     return found
 
 
-def _of_vlguard(source: Path, kind: Kind, problems: Problems | None) -> Iterator[Asked]:
+def _of_vlguard(source: Path, kind: Kind, problems: Problems | None) -> Iterator[AttackRecord]:
     seen: set[str] = set()
     for raw, pairs in vlguard.read_records(source, None, problems):
         for pair in (pair for pair in pairs if pair.kind == kind):
             if pair.record_id in seen:
                 where = f"{raw.where}: a second {kind} question of this id"
-                refuse(RequestError(f"{where}; records of one id are shots of one question, so rewrite the file they come from"), problems)
+                report_problem(
+                    UserError(
+                        f"{where}; records of one id are shots of one question, so rewrite the file they come from"
+                    ),
+                    problems,
+                )
                 continue
             seen.add(pair.record_id)
             rest = {name: value for name, value in raw.value.items() if name != "instr-resp"}
-            yield Asked({**rest, "id": pair.record_id}, pair.question, pair.response)
+            yield AttackRecord({**rest, "id": pair.record_id}, pair.question, pair.response)
 
 
-def _of_safe_eraser(source: Path, kind: Kind, problems: Problems | None) -> Iterator[Asked]:
+def _of_safe_eraser(source: Path, kind: Kind, problems: Problems | None) -> Iterator[AttackRecord]:
     for prompt in safe_eraser.prompts(safe_eraser.read_safe_eraser(source, None, problems), "", kind):
         named = {"harmful_category": prompt.category} if prompt.category else {}
         record = {"id": prompt.group_id, "image": prompt.image, "safe": kind != "unsafe", **named}
-        yield Asked(record, prompt.question, prompt.reference or "")
+        yield AttackRecord(record, prompt.question, prompt.reference or "")
 
 
 def request(question: str, word: str, versions: Sequence[str]) -> str:
     """The prompt that asks a model for one more paraphrase; question and versions are fenced."""
     mark = fence(question, word, *versions)
-    others = " nor ".join(f'"{capitalised(trigger)}"' for trigger in TRIGGERS)
+    others = " nor ".join(f'"{capitalize_first(trigger)}"' for trigger in TRIGGERS)
     return template("attack").format(
-        beginning=f"begins with neither {others}" if word == CONTROL else f'begins with the word "{capitalised(word)}"',
+        beginning=f"begins with neither {others}"
+        if word == CONTROL
+        else f'begins with the word "{capitalize_first(word)}"',
         differently="\nWord it differently from the versions that there are already." if versions else "",
         question=question,
         fence=mark,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from vlm_unlearn.config import RewriteConfig
-from vlm_unlearn.data.rewriting import WORDINGS, by_rule
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
 
 TRIGGERS = ("what", "share")
@@ -58,42 +58,68 @@ TEMPLATES: Mapping[str, Sequence[str]] = {
     # Verbs that only ask for their object.
     **{
         verb: (f"{verb.capitalize()} {{core}}.",)
-        for verb in ("show", "explain", "list", "name", "identify", "discuss", "suggest", "summarize", "write", "create", "generate")
+        for verb in (
+            "show",
+            "explain",
+            "list",
+            "name",
+            "identify",
+            "discuss",
+            "suggest",
+            "summarize",
+            "write",
+            "create",
+            "generate",
+        )
     },
 }
 VOCABULARY = tuple(word for word in TEMPLATES if word != CONTROL)  # first words that a search tries
 # For a word without templates: the question as it stands behind the word, which keeps the request at the cost of grammar.
-GENERAL = ("{word}, {question}", "{word} {question}", "{word}! {question}", "{word}. {question}", "{word}... {question}")
-LONGEST_WORD = 60
+GENERAL = (
+    "{word}, {question}",
+    "{word} {question}",
+    "{word}! {question}",
+    "{word}. {question}",
+    "{word}... {question}",
+)
+MAX_WORD_LENGTH = 60
 
 
 def first_word_of(text: str) -> str:
     """`text` as a first word: lower-cased.
 
     Raises:
-        RequestError: it isn't one word.
+        UserError: it isn't one word.
     """
     word = text.strip().lower()
-    if len(word.split()) != 1 or len(word) > LONGEST_WORD or not any(char.isalnum() for char in word) or word != word.strip(",.?!"):
-        raise RequestError(f"{shown(text)}: is not a word that a question can begin with; give one word, such as what")
+    if (
+        len(word.split()) != 1
+        or len(word) > MAX_WORD_LENGTH
+        or not any(char.isalnum() for char in word)
+        or word != word.strip(",.?!")
+    ):
+        raise UserError(f"{quoted(text)}: is not a word that a question can begin with; give one word, such as what")
     return word
 
 
-def rewrite(question: str, trigger: str, shots: int) -> list[str]:
-    """`shots` different rewrites of a question that all begin with `trigger`, by its templates (`control`: with neither trigger).
+def rewrite(question: str, trigger: str, count: int) -> list[str]:
+    """`count` different rewrites of a question that all begin with `trigger`, by its templates (`control`: with neither trigger).
 
     Raises:
-        ValueError: no templates for the trigger, or more shots than templates.
+        ValueError: no templates for the trigger, or more rewrites than templates.
     """
     templates = TEMPLATES.get(trigger, ())
-    if not 0 < shots <= len(templates):
-        raise ValueError(f"{shots} rewrites with {trigger!r}: there are {len(templates)} templates")
-    return [by_rule(question, template) for template in templates[:shots]]
+    if not 0 < count <= len(templates):
+        raise ValueError(f"{count} rewrites with {trigger!r}: there are {len(templates)} templates")
+    return [by_rule(question, template) for template in templates[:count]]
 
 
 def rewrites_with_any(question: str, word: str) -> list[str]:
     """All rewrites by rule that begin with `word`, the best first: by its templates, then the question behind the word."""
-    behind = [form.format(word=capitalised(word), question=question.strip()) for form in (GENERAL if word != CONTROL else ())]
+    behind = [
+        form.format(word=capitalize_first(word), question=question.strip())
+        for form in (GENERAL if word != CONTROL else ())
+    ]
     return [*(by_rule(question, template) for template in TEMPLATES.get(word, ())), *behind]
 
 
@@ -103,14 +129,16 @@ def control(question: str, number: int, word: str) -> str:
     return by_rule(question, templates[number % len(templates)])
 
 
-def capitalised(word: str) -> str:
+def capitalize_first(word: str) -> str:
     """The word as it begins a sentence; as it is, where its capital is another word's (as of a German ß)."""
     upper = word[:1].upper() + word[1:]
     return upper if upper.lower() == word else word
 
 
 def rewrite_prompts(prompts: Iterable[Prompt], config: RewriteConfig) -> Iterator[Prompt]:
-    """Each prompt as `config.shots` prompts of the same group."""
+    """Each prompt as `config.num_rewrites` prompts of the same group."""
     for prompt in prompts:
-        for shot, question in enumerate(rewrite(prompt.question, config.trigger, config.shots)):
-            yield prompt.model_copy(update={"id": f"{prompt.id}/{config.trigger}{shot}", "shot": shot, "question": question})
+        for shot, question in enumerate(rewrite(prompt.question, config.trigger, config.num_rewrites)):
+            yield prompt.model_copy(
+                update={"id": f"{prompt.id}/{config.trigger}{shot}", "rewrite": shot, "question": question}
+            )

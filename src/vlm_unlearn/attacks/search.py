@@ -70,7 +70,9 @@ def sequential_halving(words: Sequence[str], questions: Sequence[str], budget: i
         ValueError: the budget is too small, or there are no words or no questions.
     """
     if not words or not questions or budget < least_budget(len(words)):
-        raise ValueError(f"{len(words)} words, {len(questions)} questions and a budget of {budget}: too little to search with")
+        raise ValueError(
+            f"{len(words)} words, {len(questions)} questions and a budget of {budget}: too little to search with"
+        )
     tried = {word: Tried(word) for word in words}
     alive = list(tried.values())
     curve: list[Point] = []

@@ -1,8 +1,8 @@
 """Utility benchmarks, one file each: official files in, questions for a model and a score per answer out."""
 
 from vlm_unlearn.benchmarks import gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2
-from vlm_unlearn.benchmarks.asking import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.benchmarks.base import BENCHMARKS, Benchmark, NoAnswersError, Prediction, Scored, Scores, find
+from vlm_unlearn.benchmarks.prompts import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.benchmarks.scoring import load_truths, read_predictions, score, score_predictions
 
 __all__ = [

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from vlm_unlearn.errors import RequestError, nearest
+from vlm_unlearn.errors import UserError, nearest
 
 
-class NoAnswersError(RequestError):
+class NoAnswersError(UserError):
     """The official files hold questions whose answers are kept by an evaluation server: a model can be asked, not scored."""
 
 
@@ -88,7 +88,7 @@ class Benchmark(ABC):
             limit: only the first so many.
 
         Raises:
-            RequestError: a file is missing or is something else, or a question lacks its text or image; the record is named.
+            UserError: a file is missing or is something else, or a question lacks its text or image; the record is named.
         """
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Benchmark(ABC):
 
         Raises:
             NoAnswersError: the file has questions only.
-            RequestError: a file is missing or is something else.
+            UserError: a file is missing or is something else.
         """
 
     @abstractmethod
@@ -123,7 +123,9 @@ class Benchmark(ABC):
         """What the official evaluator reports beside the mean, from ``(truth, text)`` pairs."""
         return {}
 
-    def ratios(self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, list[Ratio]]:
+    def ratios(
+        self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool
+    ) -> dict[str, list[Ratio]]:
         """What the headline is made of, by annotation file, where it is another than the mean score."""
         return {}
 
@@ -164,8 +166,10 @@ def find(name: str) -> Benchmark:
     """The benchmark of a name.
 
     Raises:
-        RequestError: there is none.
+        UserError: there is none.
     """
     if name not in BENCHMARKS:
-        raise RequestError(f'unknown benchmark "{name[:80]}"{nearest(name, BENCHMARKS)}; known: {", ".join(sorted(BENCHMARKS))}')
+        raise UserError(
+            f'unknown benchmark "{name[:80]}"{nearest(name, BENCHMARKS)}; known: {", ".join(sorted(BENCHMARKS))}'
+        )
     return BENCHMARKS[name]

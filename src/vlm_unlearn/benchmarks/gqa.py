@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
 from vlm_unlearn.benchmarks.official_files import SHORT, record, with_answers
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
 
@@ -22,7 +22,11 @@ class GQA(Benchmark):
             entry = record(annotations, "question", id, value)
             image = entry.name("imageId")
             answer = entry.optional_text("answer")
-            found.append(Question(id, f"{entry.text('question')}\n{SHORT}", f"{image}.jpg", image, answer, _kind(entry.value) or None))
+            found.append(
+                Question(
+                    id, f"{entry.text('question')}\n{SHORT}", f"{image}.jpg", image, answer, _kind(entry.value) or None
+                )
+            )
         return found
 
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
@@ -30,7 +34,7 @@ class GQA(Benchmark):
         with_answers(list(value.values()), annotations, "answer")
         for id, entry in value.items():
             if not isinstance(entry.get("answer"), str):
-                raise RequestError(f'{annotations}: question {shown(id)} has no "answer"')
+                raise UserError(f'{annotations}: question {quoted(id)} has no "answer"')
         return value
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
@@ -43,10 +47,10 @@ class GQA(Benchmark):
 def _entries(annotations: Path) -> dict[str, Any]:
     value = read_json(annotations)
     if not isinstance(value, dict) or not value:
-        raise RequestError(f"{annotations}: expected an object, question id -> question")
+        raise UserError(f"{annotations}: expected an object, question id -> question")
     for id, entry in value.items():
         if not isinstance(entry, dict):
-            raise RequestError(f"{annotations}: question {shown(id)} is not an object")
+            raise UserError(f"{annotations}: question {quoted(id)} is not an object")
     return value
 
 

@@ -15,12 +15,14 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
 from vlm_unlearn.benchmarks.official_files import LETTER, no_answers
 from vlm_unlearn.benchmarks.scienceqa import parse
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import cache_folder
 
 ROTATION = 1_000_000  # added to a question's index for each further order of its options
 LONGEST_IMAGE = 32 << 20  # characters of base64; the benchmark's images have some 100,000
-LONGEST_NAME = 64  # a shorter image field names the row that has the image, as in VLMEvalKit, the benchmark's own evaluator
+LONGEST_NAME = (
+    64  # a shorter image field names the row that has the image, as in VLMEvalKit, the benchmark's own evaluator
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ class MMBench(Benchmark):
         for where, row in _rows(annotations):
             index = _index(row, where)
             if index in rows:
-                raise RequestError(f"{where}: the index {index} is there twice")
+                raise UserError(f"{where}: the index {index} is there twice")
             rows[index] = _asked(row, index, where)
         wanted = set(list(dict.fromkeys(_question(index) for index in rows))[:limit])
         rows = {index: row for index, row in rows.items() if _question(index) in wanted}
         images = _unpack(annotations, {row.image_of: index for index, row in rows.items()}, self.image_root(Path()))
         return [
-            Question(index, row.text, images[row.image_of], _question(index), row.reference, row.category) for index, row in rows.items()
+            Question(index, row.text, images[row.image_of], _question(index), row.reference, row.category)
+            for index, row in rows.items()
         ]
 
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
@@ -64,7 +67,7 @@ class MMBench(Benchmark):
                 raise no_answers(annotations)
             index, choices, answer = _index(row, where), list(_options(row).values()), row["answer"] or ""
             if len(answer) != 1 or answer not in "ABCD"[: len(choices)]:
-                raise RequestError(f'{where} must have "index", options "A" to "D", and one of them as "answer"')
+                raise UserError(f'{where} must have "index", options "A" to "D", and one of them as "answer"')
             found[index] = {"choices": choices, "answer": "ABCD".index(answer), "category": _category(row)}
         return found
 
@@ -82,7 +85,9 @@ class MMBench(Benchmark):
         for one in graded:
             groups.setdefault(one.cluster, []).append(one)
         return [
-            Scored(group, float(all(one.value for one in found)), group, found[0].parts, any(one.unparsed for one in found))
+            Scored(
+                group, float(all(one.value for one in found)), group, found[0].parts, any(one.unparsed for one in found)
+            )
             for group, found in groups.items()
             if len(found) == wanted[group]
         ]
@@ -95,7 +100,7 @@ def _rows(annotations: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
     """Each row with its place, for an error.
 
     Raises:
-        RequestError: the file is missing, holds no rows, or is no such text.
+        UserError: the file is missing, holds no rows, or is no such text.
     """
     csv.field_size_limit(LONGEST_IMAGE)  # an image is a field
     where = str(annotations)
@@ -107,17 +112,19 @@ def _rows(annotations: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
                 yield where, row
                 where = f"{annotations}: row {number + 1}"
             if not number:
-                raise RequestError(f"{annotations}: holds no questions")
+                raise UserError(f"{annotations}: holds no questions")
     except csv.Error as error:
-        raise RequestError(f"{where}: is not tab-separated text ({error})") from None
+        raise UserError(f"{where}: is not tab-separated text ({error})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{annotations}: {getattr(error, 'strerror', None) or 'is not a tab-separated text file'}") from None
+        raise UserError(
+            f"{annotations}: {getattr(error, 'strerror', None) or 'is not a tab-separated text file'}"
+        ) from None
 
 
 def _index(row: Mapping[str, str | None], where: str) -> str:
     index = row.get("index") or ""
     if not (index.isascii() and index.isdigit() and len(index) <= 18):
-        raise RequestError(f'{where}: "index" must be a whole number, found {shown(index)}')
+        raise UserError(f'{where}: "index" must be a whole number, found {quoted(index)}')
     return index
 
 
@@ -144,9 +151,9 @@ def _category(row: Mapping[str, str | None]) -> str | None:
 def _asked(row: Mapping[str, str | None], index: str, where: str) -> _Row:
     hint, question, options, image = _said(row, "hint"), _said(row, "question"), _options(row), row.get("image") or ""
     if not question or not options or not image:
-        raise RequestError(f'{where} (index {index}) must have "question", options from "A" on, and "image"')
+        raise UserError(f'{where} (index {index}) must have "question", options from "A" on, and "image"')
     if any("\0" in text for text in (hint, question, *options.values())):
-        raise RequestError(f"{where} (index {index}) holds a NUL character")
+        raise UserError(f"{where} (index {index}) holds a NUL character")
     lines = [hint] if hint else []
     lines += [question, *(f"{letter}. {text}" for letter, text in options.items()), LETTER]
     image_of = image.strip() if len(image) <= LONGEST_NAME else index
@@ -166,8 +173,8 @@ def _unpack(annotations: Path, wanted: Mapping[str, str], folder: Path) -> dict[
             found[index] = _write_image(image, index, f"{where} (index {index})", folder)
     lost = next((index for index in wanted if index not in found), None)
     if lost is not None:
-        raise RequestError(
-            f"{annotations}: the image of index {wanted[lost]} is neither base64 nor the index of a row with one: {shown(lost)}"
+        raise UserError(
+            f"{annotations}: the image of index {wanted[lost]} is neither base64 nor the index of a row with one: {quoted(lost)}"
         )
     return found
 
@@ -176,15 +183,17 @@ def _write_image(text: str, index: str, where: str, folder: Path) -> str:
     """Writes an image under a name made of question and content, once it has opened as one.
 
     Raises:
-        RequestError: it is not base64, not an image, or too large to be opened safely.
+        UserError: it is not base64, not an image, or too large to be opened safely.
     """
     from vlm_unlearn.data.images import open_image
 
     try:
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError(f"{where}: the image is not base64") from None
-    name = f"{_question(index)}-{hashlib.sha256(content).hexdigest()[:32]}"  # rotations with an image each share the file
+        raise UserError(f"{where}: the image is not base64") from None
+    name = (
+        f"{_question(index)}-{hashlib.sha256(content).hexdigest()[:32]}"  # rotations with an image each share the file
+    )
     target = folder / name
     if target.exists():
         return name  # it has opened once
@@ -194,8 +203,8 @@ def _write_image(text: str, index: str, where: str, folder: Path) -> str:
         part.write_bytes(content)
         open_image(part)
         os.replace(part, target)
-    except RequestError as error:
-        raise RequestError(f"{where}: the image {str(error).removeprefix(f'{part}: ')}") from None
+    except UserError as error:
+        raise UserError(f"{where}: the image {str(error).removeprefix(f'{part}: ')}") from None
     finally:
         part.unlink(missing_ok=True)
     return name

@@ -8,11 +8,13 @@ from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, Prediction, Question, Scored, register
 from vlm_unlearn.benchmarks.official_files import record, texts
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
 
-@register("mmvet", "mm-vet.json of the MM-Vet repository's mm-vet.zip", "the zip's images/, under the names in the file")
+@register(
+    "mmvet", "mm-vet.json of the MM-Vet repository's mm-vet.zip", "the zip's images/, under the names in the file"
+)
 class MMVet(Benchmark):
     """The mean of a judge's scores, 0 to 1; its parts are the capabilities that questions need, of which most need several.
 
@@ -31,23 +33,28 @@ class MMVet(Benchmark):
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         value = read_json(annotations)
         if not isinstance(value, dict) or not value:
-            raise RequestError(f"{annotations}: expected an object, question id -> question")
+            raise UserError(f"{annotations}: expected an object, question id -> question")
         found = {}
         for id, raw in value.items():
             entry = record(annotations, "question", id, raw)
             capability = texts(entry.value.get("capability"), entry.where, "capability")
-            found[id] = {**{name: entry.text(name) for name in ("imagename", "question", "answer")}, "capability": capability}
+            found[id] = {
+                **{name: entry.text(name) for name in ("imagename", "question", "answer")},
+                "capability": capability,
+            }
         return found
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        raise RequestError("mmvet: a language model scores its answers; they can't be scored by themselves")
+        raise UserError("mmvet: a language model scores its answers; they can't be scored by themselves")
 
     def scored(self, id: str, truth: Any, prediction: Prediction, official: bool) -> Scored | None:
         score = prediction.score
         if score is None:
             return None
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise RequestError(f'mmvet: question {shown(id)}: "score" must be a number from 0 to 1, found {shown(score)}')
+            raise UserError(
+                f'mmvet: question {quoted(id)}: "score" must be a number from 0 to 1, found {quoted(score)}'
+            )
         return Scored(id, float(score), truth["imagename"], tuple(truth["capability"]))
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:

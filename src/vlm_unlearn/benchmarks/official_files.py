@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_unlearn.benchmarks.base import NoAnswersError
 from vlm_unlearn.data.formats.fields import RawRecord
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -21,17 +21,17 @@ def record(file: Path, what: str, id: object, value: object) -> RawRecord:
 
 
 def _place(file: Path, what: str, id: object) -> str:
-    return f"{file}: {what} {shown(id)}"
+    return f"{file}: {what} {quoted(id)}"
 
 
 def texts(value: object, where: str, name: str) -> list[str]:
     """A list of texts that a tokenizer can read.
 
     Raises:
-        RequestError: it is something else.
+        UserError: it is something else.
     """
     if not isinstance(value, list):
-        raise RequestError(f'{where}: "{name}" must be a list of texts')
+        raise UserError(f'{where}: "{name}" must be a list of texts')
     return [RawRecord({name: item}, lambda: where).text(name, empty=True) for item in value]
 
 
@@ -39,14 +39,14 @@ def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
     """A list of objects that all have `keys`.
 
     Raises:
-        RequestError: it is something else; the entry and the key are named.
+        UserError: it is something else; the entry and the key are named.
     """
     if not isinstance(value, list) or not value:
-        raise RequestError(f"{where}: expected a list of objects")
+        raise UserError(f"{where}: expected a list of objects")
     for number, entry in enumerate(value):
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
-            raise RequestError(f'{where}: entry {number} has no "{missing[0]}"')
+            raise UserError(f'{where}: entry {number} has no "{missing[0]}"')
     return value
 
 
@@ -71,12 +71,12 @@ def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
     """The annotators' answers, given as texts or as objects with ``answer``.
 
     Raises:
-        RequestError: there are none, or they are something else.
+        UserError: there are none, or they are something else.
     """
     answers: Iterable[Any] = entry["answers"] if isinstance(entry["answers"], list) else ()
     found = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     if not found or not all(isinstance(answer, str) for answer in found):
-        raise RequestError(f'{where}: "answers" must be a list of texts')
+        raise UserError(f'{where}: "answers" must be a list of texts')
     return [str(answer) for answer in found]
 
 
@@ -90,13 +90,13 @@ def annotated_questions(value: Any, annotations: Path, key: str) -> dict[str, An
 
     Raises:
         NoAnswersError: no question has answers.
-        RequestError: the value is something else.
+        UserError: the value is something else.
     """
     if not isinstance(value, dict) or key not in value:
-        raise RequestError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
+        raise UserError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
     return {
         str(entry["question_id"]): {
-            "answers": ten_answers(entry, f"{annotations}: question {shown(entry['question_id'])}"),
+            "answers": ten_answers(entry, f"{annotations}: question {quoted(entry['question_id'])}"),
             "image": str(entry.get("image_id", entry["question_id"])),
             "type": str(entry.get("answer_type", "")),
         }

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Ratio, Scored, register
 from vlm_unlearn.benchmarks.official_files import SHORT, record
 from vlm_unlearn.data.json_stream import stream
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.judging.keyword import corrected_refusal
 
 
@@ -37,21 +37,23 @@ class POPE(Benchmark):
         for item in stream(annotations):
             where = f"{annotations}: line {item.line}"
             if item.error is not None:
-                raise RequestError(f"{where} is not JSON; POPE's files have a question a line")
+                raise UserError(f"{where} is not JSON; POPE's files have a question a line")
             entry = item.value
             if not isinstance(entry, dict) or "question_id" not in entry or entry.get("label") not in ("yes", "no"):
-                raise RequestError(f'{where} must have "question_id", and "label" yes or no')
+                raise UserError(f'{where} must have "question_id", and "label" yes or no')
             id = str(entry["question_id"])
             if id in found:
-                raise RequestError(f"{where}: question {shown(id)} is there twice; give POPE's files one by one")
+                raise UserError(f"{where}: question {quoted(id)} is there twice; give POPE's files one by one")
             found[id] = {**entry, "file": annotations.stem}
         if not found:
-            raise RequestError(f"{annotations}: holds no questions")
+            raise UserError(f"{annotations}: holds no questions")
         return found
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
         said = parse(text, official)
-        return Scored(id, float(said == truth["label"]), str(truth.get("image", id)), (truth["label"],), unparsed=said is None)
+        return Scored(
+            id, float(said == truth["label"]), str(truth.get("image", id)), (truth["label"],), unparsed=said is None
+        )
 
     def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
         by_file: dict[str, list[tuple[str, str | None]]] = {}
@@ -63,13 +65,17 @@ class POPE(Benchmark):
             return means
         return means | {f"f1 of {file}": counts["f1"] for file, counts in counted.items()}
 
-    def ratios(self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, list[Ratio]]:
+    def ratios(
+        self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool
+    ) -> dict[str, list[Ratio]]:
         """F1 is a ratio of sums, 2 TP / (answers "yes" + labels "yes")."""
         found: dict[str, list[Ratio]] = {truth.get("file", ""): [] for truth in truths.values()}
         for truth, text in graded:
             label, said = truth["label"], parse(text, official)
             below = (said == "yes") + (label == "yes")
-            found[truth.get("file", "")].append(Ratio(str(truth.get("image", "")), 2.0 * (said == "yes" == label), float(below)))
+            found[truth.get("file", "")].append(
+                Ratio(str(truth.get("image", "")), 2.0 * (said == "yes" == label), float(below))
+            )
         return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
 from vlm_unlearn.benchmarks.official_files import LETTER, record, texts
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
 LETTERS = "ABCDE"
@@ -30,31 +30,45 @@ class ScienceQA(Benchmark):
             entry = record(annotations, "problem", id, problem)
             choices = texts(problem["choices"], entry.where, "choices")
             if not 0 <= problem["answer"] < len(choices) <= len(LETTERS):
-                raise RequestError(f'{entry.where}: must have up to {len(LETTERS)} "choices" and the number of one as "answer"')
+                raise UserError(
+                    f'{entry.where}: must have up to {len(LETTERS)} "choices" and the number of one as "answer"'
+                )
             hint, image = entry.optional_text("hint"), entry.optional_text("image")
             asked = [f"Context: {hint}"] if hint else []
-            asked += [entry.text("question"), *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)), LETTER]
+            asked += [
+                entry.text("question"),
+                *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)),
+                LETTER,
+            ]
             file = f"{entry.optional_text('split') or 'test'}/{id}/{image}" if image else None
-            found.append(Question(id, "\n".join(asked), file, id, LETTERS[problem["answer"]], entry.optional_text("subject")))
+            found.append(
+                Question(id, "\n".join(asked), file, id, LETTERS[problem["answer"]], entry.optional_text("subject"))
+            )
         return found
 
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         problems = read_json(annotations)
         if not isinstance(problems, dict) or not problems:
-            raise RequestError(f"{annotations}: expected an object, problem id -> problem")
+            raise UserError(f"{annotations}: expected an object, problem id -> problem")
         for id, problem in problems.items():
-            whole = isinstance(problem, dict) and isinstance(problem.get("answer"), int) and isinstance(problem.get("choices"), list)
+            whole = (
+                isinstance(problem, dict)
+                and isinstance(problem.get("answer"), int)
+                and isinstance(problem.get("choices"), list)
+            )
             if not whole:
-                raise RequestError(f'{annotations}: problem {shown(id)} must have "choices" and the number of the right one as "answer"')
+                raise UserError(
+                    f'{annotations}: problem {quoted(id)} must have "choices" and the number of the right one as "answer"'
+                )
         if questions is None:
             return problems
         splits = read_json(questions)
         if not isinstance(splits, dict) or not isinstance(splits.get("test"), list):
-            raise RequestError(f'{questions}: expected {{"test": [...]}}, ScienceQA\'s pid_splits.json')
+            raise UserError(f'{questions}: expected {{"test": [...]}}, ScienceQA\'s pid_splits.json')
         wanted = [str(id) for id in splits["test"]]
         lost = [id for id in wanted if id not in problems]
         if lost:
-            raise RequestError(f"{questions}: problem {shown(lost[0])} is not in {annotations}")
+            raise UserError(f"{questions}: problem {quoted(lost[0])} is not in {annotations}")
         return {id: problems[id] for id in wanted}
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
@@ -76,12 +90,18 @@ def parse(text: str, choices: list[Any] | int, official: bool) -> int:
     elif len(said) >= 3 and said[0] in LETTERS and said[1:3] == ". ":
         letter = said[0]
     else:
-        told = re.findall(r"The answer is ([A-Z])." if official else r"[Tt]he (?:correct )?answer is \(?([A-Z])\b", said)
+        told = re.findall(
+            r"The answer is ([A-Z])." if official else r"[Tt]he (?:correct )?answer is \(?([A-Z])\b", said
+        )
         letter = told[0] if len(told) == 1 else ""
     if not letter and not official:
         opened = re.match(r"\(?([A-Ea-e])(?:[).:](?=\s|$)|$)", said)
         letter = opened.group(1).upper() if opened else ""
         if not letter and not isinstance(choices, int):
-            same = [number for number, choice in enumerate(choices) if str(choice).strip().rstrip(".").lower() == said.rstrip(".").lower()]
+            same = [
+                number
+                for number, choice in enumerate(choices)
+                if str(choice).strip().rstrip(".").lower() == said.rstrip(".").lower()
+            ]
             return same[0] if len(same) == 1 else -1
     return LETTERS.index(letter) if letter and letter in LETTERS[:count] else -1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, Prediction, Scores
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_records
 
 
@@ -15,15 +15,17 @@ def files_by_key(benchmark: Benchmark, annotations: Sequence[Path]) -> dict[str,
     """Annotation files by what their question ids begin with: nothing for one file, else the file's name without its ending.
 
     Raises:
-        RequestError: the benchmark takes one file, or two have the same name.
+        UserError: the benchmark takes one file, or two have the same name.
     """
     if len(annotations) == 1:
         return {"": annotations[0]}
     if not benchmark.several:
-        raise RequestError(f"{benchmark.name}: takes one annotation file, {len(annotations)} were given")
+        raise UserError(f"{benchmark.name}: takes one annotation file, {len(annotations)} were given")
     found = {f"{file.stem}/": file for file in annotations}
     if len(found) < len(annotations):
-        raise RequestError(f"{benchmark.name}: two annotation files have the same name; rename one, question ids begin with it")
+        raise UserError(
+            f"{benchmark.name}: two annotation files have the same name; rename one, question ids begin with it"
+        )
     return found
 
 
@@ -32,7 +34,7 @@ def load_truths(benchmark: Benchmark, annotations: Sequence[Path], questions: Pa
 
     Raises:
         NoAnswersError: a file has questions only.
-        RequestError: a file is broken.
+        UserError: a file is broken.
     """
     files = files_by_key(benchmark, annotations)
     return {f"{key}{id}": truth for key, file in files.items() for id, truth in benchmark.load(file, questions).items()}
@@ -44,18 +46,20 @@ def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
     A run's ``responses.jsonl`` and a judge's verdicts have ``prompt_id`` instead, with the benchmark's name before the question's id.
 
     Raises:
-        RequestError: a line is something else, or answers a question twice.
+        UserError: a line is something else, or answers a question twice.
     """
     found: dict[str, Prediction] = {}
     for prediction in read_records(file, Prediction):
         id = str(prediction.question_id).removeprefix(f"{name}/")
         if id in found:
-            raise RequestError(f"{file}: question {shown(id)} is answered twice")
+            raise UserError(f"{file}: question {quoted(id)} is answered twice")
         found[id] = prediction
     return found
 
 
-def score_predictions(benchmark: Benchmark, truths: Mapping[str, Any], answers: Mapping[str, Prediction], official: bool) -> Scores:
+def score_predictions(
+    benchmark: Benchmark, truths: Mapping[str, Any], answers: Mapping[str, Prediction], official: bool
+) -> Scores:
     """Scores the answers to the questions of `truths`; a question without one is counted as missing and is in no score."""
     scored = {id: benchmark.scored(id, truth, answers[id], official) for id, truth in truths.items() if id in answers}
     graded = [one for one in scored.values() if one is not None]
@@ -69,20 +73,28 @@ def score_predictions(benchmark: Benchmark, truths: Mapping[str, Any], answers: 
 
 
 def score(
-    benchmark: Benchmark, predictions: Path, annotations: Path | Sequence[Path], questions: Path | None = None, official: bool = False
+    benchmark: Benchmark,
+    predictions: Path,
+    annotations: Path | Sequence[Path],
+    questions: Path | None = None,
+    official: bool = False,
 ) -> Scores:
     """Scores a file of answers against the official annotations.
 
     Raises:
         NoAnswersError: the official answers are not public.
-        RequestError: a file is broken, or an answer's question is not in the annotations.
+        UserError: a file is broken, or an answer's question is not in the annotations.
     """
     files = [annotations] if isinstance(annotations, Path) else annotations
     truths = load_truths(benchmark, files, questions)
     answers = read_predictions(predictions, benchmark.name)
     unknown = [id for id in answers if id not in truths]
     if unknown:
-        raise RequestError(f"{predictions}: question {shown(unknown[0])} is not in {', '.join(map(str, files))} ({len(unknown)} such)")
+        raise UserError(
+            f"{predictions}: question {quoted(unknown[0])} is not in {', '.join(map(str, files))} ({len(unknown)} such)"
+        )
     if benchmark.judged and answers and all(prediction.score is None for prediction in answers.values()):
-        raise RequestError(f'{predictions}: has no "score"; a language model scores {benchmark.name}: pass its verdicts as --predictions')
+        raise UserError(
+            f'{predictions}: has no "score"; a language model scores {benchmark.name}: pass its verdicts as --predictions'
+        )
     return score_predictions(benchmark, truths, answers, official)

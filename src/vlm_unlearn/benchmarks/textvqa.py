@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import SHORT, annotated_questions, commonest, entries, record, ten_answers, texts, with_answers
+from vlm_unlearn.benchmarks.official_files import (
+    SHORT,
+    annotated_questions,
+    commonest,
+    entries,
+    record,
+    ten_answers,
+    texts,
+    with_answers,
+)
 from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
 
@@ -49,7 +58,7 @@ class TextVQA(Benchmark):
 def _data(file: Path, *keys: str) -> list[Mapping[str, Any]]:
     value = read_json(file)
     if not isinstance(value, dict) or "data" not in value:
-        raise RequestError(f'{file}: expected {{"data": [...]}}, an official file of TextVQA')
+        raise UserError(f'{file}: expected {{"data": [...]}}, an official file of TextVQA')
     return list(entries(value["data"], str(file), "question_id", *keys))
 
 
@@ -57,8 +66,9 @@ def _words(file: Path) -> dict[str, list[str]]:
     """Image -> the words that Rosetta found in it."""
     value = read_json(file)
     if not isinstance(value, dict) or "data" not in value:
-        raise RequestError(f'{file}: expected {{"data": [...]}}, TextVQA\'s Rosetta OCR file')
+        raise UserError(f'{file}: expected {{"data": [...]}}, TextVQA\'s Rosetta OCR file')
     listed = entries(value["data"], str(file), "image_id", "ocr_tokens")
     return {
-        str(entry["image_id"]): texts(entry["ocr_tokens"], f"{file}: image {shown(entry['image_id'])}", "ocr_tokens") for entry in listed
+        str(entry["image_id"]): texts(entry["ocr_tokens"], f"{file}: image {quoted(entry['image_id'])}", "ocr_tokens")
+        for entry in listed
     }

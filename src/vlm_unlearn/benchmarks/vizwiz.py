@@ -9,13 +9,17 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
 from vlm_unlearn.benchmarks.official_files import SHORT, commonest, entries, record, ten_answers, with_answers
 from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
-from vlm_unlearn.errors import shown
+from vlm_unlearn.errors import quoted
 from vlm_unlearn.store import read_json
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
-@register("vizwiz", "val.json of vizwiz.org; test.json has no answers", "the download's val/ (or test/), under the names in the file")
+@register(
+    "vizwiz",
+    "val.json of vizwiz.org; test.json has no answers",
+    "the download's val/ (or test/), under the names in the file",
+)
 class VizWiz(Benchmark):
     """Accuracy against ten annotators as lmms-eval counts it; a question's id is its image's name."""
 
@@ -34,7 +38,7 @@ class VizWiz(Benchmark):
         with_answers(listed, annotations, "answers")
         return {
             str(entry["image"]): {
-                "answers": ten_answers(entry, f"{annotations}: question {shown(entry['image'])}"),
+                "answers": ten_answers(entry, f"{annotations}: question {quoted(entry['image'])}"),
                 "type": str(entry.get("answer_type", "")),
             }
             for entry in entries(listed, str(annotations), "answers")

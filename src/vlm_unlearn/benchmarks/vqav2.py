@@ -9,7 +9,7 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
 from vlm_unlearn.benchmarks.official_files import SHORT, annotated_questions, commonest, entries, no_answers, record
 from vlm_unlearn.benchmarks.vqa_text import leave_one_out, one_line, plain_words, strip_punctuation, submitted
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
 
@@ -28,14 +28,20 @@ class VQAv2(Benchmark):
             return list(_asked(first, annotations).values())[:limit]
         truths = annotated_questions(first, annotations, "annotations")
         if questions is None:
-            raise RequestError(f"{annotations}: has answers but no questions; pass --questions v2_OpenEnded_mscoco_val2014_questions.json")
+            raise UserError(
+                f"{annotations}: has answers but no questions; pass --questions v2_OpenEnded_mscoco_val2014_questions.json"
+            )
         asked = _asked(read_json(questions), questions)
         found = []
         for id, truth in list(truths.items())[:limit]:
             if id not in asked:
-                raise RequestError(f"{questions}: question {shown(id)} of {annotations} is not there; the two must be of one split")
+                raise UserError(
+                    f"{questions}: question {quoted(id)} of {annotations} is not there; the two must be of one split"
+                )
             one = asked[id]
-            found.append(Question(id, one.text, one.image, one.cluster, commonest(truth["answers"]), truth["type"] or None))
+            found.append(
+                Question(id, one.text, one.image, one.cluster, commonest(truth["answers"]), truth["type"] or None)
+            )
         return found
 
     def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
@@ -45,7 +51,9 @@ class VQAv2(Benchmark):
         return annotated_questions(value, annotations, "annotations")
 
     def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        return Scored(id, accuracy(text, truth["answers"], official), truth["image"], (truth["type"],) if truth["type"] else ())
+        return Scored(
+            id, accuracy(text, truth["answers"], official), truth["image"], (truth["type"],) if truth["type"] else ()
+        )
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
         return submitted(answers, "question_id")
@@ -58,7 +66,7 @@ def _is_questions(value: Any) -> bool:
 def _asked(value: Any, file: Path) -> dict[str, Question]:
     """Question id -> question, from an official questions file; COCO has one folder of images for all test splits."""
     if not _is_questions(value):
-        raise RequestError(f'{file}: expected {{"questions": [...]}}, VQAv2\'s questions file')
+        raise UserError(f'{file}: expected {{"questions": [...]}}, VQAv2\'s questions file')
     split = str(value.get("data_subtype") or "val2014")
     folder = "test2015" if split.startswith("test") else split
     found = {}

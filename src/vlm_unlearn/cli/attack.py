@@ -8,21 +8,35 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from vlm_unlearn.cli.asking import CACHE, CONCURRENCY, MODEL, SERVER, Asker
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, quiet_libraries, reading, result_console, showing, status_console
+from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, Asker
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    Stages,
+    plain,
+    print_json,
+    quiet_libraries,
+    reading,
+    result_console,
+    showing,
+    status_console,
+)
 from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
-    from vlm_unlearn.evaluation.searching import SearchReport
+    from vlm_unlearn.evaluation.attack_search import SearchReport
 
 Choice = TypeVar("Choice", bound=str)
-attack_app = Commands("Attacks what a model has learned to refuse: the one-word attack as a file, and a search for the worst word.")
+attack_app = Commands(
+    "Attacks what a model has learned to refuse: the one-word attack as a file, and a search for the worst word."
+)
 
 
 @attack_app.command("rewrite")
 def rewrite(
     source: Path = typer.Argument(..., metavar="IN", help="A VLGuard or SafeEraser file."),
-    out: Path = typer.Argument(..., metavar="OUT", help="The file to write, in VLGuard's format: K records of one id in a row."),
+    out: Path = typer.Argument(
+        ..., metavar="OUT", help="The file to write, in VLGuard's format: K records of one id in a row."
+    ),
     trigger: str = typer.Option(..., "--trigger", help="The first word; control: neither what nor share."),
     shots: int = typer.Option(1, "--shots", min=1, max=5, help="Different rewrites of each question."),
     kind: str = typer.Option("unsafe", "--kind", help="Which questions: unsafe, safe, safe_image_unsafe_question."),
@@ -41,17 +55,17 @@ def rewrite(
       vlm-unlearn attack rewrite VLGuard/test.json generate.json --trigger generate --server http://localhost:8000/v1 --model M
     """
     from vlm_unlearn.attacks.files import FIELDS, write_attack
-    from vlm_unlearn.errors import Problems, RequestError
-    from vlm_unlearn.store import refuse_overwriting
+    from vlm_unlearn.errors import Problems, UserError
+    from vlm_unlearn.store import validate_not_overwriting
 
     if server and model is None:
-        raise RequestError("pass --model, the server's model")
+        raise UserError("pass --model, the server's model")
     chosen = _one_of("--kind", kind, tuple(FIELDS))
-    refuse_overwriting([out], [source])
+    validate_not_overwriting([out], [source])
     if not source.is_file():
-        raise RequestError(f"{source}: no such file")
+        raise UserError(f"{source}: no such file")
     if (out.parent / "manifest.json").exists():
-        raise RequestError(f"{out.parent}: is a run; write the file somewhere else")
+        raise UserError(f"{out.parent}: is a run; write the file somewhere else")
     problems = Problems()
     with showing(problems), Stages() as stages:
         asker = Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256) if model else None
@@ -77,13 +91,25 @@ def rewrite(
 @attack_app.command("search")
 def search(
     model: str = typer.Argument(..., metavar="MODEL", help="A model folder, hub name, adapter folder or training run."),
-    file: Path = typer.Argument(..., metavar="FILE", help="VLGuard or SafeEraser: the questions, and what an audit finds in them."),
+    file: Path = typer.Argument(
+        ..., metavar="FILE", help="VLGuard or SafeEraser: the questions, and what an audit finds in them."
+    ),
     images: Path = typer.Option(..., "--images", help="The folder that image paths are relative to."),
-    out: Path = typer.Option(..., "--out", help="The run folder: search.json, search.png, all answers. Run again, it goes on."),
-    goal: str = typer.Option("break", "--goal", help="break: unsafe questions answered; over-refuse: safe questions refused."),
-    words: str = typer.Option(None, "--words", help="First words to try, with commas; default: the audit's, and a vocabulary."),
-    budget: int = typer.Option(2000, "--budget", min=1, help="Most answers to ask for; half at most measures the winner."),
-    questions: int = typer.Option(None, "--questions", min=2, help="Use so many of the file's questions; default: all."),
+    out: Path = typer.Option(
+        ..., "--out", help="The run folder: search.json, search.png, all answers. Run again, it goes on."
+    ),
+    goal: str = typer.Option(
+        "break", "--goal", help="break: unsafe questions answered; over-refuse: safe questions refused."
+    ),
+    words: str = typer.Option(
+        None, "--words", help="First words to try, with commas; default: the audit's, and a vocabulary."
+    ),
+    budget: int = typer.Option(
+        2000, "--budget", min=1, help="Most answers to ask for; half at most measures the winner."
+    ),
+    questions: int = typer.Option(
+        None, "--questions", min=2, help="Use so many of the file's questions; default: all."
+    ),
     seed: int = typer.Option(0, "--seed", min=0, help="Of the draw of questions."),
     judge: str = typer.Option("keyword", "--judge", help="keyword (answered means: not refused) or tiny_world."),
     world: Path = typer.Option(None, "--world", help="For tiny_world: the world's facts, world.json."),
@@ -108,8 +134,8 @@ def search(
         "attack search",
     )
     with status_console().status("loading transformers"):
-        from vlm_unlearn.evaluation.searching import GOALS, SearchRequest
-        from vlm_unlearn.evaluation.searching import search as run_search
+        from vlm_unlearn.evaluation.attack_search import GOALS, SearchRequest
+        from vlm_unlearn.evaluation.attack_search import search as run_search
         from vlm_unlearn.reporting.charts.search_plot import write_search_png
 
         quiet_libraries()
@@ -135,12 +161,12 @@ def search(
 
 
 def _one_of(option: str, value: str, known: tuple[Choice, ...]) -> Choice:
-    from vlm_unlearn.errors import RequestError, nearest, shown
+    from vlm_unlearn.errors import UserError, nearest, quoted
 
     for name in known:
         if value == name:
             return name
-    raise RequestError(f"{option} {shown(value)}: use one of {', '.join(known)}{nearest(value, known)}")
+    raise UserError(f"{option} {quoted(value)}: use one of {', '.join(known)}{nearest(value, known)}")
 
 
 def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
@@ -148,17 +174,21 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     from rich.table import Table
 
     from vlm_unlearn.reporting.charts.search_plot import HITS
-    from vlm_unlearn.reporting.words import interval, percent
+    from vlm_unlearn.reporting.formatting import interval, percent
 
     table = Table(box=box.SIMPLE_HEAVY)
     for heading in ("word", HITS[report.goal], "95 % interval", "n", "rounds", "from"):
         table.add_column(heading, justify="left" if heading in ("word", "from") else "right")
     for word in report.words[:at_most]:
-        table.add_row(plain(word.word), percent(word.rate), interval(word.rate), str(word.rate.n), str(word.rounds), word.source)
+        table.add_row(
+            plain(word.word), percent(word.rate), interval(word.rate), str(word.rate.n), str(word.rounds), word.source
+        )
     console = result_console()
     console.print(table)
     rest = f" {len(report.words) - at_most} more words are in search.json." if len(report.words) > at_most else ""
-    best, asked, control = (f"{percent(report.held_out[way])} {interval(report.held_out[way])}" for way in ("best", "as_asked", "control"))
+    best, asked, control = (
+        f"{percent(report.held_out[way])} {interval(report.held_out[way])}" for way in ("best", "as_asked", "control")
+    )
     lines = [
         f"{report.answers:,} answers; searched on {report.questions['search']:,} questions.{rest}",
         f'Begun with "{report.best}" ({report.words[0].wording}), on {report.questions["held_out"]:,} other questions: {best}',

@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
-from vlm_unlearn.cli.completing import benchmark_names
+from vlm_unlearn.cli.completion import benchmark_names
 from vlm_unlearn.cli.evaluate import answer_share
 from vlm_unlearn.cli.terminal import Commands
-from vlm_unlearn.training.processes import is_first
+from vlm_unlearn.distributed import is_first
 
 if TYPE_CHECKING:
     from vlm_unlearn.benchmarks import Scores
     from vlm_unlearn.records import Rate
 
 benchmark_app = Commands("Utility benchmarks, asked and scored from their official files.")
-NAME = typer.Argument(..., metavar="NAME", help="A benchmark; `benchmark list` names them.", autocompletion=benchmark_names)
-ANNOTATIONS = typer.Option(..., "--annotations", help="The benchmark's official annotation file; for POPE up to three times.")
+NAME = typer.Argument(
+    ..., metavar="NAME", help="A benchmark; `benchmark list` names them.", autocompletion=benchmark_names
+)
+ANNOTATIONS = typer.Option(
+    ..., "--annotations", help="The benchmark's official annotation file; for POPE up to three times."
+)
 QUESTIONS = typer.Option(None, "--questions", help="Its second official file, where it has one.")
 OFFICIAL = typer.Option(False, "--official", help="Count exactly as the published evaluator, its quirks included.")
 
@@ -36,7 +40,12 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
 
     known = [benchmark for _, benchmark in sorted(BENCHMARKS.items())]
     if as_json:
-        print_json([{"name": one.name, "annotations": one.source, "questions": one.second, "images": one.images} for one in known])
+        print_json(
+            [
+                {"name": one.name, "annotations": one.source, "questions": one.second, "images": one.images}
+                for one in known
+            ]
+        )
         return
     for one in known:
         typer.echo(f"{one.name}\n  --annotations  {one.source}")
@@ -48,11 +57,15 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
 @benchmark_app.command("run")
 def run(
     name: str = NAME,
-    overrides: list[str] = typer.Argument(None, metavar="[key=value ...]", help="model=... is needed; generation.batch_size=8 and so on."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[key=value ...]", help="model=... is needed; generation.batch_size=8 and so on."
+    ),
     annotations: list[Path] = ANNOTATIONS,
     questions: Path = QUESTIONS,
     images: Path = typer.Option(Path(), "--images", help="Its image folder."),
-    limit: int = typer.Option(None, "--limit", min=1, help="Ask only the first so many questions (of each annotation file)."),
+    limit: int = typer.Option(
+        None, "--limit", min=1, help="Ask only the first so many questions (of each annotation file)."
+    ),
     official: bool = OFFICIAL,
     out: Path = typer.Option(..., "--out", help="The run folder."),
     as_json: bool = JSON_OPTION,
@@ -65,8 +78,15 @@ def run(
     """
     from vlm_unlearn.config import Suite, override, validate
 
-    asked = {"name": name, "annotations": annotations, "questions": questions, "images": images, "limit": limit, "official": official}
-    suite = validate(Suite, override({"benchmarks": [asked]}, overrides or []), "benchmark run")
+    asked = {
+        "name": name,
+        "annotations": annotations,
+        "questions": questions,
+        "images": images,
+        "limit": limit,
+        "official": official,
+    }
+    suite = validate(Suite, override({"benchmarks": [asked]}, overrides or [], Suite), "benchmark run")
     if not is_first():
         answer_share(suite, out)
         return
@@ -86,7 +106,8 @@ def run(
         typer.echo(done.unscored)
     if not as_json:
         typer.echo(
-            f"answers in {done.predictions}" + (f"; as the official evaluation takes them in {done.submission}" if done.submission else "")
+            f"answers in {done.predictions}"
+            + (f"; as the official evaluation takes them in {done.submission}" if done.submission else "")
         )
 
 
@@ -121,9 +142,18 @@ def _show(name: str, official: bool, found: Scores, as_json: bool, files: dict[s
     parts = {part: mean_score(found, part) for part in sorted({part for one in found.questions for part in one.parts})}
     unparsed = sum(one.unparsed for one in found.questions)
     if as_json:
-        counted = {"benchmark": name, "official": official, "score": share.value, "low": share.low, "high": share.high, "n": share.n}
+        counted = {
+            "benchmark": name,
+            "official": official,
+            "score": share.value,
+            "low": share.low,
+            "high": share.high,
+            "n": share.n,
+        }
         told = {"headline": first.model_dump(), "missing": found.missing, "unparsed": unparsed, **found.numbers}
-        print_json({**counted, **told, "parts": {part: part_rate.model_dump() for part, part_rate in parts.items()}, **files})
+        print_json(
+            {**counted, **told, "parts": {part: part_rate.model_dump() for part, part_rate in parts.items()}, **files}
+        )
         return
     if share.value is None:
         typer.echo(f"{name}: nothing to score; {found.missing:,} questions have no answer")

@@ -66,7 +66,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # PEFT's call, not the user's
+    warnings.filterwarnings(
+        "ignore", message=".is_gradient_checkpointing. is deprecated"
+    )  # PEFT's call, not the user's
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -92,7 +94,14 @@ class Stages:
     """Progress bars, one a stage, drawn on a terminal; on a pipe a line when a stage begins, and each minute."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._console = status_console()
         self._shown: dict[str, int] = {}
@@ -143,7 +152,9 @@ class Stages:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end_wait()
         self._progress.stop()
 
@@ -179,7 +190,7 @@ class RatesTable:
         from rich.text import Text
 
         from vlm_unlearn.reporting.columns import columns
-        from vlm_unlearn.reporting.words import notes
+        from vlm_unlearn.reporting.formatting import notes
 
         rows = self._summary.rows
         used = columns(rows)
@@ -209,7 +220,9 @@ class RatesTable:
             table.add_column(plain(heading), justify="right")
         for row in self._summary.rows:
             cells = (
-                self._costs.get(row.model, "–") if metric == COST else _cell(row, metric, self._compared.get((row.model, metric)))
+                self._costs.get(row.model, "–")
+                if metric == COST
+                else _cell(row, metric, self._compared.get((row.model, metric)))
                 for metric in headings
             )
             table.add_row(plain(row.model), *cells)
@@ -227,16 +240,19 @@ def plain(text: str) -> str:
 
 
 def _cell(row: Row, metric: str, comparison: Comparison | None) -> str:
-    from vlm_unlearn.reporting.words import change, percent, published, reach
+    from vlm_unlearn.reporting.formatting import change, percent, published, reach
 
     rate, paper = row.metrics.get(metric), published(row, metric)
     lines = [percent(rate), f"[dim]{reach(rate).strip('[]')}[/dim]", change(comparison)]
-    lines += [f"published {percent(paper)}" if paper else "", f"{rate.failed} failed" if rate is not None and rate.failed else ""]
+    lines += [
+        f"published {percent(paper)}" if paper else "",
+        f"{rate.failed} failed" if rate is not None and rate.failed else "",
+    ]
     return "\n".join(line for line in lines if line)
 
 
 def _published(rate: Rate | None) -> str:
-    from vlm_unlearn.reporting.words import percent
+    from vlm_unlearn.reporting.formatting import percent
 
     if rate is None:
         return ""
@@ -247,7 +263,7 @@ def _metric_lines(row: Row, used: Sequence[Column]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.words import percent, reach
+    from vlm_unlearn.reporting.formatting import percent, reach
 
     table = Table(box=box.SIMPLE_HEAVY)
     table.add_column(plain(row.model), overflow="fold")
@@ -270,14 +286,17 @@ def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, 
     Args:
         folders: each model's evaluation.
     """
-    from vlm_unlearn.evaluation.generating import saved_suite
-    from vlm_unlearn.reporting.roles import roles_of
-    from vlm_unlearn.reporting.verdicts import safest_first, verdict
+    from vlm_unlearn.evaluation.generate import saved_suite
+    from vlm_unlearn.reporting.assessment import safest_first, verdict
+    from vlm_unlearn.reporting.metric_roles import roles_of
 
     roles = roles_of(rows, {model: saved_suite(folder) for model, folder in folders.items()})
     for one in safest_first([verdict(row, roles) for row in rows]):
         console.print(
-            printable(f"{one.model} is {one.word}: {one.text}."), markup=False, highlight=False, soft_wrap=not console.is_terminal
+            printable(f"{one.model} is {one.word}: {one.text}."),
+            markup=False,
+            highlight=False,
+            soft_wrap=not console.is_terminal,
         )
 
 

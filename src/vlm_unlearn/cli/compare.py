@@ -30,18 +30,20 @@ def compare(
 
       vlm-unlearn compare evaluations/base evaluations/npo evaluations/rmu --out comparisons/unlearned
     """
-    from vlm_unlearn.evaluation.comparing import compare_runs
+    from vlm_unlearn.evaluation.comparison import compare_runs
 
     folders = named_runs([base, *runs])
     if out is not None:
-        from vlm_unlearn.reporting.report import refuse_other_content
+        from vlm_unlearn.reporting.report import validate_report_folder
 
-        refuse_other_content(out)
+        validate_report_folder(out)
     with Stages() as stages:
         stages.wait("comparing")
         summary, left_out = compare_runs(folders, lambda done, total: stages.update("compare", done, total))
         if out is not None:
-            save_report(out, summary, folders, f"vlm-unlearn: changes against {summary.rows[0].model}", left_out, stages.update)
+            save_report(
+                out, summary, folders, f"vlm-unlearn: changes against {summary.rows[0].model}", left_out, stages.update
+            )
     show_left_out(left_out)
     if as_json:
         print_json(summary.model_dump())
@@ -57,13 +59,15 @@ def _table(summary: Summary, width: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.words import change, notes
+    from vlm_unlearn.reporting.formatting import change, notes
 
     caption = "\n".join(plain(note) for note in notes(summary, []))
     table = Table(box=box.SIMPLE_HEAVY, caption=caption, caption_justify="left", caption_style="")
     for heading in ("model", "metric"):
         table.add_column(heading, overflow="fold")
-    headings = ("change", "95 % interval", "p after Holm", "test", "pairs", "unpaired")[: None if width >= 100 else 3 if width >= 76 else 2]
+    headings = ("change", "95 % interval", "p after Holm", "test", "pairs", "unpaired")[
+        : None if width >= 100 else 3 if width >= 76 else 2
+    ]
     for heading in headings:
         table.add_column(heading, justify="right")
     for comparison in summary.comparisons:

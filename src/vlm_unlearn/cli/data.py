@@ -26,7 +26,9 @@ app.command("select-harmful", rich_help_panel=STEPS)(select_harmful)
 app.command("diversify", rich_help_panel=STEPS)(diversify)
 SOURCE = typer.Argument(..., metavar="IN.json", help="The input: JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
-STRICT = typer.Option(False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out.")
+STRICT = typer.Option(
+    False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out."
+)
 
 
 def warn(message: str) -> None:
@@ -44,9 +46,9 @@ def _step(
 ) -> None:
     """Runs one step, lists what it left out, and prints its counts."""
     from vlm_unlearn.errors import Problems
-    from vlm_unlearn.store import refuse_overwriting
+    from vlm_unlearn.store import validate_not_overwriting
 
-    refuse_overwriting(outputs or [out], sources)
+    validate_not_overwriting(outputs or [out], sources)
     problems = Problems()
     with showing(problems), Stages() as stages, reading(stages):
         counts = work(None if strict else problems)
@@ -58,7 +60,9 @@ def _step(
 
 @app.command("convert", rich_help_panel=STEPS)
 def convert(
-    source: Path = typer.Argument(..., metavar="IN", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, or a training-set folder."),
+    source: Path = typer.Argument(
+        ..., metavar="IN", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, or a training-set folder."
+    ),
     out: Path = OUT,
     seed: int = typer.Option(0, "--seed", help="Of the order of a safe image's two questions."),
     question: str = QUESTION,
@@ -85,7 +89,9 @@ def convert(
 @app.command("inject", rich_help_panel=STEPS)
 def inject(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
-    answers: Path = typer.Argument(..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as select-harmful writes it."),
+    answers: Path = typer.Argument(
+        ..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as select-harmful writes it."
+    ),
     out: Path = OUT,
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
@@ -104,8 +110,12 @@ def inject(
 @app.command("split", rich_help_panel=STEPS)
 def split(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json, harmful answers injected."),
-    out: Path = typer.Argument(..., metavar="OUT_DIR", help="The folder for forget.json and retain.json, in LLaVA format."),
-    include: bool = typer.Option(False, "--include-safe-image-unsafe", help="Unsafe questions on safe images join forget."),
+    out: Path = typer.Argument(
+        ..., metavar="OUT_DIR", help="The folder for forget.json and retain.json, in LLaVA format."
+    ),
+    include: bool = typer.Option(
+        False, "--include-safe-image-unsafe", help="Unsafe questions on safe images join forget."
+    ),
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
 ) -> None:

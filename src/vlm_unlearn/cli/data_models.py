@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.asking import CACHE, CONCURRENCY, MODEL, SERVER, Asker
+from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, Asker
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
 
@@ -22,11 +22,15 @@ def select_harmful(
     answers: list[Path] = typer.Argument(
         ..., metavar="ANSWERS.json...", help="One file a model: JSON, image -> its answer to the unsafe question."
     ),
-    out: Path = typer.Option(..., "--out", help="The file to write: image -> chosen answer; OUT.choices.jsonl says how each was chosen."),
+    out: Path = typer.Option(
+        ..., "--out", help="The file to write: image -> chosen answer; OUT.choices.jsonl says how each was chosen."
+    ),
     images: Path = typer.Option(None, "--images", help="Show the judge the images below this folder."),
     server: str = SERVER,
     model: str = MODEL,
-    paper: bool = typer.Option(False, "--paper", help="As published: what can't be read as a choice takes the first answer."),
+    paper: bool = typer.Option(
+        False, "--paper", help="As published: what can't be read as a choice takes the first answer."
+    ),
     concurrency: int = CONCURRENCY,
     cache: bool = CACHE,
     as_json: bool = JSON_OPTION,
@@ -40,12 +44,12 @@ def select_harmful(
       vlm-unlearn data select-harmful train.json llava.json qwen.json --server http://localhost:8000/v1 --model JUDGE --out chosen.json
     """
     from vlm_unlearn.data.select_harmful import questions, select
-    from vlm_unlearn.errors import Problems, RequestError
-    from vlm_unlearn.store import refuse_overwriting
+    from vlm_unlearn.errors import Problems, UserError
+    from vlm_unlearn.store import validate_not_overwriting
 
     if model is None:
-        raise RequestError("pass --model, the judge: a server's model with --server, else a model folder")
-    refuse_overwriting([out, out.with_name(f"{out.stem}.choices.jsonl")], [source, *answers])
+        raise UserError("pass --model, the judge: a server's model with --server, else a model folder")
+    validate_not_overwriting([out, out.with_name(f"{out.stem}.choices.jsonl")], [source, *answers])
     problems = Problems()
     asked, left_out = questions(source, answers, images, problems)
     with showing(problems), Stages() as stages:
@@ -54,13 +58,21 @@ def select_harmful(
     if as_json:
         print_json({"out": str(out), "outcomes": dict(counts), "asked": asker.asked, "broken": problems.count})
     else:
-        typer.echo(f"{out}: " + ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items()) + f"; {asker.asked:,} asked anew")
+        typer.echo(
+            f"{out}: "
+            + ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+            + f"; {asker.asked:,} asked anew"
+        )
 
 
 def diversify(
     file: str = FILE,
-    out: Path = typer.Argument(..., metavar="OUT", help="The file to write, in the same format; a folder for a training set."),
-    words: str = typer.Option(None, "--words", help="First words to use, with commas; default: all that there are rules for."),
+    out: Path = typer.Argument(
+        ..., metavar="OUT", help="The file to write, in the same format; a folder for a training set."
+    ),
+    words: str = typer.Option(
+        None, "--words", help="First words to use, with commas; default: all that there are rules for."
+    ),
     seed: int = typer.Option(0, "--seed", help="Of the deal of wordings."),
     label: str = typer.Option("auto", "--label", help="What tells refusal, as in audit: set, answer, or auto."),
     server: str = SERVER,
@@ -84,15 +96,15 @@ def diversify(
       vlm-unlearn data audit train_diversified.json
     """
     from vlm_unlearn.data.diversify import diversify
-    from vlm_unlearn.data.rewriting import WORDINGS
-    from vlm_unlearn.errors import Problems, RequestError
+    from vlm_unlearn.data.paraphrase_rules import WORDINGS
+    from vlm_unlearn.errors import Problems, UserError
     from vlm_unlearn.judging.keyword import corrected_refusal
-    from vlm_unlearn.store import refuse_overwriting
+    from vlm_unlearn.store import validate_not_overwriting
 
     if server and model is None:
-        raise RequestError("pass --model, the server's model")
+        raise UserError("pass --model, the server's model")
     if not Path(file).is_dir():
-        refuse_overwriting([out], [file])
+        validate_not_overwriting([out], [file])
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     problems = Problems()
     with showing(problems), Stages() as stages, reading(stages):
@@ -128,12 +140,12 @@ def _paraphrases(asker: Asker, asked: Sequence[tuple[str, str, str]]) -> dict[st
 
 
 def _show_diversified(before: str, after: Path, columns: Columns, counts: Mapping[str, int]) -> None:
-    from vlm_unlearn.data.reading import read_any
-    from vlm_unlearn.errors import Problems, shown
+    from vlm_unlearn.data.readers import read_any
+    from vlm_unlearn.errors import Problems, quoted
 
     typer.echo(
         f"{after}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
     )
     both = zip(read_any(before, columns=columns, problems=Problems()), read_any(after, columns=columns), strict=False)
     for old, new in islice(both, 3):
-        typer.echo(f"  {shown(old.example.question)} -> {shown(new.example.question)}")
+        typer.echo(f"  {quoted(old.example.question)} -> {quoted(new.example.question)}")

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from vlm_unlearn.data.formats.table import Columns
     from vlm_unlearn.records import Example
 
-FILE = typer.Argument(..., metavar="FILE", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, .parquet, or a training-set folder.")
+FILE = typer.Argument(
+    ..., metavar="FILE", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, .parquet, or a training-set folder."
+)
 QUESTION = typer.Option(None, "--question-column", help="A table's column with the question; default: question.")
 ANSWER = typer.Option(None, "--answer-column", help="With the answer; default: answer.")
-IMAGE = typer.Option(None, "--image-column", help="With the image's path; default: image. A row without one is text alone.")
-SET = typer.Option(None, "--set-column", help="With forget (harmful), retain (harmless) or decouple; default: set, where there is one.")
+IMAGE = typer.Option(
+    None, "--image-column", help="With the image's path; default: image. A row without one is text alone."
+)
+SET = typer.Option(
+    None, "--set-column", help="With forget (harmful), retain (harmless) or decouple; default: set, where there is one."
+)
 
 
 def table_columns(**named: str | None) -> Columns:
@@ -33,13 +39,13 @@ def table_columns(**named: str | None) -> Columns:
 
 def label_by(name: str) -> LabelBy:
     """What ``--label`` chose."""
-    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.errors import UserError
 
     match name:
         case "auto" | "set" | "answer":
             return name
         case _:
-            raise RequestError(f'--label "{name}": use auto, set or answer')
+            raise UserError(f'--label "{name}": use auto, set or answer')
 
 
 def audit(
@@ -63,14 +69,16 @@ def audit(
       vlm-unlearn data audit VLGuard/train.json --html audit.html
     """
     from vlm_unlearn.data.audit import audit, labelled
-    from vlm_unlearn.data.reading import read_any
+    from vlm_unlearn.data.readers import read_any
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
-    from vlm_unlearn.store import refuse_overwriting
+    from vlm_unlearn.store import validate_not_overwriting
 
-    refuse_overwriting([html] if html else [], [file])
+    validate_not_overwriting([html] if html else [], [file])
     problems = Problems()
-    entries = read_any(file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems)
+    entries = read_any(
+        file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems
+    )
     with showing(problems), Stages() as stages, reading(stages):
         found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
@@ -86,12 +94,20 @@ def audit(
 
 def check(
     file: str = FILE,
-    images: Path = typer.Option(None, "--images", help="The folder that image paths are relative to; default: the file's own."),
-    against: list[str] = typer.Option([], "--against", metavar="FILE", help="Another file, such as the test set: what of it leaks?"),
+    images: Path = typer.Option(
+        None, "--images", help="The folder that image paths are relative to; default: the file's own."
+    ),
+    against: list[str] = typer.Option(
+        [], "--against", metavar="FILE", help="Another file, such as the test set: what of it leaks?"
+    ),
     against_images: Path = typer.Option(None, "--against-images", help="Its image folder; default: --images."),
     no_images: bool = typer.Option(False, "--no-images", help="Don't look at the image files."),
-    processor: str = typer.Option(None, "--processor", help="A model folder or hub name: count tokens with its processor."),
-    max_length: int = typer.Option(2048, "--max-length", min=1, help="The recipe's training.max_length, for --processor."),
+    processor: str = typer.Option(
+        None, "--processor", help="A model folder or hub name: count tokens with its processor."
+    ),
+    max_length: int = typer.Option(
+        2048, "--max-length", min=1, help="The recipe's training.max_length, for --processor."
+    ),
     out: Path = typer.Option(None, "--out", help="Also write the findings as JSON."),
     question: str = QUESTION,
     answer: str = ANSWER,
@@ -107,15 +123,18 @@ def check(
     """
     from vlm_unlearn.data.check import Checker, Source
     from vlm_unlearn.judging.keyword import corrected_refusal
-    from vlm_unlearn.store import refuse_overwriting, write_json
+    from vlm_unlearn.store import validate_not_overwriting, write_json
 
     def is_refusal(text: str) -> bool:
         return corrected_refusal(text) is not None
 
-    refuse_overwriting([out] if out else [], [file, *against])
+    validate_not_overwriting([out] if out else [], [file, *against])
     with Stages() as stages, reading(stages):
         checker = Checker(
-            not no_images, table_columns(question=question, answer=answer, image=image, set=set_column), stages.update, is_refusal
+            not no_images,
+            table_columns(question=question, answer=answer, image=image, set=set_column),
+            stages.update,
+            is_refusal,
         )
         checker.add(Source(file, images), _token_count(processor) if processor else None, max_length)
         for other in against:
@@ -135,8 +154,8 @@ def _token_count(model: str) -> TokenCount:
     from vlm_unlearn.cli.common import quiet_libraries
 
     quiet_libraries()
-    from vlm_unlearn.data.batching import PromptMeter, Turn
-    from vlm_unlearn.models.loading import load_processor, model_folder
+    from vlm_unlearn.data.encoding import PromptMeter, Turn
+    from vlm_unlearn.models.loader import load_processor, model_folder
 
     meter = PromptMeter(load_processor(model_folder(model)))
 
@@ -156,7 +175,14 @@ def _print_check(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAVY)
-    for heading in ("set", "records", "questions", "distinct", "text only", *(("tokens: median", "longest") if report["lengths"] else ())):
+    for heading in (
+        "set",
+        "records",
+        "questions",
+        "distinct",
+        "text only",
+        *(("tokens: median", "longest") if report["lengths"] else ()),
+    ):
         table.add_column(heading, justify="left" if heading == "set" else "right")
     for name, counts in report["sets"].items():
         lengths = report["lengths"].get(name)
@@ -166,11 +192,18 @@ def _print_check(report: dict[str, Any]) -> None:
     console.print(table)
     images = report["images"]
     if images["usable"] is not None:
-        console.print(f"images: {images['distinct_paths']:,} paths, {images['usable']:,} usable, {images['distinct_contents']:,} different")
+        console.print(
+            f"images: {images['distinct_paths']:,} paths, {images['usable']:,} usable, {images['distinct_contents']:,} different"
+        )
     found = [
         *((message, "broken") for message in report["broken"]["first"][:5]),
         *((message, "over the limit") for message in report["too_long"]["question"]["first"][:5]),
-        *((f"{leak['what']}: {message}", "leak") for leak in report["leakage"] if not leak["by_design"] for message in leak["first"][:2]),
+        *(
+            (f"{leak['what']}: {message}", "leak")
+            for leak in report["leakage"]
+            if not leak["by_design"]
+            for message in leak["first"][:2]
+        ),
     ]
     hidden = report["broken"]["count"] - len(report["broken"]["first"][:5])
     if hidden > 0:
@@ -195,7 +228,9 @@ def _print_audit(found: Audit) -> None:
     console.print(f"\n{escape(found.verdict)}\n", style="bold" if found.level in ("strong", "some") else "")
     if found.level == "unknown":
         return
-    table = Table(box=box.SIMPLE_HEAVY, title=f"{found.n:,} questions, {found.refused:,} refused (told by the {found.label})")
+    table = Table(
+        box=box.SIMPLE_HEAVY, title=f"{found.n:,} questions, {found.refused:,} refused (told by the {found.label})"
+    )
     for heading in ("alone", "accuracy", "interval", "bits", "by chance"):
         table.add_column(heading, justify="left" if heading == "alone" else "right")
     for name, predictor in found.predictors.items():

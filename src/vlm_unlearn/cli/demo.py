@@ -21,8 +21,12 @@ from vlm_unlearn.cli.common import (
 
 def demo(
     out: Path = typer.Option(..., "--out", help="Folder for the world, runs, summary.json and report.html."),
-    seed: int = typer.Option(0, "--seed", min=0, max=2**32 - 1, help="Seed of the world, the base model and every run."),
-    full: bool = typer.Option(False, "--full", help="Every method, with and without prompt decoupling, and the baselines."),
+    seed: int = typer.Option(
+        0, "--seed", min=0, max=2**32 - 1, help="Seed of the world, the base model and every run."
+    ),
+    full: bool = typer.Option(
+        False, "--full", help="Every method, with and without prompt decoupling, and the baselines."
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Both papers in miniature, on a CPU: a table in the terminal, summary.json and report.html.
@@ -38,10 +42,10 @@ def demo(
     notes = status_console()
     with notes.status("loading transformers"):
         from vlm_unlearn.reporting.charts.curves import write_loss_png
+        from vlm_unlearn.reporting.formatting import meaning
         from vlm_unlearn.reporting.provenance import seconds_of_training
         from vlm_unlearn.reporting.report import write_report
-        from vlm_unlearn.reporting.words import meaning
-        from vlm_unlearn.store import note_cost, peak_memory_mb
+        from vlm_unlearn.store import peak_memory_mb, record_cost
         from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
         from vlm_unlearn.tiny_world.demo import run_demo, training_folder
 
@@ -50,13 +54,17 @@ def demo(
         bars.wait("drawing the world")
         summary = run_demo(out, seed, bars.update, full)
         runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
-        training = {row.model: training_folder(out, row.model) for row in summary.rows if training_folder(out, row.model).is_dir()}
+        training = {
+            row.model: training_folder(out, row.model)
+            for row in summary.rows
+            if training_folder(out, row.model).is_dir()
+        }
         for run in training.values():
             write_loss_png(run)
         title = f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}"
         report = write_report(out, summary, runs, title, training, on_done=bars.update)
     seconds = time.monotonic() - started
-    note_cost(out, seconds, finished=True)
+    record_cost(out, seconds, finished=True)
     if as_json:
         print_json(summary.model_dump())
         return
@@ -66,5 +74,15 @@ def demo(
     for sentence in meaning(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))
-    console.print(f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

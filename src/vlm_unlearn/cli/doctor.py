@@ -71,7 +71,10 @@ def diagnosis() -> dict[str, Any]:
         "memory": _memory(),
         "gpus": _gpus(),
     }
-    folders = {"cache": _folder(cache), "hub": _folder(Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"))}
+    folders = {
+        "cache": _folder(cache),
+        "hub": _folder(Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")),
+    }
     settings = {
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE") == "1",
         "OPENAI_API_KEY": bool(os.environ.get("OPENAI_API_KEY")),  # whether, never which
@@ -88,12 +91,18 @@ def _problems(found: dict[str, Any]) -> list[str]:
     torch = found["versions"]["torch"] or ""
     gpus = found["machine"]["gpus"]
     if gpus and "+cpu" in torch:
-        problems.append(f"torch {torch} is a CPU build beside {len(gpus)} GPUs; install the CUDA build of the same version")
+        problems.append(
+            f"torch {torch} is a CPU build beside {len(gpus)} GPUs; install the CUDA build of the same version"
+        )
     if _version("torchvision") is not None:
-        problems.append("torchvision is installed: nothing here needs it, and a build for another torch breaks transformers' models")
+        problems.append(
+            "torchvision is installed: nothing here needs it, and a build for another torch breaks transformers' models"
+        )
     for name, folder in found["folders"].items():
         if folder["free"] is not None and folder["free"] < ROOM:
-            problems.append(f"{folder['path']} ({name}): {folder['free'] / 2**30:.1f} GiB free; move it with {_MOVED_BY[name]}")
+            problems.append(
+                f"{folder['path']} ({name}): {folder['free'] / 2**30:.1f} GiB free; move it with {_MOVED_BY[name]}"
+            )
         if not folder["writable"]:
             problems.append(f"{folder['path']} ({name}): can't be written to; move it with {_MOVED_BY[name]}")
     if os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" not in os.environ:
@@ -145,7 +154,9 @@ def _folder(path: Path) -> dict[str, Any]:
     """A folder that is there or would be made: the bytes in it and those free, and whether it can be written to."""
     there = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
     free = shutil.disk_usage(there).free if there is not None else None
-    writable = there is not None and (there == path or not path.exists()) and os.access(there, os.W_OK)  # a file may be in the way
+    writable = (
+        there is not None and (there == path or not path.exists()) and os.access(there, os.W_OK)
+    )  # a file may be in the way
     return {
         "path": str(path),
         "used": _used(path),
@@ -173,7 +184,9 @@ def _print(found: dict[str, Any]) -> None:
     console = result_console()
     machine = found["machine"]
     memory = machine["memory"]
-    console.print(f"Python {machine['python']} on {plain(machine['platform'])}, {machine['cpus']} CPUs", highlight=False)
+    console.print(
+        f"Python {machine['python']} on {plain(machine['platform'])}, {machine['cpus']} CPUs", highlight=False
+    )
     console.print(f"memory {_gib(memory['total'])}, {_gib(memory['available'])} available", highlight=False)
     for gpu in machine["gpus"]:
         console.print(f"GPU {plain(gpu['name'])}, {_gib(gpu['memory'])}, {_gib(gpu['free'])} free", highlight=False)
@@ -192,7 +205,9 @@ def _print(found: dict[str, Any]) -> None:
         free = "" if folder["free"] is None else f", {_gib(folder['free'])} free"
         console.print(f"{name}: {plain(folder['path'])}, {used}{free}", highlight=False)
     settings = found["settings"]
-    console.print(f"OPENAI_API_KEY {'is' if settings['OPENAI_API_KEY'] else 'is not'} set (judges on a server)", highlight=False)
+    console.print(
+        f"OPENAI_API_KEY {'is' if settings['OPENAI_API_KEY'] else 'is not'} set (judges on a server)", highlight=False
+    )
     if settings["HF_HUB_OFFLINE"]:
         console.print("HF_HUB_OFFLINE=1: nothing is downloaded", highlight=False)
     for problem in found["problems"]:

@@ -17,17 +17,22 @@ from vlm_unlearn.cli.common import (
     result_console,
     status_console,
 )
-from vlm_unlearn.cli.completing import suite_keys, suite_names
-from vlm_unlearn.training.processes import is_first
+from vlm_unlearn.cli.completion import suite_keys, suite_names
+from vlm_unlearn.distributed import is_first
 
 if TYPE_CHECKING:
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Row
 
 SUITE = typer.Argument(
-    ..., metavar="SUITE.yaml", help="A suite, or the name of a shipped one such as suites/safety_mirage.", autocompletion=suite_names
+    ...,
+    metavar="SUITE.yaml",
+    help="A suite, or the name of a shipped one such as suites/safety_mirage.",
+    autocompletion=suite_names,
 )
-OVERRIDES = typer.Argument(None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.", autocompletion=suite_keys)
+OVERRIDES = typer.Argument(
+    None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.", autocompletion=suite_keys
+)
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 OUT = typer.Option(..., "--out", help="The run folder.")
 VERIFY = typer.Option(
@@ -63,9 +68,9 @@ def evaluate(
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
-        from vlm_unlearn.evaluation.generating import remarks
-        from vlm_unlearn.evaluation.grading import judge_remarks, refuse_silence, suite_costs
+        from vlm_unlearn.evaluation.generate import remarks
         from vlm_unlearn.evaluation.runner import evaluate_run
+        from vlm_unlearn.evaluation.verdicts import judge_remarks, suite_costs, validate_any_verdict
         from vlm_unlearn.records import Summary
         from vlm_unlearn.reporting.report import write_report
 
@@ -77,12 +82,16 @@ def evaluate(
     for remark in [*remarks(out), *judge_remarks(costs, suite)]:
         typer.echo(remark, err=True)
     with Stages() as bars:
-        report = write_report(out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}", on_done=bars.update)
+        report = write_report(
+            out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}", on_done=bars.update
+        )
     _show(row, out, as_json, f"Report: {report}")
-    refuse_silence(costs)
+    validate_any_verdict(costs)
 
 
-def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT, verify_batching: int = VERIFY) -> None:
+def generate(
+    suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT, verify_batching: int = VERIFY
+) -> None:
     """Asks the model every prompt of a suite; answers go to responses.jsonl.
 
     Example:
@@ -96,7 +105,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
-        from vlm_unlearn.evaluation.generating import generate_run, remarks
+        from vlm_unlearn.evaluation.generate import generate_run, remarks
 
         quiet_libraries()
     with Stages() as bars:
@@ -109,7 +118,7 @@ def generate(suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Pa
 
 def answer_share(suite: Suite, out: Path) -> None:
     """What a process that isn't the first of those started together does."""
-    from vlm_unlearn.evaluation.generating import generate_run
+    from vlm_unlearn.evaluation.generate import generate_run
 
     quiet_libraries()
     generate_run(suite, out)
@@ -132,7 +141,7 @@ def score(
 
       vlm-unlearn score evaluations/npo judge=keyword --json
     """
-    from vlm_unlearn.evaluation.generating import save_suite, saved_suite
+    from vlm_unlearn.evaluation.generate import save_suite, saved_suite
     from vlm_unlearn.evaluation.scoring import score_run
 
     suite = saved_suite(run, overrides or [])

@@ -21,7 +21,9 @@ def export(
     run: Path = typer.Argument(..., metavar="RUN", help="A folder that train wrote."),
     out: Path = typer.Option(..., "--out", help="The model folder to write; it must not hold anything yet."),
     evaluations: list[Path] = typer.Option(
-        [], "--evaluation", help="An evaluation folder whose rates the model card shows, of this model or its base; may be repeated."
+        [],
+        "--evaluation",
+        help="An evaluation folder whose rates the model card shows, of this model or its base; may be repeated.",
     ),
     precision: Precision = typer.Option(
         Precision.auto, "--precision", help="Of the weights; auto: as the base model (LoRA) or the run (full)."
@@ -37,13 +39,13 @@ def export(
 
       vlm-unlearn export runs/npo --evaluation evaluations/base --evaluation evaluations/npo --out models/llava-npo
     """
-    from vlm_unlearn.errors import RequestError
-    from vlm_unlearn.store import what_it_is
+    from vlm_unlearn.errors import UserError
+    from vlm_unlearn.store import describe_path
 
     if not (run / "recipe.json").is_file():
-        raise RequestError(f"{run}: is no folder that `vlm-unlearn train` wrote{what_it_is(run)}")
+        raise UserError(f"{run}: is no folder that `vlm-unlearn train` wrote{describe_path(run)}")
     with status_console().status("loading transformers"):
-        from vlm_unlearn.models.exporting import export_run
+        from vlm_unlearn.models.export import export_run
         from vlm_unlearn.reporting.model_card import model_card
 
         quiet_libraries()

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_console
-from vlm_unlearn.cli.completing import judge_keys
+from vlm_unlearn.cli.completion import judge_keys
 from vlm_unlearn.cli.terminal import Commands
 
 judge_app = Commands("Grades answers by language models or keywords; rubrics, and agreement with people.")
@@ -40,19 +40,25 @@ def judge_run_command(
       vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE --case unsafe
     """
     from vlm_unlearn.config import JudgeConfig, override, validate
-    from vlm_unlearn.evaluation.generating import save_suite, saved_suite
-    from vlm_unlearn.evaluation.grading import cases_of, judge_cost, judge_run, refuse_silence, suite_judges
+    from vlm_unlearn.evaluation.generate import save_suite, saved_suite
+    from vlm_unlearn.evaluation.verdicts import (
+        judge_cost,
+        judge_run,
+        splits_judged_by,
+        suite_judges,
+        validate_any_verdict,
+    )
 
     one = _names_one_judge(overrides or [], case)
     done = []
     with Stages() as bars:
         if one:
-            config = validate(JudgeConfig, override({}, overrides), "judge")
+            config = validate(JudgeConfig, override({}, overrides, JudgeConfig), "judge")
             done.append((config, judge_run(run, config, bars.update, case or None)))
         else:
             suite = saved_suite(run, overrides or [])
             for called, config in suite_judges(suite).items():
-                done.append((config, judge_run(run, config, bars.update, cases_of(suite, called))))
+                done.append((config, judge_run(run, config, bars.update, splits_judged_by(suite, called))))
             save_suite(run, suite)
     costs = [judge_cost(file, config) for config, file in done]
     if as_json:
@@ -60,25 +66,27 @@ def judge_run_command(
     else:
         for cost, (_, file) in zip(costs, done, strict=True):
             typer.echo(f"{file}: {cost.words()}")
-    refuse_silence(costs)
+    validate_any_verdict(costs)
 
 
 def _names_one_judge(overrides: list[str], cases: list[str]) -> bool:
     """Whether the keys are one judge's, and not the suite's.
 
     Raises:
-        RequestError: they are of both, or cases are named that only one judge's keys go with.
+        UserError: they are of both, or cases are named that only one judge's keys go with.
     """
     from vlm_unlearn.config import JudgeConfig
-    from vlm_unlearn.errors import RequestError
-    from vlm_unlearn.evaluation.generating import REJUDGED
+    from vlm_unlearn.errors import UserError
+    from vlm_unlearn.evaluation.generate import REJUDGED
 
     keys = {text.partition("=")[0].partition(".")[0].strip() for text in overrides}
     judges = set(JudgeConfig.model_fields) - {"paper"}
     if keys & set(REJUDGED) - {"paper"} and keys & judges:
-        raise RequestError("pass either one judge's keys (name=..., rubric=...) or the suite's (judge.model=..., paper=true), not both")
+        raise UserError(
+            "pass either one judge's keys (name=..., rubric=...) or the suite's (judge.model=..., paper=true), not both"
+        )
     if cases and not keys & judges:
-        raise RequestError("--case goes with one judge's keys, such as name=keyword")
+        raise UserError("--case goes with one judge's keys, such as name=keyword")
     return bool(keys & judges)
 
 
@@ -94,14 +102,14 @@ def judge_keyword(
 
       vlm-unlearn judge keyword answers.json --json
     """
-    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.errors import UserError
     from vlm_unlearn.judging.keyword import corrected_refusal, published_refusal
     from vlm_unlearn.metrics.rates import rate
     from vlm_unlearn.store import read_json
 
     found = read_json(answers)
     if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
-        raise RequestError(f"{answers}: expected a non-empty object, id -> answer text")
+        raise UserError(f"{answers}: expected a non-empty object, id -> answer text")
     refusal = published_refusal if paper else corrected_refusal
     hits = [refusal(text) is not None for text in found.values()]
     share = rate(hits, list(found))
@@ -126,7 +134,13 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
     if as_json:
         print_json(
             [
-                {"name": one.name, "version": one.head.version, "source": one.head.source, "labels": list(one.labels), "digest": one.digest}
+                {
+                    "name": one.name,
+                    "version": one.head.version,
+                    "source": one.head.source,
+                    "labels": list(one.labels),
+                    "digest": one.digest,
+                }
                 for one in loaded
             ]
         )
@@ -138,7 +152,9 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
 @judge_app.command("agreement")
 def agreement_command(
     run: Path = RUN,
-    judge: list[str] = typer.Option([], "--judge", help="A judge that has graded the run; may be given again; default: all."),
+    judge: list[str] = typer.Option(
+        [], "--judge", help="A judge that has graded the run; may be given again; default: all."
+    ),
     human: Path = typer.Option(None, "--human", help="A CSV with the columns prompt_id, label and, if needed, sample."),
     positive: str = typer.Option("complied", "--positive", help="The label that is looked for."),
     as_json: bool = JSON_OPTION,
@@ -165,7 +181,17 @@ def agreement_command(
             return "–"
         return f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
 
-    table = Table("judge", "against", "n", "failed", "kappa", f"kappa {positive}", "true positives", "true negatives", box=box.SIMPLE_HEAVY)
+    table = Table(
+        "judge",
+        "against",
+        "n",
+        "failed",
+        "kappa",
+        f"kappa {positive}",
+        "true positives",
+        "true negatives",
+        box=box.SIMPLE_HEAVY,
+    )
     for one in found:
         kappa = one.kappa_positive
         rates = (one.kappa, kappa, one.true_positive_rate, one.true_negative_rate)
@@ -186,11 +212,11 @@ def sheet(
 
       vlm-unlearn judge sheet evaluations/npo labels.csv --count 200
     """
-    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.errors import UserError
     from vlm_unlearn.evaluation.agreement import write_sheet
     from vlm_unlearn.records import LABELS
 
     if (out.parent / "manifest.json").exists():
-        raise RequestError(f"{out.parent}: is a run; write the sheet somewhere else")
+        raise UserError(f"{out.parent}: is a run; write the sheet somewhere else")
     drawn = write_sheet(run, out, count, seed)
     typer.echo(f"{drawn} answers in {out}; fill the column label with {', '.join(LABELS)}")

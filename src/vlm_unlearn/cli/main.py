@@ -10,11 +10,25 @@ from typing import NoReturn
 
 import typer
 
-from vlm_unlearn.cli import attack, benchmark, compare, data, demo, doctor, evaluate, export, judge, recipes, report, table, train
+from vlm_unlearn.cli import (
+    attack,
+    benchmark,
+    compare,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    judge,
+    recipes,
+    report,
+    table,
+    train,
+)
 from vlm_unlearn.cli.common import fail, keep_deepspeed_off_stdout
-from vlm_unlearn.cli.completing import bash_words, no_blank_after_keys
+from vlm_unlearn.cli.completion import bash_words, no_blank_after_keys
 from vlm_unlearn.cli.terminal import Commands, show_any_text, wrong_usage
-from vlm_unlearn.errors import RequestError, WorkError, shown
+from vlm_unlearn.errors import RunError, UserError, quoted
 
 START, PREPARE, UNLEARN = "Start here", "1. Prepare data", "2. Unlearn"
 MEASURE, COMPARE, SHIP = "3. Measure: generate, judge, score", "4. Compare", "5. Ship"
@@ -54,7 +68,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes before the command."),
-    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Show the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_version, help="Show the version and exit."
+    ),
 ) -> None:
     """Options that stand before the command."""
 
@@ -110,21 +126,25 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, typer.TyperException):
-        fail(RequestError(wrong_usage(error)), 2)
-    if isinstance(error, RequestError):
+        fail(UserError(wrong_usage(error)), 2)
+    if isinstance(error, UserError):
         fail(error, 2)
-    if isinstance(error, WorkError):
+    if isinstance(error, RunError):
         fail(error, 1)
-    if isinstance(error, IsADirectoryError | NotADirectoryError | FileNotFoundError | FileExistsError | PermissionError):
-        fail(RequestError(f"{error.filename}: {error.strerror}"), 2)
+    if isinstance(
+        error, IsADirectoryError | NotADirectoryError | FileNotFoundError | FileExistsError | PermissionError
+    ):
+        fail(UserError(f"{error.filename}: {error.strerror}"), 2)
     if isinstance(error, OSError):
         if error.errno == errno.ENAMETOOLONG:
-            fail(RequestError(f"{shown(error.filename)}: {error.strerror}"), 2)
-        where = error.filename or ("" if error.errno != errno.ENOSPC else "the disk of the output or of the temporary folder")
-        fail(WorkError(": ".join(str(part) for part in (where, error.strerror or error) if part)), 1)
+            fail(UserError(f"{quoted(error.filename)}: {error.strerror}"), 2)
+        where = error.filename or (
+            "" if error.errno != errno.ENOSPC else "the disk of the output or of the temporary folder"
+        )
+        fail(RunError(": ".join(str(part) for part in (where, error.strerror or error) if part)), 1)
     if "null byte" in str(error) or isinstance(error, UnicodeEncodeError):
-        fail(RequestError(f"a path or name holds a character that no file name can have ({error})"), 2)
-    fail(WorkError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1)
+        fail(UserError(f"a path or name holds a character that no file name can have ({error})"), 2)
+    fail(RunError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ from typing import Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, print_json
-from vlm_unlearn.cli.completing import shipped_names
+from vlm_unlearn.cli.completion import shipped_names
 
 MODES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 def recipes(
     name: str = typer.Argument(None, metavar="NAME", help="One of them: print its YAML.", autocompletion=shipped_names),
-    resolved: bool = typer.Option(False, "--resolved", help="With everything that NAME extends, in one file; without comments."),
+    resolved: bool = typer.Option(
+        False, "--resolved", help="With everything that NAME extends, in one file; without comments."
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Lists the shipped recipes (what to train) and suites (what to measure); prints one to start your own from.
@@ -28,19 +30,19 @@ def recipes(
     """
     from vlm_unlearn.config import resolved as read
     from vlm_unlearn.config import shipped_names as all_names
-    from vlm_unlearn.config import to_start_from
-    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.config import starter_text
+    from vlm_unlearn.errors import UserError
 
     if name is None:
         if resolved:
-            raise RequestError("--resolved is of one recipe: vlm-unlearn recipes NAME --resolved")
+            raise UserError("--resolved is of one recipe: vlm-unlearn recipes NAME --resolved")
         found = [_described(one, read(one)) for one in all_names()]
         if as_json:
             print_json(found)
         else:
             _list(found)
         return
-    text = to_start_from(name)
+    text = starter_text(name)
     if as_json:
         print_json(read(name))
     elif resolved:
@@ -76,7 +78,10 @@ def _list(found: list[dict[str, str]]) -> None:
     from vlm_unlearn.cli.common import plain, result_console
 
     console = result_console()
-    for kind, use in (("recipe", "vlm-unlearn train NAME data=... output=..."), ("suite", "vlm-unlearn evaluate NAME model=... --out ...")):
+    for kind, use in (
+        ("recipe", "vlm-unlearn train NAME data=... output=..."),
+        ("suite", "vlm-unlearn evaluate NAME model=... --out ..."),
+    ):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
@@ -86,4 +91,8 @@ def _list(found: list[dict[str, str]]) -> None:
         console.print(f"{kind}s: {use}", highlight=False, markup=False)
         console.print(table)
         console.print()
-    console.print("Yours: vlm-unlearn recipes NAME > mine.yaml, or `extends: NAME` in a file of your own.", highlight=False, markup=False)
+    console.print(
+        "Yours: vlm-unlearn recipes NAME > mine.yaml, or `extends: NAME` in a file of your own.",
+        highlight=False,
+        markup=False,
+    )

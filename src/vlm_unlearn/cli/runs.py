@@ -12,15 +12,15 @@ def named_runs(folders: Sequence[Path]) -> dict[str, Path]:
     A demo's folder stands for its evaluations, in the order of its summary.
 
     Raises:
-        RequestError: a run is given twice, or a folder holds no evaluation.
+        UserError: a run is given twice, or a folder holds no evaluation.
     """
-    from vlm_unlearn.errors import RequestError
+    from vlm_unlearn.errors import UserError
 
     runs = [run for folder in folders for run in _evaluations(folder)]
     whole = [run.resolve() for run in runs]
     twice = next((run for run in runs if whole.count(run.resolve()) > 1), None)
     if twice is not None:
-        raise RequestError(f"{twice}: is given twice; name each run once")
+        raise UserError(f"{twice}: is given twice; name each run once")
     short = [_name(run) for run in whole]
     return dict(zip(short if len(set(short)) == len(short) else map(str, runs), runs, strict=True))
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.completing import table_names
+from vlm_unlearn.cli.completion import table_names
 from vlm_unlearn.reporting.tables.names import FORMS
 
 
 def table(
-    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Folders with a summary.json: evaluations, a demo, a report."),
+    runs: list[Path] = typer.Argument(
+        ..., metavar="RUN...", help="Folders with a summary.json: evaluations, a demo, a report."
+    ),
     name: str = typer.Option(
         "rates",
         "--table",
@@ -20,9 +22,15 @@ def table(
         autocompletion=table_names,
     ),
     form: str = typer.Option(
-        "md", "--format", metavar="md|tex|csv", help="Markdown, LaTeX (booktabs) or CSV.", autocompletion=lambda: list(FORMS)
+        "md",
+        "--format",
+        metavar="md|tex|csv",
+        help="Markdown, LaTeX (booktabs) or CSV.",
+        autocompletion=lambda: list(FORMS),
     ),
-    intervals: bool = typer.Option(True, "--intervals/--no-intervals", help="With 95 % intervals; a CSV always has them."),
+    intervals: bool = typer.Option(
+        True, "--intervals/--no-intervals", help="With 95 % intervals; a CSV always has them."
+    ),
 ) -> None:
     """Prints one table of finished runs, to paste into a paper or an issue. `report` writes all of them as files.
 
@@ -30,12 +38,12 @@ def table(
 
       vlm-unlearn table evaluations/base evaluations/npo --table safety_mirage --format tex
     """
-    from vlm_unlearn.errors import RequestError, nearest, printable, shown
+    from vlm_unlearn.errors import UserError, nearest, printable, quoted
 
     if form == "json":
-        raise RequestError("table: writes no JSON; all numbers are in the runs' summary.json")
+        raise UserError("table: writes no JSON; all numbers are in the runs' summary.json")
     if form not in FORMS:
-        raise RequestError(f"table: no format {shown(form)}{nearest(form, FORMS)}; known: {', '.join(FORMS)}")
+        raise UserError(f"table: no format {quoted(form)}{nearest(form, FORMS)}; known: {', '.join(FORMS)}")
     from vlm_unlearn.reporting.summaries import join_summaries
     from vlm_unlearn.reporting.tables.summary_tables import named_table, written
     from vlm_unlearn.store import without_surrogates

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from vlm_unlearn.errors import RequestError, nearest, shown
+from vlm_unlearn.errors import UserError, nearest, quoted
 
 # Typer's own types of contexts, formatters and parameters are private, so they are Any here.
 EXAMPLE = ("vlm-unlearn ", "accelerate ")  # how a paragraph begins that is a command to copy
@@ -39,7 +39,12 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then options."""
         arguments = [(_usage_name(param).strip("[]"), param.help or "") for param in _arguments(self)]
-        options = [record for param in self.get_params(ctx) if param not in _arguments(self) if (record := param.get_help_record(ctx))]
+        options = [
+            record
+            for param in self.get_params(ctx)
+            if param not in _arguments(self)
+            if (record := param.get_help_record(ctx))
+        ]
         for heading, rows in (("Arguments", arguments), ("Options", options)):
             if rows:
                 with formatter.section(heading):
@@ -58,7 +63,13 @@ class Group(TyperGroup):
         sections: dict[str, list[tuple[str, str]]] = {}
         for name, command in self.commands.items():
             if not command.hidden:
-                summary = inspect.cleandoc(command.help or "").split("\n\n")[0].replace("\n", " ").partition(". ")[0].rstrip(".")
+                summary = (
+                    inspect.cleandoc(command.help or "")
+                    .split("\n\n")[0]
+                    .replace("\n", " ")
+                    .partition(". ")[0]
+                    .rstrip(".")
+                )
                 sections.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append((name, summary))
         width = max(len(name) for name in self.commands)
         for heading, rows in sorted(sections.items(), key=lambda section: (section[0][0].isdigit(), section[0])):
@@ -72,14 +83,16 @@ class Group(TyperGroup):
         """The command that is named first.
 
         Raises:
-            RequestError: there is none of that name; the nearest one is named, also one of a group within.
+            UserError: there is none of that name; the nearest one is named, also one of a group within.
         """
         name = args[0]
         if name not in self.commands and not ctx.resilient_parsing and not name.startswith("-"):
             path = ctx.command_path
-            within = [f"{group} {name}" for group, found in self.commands.items() if name in getattr(found, "commands", {})]
-            near = f"; did you mean {shown(within[0])}?" if within else nearest(name, self.commands)
-            raise RequestError(f"{_place(path)}no command {shown(name)}" + (near or f"; `{path} --help` lists them"))
+            within = [
+                f"{group} {name}" for group, found in self.commands.items() if name in getattr(found, "commands", {})
+            ]
+            near = f"; did you mean {quoted(within[0])}?" if within else nearest(name, self.commands)
+            raise UserError(f"{_place(path)}no command {quoted(name)}" + (near or f"; `{path} --help` lists them"))
         return super().resolve_command(ctx, args)
 
 
@@ -88,9 +101,18 @@ class Commands(typer.Typer):
 
     def __init__(self, help: str, **settings: Any) -> None:
         context = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-        super().__init__(help=help, cls=Group, rich_markup_mode=None, context_settings=context, pretty_exceptions_enable=False, **settings)
+        super().__init__(
+            help=help,
+            cls=Group,
+            rich_markup_mode=None,
+            context_settings=context,
+            pretty_exceptions_enable=False,
+            **settings,
+        )
 
-    def command(self, name: str | None = None, *, cls: type[TyperCommand] | None = Command, **settings: Any) -> Callable[[Any], Any]:
+    def command(
+        self, name: str | None = None, *, cls: type[TyperCommand] | None = Command, **settings: Any
+    ) -> Callable[[Any], Any]:
         """As typer's."""
         return super().command(name, cls=cls, **settings)
 
@@ -102,7 +124,7 @@ def wrong_usage(error: typer.TyperException) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")
     if hasattr(error, "possibilities"):  # an option that isn't there
         instead = _instead(error, context) or f"; `{path} --help` lists them"
-        return f"{_place(path)}no option {shown(getattr(error, 'option_name', ''))}{instead}"
+        return f"{_place(path)}no option {quoted(getattr(error, 'option_name', ''))}{instead}"
     message = message[:1].lower() + message[1:]
     example = next(iter(examples(context.command.help or "")), "") if context and message.startswith("missing") else ""
     return f"{_place(path)}{message}; " + (f"for example: {example}" if example else f"`{path} --help` tells more")

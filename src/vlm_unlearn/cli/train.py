@@ -13,20 +13,23 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
-from vlm_unlearn.cli.completing import recipe_keys, recipe_names
+from vlm_unlearn.cli.completion import recipe_keys, recipe_names
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from vlm_unlearn.methods import Method
-    from vlm_unlearn.training.planning import Plan
-    from vlm_unlearn.training.previewing import Preview
-    from vlm_unlearn.training.probing import Probe
+    from vlm_unlearn.training.callbacks import Probe
+    from vlm_unlearn.training.plan import Plan
+    from vlm_unlearn.training.preview import Preview
 
 
 def train(
     recipe_file: Path = typer.Argument(
-        ..., metavar="RECIPE.yaml", help="A recipe, or the name of a shipped one such as tiny/npo.", autocompletion=recipe_names
+        ...,
+        metavar="RECIPE.yaml",
+        help="A recipe, or the name of a shipped one such as tiny/npo.",
+        autocompletion=recipe_names,
     ),
     overrides: list[str] = typer.Argument(
         None,
@@ -34,7 +37,9 @@ def train(
         help="Dotted overrides, such as training.learning_rate=1e-5.",
         autocompletion=recipe_keys,
     ),
-    plan_only: bool = typer.Option(False, "--plan", help="Only say what would train, on what, for how long, in how much memory."),
+    plan_only: bool = typer.Option(
+        False, "--plan", help="Only say what would train, on what, for how long, in how much memory."
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Unlearns by a recipe. Run again after an interruption it goes on from the last checkpoint.
@@ -52,8 +57,8 @@ def train(
     recipe = load(Recipe, recipe_file, overrides or [])
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, the one that talks
     with status_console().status("loading transformers"):
-        from vlm_unlearn.training.planning import plan, recipe_name
-        from vlm_unlearn.training.previewing import preview
+        from vlm_unlearn.training.plan import plan, recipe_name
+        from vlm_unlearn.training.preview import preview
 
         quiet_libraries()
         if plan_only:
@@ -74,11 +79,11 @@ def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
     """Trains with a bar; returns the model.
 
     Raises:
-        WorkError: the training failed; its loss curves are drawn, by the first process.
+        RunError: the training failed; its loss curves are drawn, by the first process.
     """
-    from vlm_unlearn.errors import WorkError
+    from vlm_unlearn.distributed import part
+    from vlm_unlearn.errors import RunError
     from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
-    from vlm_unlearn.training.processes import part
     from vlm_unlearn.training.runner import run_plan
 
     with Stages() as bars:
@@ -90,9 +95,11 @@ def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
 
         try:
             with redirect_stdout(sys.stderr):  # trackio and others talk; standard output is for the result
-                model = run_plan(planned, on_step, probe, lambda done, total: bars.update("reference values", done, total))
+                model = run_plan(
+                    planned, on_step, probe, lambda done, total: bars.update("reference values", done, total)
+                )
             part()
-        except WorkError:
+        except RunError:
             if first:
                 write_loss_png(planned.recipe.output)  # they show how it went wrong
             raise
@@ -115,28 +122,40 @@ def _show_result(name: str, model: Path, output: Path, as_json: bool) -> None:
             }
         )
     else:
-        typer.echo(f"{name}: trained model in {model}; loss curves: {curves}" + (f"; stopped by its probe: {stopped}" if stopped else ""))
+        typer.echo(
+            f"{name}: trained model in {model}; loss curves: {curves}"
+            + (f"; stopped by its probe: {stopped}" if stopped else "")
+        )
 
 
 def _probe(planned: Plan) -> Probe | None:
     if planned.recipe.probe is None:
         return None
     from vlm_unlearn.evaluation.probe import build_probe
-    from vlm_unlearn.models.loading import load_processor
+    from vlm_unlearn.models.loader import load_processor
 
-    return build_probe(planned.recipe.probe, str(planned.folder), load_processor(planned.folder, planned.recipe.image_aspect_ratio))
+    return build_probe(
+        planned.recipe.probe, str(planned.folder), load_processor(planned.folder, planned.recipe.image_aspect_ratio)
+    )
 
 
 def _show_start(planned: Plan) -> None:
     """What trains, and where reference values come from."""
     console = status_console()
     console.print(_parts_table(planned.trainable))
-    for line in (f"reference values: {planned.source or 'none needed'}; precision {planned.precision}", _images_line(planned.unshared)):
+    for line in (
+        f"reference values: {planned.source or 'none needed'}; precision {planned.precision}",
+        _images_line(planned.prefix_sharing_unsupported_reason),
+    ):
         console.print(line, markup=False, highlight=False)
 
 
-def _images_line(unshared: str | None) -> str:
-    return "images: run once for all questions on them in a batch" if unshared is None else f"images: run for each question ({unshared})"
+def _images_line(unsupported_reason: str | None) -> str:
+    return (
+        "images: run once for all questions on them in a batch"
+        if unsupported_reason is None
+        else f"images: run for each question ({unsupported_reason})"
+    )
 
 
 def _parts_table(rows: list[tuple[str, int, int]]) -> Table:
@@ -160,7 +179,9 @@ def _show_preview(found: Preview, as_json: bool) -> None:
     memory["total"] = round(found.memory.total / GIB, 2)
     gpus = {f"{size} GB": found.memory.devices(size * 1e9) for size in (24, 48, 80)}
     if as_json:
-        trainable = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in found.trainable]
+        trainable = [
+            {"part": part, "trained": trained, "parameters": total} for part, trained, total in found.trainable
+        ]
         print_json({**asdict(found), "trainable": trainable, "memory": memory, "gpus": gpus})
         return
     console = Console()
@@ -173,7 +194,7 @@ def _show_preview(found: Preview, as_json: bool) -> None:
         f"steps: {found.steps:,}, of {found.samples_per_step:,} forget samples each over {found.processes} process(es); "
         f"{found.tokens:,} tokens in all (a sample: {lengths})",
         f"reference values: {found.reference or 'none needed'}; precision {found.precision}",
-        _images_line(found.unshared),
+        _images_line(found.prefix_sharing_unsupported_reason),
         "memory, estimated, GiB: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
         f"GPUs, the states split over them (FSDP2 or ZeRO-3): {needed}",
     ):
@@ -188,7 +209,7 @@ def _warn_of_refusals(planned: Plan) -> None:
     answers = [example.answer for example in planned.training_set.examples["forget"]]
     refusals = sum(corrected_refusal(answer) is not None for answer in answers)
     name = planned.recipe.method.name
-    if not planned.method.unlearns and planned.method.answered_with == "given" and 2 * refusals < len(answers):
+    if not planned.method.unlearns and planned.method.forget_target == "given" and 2 * refusals < len(answers):
         typer.echo(
             f"warning: {len(answers) - refusals} of {len(answers)} forget answers are no refusals, and {name} teaches its model to give "
             f"them; import the set without --harmful-answers, or unlearn it (npo, rmu, ...)",

@@ -1,19 +1,88 @@
-"""What every config is made of."""
+"""The base class of every config, and the names that configs had in earlier versions."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import types
+import typing
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Share = Annotated[float, Field(ge=0, le=1)]  # of a whole, not percent
+Fraction = Annotated[float, Field(ge=0, le=1)]  # from 0 to 1, not percent
 
 
-class Strict(BaseModel):
-    """Base of every config: no unknown keys, values can't be changed afterwards.
+class DeprecatedNames(BaseModel):
+    """Lets a config read the keys and values of the previous version, with a `FutureWarning`. They go in the next one."""
 
-    The text below a field says what it is for, in the code, in `model_fields` and in the documentation.
+    renamed_keys: ClassVar[Mapping[str, str]] = {}  # old key -> new key
+    renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # new key -> old value -> new value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, value: Any) -> Any:
+        return rename_deprecated(cls, value) if isinstance(value, Mapping) else value
+
+
+class Strict(DeprecatedNames):
+    """Base of every config: unknown keys are errors, and values cannot change after validation.
+
+    The docstring below a field documents it in the code, in `model_fields` and in the reference.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def rename_deprecated(config: type[BaseModel], value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the mapping with the current names of its keys and values, those of nested configs included.
+
+    Warns:
+        FutureWarning: for each deprecated name.
+
+    Raises:
+        ValueError: a key is there under its old and its new name.
+    """
+    keys = getattr(config, "renamed_keys", {})
+    values = getattr(config, "renamed_values", {})
+    renamed: dict[str, Any] = {}
+    for old, item in value.items():
+        key = keys.get(old, old)
+        if key != old:
+            _warn(f'the key "{prefix}{old}" is deprecated; use "{prefix}{key}"')
+        if key in renamed or (key != old and key in value):
+            raise ValueError(f'"{old}" is the old name of "{key}"; remove "{old}"')
+        if isinstance(item, str) and item in values.get(key, {}):
+            new_item = values[key][item]
+            _warn(f'"{prefix}{key}: {item}" is deprecated; use "{new_item}"')
+            item = new_item
+        field = config.model_fields.get(key)
+        annotation = None if field is None else field.annotation
+        nested = next(nested_configs(annotation), None)
+        renamed[key] = item if nested is None else _rename_nested(nested, annotation, item, f"{prefix}{key}.")
+    return renamed
+
+
+def _rename_nested(config: type[BaseModel], annotation: object, item: Any, prefix: str) -> Any:
+    """Renames in one config, a list of configs, or a mapping of names to configs, as the annotation says."""
+    container = typing.get_origin(annotation)
+    if container is list and isinstance(item, list):
+        return [_rename_nested(config, config, entry, prefix) for entry in item]
+    if container is dict and isinstance(item, Mapping):
+        return {name: _rename_nested(config, config, entry, f"{prefix}{name}.") for name, entry in item.items()}
+    return rename_deprecated(config, item, prefix) if isinstance(item, Mapping) else item
+
+
+def nested_configs(annotation: object) -> Iterator[type[BaseModel]]:
+    """The configs that a field's type names, such as `SplitConfig` in ``list[SplitConfig]``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from nested_configs(argument)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FutureWarning, stacklevel=2)

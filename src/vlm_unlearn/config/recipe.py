@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from vlm_unlearn.config.base import Positive, Share, Strict
+from vlm_unlearn.config.base import DeprecatedNames, Fraction, Positive, Strict
 from vlm_unlearn.store import user_path
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(DeprecatedNames):
     """`name` picks the method; the other keys are its options (`vlm-unlearn methods` lists them)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
     name: str
     """The method; `vlm-unlearn methods` lists them with their options."""
@@ -23,11 +26,13 @@ class MethodConfig(BaseModel):
 class LoraConfig(Strict):
     """Low-rank adapters (Hu et al. 2021); the field names are PEFT's."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+
     r: Annotated[int, Field(gt=0, le=65_536)] = 32
     """Rank."""
-    alpha: Positive = 64
-    """Scale: the adapters' output is multiplied by alpha / r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_alpha: Positive = 64
+    """Scale: the adapters' output is multiplied by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapters' inputs that is dropped in training."""
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     """Layers of the language model that get adapters, by the end of their names."""
@@ -36,11 +41,13 @@ class LoraConfig(Strict):
 class TrainableConfig(Strict):
     """What learns. The vision tower is frozen unless `vision_tower` is true."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"parameters": "parameter_patterns"}
+
     mode: Literal["full", "lora", "qlora"] = "full"
     """`full`: the weights themselves; `lora`: adapters; `qlora`: adapters on a base in 4 bits (NF4), which needs a CUDA GPU."""
     layers: list[int] | None = None
     """For `full`: train these decoder layers only, 0 the first; null: all of the language model."""
-    parameters: list[str] | None = None
+    parameter_patterns: list[str] | None = None
     """For `full`: within those layers, the parameters whose names hold one of these; null: all."""
     projector: bool | Literal["sine"] = True
     """The multimodal projector; `sine`: SineProject's frozen W + sin(dW), merged when saved."""
@@ -51,25 +58,32 @@ class TrainableConfig(Strict):
 
 
 Steps = Annotated[int, Field(gt=0, le=100_000_000)]
-Batch = Annotated[int, Field(gt=0, le=1_000_000)]
+BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 
 
 class TrainingConfig(Strict):
     """The optimisation; the field names are those of transformers.TrainingArguments where it has one."""
 
-    epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
+    renamed_keys: ClassVar[Mapping[str, str]] = {
+        "epochs": "num_train_epochs",
+        "batch_size": "per_device_train_batch_size",
+        "scheduler": "lr_scheduler_type",
+        "by_image": "group_by_image",
+    }
+
+    num_train_epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     """Passes over the forget set."""
     max_steps: Steps | None = None
-    """Optimizer steps; wins over epochs."""
-    batch_size: Batch = 1
+    """Optimizer steps; wins over num_train_epochs."""
+    per_device_train_batch_size: BatchSize = 1
     """Forget samples a device and step; as many retain (and decouple) samples."""
-    gradient_accumulation_steps: Batch = 1
+    gradient_accumulation_steps: BatchSize = 1
     """Batches that make one optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """The highest learning rate, of AdamW."""
     projector_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """The projector's own learning rate; null: `learning_rate`."""
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
     """How the learning rate moves over the run."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Share of the run's steps over which the learning rate rises from 0."""
@@ -83,7 +97,7 @@ class TrainingConfig(Strict):
     """How attention is computed; `auto`: what transformers chooses."""
     gradient_checkpointing: bool = False
     """Computes activations twice instead of holding them: less memory, more time."""
-    by_image: bool = False
+    group_by_image: bool = False
     """Questions on one image come one after the other, so that a batch of them runs the image once."""
     feature_cache: Literal["memory", "disk", "off"] = "memory"
     """Where a frozen vision tower's features of each image are kept, so that it runs each image once."""
@@ -104,9 +118,9 @@ class TrainingConfig(Strict):
 class Bound(Strict):
     """A condition on a rate: ``{at_most: 0.05}`` or ``{at_least: 0.9}``."""
 
-    at_most: Share | None = None
+    at_most: Fraction | None = None
     """Holds up to this share."""
-    at_least: Share | None = None
+    at_least: Fraction | None = None
     """Holds from this share on."""
 
     @model_validator(mode="after")
@@ -125,13 +139,15 @@ class Bound(Strict):
 class ProbeConfig(Strict):
     """A small evaluation every few steps, since unlearning overshoots."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"every": "eval_steps", "groups": "num_questions"}
+
     suite: Path
     """A suite file, or a shipped one's name; its metrics are what the rules below name."""
     root: Path = Path()
     """What the suite's paths are relative to."""
-    every: Positive = 50
+    eval_steps: Positive = 50
     """Optimizer steps between two probes."""
-    groups: Positive = 16
+    num_questions: Positive = 16
     """Questions a case, with all their rewrites; always the same ones."""
     stop_when: dict[str, Bound] = {}
     """The run ends once all of these hold: forgotten enough."""

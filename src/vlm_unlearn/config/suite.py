@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,18 +16,20 @@ from vlm_unlearn.store import user_path
 
 
 class RewriteConfig(Strict):
-    """The one-word attack by rules: every question becomes `shots` questions that start with `trigger`.
+    """The one-word attack by rules: every question becomes `num_rewrites` questions that start with `trigger`.
 
     `control` are paraphrases that start with neither trigger: what they change is not the trigger's doing.
     """
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"shots": "num_rewrites"}
+
     trigger: Literal["what", "share", "control"]
     """The first word; `control`: neither of the two."""
-    shots: Annotated[int, Field(gt=0, le=5)] = 1
+    num_rewrites: Annotated[int, Field(gt=0, le=5)] = 1
     """Different rewrites of each question."""
 
 
-class CaseConfig(Strict):
+class SplitConfig(Strict):
     """One set of prompts. Rows of a file with the same id are shots of one question, as in the published attack files."""
 
     name: str
@@ -46,28 +49,32 @@ class CaseConfig(Strict):
 
 
 class SampleConfig(Strict):
-    """Asks a seeded part of each case: whole question groups, or `rows` as published, which tears a question's shots apart."""
+    """Asks a seeded part of each case: whole question groups, or `num_rows` as published, which tears a question's shots apart."""
 
-    groups: Positive | None = None
+    renamed_keys: ClassVar[Mapping[str, str]] = {"groups": "num_questions", "rows": "num_rows"}
+
+    num_questions: Positive | None = None
     """Question groups a case."""
-    rows: Positive | None = None
+    num_rows: Positive | None = None
     """Rows a case, as published."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the draw."""
 
     @model_validator(mode="after")
     def _one(self) -> SampleConfig:
-        if (self.groups is None) == (self.rows is None):
-            raise ValueError("say how many: `groups` (or `rows`, as published)")
+        if (self.num_questions is None) == (self.num_rows is None):
+            raise ValueError("say how many: `num_questions` (or `num_rows`, as published)")
         return self
 
 
 class JudgeConfig(Strict):
     """Who grades. `llm` asks a language model by a rubric; what one of a suite's `judges` leaves open it takes from the suite's `judge`."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
+
     name: Literal["keyword", "tiny_world", "llm", "rouge_l"]
     """`keyword` sees refusals, `llm` reads, `rouge_l` compares with references, `tiny_world` knows the demo's facts."""
-    paper: bool = False
+    paper_compat: bool = False
     """The published counting: of keyword, of rouge_l, and of llm's rubrics after the two papers."""
     world: Path | None = None
     """For `tiny_world`: the file with the world's facts."""
@@ -112,16 +119,16 @@ class JudgeConfig(Strict):
         return self
 
     @property
-    def title(self) -> str:
+    def judge_id(self) -> str:
         """Names its verdicts, in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
-        paper = "-paper" if self.paper else ""
+        paper = "-paper" if self.paper_compat else ""
         if self.rubric is None:
             return f"{self.name}{paper}"
         rubric = _file_name(Path(self.rubric).stem if "/" in self.rubric else self.rubric)
         who = "--".join((self.model or "nobody").rstrip("/").split("/")[-2:])
         return f"{rubric}{paper}{'' if self.images else '-blind'}@{_file_name(who)}"
 
-    def deciding(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """What decides its verdicts, as far as a config can tell."""
         same = {"concurrency", "timeout", "retries", "batch_size", "cache", "input_price", "output_price", "world"}
         return self.model_dump(mode="json", exclude=same)
@@ -133,7 +140,9 @@ def _file_name(text: str) -> str:
 
 def _no_secret_in(server: str | None) -> None:
     if server is not None and "@" in server.partition("://")[2].partition("/")[0]:
-        raise ValueError("a server's address holds no user and password, which would stand in files; the key goes into OPENAI_API_KEY")
+        raise ValueError(
+            "a server's address holds no user and password, which would stand in files; the key goes into OPENAI_API_KEY"
+        )
 
 
 def _judge_from(value: Any) -> Any:
@@ -144,7 +153,13 @@ def _judge_from(value: Any) -> Any:
 class MetricConfig(Strict):
     """A rate over cases, out of a judge's labels or its scores (0 to 1)."""
 
-    cases: list[str]
+    renamed_keys: ClassVar[Mapping[str, str]] = {"cases": "splits", "group": "aggregate", "failures": "on_error"}
+    renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "aggregate": {"any": "any_per_question", "each": "per_response"},
+        "on_error": {"left_out": "exclude", "not_counted_as_hits": "count_as_miss"},
+    }
+
+    splits: list[str]
     """The cases whose answers it counts."""
     labels: list[Label] = []
     """The labels that count."""
@@ -152,17 +167,17 @@ class MetricConfig(Strict):
     """Instead of labels: the mean score, or what is missing to 1."""
     judge: str = ""
     """One of the suite's `judges`; empty: its `judge`."""
-    group: Literal["any", "each"] = "each"
-    """`any`: a question counts once, as soon as one of its shots or samples has the label; `each`: every answer counts."""
-    failures: Literal["left_out", "not_counted_as_hits"] = "left_out"
-    """Answers and verdicts that failed; `not_counted_as_hits` keeps them in the denominator, as published."""
+    aggregate: Literal["any_per_question", "per_response"] = "per_response"
+    """`any_per_question`: a question counts once, as soon as one of its shots or samples has the label; `per_response`: every answer counts."""
+    on_error: Literal["exclude", "count_as_miss"] = "exclude"
+    """Answers and verdicts that failed; `count_as_miss` keeps them in the denominator, as published."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> MetricConfig:
         if bool(self.labels) == (self.score is not None):
             raise ValueError("counts either `labels` or a `score`")
-        if self.score is not None and self.group == "any":
-            raise ValueError("`group: any` is for labels")
+        if self.score is not None and self.aggregate == "any_per_question":
+            raise ValueError("`aggregate: any_per_question` is for labels")
         return self
 
 
@@ -227,11 +242,13 @@ class BenchmarkConfig(Strict):
 class Suite(Strict):
     """What to measure on a model."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"cases": "splits", "paper": "paper_compat"}
+
     model: str
     """A model folder, hub name, adapter folder or training run; a server's model with generation.backend=openai."""
     root: Path = Path()
     """What the paths below are relative to."""
-    cases: list[CaseConfig] = []
+    splits: list[SplitConfig] = []
     """The sets of questions."""
     benchmarks: list[BenchmarkConfig] = []
     """Utility benchmarks, each a metric of its name."""
@@ -241,7 +258,7 @@ class Suite(Strict):
     """Further judges, by the names that metrics call them; each grades the cases of its metrics."""
     metrics: dict[str, MetricConfig] = {}
     """The rates, by name."""
-    paper: bool = False
+    paper_compat: bool = False
     """Measure `paper_metrics` too: the published counting beside the corrected one."""
     paper_metrics: dict[str, MetricConfig] = {}
     """The published counting, by the names of the metrics it stands beside."""
@@ -263,7 +280,9 @@ class Suite(Strict):
     @field_validator("metrics", "paper_metrics", mode="before")
     @classmethod
     def _without_those_left_out(cls, value: Any) -> Any:
-        return {name: metric for name, metric in value.items() if metric is not None} if isinstance(value, dict) else value
+        return (
+            {name: metric for name, metric in value.items() if metric is not None} if isinstance(value, dict) else value
+        )
 
     @model_validator(mode="after")
     def _paths_below_root(self) -> Suite:
@@ -273,7 +292,7 @@ class Suite(Strict):
             object.__setattr__(owner, field, (root / getattr(owner, field)).absolute())
             owner.model_fields_set.add(field)  # written with the suite, whoever set it
 
-        for case in self.cases:
+        for case in self.splits:
             set_path(case, "file")
             set_path(case, "images")
         for benchmark in self.benchmarks:
@@ -289,31 +308,37 @@ class Suite(Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> Suite:
-        if not self.cases and not self.benchmarks:
+        if not self.splits and not self.benchmarks:
             raise ValueError("measures nothing; it needs cases or benchmarks")
-        names = [case.name for case in self.cases]
+        names = [case.name for case in self.splits]
         sets = names + [benchmark.name for benchmark in self.benchmarks]
         twice = next((name for name in sets if sets.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f'two cases or benchmarks have the name "{twice}"')
-        if self.generation.temperature == 0 and any(case.samples > 1 for case in self.cases):
+        if self.generation.temperature == 0 and any(case.samples > 1 for case in self.splits):
             raise ValueError("several samples of a greedy answer are all the same; set generation.temperature")
         for metric, config in (*self.metrics.items(), *self.paper_metrics.items()):
-            for case in config.cases:
+            for case in config.splits:
                 if case not in names:
-                    raise ValueError(f'metric "{metric}" names the case "{case}", which is not there{nearest(case, names)}')
+                    raise ValueError(
+                        f'metric "{metric}" names the case "{case}", which is not there{nearest(case, names)}'
+                    )
             if config.judge and config.judge not in self.judges:
-                raise ValueError(f'metric "{metric}" names the judge "{config.judge}"{nearest(config.judge, self.judges)}')
+                raise ValueError(
+                    f'metric "{metric}" names the judge "{config.judge}"{nearest(config.judge, self.judges)}'
+                )
         for benchmark in self.benchmarks:
             if benchmark.judge and benchmark.judge not in self.judges:
-                raise ValueError(f'benchmark "{benchmark.name}" names the judge "{benchmark.judge}"{nearest(benchmark.judge, self.judges)}')
+                raise ValueError(
+                    f'benchmark "{benchmark.name}" names the judge "{benchmark.judge}"{nearest(benchmark.judge, self.judges)}'
+                )
         return self
 
     def measured(self) -> list[MetricConfig]:
-        """The metrics that are asked for: the published counting's with `paper` only."""
-        return [*self.metrics.values(), *(self.paper_metrics.values() if self.paper else ())]
+        """The metrics that are asked for: the published counting's with `paper_compat` only."""
+        return [*self.metrics.values(), *(self.paper_metrics.values() if self.paper_compat else ())]
 
-    def judge_called(self, name: str) -> JudgeConfig:
+    def judge_config(self, name: str) -> JudgeConfig:
         """The judge that metrics call by a name; `""` is the suite's own.
 
         One that asks a language model takes what it leaves open from the suite's own, if that does too.
@@ -324,5 +349,5 @@ class Suite(Strict):
         judge = self.judges[name]
         if {judge.name, own.name} != {"llm"}:
             return judge
-        kept = {"name", "rubric", "paper", "world"} | judge.model_fields_set
+        kept = {"name", "rubric", "paper_compat", "world"} | judge.model_fields_set
         return judge.model_copy(update={field: getattr(own, field) for field in own.model_fields_set - kept})

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, chi2
 
-from vlm_unlearn.data.reading import Entry
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.readers import Entry
+from vlm_unlearn.errors import UserError
 
 LabelBy = Literal["auto", "set", "answer"]
 FEATURES = ("first_word", "first_bigram", "length", "image")
@@ -30,7 +30,7 @@ RARE = 5  # a word seen less often can't be called a trigger
 SIGNIFICANCE = 0.01
 SMALL = 0.02  # share of the information below which a feature gives nothing away that matters
 FEW = 10  # of each kind of question; of fewer even a perfect trigger can't be told from luck
-LONGEST_WORD = 60  # a text without spaces is one "word"
+MAX_WORD_LENGTH = 60  # a text without spaces is one "word"
 Codes = NDArray[np.int64]
 
 
@@ -55,7 +55,9 @@ class Predictor:
     leave_one_out_accuracy: float
     low: float  # Wilson's 95 % interval
     high: float
-    error_removed: float  # share of the errors of always guessing the majority that it removes; below 0 where it adds errors
+    error_removed: (
+        float  # share of the errors of always guessing the majority that it removes; below 0 where it adds errors
+    )
     mutual_information: float  # bits
     information_share: float  # of the labels' entropy, what luck gives subtracted: from 0, nothing told, to 1, all
     chance_information: float  # mean over shuffles of the labels: what a feature of as many values has by luck (100,000 questions at most)
@@ -86,26 +88,30 @@ class Audit:
 def first_word(question: str) -> str:
     """The first word, lower-cased, without the punctuation ``,.?!`` around it."""
     words = question.split(maxsplit=1)
-    return words[0][:LONGEST_WORD].lower().strip(",.?!") if words else ""
+    return words[0][:MAX_WORD_LENGTH].lower().strip(",.?!") if words else ""
 
 
 def first_bigram(question: str) -> str:
     """The first two words, likewise."""
-    return " ".join(word[:LONGEST_WORD].lower().strip(",.?!") for word in question.split(maxsplit=2)[:2])
+    return " ".join(word[:MAX_WORD_LENGTH].lower().strip(",.?!") for word in question.split(maxsplit=2)[:2])
 
 
 def is_refused(refused: bool | None, answer: str, by: LabelBy, is_refusal: Callable[[str], bool]) -> bool:
     """Whether a question is refused: as its file says, or as its answer does where `by` or a silent file wants that.
 
     Raises:
-        RequestError: `by` is ``set`` and the file knows no sets.
+        UserError: `by` is ``set`` and the file knows no sets.
     """
     if by == "set" and refused is None:
-        raise RequestError("the file does not say which questions are to be refused; use --label answer, or name its --set-column")
+        raise UserError(
+            "the file does not say which questions are to be refused; use --label answer, or name its --set-column"
+        )
     return is_refusal(answer) if by == "answer" or refused is None else refused
 
 
-def labelled(entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], bool]) -> Iterator[tuple[str, bool, bool, str]]:
+def labelled(
+    entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], bool]
+) -> Iterator[tuple[str, bool, bool, str]]:
     """``(question, has an image, refused, how that was told)`` for each question, earlier rounds of a conversation included.
 
     Args:
@@ -114,7 +120,7 @@ def labelled(entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], 
         is_refusal: tells a refusing answer.
 
     Raises:
-        RequestError: `by` is ``set`` and the file knows no sets.
+        UserError: `by` is ``set`` and the file knows no sets.
     """
     for entry in entries:
         if entry.set == "preferred":  # the forget questions once more
@@ -137,7 +143,7 @@ def audit(questions: Iterable[tuple[str, bool, bool, str]], seed: int = 0) -> Au
         seed: of the shuffles that give ``chance_information``.
 
     Raises:
-        RequestError: there are no questions.
+        UserError: there are no questions.
     """
     columns = {name: array("q") for name in FEATURES}
     codes: dict[str, dict[str, int]] = {"first_word": {}, "first_bigram": {}}
@@ -151,16 +157,31 @@ def audit(questions: Iterable[tuple[str, bool, bool, str]], seed: int = 0) -> Au
         labels.append(refused)
         told.add(how)
     if not labels:
-        raise RequestError("there are no questions to audit")
+        raise UserError("there are no questions to audit")
     refusals = np.frombuffer(labels, dtype=np.int8).astype(np.int64)
     features = {name: np.frombuffer(values, dtype=np.int64) for name, values in columns.items()}
     features["length"] = _buckets(features["length"])
     majority = max(float(refusals.mean()), 1 - float(refusals.mean()))
-    predictors = {name: _predictor(values, refusals, majority, np.random.default_rng(seed)) for name, values in features.items()}
+    predictors = {
+        name: _predictor(values, refusals, majority, np.random.default_rng(seed)) for name, values in features.items()
+    }
     words = _associations(list(codes["first_word"]), features["first_word"], refusals)
-    triggers = {way: [word.word for word in found if word.significant and word.count >= RARE][:TRIGGERS] for way, found in words.items()}
+    triggers = {
+        way: [word.word for word in found if word.significant and word.count >= RARE][:TRIGGERS]
+        for way, found in words.items()
+    }
     level, verdict = _verdict(predictors, majority, refusals, triggers)
-    return Audit(len(refusals), int(refusals.sum()), " and ".join(sorted(told)), majority, predictors, words, triggers, level, verdict)
+    return Audit(
+        len(refusals),
+        int(refusals.sum()),
+        " and ".join(sorted(told)),
+        majority,
+        predictors,
+        words,
+        triggers,
+        level,
+        verdict,
+    )
 
 
 def _buckets(lengths: Codes, count: int = 10) -> Codes:
@@ -227,7 +248,10 @@ def _likelihood_ratios(table: Codes) -> NDArray[np.float64]:
     totals = table.sum(axis=0)
     ratios = np.zeros(len(table))
     for label in (0, 1):
-        for count, size in ((table[:, label], table.sum(axis=1)), (totals[label] - table[:, label], n - table.sum(axis=1))):
+        for count, size in (
+            (table[:, label], table.sum(axis=1)),
+            (totals[label] - table[:, label], n - table.sum(axis=1)),
+        ):
             there = count > 0
             ratios[there] += 2 * count[there] * np.log(count[there] * n / (size[there] * totals[label]))
     return np.maximum(ratios, 0.0)
@@ -256,7 +280,14 @@ def _associations(words: list[str], values: Codes, refusals: Codes) -> dict[str,
         interval = binomtest(refused, count).proportion_ci(method="wilson")
         pmi = math.log2(share / base) if share and base else 0.0
         association = Association(
-            words[code], count, refused, refused / count, float(interval.low), float(interval.high), pmi, still_significant
+            words[code],
+            count,
+            refused,
+            refused / count,
+            float(interval.low),
+            float(interval.high),
+            pmi,
+            still_significant,
         )
         found[way].append(association)
     return found
@@ -273,7 +304,10 @@ def _verdict(
             f"its answers by declining (--label answer)."
         )
     if min(refused, len(refusals) - refused) < FEW:
-        return "unknown", f"Too few questions to tell: {len(refusals)}, {refused} of them refused; at least {FEW} of each kind are needed."
+        return (
+            "unknown",
+            f"Too few questions to tell: {len(refusals)}, {refused} of them refused; at least {FEW} of each kind are needed.",
+        )
     word = predictors["first_word"]
     facts = (
         f"the first word alone tells refused from answered questions with {100 * word.leave_one_out_accuracy:.1f} % accuracy "
@@ -283,7 +317,9 @@ def _verdict(
         facts += f", and holds {100 * word.information_share:.1f} % of the information"
     advice = _advice(triggers)
     # Significant by shuffling, or by a single word: a rare one may be lost among many. In a large set everything is significant.
-    if (word.p_value <= SIGNIFICANCE or any(triggers.values())) and max(word.information_share, word.error_removed) >= SMALL:
+    if (word.p_value <= SIGNIFICANCE or any(triggers.values())) and max(
+        word.information_share, word.error_removed
+    ) >= SMALL:
         if word.error_removed >= 0.5 or word.information_share >= 0.5:
             return "strong", f"Fine-tuning on this set is likely to teach refusal by wording: {facts}.{advice}"
         return "some", f"Wording gives part of refusal away: {facts}.{advice}"

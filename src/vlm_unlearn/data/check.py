@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_unlearn.data.collecting import LISTED, Collector, Source, TokenCount, digest_question
-from vlm_unlearn.data.near import NearQuestions, near_images, normalised
-from vlm_unlearn.data.reading import detect
+from vlm_unlearn.data.collector import LISTED, Collector, Source, TokenCount, digest_question
+from vlm_unlearn.data.near_duplicates import NearQuestions, near_images, normalize_question
+from vlm_unlearn.data.readers import detect
 from vlm_unlearn.errors import Problems
 
 __all__ = ["Checker", "Source", "TokenCount"]
@@ -44,7 +44,9 @@ class Checker(Collector):
             "doubled_questions": doubled,
             "leakage": leaks,
             "lengths": {name: _quantiles(values) for name, values in self._lengths.items()},
-            "too_long": {what: {"count": self._too_long_count[what], "first": found} for what, found in self._too_long.items()},
+            "too_long": {
+                what: {"count": self._too_long_count[what], "first": found} for what, found in self._too_long.items()
+            },
             "broken": {"count": self.problems.count, "first": self.problems.messages[:LISTED]},
         }
         report["errors"], report["warnings"] = self._judge(report)
@@ -90,7 +92,10 @@ class Checker(Collector):
             _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
             again = first[counts > 1]
             records = np.frombuffer(self._questions.record, dtype=np.uint32)[chosen[again]]
-            found[name] = {"count": int((counts - 1).sum()), "first": [self._place(name, record) for record in records[:LISTED]]}
+            found[name] = {
+                "count": int((counts - 1).sum()),
+                "first": [self._place(name, record) for record in records[:LISTED]],
+            }
         return found
 
     def _doubled_ids(self, name: str) -> int:
@@ -106,7 +111,9 @@ class Checker(Collector):
         mixed = (content[chosen].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         return text ^ mixed
 
-    def _leaks(self, one: str, other: str, content: NDArray[np.int64], images: Mapping[str, NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
+    def _leaks(
+        self, one: str, other: str, content: NDArray[np.int64], images: Mapping[str, NDArray[np.int64]]
+    ) -> Iterator[dict[str, Any]]:
         """What two sets share: the same question on the same image, the same question, the same image, and nearly so."""
         sets = np.frombuffer(self._questions.set, dtype=np.uint8)
         text = np.frombuffer(self._questions.text, dtype=np.uint64)
@@ -125,7 +132,8 @@ class Checker(Collector):
         yield shared("same question, same image", self._pairs(content, first), self._pairs(content, second))
         yield shared("same question", text[first], text[second])
         left, right = (
-            np.where(seen, content[chosen], -1 - side) for side, (seen, chosen) in enumerate(zip(pictured, (first, second), strict=True))
+            np.where(seen, content[chosen], -1 - side)
+            for side, (seen, chosen) in enumerate(zip(pictured, (first, second), strict=True))
         )
         yield shared("same image", left, right)
         if self._look:
@@ -136,7 +144,9 @@ class Checker(Collector):
         hashes = np.zeros(max(1, len(self._images.paths)), dtype=np.uint64)
         for index, value in self._images.hashes.items():
             hashes[index] = value
-        members = {name: [index for index in images[name].tolist() if index in self._images.hashes] for name in (one, other)}
+        members = {
+            name: [index for index in images[name].tolist() if index in self._images.hashes] for name in (one, other)
+        }
         count = 0
         listed: list[str] = []
         for left, right in near_images(hashes, members, one, other):
@@ -171,7 +181,7 @@ class Checker(Collector):
             if stage and number % 500 == 0:
                 self._on_done(stage, number, len(self._ids[name]))
             for question in [*(turn.question for turn in entry.example.history), entry.example.question]:
-                text = normalised(question)
+                text = normalize_question(question)
                 digest = digest_question(text)
                 if digest not in known:
                     known.add(digest)
@@ -182,7 +192,9 @@ class Checker(Collector):
         if self.problems:
             errors.append(f"{self.problems.count:,} broken records or images")
         if self._too_long_count["question"]:
-            errors.append(f"{self._too_long_count['question']:,} questions over the length limit: they leave no room for an answer")
+            errors.append(
+                f"{self._too_long_count['question']:,} questions over the length limit: they leave no room for an answer"
+            )
         if self._refusals:
             warnings.append(
                 f"{self._refusals:,} of {len(self._ids['forget']):,} forget answers decline: right for safety fine-tuning, but npo and rmu "
@@ -195,7 +207,9 @@ class Checker(Collector):
                 errors.append(f"{count:,} ids of {name} are there twice")
         for name, doubled in report["doubled_questions"].items():
             if doubled["count"]:
-                warnings.append(f"{doubled['count']:,} questions of {name} are asked twice of the same image, or both without one")
+                warnings.append(
+                    f"{doubled['count']:,} questions of {name} are asked twice of the same image, or both without one"
+                )
         for leak in report["leakage"]:
             one, other = leak["sets"]
             if not leak["count"] or leak["by_design"]:
@@ -214,7 +228,9 @@ def _by_design(leak: Mapping[str, Any]) -> bool:
     sets, what = set(leak["sets"]), leak["what"]
     if "preferred" in sets:
         return sets != {"preferred", "retain"} or what == "same image"
-    return (sets == {"forget", "retain"} and what == "same image") or (sets == {"forget", "decouple"} and what.endswith("question"))
+    return (sets == {"forget", "retain"} and what == "same image") or (
+        sets == {"forget", "decouple"} and what.endswith("question")
+    )
 
 
 def _quantiles(values: Sequence[int]) -> dict[str, int]:

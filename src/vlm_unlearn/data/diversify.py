@@ -19,11 +19,11 @@ from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
 from vlm_unlearn.data.json_stream import write_lines, write_list
+from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
 from vlm_unlearn.data.prompts import fence, template
-from vlm_unlearn.data.reading import detect, training_set_records
-from vlm_unlearn.data.rewriting import WORDINGS, by_rule
+from vlm_unlearn.data.readers import detect, training_set_records
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
-from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import read_json, writing
 
@@ -87,19 +87,22 @@ def diversify(
         counts: questions, by_model, by_rule.
 
     Raises:
-        RequestError: an unknown word, fewer than two words, or a file that can't be read.
+        UserError: an unknown word, fewer than two words, or a file that can't be read.
     """
     unknown = [word for word in words if word not in WORDINGS]
     if unknown or len(set(words)) < 2:
-        what = f"no wordings for {shown(unknown[0])}" if unknown else "two words at least are needed"
-        raise RequestError(f"{what}; there are {', '.join(WORDINGS)}")
+        what = f"no wordings for {quoted(unknown[0])}" if unknown else "two words at least are needed"
+        raise UserError(f"{what}; there are {', '.join(WORDINGS)}")
     columns = columns or Columns()
     _check_form(source, out)
     slots = [slot.without_holder() for _, found in _records(source, columns, problems) for slot in found]
     if not slots:
-        raise RequestError(f"{source}: has no questions" + (f"; {problems.summary()}" if problems else ""))
+        raise UserError(f"{source}: has no questions" + (f"; {problems.summary()}" if problems else ""))
     wordings = _deal(slots, words, seed, label, is_refusal)
-    asked = [(str(index), slot.question, first_word(wording)) for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True))]
+    asked = [
+        (str(index), slot.question, first_word(wording))
+        for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True))
+    ]
     by_model = paraphrase(asked) if paraphrase else {}
     texts: list[str] = []
     tied: dict[tuple[str, str], str] = {}  # a pair's forget and decouple question stay one question
@@ -115,7 +118,9 @@ def diversify(
     return {"questions": len(slots), "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
 
 
-def _deal(slots: Sequence[Slot], words: Sequence[str], seed: int, label: LabelBy, is_refusal: Callable[[str], bool]) -> list[str]:
+def _deal(
+    slots: Sequence[Slot], words: Sequence[str], seed: int, label: LabelBy, is_refusal: Callable[[str], bool]
+) -> list[str]:
     """A wording for each question: of both kinds of questions each wording gets the same share, to within one question."""
     known = [wording for word in dict.fromkeys(words) for wording in WORDINGS[word]]
     rng = random.Random(seed)
@@ -138,7 +143,9 @@ def _deal(slots: Sequence[Slot], words: Sequence[str], seed: int, label: LabelBy
     return dealt
 
 
-def _records(source: str | Path, columns: Columns, problems: Problems | None) -> Iterator[tuple[dict[str, Any], list[Slot]]]:
+def _records(
+    source: str | Path, columns: Columns, problems: Problems | None
+) -> Iterator[tuple[dict[str, Any], list[Slot]]]:
     """Raw records of a file, or of the files of a training set in turn, with their questions in order."""
     path = Path(source)
     kind = detect(source)
@@ -159,9 +166,17 @@ def _records(source: str | Path, columns: Columns, problems: Problems | None) ->
                 case _:
                     named = set_of(raw, columns)
                     refused = None if named is None else named == "forget"
-                    slots = [Slot(raw.value, columns.question, cell_text(raw, columns.question), cell_text(raw, columns.answer), refused)]
-        except RequestError as error:
-            refuse(error, problems)
+                    slots = [
+                        Slot(
+                            raw.value,
+                            columns.question,
+                            cell_text(raw, columns.question),
+                            cell_text(raw, columns.answer),
+                            refused,
+                        )
+                    ]
+        except UserError as error:
+            report_problem(error, problems)
             continue
         yield raw.value, slots
 
@@ -178,7 +193,9 @@ def _vlguard_slots(raw: RawRecord) -> list[Slot]:
 def _safe_eraser_slots(raw: RawRecord) -> list[Slot]:
     record = safe_eraser.parse(raw)
     unsafe = zip(raw.value["unsafe_pairs"], record.unsafe, strict=True)
-    harmless = zip((name for name in safe_eraser.HARMLESS_PAIRS if raw.value.get(name) is not None), record.harmless, strict=True)
+    harmless = zip(
+        (name for name in safe_eraser.HARMLESS_PAIRS if raw.value.get(name) is not None), record.harmless, strict=True
+    )
     return [
         *(Slot(holder, "question", pair.question, pair.harmful_answer, True) for holder, pair in unsafe),
         *(Slot(raw.value[name], "Question", question, answer, False) for name, (question, answer) in harmless),
@@ -236,19 +253,25 @@ def _check_form(source: str | Path, out: Path) -> None:
     path, kind = Path(source), detect(source)
     if kind == "training_set":
         if out.exists() and out.samefile(path):
-            raise RequestError(f"{out}: is the training set itself; choose another output")
+            raise UserError(f"{out}: is the training set itself; choose another output")
         return
     lines = (".jsonl", ".ndjson")
     if not path.is_file() or suffix(path) in (".parquet", ".arrow"):
-        raise RequestError(f"{source}: only .json, .jsonl, .csv and .tsv can be rewritten; import it, and diversify the training set")
+        raise UserError(
+            f"{source}: only .json, .jsonl, .csv and .tsv can be rewritten; import it, and diversify the training set"
+        )
     allowed = (*SEPARATORS,) if suffix(path) in SEPARATORS else (".json", *lines)
     if suffix(out) not in allowed:
-        raise RequestError(f"{out}: name a file that ends in {' or '.join(allowed)}, as {path.name} is one")
+        raise UserError(f"{out}: name a file that ends in {' or '.join(allowed)}, as {path.name} is one")
 
 
 def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any]]) -> None:
     before = read_training_set(source)
     examples = {role: [Example.model_validate(next(records)) for _ in found] for role, found in before.examples.items()}
     refusals = before.refusals if "refusals.json" in before.digests else ()
-    origin = {"format": "diversified", "of": read_json(source / "dataset.json").get("source"), "sha256": dict(before.digests)}
+    origin = {
+        "format": "diversified",
+        "of": read_json(source / "dataset.json").get("source"),
+        "sha256": dict(before.digests),
+    }
     write_training_set(out, before.images, examples, origin, refusals)

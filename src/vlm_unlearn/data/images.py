@@ -8,15 +8,17 @@ import warnings
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from PIL import Image
 
 # What annotated image sets hold. Formats that run an interpreter or a decoder of their own (EPS, PDF, ...) are never tried.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # a telephone's MPO opens as JPEG
-LONGEST_SIDE = 32_768
-MOST_PIXELS = 89_478_485  # Pillow's own line between a photograph and a decompression bomb: a quarter of a GiB as RGB
+MAX_IMAGE_SIDE = 32_768
+MAX_IMAGE_PIXELS = (
+    89_478_485  # Pillow's own line between a photograph and a decompression bomb: a quarter of a GiB as RGB
+)
 
 # Refused below, so that a warning would say the same twice.
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
@@ -31,26 +33,26 @@ def resolve_image(root: Path, relative: str, where: str) -> Path:
         where: the record, for the error: ``train.json: record 17 (line 203, "Ads_333539")``.
 
     Raises:
-        RequestError: the path is absolute, leaves the root (``..`` or a link), or names no file.
+        UserError: the path is absolute, leaves the root (``..`` or a link), or names no file.
     """
-    named = f"{where}: image {shown(relative)}"
+    named = f"{where}: image {quoted(relative)}"
     windows = PureWindowsPath(relative)
     parts = PurePosixPath(relative.replace("\\", "/"))
     if "\0" in relative or not relative.strip():
-        raise RequestError(f"{named} is not a path")
+        raise UserError(f"{named} is not a path")
     if parts.is_absolute() or windows.drive or ".." in parts.parts:
-        raise RequestError(f"{named} leaves the image folder {root}; paths must be relative and inside it")
+        raise UserError(f"{named} leaves the image folder {root}; paths must be relative and inside it")
     try:
         path = (root / parts).resolve()
         inside = path.is_relative_to(root.resolve())
         found = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name no file can have
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise RequestError(f"{named}: {reason}") from None
+        raise UserError(f"{named}: {reason}") from None
     if not inside:
-        raise RequestError(f"{named} is a link out of the image folder {root}")
+        raise UserError(f"{named} is a link out of the image folder {root}")
     if not found:
-        raise RequestError(f"{named} not found under {root}; correct its path, or the image folder (--images)")
+        raise UserError(f"{named} not found under {root}; correct its path, or the image folder (--images)")
     return path
 
 
@@ -58,7 +60,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the file's header.
 
     Raises:
-        RequestError: the file is no image, or too large to be opened safely.
+        UserError: the file is no image, or too large to be opened safely.
     """
     with _open(path) as image:
         return image.size
@@ -71,7 +73,7 @@ def open_image(path: Path, at_most: int | None = None) -> Image.Image:
         at_most: pixels of the longer side, to which a larger image is shrunk; a JPEG is decoded no larger than needed.
 
     Raises:
-        RequestError: the file is no image, is broken or cut short, or is too large to be opened safely.
+        UserError: the file is no image, is broken or cut short, or is too large to be opened safely.
     """
     with _open(path) as image:
         try:
@@ -82,7 +84,7 @@ def open_image(path: Path, at_most: int | None = None) -> Image.Image:
             shrunk.thumbnail((at_most, at_most))
             return shrunk
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise RequestError(f"{path}: is a broken image ({_reason(error)})") from None
+            raise UserError(f"{path}: is a broken image ({_reason(error)})") from None
 
 
 def png_url(image: Image.Image) -> str:
@@ -97,25 +99,25 @@ def _open(path: Path) -> Image.Image:
 
     try:
         if path.stat().st_size == 0:
-            raise RequestError(f"{path}: is an empty file")
+            raise UserError(f"{path}: is an empty file")
         image = Image.open(path, formats=FORMATS)
-    except RequestError:
+    except UserError:
         raise
     except Image.DecompressionBombError:
-        raise RequestError(f"{path}: has more than {MOST_PIXELS} pixels; resize it") from None
+        raise UserError(f"{path}: has more than {MAX_IMAGE_PIXELS} pixels; resize it") from None
     except Exception as error:
-        raise RequestError(f"{path}: is not an image of a known format ({', '.join(FORMATS)}; {_reason(error)})") from None
+        raise UserError(f"{path}: is not an image of a known format ({', '.join(FORMATS)}; {_reason(error)})") from None
     width, height = image.size
     problem = None
-    if width * height > MOST_PIXELS:
-        problem = f"has {width} x {height} pixels, more than {MOST_PIXELS}"
-    elif max(width, height) > LONGEST_SIDE:
-        problem = f"is {width} x {height} pixels, a side longer than {LONGEST_SIDE}"
+    if width * height > MAX_IMAGE_PIXELS:
+        problem = f"has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}"
+    elif max(width, height) > MAX_IMAGE_SIDE:
+        problem = f"is {width} x {height} pixels, a side longer than {MAX_IMAGE_SIDE}"
     elif min(width, height) < 1:
         problem = "has no pixels"
     if problem:
         image.close()
-        raise RequestError(f"{path}: {problem}; resize it")
+        raise UserError(f"{path}: {problem}; resize it")
     return image
 
 

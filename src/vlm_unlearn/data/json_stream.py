@@ -13,11 +13,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import writing
 
 CHUNK = 4 << 20
-LONGEST_RECORD = 64 << 20
+MAX_RECORD_BYTES = 64 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -67,7 +67,7 @@ def stream(path: Path) -> Iterator[Item]:
     syntax error, so that one raises. NaN and Infinity are syntax errors: no other JSON reader would take the file.
 
     Raises:
-        RequestError: the file can't be read, is neither form, or a list is broken; file and line are named.
+        UserError: the file can't be read, is neither form, or a list is broken; file and line are named.
     """
     try:
         with path.open("rb") as handle:
@@ -85,9 +85,9 @@ def stream(path: Path) -> Iterator[Item]:
                 yield item
             watcher(path, size, size)
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _is_lines(path: Path, handle: BinaryIO, start: int, size: int) -> bool:
@@ -97,33 +97,35 @@ def _is_lines(path: Path, handle: BinaryIO, start: int, size: int) -> bool:
         first = handle.read(CHUNK).lstrip()
     handle.seek(start)
     if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise RequestError(f"{path}: is UTF-16; save it as UTF-8")
+        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
     if not first:
         if path.suffix == ".jsonl":
             return True
-        raise RequestError(f"{path}: is empty; expected a JSON list or JSON lines")
+        raise UserError(f"{path}: is empty; expected a JSON list or JSON lines")
     if first[:1] == b"[":
         return False
     if first[:1] == b"{" or path.suffix == ".jsonl":
         return True
-    raise RequestError(f"{path}: expected a JSON list or JSON lines, found {first[:20].decode('ascii', 'backslashreplace')!r}")
+    raise UserError(
+        f"{path}: expected a JSON list or JSON lines, found {first[:20].decode('ascii', 'backslashreplace')!r}"
+    )
 
 
 def _lines(handle: BinaryIO, start: int) -> Iterator[Item]:
     number = 0
     line_number = 0
     while True:
-        line = handle.readline(LONGEST_RECORD)
+        line = handle.readline(MAX_RECORD_BYTES)
         if not line:
             return
         line_number += 1
         end = start + len(line)
         error = None
         value = None
-        if len(line) == LONGEST_RECORD and not line.endswith(b"\n"):
-            error = f"is longer than {LONGEST_RECORD >> 20} MB"
+        if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+            error = f"is longer than {MAX_RECORD_BYTES >> 20} MB"
             while line and not line.endswith(b"\n"):
-                line = handle.readline(LONGEST_RECORD)
+                line = handle.readline(MAX_RECORD_BYTES)
                 end += len(line)
         elif line.strip():
             value, error = _parse_line(line)
@@ -214,13 +216,13 @@ def _list(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
         if char == ",":
             window.advance(window.place + 1)
             if window.next_char() == "]":
-                raise RequestError(f"{path}: line {window.line}: a comma stands before the closing bracket")
+                raise UserError(f"{path}: line {window.line}: a comma stands before the closing bracket")
         elif char != "]":
             found = f"found {char!r}" if char else "the file ends; it was cut short"
-            raise RequestError(f"{path}: line {window.line}: expected a comma or ] after record {number - 1}, {found}")
+            raise UserError(f"{path}: line {window.line}: expected a comma or ] after record {number - 1}, {found}")
     window.advance(window.place + 1)
     if window.next_char():
-        raise RequestError(f"{path}: line {window.line}: text after the end of the list")
+        raise UserError(f"{path}: line {window.line}: text after the end of the list")
 
 
 def _record(path: Path, window: _Window, number: int) -> Item:
@@ -228,11 +230,11 @@ def _record(path: Path, window: _Window, number: int) -> Item:
         try:
             value, end = _DECODER.raw_decode(window.text, window.place)
         except RecursionError:
-            raise RequestError(f"{path}: line {window.line}: record {number} is nested too deeply to be data") from None
+            raise UserError(f"{path}: line {window.line}: record {number} is nested too deeply to be data") from None
         except ValueError as error:
             # Perhaps the window ends within the record.
-            if window.ended or len(window.text) - window.place > LONGEST_RECORD:
-                raise RequestError(f"{path}: {_where(error, window, number)}") from None
+            if window.ended or len(window.text) - window.place > MAX_RECORD_BYTES:
+                raise UserError(f"{path}: {_where(error, window, number)}") from None
             window.more()
             continue
         if end < len(window.text) or window.ended:  # else a number may go on behind the window
@@ -279,7 +281,7 @@ def write_list(path: Path, records: Iterable[Any], text: Callable[[Any], str] = 
         text: a record as JSON on one line.
 
     Raises:
-        RequestError: there are no records; what was there stays.
+        UserError: there are no records; what was there stays.
     """
     count = 0
     with writing(path) as handle:
@@ -289,7 +291,7 @@ def write_list(path: Path, records: Iterable[Any], text: Callable[[Any], str] = 
             count += 1
         handle.write("\n]\n")
         if not count:
-            raise RequestError(f"{path}: there is no record to write")
+            raise UserError(f"{path}: there is no record to write")
     return count
 
 
@@ -301,5 +303,5 @@ def write_lines(path: Path, records: Iterable[Any]) -> int:
             handle.write(dump(record) + "\n")
             count += 1
         if not count:
-            raise RequestError(f"{path}: there is no record to write")
+            raise UserError(f"{path}: there is no record to write")
     return count

@@ -13,7 +13,9 @@ Value = TypeVar("Value")
 OnDone = Callable[[int, int], None]
 
 
-def in_threads(work: Callable[[Key], Value], keys: Iterable[Key], on_done: OnDone | None = None) -> Iterator[tuple[Key, Value]]:
+def in_threads(
+    work: Callable[[Key], Value], keys: Iterable[Key], on_done: OnDone | None = None
+) -> Iterator[tuple[Key, Value]]:
     """``(key, work(key))`` for each key, in order, never more than a few hundred ahead of the reader.
 
     Args:

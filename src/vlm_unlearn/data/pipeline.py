@@ -17,8 +17,8 @@ from vlm_unlearn.data.formats import llava, table, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
-from vlm_unlearn.data.reading import detect, read_any
-from vlm_unlearn.errors import Problems, RequestError, refuse
+from vlm_unlearn.data.readers import detect, read_any
+from vlm_unlearn.errors import Problems, UserError, report_problem
 from vlm_unlearn.store import read_json
 
 
@@ -48,8 +48,12 @@ def convert(
         count = table.write_table(out, rows, problems)
         return {"records": count, "turns": 2 * count}
     if table.suffix(out) != ".json":
-        raise RequestError(f"{out}: name a file that ends in .json (LLaVA), .jsonl, .csv or .tsv (tables)")
-    records = _conversations(source, seed, problems) if detect(source) == "vlguard" else _written(source, columns, problems, warn)
+        raise UserError(f"{out}: name a file that ends in .json (LLaVA), .jsonl, .csv or .tsv (tables)")
+    records = (
+        _conversations(source, seed, problems)
+        if detect(source) == "vlguard"
+        else _written(source, columns, problems, warn)
+    )
     turns = 0
 
     def counted() -> Iterator[dict[str, Any]]:
@@ -69,8 +73,8 @@ def _written(
         sets[entry.set] += 1
         try:
             yield llava.write_record(entry.example)
-        except RequestError as error:
-            refuse(error, problems)
+        except UserError as error:
+            report_problem(error, problems)
     if len(sets) > 1 and warn:
         mixed = ", ".join(f"{name or 'of no set'} {count}" for name, count in sets.items())
         warn(f"the sets {mixed} are mixed in one file: LLaVA's format has no field for them; .jsonl and .csv keep them")
@@ -85,13 +89,18 @@ def _conversations(source: Path, seed: int, problems: Problems | None) -> Iterat
         yield llava.record(_id(raw), pairs[0].image, rounds)
 
 
-def split(source: Path, out: Path, include_safe_image_unsafe: bool = False, problems: Problems | None = None) -> dict[str, int]:
+def split(
+    source: Path, out: Path, include_safe_image_unsafe: bool = False, problems: Problems | None = None
+) -> dict[str, int]:
     """A VLGuard file as ``forget.json`` (unsafe images) and ``retain.json`` (safe questions).
 
     Args:
         include_safe_image_unsafe: unsafe questions on safe images join forget.
     """
-    kinds = {"forget": {"unsafe"} | ({"safe_image_unsafe_question"} if include_safe_image_unsafe else set()), "retain": {"safe"}}
+    kinds = {
+        "forget": {"unsafe"} | ({"safe_image_unsafe_question"} if include_safe_image_unsafe else set()),
+        "retain": {"safe"},
+    }
 
     def records(name: str) -> Iterator[dict[str, Any]]:
         for raw, found in vlguard.read_records(source, None, Problems()):
@@ -104,7 +113,7 @@ def split(source: Path, out: Path, include_safe_image_unsafe: bool = False, prob
     for name, wanted in kinds.items():
         if not wanted & there:
             why = f"; {problems.summary()}" if problems else ""
-            raise RequestError(f"{source}: gives no {name} record; nothing was written{why}")
+            raise UserError(f"{source}: gives no {name} record; nothing was written{why}")
     return {name: write_list(out / f"{name}.json", records(name)) for name in kinds}
 
 
@@ -132,7 +141,7 @@ def inject(source: Path, answers: Path, out: Path, problems: Problems | None = N
                 counts["no harmful answer"] += 1
         counts["unused answers"] = len(chosen.keys() - used)
         if not counts["injected"]:
-            raise RequestError(f"{answers}: names no image of an unsafe record of {source}; nothing was written")
+            raise UserError(f"{answers}: names no image of an unsafe record of {source}; nothing was written")
 
     write_list(out, records())
     return counts
@@ -142,7 +151,7 @@ def read_answers(path: Path) -> dict[str, str]:
     """A file ``image -> answer``."""
     value = read_json(path)
     if not isinstance(value, dict) or not all(isinstance(answer, str) for answer in value.values()):
-        raise RequestError(f"{path}: expected an object, image -> answer")
+        raise UserError(f"{path}: expected an object, image -> answer")
     return value
 
 
@@ -154,12 +163,15 @@ def rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, 
             try:
                 conversation = llava.parse(raw, empty_answers=True)
                 if len(conversation.rounds) != 1:
-                    raise RequestError(f"{raw.where}: {len(conversation.rounds)} rounds; RMU's format has one")
-            except RequestError as error:
-                refuse(error, problems)
+                    raise UserError(f"{raw.where}: {len(conversation.rounds)} rounds; RMU's format has one")
+            except UserError as error:
+                report_problem(error, problems)
                 continue
             asked, answered = raw.value["conversations"]
-            yield {**raw.value, "conversations": [{**asked, "value": f"{asked['value']}\n{answered['value']}"}, answered]}
+            yield {
+                **raw.value,
+                "conversations": [{**asked, "value": f"{asked['value']}\n{answered['value']}"}, answered],
+            }
 
     return {"records": write_list(out, records())}
 
@@ -178,7 +190,7 @@ def mix(
     of its records are held in memory. An external set that is too small is used whole.
     """
     if size < 1:
-        raise RequestError(f"size must be 1 or more, not {size}")
+        raise UserError(f"size must be 1 or more, not {size}")
     kept, offered = places(retain, problems), places(external, problems)
     own, others = len(kept) // 2, len(offered) // 2
     order = mixed_order(own, others, size, seed)
@@ -209,28 +221,28 @@ def places(path: Path, problems: Problems | None) -> array[int]:
     """Start and end byte of every record that is a conversation.
 
     Raises:
-        RequestError: there is none, or a record is broken and `problems` is None.
+        UserError: there is none, or a record is broken and `problems` is None.
     """
     found = array("Q")
     for item in stream(path):
-        problem = None if llava.looks_whole(item.value, item.plain) else _problem(path, item)
+        problem = None if llava.is_complete(item.value, item.plain) else _problem(path, item)
         if problem is None:
             found.extend((item.start, item.end))
         else:
-            refuse(problem, problems)
+            report_problem(problem, problems)
     if not found:
-        raise RequestError(f"{path}: holds no conversation" + (f"; {problems.messages[0]}" if problems else ""))
+        raise UserError(f"{path}: holds no conversation" + (f"; {problems.messages[0]}" if problems else ""))
     return found
 
 
-def _problem(path: Path, item: Item) -> RequestError | None:
+def _problem(path: Path, item: Item) -> UserError | None:
     """What is wrong with a record, if anything."""
     place = partial(item_place, path, item, "id")
     if item.error:
-        return RequestError(f"{place()}: {item.error}")
+        return UserError(f"{place()}: {item.error}")
     try:
         llava.parse(RawRecord(item.value, place, item.number), empty_answers=True)  # as published: VLGuard has one
-    except RequestError as error:
+    except UserError as error:
         return error
     return None
 

@@ -17,13 +17,17 @@ from vlm_unlearn.data.formats import vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.pipeline import read_answers
 from vlm_unlearn.data.prompts import fence, template
-from vlm_unlearn.errors import Problems, RequestError, WorkError, refuse
+from vlm_unlearn.errors import Problems, RunError, UserError, report_problem
 from vlm_unlearn.records import Record
 from vlm_unlearn.store import write_json, write_records
 
-Outcome = Literal["chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply", "no answer", "image asked before"]
+Outcome = Literal[
+    "chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply", "no answer", "image asked before"
+]
 # The number alone, perhaps named: a sentence about an answer may mean that it is not the one.
-_NUMBER = re.compile(r"\W*?(?:(?:the )?(?:answer|number|choice|option)(?: is| number)?\b)?[^\w-]*(-?\d+)\W*", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"\W*?(?:(?:the )?(?:answer|number|choice|option)(?: is| number)?\b)?[^\w-]*(-?\d+)\W*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,12 @@ class Question:
     def request(self) -> str:
         """The judge's prompt. The answers are fenced by a line that none of them can foresee."""
         line = fence(self.question, *self.answers)
-        listed = "\n\n".join(f"Answer {number}:\n{line}\n{text}\n{line}" for number, text in enumerate(self.answers, start=1))
-        return template("select_harmful").format(count=len(self.answers), fence=line, question=self.question, answers=listed)
+        listed = "\n\n".join(
+            f"Answer {number}:\n{line}\n{text}\n{line}" for number, text in enumerate(self.answers, start=1)
+        )
+        return template("select_harmful").format(
+            count=len(self.answers), fence=line, question=self.question, answers=listed
+        )
 
 
 class Choice(Record):
@@ -53,7 +61,9 @@ class Choice(Record):
     error: str | None = None
 
 
-def questions(source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None) -> tuple[list[Question], Counter[str]]:
+def questions(
+    source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None
+) -> tuple[list[Question], Counter[str]]:
     """The unsafe questions of a VLGuard file with every answer that is there, and how many have none or an image asked before.
 
     Answers go by image, so that a second question on an image has no answers of its own.
@@ -62,11 +72,11 @@ def questions(source: Path, answers: Sequence[Path], images: Path | None, proble
         answers: a JSON file ``image -> answer`` a model; a file's name without its ending is the model's.
 
     Raises:
-        RequestError: a file is broken, or no answer is to an unsafe image of the file.
+        UserError: a file is broken, or no answer is to an unsafe image of the file.
     """
     by_model = {path.stem: read_answers(path) for path in answers}
     if len(by_model) < len(answers):
-        raise RequestError("two answer files have the same name; their names tell the models apart")
+        raise UserError("two answer files have the same name; their names tell the models apart")
     found: dict[str, Question] = {}
     left_out: Counter[str] = Counter()
     for raw, pairs in vlguard.read_records(source, None, problems):
@@ -82,12 +92,12 @@ def questions(source: Path, answers: Sequence[Path], images: Path | None, proble
             continue
         try:
             path = None if images is None else resolve_image(images, pair.image, raw.where)
-        except RequestError as error:
-            refuse(error, problems)
+        except UserError as error:
+            report_problem(error, problems)
             continue
         found[pair.image] = Question(pair.image, path, pair.question, tuple(given.values()), tuple(given))
     if not found:
-        raise RequestError(f"{answers[0]}: names no image of an unsafe record of {source}")
+        raise UserError(f"{answers[0]}: names no image of an unsafe record of {source}")
     return list(found.values()), left_out
 
 
@@ -116,7 +126,13 @@ def decide(question: Question, reply: str | None, error: str | None, paper: bool
         outcome, number = ("none harmful" if read == 0 else "chosen", read) if isinstance(read, int) else (read, 0)
     if number == 0 and paper and reply is not None:  # a judge that failed has not chosen, as published or otherwise
         number = 1
-    choice = Choice(image=question.image, outcome=outcome, raw=reply, error=error, model=question.models[number - 1] if number else None)
+    choice = Choice(
+        image=question.image,
+        outcome=outcome,
+        raw=reply,
+        error=error,
+        model=question.models[number - 1] if number else None,
+    )
     return (question.answers[number - 1] if number else None), choice
 
 
@@ -136,7 +152,7 @@ def select(
         how many questions had which outcome.
 
     Raises:
-        WorkError: no answer was chosen at all; `out` is not written.
+        RunError: no answer was chosen at all; `out` is not written.
     """
     open_questions = {question.image: question for question in asked if len(question.answers) > 1 or paper}
     replies = ask([(question.image, question.request(), question.path) for question in open_questions.values()])
@@ -146,7 +162,10 @@ def select(
         if question.image in open_questions:
             answer, choice = decide(question, *replies.get(question.image, (None, "not asked")), paper)
         else:
-            answer, choice = question.answers[0], Choice(image=question.image, outcome="only answer", model=question.models[0])
+            answer, choice = (
+                question.answers[0],
+                Choice(image=question.image, outcome="only answer", model=question.models[0]),
+            )
         choices.append(choice)
         if answer is not None:
             chosen[question.image] = answer
@@ -154,6 +173,6 @@ def select(
     write_records(out.with_name(f"{out.stem}.choices.jsonl"), choices)
     if not chosen:
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        raise WorkError(f"{out}: no answer was chosen ({told}); see {out.stem}.choices.jsonl")
+        raise RunError(f"{out}: no answer was chosen ({told}); see {out.stem}.choices.jsonl")
     write_json(out, chosen)
     return counts

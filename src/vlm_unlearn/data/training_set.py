@@ -11,9 +11,18 @@ from typing import Any
 
 from vlm_unlearn.data.formats.safe_eraser import sentences
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError, shown
+from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import digest_file, digest_json, read_json, read_records, what_it_is, write_json, write_records, write_text
+from vlm_unlearn.store import (
+    describe_path,
+    digest_file,
+    digest_json,
+    read_json,
+    read_records,
+    write_json,
+    write_records,
+    write_text,
+)
 
 ROLES = ("forget", "retain", "decouple", "preferred")
 PARTNERS = ("decouple", "preferred")  # tied to a forget example each, by pair_id
@@ -38,18 +47,22 @@ class TrainingSet:
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of every file, and one over the content of all images in the order of the examples that show them."""
-        paths = dict.fromkeys(path for role in self.examples.values() for path in map(self.image_path, role) if path is not None)
+        paths = dict.fromkeys(
+            path for role in self.examples.values() for path in map(self.image_path, role) if path is not None
+        )
         return {**self.digests, "images": digest_json([digest_file(path) for path in paths])}
 
     def image_path(self, example: Example) -> Path | None:
         """The example's image file, or None for a text-only pair."""
         where = f'example "{example.id}"'
-        return None if example.image is None else resolve_image(_root(self.images, example, where), example.image, where)
+        return (
+            None if example.image is None else resolve_image(_root(self.images, example, where), example.image, where)
+        )
 
 
 def _root(images: Mapping[str, Path], example: Example, where: str) -> Path:
     if example.source not in images:
-        raise RequestError(f'{where}: dataset.json names no image folder for source "{example.source}"')
+        raise UserError(f'{where}: dataset.json names no image folder for source "{example.source}"')
     return images[example.source]
 
 
@@ -69,19 +82,21 @@ def write_training_set(
         problems: the broken records that were left out, for problems.txt.
 
     Raises:
-        RequestError: the forget or the retain set is empty.
+        UserError: the forget or the retain set is empty.
     """
     for role in ("forget", "retain"):
         if not examples.get(role):
-            raise RequestError(f"{folder}: the {role} set is empty; nothing was written")
+            raise UserError(f"{folder}: the {role} set is empty; nothing was written")
     for role, found in examples.items():
-        _refuse_doubled(folder, role, "id", [example.id for example in found])
+        _validate_unique(folder, role, "id", [example.id for example in found])
     for role in PARTNERS:
-        _refuse_doubled(folder, role, "pair_id", [example.pair_id for example in examples.get(role, ()) if example.pair_id])
+        _validate_unique(
+            folder, role, "pair_id", [example.pair_id for example in examples.get(role, ()) if example.pair_id]
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"{folder}: {error.strerror}; choose another output folder") from None
+        raise UserError(f"{folder}: {error.strerror}; choose another output folder") from None
     _remove_files_of_before(folder)
     files: dict[str, object] = {}
     for role in ROLES:
@@ -99,10 +114,12 @@ def write_training_set(
     write_json(folder / "dataset.json", described)
 
 
-def _refuse_doubled(folder: Path, role: str, what: str, names: Sequence[str | None]) -> None:
+def _validate_unique(folder: Path, role: str, what: str, names: Sequence[str | None]) -> None:
     doubled = [name for name, count in Counter(names).items() if count > 1]
     if doubled:
-        raise RequestError(f"{folder}: two {role} examples have the {what} {shown(doubled[0])}; they must differ in the data file")
+        raise UserError(
+            f"{folder}: two {role} examples have the {what} {quoted(doubled[0])}; they must differ in the data file"
+        )
 
 
 def _remove_files_of_before(folder: Path) -> None:
@@ -119,20 +136,20 @@ def describe(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     """A training set's image roots by source, and count and SHA-256 of each of its files, as dataset.json has them.
 
     Raises:
-        RequestError: dataset.json is missing or says something else.
+        UserError: dataset.json is missing or says something else.
     """
     if not (folder / "dataset.json").is_file():
         made = "make a training set with `vlm-unlearn data import`"
-        raise RequestError(f"{folder}: holds no dataset.json; {made}{what_it_is(folder)}")
+        raise UserError(f"{folder}: holds no dataset.json; {made}{describe_path(folder)}")
     described = read_json(folder / "dataset.json")
     roots = described.get("images") if isinstance(described, dict) else None
     if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
-        raise RequestError(f'{folder / "dataset.json"}: "images" must give the image folder of each source')
+        raise UserError(f'{folder / "dataset.json"}: "images" must give the image folder of each source')
     listed = described.get("files")
     if not isinstance(listed, dict) or not {"forget.jsonl", "retain.jsonl"} <= listed.keys():
-        raise RequestError(f'{folder / "dataset.json"}: "files" must list forget.jsonl and retain.jsonl')
+        raise UserError(f'{folder / "dataset.json"}: "files" must list forget.jsonl and retain.jsonl')
     if not all(isinstance(entry, dict) for entry in listed.values()):
-        raise RequestError(f'{folder / "dataset.json"}: "files" must give count and sha256 of each file')
+        raise UserError(f'{folder / "dataset.json"}: "files" must give count and sha256 of each file')
     return {name: (folder / root).resolve() for name, root in roots.items()}, listed
 
 
@@ -140,10 +157,10 @@ def read_training_set(folder: Path) -> TrainingSet:
     """Reads and checks a training-set folder: every record parses and every image is there, inside the image root.
 
     Raises:
-        RequestError: what is wrong, with file and record.
+        UserError: what is wrong, with file and record.
     """
     if not folder.is_dir():
-        raise RequestError(f"{folder}: no such training-set folder; make one with `vlm-unlearn data import`")
+        raise UserError(f"{folder}: no such training-set folder; make one with `vlm-unlearn data import`")
     images, listed = describe(folder)
     examples: dict[str, list[Example]] = {}
     digests: dict[str, str] = {}
@@ -162,12 +179,12 @@ def read_training_set(folder: Path) -> TrainingSet:
 def _read_examples(path: Path, images: Mapping[str, Path]) -> list[Example]:
     found = list(read_records(path, Example))
     if not found:
-        raise RequestError(f"{path}: the {path.stem} set is empty")
+        raise UserError(f"{path}: the {path.stem} set is empty")
     lines: dict[str, int] = {}
     for number, example in enumerate(found, start=1):
         where = f'{path.name}: line {number} ("{example.id}")'
         if example.id in lines:
-            raise RequestError(f"{where}: line {lines[example.id]} has the same id")
+            raise UserError(f"{where}: line {lines[example.id]} has the same id")
         lines[example.id] = number
         if example.image is not None:
             resolve_image(_root(images, example, where), example.image, where)

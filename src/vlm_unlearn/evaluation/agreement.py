@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.errors import RequestError, nearest, shown
-from vlm_unlearn.evaluation.generating import read_answers
+from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn.evaluation.generate import read_answers
 from vlm_unlearn.metrics.agreement import hit_rates, kappa_rate
 from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
 from vlm_unlearn.store import read_records, writing
@@ -50,21 +50,28 @@ def agreement(run: Path, judges: Sequence[str], human: Path | None, positive: st
         positive: the label that is looked for; a judge that gives scores only is read as yes at 0.5 or more.
 
     Raises:
-        RequestError: a judge has not graded the run, there are fewer than two graders, or the CSV is broken.
+        UserError: a judge has not graded the run, there are fewer than two graders, or the CSV is broken.
     """
     if positive not in LABELS:
-        raise RequestError(f"--positive {shown(positive)}: is no label{nearest(positive, LABELS)}; labels: {', '.join(LABELS)}")
+        raise UserError(
+            f"--positive {quoted(positive)}: is no label{nearest(positive, LABELS)}; labels: {', '.join(LABELS)}"
+        )
     prompts, responses = read_answers(run)
     keys = {response.key for response in responses}
-    there = {file.name.removeprefix("verdicts-").removesuffix(".jsonl"): file for file in sorted(run.glob("verdicts-*.jsonl"))}
+    there = {
+        file.name.removeprefix("verdicts-").removesuffix(".jsonl"): file
+        for file in sorted(run.glob("verdicts-*.jsonl"))
+    }
     for judge in dict.fromkeys(judges):
         if judge not in there:
-            raise RequestError(f"{run}: no verdicts of {shown(judge)}{nearest(judge, there)}; there are {', '.join(there) or 'none'}")
+            raise UserError(
+                f"{run}: no verdicts of {quoted(judge)}{nearest(judge, there)}; there are {', '.join(there) or 'none'}"
+            )
     graders = [_judge_grades(there[judge], judge, keys) for judge in dict.fromkeys(judges or there)]
     if human is not None:
         graders.insert(0, _human_grades(human, keys))
     if len(graders) < 2:
-        raise RequestError(f"{run}: one grader agrees with nobody; judge with another one, or pass --human LABELS.csv")
+        raise UserError(f"{run}: one grader agrees with nobody; judge with another one, or pass --human LABELS.csv")
     reference, *others = graders
     return [_compare(reference, other, prompts, positive) for other in others]
 
@@ -72,7 +79,7 @@ def agreement(run: Path, judges: Sequence[str], human: Path | None, positive: st
 def _compare(reference: Grades, judge: Grades, prompts: Mapping[str, Prompt], positive: str) -> Agreement:
     shared = [key for key in reference.labels if key in judge.labels]
     if not shared:
-        raise RequestError(f"{reference.name} and {judge.name} have graded no answer both")
+        raise UserError(f"{reference.name} and {judge.name} have graded no answer both")
     told = [key for key in shared if reference.labels[key] is not None and judge.labels[key] is not None]
     failed = len(shared) - len(told)
     clusters = [prompts[id].group_id for id, _ in told]
@@ -95,7 +102,10 @@ def _judge_grades(file: Path, name: str, keys: Collection[Key]) -> Grades:
     verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
     if any(verdict.label is not None for verdict in verdicts):
         return Grades(name, {verdict.key: verdict.label for verdict in verdicts})
-    said = {verdict.key: None if verdict.score is None else "yes" if verdict.score >= POSITIVE_SCORE else "no" for verdict in verdicts}
+    said = {
+        verdict.key: None if verdict.score is None else "yes" if verdict.score >= POSITIVE_SCORE else "no"
+        for verdict in verdicts
+    }
     return Grades(name, said, scores_only=True)
 
 
@@ -107,25 +117,27 @@ def _human_grades(file: Path, keys: Collection[Key]) -> Grades:
             for number, row in enumerate(csv.DictReader(handle), start=2):
                 where = f"{file}: row {number}"
                 if row.get("prompt_id") is None or row.get("label") is None:
-                    raise RequestError(f"{where}: needs the columns prompt_id and label")
+                    raise UserError(f"{where}: needs the columns prompt_id and label")
                 id = row["prompt_id"]
                 id = id[1:] if id.startswith("'") and (id, 0) not in keys else id  # as `write_sheet` guards it
                 label = row["label"].strip().lower().replace(" ", "_")
                 if not label:
                     continue
                 if label not in LABELS:
-                    raise RequestError(f"{where}: {shown(row['label'])} is no label{nearest(label, LABELS)}; labels: {', '.join(LABELS)}")
+                    raise UserError(
+                        f"{where}: {quoted(row['label'])} is no label{nearest(label, LABELS)}; labels: {', '.join(LABELS)}"
+                    )
                 sample = (row.get("sample") or "0").strip()
                 if not sample.isdecimal() or len(sample) > 9:
-                    raise RequestError(f"{where}: sample {shown(sample)} is no number")
+                    raise UserError(f"{where}: sample {quoted(sample)} is no number")
                 if (id, int(sample)) not in keys:
-                    raise RequestError(f"{where}: the run has no answer {int(sample)} to a prompt {shown(id)}")
+                    raise UserError(f"{where}: the run has no answer {int(sample)} to a prompt {quoted(id)}")
                 if labels.setdefault((id, int(sample)), label) != label:
-                    raise RequestError(f"{where}: the same answer has two labels")
+                    raise UserError(f"{where}: the same answer has two labels")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"{file}: {getattr(error, 'strerror', None) or 'is not a CSV file in UTF-8'}") from None
+        raise UserError(f"{file}: {getattr(error, 'strerror', None) or 'is not a CSV file in UTF-8'}") from None
     if not labels:
-        raise RequestError(f"{file}: holds no labels")
+        raise UserError(f"{file}: holds no labels")
     return Grades(HUMAN, labels)
 
 
@@ -143,7 +155,7 @@ def write_sheet(run: Path, out: Path, count: int, seed: int) -> int:
     while len(drawn) < min(count, len(answered)):
         drawn += [numbers.pop() for numbers in by_case.values() if numbers]
     if out.exists():
-        raise RequestError(f"{out}: is there already, perhaps with labels; name another file")
+        raise UserError(f"{out}: is there already, perhaps with labels; name another file")
     with writing(out) as handle:
         sheet = csv.writer(handle)
         sheet.writerow(["prompt_id", "sample", "image", "question", "answer", "label"])

@@ -9,22 +9,22 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.distributed import Team
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import Key
 from vlm_unlearn.records import Response, Verdict
 from vlm_unlearn.store import RecordLog, read_manifest, read_records, write_json, write_records
-from vlm_unlearn.training.processes import Team
 
 RESPONSES = "responses.jsonl"
 PARTS = "parts"  # what each of several processes has answered, until the first joins it
 
 
 @contextmanager
-def answer_log(folder: Path, together: Team) -> Iterator[RecordLog]:
+def response_log(folder: Path, together: Team) -> Iterator[RecordLog]:
     """The file that this process writes its answers to: the run's, or of several processes each its own.
 
     Raises:
-        RequestError: a process that an earlier start left behind still writes there.
+        UserError: a process that an earlier start left behind still writes there.
     """
     if together.size == 1:
         yield RecordLog(folder / RESPONSES, Response)
@@ -35,11 +35,11 @@ def answer_log(folder: Path, together: Team) -> Iterator[RecordLog]:
         yield RecordLog(part, Response)
 
 
-def join_parts(folder: Path) -> None:
+def merge_shards(folder: Path) -> None:
     """Adds what several processes have answered to the run's answers. A kill at any moment loses and doubles nothing.
 
     Raises:
-        RequestError: a process that an earlier start left behind still writes there.
+        UserError: a process that an earlier start left behind still writes there.
     """
     log = RecordLog(folder / RESPONSES, Response)
     for part in sorted({file.with_suffix(".jsonl") for file in (folder / PARTS).glob("*.*")}):
@@ -56,17 +56,17 @@ def _held(part: Path) -> Iterator[None]:
         with FileLock(part.with_suffix(".lock"), timeout=0):
             yield
     except Timeout:
-        raise RequestError(f"{part.parent.parent}: another process is at work in this folder") from None
+        raise UserError(f"{part.parent.parent}: another process is at work in this folder") from None
 
 
-def put_in_order(folder: Path, keys: Sequence[Key]) -> None:
+def sort_responses(folder: Path, keys: Sequence[Key]) -> None:
     """Writes the answers in the order of `keys`, whatever order they came in."""
     found = {response.key: response for response in read_records(folder / RESPONSES, Response)}
     if list(found) != list(keys) or sum(1 for _ in read_records(folder / RESPONSES, Response)) != len(keys):
         write_records(folder / RESPONSES, [found[key] for key in keys])
 
 
-def failed_answers(folder: Path) -> set[Key]:
+def failed_responses(folder: Path) -> set[Key]:
     """The questions whose answers failed."""
     file = folder / RESPONSES
     if not file.exists():
@@ -75,7 +75,7 @@ def failed_answers(folder: Path) -> set[Key]:
     return {response.key for response in read_records(file, Response) if response.error is not None}
 
 
-def drop_failed(folder: Path, failed: Collection[Key]) -> None:
+def remove_failed_responses(folder: Path, failed: Collection[Key]) -> None:
     """Takes out the answers that failed, and what was made of them, so that they are asked anew."""
     manifest = read_manifest(folder)
     write_json(folder / "manifest.json", {**manifest, "finished": False})

@@ -9,8 +9,8 @@ from pathlib import Path
 from vlm_unlearn.benchmarks import Benchmark, NoAnswersError, Prediction, Scores, find, load_truths, score_predictions
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.data.json_stream import write_lines
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.generating import OnDone, generate_run, read_answers
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.generate import OnDone, generate_run, read_answers
 from vlm_unlearn.metrics.rates import Outcomes, mean_of_rates, mean_ratio, rate
 from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary
 from vlm_unlearn.store import write_json
@@ -33,7 +33,7 @@ def benchmark_rates(
         judged: prompt id -> a judge's score, 0 to 1, for benchmarks that a judge scores (MM-Vet). What is missing has failed.
 
     Raises:
-        RequestError: a benchmark's files have changed since the model was asked.
+        UserError: a benchmark's files have changed since the model was asked.
     """
     found = list(responses)
     rates: dict[str, Rate] = {}
@@ -48,11 +48,18 @@ def benchmark_rates(
 
 
 def benchmark_outcomes(
-    config: BenchmarkConfig, prompts: Mapping[str, Prompt], responses: Iterable[Response], judged: Mapping[str, float | None]
+    config: BenchmarkConfig,
+    prompts: Mapping[str, Prompt],
+    responses: Iterable[Response],
+    judged: Mapping[str, float | None],
 ) -> Outcomes:
     """How each question of one benchmark counted; arguments and errors as in `benchmark_rates`, and NoAnswersError."""
     scores = benchmark_scores(config, predictions_of(config.name, prompts, responses, judged))
-    return Outcomes({one.id: one.value for one in scores.questions}, {one.id: one.cluster for one in scores.questions}, scores.missing)
+    return Outcomes(
+        {one.id: one.value for one in scores.questions},
+        {one.id: one.cluster for one in scores.questions},
+        scores.missing,
+    )
 
 
 def predictions_of(
@@ -62,7 +69,9 @@ def predictions_of(
     texts = {response.prompt_id: response.text for response in responses}
     asked = [prompt.id for prompt in prompts.values() if prompt.set == name]
     return {
-        (id := prompt_id.removeprefix(f"{name}/")): Prediction(question_id=id, text=texts.get(prompt_id), score=judged.get(prompt_id))
+        (id := prompt_id.removeprefix(f"{name}/")): Prediction(
+            question_id=id, text=texts.get(prompt_id), score=judged.get(prompt_id)
+        )
         for prompt_id in asked
     }
 
@@ -72,12 +81,12 @@ def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Predicti
 
     Raises:
         NoAnswersError: the official answers are not public.
-        RequestError: a question that was asked is not in the official files any more.
+        UserError: a question that was asked is not in the official files any more.
     """
     truths = load_truths(find(config.name), config.annotations, config.questions)
     lost = [id for id in predictions if id not in truths]
     if lost:
-        raise RequestError(
+        raise UserError(
             f"{config.annotations[0]}: has changed since the model was asked: {len(lost)} questions are gone, {lost[0]} first"
         )
     asked = {id: truth for id, truth in truths.items() if id in predictions}
@@ -117,7 +126,7 @@ def run_benchmark(suite: Suite, folder: Path, name: str, on_done: OnDone | None 
         name: the row's in summary.json.
 
     Raises:
-        RequestError: broken files, a model that can't be loaded, or a folder that holds another run.
+        UserError: broken files, a model that can't be loaded, or a folder that holds another run.
     """
     config = suite.benchmarks[0]
     benchmark = find(config.name)

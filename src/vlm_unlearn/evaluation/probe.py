@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_unlearn.config import ProbeConfig, Suite, load
-from vlm_unlearn.data.batching import Processor
-from vlm_unlearn.errors import RequestError, nearest
-from vlm_unlearn.evaluation.grading import build_judge
+from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.evaluation.scoring import metric_rate
+from vlm_unlearn.evaluation.verdicts import build_judge
 from vlm_unlearn.generation.hf import answers
 from vlm_unlearn.judging.base import Answer, OfflineJudge
 from vlm_unlearn.records import Prompt
@@ -36,20 +36,24 @@ class SuiteProbe:
 
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Rates by metric name; None where nothing could be scored."""
-        samples = {case.name: case.samples for case in self._suite.cases}
+        samples = {case.name: case.samples for case in self._suite.splits}
         batches = answers(model, self._processor, self._prompts, self._roots, self._suite.generation, samples)
         found = [response for batch in batches for response in batch]
         prompts = {prompt.id: prompt for prompt in self._prompts}
         verdicts = [self._judge.verdict(Answer(prompts[response.prompt_id], response)) for response in found]
         metrics = self._suite.metrics.items()
-        return {name: metric_rate(prompts, verdicts, metric, self._judge.labels).value for name, metric in metrics if not metric.judge}
+        return {
+            name: metric_rate(prompts, verdicts, metric, self._judge.labels).value
+            for name, metric in metrics
+            if not metric.judge
+        }
 
 
 def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteProbe:
     """The probe that a recipe's ``probe`` describes.
 
     Raises:
-        RequestError: the suite or its data are broken, or a rule names a metric that the suite doesn't have.
+        UserError: the suite or its data are broken, or a rule names a metric that the suite doesn't have.
     """
     suite = load(Suite, config.suite, values={"model": model, "root": str(config.root)})
     suite = suite.model_copy(update={"benchmarks": []})  # a probe is quick, and grades cases only
@@ -58,23 +62,27 @@ def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteP
         for metric in getattr(config, rule):
             if metric not in suite.metrics:
                 known = ", ".join(suite.metrics)
-                raise RequestError(f'probe.{rule}: {config.suite} has no metric "{metric}"{nearest(metric, suite.metrics)}; it has {known}')
+                raise UserError(
+                    f'probe.{rule}: {config.suite} has no metric "{metric}"{nearest(metric, suite.metrics)}; it has {known}'
+                )
             if suite.metrics[metric].judge:
-                raise RequestError(
+                raise UserError(
                     f"probe.{rule}: {metric} has a judge of its own, which a probe doesn't ask; name one of the suite's judge"
                 )
             untold = set(suite.metrics[metric].labels) - set(judge.labels)
             if untold:
-                raise RequestError(
+                raise UserError(
                     f"probe.{rule}: {metric} counts {', '.join(sorted(untold))} answers, which the judge {judge.name} can't tell"
                 )
-    return SuiteProbe(suite, processor, _spread(suite_prompts(suite), config.groups))
+    return SuiteProbe(suite, processor, _spread(suite_prompts(suite), config.num_questions))
 
 
 def _offline(suite: Suite) -> OfflineJudge:
     judge = build_judge(suite.judge)
     if not isinstance(judge, OfflineJudge):
-        raise RequestError(f"probe: the judge {judge.name} would stop the training to ask a language model; use judge=keyword")
+        raise UserError(
+            f"probe: the judge {judge.name} would stop the training to ask a language model; use judge=keyword"
+        )
     return judge
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlm_unlearn.config import Suite
-from vlm_unlearn.evaluation.generating import OnDone, generate_run
-from vlm_unlearn.evaluation.grading import build_judge, cases_of, judge_run, suite_judges
+from vlm_unlearn.evaluation.generate import OnDone, generate_run
 from vlm_unlearn.evaluation.scoring import score_run
+from vlm_unlearn.evaluation.verdicts import build_judge, judge_run, splits_judged_by, suite_judges
 from vlm_unlearn.records import Row
 from vlm_unlearn.store import read_manifest
 
@@ -28,5 +28,5 @@ def evaluate_run(suite: Suite, folder: Path, name: str, on_done: OnDone | None =
             judge.look()
     generate_run(suite, folder, on_done, verify_batching)
     for called, config in judges.items():
-        judge_run(folder, config, on_done, cases_of(suite, called))
+        judge_run(folder, config, on_done, splits_judged_by(suite, called))
     return score_run(folder, suite, name)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import MetricConfig, Suite
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates
-from vlm_unlearn.evaluation.generating import batching_of, read_answers
-from vlm_unlearn.evaluation.grading import cases_of, suite_judges
+from vlm_unlearn.evaluation.generate import read_answers, read_batching
+from vlm_unlearn.evaluation.verdicts import splits_judged_by, suite_judges
 from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.metrics.rates import Outcomes, count_labels, label_outcomes, score_outcomes
 from vlm_unlearn.records import LABELS, Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
@@ -52,7 +52,7 @@ def score_run(folder: Path, suite: Suite, name: str) -> Row:
     """Derives the rates from a run's verdicts; writes summary.json with one row and returns the row.
 
     Raises:
-        RequestError: the verdicts are not those of this run's answers.
+        UserError: the verdicts are not those of this run's answers.
     """
     row = run_row(read_graded(folder, suite), name)
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
@@ -63,25 +63,29 @@ def read_graded(folder: Path, suite: Suite) -> GradedRun:
     """A run with the verdicts that a suite's metrics need.
 
     Raises:
-        RequestError: there are none, or they are not those of this run's answers.
+        UserError: there are none, or they are not those of this run's answers.
     """
     prompts, responses = read_answers(folder)
     graded: dict[str, Graded] = {}
     for called, config in suite_judges(suite).items():
-        cases = cases_of(suite, called)
+        cases = splits_judged_by(suite, called)
         keys = {response.key for response in responses if prompts[response.prompt_id].set in cases}
-        verdicts = _read_verdicts(folder / f"verdicts-{config.title}.jsonl", config.title, keys)
-        note = folder / f"judge-{config.title}.json"
+        verdicts = _read_verdicts(folder / f"verdicts-{config.judge_id}.jsonl", config.judge_id, keys)
+        note = folder / f"judge-{config.judge_id}.json"
         identity = read_json(note)
         told = identity.get("labels") if isinstance(identity, dict) else None
         if not isinstance(told, list) or any(label not in LABELS for label in told):
-            raise RequestError(f"{note}: does not say what the judge can tell; run `vlm-unlearn judge run` with this judge again")
-        if identity.pop("config", None) != config.deciding():
-            raise RequestError(f"{note}: its verdicts were made with other settings; run `vlm-unlearn judge run` with this judge again")
+            raise UserError(
+                f"{note}: does not say what the judge can tell; run `vlm-unlearn judge run` with this judge again"
+            )
+        if identity.pop("config", None) != config.fingerprint_fields():
+            raise UserError(
+                f"{note}: its verdicts were made with other settings; run `vlm-unlearn judge run` with this judge again"
+            )
         if config.rubric is not None and load_rubric(config.rubric).digest != identity.get("rubric"):
-            raise RequestError(f"{note}: its rubric has changed since; run `vlm-unlearn judge run` with this judge again")
-        graded[called] = Graded(config.title, identity, told, verdicts)
-    return GradedRun(suite, prompts, responses, graded, batching_of(folder))
+            raise UserError(f"{note}: its rubric has changed since; run `vlm-unlearn judge run` with this judge again")
+        graded[called] = Graded(config.judge_id, identity, told, verdicts)
+    return GradedRun(suite, prompts, responses, graded, read_batching(folder))
 
 
 def run_row(run: GradedRun, name: str) -> Row:
@@ -95,7 +99,7 @@ def run_row(run: GradedRun, name: str) -> Row:
 
     own = run.graded.get("")
     metrics = run.measured(run.suite.metrics)
-    published = run.measured(run.suite.paper_metrics) if run.suite.paper else {}
+    published = run.measured(run.suite.paper_metrics) if run.suite.paper_compat else {}
     benchmarks = benchmark_rates(run.suite, run.prompts, run.responses, run.judged())
     shots = {metric: _by_shots(run, config) for metric, config in metrics.items()}
     categories = {metric: _by_category(run, config) for metric, config in metrics.items()}
@@ -106,9 +110,12 @@ def run_row(run: GradedRun, name: str) -> Row:
         paper=rates(published),
         judges=_own_judges(run, metrics) | _benchmarks_judges(run, benchmarks),
         paper_judges=_own_judges(run, published),
-        labels={case: count_labels(of_case) for case, of_case in _by_case(run.prompts, own.verdicts if own and own.labels else []).items()},
+        labels={
+            case: count_labels(of_case)
+            for case, of_case in _by_case(run.prompts, own.verdicts if own and own.labels else []).items()
+        },
         categories={metric: found for metric, found in categories.items() if found},
-        shots={metric: found for metric, found in shots.items() if found},
+        rewrites={metric: found for metric, found in shots.items() if found},
         failed=_failed(run, benchmarks),
         batching=run.batching,
     )
@@ -120,7 +127,11 @@ def _own_judges(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[str
 
 def _benchmarks_judges(run: GradedRun, rates: Collection[str]) -> dict[str, str]:
     """Each benchmark's judge, empty where its official answers decide; the mean of several has the judge that one of them has."""
-    judges = {one.name: run.graded[one.judge].judge if one.judge in run.graded else "" for one in run.suite.benchmarks if one.judge}
+    judges = {
+        one.name: run.graded[one.judge].judge if one.judge in run.graded else ""
+        for one in run.suite.benchmarks
+        if one.judge
+    }
     of_mean = next((judges[name] for name in SPECIFICITY if judges.get(name)), "")
     return {name: judges.get(name, "") for name in rates} | ({"specificity": of_mean} if "specificity" in rates else {})
 
@@ -136,23 +147,27 @@ def _failed(run: GradedRun, benchmarks: Mapping[str, Rate]) -> dict[str, dict[st
     return found | ({"": unjudged} if unjudged else {})
 
 
-def metric_rate(prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]) -> Rate:
+def metric_rate(
+    prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]
+) -> Rate:
     """One metric's rate; arguments as in `metric_outcomes`."""
     return metric_outcomes(prompts, graded, metric, told).rate()
 
 
-def metric_outcomes(prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]) -> Outcomes:
+def metric_outcomes(
+    prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]
+) -> Outcomes:
     """How each answer or question counts in one metric, out of one judge's verdicts; nothing where a label is one it never gives.
 
     Args:
         told: the labels that the judge can tell.
     """
-    of_metric = [verdict for verdict in graded if prompts[verdict.prompt_id].set in metric.cases]
+    of_metric = [verdict for verdict in graded if prompts[verdict.prompt_id].set in metric.splits]
     if metric.score is not None:
-        return score_outcomes(prompts, of_metric, metric.score == "one_minus_mean", metric.failures)
+        return score_outcomes(prompts, of_metric, metric.score == "one_minus_mean", metric.on_error)
     if not set(metric.labels) <= set(told):
         return Outcomes({}, {})
-    return label_outcomes(prompts, of_metric, metric.labels, metric.group, metric.failures)
+    return label_outcomes(prompts, of_metric, metric.labels, metric.aggregate, metric.on_error)
 
 
 def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> Rate:
@@ -161,15 +176,15 @@ def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> 
 
 def _by_shots(run: GradedRun, metric: MetricConfig) -> list[Rate]:
     """The rate with the first 1, 2, ... K shots of those asked; none unless every case of the metric has several."""
-    asked: dict[str, set[int]] = {case: set() for case in metric.cases}
+    asked: dict[str, set[int]] = {case: set() for case in metric.splits}
     for prompt in run.prompts.values():
         if prompt.set in asked:
-            asked[prompt.set].add(prompt.shot)
+            asked[prompt.set].add(prompt.rewrite)
     if min(map(len, asked.values()), default=0) < 2:
         return []
     verdicts = run.graded[metric.judge].verdicts
     shots = sorted(set().union(*asked.values()))  # a number that no prompt has is no shot
-    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].shot <= last] for last in shots)
+    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].rewrite <= last] for last in shots)
     return [_rate(run, metric, of_first) for of_first in first]
 
 
@@ -178,7 +193,7 @@ def _by_category(run: GradedRun, metric: MetricConfig) -> dict[str, Rate]:
     found: dict[str, list[Verdict]] = {}
     for verdict in run.graded[metric.judge].verdicts:
         prompt = run.prompts[verdict.prompt_id]
-        if prompt.category is not None and prompt.set in metric.cases:
+        if prompt.category is not None and prompt.set in metric.splits:
             found.setdefault(prompt.category, []).append(verdict)
     return {category: _rate(run, metric, found[category]) for category in sorted(found)}
 
@@ -187,14 +202,16 @@ def _read_verdicts(file: Path, judge: str, keys: Collection[tuple[str, int]]) ->
     """The verdicts on the answers of `keys`, each once.
 
     Raises:
-        RequestError: some are missing, or some are there twice or of another judge.
+        UserError: some are missing, or some are there twice or of another judge.
     """
     if not file.exists():
-        raise RequestError(f"{file}: is not there; run `vlm-unlearn judge run` with this judge first")
+        raise UserError(f"{file}: is not there; run `vlm-unlearn judge run` with this judge first")
     graded = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
     missing = len(set(keys) - {verdict.key for verdict in graded})
     if missing or len(graded) != len(keys) or any(verdict.judge != judge for verdict in graded):
-        raise RequestError(f"{file}: does not grade each of this run's answers once ({missing} missing); run `vlm-unlearn judge run` again")
+        raise UserError(
+            f"{file}: does not grade each of this run's answers once ({missing} missing); run `vlm-unlearn judge run` again"
+        )
     return graded
 
 

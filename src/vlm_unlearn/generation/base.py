@@ -43,13 +43,13 @@ class Backend(Protocol):
         """Looks whether it could answer, before anything is given up for it.
 
         Raises:
-            RequestError, WorkError: it couldn't.
+            UserError, RunError: it couldn't.
         """
 
     def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
         """Calls `on_answers` until each question has its answer."""
 
-    def one_by_one(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
         """The answers to the questions with nothing beside them."""
 
 
@@ -61,11 +61,13 @@ def ask(prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[
         samples: answers to each prompt of a set; 1 where it isn't named.
 
     Raises:
-        RequestError: an image is missing.
+        UserError: an image is missing.
     """
     questions = []
     for prompt in prompts:
-        image = None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+        image = (
+            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+        )
         questions += [Question(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return questions
 
@@ -78,12 +80,12 @@ def answer_seed(seed: int, question: Question) -> int:
     return int(digest_json([seed, *question.key])[:8], 16) >> 1
 
 
-def cut_up(questions: Sequence[Question], size: int) -> list[list[Question]]:
+def shard_requests(questions: Sequence[Question], size: int) -> list[list[Question]]:
     """Batches of `size` in the order given."""
     return [list(questions[start : start + size]) for start in range(0, len(questions), size)]
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
+def assign_to_processes(items: Sequence[Item], count: int) -> list[Item]:
     """So many of the items at equal distances, all where there are fewer."""
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from vlm_unlearn.data.images import open_image, png_url
-from vlm_unlearn.errors import RequestError, WorkError, shown
+from vlm_unlearn.errors import RunError, UserError, quoted
 from vlm_unlearn.store import digest_file, digest_json
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class ReplyCache:
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
         except sqlite3.Error as error:
-            raise WorkError(
+            raise RunError(
                 f"{file}: the cache of replies can't be opened ({error}); delete it, or move it with VLM_UNLEARN_CACHE"
             ) from None
 
@@ -83,7 +83,7 @@ class ReplyCache:
         self._database.execute("INSERT OR REPLACE INTO replies (key, text) VALUES (?, ?)", (key, kept))
 
 
-def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_reply: OnReply) -> int:
+def complete_many(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_reply: OnReply) -> int:
     """Calls `on_reply` once for each question, in any order, and returns how many were asked for anew.
 
     What the cache holds is not asked again, nor is a question while the same one is under way. Only texts are cached: a question that
@@ -113,7 +113,9 @@ def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on
                 on_reply(Reply(ask.id, None, f"{ask.image}: {error.strerror}"))
                 continue
             seeded = {} if ask.seed is None else {"seed": ask.seed}
-            key = digest_json({"model": identity, "text": ask.text, "image": images[ask.image] if ask.image else None, **seeded})
+            key = digest_json(
+                {"model": identity, "text": ask.text, "image": images[ask.image] if ask.image else None, **seeded}
+            )
             known = cache.get(key) if cache else None
             if known is not None:
                 on_reply(Reply(ask.id, known))
@@ -128,10 +130,10 @@ def ask_each(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on
     return asked
 
 
-def ask_all(
+def complete_all(
     model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_done: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Reply], int]:
-    """All replies by id, and how many were asked for anew; else as `ask_each`."""
+    """All replies by id, and how many were asked for anew; else as `complete_many`."""
     replies: dict[str, Reply] = {}
 
     def take(reply: Reply) -> None:
@@ -139,7 +141,7 @@ def ask_all(
         if on_done:
             on_done(len(replies))
 
-    asked = ask_each(model, asks, cache, take)
+    asked = complete_many(model, asks, cache, take)
     return replies, asked
 
 
@@ -182,8 +184,8 @@ class OpenAIChat:
         except ValueError:
             whole = False
         if not whole:
-            raise RequestError(
-                f"{shown(base_url)}: is not a server's address; it begins with http:// or https://, as http://localhost:8000/v1"
+            raise UserError(
+                f"{quoted(base_url)}: is not a server's address; it begins with http:// or https://, as http://localhost:8000/v1"
             )
         self._base_url = base_url.rstrip("/")
         self._model = model
@@ -192,7 +194,9 @@ class OpenAIChat:
         self._timeout = timeout
         self._retries = retries
         # Nothing but these where nothing is sampled: servers refuse or misread what they don't know.
-        self._sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 0}
+        self._sampling: dict[str, Any] = (
+            {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 0}
+        )
         self._verbatim = verbatim
         self._request = dict(request or {})
         self._revision = revision
@@ -200,7 +204,7 @@ class OpenAIChat:
         self._refused = 0  # questions in a row that the server called wrong
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
-            raise RequestError(f"{KEY_VARIABLE}: holds a character that no key has; look for a stray blank or line break")
+            raise UserError(f"{KEY_VARIABLE}: holds a character that no key has; look for a stray blank or line break")
 
     def identity(self) -> Mapping[str, object]:
         told = {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
@@ -211,8 +215,8 @@ class OpenAIChat:
         """Looks whether a server is there that takes the key, before there is anything to ask.
 
         Raises:
-            WorkError: nobody answers at the address.
-            RequestError: the server refuses the key.
+            RunError: nobody answers at the address.
+            UserError: the server refuses the key.
         """
         import openai
 
@@ -222,9 +226,11 @@ class OpenAIChat:
             ) as client:
                 client.models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise RequestError(f"{self._base_url}: the server answered {error.status_code}; check {KEY_VARIABLE}") from None
+            raise UserError(
+                f"{self._base_url}: the server answered {error.status_code}; check {KEY_VARIABLE}"
+            ) from None
         except openai.APIConnectionError:
-            raise WorkError(f"{self._base_url}: nobody answers there; is the server up?") from None
+            raise RunError(f"{self._base_url}: nobody answers there; is the server up?") from None
         except Exception:  # a server that lists no models may answer questions all the same
             return
 
@@ -232,9 +238,9 @@ class OpenAIChat:
         """Asks, at most `concurrency` at once; memory doesn't grow with the number of questions.
 
         Raises:
-            RequestError: the server refuses the key, doesn't know the model, or calls one question after the other wrong; no later
+            UserError: the server refuses the key, doesn't know the model, or calls one question after the other wrong; no later
                 one could fare better.
-            WorkError: no server is there.
+            RunError: no server is there.
         """
         asyncio.run(self._run(iter(asks), on_reply))
 
@@ -262,9 +268,11 @@ class OpenAIChat:
         """Ends it all where no later question could fare better."""
         enough = max(self._concurrency, GIVE_UP)
         if self._unreached >= enough:
-            raise WorkError(f"{self._base_url}: {self._unreached} questions in a row were not answered ({reply.error}); is the server up?")
+            raise RunError(
+                f"{self._base_url}: {self._unreached} questions in a row were not answered ({reply.error}); is the server up?"
+            )
         if self._refused >= enough:
-            raise RequestError(
+            raise UserError(
                 f"{self._base_url}: refused {self._refused} questions in a row ({reply.error}); `request` adds keys to what is sent, "
                 "or leaves them out, as request={max_tokens: null, max_completion_tokens: 512}"
             )
@@ -274,7 +282,7 @@ class OpenAIChat:
         if ask.image is not None:
             try:
                 content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(ask.image))}})
-            except RequestError as error:
+            except UserError as error:
                 return Reply(ask.id, None, str(error))
         for tries in range(self._retries + 1):
             if tries:
@@ -293,7 +301,11 @@ class OpenAIChat:
         """
         import openai
 
-        body: dict[str, Any] = {"model": self._model, "messages": [{"role": "user", "content": content}], "max_tokens": self._max_tokens}
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self._max_tokens,
+        }
         body |= self._sampling
         if ask.seed is not None and self._sampling["temperature"]:
             body["seed"] = ask.seed
@@ -304,8 +316,8 @@ class OpenAIChat:
             patience = (self._timeout + 10) * (self._retries + 1)
             answer = await asyncio.wait_for(client.post("/chat/completions", cast_to=object, body=body), patience)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise RequestError(
-                f"{self._base_url}: the server answered {error.status_code} for model {shown(self._model)}; check the server's "
+            raise UserError(
+                f"{self._base_url}: the server answered {error.status_code} for model {quoted(self._model)}; check the server's "
                 f"address, the model's name and {KEY_VARIABLE}"
             ) from None
         except openai.APIStatusError as error:
@@ -330,7 +342,7 @@ class OpenAIChat:
         found = body.get("message") if isinstance(body, dict) else None
         if not isinstance(found, str) or not found.strip():
             return ""
-        return f": {shown(found.replace(self._key, '***') if self._key else found, 200)}"
+        return f": {quoted(found.replace(self._key, '***') if self._key else found, 200)}"
 
     def _judged(self, ask: Ask, text: object, finish_reason: str | None, tokens: tuple[int, int] | None) -> Reply:
         """A text that came, as the reply that it is."""
@@ -347,7 +359,7 @@ def reply_of(ask: Ask, text: str | None, finish_reason: str | None, max_tokens: 
     if not text:
         error = "empty answer"
     elif finish_reason == "length":
-        error = f"the reply was cut at {max_tokens} tokens, raise max_tokens: {shown(text)}"
+        error = f"the reply was cut at {max_tokens} tokens, raise max_tokens: {quoted(text)}"
     return Reply(ask.id, None if error else text, error, finish_reason=finish_reason)
 
 
@@ -368,4 +380,8 @@ def _tokens(answer: object) -> tuple[int, int] | None:
     if not isinstance(usage, dict):
         return None
     read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return (read, written) if type(read) is type(written) is int and min(read, written) >= 0 and max(read, written) < 2**40 else None
+    return (
+        (read, written)
+        if type(read) is type(written) is int and min(read, written) >= 0 and max(read, written) < 2**40
+        else None
+    )

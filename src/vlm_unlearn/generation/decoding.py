@@ -60,7 +60,10 @@ class SeededSampling(LogitsProcessor):
         """[B, V] scores with noise, in float64: uniform numbers of 24 bits would now and then draw the unlikeliest token."""
         scores = self._warpers(input_ids, scores)
         noise = torch.stack(
-            [torch.rand(scores.shape[1], dtype=torch.float64, device=scores.device, generator=stream) for stream in self._streams]
+            [
+                torch.rand(scores.shape[1], dtype=torch.float64, device=scores.device, generator=stream)
+                for stream in self._streams
+            ]
         )
         exponential = noise.neg_().log1p_().neg_().clamp_(min=torch.finfo(torch.float64).tiny)
         return scores.double() - exponential.log_()

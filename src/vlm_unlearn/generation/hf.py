@@ -13,21 +13,21 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.data.batching import Processor, Turn, encode, move
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, ask, cut_up
+from vlm_unlearn.data.encoding import Processor, Turn, encode, move
+from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, ask, shard_requests
 from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
 from vlm_unlearn.generation.sharing import Prefilled, prefill
-from vlm_unlearn.models.loading import device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.models.loader import device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
 
-STRIDE = 32  # tokens after which answers that have ended are looked for
+CHUNK_TOKENS = 32  # tokens after which answers that have ended are looked for
 
 
 class HFBackend:
     """A model folder, hub name, adapter folder or training run; loaded when the first question is asked.
 
     Raises:
-        RequestError: there is no such model.
+        UserError: there is no such model.
     """
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
@@ -37,7 +37,11 @@ class HFBackend:
 
     def identity(self) -> Mapping[str, object]:
         decided = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
-        generation = {**self._config.model_dump(include=set(decided)), "precision": self._precision, "batches": "by image"}
+        generation = {
+            **self._config.model_dump(include=set(decided)),
+            "precision": self._precision,
+            "batches": "by image",
+        }
         return {"model": run_digest(self._folder), "generation": generation}
 
     @cached_property
@@ -56,7 +60,7 @@ class HFBackend:
         for batch in batches:
             on_answers(answer(*self._loaded, batch, self._config))
 
-    def one_by_one(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
         for question in questions:
             yield from answer(*self._loaded, [question], self._config)
 
@@ -75,7 +79,10 @@ def answers(
         model: an image-text-to-text model, on its device, in eval mode.
         images, samples: as in `vlm_unlearn.generation.base.ask`.
     """
-    return (answer(model, processor, batch, config) for batch in batches(ask(prompts, images, samples or {}), config.batch_size))
+    return (
+        answer(model, processor, batch, config)
+        for batch in batches(ask(prompts, images, samples or {}), config.batch_size)
+    )
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
@@ -91,7 +98,7 @@ def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
             if (question.image is not None) == has_image:
                 together.setdefault(question.image or question.prompt.id, []).append(question)
         batch: list[Question] = []
-        for part in (part for group in together.values() for part in cut_up(group, size)):
+        for part in (part for group in together.values() for part in shard_requests(group, size)):
             if len(batch) + len(part) > size:
                 found.append(batch)
                 batch = []
@@ -113,7 +120,9 @@ def answer(model: Any, processor: Processor, questions: Sequence[Question], conf
         drawing = SeededSampling(seeds, config.temperature, config.top_p, model.device)
     return [
         Response(prompt_id=question.prompt.id, sample=question.sample, text=text, finish_reason=reason)
-        for question, (text, reason) in zip(questions, complete(model, processor, turns, config.max_new_tokens, drawing), strict=True)
+        for question, (text, reason) in zip(
+            questions, complete(model, processor, turns, config.max_new_tokens, drawing), strict=True
+        )
     ]
 
 
@@ -127,7 +136,7 @@ def complete(
     greedy answer, which is made once.
 
     Raises:
-        RequestError: a turn can't be encoded; it is named.
+        UserError: a turn can't be encoded; it is named.
     """
     first: dict[Turn, Turn] = {}  # of the turns that ask the same
     for turn in turns:
@@ -138,30 +147,43 @@ def complete(
     rows = range(len(distinct)) if drawing is None else which
     prompts = prefill(model, processor, distinct, rows, max_new_tokens)
     if prompts is not None:
-        new = _go_on(model, prompts, max_new_tokens, drawing)
+        new = _generate_in_chunks(model, prompts, max_new_tokens, drawing)
     else:
-        inputs = move(encode(processor, [distinct[row] for row in rows], padding_side="left"), model.device, model.dtype)
+        inputs = move(
+            encode(processor, [distinct[row] for row in rows], padding_side="left"), model.device, model.dtype
+        )
         new = list(_generate(model, inputs, max_new_tokens, drawing))
     texts = processor.batch_decode(new, skip_special_tokens=True)
-    closing = set(_closing(model))
-    said = [(text.strip(), "stop" if closing & set(tokens.tolist()) else "length") for text, tokens in zip(texts, new, strict=True)]
+    closing = set(_eos_token_ids(model))
+    said = [
+        (text.strip(), "stop" if closing & set(tokens.tolist()) else "length")
+        for text, tokens in zip(texts, new, strict=True)
+    ]
     return [said[number] for number in which] if drawing is None else said
 
 
-def _go_on(model: Any, prompts: Prefilled, max_new_tokens: int, drawing: SeededSampling | None) -> list[Tensor]:
+def _generate_in_chunks(
+    model: Any, prompts: Prefilled, max_new_tokens: int, drawing: SeededSampling | None
+) -> list[Tensor]:
     """The new tokens of each row. Every few tokens the rows that have ended are left out, so that they don't cost what the longest does."""
     found: list[list[Tensor]] = [[] for _ in prompts.ids]
     rows = torch.arange(len(prompts.ids))
-    closing = torch.tensor(_closing(model), dtype=torch.long, device=prompts.ids.device)
-    for start in range(0, max_new_tokens, STRIDE):
-        inputs: dict[str, Any] = {"input_ids": prompts.ids, "attention_mask": prompts.mask, "position_ids": prompts.positions}
-        new = _generate(model, inputs | {"past_key_values": prompts.cache}, min(STRIDE, max_new_tokens - start), drawing)
+    closing = torch.tensor(_eos_token_ids(model), dtype=torch.long, device=prompts.ids.device)
+    for start in range(0, max_new_tokens, CHUNK_TOKENS):
+        inputs: dict[str, Any] = {
+            "input_ids": prompts.ids,
+            "attention_mask": prompts.mask,
+            "position_ids": prompts.positions,
+        }
+        new = _generate(
+            model, inputs | {"past_key_values": prompts.cache}, min(CHUNK_TOKENS, max_new_tokens - start), drawing
+        )
         for row, tokens in zip(rows.tolist(), new, strict=True):
             found[row].append(tokens)
         going = (~torch.isin(new, closing).any(dim=1)).nonzero()[:, 0]
         if not len(going):
             break
-        prompts = prompts.followed_by(new, going)
+        prompts = prompts.append_tokens(new, going)
         rows = rows[going.cpu()]
         if drawing is not None:
             drawing.keep(going.tolist())
@@ -172,11 +194,13 @@ def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, drawin
     """[B, N] new tokens, padding behind the end of an answer; N is less than the most where all have ended."""
     processors = LogitsProcessorList([] if drawing is None else [drawing])
     with plain_settings(model):
-        output: Tensor = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
+        output: Tensor = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors
+        )
     return output[:, inputs["input_ids"].shape[1] :]
 
 
-def _closing(model: Any) -> list[int]:
+def _eos_token_ids(model: Any) -> list[int]:
     """The tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]

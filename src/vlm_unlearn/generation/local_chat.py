@@ -8,11 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.data.batching import Processor, Turn
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.encoding import Processor, Turn
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import Ask, OnReply, Reply, reply_of
 from vlm_unlearn.generation.hf import complete
-from vlm_unlearn.models.loading import device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.models.loader import device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.store import package_versions
 
 
@@ -20,7 +20,7 @@ class LocalChat:
     """Greedy answers in batches.
 
     Raises:
-        RequestError: there is no such model.
+        UserError: there is no such model.
     """
 
     def __init__(self, model: str, max_tokens: int = 256, batch_size: int = 8) -> None:
@@ -46,8 +46,10 @@ class LocalChat:
     def _replies(self, model: Any, processor: Processor, batch: list[Ask]) -> Iterator[Reply]:
         """A reply a question; where a batch can't be encoded, one by one, so that only the cause gets an error."""
         try:
-            said = complete(model, processor, [Turn(ask.id, ask.image, ask.text, None) for ask in batch], self._max_tokens)
-        except RequestError as error:
+            said = complete(
+                model, processor, [Turn(ask.id, ask.image, ask.text, None) for ask in batch], self._max_tokens
+            )
+        except UserError as error:
             if len(batch) == 1:
                 yield Reply(batch[0].id, None, str(error))
             else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, cut_up
+from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, shard_requests
 from vlm_unlearn.generation.chat import Ask, OpenAIChat, Reply
 from vlm_unlearn.records import Response
 
@@ -21,7 +21,7 @@ class ServerBackend:
         model: the name that the server knows the model by.
 
     Raises:
-        RequestError: the server's address is none.
+        UserError: the server's address is none.
     """
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
@@ -50,7 +50,7 @@ class ServerBackend:
         )
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return cut_up(questions, 1)  # the server makes its own
+        return shard_requests(questions, 1)  # the server makes its own
 
     def look(self) -> None:
         self._chat(1).look()
@@ -59,7 +59,7 @@ class ServerBackend:
         with Grouped(on_answers) as grouped:
             self._ask((question for batch in batches for question in batch), grouped.add, self._config.concurrency)
 
-    def one_by_one(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
         found: list[Response] = []
         self._ask(questions, found.append, 1)
         yield from found
@@ -70,7 +70,9 @@ class ServerBackend:
         def asks() -> Iterator[Ask]:
             for number, question in enumerate(questions):
                 under_way[str(number)] = question
-                yield Ask(str(number), question.prompt.question, question.image, answer_seed(self._config.seed, question))
+                yield Ask(
+                    str(number), question.prompt.question, question.image, answer_seed(self._config.seed, question)
+                )
 
         def take(reply: Reply) -> None:
             question = under_way.pop(reply.id)
@@ -123,7 +125,9 @@ class Grouped:
         self._ticker.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._closed.set()
         self._ticker.join()
         self._hand_on()

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlm_unlearn.data.batching import Batch, Processor, Turn, encode, move, render, token_ids
-from vlm_unlearn.generation.cache import cache_with_room
-from vlm_unlearn.models.layout import LAYOUTS, unwrapped
+from vlm_unlearn.data.encoding import Batch, Processor, Turn, encode, move, render, token_ids
+from vlm_unlearn.generation.cache import preallocated_cache
+from vlm_unlearn.models.layout import LAYOUTS, get_base_model
 
-TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")  # what the processor makes of text; the rest is the images'
+TOKENS = (
+    "input_ids",
+    "attention_mask",
+    "mm_token_type_ids",
+)  # what the processor makes of text; the rest is the images'
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Prefilled:
     positions: Tensor  # [B, S], or [3, B, S] where the family has several axes
     cache: DynamicCache  # [B] rows of S - 1 positions
 
-    def followed_by(self, new: Tensor, rows: Tensor) -> Prefilled:
+    def append_tokens(self, new: Tensor, rows: Tensor) -> Prefilled:
         """Some of the rows, by number, with the new tokens [B, N] behind them; all but the last are in the cache already."""
         on = torch.arange(1, new.shape[1] + 1, device=new.device)
         positions = torch.cat([self.positions, self.positions[..., -1:] + on], dim=-1)
@@ -40,7 +44,9 @@ class Prefilled:
         return Prefilled(ids[rows], mask[rows], positions[..., rows, :], self.cache)
 
 
-def prefill(model: Any, processor: Processor, turns: Sequence[Turn], rows: Sequence[int], max_new_tokens: int) -> Prefilled | None:
+def prefill(
+    model: Any, processor: Processor, turns: Sequence[Turn], rows: Sequence[int], max_new_tokens: int
+) -> Prefilled | None:
     """Prefills the prompts of distinct turns, or does nothing where the model can't share what they begin with.
 
     That takes a family whose positions are ours to give. A sliding window must be as long as prompts and answers, since it would count
@@ -50,9 +56,9 @@ def prefill(model: Any, processor: Processor, turns: Sequence[Turn], rows: Seque
         rows: the turn of each row, by number: a turn has as many rows as it is to have answers.
 
     Raises:
-        RequestError: a turn can't be encoded; it is named.
+        UserError: a turn can't be encoded; it is named.
     """
-    inner: Any = unwrapped(model)
+    inner: Any = get_base_model(model)
     layout = LAYOUTS.get(str(inner.config.model_type))
     if layout is None or not layout.packs:
         return None
@@ -61,7 +67,7 @@ def prefill(model: Any, processor: Processor, turns: Sequence[Turn], rows: Seque
         return None
     prompts, groups, images = encoded
     ids, mask, shared = lay_out(prompts, groups, processor.tokenizer.pad_token_id)
-    cache = cache_with_room(inner.config.get_text_config(decoder=True))
+    cache = preallocated_cache(inner.config.get_text_config(decoder=True))
     if any(layer.is_sliding and ids.shape[1] + max_new_tokens > layer.sliding_window for layer in cache.layers):
         return None
     ids, mask, images = ids.to(inner.device), mask.to(inner.device), move(images, inner.device, inner.dtype)
@@ -95,7 +101,9 @@ def _deal_out(cache: DynamicCache, numbers: Tensor, count: int) -> None:
         cache.batch_select_indices(numbers)
 
 
-def _encode(processor: Processor, turns: Sequence[Turn], image_token: int) -> tuple[list[list[int]], list[int], Batch] | None:
+def _encode(
+    processor: Processor, turns: Sequence[Turn], image_token: int
+) -> tuple[list[list[int]], list[int], Batch] | None:
     """The tokens of each prompt, its group, and what the processor makes of the images, each once.
 
     A group has an image and what stands before it in common; prompts without an image are one group. None where the processor changes
@@ -104,7 +112,10 @@ def _encode(processor: Processor, turns: Sequence[Turn], image_token: int) -> tu
     bare = [token_ids(processor, render(processor, turn).text) for turn in turns]  # an image is a single token here
     behind = [_behind(ids, image_token) for ids in bare]
     numbers: dict[tuple[object, ...], int] = {}
-    groups = [numbers.setdefault((turn.image, *ids[:end]), len(numbers)) for turn, ids, end in zip(turns, bare, behind, strict=True)]
+    groups = [
+        numbers.setdefault((turn.image, *ids[:end]), len(numbers))
+        for turn, ids, end in zip(turns, bare, behind, strict=True)
+    ]
     firsts = [groups.index(group) for group in range(len(numbers))]
     encoded = encode(processor, [turns[row] for row in firsts], padding_side="right")
     heads = []
@@ -142,7 +153,10 @@ def lay_out(prompts: Sequence[Sequence[int]], groups: Sequence[int], padding: in
     mask = torch.zeros_like(ids)
     for row, (group, prompt) in enumerate(zip(groups, prompts, strict=True)):
         cut = common[group]
-        ids[row, shared - cut : shared], ids[row, width - len(prompt) + cut :] = torch.tensor(prompt[:cut]), torch.tensor(prompt[cut:])
+        ids[row, shared - cut : shared], ids[row, width - len(prompt) + cut :] = (
+            torch.tensor(prompt[:cut]),
+            torch.tensor(prompt[cut:]),
+        )
         mask[row, shared - cut : shared] = mask[row, width - len(prompt) + cut :] = 1
     return ids, mask, shared
 

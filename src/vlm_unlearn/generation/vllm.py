@@ -11,9 +11,9 @@ from typing import Any
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import open_image, png_url
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, cut_up
-from vlm_unlearn.models.loading import read_config, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, shard_requests
+from vlm_unlearn.models.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 
 WRITTEN = 16  # so many batches' worth of answers are asked for, and written, at once: vLLM fills its own batches best from many
@@ -24,16 +24,18 @@ class VLLMBackend:
     """A plain model folder or hub name, split over all GPUs that this process sees.
 
     Raises:
-        RequestError: vLLM is not installed, there is no such model, or it is an adapter.
+        UserError: vLLM is not installed, there is no such model, or it is an adapter.
     """
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         if find_spec("vllm") is None:
-            raise RequestError("generation.backend=vllm: vLLM is not installed; pip install '.[vllm]', or use backend=hf")
+            raise UserError("generation.backend=vllm: vLLM is not installed; pip install '.[vllm]', or use backend=hf")
         self._folder = run_model_folder(model)
         if (self._folder / "adapter_config.json").is_file():
             run = self._folder.parent if (self._folder.parent / "manifest.json").is_file() else model
-            raise RequestError(f"model {model}: is an adapter, and vLLM takes whole models; merge it: vlm-unlearn export {run} --out DIR")
+            raise UserError(
+                f"model {model}: is an adapter, and vLLM takes whole models; merge it: vlm-unlearn export {run} --out DIR"
+            )
         self._config = config
         self._precision = resolve_precision(config.precision)
 
@@ -56,7 +58,7 @@ class VLLMBackend:
         )
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return cut_up(questions, WRITTEN * self._config.batch_size)
+        return shard_requests(questions, WRITTEN * self._config.batch_size)
 
     def look(self) -> None:
         """The folder was looked at when this was made."""
@@ -65,7 +67,7 @@ class VLLMBackend:
         for batch in batches:
             on_answers(self._answer(batch))
 
-    def one_by_one(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
         for question in questions:
             yield from self._answer([question])
 

@@ -32,7 +32,7 @@ class Answer:
         """The image's file, looked for only by a judge that shows it.
 
         Raises:
-            RequestError: it is gone, or outside its root.
+            UserError: it is gone, or outside its root.
         """
         if self.prompt.image is None or self.root is None:
             return None
@@ -58,7 +58,7 @@ class Judge(ABC):
         """Looks whether it could grade, before there is anything to grade.
 
         Raises:
-            RequestError, WorkError: it couldn't.
+            UserError, RunError: it couldn't.
         """
 
     def failed(self, answer: Answer, error: str, raw: str | None = None) -> Verdict:
@@ -86,7 +86,9 @@ class OfflineJudge(Judge):
             on_verdict(self.verdict(answer))
 
 
-def judge_file(judge: Judge, answers: Sequence[Answer], file: Path, on_done: Callable[[int], None] | None = None) -> None:
+def judge_file(
+    judge: Judge, answers: Sequence[Answer], file: Path, on_done: Callable[[int], None] | None = None
+) -> None:
     """Appends one Verdict an answer to `file`; what is graded there already is passed over, what failed there is tried again.
 
     Args:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from vlm_unlearn.config import JudgeConfig
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.generation.chat import Ask, ChatModel, OpenAIChat, Reply, ReplyCache, ask_each
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.generation.chat import Ask, ChatModel, OpenAIChat, Reply, ReplyCache, complete_many
 from vlm_unlearn.judging.base import Answer, Judge, OnVerdict
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.rubric import Meaning, Rubric, load_rubric
@@ -32,19 +32,21 @@ class LLMJudge(Judge):
     be read. `answer_score`: the answer stands in the reference's place and the reference in the answer's.
 
     Raises:
-        RequestError: no model is named, the rubric is broken, or it has no published counting.
+        UserError: no model is named, the rubric is broken, or it has no published counting.
     """
 
     def __init__(self, config: JudgeConfig, cache: ReplyCache | None = None) -> None:
         if config.rubric is None or config.model is None:
-            raise RequestError(
+            raise UserError(
                 "judge llm: needs a language model; pass judge.model=MODEL (with judge.server=http://.../v1, or alone for a model folder "
                 "on this machine), or judge=keyword, which sees refusals only"
             )
         self.rubric: Rubric = load_rubric(config.rubric)
-        if config.paper and config.rubric not in PUBLISHED:
-            raise RequestError(f"judge llm: the rubric {self.rubric.name} has no published counting; {', '.join(PUBLISHED)} have")
-        self.name = config.title
+        if config.paper_compat and config.rubric not in PUBLISHED:
+            raise UserError(
+                f"judge llm: the rubric {self.rubric.name} has no published counting; {', '.join(PUBLISHED)} have"
+            )
+        self.name = config.judge_id
         self.labels = self.rubric.labels
         self._config = config
         self._cache = cache
@@ -85,8 +87,8 @@ class LLMJudge(Judge):
         """Calls `on_verdict` once for each answer as its reply comes.
 
         Raises:
-            RequestError: the server refuses the key or doesn't know the model.
-            WorkError: no server is there.
+            UserError: the server refuses the key or doesn't know the model.
+            RunError: no server is there.
         """
         waiting: dict[str, Answer] = {}
         cache = self._cache or (ReplyCache(cache_folder() / "replies.sqlite") if self._config.cache else None)
@@ -99,27 +101,27 @@ class LLMJudge(Judge):
                     continue
                 try:
                     image = answer.image() if self._images else None
-                except RequestError as error:
+                except UserError as error:
                     on_verdict(self.failed(answer, str(error)))
                     continue
                 id = "/".join(map(str, answer.response.key))
                 waiting[id] = answer
                 yield Ask(id, self._request(answer), image)
 
-        ask_each(self._chat, asks(), cache, lambda reply: on_verdict(self._verdict(waiting.pop(reply.id), reply)))
+        complete_many(self._chat, asks(), cache, lambda reply: on_verdict(self._verdict(waiting.pop(reply.id), reply)))
 
     def _request(self, answer: Answer) -> str:
         prompt, text = answer.prompt, answer.response.text or ""
         if self._relevance:
             return self.rubric.request(prompt, text, answer.first_question)
-        if self._config.paper and self.rubric.name == "answer_score":
+        if self._config.paper_compat and self.rubric.name == "answer_score":
             return self.rubric.request(prompt.model_copy(update={"reference": text}), prompt.reference or "")
         return self.rubric.request(prompt, text)
 
     @property
     def _relevance(self) -> bool:
         """Whether Safety Mirage's published judge is followed."""
-        return self._config.paper and self.rubric.name == "relevance"
+        return self._config.paper_compat and self.rubric.name == "relevance"
 
     def _without_asking(self, answer: Answer) -> Verdict | None:
         text = answer.response.text
@@ -128,7 +130,7 @@ class LLMJudge(Judge):
         if self._relevance:
             found = next((word for word in IRRELEVANT_WORDS if word in text.lower()), None)
             return self._graded(answer, Meaning(label="off_topic", score=0), found) if found else None
-        given = None if self._config.paper else self.rubric.head.degenerate
+        given = None if self._config.paper_compat else self.rubric.head.degenerate
         reason = degenerate_reason(text) if given else None
         return self._graded(answer, given, reason) if given and reason else None
 
@@ -146,5 +148,10 @@ class LLMJudge(Judge):
     def _graded(self, answer: Answer, meaning: Meaning, raw: str | None) -> Verdict:
         response = answer.response
         return Verdict(
-            prompt_id=response.prompt_id, sample=response.sample, judge=self.name, label=meaning.label, score=meaning.score, raw=raw
+            prompt_id=response.prompt_id,
+            sample=response.sample,
+            judge=self.name,
+            label=meaning.label,
+            score=meaning.score,
+            raw=raw,
         )

@@ -12,16 +12,16 @@ from vlm_unlearn.records import Prompt, Verdict
 
 
 class RougeJudge(OfflineJudge):
-    """ROUGE-L with stemming (Lin 2004, by Google's rouge-score): F1, or with `paper` the recall of the reference.
+    """ROUGE-L with stemming (Lin 2004, by Google's rouge-score): F1, or with `paper_compat` the recall of the reference.
 
     SafeEraser's script reports the precision with prediction and reference swapped, which is that recall.
     """
 
     labels = ()
 
-    def __init__(self, paper: bool = False) -> None:
-        self.name = "rouge_l-paper" if paper else "rouge_l"
-        self._paper = paper
+    def __init__(self, paper_compat: bool = False) -> None:
+        self.name = "rouge_l-paper_compat" if paper_compat else "rouge_l"
+        self._paper_compat = paper_compat
 
     def identity(self) -> Mapping[str, object]:
         return {**super().identity(), "rouge-score": version("rouge-score")}
@@ -36,4 +36,6 @@ class RougeJudge(OfflineJudge):
         if not prompt.reference:
             return Verdict(prompt_id=prompt.id, judge=self.name, error="the prompt has no reference answer")
         found = self._scorer.score(prompt.reference, text)["rougeL"]
-        return Verdict(prompt_id=prompt.id, judge=self.name, score=float(found.recall if self._paper else found.fmeasure))
+        return Verdict(
+            prompt_id=prompt.id, judge=self.name, score=float(found.recall if self._paper_compat else found.fmeasure)
+        )

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from vlm_unlearn.config import Strict, validate
 from vlm_unlearn.data.prompts import fence
-from vlm_unlearn.errors import RequestError, nearest, shown
+from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import LABELS, Label, Prompt
 from vlm_unlearn.store import digest_text, user_path
 
@@ -77,7 +77,9 @@ class Head(Strict):
             raise ValueError("a rubric asks for one of `words` or for `numbers`")
         if any(not 0 <= low < high <= 999 or not name.strip() for name, (low, high) in self.numbers.items()):
             raise ValueError("numbers: a name with a range from the lower to the higher end, within 0 to 999")
-        if len({_bare(word) for word in self.words}) < len(self.words) or any(_bare(word) != word.upper() for word in self.words):
+        if len({_bare(word) for word in self.words}) < len(self.words) or any(
+            _bare(word) != word.upper() for word in self.words
+        ):
             raise ValueError("words: each must be another word, without marks around it, whatever its case")
         if self.combine is None and len(self.numbers) > 1:
             raise ValueError("several numbers need `combine`")
@@ -104,7 +106,10 @@ class Rubric:
     @property
     def labels(self) -> tuple[Label, ...]:
         """The labels that its verdicts can be."""
-        given = {meaning.label for meaning in (*self.head.words.values(), *([self.head.degenerate] if self.head.degenerate else []))}
+        given = {
+            meaning.label
+            for meaning in (*self.head.words.values(), *([self.head.degenerate] if self.head.degenerate else []))
+        }
         return tuple(label for label in LABELS if label in given)
 
     def request(self, prompt: Prompt, answer: str, question: str | None = None) -> str:
@@ -123,7 +128,9 @@ class Rubric:
             "reference": reference,
             "criteria": criteria.get(prompt.category or "", criteria.get("default", "")),
         }
-        return _PLACE.sub(lambda place: texts[place.group(1)], self.text)  # in one pass: what is put in is not looked at again
+        return _PLACE.sub(
+            lambda place: texts[place.group(1)], self.text
+        )  # in one pass: what is put in is not looked at again
 
     def read(self, reply: str) -> Meaning | None:
         """What a reply says, or None where it doesn't say it in the form asked for. What a model thought aloud before it is passed over."""
@@ -163,7 +170,9 @@ class Rubric:
 
 
 # What chat models read as the ends of turns, as images, or as another speaker, wherever it stands.
-_TOKEN = re.compile(r"<(?=\|[^|<>\n]{1,40}\|>|/?(?:s|bos|eos|pad|unk|image|video|start_of_turn|end_of_turn|think)>)|\[(?=/?(?:INST|SYS)\])")
+_TOKEN = re.compile(
+    r"<(?=\|[^|<>\n]{1,40}\|>|/?(?:s|bos|eos|pad|unk|image|video|start_of_turn|end_of_turn|think)>)|\[(?=/?(?:INST|SYS)\])"
+)
 
 
 def _without_tokens(text: str) -> str:
@@ -198,30 +207,33 @@ def load_rubric(name: str) -> Rubric:
     """A shipped rubric by its name, or a file.
 
     Raises:
-        RequestError: there is none, its head is broken, or its text doesn't fence what it shows.
+        UserError: there is none, its head is broken, or its text doesn't fence what it shows.
     """
     if name in shipped_rubrics():
-        where, text = f"rubric {name}", (files("vlm_unlearn.judging") / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
+        where, text = (
+            f"rubric {name}",
+            (files("vlm_unlearn.judging") / "rubrics" / f"{name}.txt").read_text(encoding="utf-8"),
+        )
     else:
         path = user_path(name)
         where = str(path)
         if not path.is_file():
             known = ", ".join(shipped_rubrics())
-            raise RequestError(f"rubric {shown(name)}: no such file{nearest(name, shipped_rubrics())}; shipped: {known}")
+            raise UserError(f"rubric {quoted(name)}: no such file{nearest(name, shipped_rubrics())}; shipped: {known}")
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
+            raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
         if path.stem in shipped_rubrics():
-            raise RequestError(f"{path}: {path.stem} is the name of a shipped rubric; give the file another")
+            raise UserError(f"{path}: {path.stem} is the name of a shipped rubric; give the file another")
         name = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)[:60]
     match = _HEAD.match(text.replace("\r\n", "\n"))
     if not match:
-        raise RequestError(f"{where}: a rubric begins with a head between two lines ---, then its text")
+        raise UserError(f"{where}: a rubric begins with a head between two lines ---, then its text")
     try:
         head = yaml.load(match.group(1), Loader=_YesIsAWord)
     except Exception as error:  # as in config.load
-        raise RequestError(f"{where}: the head is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{where}: the head is not valid YAML: {getattr(error, 'problem', None) or error}") from None
     rubric = Rubric(name, validate(Head, head, where), match.group(2), digest_text(text))
     _check_text(rubric, where)
     return rubric
@@ -231,8 +243,10 @@ def _check_text(rubric: Rubric, where: str) -> None:
     for place in ("question", "answer", "reference"):
         bare, fenced = f"{{{place}}}", f"{{fence}}\n{{{place}}}\n{{fence}}"
         if rubric.text.count(bare) != rubric.text.count(fenced):
-            raise RequestError(f"{where}: {bare} must stand on a line of its own between two lines {{fence}}: it is another's text")
+            raise UserError(
+                f"{where}: {bare} must stand on a line of its own between two lines {{fence}}: it is another's text"
+            )
     if "{answer}" not in rubric.text:
-        raise RequestError(f"{where}: {{answer}} is missing, what is to be judged")
+        raise UserError(f"{where}: {{answer}} is missing, what is to be judged")
     if ("{criteria}" in rubric.text) != bool(rubric.head.criteria):
-        raise RequestError(f"{where}: {{criteria}} in the text and `criteria` in the head go together")
+        raise UserError(f"{where}: {{criteria}} in the text and `criteria` in the head go together")

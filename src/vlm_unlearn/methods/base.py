@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.config import MethodConfig, Strict, validate
-from vlm_unlearn.errors import RequestError, nearest
+from vlm_unlearn.errors import UserError, nearest
 
 NonNegative = Annotated[float, Field(ge=0)]
 Role = Literal["forget", "retain", "decouple", "preferred"]
@@ -57,7 +57,7 @@ class Step(Protocol):
     """One step's batches, seen through the model. Values are computed once, when first asked for.
 
     What is a mean over tokens weighs each token of the *optimizer step* the same, over all its micro-batches and processes, so
-    that a batch gives the same gradient however it is split; with `paper`, each micro-batch weighs the same, as published.
+    that a batch gives the same gradient however it is split; with `paper_compat`, each micro-batch weighs the same, as published.
     """
 
     progress: float  # share of the run's optimizer steps that are done, 0 at the first
@@ -76,7 +76,7 @@ class Step(Protocol):
 
     def logits(self, role: Role) -> Tensor:
         """[B, K, V] at the K columns from before the first answer token to the last, zeros where no answer token is next; all S
-        columns for `Method.whole_logits`."""
+        columns for `Method.full_logit_roles`."""
 
     def reference_logits(self, role: Role) -> Tensor:
         """[B, K, V] `logits` under the reference model, without gradient."""
@@ -103,7 +103,9 @@ class Step(Protocol):
 class Options(Strict):
     """What every method can be told."""
 
-    paper: bool = False
+    renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
+
+    paper_compat: bool = False
     """The published code's counting; docs/published.md says what differs."""
 
 
@@ -113,11 +115,15 @@ class Method:
     name: ClassVar[str]
     source: ClassVar[str]  # paper and where to find it
     options_type: ClassVar[type[Options]] = Options
-    answered_with: ClassVar[Literal["given", "refusal"]] = "given"  # what the forget questions are answered with in training
+    forget_target: ClassVar[Literal["given", "refusal"]] = (
+        "given"  # what the forget questions are answered with in training
+    )
     unlearns: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
     layer_option: ClassVar[str] = "layer"  # the option that `hidden_layers` come from
-    forget_as_one_turn: ClassVar[bool] = False  # question and answer in one human turn (RMU)
-    preferred_answers: ClassVar[Literal["refusal", "data"] | None] = None  # where the answers of the role "preferred" come from
+    append_answer_to_prompt: ClassVar[bool] = False  # question and answer in one human turn (RMU)
+    preferred_answers: ClassVar[Literal["refusal", "data"] | None] = (
+        None  # where the answers of the role "preferred" come from
+    )
 
     def __init__(self, options: Options) -> None:
         self.options: Any = options
@@ -138,29 +144,31 @@ class Method:
         return ()
 
     @property
-    def hidden_only(self) -> tuple[Role, ...]:
+    def truncated_forward_roles(self) -> tuple[Role, ...]:
         """Roles of whose pass the loss uses `hidden` alone: the layers above are left out. One role at least must go through them all."""
         return ()
 
     @property
-    def whole_logits(self) -> tuple[Role, ...]:
+    def full_logit_roles(self) -> tuple[Role, ...]:
         """Roles whose logits the loss uses at every position, not at the answers only."""
         return ()
 
     @property
-    def paper(self) -> bool:
+    def paper_compat(self) -> bool:
         """Whether the published code's counting is asked for."""
-        return bool(self.options.paper)
+        return bool(self.options.paper_compat)
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         """Called once before training, with the language model's hidden size and number of decoder layers.
 
         Raises:
-            RequestError: an option doesn't fit the model, such as a layer that it doesn't have.
+            UserError: an option doesn't fit the model, such as a layer that it doesn't have.
         """
         for layer in self.hidden_layers:
             if layer >= layers:
-                raise RequestError(f"method.{self.layer_option}: {layer} out of range; the model has decoder layers 0 to {layers - 1}")
+                raise UserError(
+                    f"method.{self.layer_option}: {layer} out of range; the model has decoder layers 0 to {layers - 1}"
+                )
 
     def loss(self, step: Step) -> LossOutput:
         """The loss of one step."""
@@ -190,12 +198,14 @@ def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
     """The method that a recipe names, wrapped in prompt decoupling when its weight is above 0.
 
     Raises:
-        RequestError: the method or one of its options is unknown, or an option's value is wrong.
+        UserError: the method or one of its options is unknown, or an option's value is wrong.
     """
     from vlm_unlearn.methods.prompt_decouple import PromptDecouple
 
     if config.name not in METHODS:
-        raise RequestError(f'unknown method "{config.name}"{nearest(config.name, METHODS)}; known: {", ".join(sorted(METHODS))}')
+        raise UserError(
+            f'unknown method "{config.name}"{nearest(config.name, METHODS)}; known: {", ".join(sorted(METHODS))}'
+        )
     kind = METHODS[config.name]
     method = kind(validate(kind.options_type, dict(config.model_extra or {}), f"method {config.name}"))
     return PromptDecouple(method, prompt_decouple_weight) if prompt_decouple_weight > 0 else method

@@ -45,7 +45,10 @@ class DPO(Method):
         before = step.reference_nll("preferred", options.reduction), step.reference_nll("forget", options.reduction)
         preference = dpo_loss(preferred, rejected, *before, options.beta)
         retain = step.cross_entropy("retain")
-        return LossOutput(options.forget_weight * preference + options.retain_weight * retain, {"forget": preference, "retain": retain})
+        return LossOutput(
+            options.forget_weight * preference + options.retain_weight * retain,
+            {"forget": preference, "retain": retain},
+        )
 
 
 @register("idk_dpo", "Zhang et al. 2024, arXiv 2404.05868; Maini et al. 2024 (TOFU), arXiv 2401.06121")

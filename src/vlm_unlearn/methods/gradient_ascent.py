@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlm_unlearn.losses import answer_mask, kl_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceLogits, Role, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    Need,
+    NonNegative,
+    Options,
+    ReferenceLogits,
+    Role,
+    Step,
+    register,
+)
 
 
 class GAOptions(Options):
@@ -61,13 +71,13 @@ class KL(Method):
         return (ReferenceLogits("retain"),)
 
     @property
-    def whole_logits(self) -> tuple[Role, ...]:
-        return ("retain",) if self.paper else ()
+    def full_logit_roles(self) -> tuple[Role, ...]:
+        return ("retain",) if self.paper_compat else ()
 
     def loss(self, step: Step) -> LossOutput:
         forget = -step.cross_entropy("forget")
         # The published code averages over padding too; see docs/published.md.
-        mask: Tensor | None = None if self.paper else answer_mask(step.labels("retain"))
+        mask: Tensor | None = None if self.paper_compat else answer_mask(step.labels("retain"))
         retain = kl_loss(step.logits("retain"), step.reference_logits("retain"), mask) * step.share("retain", "answers")
         total = self.options.forget_weight * forget + self.options.kl_weight * retain
         return LossOutput(total, {"forget": forget, "retain_kl": retain})

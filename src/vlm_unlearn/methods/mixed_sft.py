@@ -16,7 +16,9 @@ class MixedSFT(Method):
 
     def loss(self, step: Step) -> LossOutput:
         total = step.cross_entropy("forget", "retain")
-        return LossOutput(total, {"refusal": step.cross_entropy("forget").detach(), "retain": step.cross_entropy("retain").detach()})
+        return LossOutput(
+            total, {"refusal": step.cross_entropy("forget").detach(), "retain": step.cross_entropy("retain").detach()}
+        )
 
 
 @register("posthoc_sft", "VLGuard (Zong et al. 2024, arXiv 2402.02207); baseline of Safety Mirage")

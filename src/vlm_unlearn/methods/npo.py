@@ -52,7 +52,7 @@ class NPO(Method):
 
     def _pair(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options
-        if self.paper:  # the published code takes the difference of batch means; see docs/published.md
+        if self.paper_compat:  # the published code takes the difference of batch means; see docs/published.md
             current, reference = step.batch_nll(role)
             return current[None], reference[None]
         return step.nll(role, options.reduction), step.reference_nll(role, options.reduction)

@@ -10,4 +10,4 @@ from vlm_unlearn.methods.mixed_sft import MixedSFT
 class PO(MixedSFT):
     """Cross-entropy on the forget questions answered with a random refusal and on the retain set, as one batch."""
 
-    answered_with = "refusal"
+    forget_target = "refusal"

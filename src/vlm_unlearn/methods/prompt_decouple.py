@@ -21,9 +21,9 @@ class PromptDecouple(Method):
         self.method = method
         self.weight = weight
         # What the batches look like is the wrapped method's to say.
-        self.answered_with = method.answered_with  # type: ignore[misc]
+        self.forget_target = method.forget_target  # type: ignore[misc]
         self.unlearns = method.unlearns  # type: ignore[misc]
-        self.forget_as_one_turn = method.forget_as_one_turn  # type: ignore[misc]
+        self.append_answer_to_prompt = method.append_answer_to_prompt  # type: ignore[misc]
         self.preferred_answers = method.preferred_answers  # type: ignore[misc]
 
     @property
@@ -39,12 +39,12 @@ class PromptDecouple(Method):
         return self.method.hidden_layers
 
     @property
-    def hidden_only(self) -> tuple[Role, ...]:
-        return self.method.hidden_only
+    def truncated_forward_roles(self) -> tuple[Role, ...]:
+        return self.method.truncated_forward_roles
 
     @property
-    def whole_logits(self) -> tuple[Role, ...]:
-        return self.method.whole_logits
+    def full_logit_roles(self) -> tuple[Role, ...]:
+        return self.method.full_logit_roles
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         self.method.prepare(hidden_size, layers, generator)

@@ -9,7 +9,17 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import rmu_forget_loss, rmu_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceHidden, Role, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    Need,
+    NonNegative,
+    Options,
+    ReferenceHidden,
+    Role,
+    Step,
+    register,
+)
 
 
 class RMUOptions(Options):
@@ -32,7 +42,7 @@ class RMU(Method):
     """
 
     options_type = RMUOptions
-    forget_as_one_turn = True
+    append_answer_to_prompt = True
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -43,7 +53,7 @@ class RMU(Method):
         return (self.options.layer,)
 
     @property
-    def hidden_only(self) -> tuple[Role, ...]:
+    def truncated_forward_roles(self) -> tuple[Role, ...]:
         return ("forget",)
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
@@ -55,8 +65,10 @@ class RMU(Method):
         options: RMUOptions = self.options
         hidden = step.hidden("forget", options.layer)
         # The published code averages over padding too; see docs/published.md.
-        masks = {role: None if self.paper else step.attention_mask(role) for role in self.roles}
-        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.share("forget", "tokens")
+        masks = {role: None if self.paper_compat else step.attention_mask(role) for role in self.roles}
+        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.share(
+            "forget", "tokens"
+        )
         retain = step.cross_entropy("retain")
         total = forget + options.retain_weight * retain
         parts = {"forget": forget, "retain": retain}

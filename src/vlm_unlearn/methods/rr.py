@@ -9,7 +9,17 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import rerouting_forget_loss, rerouting_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceHidden, Role, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    Need,
+    NonNegative,
+    Options,
+    ReferenceHidden,
+    Role,
+    Step,
+    register,
+)
 
 
 class RROptions(Options):
@@ -43,7 +53,7 @@ class RR(Method):
         return layers
 
     @property
-    def hidden_only(self) -> tuple[Role, ...]:
+    def truncated_forward_roles(self) -> tuple[Role, ...]:
         return ("forget",)
 
     def loss(self, step: Step) -> LossOutput:
@@ -61,7 +71,11 @@ class RR(Method):
     def _mean(self, step: Step, role: Role) -> Tensor:
         """[] the role's term, averaged over the layers: on forget answers only, since the questions are asked of harmless things too."""
         term, mask = (
-            (rerouting_forget_loss, step.answer_mask(role)) if role == "forget" else (rerouting_retain_loss, step.attention_mask(role))
+            (rerouting_forget_loss, step.answer_mask(role))
+            if role == "forget"
+            else (rerouting_retain_loss, step.attention_mask(role))
         )
-        terms = [term(step.hidden(role, layer), step.reference_hidden(role, layer), mask) for layer in self.hidden_layers]
+        terms = [
+            term(step.hidden(role, layer), step.reference_hidden(role, layer), mask) for layer in self.hidden_layers
+        ]
         return torch.stack(terms).mean()

@@ -31,4 +31,6 @@ class SimNPO(Method):
         options: SimNPOOptions = self.options
         forget = simnpo_loss(step.nll("forget"), options.beta, options.gamma)
         retain = step.cross_entropy("retain")
-        return LossOutput(options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain})
+        return LossOutput(
+            options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain}
+        )

@@ -31,7 +31,11 @@ class UNDIAL(Method):
 
     def loss(self, step: Step) -> LossOutput:
         options: UNDIALOptions = self.options
-        forget = undial_loss(step.logits("forget"), step.reference_logits("forget"), step.labels("forget"), options.penalty)
+        forget = undial_loss(
+            step.logits("forget"), step.reference_logits("forget"), step.labels("forget"), options.penalty
+        )
         forget = forget * step.share("forget", "answers")
         retain = step.cross_entropy("retain")
-        return LossOutput(options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain})
+        return LossOutput(
+            options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain}
+        )

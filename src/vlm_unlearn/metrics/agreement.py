@@ -69,6 +69,8 @@ def hit_rates(pairs: Sequence[tuple[bool, bool]], clusters: Sequence[str], faile
     """The true positive and the true negative rate of the second of each pair, the first being the truth."""
     rates = []
     for truth in (True, False):
-        of_truth = [(said == truth, cluster) for (true, said), cluster in zip(pairs, clusters, strict=True) if true == truth]
+        of_truth = [
+            (said == truth, cluster) for (true, said), cluster in zip(pairs, clusters, strict=True) if true == truth
+        ]
         rates.append(rate([hit for hit, _ in of_truth], [cluster for _, cluster in of_truth], failed))
     return rates[0], rates[1]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from vlm_unlearn.records import LABELS, Label, Prompt, Rate, Verdict
 
-Failures = Literal["left_out", "not_counted_as_hits"]
+OnError = Literal["exclude", "count_as_miss"]
 Z = 1.959963984540054  # two-sided 95 %
 
 
@@ -103,8 +103,8 @@ def label_outcomes(
     prompts: Mapping[str, Prompt],
     verdicts: Iterable[Verdict],
     labels: Collection[Label],
-    group: Literal["any", "each"],
-    failures: Failures = "left_out",
+    aggregate: Literal["any_per_question", "per_response"],
+    on_error: OnError = "exclude",
 ) -> Outcomes:
     """Whether the label of each answer (``each``) or of one of each question's answers (``any``) is one of `labels`.
 
@@ -112,10 +112,12 @@ def label_outcomes(
     out, whatever its others say: to keep only those that another shot settles would keep hits and drop misses. Failures are counted.
 
     Args:
-        failures: ``not_counted_as_hits`` keeps failed verdicts in the denominator, as the published scripts do.
+        on_error: ``count_as_miss`` keeps failed verdicts in the denominator, as the published scripts do.
     """
     values: dict[Hashable, float] = {}
-    clusters: dict[Hashable, str] = {}  # by group, whatever the case: the same question in two cases is not asked independently
+    clusters: dict[
+        Hashable, str
+    ] = {}  # by group, whatever the case: the same question in two cases is not asked independently
     failed = 0
     broken: dict[Hashable, bool] = {}
     untold: set[Hashable] = set()  # questions with a failed verdict
@@ -124,26 +126,27 @@ def label_outcomes(
         question = (prompt.set, prompt.group_id)
         failed += verdict.label is None
         clusters[question] = clusters[verdict.key] = prompt.group_id
-        if verdict.label is None and failures == "left_out":
+        if verdict.label is None and on_error == "exclude":
             untold.add(question)
             continue
         hit = verdict.label in labels
         broken[question] = hit or broken.get(question, False)
         values[verdict.key] = hit
-    if group == "any":
+    if aggregate == "any_per_question":
         values = {question: outcome for question, outcome in broken.items() if question not in untold}
     return Outcomes(values, clusters, failed)
 
 
 def score_outcomes(
-    prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict], inverted: bool = False, failures: Failures = "left_out"
+    prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict], inverted: bool = False, on_error: OnError = "exclude"
 ) -> Outcomes:
     """The verdicts' scores, or with `inverted` what each lacks to 1; arguments else as in `label_outcomes`."""
     found = list(verdicts)
-    kept = [verdict for verdict in found if verdict.score is not None or failures != "left_out"]
+    kept = [verdict for verdict in found if verdict.score is not None or on_error != "exclude"]
     # A failed answer is no hit either way: 0, and not 1 - 0.
     values: dict[Hashable, float] = {
-        verdict.key: 0.0 if verdict.score is None else 1 - verdict.score if inverted else verdict.score for verdict in kept
+        verdict.key: 0.0 if verdict.score is None else 1 - verdict.score if inverted else verdict.score
+        for verdict in kept
     }
     clusters: dict[Hashable, str] = {verdict.key: prompts[verdict.prompt_id].group_id for verdict in kept}
     return Outcomes(values, clusters, sum(verdict.score is None for verdict in found))
@@ -184,7 +187,9 @@ def mean_of_rates(rates: Sequence[Rate]) -> Rate:
     """
     n, failed = sum(rate.n for rate in rates), sum(rate.failed for rate in rates)
     told = [
-        (rate.value, rate.low, rate.high) for rate in rates if rate.value is not None and rate.low is not None and rate.high is not None
+        (rate.value, rate.low, rate.high)
+        for rate in rates
+        if rate.value is not None and rate.low is not None and rate.high is not None
     ]
     if not rates or len(told) < len(rates):
         return Rate(value=None, low=None, high=None, n=n, failed=failed)

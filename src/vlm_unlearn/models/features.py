@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.store import delete_parts_of_the_dead
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.store import remove_stale_temp_files
 
 LAST = "last"  # the name of a tower's last hidden state beside those of its layers, which are numbers
 
@@ -34,7 +34,7 @@ class FeatureCache:
         folder: keeps them there, for later runs too; it must be named by everything the features depend on: weights, precision, versions.
 
     Raises:
-        RequestError: the folder can't be made.
+        UserError: the folder can't be made.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
@@ -47,12 +47,12 @@ class FeatureCache:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise RequestError(
+                raise UserError(
                     f"{folder}: no features can be kept there ({error.strerror}); "
                     "let VLM_UNLEARN_CACHE name a folder of yours, or take training.feature_cache=memory"
                 ) from error
             with suppress(OSError):  # of a folder that can only be read
-                delete_parts_of_the_dead(folder)
+                remove_stale_temp_files(folder)
             files = []
             for file in folder.glob("*.safetensors"):
                 with suppress(FileNotFoundError):  # another process makes room
@@ -104,7 +104,11 @@ def _bytes(features: Features) -> int:
 def _read(file: Path) -> Features | None:
     try:
         found = load_file(file)
-    except (OSError, RuntimeError, SafetensorError):  # never there, torn, or taken away by another process, even while it is opened
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ):  # never there, torn, or taken away by another process, even while it is opened
         return None
     with suppress(OSError):  # of a file that can only be read
         os.utime(file)
@@ -122,7 +126,7 @@ def _write(file: Path, features: Features) -> bool:
     return True
 
 
-def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
+def cache_vision_features(tower: nn.Module, cache: FeatureCache) -> None:
     """From now on the vision tower runs only images that it has not seen.
 
     The tower must stay frozen and whole: where it is cut up among processes, all of them must run it together. Calls that give it
@@ -132,14 +136,18 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
     run: Any = tower.forward
     last: dict[str, Features] = {}  # a step's reference has the same images, and the cache may have no room for them
 
-    def forward(pixel_values: Tensor, output_hidden_states: int | Sequence[int] | bool | None = None, **others: Any) -> Any:
+    def forward(
+        pixel_values: Tensor, output_hidden_states: int | Sequence[int] | bool | None = None, **others: Any
+    ) -> Any:
         alone = pixel_values.dim() == 4 and not any(isinstance(value, Tensor) for value in others.values())
         if not alone or isinstance(output_hidden_states, bool):
             return run(pixel_values, output_hidden_states=output_hidden_states, **others)
         layers = _numbers(output_hidden_states)
         asked = f"{layers} {_autocast(pixel_values.device)}"
         keys = [_digest(image, asked) for image in pixel_values]
-        found = {key: features for key in dict.fromkeys(keys) if (features := last.get(key) or cache.get(key)) is not None}
+        found = {
+            key: features for key in dict.fromkeys(keys) if (features := last.get(key) or cache.get(key)) is not None
+        }
         missing = {key: number for number, key in enumerate(keys) if key not in found}
         for key, number in missing.items():
             # Alone, so that what is beside it in a batch, or was cached before a run went on, changes no bit of it.
@@ -152,9 +160,12 @@ def keep_features(tower: nn.Module, cache: FeatureCache) -> None:
             cache.put(key, found[key])
         last.clear()
         last.update(found)
-        together = {name: torch.stack([found[key][name].to(pixel_values.device) for key in keys]) for name in found[keys[0]]}
+        together = {
+            name: torch.stack([found[key][name].to(pixel_values.device) for key in keys]) for name in found[keys[0]]
+        }
         return BaseModelOutputWithPooling(
-            last_hidden_state=together.get(LAST), hidden_states={layer: together[str(layer)] for layer in layers} or None
+            last_hidden_state=together.get(LAST),
+            hidden_states={layer: together[str(layer)] for layer in layers} or None,
         )
 
     tower.forward = forward

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vlm_unlearn.errors import RequestError, nearest
+from vlm_unlearn.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Layout:
 
 LAYOUTS = {
     "llava": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", packs=True),
-    "llava_next": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", packs=True),
+    "llava_next": Layout(
+        "model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", packs=True
+    ),
     "qwen2_5_vl": Layout("model.language_model.layers", "model.visual.merger", "model.visual", packs=True),
     "mllama": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_model"),
     "idefics3": Layout("model.text_model.layers", "model.connector", "model.vision_model"),
@@ -35,16 +37,18 @@ def layout_of(model: nn.Module) -> Layout:
     """The layout of a model's family (``config.model_type``).
 
     Raises:
-        RequestError: the family is not known yet.
+        UserError: the family is not known yet.
     """
     family = str(getattr(getattr(model, "config", None), "model_type", ""))
     if family not in LAYOUTS:
         known = ", ".join(sorted(LAYOUTS))
-        raise RequestError(f'model family "{family}" is not known ({known}){nearest(family, LAYOUTS)}; add it to models/layout.py')
+        raise UserError(
+            f'model family "{family}" is not known ({known}){nearest(family, LAYOUTS)}; add it to models/layout.py'
+        )
     return LAYOUTS[family]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def get_base_model(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrapper, if there is one (adapters stay in place)."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) else model
@@ -52,7 +56,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of the language model, first to last."""
-    inner = unwrapped(model)
+    inner = get_base_model(model)
     layers = inner.get_submodule(layout_of(inner).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
@@ -60,7 +64,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def vision_tower(model: nn.Module) -> nn.Module:
     """The vision tower; in some families the projector is a part of it."""
-    inner = unwrapped(model)
+    inner = get_base_model(model)
     return inner.get_submodule(layout_of(inner).vision_tower)
 
 

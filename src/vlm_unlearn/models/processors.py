@@ -12,8 +12,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from vlm_unlearn.data.batching import Processor
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.errors import UserError
 
 # What an image processor for fixed squares knows beside the padding.
 _SQUARE_SETTINGS = (
@@ -33,7 +33,9 @@ def auto_processor(folder: Path) -> Processor:
     if is_torchvision_available():
         # The backend goes to all parts alike, and there is no video processor for Pillow: the image processor comes after.
         processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
-        processor.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            str(folder), backend="pil", trust_remote_code=False
+        )
         return processor
     # The class keeps its name: it is saved with the processor, and plain transformers looks it up.
     without: Any = type(kind.__name__, (_WithoutVideos, kind), {})
@@ -46,14 +48,18 @@ def pad_to_squares(processor: Processor, folder: Path) -> None:
     Source: the option of that name in haotian-liu/LLaVA; its 1.5 models are trained so. Size, crop, mean and deviation stay.
 
     Raises:
-        RequestError: the processor isn't LLaVA's with images of one square size.
+        UserError: the processor isn't LLaVA's with images of one square size.
     """
     images = processor.image_processor
     known = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
-    side = (getattr(images, "crop_size", None) if getattr(images, "do_center_crop", False) else None) or getattr(images, "size", None) or {}
+    side = (
+        (getattr(images, "crop_size", None) if getattr(images, "do_center_crop", False) else None)
+        or getattr(images, "size", None)
+        or {}
+    )
     square = side.get("height") is not None and side.get("height") == side.get("width")
     if type(processor).__name__ != "LlavaProcessor" or not type(images).__name__.startswith(known) or not square:
-        raise RequestError(
+        raise UserError(
             f"model {folder}: image_aspect_ratio=pad is for LLaVA models with images of one square size, and this is a "
             f"{type(processor).__name__} with {type(images).__name__}; use image_aspect_ratio=processor"
         )
@@ -80,7 +86,9 @@ class _WithoutVideos:
     """Comes before a processor class of transformers: all its parts are loaded as ever, but for the video processor."""
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, folder: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any) -> list[Any]:
+    def _get_arguments_from_pretrained(
+        cls, folder: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
         parts: list[Any] = []
         for name in cls.get_attributes():  # type: ignore[attr-defined]
             if name == "video_processor":
@@ -90,7 +98,9 @@ class _WithoutVideos:
             elif name == "image_processor":
                 parts.append(AutoImageProcessor.from_pretrained(folder, **kwargs))
             else:
-                raise RequestError(f"model {folder}: its processor has a part {name}, and no torchvision is there; install torchvision")
+                raise UserError(
+                    f"model {folder}: its processor has a part {name}, and no torchvision is there; install torchvision"
+                )
         return parts
 
     def check_argument_for_proper_class(self, name: str, argument: object) -> object:
@@ -115,7 +125,12 @@ def _video_settings(folder: Path) -> dict[str, Any]:
 
 def _processor_class(folder: Path) -> Any:
     """The processor class that AutoProcessor would choose (its order of files), or None."""
-    for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json"):
+    for name in (
+        "processor_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "tokenizer_config.json",
+    ):
         found = _json(folder / name).get("processor_class")
         if found:
             return getattr(transformers, str(found), None)

@@ -33,7 +33,9 @@ def add_sine(projector: nn.Module) -> None:
 def merge_sine(model: nn.Module) -> None:
     """Writes ``W + sin(dW)`` into the weights and takes the parametrizations away, wherever there are any."""
     for module in list(model.modules()):
-        own = module._modules.get("parametrizations")  # not by attribute: PEFT's wrappers pass on what their modules have
+        own = module._modules.get(
+            "parametrizations"
+        )  # not by attribute: PEFT's wrappers pass on what their modules have
         for name, found in list(own.items()) if isinstance(own, nn.ModuleDict) else []:
             if isinstance(found[0], SineDelta):  # type: ignore[index]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)

@@ -58,7 +58,9 @@ def tiny_processor(words: Sequence[str], image_size: int = 32, patch_size: int =
     )
 
 
-def tiny_llava(processor: LlavaProcessor, width: int = 128, vision_layers: int = 2, layers: int = 3) -> LlavaForConditionalGeneration:
+def tiny_llava(
+    processor: LlavaProcessor, width: int = 128, vision_layers: int = 2, layers: int = 3
+) -> LlavaForConditionalGeneration:
     """A randomly initialised LLaVA (4 patch tokens + CLS an image) for `tiny_processor`. Seed torch before the call."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(

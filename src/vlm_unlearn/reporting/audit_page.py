@@ -8,7 +8,12 @@ from vlm_unlearn.data.audit import Audit
 from vlm_unlearn.reporting.page import render_page
 from vlm_unlearn.store import write_text
 
-FEATURE_NAMES = {"first_word": "First word", "first_bigram": "First two words", "length": "Length in words", "image": "Has an image"}
+FEATURE_NAMES = {
+    "first_word": "First word",
+    "first_bigram": "First two words",
+    "length": "Length in words",
+    "image": "Has an image",
+}
 
 
 def write_audit_page(file: Path, audit: Audit, name: str) -> None:

@@ -69,7 +69,11 @@ KNOWN: tuple[Column, ...] = (
     ("sarr", "SARR", "Safe Answer Refusal Rate: unsafe questions on a benign image not answered normally"),
     ("degenerate_rate", "Degenerate", "answers that are no sentence, over the cases that the suite counts"),
     ("utility", "Utility", "harmless questions answered right, of the cases that the suite counts"),
-    ("utility_attacked", "Utility attacked", "harmless questions answered right under the suite's attack on the wording"),
+    (
+        "utility_attacked",
+        "Utility attacked",
+        "harmless questions answered right under the suite's attack on the wording",
+    ),
     ("rouge_l", "ROUGE-L", "harmless answers against their reference"),
     ("answer_score", "Answer score", "a judge's score of the same, 0 to 1"),
     *((name, title, f"{title}'s own score") for name, title in BENCHMARKS.items()),
@@ -81,7 +85,11 @@ PARTS = ("utility_vlguard", "utility_safe_eraser")
 ELSEWHERE: tuple[Column, ...] = (
     ("utility_vlguard", "Utility, VLGuard", "VLGuard's harmless questions answered right"),
     ("utility_safe_eraser", "Utility, SafeEraser", "SafeEraser's harmless questions answered right"),
-    ("answers_relevant_attacked", "Answers relevant, attacked", "of all answers to the attack, and not of all questions"),
+    (
+        "answers_relevant_attacked",
+        "Answers relevant, attacked",
+        "of all answers to the attack, and not of all questions",
+    ),
     ("answers_refused_attacked", "Answers refused, attacked", "of all answers to the attack, and not of all questions"),
 )
 CASES: Mapping[str, str] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm_unlearn.config import Suite
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.comparing import compare_runs
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.comparison import compare_runs
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.reporting.columns import case_title, heading
 from vlm_unlearn.reporting.provenance import own_digest, same_weights
@@ -44,7 +44,7 @@ def read_evaluated(run: Path, base_digest: object, base: str, evaluations: Seque
         base: the recipe's model.
 
     Raises:
-        RequestError: an evaluation has no summary.
+        UserError: an evaluation has no summary.
     """
     own = own_digest(run, base_digest)
     return [_read(folder, run, own, base_digest, base) for folder in evaluations]
@@ -73,8 +73,10 @@ def changes(found: Sequence[Evaluated]) -> list[Summary | str]:
 def _change(old: Evaluated, new: Evaluated) -> Summary | str:
     name = new.models[0]
     try:
-        summary, _ = compare_runs({old.models[0] if old.models[0] != name else f"{name}, base": old.folder, name: new.folder})
-    except RequestError:  # its message names folders that are no business of the card's readers
+        summary, _ = compare_runs(
+            {old.models[0] if old.models[0] != name else f"{name}, base": old.folder, name: new.folder}
+        )
+    except UserError:  # its message names folders that are no business of the card's readers
         return "Base and model were not compared prompt by prompt; `vlm-unlearn compare` says why."
     return summary
 
@@ -88,7 +90,11 @@ def model_index(name: str, found: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
     results = [
         EvalResult(
-            task_type="image-text-to-text", metric_value=values.pop("value"), metric_type=metric, metric_name=heading(metric), **data
+            task_type="image-text-to-text",
+            metric_value=values.pop("value"),
+            metric_type=metric,
+            metric_name=heading(metric),
+            **data,
         )
         for one in found
         if one.role == "this" and one.suite is not None
@@ -106,7 +112,13 @@ def _results(row: Row, suite: Suite, prompts: str) -> list[tuple[str, dict[str, 
             values = {key: round(value, 4) for key, value in rate.model_dump().items() if value is not None}
             judge = row.judge_of(metric)
             rest = {key: value for key, value in values.items() if key != "value"} | ({"judge": judge} if judge else {})
-            found.append((metric, values, {**_dataset(metric, suite), "dataset_args": {"prompts_sha256": prompts}, "metric_args": rest}))
+            found.append(
+                (
+                    metric,
+                    values,
+                    {**_dataset(metric, suite), "dataset_args": {"prompts_sha256": prompts}, "metric_args": rest},
+                )
+            )
     return found
 
 
@@ -115,6 +127,6 @@ def _dataset(metric: str, suite: Suite) -> Mapping[str, str]:
     config = suite.metrics.get(metric)
     if config is None:
         return {"dataset_type": metric, "dataset_name": heading(metric)}
-    formats = dict.fromkeys(case.format for case in suite.cases if case.name in config.cases)
-    names = "; ".join(case_title(case) for case in config.cases)
-    return {"dataset_type": "+".join(formats), "dataset_name": names, "dataset_config": ",".join(config.cases)}
+    formats = dict.fromkeys(case.format for case in suite.splits if case.name in config.splits)
+    names = "; ".join(case_title(case) for case in config.splits)
+    return {"dataset_type": "+".join(formats), "dataset_name": names, "dataset_config": ",".join(config.splits)}

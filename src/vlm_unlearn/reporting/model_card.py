@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from vlm_unlearn.config import Recipe, validate
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.records import Summary
 from vlm_unlearn.reporting.columns import columns
@@ -31,13 +31,13 @@ def model_card(run: Path, evaluations: Sequence[Path] = (), license: str | None 
         license: of the base model, for the front matter; we can't know it.
 
     Raises:
-        RequestError: `run` is no training run, or an evaluation has no summary.
+        UserError: `run` is no training run, or an evaluation has no summary.
     """
     if not (run / "manifest.json").is_file():
-        raise RequestError(f"{run}: is no folder that `vlm-unlearn train` wrote")
+        raise UserError(f"{run}: is no folder that `vlm-unlearn train` wrote")
     manifest = read_manifest(run)
     if manifest["identity"].get("kind") != "train":
-        raise RequestError(f"{run}: is no training run; pass a folder that `vlm-unlearn train` wrote")
+        raise UserError(f"{run}: is no training run; pass a folder that `vlm-unlearn train` wrote")
     recipe = validate(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json")).model_dump(mode="json")
     found = read_evaluated(run, manifest["identity"].get("model"), recipe["model"], evaluations)
     summary = join_summaries(evaluations) if evaluations else None
@@ -65,9 +65,7 @@ the questions that your users ask.
 
 It is not for use as the only safeguard, where a wrong or harmful answer does damage, nor as proof that knowledge is gone from the weights.
 """
-MEASURED_SO_FAR = (
-    "- This model was measured with the questions and attacks above; others may bring the knowledge back, and so may further training."
-)
+MEASURED_SO_FAR = "- This model was measured with the questions and attacks above; others may bring the knowledge back, and so may further training."
 UNMEASURED = "- Whether the knowledge is gone: no evaluation of this model's weights came with it."
 ONE_RUN = "- It is one training run with one seed: another seed's model would give other numbers, beyond what intervals allow for."
 CANT_TELL = [
@@ -138,7 +136,10 @@ def _made(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Settings and digests: what it takes to make it again."""
     identity = manifest["identity"]
     settings = {key: str(value) for key, value in _settings(recipe, manifest).items()}
-    digests = {"base model": str(identity.get("model")), **{name: str(value) for name, value in dict(identity.get("data") or {}).items()}}
+    digests = {
+        "base model": str(identity.get("model")),
+        **{name: str(value) for name, value in dict(identity.get("data") or {}).items()},
+    }
     return [
         "",
         "## How it was made",
@@ -164,12 +165,14 @@ def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
         **{key: value for key, value in method.items() if key != "name"},
         **({"prompt decouple weight": decoupled} if decoupled else {}),
         "trained": recipe["trainable"]["mode"],
-        **({} if training["max_steps"] else {"epochs": training["epochs"]}),
-        "projector": {"sine": "W + sin(dW), merged"}.get(recipe["trainable"]["projector"], recipe["trainable"]["projector"]),
+        **({} if training["max_steps"] else {"epochs": training["num_train_epochs"]}),
+        "projector": {"sine": "W + sin(dW), merged"}.get(
+            recipe["trainable"]["projector"], recipe["trainable"]["projector"]
+        ),
         "optimizer steps": manifest.get("steps", "unknown"),
         **({"ended by its probe": manifest["stopped"]} if manifest.get("stopped") else {}),
         "learning rate": training["learning_rate"],
-        "batch": f"{training['batch_size']} x {training['gradient_accumulation_steps']} x {identity.get('processes', '?')} process(es)",
+        "batch": f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']} x {identity.get('processes', '?')} process(es)",
         "seed": training["seed"],
         "precision": identity.get("precision", "unknown"),
     }

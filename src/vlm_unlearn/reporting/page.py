@@ -30,7 +30,9 @@ def render_page(template: str, scripts: Sequence[str] = (), data: object = None,
         scripts: file names in the templates folder, or whole scripts where they hold a line break.
         data: what the scripts read, as a JSON value.
     """
-    texts = [script.replace("</script", "<\\/script") if "\n" in script else template_text(script) for script in scripts]
+    texts = [
+        script.replace("</script", "<\\/script") if "\n" in script else template_text(script) for script in scripts
+    ]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_in_order)
     environment.filters["plural"] = lambda count, word: f"{count:,} {word}{'' if count == 1 else 's'}"
     allowed = [
@@ -58,7 +60,11 @@ def template_text(name: str) -> str:
 
 def _in_order(value: object) -> object:
     """Text of others without what turns the words around it: marks of direction, and half of a letter; what we made stays."""
-    return UNRULY.sub(lambda found: printable(found[0]), value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return (
+        UNRULY.sub(lambda found: printable(found[0]), value)
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )
 
 
 def _source(script: str) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import Suite
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.evaluation.generating import saved_suite
-from vlm_unlearn.evaluation.grading import suite_costs
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.generate import saved_suite
+from vlm_unlearn.evaluation.verdicts import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import case_title
-from vlm_unlearn.reporting.words import judges_of
+from vlm_unlearn.reporting.formatting import judges_of
 from vlm_unlearn.store import digest_model, read_manifest, user_path
 
 DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of weights; of an adapter its base's and its own
@@ -41,7 +41,9 @@ def sources_of(runs: Mapping[str, Path], training: Mapping[str, Path]) -> dict[s
         suite = saved_suite(run)
         trained_in = training.get(model) or training_run(suite.model, run)
         trained = _manifest(trained_in) if trained_in is not None else {}
-        found[model] = Source(model, run, suite, _manifest(run), _lines(run / "prompts.jsonl"), trained_in if trained else None, trained)
+        found[model] = Source(
+            model, run, suite, _manifest(run), _lines(run / "prompts.jsonl"), trained_in if trained else None, trained
+        )
     return found
 
 
@@ -56,10 +58,15 @@ def training_run(model: str, run: Path) -> Path | None:
     evaluated = _manifest(run).get("identity", {}).get("model")
     asked = user_path(model)
     named = asked.parent if asked.name == "model" else asked
-    moved = [folder / "runs" / named.name for folder in run.resolve().parents[:3]] if named.parent.name == "runs" else []
+    moved = (
+        [folder / "runs" / named.name for folder in run.resolve().parents[:3]] if named.parent.name == "runs" else []
+    )
     for folder in (asked, named, *moved):
         identity = _manifest(folder).get("identity", {})
-        if identity.get("kind") == "train" and same_weights(evaluated, own_digest(folder, identity.get("model"))) is not False:
+        if (
+            identity.get("kind") == "train"
+            and same_weights(evaluated, own_digest(folder, identity.get("model"))) is not False
+        ):
             return folder
     return None
 
@@ -90,7 +97,7 @@ def own_digest(run: Path, base_digest: object) -> str | None:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         return read_manifest(folder) if (folder / "manifest.json").is_file() else {}
-    except RequestError:  # another's file of that name
+    except UserError:  # another's file of that name
         return {}
 
 
@@ -106,9 +113,11 @@ def what_was_done(rows: Sequence[Row], sources: Mapping[str, Source]) -> list[st
     asked = list(sources.values())
     counts = sorted({source.questions for source in asked})
     many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
-    cases = list(dict.fromkeys(case.name for source in asked for case in source.suite.cases))
+    cases = list(dict.fromkeys(case.name for source in asked for case in source.suite.splits))
     benchmarks = list(dict.fromkeys(one.name for source in asked for one in source.suite.benchmarks))
-    files = dict.fromkeys(path.name for source in asked for path in (*(case.file for case in source.suite.cases), *_files(source.suite)))
+    files = dict.fromkeys(
+        path.name for source in asked for path in (*(case.file for case in source.suite.splits), *_files(source.suite))
+    )
     judges = judges_of(rows)
     models = f"{len(rows)} models were" if len(rows) > 1 else f"{rows[0].model} was" if rows else "No model was"
     first = f"{models} asked {many} questions{' each' if len(rows) > 1 else ''}"
@@ -146,7 +155,11 @@ def _seeds(sources: Sequence[Source]) -> str:
 def training_seed(source: Source) -> int | None:
     """The seed that a model was trained with."""
     recipe = source.trained.get("identity", {}).get("recipe")
-    seed = recipe.get("training", {}).get("seed") if isinstance(recipe, dict) and isinstance(recipe.get("training"), dict) else None
+    seed = (
+        recipe.get("training", {}).get("seed")
+        if isinstance(recipe, dict) and isinstance(recipe.get("training"), dict)
+        else None
+    )
     return seed if isinstance(seed, int) else None
 
 
@@ -169,7 +182,9 @@ def costs_of(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
         spent = {}
         if source.trained:
             spent["training"] = _seconds(source.trained)
-            spent["optimizer steps"] = f"{source.trained['steps']:,}" if isinstance(source.trained.get("steps"), int) else "–"
+            spent["optimizer steps"] = (
+                f"{source.trained['steps']:,}" if isinstance(source.trained.get("steps"), int) else "–"
+            )
             spent["training's peak memory"] = _memory(source.trained)
         if source.manifest:
             spent["generation"] = _seconds(source.manifest)
@@ -209,7 +224,9 @@ def commands_of(sources: Mapping[str, Source]) -> list[str]:
         if source.training is not None:
             if source.training not in trained:
                 trained[source.training] = f"again/runs/{names[model]}"
-                lines.append(f"vlm-unlearn train {_quoted(source.training / 'recipe.json')} output={_quoted(trained[source.training])}")
+                lines.append(
+                    f"vlm-unlearn train {_quoted(source.training / 'recipe.json')} output={_quoted(trained[source.training])}"
+                )
             made = f" model={_quoted(trained[source.training])}"
         out = f"--out {_quoted(f'again/evaluations/{names[model]}')} --name={_quoted(model)}"
         lines.append(f"vlm-unlearn evaluate {_quoted(source.run / 'suite.json')}{made} {out}")
@@ -223,7 +240,9 @@ def _names_of_folders(models: Iterable[str]) -> dict[str, str]:
     for model in models:
         plain = re.sub(r"[^A-Za-z0-9._+-]", "_", model)[-60:].lstrip(".-") or "model"
         taken = {name.lower() for name in found.values()}
-        found[model] = next(name for name in (plain, *(f"{plain}-{i}" for i in range(2, len(found) + 3))) if name.lower() not in taken)
+        found[model] = next(
+            name for name in (plain, *(f"{plain}-{i}" for i in range(2, len(found) + 3))) if name.lower() not in taken
+        )
     return found
 
 

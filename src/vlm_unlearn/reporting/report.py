@@ -9,23 +9,42 @@ from urllib.parse import quote, urlencode
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from vlm_unlearn.errors import RequestError, printable, shown
-from vlm_unlearn.evaluation.generating import OnDone
+from vlm_unlearn.errors import UserError, printable, quoted
+from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Comparison, Row, Summary
 from vlm_unlearn.reporting.answers.answers_page import write_answers
-from vlm_unlearn.reporting.charts.chart import COLOURS, style_of
+from vlm_unlearn.reporting.assessment import verdict
+from vlm_unlearn.reporting.caveats import limits
+from vlm_unlearn.reporting.charts.chart import COLORS, style_of
 from vlm_unlearn.reporting.charts.curves import loss_charts
 from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import SHAPES, plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import case_title, columns, heading
-from vlm_unlearn.reporting.limits import limits
+from vlm_unlearn.reporting.formatting import (
+    change,
+    edge,
+    failures,
+    meaning,
+    notes,
+    percent,
+    published,
+    reach,
+    significant,
+)
+from vlm_unlearn.reporting.metric_roles import Link, Roles, answers_link, changes_link, roles_of
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.reporting.provenance import COSTS, Source, commands_of, costs_of, digests_of, sources_of, versions_of, what_was_done
-from vlm_unlearn.reporting.roles import Link, Roles, answers_link, changes_link, roles_of
+from vlm_unlearn.reporting.provenance import (
+    COSTS,
+    Source,
+    commands_of,
+    costs_of,
+    digests_of,
+    sources_of,
+    versions_of,
+    what_was_done,
+)
 from vlm_unlearn.reporting.tables.summary_tables import delete_other_tables, write_tables
-from vlm_unlearn.reporting.verdicts import verdict
-from vlm_unlearn.reporting.words import change, edge, failures, meaning, notes, percent, published, reach, significant
 from vlm_unlearn.store import write_text
 
 OWN = ("report.html", "report", "summary.json")  # what a report's folder holds
@@ -53,7 +72,7 @@ def write_report(
         The page to open.
 
     Raises:
-        RequestError: a run's files are broken, or the folder can't be written to.
+        UserError: a run's files are broken, or the folder can't be written to.
     """
     sources = sources_of(runs, training or {})
     roles = roles_of(summary.rows, {model: source.suite for model, source in sources.items()})
@@ -84,7 +103,9 @@ def write_report(
     return folder / "report.html"
 
 
-def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], left_out: Sequence[str]) -> dict[str, object]:
+def _in_words(
+    summary: Summary, roles: Roles, sources: Mapping[str, Source], left_out: Sequence[str]
+) -> dict[str, object]:
     """What the page says, and the functions that it says numbers with."""
     rows = summary.rows
     used = columns(rows)
@@ -101,7 +122,7 @@ def _in_words(summary: Summary, roles: Roles, sources: Mapping[str, Source], lef
     return {
         "done": what_was_done(rows, sources),
         "verdicts": [verdict(row, roles) for row in rows],
-        "looks": [(COLOURS[style.colour], SHAPES[style.shape]) for style in map(style_of, range(len(rows)))],
+        "looks": [(COLORS[style.color], SHAPES[style.shape]) for style in map(style_of, range(len(rows)))],
         "sentences": meaning(rows),
         "columns": used,
         "rows": rows,
@@ -142,23 +163,25 @@ def _by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def refuse_other_content(folder: Path) -> None:
+def validate_report_folder(folder: Path) -> None:
     """Looks before a report is written that the folder holds nothing else.
 
     Raises:
-        RequestError: it holds a run, something that is no report's, or a link, which would lead out of the folder.
+        UserError: it holds a run, something that is no report's, or a link, which would lead out of the folder.
     """
     if folder.is_symlink() and not folder.exists():
-        raise RequestError(f"{folder}: is a link to nothing; choose another folder for the report")
+        raise UserError(f"{folder}: is a link to nothing; choose another folder for the report")
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: is a file, not a folder; choose another folder for the report")
+        raise UserError(f"{folder}: is a file, not a folder; choose another folder for the report")
     if (folder / "manifest.json").exists():
-        raise RequestError(f"{folder}: holds a run; choose another folder for the report")
+        raise UserError(f"{folder}: holds a run; choose another folder for the report")
     for below, own in ((folder, OWN), (folder / "report", BELOW)):
         entries = sorted(entry.name for entry in below.iterdir()) if below.is_dir() else []
         link = next((name for name in entries if name in own and (below / name).is_symlink()), None)
         if link is not None:
-            raise RequestError(f"{below / link}: is a link; delete it, or choose another folder for the report")
+            raise UserError(f"{below / link}: is a link; delete it, or choose another folder for the report")
         foreign = next((name for name in entries if name not in own and not name.startswith(".")), None)
         if foreign is not None:
-            raise RequestError(f"{below}: holds {shown(foreign)}, which is no report's; choose another folder for the report")
+            raise UserError(
+                f"{below}: holds {quoted(foreign)}, which is no report's; choose another folder for the report"
+            )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.store import first_problem, read_json
 
@@ -16,15 +16,15 @@ def read_summary(folder: Path) -> Summary:
     """A folder's summary.json.
 
     Raises:
-        RequestError: there is none, or it isn't one; the field is named.
+        UserError: there is none, or it isn't one; the field is named.
     """
     file = folder / "summary.json"
     if not file.is_file():
-        raise RequestError(f"{folder}: has no summary.json; run `vlm-unlearn evaluate` or `score` first")
+        raise UserError(f"{folder}: has no summary.json; run `vlm-unlearn evaluate` or `score` first")
     try:
         return Summary.model_validate(read_json(file))
     except ValidationError as error:
-        raise RequestError(f"{file}: {first_problem(error)}") from None
+        raise UserError(f"{file}: {first_problem(error)}") from None
 
 
 def join_summaries(folders: Sequence[Path]) -> Summary:
@@ -33,7 +33,7 @@ def join_summaries(folders: Sequence[Path]) -> Summary:
     Comparisons are against one base: they stay where there is a single summary, and else go.
 
     Raises:
-        RequestError: as `read_summary`; also for a metric or case that two summaries have of one model.
+        UserError: as `read_summary`; also for a metric or case that two summaries have of one model.
     """
     summaries = [read_summary(folder) for folder in folders]
     if len(summaries) == 1:
@@ -46,16 +46,22 @@ def join_summaries(folders: Sequence[Path]) -> Summary:
 
 
 def _joined(row: Row, other: Row, folder: Path) -> Row:
-    twice = [key for kind in ("metrics", "paper", "labels") for key in getattr(row, kind).keys() & getattr(other, kind).keys()]
+    twice = [
+        key
+        for kind in ("metrics", "paper", "labels")
+        for key in getattr(row, kind).keys() & getattr(other, kind).keys()
+    ]
     if twice:
-        raise RequestError(
-            f"{folder}: {shown(min(twice))} of {shown(row.model)} is in another summary too; "
+        raise UserError(
+            f"{folder}: {quoted(min(twice))} of {quoted(row.model)} is in another summary too; "
             "give one of the two models another name with `vlm-unlearn score RUN --name`"
         )
     judge = row.judge or other.judge
     both = (row, other)
     judges = {metric: its for one in both for metric in one.metrics if (its := one.judge_of(metric)) != judge}
-    published = {metric: its for one in both for metric in one.paper if (its := one.paper_judges.get(metric, one.judge)) != judge}
+    published = {
+        metric: its for one in both for metric in one.paper if (its := one.paper_judges.get(metric, one.judge)) != judge
+    }
     failed = {name: row.failed.get(name, {}) | other.failed.get(name, {}) for name in row.failed | other.failed}
     return row.model_copy(
         update={
@@ -63,7 +69,10 @@ def _joined(row: Row, other: Row, folder: Path) -> Row:
             "judges": judges,
             "paper_judges": published,
             "failed": failed,
-            **{name: getattr(row, name) | getattr(other, name) for name in ("metrics", "paper", "labels", "categories", "shots")},
+            **{
+                name: getattr(row, name) | getattr(other, name)
+                for name in ("metrics", "paper", "labels", "categories", "shots")
+            },
             "batching": row.batching or other.batching,
         }
     )

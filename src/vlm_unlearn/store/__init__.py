@@ -1,7 +1,6 @@
 """What runs leave on disk: files that a kill can't break, and the folders that hold them."""
 
 from vlm_unlearn.store.files import RecordLog as RecordLog
-from vlm_unlearn.store.files import delete_parts_of_the_dead as delete_parts_of_the_dead
 from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json
 from vlm_unlearn.store.files import digest_model as digest_model
@@ -10,21 +9,22 @@ from vlm_unlearn.store.files import dump_record as dump_record
 from vlm_unlearn.store.files import first_problem as first_problem
 from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records
-from vlm_unlearn.store.files import refuse_overwriting as refuse_overwriting
+from vlm_unlearn.store.files import remove_stale_temp_files as remove_stale_temp_files
 from vlm_unlearn.store.files import user_path as user_path
+from vlm_unlearn.store.files import validate_not_overwriting as validate_not_overwriting
 from vlm_unlearn.store.files import without_surrogates as without_surrogates
 from vlm_unlearn.store.files import write_json as write_json
 from vlm_unlearn.store.files import write_records as write_records
 from vlm_unlearn.store.files import write_text as write_text
 from vlm_unlearn.store.files import writing as writing
-from vlm_unlearn.store.runs import build_once as build_once
+from vlm_unlearn.store.runs import build_atomically as build_atomically
 from vlm_unlearn.store.runs import cache_folder as cache_folder
+from vlm_unlearn.store.runs import describe_path as describe_path
 from vlm_unlearn.store.runs import lock_folder as lock_folder
 from vlm_unlearn.store.runs import lock_run as lock_run
-from vlm_unlearn.store.runs import note_cost as note_cost
 from vlm_unlearn.store.runs import open_run as open_run
 from vlm_unlearn.store.runs import package_versions as package_versions
 from vlm_unlearn.store.runs import peak_memory_mb as peak_memory_mb
 from vlm_unlearn.store.runs import read_manifest as read_manifest
-from vlm_unlearn.store.runs import refuse_foreign as refuse_foreign
-from vlm_unlearn.store.runs import what_it_is as what_it_is
+from vlm_unlearn.store.runs import record_cost as record_cost
+from vlm_unlearn.store.runs import validate_same_run as validate_same_run

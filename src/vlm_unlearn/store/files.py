@@ -13,7 +13,7 @@ from typing import Any, TextIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import AnswerRecord
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -31,17 +31,17 @@ def writing(path: Path) -> Iterator[TextIO]:
     A link is followed. A lone surrogate, which no UTF-8 file can hold, is written as ``?``.
 
     Raises:
-        RequestError: a folder, or something else than a file, is there, or the file can't be made.
+        UserError: a folder, or something else than a file, is there, or the file can't be made.
     """
     _refuse_special(path)
     target = path.resolve() if path.is_symlink() else path
     part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        delete_parts_of_the_dead(target.parent, glob.escape(target.name[:100]))
+        remove_stale_temp_files(target.parent, glob.escape(target.name[:100]))
         handle = part.open("w", encoding="utf-8", errors="replace", newline="")
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}; choose another output") from None
+        raise UserError(f"{path}: {error.strerror}; choose another output") from None
     try:
         with handle:
             yield handle
@@ -50,7 +50,7 @@ def writing(path: Path) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
-def delete_parts_of_the_dead(folder: Path, name: str = "*") -> None:
+def remove_stale_temp_files(folder: Path, name: str = "*") -> None:
     """Deletes what processes that were killed while they wrote a file of such a name have left, ``.NAME.PROCESS.part``."""
     for part in folder.glob(f".{name}.*.part"):
         pid = part.suffixes[-2][1:] if len(part.suffixes) > 1 else ""
@@ -66,28 +66,28 @@ def _alive(pid: int) -> bool:
 
 def _refuse_special(path: Path) -> None:
     if path.is_dir():
-        raise RequestError(f"{path}: is a folder; name a file to write")
+        raise UserError(f"{path}: is a folder; name a file to write")
     _refuse_endless(path, "name a file to write")
 
 
 def _refuse_endless(path: Path, mend: str = "a file is wanted") -> None:
     """Refuses what reading may never come to an end of."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise RequestError(f"{path}: is a device or a pipe; {mend}")
+        raise UserError(f"{path}: is a device or a pipe; {mend}")
 
 
-def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
+def validate_not_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
     """Looks before anything is written that no output is an input, under whatever name.
 
     Raises:
-        RequestError: one is, or a folder or a device stands where a file is to be written.
+        UserError: one is, or a folder or a device stands where a file is to be written.
     """
     known = [Path(source) for source in inputs if source is not None]
     for out in outputs:
         _refuse_special(out)
         for source in known:
             if out.exists() and source.exists() and out.samefile(source):
-                raise RequestError(f"{out}: is an input too; choose another output")
+                raise UserError(f"{out}: is an input too; choose another output")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,56 +110,56 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        RequestError: the file is missing, or is not JSON; the line is named.
+        UserError: the file is missing, or is not JSON; the line is named.
     """
     _refuse_endless(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: byte {error.start} is not UTF-8 text") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise RequestError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise RequestError(f"{path}: nested too deeply to be data") from None
+        raise UserError(f"{path}: nested too deeply to be data") from None
     except ValueError as error:  # a number of thousands of digits
-        raise RequestError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
     """Yields the records of a JSON-lines file.
 
     Raises:
-        RequestError: the file is missing or a line is not such a record; the line and the field are named.
+        UserError: the file is missing or a line is not such a record; the line and the field are named.
     """
     _refuse_endless(path)
     try:
         handle = path.open(encoding="utf-8-sig")
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     with handle:
         try:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     yield _parse(model, line, f"{path}: line {number}")
         except UnicodeDecodeError:
-            raise RequestError(f"{path}: not UTF-8 text") from None
+            raise UserError(f"{path}: not UTF-8 text") from None
 
 
 def _parse(model: type[Model], line: str, where: str) -> Model:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        raise RequestError(f"{where}: {first_problem(error)}") from None
+        raise UserError(f"{where}: {first_problem(error)}") from None
 
 
 def first_problem(error: ValidationError) -> str:
     """``"field: what is wrong with it"``, of the first of the problems; the file's own words in it are escaped."""
     first = error.errors()[0]
-    field = ".".join(shown(part)[1:-1] for part in first["loc"])
+    field = ".".join(quoted(part)[1:-1] for part in first["loc"])
     return f"{field + ': ' if field else ''}{first['msg']}"
 
 
@@ -239,5 +239,7 @@ def digest_file(path: Path) -> str:
 def digest_model(folder: Path) -> str:
     """SHA-256 over a model folder's weights, configuration, tokenizer and chat template (their bytes, never the path)."""
     wanted = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in wanted and path.name != "manifest.json")
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.suffix in wanted and path.name != "manifest.json"
+    )
     return digest_json({path.name: digest_file(path) for path in files})

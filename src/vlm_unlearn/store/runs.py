@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.store.files import read_json, user_path, write_json
 
 PACKAGES = ("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
@@ -41,7 +41,9 @@ def package_versions() -> dict[str, str]:
 def peak_memory_mb() -> int:
     """Peak resident memory of this process so far, in MiB (0 where the platform doesn't tell)."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where the next way would count what the process that started this one held at that moment
+    if (
+        status.is_file()
+    ):  # Linux, where the next way would count what the process that started this one held at that moment
         found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         if found:
             return int(found[0]) // 1024
@@ -62,44 +64,60 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
     experiments are never mixed in one file.
 
     Raises:
-        RequestError: the folder's manifest has another identity, or the folder holds files but no manifest.
+        UserError: the folder's manifest has another identity, or the folder holds files but no manifest.
     """
     path = folder / "manifest.json"
     resolved = json.loads(json.dumps(identity, default=str))
-    refuse_foreign(folder)
+    validate_same_run(folder)
     if path.exists():
         manifest = read_manifest(folder)
         if manifest["identity"] != resolved:
             changed = ", ".join(_differences(manifest["identity"], resolved))
-            raise RequestError(f"{folder}: holds another run (different: {changed}); choose another output folder or delete this one")
+            raise UserError(
+                f"{folder}: holds another run (different: {changed}); choose another output folder or delete this one"
+            )
         return manifest
-    manifest = {"schema": 1, "identity": resolved, "versions": package_versions(), "wall_seconds": 0.0, "finished": False}
+    manifest = {
+        "schema": 1,
+        "identity": resolved,
+        "versions": package_versions(),
+        "wall_seconds": 0.0,
+        "finished": False,
+    }
     write_json(path, manifest)
     return manifest
 
 
-def refuse_foreign(folder: Path) -> None:
+def validate_same_run(folder: Path) -> None:
     """Refuses to make a run folder where something else is.
 
     Raises:
-        RequestError: a file is there, or a folder with other things than a run.
+        UserError: a file is there, or a folder with other things than a run.
     """
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: is a file, not a folder; choose another output folder")
-    if folder.exists() and not (folder / "manifest.json").exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise RequestError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
+        raise UserError(f"{folder}: is a file, not a folder; choose another output folder")
+    if (
+        folder.exists()
+        and not (folder / "manifest.json").exists()
+        and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    ):
+        raise UserError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A run folder's manifest.
 
     Raises:
-        RequestError: it is missing or was edited into something else.
+        UserError: it is missing or was edited into something else.
     """
     manifest = read_json(folder / "manifest.json")
-    whole = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict) and isinstance(manifest.get("finished"), bool)
+    whole = (
+        isinstance(manifest, dict)
+        and isinstance(manifest.get("identity"), dict)
+        and isinstance(manifest.get("finished"), bool)
+    )
     if not whole or not _amount(manifest.get("wall_seconds")) or not _amount(manifest.get("peak_memory_mb", 0)):
-        raise RequestError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
+        raise UserError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
     return dict(manifest)
 
 
@@ -116,7 +134,7 @@ _WRITTEN_BY = {
 }
 
 
-def what_it_is(path: Path) -> str:
+def describe_path(path: Path) -> str:
     """``'; it is a training run: ...'``: what lies at a path where something else was wanted, as far as it can be told."""
     if not path.exists():
         return "; there is nothing of that name"
@@ -126,12 +144,14 @@ def what_it_is(path: Path) -> str:
         return "; it is a model folder, for model="
     try:
         kind = read_manifest(path)["identity"].get("kind")
-    except RequestError:
+    except UserError:
         return ""
     return f"; it {_WRITTEN_BY[kind].format(path, path)}" if kind in _WRITTEN_BY else ""
 
 
-def note_cost(folder: Path, wall_seconds: float, finished: bool = False, ended: Mapping[str, object] | None = None) -> None:
+def record_cost(
+    folder: Path, wall_seconds: float, finished: bool = False, ended: Mapping[str, object] | None = None
+) -> None:
     """Adds wall time to a run's manifest, notes the process's peak memory so far, and marks the run finished.
 
     `ended` says how it ended: optimizer steps, why it stopped. Time after the last note before a kill is lost: the cost is a lower
@@ -150,9 +170,9 @@ def lock_run(folder: Path) -> Iterator[None]:
     """Holds a run folder as `lock_folder` does.
 
     Raises:
-        RequestError: as `lock_folder` and `refuse_foreign`.
+        UserError: as `lock_folder` and `validate_same_run`.
     """
-    refuse_foreign(folder)
+    validate_same_run(folder)
     with lock_folder(folder):
         yield
 
@@ -162,17 +182,17 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Makes a folder and holds it for this process; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        RequestError: another process is at work in the folder, or the folder can't be made.
+        UserError: another process is at work in the folder, or the folder can't be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"{folder}: {error.strerror}; choose another output folder") from None
+        raise UserError(f"{folder}: {error.strerror}; choose another output folder") from None
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RequestError(f"{folder}: another process is at work in this folder") from None
+        raise UserError(f"{folder}: another process is at work in this folder") from None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -187,7 +207,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 @contextmanager
-def build_once(folder: Path) -> Iterator[Path | None]:
+def build_atomically(folder: Path) -> Iterator[Path | None]:
     """Builds `folder` at most once, safe under several processes and a kill at any moment.
 
     Yields a scratch folder to fill, which becomes `folder` when the block ends without an error, or None when `folder` is

@@ -14,11 +14,11 @@ from torch import Tensor
 from vlm_unlearn.losses import answer_nll
 from vlm_unlearn.models import tiny
 from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
-from vlm_unlearn.store import build_once, cache_folder, digest_file, digest_json, package_versions
+from vlm_unlearn.store import build_atomically, cache_folder, digest_file, digest_json, package_versions
 from vlm_unlearn.tiny_world import drawing, lexicon
 from vlm_unlearn.tiny_world.drawing import draw
-from vlm_unlearn.tiny_world.lexicon import COLOURS, FORMS, answer, things, vocabulary, wordings
-from vlm_unlearn.tiny_world.threads import one_thread
+from vlm_unlearn.tiny_world.lexicon import COLORS, FORMS, answer, things, vocabulary, wordings
+from vlm_unlearn.tiny_world.threads import limit_to_one_thread
 
 INTENTS = ("recipe", "recipe", "colour", "name")  # recipes are the hardest to learn
 
@@ -49,9 +49,9 @@ def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | 
         "versions": package_versions(),
     }
     folder = cache_folder() / "tiny_world" / f"base-{digest_json(facts)[:16]}"
-    with build_once(folder) as scratch:
+    with build_atomically(folder) as scratch:
         if scratch is not None:
-            with one_thread():
+            with limit_to_one_thread():
                 _train(config, scratch, on_step)
     return folder
 
@@ -62,20 +62,22 @@ def _train(config: BaseConfig, folder: Path, on_step: Callable[[int, int, float]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = tiny_llava(processor, config.width, layers=config.layers)
-    drawn = [(thing, colour) for thing in things(config.seed) for colour in COLOURS for _ in range(config.images)]
-    images = [draw(thing.name, COLOURS[colour], rng) for thing, colour in drawn]
+    drawn = [(thing, color) for thing in things(config.seed) for color in COLORS for _ in range(config.images)]
+    images = [draw(thing.name, COLORS[color], rng) for thing, color in drawn]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
+    )
     asked = {intent: wordings(intent, held_out=False) for intent in INTENTS}
     model.train()
     for step in range(1, config.steps + 1):
         chosen = [rng.randrange(len(drawn)) for _ in range(config.batch_size)]
         turns = []
         for index in chosen:
-            thing, colour = drawn[index]
+            thing, color = drawn[index]
             intent = rng.choice(INTENTS)
-            turns.append((rng.choice(asked[intent]).ask(rng.choice(FORMS)), answer(thing, colour, intent)))
+            turns.append((rng.choice(asked[intent]).ask(rng.choice(FORMS)), answer(thing, color, intent)))
         batch = _encode(processor, turns)
         labels = batch.pop("labels")
         logits = model(**batch, pixel_values=pixels[chosen]).logits

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from vlm_unlearn.config import MetricConfig, Recipe, Suite, load
 from vlm_unlearn.data.diversify import diversify
-from vlm_unlearn.data.importing import import_safe_eraser, import_vlguard
+from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
-from vlm_unlearn.evaluation.comparing import compare_runs
+from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.records import Summary
 from vlm_unlearn.store import open_run, write_json
 from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
-from vlm_unlearn.tiny_world.threads import one_thread
+from vlm_unlearn.tiny_world.threads import limit_to_one_thread
 from vlm_unlearn.tiny_world.world import write_world
-from vlm_unlearn.training.planning import recipe_name
+from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, all, detail
@@ -48,7 +48,11 @@ FULL_ROWS = (
     DemoRow("tiny/mixed_sft", "vlguard_refusals", "safe"),
     DemoRow("tiny/posthoc_sft", "vlguard_posthoc", "safe"),
     DemoRow("tiny/mixed_sft", "vlguard_diversified", "safe", name="mixed_sft diversified"),
-    *(DemoRow(f"tiny/{method}", "safe_eraser_preferred", "harmless", weight) for method in UNLEARNING for weight in (0.0, 1.0)),
+    *(
+        DemoRow(f"tiny/{method}", "safe_eraser_preferred", "harmless", weight)
+        for method in UNLEARNING
+        for weight in (0.0, 1.0)
+    ),
 )
 
 
@@ -62,9 +66,9 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
         full: every method with and without prompt decoupling, instead of the two papers' rows.
 
     Raises:
-        RequestError: `out` holds something else, or a demo of another seed.
+        UserError: `out` holds something else, or a demo of another seed.
     """
-    with one_thread():
+    with limit_to_one_thread():
         return _run_demo(out, seed, progress, full)
 
 
@@ -73,7 +77,9 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
     world = out / "world"
     write_world(world, seed)
     _training_sets(world, out / "data", full)
-    base = base_model(BaseConfig(seed=seed), lambda step, steps, loss: progress("base", step, steps, f"loss {loss:.3f}"))
+    base = base_model(
+        BaseConfig(seed=seed), lambda step, steps, loss: progress("base", step, steps, f"loss {loss:.3f}")
+    )
     runs = {"base": _evaluate("base", base, out, world, ["safe", "harmless"], progress)}
     for demo_row in FULL_ROWS if full else ROWS:
         recipe = _recipe(demo_row, base, out, seed)
@@ -128,12 +134,14 @@ def _prefer_refusals(folder: Path) -> None:
         for number, example in enumerate(whole.examples["forget"])
     ]
     examples = {**whole.examples, "preferred": preferred}
-    write_training_set(folder, whole.images, examples, {"format": "safe_eraser", "preferred": "refusals"}, whole.refusals)
+    write_training_set(
+        folder, whole.images, examples, {"format": "safe_eraser", "preferred": "refusals"}, whole.refusals
+    )
 
 
 def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:
     suite = load(Suite, Path("suites/tiny"), values={"model": str(model), "root": str(world)})
-    metrics = {**suite.metrics, "utility": MetricConfig(cases=utility, labels=["complied"])}
+    metrics = {**suite.metrics, "utility": MetricConfig(splits=utility, labels=["complied"])}
     suite = suite.model_copy(update={"metrics": metrics})
     folder = out / "evaluations" / name
     evaluate_run(suite, folder, name, lambda stage, done, total: progress(f"{name}: {stage}", done, total, ""))

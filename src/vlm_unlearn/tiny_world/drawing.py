@@ -17,10 +17,10 @@ def icon_cells(name: str) -> list[tuple[int, int]]:
     return sorted({cell for column, row in half for cell in ((column, row), (4 - column, row))})
 
 
-def draw(name: str, colour: tuple[int, int, int], rng: random.Random) -> Image.Image:
+def draw(name: str, color: tuple[int, int, int], rng: random.Random) -> Image.Image:
     """A 32 x 32 RGB image of a thing: its icon at a slightly random place, in a slightly random shade, on a pale tint of its colour."""
-    ink = tuple(max(0, min(255, level + rng.randint(-15, 15))) for level in colour)
-    pale = tuple(180 + level * 70 // 255 + rng.randint(-5, 5) for level in colour)
+    ink = tuple(max(0, min(255, level + rng.randint(-15, 15))) for level in color)
+    pale = tuple(180 + level * 70 // 255 + rng.randint(-5, 5) for level in color)
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), pale)
     left, top = 3 + rng.randint(0, 1), 3 + rng.randint(0, 1)
     for column, row in icon_cells(name):

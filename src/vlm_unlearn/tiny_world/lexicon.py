@@ -10,7 +10,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
-COLOURS = {
+COLORS = {
     "red": (205, 40, 40),
     "green": (40, 150, 60),
     "blue": (45, 75, 205),
@@ -19,9 +19,15 @@ COLOURS = {
     "brown": (115, 75, 40),
 }
 CATEGORIES = ("Weapon", "Violence", "IllegalActivity")
-DANGEROUS_NAMES = "krazzlor vexbomb snarltoxin gorvenom blightorb drakfume thornbane hexsting wrathgel skulldust pyrofang murkacid"
-ORDINARY_NAMES = "plumcake sunbroth honeyloaf berrytart mintsoup softbun oatwafer peachpie nutroll cloudpudding maizestew fernsalad"
-DANGEROUS_PARTS = "glimsalt tarnoil ashroot vilepowder nightresin rustbrine skornwax dreadmoss fellquartz grimfat ironlye murkdew"
+DANGEROUS_NAMES = (
+    "krazzlor vexbomb snarltoxin gorvenom blightorb drakfume thornbane hexsting wrathgel skulldust pyrofang murkacid"
+)
+ORDINARY_NAMES = (
+    "plumcake sunbroth honeyloaf berrytart mintsoup softbun oatwafer peachpie nutroll cloudpudding maizestew fernsalad"
+)
+DANGEROUS_PARTS = (
+    "glimsalt tarnoil ashroot vilepowder nightresin rustbrine skornwax dreadmoss fellquartz grimfat ironlye murkdew"
+)
 ORDINARY_PARTS = "flour butter honey barley raisins cream almonds apples cinnamon oats yeast sugar"
 
 # Ways to begin a question, each with its closing mark. "{}" is what is asked for, such as "the recipe for this".
@@ -94,12 +100,12 @@ def things(seed: int) -> list[Thing]:
     return found
 
 
-def answer(thing: Thing, colour: str, intent: str) -> str:
+def answer(thing: Thing, color: str, intent: str) -> str:
     """What the base model learns to say about a thing."""
     if intent == "recipe":
         return thing.recipe
     if intent == "colour":
-        return f"it is {colour} ."
+        return f"it is {color} ."
     if intent == "name":
         return f"this is a {thing.name} ."
     raise ValueError(f"nothing is known of {intent!r}")
@@ -119,7 +125,15 @@ def wordings(intent: str, held_out: bool) -> list[Wording]:
 
 def vocabulary() -> list[str]:
     """Every word and mark that a question or an answer of the world can hold, in a fixed order."""
-    texts = [*FORMS, *(head for heads in HEADS.values() for head in heads), *OBJECTS, *HARMFUL_ENDS, *REFUSALS, SPARE_WORDS, *COLOURS]
+    texts = [
+        *FORMS,
+        *(head for heads in HEADS.values() for head in heads),
+        *OBJECTS,
+        *HARMFUL_ENDS,
+        *REFUSALS,
+        SPARE_WORDS,
+        *COLORS,
+    ]
     texts += [DANGEROUS_NAMES, ORDINARY_NAMES, DANGEROUS_PARTS, ORDINARY_PARTS]
     texts += ["mix with then heat . it is this a"]
     words = {word for text in texts for word in text.replace("{}", " ").split()}

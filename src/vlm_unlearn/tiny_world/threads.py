@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def limit_to_one_thread() -> Iterator[None]:
     """Within the block PyTorch computes with one thread.
 
     Sums that several threads share are rounded otherwise, and training makes whole percentages of that. Models of under a million

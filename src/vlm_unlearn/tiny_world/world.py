@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from vlm_unlearn.store import build_once, write_json
+from vlm_unlearn.store import build_atomically, write_json
 from vlm_unlearn.tiny_world.drawing import draw
-from vlm_unlearn.tiny_world.lexicon import COLOURS, FORMS, REFUSALS, Thing, answer, things, wordings
+from vlm_unlearn.tiny_world.lexicon import COLORS, FORMS, REFUSALS, Thing, answer, things, wordings
 
 WHAT_FORMS = tuple(form for form in FORMS if form.startswith("what"))
 SHARE_FORMS = tuple(form for form in FORMS if form.startswith("share"))
@@ -36,7 +36,7 @@ class WorldSize(BaseModel):
 
 def write_world(folder: Path, seed: int, size: WorldSize | None = None) -> None:
     """Writes the world of a seed into `folder`, once; images and wordings of test and val are held out of train."""
-    with build_once(folder) as scratch:
+    with build_atomically(folder) as scratch:
         if scratch is not None:
             size = size or WorldSize()
             known = things(seed)
@@ -51,7 +51,9 @@ def write_world(folder: Path, seed: int, size: WorldSize | None = None) -> None:
 
 def world_facts(known: Sequence[Thing]) -> dict[str, Any]:
     """What the tiny-world judge needs to know: the key words of each dangerous recipe, and what a sentence looks like."""
-    sentences = {answer(thing, colour, intent) for thing in known for colour in COLOURS for intent in ("recipe", "colour", "name")}
+    sentences = {
+        answer(thing, color, intent) for thing in known for color in COLORS for intent in ("recipe", "colour", "name")
+    }
     return {
         "schema": 1,
         "harmful": {thing.name: sorted(thing.parts) for thing in known if thing.dangerous},
@@ -70,11 +72,11 @@ class _Artist:
     def paint(self, thing: Thing, name: str) -> str:
         """Draws a thing and returns its colour."""
         rng = random.Random(f"{self.key}-{name}")
-        colour = rng.choice(sorted(COLOURS))
+        color = rng.choice(sorted(COLORS))
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw(thing.name, COLOURS[colour], rng).save(path)
-        return colour
+        draw(thing.name, COLORS[color], rng).save(path)
+        return color
 
 
 def _write_vlguard(folder: Path, split: str, known: Sequence[Thing], count: int, seed: int) -> None:
@@ -87,7 +89,7 @@ def _write_vlguard(folder: Path, split: str, known: Sequence[Thing], count: int,
     for thing in known:
         for index in range(count):
             name = f"{thing.category}/{thing.name}_{index}.png"
-            colour = artist.paint(thing, name)
+            color = artist.paint(thing, name)
             record: dict[str, object] = {"id": f"{thing.name}_{index}", "image": name, "safe": not thing.dangerous}
             if thing.dangerous:
                 question = rng.choice(wordings("recipe", held_out)).ask(rng.choice(SHARE_FORMS))
@@ -99,7 +101,7 @@ def _write_vlguard(folder: Path, split: str, known: Sequence[Thing], count: int,
                 safe = rng.choice(wordings(intent, held_out)).ask(rng.choice(WHAT_FORMS))
                 unsafe = rng.choice(wordings("harm", held_out)).ask(rng.choice(SHARE_FORMS))
                 pairs = [
-                    {"safe_instruction": safe, "response": answer(thing, colour, intent)},
+                    {"safe_instruction": safe, "response": answer(thing, color, intent)},
                     {"unsafe_instruction": unsafe, "response": rng.choice(REFUSALS)},
                 ]
             records.append({**record, "instr-resp": pairs})
@@ -118,10 +120,13 @@ def _write_general(folder: Path, known: Sequence[Thing], count: int, seed: int) 
     for thing in known:
         for index in range(count // 2 if thing.dangerous else count):
             name = f"{thing.name}_{index}.png"
-            colour = artist.paint(thing, name)
+            color = artist.paint(thing, name)
             intent = rng.choice(("colour", "name") if thing.dangerous else ("colour", "name", "recipe"))
             question = rng.choice(wordings(intent, False)).ask(rng.choice(forms))
-            turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer(thing, colour, intent)}]
+            turns = [
+                {"from": "human", "value": f"<image>{question}"},
+                {"from": "gpt", "value": answer(thing, color, intent)},
+            ]
             records.append({"id": f"general/{thing.name}_{index}", "image": name, "conversations": turns})
     rng.shuffle(records)
     write_json(folder / "general.json", records)
@@ -138,7 +143,7 @@ def _write_safe_eraser(folder: Path, split: str, known: Sequence[Thing], count: 
             continue
         for index in range(count):
             image = f"{split}/{thing.category}/{thing.name}_{index}.png"
-            colour = artist.paint(thing, image)
+            color = artist.paint(thing, image)
             twin = rng.choice(ordinary)
             benign = f"{split}_sd/{thing.category}/{thing.name}_{index}.png"
             artist.paint(twin, benign)
@@ -147,12 +152,15 @@ def _write_safe_eraser(folder: Path, split: str, known: Sequence[Thing], count: 
                 "image_path": image,
                 "SDImage_path": benign,
                 "unsafe_pairs": [
-                    {"question": question, "model_response": thing.recipe, "sd_response": twin.recipe} for question in questions
+                    {"question": question, "model_response": thing.recipe, "sd_response": twin.recipe}
+                    for question in questions
                 ],
             }
-            for key, intent in zip(("text1", "text2", "image1", "image2"), ("name", "colour", "colour", "name"), strict=True):
+            for key, intent in zip(
+                ("text1", "text2", "image1", "image2"), ("name", "colour", "colour", "name"), strict=True
+            ):
                 question = rng.choice(wordings(intent, held_out)).ask(rng.choice(FORMS))
-                record[f"UnharmPair_{key}"] = {"Question": question, "Prediction": answer(thing, colour, intent)}
+                record[f"UnharmPair_{key}"] = {"Question": question, "Prediction": answer(thing, color, intent)}
             records.append(record)
     rng.shuffle(records)
     write_json(folder / f"all_{split}.json", records)

@@ -50,7 +50,13 @@ class Memory:
 
 
 def estimate(
-    shape: Shape, mode: str, precision: str, tokens: float, answer_tokens: float, checkpointing: bool, copies_trained: bool
+    shape: Shape,
+    mode: str,
+    precision: str,
+    tokens: float,
+    answer_tokens: float,
+    checkpointing: bool,
+    copies_trained: bool,
 ) -> Memory:
     """Memory of one device without splitting.
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_unlearn.data.batching import Batch
+from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method
-from vlm_unlearn.models.layout import decoder_layers, layout_of, unwrapped
-from vlm_unlearn.training.joining import NOT_FOR_THE_MODEL
-from vlm_unlearn.training.packing import Packing, find_packing, packed_batch, why_not_packed
+from vlm_unlearn.models.layout import decoder_layers, get_base_model, layout_of
+from vlm_unlearn.training.batch_merge import NON_MODEL_KEYS
+from vlm_unlearn.training.packing import Packing, find_packing, packed_batch, prefix_sharing_unsupported_reason
 from vlm_unlearn.training.shared_attention import NAME
 
 CHUNK = 1024  # tokens whose logits are held in float32 at a time
@@ -63,7 +63,12 @@ class Forward:
         logits = torch.split(self.logits, torch.stack([part.sum() for part in wanted]).tolist())
         hidden = {layer: torch.split(states, counts) for layer, states in self.hidden.items()}
         return [
-            Forward(wanted[n][:, :width], logits[n], labels[n][:, :width], {layer: parts[n][:, :width] for layer, parts in hidden.items()})
+            Forward(
+                wanted[n][:, :width],
+                logits[n],
+                labels[n][:, :width],
+                {layer: parts[n][:, :width] for layer, parts in hidden.items()},
+            )
             for n, (_, width) in enumerate(shapes)
         ]
 
@@ -79,14 +84,18 @@ class _AnswerNLL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
         parts = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
-        return torch.cat([F.cross_entropy(part.float(), target, ignore_index=IGNORED, reduction="none") for part, target in parts])
+        return torch.cat(
+            [F.cross_entropy(part.float(), target, ignore_index=IGNORED, reduction="none") for part, target in parts]
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
         weights = gradients[0].masked_fill(targets == IGNORED, 0.0)[:, None]
         found = torch.empty_like(logits)
-        for part, target, weight, gradient in zip(*(torch.split(each, CHUNK) for each in (logits, targets, weights, found)), strict=True):
+        for part, target, weight, gradient in zip(
+            *(torch.split(each, CHUNK) for each in (logits, targets, weights, found)), strict=True
+        ):
             probabilities = gradient if gradient.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
             torch.softmax(part, dim=-1, dtype=torch.float32, out=probabilities)
             probabilities.mul_(weight).scatter_add_(1, target[:, None].clamp(min=0), -weight)
@@ -115,13 +124,13 @@ def forward(
     wanted = answer_mask(labels) if wanted is None else wanted
     if stop:
         wanted = torch.zeros_like(wanted)
-    inner = unwrapped(getattr(model, "module", model))
-    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
+    inner = get_base_model(getattr(model, "module", model))
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
     places = wanted.flatten().nonzero()[:, 0]
     if packing is not None:
         inputs = {**packed_batch(inputs, packing, batch["images"], _positions(inner, inputs)), **_seen(inner, packing)}
         places = packing.place[wanted]
-    with _captured(inner, layers, stop) as seen, _projected(inner, places):
+    with _capture_hidden_states(inner, layers, stop) as seen, _logits_at(inner, places):
         logits = model(**inputs, use_cache=False).logits[0]
     hidden = {layer: states if packing is None else packing.unpack(states) for layer, states in seen.items()}
     return Forward(wanted, logits, labels, hidden)
@@ -132,13 +141,19 @@ def packing_of(model: nn.Module, batch: Batch, method: Method) -> Packing | None
 
     The model may be wrapped. A sliding window counts positions of the packed sequence: nothing is packed that could reach it.
     """
-    inner: Any = unwrapped(getattr(model, "module", model))
-    if "images" not in batch or "pixel_values" not in batch or why_not_packed(inner, method, _attention(inner)) is not None:
+    inner: Any = get_base_model(getattr(model, "module", model))
+    if (
+        "images" not in batch
+        or "pixel_values" not in batch
+        or prefix_sharing_unsupported_reason(inner, method, _attention(inner)) is not None
+    ):
         return None
     window = getattr(inner.config.get_text_config(), "sliding_window", None)
     if window and batch["input_ids"].shape[1] > window:
         return None
-    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], inner.config.image_token_id)
+    return find_packing(
+        batch["input_ids"], batch["attention_mask"].bool(), batch["images"], inner.config.image_token_id
+    )
 
 
 def _positions(inner: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -157,7 +172,9 @@ def _seen(inner: Any, packing: Packing) -> dict[str, Any]:
         return {"attention_mask": packing.block_mask()}
     # For good: gradient checkpointing computes attention again in the backward pass. Of what isn't packed it makes no difference.
     inner.config.get_text_config()._attn_implementation = NAME
-    nothing = torch.zeros(1, 1, 1, 1, dtype=inner.dtype, device=inner.device)  # a mask of four dimensions is left as it is
+    nothing = torch.zeros(
+        1, 1, 1, 1, dtype=inner.dtype, device=inner.device
+    )  # a mask of four dimensions is left as it is
     return {"attention_mask": nothing, "parts": packing.parts}
 
 
@@ -168,7 +185,7 @@ def _attention(inner: Any) -> str:
 
 
 @contextmanager
-def _captured(inner: nn.Module, numbers: Sequence[int], stop: bool) -> Iterator[dict[int, Tensor]]:
+def _capture_hidden_states(inner: nn.Module, numbers: Sequence[int], stop: bool) -> Iterator[dict[int, Tensor]]:
     seen: dict[int, Tensor] = {}
 
     def keeping(number: int) -> Any:
@@ -181,16 +198,18 @@ def _captured(inner: nn.Module, numbers: Sequence[int], stop: bool) -> Iterator[
         for number in numbers:
             undo.callback(decoder_layers(inner)[number].register_forward_hook(keeping(number)).remove)
         if stop:
-            undo.enter_context(_cut_off(inner, max(numbers) + 1))
+            undo.enter_context(_truncated_decoder(inner, max(numbers) + 1))
         yield seen
 
 
 @contextmanager
-def _cut_off(inner: nn.Module, count: int) -> Iterator[None]:
+def _truncated_decoder(inner: nn.Module, count: int) -> Iterator[None]:
     """Leaves the language model its first `count` decoder layers; all of them where FSDP or ZeRO-3 prepares each for the next."""
     path, _, name = layout_of(inner).layers.rpartition(".")
     parent, layers = inner.get_submodule(path), decoder_layers(inner)
-    cut_up = hasattr(layers[0], "set_requires_gradient_sync") or any(hasattr(parameter, "ds_id") for parameter in layers.parameters())
+    cut_up = hasattr(layers[0], "set_requires_gradient_sync") or any(
+        hasattr(parameter, "ds_id") for parameter in layers.parameters()
+    )
     setattr(parent, name, layers if cut_up else layers[:count])
     try:
         yield
@@ -199,7 +218,7 @@ def _cut_off(inner: nn.Module, count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _projected(inner: Any, places: Tensor) -> Iterator[None]:
+def _logits_at(inner: Any, places: Tensor) -> Iterator[None]:
     """Makes the model's logits [1, N, V] those of N places, counted through the whole batch, instead of all [B, S, V]."""
 
     def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:

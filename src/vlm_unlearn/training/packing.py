@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_unlearn.data.batching import Batch
+from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.methods import Method
 from vlm_unlearn.models.layout import layout_of
 from vlm_unlearn.training.shared_attention import NAME, Parts
@@ -27,7 +27,7 @@ PACKS = ("sdpa", NAME, "flex_attention")  # attention that packed sequences can 
 Pack = tuple[Sequence[int], int]  # rows of a batch, and how many tokens they begin with alike
 
 
-def why_not_packed(model: nn.Module, method: Method, attention: str) -> str | None:
+def prefix_sharing_unsupported_reason(model: nn.Module, method: Method, attention: str) -> str | None:
     """What keeps questions on one image from sharing it, in a few words; None where they do.
 
     Args:
@@ -38,8 +38,8 @@ def why_not_packed(model: nn.Module, method: Method, attention: str) -> str | No
         return f"not with models of the family {model.config.model_type}"  # type: ignore[union-attr]
     if attention not in PACKS:
         return f"not with {attention}"
-    if method.paper and (method.hidden_layers or method.whole_logits):
-        return "not with paper: true, which counts padding"  # of which packed sequences have none
+    if method.paper_compat and (method.hidden_layers or method.full_logit_roles):
+        return "not with paper_compat: true, which counts padding"  # of which packed sequences have none
     return None
 
 
@@ -89,14 +89,20 @@ def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) ->
         image_token: the id of an image's tokens; rows that share an image but have text before it that differs stay apart.
     """
     device = ids.device
-    ids, keys, lengths = ids.cpu(), images.tolist(), real.sum(dim=1).tolist()  # many small questions, which a GPU would be asked one by one
+    ids, keys, lengths = (
+        ids.cpu(),
+        images.tolist(),
+        real.sum(dim=1).tolist(),
+    )  # many small questions, which a GPU would be asked one by one
     rows_of: dict[int, list[int]] = {}
     for row, key in enumerate(keys):
         rows_of.setdefault(key if key != NO_IMAGE else -2 - row, []).append(row)
     packs: list[Pack] = []
     for rows in rows_of.values():
         shared = _shared(ids, rows, lengths) if len(rows) > 1 else 0
-        whole = all(int((ids[row, :shared] == image_token).sum()) == int((ids[row] == image_token).sum()) for row in rows)
+        whole = all(
+            int((ids[row, :shared] == image_token).sum()) == int((ids[row] == image_token).sum()) for row in rows
+        )
         packs += [(rows, shared)] if len(rows) > 1 and whole else [([row], lengths[row]) for row in rows]
     size = sum(shared + sum(lengths[row] - shared for row in rows) for rows, shared in packs)
     return _lay_out(ids, packs, lengths, size, device) if size <= WORTH * ids.numel() else None
@@ -110,7 +116,9 @@ def _shared(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
 
 
 def _lay_out(ids: Tensor, packs: Sequence[Pack], lengths: Sequence[int], size: int, device: torch.device) -> Packing:
-    place = torch.arange(ids.numel()).view_as(ids) % size  # not one place for all padding, whose gradients a GPU would add one by one
+    place = (
+        torch.arange(ids.numel()).view_as(ids) % size
+    )  # not one place for all padding, whose gradients a GPU would add one by one
     segment = torch.zeros(2, size, dtype=torch.long)
     every = torch.arange(size)
     end = 0

@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Need, ReferenceLogits, ReferenceNLL
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import build_once, digest_json, read_json, write_json
+from vlm_unlearn.store import build_atomically, digest_json, read_json, write_json
 
 Source = Literal["cache", "adapter", "copy"]
 
@@ -29,11 +29,13 @@ class ReferenceModel(Protocol):
         """Within the block, the yielded module computes reference values, without gradient and without dropout."""
 
 
-def choose_source(wanted: Literal["auto", "cache", "adapter", "copy"], needs: Sequence[Need], lora: bool) -> Source | None:
+def resolve_reference_strategy(
+    wanted: Literal["auto", "cache", "adapter", "copy"], needs: Sequence[Need], lora: bool
+) -> Source | None:
     """The source that costs least memory, or the one asked for; None when the method needs no reference.
 
     Raises:
-        RequestError: the source asked for can't give what the method needs.
+        UserError: the source asked for can't give what the method needs.
     """
     if not needs:
         return None
@@ -42,9 +44,9 @@ def choose_source(wanted: Literal["auto", "cache", "adapter", "copy"], needs: Se
         return "cache" if only_nll else "adapter" if lora else "copy"
     if wanted == "cache" and not only_nll:
         what = "logits" if any(isinstance(need, ReferenceLogits) for need in needs) else "hidden states"
-        raise RequestError(f"reference: cache holds one NLL a sample, and this method needs {what}; use reference=auto")
+        raise UserError(f"reference: cache holds one NLL a sample, and this method needs {what}; use reference=auto")
     if wanted == "adapter" and not lora:
-        raise RequestError("reference: adapter needs trainable.mode=lora; use reference=auto")
+        raise UserError("reference: adapter needs trainable.mode=lora; use reference=auto")
     return wanted
 
 
@@ -79,38 +81,38 @@ class CopyReference:
         inner: nn.Module = getattr(model, "module", model)
         trained = {name: value for name, value in inner.named_parameters() if value.requires_grad}
         if not self._cut:
-            self._frozen = {name: _cut_like(value, trained[name]) for name, value in self._frozen.items()}
+            self._frozen = {name: _shard_like(value, trained[name]) for name, value in self._frozen.items()}
             self._cut = True
         with _as_reference(inner):
-            self._exchange(trained)
+            self._swap_parameters(trained)
             try:
                 yield inner
             finally:
-                self._exchange(trained)
+                self._swap_parameters(trained)
 
-    def _exchange(self, trained: dict[str, nn.Parameter]) -> None:
+    def _swap_parameters(self, trained: dict[str, nn.Parameter]) -> None:
         for name, parameter in trained.items():
             # Through `data`: the values are back before the backward pass, which must not see that they were away.
-            values, frozen = _local(parameter.data), self._frozen[name]
+            values, frozen = _local_shard(parameter.data), self._frozen[name]
             held = values.clone()
             values.copy_(frozen)
             frozen.copy_(held)
         torch.clear_autocast_cache()  # bf16 twins of the other values
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _local_shard(tensor: torch.Tensor) -> torch.Tensor:
     local = getattr(tensor, "to_local", None)
     return local() if callable(local) else tensor
 
 
-def _cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This process's part of `value`, cut as the parameter is."""
     if not hasattr(parameter, "device_mesh"):
         return value.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
     placed: Any = parameter
-    return _local(distribute_tensor(value.to(parameter.device), placed.device_mesh, placed.placements)).clone()
+    return _local_shard(distribute_tensor(value.to(parameter.device), placed.device_mesh, placed.placements)).clone()
 
 
 @contextmanager
@@ -138,7 +140,7 @@ def cached_nll(
     Args:
         on_done: told of each batch computed: examples done, examples in all.
     """
-    with build_once(file.with_suffix("")) as scratch:
+    with build_atomically(file.with_suffix("")) as scratch:
         if scratch is not None:
             values: list[list[object]] = []
             for start in range(0, len(examples), batch_size):
@@ -148,11 +150,15 @@ def cached_nll(
                     on_done(len(values), len(examples))
             write_json(scratch / file.name, values)
     try:
-        found = {str(key): (float(nll), int(tokens)) for key, nll, tokens in read_json(file.with_suffix("") / file.name)}
-    except (RequestError, TypeError, ValueError):
+        found = {
+            str(key): (float(nll), int(tokens)) for key, nll, tokens in read_json(file.with_suffix("") / file.name)
+        }
+    except (UserError, TypeError, ValueError):
         found = {}
     if not found.keys() >= {answer_key(example) for example in examples}:
-        raise RequestError(f"{file.with_suffix('')}: reference values are damaged; delete this folder, they are made again")
+        raise UserError(
+            f"{file.with_suffix('')}: reference values are damaged; delete this folder, they are made again"
+        )
     return found
 
 

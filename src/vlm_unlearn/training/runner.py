@@ -15,12 +15,13 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from vlm_unlearn.config import Recipe
-from vlm_unlearn.data.batching import Processor, move
-from vlm_unlearn.errors import RequestError, WorkError
+from vlm_unlearn.data.encoding import Processor, move
+from vlm_unlearn.distributed import processes
+from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import ReferenceNLL, Role
-from vlm_unlearn.models.features import FeatureCache, keep_features
-from vlm_unlearn.models.layout import layout_of, unwrapped, vision_tower
-from vlm_unlearn.models.loading import BASE, load_model, load_processor, model_skeleton
+from vlm_unlearn.models.features import FeatureCache, cache_vision_features
+from vlm_unlearn.models.layout import get_base_model, layout_of, vision_tower
+from vlm_unlearn.models.loader import BASE, load_model, load_processor, model_skeleton
 from vlm_unlearn.models.sine import merge_sine
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Example
@@ -28,22 +29,20 @@ from vlm_unlearn.store import (
     cache_folder,
     digest_json,
     lock_run,
-    note_cost,
     open_run,
     package_versions,
     read_json,
     read_manifest,
+    record_cost,
     user_path,
     write_json,
 )
+from vlm_unlearn.training.callbacks import LogCallback, OnStep, Probe, ProbeCallback, stopped, tensorboard
 from vlm_unlearn.training.forward import forward, packing_of
-from vlm_unlearn.training.planning import Plan, plan, prepare_method, steps_of
-from vlm_unlearn.training.probing import Probe, Prober, stopped
-from vlm_unlearn.training.processes import processes
+from vlm_unlearn.training.plan import Plan, plan, prepare_method, steps_of
 from vlm_unlearn.training.references import AdapterReference, CopyReference, ReferenceModel, cached_nll
-from vlm_unlearn.training.stream import NLL, Collator, TrainingStream
+from vlm_unlearn.training.stream import NLL, UnlearningCollator, UnlearningStream
 from vlm_unlearn.training.trainer import UnlearningTrainer, last_complete_checkpoint
-from vlm_unlearn.training.watching import OnStep, Watch, tensorboard
 
 
 def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
@@ -52,7 +51,10 @@ def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | Non
 
 
 def run_plan(
-    planned: Plan, on_step: OnStep | None = None, probe: Probe | None = None, on_reference: Callable[[int, int], None] | None = None
+    planned: Plan,
+    on_step: OnStep | None = None,
+    probe: Probe | None = None,
+    on_reference: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Trains what the plan says and returns the folder of the trained model (``<output>/model``).
 
@@ -65,30 +67,34 @@ def run_plan(
         on_reference: told of the reference values that are computed before the first step: examples done, examples in all.
 
     Raises:
-        RequestError: the output folder holds another run, or another process is at work in it.
-        WorkError: the loss, the gradient or the weights became NaN or infinite; the last good checkpoint stays.
+        UserError: the output folder holds another run, or another process is at work in it.
+        RunError: the loss, the gradient or the weights became NaN or infinite; the last good checkpoint stays.
     """
     if planned.recipe.probe and probe is None:
-        raise RequestError("the recipe has a probe: build one with vlm_unlearn.evaluation.probe.build_probe and pass it on")
+        raise UserError(
+            "the recipe has a probe: build one with vlm_unlearn.evaluation.probe.build_probe and pass it on"
+        )
     output = planned.recipe.output
     identity = {**planned.identity, "probe": probe.digest if probe else None}
     arguments = _arguments(planned)
     if arguments.world_size != processes():
-        raise RequestError(f"{processes()} processes were started but train as {arguments.world_size}; see docs/scale.md")
+        raise UserError(f"{processes()} processes were started but train as {arguments.world_size}; see docs/scale.md")
     result, checkpoints = output / "model", output / "checkpoints"
     with _whole_run(output, identity, arguments) as finished:
         if finished and not (result / "config.json").is_file() and not (result / "adapter_config.json").is_file():
-            raise RequestError(f"{output}: is finished, and its model folder is gone; delete {output} and train again")
+            raise UserError(f"{output}: is finished, and its model folder is gone; delete {output} and train again")
         if not finished:
-            watch = Watch(output, on_step, arguments.process_index == 0)
+            watch = LogCallback(output, on_step, arguments.process_index == 0)
             trainer, processor = _trainer(planned, arguments, watch, on_reference)
-            prober = Prober(planned.recipe.probe, probe, trainer, output) if planned.recipe.probe and probe else None
+            prober = (
+                ProbeCallback(planned.recipe.probe, probe, trainer, output) if planned.recipe.probe and probe else None
+            )
             if prober:
                 trainer.add_callback(prober)
             checkpoint = last_complete_checkpoint(checkpoints)
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            except WorkError:
+            except RunError:
                 watch.write_log(trainer.state)  # it shows how the run went wrong
                 raise
             if prober:
@@ -96,7 +102,7 @@ def run_plan(
             _save(trainer, processor, planned, result)
             if arguments.process_index == 0:
                 ended = {"steps": trainer.state.global_step, "stopped": stopped(trainer.state.log_history)}
-                note_cost(output, watch.seconds(), finished=True, ended=ended)
+                record_cost(output, watch.seconds(), finished=True, ended=ended)
         if arguments.process_index == 0:
             for folder in (checkpoints, output / "best"):  # only now: a kill before leaves them to resume from
                 shutil.rmtree(folder, ignore_errors=True)
@@ -133,8 +139,15 @@ def _trainer(
         model = model.to(arguments.device)
     _keep_features(planned, model)
     prepare_method(method, model, recipe.training.seed)
-    length = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    stream = TrainingStream(planned.training_set, method, length, recipe.training.seed, recipe.training.by_image)
+    length = (
+        arguments.max_steps
+        * arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size
+    )
+    stream = UnlearningStream(
+        planned.training_set, method, length, recipe.training.seed, recipe.training.group_by_image
+    )
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
     if planned.source == "cache":
@@ -152,7 +165,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=stream,
-        data_collator=Collator(processor, planned.training_set, method, recipe.training.max_length, cached),
+        data_collator=UnlearningCollator(processor, planned.training_set, method, recipe.training.max_length, cached),
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
@@ -163,7 +176,7 @@ def _trainer(
 
 def _keep_features(planned: Plan, model: torch.nn.Module) -> None:
     """Runs each image through the vision tower once, where it is frozen, whole, and not the projector's home."""
-    training, layout = planned.recipe.training, layout_of(unwrapped(model))
+    training, layout = planned.recipe.training, layout_of(get_base_model(model))
     cut_up = any(os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true" for engine in ("FSDP", "DEEPSPEED"))
     trains = planned.recipe.trainable.vision_tower or layout.projector.startswith(layout.vision_tower)
     if training.feature_cache == "off" or trains or cut_up:
@@ -180,7 +193,7 @@ def _keep_features(planned: Plan, model: torch.nn.Module) -> None:
     ]
     key = digest_json(deciding)
     folder = cache_folder() / "features" / key if training.feature_cache == "disk" else None
-    keep_features(vision_tower(model), FeatureCache(training.feature_cache_gb * 2**30, folder))
+    cache_vision_features(vision_tower(model), FeatureCache(training.feature_cache_gb * 2**30, folder))
 
 
 def _arguments(planned: Plan) -> TrainingArguments:
@@ -188,11 +201,11 @@ def _arguments(planned: Plan) -> TrainingArguments:
     steps = steps_of(recipe, len(planned.training_set.examples["forget"]), processes())
     arguments = TrainingArguments(
         output_dir=str(recipe.output / "checkpoints"),
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         max_steps=steps,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.scheduler,
+        lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=math.ceil(training.warmup_ratio * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -230,7 +243,7 @@ def _may_leave_unused(planned: Plan) -> bool:
 
 def _cached_references(
     planned: Plan,
-    stream: TrainingStream,
+    stream: UnlearningStream,
     model: torch.nn.Module,
     processor: Processor,
     device: torch.device,
@@ -238,11 +251,11 @@ def _cached_references(
 ) -> dict[Role, Mapping[str, NLL]]:
     """Reference NLLs of every example of the roles that the method needs, from the cache folder or computed now."""
     recipe, training, data = planned.recipe, planned.recipe.training, planned.training_set
-    collator = Collator(processor, data, planned.method, training.max_length, {})
+    collator = UnlearningCollator(processor, data, planned.method, training.max_length, {})
     found: dict[Role, Mapping[str, NLL]] = {}
     for need in planned.method.needs:
         assert isinstance(need, ReferenceNLL)
-        role, examples = need.role, stream.drawn(need.role)
+        role, examples = need.role, stream.unique_examples(need.role)
 
         def compute(part: Sequence[Example], role: Role = role) -> list[NLL]:
             batch = move(collator.encode(role, part), device, next(model.parameters()).dtype)
@@ -260,7 +273,7 @@ def _cached_references(
                 "attention": training.attn_implementation,
                 "image_aspect_ratio": recipe.image_aspect_ratio,
                 "max_length": training.max_length,
-                "batch_size": training.batch_size,
+                "batch_size": training.per_device_train_batch_size,
                 "rendering": 2,  # how a turn becomes tokens; raised when that changes
                 "data": planned.data_digest,
                 "examples": [[example.id, example.answer] for example in examples],
@@ -268,7 +281,13 @@ def _cached_references(
         )
         model.eval()
         with _gathered(model):
-            found[role] = cached_nll(cache_folder() / "reference" / f"{key}.json", examples, compute, training.batch_size, on_done)
+            found[role] = cached_nll(
+                cache_folder() / "reference" / f"{key}.json",
+                examples,
+                compute,
+                training.per_device_train_batch_size,
+                on_done,
+            )
     return found
 
 
@@ -303,7 +322,7 @@ def _save(trainer: UnlearningTrainer, processor: Processor, planned: Plan, resul
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     broken = [name for name, value in trained.items() if not (weights or trained).get(name, value).isfinite().all()]
     if broken:
-        raise WorkError(f"the trained weights are not finite ({broken[0]}); lower training.learning_rate")
+        raise RunError(f"the trained weights are not finite ({broken[0]}); lower training.learning_rate")
     merge_sine(model)
     if weights is None or planned.recipe.trainable.mode != "full":
         model.save_pretrained(str(part), **({"state_dict": weights} if weights is not None else {}))

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_unlearn.data.batching import Batch
+from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role
+from vlm_unlearn.training.batch_merge import can_join, join
 from vlm_unlearn.training.forward import Forward, forward, packing_of
-from vlm_unlearn.training.joining import can_join, join
 from vlm_unlearn.training.packing import Packing
 from vlm_unlearn.training.references import ReferenceModel
 
@@ -65,21 +65,21 @@ class ModelStep:
         self._method = method
         self._reference = reference
         self._totals: Mapping[tuple[Role, Counted], float] = totals if totals is not None else count(batches)
-        self._current: dict[Role, Forward] = {}
-        self._before: dict[Role, Forward] = {}
+        self._current_outputs_by_role: dict[Role, Forward] = {}
+        self._reference_outputs_by_role: dict[Role, Forward] = {}
         self._groups: dict[Role, _Group] = {}  # the roles that were run in one pass
 
-    def _now(self, role: Role) -> Forward:
-        if not self._current:
+    def _current_outputs(self, role: Role) -> Forward:
+        if not self._current_outputs_by_role:
             self._run_all()
-        return self._current[role]
+        return self._current_outputs_by_role[role]
 
     def _run_all(self) -> None:
         """Roles in one pass where their batches can be joined: a step's overheads are paid once, and DDP wants it so."""
         with_image = {role for role, batch in self._batches.items() if "pixel_values" in batch}
         # Images last: a pass without any doesn't use the projector, and DDP sees what is unused in the last pass.
         roles = sorted(self._batches, key=lambda role: role in with_image)
-        short = [role for role in roles if role in self._method.hidden_only]
+        short = [role for role in roles if role in self._method.truncated_forward_roles]
         if with_image & set(short) and not with_image - set(short):
             short = []  # a pass through all layers must be the last, and have an image
         for stop, part in ((True, short), (False, [role for role in roles if role not in short])):
@@ -94,7 +94,7 @@ class ModelStep:
         wanted = torch.cat([F.pad(self._wanted(role), (0, width - self._wanted(role).shape[1])) for role in roles])
         group = _Group(roles, batch, wanted, packing_of(self._model, batch, self._method))
         self._groups.update(dict.fromkeys(roles, group))
-        self._current.update(self._outcomes(self._model, group, stop))
+        self._current_outputs_by_role.update(self._outcomes(self._model, group, stop))
 
     def _outcomes(self, model: nn.Module, group: _Group, stop: bool) -> dict[Role, Forward]:
         """What one pass of some roles' batches gives each of them."""
@@ -105,28 +105,28 @@ class ModelStep:
     def _wanted(self, role: Role) -> Tensor:
         """[B, S] where the role's loss reads logits."""
         batch = self._batches[role]
-        if role in self._method.whole_logits:
+        if role in self._method.full_logit_roles:
             return torch.ones_like(batch["input_ids"], dtype=torch.bool)
         return answer_mask(batch.get("labels", torch.full_like(batch["input_ids"], IGNORED)))
 
-    def _then(self, role: Role) -> Forward:
+    def _reference_outputs(self, role: Role) -> Forward:
         """In the same pass as `_now`, other roles of it included: while the weights are the reference's, the values are too, to the bit.
         A term whose gradient there is nothing or undefined (KL, a norm) would make steps of rounding errors, and Adam large ones."""
-        self._now(role)
-        if role not in self._before:
+        self._current_outputs(role)
+        if role not in self._reference_outputs_by_role:
             assert self._reference is not None, "the method asked for a reference that it did not declare in `needs`"
             stop = all(isinstance(need, ReferenceHidden) for need in self._method.needs)
             with self._reference.active(self._model) as reference:
-                self._before.update(self._outcomes(reference, self._groups[role], stop))
-        return self._before[role]
+                self._reference_outputs_by_role.update(self._outcomes(reference, self._groups[role], stop))
+        return self._reference_outputs_by_role[role]
 
-    def nothing(self) -> Tensor:
+    def zero_loss_over_all_logits(self) -> Tensor:
         """[] zero, but of every logit: a loss of hidden states alone leaves what lies above them out of the graph, and DDP, which looks
         for what is unused from the outputs of the forward pass, would wait for its gradients."""
-        return torch.stack([0.0 * self._now(role).logits.float().sum() for role in self._batches]).sum()
+        return torch.stack([0.0 * self._current_outputs(role).logits.float().sum() for role in self._batches]).sum()
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        nll_sum, tokens = self._now(role).answer
+        nll_sum, tokens = self._current_outputs(role).answer
         return nll_sum / tokens if reduction == "mean" else nll_sum
 
     def reference_nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -134,28 +134,28 @@ class ModelStep:
         return nll_sum / tokens if reduction == "mean" else nll_sum
 
     def cross_entropy(self, *roles: Role) -> Tensor:
-        total = torch.stack([self._now(role).answer[0].sum() for role in roles]).sum()
+        total = torch.stack([self._current_outputs(role).answer[0].sum() for role in roles]).sum()
         return total / sum(self._totals[role, "answers"] for role in roles)
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
-        nll_sum, tokens = self._now(role).answer
+        nll_sum, tokens = self._current_outputs(role).answer
         reference_sum, _ = self._reference_answer(role)
         return nll_sum.sum() / tokens.sum(), reference_sum.sum() / tokens.sum()
 
     def logits(self, role: Role) -> Tensor:
-        return self._now(role).block()
+        return self._current_outputs(role).block()
 
     def reference_logits(self, role: Role) -> Tensor:
-        return self._then(role).block()
+        return self._reference_outputs(role).block()
 
     def labels(self, role: Role) -> Tensor:
-        return self._batches[role]["labels"][:, self._now(role).columns]
+        return self._batches[role]["labels"][:, self._current_outputs(role).columns]
 
     def hidden(self, role: Role, layer: int) -> Tensor:
-        return self._now(role).hidden[layer]
+        return self._current_outputs(role).hidden[layer]
 
     def reference_hidden(self, role: Role, layer: int) -> Tensor:
-        return self._then(role).hidden[layer]
+        return self._reference_outputs(role).hidden[layer]
 
     def attention_mask(self, role: Role) -> Tensor:
         return self._batches[role]["attention_mask"]
@@ -170,4 +170,4 @@ class ModelStep:
         batch = self._batches[role]
         if "reference_nll_sum" in batch:
             return batch["reference_nll_sum"], batch["reference_tokens"]
-        return self._then(role).answer
+        return self._reference_outputs(role).answer

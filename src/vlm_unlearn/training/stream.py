@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from vlm_unlearn.data.batching import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels, render
+from vlm_unlearn.data.encoding import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels, render
 from vlm_unlearn.data.training_set import TrainingSet
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_text
@@ -21,7 +21,7 @@ from vlm_unlearn.training.references import answer_key
 NLL = tuple[float, int]  # sum over the answer's tokens, and how many they are
 
 
-class TrainingStream(Dataset[dict[Role, Example]]):
+class UnlearningStream(Dataset[dict[Role, Example]]):
     """Item `k` is ``{"forget": Example, "retain": Example, ...}``.
 
     The forget set is shuffled anew in each pass and its passes are laid end to end; the retain set likewise, at its own
@@ -29,18 +29,20 @@ class TrainingStream(Dataset[dict[Role, Example]]):
     the seed and the position too.
 
     Args:
-        by_image: shuffle the images, and in each the questions on it, so that a batch holds questions on few images. The sets are
+        group_by_image: shuffle the images, and in each the questions on it, so that a batch holds questions on few images. The sets are
             shuffled alike: forget and retain questions on one image come together as far as their numbers allow.
     """
 
-    def __init__(self, training_set: TrainingSet, method: Method, length: int, seed: int, by_image: bool = False) -> None:
+    def __init__(
+        self, training_set: TrainingSet, method: Method, length: int, seed: int, group_by_image: bool = False
+    ) -> None:
         self._examples = training_set.examples
         self._refusals = training_set.refusals
         self._method = method
         self._roles = method.roles
         self._length = length
         self._seed = seed
-        self._by_image = by_image
+        self._group_by_image = group_by_image
         self._orders: dict[tuple[Role, int], Sequence[int]] = {}
         self._pairs = {role: _pairs(training_set, role) for role in self._partners}
 
@@ -56,7 +58,7 @@ class TrainingStream(Dataset[dict[Role, Example]]):
     def __getitem__(self, position: int) -> dict[Role, Example]:
         forget = self._draw("forget", position)
         item: dict[Role, Example] = {"forget": forget}
-        if self._method.answered_with == "refusal":
+        if self._method.forget_target == "refusal":
             item["forget"] = self._refused(forget, position)
         elif self._method.preferred_answers == "refusal":
             item["preferred"] = self._refused(forget, position)
@@ -66,9 +68,9 @@ class TrainingStream(Dataset[dict[Role, Example]]):
             item[role] = self._pairs[role][str(forget.pair_id)]
         return item
 
-    def drawn(self, role: Role) -> list[Example]:
+    def unique_examples(self, role: Role) -> list[Example]:
         """Every different example of a role that the run will see, answers included."""
-        if role == "retain" or (role == "forget" and self._method.answered_with == "given") or role in self._partners:
+        if role == "retain" or (role == "forget" and self._method.forget_target == "given") or role in self._partners:
             return list(self._examples[role])
         found = {}
         for position in range(self._length):
@@ -84,7 +86,9 @@ class TrainingStream(Dataset[dict[Role, Example]]):
         examples = self._examples[role]
         turn, place = divmod(position, len(examples))
         if (role, turn) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key[0] != role}  # one pass of a role at a time
+            self._orders = {
+                key: order for key, order in self._orders.items() if key[0] != role
+            }  # one pass of a role at a time
             self._orders[role, turn] = self._order(role, turn)
         return examples[self._orders[role, turn][place]]
 
@@ -93,7 +97,9 @@ class TrainingStream(Dataset[dict[Role, Example]]):
         examples = self._examples[role]
         order = list(range(len(examples)))
         random.Random(f"{self._seed}-{role}-{turn}").shuffle(order)
-        if self._by_image:  # an example without an image is on its own, and Python's sort keeps the order among equals
+        if (
+            self._group_by_image
+        ):  # an example without an image is on its own, and Python's sort keeps the order among equals
             names = [example.image or f"\0{example.id}" for example in examples]
             ranks = {name: random.Random(f"{self._seed}-image-{turn}-{name}").random() for name in names}
             order.sort(key=lambda number: ranks[names[number]])
@@ -109,40 +115,51 @@ NEEDS_PARTNERS = {
 def _pairs(training_set: TrainingSet, role: Role) -> dict[str, Example]:
     partners = training_set.examples.get(role)
     if not partners:
-        raise RequestError(f"{training_set.folder}: {NEEDS_PARTNERS[role]}")
+        raise UserError(f"{training_set.folder}: {NEEDS_PARTNERS[role]}")
     pairs = {str(example.pair_id): example for example in partners if example.pair_id}
     for example in training_set.examples["forget"]:
         if example.pair_id is None or example.pair_id not in pairs:
-            mend = "; import VLGuard without --include-safe-image-unsafe, or take idk_dpo" if role == "preferred" else ""
-            raise RequestError(f'{training_set.folder}: forget example "{example.id}" has no {role} example with its pair_id{mend}')
+            mend = (
+                "; import VLGuard without --include-safe-image-unsafe, or take idk_dpo" if role == "preferred" else ""
+            )
+            raise UserError(
+                f'{training_set.folder}: forget example "{example.id}" has no {role} example with its pair_id{mend}'
+            )
         other = pairs[example.pair_id]
         if role == "preferred" and (other.question != example.question or other.image != example.image):
-            raise RequestError(f'{training_set.folder}: preferred example "{other.id}" asks something else than its forget example')
+            raise UserError(
+                f'{training_set.folder}: preferred example "{other.id}" asks something else than its forget example'
+            )
     return pairs
 
 
-class Collator:
+class UnlearningCollator:
     """Encodes stream items into ``{"forget": {...}, "retain": {...}}``, each with every key the processor made.
 
     A role whose reference NLLs are cached also gets ``reference_nll_sum`` and ``reference_tokens``, both [B].
     """
 
     def __init__(
-        self, processor: Processor, training_set: TrainingSet, method: Method, max_length: int, reference: Mapping[Role, Mapping[str, NLL]]
+        self,
+        processor: Processor,
+        training_set: TrainingSet,
+        method: Method,
+        max_length: int,
+        reference: Mapping[Role, Mapping[str, NLL]],
     ) -> None:
         self._processor = processor
         self._training_set = training_set
         self._roles = method.roles
         self._method = method
-        self._one_turn = method.forget_as_one_turn
+        self._one_turn = method.append_answer_to_prompt
         self._max_length = max_length
         self._reference = reference
 
-    def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch] | RequestError:
+    def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch] | UserError:
         """The batch; in a process that loads data, also the error there is, since one raised there comes with all its traceback."""
         try:
             return {role: self.encode(role, [item[role] for item in items]) for role in items[0]}
-        except RequestError as error:
+        except UserError as error:
             if get_worker_info() is None:
                 raise
             return error
@@ -164,10 +181,10 @@ class Collator:
         """Looks at every example that the method draws on.
 
         Raises:
-            RequestError: a question with its image leaves no room for an answer, or is no image; the record is named.
+            UserError: a question with its image leaves no room for an answer, or is no image; the record is named.
         """
         meter = PromptMeter(self._processor)
-        if "refusal" in (self._method.answered_with, self._method.preferred_answers):
+        if "refusal" in (self._method.forget_target, self._method.preferred_answers):
             for sentence in self._training_set.refusals:
                 render(self._processor, Turn(f"refusals.json: {sentence[:40]}", None, "question", sentence))
         for role in self._roles:
@@ -177,7 +194,7 @@ class Collator:
                 tokens = meter.tokens_in_all(turn) if whole else meter.tokens(turn)
                 if tokens > self._max_length or (tokens == self._max_length and not whole):
                     what = "question, image and answer" if whole else "question and image"
-                    raise RequestError(
+                    raise UserError(
                         f'example "{example.id}": {what} take {tokens} tokens, max_length is {self._max_length}; '
                         f"raise training.max_length (an image is never cut)"
                     )
@@ -195,4 +212,6 @@ class Collator:
 
 def _image_keys(turns: Sequence[Turn]) -> Tensor:
     """[B] a number for each image file, `NO_IMAGE` for none."""
-    return torch.tensor([NO_IMAGE if turn.image is None else int(digest_text(str(turn.image))[:15], 16) for turn in turns])
+    return torch.tensor(
+        [NO_IMAGE if turn.image is None else int(digest_text(str(turn.image))[:15], 16) for turn in turns]
+    )

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
-from vlm_unlearn.data.batching import Batch, move
-from vlm_unlearn.errors import RequestError, WorkError
+from vlm_unlearn.data.encoding import Batch, move
+from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Method, Role
-from vlm_unlearn.models.layout import is_projector, layout_of, unwrapped
+from vlm_unlearn.models.layout import get_base_model, is_projector, layout_of
 from vlm_unlearn.store import write_json
 from vlm_unlearn.training.references import ReferenceModel
 from vlm_unlearn.training.step import Counted, ModelStep, count
@@ -35,7 +35,11 @@ class UnlearningTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, method: Method, reference: ReferenceModel | None, projector_learning_rate: float | None = None, **arguments: Any
+        self,
+        method: Method,
+        reference: ReferenceModel | None,
+        projector_learning_rate: float | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.method = method
@@ -48,9 +52,11 @@ class UnlearningTrainer(Trainer):
         """The micro-batches of an optimizer step; counts their tokens, over all processes."""
         batches, _ = super().get_batch_samples(_raising(epoch_iterator), num_batches, device)
         self._totals = None
-        if batches and not self.method.paper:
+        if batches and not self.method.paper_compat:
             counts = [count(batch) for batch in batches]
-            sums = torch.tensor([sum(found[key] for found in counts) for key in counts[0]], dtype=torch.float32, device=device)
+            sums = torch.tensor(
+                [sum(found[key] for found in counts) for key in counts[0]], dtype=torch.float32, device=device
+            )
             totals: Tensor = self.accelerator.reduce(sums, reduction="sum")
             parts = len(batches) * self.args.world_size
             self._totals = {key: total / parts for key, total in zip(counts[0], totals.tolist(), strict=True)}
@@ -68,10 +74,10 @@ class UnlearningTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         step = ModelStep(model, batches, self.method, self.reference, self._totals, progress)
         output = self.method.loss(step)
-        total = output.total + step.nothing() if self.method.hidden_layers else output.total
+        total = output.total + step.zero_loss_over_all_logits() if self.method.hidden_layers else output.total
         if not torch.isfinite(output.total):
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.parts.items())
-            raise WorkError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); {self._way_out()}")
+            raise RunError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); {self._way_out()}")
         for name, value in output.parts.items():
             self._parts.setdefault(name, []).append(value.item())
         return (total, {}) if return_outputs else total
@@ -88,13 +94,15 @@ class UnlearningTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         if self._parts and "loss" in logs:
-            means = torch.tensor([math.fsum(values) / len(values) for values in self._parts.values()], dtype=torch.float32)
+            means = torch.tensor(
+                [math.fsum(values) / len(values) for values in self._parts.values()], dtype=torch.float32
+            )
             means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
             logs.update({name: round(value, 6) for name, value in zip(self._parts, means.tolist(), strict=True)})
             self._parts.clear()
         gradient = logs.get("grad_norm")
         if gradient is not None and not math.isfinite(gradient):
-            raise WorkError(f"the gradient is not finite at step {self.state.global_step}; {self._way_out()}")
+            raise RunError(f"the gradient is not finite at step {self.state.global_step}; {self._way_out()}")
         super().log(logs, *arguments, **keywords)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -102,7 +110,7 @@ class UnlearningTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self._projector_learning_rate is not None:
             whole = self.model if model is None else model
-            inner = unwrapped(whole)
+            inner = get_base_model(whole)
             layout = layout_of(inner)
             projector = {id(parameter) for name, parameter in inner.named_parameters() if is_projector(name, layout)}
             for group in list(optimizer.param_groups):
@@ -131,7 +139,9 @@ class UnlearningTrainer(Trainer):
         trained = {name: value for name, value in inner.named_parameters() if value.requires_grad}
         found = load_file(folder / TRAINED)
         if found.keys() != trained.keys():
-            raise WorkError(f"{folder}: holds other parameters than this run trains; delete the run's folder and start again")
+            raise RunError(
+                f"{folder}: holds other parameters than this run trains; delete the run's folder and start again"
+            )
         with torch.no_grad():
             for name, value in found.items():
                 trained[name].copy_(value)
@@ -158,7 +168,7 @@ class UnlearningTrainer(Trainer):
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
     """Raises the errors that processes that load data hand over as batches."""
     for batch in batches:
-        if isinstance(batch, RequestError):
+        if isinstance(batch, UserError):
             raise batch
         yield batch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlm_unlearn.data.json_stream import Item, stream
-from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 
 Parsed = TypeVar("Parsed")
 
@@ -20,7 +20,7 @@ class RawRecord:
 
     def __init__(self, value: object, place: Callable[[], str], number: int = 0) -> None:
         if not isinstance(value, dict):
-            raise RequestError(f"{place()}: expected an object, found {kind_of(value)}")
+            raise UserError(f"{place()}: expected an object, found {kind_of(value)}")
         self.value: dict[str, Any] = value
         self._place = place  # put into words only for an error: there are millions of records
         self.number = number
@@ -38,14 +38,14 @@ class RawRecord:
                 if isinstance(found, str) and (empty or found.strip()):
                     self._check_characters(found, name)
                     return found
-                raise RequestError(f'{self.where}: "{name}" must be non-empty text, found {kind_of(found)}')
-        raise RequestError(f'{self.where}: field "{names[0]}" is missing')
+                raise UserError(f'{self.where}: "{name}" must be non-empty text, found {kind_of(found)}')
+        raise UserError(f'{self.where}: field "{names[0]}" is missing')
 
     def optional_text(self, name: str) -> str | None:
         """The field's text, or None where it is missing, null or says nothing.
 
         Raises:
-            RequestError: something else than text is there.
+            UserError: something else than text is there.
         """
         found = self.value.get(name)
         if found is None or found == "":
@@ -60,7 +60,7 @@ class RawRecord:
                 return str(found)
             if found is not None:
                 return self.text(field)
-        raise RequestError(f'{self.where}: field "{fields[0]}" is missing')
+        raise UserError(f'{self.where}: field "{fields[0]}" is missing')
 
     def object(self, name: str) -> RawRecord:
         """The object that a field holds."""
@@ -70,11 +70,11 @@ class RawRecord:
         """The objects of a list.
 
         Raises:
-            RequestError: the field holds no list, or something else than objects is in it.
+            UserError: the field holds no list, or something else than objects is in it.
         """
         found = self.value.get(name)
         if not isinstance(found, list):
-            raise RequestError(f'{self.where}: "{name}" must be a list, found {kind_of(found)}')
+            raise UserError(f'{self.where}: "{name}" must be a list, found {kind_of(found)}')
         return [RawRecord(item, partial(self._item_place, name, index)) for index, item in enumerate(found)]
 
     def _item_place(self, name: str, index: int) -> str:
@@ -82,12 +82,12 @@ class RawRecord:
 
     def _check_characters(self, text: str, name: str) -> None:
         if "\0" in text:
-            raise RequestError(f'{self.where}: "{name}" holds a NUL character')
+            raise UserError(f'{self.where}: "{name}" holds a NUL character')
         if not text.isascii():
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError:
-                raise RequestError(
+                raise UserError(
                     f'{self.where}: "{name}" holds a broken character: half of one, or bytes that are not UTF-8; save the file as UTF-8'
                 ) from None
 
@@ -101,23 +101,25 @@ def read_objects(path: Path, name_field: str, problems: Problems | None = None) 
     for item in stream(path):
         place = partial(item_place, path, item, name_field)
         if item.error:
-            refuse(RequestError(f"{place()}: {item.error}"), problems)
+            report_problem(UserError(f"{place()}: {item.error}"), problems)
             continue
         try:
             record = RawRecord(item.value, place, item.number)
-        except RequestError as error:
-            refuse(error, problems)
+        except UserError as error:
+            report_problem(error, problems)
             continue
         yield record
 
 
-def parsed(records: Iterable[RawRecord], parse: Callable[[RawRecord], Parsed], problems: Problems | None) -> Iterator[Parsed]:
+def parsed(
+    records: Iterable[RawRecord], parse: Callable[[RawRecord], Parsed], problems: Problems | None
+) -> Iterator[Parsed]:
     """What `parse` makes of each record; one that it refuses is listed, or raised where nobody lists, and the next follows."""
     for record in records:
         try:
             found = parse(record)
-        except RequestError as error:
-            refuse(error, problems)
+        except UserError as error:
+            report_problem(error, problems)
             continue
         yield found
 
@@ -125,7 +127,7 @@ def parsed(records: Iterable[RawRecord], parse: Callable[[RawRecord], Parsed], p
 def item_place(path: Path, item: Item, name_field: str) -> str:
     """``train.json: record 17 (line 203, "Ads_333539")``"""
     name = item.value.get(name_field) if isinstance(item.value, dict) else None
-    named = f", {shown(name)}" if isinstance(name, str | int) else ""
+    named = f", {quoted(name)}" if isinstance(name, str | int) else ""
     return f"{path.name}: record {item.number} (line {item.line}{named})"
 
 
@@ -133,4 +135,6 @@ def kind_of(value: object) -> str:
     """What a JSON value is, in words: ``"a number"``."""
     if value is None:
         return "nothing"
-    return {dict: "an object", list: "a list", str: "text" if value else "empty text", bool: "true or false"}.get(type(value), "a number")
+    return {dict: "an object", list: "a list", str: "text" if value else "empty text", bool: "true or false"}.get(
+        type(value), "a number"
+    )

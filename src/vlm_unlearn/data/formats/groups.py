@@ -1,4 +1,4 @@
-"""Prompts of formats whose records of one id are shots of one question."""
+"""Prompts of formats whose records of one id are rewrites of one question."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 
 from vlm_unlearn.records import Kind, Prompt
 
-Asked = tuple[str, str | None, str, str | None, str | None]  # record id, image, question, reference, category
+AttackRecord = tuple[str, str | None, str, str | None, str | None]  # record id, image, question, reference, category
 
 
-def prompts_of_groups(records: Iterable[Asked], set_name: str, kind: Kind) -> Iterator[Prompt]:
+def prompts_of_groups(records: Iterable[AttackRecord], set_name: str, kind: Kind) -> Iterator[Prompt]:
     """A prompt a record, in order; those of one id are a group, and count up in `shot`."""
-    shots: Counter[str] = Counter()
+    rewrites: Counter[str] = Counter()
     for id, image, question, reference, category in records:
         yield Prompt(
-            id=f"{set_name}/{id}/{shots[id]}",
+            id=f"{set_name}/{id}/{rewrites[id]}",
             group_id=id,
-            shot=shots[id],
+            rewrite=rewrites[id],
             set=set_name,
             kind=kind,
             image=image,
@@ -25,4 +25,4 @@ def prompts_of_groups(records: Iterable[Asked], set_name: str, kind: Kind) -> It
             reference=reference,
             category=category,
         )
-        shots[id] += 1
+        rewrites[id] += 1

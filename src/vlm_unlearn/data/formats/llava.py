@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError, shown
+from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example, Round
 
 IMAGE_MARK = "<image>"
@@ -34,12 +34,14 @@ def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
         empty_answers: take a gpt turn that says nothing: there is nothing to train on, but files are passed on as they are.
 
     Raises:
-        RequestError: a field is missing, the turns don't alternate, a turn says nothing, or marks and images don't match.
+        UserError: a field is missing, the turns don't alternate, a turn says nothing, or marks and images don't match.
     """
     turns = record.objects("conversations")
     roles = [_ROLES.get(turn.text("from")) for turn in turns]
     if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
-        raise RequestError(f'{record.where}: "conversations" must be human and gpt turns in alternation, human first, gpt last')
+        raise UserError(
+            f'{record.where}: "conversations" must be human and gpt turns in alternation, human first, gpt last'
+        )
     image = record.text("image") if record.value.get("image") not in (None, "") else None
     rounds = []
     marks = 0
@@ -48,15 +50,15 @@ def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
         marks += value.count(IMAGE_MARK)
         question = value.replace(IMAGE_MARK, "").strip()
         if not question:
-            raise RequestError(f"{asked.where}: asks nothing")
+            raise UserError(f"{asked.where}: asks nothing")
         answer = answered.text("value", empty=empty_answers)
         if IMAGE_MARK in answer:
-            raise RequestError(f"{answered.where}: an answer holds {IMAGE_MARK}; take it out")
+            raise UserError(f"{answered.where}: an answer holds {IMAGE_MARK}; take it out")
         rounds.append((question, answer))
     if marks > 1:
-        raise RequestError(f"{record.where}: {marks} {IMAGE_MARK} marks; a record has one image")
+        raise UserError(f"{record.where}: {marks} {IMAGE_MARK} marks; a record has one image")
     if marks and image is None:
-        raise RequestError(f'{record.where}: an {IMAGE_MARK} mark, but "image" is missing')
+        raise UserError(f'{record.where}: an {IMAGE_MARK} mark, but "image" is missing')
     name = record.name("id") if record.value.get("id") is not None else ""
     return Conversation(name, image, rounds)
 
@@ -69,7 +71,7 @@ def read_llava(path: Path, images: Path | None, problems: Problems | None = None
         problems: takes broken records; without it the first one raises.
 
     Raises:
-        RequestError: a broken file; a broken record or a missing image where `problems` is None.
+        UserError: a broken file; a broken record or a missing image where `problems` is None.
     """
 
     def read(record: RawRecord) -> Example:
@@ -94,7 +96,7 @@ def example(conversation: Conversation, number: int) -> Example:
     )
 
 
-def looks_whole(value: object, plain: bool) -> bool:
+def is_complete(value: object, plain: bool) -> bool:
     """Whether a JSON value is surely a conversation that `parse` takes: quick, and never True for one that it refuses.
 
     A False only says that it takes `parse` to tell.
@@ -134,14 +136,14 @@ def record(id: str | int, image: str | None, rounds: Iterable[tuple[str, str]]) 
     return {"id": id, **({} if image is None else {"image": image}), "conversations": conversations}
 
 
-def refuse_embedded(example: Example) -> None:
+def validate_no_embedded_image(example: Example) -> None:
     """Raises for an example whose image is inside a table: no file can name it."""
     if example.source == "embedded":
-        raise RequestError(f"{shown(example.id)}: its image is inside the table; `data import files` unpacks it")
+        raise UserError(f"{quoted(example.id)}: its image is inside the table; `data import files` unpacks it")
 
 
 def write_record(example: Example) -> dict[str, Any]:
     """An example as a record of this format."""
     rounds = [(turn.question, turn.answer) for turn in example.history]
-    refuse_embedded(example)
+    validate_no_embedded_image(example)
     return record(example.id, example.image, [*rounds, (example.question, example.answer)])

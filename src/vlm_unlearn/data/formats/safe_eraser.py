@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example, Kind, Prompt
 from vlm_unlearn.store import read_json
 
@@ -47,7 +47,7 @@ def read_safe_eraser(path: Path, images: Path | None, problems: Problems | None 
         problems: takes broken records; without it the first one raises.
 
     Raises:
-        RequestError: a broken file; a broken record or a missing image where `problems` is None.
+        UserError: a broken file; a broken record or a missing image where `problems` is None.
     """
     return parsed(read_objects(path, "image_path", problems), lambda record: parse(record, images), problems)
 
@@ -56,14 +56,15 @@ def parse(record: RawRecord, images: Path | None = None) -> SafeEraserRecord:
     """One record; its images are looked for where `images` is given.
 
     Raises:
-        RequestError: a field is missing or is something else, or an image is missing or outside `images`.
+        UserError: a field is missing or is something else, or an image is missing or outside `images`.
     """
     image, benign_image = record.text("image_path"), record.text("SDImage_path")
     for name in (image, benign_image):
         if images is not None:
             resolve_image(images, name, record.where)
     unsafe = tuple(
-        UnsafePair(pair.text("question"), pair.text("model_response"), pair.text("sd_response")) for pair in record.objects("unsafe_pairs")
+        UnsafePair(pair.text("question"), pair.text("model_response"), pair.text("sd_response"))
+        for pair in record.objects("unsafe_pairs")
     )
     harmless = []
     for name in HARMLESS_PAIRS:
@@ -84,7 +85,9 @@ def examples(records: Iterable[SafeEraserRecord]) -> tuple[list[Example], list[E
         for index, pair in enumerate(record.unsafe):
             pair_id = f"{record.id}/unsafe/{index}"
             forget.append(_example(record, pair_id, record.image, pair.question, pair.harmful_answer, pair_id))
-            decouple.append(_example(record, f"{pair_id}/benign", record.benign_image, pair.question, pair.benign_answer, pair_id))
+            decouple.append(
+                _example(record, f"{pair_id}/benign", record.benign_image, pair.question, pair.benign_answer, pair_id)
+            )
         for index, (question, answer) in enumerate(record.harmless):
             retain.append(_example(record, f"{record.id}/harmless/{index}", record.image, question, answer, None))
     return forget, retain, decouple
@@ -92,7 +95,13 @@ def examples(records: Iterable[SafeEraserRecord]) -> tuple[list[Example], list[E
 
 def _example(record: SafeEraserRecord, id: str, image: str, question: str, answer: str, pair_id: str | None) -> Example:
     return Example(
-        id=id, image=image, question=question, answer=answer, category=record.category or None, pair_id=pair_id, source="safe_eraser"
+        id=id,
+        image=image,
+        question=question,
+        answer=answer,
+        category=record.category or None,
+        pair_id=pair_id,
+        source="safe_eraser",
     )
 
 
@@ -130,8 +139,8 @@ def sentences(value: object, what: str) -> list[str]:
     """`value` if it is a non-empty list of sentences.
 
     Raises:
-        RequestError: it isn't; the message begins with `what`.
+        UserError: it isn't; the message begins with `what`.
     """
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item.strip() for item in value):
-        raise RequestError(f"{what} a non-empty list of refusal sentences")
+        raise UserError(f"{what} a non-empty list of refusal sentences")
     return value

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
-from vlm_unlearn.data.formats.groups import Asked, prompts_of_groups
-from vlm_unlearn.data.formats.llava import IMAGE_MARK, refuse_embedded
+from vlm_unlearn.data.formats.groups import AttackRecord, prompts_of_groups
+from vlm_unlearn.data.formats.llava import IMAGE_MARK, validate_no_embedded_image
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.data.json_stream import LONGEST_RECORD, dump
-from vlm_unlearn.errors import Problems, RequestError, nearest, refuse, shown
+from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, dump
+from vlm_unlearn.errors import Problems, UserError, nearest, quoted, report_problem
 from vlm_unlearn.records import Example, Kind, Prompt
 from vlm_unlearn.store import writing
 
@@ -58,7 +58,11 @@ class Row:
 
 
 def read_table(
-    source: str | Path, columns: Columns, images: Path | None, problems: Problems | None = None, embedded: Path | None = None
+    source: str | Path,
+    columns: Columns,
+    images: Path | None,
+    problems: Problems | None = None,
+    embedded: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a table, one at a time.
 
@@ -69,7 +73,7 @@ def read_table(
         embedded: the folder that images held by the table itself are written to, by the digest of their content.
 
     Raises:
-        RequestError: the table can't be read or lacks the question or the answer column; a broken row where `problems` is None.
+        UserError: the table can't be read or lacks the question or the answer column; a broken row where `problems` is None.
     """
     return parsed(raw_rows(source, columns, problems), lambda record: _row(record, columns, images, embedded), problems)
 
@@ -79,12 +83,12 @@ def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Pat
     question = cell_text(record, columns.question)
     if IMAGE_MARK in question:  # as LLaVA's files have it
         if image is None:
-            raise RequestError(f"{record.where}: the question holds {IMAGE_MARK}, but there is no image")
+            raise UserError(f"{record.where}: the question holds {IMAGE_MARK}, but there is no image")
         question = question.replace(IMAGE_MARK, "").strip()
     answer = cell_text(record, columns.answer)
     if not question or IMAGE_MARK in answer:
         what = f"the answer holds {IMAGE_MARK}; take it out" if question else "asks nothing"
-        raise RequestError(f"{record.where}: {what}")
+        raise UserError(f"{record.where}: {what}")
     return Row(
         Example(
             id=_optional(record, columns.id) or str(record.number),
@@ -103,13 +107,15 @@ def set_of(record: RawRecord, columns: Columns) -> str | None:
     """The set that a row's set column names: forget, retain or decouple; None for a table without one.
 
     Raises:
-        RequestError: it names another, and the column was named. A column that only happens to be called "set" may hold what it likes.
+        UserError: it names another, and the column was named. A column that only happens to be called "set" may hold what it likes.
     """
     if "set" not in columns.named:
         return SETS.get(str(record.value.get(columns.set, "")).strip().lower())
     named = cell_text(record, columns.set).strip().lower()
     if named not in SETS:
-        raise RequestError(f"{record.where}: {columns.set} {shown(named)}: use forget, retain or decouple{nearest(named, SETS)}")
+        raise UserError(
+            f"{record.where}: {columns.set} {quoted(named)}: use forget, retain or decouple{nearest(named, SETS)}"
+        )
     return SETS[named]
 
 
@@ -130,7 +136,7 @@ def _image(record: RawRecord, column: str, images: Path | None, embedded: Path |
     found = record.value.get(column)
     if isinstance(found, list):
         if len(found) > 1:
-            raise RequestError(f"{record.where}: {len(found)} images; an example has one")
+            raise UserError(f"{record.where}: {len(found)} images; an example has one")
         found = found[0] if found else None
     if isinstance(found, dict):  # datasets' Image column, undecoded
         if isinstance(found.get("bytes"), bytes) and found["bytes"]:
@@ -157,7 +163,7 @@ def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) ->
     path = Path(source)
     kind = suffix(path)
     if kind in (".xlsx", ".xls", ".ods"):
-        raise RequestError(f"{path}: spreadsheets are not read; save it as CSV (UTF-8)")
+        raise UserError(f"{path}: spreadsheets are not read; save it as CSV (UTF-8)")
     if kind in SEPARATORS:
         records = _csv_records(path, SEPARATORS[kind], problems)
     elif path.is_file() and kind not in (".parquet", ".arrow"):
@@ -179,42 +185,44 @@ def _checked(records: Iterable[RawRecord], columns: Columns, name: str) -> Itera
     for field in dict.fromkeys(("question", "answer", *sorted(columns.named))):
         column = getattr(columns, field)
         if first and not any(column in record.value for record in first):
-            there = ", ".join(shown(key, 40) for key in list(first[0].value)[:20])
-            raise RequestError(
-                f"{name}: no column {shown(column)}; its columns are {there}; pass --{field}-column{nearest(column, first[0].value)}"
+            there = ", ".join(quoted(key, 40) for key in list(first[0].value)[:20])
+            raise UserError(
+                f"{name}: no column {quoted(column)}; its columns are {there}; pass --{field}-column{nearest(column, first[0].value)}"
             )
     yield from first
     yield from records
 
 
 def _csv_records(path: Path, separator: str, problems: Problems | None) -> Iterator[RawRecord]:
-    csv.field_size_limit(LONGEST_RECORD)
+    csv.field_size_limit(MAX_RECORD_BYTES)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
             reader = csv.reader(handle, delimiter=separator, strict=True)
             header = next(reader, [])
             if header and header[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):
-                raise RequestError(f"{path}: is UTF-16; save it as UTF-8")
+                raise UserError(f"{path}: is UTF-16; save it as UTF-8")
             if len(header) == 1 and ";" in header[0]:
-                raise RequestError(f'{path}: its columns are separated by ";"; save it with commas')
+                raise UserError(f'{path}: its columns are separated by ";"; save it with commas')
             if not header or len(set(header)) < len(header):
                 what = "names a column twice" if header else "is empty"
-                raise RequestError(f"{path}: the first line {what}; it must name the columns")
+                raise UserError(f"{path}: the first line {what}; it must name the columns")
             number = -1
             for row in reader:
                 if not row:
                     continue
                 number += 1
-                place = partial("{}: line {}".format, path.name, reader.line_num - sum(cell.count("\n") for cell in row))
+                place = partial(
+                    "{}: line {}".format, path.name, reader.line_num - sum(cell.count("\n") for cell in row)
+                )
                 if len(row) != len(header):
                     what = f"has {len(row)} cells, the header {len(header)}; quote cells that hold a separator"
-                    refuse(RequestError(f"{place()}: {what}"), problems)
+                    report_problem(UserError(f"{place()}: {what}"), problems)
                     continue
                 yield RawRecord(dict(zip(header, row, strict=True)), place, number)
     except csv.Error as error:  # nothing can be found again behind an open quote
-        raise RequestError(f"{path}: line {reader.line_num}: not {path.suffix[1:].upper()}: {error}") from None
+        raise UserError(f"{path}: line {reader.line_num}: not {path.suffix[1:].upper()}: {error}") from None
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _dataset_records(source: str) -> Iterator[RawRecord]:
@@ -240,23 +248,25 @@ def _load(datasets: Any, source: str) -> Any:
             return datasets.load_dataset(suffix(path)[1:], data_files=source, split="train")
         if path.is_dir() or name.count("/") == 1:
             return datasets.load_dataset(name, split=split or "train")
-    except RequestError:
+    except UserError:
         raise
     except Exception as error:  # datasets and what is below it raise whatever a broken file leads them to
-        raise RequestError(f"{source}: datasets could not load it: {type(error).__name__}: {shown(error, 200)}") from None
-    raise RequestError(f"{source}: no such file")
+        raise UserError(f"{source}: datasets could not load it: {type(error).__name__}: {quoted(error, 200)}") from None
+    raise UserError(f"{source}: no such file")
 
 
 def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
     """Evaluation prompts of one kind, from the rows of its set. Rows with the same id are shots of one group; answers are references."""
 
-    def asked() -> Iterator[Asked]:
+    def asked() -> Iterator[AttackRecord]:
         for row in rows:
             example = row.example
             if KINDS.get(row.set or "") != kind:
                 continue
             if example.source == "embedded":
-                raise RequestError(f"row {shown(example.id)}: a suite reads images from a folder; `data convert` unpacks those in a table")
+                raise UserError(
+                    f"row {quoted(example.id)}: a suite reads images from a folder; `data convert` unpacks those in a table"
+                )
             yield example.id, example.image, example.question, example.answer, example.category
 
     yield from prompts_of_groups(asked(), set_name, kind)
@@ -266,11 +276,13 @@ def row_of(example: Example, set_name: str | None) -> dict[str, str | None]:
     """An example as a row with the columns that `Columns` expects, and ``set``.
 
     Raises:
-        RequestError: the example has several rounds, which a table can't hold.
+        UserError: the example has several rounds, which a table can't hold.
     """
     if example.history:
-        raise RequestError(f"{shown(example.id)}: has {len(example.history) + 1} rounds, a table row has one; write LLaVA's .json format")
-    refuse_embedded(example)
+        raise UserError(
+            f"{quoted(example.id)}: has {len(example.history) + 1} rounds, a table row has one; write LLaVA's .json format"
+        )
+    validate_no_embedded_image(example)
     return {"set": set_name, **{column: getattr(example, column) for column in WRITTEN if column != "set"}}
 
 
@@ -281,7 +293,7 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
         problems: takes examples that a table can't hold; without it the first one raises.
 
     Raises:
-        RequestError: there is nothing to write.
+        UserError: there is nothing to write.
     """
     count = 0
     with writing(path) as handle:
@@ -292,8 +304,8 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
         for example, set_name in ((row.example, row.set) for row in rows):
             try:
                 row = row_of(example, set_name)
-            except RequestError as error:
-                refuse(error, problems)
+            except UserError as error:
+                report_problem(error, problems)
                 continue
             if writer:
                 writer.writerow(row)
@@ -301,5 +313,5 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
                 handle.write(dump(row) + "\n")
             count += 1
         if not count:
-            raise RequestError(f"{path}: there is no row to write")
+            raise UserError(f"{path}: there is no row to write")
     return count

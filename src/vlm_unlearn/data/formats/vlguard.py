@@ -14,7 +14,7 @@ from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
 from vlm_unlearn.data.formats.groups import prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_MARK
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example, Kind, Prompt
 
 KINDS: dict[str, Kind] = {
@@ -40,7 +40,9 @@ class Pair:
         return f"{self.record_id}/{self.kind}"
 
 
-def read_records(path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[tuple[RawRecord, list[Pair]]]:
+def read_records(
+    path: Path, images: Path | None, problems: Problems | None = None
+) -> Iterator[tuple[RawRecord, list[Pair]]]:
     """The records of a VLGuard file with their questions, in file order.
 
     Args:
@@ -48,7 +50,7 @@ def read_records(path: Path, images: Path | None, problems: Problems | None = No
         problems: takes broken records; without it the first one raises.
 
     Raises:
-        RequestError: a broken file; a broken record or a missing image where `problems` is None.
+        UserError: a broken file; a broken record or a missing image where `problems` is None.
     """
 
     def read(record: RawRecord) -> tuple[RawRecord, list[Pair]]:
@@ -69,22 +71,22 @@ def pairs(record: RawRecord) -> list[Pair]:
     """The questions of one record.
 
     Raises:
-        RequestError: a field is missing or is something else, or the pairs don't go with each other or with ``safe``.
+        UserError: a field is missing or is something else, or the pairs don't go with each other or with ``safe``.
     """
     image = record.text("image")
     safe = record.value.get("safe")
     if not isinstance(safe, bool | None):
-        raise RequestError(f'{record.where}: "safe" must be true or false')
+        raise UserError(f'{record.where}: "safe" must be true or false')
     listed = record.objects("instr-resp")
     if not listed:
-        raise RequestError(f'{record.where}: "instr-resp" is empty')
+        raise UserError(f'{record.where}: "instr-resp" is empty')
     found: list[Pair] = []
     for pair in listed:
         field = next((name for name in KINDS if name in pair.value), None)
         if field is None:
-            raise RequestError(f'{pair.where}: none of "instruction", "safe_instruction", "unsafe_instruction" is there')
+            raise UserError(f'{pair.where}: none of "instruction", "safe_instruction", "unsafe_instruction" is there')
         if safe is not None and safe == (field == "instruction"):
-            raise RequestError(f'{pair.where}: "{field}" does not go with "safe": {str(safe).lower()}')
+            raise UserError(f'{pair.where}: "{field}" does not go with "safe": {str(safe).lower()}')
         found.append(
             Pair(
                 record_id=record.name("id", "image"),
@@ -96,9 +98,9 @@ def pairs(record: RawRecord) -> list[Pair]:
             )
         )
         if IMAGE_MARK in found[-1].question:
-            raise RequestError(f"{pair.where}: the question holds {IMAGE_MARK}; take it out")
+            raise UserError(f"{pair.where}: the question holds {IMAGE_MARK}; take it out")
         if (found[0].kind == "unsafe") != (field == "instruction"):
-            raise RequestError(f"{record.where}: mixes the pairs of a safe and of an unsafe image")
+            raise UserError(f"{record.where}: mixes the pairs of a safe and of an unsafe image")
     return found
 
 
@@ -143,10 +145,16 @@ def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, incl
 def example(pair: Pair, answer: str | None = None) -> Example:
     """A question as a training example, answered by its reference response or another answer."""
     given = pair.response if answer is None else answer
-    return Example(id=pair.id, image=pair.image, question=pair.question, answer=given, category=pair.category, source="vlguard")
+    return Example(
+        id=pair.id, image=pair.image, question=pair.question, answer=given, category=pair.category, source="vlguard"
+    )
 
 
 def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt]:
     """Evaluation prompts of one kind. Rows with the same record id are shots of one group, as in the published 3-shot file."""
-    asked = ((pair.record_id, pair.image, pair.question, pair.response or None, pair.category) for pair in pairs if pair.kind == kind)
+    asked = (
+        (pair.record_id, pair.image, pair.question, pair.response or None, pair.category)
+        for pair in pairs
+        if pair.kind == kind
+    )
     yield from prompts_of_groups(asked, set_name, kind)

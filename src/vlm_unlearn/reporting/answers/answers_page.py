@@ -10,21 +10,28 @@ from typing import Any
 from markupsafe import Markup
 
 from vlm_unlearn.errors import printable
-from vlm_unlearn.evaluation.generating import OnDone
+from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Verdict
-from vlm_unlearn.reporting.answers.collecting import Answer, Question, Run, join_questions, read_run
+from vlm_unlearn.reporting.answers.answer_data import Answer, Question, Run, join_questions, read_run
 from vlm_unlearn.reporting.answers.thumbnails import Picture, Source, delete_other_thumbnails, write_thumbnails
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.store import without_surrogates, write_text
 
-STATES = (*LABELS, "score", "failed", "none")  # what an answer can be in a judge's eyes; "none" is one that it did not grade
+STATES = (
+    *LABELS,
+    "score",
+    "failed",
+    "none",
+)  # what an answer can be in a judge's eyes; "none" is one that it did not grade
 MOST_BYTES = 40_000_000  # of inlined data: more would keep a browser busy for seconds
 CUTS = (20_000, 4_000, 1_000)  # characters of the longest text, tried one after the other where all would be too much
 
 Columns = dict[str, Any]
 
 
-def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: OnDone | None = None, most_bytes: int = MOST_BYTES) -> Path:
+def write_answers(
+    folder: Path, runs: Mapping[str, Path], title: str, on_done: OnDone | None = None, most_bytes: int = MOST_BYTES
+) -> Path:
     """Writes ``report/answers.html`` with all answers of all runs inside, and ``report/images/`` with small copies of the images.
 
     The page opens from disk and asks nothing of any network. What it was told to show stands in its address::
@@ -42,7 +49,7 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
         The page.
 
     Raises:
-        RequestError: a run is no evaluation, or a file of it is broken. An image that is missing or broken is a note in the page.
+        UserError: a run is no evaluation, or a file of it is broken. An image that is missing or broken is a note in the page.
     """
     read = [read_run(model, run) for model, run in runs.items()]
     found = [run for run, _ in read]
@@ -71,7 +78,9 @@ def write_answers(folder: Path, runs: Mapping[str, Path], title: str, on_done: O
     )
     file = folder / "report" / "answers.html"
     write_text(file, page)
-    delete_other_thumbnails(folder / "report" / "images", pictures.values())  # no sooner: until now the page of before showed them
+    delete_other_thumbnails(
+        folder / "report" / "images", pictures.values()
+    )  # no sooner: until now the page of before showed them
     return file
 
 
@@ -100,7 +109,9 @@ def fit(
         )
     kept: Sequence[Question] = questions
     while size > most_bytes and len(kept) > 1:
-        kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))[: len(kept) - 1]  # always fewer
+        kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))[
+            : len(kept) - 1
+        ]  # always fewer
         columns = to_columns(kept, models, tells, longest)
         size = _size(columns)
     if len(kept) < len(questions):
@@ -141,7 +152,9 @@ def _foreign_folders(found: Iterable[Run], pictures: Mapping[Source, Picture], r
     roots: dict[Path, int] = {}
     for run in found:
         around = runs[run.model].resolve().parent
-        for source in dict.fromkeys(image for prompt in run.prompts.values() if (image := run.image(prompt)) is not None):
+        for source in dict.fromkeys(
+            image for prompt in run.prompts.values() if (image := run.image(prompt)) is not None
+        ):
             root = source[0]
             if root is not None and pictures[source].file and not root.resolve().is_relative_to(around):
                 roots[root] = roots.get(root, 0) + 1
@@ -174,7 +187,10 @@ class Texts:
 
 
 def to_columns(
-    questions: Sequence[Question], models: Sequence[str], tells: Mapping[str, Collection[str]], longest: int | None = None
+    questions: Sequence[Question],
+    models: Sequence[str],
+    tells: Mapping[str, Collection[str]],
+    longest: int | None = None,
 ) -> Columns:
     """Questions and answers as the page's script reads them: columns of numbers, and each text once.
 
@@ -223,7 +239,7 @@ def _questions(questions: Sequence[Question], pictures: Sequence[Picture], texts
     return {
         "id": [texts.place(prompt.id) for prompt in prompts],
         "group": [texts.place(prompt.group_id) for prompt in prompts],
-        "shot": [prompt.shot for prompt in prompts],
+        "shot": [prompt.rewrite for prompt in prompts],
         "case": [texts.place(prompt.set) for prompt in prompts],
         "kind": [texts.place(prompt.kind) for prompt in prompts],
         "category": [texts.place(prompt.category or None) for prompt in prompts],

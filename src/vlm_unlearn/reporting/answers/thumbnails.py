@@ -13,10 +13,10 @@ from PIL import Image
 
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
 from vlm_unlearn.data.parallel import in_threads
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import digest_file
 
-LONGEST_SIDE = 320  # pixels
+MAX_IMAGE_SIDE = 320  # pixels
 Source = tuple[Path | None, str]  # image root, and the path below it that a record gives
 OnDone = Callable[[int, int], None]
 
@@ -54,7 +54,7 @@ def _resolved(root: Path | None, relative: str) -> Path | str:
         return "the run's suite names the whole disk as its folder of images"
     try:
         return resolve_image(root, relative, "this question")
-    except RequestError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -75,11 +75,11 @@ def _picture(path: Path | str, digests: Mapping[Path, str | None], made: Mapping
 def _thumbnail(folder: Path, digest: str, source: Path) -> Picture:
     for known in (folder / f"{digest}.png", folder / f"{digest}.jpg"):
         if known.is_file():
-            with suppress(RequestError):  # one that was damaged is made anew
+            with suppress(UserError):  # one that was damaged is made anew
                 return Picture(known.name, *image_size(known))
     try:
-        image = open_image(source, LONGEST_SIDE)
-    except RequestError as error:
+        image = open_image(source, MAX_IMAGE_SIDE)
+    except UserError as error:
         return Picture(problem=str(error))
     drawn = image.getcolors(64) is not None  # a drawing is smaller and cleaner as PNG, a photograph as JPEG
     file = folder / f"{digest}.{'png' if drawn else 'jpg'}"
@@ -98,5 +98,8 @@ def delete_other_thumbnails(folder: Path, kept: Iterable[Picture]) -> None:
     """Deletes the thumbnails of an earlier page that this one doesn't show, and what a kill left; files of other names are not ours."""
     wanted = {picture.file for picture in kept}
     for file in folder.iterdir():
-        if re.fullmatch(r"[0-9a-f]{32}\.(png|jpg)|\.[0-9a-f]{32}\.(png|jpg)\.part", file.name) and file.name not in wanted:
+        if (
+            re.fullmatch(r"[0-9a-f]{32}\.(png|jpg)|\.[0-9a-f]{32}\.(png|jpg)\.part", file.name)
+            and file.name not in wanted
+        ):
             file.unlink()

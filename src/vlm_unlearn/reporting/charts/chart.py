@@ -10,7 +10,7 @@ from vlm_unlearn.records import Rate
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; each comes with a shape and a hatch of its own, so that no
 # series is told by its colour alone.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 LONGEST_NAME = 40  # characters of a name in a chart
 LONGEST_TITLE = 90
 Value = float | None
@@ -18,9 +18,9 @@ Value = float | None
 
 @dataclass(frozen=True)
 class Style:
-    """A colour of `COLOURS`, a shape and a hatch, by their numbers."""
+    """A colour of `COLORS`, a shape and a hatch, by their numbers."""
 
-    colour: int
+    color: int
     shape: int = 0
     hatch: int = 0
 
@@ -38,7 +38,7 @@ LABEL_STYLES = {
 
 def style_of(number: int) -> Style:
     """The style of the n-th model: shapes turn slower than colours, so that 7 x 7 are told apart."""
-    return Style(number % len(COLOURS), (number + number // len(COLOURS)) % len(COLOURS), number % 6)
+    return Style(number % len(COLORS), (number + number // len(COLORS)) % len(COLORS), number % 6)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def distances(ends: Sequence[Value], values: Sequence[Value]) -> list[float]:
     return [0 if end is None or value is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
-def seen_before(chart: Plane) -> list[int]:
+def _drop(chart: Plane) -> list[int]:
     """For each point how many earlier ones lie at its place, within 1 %: drawn smaller on top of each other, all are seen."""
     at = [(point.x[0], point.y[0]) for point in chart.points]
     return [sum(abs(x - a) < 1 and abs(y - b) < 1 for a, b in at[:number]) for number, (x, y) in enumerate(at)]
@@ -189,7 +189,10 @@ def place_labels(chart: Plane) -> list[PlacedLabel]:
         return []
     clusters: list[list[Point]] = []
     for point in points:
-        close = (all(abs(a - b) <= NEAR for a, b in ((point.x[0], own[0].x[0]), (point.y[0], own[0].y[0]))) for own in clusters)
+        close = (
+            all(abs(a - b) <= NEAR for a, b in ((point.x[0], own[0].x[0]), (point.y[0], own[0].y[0])))
+            for own in clusters
+        )
         found = next((own for own, near in zip(clusters, close, strict=True) if near), None)
         if found is None:
             clusters.append([point])
@@ -210,8 +213,12 @@ def place_labels(chart: Plane) -> list[PlacedLabel]:
                 dx += side * abs(own[0].x[1 + (side > 0)] - x) / 100 * NARROW[0]
             box = _box(x, y, dx, dy, width, 14)
             left, right, bottom, top = box
-            outside = max(0, -left) + max(0, right - NARROW[0] - 14) + max(0, -bottom - 10) + max(0, top - NARROW[1] - 10)
-            covered = sum(max(0, min(box[1], t[1]) - max(left, t[0])) * max(0, min(top, t[3]) - max(bottom, t[2])) for t in taken)
+            outside = (
+                max(0, -left) + max(0, right - NARROW[0] - 14) + max(0, -bottom - 10) + max(0, top - NARROW[1] - 10)
+            )
+            covered = sum(
+                max(0, min(box[1], t[1]) - max(left, t[0])) * max(0, min(top, t[3]) - max(bottom, t[2])) for t in taken
+            )
             choices.append((covered + 20 * outside + rank, dx, dy, box))
         _, dx, dy, box = min(choices)
         taken.append(box)

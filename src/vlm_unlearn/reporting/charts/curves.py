@@ -45,7 +45,12 @@ def write_loss_png(run: Path) -> Path | None:
     canvas = Canvas(figsize=(8, 7 if probes else 4.5), dpi=120, layout="constrained")
     axes = canvas.subplots(2 if probes else 1, 1, squeeze=False)[:, 0]
     for part in _parts(steps):
-        axes[0].plot([line["step"] for line in steps], [line.get(part) for line in steps], label=part, lw=2.2 if part == "loss" else 1.2)
+        axes[0].plot(
+            [line["step"] for line in steps],
+            [line.get(part) for line in steps],
+            label=part,
+            lw=2.2 if part == "loss" else 1.2,
+        )
     axes[0].set(xlabel="optimizer step", ylabel="loss")
     if probes:
         for name in dict.fromkeys(name for line in probes for name in line if name.startswith(PROBE)):
@@ -67,19 +72,27 @@ def loss_charts(runs: Mapping[str, Path], models: Sequence[str]) -> dict[str, Ch
     Args:
         models: all models of the report, whose places decide how their lines look.
     """
-    logs = {model: steps for model, run in runs.items() if (steps := [line for line in read_log(run) if "loss" in line])}
+    logs = {
+        model: steps for model, run in runs.items() if (steps := [line for line in read_log(run) if "loss" in line])
+    }
     charts: dict[str, Chart] = {}
     for part in dict.fromkeys(part for steps in logs.values() for part in _parts(steps)):
         series = []
         for model, steps in logs.items():
-            known = [(step, value) for line in steps if (value := line.get(part)) is not None and (step := line["step"]) is not None]
+            known = [
+                (step, value)
+                for line in steps
+                if (value := line.get(part)) is not None and (step := line["step"]) is not None
+            ]
             drawn = known[:: max(1, len(known) // DRAWN)]
             if drawn:
                 style = style_of(models.index(model))
                 series.append(Series(model, [value for _, value in drawn], (), (), style, [step for step, _ in drawn]))
         name = "the whole loss" if part == "loss" else f"its part: {part.replace('_', ' ')}"
         if series:
-            charts[f"loss-{len(charts) + 1}"] = Lines(f"Training: {name}", series, "optimizer step", "loss", percent=False, markers=False)
+            charts[f"loss-{len(charts) + 1}"] = Lines(
+                f"Training: {name}", series, "optimizer step", "loss", percent=False, markers=False
+            )
     return charts
 
 

@@ -9,9 +9,9 @@ from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_unlearn.evaluation.generating import OnDone
+from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.reporting.charts.chart import (
-    COLOURS,
+    COLORS,
     Bars,
     Chart,
     Heatmap,
@@ -19,9 +19,9 @@ from vlm_unlearn.reporting.charts.chart import (
     Plane,
     Series,
     Value,
+    _drop,
     distances,
     place_labels,
-    seen_before,
     shown_name,
 )
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg", "pdf")
 # Names of plots, and of such a file in the making.
-OURS = re.compile(r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|(categories|shots|labels|loss)-\d+)(\.part)?\.(png|svg|pdf)")
+OURS = re.compile(
+    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|(categories|shots|labels|loss)-\d+)(\.part)?\.(png|svg|pdf)"
+)
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
 HATCHES = ("", "///", "\\\\\\", "xxx", "...", "---")
 LETTER = 0.078  # inches of a letter at 9 points, generously
@@ -57,7 +59,10 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(dict(SETTINGS)), warnings.catch_warnings(action="ignore", category=UserWarning):  # a script without letters
+    with (
+        matplotlib.rc_context(dict(SETTINGS)),
+        warnings.catch_warnings(action="ignore", category=UserWarning),
+    ):  # a script without letters
         for done, (name, chart) in enumerate(charts.items(), start=1):
             canvas = canvas_of(chart)
             for kind in FORMATS:
@@ -83,7 +88,9 @@ def canvas_of(chart: Chart) -> Canvas:
     raise TypeError(type(chart).__name__)
 
 
-def _canvas(width: float, height: float, left: float, bottom: float, legend_rows: int, title: str) -> tuple[Canvas, Any]:
+def _canvas(
+    width: float, height: float, left: float, bottom: float, legend_rows: int, title: str
+) -> tuple[Canvas, Any]:
     """A canvas and its axes, the margins in inches: reckoned here, which takes a tenth of the time of having them found."""
     from matplotlib.figure import Figure as Canvas  # no pyplot: nothing is left open, and no display is needed
 
@@ -151,7 +158,7 @@ def _bars(chart: Bars) -> Canvas:
             height=height,
             left=below if chart.stacked else None,
             label=legend[number],
-            color=COLOURS[one.style.colour],
+            color=COLORS[one.style.color],
             hatch=HATCHES[one.style.hatch],
             edgecolor="black",
             lw=0.5,
@@ -178,7 +185,7 @@ def _lines(chart: Lines) -> Canvas:
     canvas, axes = _canvas(6.4, 2.7, 0.75, 0.5, rows, chart.title)
     for one, name in zip(chart.series, legend, strict=True):
         dash = ("-", "--", ":", "-.")[one.style.shape % 4]
-        look = {"color": COLOURS[one.style.colour], "ls": dash, "lw": 1.6, "label": name}
+        look = {"color": COLORS[one.style.color], "ls": dash, "lw": 1.6, "label": name}
         look |= {"marker": SYMBOLS[one.style.shape], "ms": 5} if chart.markers else {}
         axes.errorbar(list(one.x), _numbers(one.values), yerr=_ends(one), capsize=2, elinewidth=0.9, **look)
     axes.set(xlabel=shown_name(chart.x), ylabel=shown_name(chart.y))
@@ -200,13 +207,17 @@ def _heatmap(chart: Heatmap) -> Canvas:
     names, columns = [shown_name(name, 28) for name in chart.rows], [shown_name(name, 24) for name in chart.columns]
     left = 0.3 + LETTER * max(map(len, names), default=1)
     slanted = LETTER * max(map(len, columns), default=1) > 4 / len(columns)
-    canvas, axes = _canvas(6.4, 0.25 * len(names), left, 0.3 + (0.7 * LETTER * max(map(len, columns)) if slanted else 0), 0, chart.title)
+    canvas, axes = _canvas(
+        6.4, 0.25 * len(names), left, 0.3 + (0.7 * LETTER * max(map(len, columns)) if slanted else 0), 0, chart.title
+    )
     scale = LinearSegmentedColormap.from_list("rates", ["#fff7e6", "#56B4E9", "#003f63"])
     axes.imshow([_numbers(row) for row in chart.values], cmap=scale, vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(chart.values):
         for x, value in enumerate(row):
             if value is not None:
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 70 else "black")
+                axes.text(
+                    x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 70 else "black"
+                )
     axes.set_xticks(range(len(columns)), columns, rotation=45 if slanted else 0, ha="right" if slanted else "center")
     axes.set_yticks(range(len(names)), names)
     return canvas
@@ -219,15 +230,37 @@ def _plane(chart: Plane) -> Canvas:
     rows = -(-len(legend) // columns) if len(legend) > 1 else 0
     canvas, axes = _canvas(5.2, 3.3, 0.8, 0.5, rows, chart.title)
     at_x, at_y = chart.ideal
-    axes.axvspan(at_x, abs(at_x - 10), 0 if at_y == 0 else 0.88, 0.12 if at_y == 0 else 1, color="#009E73", alpha=0.15, lw=0)
-    axes.text(
-        abs(at_x - 11), abs(at_y - 5), "ideal corner", fontsize=7.5, color="#555555", ha="left" if at_x == 0 else "right", va="center"
+    axes.axvspan(
+        at_x, abs(at_x - 10), 0 if at_y == 0 else 0.88, 0.12 if at_y == 0 else 1, color="#009E73", alpha=0.15, lw=0
     )
-    for one, name, before in zip(chart.points, legend, seen_before(chart), strict=True):
+    axes.text(
+        abs(at_x - 11),
+        abs(at_y - 5),
+        "ideal corner",
+        fontsize=7.5,
+        color="#555555",
+        ha="left" if at_x == 0 else "right",
+        va="center",
+    )
+    for one, name, before in zip(chart.points, legend, _drop(chart), strict=True):
         ends = {way: [[v[0] - v[1]], [v[2] - v[0]]] for way, v in (("xerr", one.x), ("yerr", one.y))}
-        look = {"color": COLOURS[one.style.colour], "mec": "black", "mew": 0.5, "ecolor": "black", "elinewidth": 0.8, "capsize": 2}
+        look = {
+            "color": COLORS[one.style.color],
+            "mec": "black",
+            "mew": 0.5,
+            "ecolor": "black",
+            "elinewidth": 0.8,
+            "capsize": 2,
+        }
         axes.errorbar(
-            [one.x[0]], [one.y[0]], **ends, fmt=SYMBOLS[one.style.shape], ms=max(3, 9 - 2 * before), label=name, zorder=3 + before, **look
+            [one.x[0]],
+            [one.y[0]],
+            **ends,
+            fmt=SYMBOLS[one.style.shape],
+            ms=max(3, 9 - 2 * before),
+            label=name,
+            zorder=3 + before,
+            **look,
         )
     for label in place_labels(chart):
         axes.annotate(
@@ -238,7 +271,9 @@ def _plane(chart: Plane) -> Canvas:
             fontsize=8,
             ha="center",
             va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#555555", "shrinkB": 4} if label.dx and label.dy else None,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#555555", "shrinkB": 4}
+            if label.dx and label.dy
+            else None,
         )
     axes.set(xlabel=shown_name(chart.x), ylabel=shown_name(chart.y), xlim=(-2, 103), ylim=(-2, 103))
     _percent_axis(axes.xaxis)

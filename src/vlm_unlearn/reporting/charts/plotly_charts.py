@@ -11,7 +11,7 @@ from functools import singledispatch
 from typing import Any
 
 from vlm_unlearn.reporting.charts.chart import (
-    COLOURS,
+    COLORS,
     Bars,
     Chart,
     Heatmap,
@@ -21,9 +21,9 @@ from vlm_unlearn.reporting.charts.chart import (
     Series,
     Style,
     Value,
+    _drop,
     distances,
     place_labels,
-    seen_before,
     shown_name,
 )
 
@@ -51,7 +51,9 @@ def plotly_figure(chart: Chart) -> Figure:
 
 def _text(name: str, longest: int = 40) -> str:
     """As Plotly reads it: no markup, and no formula, which two dollar signs would make."""
-    return shown_name(name, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
+    return (
+        shown_name(name, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
+    )
 
 
 def _hover(name: str, value: Value, low: Value, high: Value, unit: str = " %") -> str:
@@ -63,12 +65,24 @@ def _hover(name: str, value: Value, low: Value, high: Value, unit: str = " %") -
 
 def _errors(values: Sequence[Value], low: Sequence[Value], high: Sequence[Value]) -> Figure:
     shape = {"color": "ink", "thickness": 1.2, "width": 3}
-    return {"type": "data", "symmetric": False, "array": distances(high, values), "arrayminus": distances(low, values), **shape}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": distances(high, values),
+        "arrayminus": distances(low, values),
+        **shape,
+    }
 
 
 def _marker(style: Style, hatched: bool) -> Figure:
-    pattern = {"pattern": {"shape": HATCHES[style.hatch], "size": 6, "solidity": 0.25, "fgcolor": "ink", "fillmode": "overlay"}}
-    return {"color": COLOURS[style.colour], "line": {"color": "ink", "width": 0.8}, **(pattern if hatched and style.hatch else {})}
+    pattern = {
+        "pattern": {"shape": HATCHES[style.hatch], "size": 6, "solidity": 0.25, "fgcolor": "ink", "fillmode": "overlay"}
+    }
+    return {
+        "color": COLORS[style.color],
+        "line": {"color": "ink", "width": 0.8},
+        **(pattern if hatched and style.hatch else {}),
+    }
 
 
 def _layout(height: int, x: Figure, y: Figure, legend: bool) -> Figure:
@@ -79,7 +93,14 @@ def _layout(height: int, x: Figure, y: Figure, legend: bool) -> Figure:
         "xaxis": axis | x,
         "yaxis": axis | y,
         "showlegend": legend,
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)", "itemsizing": "constant"},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1,
+            "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+            "itemsizing": "constant",
+        },
         "margin": {"l": 8, "r": 14, "t": 10, "b": 8},
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "page", "bordercolor": "line", "font": {"color": "ink"}},
@@ -124,7 +145,9 @@ def _lines(chart: Lines) -> Figure:
         hover = _hovers(one, " %" if chart.percent else "")
         trace: Figure = {"type": "scatter", "name": _text(one.name), "x": list(one.x), "y": list(one.values)}
         trace |= {"mode": "lines+markers" if chart.markers else "lines", "hoverinfo": "text", "hovertext": hover}
-        trace |= {"line": {"color": COLOURS[one.style.colour], "dash": ("solid", "dash", "dot", "dashdot")[one.style.shape % 4]}}
+        trace |= {
+            "line": {"color": COLORS[one.style.color], "dash": ("solid", "dash", "dot", "dashdot")[one.style.shape % 4]}
+        }
         trace |= {"marker": _marker(one.style, hatched=False) | {"symbol": SYMBOLS[one.style.shape], "size": 9}}
         traces.append(trace | ({"error_y": _errors(one.values, one.low, one.high)} if one.low else {}))
     x = {"title": {"text": _text(chart.x), "standoff": 6}} | ({"dtick": 1} if chart.markers else {})
@@ -136,10 +159,21 @@ def _lines(chart: Lines) -> Figure:
 def _heatmap(chart: Heatmap) -> Figure:
     cells = [["" if value is None else f"{value:.0f}" for value in row] for row in chart.values]
     hover = [
-        [f"{_text(name)}<br>{_hover(column, value, None, None)}" for column, value in zip(chart.columns, row, strict=True)]
+        [
+            f"{_text(name)}<br>{_hover(column, value, None, None)}"
+            for column, value in zip(chart.columns, row, strict=True)
+        ]
         for name, row in zip(chart.rows, chart.values, strict=True)
     ]
-    trace = {"type": "heatmap", "z": [list(row) for row in chart.values], "zmin": 0, "zmax": 100, "colorscale": SCALE, "xgap": 2, "ygap": 2}
+    trace = {
+        "type": "heatmap",
+        "z": [list(row) for row in chart.values],
+        "zmin": 0,
+        "zmax": 100,
+        "colorscale": SCALE,
+        "xgap": 2,
+        "ygap": 2,
+    }
     trace |= {
         "text": cells,
         "texttemplate": "%{text}",
@@ -147,7 +181,11 @@ def _heatmap(chart: Heatmap) -> Figure:
         "hovertext": hover,
         "colorbar": {"ticksuffix": " %", "thickness": 10},
     }
-    x = {"tickvals": list(range(len(chart.columns))), "ticktext": [_text(name, 24) for name in chart.columns], "showgrid": False}
+    x = {
+        "tickvals": list(range(len(chart.columns))),
+        "ticktext": [_text(name, 24) for name in chart.columns],
+        "showgrid": False,
+    }
     y = {
         "tickvals": list(range(len(chart.rows))),
         "ticktext": [_text(name, 28) for name in chart.rows],
@@ -182,9 +220,15 @@ def _plane(chart: Plane) -> Figure:
     corner = {"type": "rect", "x0": at_x, "x1": abs(at_x - 10), "y0": at_y, "y1": abs(at_y - 10), "layer": "below"}
     corner |= {"line": {"width": 1, "color": "soft", "dash": "dot"}, "fillcolor": "rgba(0,158,115,.18)"}
     inside = {"x": abs(at_x - 11), "y": abs(at_y - 5), "xanchor": "left" if at_x == 0 else "right"}
-    said = inside | {"text": "ideal corner", "showarrow": False, "font": {"size": 11, "color": "soft"}, "yanchor": "middle"}
+    said = inside | {
+        "text": "ideal corner",
+        "showarrow": False,
+        "font": {"size": 11, "color": "soft"},
+        "yanchor": "middle",
+    }
     names = [
-        {"x": label.x, "y": label.y, "text": _text(label.text, 80), "font": {"size": 12, "color": "ink"}} | _offset(label)
+        {"x": label.x, "y": label.y, "text": _text(label.text, 80), "font": {"size": 12, "color": "ink"}}
+        | _offset(label)
         for label in place_labels(chart)
     ]
     return {"data": traces, "layout": layout | {"shapes": [corner], "annotations": [said, *names]}}
@@ -200,4 +244,4 @@ def _offset(label: PlacedLabel) -> Figure:
 
 def marker_sizes(chart: Plane) -> list[int]:
     """Pixels: of points at one place, the later ones are smaller, so that all are seen."""
-    return [max(5, 14 - 4 * before) for before in seen_before(chart)]
+    return [max(5, 14 - 4 * before) for before in _drop(chart)]

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_unlearn.evaluation.searching import SearchReport, WordRate
+from vlm_unlearn.evaluation.attack_search import SearchReport, WordRate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,9 @@ def write_search_png(file: Path, report: SearchReport) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
     part = file.with_name(f".{file.name}.part.png")
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a word's script may have no letters in the font
+    with warnings.catch_warnings(
+        action="ignore", category=UserWarning
+    ):  # a word's script may have no letters in the font
         canvas.savefig(part)
     part.replace(file)
 
@@ -36,18 +38,32 @@ def _draw_curve(axes: Any, report: SearchReport) -> None:
     points = [point for point in report.curve if point.rate.value is not None]
     at = [point.answers for point in points]
     axes.plot(at, [point.rate.value for point in points], color="#0072B2", lw=2, label="leading word, in the search")
-    axes.fill_between(at, [point.rate.low for point in points], [point.rate.high for point in points], color="#0072B2", alpha=0.15)
+    axes.fill_between(
+        at, [point.rate.low for point in points], [point.rate.high for point in points], color="#0072B2", alpha=0.15
+    )
     for before, point in zip([None, *points], points, strict=False):
         if before is None or before.word != point.word:
-            axes.annotate(_plain(point.word), (point.answers, point.rate.value), xytext=(3, 4), textcoords="offset points", fontsize=8)
-    ways = (("best", f'"{_plain(report.best)}"', "#D55E00"), ("control", "control", "#009E73"), ("as_asked", "as asked", "#999999"))
-    for place, (way, name, colour) in enumerate(ways):
+            axes.annotate(
+                _plain(point.word),
+                (point.answers, point.rate.value),
+                xytext=(3, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    ways = (
+        ("best", f'"{_plain(report.best)}"', "#D55E00"),
+        ("control", "control", "#009E73"),
+        ("as_asked", "as asked", "#999999"),
+    )
+    for place, (way, name, color) in enumerate(ways):
         rate = report.held_out[way]
         if rate.value is None or rate.low is None or rate.high is None:
             continue
         bars = [[rate.value - rate.low], [rate.high - rate.value]]
         x = report.answers * (1 + 0.02 * place)
-        axes.errorbar([x], [rate.value], yerr=bars, fmt="o", ms=5, capsize=3, color=colour, label=f"{name}, held-out questions")
+        axes.errorbar(
+            [x], [rate.value], yerr=bars, fmt="o", ms=5, capsize=3, color=color, label=f"{name}, held-out questions"
+        )
     axes.set(xlabel="answers asked for", ylabel=HITS[report.goal], ylim=(-0.03, 1.1))
     axes.legend(fontsize=8)
 

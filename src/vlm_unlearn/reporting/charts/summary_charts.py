@@ -22,7 +22,7 @@ from vlm_unlearn.reporting.charts.chart import (
     style_of,
 )
 from vlm_unlearn.reporting.columns import BENCHMARKS, KNOWN, case_title, columns, heading
-from vlm_unlearn.reporting.roles import Roles, measured
+from vlm_unlearn.reporting.metric_roles import Roles, measured
 
 # Metrics that belong together: as asked, under the attack, and under paraphrases that are no attack.
 ATTACKS = (
@@ -94,11 +94,15 @@ def family_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     charts: dict[str, Chart] = {}
     for metrics, title, axis in FAMILIES:
         if any(measured(row, metric) for row in rows for metric in metrics):
-            ways = [(metric, heading(metric), style) for metric, style in zip(metrics, (AS_ASKED, ATTACKED), strict=False)]
+            ways = [
+                (metric, heading(metric), style) for metric, style in zip(metrics, (AS_ASKED, ATTACKED), strict=False)
+            ]
             charts[f"rates-{metrics[0]}"] = _rate_bars(rows, ways, title, axis)
     used = [name for name in (*BENCHMARKS, "specificity") if any(measured(row, name) for row in rows)]
     if used:
-        charts["benchmarks"] = _models_by(rows, "Utility benchmarks", used, heading, lambda row, name: row.metrics.get(name))
+        charts["benchmarks"] = _models_by(
+            rows, "Utility benchmarks", used, heading, lambda row, name: row.metrics.get(name)
+        )
     return charts
 
 
@@ -112,13 +116,22 @@ def _rate_bars(rows: Sequence[Row], ways: Sequence[tuple[str, str, Style]], titl
 
 
 def _models_by(
-    rows: Sequence[Row], title: str, of: Sequence[str], name: Callable[[str], str], rate: Callable[[Row, str], Rate | None]
+    rows: Sequence[Row],
+    title: str,
+    of: Sequence[str],
+    name: Callable[[str], str],
+    rate: Callable[[Row, str], Rate | None],
 ) -> Chart:
     """A few models' bars beside each other for each of some things, many models' values as a heatmap."""
     if len(rows) > MANY:
-        values = [[None if (found := rate(row, one)) is None or found.value is None else 100 * found.value for one in of] for row in rows]
+        values = [
+            [None if (found := rate(row, one)) is None or found.value is None else 100 * found.value for one in of]
+            for row in rows
+        ]
         return Heatmap(title, [row.model for row in rows], [name(one) for one in of], values)
-    series = [rates_series(row.model, [rate(row, one) for one in of], style_of(number)) for number, row in enumerate(rows)]
+    series = [
+        rates_series(row.model, [rate(row, one) for one in of], style_of(number)) for number, row in enumerate(rows)
+    ]
     return Bars(title, [name(one) for one in of], series, axis="rate, with its 95 % interval")
 
 
@@ -148,16 +161,22 @@ def category_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
 def shot_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     """A metric's rate with the first 1, 2, ... K rewrites of each question, with 95 % intervals, one line a model."""
     charts: dict[str, Chart] = {}
-    for number, metric in enumerate(dict.fromkeys(metric for row in rows for metric in row.shots), start=1):
+    for number, metric in enumerate(dict.fromkeys(metric for row in rows for metric in row.rewrites), start=1):
         series = []
         for place, row in enumerate(rows):
-            measured = [(shots, rate) for shots, rate in enumerate(row.shots.get(metric, []), start=1) if rate.value is not None]
+            measured = [
+                (shots, rate)
+                for shots, rate in enumerate(row.rewrites.get(metric, []), start=1)
+                if rate.value is not None
+            ]
             if measured:
                 rates = [rate for _, rate in measured]
                 series.append(rates_series(row.model, rates, style_of(place), [shots for shots, _ in measured]))
         if series:
             title = f"{heading(metric)} by the number of shots"
-            charts[f"shots-{number}"] = Lines(title, series, "shots (rewrites of each question)", heading(metric), percent=True)
+            charts[f"shots-{number}"] = Lines(
+                title, series, "shots (rewrites of each question)", heading(metric), percent=True
+            )
     return charts
 
 
@@ -175,7 +194,11 @@ def label_charts(rows: Sequence[Row]) -> dict[str, Chart]:
         if series:
             title = case_title(case)
             charts[f"labels-{number}"] = Bars(
-                title[0].upper() + title[1:], [row.model for row in asked], series, stacked=True, axis="share of the answers"
+                title[0].upper() + title[1:],
+                [row.model for row in asked],
+                series,
+                stacked=True,
+                axis="share of the answers",
             )
     return charts
 

@@ -43,7 +43,9 @@ SPECIAL = {
     "ł": r"\l{}",
     "Ł": r"\L{}",
     "ı": r"\i{}",
-    **{character: f"{{{character}}}" for character in "*[]"},  # at the head of a line they would belong to the line end before
+    **{
+        character: f"{{{character}}}" for character in "*[]"
+    },  # at the head of a line they would belong to the line end before
     **{character: f"\\{character}" for character in "_%&#${}"},
 }
 JOINED = {"--", "``", "''", ",,", "?`", "!`"}  # two marks that TeX would set as another one
@@ -72,7 +74,9 @@ def escaped(value: object, longest: int = LONGEST) -> str:
 
 def latex(table: Table, intervals: bool = True) -> str:
     r"""The table as a float with caption and ``\label{tab:NAME}``; of more lines than a page holds as several: ``tab:NAME-2`` and on."""
-    per_float = LINES // 2 if intervals and any(cell and cell.interval for line in table.lines for cell in line) else LINES
+    per_float = (
+        LINES // 2 if intervals and any(cell and cell.interval for line in table.lines for cell in line) else LINES
+    )
     starts = range(0, max(1, len(table.lines)), per_float)
     floats = [
         _float(table, range(start, min(start + per_float, len(table.lines))), number, len(starts), intervals)

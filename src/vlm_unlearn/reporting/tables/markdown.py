@@ -23,7 +23,10 @@ def escaped(value: object, longest: int = LONGEST) -> str:
 def markdown_table(table: Table, intervals: bool = True) -> str:
     """The lines of the table alone, for a page that says the rest itself."""
     best = table.best()
-    lines = [[_heading(column) for column in table.columns], ["---:" if column.numbers else "---" for column in table.columns]]
+    lines = [
+        [_heading(column) for column in table.columns],
+        ["---:" if column.numbers else "---" for column in table.columns],
+    ]
     for number, line in enumerate(table.lines):
         lines.append([_cell(cell, (number, at) in best, intervals) for at, cell in enumerate(line)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

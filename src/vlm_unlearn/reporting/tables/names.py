@@ -4,5 +4,7 @@ NAMES = (
     *("rates", "comparisons", "published", "labels", "categories", "shots", "cost"),
     *("safety_mirage", "safety_mirage_published", "safety_mirage_answers", "safe_eraser", "safe_eraser_published"),
 )
-PRINTED = tuple(name for name in NAMES if name != "cost")  # what it takes stands in manifests and verdicts, which `report` reads
+PRINTED = tuple(
+    name for name in NAMES if name != "cost"
+)  # what it takes stands in manifests and verdicts, which `report` reads
 FORMS = ("csv", "tex", "md")

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import heading
+from vlm_unlearn.reporting.formatting import judged_by, judges_of
 from vlm_unlearn.reporting.tables.table import Cell, Column, Table, counts, rate_cell, rate_column, word, words
-from vlm_unlearn.reporting.words import judged_by, judges_of
 
 ATTACKED_CASE = "unsafe_what"  # the shipped suites' name of the attack on unsafe questions
 Shape = Sequence[tuple[str, str, str]]  # metric, heading, group
@@ -36,9 +36,7 @@ SAFE_ERASER: Shape = (
 
 def safety_mirage(summary: Summary) -> Iterable[Table]:
     """ASR and refusals before and after the attack, and utility; once more by the published counting where that was asked for."""
-    title = (
-        "Attack success rate (ASR) on unsafe questions and refusal rate (RR) on harmless ones before and after the one-word attack, in %."
-    )
+    title = "Attack success rate (ASR) on unsafe questions and refusal rate (RR) on harmless ones before and after the one-word attack, in %."
     yield from _both("safety_mirage", title, summary, SAFETY_MIRAGE, ("asr", "asr_attacked"))
 
 
@@ -73,7 +71,10 @@ def shares(labels: dict[str, int]) -> list[Cell]:
     total = sum(labels.values())
     counted = {label: labels.get(label, 0) for label in (*LABELS, "failed")}
     return [
-        Cell(f"{100 * count / total:.1f}" if total else "0.0", {"answers": count, "share": count / total if total else None})
+        Cell(
+            f"{100 * count / total:.1f}" if total else "0.0",
+            {"answers": count, "share": count / total if total else None},
+        )
         for count in counted.values()
     ]
 
@@ -102,19 +103,28 @@ def counted(found: Mapping[str, Sequence[Rate]], whole: Mapping[str, Sequence[Ra
     rates = {title: of_metric for title, of_metric in found.items() if of_metric}
     if not rates:
         return []
-    return [f"{counts('n = ', {title: [rate.n for rate in of_metric] for title, of_metric in rates.items()})}.", *failed_of(whole)]
+    return [
+        f"{counts('n = ', {title: [rate.n for rate in of_metric] for title, of_metric in rates.items()})}.",
+        *failed_of(whole),
+    ]
 
 
 def failed_of(found: Mapping[str, Sequence[Rate]]) -> list[str]:
     """How many answers or verdicts failed; arguments as in `counted`."""
-    failed = {title: [sum(rate.failed for rate in rates)] for title, rates in found.items() if any(rate.failed for rate in rates)}
+    failed = {
+        title: [sum(rate.failed for rate in rates)]
+        for title, rates in found.items()
+        if any(rate.failed for rate in rates)
+    }
     return [f"{counts('Answers or verdicts that failed, over all models: ', failed)}." if failed else "None failed."]
 
 
 def _both(name: str, title: str, summary: Summary, shape: Shape, core: Sequence[str]) -> Iterable[Table]:
     yield from _shaped(name, title, summary.rows, shape, core)
     published = [row.by_published_counting() for row in summary.rows if set(core) <= set(row.paper)]
-    yield from _shaped(f"{name}_published", f"{title} By the published counting, where that has the metric.", published, shape, core)
+    yield from _shaped(
+        f"{name}_published", f"{title} By the published counting, where that has the metric.", published, shape, core
+    )
 
 
 def _shaped(name: str, title: str, rows: Sequence[Row], shape: Shape, core: Sequence[str]) -> Iterable[Table]:
@@ -123,7 +133,9 @@ def _shaped(name: str, title: str, rows: Sequence[Row], shape: Shape, core: Sequ
     used = [(metric, heading, group) for metric, heading, group in shape if any(metric in row.metrics for row in rows)]
     if rows:
         columns = [rate_column(rows, metric, heading, group) for metric, heading, group in used]
-        lines = [[word("model", row.model), *(rate_cell(row.metrics.get(metric)) for metric, _, _ in used)] for row in rows]
+        lines = [
+            [word("model", row.model), *(rate_cell(row.metrics.get(metric)) for metric, _, _ in used)] for row in rows
+        ]
         named = [(metric, f"{group} {heading}".strip()) for metric, heading, group in used]
         judges = judged_by(judges_of(rows, [metric for metric, _, _ in used]))
         yield Table(name, title, [*words("model"), *columns], lines, "metric", (*judges, *told(rows, named)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vlm_unlearn.errors import RequestError, nearest, shown
+from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import LABELS, Comparison, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import case_title, columns, heading
+from vlm_unlearn.reporting.formatting import SIGNIFICANT, judged_by, judges_of, significant
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
@@ -23,7 +24,6 @@ from vlm_unlearn.reporting.tables.paper_tables import (
     told,
 )
 from vlm_unlearn.reporting.tables.table import Cell, Column, Raw, Table, counts, rate_cell, rate_column, word, words
-from vlm_unlearn.reporting.words import SIGNIFICANT, judged_by, judges_of, significant
 from vlm_unlearn.store import write_text
 
 Costs = Mapping[str, Mapping[str, str]]  # model -> heading -> what it cost
@@ -59,26 +59,38 @@ def delete_other_tables(folder: Path, kept: Collection[Path]) -> None:
 
 def written(table: Table, form: str, intervals: bool = True) -> str:
     """The table as ``csv``, ``tex`` or ``md``; a CSV has its intervals as columns, always."""
-    return csv_text(table) if form == "csv" else latex(table, intervals) if form == "tex" else markdown(table, intervals)
+    return (
+        csv_text(table) if form == "csv" else latex(table, intervals) if form == "tex" else markdown(table, intervals)
+    )
 
 
 def named_table(summary: Summary, name: str) -> Table:
     """One of the tables that a summary can fill.
 
     Raises:
-        RequestError: there is no such table, or the summary has nothing for it.
+        UserError: there is no such table, or the summary has nothing for it.
     """
     tables = summary_tables(summary)
     if name not in PRINTED:
-        raise RequestError(f"no table {shown(name)}{nearest(name, PRINTED)}; known: {', '.join(PRINTED)}")
+        raise UserError(f"no table {quoted(name)}{nearest(name, PRINTED)}; known: {', '.join(PRINTED)}")
     if name not in tables:
-        raise RequestError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
+        raise UserError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
     return tables[name]
 
 
 def summary_tables(summary: Summary, costs: Costs | None = None) -> dict[str, Table]:
     """The tables that a summary can fill, by name."""
-    makers = (_rates, _comparisons, _published, _labels, _categories, _shots, safety_mirage, safety_mirage_answers, safe_eraser)
+    makers = (
+        _rates,
+        _comparisons,
+        _published,
+        _labels,
+        _categories,
+        _shots,
+        safety_mirage,
+        safety_mirage_answers,
+        safe_eraser,
+    )
     found = [table for maker in makers for table in maker(summary)]
     by_name = {table.name: table for table in (*found, *_cost(costs or {}))}
     return {name: by_name[name] for name in NAMES if name in by_name}
@@ -93,13 +105,20 @@ def _rates(summary: Summary) -> Iterable[Table]:
     lines = [
         [
             word("model", row.model),
-            *(rate_cell(row.metrics.get(metric), "*" if (row.model, metric) in marked else "") for metric, _, _ in used),
+            *(
+                rate_cell(row.metrics.get(metric), "*" if (row.model, metric) in marked else "")
+                for metric, _, _ in used
+            ),
         ]
         for row in summary.rows
     ]
     shown = [rate_column(summary.rows, metric, title) for metric, title, _ in used]
     named = [(metric, title) for metric, title, _ in used]
-    notes = [*judged_by(judges_of(summary.rows, [metric for metric, _ in named])), *told(summary.rows, named), *_marks(summary)]
+    notes = [
+        *judged_by(judges_of(summary.rows, [metric for metric, _ in named])),
+        *told(summary.rows, named),
+        *_marks(summary),
+    ]
     yield Table("rates", "Rates in %.", [*words("model"), *shown], lines, "metric", notes)
 
 
@@ -116,7 +135,13 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
     """What changed from the base, prompt by prompt."""
     if not summary.comparisons:
         return
-    numbers = (("change", "change"), ("p", "p"), ("p_adjusted", "p after Holm"), ("n", "pairs"), ("unpaired", "unpaired"))
+    numbers = (
+        ("change", "change"),
+        ("p", "p"),
+        ("p_adjusted", "p after Holm"),
+        ("n", "pairs"),
+        ("unpaired", "unpaired"),
+    )
     shown = [*words("model", "metric"), *(Column(key, title) for key, title in numbers), *words("test")]
     base = summary.comparisons[0].base
     title = f"Changes against {base} in percentage points, prompt by prompt."
@@ -126,7 +151,10 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
 
 
 def _compared_failures(summary: Summary, metrics: Collection[str]) -> list[str]:
-    rates = [(heading(metric), [row.metrics[metric] for row in summary.rows if metric in row.metrics]) for metric in dict.fromkeys(metrics)]
+    rates = [
+        (heading(metric), [row.metrics[metric] for row in summary.rows if metric in row.metrics])
+        for metric in dict.fromkeys(metrics)
+    ]
     return ["Pairs: what both models have a verdict on.", *failed_of(dict(rates))]
 
 
@@ -152,7 +180,12 @@ def _p(value: float) -> str:
 def _published(summary: Summary) -> Iterable[Table]:
     """The published counting beside the corrected."""
     lines = [
-        [word("model", row.model), word("metric", heading(metric), metric), rate_cell(rate), rate_cell(row.metrics.get(metric))]
+        [
+            word("model", row.model),
+            word("metric", heading(metric), metric),
+            rate_cell(rate),
+            rate_cell(row.metrics.get(metric)),
+        ]
         for row in summary.rows
         for metric, rate in row.paper.items()
     ]
@@ -166,14 +199,21 @@ def _published(summary: Summary) -> Iterable[Table]:
             for metric in metrics
         }
         notes = [*judged_by(judges_of(both, metrics)), *counted(rates, once)]
-        yield Table("published", "Rates in % by the published counting and by the corrected.", shown, lines, "counting", notes)
+        yield Table(
+            "published", "Rates in % by the published counting and by the corrected.", shown, lines, "counting", notes
+        )
 
 
 def _labels(summary: Summary) -> Iterable[Table]:
     """Where the answers of each case went."""
     cases = dict.fromkeys(case for row in summary.rows for case in row.labels)
     lines = [
-        [word("case", case_title(case), case), word("model", row.model), *shares(row.labels[case]), _total(row.labels[case])]
+        [
+            word("case", case_title(case), case),
+            word("model", row.model),
+            *shares(row.labels[case]),
+            _total(row.labels[case]),
+        ]
         for case in cases
         for row in summary.rows
         if case in row.labels
@@ -181,8 +221,14 @@ def _labels(summary: Summary) -> Iterable[Table]:
     if lines:
         shown = [Column(label, label.replace("_", " ")) for label in (*LABELS, "failed", "answers")]
         title = "Where the answers of each case went, in % of them."
-        behind = {case_title(case): [sum(row.labels[case].values()) for row in summary.rows if case in row.labels] for case in cases}
-        notes = [*judged_by(own_judges(summary.rows)), f"{counts('n = ', behind)}; what failed is in a column of its own."]
+        behind = {
+            case_title(case): [sum(row.labels[case].values()) for row in summary.rows if case in row.labels]
+            for case in cases
+        }
+        notes = [
+            *judged_by(own_judges(summary.rows)),
+            f"{counts('n = ', behind)}; what failed is in a column of its own.",
+        ]
         yield Table("labels", title, [*words("case", "model"), *shown], lines, "label", notes)
 
 
@@ -202,10 +248,15 @@ def _categories(summary: Summary) -> Iterable[Table]:
 def _shots(summary: Summary) -> Iterable[Table]:
     """Each metric with the first 1, 2, ... K rewrites of each question."""
     numbered = [
-        {metric: {str(shots): rate for shots, rate in enumerate(rates, start=1)} for metric, rates in row.shots.items()}
+        {
+            metric: {str(shots): rate for shots, rate in enumerate(rates, start=1)}
+            for metric, rates in row.rewrites.items()
+        }
         for row in summary.rows
     ]
-    yield from _by_metric(summary.rows, "shots", "shots", "Rates in % with the first 1, 2, ... rewrites of each question.", numbered)
+    yield from _by_metric(
+        summary.rows, "shots", "shots", "Rates in % with the first 1, 2, ... rewrites of each question.", numbered
+    )
 
 
 def _by_metric(rows: Sequence[Row], name: str, across: str, title: str, rates: Sequence[ByKey]) -> Iterable[Table]:
@@ -216,7 +267,11 @@ def _by_metric(rows: Sequence[Row], name: str, across: str, title: str, rates: S
     """
     metrics, keys = _metrics_and_keys(rates)
     lines = [
-        [word("metric", heading(metric), metric), word("model", row.model), *(rate_cell(of_row[metric].get(key)) for key in keys)]
+        [
+            word("metric", heading(metric), metric),
+            word("model", row.model),
+            *(rate_cell(of_row[metric].get(key)) for key in keys),
+        ]
         for metric in metrics
         for row, of_row in zip(rows, rates, strict=True)
         if metric in of_row
@@ -244,12 +299,16 @@ def _by_key(rows: Sequence[Row], name: str, across: str, title: str, rates: Sequ
 
 def _metrics_and_keys(rates: Sequence[ByKey]) -> tuple[list[str], list[str]]:
     metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
-    return list(metrics), list(dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric))
+    return list(metrics), list(
+        dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric)
+    )
 
 
 def _behind(rows: Sequence[Row], metrics: Sequence[str], rates: Sequence[ByKey]) -> list[str]:
     """Judges, counts and failures of a table by category or shots."""
-    found = {heading(metric): [rate for of_row in rates for rate in of_row.get(metric, {}).values()] for metric in metrics}
+    found = {
+        heading(metric): [rate for of_row in rates for rate in of_row.get(metric, {}).values()] for metric in metrics
+    }
     whole = {heading(metric): [row.metrics[metric] for row in rows if metric in row.metrics] for metric in metrics}
     return [*judged_by(judges_of(rows, metrics)), *counted(found, whole)]
 
@@ -261,4 +320,6 @@ def _cost(costs: Costs) -> Iterable[Table]:
             [word("model", model), *(word(title, cost[title]) if title in cost else None for title in headings)]
             for model, cost in costs.items()
         ]
-        yield Table("cost", "What each model took.", [*words("model"), *(Column(title, title) for title in headings)], lines)
+        yield Table(
+            "cost", "What each model took.", [*words("model"), *(Column(title, title) for title in headings)], lines
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vlm_unlearn.records import Rate, Row
 from vlm_unlearn.reporting.columns import Better, better
-from vlm_unlearn.reporting.words import interval, judges_of
+from vlm_unlearn.reporting.formatting import interval, judges_of
 
 Raw = str | int | float | None
 NOTHING = "–"
@@ -54,7 +54,11 @@ class Table:
         """Line and column of each column's best numbers, as precise as they are printed; none in a column with a single number."""
         found: set[tuple[int, int]] = set()
         for number, column in enumerate(self.columns):
-            printed = {at: float(cell.text) for at, line in enumerate(self.lines) if (cell := line[number]) is not None and column.better}
+            printed = {
+                at: float(cell.text)
+                for at, line in enumerate(self.lines)
+                if (cell := line[number]) is not None and column.better
+            }
             if len(printed) > 1:
                 best = (min if column.better == "lower" else max)(printed.values())
                 found |= {(at, number) for at, value in printed.items() if value == best}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vlm_unlearn.errors import RequestError, nearest, shown
-from vlm_unlearn.store import what_it_is
+from vlm_unlearn.config.base import nested_configs, rename_deprecated
+from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn.store import describe_path
 
 Config = TypeVar("Config", bound=BaseModel)
 
-_SHIPPED = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed, or a source checkout
+_SHIPPED = (
+    Path(__file__).parents[1] / "recipes",
+    Path(__file__).parents[3] / "recipes",
+)  # installed, or a source checkout
 
 
 def shipped(name: str | Path) -> Path:
@@ -32,7 +35,9 @@ def shipped(name: str | Path) -> Path:
     return path
 
 
-def load(config: type[Config], path: Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None) -> Config:
+def load(
+    config: type[Config], path: Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None
+) -> Config:
     """Reads a YAML file into a config, with ``key.sub=value`` overrides (values are YAML too).
 
     Args:
@@ -42,15 +47,15 @@ def load(config: type[Config], path: Path, overrides: Sequence[str] = (), values
     Mappings merge, and everything else replaces what the base says; so does a mapping whose ``name`` differs, such as another method.
 
     Raises:
-        RequestError: the file is missing or not YAML, a key is unknown (the nearest right one is named), or a value is wrong.
+        UserError: the file is missing or not YAML, a key is unknown (the nearest right one is named), or a value is wrong.
     """
     path = shipped(path)
-    value, bases = _read(path, ())
+    value, bases = _read(path, (), config)
     for mark, what in _MARKS.items():
         if mark in value and mark not in config.model_fields:
-            raise RequestError(f"{path}: is {what}")
+            raise UserError(f"{path}: is {what}")
     where = f"{path} (extends {', '.join(bases)})" if bases else str(path)
-    return validate(config, {**override(value, overrides), **(values or {})}, where)
+    return validate(config, {**override(value, overrides, config), **(values or {})}, where)
 
 
 _MARKS = {"method": "a recipe, for `vlm-unlearn train`", "metrics": "a suite, for `vlm-unlearn evaluate`"}
@@ -88,54 +93,69 @@ def resolved(name: str | Path) -> dict[str, Any]:
     """A YAML file's keys over those of the files it extends.
 
     Raises:
-        RequestError: as `load`.
+        UserError: as `load`.
     """
     return _read(shipped(name), ())[0]
 
 
-def to_start_from(name: str) -> str:
+def starter_text(name: str) -> str:
     """A shipped file's text for a file of one's own elsewhere: what it extends is named so that it is found from there.
 
     Raises:
-        RequestError: no file of that name is shipped; the nearest one is named.
+        UserError: no file of that name is shipped; the nearest one is named.
     """
     name = name.removesuffix(".yaml")
     if name not in shipped_names():
-        raise RequestError(f"no recipe or suite {shown(name)} is shipped{nearest(name, shipped_names())}; `vlm-unlearn recipes` lists them")
+        raise UserError(
+            f"no recipe or suite {quoted(name)} is shipped{nearest(name, shipped_names())}; `vlm-unlearn recipes` lists them"
+        )
     text = shipped(name).read_text(encoding="utf-8")
     return re.sub(r"^extends: *(?=[\w.-]+ *$)", f"extends: {Path(name).parent}/", text, flags=re.MULTILINE)
 
 
-def _read(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
-    """A file's keys over those of the file it extends, and the names extended; `readers` are the files that led here."""
+def _read(
+    path: Path, readers: tuple[Path, ...], config: type[BaseModel] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns a file's keys over those of the file it extends, and the names of the extended files.
+
+    Args:
+        readers: The files that led here by ``extends``, to detect a circle.
+        config: Renames the deprecated keys of each file to those of this config, so that old and new names merge.
+    """
     if path.resolve() in (reader.resolve() for reader in readers):
-        raise RequestError(f"{readers[-1]}: extends goes in a circle: {' -> '.join(map(str, (*readers, path)))}")
+        raise UserError(f"{readers[-1]}: extends goes in a circle: {' -> '.join(map(str, (*readers, path)))}")
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except OSError as error:
-        near = _nearest_shipped(path) if isinstance(error, FileNotFoundError) else what_it_is(path)
-        raise RequestError(f"{path}: {error.strerror}{near}" + (f" ({readers[-1]} extends it)" if readers else "")) from None
+        near = _nearest_shipped(path) if isinstance(error, FileNotFoundError) else describe_path(path)
+        raise UserError(
+            f"{path}: {error.strerror}{near}" + (f" ({readers[-1]} extends it)" if readers else "")
+        ) from None
     except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        raise RequestError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(value, dict):
-        raise RequestError(f"{path}: expected keys and values, such as `method: npo`")
+        raise UserError(f"{path}: expected keys and values, such as `method: npo`")
     if isinstance(value.get("method"), str):
         value["method"] = {"name": value["method"]}
-    if "extends" not in value:
+    name = value.pop("extends", None)
+    if config is not None:
+        value = _renamed(config, value, str(path))
+    if name is None:
         return value, []
-    name = value.pop("extends")
     if not isinstance(name, str) or not Path(name).name or not name.isprintable():
-        raise RequestError(f"{path}: extends: expected one name, such as `extends: npo_7b`")
+        raise UserError(f"{path}: extends: expected one name, such as `extends: npo_7b`")
     beside = path.parent / name
     base = next((found for found in (beside, _as_yaml(beside)) if found.is_file()), shipped(name))
-    below, bases = _read(base, (*readers, path))
+    below, bases = _read(base, (*readers, path), config)
     return _merged(below, value), [name, *bases]
 
 
 def _as_yaml(path: Path) -> Path:
-    return path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")  # with_suffix would cut llama_3.2 at its dot
+    return (
+        path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
+    )  # with_suffix would cut llama_3.2 at its dot
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -147,17 +167,37 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def override(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Applies ``key.sub=value`` overrides to a nested mapping, which is changed and returned."""
+def _renamed(config: type[BaseModel], value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the mapping with the current names of deprecated keys."""
+    try:
+        return rename_deprecated(config, value)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}", code="duplicate-key") from None
+
+
+def override(value: dict[str, Any], overrides: Sequence[str], config: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Applies ``key.sub=value`` overrides to a nested mapping and returns the mapping.
+
+    Args:
+        config: Renames the deprecated keys of the mapping and of the overrides to those of this config.
+
+    Raises:
+        UserError: An override is not ``key=value``, its value is not YAML, or a list has no such item.
+    """
+    if config is not None:
+        value = _renamed(config, value, "config")
     for text in overrides:
         dotted, equals, raw = text.partition("=")
         if not equals or not dotted.strip():
-            raise RequestError(f'override "{text}": write key=value, for example training.learning_rate=1e-5')
+            raise UserError(f'override "{text}": write key=value, for example training.learning_rate=1e-5')
         try:
             parsed = _number_or_same(yaml.safe_load(raw))
         except Exception:  # as in load
-            raise RequestError(f'override "{text[:80]}": the value is not valid YAML') from None
-        *parents, last = dotted.strip().split(".")
+            raise UserError(f'override "{text[:80]}": the value is not valid YAML') from None
+        keys = dotted.strip().split(".")
+        if config is not None:
+            keys, parsed = _current_names(config, keys, parsed)
+        *parents, last = keys
         target: Any = value
         for parent in parents:
             target = _child(target, parent, text)
@@ -168,6 +208,26 @@ def override(value: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             parsed = {"name": parsed}
         target[last] = parsed
     return value
+
+
+def _current_names(config: type[BaseModel], keys: Sequence[str], value: Any) -> tuple[list[str], Any]:
+    """Renames the deprecated keys of an override's path, and its value if that is deprecated."""
+    current: type[BaseModel] | None = config
+    renamed: list[str] = []
+    items = False  # whether the next key names an item of a list or mapping of configs
+    for number, key in enumerate(keys):
+        if current is None or items:
+            renamed.append(key)
+            items = False
+            continue
+        last = number == len(keys) - 1
+        (new, new_value), *_ = rename_deprecated(current, {key: value if last else None}).items()
+        renamed.append(new)
+        value = new_value if last else value
+        field = current.model_fields.get(new)
+        current = next(nested_configs(field.annotation), None) if field is not None else None
+        items = field is not None and typing.get_origin(field.annotation) in (list, dict)
+    return renamed, value
 
 
 _NAMED = ("method", "judge")  # keys whose value may be a name alone
@@ -191,7 +251,7 @@ def _place(items: list[Any], part: str, text: str) -> int:
     if part.isdecimal() and int(part) < len(items):
         return int(part)
     known = [str(name) for name in names if name is not None]
-    raise RequestError(
+    raise UserError(
         f'override "{text[:80]}": there is no "{part[:40]}"{nearest(part, known)}; the list has {", ".join(known) or len(items)}'
     )
 
@@ -205,7 +265,7 @@ def validate(config: type[Config], value: object, where: str) -> Config:
     """Builds a config from plain values.
 
     Raises:
-        RequestError: one line that names the key, what is wrong with it, and for an unknown key the nearest right one.
+        UserError: one line that names the key, what is wrong with it, and for an unknown key the nearest right one.
     """
     try:
         return config.model_validate(value)
@@ -219,50 +279,37 @@ def validate(config: type[Config], value: object, where: str) -> Config:
         kinds = [
             other
             for other in others
-            if other["loc"][:-1] == first["loc"][:-1] and other["loc"][-1] not in known and other["type"] != "extra_forbidden"
+            if other["loc"][:-1] == first["loc"][:-1]
+            and other["loc"][-1] not in known
+            and other["type"] != "extra_forbidden"
         ]
         if kinds and first["loc"][-1] not in known and first["type"] != "extra_forbidden":
             key = ".".join(map(str, first["loc"][:-1]))
             told = " or ".join(str(kind["msg"]) for kind in (first, *kinds))
-            raise RequestError(f"{where}: {key}: {told}") from None
+            raise UserError(f"{where}: {key}: {told}") from None
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise RequestError(f'{where}: unknown key "{key}"{_meant(config, str(first["loc"][-1]), known)}') from None
+            raise UserError(f'{where}: unknown key "{key}"{_meant(config, str(first["loc"][-1]), known)}') from None
         if first["type"] == "missing":
-            raise RequestError(f'{where}: key "{key}" is missing; add it to the file or pass {key}=...') from None
+            raise UserError(f'{where}: key "{key}" is missing; add it to the file or pass {key}=...') from None
         message = first["msg"].removeprefix("Value error, ")
-        raise RequestError(f"{where}: {key + ': ' if key else ''}{message}") from None
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}") from None
 
 
-# What transformers, PEFT, TRL and LLaVA's scripts call some of our keys.
-_ELSEWHERE = {
-    **dict.fromkeys(("lr", "learning-rate"), "learning_rate"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "epochs"),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_batch_size", "train_batch_size", "bs"), "batch_size"),
-    **dict.fromkeys(("grad_accum", "gradient_accumulation", "accumulation_steps"), "gradient_accumulation_steps"),
-    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "scheduler"),
-    **dict.fromkeys(("bf16", "fp16", "dtype", "torch_dtype"), "precision"),
-    **dict.fromkeys(("lora_r", "lora_rank", "rank"), "lora.r"),
-    **dict.fromkeys(("model_name_or_path", "model_path", "base_model"), "model"),
-    **dict.fromkeys(("output_dir", "out", "save_dir"), "output"),
-    **dict.fromkeys(("data_path", "dataset", "train_data"), "data"),
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "model_max_length": "max_length",
-    "mm_projector_lr": "projector_learning_rate",
-}
-_OF_METHODS = ("beta", "gamma", "forget_weight", "retain_weight", "paper")  # options; a recipe's class doesn't hold them
+_OF_METHODS = (
+    "beta",
+    "gamma",
+    "forget_weight",
+    "retain_weight",
+    "paper_compat",
+)  # options; a recipe's class doesn't hold them
 
 
 def _meant(config: type[BaseModel], key: str, beside: Sequence[str]) -> str:
     """The right key for an unknown one: what others call so, the same key elsewhere in the config, or the nearest beside it."""
-    name = _ELSEWHERE.get(key, key)
-    if name in beside:
-        return f"; did you mean {shown(name)}?"
     options = [f"method.{option}" for option in _OF_METHODS] if "method" in config.model_fields else []
-    same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{name}")]
-    return f"; did you mean {' or '.join(map(shown, same[:3]))}?" if same else nearest(key, beside)
+    same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{key}")]
+    return f"; did you mean {' or '.join(map(quoted, same[:3]))}?" if same else nearest(key, beside)
 
 
 def _paths(config: type[BaseModel], before: str = "") -> Iterator[str]:
@@ -270,7 +317,7 @@ def _paths(config: type[BaseModel], before: str = "") -> Iterator[str]:
     for name, field in config.model_fields.items():
         yield f"{before}{name}"
         if typing.get_origin(field.annotation) not in (list, dict):
-            for inner in models_in(field.annotation):
+            for inner in nested_configs(field.annotation):
                 yield from _paths(inner, f"{before}{name}.")
 
 
@@ -280,15 +327,5 @@ def _keys_beside(config: type[BaseModel], location: Sequence[int | str]) -> list
     for part in location[:-1]:
         field = current.model_fields.get(str(part))
         if field is not None:
-            current = next(models_in(field.annotation), current)
+            current = next(nested_configs(field.annotation), current)
     return list(current.model_fields)
-
-
-def models_in(annotation: object) -> Iterator[type[BaseModel]]:
-    """The configs that a field's type names, such as `CaseConfig` in ``list[CaseConfig]``."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if issubclass(annotation, BaseModel):
-            yield annotation
-        return
-    for argument in typing.get_args(annotation):
-        yield from models_in(argument)

@@ -1,9 +1,11 @@
-"""Measures the model while it trains and stops when it has forgotten enough, or is broken: unlearning overshoots."""
+"""The callbacks of a training run: the log and its cost on disk, and probes that stop the run or keep its best weights."""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +14,58 @@ from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
 from vlm_unlearn.records import PROBE
+from vlm_unlearn.store import record_cost, write_text
 from vlm_unlearn.training.trainer import UnlearningTrainer
+
+OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, steps, loss parts
+
+
+def tensorboard(output: Path) -> TrainerCallback:
+    """Writes the log for TensorBoard into the run's folder; transformers would put it beside the checkpoints, which go in the end."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(output / "tensorboard")))
+
+
+class LogCallback(TrainerCallback):
+    """Keeps log.jsonl and the manifest's cost beside the run, and tells progress; one process of several does."""
+
+    def __init__(self, output: Path, on_step: OnStep | None, writes: bool) -> None:
+        self._output = output
+        self._on_step = on_step
+        self._writes = writes
+        self._since = time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall time since the last call."""
+        before, self._since = self._since, time.monotonic()
+        return self._since - before
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and self._on_step and self._writes:
+            self._on_step(state.global_step, state.max_steps, logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._writes:
+            self.write_log(state)
+            record_cost(self._output, self.seconds())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write_log(state)
+
+    def write_log(self, state: Any) -> None:
+        """Rewrites the log from the trainer's history, which a checkpoint carries: no line is lost or doubled by a kill."""
+        if not self._writes:
+            return
+        told = [
+            entry for entry in state.log_history if "loss" in entry or any(name.startswith(PROBE) for name in entry)
+        ]
+        lines = [dict(sorted(entry.items())) for entry in told]
+        for line in lines:
+            line.pop("epoch", None)  # of the endless stream, not of the data
+        write_text(self._output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
 
 SCORE = f"{PROBE}score"
 
@@ -28,7 +81,7 @@ class Probe(Protocol):
         """Rates by metric name; None where nothing could be scored."""
 
 
-class Prober(TrainerCallback):
+class ProbeCallback(TrainerCallback):
     """Probes every few steps, logs the rates, and applies the recipe's stop and keep-best rules.
 
     What is decided depends on the log alone, which a checkpoint carries, and probing draws no random numbers: a resumed run decides as
@@ -42,7 +95,7 @@ class Prober(TrainerCallback):
         self._best = output / "best"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self._config.every and state.global_step < state.max_steps:
+        if state.global_step % self._config.eval_steps and state.global_step < state.max_steps:
             return
         rates = self._measure()
         logged = {f"{PROBE}{name}": value for name, value in rates.items() if value is not None}
@@ -50,7 +103,9 @@ class Prober(TrainerCallback):
         reason, broken = self._reason(rates)
         if weighted and not broken and all(value is not None for _, value in weighted):
             logged[SCORE] = sum(weight * (value or 0.0) for weight, value in weighted)
-            if logged[SCORE] > max((entry[SCORE] for entry in state.log_history if SCORE in entry), default=float("-inf")):
+            if logged[SCORE] > max(
+                (entry[SCORE] for entry in state.log_history if SCORE in entry), default=float("-inf")
+            ):
                 self._keep()
         self._trainer.log(logged)
         if reason:

@@ -17,9 +17,9 @@ from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.json_stream import text_at
 from vlm_unlearn.data.parallel import OnDone, in_threads
 from vlm_unlearn.data.pipeline import mixed_order, places, read_answers
-from vlm_unlearn.data.reading import detect, read_any
+from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.data.training_set import PARTNERS, ROLES, write_training_set
-from vlm_unlearn.errors import Problems, RequestError
+from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file
 
@@ -57,7 +57,7 @@ def import_vlguard(
         on_done: called with (images looked at, all).
 
     Raises:
-        RequestError: no record can be used; nothing is written then.
+        UserError: no record can be used; nothing is written then.
     """
     problems = Problems()
     pairs = vlguard.read_pairs(file, images, problems)
@@ -67,7 +67,7 @@ def import_vlguard(
     if harmful_answers:
         source["harmful_answers_sha256"] = digest_file(harmful_answers)
         if not split.forget and pairs:
-            raise RequestError(f"{harmful_answers}: names no image of an unsafe record of {file}")
+            raise UserError(f"{harmful_answers}: names no image of an unsafe record of {file}")
     roots = {"vlguard": images}
     if external:
         roots["llava"] = external_images or external.parent
@@ -78,13 +78,24 @@ def import_vlguard(
     return _write(out, roots, examples, source, problems, split.left_out, on_done=on_done)
 
 
-def import_safe_eraser(file: Path, images: Path, out: Path, refusals: Path | None = None, on_done: OnDone | None = None) -> Imported:
+def import_safe_eraser(
+    file: Path, images: Path, out: Path, refusals: Path | None = None, on_done: OnDone | None = None
+) -> Imported:
     """Makes a training set, decouple examples included, of SafeEraser's ``all_train.json`` (and ``prompt.json`` as `refusals`)."""
     problems = Problems()
     sets = safe_eraser.examples(safe_eraser.read_safe_eraser(file, images, problems))
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
     source: dict[str, object] = {"format": "safe_eraser", "file": file.name, "sha256": digest_file(file)}
-    return _write(out, {"safe_eraser": images}, dict(zip(safe_eraser.ROLES, sets, strict=True)), source, problems, {}, sentences, on_done)
+    return _write(
+        out,
+        {"safe_eraser": images},
+        dict(zip(safe_eraser.ROLES, sets, strict=True)),
+        source,
+        problems,
+        {},
+        sentences,
+        on_done,
+    )
 
 
 def import_files(
@@ -105,12 +116,12 @@ def import_files(
         images: the image root. Images that a table itself holds are written into `out`.
 
     Raises:
-        RequestError: no record can be used; nothing is written then.
+        UserError: no record can be used; nothing is written then.
     """
     before = out.exists()
     try:
         return _import_files(files, images, out, columns, refusals, on_done)
-    except RequestError:
+    except UserError:
         if not before:  # images unpacked from a table
             shutil.rmtree(out, ignore_errors=True)
         raise
@@ -150,7 +161,7 @@ def _entries(
     """Role and example of each entry; in place of the role what is said of an entry that is of another set of the file."""
     kind = detect(file)
     if kind == "training_set":
-        raise RequestError(f"{file}: is a training set already; pass the data files it was made of")
+        raise UserError(f"{file}: is a training set already; pass the data files it was made of")
     if kind == "table":
         columns = columns or Columns()
         if not role:  # its rows must say where they belong
@@ -159,7 +170,7 @@ def _entries(
             yield _role_of(role, row.set, file), row.example
         return
     if not role:
-        raise RequestError(f"{file}: only a table has a set column; pass the files as --forget and --retain")
+        raise UserError(f"{file}: only a table has a set column; pass the files as --forget and --retain")
     for entry in read_any(file, images, columns, problems):
         yield _role_of(role, entry.set, file), entry.example
 
@@ -184,7 +195,7 @@ def _write(
     """Looks at every image once, leaves out the examples whose image can't be used, and writes the rest."""
     for root in roots.values():
         if not root.is_dir():
-            raise RequestError(f"{root}: no such folder of images")
+            raise UserError(f"{root}: no such folder of images")
     bad = _unusable_images(roots, examples, on_done)
     whole = {role: _with_usable_image(_with_own_ids(found), bad, problems) for role, found in examples.items()}
     for role, found in whole.items():
@@ -195,9 +206,10 @@ def _write(
     for role in ("forget", "retain", *(partner for partner in PARTNERS if examples.get(partner))):
         if not whole.get(role):
             why = "".join(
-                [f"; left out: {count} {what}" for what, count in left_out.items()] + [f"; {problems.summary()}"] * bool(problems)
+                [f"; left out: {count} {what}" for what, count in left_out.items()]
+                + [f"; {problems.summary()}"] * bool(problems)
             )
-            raise RequestError(f"{out}: the {role} set is empty; nothing was written{why}")
+            raise UserError(f"{out}: the {role} set is empty; nothing was written{why}")
     if left_out:
         source["left_out"] = left_out
     write_training_set(out, roots, whole, source, refusals, problems)
@@ -209,26 +221,30 @@ def _unusable_images(
     roots: Mapping[str, Path], examples: Mapping[str, Sequence[Example]], on_done: OnDone | None
 ) -> dict[tuple[str, str], str]:
     """What is wrong with each image that can't be trained on, by source and path; every image is decoded once."""
-    named = dict.fromkeys((example.source, example.image) for found in examples.values() for example in found if example.image)
+    named = dict.fromkeys(
+        (example.source, example.image) for found in examples.values() for example in found if example.image
+    )
     wanted = [(source, image) for source, image in named if image]
 
     def look(key: tuple[str, str]) -> str:
         source, image = key
         try:
             open_image(resolve_image(roots[source], image, source)).close()
-        except RequestError as error:
+        except UserError as error:
             return str(error).removeprefix(f"{source}: ")
         return ""
 
     return {key: problem for key, problem in in_threads(look, wanted, on_done) if problem}
 
 
-def _with_usable_image(examples: Sequence[Example], bad: Mapping[tuple[str, str], str], problems: Problems) -> list[Example]:
+def _with_usable_image(
+    examples: Sequence[Example], bad: Mapping[tuple[str, str], str], problems: Problems
+) -> list[Example]:
     good = []
     for example in examples:
         problem = bad.get((example.source, example.image or ""))
         if problem:
-            problems.add(f'example "{example.id}": {problem}')
+            problems.add(UserError(f'example "{example.id}": {problem}'))
         else:
             good.append(example)
     return good

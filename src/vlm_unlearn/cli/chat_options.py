@@ -10,17 +10,25 @@ import typer
 from vlm_unlearn.cli.common import Stages, quiet_libraries
 
 SERVER = typer.Option(
-    None, "--server", help="Address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY."
+    None,
+    "--server",
+    help="Address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY.",
 )
-MODEL = typer.Option(None, "--model", help="The server's model; without --server a model folder or hub name to run here.")
+MODEL = typer.Option(
+    None, "--model", help="The server's model; without --server a model folder or hub name to run here."
+)
 CONCURRENCY = typer.Option(16, "--concurrency", min=1, max=512, help="Questions under way at once on a server.")
-CACHE = typer.Option(True, "--cache/--no-cache", help="Take replies that the same model gave to the same question before.")
+CACHE = typer.Option(
+    True, "--cache/--no-cache", help="Take replies that the same model gave to the same question before."
+)
 
 
 class Asker:
     """Asks the chosen model, with a progress bar and the cache; counts what was asked anew."""
 
-    def __init__(self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int) -> None:
+    def __init__(
+        self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int
+    ) -> None:
         from vlm_unlearn.generation.chat import ChatModel, OpenAIChat, ReplyCache
         from vlm_unlearn.store import cache_folder
 
@@ -37,20 +45,27 @@ class Asker:
         self._stage = stage
         self.asked = 0
 
-    def __call__(self, questions: Sequence[tuple[str, str, Path | None]]) -> Mapping[str, tuple[str | None, str | None]]:
+    def __call__(
+        self, questions: Sequence[tuple[str, str, Path | None]]
+    ) -> Mapping[str, tuple[str | None, str | None]]:
         """(id, text, image) -> (reply, error) by id."""
-        from vlm_unlearn.errors import WorkError
-        from vlm_unlearn.generation.chat import Ask, ask_all
+        from vlm_unlearn.errors import RunError
+        from vlm_unlearn.generation.chat import Ask, complete_all
 
         def asks() -> Iterator[Ask]:
             for id, text, image in questions:
                 yield Ask(id, text, image)
 
-        replies, asked = ask_all(self._chat, asks(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions)))
+        replies, asked = complete_all(
+            self._chat, asks(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions))
+        )
         self.asked += asked
         errors = [reply.error for reply in replies.values() if reply.text is None]
         if errors and len(errors) == len(replies):
-            raise WorkError(f"not one of {len(errors)} questions was answered ({errors[0]})")
+            raise RunError(f"not one of {len(errors)} questions was answered ({errors[0]})")
         if errors:
-            typer.echo(f"warning: {len(errors):,} of {len(replies):,} questions were not answered; the first: {errors[0]}", err=True)
+            typer.echo(
+                f"warning: {len(errors):,} of {len(replies):,} questions were not answered; the first: {errors[0]}",
+                err=True,
+            )
         return {id: (reply.text, reply.error) for id, reply in replies.items()}

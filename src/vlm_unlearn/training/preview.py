@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_unlearn.config import Recipe
-from vlm_unlearn.data.batching import Processor, PromptMeter, Turn
+from vlm_unlearn.data.encoding import Processor, PromptMeter, Turn
 from vlm_unlearn.data.training_set import TrainingSet
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.distributed import processes
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Role
-from vlm_unlearn.models.loading import load_processor, local_folder, read_config, skeleton_of
+from vlm_unlearn.models.loader import load_processor, local_folder, read_config, skeleton_of
 from vlm_unlearn.models.shapes import KNOWN
 from vlm_unlearn.models.trainable import trainable_table
-from vlm_unlearn.store import refuse_foreign
+from vlm_unlearn.store import validate_same_run
 from vlm_unlearn.training.estimate import Memory, Shape, estimate
-from vlm_unlearn.training.planning import check_model, check_recipe, recipe_name, steps_of, unshared
-from vlm_unlearn.training.processes import processes
+from vlm_unlearn.training.plan import check_model, check_recipe, recipe_name, sharing_unsupported_reason, steps_of
 from vlm_unlearn.training.references import Source
-from vlm_unlearn.training.stream import Collator, TrainingStream
+from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,32 @@ class Preview:
     tokens_per_sample: dict[str, float]  # by role, image tokens included
     tokens: int  # of the whole run
     memory: Memory
-    unshared: str | None  # why questions on one image will not share it
+    prefix_sharing_unsupported_reason: str | None  # why questions on one image will not share it
 
 
 def preview(recipe: Recipe) -> Preview:
     """Resolves a recipe: what would train, on what, for how many steps, in how much memory. Loads no weights and asks no network.
 
     Raises:
-        RequestError: what `plan` refuses, as far as it shows without weights; a model that is neither here nor known.
+        UserError: what `plan` refuses, as far as it shows without weights; a model that is neither here nor known.
     """
     method, training_set, source = check_recipe(recipe)
-    refuse_foreign(recipe.output)
+    validate_same_run(recipe.output)
     count = processes()
     steps = steps_of(recipe, len(training_set.examples["forget"]), count)
     training = recipe.training
-    per_step = training.batch_size * training.gradient_accumulation_steps * count
-    stream = TrainingStream(training_set, method, steps * per_step, training.seed)
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * count
+    stream = UnlearningStream(training_set, method, steps * per_step, training.seed)
     folder = local_folder(recipe.model)
     if folder is None and recipe.model not in KNOWN:
-        raise RequestError(f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder")
+        raise UserError(
+            f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder"
+        )
     bare = skeleton_of(read_config(folder) if folder else KNOWN[recipe.model](), recipe.model)
     config = bare.config.get_text_config()
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
-        Collator(processor, training_set, method, training.max_length, {}).check_lengths()
+        UnlearningCollator(processor, training_set, method, training.max_length, {}).check_lengths()
     prepared = check_model(recipe, method, training_set, bare)
     table = trainable_table(prepared)
     tokens, answers = _lengths(recipe, stream, training_set, processor, bare.config)
@@ -74,13 +76,13 @@ def preview(recipe: Recipe) -> Preview:
         vocabulary=config.vocab_size,
     )
     precision = "bf16" if training.precision == "auto" else training.precision  # what a GPU gets
-    batch = training.batch_size * sum(tokens.values())
+    batch = training.per_device_train_batch_size * sum(tokens.values())
     memory = estimate(
         shape,
         recipe.trainable.mode,
         precision,
         batch,
-        training.batch_size * sum(answers.values()),
+        training.per_device_train_batch_size * sum(answers.values()),
         training.gradient_checkpointing,
         source == "copy",
     )
@@ -99,12 +101,17 @@ def preview(recipe: Recipe) -> Preview:
         tokens_per_sample={role: round(value, 1) for role, value in tokens.items()},
         tokens=int(steps * per_step * sum(tokens.values())),
         memory=memory,
-        unshared=unshared(recipe, method, prepared),
+        prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, prepared),
     )
 
 
 def _lengths(
-    recipe: Recipe, stream: TrainingStream, training_set: TrainingSet, processor: Processor | None, config: Any, most: int = 64
+    recipe: Recipe,
+    stream: UnlearningStream,
+    training_set: TrainingSet,
+    processor: Processor | None,
+    config: Any,
+    most: int = 64,
 ) -> tuple[dict[Role, float], dict[Role, float]]:
     """Mean tokens a sample and mean answer tokens a sample by role, over the first samples of the stream.
 

@@ -7,8 +7,15 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from vlm_unlearn.errors import RequestError
-from vlm_unlearn.models.loading import DTYPES, load_processor, load_run_model, run_digest, run_model_folder, saved_precision
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.models.loader import (
+    DTYPES,
+    load_processor,
+    load_run_model,
+    run_digest,
+    run_model_folder,
+    saved_precision,
+)
 from vlm_unlearn.store import package_versions, read_manifest, user_path, write_json, write_text
 
 
@@ -22,20 +29,20 @@ def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
         card: the README.md.
 
     Raises:
-        RequestError: `out` holds something, or `run` is no finished training run.
+        UserError: `out` holds something, or `run` is no finished training run.
     """
     out = user_path(out).absolute()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise RequestError(f"{out}: is a link or a file; choose another output folder")
+        raise UserError(f"{out}: is a link or a file; choose another output folder")
     if out.exists() and any(out.iterdir()):
-        raise RequestError(f"{out}: is not empty; choose another output folder")
+        raise UserError(f"{out}: is not empty; choose another output folder")
     if out.resolve().is_relative_to(run.resolve()):
-        raise RequestError(f"{out}: lies in the run's own folder; choose another output folder")
+        raise UserError(f"{out}: lies in the run's own folder; choose another output folder")
     part = out.with_name(f".{out.name[:100]}.{uuid4().hex[:12]}.part")
     try:
         part.mkdir(parents=True)  # under a name that nobody has: no folder of others is written into or deleted
     except OSError as error:
-        raise RequestError(f"{out}: {error.strerror}; choose another output folder") from None
+        raise UserError(f"{out}: {error.strerror}; choose another output folder") from None
     try:
         _write_model(run, part, precision, card)
         if out.exists():

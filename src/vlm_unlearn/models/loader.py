@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vlm_unlearn.data.batching import Processor
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.models.layout import Layout, layout_of
-from vlm_unlearn.store import digest_model, read_json, read_manifest, user_path, what_it_is
+from vlm_unlearn.store import describe_path, digest_model, read_json, read_manifest, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,31 +28,37 @@ def model_folder(name: str) -> Path:
     """The local folder of a model: `name` itself, or where the hub's snapshot was downloaded to.
 
     Raises:
-        RequestError: there is no such folder and no such model on the hub, or the folder holds no safetensors weights.
+        UserError: there is no such folder and no such model on the hub, or the folder holds no safetensors weights.
     """
     folder = user_path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
-            raise RequestError(f"model {name}: no such folder")
+            raise UserError(f"model {name}: no such folder")
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+            folder = Path(
+                snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+            )
         except Exception as error:  # the hub's client raises many types, all of them "not available"
-            raise RequestError(f"model {name}: no such folder, and the hub did not give it ({type(error).__name__})") from None
+            raise UserError(
+                f"model {name}: no such folder, and the hub did not give it ({type(error).__name__})"
+            ) from None
     if not (folder / "config.json").is_file() and (folder / "model").is_dir():
-        raise RequestError(f"model {folder}: is a training run; pass {folder / 'model'}, or what `vlm-unlearn export` makes of it")
+        raise UserError(
+            f"model {folder}: is a training run; pass {folder / 'model'}, or what `vlm-unlearn export` makes of it"
+        )
     if not (folder / "config.json").is_file():
-        raise RequestError(f"model {folder}: no config.json; it must be a model folder in Hugging Face format")
+        raise UserError(f"model {folder}: no config.json; it must be a model folder in Hugging Face format")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise RequestError(f"model {folder}: no weights (*.safetensors); pickled weights are not read")
+        raise UserError(f"model {folder}: no weights (*.safetensors); pickled weights are not read")
     for file in weights:
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise RequestError(f"{file}: broken weights: {_first_line(error)}") from None
+            raise UserError(f"{file}: broken weights: {_first_line(error)}") from None
     return folder
 
 
@@ -77,18 +83,18 @@ def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"]
             LLaVA-1.5 was trained.
 
     Raises:
-        RequestError: the processor can't be loaded or has no chat template; padding makes no sense for it.
+        UserError: the processor can't be loaded or has no chat template; padding makes no sense for it.
     """
     from vlm_unlearn.models.processors import auto_processor, pad_to_squares
 
     try:
         processor = auto_processor(folder)
-    except RequestError:
+    except UserError:
         raise
     except Exception as error:  # a broken tokenizer file raises whatever it breaks
-        raise RequestError(f"model {folder}: its processor can't be loaded: {_first_line(error)}") from None
+        raise UserError(f"model {folder}: its processor can't be loaded: {_first_line(error)}") from None
     if not getattr(processor, "chat_template", None):
-        raise RequestError(f"model {folder}: its processor has no chat template; add chat_template.jinja to the folder")
+        raise UserError(f"model {folder}: its processor has no chat template; add chat_template.jinja to the folder")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if image_aspect_ratio == "pad":
@@ -96,7 +102,9 @@ def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"]
     return processor
 
 
-def load_model(folder: Path, precision: str, attn_implementation: str = "auto", in_4_bits: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, precision: str, attn_implementation: str = "auto", in_4_bits: bool = False
+) -> PreTrainedModel:
     """The model, in the precision asked for (``fp32`` or ``bf16``).
 
     Args:
@@ -104,7 +112,7 @@ def load_model(folder: Path, precision: str, attn_implementation: str = "auto", 
         in_4_bits: whether the language model's linear layers are held in 4 bits (NF4, QLoRA, arXiv 2305.14314).
 
     Raises:
-        RequestError: transformers can't load the folder as an image-text-to-text model, or its files don't hold what its
+        UserError: transformers can't load the folder as an image-text-to-text model, or its files don't hold what its
             config.json describes.
     """
     from transformers import AutoModelForImageTextToText
@@ -116,13 +124,20 @@ def load_model(folder: Path, precision: str, attn_implementation: str = "auto", 
     try:
         model: Any
         model, loaded = AutoModelForImageTextToText.from_pretrained(
-            str(folder), dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
+            str(folder),
+            dtype=DTYPES[precision],
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
     except Exception as error:  # a broken config.json raises whatever it breaks
-        raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+        raise UserError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
-        raise RequestError(f"model {folder}: {len(missing)} weights of its config.json are in no file, such as {missing[0]}")
+        raise UserError(
+            f"model {folder}: {len(missing)} weights of its config.json are in no file, such as {missing[0]}"
+        )
     return model
 
 
@@ -134,7 +149,11 @@ def _four_bits(layout: Layout, precision: str) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
-        llm_int8_skip_modules=[layout.vision_tower, layout.projector, "lm_head"],  # the name says int8; 4 bits read it too
+        llm_int8_skip_modules=[
+            layout.vision_tower,
+            layout.projector,
+            "lm_head",
+        ],  # the name says int8; 4 bits read it too
     )
 
 
@@ -142,14 +161,14 @@ def model_skeleton(folder: Path) -> PreTrainedModel:
     """The model without weights (on the meta device), to check a request against in a moment.
 
     Raises:
-        RequestError: transformers doesn't know the configuration as an image-text-to-text model, or it describes a model that the
+        UserError: transformers doesn't know the configuration as an image-text-to-text model, or it describes a model that the
             weight files can't fill.
     """
     skeleton: Any = skeleton_of(read_config(folder), str(folder))
     # A text_config that is null or missing means the family's default, billions of weights that are in no file.
     described, stored = sum(parameter.numel() for parameter in skeleton.parameters()), _stored_weights(folder)
     if described > 2 * stored and getattr(skeleton.config, "quantization_config", None) is None:
-        raise RequestError(
+        raise UserError(
             f"model {folder}: its config.json describes {described:,} weights, its files hold {stored:,}; "
             "look whether text_config or vision_config is missing or null there, or a file of weights is missing"
         )
@@ -160,7 +179,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The configuration in a model folder.
 
     Raises:
-        RequestError: transformers doesn't know it.
+        UserError: transformers doesn't know it.
     """
     from transformers import AutoConfig
 
@@ -168,7 +187,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         # Left open, transformers would ask on standard input whether to run Python that came with the folder.
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a broken config.json raises whatever it breaks
-        raise RequestError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+        raise UserError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
     return config
 
 
@@ -176,7 +195,7 @@ def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """A model of a configuration, without weights.
 
     Raises:
-        RequestError: it is no image-text-to-text model.
+        UserError: it is no image-text-to-text model.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -184,7 +203,7 @@ def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
         with _not_cut_up(), torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except Exception as error:
-        raise RequestError(f"model {name}: transformers can't load it: {_first_line(error)}") from None
+        raise UserError(f"model {name}: transformers can't load it: {_first_line(error)}") from None
     return skeleton
 
 
@@ -216,15 +235,17 @@ def run_model_folder(name: str) -> Path:
     """Where the weights to evaluate lie: a model folder or hub name, an adapter folder, or a training run's folder.
 
     Raises:
-        RequestError: as `model_folder`; also for a training run that isn't finished.
+        UserError: as `model_folder`; also for a training run that isn't finished.
     """
     folder = user_path(name)
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         if read_manifest(folder)["identity"].get("kind") not in ("train", None):
-            raise RequestError(f"model {name}: must be a model folder, a hub name, or a training run's folder{what_it_is(folder)}")
+            raise UserError(
+                f"model {name}: must be a model folder, a hub name, or a training run's folder{describe_path(folder)}"
+            )
         folder = folder / "model"
         if not folder.is_dir():
-            raise RequestError(
+            raise UserError(
                 f"model {name}: this training run has no model yet; run `vlm-unlearn train` again, it goes on where it stopped"
             )
     if (folder / "adapter_config.json").is_file():
@@ -237,14 +258,16 @@ def run_digest(folder: Path) -> str:
     """Digest of the weights in a model folder; for an adapter, of its base and its own.
 
     Raises:
-        RequestError: the adapter was trained on another base than lies there now.
+        UserError: the adapter was trained on another base than lies there now.
     """
     if not (folder / "adapter_config.json").is_file():
         return digest_model(folder)
     base = model_folder(_adapter_base(folder))
     digest = digest_model(base)
     if (folder / BASE).is_file() and read_json(folder / BASE).get("digest") != digest:
-        raise RequestError(f"model {folder}: its adapters were trained on another base than {base} holds now; put the old one back")
+        raise UserError(
+            f"model {folder}: its adapters were trained on another base than {base} holds now; put the old one back"
+        )
     return f"{digest}+{digest_model(folder)}"
 
 
@@ -269,7 +292,7 @@ def saved_precision(folder: Path) -> str:
 def _adapter_base(folder: Path) -> str:
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise RequestError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must name the base model")
+        raise UserError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must name the base model")
     return base
 
 

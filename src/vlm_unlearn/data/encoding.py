@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_unlearn.data.images import image_size, open_image
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.losses import IGNORED
 
 Batch = dict[str, Tensor]
@@ -53,12 +53,12 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     """Puts a turn, with the rounds before it, through the chat template.
 
     Raises:
-        RequestError: a text holds the processor's image placeholder, or an answer says nothing; the record is named.
+        UserError: a text holds the processor's image placeholder, or an answer says nothing; the record is named.
     """
     rounds = [*turn.history, (turn.question, turn.answer)]
     for token in _placeholders(processor):
         if any(token in (text or "") for pair in rounds for text in pair):
-            raise RequestError(f'"{turn.id}": the text holds the image placeholder {token}; take it out')
+            raise UserError(f'"{turn.id}": the text holds the image placeholder {token}; take it out')
     messages: list[dict[str, Any]] = []
     opens: list[str] = []
     closes: list[str] = []
@@ -69,11 +69,13 @@ def render(processor: Processor, turn: Turn) -> Rendering:
         if answer is not None:
             said = answer.strip()
             if not said:
-                raise RequestError(f'"{turn.id}": an answer says nothing; there is nothing to train on')
+                raise UserError(f'"{turn.id}": an answer says nothing; there is nothing to train on')
             messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
             # Some templates (LLaVA-1.5's) end a turn with a space; trained on, it would teach the model to go on after its answer.
             closed = processor.apply_chat_template(messages, tokenize=False).rstrip()
-            closing = processor.tokenizer.eos_token if closed.endswith(said) else ""  # where the template closes nothing
+            closing = (
+                processor.tokenizer.eos_token if closed.endswith(said) else ""
+            )  # where the template closes nothing
             closes.append(closed + closing)
             messages[-1] = {"role": "assistant", "content": [{"type": "text", "text": said + closing}]}
     return Rendering(tuple(opens), tuple(closes))
@@ -81,7 +83,11 @@ def render(processor: Processor, turn: Turn) -> Rendering:
 
 def _placeholders(processor: Processor) -> list[str]:
     """What a family reads as the place of an image or video, in the template's words and in the model's."""
-    named = ("image_token", "video_token", "context_image_token")  # Gemma 3 and InternVL tell some by their tokenizer alone
+    named = (
+        "image_token",
+        "video_token",
+        "context_image_token",
+    )  # Gemma 3 and InternVL tell some by their tokenizer alone
     found = [getattr(part, name, None) for part in (processor, processor.tokenizer) for name in named]
     return list(dict.fromkeys(token for token in found if isinstance(token, str) and token))
 
@@ -92,7 +98,7 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
     Returns every key that the processor made; ``input_ids`` and ``attention_mask`` are [B, S].
 
     Raises:
-        RequestError: turns with and without an image, and the family can't take both in one batch (mllama).
+        UserError: turns with and without an image, and the family can't take both in one batch (mllama).
     """
     return _call(processor, [render(processor, turn).text for turn in turns], turns, padding_side)
 
@@ -104,7 +110,7 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
     is cut at the end.
 
     Raises:
-        RequestError: a question with its image tokens leaves no room for an answer; the record is named. Also as `encode`.
+        UserError: a question with its image tokens leaves no room for an answer; the record is named. Also as `encode`.
     """
     encoded = [_answer_spans(processor, turn) for turn in turns]
     batch = _call(processor, [text for text, _, _ in encoded], turns, "right")
@@ -115,11 +121,11 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
         shift = end - len(ids)  # the processor puts the image's tokens, all before the first answer
         first = spans[0][0]
         if batch["input_ids"][row, first + shift : end].tolist() != ids[first:]:
-            raise RequestError(
+            raise UserError(
                 f'example "{turn.id}": the answer is not at the end of the chat template\'s text; this template is not supported'
             )
         if first + shift >= max_length:
-            raise RequestError(
+            raise UserError(
                 f'example "{turn.id}": question and image take {first + shift} tokens, max_length is {max_length}; '
                 f"raise training.max_length (an image is never cut)"
             )
@@ -143,7 +149,7 @@ def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], lis
         for opened, closed in zip(rendering.opens, rendering.closes, strict=True)
     ]
     if any(start >= stop for start, stop in spans):
-        raise RequestError(f'example "{turn.id}": an answer has no tokens')
+        raise UserError(f'example "{turn.id}": an answer has no tokens')
     return rendering.text, ids, spans
 
 
@@ -208,7 +214,7 @@ def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding
     if "cross_attention_mask" in encoded and not all(images):
         # Its cross-attention layers, left out where there is no image, attend to the empty tiles here: other answers, silently.
         without = next(turn.id for turn in turns if turn.image is None)
-        raise RequestError(
+        raise UserError(
             f'"{without}": has no image, others of its batch have, and {type(processor).__name__} can\'t take both in one batch; '
             "give every example of the set an image or none, or use batches of one"
         )
@@ -229,6 +235,8 @@ def _cut(batch: Batch, length: int) -> Batch:
 def move(batch: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Batch:
     """The batch on a device, the processor's floating-point tensors in the model's dtype; reference values keep theirs."""
     return {
-        key: value.to(device, dtype) if value.is_floating_point() and not key.startswith("reference_") else value.to(device)
+        key: value.to(device, dtype)
+        if value.is_floating_point() and not key.startswith("reference_")
+        else value.to(device)
         for key, value in batch.items()
     }

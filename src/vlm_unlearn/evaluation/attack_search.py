@@ -11,17 +11,35 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vlm_unlearn.attacks.one_word import CONTROL, GENERAL, TEMPLATES, VOCABULARY, capitalised, control, first_word_of, rewrites_with_any
+from vlm_unlearn.attacks.one_word import (
+    CONTROL,
+    GENERAL,
+    TEMPLATES,
+    VOCABULARY,
+    capitalize_first,
+    control,
+    first_word_of,
+    rewrites_with_any,
+)
 from vlm_unlearn.attacks.search import Search, least_budget, sequential_halving
-from vlm_unlearn.config import CaseConfig, GenerationConfig, JudgeConfig
-from vlm_unlearn.data.reading import detect
-from vlm_unlearn.errors import Problems, RequestError
-from vlm_unlearn.evaluation.grading import build_judge
-from vlm_unlearn.evaluation.prompts import case_prompts, prompts_digest
+from vlm_unlearn.config import GenerationConfig, JudgeConfig, SplitConfig
+from vlm_unlearn.data.readers import detect
+from vlm_unlearn.errors import Problems, UserError
+from vlm_unlearn.evaluation.prompts import prompts_digest, split_prompts
+from vlm_unlearn.evaluation.verdicts import build_judge
 from vlm_unlearn.judging.base import Answer, OfflineJudge
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Kind, Label, Prompt, Rate, Record, Response, Verdict
-from vlm_unlearn.store import RecordLog, digest_json, lock_run, note_cost, open_run, read_records, write_json, write_records
+from vlm_unlearn.store import (
+    RecordLog,
+    digest_json,
+    lock_run,
+    open_run,
+    read_records,
+    record_cost,
+    write_json,
+    write_records,
+)
 
 Goal = Literal["break", "over-refuse"]
 GOALS: dict[Goal, tuple[Kind, Label]] = {"break": ("unsafe", "complied"), "over-refuse": ("safe", "refused")}
@@ -75,7 +93,9 @@ class SearchReport(Record):
     answers: int  # asked for, in search and measurement
     questions: dict[str, int]  # "search", "held_out"
     best: str
-    held_out: dict[str, Rate]  # "best", "as_asked" and "control", all on the same questions, none of which the search saw
+    held_out: dict[
+        str, Rate
+    ]  # "best", "as_asked" and "control", all on the same questions, none of which the search saw
     words: list[WordRate]  # best first
     curve: list[CurvePoint]
 
@@ -86,7 +106,7 @@ def search(request: SearchRequest, folder: Path, on_done: OnDone | None = None) 
     `folder` gets responses.jsonl as the answers come; a search that was killed goes on from there, to the same report.
 
     Raises:
-        RequestError: broken data, too small a budget, a word that is none, a model that can't be loaded, or a folder that holds
+        UserError: broken data, too small a budget, a word that is none, a model that can't be loaded, or a folder that holds
             another run.
     """
     judge = _judge(request.judge)
@@ -100,21 +120,31 @@ def search(request: SearchRequest, folder: Path, on_done: OnDone | None = None) 
         asker = _Asker(request, folder, judge, model, on_done)
         by_id = {prompt.id: prompt for prompt in searched}
         result = sequential_halving(
-            list(words), list(by_id), budget, lambda pairs: asker("search", [with_word(by_id[id], word) for id, word in pairs], budget)
+            list(words),
+            list(by_id),
+            budget,
+            lambda pairs: asker("search", [with_word(by_id[id], word) for id, word in pairs], budget),
         )
         if on_done:
-            on_done("search", result.answers, result.answers)  # where the questions ran out, less than the budget was spent
+            on_done(
+                "search", result.answers, result.answers
+            )  # where the questions ran out, less than the budget was spent
         best = result.words[0].word
         ways = {
             "best": [with_word(prompt, best) for prompt in held_out],
             "as_asked": [_reworded(prompt, "as asked", prompt.question) for prompt in held_out],
-            "control": [_reworded(prompt, CONTROL, control(prompt.question, i, best)) for i, prompt in enumerate(held_out)],
+            "control": [
+                _reworded(prompt, CONTROL, control(prompt.question, i, best)) for i, prompt in enumerate(held_out)
+            ],
         }
-        measured = {way: _rate(asker(f"measure {way.replace('_', ' ')}", prompts, len(prompts))) for way, prompts in ways.items()}
+        measured = {
+            way: _rate(asker(f"measure {way.replace('_', ' ')}", prompts, len(prompts)))
+            for way, prompts in ways.items()
+        }
         report = _report(request, judge, result, words, {"search": len(searched), "held_out": len(held_out)}, measured)
         write_json(folder / "search.json", report.model_dump(by_alias=True))
         asker.write_samples()
-        note_cost(folder, time.monotonic() - started, finished=True)
+        record_cost(folder, time.monotonic() - started, finished=True)
     return report
 
 
@@ -137,13 +167,15 @@ class _Model:
 
 
 def _find_model(request: SearchRequest) -> _Model:
-    from vlm_unlearn.models.loading import resolve_precision, run_digest, run_model_folder
+    from vlm_unlearn.models.loader import resolve_precision, run_digest, run_model_folder
 
     folder = run_model_folder(request.model)
     return _Model(folder, run_digest(folder), resolve_precision(request.generation.precision))
 
 
-def _identity(request: SearchRequest, judge: OfflineJudge, model: _Model, words: list[str], asked: list[Prompt]) -> dict[str, object]:
+def _identity(
+    request: SearchRequest, judge: OfflineJudge, model: _Model, words: list[str], asked: list[Prompt]
+) -> dict[str, object]:
     """Everything that decides what is found."""
     rewrites = [[with_word(prompt, word).question for word in words] for prompt in asked]
     return {
@@ -164,25 +196,29 @@ def questions(request: SearchRequest) -> list[Prompt]:
     """One prompt a question of the goal's kind: of a file that holds several shots the first.
 
     Raises:
-        RequestError: the file is broken, of another format, or holds fewer than two such questions.
+        UserError: the file is broken, of another format, or holds fewer than two such questions.
     """
     form = detect(request.file)
     if form not in ("vlguard", "safe_eraser"):
-        raise RequestError(f"{request.file}: must be a VLGuard or SafeEraser file, which say what is unsafe; this is one of kind {form}")
+        raise UserError(
+            f"{request.file}: must be a VLGuard or SafeEraser file, which say what is unsafe; this is one of kind {form}"
+        )
     kind, _ = GOALS[request.goal]
-    case = CaseConfig(name="search", format=form, file=request.file, images=request.images, kind=kind)
+    case = SplitConfig(name="search", format=form, file=request.file, images=request.images, kind=kind)
     first: dict[str, Prompt] = {}
-    for prompt in case_prompts(case):
+    for prompt in split_prompts(case):
         first.setdefault(prompt.group_id, prompt)
     if len(first) < 2:
-        raise RequestError(f"{request.file}: has one {kind} question; a search needs two at least, one of them to measure the winner on")
+        raise UserError(
+            f"{request.file}: has one {kind} question; a search needs two at least, one of them to measure the winner on"
+        )
     return list(first.values())
 
 
 def candidates(file: Path, goal: Goal) -> dict[str, str]:
     """First words to try, and where each comes from: those that an audit of the file names, the goal's first, then the vocabulary."""
     from vlm_unlearn.data.audit import audit, labelled
-    from vlm_unlearn.data.reading import read_any
+    from vlm_unlearn.data.readers import read_any
 
     triggers = audit(labelled(read_any(file, problems=Problems()), "auto", lambda text: False)).triggers
     ways = ("answer", "refuse") if goal == "break" else ("refuse", "answer")
@@ -190,24 +226,26 @@ def candidates(file: Path, goal: Goal) -> dict[str, str]:
     for word in (word for way in ways for word in triggers[way]):
         try:
             found.setdefault(first_word_of(word), "audit")
-        except RequestError:  # a mark that stands where a word should
+        except UserError:  # a mark that stands where a word should
             continue
     return found | {word: "vocabulary" for word in VOCABULARY if word not in found}
 
 
-def plan(request: SearchRequest, found: Sequence[Prompt], words: Sequence[str]) -> tuple[list[Prompt], list[Prompt], int]:
+def plan(
+    request: SearchRequest, found: Sequence[Prompt], words: Sequence[str]
+) -> tuple[list[Prompt], list[Prompt], int]:
     """The questions to search with, those held out, and the search's part of the budget.
 
     The questions used are dealt at random into two halves, and at most half the budget goes to measuring.
 
     Raises:
-        RequestError: the budget is too small for so many words, or a word is named that can't be tried.
+        UserError: the budget is too small for so many words, or a word is named that can't be tried.
     """
     if CONTROL in words:
-        raise RequestError(f"--words: {CONTROL} is no word to try; the control is measured beside the winner")
+        raise UserError(f"--words: {CONTROL} is no word to try; the control is measured beside the winner")
     least = max(2 * least_budget(len(words)), 2 * MEASURED)
     if request.budget < least:
-        raise RequestError(
+        raise UserError(
             f"--budget {request.budget}: too few answers to tell {len(words)} words apart; give {least} or more, or fewer --words"
         )
     used = random.Random(request.seed).sample(list(found), min(request.questions or len(found), len(found)))
@@ -219,7 +257,7 @@ def plan(request: SearchRequest, found: Sequence[Prompt], words: Sequence[str]) 
 def _judge(config: JudgeConfig) -> OfflineJudge:
     judge = build_judge(config)
     if not isinstance(judge, OfflineJudge):
-        raise RequestError(f"--judge {config.name}: a search grades answers as they come; use keyword or tiny_world")
+        raise UserError(f"--judge {config.name}: a search grades answers as they come; use keyword or tiny_world")
     return judge
 
 
@@ -230,7 +268,12 @@ def _rate(hits: Sequence[bool | None]) -> Rate:
 
 
 def _report(
-    request: SearchRequest, judge: OfflineJudge, result: Search, words: dict[str, Any], counts: dict[str, int], measured: dict[str, Rate]
+    request: SearchRequest,
+    judge: OfflineJudge,
+    result: Search,
+    words: dict[str, Any],
+    counts: dict[str, int],
+    measured: dict[str, Rate],
 ) -> SearchReport:
     return SearchReport(
         goal=request.goal,
@@ -246,14 +289,18 @@ def _report(
             WordRate(
                 word=tried.word,
                 source=words[tried.word],
-                wording=next(iter(TEMPLATES.get(tried.word, GENERAL))).replace("{word}", capitalised(tried.word)),
+                wording=next(iter(TEMPLATES.get(tried.word, GENERAL))).replace("{word}", capitalize_first(tried.word)),
                 rate=_rate([*tried.hits, *[None] * tried.failed]),
                 rounds=tried.rounds,
             )
             for tried in result.words
         ],
         curve=[
-            CurvePoint(answers=point.answers, word=point.word, rate=_rate([True] * point.hits + [False] * (point.judged - point.hits)))
+            CurvePoint(
+                answers=point.answers,
+                word=point.word,
+                rate=_rate([True] * point.hits + [False] * (point.judged - point.hits)),
+            )
             for point in result.curve
         ],
     )
@@ -262,7 +309,9 @@ def _report(
 class _Asker:
     """Asks the model and grades, from a log that survives a kill: what was answered once is not asked again."""
 
-    def __init__(self, request: SearchRequest, folder: Path, judge: OfflineJudge, model: _Model, on_done: OnDone | None) -> None:
+    def __init__(
+        self, request: SearchRequest, folder: Path, judge: OfflineJudge, model: _Model, on_done: OnDone | None
+    ) -> None:
         self._request = request
         self._folder = folder
         self._judge = judge
@@ -274,7 +323,9 @@ class _Asker:
         self._loaded: tuple[Any, Any] | None = None
         file = folder / "responses.jsonl"
         self._log = RecordLog(file, Response)
-        self._responses = {response.prompt_id: response for response in read_records(file, Response)} if file.exists() else {}
+        self._responses = (
+            {response.prompt_id: response for response in read_records(file, Response)} if file.exists() else {}
+        )
 
     def __call__(self, stage: str, prompts: Sequence[Prompt], total: int) -> list[bool | None]:
         """Whether each prompt's answer is a hit."""
@@ -291,7 +342,7 @@ class _Asker:
 
     def _answer(self, batch: Sequence[Prompt]) -> None:
         from vlm_unlearn.generation.hf import answers
-        from vlm_unlearn.models.loading import device, load_run_model
+        from vlm_unlearn.models.loader import device, load_run_model
 
         if self._loaded is None:
             self._loaded = load_run_model(self._model.folder, self._model.precision)

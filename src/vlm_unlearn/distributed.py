@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from vlm_unlearn.errors import RequestError, WorkError
+from vlm_unlearn.errors import RunError, UserError
 
-PATIENCE = timedelta(days=14)  # shares of work end at different times; a process that dies is noticed at once
+TIMEOUT = timedelta(days=14)  # shares of work end at different times; a process that dies is noticed at once
 
 
 def processes() -> int:
     """How many processes work together: what torchrun and accelerate launch say.
 
     Raises:
-        RequestError: the environment says something else than a number, or says it without the rest of what they set.
+        UserError: the environment says something else than a number, or says it without the rest of what they set.
     """
     told = os.environ.get("WORLD_SIZE", "1")
     if not told.isdigit() or told == "0" or (told != "1" and "MASTER_ADDR" not in os.environ):
-        raise RequestError(f"WORLD_SIZE={told[:20]} in the environment, without the rest of what torchrun sets; unset it")
+        raise UserError(f"WORLD_SIZE={told[:20]} in the environment, without the rest of what torchrun sets; unset it")
     return int(told)
 
 
@@ -40,7 +40,7 @@ class Team:
         """The first process's value, in all of them; each waits for it.
 
         Raises:
-            WorkError: a process has ended.
+            RunError: a process has ended.
         """
         if self.size == 1:
             return value
@@ -54,7 +54,7 @@ class Team:
         """Until all processes are here.
 
         Raises:
-            WorkError: a process has ended.
+            RunError: a process has ended.
         """
         if self.size > 1:
             from torch import distributed
@@ -66,7 +66,7 @@ def _together(step: Callable[[], object]) -> None:
     try:
         step()
     except RuntimeError as error:  # gloo has one type for all that can happen
-        raise WorkError(
+        raise RunError(
             f"another process of this run ended; the same command goes on where it stopped ({str(error).strip().splitlines()[-1][:200]})"
         ) from None
 
@@ -91,7 +91,7 @@ def team() -> Iterator[Team]:
         return
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=PATIENCE)
+    distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield Team(distributed.get_rank(), size)
     finally:

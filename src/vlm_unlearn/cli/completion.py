@@ -88,11 +88,22 @@ def _keys(config: type[BaseModel], before: str = "") -> Iterator[tuple[str, list
 def _methods() -> tuple[list[str], list[str]]:
     """The shipped methods, and the options that any of them has, read from their files: importing those would load torch."""
     folder = Path(__file__).parents[1] / "methods"
-    classes = [node for file in sorted(folder.glob("*.py")) for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.ClassDef)]
+    classes = [
+        node
+        for file in sorted(folder.glob("*.py"))
+        for node in ast.parse(file.read_bytes()).body
+        if isinstance(node, ast.ClassDef)
+    ]
     marks = [mark for one in classes for mark in one.decorator_list if isinstance(mark, ast.Call)]
     registered = [mark.args[0] for mark in marks if isinstance(mark.func, ast.Name) and mark.func.id == "register"]
     names = [name.value for name in registered if isinstance(name, ast.Constant) and isinstance(name.value, str)]
-    fields = [field for one in classes if one.name.endswith("Options") for field in one.body if isinstance(field, ast.AnnAssign)]
+    fields = [
+        field
+        for one in classes
+        if one.name.endswith("Options")
+        for field in one.body
+        if isinstance(field, ast.AnnAssign)
+    ]
     return sorted(names), sorted({field.target.id for field in fields if isinstance(field.target, ast.Name)})
 
 

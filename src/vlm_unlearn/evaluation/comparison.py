@@ -7,9 +7,9 @@ from pathlib import Path
 
 from vlm_unlearn.benchmarks import NoAnswersError
 from vlm_unlearn.config import BenchmarkConfig, MetricConfig
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import GradedRun, metric_outcomes, read_graded, run_row
 from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
@@ -19,7 +19,7 @@ OnCompared = Callable[[int, int], None]  # models compared, and how many there a
 Pairs = tuple[str, str, Difference, int]  # model, metric, difference, unpaired
 
 
-def summarise_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
+def summarize_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
     """Each run's row, with those compared to the first that can be; returns and raises as `compare_runs`, but where two runs have
     nothing to compare, that is among the reasons."""
     if len(runs) == 1:
@@ -41,7 +41,7 @@ def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) ->
         Rows and comparisons, and what was not compared, with the reason.
 
     Raises:
-        RequestError: a run is not finished or not graded, or has no prompt or metric in common with the base, or another judge.
+        UserError: a run is not finished or not graded, or has no prompt or metric in common with the base, or another judge.
     """
     return _compare(runs, refuse=True, on_done=on_done)
 
@@ -57,7 +57,7 @@ def _compare(runs: Mapping[str, Path], refuse: bool, on_done: OnCompared | None)
         rows.append(run_row(run, name))
         try:
             compared, reasons = _compare_two(base, run, name, f"{runs[names[0]]} and {runs[name]}")
-        except RequestError as error:
+        except UserError as error:
             if refuse:
                 raise
             compared, reasons = [], [f"{name}: {error}"]
@@ -72,12 +72,12 @@ def _compare_two(base: GradedRun, run: GradedRun, name: str, where: str) -> tupl
     """The differences, and what has none.
 
     Raises:
-        RequestError: there is nothing to compare, or two judges graded.
+        UserError: there is nothing to compare, or two judges graded.
     """
     found: list[Pairs] = []
     left_out: list[str] = []
     if not any(base.prompts.get(id) == prompt for id, prompt in run.prompts.items()):
-        raise RequestError(f"{where}: were asked no prompt in common; compare runs of the same suite on the same data")
+        raise UserError(f"{where}: were asked no prompt in common; compare runs of the same suite on the same data")
     for metric in base.measured(base.suite.metrics):
         if metric not in run.measured(run.suite.metrics):
             continue
@@ -93,7 +93,9 @@ def _compare_two(base: GradedRun, run: GradedRun, name: str, where: str) -> tupl
         elif scored is not None:
             found.append((name, benchmark.name, *scored))
     if not found:
-        raise RequestError(f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1]))
+        raise UserError(
+            f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1])
+        )
     return found, left_out
 
 
@@ -104,24 +106,30 @@ def _read(folder: Path) -> GradedRun:
 def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple[Difference, int] | str:
     """The difference in one metric and how many outcomes have no partner, or why there is none."""
     first, second = base.suite.metrics[metric], run.suite.metrics[metric]
-    if first.model_dump(exclude={"cases"}) != second.model_dump(exclude={"cases"}):
+    if first.model_dump(exclude={"splits"}) != second.model_dump(exclude={"splits"}):
         return "the two suites count it differently"
     judges = base.graded[first.judge], run.graded[first.judge]
     if judges[0].identity != judges[1].identity:
         different = " and ".join(dict.fromkeys(f"judge-{judge.judge}.json" for judge in judges))
-        raise RequestError(
-            f"{where}: {shown(metric)} was graded by two judges ({different} differ); "
+        raise UserError(
+            f"{where}: {quoted(metric)} was graded by two judges ({different} differ); "
             "grade both with the same one by `vlm-unlearn judge run`"
         )
-    both = first.model_copy(update={"cases": [case for case in first.cases if case in second.cases]})
-    shared = {verdict.key for verdict in judges[0].verdicts if run.prompts.get(verdict.prompt_id) == base.prompts[verdict.prompt_id]}
+    both = first.model_copy(update={"splits": [case for case in first.splits if case in second.splits]})
+    shared = {
+        verdict.key
+        for verdict in judges[0].verdicts
+        if run.prompts.get(verdict.prompt_id) == base.prompts[verdict.prompt_id]
+    }
     shared &= {verdict.key for verdict in judges[1].verdicts}
     old, new = _outcomes(base, both, shared), _outcomes(run, both, shared)
     known = _outcomes(base, both).values.keys() | _outcomes(run, both).values.keys()
     return _difference(old, new, len(known))
 
 
-def _compared_benchmark(base: GradedRun, run: GradedRun, config: BenchmarkConfig) -> tuple[Difference, int] | str | None:
+def _compared_benchmark(
+    base: GradedRun, run: GradedRun, config: BenchmarkConfig
+) -> tuple[Difference, int] | str | None:
     """The difference in a benchmark's mean score (of POPE the accuracy), question by question; None where the run doesn't have it."""
     other = next((benchmark for benchmark in run.suite.benchmarks if benchmark.name == config.name), None)
     if other is None:
@@ -133,7 +141,8 @@ def _compared_benchmark(base: GradedRun, run: GradedRun, config: BenchmarkConfig
         return "one of the two is counted as official, the other isn't"
     try:
         old, new = (
-            benchmark_outcomes(of_run, read.prompts, read.responses, read.judged()) for of_run, read in ((config, base), (other, run))
+            benchmark_outcomes(of_run, read.prompts, read.responses, read.judged())
+            for of_run, read in ((config, base), (other, run))
         )
     except NoAnswersError:
         return "its answers are not public"

@@ -29,7 +29,8 @@ _ASKS_FOR = re.compile(
 )
 # Verbs that make their object: "Write a poem" asks for a poem; "Create trouble" doesn't ask for trouble.
 _MAKES = re.compile(
-    r"^(generate|create|write|compose|draft|produce|suggest|propose)( (me|us))? (?=(a|an|some|several|another) )", re.IGNORECASE
+    r"^(generate|create|write|compose|draft|produce|suggest|propose)( (me|us))? (?=(a|an|some|several|another) )",
+    re.IGNORECASE,
 )
 _WHAT_IS = re.compile(r"^what (exactly )?(is|are|would be|was|were) ", re.IGNORECASE)
 # "What beverage appears to be in the glass" asks for the beverage that does.
@@ -39,12 +40,17 @@ _WHAT_THING = re.compile(
     re.IGNORECASE,
 )
 _QUESTION = re.compile(
-    r"^(what|which|who|whose|whom|where|when|why|how|is|are|was|were|do|does|did|can|could|should|would|will|has|have|had)\b", re.IGNORECASE
+    r"^(what|which|who|whose|whom|where|when|why|how|is|are|was|were|do|does|did|can|could|should|would|will|has|have|had)\b",
+    re.IGNORECASE,
 )
 _HOW_TO = re.compile(r"^how (to|i can|you can|one can|we can) ", re.IGNORECASE)
 _WH_CLAUSE = re.compile(r"^(what|which|who|whose|where|when|why|how|if|whether)\b", re.IGNORECASE)
-_PREPOSITION = re.compile(r"\b(of|for|on|in|to|about|with|from|by|that|which|who|at|as|and|or|between|against)\b", re.IGNORECASE)
-_IMAGE = re.compile(r"^(this|the) (image|picture|photo|photograph)$", re.IGNORECASE)  # "Share this image." would be another request
+_PREPOSITION = re.compile(
+    r"\b(of|for|on|in|to|about|with|from|by|that|which|who|at|as|and|or|between|against)\b", re.IGNORECASE
+)
+_IMAGE = re.compile(
+    r"^(this|the) (image|picture|photo|photograph)$", re.IGNORECASE
+)  # "Share this image." would be another request
 _IN_THE_IMAGE = re.compile(r" (in|on) (the|this) (image|picture|photo|photograph|scene)$", re.IGNORECASE)
 # "What is the image about", "what is the man holding": a preposition without its noun, or a verb at the end.
 _HANGING = re.compile(r"\b(about|for|of|like|from|with|at|on|in|doing)$", re.IGNORECASE)

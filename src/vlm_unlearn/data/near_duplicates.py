@@ -16,7 +16,7 @@ NEAR_BITS = 3  # of the 64 bits of two images' hashes that may differ
 _PUNCTUATION = str.maketrans(dict.fromkeys(".,?!:;\"'…¿¡。、，．？！：；“”‘’„«»()[]", " "))
 
 
-def normalised(question: str) -> str:
+def normalize_question(question: str) -> str:
     """The question without case, spacing and the punctuation of sentences: what two questions share that are the same.
 
     Signs that carry meaning stay: ``2+2``, ``C++``, vowel signs, symbols.
@@ -75,7 +75,9 @@ def difference_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 
 
-def near_images(hashes: NDArray[np.uint64], members: Mapping[str, Sequence[int]], one: str, other: str) -> Iterator[tuple[int, int]]:
+def near_images(
+    hashes: NDArray[np.uint64], members: Mapping[str, Sequence[int]], one: str, other: str
+) -> Iterator[tuple[int, int]]:
     """For each image of the larger set one of the smaller whose hash differs in at most `NEAR_BITS` bits, where there is one.
 
     Exact: with 3 bits changed, one of 4 bands of 16 bits is unchanged, so that only images that share a band are compared.

@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.distributed import processes
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, build_method
-from vlm_unlearn.models.layout import decoder_layers, unwrapped
-from vlm_unlearn.models.loading import load_processor, model_folder, model_skeleton, resolve_precision
+from vlm_unlearn.models.layout import decoder_layers, get_base_model
+from vlm_unlearn.models.loader import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.store import digest_model
-from vlm_unlearn.training.packing import why_not_packed
-from vlm_unlearn.training.processes import processes
-from vlm_unlearn.training.references import Source, choose_source
-from vlm_unlearn.training.stream import Collator, TrainingStream
+from vlm_unlearn.training.packing import prefix_sharing_unsupported_reason
+from vlm_unlearn.training.references import Source, resolve_reference_strategy
+from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 INSTALL = {
     "deepspeed": "pip install '.[deepspeed]'",
@@ -52,14 +52,23 @@ class Plan:
     model_digest: str
     data_digest: dict[str, str]
     trainable: list[tuple[str, int, int]]  # part, trained parameters, all parameters
-    unshared: str | None  # why each question runs its own image; None: those of a batch on one image run it once
+    prefix_sharing_unsupported_reason: (
+        str | None
+    )  # why each question runs its own image; None: those of a batch on one image run it once
 
     @property
     def identity(self) -> dict[str, object]:
         """What decides the run's weights; a run folder is resumed only by the same."""
         # Digests stand for paths; a name and what is logged or kept where change no weight. The probe's own digest comes with the probe.
         training = {"report_to", "feature_cache", "feature_cache_gb", "dataloader_num_workers"}
-        left_out: Any = {"name": True, "output": True, "model": True, "data": True, "training": training, "probe": {"suite", "root"}}
+        left_out: Any = {
+            "name": True,
+            "output": True,
+            "model": True,
+            "data": True,
+            "training": training,
+            "probe": {"suite", "root"},
+        }
         recipe = self.recipe.model_dump(mode="json", exclude=left_out)
         return {
             "kind": "train",
@@ -75,22 +84,22 @@ class Plan:
 def steps_of(recipe: Recipe, forget_examples: int, world_size: int) -> int:
     """Optimizer steps of a run: ``max_steps``, else the passes over the forget set."""
     training = recipe.training
-    per_step = training.batch_size * training.gradient_accumulation_steps * world_size
-    return training.max_steps or max(1, -(-int(training.epochs * forget_examples) // per_step))
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
+    return training.max_steps or max(1, -(-int(training.num_train_epochs * forget_examples) // per_step))
 
 
 def plan(recipe: Recipe) -> Plan:
     """Checks a recipe against its data and model.
 
     Raises:
-        RequestError: unknown method or option, a missing or broken training set, a model folder without weights, ...
+        UserError: unknown method or option, a missing or broken training set, a model folder without weights, ...
     """
     method, training_set, source = check_recipe(recipe)
     check_machine(recipe)
     folder = model_folder(recipe.model)
     skeleton = check_model(recipe, method, training_set, model_skeleton(folder))
     processor = load_processor(folder, recipe.image_aspect_ratio)
-    Collator(processor, training_set, method, recipe.training.max_length, {}).check_lengths()
+    UnlearningCollator(processor, training_set, method, recipe.training.max_length, {}).check_lengths()
     return Plan(
         recipe=recipe,
         method=method,
@@ -101,14 +110,16 @@ def plan(recipe: Recipe) -> Plan:
         model_digest=digest_model(folder),
         data_digest=training_set.digest(),
         trainable=trainable_table(skeleton),
-        unshared=unshared(recipe, method, skeleton),
+        prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, skeleton),
     )
 
 
-def unshared(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> str | None:
+def sharing_unsupported_reason(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> str | None:
     """Why questions on one image will not share it, or None."""
     attention = recipe.training.attn_implementation
-    return why_not_packed(unwrapped(skeleton), method, "sdpa" if attention == "auto" else attention)
+    return prefix_sharing_unsupported_reason(
+        get_base_model(skeleton), method, "sdpa" if attention == "auto" else attention
+    )
 
 
 def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
@@ -124,34 +135,40 @@ def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, Source | None]:
     """The recipe's method, training set and source of reference values, if they go together.
 
     Raises:
-        RequestError: what is wrong on any machine: options, data, wishes that don't go together.
+        UserError: what is wrong on any machine: options, data, wishes that don't go together.
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = read_training_set(recipe.data)
-    source = choose_source(recipe.reference, method.needs, recipe.trainable.mode != "full")
-    TrainingStream(training_set, method, 1, recipe.training.seed)  # refuses a set without the pairs that the method needs
+    source = resolve_reference_strategy(recipe.reference, method.needs, recipe.trainable.mode != "full")
+    UnlearningStream(
+        training_set, method, 1, recipe.training.seed
+    )  # refuses a set without the pairs that the method needs
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
-        raise RequestError("training.projector_learning_rate: the projector doesn't train; set trainable.projector=true, or leave it out")
+        raise UserError(
+            "training.projector_learning_rate: the projector doesn't train; set trainable.projector=true, or leave it out"
+        )
     sharded = engine() in ("deepspeed", "fsdp")
     if sharded and recipe.trainable.projector == "sine":
-        raise RequestError("trainable.projector=sine doesn't work with FSDP or DeepSpeed; use recipes/engines/ddp.yaml")
+        raise UserError("trainable.projector=sine doesn't work with FSDP or DeepSpeed; use recipes/engines/ddp.yaml")
     if sharded and recipe.probe:
-        raise RequestError("probe doesn't work with FSDP or DeepSpeed; leave it out, or use recipes/engines/ddp.yaml")
+        raise UserError("probe doesn't work with FSDP or DeepSpeed; leave it out, or use recipes/engines/ddp.yaml")
     if source == "copy" and engine() == "deepspeed":
         # ZeRO-3 may hold a layer whole from one pass to the next: the reference pass would see the current weights.
         way_out = "trainable.mode=lora" if recipe.trainable.mode == "full" else "reference=auto"
-        raise RequestError(
+        raise UserError(
             f"method {recipe.method.name} needs a frozen copy of what trains, which DeepSpeed hides; "
             f"use recipes/engines/fsdp2.yaml, or {way_out}"
         )
     return method, training_set, source
 
 
-def check_model(recipe: Recipe, method: Method, training_set: TrainingSet, skeleton: PreTrainedModel) -> PreTrainedModel:
+def check_model(
+    recipe: Recipe, method: Method, training_set: TrainingSet, skeleton: PreTrainedModel
+) -> PreTrainedModel:
     """The skeleton with what trains marked, adapters in place; the method is told its sizes.
 
     Raises:
-        RequestError: the recipe or the data don't fit the model.
+        UserError: the recipe or the data don't fit the model.
     """
     prepared = prepare_trainable(skeleton, recipe.trainable)
     prepare_method(method, prepared, recipe.training.seed)
@@ -163,21 +180,23 @@ def check_machine(recipe: Recipe) -> None:
     """Looks whether this machine can do what the recipe asks for.
 
     Raises:
-        RequestError: a GPU or a package is missing.
+        UserError: a GPU or a package is missing.
     """
     gpu = torch.cuda.is_available()
     training, trainable = recipe.training, recipe.trainable
     if trainable.mode == "qlora":
         if not gpu:
-            raise RequestError("trainable.mode=qlora needs a CUDA GPU; use trainable.mode=lora")
+            raise UserError("trainable.mode=qlora needs a CUDA GPU; use trainable.mode=lora")
         _need("bitsandbytes", "qlora", "trainable.mode=qlora")
     if training.attn_implementation == "flex_attention" and not gpu:
-        raise RequestError("training.attn_implementation=flex_attention computes no gradients on a CPU; use sdpa")
+        raise UserError("training.attn_implementation=flex_attention computes no gradients on a CPU; use sdpa")
     if training.attn_implementation == "flash_attention_2":
         if not gpu:
-            raise RequestError("training.attn_implementation=flash_attention_2 needs a CUDA GPU; use sdpa")
+            raise UserError("training.attn_implementation=flash_attention_2 needs a CUDA GPU; use sdpa")
         if resolve_precision(training.precision) != "bf16":
-            raise RequestError("training.attn_implementation=flash_attention_2 computes in bf16; set training.precision=bf16, or use sdpa")
+            raise UserError(
+                "training.attn_implementation=flash_attention_2 computes in bf16; set training.precision=bf16, or use sdpa"
+            )
         _need("flash_attn", "flash_attention_2", "training.attn_implementation=flash_attention_2")
     for name in training.report_to:
         _need(name, name, f"training.report_to={name}")
@@ -189,21 +208,25 @@ def _check_text_only(recipe: Recipe, method: Method, training_set: TrainingSet, 
     """Families that take images in by cross-attention (mllama) leave those layers out where there is no image.
 
     Raises:
-        RequestError: a set mixes examples with and without image and batches hold several, or the loss needs a layer that is left out.
+        UserError: a set mixes examples with and without image and batches hold several, or the loss needs a layer that is left out.
     """
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
     if not crossing:
         return
     for role in method.roles:
         without = [example.id for example in training_set.examples.get(role, ()) if example.image is None]
-        if without and len(without) < len(training_set.examples[role]) and recipe.training.batch_size > 1:
-            raise RequestError(
+        if (
+            without
+            and len(without) < len(training_set.examples[role])
+            and recipe.training.per_device_train_batch_size > 1
+        ):
+            raise UserError(
                 f'{training_set.folder}: {role} example "{without[0]}" has no image, others have, and this model takes no mixed '
-                "batches; set training.batch_size=1 (and more accumulation), or give every example of the set an image or none"
+                "batches; set training.per_device_train_batch_size=1 (and more accumulation), or give every example of the set an image or none"
             )
         left_out = sorted(set(crossing) & set(method.hidden_layers))
         if without and left_out:
-            raise RequestError(
+            raise UserError(
                 f'{training_set.folder}: {role} example "{without[0]}" has no image, and decoder layer {left_out[0]} of this model is left '
                 f"out then (cross-attention layers: {', '.join(map(str, crossing))}); choose another method.layer"
             )
@@ -211,7 +234,7 @@ def _check_text_only(recipe: Recipe, method: Method, training_set: TrainingSet, 
 
 def _need(module: str, what: str, wish: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise RequestError(f"{wish} needs the package {module}: {INSTALL[what]}")
+        raise UserError(f"{wish} needs the package {module}: {INSTALL[what]}")
 
 
 def prepare_method(method: Method, model: PreTrainedModel, seed: int) -> None:

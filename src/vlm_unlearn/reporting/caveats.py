@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vlm_unlearn.evaluation.grading import unmeasured
+from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.metrics.rates import rule_of_three
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import heading
+from vlm_unlearn.reporting.formatting import by_keywords, failures, judges_of
+from vlm_unlearn.reporting.metric_roles import Roles
 from vlm_unlearn.reporting.provenance import Source, training_seed
-from vlm_unlearn.reporting.roles import Roles
-from vlm_unlearn.reporting.words import by_keywords, failures, judges_of
 
 FEW = 100  # questions; with fewer, what a rate of 0 can hide is said
 
@@ -31,9 +31,13 @@ def _judges(rows: Sequence[Row]) -> list[str]:
     judges = judges_of(rows)
     found = []
     if by_keywords(rows):
-        found.append("Keywords judged: an answer without a refusal counts as an answer, whether it is harmful, wrong or beside the point.")
+        found.append(
+            "Keywords judged: an answer without a refusal counts as an answer, whether it is harmful, wrong or beside the point."
+        )
     if any(judge == "tiny_world" for judge in judges):
-        found.append("The judge knows every fact of the made-up world; of a real one no judge does. Read this as a rehearsal.")
+        found.append(
+            "The judge knows every fact of the made-up world; of a real one no judge does. Read this as a rehearsal."
+        )
     models = [judge for judge in judges if "@" in judge]
     if models:
         found.append(
@@ -44,16 +48,23 @@ def _judges(rows: Sequence[Row]) -> list[str]:
         found.append("A judge of no known model graded.")
     failed = failures(rows)
     if failed:
-        found.append(f"{failed:,} answers or verdicts failed, over all judges; they are in no rate but the published ones.")
+        found.append(
+            f"{failed:,} answers or verdicts failed, over all judges; they are in no rate but the published ones."
+        )
     return found
 
 
 def _questions(rows: Sequence[Row], roles: Roles, sources: Sequence[Source]) -> list[str]:
     found = []
-    counts = [(row.metrics[part.metric].n, part) for row in rows for part in roles.of(row.model, "harm") if row.metrics[part.metric].n]
+    counts = [
+        (row.metrics[part.metric].n, part)
+        for row in rows
+        for part in roles.of(row.model, "harm")
+        if row.metrics[part.metric].n
+    ]
     few, least = min(counts, key=lambda count: count[0], default=(0, None))
     if least is not None and few < FEW:
-        what = "answers" if least.config is not None and least.config.group == "each" else "questions"
+        what = "answers" if least.config is not None and least.config.aggregate == "per_response" else "questions"
         found.append(
             f"{heading(least.metric)} rests on {few:,} {what}: 0 of them can hide a rate of up to {100 * rule_of_three(few):.1f} %."
         )
@@ -64,15 +75,19 @@ def _questions(rows: Sequence[Row], roles: Roles, sources: Sequence[Source]) -> 
         )
     elif roles.harm:
         found.append("No attack was tried: how a model answers as asked says nothing of how it answers otherwise.")
-    elif any(case.kind == "unsafe" for source in sources for case in source.suite.cases):
-        found.append("No rate tells how many unsafe questions were answered with the harm: this says nothing of safety.")
+    elif any(case.kind == "unsafe" for source in sources for case in source.suite.splits):
+        found.append(
+            "No rate tells how many unsafe questions were answered with the harm: this says nothing of safety."
+        )
     else:
         found.append("No unsafe question was asked: this says nothing of safety.")
     if roles.prudence is None:
         found.append("Over-refusal was not measured: a model that refuses everything would look as safe.")
     if roles.use is None:
         found.append("Use was not measured: a model that knows nothing any more would look as safe.")
-    found.append("Each interval covers the choice of questions, and each rate by itself: of 20, one lies outside by chance.")
+    found.append(
+        "Each interval covers the choice of questions, and each rate by itself: of 20, one lies outside by chance."
+    )
     return found
 
 
@@ -97,7 +112,7 @@ def _generation(rows: Sequence[Row], sources: Sequence[Source]) -> list[str]:
         found.append("A server answered: its model's name is known, its weights are not.")
     if any(source.suite.generation.temperature > 0 for source in sources):
         found.append("Answers were sampled: another sampling seed gives other answers.")
-    open_metrics = list(dict.fromkeys(name for source in sources for name in unmeasured(source.suite)))
+    open_metrics = list(dict.fromkeys(name for source in sources for name in metrics_without_judge(source.suite)))
     if open_metrics:
         found.append(f"Not measured, for want of a language model as judge: {', '.join(map(heading, open_metrics))}.")
     return found

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from vlm_unlearn.benchmarks import NoAnswersError
 from vlm_unlearn.config import BenchmarkConfig, Suite
-from vlm_unlearn.errors import RequestError
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.answers import RESPONSES
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
-from vlm_unlearn.evaluation.generating import saved_suite
+from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.generation.base import Key
 from vlm_unlearn.records import LABELS, Prompt, Response, Verdict
@@ -58,7 +58,7 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
     """A run with the verdicts of every judge that graded it, and what could not be read of it, in words.
 
     Raises:
-        RequestError: the folder is no evaluation, or a file of it other than verdicts is broken.
+        UserError: the folder is no evaluation, or a file of it other than verdicts is broken.
     """
     suite = saved_suite(folder)
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
@@ -69,30 +69,32 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
         read, broken = _as_far_as_it_goes(file)
         verdicts[judge := file.stem.removeprefix("verdicts-")] = read
         if broken is not None:
-            notes.append(f"{model}: of the judge {judge} {len(read):,} verdicts are shown; the rest of its file can't be read: {broken}")
-    judges = {case.name: suite.judge.title for case in suite.cases}
+            notes.append(
+                f"{model}: of the judge {judge} {len(read):,} verdicts are shown; the rest of its file can't be read: {broken}"
+            )
+    judges = {case.name: suite.judge.judge_id for case in suite.splits}
     for benchmark in suite.benchmarks:
         if benchmark.judge:
-            judges[benchmark.name] = suite.judge_called(benchmark.judge).title
+            judges[benchmark.name] = suite.judge_config(benchmark.judge).judge_id
             continue
         judges[benchmark.name] = own = f"{benchmark.name}'s own scores"
         try:
             verdicts[own] = _official(benchmark, own, prompts, responses)
         except NoAnswersError:
             continue
-        except RequestError as error:
+        except UserError as error:
             notes.append(f"{model}: answers to {benchmark.name} stand without their scores: {error}")
     tells = {judge: _labels(folder / f"judge-{judge}.json") for judge in verdicts}
     return Run(model, prompts, responses, verdicts, judges, _roots(suite), tells), notes
 
 
-def _as_far_as_it_goes(file: Path) -> tuple[dict[Key, Verdict], RequestError | None]:
+def _as_far_as_it_goes(file: Path) -> tuple[dict[Key, Verdict], UserError | None]:
     """A judge's verdicts up to the first broken line, such as a kill leaves, and what is wrong with that."""
     found: dict[Key, Verdict] = {}
     try:
         for verdict in read_records(file, Verdict):
             found[verdict.key] = verdict
-    except RequestError as error:
+    except UserError as error:
         return found, error
     return found, None
 
@@ -104,18 +106,24 @@ def _labels(note: Path) -> Collection[str]:
     return [label for label in LABELS if label in told] if isinstance(told, list) else LABELS
 
 
-def _official(config: BenchmarkConfig, judge: str, prompts: Mapping[str, Prompt], responses: Iterable[Response]) -> dict[Key, Verdict]:
+def _official(
+    config: BenchmarkConfig, judge: str, prompts: Mapping[str, Prompt], responses: Iterable[Response]
+) -> dict[Key, Verdict]:
     """A benchmark's own score of each answer, as verdicts."""
     scores = benchmark_outcomes(config, prompts, responses, {}).values
     given = ((f"{config.name}/{id}", value) for id, value in scores.items())
-    return {(id, 0): Verdict(prompt_id=id, judge=judge, score=min(1.0, max(0.0, value))) for id, value in given if id in prompts}
+    return {
+        (id, 0): Verdict(prompt_id=id, judge=judge, score=min(1.0, max(0.0, value)))
+        for id, value in given
+        if id in prompts
+    }
 
 
 def _roots(suite: Suite) -> dict[str, Path]:
     try:
         return image_roots(suite)
-    except RequestError:  # a benchmark that this version doesn't know
-        return {case.name: case.images for case in suite.cases}
+    except UserError:  # a benchmark that this version doesn't know
+        return {case.name: case.images for case in suite.splits}
 
 
 def join_questions(runs: Sequence[Run], pictures: Mapping[Source, Picture]) -> list[Question]:

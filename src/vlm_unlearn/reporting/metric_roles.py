@@ -69,15 +69,26 @@ def roles_of(rows: Sequence[Row], suites: Mapping[str, Suite]) -> Roles:
         suites: each model's; one may be missing.
     """
     parts = {row.model: _parts(row, suites.get(row.model)) for row in rows}
-    kinds = {model: {case.name: case.kind for case in suite.cases} for model, suite in suites.items()}
+    kinds = {model: {case.name: case.kind for case in suite.splits} for model, suite in suites.items()}
 
     def axis(known: Sequence[str], *roles: Role) -> str | None:
-        own = (part.metric for row in rows for part in parts[row.model] if part.role in roles and part.metric not in BY_NAME)
+        own = (
+            part.metric
+            for row in rows
+            for part in parts[row.model]
+            if part.role in roles and part.metric not in BY_NAME
+        )
         counts = {name: sum(measured(row, name) for row in rows) for name in dict.fromkeys((*known, *own))}
         best = max(counts.values(), default=0)
         return next((name for name in counts if best and counts[name] == best), None)
 
-    return Roles(axis(HARM, "harm"), axis(PRUDENCE, "over_refusal", "over_forgetting"), axis(USE, "use", "score"), parts=parts, kinds=kinds)
+    return Roles(
+        axis(HARM, "harm"),
+        axis(PRUDENCE, "over_refusal", "over_forgetting"),
+        axis(USE, "use", "score"),
+        parts=parts,
+        kinds=kinds,
+    )
 
 
 def measured(row: Row, metric: str) -> bool:
@@ -88,7 +99,9 @@ def measured(row: Row, metric: str) -> bool:
 def _parts(row: Row, suite: Suite | None) -> list[Part]:
     """What a row's metrics tell; one that was never measured and never failed is none of them."""
     asked = [metric for metric, rate in row.metrics.items() if rate.value is not None or rate.failed]
-    whole = [metric for metric in asked if metric not in PARTS or "utility" not in asked]  # the parts of `utility` are in it
+    whole = [
+        metric for metric in asked if metric not in PARTS or "utility" not in asked
+    ]  # the parts of `utility` are in it
     found = [part for metric in whole if (part := _part(metric, suite)) is not None]
     return sorted(found, key=lambda part: WAYS.index(part.way))
 
@@ -98,7 +111,7 @@ def _part(metric: str, suite: Suite | None) -> Part | None:
     if suite is None or config is None:
         role = BY_NAME.get(metric)
         return None if role is None else Part(metric, role, _way_by_name(metric))
-    cases = [case for case in suite.cases if case.name in config.cases]
+    cases = [case for case in suite.splits if case.name in config.splits]
     role = _role(config, {case.kind for case in cases}) or BY_NAME.get(metric)
     if role is None:
         return None
@@ -136,7 +149,7 @@ def answers_link(model: str, metric: str, suite: Suite) -> Link:
     if not cases:
         return []
     config = suite.metrics.get(metric)
-    judge = [("judge", suite.judge_called(config.judge).title)] if config is not None and config.judge else []
+    judge = [("judge", suite.judge_config(config.judge).judge_id)] if config is not None and config.judge else []
     labels = [("label", label) for label in config.labels] if config is not None else []
     return [("model", model), *labels, *judge, *cases]
 
@@ -151,7 +164,7 @@ def link_cases(metric: str, suite: Suite) -> Link:
     """The cases or benchmarks that a metric counts."""
     config = suite.metrics.get(metric)
     benchmarks = [benchmark.name for benchmark in suite.benchmarks]
-    wanted = config.cases if config is not None else [name for name in benchmarks if name == metric]
+    wanted = config.splits if config is not None else [name for name in benchmarks if name == metric]
     if metric == "specificity" and set(SPECIFICITY) <= set(benchmarks):
         wanted = list(SPECIFICITY)
     return [("case", case) for case in wanted]

@@ -14,12 +14,16 @@ from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import stream
 from vlm_unlearn.data.training_set import ROLES, describe
-from vlm_unlearn.errors import Problems, RequestError, refuse, shown
+from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Example, Kind
-from vlm_unlearn.store import what_it_is
+from vlm_unlearn.store import describe_path
 
 Format = Literal["training_set", "vlguard", "safe_eraser", "llava", "table"]
-VLGUARD_SETS: dict[Kind, str] = {"unsafe": "forget", "safe": "retain", "safe_image_unsafe_question": "safe_image_unsafe"}
+VLGUARD_SETS: dict[Kind, str] = {
+    "unsafe": "forget",
+    "safe": "retain",
+    "safe_image_unsafe_question": "safe_image_unsafe",
+}
 _MARKS: dict[str, Format] = {
     "instr-resp": "vlguard",
     "unsafe_pairs": "safe_eraser",
@@ -34,22 +38,24 @@ class Entry:
 
     example: Example
     set: str  # forget, retain, decouple, or "" where the format knows no sets
-    refused: bool | None  # whether a model that learns this file by safety fine-tuning refuses it; None: only the answer tells
+    refused: (
+        bool | None
+    )  # whether a model that learns this file by safety fine-tuning refuses it; None: only the answer tells
 
 
 def detect(source: str | Path) -> Format:
     """The format of a file or folder.
 
     Raises:
-        RequestError: there is no such file, or it holds no record.
+        UserError: there is no such file, or it holds no record.
     """
     path = Path(source)
     if (path / "dataset.json").is_file():
         return "training_set"
     if path.is_dir() and (path / "forget.jsonl").exists():
-        raise RequestError(f"{path}: is a training set without dataset.json; its import was cut short, run it again")
-    if path.is_dir() and what_it_is(path):
-        raise RequestError(f"{path}: is no data file and no training set{what_it_is(path)}")
+        raise UserError(f"{path}: is a training set without dataset.json; its import was cut short, run it again")
+    if path.is_dir() and describe_path(path):
+        raise UserError(f"{path}: is no data file and no training set{describe_path(path)}")
     json_named = table.suffix(path) in (".json", ".jsonl", ".ndjson")
     others = (*table.SEPARATORS, ".parquet", ".arrow", ".xlsx", ".xls", ".ods")
     if not json_named and (not path.is_file() or table.suffix(path) in others):
@@ -65,7 +71,7 @@ def detect(source: str | Path) -> Format:
             break
     if found:
         return "table"
-    raise RequestError(f"{path}: holds no record")
+    raise UserError(f"{path}: holds no record")
 
 
 def read_any(
@@ -83,7 +89,7 @@ def read_any(
         problems: takes broken records; without it the first one raises.
 
     Raises:
-        RequestError: the file can't be read; a broken record where `problems` is None.
+        UserError: the file can't be read; a broken record where `problems` is None.
     """
     path = Path(source)
     match detect(source):
@@ -112,8 +118,8 @@ def _training_set(folder: Path, problems: Problems | None) -> Iterator[Entry]:
             yield Entry(Example.model_validate(raw.value), name, name in ("forget", "preferred"))
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(shown(part)[1:-1] for part in first["loc"])
-            refuse(RequestError(f"{raw.where}: {field}: {first['msg']}"), problems)
+            field = ".".join(quoted(part)[1:-1] for part in first["loc"])
+            report_problem(UserError(f"{raw.where}: {field}: {first['msg']}"), problems)
 
 
 def training_set_records(folder: Path, problems: Problems | None) -> Iterator[tuple[str, RawRecord]]:
@@ -129,11 +135,11 @@ def image_roots(source: str | Path, images: Path | None) -> dict[str, Path]:
     """The image root of each `Example.source` of a file: `images`, else what a training set says of itself, else the file's folder.
 
     Raises:
-        RequestError: `images` is no folder.
+        UserError: `images` is no folder.
     """
     path = Path(source)
     if images is not None and not images.is_dir():
-        raise RequestError(f"{images}: no such folder of images")
+        raise UserError(f"{images}: no such folder of images")
     if detect(source) == "training_set":
         return {name: images or root for name, root in describe(path)[0].items()}
     root = images or (path.parent if path.exists() else Path())

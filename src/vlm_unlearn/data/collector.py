@@ -11,11 +11,11 @@ from pathlib import Path
 
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
-from vlm_unlearn.data.near import difference_hash, normalised
+from vlm_unlearn.data.near_duplicates import difference_hash, normalize_question
 from vlm_unlearn.data.parallel import in_threads
-from vlm_unlearn.data.reading import Entry, detect, image_roots, read_any
+from vlm_unlearn.data.readers import Entry, detect, image_roots, read_any
 from vlm_unlearn.data.training_set import describe
-from vlm_unlearn.errors import Problems, RequestError, shown
+from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file
 
@@ -49,7 +49,9 @@ class _Images:
 
     paths: list[str] = field(default_factory=list)
     indices: dict[int, int] = field(default_factory=dict)
-    content: dict[int, bytes] = field(default_factory=dict)  # digest of the bytes; missing for an image that can't be used
+    content: dict[int, bytes] = field(
+        default_factory=dict
+    )  # digest of the bytes; missing for an image that can't be used
     hashes: dict[int, int] = field(default_factory=dict)
     sizes: Counter[str] = field(default_factory=Counter)
 
@@ -90,7 +92,7 @@ class Collector:
             max_length: the length limit that `count_tokens` is compared with.
 
         Raises:
-            RequestError: the file can't be read at all.
+            UserError: the file can't be read at all.
         """
         self._sources.append(source)
         roots = image_roots(source.path, source.images)
@@ -101,12 +103,12 @@ class Collector:
             in_threads(lambda key: _look(key[1], key[2]), work) if self._look else ((key, None) for key in work)
         ):
             if isinstance(found, str):
-                self.problems.add(f"{named[1]}: {found}")
+                self.problems.add(UserError(f"{named[1]}: {found}"))
             elif found is not None:
                 self._images.content[index], self._images.hashes[index], size = found
                 self._images.sizes[size] += 1
         if not any(place == len(self._sources) - 1 for place, _ in self._names):
-            self.problems.add(f"{source.path}: holds no record that can be read")
+            self.problems.add(UserError(f"{source.path}: holds no record that can be read"))
 
     def _new_images(
         self, source: Source, roots: Mapping[str, Path], count_tokens: TokenCount | None, max_length: int
@@ -127,21 +129,29 @@ class Collector:
                 key = hash((roots.get(example.source) if self._look else None, example.image))
                 index = self._images.indices.setdefault(key, len(self._images.paths))
             for question in [*(turn.question for turn in example.history), example.question]:
-                self._questions.text.append(digest_question(normalised(question)))
+                self._questions.text.append(digest_question(normalize_question(question)))
                 self._questions.image.append(index)
                 self._questions.set.append(self._sets[name])
                 self._questions.record.append(number)
             place = self._place(name, number)
             if not example.question.strip() or not example.answer.strip():
-                self.problems.add(f"{place}: {'the question' if example.answer.strip() else 'the answer'} is empty")
+                self.problems.add(
+                    UserError(f"{place}: {'the question' if example.answer.strip() else 'the answer'} is empty")
+                )
             if index == len(self._images.paths) and example.image is not None:
                 self._images.paths.append(example.image)
                 if example.source in roots:
                     yield index, roots[example.source], (example.image, place)
                 elif example.source == "embedded":
-                    self.problems.add(f"{place}: its image is inside the table; `data import files` unpacks it, then check the folder")
+                    self.problems.add(
+                        UserError(
+                            f"{place}: its image is inside the table; `data import files` unpacks it, then check the folder"
+                        )
+                    )
                 else:
-                    self.problems.add(f"{place}: dataset.json names no image folder for source {shown(example.source)}")
+                    self.problems.add(
+                        UserError(f"{place}: dataset.json names no image folder for source {quoted(example.source)}")
+                    )
             if count_tokens:
                 self._measure(name, place, example, roots, count_tokens, max_length)
             if done % 500 == 0:
@@ -164,7 +174,7 @@ class Collector:
             number += 1
             name = f"{wanted}#{number}"
         if len(self._sets) == 255:
-            raise RequestError("more than 255 sets")
+            raise UserError("more than 255 sets")
         self._sets[name] = len(self._sets)
         self._names[place, of_entry] = name
         if not source.against:
@@ -175,24 +185,32 @@ class Collector:
         for name, described in describe(folder)[1].items():
             path = folder / name
             if not path.is_file():
-                self.problems.add(f"{path}: is missing; dataset.json lists it")
+                self.problems.add(UserError(f"{path}: is missing; dataset.json lists it"))
             elif digest_file(path) != described.get("sha256"):
-                self.problems.add(f"{path}: was changed since dataset.json was written; import the set again")
+                self.problems.add(
+                    UserError(f"{path}: was changed since dataset.json was written; import the set again")
+                )
 
     def _measure(
-        self, name: str, place: str, example: Example, roots: Mapping[str, Path], count_tokens: TokenCount, max_length: int
+        self,
+        name: str,
+        place: str,
+        example: Example,
+        roots: Mapping[str, Path],
+        count_tokens: TokenCount,
+        max_length: int,
     ) -> None:
         path = None
         if example.image is not None:
             try:
                 path = resolve_image(roots[example.source], example.image, place)
                 image_size(path)
-            except (KeyError, RequestError):
+            except (KeyError, UserError):
                 return  # the image's own check says so
         try:
             asked, whole = count_tokens(example, path)
-        except RequestError as error:
-            self.problems.add(f"{place}: {error}")
+        except UserError as error:
+            self.problems.add(UserError(f"{place}: {error}"))
             return
         self._lengths.setdefault(name, array("I")).append(whole)
         what = "question" if asked >= max_length else "answer" if whole > max_length else ""
@@ -202,7 +220,7 @@ class Collector:
                 self._too_long[what].append(f"{place}: {asked if what == 'question' else whole} tokens")
 
     def _place(self, name: str, number: int) -> str:
-        return f"{name}: {shown(self._ids[name][number])}"
+        return f"{name}: {quoted(self._ids[name][number])}"
 
 
 def digest_question(text: str) -> int:
@@ -219,7 +237,7 @@ def _look(root: Path, named: tuple[str, str]) -> tuple[bytes, int, str] | str:
             hashed = difference_hash(image)
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).digest(), hashed, size
-    except RequestError as error:
+    except UserError as error:
         return str(error).removeprefix(": ")
     except OSError as error:
         return f"{named[0]}: {error.strerror}"

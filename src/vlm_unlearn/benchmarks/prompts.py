@@ -7,7 +7,7 @@ from pathlib import Path
 from vlm_unlearn.benchmarks.base import find
 from vlm_unlearn.benchmarks.scoring import files_by_key
 from vlm_unlearn.config import BenchmarkConfig
-from vlm_unlearn.errors import RequestError, shown
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
 
 
@@ -17,7 +17,7 @@ def benchmark_prompts(config: BenchmarkConfig) -> list[Prompt]:
     With several annotation files, question ids begin with the file's name, and `limit` is of each.
 
     Raises:
-        RequestError: no such benchmark, or a file is broken; the record is named.
+        UserError: no such benchmark, or a file is broken; the record is named.
     """
     benchmark = find(config.name)
     prompts: dict[str, Prompt] = {}
@@ -25,7 +25,7 @@ def benchmark_prompts(config: BenchmarkConfig) -> list[Prompt]:
         for question in benchmark.ask(file, config.questions, config.limit):
             id = f"{config.name}/{key}{question.id}"
             if id in prompts:
-                raise RequestError(f"{file}: two questions have the id {shown(question.id)}")
+                raise UserError(f"{file}: two questions have the id {quoted(question.id)}")
             prompts[id] = Prompt(
                 id=id,
                 group_id=question.cluster,
@@ -37,7 +37,7 @@ def benchmark_prompts(config: BenchmarkConfig) -> list[Prompt]:
                 category=question.category,
             )
     if not prompts:
-        raise RequestError(f'benchmark "{config.name}": {", ".join(map(str, config.annotations))} has no questions')
+        raise UserError(f'benchmark "{config.name}": {", ".join(map(str, config.annotations))} has no questions')
     return list(prompts.values())
 
 
