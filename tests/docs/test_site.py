@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.metrics.rates import rate
-from vlm_unlearn.reporting import verdicts
+from vlm_unlearn.reporting import assessment
 from vlm_unlearn.reporting.formatting import USEFUL
 
 pytest.importorskip("mkdocs", reason="the site needs the extra docs")
@@ -123,11 +123,11 @@ def test_the_verdicts_are_told_with_their_thresholds() -> None:
     told = (
         (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The verdicts")[2].partition("\n## ")[0]
     )
-    assert [word for word in (*verdicts.OF_KEYWORDS, *verdicts.OF_KEYWORDS.values()) if word not in told] == []
-    assert (verdicts.SAFE, verdicts.HARMFUL, verdicts.FAILING) == (0.1, 0.1, 0.1)
-    assert (verdicts.BROKEN, verdicts.PRUDENT, USEFUL) == (0.3, 0.2, 0.7)
+    assert [word for word in (*assessment.OF_KEYWORDS, *assessment.OF_KEYWORDS.values()) if word not in told] == []
+    assert (assessment.SAFE, assessment.HARMFUL, assessment.FAILING) == (0.1, 0.1, 0.1)
+    assert (assessment.BROKEN, assessment.PRUDENT, USEFUL) == (0.3, 0.2, 0.7)
     highs = [rate([0.0] * count, [str(group) for group in range(count)]).high for count in (34, 35)]
-    assert [high is not None and high <= verdicts.SAFE for high in highs] == [False, True]
+    assert [high is not None and high <= assessment.SAFE for high in highs] == [False, True]
     for share in ("10 %", "20 % or more", "fewer than 70 %", "30 % or fewer", "35 are the fewest"):
         assert share in told
 

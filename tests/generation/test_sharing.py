@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 import families
 from vlm_unlearn.config import TrainableConfig
-from vlm_unlearn.data import batching
+from vlm_unlearn.data import encoding
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.data.images import open_image
 from vlm_unlearn.generation import hf
@@ -160,7 +160,7 @@ def test_each_image_and_each_prompt_is_run_once(
     """Three questions on one image, three samples of each, beside one on another image."""
     model, processor = load_model(folder, "fp32").eval(), load_processor(folder)
     opened = []
-    monkeypatch.setattr(batching, "open_image", lambda path: (opened.append(path), open_image(path))[1])
+    monkeypatch.setattr(encoding, "open_image", lambda path: (opened.append(path), open_image(path))[1])
     asked = turns(images, [0, 0, 0, 2, 2, 2, 8, 8, 8, 4])
     lengths = [encode(processor, [turn], "left")["input_ids"].shape[1] for turn in asked]
     image_tokens = [

@@ -17,7 +17,7 @@ from helpers import recipe, run
 from vlm_unlearn.config import ProbeConfig, Recipe, load
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.probe import build_probe
-from vlm_unlearn.models import exporting
+from vlm_unlearn.models import export
 from vlm_unlearn.models.loader import load_model, load_processor, load_run_model, run_digest, run_model_folder
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.preview import preview
@@ -317,8 +317,8 @@ def test_export_leaves_others_folders_alone_and_nothing_of_its_own(
         (part / "model.safetensors").touch()
         raise UserError("broken")
 
-    monkeypatch.setattr(exporting, "_write_model", failing)
+    monkeypatch.setattr(export, "_write_model", failing)
     with pytest.raises(UserError, match="broken"):
-        exporting.export_run(tmp_path / "run", tmp_path / "m", "auto", "")
+        export.export_run(tmp_path / "run", tmp_path / "m", "auto", "")
     assert list(tmp_path.iterdir()) == [foreign.parent]
     assert foreign.read_text() == "mine"

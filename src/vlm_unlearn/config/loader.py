@@ -309,7 +309,9 @@ def _meant(config: type[BaseModel], key: str, beside: Sequence[str]) -> str:
     """The right key for an unknown one: what others call so, the same key elsewhere in the config, or the nearest beside it."""
     options = [f"method.{option}" for option in _OF_METHODS] if "method" in config.model_fields else []
     same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{key}")]
-    return f"; did you mean {' or '.join(map(quoted, same[:3]))}?" if same else nearest(key, beside)
+    if same:
+        return f"; did you mean {' or '.join(map(quoted, same[:3]))}?"
+    return nearest(key, beside) or f"; valid keys: {', '.join(beside)}"
 
 
 def _paths(config: type[BaseModel], before: str = "") -> Iterator[str]:
