@@ -112,7 +112,7 @@ def test_a_page_that_the_build_fills_says_so_in_its_file() -> None:
 
 
 def test_the_verdicts_are_told_with_their_thresholds() -> None:
-    told = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The verdicts")[2].partition("\n## ")[0]
+    told = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The assessment")[2].partition("\n## ")[0]
     assert [word for word in (*verdicts.OF_KEYWORDS, *verdicts.OF_KEYWORDS.values()) if word not in told] == []
     assert (verdicts.SAFE, verdicts.HARMFUL, verdicts.FAILING) == (0.1, 0.1, 0.1)
     assert (verdicts.BROKEN, verdicts.PRUDENT, USEFUL) == (0.3, 0.2, 0.7)
