@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv; on a fresh machine with Python and pip nothing else is needed.
+# Every target first sets up .venv. The only requirement is Python with pip.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/vlm-unlearn demo --out $(OUT)
 
 test: setup
-	# Two processes of one thread each take a third of the time of one with two.
+	# Two processes with one thread each take a third of the time of one process with two threads.
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
@@ -26,9 +26,9 @@ lint: setup
 	$(BIN)/mypy
 
 docs: setup
-	# Strict: a broken link or anchor fails.
+	# Strict: a broken link or anchor fails the build.
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-	@echo "the site is in site/: open site/index.html; its search works where it is served: $(BIN)/mkdocs serve, then http://127.0.0.1:8000"
+	@echo "The site is in site/. Open site/index.html. Search needs a server: run $(BIN)/mkdocs serve and open http://127.0.0.1:8000"
 
 bench: setup
 	$(BIN)/python -W ignore benchmarks/speed.py

@@ -1,7 +1,7 @@
-"""Fills the pages of docs/reference/ from the code when the site is built (an MkDocs hook, see mkdocs.yml).
+"""MkDocs hook that generates the pages of docs/reference/ from the code (see mkdocs.yml).
 
-A line ``<!-- generated: NAME -->`` in a page is replaced by what the function NAME of `GENERATED` gives. So commands, config fields,
-methods, rubrics and recipes are documented where they are written, and nowhere else.
+Each line ``<!-- generated: NAME -->`` of a page is replaced by the output of the function NAME in `GENERATED`. Commands, config fields,
+methods, rubrics and recipes are therefore documented in one place, their source.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Res
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")  # pages of the site that lie beside docs/, where GitHub looks for them
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")  # pages of the site outside docs/, where GitHub expects them
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie outside docs/."""
+    """Adds the pages outside docs/ to the site."""
     for name in OUTSIDE:
         content = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, name.lower(), content=content))
@@ -45,33 +45,33 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fills a page's generated parts, and turns its links out of docs/ into what the site has of them.
+    """Fills in the generated sections of a page, and rewrites its links that lead out of docs/.
 
     Raises:
-        KeyError: a page asks for a part that nothing generates.
+        KeyError: the page names a section that no function generates.
     """
     markdown = re.sub(
         r"^<!-- stub -->\n.*\n\n", "", markdown, flags=re.MULTILINE
-    )  # it is said to those who read the file
+    )  # a note for readers of the file itself
     filled = re.sub(r"^<!-- generated: (\w+) -->$", lambda match: GENERATED[match[1]](), markdown, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\(((?:\.\./)+)([^)#]+)(#[^)]*)?\)", lambda match: _link_out(match, page), filled)
 
 
 def _link_out(match: re.Match[str], page: Page) -> str:
-    """A link that leaves docs/: to the page made of the file, or the file's name where the site has no such page."""
+    """Rewrites a link that leaves docs/: to the site's page of that file, or to the plain file name if there is none."""
     text, up, path, anchor = match.groups()
     depth = page.file.src_uri.count("/")
     if up.count("../") <= depth:
         return match[0]  # stays within docs/
     if not (ROOT / path).exists():
-        raise FileNotFoundError(f"{page.file.src_uri}: links to {path}, which is not there")
+        raise FileNotFoundError(f"{page.file.src_uri}: links to {path}, which does not exist")
     if path in OUTSIDE:
         return f"[{text}]({'../' * depth}{path.lower()}{anchor or ''})"
     return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; cells are Markdown too."""
+    """Returns a Markdown table. Cells are Markdown."""
     lines = [heads, ["---"] * len(heads), *([_cell(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -81,7 +81,7 @@ def _cell(text: str) -> str:
 
 
 def code(text: object) -> str:
-    """Text as it is, in a cell."""
+    """Returns text as inline code."""
     return f"`{text}`"
 
 
@@ -89,7 +89,7 @@ def code(text: object) -> str:
 
 
 def commands() -> str:
-    """Every command: what it does, its examples, arguments and options, as ``--help`` has them."""
+    """Returns the help text of every command: description, examples, arguments and options."""
     root = typer.main.get_command(app)
     return "\n".join(_command("vlm-unlearn", root, 0))
 
@@ -109,13 +109,13 @@ def _command(path: str, command: Any, depth: int) -> Iterator[str]:
             [code(record[0]), _prose(record[1])] for parameter, record in records if record and parameter.name != "help"
         ]
         if rows:
-            yield table(["argument or option", "what it does"], rows)
+            yield table(["argument or option", "description"], rows)
         for name in getattr(command, "commands", {}):
             yield from _command(f"{path} {name}", command.commands[name], depth + 1)
 
 
 def _help_text(text: str) -> Iterator[str]:
-    """A docstring's paragraphs; those that hold commands are code."""
+    """Yields the paragraphs of a docstring. Paragraphs of commands become code blocks."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text.replace("\b", ""))):
         lines = [line.strip() for line in paragraph.splitlines()]
         if all(line.startswith(("vlm-unlearn ", "accelerate ")) for line in lines):
@@ -125,7 +125,7 @@ def _help_text(text: str) -> Iterator[str]:
 
 
 def _prose(text: str) -> str:
-    """Text of a terminal as Markdown: placeholders and stars are themselves."""
+    """Escapes terminal text for Markdown, so that placeholders and asterisks stay literal."""
     return re.sub(r"([*_])", r"\\\1", text.replace("<", "&lt;"))
 
 
@@ -133,17 +133,17 @@ def _prose(text: str) -> str:
 
 
 def recipe_fields() -> str:
-    """Every key of a recipe."""
+    """Returns a table of every key of a recipe."""
     return "\n".join(_config(Recipe, "", set()))
 
 
 def suite_fields() -> str:
-    """Every key of a suite."""
+    """Returns a table of every key of a suite."""
     return "\n".join(_config(Suite, "", set()))
 
 
 def _config(config: type[BaseModel], path: str, seen: set[str]) -> Iterator[str]:
-    """A config's keys, then those of the configs within it, each once."""
+    """Yields the keys of a config, then those of its nested configs. Each config appears once."""
     if path:
         yield f"## {path} {{ #{config.__name__.lower()} }}\n"
     seen.add(config.__name__)
@@ -164,7 +164,7 @@ def _fields(config: type[BaseModel]) -> str:
         [code(field.alias or name), kind_of(field.annotation, field.metadata), _default(field), field.description or ""]
         for name, field in config.model_fields.items()
     ]
-    return table(["key", "is", "default", "what it is for"], rows)
+    return table(["key", "type", "default", "description"], rows)
 
 
 def _default(field: FieldInfo) -> str:
@@ -173,7 +173,7 @@ def _default(field: FieldInfo) -> str:
         return "needed"
     if isinstance(value, BaseModel):
         return (
-            "its own"
+            "see its keys"
             if not value.model_fields_set
             else code(next(iter(value.model_dump(include=value.model_fields_set).values())))
         )
@@ -194,7 +194,7 @@ PLAIN = {
 
 
 def kind_of(annotation: Any, metadata: list[Any]) -> str:
-    """A field's type in words, with its bounds: ``whole number above 0``."""
+    """Returns a field's type in words, with its bounds: ``whole number above 0``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return kind_of(arguments[0], [part for extra in arguments[1:] for part in getattr(extra, "metadata", [extra])])
@@ -216,7 +216,7 @@ def _bounds(metadata: list[Any]) -> Iterator[str]:
     for kind, (attribute, word) in words.items():
         for bound in (part for part in metadata if isinstance(part, kind)):
             value = getattr(bound, attribute)
-            if not (isinstance(value, int) and value >= 10_000):  # that one is against typing errors only
+            if not (isinstance(value, int) and value >= 10_000):  # such a bound only catches typing errors
                 yield f"{word} {value:g}"
 
 
@@ -224,7 +224,7 @@ def _bounds(metadata: list[Any]) -> Iterator[str]:
 
 
 def methods() -> str:
-    """Every method: its docstring, source, the sets it draws from and its options."""
+    """Returns the docstring, source, training sets and options of every method."""
     return "\n".join(part for name, method in sorted(METHODS.items()) for part in _method(name, method))
 
 
@@ -233,35 +233,35 @@ NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits"
 
 def _method(name: str, method: type[Method]) -> Iterator[str]:
     built = method(method.options_type())
-    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.needs) or "nothing"
+    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.needs) or "not needed"
     yield f"## {name}\n\n{_prose_of(method)}\n"
-    yield f"- From: {method.source}\n- Draws from: {', '.join(built.roles)}\n- Must know of the reference model: {needs}\n"
+    yield f"- Source: {method.source}\n- Training sets: {', '.join(built.roles)}\n- Reference model: {needs}\n"
     yield _fields(method.options_type)
 
 
 def benchmarks() -> str:
-    """Every benchmark and its official files."""
-    heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scores"]
+    """Returns a table of every benchmark and its official files."""
+    heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scoring"]
     return table(
         heads, [[code(name), it.source, it.second, it.images, _prose_of(type(it))] for name, it in BENCHMARKS.items()]
     )
 
 
 def rubrics() -> str:
-    """Every shipped rubric, whole."""
+    """Returns every shipped rubric with its full text."""
     parts = []
     for name in shipped_rubrics():
         rubric = load_rubric(name)
         file = (ROOT / "src" / "vlm_unlearn" / "judging" / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
         parts += [
             f"## {name}\n\nVersion {rubric.head.version}, {rubric.head.source}\n",
-            _folded("The rubric", file, "text"),
+            _folded("Text of the rubric", file, "text"),
         ]
     return "\n".join(parts)
 
 
 def recipes() -> str:
-    """Every shipped recipe, suite and engine file: its first comment and its text."""
+    """Returns the first comment and the text of every shipped recipe, suite and engine file."""
     parts = []
     for folder in ("safety_mirage", "safe_eraser", "tiny", "suites", "engines"):
         parts.append(f"## {folder}\n")
@@ -286,8 +286,8 @@ def _folded(title: str, text: str, language: str) -> str:
 
 
 def metrics() -> str:
-    """The metrics of every shipped suite, and with `paper: true` those of the published counting."""
-    scores = {"mean": "mean score", "one_minus_mean": "1 less the mean score"}
+    """Returns the metrics of every shipped suite, and those that ``paper_compat: true`` adds."""
+    scores = {"mean": "mean score", "one_minus_mean": "1 minus the mean score"}
     parts = []
     for file in sorted((RECIPES / "suites").glob("*.yaml")):
         suite = load(Suite, Path(f"suites/{file.stem}"), ["model=m"])
@@ -306,7 +306,7 @@ def metrics() -> str:
 
 
 def _judge(suite: Suite, called: str) -> str:
-    """Who judges, and by what."""
+    """Returns the name of the judge and of its rubric."""
     judge = suite.judge_config(called)
     by = f" by {code(judge.rubric)}" if judge.rubric else ""
     return f"{code(judge.name)}{by}{', as published' if judge.paper_compat else ''}"
@@ -332,14 +332,14 @@ def _benchmarks(suite: Suite) -> list[list[str]]:
                 "the mean of their scores",
                 "questions",
                 ", ".join(map(code, SPECIFICITY)),
-                "as theirs",
+                "same as theirs",
             ]
         )
     return rows
 
 
 def records() -> str:
-    """Every record that a file of ours holds."""
+    """Returns the fields of every record type that the output files contain."""
     parts = []
     for record in (Example, Round, Prompt, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
         parts += [f"## {record.__name__} {{ #{record.__name__.lower()} }}\n\n{_prose_of(record)}\n", _fields(record)]

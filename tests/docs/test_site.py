@@ -121,7 +121,10 @@ def test_a_page_that_the_build_fills_says_so_in_its_file() -> None:
 
 def test_the_verdicts_are_told_with_their_thresholds() -> None:
     told = (
-        (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8").partition("## The assessment")[2].partition("\n## ")[0]
+        (ROOT / "docs" / "numbers.md")
+        .read_text(encoding="utf-8")
+        .partition("## The assessment")[2]
+        .partition("\n## ")[0]
     )
     assert [word for word in (*assessment.OF_KEYWORDS, *assessment.OF_KEYWORDS.values()) if word not in told] == []
     assert (assessment.SAFE, assessment.HARMFUL, assessment.FAILING) == (0.1, 0.1, 0.1)
