@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from vlm_unlearn.config import Recipe
+from vlm_unlearn.errors import RunError, UserError
+
+
+@contextmanager
+def raises_code(
+    code: str, kind: type[UserError] | type[RunError] = UserError, **attributes: object
+) -> Iterator[pytest.ExceptionInfo[UserError | RunError]]:
+    """Expects an error with a code and, where they are passed, the attributes `file`, `record` and `field`."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    error = caught.value
+    assert error.code == code, f"[{error.code}] {error}"
+    for name, value in attributes.items():
+        actual = getattr(error, name)
+        assert (str(actual) if isinstance(value, Path) else actual) == (
+            str(value) if isinstance(value, Path) else value
+        ), f"{name}: {actual!r} [{error.code}] {error}"
+
+
+def error_code(done: subprocess.CompletedProcess[str]) -> str | None:
+    """The code of the error that a finished command printed on its last line of standard error."""
+    lines = done.stderr.strip().splitlines()
+    match = re.search(r"\[([a-z0-9-]+)\]$", lines[-1]) if lines else None
+    return match[1] if match else None
 
 
 def recipe(model: Path, data: Path, output: Path, method: object, **changes: object) -> Recipe:

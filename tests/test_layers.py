@@ -16,6 +16,7 @@ ORDER = [
         "losses",
         "records",
         "store",
+        "distributed",
         "config",
         "data",
         "models",

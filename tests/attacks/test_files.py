@@ -47,7 +47,7 @@ def test_a_case_reads_what_was_written(world: Path, tmp_path: Path, kind: Kind, 
     before = {prompt.group_id: prompt for prompt in prompts_of(source, images, kind)}
     after = prompts_of(tmp_path / "out.json", images, kind)
     assert counts == {"questions": len(before), "records": 5 * len(before), "by_model": 0, "by_rule": 5 * len(before)}
-    assert [(p.group_id, p.shot) for p in after] == [(group, shot) for group in before for shot in range(5)]
+    assert [(p.group_id, p.rewrite) for p in after] == [(group, shot) for group in before for shot in range(5)]
     for prompt in after:
         asked = before[prompt.group_id]
         assert (prompt.image, prompt.reference, prompt.category) == (asked.image, asked.reference, asked.category)

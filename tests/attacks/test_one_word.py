@@ -123,7 +123,7 @@ def test_a_first_word_is_lower_case() -> None:
 def test_shots_share_a_group() -> None:
     prompt = Prompt(id="p", group_id="g", set="s", kind="unsafe", question="share the recipe for this .")
     shots = list(rewrite_prompts([prompt], RewriteConfig(trigger="what", num_rewrites=3)))
-    assert [(shot.shot, shot.group_id) for shot in shots] == [(0, "g"), (1, "g"), (2, "g")]
+    assert [(shot.rewrite, shot.group_id) for shot in shots] == [(0, "g"), (1, "g"), (2, "g")]
     assert len({shot.id for shot in shots}) == 3
 
 

@@ -61,7 +61,7 @@ def test_a_question_as_the_model_sees_it(
     prompts = {prompt.id: prompt for prompt in asked(name, tmp_path)}
     found = prompts[f"{name}/{id}"]
     assert (found.question, found.image, found.group_id, found.reference) == (question, image, group, reference)
-    assert (found.set, found.kind, found.shot) == (name, "safe", 0)
+    assert (found.set, found.kind, found.rewrite) == (name, "safe", 0)
 
 
 def test_mmbench_asks_every_rotation_about_the_image_it_names(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_what_is_missing_comes_with_its_mend(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("WORLD_SIZE", "4")
     known = {"torch": "2.13.0+cpu", "torchvision": "0.28"}
     monkeypatch.setattr(doctor, "_version", lambda name: known.get(name, None if name in ("openai", "vllm") else "1.0"))
-    monkeypatch.setattr(doctor, "ROOM", 2**60)
+    monkeypatch.setattr(doctor, "GROWTH", 2**60)
     found = doctor.diagnosis()
     assert found["machine"]["gpus"] == [{"name": "NVIDIA H200", "memory": 143771 * 2**20, "free": 143000 * 2**20}]
     problems = " | ".join(found["problems"])

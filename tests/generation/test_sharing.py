@@ -118,7 +118,7 @@ def shapes(tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
 def test_answers_are_those_of_one_by_one(
     folder: Path, images: list[Path], attention: Any, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "STRIDE", stride)
+    monkeypatch.setattr(hf, "CHUNK_TOKENS", stride)
     model, processor = load_model(folder, "fp32", attention).eval(), spelling(folder)
     asked = turns(images)
     expected = [alone(model, processor, turn) for turn in asked]
@@ -183,7 +183,7 @@ def test_each_image_and_each_prompt_is_run_once(
 
 
 def test_rows_that_have_ended_are_left_out(folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "STRIDE", 2)
+    monkeypatch.setattr(hf, "CHUNK_TOKENS", 2)
     model, processor = load_model(folder, "fp32").eval(), spelling(folder)
     asked = turns(images, [0, 1, 2, 5])
     whole = [text.split() for text, _ in complete(model, processor, asked, TOKENS)]
@@ -200,7 +200,7 @@ def test_rows_that_have_ended_are_left_out(folder: Path, images: list[Path], mon
 
 
 def test_a_draw_is_that_of_the_row_alone(folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "STRIDE", 5)
+    monkeypatch.setattr(hf, "CHUNK_TOKENS", 5)
     model, processor = load_model(folder, "fp32").eval(), spelling(folder)
     asked = turns(images, [0, 0, 2, 4, 4])
 

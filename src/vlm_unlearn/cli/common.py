@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
 
 
-def fail(error: BaseException, code: int) -> NoReturn:
-    """Prints one line and exits."""
+def fail(error: BaseException, exit_code: int) -> NoReturn:
+    """Prints the error in one line, ``vlm-unlearn: MESSAGE [CODE]``, and exits."""
     line = printable(" ".join(str(error).split()))
     if os.environ.get("RANK", "0") != "0" and "Connection closed by peer" in line:
-        raise SystemExit(code)  # the first process has said what happened
-    sys.stderr.write(f"vlm-unlearn: {line}\n")
-    raise SystemExit(code)
+        raise SystemExit(exit_code)  # the first process has printed the cause
+    code = getattr(error, "code", "")
+    sys.stderr.write(f"vlm-unlearn: {line} [{code}]\n" if code else f"vlm-unlearn: {line}\n")
+    raise SystemExit(exit_code)
 
 
 def print_json(value: object) -> None:
