@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from vlm_unlearn.data import pipeline
-from vlm_unlearn.data.audit import audit, labelled
+from vlm_unlearn.data.audit import audit, labeled_questions
 from vlm_unlearn.data.check import Checker, Source
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
@@ -161,7 +161,7 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
 
     common = [
         lambda file: audit(
-            labelled(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))
+            labeled_questions(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))
         ),
         lambda file: checked(Source(file, images)),
         lambda file: diversify(file, out, problems=Problems()),

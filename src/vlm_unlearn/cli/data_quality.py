@@ -68,7 +68,7 @@ def audit(
 
       vlm-unlearn data audit VLGuard/train.json --html audit.html
     """
-    from vlm_unlearn.data.audit import audit, labelled
+    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
@@ -80,7 +80,7 @@ def audit(
         file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems
     )
     with showing(problems), Stages() as stages, reading(stages):
-        found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
+        found = audit(labeled_questions(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
 
