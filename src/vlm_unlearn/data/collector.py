@@ -12,7 +12,7 @@ from pathlib import Path
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
 from vlm_unlearn.data.near_duplicates import difference_hash, normalize_question
-from vlm_unlearn.data.parallel import in_threads
+from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.data.readers import Entry, detect, image_roots, read_any
 from vlm_unlearn.data.training_set import describe
 from vlm_unlearn.errors import Problems, UserError, quoted
@@ -100,7 +100,7 @@ class Collector:
             self._compare_with_description(Path(source.path))
         work = self._new_images(source, roots, count_tokens, max_length)
         for (index, _, named), found in (
-            in_threads(lambda key: _look(key[1], key[2]), work) if self._look else ((key, None) for key in work)
+            map_in_threads(lambda key: _look(key[1], key[2]), work) if self._look else ((key, None) for key in work)
         ):
             if isinstance(found, str):
                 self.problems.add(UserError(f"{named[1]}: {found}"))
