@@ -186,12 +186,12 @@ def mix(
 ) -> dict[str, int]:
     """Fills a LLaVA-format retain set up to `size` with a draw from another, then shuffles the whole.
 
-    The draw is ``random.sample`` with `seed` over the external records, as published; of a file of any size only the places
+    The draw is ``random.sample`` with `seed` over the external records, as published; of a file of any size only the conversation_spans
     of its records are held in memory. An external set that is too small is used whole.
     """
     if size < 1:
         raise UserError(f"size must be 1 or more, not {size}")
-    kept, offered = places(retain, problems), places(external, problems)
+    kept, offered = conversation_spans(retain, problems), conversation_spans(external, problems)
     own, others = len(kept) // 2, len(offered) // 2
     order = mixed_order(own, others, size, seed)
     with retain.open("rb") as first, external.open("rb") as second:
@@ -217,7 +217,7 @@ def mixed_order(own: int, others: int, size: int, seed: int) -> list[int]:
     return order
 
 
-def places(path: Path, problems: Problems | None) -> array[int]:
+def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
     """Start and end byte of every record that is a conversation.
 
     Raises:
