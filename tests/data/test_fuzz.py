@@ -185,7 +185,7 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
         "llava": [
             *common,
             lambda file: list(llava.read_llava(file, images, Problems())),
-            lambda file: pipeline.rmu(file, out, Problems()),
+            lambda file: pipeline.to_rmu(file, out, Problems()),
             lambda file: pipeline.mix(file, llava_file, out, 5, problems=Problems()),
             lambda file: pipeline.mix(llava_file, file, out, 5, problems=Problems()),
             lambda file: import_files({"forget": file, "retain": llava_file}, images, work / "set"),

@@ -155,7 +155,7 @@ def read_answers(path: Path) -> dict[str, str]:
     return value
 
 
-def rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
+def to_rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
     """LLaVA's format with each answer appended to its question, a line break between (RMU's forget side); the gpt turn stays."""
 
     def records() -> Iterator[object]:
