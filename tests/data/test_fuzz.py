@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlm_unlearn.data import pipeline
 from vlm_unlearn.data.audit import audit, labeled_questions
-from vlm_unlearn.data.check import Checker, Source
+from vlm_unlearn.data.check import Checker, DataSource
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.table import Columns
@@ -163,7 +163,7 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
         lambda file: audit(
             labeled_questions(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))
         ),
-        lambda file: checked(Source(file, images)),
+        lambda file: checked(DataSource(file, images)),
         lambda file: diversify(file, out, problems=Problems()),
         lambda file: pipeline.convert(file, out, problems=Problems()),
     ]
@@ -205,7 +205,7 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
     }
 
 
-def checked(source: Source) -> str:
+def checked(source: DataSource) -> str:
     """The report of `data check`, as JSON."""
     checker = Checker()
     checker.add(source)

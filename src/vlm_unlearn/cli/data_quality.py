@@ -121,7 +121,7 @@ def check(
 
       vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test --processor llava-hf/llava-1.5-7b-hf
     """
-    from vlm_unlearn.data.check import Checker, Source
+    from vlm_unlearn.data.check import Checker, DataSource
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import validate_not_overwriting, write_json
 
@@ -136,9 +136,9 @@ def check(
             stages.update,
             is_refusal,
         )
-        checker.add(Source(file, images), _token_count(processor) if processor else None, max_length)
+        checker.add(DataSource(file, images), _token_count(processor) if processor else None, max_length)
         for other in against:
-            checker.add(Source(other, against_images or images, against=True))
+            checker.add(DataSource(other, against_images or images, against=True))
         report = checker.report()
     if out:
         write_json(out, report)
