@@ -24,7 +24,7 @@ from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.data.readers import read_any
-from vlm_unlearn.data.select_harmful import questions
+from vlm_unlearn.data.select_harmful import read_selection_tasks
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example
@@ -198,7 +198,7 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
         ],
         "answers": [
             lambda file: pipeline.inject(vlguard_file, file, out),
-            lambda file: questions(vlguard_file, [file], images, Problems()),
+            lambda file: read_selection_tasks(vlguard_file, [file], images, Problems()),
             lambda file: safe_eraser.read_refusals(file),
             lambda file: read_training_set(folder_with(file, work)),
         ],
