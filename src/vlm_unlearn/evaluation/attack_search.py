@@ -18,7 +18,7 @@ from vlm_unlearn.attacks.one_word import (
     VOCABULARY,
     capitalize_first,
     control,
-    first_word_of,
+    parse_first_word,
     rewrites_with_any,
 )
 from vlm_unlearn.attacks.search import Search, least_budget, sequential_halving
@@ -225,7 +225,7 @@ def candidates(file: Path, goal: Goal) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in (word for way in ways for word in triggers[way]):
         try:
-            found.setdefault(first_word_of(word), "audit")
+            found.setdefault(parse_first_word(word), "audit")
         except UserError:  # a mark that stands where a word should
             continue
     return found | {word: "vocabulary" for word in VOCABULARY if word not in found}
