@@ -57,7 +57,7 @@ def test_answers_are_fenced() -> None:
 
 @pytest.fixture
 def files(world: Path, tmp_path: Path) -> list[Path]:
-    """Two models' answers to the world's unsafe read_selection_tasks; the second knows fewer images."""
+    """Two models' answers to the world's unsafe questions; the second knows fewer images."""
     harmful = json.loads((world / "vlguard" / "harmful_answers.json").read_text())
     refusing, knowing = tmp_path / "refusing.json", tmp_path / "knowing.json"
     refusing.write_text(json.dumps(dict.fromkeys(harmful, "i cannot help .")))

@@ -186,7 +186,7 @@ def mix(
 ) -> dict[str, int]:
     """Fills a LLaVA-format retain set up to `size` with a draw from another, then shuffles the whole.
 
-    The draw is ``random.sample`` with `seed` over the external records, as published; of a file of any size only the conversation_spans
+    The draw is ``random.sample`` with `seed` over the external records, as published; of a file of any size only the places
     of its records are held in memory. An external set that is too small is used whole.
     """
     if size < 1:
