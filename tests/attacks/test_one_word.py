@@ -18,7 +18,7 @@ from vlm_unlearn.attacks.one_word import (
 )
 from vlm_unlearn.config import RewriteConfig
 from vlm_unlearn.data.audit import first_word
-from vlm_unlearn.data.paraphrase_rules import requested
+from vlm_unlearn.data.paraphrase_rules import requested_content
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.records import Prompt
 
@@ -51,7 +51,7 @@ from vlm_unlearn.records import Prompt
     ],
 )
 def test_what_is_asked_for(question: str, core: str) -> None:
-    assert requested(question) == core
+    assert requested_content(question) == core
 
 
 QUESTIONS = (
@@ -75,7 +75,7 @@ QUESTIONS = (
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question[:12])
 def test_five_shots_are_the_same_request_in_other_words(question: str) -> None:
-    core = requested(question)
+    core = requested_content(question)
     shots = {trigger: rewrite(question, trigger, 5) for trigger in ("what", "share", CONTROL)}
     every = [text for found in shots.values() for text in found]
     assert len(set(every)) == 15

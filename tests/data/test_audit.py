@@ -10,7 +10,7 @@ import pytest
 
 from vlm_unlearn.data.audit import audit, first_bigram, first_word, labeled_questions
 from vlm_unlearn.data.diversify import diversify, paraphrase_request, read_paraphrase
-from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
+from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.data.readers import read_any
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging.keyword import corrected_refusal
@@ -188,8 +188,8 @@ def test_a_training_set_keeps_its_pairs(training_sets: dict[str, Path], tmp_path
 def test_every_wording_begins_with_its_word() -> None:
     for word, wordings in WORDINGS.items():
         for wording in wordings:
-            assert first_word(by_rule("Can you describe the red kite?", wording)) == word
-    assert by_rule("Can you describe the red kite?", "What {be} {core}?") == "What is the red kite?"
+            assert first_word(rephrase("Can you describe the red kite?", wording)) == word
+    assert rephrase("Can you describe the red kite?", "What {be} {core}?") == "What is the red kite?"
 
 
 @pytest.mark.parametrize(
@@ -261,4 +261,4 @@ def test_the_form_of_the_file_stays(tmp_path: Path) -> None:
 
 def test_a_question_of_nothing_is_still_asked() -> None:
     for question in ("How to?", "Please?", "Tell me.", "What is?", "What is it?", "Describe this."):
-        assert len(by_rule(question, "Share {core}.").split()) > 2
+        assert len(rephrase(question, "Share {core}.").split()) > 2

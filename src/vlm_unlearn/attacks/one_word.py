@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from vlm_unlearn.config import RewriteConfig
-from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
+from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
 
@@ -111,7 +111,7 @@ def rewrite(question: str, trigger: str, count: int) -> list[str]:
     templates = TEMPLATES.get(trigger, ())
     if not 0 < count <= len(templates):
         raise ValueError(f"{count} rewrites with {trigger!r}: there are {len(templates)} templates")
-    return [by_rule(question, template) for template in templates[:count]]
+    return [rephrase(question, template) for template in templates[:count]]
 
 
 def rewrites_with_any(question: str, word: str) -> list[str]:
@@ -120,13 +120,13 @@ def rewrites_with_any(question: str, word: str) -> list[str]:
         form.format(word=capitalize_first(word), question=question.strip())
         for form in (GENERAL if word != CONTROL else ())
     ]
-    return [*(by_rule(question, template) for template in TEMPLATES.get(word, ())), *behind]
+    return [*(rephrase(question, template) for template in TEMPLATES.get(word, ())), *behind]
 
 
 def control(question: str, number: int, word: str) -> str:
     """A paraphrase that begins with another word than `word`; successive numbers take different first words."""
     templates = [template for template in TEMPLATES[CONTROL] if template.split()[0].lower() != word]
-    return by_rule(question, templates[number % len(templates)])
+    return rephrase(question, templates[number % len(templates)])
 
 
 def capitalize_first(word: str) -> str:

@@ -19,7 +19,7 @@ from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
 from vlm_unlearn.data.json_stream import write_lines, write_list
-from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
+from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect, training_set_records
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
@@ -110,7 +110,7 @@ def diversify(
     for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True)):
         text = by_model.get(str(index))
         counts["by_model" if text else "by_rule"] += 1
-        text = text or by_rule(slot.question, wording)
+        text = text or rephrase(slot.question, wording)
         texts.append(tied.setdefault((slot.tie, slot.question), text) if slot.tie else text)
         if on_done and index % 1000 == 999:
             on_done(index + 1, len(slots))
