@@ -121,7 +121,7 @@ def is_refused(refused: bool | None, answer: str, by: LabelBy, is_refusal: Calla
     """
     if by == "set" and refused is None:
         raise UserError(
-            "the file does not mark refused questions. Use --label answer, or pass its --set-column",
+            "the file does not mark refused questions. Use --label answer, or pass its --set-column.",
             code="missing-field",
         )
     return is_refusal(answer) if by == "answer" or refused is None else refused

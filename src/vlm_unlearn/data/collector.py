@@ -166,7 +166,7 @@ class Collector:
                     record = self._record(name, number)
                     yield _ImageRequest(index, roots[example.source], example.image, source.path, record)
                 elif example.source == "embedded":
-                    message = "the image is inside the table. Unpack it with `data import files`, then check the folder"
+                    message = "the image is inside the table. Unpack it with `data import files` and check the folder."
                     self._add_problem(message, "image-embedded", source, name, number)
                 else:
                     message = f"dataset.json names no image folder for source {quoted(example.source)}"
@@ -199,7 +199,7 @@ class Collector:
             name = f"{base}#{number}"
         if len(self._sets) == MAX_SETS:
             raise UserError(
-                f"the files contain more than {MAX_SETS} sets. Check fewer files at once", code="out-of-range"
+                f"the files contain more than {MAX_SETS} sets. Check fewer files at once.", code="out-of-range"
             )
         self._sets[name] = len(self._sets)
         self._names[index, entry_set] = name
@@ -211,9 +211,9 @@ class Collector:
         for name, description in describe(folder)[1].items():
             path = folder / name
             if not path.is_file():
-                message, code = "not found, but listed in dataset.json. Import the set again", "file-not-found"
+                message, code = "not found, but listed in dataset.json. Import the set again.", "file-not-found"
             elif digest_file(path) != description.get("sha256"):
-                message, code = "was changed after dataset.json was written. Import the set again", "file-changed"
+                message, code = "was changed after dataset.json was written. Import the set again.", "file-changed"
             else:
                 continue
             self.problems.add(UserError(message, code=code, file=path))
