@@ -204,9 +204,10 @@ def _records(
 
 def _vlguard_slots(raw: RawRecord) -> list[Slot]:
     fields = {kind: field for field, kind in vlguard.KINDS.items()}
+    pairs = vlguard.pairs(raw)  # validates the record
     return [
         Slot(holder, fields[pair.kind], pair.question, pair.response, pair.kind != "safe")
-        for holder, pair in zip(raw.value["instr-resp"], vlguard.pairs(raw), strict=True)
+        for holder, pair in zip(raw.value["instr-resp"], pairs, strict=True)
     ]
 
 
