@@ -50,7 +50,7 @@ def test_search_finds_the_weak_word(seed: int) -> None:
     result = sequential_halving(WORDS, QUESTIONS, 1000, model)
     assert result.words[0].word == "word17"
     assert result.answers == len(model.pairs) <= 1000
-    assert len(set(model.pairs)) == len(model.pairs), "no question is small_search twice"
+    assert len(set(model.pairs)) == len(model.pairs), "no question is asked twice"
 
 
 def test_each_round_keeps_the_better_half() -> None:
