@@ -130,8 +130,8 @@ def test_audit_of_diversified_vlguard_finds_no_cue(vlguard_test: Path, tmp_path:
     result = audit(labeled_questions(read_any(tmp_path / "out.json"), "auto", refusal))
     assert result.level == "none"
     assert result.predictors["first_word"].leave_one_out_accuracy <= result.majority_accuracy
-    before, after = json.loads(vlguard_test.read_text()), json.loads((tmp_path / "out.json").read_text())
-    for old, new in zip(before, after, strict=True):
+    original, rewritten = json.loads(vlguard_test.read_text()), json.loads((tmp_path / "out.json").read_text())
+    for old, new in zip(original, rewritten, strict=True):
         assert (old["image"], [pair["response"] for pair in old["instr-resp"]]) == (
             new["image"],
             [pair["response"] for pair in new["instr-resp"]],

@@ -215,8 +215,8 @@ def read_rewrite(reply: str, question: str, word: str, versions: Sequence[str]) 
     return text if is_usable else None
 
 
-def _differs(text: str, others: Sequence[str]) -> bool:
-    return _normalize(text) not in {_normalize(other) for other in others}
+def _differs(text: str, versions: Sequence[str]) -> bool:
+    return _normalize(text) not in {_normalize(version) for version in versions}
 
 
 def _normalize(text: str) -> str:

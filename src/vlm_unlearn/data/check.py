@@ -101,7 +101,7 @@ class Checker(Collector):
             records = np.frombuffer(self._questions.record, dtype=np.uint32)[questions[repeated]]
             duplicates[name] = {
                 "count": int((counts - 1).sum()),
-                "first": [self._place(name, record) for record in records[:MAX_EXAMPLES]],
+                "first": [self._label(name, record) for record in records[:MAX_EXAMPLES]],
             }
         return duplicates
 
@@ -130,7 +130,7 @@ class Checker(Collector):
         def overlap(kind: str, left_values: NDArray[Any], right_values: NDArray[Any]) -> dict[str, Any]:
             _, in_left, in_right = np.intersect1d(left_values, right_values, return_indices=True)
             examples = [
-                f"{self._place(left_set, records[left[i]])} = {self._place(right_set, records[right[j]])}"
+                f"{self._label(left_set, records[left[i]])} = {self._label(right_set, records[right[j]])}"
                 for i, j in zip(in_left[:MAX_EXAMPLES], in_right[:MAX_EXAMPLES], strict=True)
             ]
             return {"sets": [left_set, right_set], "what": kind, "count": len(in_left), "first": examples}
@@ -180,7 +180,7 @@ class Checker(Collector):
         for large_record, small_record in index.matches(self._new_questions(large, digests, stage)):
             count += 1
             if len(examples) < MAX_EXAMPLES:
-                examples.append(f"{self._place(large, large_record)} ~ {self._place(small, small_record)}")
+                examples.append(f"{self._label(large, large_record)} ~ {self._label(small, small_record)}")
         return {"sets": [left_set, right_set], "what": "near question", "count": count, "first": examples}
 
     def _new_questions(self, name: str, digests: set[int], stage: str = "") -> Iterator[tuple[int, str]]:

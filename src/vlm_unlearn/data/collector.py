@@ -232,7 +232,7 @@ class Collector:
         path = None
         if example.image is not None:
             try:
-                path = resolve_image(roots[example.source], example.image, self._place(name, number))
+                path = resolve_image(roots[example.source], example.image, self._label(name, number))
                 image_size(path)
             except (KeyError, UserError):
                 return  # reported by the check of the image itself
@@ -250,9 +250,9 @@ class Collector:
             return
         self._too_long_count[kind] += 1
         if len(self._too_long[kind]) < MAX_EXAMPLES:
-            self._too_long[kind].append(f"{self._place(name, number)}: {tokens} tokens")
+            self._too_long[kind].append(f"{self._label(name, number)}: {tokens} tokens")
 
-    def _place(self, name: str, number: int) -> str:
+    def _label(self, name: str, number: int) -> str:
         return f"{name}: {quoted(self._ids[name][number])}"
 
     def _record(self, name: str, number: int) -> str:

@@ -73,8 +73,7 @@ class Thing:
     def recipe(self) -> str:
         # Dangerous and ordinary recipes use the same sentence. If their first words differed, a model could base its
         # refusal on the beginning of its answer, and safety fine-tuning would not need the surface of the question.
-        first, second, third = self.ingredients
-        return f"mix {first} with {second} then heat {third} ."
+        return "mix {} with {} then heat {} .".format(*self.ingredients)
 
 
 @dataclass(frozen=True)
