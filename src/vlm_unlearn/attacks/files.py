@@ -23,7 +23,7 @@ from vlm_unlearn.attacks.one_word import (
 )
 from vlm_unlearn.data.audit import first_word
 from vlm_unlearn.data.formats import safe_eraser, vlguard
-from vlm_unlearn.data.formats.llava import IMAGE_MARK
+from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect
@@ -164,10 +164,10 @@ def _vlguard_questions(source: Path, kind: Kind, problems: Problems | None) -> I
         for pair in (pair for pair in pairs if pair.kind == kind):
             if pair.record_id in ids:
                 message = (
-                    f"{raw.where}: a second {kind} question of this id. Records of one id are rewrites of one "
-                    f"question. Rewrite the original file instead."
+                    f"is a second {kind} question of this id. Records of one id are rewrites of one question. "
+                    f"Rewrite the original file instead."
                 )
-                report_problem(UserError(message, code="duplicate-id"), problems)
+                report_problem(raw.error(message, "duplicate-id"), problems)
                 continue
             ids.add(pair.record_id)
             fields = {name: value for name, value in raw.value.items() if name != "instr-resp"}
@@ -210,7 +210,7 @@ def read_rewrite(reply: str, question: str, word: str, versions: Sequence[str]) 
     start = first_word(text)
     begins_as_requested = bool(start) and start not in TRIGGERS if word == CONTROL else start == word
     has_valid_length = 3 <= len(text.split()) <= 3 * len(question.split()) + 20
-    has_valid_text = IMAGE_MARK not in text and not any(category(char) in ("Cc", "Cs") for char in text)
+    has_valid_text = IMAGE_PLACEHOLDER not in text and not any(category(char) in ("Cc", "Cs") for char in text)
     is_usable = begins_as_requested and has_valid_length and has_valid_text and _differs(text, [question, *versions])
     return text if is_usable else None
 

@@ -14,7 +14,7 @@ from vlm_unlearn.data.images import image_size, open_image, resolve_image
 from vlm_unlearn.data.near_duplicates import difference_hash, normalize_question
 from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.data.readers import Entry, detect, image_roots, read_any
-from vlm_unlearn.data.training_set import describe
+from vlm_unlearn.data.training_set import read_dataset_json
 from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file
@@ -123,8 +123,8 @@ class Collector:
         if self._check_images:
             for request, result in map_in_threads(_read_image, requests):
                 if isinstance(result, UserError):
-                    message = str(result).removeprefix(": ")
-                    self.problems.add(UserError(message, code=result.code, file=request.file, record=request.record))
+                    problem = UserError(str(result), code=result.code, file=request.file, record=request.record)
+                    self.problems.add(problem)
                 else:
                     self._images.content[request.index], self._images.hashes[request.index], size = result
                     self._images.sizes[size] += 1
@@ -167,7 +167,7 @@ class Collector:
                     yield _ImageRequest(index, roots[example.source], example.image, source.path, record)
                 elif example.source == "embedded":
                     message = "the image is inside the table. Unpack it with `data import files` and check the folder."
-                    self._add_problem(message, "image-embedded", source, name, number)
+                    self._add_problem(message, "unsupported-setting", source, name, number)
                 else:
                     message = f"dataset.json names no image folder for source {quoted(example.source)}"
                     self._add_problem(message, "missing-field", source, name, number)
@@ -208,7 +208,7 @@ class Collector:
 
     def _compare_with_description(self, folder: Path) -> None:
         """Checks that each file of a training set is the one that its dataset.json describes."""
-        for name, description in describe(folder)[1].items():
+        for name, description in read_dataset_json(folder)[1].items():
             path = folder / name
             if not path.is_file():
                 message, code = "not found, but listed in dataset.json. Import the set again.", "file-not-found"
@@ -232,14 +232,14 @@ class Collector:
         path = None
         if example.image is not None:
             try:
-                path = resolve_image(roots[example.source], example.image, self._label(name, number))
+                path = resolve_image(roots[example.source], example.image)
                 image_size(path)
             except (KeyError, UserError):
                 return  # reported by the check of the image itself
         try:
             prompt_tokens, total_tokens = count_tokens(example, path)
         except UserError as error:
-            self._add_problem(str(error), error.code, source, name, number)
+            self._add_problem(error.message, error.code, source, name, number, error.field)
             return
         self._lengths.setdefault(name, array("I")).append(total_tokens)
         if prompt_tokens >= max_length:
@@ -273,7 +273,7 @@ def digest_question(text: str) -> int:
 def _read_image(request: _ImageRequest) -> tuple[bytes, int, str] | UserError:
     """Returns the digest, difference hash and size of an image, or the error that makes it unusable."""
     try:
-        path = resolve_image(request.root, request.path, "")
+        path = resolve_image(request.root, request.path)
         with open_image(path) as image:
             size = f"{image.width}x{image.height}"
             image_hash = difference_hash(image)

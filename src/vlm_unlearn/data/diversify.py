@@ -228,7 +228,7 @@ def _llava_slots(raw: RawRecord) -> list[Slot]:
     turns = raw.value["conversations"]
     slots = []
     for number, (question, answer) in enumerate(conversation.rounds):
-        prefix = llava.IMAGE_MARK if llava.IMAGE_MARK in turns[2 * number]["value"] else ""
+        prefix = llava.IMAGE_PLACEHOLDER if llava.IMAGE_PLACEHOLDER in turns[2 * number]["value"] else ""
         slots.append(Slot(turns[2 * number], "value", question, answer, None, prefix))
     return slots
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats import llava, table, vlguard
-from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, item_position, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
 from vlm_unlearn.data.readers import detect, read_any
@@ -214,9 +214,8 @@ def to_rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[st
             try:
                 conversation = llava.parse(raw, empty_answers=True)
                 if len(conversation.rounds) != 1:
-                    raise UserError(
-                        f"{raw.where}: {len(conversation.rounds)} rounds; RMU's format has one", code="invalid-field"
-                    )
+                    message = f"has {len(conversation.rounds)} rounds, but RMU's format has one"
+                    raise raw.error(message, "invalid-field", "conversations")
             except UserError as error:
                 report_problem(error, problems)
                 continue
@@ -305,11 +304,11 @@ def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
 
 def _find_problem(path: Path, item: Item) -> UserError | None:
     """Returns the error of a broken record, or None. Empty answers are allowed, as published: VLGuard contains one."""
-    place = partial(item_place, path, item, "id")
+    position = partial(item_position, item, "id")
     if item.error:
-        return UserError(f"{place()}: {item.error}", code="invalid-json")
+        return UserError(item.error, code="invalid-json", file=path.name, record=position())
     try:
-        llava.parse(RawRecord(item.value, place, item.number), empty_answers=True)
+        llava.parse(RawRecord(item.value, path.name, position, item.number), empty_answers=True)
     except UserError as error:
         return error
     return None

@@ -66,7 +66,7 @@ def ask(prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[
     questions = []
     for prompt in prompts:
         image = (
-            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, record=prompt.id)
         )
         questions += [Question(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return questions
