@@ -17,7 +17,7 @@ from vlm_unlearn.reporting.columns import better
 from vlm_unlearn.reporting.tables.markdown import escaped
 from vlm_unlearn.reporting.tables.summary_tables import (
     NAMES,
-    delete_other_tables,
+    delete_stale_tables,
     named_table,
     summary_tables,
     write_tables,
@@ -110,7 +110,7 @@ def test_every_table_that_the_summary_fills_is_written_three_times(summary: Summ
     ]
     later = write_tables(tmp_path, Summary(rows=[Row(model="m", metrics={"asr": share(1, 4)})]), {})
     (tmp_path / "report/tables/mine.csv").write_text("somebody's")
-    delete_other_tables(tmp_path, later)
+    delete_stale_tables(tmp_path, later)
     assert set((tmp_path / "report/tables").iterdir()) == {
         *later,
         tmp_path / "report/tables/mine.csv",

@@ -50,7 +50,7 @@ def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
     return files
 
 
-def delete_other_tables(folder: Path, kept: Collection[Path]) -> None:
+def delete_stale_tables(folder: Path, kept: Collection[Path]) -> None:
     """Deletes the tables of an earlier summary that this one doesn't fill."""
     ours = {folder / "report" / "tables" / f"{name}.{form}" for name in NAMES for form in FORMS}
     for file in ours - set(kept):
