@@ -12,7 +12,7 @@ from vlm_unlearn.reporting.formatting import SIGNIFICANT, judged_by, judges_of, 
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
-from vlm_unlearn.reporting.tables.names import FORMS, NAMES, PRINTED
+from vlm_unlearn.reporting.tables.names import TABLE_FORMATS, TABLE_NAMES, PRINTABLE_TABLES
 from vlm_unlearn.reporting.tables.paper_tables import (
     counted,
     failed_of,
@@ -44,20 +44,20 @@ def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
     tables = summary_tables(summary, costs)
     files = []
     for name, table in tables.items():
-        for form in FORMS:
+        for form in TABLE_FORMATS:
             files.append(below / f"{name}.{form}")
-            write_text(files[-1], written(table, form))
+            write_text(files[-1], render_table(table, form))
     return files
 
 
 def delete_stale_tables(folder: Path, kept: Collection[Path]) -> None:
     """Deletes the tables of an earlier summary that this one doesn't fill."""
-    ours = {folder / "report" / "tables" / f"{name}.{form}" for name in NAMES for form in FORMS}
+    ours = {folder / "report" / "tables" / f"{name}.{form}" for name in TABLE_NAMES for form in TABLE_FORMATS}
     for file in ours - set(kept):
         file.unlink(missing_ok=True)
 
 
-def written(table: Table, form: str, intervals: bool = True) -> str:
+def render_table(table: Table, form: str, intervals: bool = True) -> str:
     """The table as ``csv``, ``tex`` or ``md``; a CSV has its intervals as columns, always."""
     return (
         csv_text(table) if form == "csv" else latex(table, intervals) if form == "tex" else markdown(table, intervals)
@@ -71,8 +71,8 @@ def named_table(summary: Summary, name: str) -> Table:
         UserError: there is no such table, or the summary has nothing for it.
     """
     tables = summary_tables(summary)
-    if name not in PRINTED:
-        raise UserError(f"no table {quoted(name)}{nearest(name, PRINTED)}; known: {', '.join(PRINTED)}")
+    if name not in PRINTABLE_TABLES:
+        raise UserError(f"no table {quoted(name)}{nearest(name, PRINTABLE_TABLES)}; known: {', '.join(PRINTABLE_TABLES)}")
     if name not in tables:
         raise UserError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
     return tables[name]
@@ -93,7 +93,7 @@ def summary_tables(summary: Summary, costs: Costs | None = None) -> dict[str, Ta
     )
     found = [table for maker in makers for table in maker(summary)]
     by_name = {table.name: table for table in (*found, *_cost(costs or {}))}
-    return {name: by_name[name] for name in NAMES if name in by_name}
+    return {name: by_name[name] for name in TABLE_NAMES if name in by_name}
 
 
 def _rates(summary: Summary) -> Iterable[Table]:
