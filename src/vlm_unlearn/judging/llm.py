@@ -79,7 +79,7 @@ class LLMJudge(Judge):
 
         return LocalChat(str(config.model), config.max_tokens, config.batch_size)
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         if isinstance(self._chat, OpenAIChat):
             self._chat.look()
 
