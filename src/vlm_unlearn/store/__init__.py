@@ -7,6 +7,7 @@ from vlm_unlearn.store.files import digest_model as digest_model
 from vlm_unlearn.store.files import digest_text as digest_text
 from vlm_unlearn.store.files import dump_record as dump_record
 from vlm_unlearn.store.files import first_problem as first_problem
+from vlm_unlearn.store.files import open_atomically as open_atomically
 from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records
 from vlm_unlearn.store.files import remove_stale_temp_files as remove_stale_temp_files
@@ -16,7 +17,6 @@ from vlm_unlearn.store.files import without_surrogates as without_surrogates
 from vlm_unlearn.store.files import write_json as write_json
 from vlm_unlearn.store.files import write_records as write_records
 from vlm_unlearn.store.files import write_text as write_text
-from vlm_unlearn.store.files import writing as writing
 from vlm_unlearn.store.runs import build_atomically as build_atomically
 from vlm_unlearn.store.runs import cache_folder as cache_folder
 from vlm_unlearn.store.runs import describe_path as describe_path

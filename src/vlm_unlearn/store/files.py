@@ -25,7 +25,7 @@ def user_path(name: str | Path) -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[TextIO]:
+def open_atomically(path: Path) -> Iterator[TextIO]:
     """A text file to write, of any size, so that a reader, or a kill at any moment, sees the old content or the new, never a part.
 
     A link is followed. A lone surrogate, which no UTF-8 file can hold, is written as ``?``.
@@ -92,7 +92,7 @@ def validate_not_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Pat
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically."""
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         handle.write(without_surrogates(text))
 
 
@@ -171,7 +171,7 @@ def dump_record(record: BaseModel) -> str:
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
     """Writes a whole JSON-lines file atomically; returns how many records it holds."""
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         for record in records:
             handle.write(dump_record(record))
             count += 1
