@@ -11,9 +11,9 @@ from vlm_unlearn.store.files import open_atomically as open_atomically
 from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records
 from vlm_unlearn.store.files import remove_stale_temp_files as remove_stale_temp_files
+from vlm_unlearn.store.files import replace_surrogates as replace_surrogates
 from vlm_unlearn.store.files import user_path as user_path
 from vlm_unlearn.store.files import validate_not_overwriting as validate_not_overwriting
-from vlm_unlearn.store.files import without_surrogates as without_surrogates
 from vlm_unlearn.store.files import write_json as write_json
 from vlm_unlearn.store.files import write_records as write_records
 from vlm_unlearn.store.files import write_text as write_text

@@ -93,10 +93,10 @@ def validate_not_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Pat
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically."""
     with open_atomically(path) as handle:
-        handle.write(without_surrogates(text))
+        handle.write(replace_surrogates(text))
 
 
-def without_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """The text with lone surrogates, which no UTF-8 file can hold, replaced by U+FFFD."""
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
@@ -165,7 +165,7 @@ def first_problem(error: ValidationError) -> str:
 
 def dump_record(record: BaseModel) -> str:
     """One JSON line."""
-    return without_surrogates(json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=False)) + "\n"
+    return replace_surrogates(json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=False)) + "\n"
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
