@@ -1,12 +1,12 @@
 """What runs leave on disk: files that a kill can't break, and the folders that hold them."""
 
 from vlm_unlearn.store.files import RecordLog as RecordLog
+from vlm_unlearn.store.files import describe_validation_error as describe_validation_error
 from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json
 from vlm_unlearn.store.files import digest_model as digest_model
 from vlm_unlearn.store.files import digest_text as digest_text
 from vlm_unlearn.store.files import dump_record as dump_record
-from vlm_unlearn.store.files import first_problem as first_problem
 from vlm_unlearn.store.files import open_atomically as open_atomically
 from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records

@@ -153,10 +153,10 @@ def _parse(model: type[Model], line: str, where: str) -> Model:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_problem(error)}") from None
+        raise UserError(f"{where}: {describe_validation_error(error)}") from None
 
 
-def first_problem(error: ValidationError) -> str:
+def describe_validation_error(error: ValidationError) -> str:
     """``"field: what is wrong with it"``, of the first of the problems; the file's own words in it are escaped."""
     first = error.errors()[0]
     field = ".".join(quoted(part)[1:-1] for part in first["loc"])
