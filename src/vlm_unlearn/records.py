@@ -13,7 +13,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Difference = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 LABELS: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
-PROBE = "probe/"  # begins the name of a probed rate in a training run's log.jsonl
+PROBE_PREFIX = "probe/"  # begins the name of a probed rate in a training run's log.jsonl
 
 
 class Record(BaseModel):
