@@ -171,7 +171,7 @@ class Row(Record):
         """Whose verdicts a metric rests on; empty where nobody judged."""
         return self.judges.get(metric, self.judge)
 
-    def by_published_counting(self) -> Row:
+    def with_published_counting(self) -> Row:
         """The row with the published counting in place of the corrected, of the metrics that have it."""
         judges = {metric: self.paper_judges.get(metric, self.judge) for metric in self.paper}
         return self.model_copy(update={"metrics": self.metrics | self.paper, "judges": self.judges | judges})
