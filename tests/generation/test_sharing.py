@@ -27,7 +27,7 @@ from vlm_unlearn.models.loader import load_model, load_processor
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Prompt
 
-SHARING = [family for family, layout in LAYOUTS.items() if layout.packs]
+SHARING = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]
 TOKENS = 12
 ASKED = [  # the image, by number, and the question
     (0, "What is this ?"),
