@@ -104,7 +104,7 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
         save_suite(folder, suite)
         failed = failed_responses(folder)
         if failed:
-            backend.look()  # where nobody is there to answer, what has been measured stays measured
+            backend.check_available()  # where nobody is there to answer, what has been measured stays measured
             remove_failed_responses(folder, failed)
         waiting = not read_manifest(folder)["finished"] or not _whole(folder, questions)
         if waiting:

@@ -39,7 +39,7 @@ class Backend(Protocol):
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """What is asked, and written, together: a function of the questions alone."""
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         """Looks whether it could answer, before anything is given up for it.
 
         Raises:

@@ -211,7 +211,7 @@ class OpenAIChat:
         told |= {"request": self._request} if self._request else {}
         return told | ({"revision": self._revision} if self._revision else {})
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         """Looks whether a server is there that takes the key, before there is anything to ask.
 
         Raises:

@@ -52,8 +52,8 @@ class ServerBackend:
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         return shard_requests(questions, 1)  # the server makes its own
 
-    def look(self) -> None:
-        self._chat(1).look()
+    def check_available(self) -> None:
+        self._chat(1).check_available()
 
     def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
         with Grouped(on_answers) as grouped:

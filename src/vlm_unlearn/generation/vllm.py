@@ -60,7 +60,7 @@ class VLLMBackend:
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         return shard_requests(questions, WRITTEN * self._config.batch_size)
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         """The folder was looked at when this was made."""
 
     def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:

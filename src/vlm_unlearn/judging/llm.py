@@ -79,9 +79,9 @@ class LLMJudge(Judge):
 
         return LocalChat(str(config.model), config.max_tokens, config.batch_size)
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         if isinstance(self._chat, OpenAIChat):
-            self._chat.look()
+            self._chat.check_available()
 
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
         """Calls `on_verdict` once for each answer as its reply comes.
