@@ -8,7 +8,7 @@ from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, shard_requests
-from vlm_unlearn.generation.chat import Ask, OpenAIChat, Reply
+from vlm_unlearn.generation.chat import ChatRequest, OpenAIChat, ChatResponse
 from vlm_unlearn.records import Response
 
 
@@ -67,14 +67,14 @@ class ServerBackend:
     def _ask(self, questions: Iterable[Question], on_answer: Callable[[Response], None], concurrency: int) -> None:
         under_way: dict[str, Question] = {}
 
-        def asks() -> Iterator[Ask]:
+        def asks() -> Iterator[ChatRequest]:
             for number, question in enumerate(questions):
                 under_way[str(number)] = question
-                yield Ask(
+                yield ChatRequest(
                     str(number), question.prompt.question, question.image, answer_seed(self._config.seed, question)
                 )
 
-        def take(reply: Reply) -> None:
+        def take(reply: ChatResponse) -> None:
             question = under_way.pop(reply.id)
             text = None if reply.text is None else reply.text.strip()
             answered = Response(
