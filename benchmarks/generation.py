@@ -32,7 +32,7 @@ def batching(repetitions: int) -> dict[str, Any]:
     """Batches of the tiny world's prompts."""
     from vlm_unlearn.config import GenerationConfig, Suite, load
     from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
-    from vlm_unlearn.generation.base import assign_to_processes
+    from vlm_unlearn.generation.base import evenly_spaced
     from vlm_unlearn.generation.hf import answers
     from vlm_unlearn.models.loader import load_model, load_processor
     from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
@@ -44,7 +44,7 @@ def batching(repetitions: int) -> dict[str, Any]:
         world = Path(scratch) / "world"
         write_world(world, 0)
         suite = load(Suite, Path("suites/tiny"), [f"model={base}", f"root={world}"])
-        prompts = assign_to_processes(suite_prompts(suite), PROMPTS)
+        prompts = evenly_spaced(suite_prompts(suite), PROMPTS)
 
         def answered(batch_size: int) -> tuple[float, dict[str, str | None]]:
             config = suite.generation.model_copy(update={"batch_size": batch_size})

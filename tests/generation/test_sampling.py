@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from vlm_unlearn.config import GenerationConfig, Suite, load
-from vlm_unlearn.generation.base import Question, answer_seed, ask
+from vlm_unlearn.generation.base import GenerationRequest, sampling_seed, ask
 from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
 from vlm_unlearn.generation.hf import answer, answers, batches
 from vlm_unlearn.models.loader import load_model, load_processor
@@ -126,7 +126,7 @@ def test_the_models_own_settings_stay_out(loaded: tuple[torch.nn.Module, object]
 def test_an_answer_that_has_ended_disturbs_no_other(loaded: tuple[torch.nn.Module, object]) -> None:
     model, processor = loaded
     config = GenerationConfig(max_new_tokens=40, temperature=1.0)
-    questions = ask(prompts(8), {}, {"s": 4})
+    questions = build_requests(prompts(8), {}, {"s": 4})
     together = answer(model, processor, questions, config)
     assert {response.finish_reason for response in together} == {"stop", "length"}
     alone = [response for question in questions for response in answer(model, processor, [question], config)]
@@ -135,23 +135,23 @@ def test_an_answer_that_has_ended_disturbs_no_other(loaded: tuple[torch.nn.Modul
 
 
 def test_batches_are_made_of_prompts_and_samples_alone() -> None:
-    questions = ask(prompts(7), {}, {"s": 2})
+    questions = build_requests(prompts(7), {}, {"s": 2})
     found = batches(questions, 4)
     assert sorted(question.key for batch in found for question in batch) == sorted(
         question.key for question in questions
     )
     assert [len(batch) for batch in found] == [4, 4, 4, 2]
-    assert batches(ask(prompts(7), {}, {}), 4) == batches(ask(prompts(7), {}, {"other": 3}), 4)
+    assert batches(build_requests(prompts(7), {}, {}), 4) == batches(build_requests(prompts(7), {}, {"other": 3}), 4)
 
 
 def test_every_answer_has_a_seed_of_its_own() -> None:
     one, two = prompts(2)
     seeds = [
-        answer_seed(seed, Question(prompt, sample)) for seed in (0, 1) for prompt in (one, two) for sample in (0, 1)
+        sampling_seed(seed, GenerationRequest(prompt, sample)) for seed in (0, 1) for prompt in (one, two) for sample in (0, 1)
     ]
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert answer_seed(0, Question(one, 1)) == answer_seed(0, Question(one, 1, Path("elsewhere.png")))
+    assert sampling_seed(0, GenerationRequest(one, 1)) == sampling_seed(0, GenerationRequest(one, 1, Path("elsewhere.png")))
 
 
 def test_the_suite_in_the_docs_is_one(tmp_path: Path) -> None:

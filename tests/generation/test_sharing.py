@@ -18,7 +18,7 @@ from vlm_unlearn.data import encoding
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.data.images import open_image
 from vlm_unlearn.generation import hf
-from vlm_unlearn.generation.base import Question
+from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
 from vlm_unlearn.generation.hf import batches, complete
 from vlm_unlearn.generation.sharing import lay_out, prefill
@@ -253,10 +253,10 @@ def test_how_prompts_are_laid_out() -> None:
 
 
 def test_questions_on_one_image_are_asked_together() -> None:
-    def question(number: int, image: str | None, words: int, sample: int = 0) -> Question:
+    def question(number: int, image: str | None, words: int, sample: int = 0) -> GenerationRequest:
         text = " ".join(["word"] * words)
         prompt = Prompt(id=f"p{number}", group_id="g", set="s", kind="safe", question=text, image=image)
-        return Question(prompt, sample, None if image is None else Path(image))
+        return GenerationRequest(prompt, sample, None if image is None else Path(image))
 
     asked = [
         question(1, "a", 9),
