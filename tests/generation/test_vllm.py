@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import GenerationRequest, sampling_seed, ask
+from vlm_unlearn.generation.base import GenerationRequest, sampling_seed, build_requests
 from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import write_json
@@ -90,7 +90,7 @@ def questions(tmp_path: Path) -> list[GenerationRequest]:
 def run(model: Path, questions: list[GenerationRequest], **changes: object) -> list[Response]:
     backend = VLLMBackend(str(model), GenerationConfig.model_validate({"backend": "vllm", "batch_size": 1, **changes}))
     found: list[Response] = []
-    backend.run(backend.batches(questions), found.extend)
+    backend.run(backend.make_batches(questions), found.extend)
     return found
 
 
@@ -144,7 +144,7 @@ def test_a_model_is_split_as_its_heads_allow(
 def test_answers_are_handed_on_batch_by_batch(engine: type[LLM], tiny_model: Path, questions: list[GenerationRequest]) -> None:
     backend = VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm", batch_size=1))
     groups: list[int] = []
-    backend.run(backend.batches([*questions] * 4), lambda answers: groups.append(len(answers)))
+    backend.run(backend.make_batches([*questions] * 4), lambda answers: groups.append(len(answers)))
     assert groups == [16, 16, 8]
     assert [response.key for response in backend.run_one_by_one(questions[:2])] == [("0", 0), ("0", 1)]
     assert [len(messages) for messages, _ in engine.calls[-2:]] == [1, 1]

@@ -147,7 +147,7 @@ def _answer_share(
     """
     file = folder / RESPONSES
     known = {response.key for response in read_records(file, Response)} if file.exists() else set()
-    batches = [batch for batch in backend.batches(questions) if any(question.key not in known for question in batch)]
+    batches = [batch for batch in backend.make_batches(questions) if any(question.key not in known for question in batch)]
     share = batches[together.rank :: together.size]
     total = sum(map(len, share))
     done = 0

@@ -36,7 +36,7 @@ class Backend(Protocol):
     def identity(self) -> Mapping[str, object]:
         """Everything that decides an answer, besides the question: `model` and `generation`."""
 
-    def batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
         """What is asked, and written, together: a function of the questions alone."""
 
     def check_available(self) -> None:

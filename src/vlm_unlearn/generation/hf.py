@@ -15,9 +15,9 @@ from transformers import LogitsProcessorList
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Processor, Turn, encode, move
 from vlm_unlearn.generation.base import OnResponses, GenerationRequest, sampling_seed, build_requests, split_into_batches
-from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
+from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.sharing import Prefilled, prefill
-from vlm_unlearn.models.loader import device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
 
 CHUNK_TOKENS = 32  # tokens after which answers that have ended are looked for
@@ -47,25 +47,25 @@ class HFBackend:
     @cached_property
     def _loaded(self) -> tuple[Any, Processor]:
         model, processor = load_run_model(self._folder, self._precision)
-        model.to(device()).eval()
+        model.to(default_device()).eval()
         return model, processor
 
-    def batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
-        return batches(questions, self._config.batch_size)
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return make_batches(questions, self._config.batch_size)
 
     def check_available(self) -> None:
         """The folder was looked at when this was made."""
 
     def run(self, batches: Iterable[Sequence[GenerationRequest]], on_answers: OnResponses) -> None:
         for batch in batches:
-            on_answers(answer(*self._loaded, batch, self._config))
+            on_answers(generate_batch(*self._loaded, batch, self._config))
 
     def run_one_by_one(self, questions: Sequence[GenerationRequest]) -> Iterator[Response]:
         for question in questions:
-            yield from answer(*self._loaded, [question], self._config)
+            yield from generate_batch(*self._loaded, [question], self._config)
 
 
-def answers(
+def generate_responses(
     model: Any,
     processor: Processor,
     prompts: Sequence[Prompt],
@@ -80,12 +80,12 @@ def answers(
         images, samples: as in `vlm_unlearn.generation.base.build_requests`.
     """
     return (
-        answer(model, processor, batch, config)
-        for batch in batches(build_requests(prompts, images, samples or {}), config.batch_size)
+        generate_batch(model, processor, batch, config)
+        for batch in make_batches(build_requests(prompts, images, samples or {}), config.batch_size)
     )
 
 
-def batches(questions: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
+def make_batches(questions: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
     """Questions on one image together, and beside others of alike lengths, for less padding; with and without image apart, as mllama
     needs it.
 
@@ -111,7 +111,7 @@ def _length(question: GenerationRequest) -> int:
     return len(question.prompt.question.split())
 
 
-def answer(model: Any, processor: Processor, questions: Sequence[GenerationRequest], config: GenerationConfig) -> list[Response]:
+def generate_batch(model: Any, processor: Processor, questions: Sequence[GenerationRequest], config: GenerationConfig) -> list[Response]:
     """The answers of one batch."""
     turns = [Turn(question.prompt.id, question.image, question.prompt.question, None) for question in questions]
     drawing = None
@@ -121,13 +121,13 @@ def answer(model: Any, processor: Processor, questions: Sequence[GenerationReque
     return [
         Response(prompt_id=question.prompt.id, sample=question.sample, text=text, finish_reason=reason)
         for question, (text, reason) in zip(
-            questions, complete(model, processor, turns, config.max_new_tokens, drawing), strict=True
+            questions, generate_texts(model, processor, turns, config.max_new_tokens, drawing), strict=True
         )
     ]
 
 
 @torch.no_grad()
-def complete(
+def generate_texts(
     model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, drawing: SeededSampling | None = None
 ) -> list[tuple[str, str]]:
     """What a model says to each of a batch of turns, and why it ended: ``stop`` or ``length``. Greedy without `drawing`.
@@ -193,7 +193,7 @@ def _generate_in_chunks(
 def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, drawing: SeededSampling | None) -> Tensor:
     """[B, N] new tokens, padding behind the end of an answer; N is less than the most where all have ended."""
     processors = LogitsProcessorList([] if drawing is None else [drawing])
-    with plain_settings(model):
+    with neutral_generation_config(model):
         output: Tensor = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors
         )

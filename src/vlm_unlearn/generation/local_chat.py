@@ -11,8 +11,8 @@ from typing import Any
 from vlm_unlearn.data.encoding import Processor, Turn
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import Ask, OnReply, Reply, reply_of
-from vlm_unlearn.generation.hf import complete
-from vlm_unlearn.models.loader import device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.generation.hf import generate_texts
+from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.store import package_versions
 
 
@@ -46,7 +46,7 @@ class LocalChat:
     def _replies(self, model: Any, processor: Processor, batch: list[Ask]) -> Iterator[Reply]:
         """A reply a question; where a batch can't be encoded, one by one, so that only the cause gets an error."""
         try:
-            said = complete(
+            said = generate_texts(
                 model, processor, [Turn(ask.id, ask.image, ask.text, None) for ask in batch], self._max_tokens
             )
         except UserError as error:
@@ -64,5 +64,5 @@ class LocalChat:
 def _loaded(folder: Path, digest: str, precision: str) -> tuple[Any, Processor]:
     """A model, held for the judges that come after this one; other weights in the same folder are another model."""
     model, processor = load_run_model(folder, precision)
-    model.to(device()).eval()
+    model.to(default_device()).eval()
     return model, processor

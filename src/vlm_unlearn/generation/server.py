@@ -49,7 +49,7 @@ class ServerBackend:
             request=config.request,
         )
 
-    def batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
         return split_into_batches(questions, 1)  # the server makes its own
 
     def check_available(self) -> None:

@@ -57,7 +57,7 @@ class VLLMBackend:
             generation_config="vllm",  # not the model's own penalties, top-k and temperature
         )
 
-    def batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
         return split_into_batches(questions, WRITTEN * self._config.batch_size)
 
     def check_available(self) -> None:
