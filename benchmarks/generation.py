@@ -105,7 +105,9 @@ def k_shot(repetitions: int) -> dict[str, Any]:
         def together(temperature: float) -> list[str]:
             return [
                 text
-                for text, _ in generate_texts(model, processor, turns, NEW_TOKENS, drawing(range(len(turns)), temperature))
+                for text, _ in generate_texts(
+                    model, processor, turns, NEW_TOKENS, drawing(range(len(turns)), temperature)
+                )
             ]
 
         @torch.no_grad()

@@ -177,7 +177,10 @@ def test_one_that_fails_ends_all(tiny_model: Path, world: Path, tmp_path: Path) 
     one_case = "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
     shared = [f"model={tiny_model}", f"root={broken}", one_case, "metrics={}", "generation.batch_size=1"]
     wanted = load(Suite, Path("suites/tiny"), shared)
-    asked = [question.image for (question,) in make_batches(build_requests(suite_prompts(wanted), image_roots(wanted), {}), 1)]
+    asked = [
+        question.image
+        for (question,) in make_batches(build_requests(suite_prompts(wanted), image_roots(wanted), {}), 1)
+    ]
     assert asked[3] is not None
     assert asked[3] not in asked[::2]
     asked[3].write_bytes(b"no image")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stub_server import stub_server
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.generation.chat import ChatRequest, OpenAIChat, ChatCache, complete_all
+from vlm_unlearn.generation.chat import ChatCache, ChatRequest, OpenAIChat, complete_all
 
 ASKS = [ChatRequest(str(number), f"question {number}") for number in range(60)]
 SECRET = "sk-very-secret"
@@ -109,7 +109,8 @@ def test_the_cache_knows_model_text_and_image(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4), "blue").save(image)
         assert asked("m", ChatRequest("1", "q", image)) == 1
         assert (
-            complete_all(OpenAIChat(stub.url, "m"), [ChatRequest("9", "q", image)], ChatCache(tmp_path / "c.sqlite"))[1] == 0
+            complete_all(OpenAIChat(stub.url, "m"), [ChatRequest("9", "q", image)], ChatCache(tmp_path / "c.sqlite"))[1]
+            == 0
         )
     assert stub.bodies[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert SECRET.encode() not in (tmp_path / "c.sqlite").read_bytes()
@@ -182,7 +183,11 @@ def test_a_local_model_answers_and_is_cached(tiny_model: Path, tmp_path: Path) -
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), "red").save(image)
     cache = ChatCache(tmp_path / "c.sqlite")
-    asks = [ChatRequest("1", "what is this ?", image), ChatRequest("2", "what colour ?", image), ChatRequest("3", "what ?")]
+    asks = [
+        ChatRequest("1", "what is this ?", image),
+        ChatRequest("2", "what colour ?", image),
+        ChatRequest("3", "what ?"),
+    ]
     first, asked = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
     assert asked == 3
     assert {reply.id for reply in first.values()} == {"1", "2", "3"}

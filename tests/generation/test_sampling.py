@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from vlm_unlearn.config import GenerationConfig, Suite, load
-from vlm_unlearn.generation.base import GenerationRequest, sampling_seed, build_requests
+from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_batch, generate_responses, make_batches
 from vlm_unlearn.models.loader import load_model, load_processor
@@ -141,17 +141,24 @@ def test_batches_are_made_of_prompts_and_samples_alone() -> None:
         question.key for question in questions
     )
     assert [len(batch) for batch in found] == [4, 4, 4, 2]
-    assert make_batches(build_requests(prompts(7), {}, {}), 4) == make_batches(build_requests(prompts(7), {}, {"other": 3}), 4)
+    assert make_batches(build_requests(prompts(7), {}, {}), 4) == make_batches(
+        build_requests(prompts(7), {}, {"other": 3}), 4
+    )
 
 
 def test_every_answer_has_a_seed_of_its_own() -> None:
     one, two = prompts(2)
     seeds = [
-        sampling_seed(seed, GenerationRequest(prompt, sample)) for seed in (0, 1) for prompt in (one, two) for sample in (0, 1)
+        sampling_seed(seed, GenerationRequest(prompt, sample))
+        for seed in (0, 1)
+        for prompt in (one, two)
+        for sample in (0, 1)
     ]
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert sampling_seed(0, GenerationRequest(one, 1)) == sampling_seed(0, GenerationRequest(one, 1, Path("elsewhere.png")))
+    assert sampling_seed(0, GenerationRequest(one, 1)) == sampling_seed(
+        0, GenerationRequest(one, 1, Path("elsewhere.png"))
+    )
 
 
 def test_the_suite_in_the_docs_is_one(tmp_path: Path) -> None:

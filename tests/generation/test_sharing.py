@@ -267,7 +267,9 @@ def test_questions_on_one_image_are_asked_together() -> None:
         question(6, None, 4),
     ]
     asked += [question(7, "d", number) for number in (30, 20, 10, 40, 50)]
-    found = [[(item.prompt.id, item.prompt.question.count("word")) for item in batch] for batch in make_batches(asked, 4)]
+    found = [
+        [(item.prompt.id, item.prompt.question.count("word")) for item in batch] for batch in make_batches(asked, 4)
+    ]
     assert found == [
         [("p3", 1), ("p1", 9), ("p2", 2), ("p5", 2)],
         [("p4", 3)],

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import GenerationRequest, sampling_seed, build_requests
+from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
 from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import write_json
@@ -141,7 +141,9 @@ def test_a_model_is_split_as_its_heads_allow(
     assert tensor_parallel(tiny_model) == expected
 
 
-def test_answers_are_handed_on_batch_by_batch(engine: type[LLM], tiny_model: Path, questions: list[GenerationRequest]) -> None:
+def test_answers_are_handed_on_batch_by_batch(
+    engine: type[LLM], tiny_model: Path, questions: list[GenerationRequest]
+) -> None:
     backend = VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm", batch_size=1))
     groups: list[int] = []
     backend.run(backend.make_batches([*questions] * 4), lambda answers: groups.append(len(answers)))

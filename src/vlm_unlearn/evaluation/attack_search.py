@@ -349,7 +349,9 @@ class _Asker:
             self._loaded[0].to(default_device()).eval()
         model, processor = self._loaded
         roots = {"search": self._request.images}
-        made = generate_responses(model=model, processor=processor, prompts=batch, images=roots, config=self._request.generation)
+        made = generate_responses(
+            model=model, processor=processor, prompts=batch, images=roots, config=self._request.generation
+        )
         responses = [response for part in made for response in part]
         self._log.append(responses)
         for response in responses:

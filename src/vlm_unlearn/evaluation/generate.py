@@ -147,7 +147,9 @@ def _answer_share(
     """
     file = folder / RESPONSES
     known = {response.key for response in read_records(file, Response)} if file.exists() else set()
-    batches = [batch for batch in backend.make_batches(questions) if any(question.key not in known for question in batch)]
+    batches = [
+        batch for batch in backend.make_batches(questions) if any(question.key not in known for question in batch)
+    ]
     share = batches[together.rank :: together.size]
     total = sum(map(len, share))
     done = 0
@@ -163,7 +165,9 @@ def _answer_share(
         backend.run(share, take)
 
 
-def _verify(backend: Backend, questions: Sequence[GenerationRequest], folder: Path, count: int, on_done: OnDone | None) -> None:
+def _verify(
+    backend: Backend, questions: Sequence[GenerationRequest], folder: Path, count: int, on_done: OnDone | None
+) -> None:
     """Asks some of the questions, spread over the suite, once more with nothing beside them, and writes batching.json."""
     together = {
         response.key: response.text

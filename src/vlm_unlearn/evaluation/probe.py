@@ -37,7 +37,9 @@ class SuiteProbe:
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Rates by metric name; None where nothing could be scored."""
         samples = {case.name: case.samples for case in self._suite.splits}
-        batches = generate_responses(model, self._processor, self._prompts, self._roots, self._suite.generation, samples)
+        batches = generate_responses(
+            model, self._processor, self._prompts, self._roots, self._suite.generation, samples
+        )
         found = [response for batch in batches for response in batch]
         prompts = {prompt.id: prompt for prompt in self._prompts}
         verdicts = [self._judge.verdict(Answer(prompts[response.prompt_id], response)) for response in found]

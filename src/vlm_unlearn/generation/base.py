@@ -53,7 +53,9 @@ class Backend(Protocol):
         """The answers to the questions with nothing beside them."""
 
 
-def build_requests(prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]) -> list[GenerationRequest]:
+def build_requests(
+    prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]
+) -> list[GenerationRequest]:
     """The questions of all prompts, sample after sample.
 
     Args:

@@ -83,7 +83,9 @@ class ChatCache:
         self._database.execute("INSERT OR REPLACE INTO replies (key, text) VALUES (?, ?)", (key, kept))
 
 
-def complete_many(model: ChatModel, asks: Iterable[ChatRequest], cache: ChatCache | None, on_reply: OnChatResponse) -> int:
+def complete_many(
+    model: ChatModel, asks: Iterable[ChatRequest], cache: ChatCache | None, on_reply: OnChatResponse
+) -> int:
     """Calls `on_reply` once for each question, in any order, and returns how many were asked for anew.
 
     What the cache holds is not asked again, nor is a question while the same one is under way. Only texts are cached: a question that
@@ -204,7 +206,9 @@ class OpenAIChat:
         self._refused = 0  # questions in a row that the server called wrong
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
-            raise UserError(f"{API_KEY_VARIABLE}: holds a character that no key has; look for a stray blank or line break")
+            raise UserError(
+                f"{API_KEY_VARIABLE}: holds a character that no key has; look for a stray blank or line break"
+            )
 
     def identity(self) -> Mapping[str, object]:
         told = {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
@@ -344,7 +348,9 @@ class OpenAIChat:
             return ""
         return f": {quoted(found.replace(self._key, '***') if self._key else found, 200)}"
 
-    def _judged(self, ask: ChatRequest, text: object, finish_reason: str | None, tokens: tuple[int, int] | None) -> ChatResponse:
+    def _judged(
+        self, ask: ChatRequest, text: object, finish_reason: str | None, tokens: tuple[int, int] | None
+    ) -> ChatResponse:
         """A text that came, as the reply that it is."""
         if text is not None and not isinstance(text, str):
             raise _NoAnswerError("an answer that is no text")

@@ -14,7 +14,13 @@ from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Processor, Turn, encode, move
-from vlm_unlearn.generation.base import OnResponses, GenerationRequest, sampling_seed, build_requests, split_into_batches
+from vlm_unlearn.generation.base import (
+    GenerationRequest,
+    OnResponses,
+    build_requests,
+    sampling_seed,
+    split_into_batches,
+)
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.sharing import Prefilled, prefill
 from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
@@ -111,7 +117,9 @@ def _length(question: GenerationRequest) -> int:
     return len(question.prompt.question.split())
 
 
-def generate_batch(model: Any, processor: Processor, questions: Sequence[GenerationRequest], config: GenerationConfig) -> list[Response]:
+def generate_batch(
+    model: Any, processor: Processor, questions: Sequence[GenerationRequest], config: GenerationConfig
+) -> list[Response]:
     """The answers of one batch."""
     turns = [Turn(question.prompt.id, question.image, question.prompt.question, None) for question in questions]
     drawing = None

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.generation.base import OnResponses, GenerationRequest, sampling_seed, split_into_batches
-from vlm_unlearn.generation.chat import ChatRequest, OpenAIChat, ChatResponse
+from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OpenAIChat
 from vlm_unlearn.records import Response
 
 
@@ -64,7 +64,9 @@ class ServerBackend:
         self._ask(questions, found.append, 1)
         yield from found
 
-    def _ask(self, questions: Iterable[GenerationRequest], on_answer: Callable[[Response], None], concurrency: int) -> None:
+    def _ask(
+        self, questions: Iterable[GenerationRequest], on_answer: Callable[[Response], None], concurrency: int
+    ) -> None:
         under_way: dict[str, GenerationRequest] = {}
 
         def asks() -> Iterator[ChatRequest]:

@@ -20,11 +20,15 @@ class Layout:
 
 
 LAYOUTS = {
-    "llava": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", supports_prefix_sharing=True),
+    "llava": Layout(
+        "model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", supports_prefix_sharing=True
+    ),
     "llava_next": Layout(
         "model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", supports_prefix_sharing=True
     ),
-    "qwen2_5_vl": Layout("model.language_model.layers", "model.visual.merger", "model.visual", supports_prefix_sharing=True),
+    "qwen2_5_vl": Layout(
+        "model.language_model.layers", "model.visual.merger", "model.visual", supports_prefix_sharing=True
+    ),
     "mllama": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_model"),
     "idefics3": Layout("model.text_model.layers", "model.connector", "model.vision_model"),
     "smolvlm": Layout("model.text_model.layers", "model.connector", "model.vision_model"),

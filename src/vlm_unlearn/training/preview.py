@@ -11,7 +11,7 @@ from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.distributed import processes
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Role
-from vlm_unlearn.models.loader import load_processor, find_local_model, read_config, build_skeleton
+from vlm_unlearn.models.loader import build_skeleton, find_local_model, load_processor, read_config
 from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.models.trainable import trainable_table
 from vlm_unlearn.store import validate_same_run
