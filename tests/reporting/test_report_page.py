@@ -112,7 +112,7 @@ def test_chooses_what_the_loss_shows(browser, report: Path) -> None:
     """A loss that is no number is left out of the line, and the page holds no NaN, which no JSON may."""
     noise: list[str] = []
     page = open_page(browser, report, noise)
-    page.locator("#loss ~ .choice select").select_option(label="Training: its part: forget")
+    page.locator("#loss ~ .choice select").select_option(label="Training: loss term forget")
     page.locator("#figure-loss-2 .js-plotly-plot").wait_for()
     assert page.locator("#figure-loss-1").is_hidden()
     assert page.evaluate("document.querySelector('#figure-loss-2 .plot').data[0].y.join()") == "1.5,1"
