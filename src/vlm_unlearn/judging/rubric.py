@@ -233,7 +233,7 @@ def load_rubric(name: str) -> Rubric:
         file = str(path)
         if not path.is_file():
             raise UserError(
-                f"no rubric {quoted(name)}{nearest(name, shipped)}. "
+                f"no rubric {quoted(name)}{nearest(name, shipped) or '.'} "
                 f"Pass the path of a rubric file, or one of {', '.join(shipped)}",
                 code="unknown-name",
             )
