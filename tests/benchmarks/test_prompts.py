@@ -73,7 +73,7 @@ def test_mmbench_asks_every_rotation_about_the_image_it_names(tmp_path: Path) ->
     assert (rotated.group_id, first.group_id, rotated.reference, first.reference) == ("5", "5", "B", "A")
     assert rotated.image == first.image != second.image
     root = benchmark_image_root(wanted)
-    seen = [open_image(resolve_image(root, prompt.image or "", "here")).getpixel((0, 0)) for prompt in (first, second)]
+    seen = [open_image(resolve_image(root, prompt.image or "")).getpixel((0, 0)) for prompt in (first, second)]
     assert seen == [(5, 90, 40), (6, 90, 40)]
 
 

@@ -174,7 +174,7 @@ def test_every_answer_is_labelled_with_its_closing_token(name: str, first: str, 
     wanted = [[f"{text.strip()}{closing}" for text in (first, "B.", "So.")], [f"It.{closing}"]]
     # A template opens an answer with a space or a line break of its own, which may belong to it.
     assert [[text.strip() for text in row] for row in told] == wanted
-    assert PromptMeter(processor).tokens_in_all(turn) == int(batch["attention_mask"][0].sum())
+    assert PromptMeter(processor).total_tokens(turn) == int(batch["attention_mask"][0].sum())
 
 
 def test_an_answer_of_nothing_is_refused(processor: Any) -> None:
@@ -210,7 +210,7 @@ def test_the_limit_cuts_answers_never_the_image(processor: Any, world: Path) -> 
     image = next((world / "vlguard" / "train").rglob("*.png"))
     turn = Turn("x", image, "what colour is it ?", "it is red .", (("what is this ?", "this is a sunbroth ."),))
     meter = PromptMeter(processor)
-    first, whole = meter.tokens(turn), meter.tokens_in_all(turn)
+    first, whole = meter.prompt_tokens(turn), meter.total_tokens(turn)
     assert first < whole
     full = encode_with_labels(processor, [turn], 512)
     cut = encode_with_labels(processor, [turn], first + 2)

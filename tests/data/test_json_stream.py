@@ -21,7 +21,7 @@ RECORDS = [
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that end within records, characters and escapes."""
-    monkeypatch.setattr(json_stream, "CHUNK", 37)
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 37)
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])

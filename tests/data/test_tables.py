@@ -121,11 +121,11 @@ def test_a_named_column_must_be_there_and_a_usual_one_need_not(folder: Path) -> 
     file.write_text("foto,question,answer,set\na.png,Q?,A.,train\nb.png,R?,B.,test\n")
     (first, _) = read_table(file, Columns(), folder)
     assert (first.example.image, first.set) == (None, None)
-    (first, _) = read_table(file, Columns(image="foto", named=frozenset({"image"})), folder)
+    (first, _) = read_table(file, Columns(image="foto", required=frozenset({"image"})), folder)
     assert first.example.image == "a.png"
     for field, column in (("image", "fotos"), ("category", "kind"), ("pair", "pairs")):
         with pytest.raises(UserError, match=f'no column "{column}".*pass --{field}-column'):
-            list(read_table(file, Columns(**{field: column}, named=frozenset({field})), folder))
+            list(read_table(file, Columns(**{field: column}, required=frozenset({field})), folder))
 
 
 def test_the_usual_set_column_is_seen(folder: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_long_answer_is_cut_at_its_end(loaded: Loaded, turns: list[Turn]) -> N
 def test_the_meter_counts_image_tokens(loaded: Loaded, turns: list[Turn]) -> None:
     meter = PromptMeter(loaded.processor)
     for turn in [*turns, TEXT_ONLY]:
-        assert meter.tokens_in_all(turn) == encode_with_labels(loaded.processor, [turn], LENGTH)["input_ids"].shape[1]
+        assert meter.total_tokens(turn) == encode_with_labels(loaded.processor, [turn], LENGTH)["input_ids"].shape[1]
 
 
 def test_an_answer_costs_the_same_in_any_batch(loaded: Loaded, turns: list[Turn], images: Path) -> None:

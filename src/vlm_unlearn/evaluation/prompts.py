@@ -73,7 +73,7 @@ def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:
     for prompt in prompts:
         digest = None
         if prompt.image is not None:
-            path = resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+            path = resolve_image(roots[prompt.set], prompt.image, record=prompt.id)
             if path not in images:
                 images[path] = digest_file(path)
             digest = images[path]
