@@ -89,7 +89,8 @@ def named_table(summary: Summary, name: str) -> Table:
         name = new_name
     if name not in PRINTABLE_TABLES:
         raise UserError(
-            f"no table {quoted(name)}{nearest(name, PRINTABLE_TABLES) or '.'} Use one of {', '.join(PRINTABLE_TABLES)}.",
+            f"no table {quoted(name)}{nearest(name, PRINTABLE_TABLES) or '.'} "
+            f"Use one of {', '.join(PRINTABLE_TABLES)}.",
             code="unknown-name",
         )
     tables = summary_tables(summary)
