@@ -373,11 +373,11 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
     assert count_failures([row]) == 2
     assert judges_of([row]) == ["keyword", "mm_vet@j", "rouge_l"]
     told = " ".join(caveats([row], assign_roles([row], {"m": suite}), {}, []))
-    assert "A language model judged (mm_vet@j)" in told
+    assert "(mm_vet@j)" in told
     assert "2 answers or verdicts failed" in told
     alone = row.model_copy(update={"metrics": {"mmvet": row.metrics["mmvet"]}, "judge": ""})
-    assert "Judged by keyword, mm_vet@j, rouge_l" in describe_evaluation([row], {})[1]
-    assert "Judged by nobody" not in describe_evaluation([alone], {})[1]
+    assert "keyword, mm_vet@j, rouge_l" in describe_evaluation([row], {})[1]
+    assert "mm_vet@j" in describe_evaluation([alone], {})[1]
 
 
 def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path: Path) -> None:

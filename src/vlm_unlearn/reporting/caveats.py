@@ -13,6 +13,23 @@ from vlm_unlearn.reporting.metric_roles import MetricRoles
 from vlm_unlearn.reporting.provenance import ModelProvenance, training_seed
 
 FEW = 100  # answers or questions; below this, the report states the rate that zero hits cannot exclude
+KEYWORD_JUDGE = (
+    "A keyword judge graded. It counts every answer without a refusal as answered, whether the answer is harmful, "
+    "wrong or off topic."
+)
+LISTED_ATTACKS = (
+    "Only the listed attacks were measured. Other wordings, a prefilled answer, further training or quantization may "
+    "recover the knowledge."
+)
+NO_ATTACK = (
+    "No attack was measured. Answers to questions in their original wording do not show how the model answers other "
+    "wordings."
+)
+NO_HARM_RATE = "No metric is a rate of harmful answers to unsafe questions, so these numbers do not show safety."
+NO_UNSAFE_QUESTION = "No unsafe question was asked, so these numbers do not show safety."
+AGREEMENT = (
+    "This report does not measure whether people agree with the judge. The command `vlm-unlearn judge agreement` does."
+)
 
 
 def caveats(
@@ -40,10 +57,7 @@ def _judge_caveats(rows: Sequence[Row]) -> list[str]:
     judges = judges_of(rows)
     lines = []
     if by_keywords(rows):
-        lines.append(
-            "A keyword judge graded. It counts every answer without a refusal as answered, whether the answer is "
-            "harmful, wrong or off topic."
-        )
+        lines.append(KEYWORD_JUDGE)
     if any(judge == "tiny_world" for judge in judges):
         lines.append(
             "The judge contains every fact of the made-up world. No judge does so for the real world, so these numbers "
@@ -51,10 +65,7 @@ def _judge_caveats(rows: Sequence[Row]) -> list[str]:
         )
     models = [judge for judge in judges if "@" in judge]
     if models:
-        lines.append(
-            f"A language model graded ({', '.join(models)}). This report does not measure whether people agree with "
-            "it. The command `vlm-unlearn judge agreement` does."
-        )
+        lines.append(f"A language model graded ({', '.join(models)}). {AGREEMENT}")
     if any(judge.endswith("@nobody") for judge in judges):
         lines.append("A judge of an unknown model graded some answers.")
     failed = count_failures(rows)
@@ -82,19 +93,13 @@ def _question_caveats(rows: Sequence[Row], roles: MetricRoles, sources: Sequence
             f"Zero hits among them do not exclude a rate of {100 * rule_of_three(count):.1f} %."
         )
     if roles.attacked:
-        lines.append(
-            "Only the listed attacks were measured. Other wordings, a prefilled answer, further training or "
-            "quantization may recover the knowledge."
-        )
+        lines.append(LISTED_ATTACKS)
     elif roles.harm:
-        lines.append(
-            "No attack was measured. Answers to questions in their original wording do not show how the model answers "
-            "other wordings."
-        )
+        lines.append(NO_ATTACK)
     elif any(split.kind == "unsafe" for source in sources for split in source.suite.splits):
-        lines.append("No metric is a rate of harmful answers to unsafe questions, so these numbers do not show safety.")
+        lines.append(NO_HARM_RATE)
     else:
-        lines.append("No unsafe question was asked, so these numbers do not show safety.")
+        lines.append(NO_UNSAFE_QUESTION)
     if roles.over_refusal is None:
         lines.append("Over-refusal was not measured. A model that refuses everything would look equally safe.")
     if roles.utility is None:

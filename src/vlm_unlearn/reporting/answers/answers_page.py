@@ -183,7 +183,8 @@ def _foreign_folder_notes(
             if root is not None and thumbnails[image].file and not root.resolve().is_relative_to(surroundings):
                 counts[root] = counts.get(root, 0) + 1
     return [
-        f"This report contains small copies of {count:,} images from {root}. Check them before you share the report"
+        f"This report contains small copies of {count:,} image{'' if count == 1 else 's'} from {root}. "
+        "Check them before you share the report"
         for root, count in counts.items()
     ]
 
