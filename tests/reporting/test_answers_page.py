@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from answer_runs import JUDGES, asked, label_of, made_runs, put_run
+from answer_runs import JUDGES, example_prompts, label_of, make_example_runs, put_run
 from benchmark_files import put_image, vqav2
 from finished_runs import make_run, number, unlearned
 from vlm_unlearn.errors import UserError
@@ -52,9 +52,9 @@ def notes(page: Path) -> str:
 
 
 def test_write_answers_contains_every_answer_and_verdict(tmp_path: Path) -> None:
-    page = write_answers(tmp_path / "out", made_runs(tmp_path), "All")
+    page = write_answers(tmp_path / "out", make_example_runs(tmp_path), "All")
     data = columns(page)
-    prompts = asked()
+    prompts = example_prompts()
     assert page == tmp_path / "out" / "report" / "answers.html"
     assert texts(data, data["questions"]["id"]) == [prompt.id for prompt in prompts]
     rows = list(
@@ -304,6 +304,6 @@ def test_write_answers_folder_without_evaluation_raises(tmp_path: Path) -> None:
 def test_write_answers_reports_progress(tmp_path: Path) -> None:
     progress: list[tuple[str, int, int]] = []
     write_answers(
-        tmp_path / "out", made_runs(tmp_path), "t", lambda stage, done, total: progress.append((stage, done, total))
+        tmp_path / "out", make_example_runs(tmp_path), "t", lambda stage, done, total: progress.append((stage, done, total))
     )
     assert progress == [("images", 1, 3), ("images", 2, 3), ("images", 3, 3)]
