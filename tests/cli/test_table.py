@@ -33,7 +33,7 @@ def test_a_table_of_several_runs(runs: list[Path]) -> None:
     bare = run("table", *runs, "--format", "tex", "--no-intervals").stdout
     assert r"npo & \textbf{10.0} & 25.0 & \textbf{0.0} \\" in bare
     assert "[4.0" not in bare
-    sheet = list(csv.DictReader(io.StringIO(run("table", *runs, "--table", "shots", "--format", "csv").stdout)))
+    sheet = list(csv.DictReader(io.StringIO(run("table", *runs, "--table", "rewrites", "--format", "csv").stdout)))
     assert [(line["model"], line["shots"], line["value"]) for line in sheet[3:]] == [
         ("npo", "1", "0.0"),
         ("npo", "2", "0.0"),
@@ -63,7 +63,7 @@ def test_wrong_requests(runs: list[Path], tmp_path: Path) -> None:
         ([runs[0], "--table", "lables"], 'no table "lables"; did you mean "labels"'),
         ([runs[0], "--format", "json"], "writes no JSON; all numbers are in the runs' summary.json"),
         ([runs[0], "--format", "latex"], 'no format "latex"; did you mean "tex"?; known: csv, tex, md'),
-        ([*runs, "--table", "comparisons"], "nothing was measured that the table comparisons shows; there is: rates, "),
+        ([*runs, "--table", "comparisons"], "comparisons. Tables with data: rates, "),
     ):
         done = run("table", *arguments)
         assert done.returncode == 2

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vlm_unlearn.metrics.rates import groups_behind
+from vlm_unlearn.metrics.rates import group_count
 from vlm_unlearn.records import Rate, Row
 from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.formatting import bounds, percent
@@ -336,4 +336,4 @@ def _question_count(row: Row, entry: MetricRole) -> int | None:
 def _with_bounds(rate: Rate) -> str:
     """Returns ``"0.0 % (at most 7.2)"`` or ``"12.5 % [8.1, 18.9]"``."""
     limits = bounds(rate)
-    return f"{percent(rate)} {f'({limits})' if groups_behind(rate) is not None else limits}".rstrip()
+    return f"{percent(rate)} {f'({limits})' if group_count(rate) is not None else limits}".rstrip()

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Row, Summary
-from vlm_unlearn.store import first_problem, read_json
+from vlm_unlearn.store import describe_validation_error, read_json
 
 
 def read_summary(folder: Path) -> Summary:
@@ -31,7 +31,7 @@ def read_summary(folder: Path) -> Summary:
     try:
         return Summary.model_validate(read_json(file))
     except ValidationError as error:
-        raise UserError(first_problem(error), code="invalid-field", file=file) from None
+        raise UserError(describe_validation_error(error), code="invalid-field", file=file) from None
 
 
 def join_summaries(folders: Sequence[Path]) -> Summary:

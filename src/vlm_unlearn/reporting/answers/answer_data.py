@@ -13,7 +13,7 @@ from vlm_unlearn.evaluation.answers import RESPONSES
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
-from vlm_unlearn.generation.base import Key
+from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.records import LABELS, Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.thumbnails import ImageReference, Thumbnail
 from vlm_unlearn.store import read_json, read_records
@@ -36,7 +36,7 @@ class RunData:
     model: str
     prompts: Mapping[str, Prompt]
     responses: list[Response]
-    verdicts: Mapping[str, Mapping[Key, Verdict]]
+    verdicts: Mapping[str, Mapping[ResponseKey, Verdict]]
     judges: Mapping[str, str]
     image_roots: Mapping[str, Path]
     labels_by_judge: Mapping[str, Collection[str]]
@@ -94,7 +94,7 @@ def read_run(model: str, folder: Path) -> tuple[RunData, list[str]]:
     suite = saved_suite(folder)
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = [response for response in read_records(folder / RESPONSES, Response) if response.prompt_id in prompts]
-    verdicts: dict[str, Mapping[Key, Verdict]] = {}
+    verdicts: dict[str, Mapping[ResponseKey, Verdict]] = {}
     notes = []
     for file in sorted(folder.glob("verdicts-*.jsonl")):
         judge = file.stem.removeprefix("verdicts-")
@@ -124,9 +124,9 @@ def read_run(model: str, folder: Path) -> tuple[RunData, list[str]]:
     return RunData(model, prompts, responses, verdicts, judges, roots, labels_by_judge), notes
 
 
-def _read_verdicts(file: Path) -> tuple[dict[Key, Verdict], UserError | None]:
+def _read_verdicts(file: Path) -> tuple[dict[ResponseKey, Verdict], UserError | None]:
     """Returns the verdicts up to the first invalid line, such as a killed process leaves, and that line's error."""
-    verdicts: dict[Key, Verdict] = {}
+    verdicts: dict[ResponseKey, Verdict] = {}
     try:
         for verdict in read_records(file, Verdict):
             verdicts[verdict.key] = verdict
@@ -144,7 +144,7 @@ def _judge_labels(file: Path) -> Collection[str]:
 
 def _benchmark_scores(
     config: BenchmarkConfig, judge: str, prompts: Mapping[str, Prompt], responses: Iterable[Response]
-) -> dict[Key, Verdict]:
+) -> dict[ResponseKey, Verdict]:
     """Returns a benchmark's official score of each answer as a verdict."""
     scores = benchmark_outcomes(config, prompts, responses, {}).values
     score_by_prompt = {f"{config.name}/{question}": score for question, score in scores.items()}

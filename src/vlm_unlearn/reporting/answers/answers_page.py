@@ -20,7 +20,7 @@ from vlm_unlearn.reporting.answers.thumbnails import (
     write_thumbnails,
 )
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.store import without_surrogates, write_text
+from vlm_unlearn.store import replace_surrogates, write_text
 
 # The state of an answer by one judge: a label, a score without a label, a failed verdict, or no verdict.
 STATES = (*LABELS, "score", "failed", "none")
@@ -211,7 +211,7 @@ class TextTable:
             index = self._indices[text] = len(self.texts)
             if self._max_length is not None and len(text) > self._max_length:
                 self.truncated[index] = len(text)
-            self.texts.append(without_surrogates(text[: self._max_length]))
+            self.texts.append(replace_surrogates(text[: self._max_length]))
         return index
 
 
