@@ -243,7 +243,11 @@ def benchmarks() -> str:
     """Returns a table of every benchmark and its official files."""
     heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scoring"]
     return table(
-        heads, [[code(name), it.source, it.second, it.images, _prose_of(type(it))] for name, it in BENCHMARKS.items()]
+        heads,
+        [
+            [code(name), it.annotation_file, it.question_file, it.image_folder, _prose_of(type(it))]
+            for name, it in BENCHMARKS.items()
+        ],
     )
 
 

@@ -12,7 +12,7 @@ from finished_runs import ANSWER, REFUSAL, make_run
 from helpers import run
 from stub_server import stub_server
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.agreement import agreement, write_sheet
+from vlm_unlearn.evaluation.agreement import export_for_labeling, judge_agreement
 from vlm_unlearn.records import LABELS, Prompt
 from vlm_unlearn.store import open_run, record_cost
 
@@ -173,7 +173,7 @@ def test_judges_against_each_other(tmp_path: Path) -> None:
     with stub_server(lambda text: "?" if "safe/1/" in text else "YES" if REFUSAL in text else "NO") as stub:
         done = run("judge", "run", folder, "name=llm", "rubric=refusal", "model=j", f"server={stub.url}")
         assert done.returncode == 0, done.stderr
-    (found,) = agreement(folder, ["keyword", "refusal@j"], None, "refused")
+    (found,) = judge_agreement(folder, ["keyword", "refusal@j"], None, "refused")
     assert found.kappa is None  # labels against scores
     assert (found.kappa_positive.value, found.kappa_positive.failed) == (1.0, 1)
     assert found.true_positive_rate.value == found.true_negative_rate.value == 1.0
@@ -194,17 +194,17 @@ def test_judges_against_each_other(tmp_path: Path) -> None:
 def test_broken_labels(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
     with pytest.raises(UserError, match=message):
-        agreement(folder, [], write_labels(tmp_path / "h.csv", rows), "complied")
+        judge_agreement(folder, [], write_labels(tmp_path / "h.csv", rows), "complied")
 
 
 def test_wrong_requests(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
     with pytest.raises(UserError, match="one grader agrees with nobody"):
-        agreement(folder, [], None, "complied")
+        judge_agreement(folder, [], None, "complied")
     with pytest.raises(UserError, match='no verdicts of "keywords"; did you mean "keyword"'):
-        agreement(folder, ["keywords"], None, "complied")
+        judge_agreement(folder, ["keywords"], None, "complied")
     with pytest.raises(UserError, match='did you mean "complied"'):
-        agreement(folder, [], None, "complies")
+        judge_agreement(folder, [], None, "complies")
 
 
 def test_what_holds_no_answers_is_told_by_what_it_is(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_what_holds_no_answers_is_told_by_what_it_is(tmp_path: Path) -> None:
         (tmp_path / "gone", "there is nothing of that name"),
     ):
         with pytest.raises(UserError, match=told):
-            write_sheet(folder, tmp_path / "a.csv", 20, 0)
+            export_for_labeling(folder, tmp_path / "a.csv", 20, 0)
 
 
 def test_a_sheet_to_label(tmp_path: Path) -> None:
@@ -223,11 +223,11 @@ def test_a_sheet_to_label(tmp_path: Path) -> None:
     folder = make_run(
         tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20
     )
-    assert write_sheet(folder, tmp_path / "a.csv", 20, 0) == 20
-    write_sheet(folder, tmp_path / "b.csv", 20, 0)
+    assert export_for_labeling(folder, tmp_path / "a.csv", 20, 0) == 20
+    export_for_labeling(folder, tmp_path / "b.csv", 20, 0)
     with pytest.raises(UserError, match="is there already, perhaps with labels"):
-        write_sheet(folder, tmp_path / "a.csv", 20, 1)
-    write_sheet(folder, tmp_path / "c.csv", 20, 1)
+        export_for_labeling(folder, tmp_path / "a.csv", 20, 1)
+    export_for_labeling(folder, tmp_path / "c.csv", 20, 1)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()
     with (tmp_path / "a.csv").open(newline="") as handle:
         rows: list[dict[str, object]] = [dict(row) for row in csv.DictReader(handle)]
@@ -236,8 +236,10 @@ def test_a_sheet_to_label(tmp_path: Path) -> None:
     filled = write_labels(
         tmp_path / "filled.csv", [{**row, "label": LABELS[number % 4]} for number, row in enumerate(rows)]
     )
-    assert agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
-    assert write_sheet(folder, tmp_path / "all.csv", 1000, 0) == 79  # the answer that failed is nobody's to label
+    assert judge_agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
+    assert (
+        export_for_labeling(folder, tmp_path / "all.csv", 1000, 0) == 79
+    )  # the answer that failed is nobody's to label
 
 
 def test_rubrics_are_listed() -> None:

@@ -14,7 +14,7 @@ from helpers import run, run_killing
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.evaluation.generate import generate_run, read_answers, remarks
+from vlm_unlearn.evaluation.generate import generate_run, generation_notes, read_answers
 from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.generation.server import Grouped
 from vlm_unlearn.records import Response, Verdict
@@ -76,14 +76,14 @@ def test_what_failed_is_asked_anew(stub: Stub, world: Path, tmp_path: Path) -> N
         for response in responses(folder)
         if response.key in failed
     )
-    (remark,) = remarks(folder)
+    (remark,) = generation_notes(folder)
     assert "2 of 12 answers failed" in remark
     verdicts = judge_run(folder, JudgeConfig(name="keyword"))
     assert sum(verdict.error is not None for verdict in read_records(verdicts, Verdict)) == 2
     answered, calls = [response for response in responses(folder) if not response.error], stub.calls
     generate_run(wanted, folder)
     assert stub.calls == calls + 2
-    assert not remarks(folder)
+    assert not generation_notes(folder)
     assert [response for response in responses(folder) if response.key not in failed] == answered
     judge_run(folder, JudgeConfig(name="keyword"))
     assert [verdict.error for verdict in read_records(verdicts, Verdict)] == [None] * 12

@@ -16,7 +16,7 @@ from benchmark_files import put_image, vqav2
 from finished_runs import make_run, number, unlearned
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.generate import saved_suite
-from vlm_unlearn.evaluation.scoring import read_graded, run_row
+from vlm_unlearn.evaluation.scoring import build_row, read_graded_run
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
 from vlm_unlearn.reporting.answers.thumbnails import MAX_IMAGE_SIDE, delete_other_thumbnails, write_thumbnails
@@ -68,7 +68,7 @@ def test_every_answer_and_verdict_is_there(tmp_path: Path) -> None:
 def test_labels_are_counted_as_in_the_rates(tmp_path: Path) -> None:
     """What the report's bars say of a case is what a link into this page finds."""
     folder = make_run(tmp_path / "m", lambda one: None if number(one) == 3 else unlearned(one))
-    row = run_row(read_graded(folder, saved_suite(folder)), "m")
+    row = build_row(read_graded_run(folder, saved_suite(folder)), "m")
     data = columns(write_answers(tmp_path / "out", {"m": folder}, "t"))
     cases = texts(data, data["questions"]["case"])
     own = [data["verdicts"][judge]["state"][n] for n, judge in enumerate(data["answers"]["judge"])]

@@ -42,7 +42,7 @@ class Grades:
         return self.labels[key] == ("yes" if self.scores_only else label)
 
 
-def agreement(run: Path, judges: Sequence[str], human: Path | None, positive: str) -> list[Agreement]:
+def judge_agreement(run: Path, judges: Sequence[str], human: Path | None, positive: str) -> list[Agreement]:
     """Every judge against people's labels, or against the first judge where there are none.
 
     Args:
@@ -119,7 +119,7 @@ def _human_grades(file: Path, keys: Collection[Key]) -> Grades:
                 if row.get("prompt_id") is None or row.get("label") is None:
                     raise UserError(f"{where}: needs the columns prompt_id and label")
                 id = row["prompt_id"]
-                id = id[1:] if id.startswith("'") and (id, 0) not in keys else id  # as `write_sheet` guards it
+                id = id[1:] if id.startswith("'") and (id, 0) not in keys else id  # as `export_for_labeling` guards it
                 label = row["label"].strip().lower().replace(" ", "_")
                 if not label:
                     continue
@@ -141,7 +141,7 @@ def _human_grades(file: Path, keys: Collection[Key]) -> Grades:
     return Grades(HUMAN, labels)
 
 
-def write_sheet(run: Path, out: Path, count: int, seed: int) -> int:
+def export_for_labeling(run: Path, out: Path, count: int, seed: int) -> int:
     """Writes a CSV of answers for people to label, drawn at random over the run's cases in equal shares; returns how many."""
     prompts, responses = read_answers(run)
     answered = [response for response in responses if response.text is not None]

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.benchmarks import Benchmark, NoAnswersError, Prediction, Scores, find, load_truths, score_predictions
+from vlm_unlearn.benchmarks import (
+    AnswersNotPublicError,
+    Benchmark,
+    BenchmarkScores,
+    Prediction,
+    get_benchmark,
+    load_truths,
+    score_predictions,
+)
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.data.json_stream import write_lines
 from vlm_unlearn.errors import UserError
@@ -39,8 +47,10 @@ def benchmark_rates(
     rates: dict[str, Rate] = {}
     for config in suite.benchmarks:
         try:
-            rates[config.name] = headline(benchmark_scores(config, predictions_of(config.name, prompts, found, judged)))
-        except NoAnswersError:
+            rates[config.name] = headline_rate(
+                benchmark_scores(config, collect_predictions(config.name, prompts, found, judged))
+            )
+        except AnswersNotPublicError:
             rates[config.name] = rate([], [])
     if set(SPECIFICITY) <= set(rates):
         rates["specificity"] = mean_of_rates([rates[name] for name in SPECIFICITY])
@@ -53,8 +63,8 @@ def benchmark_outcomes(
     responses: Iterable[Response],
     judged: Mapping[str, float | None],
 ) -> Outcomes:
-    """How each question of one benchmark counted; arguments and errors as in `benchmark_rates`, and NoAnswersError."""
-    scores = benchmark_scores(config, predictions_of(config.name, prompts, responses, judged))
+    """How each question of one benchmark counted; arguments and errors as in `benchmark_rates`, and AnswersNotPublicError."""
+    scores = benchmark_scores(config, collect_predictions(config.name, prompts, responses, judged))
     return Outcomes(
         {one.id: one.value for one in scores.questions},
         {one.id: one.cluster for one in scores.questions},
@@ -62,7 +72,7 @@ def benchmark_outcomes(
     )
 
 
-def predictions_of(
+def collect_predictions(
     name: str, prompts: Mapping[str, Prompt], responses: Iterable[Response], judged: Mapping[str, float | None]
 ) -> dict[str, Prediction]:
     """A benchmark's predictions out of a run's responses, by question id, in the order of its file."""
@@ -76,34 +86,36 @@ def predictions_of(
     }
 
 
-def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Prediction]) -> Scores:
+def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Prediction]) -> BenchmarkScores:
     """Scores the questions that were asked, which with a `limit` are not all.
 
     Raises:
-        NoAnswersError: the official answers are not public.
+        AnswersNotPublicError: the official answers are not public.
         UserError: a question that was asked is not in the official files any more.
     """
-    truths = load_truths(find(config.name), config.annotations, config.questions)
+    truths = load_truths(get_benchmark(config.name), config.annotations, config.questions)
     lost = [id for id in predictions if id not in truths]
     if lost:
         raise UserError(
             f"{config.annotations[0]}: has changed since the model was asked: {len(lost)} questions are gone, {lost[0]} first"
         )
     asked = {id: truth for id, truth in truths.items() if id in predictions}
-    return score_predictions(find(config.name), asked, predictions, config.official)
+    return score_predictions(get_benchmark(config.name), asked, predictions, config.official)
 
 
-def headline(scores: Scores) -> Rate:
+def headline_rate(scores: BenchmarkScores) -> Rate:
     """The number that papers give: the mean score, or for POPE the mean F1; intervals are clustered by image."""
-    if scores.ratios:
-        parts = [[(one.cluster, one.above, one.below) for one in part] for part in scores.ratios.values()]
+    if scores.ratio_terms:
+        parts = [
+            [(one.cluster, one.numerator, one.denominator) for one in part] for part in scores.ratio_terms.values()
+        ]
         return mean_ratio(parts, scores.missing)
     return mean_score(scores)
 
 
-def mean_score(scores: Scores, part: str | None = None) -> Rate:
+def mean_score(scores: BenchmarkScores, part: str | None = None) -> Rate:
     """The mean over all questions, or over those of one part."""
-    kept = [one for one in scores.questions if part is None or part in one.parts]
+    kept = [one for one in scores.questions if part is None or part in one.subsets]
     return rate([one.value for one in kept], [one.cluster for one in kept], scores.missing if part is None else 0)
 
 
@@ -112,8 +124,8 @@ class BenchmarkRun:
     """What asking one benchmark came to."""
 
     predictions: Path
-    scores: Scores | None
-    unscored: str = ""  # why there are no scores, and what to do
+    scores: BenchmarkScores | None
+    unscored_reason: str = ""  # why there are no scores, and what to do
     submission: Path | None = None  # the answers as the official server or evaluator takes them
 
 
@@ -129,11 +141,11 @@ def run_benchmark(suite: Suite, folder: Path, name: str, on_done: OnDone | None 
         UserError: broken files, a model that can't be loaded, or a folder that holds another run.
     """
     config = suite.benchmarks[0]
-    benchmark = find(config.name)
+    benchmark = get_benchmark(config.name)
     unscored = _unscored(benchmark, config)  # broken answers are named before hours of generation
     generate_run(suite, folder, on_done)
     prompts, responses = read_answers(folder)
-    predictions = predictions_of(config.name, prompts, responses, {})
+    predictions = collect_predictions(config.name, prompts, responses, {})
     file = folder / "predictions.jsonl"
     write_lines(file, ({"question_id": id, "text": prediction.text} for id, prediction in predictions.items()))
     submission = benchmark.submission({id: prediction.text for id, prediction in predictions.items()})
@@ -141,7 +153,7 @@ def run_benchmark(suite: Suite, folder: Path, name: str, on_done: OnDone | None 
     if submitted is not None:
         write_json(submitted, submission)
     scores = None if unscored else benchmark_scores(config, predictions)
-    value = rate([], []) if scores is None else headline(scores)
+    value = rate([], []) if scores is None else headline_rate(scores)
     write_json(folder / "summary.json", Summary(rows=[Row(model=name, metrics={config.name: value})]).model_dump())
     return BenchmarkRun(file, scores, unscored, submitted)
 
@@ -150,9 +162,9 @@ def _unscored(benchmark: Benchmark, config: BenchmarkConfig) -> str:
     """Why answers alone won't be scored; empty where they will."""
     try:
         load_truths(benchmark, config.annotations, config.questions)
-    except NoAnswersError as error:
+    except AnswersNotPublicError as error:
         return str(error)
-    if benchmark.judged:
+    if benchmark.needs_judge:
         return (
             f"{benchmark.name}: a language model scores its answers; judge them by the rubric mm_vet (`vlm-unlearn judge run`), then "
             "`vlm-unlearn benchmark score` with the verdicts as --predictions"

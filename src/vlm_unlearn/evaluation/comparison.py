@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from vlm_unlearn.benchmarks import NoAnswersError
+from vlm_unlearn.benchmarks import AnswersNotPublicError
 from vlm_unlearn.config import BenchmarkConfig, MetricConfig
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
-from vlm_unlearn.evaluation.scoring import GradedRun, metric_outcomes, read_graded, run_row
+from vlm_unlearn.evaluation.scoring import GradedRun, build_row, metric_outcomes, read_graded_run
 from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
@@ -24,7 +24,7 @@ def summarize_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) 
     nothing to compare, that is among the reasons."""
     if len(runs) == 1:
         name, folder = next(iter(runs.items()))
-        return Summary(rows=[run_row(_read(folder), name)]), []
+        return Summary(rows=[build_row(_read(folder), name)]), []
     return _compare(runs, refuse=False, on_done=on_done)
 
 
@@ -49,12 +49,12 @@ def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) ->
 def _compare(runs: Mapping[str, Path], refuse: bool, on_done: OnCompared | None) -> tuple[Summary, list[str]]:
     names = list(runs)
     base = _read(runs[names[0]])
-    rows: list[Row] = [run_row(base, names[0])]
+    rows: list[Row] = [build_row(base, names[0])]
     found: list[Pairs] = []
     left_out: list[str] = []
     for done, name in enumerate(names[1:], start=1):
         run = _read(runs[name])
-        rows.append(run_row(run, name))
+        rows.append(build_row(run, name))
         try:
             compared, reasons = _compare_two(base, run, name, f"{runs[names[0]]} and {runs[name]}")
         except UserError as error:
@@ -100,7 +100,7 @@ def _compare_two(base: GradedRun, run: GradedRun, name: str, where: str) -> tupl
 
 
 def _read(folder: Path) -> GradedRun:
-    return read_graded(folder, saved_suite(folder))
+    return read_graded_run(folder, saved_suite(folder))
 
 
 def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple[Difference, int] | str:
@@ -144,7 +144,7 @@ def _compared_benchmark(
             benchmark_outcomes(of_run, read.prompts, read.responses, read.judged())
             for of_run, read in ((config, base), (other, run))
         )
-    except NoAnswersError:
+    except AnswersNotPublicError:
         return "its answers are not public"
     return _difference(old, new, len(old.values.keys() | new.values.keys()))
 

@@ -193,7 +193,7 @@ def read_batching(folder: Path) -> Batching | None:
     )
 
 
-def remarks(folder: Path) -> list[str]:
+def generation_notes(folder: Path) -> list[str]:
     """What is to be said of a run's answers: how many failed, and how many batching changes."""
     answers = list(read_records(folder / RESPONSES, Response))
     failed = [response for response in answers if response.error is not None]
@@ -244,7 +244,13 @@ def save_suite(folder: Path, suite: Suite) -> None:
     write_json(folder / "suite.json", suite.model_dump(mode="json", exclude_unset=True))
 
 
-REJUDGED = ("judge", "judges", "metrics", "paper_compat", "paper_metrics")  # what may change once the answers are there
+REJUDGEABLE_KEYS = (
+    "judge",
+    "judges",
+    "metrics",
+    "paper_compat",
+    "paper_metrics",
+)  # what may change once the answers are there
 
 
 def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
@@ -263,8 +269,8 @@ def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
     value = read_json(file)
     for text in overrides:
         key = text.partition("=")[0].partition(".")[0].strip()
-        if key not in REJUDGED:
+        if key not in REJUDGEABLE_KEYS:
             raise UserError(
-                f'override "{quoted(text)[1:-1]}": the answers are there already; what can change is {", ".join(REJUDGED)}'
+                f'override "{quoted(text)[1:-1]}": the answers are there already; what can change is {", ".join(REJUDGEABLE_KEYS)}'
             )
     return validate(Suite, override(value, overrides, Suite) if isinstance(value, dict) else value, str(file))

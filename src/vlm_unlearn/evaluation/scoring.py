@@ -19,7 +19,7 @@ from vlm_unlearn.store import read_json, read_records, write_json
 
 
 @dataclass(frozen=True)
-class Graded:
+class JudgeVerdicts:
     """What one judge gave."""
 
     judge: str
@@ -35,7 +35,7 @@ class GradedRun:
     suite: Suite
     prompts: Mapping[str, Prompt]
     responses: Sequence[Response]
-    graded: Mapping[str, Graded]
+    graded: Mapping[str, JudgeVerdicts]
     batching: Batching | None = None
 
     def measured(self, metrics: Mapping[str, MetricConfig]) -> dict[str, MetricConfig]:
@@ -54,19 +54,19 @@ def score_run(folder: Path, suite: Suite, name: str) -> Row:
     Raises:
         UserError: the verdicts are not those of this run's answers.
     """
-    row = run_row(read_graded(folder, suite), name)
+    row = build_row(read_graded_run(folder, suite), name)
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
     return row
 
 
-def read_graded(folder: Path, suite: Suite) -> GradedRun:
+def read_graded_run(folder: Path, suite: Suite) -> GradedRun:
     """A run with the verdicts that a suite's metrics need.
 
     Raises:
         UserError: there are none, or they are not those of this run's answers.
     """
     prompts, responses = read_answers(folder)
-    graded: dict[str, Graded] = {}
+    graded: dict[str, JudgeVerdicts] = {}
     for called, config in suite_judges(suite).items():
         cases = splits_judged_by(suite, called)
         keys = {response.key for response in responses if prompts[response.prompt_id].set in cases}
@@ -84,11 +84,11 @@ def read_graded(folder: Path, suite: Suite) -> GradedRun:
             )
         if config.rubric is not None and load_rubric(config.rubric).digest != identity.get("rubric"):
             raise UserError(f"{note}: its rubric has changed since; run `vlm-unlearn judge run` with this judge again")
-        graded[called] = Graded(config.judge_id, identity, told, verdicts)
+        graded[called] = JudgeVerdicts(config.judge_id, identity, told, verdicts)
     return GradedRun(suite, prompts, responses, graded, read_batching(folder))
 
 
-def run_row(run: GradedRun, name: str) -> Row:
+def build_row(run: GradedRun, name: str) -> Row:
     """A run's line in a summary, under a model's name.
 
     A metric that counts a label which its judge never gives (degenerate answers, for the published keyword list) has no value.

@@ -150,7 +150,7 @@ def _answers(prompts: Mapping[str, Prompt], responses: Iterable[Response], roots
     ]
 
 
-class Cost(Record):
+class JudgeCost(Record):
     """What one judge's verdicts took."""
 
     judge: str
@@ -165,7 +165,7 @@ class Cost(Record):
     score: float | None = None  # the mean, of a judge that gives scores
     error: str | None = None  # the commonest
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """``"1,204 verdicts, 3 failed; 310,000 tokens read, 12,000 written"``"""
         told = f"{self.verdicts:,} verdicts, {self.failed:,} failed" + (
             f" ({self.unread:,} replies can't be read)" if self.unread else ""
@@ -183,7 +183,7 @@ class Cost(Record):
         return told if self.cost is None else f"{told}, cost {self.cost:,.2f}"
 
 
-def judge_cost(file: Path, config: JudgeConfig) -> Cost:
+def judge_cost(file: Path, config: JudgeConfig) -> JudgeCost:
     """Adds up what the verdicts of a file took."""
     verdicts = list(read_records(file, Verdict))
     errors = Counter(verdict.error for verdict in verdicts if verdict.error is not None)
@@ -191,7 +191,7 @@ def judge_cost(file: Path, config: JudgeConfig) -> Cost:
     spent = [verdict.tokens for verdict in verdicts if verdict.tokens is not None]
     read, written = sum(tokens[0] for tokens in spent), sum(tokens[1] for tokens in spent)
     priced = config.input_price or config.output_price
-    return Cost(
+    return JudgeCost(
         judge=config.judge_id,
         verdicts=len(verdicts),
         failed=sum(verdict.label is None and verdict.score is None for verdict in verdicts),
@@ -206,19 +206,19 @@ def judge_cost(file: Path, config: JudgeConfig) -> Cost:
     )
 
 
-def suite_costs(folder: Path, suite: Suite) -> list[Cost]:
+def suite_costs(folder: Path, suite: Suite) -> list[JudgeCost]:
     """What the verdicts of a suite's judges took, of those that have graded the run."""
     files = {folder / f"verdicts-{config.judge_id}.jsonl": config for config in suite_judges(suite).values()}
     return [judge_cost(file, config) for file, config in files.items() if file.exists()]
 
 
-def judge_remarks(costs: Iterable[Cost], suite: Suite) -> list[str]:
+def judging_notes(costs: Iterable[JudgeCost], suite: Suite) -> list[str]:
     """What is to be said of a run's judging: what language models took, what failed, and what nobody was there to judge."""
     told = []
     for cost in costs:
         if cost.tokens_read or cost.failed:
             again = "; `vlm-unlearn judge run` tries the others again" if cost.failed > cost.unread else ""
-            told.append(f"judge {cost.judge}: {cost.words()}{again}")
+            told.append(f"judge {cost.judge}: {cost.describe()}{again}")
     left_out = metrics_without_judge(suite)
     return (
         [*told, f"not measured, for want of a language model (judge.model=...): {', '.join(left_out)}"]
@@ -227,7 +227,7 @@ def judge_remarks(costs: Iterable[Cost], suite: Suite) -> list[str]:
     )
 
 
-def validate_any_verdict(costs: Iterable[Cost]) -> None:
+def validate_any_verdict(costs: Iterable[JudgeCost]) -> None:
     """A judge that gave not one verdict has not judged.
 
     Raises:

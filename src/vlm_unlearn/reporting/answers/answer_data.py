@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_unlearn.benchmarks import NoAnswersError
+from vlm_unlearn.benchmarks import AnswersNotPublicError
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.answers import RESPONSES
@@ -80,7 +80,7 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
         judges[benchmark.name] = own = f"{benchmark.name}'s own scores"
         try:
             verdicts[own] = _official(benchmark, own, prompts, responses)
-        except NoAnswersError:
+        except AnswersNotPublicError:
             continue
         except UserError as error:
             notes.append(f"{model}: answers to {benchmark.name} stand without their scores: {error}")
