@@ -81,7 +81,7 @@ def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
     Raises:
         RunError: the training failed; its loss curves are drawn, by the first process.
     """
-    from vlm_unlearn.distributed import part
+    from vlm_unlearn.distributed import destroy_process_group
     from vlm_unlearn.errors import RunError
     from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
     from vlm_unlearn.training.runner import run_plan
@@ -98,7 +98,7 @@ def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
                 model = run_plan(
                     planned, on_step, probe, lambda done, total: bars.update("reference values", done, total)
                 )
-            part()
+            destroy_process_group()
         except RunError:
             if first:
                 write_loss_png(planned.recipe.output)  # they show how it went wrong

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
-from vlm_unlearn.distributed import processes
+from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.models.layout import decoder_layers, get_base_model
@@ -75,7 +75,7 @@ class Plan:
             "recipe": recipe,
             "precision": self.precision,
             "engine": engine(),
-            "processes": processes(),
+            "processes": world_size(),
             "model": self.model_digest,
             "data": self.data_digest,
         }
@@ -128,7 +128,7 @@ def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
         return "deepspeed"
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp"
-    return "ddp" if processes() > 1 else "none"
+    return "ddp" if world_size() > 1 else "none"
 
 
 def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, Source | None]:

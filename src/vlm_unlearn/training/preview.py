@@ -8,7 +8,7 @@ from typing import Any
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.encoding import Processor, PromptMeter, Turn
 from vlm_unlearn.data.training_set import TrainingSet
-from vlm_unlearn.distributed import processes
+from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Role
 from vlm_unlearn.models.loader import load_processor, local_folder, read_config, skeleton_of
@@ -50,7 +50,7 @@ def preview(recipe: Recipe) -> Preview:
     """
     method, training_set, source = check_recipe(recipe)
     validate_same_run(recipe.output)
-    count = processes()
+    count = world_size()
     steps = steps_of(recipe, len(training_set.examples["forget"]), count)
     training = recipe.training
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * count
