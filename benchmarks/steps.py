@@ -162,9 +162,9 @@ class Ours:
         cache_vision_features(vision_tower(self.model), FeatureCache(2**31))
         self.optimizer = optimizer(self.model)
         started = time.perf_counter()
-        if self.method.needs and name in ("npo", "dpo"):
+        if self.method.reference_requirements and name in ("npo", "dpo"):
             for batches in steps:
-                for need in self.method.needs:
+                for need in self.method.reference_requirements:
                     with torch.no_grad():
                         total, tokens = forward(
                             self.model,

@@ -119,8 +119,8 @@ def test_weight_zero_is_the_bare_method(name: str) -> None:
     assert not hasattr(method, "method")
     decoupled = build_method(MethodConfig(name=name), 0.5)
     assert decoupled.roles == (*method.roles, "decouple")
-    assert (decoupled.needs, decoupled.hidden_layers, decoupled.full_logit_roles) == (
-        method.needs,
+    assert (decoupled.reference_requirements, decoupled.hidden_layers, decoupled.full_logit_roles) == (
+        method.reference_requirements,
         method.hidden_layers,
         method.full_logit_roles,
     )

@@ -1,6 +1,6 @@
 """The contract between a method and the trainer, and the registry of methods.
 
-A method says what it needs (`needs`) and turns one step into a loss. It knows neither the trainer nor the model: it asks
+A method says what it needs (`reference_requirements`) and turns one step into a loss. It knows neither the trainer nor the model: it asks
 the step for likelihoods and hidden states, and the trainer provides the reference values.
 """
 
@@ -23,26 +23,26 @@ Role = Literal["forget", "retain", "decouple", "preferred"]
 
 @dataclass(frozen=True)
 class ReferenceNLL:
-    """Need: each sample's answer NLL under the model as it was before training."""
+    """ReferenceRequirement: each sample's answer NLL under the model as it was before training."""
 
     role: Role
 
 
 @dataclass(frozen=True)
 class ReferenceHidden:
-    """Need: hidden states of `Method.hidden_layers` under the model as it was before training."""
+    """ReferenceRequirement: hidden states of `Method.hidden_layers` under the model as it was before training."""
 
     role: Role
 
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Need: logits at the answer positions under the model as it was before training."""
+    """ReferenceRequirement: logits at the answer positions under the model as it was before training."""
 
     role: Role
 
 
-Need = ReferenceNLL | ReferenceHidden | ReferenceLogits
+ReferenceRequirement = ReferenceNLL | ReferenceHidden | ReferenceLogits
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Options(Strict):
 
 
 class Method:
-    """Base of all methods. Subclasses set `options_type` and `needs`, and write `loss`."""
+    """Base of all methods. Subclasses set `options_type` and `reference_requirements`, and write `loss`."""
 
     name: ClassVar[str]
     source: ClassVar[str]  # paper and where to find it
@@ -129,7 +129,7 @@ class Method:
         self.options: Any = options
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         """What must be known of the reference model."""
         return ()
 

@@ -8,7 +8,7 @@ from vlm_unlearn.losses import answer_mask, kl_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    Need,
+    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceLogits,
@@ -67,7 +67,7 @@ class KL(Method):
     options_type = KLOptions
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceLogits("retain"),)
 
     @property

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import npo_loss, npo_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceNLL, Step, register
+from vlm_unlearn.methods.base import LossOutput, Method, ReferenceRequirement, NonNegative, Options, ReferenceNLL, Step, register
 
 
 class NPOOptions(Options):
@@ -35,7 +35,7 @@ class NPO(Method):
     options_type = NPOOptions
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         forget = ReferenceNLL("forget")
         return (forget, ReferenceNLL("retain")) if self.options.retain_npo_weight else (forget,)
 

@@ -12,7 +12,7 @@ from vlm_unlearn.losses import rmu_forget_loss, rmu_retain_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    Need,
+    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceHidden,
@@ -45,7 +45,7 @@ class RMU(Method):
     append_answer_to_prompt = True
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceHidden("retain"),) if self.options.alpha else ()
 
     @property

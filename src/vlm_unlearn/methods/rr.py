@@ -12,7 +12,7 @@ from vlm_unlearn.losses import rerouting_forget_loss, rerouting_retain_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    Need,
+    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceHidden,
@@ -44,7 +44,7 @@ class RR(Method):
     layer_option = "layers"
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceHidden("forget"), ReferenceHidden("retain"))
 
     @property

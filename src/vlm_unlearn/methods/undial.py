@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm_unlearn.losses import undial_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceLogits, Step, register
+from vlm_unlearn.methods.base import LossOutput, Method, ReferenceRequirement, NonNegative, Options, ReferenceLogits, Step, register
 
 
 class UNDIALOptions(Options):
@@ -26,7 +26,7 @@ class UNDIAL(Method):
     options_type = UNDIALOptions
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceLogits("forget"),)
 
     def loss(self, step: Step) -> LossOutput:

@@ -253,7 +253,7 @@ def _cached_references(
     recipe, training, data = planned.recipe, planned.recipe.training, planned.training_set
     collator = UnlearningCollator(processor, data, planned.method, training.max_length, {})
     found: dict[Role, Mapping[str, NLL]] = {}
-    for need in planned.method.needs:
+    for need in planned.method.reference_requirements:
         assert isinstance(need, ReferenceNLL)
         role, examples = need.role, stream.unique_examples(need.role)
 

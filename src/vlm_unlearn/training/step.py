@@ -114,8 +114,8 @@ class ModelStep:
         A term whose gradient there is nothing or undefined (KL, a norm) would make steps of rounding errors, and Adam large ones."""
         self._current_outputs(role)
         if role not in self._reference_outputs_by_role:
-            assert self._reference is not None, "the method asked for a reference that it did not declare in `needs`"
-            stop = all(isinstance(need, ReferenceHidden) for need in self._method.needs)
+            assert self._reference is not None, "the method asked for a reference that it did not declare in `reference_requirements`"
+            stop = all(isinstance(need, ReferenceHidden) for need in self._method.reference_requirements)
             with self._reference.active(self._model) as reference:
                 self._reference_outputs_by_role.update(self._outcomes(reference, self._groups[role], stop))
         return self._reference_outputs_by_role[role]
