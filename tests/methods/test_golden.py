@@ -67,7 +67,7 @@ class GoldenStep:
     def answer_mask(self, role: str) -> Tensor:
         return answer_mask(self._branches[role]["labels"])
 
-    def share(self, role: str, of: str) -> Tensor:
+    def token_weight(self, role: str, kind: str) -> Tensor:
         return torch.tensor(1.0)
 
 

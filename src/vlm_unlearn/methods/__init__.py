@@ -11,6 +11,7 @@ from vlm_unlearn.methods.base import (
     ReferenceNLL,
     Role,
     Step,
+    TokenKind,
     build_method,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "ReferenceNLL",
     "Role",
     "Step",
+    "TokenKind",
     "build_method",
 ]
 _registered = (dpo, gradient_ascent, mixed_sft, npo, po, rmu, rr, simnpo, undial)

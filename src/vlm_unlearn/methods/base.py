@@ -19,6 +19,7 @@ from vlm_unlearn.errors import UserError, nearest
 
 NonNegative = Annotated[float, Field(ge=0)]
 Role = Literal["forget", "retain", "decouple", "preferred"]
+TokenKind = Literal["all", "answer"]  # all tokens but padding, or those of the answers
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Step(Protocol):
     def answer_mask(self, role: Role) -> Tensor:
         """[B, S] True where the next token is an answer token."""
 
-    def share(self, role: Role, of: Literal["tokens", "answers"]) -> Tensor:
+    def token_weight(self, role: Role, kind: TokenKind) -> Tensor:
         """[] what a mean over this micro-batch's real (or answer) tokens must be multiplied by to weigh each token of the step alike."""
 
 

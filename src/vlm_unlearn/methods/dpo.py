@@ -7,7 +7,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vlm_unlearn.losses import dpo_loss
-from vlm_unlearn.methods.base import LossOutput, Method, ReferenceRequirement, NonNegative, Options, ReferenceNLL, Role, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    ReferenceRequirement,
+    NonNegative,
+    Options,
+    ReferenceNLL,
+    Role,
+    Step,
+    register,
+)
 
 
 class DPOOptions(Options):

@@ -78,6 +78,8 @@ class KL(Method):
         forget = -step.cross_entropy("forget")
         # The published code averages over padding too; see docs/published.md.
         mask: Tensor | None = None if self.paper_compat else answer_mask(step.labels("retain"))
-        retain = kl_loss(step.logits("retain"), step.reference_logits("retain"), mask) * step.share("retain", "answers")
+        retain = kl_loss(step.logits("retain"), step.reference_logits("retain"), mask) * step.token_weight(
+            "retain", "answer"
+        )
         total = self.options.forget_weight * forget + self.options.kl_weight * retain
         return LossOutput(total, {"forget": forget, "retain_kl": retain})

@@ -8,7 +8,16 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import npo_loss, npo_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, ReferenceRequirement, NonNegative, Options, ReferenceNLL, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    ReferenceRequirement,
+    NonNegative,
+    Options,
+    ReferenceNLL,
+    Step,
+    register,
+)
 
 
 class NPOOptions(Options):

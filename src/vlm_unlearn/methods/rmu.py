@@ -66,15 +66,15 @@ class RMU(Method):
         hidden = step.hidden("forget", options.layer)
         # The published code averages over padding too; see docs/published.md.
         masks = {role: None if self.paper_compat else step.attention_mask(role) for role in self.roles}
-        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.share(
-            "forget", "tokens"
+        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.token_weight(
+            "forget", "all"
         )
         retain = step.cross_entropy("retain")
         total = forget + options.retain_weight * retain
         parts = {"forget": forget, "retain": retain}
         if options.alpha:
             pair = step.hidden("retain", options.layer), step.reference_hidden("retain", options.layer)
-            parts["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.share("retain", "tokens")
+            parts["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.token_weight("retain", "all")
             total = total + options.alpha * parts["retain_hidden"]
         return LossOutput(total, parts)
 

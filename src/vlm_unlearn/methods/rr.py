@@ -58,8 +58,8 @@ class RR(Method):
 
     def loss(self, step: Step) -> LossOutput:
         options: RROptions = self.options
-        forget = self._mean(step, "forget") * step.share("forget", "answers")
-        retain = self._mean(step, "retain") * step.share("retain", "tokens")
+        forget = self._mean(step, "forget") * step.token_weight("forget", "answer")
+        retain = self._mean(step, "retain") * step.token_weight("retain", "all")
         passed = step.progress / 2
         total = options.alpha * ((1 - passed) * forget + passed * retain)
         parts = {"forget": forget, "retain_hidden": retain}

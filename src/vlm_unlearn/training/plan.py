@@ -139,7 +139,9 @@ def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, Source | None]:
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = read_training_set(recipe.data)
-    source = resolve_reference_strategy(recipe.reference, method.reference_requirements, recipe.trainable.mode != "full")
+    source = resolve_reference_strategy(
+        recipe.reference, method.reference_requirements, recipe.trainable.mode != "full"
+    )
     UnlearningStream(
         training_set, method, 1, recipe.training.seed
     )  # refuses a set without the pairs that the method needs

@@ -12,23 +12,21 @@ from torch import Tensor, nn
 
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
-from vlm_unlearn.methods import Method, ReferenceHidden, Role
+from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
 from vlm_unlearn.training.batch_merge import can_join, join
 from vlm_unlearn.training.forward import Forward, forward, packing_of
 from vlm_unlearn.training.packing import Packing
 from vlm_unlearn.training.references import ReferenceModel
 
-Counted = Literal["tokens", "answers"]
 
-
-def count(batches: Mapping[Role, Batch]) -> dict[tuple[Role, Counted], int]:
+def count_tokens(batches: Mapping[Role, Batch]) -> dict[tuple[Role, TokenKind], int]:
     """Real tokens and answer tokens of each role's batch."""
-    kinds: tuple[Counted, ...] = ("tokens", "answers")
-    return {(role, of): int(_counted(batch, of)) for role, batch in batches.items() for of in kinds}
+    kinds: tuple[TokenKind, ...] = ("all", "answer")
+    return {(role, kind): int(_counted(batch, kind)) for role, batch in batches.items() for kind in kinds}
 
 
-def _counted(batch: Batch, of: Counted) -> Tensor:
-    if of == "tokens":
+def _counted(batch: Batch, kind: TokenKind) -> Tensor:
+    if kind == "all":
         return batch["attention_mask"].sum()
     return (batch["labels"][:, 1:] != IGNORED).sum() if "labels" in batch else torch.tensor(0)
 
@@ -52,7 +50,7 @@ class ModelStep:
         batches: Mapping[Role, Batch],
         method: Method,
         reference: ReferenceModel | None,
-        totals: Mapping[tuple[Role, Counted], float] | None = None,
+        totals: Mapping[tuple[Role, TokenKind], float] | None = None,
         progress: float = 0.0,
     ) -> None:
         """Args:
@@ -64,7 +62,7 @@ class ModelStep:
         self._batches = batches
         self._method = method
         self._reference = reference
-        self._totals: Mapping[tuple[Role, Counted], float] = totals if totals is not None else count(batches)
+        self._totals: Mapping[tuple[Role, TokenKind], float] = totals if totals is not None else count_tokens(batches)
         self._current_outputs_by_role: dict[Role, Forward] = {}
         self._reference_outputs_by_role: dict[Role, Forward] = {}
         self._groups: dict[Role, _Group] = {}  # the roles that were run in one pass
@@ -114,7 +112,9 @@ class ModelStep:
         A term whose gradient there is nothing or undefined (KL, a norm) would make steps of rounding errors, and Adam large ones."""
         self._current_outputs(role)
         if role not in self._reference_outputs_by_role:
-            assert self._reference is not None, "the method asked for a reference that it did not declare in `reference_requirements`"
+            assert self._reference is not None, (
+                "the method asked for a reference that it did not declare in `reference_requirements`"
+            )
             stop = all(isinstance(need, ReferenceHidden) for need in self._method.reference_requirements)
             with self._reference.active(self._model) as reference:
                 self._reference_outputs_by_role.update(self._outcomes(reference, self._groups[role], stop))
@@ -135,7 +135,7 @@ class ModelStep:
 
     def cross_entropy(self, *roles: Role) -> Tensor:
         total = torch.stack([self._current_outputs(role).answer[0].sum() for role in roles]).sum()
-        return total / sum(self._totals[role, "answers"] for role in roles)
+        return total / sum(self._totals[role, "answer"] for role in roles)
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
         nll_sum, tokens = self._current_outputs(role).answer
@@ -163,8 +163,8 @@ class ModelStep:
     def answer_mask(self, role: Role) -> Tensor:
         return answer_mask(self._batches[role]["labels"])
 
-    def share(self, role: Role, of: Counted) -> Tensor:
-        return _counted(self._batches[role], of) / self._totals[role, of]
+    def token_weight(self, role: Role, kind: TokenKind) -> Tensor:
+        return _counted(self._batches[role], kind) / self._totals[role, kind]
 
     def _reference_answer(self, role: Role) -> tuple[Tensor, Tensor]:
         batch = self._batches[role]
