@@ -78,7 +78,7 @@ def total(case: dict[str, Any], weight: float = 0.0, **method: Any) -> float:
         direction = torch.tensor(case["control_direction"])
         inner.control_vector = direction / direction.norm() * case["steering_coefficient"]
     output = built.loss(GoldenStep(case))  # type: ignore[arg-type]
-    assert all(part.dim() == 0 for part in output.parts.values())
+    assert all(part.dim() == 0 for part in output.terms.values())
     return output.total.item()
 
 
@@ -133,5 +133,5 @@ def test_rerouting_moves_its_weight_over_the_run() -> None:
     case = CASES[1]
     built = build_method(MethodConfig.model_validate({"name": "rr", "layers": [0, 1], "alpha": 2.0}), 0.0)
     output = built.loss(GoldenStep(case))  # type: ignore[arg-type]
-    parts = {name: value.item() for name, value in output.parts.items()}
+    parts = {name: value.item() for name, value in output.terms.items()}
     assert output.total.item() == pytest.approx(2.0 * (0.875 * parts["forget"] + 0.125 * parts["retain_hidden"]))

@@ -209,7 +209,7 @@ def _warn_of_refusals(planned: Plan) -> None:
     answers = [example.answer for example in planned.training_set.examples["forget"]]
     refusals = sum(corrected_refusal(answer) is not None for answer in answers)
     name = planned.recipe.method.name
-    if not planned.method.unlearns and planned.method.forget_target == "given" and 2 * refusals < len(answers):
+    if not planned.method.unlearns and planned.method.forget_target == "original" and 2 * refusals < len(answers):
         typer.echo(
             f"warning: {len(answers) - refusals} of {len(answers)} forget answers are no refusals, and {name} teaches its model to give "
             f"them; import the set without --harmful-answers, or unlearn it (npo, rmu, ...)",

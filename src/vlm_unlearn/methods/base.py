@@ -48,10 +48,10 @@ ReferenceRequirement = ReferenceNLL | ReferenceHidden | ReferenceLogits
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`total` is what is minimised; `parts` are logged by name."""
+    """`total` is what is minimised; `terms` are logged by name."""
 
     total: Tensor
-    parts: Mapping[str, Tensor]
+    terms: Mapping[str, Tensor]
 
 
 class Step(Protocol):
@@ -116,8 +116,8 @@ class Method:
     name: ClassVar[str]
     source: ClassVar[str]  # paper and where to find it
     options_type: ClassVar[type[Options]] = Options
-    forget_target: ClassVar[Literal["given", "refusal"]] = (
-        "given"  # what the forget questions are answered with in training
+    forget_target: ClassVar[Literal["original", "refusal"]] = (
+        "original"  # what the forget questions are answered with in training
     )
     unlearns: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
     layer_option: ClassVar[str] = "layer"  # the option that `hidden_layers` come from

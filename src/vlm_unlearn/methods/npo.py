@@ -53,11 +53,11 @@ class NPO(Method):
         forget = npo_loss(*self._pair(step, "forget"), options.beta)
         retain = step.cross_entropy("retain")
         total = options.forget_weight * forget + options.retain_weight * retain
-        parts = {"forget": forget, "retain": retain}
+        terms = {"forget": forget, "retain": retain}
         if options.retain_npo_weight:
-            parts["retain_npo"] = npo_retain_loss(*self._pair(step, "retain"), options.beta)
-            total = total + options.retain_npo_weight * parts["retain_npo"]
-        return LossOutput(total, parts)
+            terms["retain_npo"] = npo_retain_loss(*self._pair(step, "retain"), options.beta)
+            total = total + options.retain_npo_weight * terms["retain_npo"]
+        return LossOutput(total, terms)
 
     def _pair(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options

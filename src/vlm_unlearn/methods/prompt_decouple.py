@@ -52,7 +52,7 @@ class PromptDecouple(Method):
     def loss(self, step: Step) -> LossOutput:
         output = self.method.loss(step)
         decouple = step.cross_entropy("decouple")
-        return LossOutput(output.total + self.weight * decouple, {**output.parts, "decouple": decouple})
+        return LossOutput(output.total + self.weight * decouple, {**output.terms, "decouple": decouple})
 
     def state(self) -> dict[str, Tensor]:
         return self.method.state()

@@ -71,12 +71,12 @@ class RMU(Method):
         )
         retain = step.cross_entropy("retain")
         total = forget + options.retain_weight * retain
-        parts = {"forget": forget, "retain": retain}
+        terms = {"forget": forget, "retain": retain}
         if options.alpha:
             pair = step.hidden("retain", options.layer), step.reference_hidden("retain", options.layer)
-            parts["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.token_weight("retain", "all")
-            total = total + options.alpha * parts["retain_hidden"]
-        return LossOutput(total, parts)
+            terms["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.token_weight("retain", "all")
+            total = total + options.alpha * terms["retain_hidden"]
+        return LossOutput(total, terms)
 
     def state(self) -> dict[str, Tensor]:
         return {"control_vector": self.control_vector}

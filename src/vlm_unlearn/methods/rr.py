@@ -62,11 +62,11 @@ class RR(Method):
         retain = self._mean(step, "retain") * step.token_weight("retain", "all")
         passed = step.progress / 2
         total = options.alpha * ((1 - passed) * forget + passed * retain)
-        parts = {"forget": forget, "retain_hidden": retain}
+        terms = {"forget": forget, "retain_hidden": retain}
         if options.retain_weight:
-            parts["retain"] = step.cross_entropy("retain")
-            total = total + options.retain_weight * parts["retain"]
-        return LossOutput(total, parts)
+            terms["retain"] = step.cross_entropy("retain")
+            total = total + options.retain_weight * terms["retain"]
+        return LossOutput(total, terms)
 
     def _mean(self, step: Step, role: Role) -> Tensor:
         """[] the role's term, averaged over the layers: on forget answers only, since the questions are asked of harmless things too."""

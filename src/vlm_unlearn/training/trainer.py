@@ -76,9 +76,9 @@ class UnlearningTrainer(Trainer):
         output = self.method.loss(step)
         total = output.total + step.zero_loss_over_all_logits() if self.method.hidden_layers else output.total
         if not torch.isfinite(output.total):
-            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.parts.items())
+            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.terms.items())
             raise RunError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); {self._way_out()}")
-        for name, value in output.parts.items():
+        for name, value in output.terms.items():
             self._parts.setdefault(name, []).append(value.item())
         return (total, {}) if return_outputs else total
 
