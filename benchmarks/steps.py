@@ -170,7 +170,7 @@ class Ours:
                             self.model,
                             batches[need.role],
                             packing=packing_of(self.model, batches[need.role], self.method),
-                        ).answer
+                        ).answer_nll
                     batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
         self.before = time.perf_counter() - started  # seconds
 

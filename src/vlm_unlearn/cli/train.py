@@ -144,7 +144,7 @@ def _show_start(planned: Plan) -> None:
     console = status_console()
     console.print(_parts_table(planned.trainable))
     for line in (
-        f"reference values: {planned.source or 'none needed'}; precision {planned.precision}",
+        f"reference values: {planned.reference_strategy or 'none needed'}; precision {planned.precision}",
         _images_line(planned.prefix_sharing_unsupported_reason),
     ):
         console.print(line, markup=False, highlight=False)

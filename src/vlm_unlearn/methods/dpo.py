@@ -10,10 +10,10 @@ from vlm_unlearn.losses import dpo_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceNLL,
+    ReferenceRequirement,
     Role,
     Step,
     register,

@@ -8,10 +8,10 @@ from vlm_unlearn.losses import answer_mask, kl_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceLogits,
+    ReferenceRequirement,
     Role,
     Step,
     register,

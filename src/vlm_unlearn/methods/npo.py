@@ -11,10 +11,10 @@ from vlm_unlearn.losses import npo_loss, npo_retain_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceNLL,
+    ReferenceRequirement,
     Step,
     register,
 )

@@ -12,10 +12,10 @@ from vlm_unlearn.losses import rerouting_forget_loss, rerouting_retain_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceHidden,
+    ReferenceRequirement,
     Role,
     Step,
     register,

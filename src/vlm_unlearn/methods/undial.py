@@ -10,10 +10,10 @@ from vlm_unlearn.losses import undial_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    ReferenceRequirement,
     NonNegative,
     Options,
     ReferenceLogits,
+    ReferenceRequirement,
     Step,
     register,
 )

@@ -150,10 +150,10 @@ def _trainer(
     )
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
-    if planned.source == "cache":
+    if planned.reference_strategy == "cache":
         cached = _cached_references(planned, stream, model, processor, arguments.device, on_reference)
-    elif planned.source is not None:
-        reference = AdapterReference() if planned.source == "adapter" else CopyReference(model)
+    elif planned.reference_strategy is not None:
+        reference = AdapterReference() if planned.reference_strategy == "adapter" else CopyReference(model)
     if arguments.process_index == 0:
         rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
         write_json(recipe.output / "trainable.json", rows)
@@ -260,7 +260,7 @@ def _cached_references(
         def compute(part: Sequence[Example], role: Role = role) -> list[NLL]:
             batch = move(collator.encode(role, part), device, next(model.parameters()).dtype)
             with torch.no_grad(), _autocast(device, planned.precision):
-                nll_sum, tokens = forward(model, batch, packing=packing_of(model, batch, planned.method)).answer
+                nll_sum, tokens = forward(model, batch, packing=packing_of(model, batch, planned.method)).answer_nll
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 
         key = digest_json(

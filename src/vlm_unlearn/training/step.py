@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
-from vlm_unlearn.training.batch_merge import can_join, join
+from vlm_unlearn.training.batch_merge import can_merge, merge_batches
 from vlm_unlearn.training.forward import Forward, forward, packing_of
 from vlm_unlearn.training.packing import Packing
 from vlm_unlearn.training.references import ReferenceModel
@@ -81,13 +81,13 @@ class ModelStep:
         if with_image & set(short) and not with_image - set(short):
             short = []  # a pass through all layers must be the last, and have an image
         for stop, part in ((True, short), (False, [role for role in roles if role not in short])):
-            joined = len(part) > 1 and can_join([self._batches[role] for role in part])
+            joined = len(part) > 1 and can_merge([self._batches[role] for role in part])
             for group in [part] if joined else [[role] for role in part]:
                 self._run(group, stop)
 
     def _run(self, roles: Sequence[Role], stop: bool) -> None:
         batches = [self._batches[role] for role in roles]
-        batch = join(batches) if len(batches) > 1 else batches[0]
+        batch = merge_batches(batches) if len(batches) > 1 else batches[0]
         width = batch["input_ids"].shape[1]
         wanted = torch.cat([F.pad(self._wanted(role), (0, width - self._wanted(role).shape[1])) for role in roles])
         group = _Group(roles, batch, wanted, packing_of(self._model, batch, self._method))
@@ -126,7 +126,7 @@ class ModelStep:
         return torch.stack([0.0 * self._current_outputs(role).logits.float().sum() for role in self._batches]).sum()
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        nll_sum, tokens = self._current_outputs(role).answer
+        nll_sum, tokens = self._current_outputs(role).answer_nll
         return nll_sum / tokens if reduction == "mean" else nll_sum
 
     def reference_nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -134,11 +134,11 @@ class ModelStep:
         return nll_sum / tokens if reduction == "mean" else nll_sum
 
     def cross_entropy(self, *roles: Role) -> Tensor:
-        total = torch.stack([self._current_outputs(role).answer[0].sum() for role in roles]).sum()
+        total = torch.stack([self._current_outputs(role).answer_nll[0].sum() for role in roles]).sum()
         return total / sum(self._totals[role, "answer"] for role in roles)
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
-        nll_sum, tokens = self._current_outputs(role).answer
+        nll_sum, tokens = self._current_outputs(role).answer_nll
         reference_sum, _ = self._reference_answer(role)
         return nll_sum.sum() / tokens.sum(), reference_sum.sum() / tokens.sum()
 
@@ -170,4 +170,4 @@ class ModelStep:
         batch = self._batches[role]
         if "reference_nll_sum" in batch:
             return batch["reference_nll_sum"], batch["reference_tokens"]
-        return self._reference_outputs(role).answer
+        return self._reference_outputs(role).answer_nll
