@@ -233,7 +233,7 @@ NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits"
 
 def _method(name: str, method: type[Method]) -> Iterator[str]:
     built = method(method.options_type())
-    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.needs) or "not needed"
+    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.reference_requirements) or "not needed"
     yield f"## {name}\n\n{_prose_of(method)}\n"
     yield f"- Source: {method.source}\n- Training sets: {', '.join(built.roles)}\n- Reference model: {needs}\n"
     yield _fields(method.options_type)

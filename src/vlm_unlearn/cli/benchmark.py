@@ -11,7 +11,7 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_librar
 from vlm_unlearn.cli.completion import benchmark_names
 from vlm_unlearn.cli.evaluate import answer_share
 from vlm_unlearn.cli.terminal import Commands
-from vlm_unlearn.distributed import is_first
+from vlm_unlearn.distributed import is_main_process
 
 if TYPE_CHECKING:
     from vlm_unlearn.benchmarks import BenchmarkScores
@@ -92,7 +92,7 @@ def run(
         "official": official,
     }
     suite = validate(Suite, override({"benchmarks": [asked]}, overrides or [], Suite), "benchmark run")
-    if not is_first():
+    if not is_main_process():
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):

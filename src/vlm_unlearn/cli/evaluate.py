@@ -18,7 +18,7 @@ from vlm_unlearn.cli.common import (
     status_console,
 )
 from vlm_unlearn.cli.completion import suite_keys, suite_names
-from vlm_unlearn.distributed import is_first
+from vlm_unlearn.distributed import is_main_process
 
 if TYPE_CHECKING:
     from vlm_unlearn.config import Suite
@@ -64,7 +64,7 @@ def evaluate(
     from vlm_unlearn.config import Suite, load
 
     suite = load(Suite, suite_file, overrides or [])
-    if not is_first():
+    if not is_main_process():
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
@@ -101,7 +101,7 @@ def generate(
     from vlm_unlearn.config import Suite, load
 
     suite = load(Suite, suite_file, overrides or [])
-    if not is_first():
+    if not is_main_process():
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vlm_unlearn.distributed import Team
+from vlm_unlearn.distributed import ProcessGroup
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import Key
 from vlm_unlearn.records import Response, Verdict
@@ -20,7 +20,7 @@ PARTS = "parts"  # what each of several processes has answered, until the first 
 
 
 @contextmanager
-def response_log(folder: Path, together: Team) -> Iterator[RecordLog]:
+def response_log(folder: Path, together: ProcessGroup) -> Iterator[RecordLog]:
     """The file that this process writes its answers to: the run's, or of several processes each its own.
 
     Raises:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_unlearn.config import Suite, override, validate
-from vlm_unlearn.distributed import Team, processes, team
+from vlm_unlearn.distributed import ProcessGroup, process_group, world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.answers import (
     RESPONSES,
@@ -50,12 +50,12 @@ def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None, veri
         UserError: broken data, a model that can't be loaded, or a folder that holds another run.
         RunError: the server is gone, or another process of the run has ended.
     """
-    if processes() > 1 and suite.generation.backend != "hf":
+    if world_size() > 1 and suite.generation.backend != "hf":
         raise UserError(f"generation.backend={suite.generation.backend} makes its own batches; start it as one process")
-    with team() as together:
+    with process_group() as together:
         if together.rank == 0:
             _lead(suite, folder, on_done, verify_batching, together)
-        elif together.agree(False):  # what the first process says counts
+        elif together.broadcast(False):  # what the first process says counts
             questions = _questions(suite, suite_prompts(suite))
             _answer_share(build_backend(suite), questions, folder, together, None)
             together.wait()
@@ -88,7 +88,7 @@ def _samples(suite: Suite) -> dict[str, int]:
     return {case.name: case.samples for case in suite.splits}
 
 
-def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: int, together: Team) -> None:
+def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: int, together: ProcessGroup) -> None:
     """What the first process does."""
     prompts = suite_prompts(suite)
     questions = _questions(suite, prompts)
@@ -110,7 +110,7 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
         if waiting:
             write_records(folder / "prompts.jsonl", prompts)
             merge_shards(folder)
-        if together.agree(waiting):
+        if together.broadcast(waiting):
             with _noting_cost(folder):
                 _answer_share(backend, questions, folder, together, on_done)
                 together.wait()
@@ -139,7 +139,7 @@ def _noting_cost(folder: Path) -> Iterator[None]:
 
 
 def _answer_share(
-    backend: Backend, questions: Sequence[Question], folder: Path, together: Team, on_done: OnDone | None
+    backend: Backend, questions: Sequence[Question], folder: Path, together: ProcessGroup, on_done: OnDone | None
 ) -> None:
     """Answers what this process is to answer of all that has no answer yet.
 
