@@ -11,8 +11,8 @@ from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Role
-from vlm_unlearn.models.loader import load_processor, local_folder, read_config, skeleton_of
-from vlm_unlearn.models.shapes import KNOWN
+from vlm_unlearn.models.loader import build_skeleton, find_local_model, load_processor, read_config
+from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.models.trainable import trainable_table
 from vlm_unlearn.store import validate_same_run
 from vlm_unlearn.training.estimate import Memory, Shape, estimate
@@ -55,12 +55,12 @@ def preview(recipe: Recipe) -> Preview:
     training = recipe.training
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * count
     stream = UnlearningStream(training_set, method, steps * per_step, training.seed)
-    folder = local_folder(recipe.model)
-    if folder is None and recipe.model not in KNOWN:
+    folder = find_local_model(recipe.model)
+    if folder is None and recipe.model not in PUBLISHED_CONFIGS:
         raise UserError(
             f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder"
         )
-    bare = skeleton_of(read_config(folder) if folder else KNOWN[recipe.model](), recipe.model)
+    bare = build_skeleton(read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model](), recipe.model)
     config = bare.config.get_text_config()
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
