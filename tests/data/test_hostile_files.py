@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlm_unlearn.data import images
-from vlm_unlearn.data.check import Checker, Source
+from vlm_unlearn.data.check import Checker, DataSource
 from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import UserError
@@ -143,7 +143,7 @@ def test_check(hostile: dict[str, str], tmp_path: Path) -> None:
         "".join(json.dumps({"image": name, "question": "Q?", "answer": "A."}) + "\n" for name in names(hostile))
     )
     checker = Checker()
-    checker.add(Source(file, tmp_path / "images"))
+    checker.add(DataSource(file, tmp_path / "images"))
     report = checker.report()
     all_are_listed(hostile, checker.problems.messages)
     assert report["images"]["usable"] == 1

@@ -15,8 +15,8 @@ from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.json_stream import text_at
-from vlm_unlearn.data.parallel import OnDone, in_threads
-from vlm_unlearn.data.pipeline import mixed_order, places, read_answers
+from vlm_unlearn.data.parallel import OnDone, map_in_threads
+from vlm_unlearn.data.pipeline import mixed_order, conversation_spans, read_answers
 from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.data.training_set import PARTNERS, ROLES, write_training_set
 from vlm_unlearn.errors import Problems, UserError
@@ -234,7 +234,7 @@ def _unusable_images(
             return str(error).removeprefix(f"{source}: ")
         return ""
 
-    return {key: problem for key, problem in in_threads(look, wanted, on_done) if problem}
+    return {key: problem for key, problem in map_in_threads(look, wanted, on_done) if problem}
 
 
 def _with_usable_image(
@@ -283,7 +283,7 @@ def _drop_half_pairs(whole: dict[str, list[Example]]) -> dict[str, int]:
 
 def mix(retain: Sequence[Example], external: Path, size: int, seed: int, problems: Problems) -> list[Example]:
     """Fills `retain` up to `size` from a LLaVA-format file of any size, then shuffles the whole (Safety Mirage's *mix*, same draws)."""
-    offered = places(external, problems)
+    offered = conversation_spans(external, problems)
     mixed = []
     with external.open("rb") as handle:
         for index in mixed_order(len(retain), len(offered) // 2, size, seed):
