@@ -29,10 +29,10 @@ from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row
 from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
-from vlm_unlearn.reporting.caveats import limits
-from vlm_unlearn.reporting.formatting import failures, judges_of
-from vlm_unlearn.reporting.metric_roles import roles_of
-from vlm_unlearn.reporting.provenance import what_was_done
+from vlm_unlearn.reporting.caveats import caveats
+from vlm_unlearn.reporting.formatting import count_failures, judges_of
+from vlm_unlearn.reporting.metric_roles import assign_roles
+from vlm_unlearn.reporting.provenance import describe_evaluation
 from vlm_unlearn.store import read_json, write_json, write_records
 
 RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
@@ -376,14 +376,14 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
     assert row.paper_judges == {"good": "rouge_l"}
     assert row.failed["rouge_l"] == {"safe": 1}  # three metrics leave it out
     assert (row.failed["keyword"], row.failed["mm_vet@j"], row.failed[""]["vqav2"]) == ({"safe": 0}, {"mmvet": 1}, 0)
-    assert failures([row]) == 2
+    assert count_failures([row]) == 2
     assert judges_of([row]) == ["keyword", "mm_vet@j", "rouge_l"]
-    told = " ".join(limits([row], roles_of([row], {"m": suite}), {}, []))
+    told = " ".join(caveats([row], assign_roles([row], {"m": suite}), {}, []))
     assert "A language model judged (mm_vet@j)" in told
     assert "2 answers or verdicts failed" in told
     alone = row.model_copy(update={"metrics": {"mmvet": row.metrics["mmvet"]}, "judge": ""})
-    assert "Judged by keyword, mm_vet@j, rouge_l" in what_was_done([row], {})[1]
-    assert "Judged by nobody" not in what_was_done([alone], {})[1]
+    assert "Judged by keyword, mm_vet@j, rouge_l" in describe_evaluation([row], {})[1]
+    assert "Judged by nobody" not in describe_evaluation([alone], {})[1]
 
 
 def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from vlm_unlearn.config import Suite, load, validate
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row
-from vlm_unlearn.reporting.assessment import Sentence, verdict
-from vlm_unlearn.reporting.metric_roles import Roles, roles_of
+from vlm_unlearn.reporting.assessment import Assessment, assess
+from vlm_unlearn.reporting.metric_roles import MetricRoles, assign_roles
 
 JUDGED = ["model=m", "root=.", "judge.model=j"]
 GOOD = {
@@ -50,10 +50,10 @@ def row(values: Mapping[str, float | Rate], n: int = 100, model: str = "m", **fi
     return Row(**{"model": model, "judge": "four_labels@j", "metrics": metrics, **fields})
 
 
-def said(values: Mapping[str, float | Rate], of: Suite | None = MIRAGE, n: int = 100, **fields: Any) -> Sentence:
+def said(values: Mapping[str, float | Rate], of: Suite | None = MIRAGE, n: int = 100, **fields: Any) -> Assessment:
     """The verdict on one row, its roles taken from a suite as the report takes them."""
     one = row(values, n, **fields)
-    return verdict(one, roles_of([one], {} if of is None else {"m": of}))
+    return assess(one, assign_roles([one], {} if of is None else {"m": of}))
 
 
 SUITES = {
@@ -115,14 +115,14 @@ def test_each_model_is_judged_by_what_it_was_asked() -> None:
         "eraser": ERASED | {"generality_asr": 0.95},
     }
     rows = [row(values[model], model=model) for model in suites]
-    roles = roles_of(rows, suites)
-    assert [verdict(one, roles).word for one in rows] == [
+    roles = assign_roles(rows, suites)
+    assert [assess(one, roles).word for one in rows] == [
         "safe only as asked",
         *["safe as asked, and useful"] * 2,
         "not safe",
     ]
-    assert "no attack was tried" not in verdict(rows[0], roles).text
-    assert "no attack was tried" in verdict(rows[1], roles).text
+    assert "no attack was tried" not in assess(rows[0], roles).text
+    assert "no attack was tried" in assess(rows[1], roles).text
     assert roles.harm == "asr"  # the plot's: what most of them have
 
 
@@ -237,4 +237,4 @@ def test_what_was_not_measured_is_said() -> None:
     assert (only.word, only.level) == ("not measured for safety", "unknown")
     assert "Specificity 60.0" in only.text
     assert said({}).word == "not measured"
-    assert verdict(Row(model="m", metrics={}), Roles(None, None, None)).word == "not measured"
+    assert assess(Row(model="m", metrics={}), MetricRoles(None, None, None)).word == "not measured"

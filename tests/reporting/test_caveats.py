@@ -8,10 +8,10 @@ from pathlib import Path
 from vlm_unlearn.config import Suite, load, validate
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate, Row
-from vlm_unlearn.reporting.caveats import limits
-from vlm_unlearn.reporting.columns import KNOWN
-from vlm_unlearn.reporting.metric_roles import roles_of
-from vlm_unlearn.reporting.provenance import Source
+from vlm_unlearn.reporting.caveats import caveats
+from vlm_unlearn.reporting.columns import METRIC_COLUMNS
+from vlm_unlearn.reporting.metric_roles import assign_roles
+from vlm_unlearn.reporting.provenance import ModelProvenance
 
 NOTHING = Rate(value=None, low=None, high=None, n=0)
 
@@ -22,7 +22,9 @@ def share(hits: int, n: int) -> Rate:
 
 def told(suite: Suite, metrics: Mapping[str, Rate], judge: str = "four_labels@j", **fields: object) -> str:
     rows = [Row.model_validate({"model": "m", "judge": judge, "metrics": metrics, **fields})]
-    return "\n".join(limits(rows, roles_of(rows, {"m": suite}), {"m": Source("m", Path(), suite, {}, 10)}, []))
+    return "\n".join(
+        caveats(rows, assign_roles(rows, {"m": suite}), {"m": ModelProvenance("m", Path(), suite, {}, 10)}, [])
+    )
 
 
 MIRAGE = load(Suite, "suites/safety_mirage", ["model=m", "root=.", "judge.model=j"])
@@ -64,7 +66,7 @@ def test_keywords_are_told_by_metric() -> None:
 
 def test_what_a_column_says_holds_for_every_suite() -> None:
     """Suites differ in the attack, its shots and the cases they count."""
-    said = [explanation for _, _, explanation in KNOWN]
+    said = [explanation for _, _, explanation in METRIC_COLUMNS]
     assert not [
         one for one in said if any(word in one for word in ("What", "Share", "shot", "three", "all prompts", "paper"))
     ]

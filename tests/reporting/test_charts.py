@@ -26,7 +26,7 @@ from vlm_unlearn.reporting.charts.curves import loss_charts, write_loss_png
 from vlm_unlearn.reporting.charts.matplotlib_charts import delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
-from vlm_unlearn.reporting.metric_roles import Roles, answers_link, roles_of
+from vlm_unlearn.reporting.metric_roles import MetricRoles, answers_link, assign_roles
 
 NAMES = ["$x^2$", "<script>", "a & b", "nul \x00 \ud800 \u202e", "very_long_" * 20]
 
@@ -43,8 +43,8 @@ def row(name: str, number: int = 0, **more: object) -> Row:
     return Row(model=name, metrics=metrics, labels={"unsafe": {"complied": 3, "refused": 1, "failed": 1}}, **more)
 
 
-def charts(rows: list[Row], roles: Roles | None = None) -> dict[str, Chart]:
-    sections = summary_charts(Summary(rows=rows), roles or roles_of(rows, {}))
+def charts(rows: list[Row], roles: MetricRoles | None = None) -> dict[str, Chart]:
+    sections = summary_charts(Summary(rows=rows), roles or assign_roles(rows, {}))
     return {name: chart for section in sections.values() for name, chart in section.items()}
 
 
@@ -211,8 +211,8 @@ def test_a_suites_own_metrics_are_understood(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(str({"splits": cases, "metrics": metrics}))
     suite = load(Suite, tmp_path / "suite.yaml", ["model=m"])
     rows = [Row(model="m", metrics={name: share(3) for name in metrics})]
-    roles = roles_of(rows, {"m": suite})
-    assert (roles.harm, roles.prudence, roles.use, roles.attacked) == ("leaks", "prudish", "helps", False)
+    roles = assign_roles(rows, {"m": suite})
+    assert (roles.harm, roles.over_refusal, roles.utility, roles.attacked) == ("leaks", "prudish", "helps", False)
     assert answers_link("m", "leaks", suite) == [("model", "m"), ("label", "complied"), ("case", "bad")]
     assert answers_link("m", "all", suite) == [
         ("model", "m"),
@@ -221,7 +221,7 @@ def test_a_suites_own_metrics_are_understood(tmp_path: Path) -> None:
         ("case", "good"),
     ]
     assert answers_link("m", "asr", suite) == []
-    assert roles_of([Row(model="m", metrics={"leaks": share(3), "asr": share(2)})], {"m": suite}).harm == "asr"
+    assert assign_roles([Row(model="m", metrics={"leaks": share(3), "asr": share(2)})], {"m": suite}).harm == "asr"
 
 
 def test_a_stack_of_one_label_still_says_which(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from finished_runs import complies, make_run
 from vlm_unlearn.config import Recipe, Suite, load
-from vlm_unlearn.reporting.provenance import commands_of, sources_of
+from vlm_unlearn.reporting.provenance import read_provenance, reproduction_commands
 from vlm_unlearn.store import open_run, write_json
 
 
@@ -40,7 +40,7 @@ def test_the_commands_train_evaluate_and_report_what_they_make(tmp_path: Path) -
         model: make_run(folder, complies, groups=2, model=asked)
         for folder, (model, asked) in zip(folders, models.items(), strict=True)
     }
-    lines = [parsed(line) for line in commands_of(sources_of(runs, {}))]
+    lines = [parsed(line) for line in reproduction_commands(read_provenance(runs, {}))]
     made: list[str] = []
     evaluated: list[Path] = []
     for name, options in lines[:-1]:

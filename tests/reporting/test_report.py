@@ -14,7 +14,8 @@ from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import shot_charts
-from vlm_unlearn.reporting.formatting import change, edge, meaning, notes, reach
+from vlm_unlearn.reporting.demo_findings import demo_findings
+from vlm_unlearn.reporting.formatting import bounds, change, notes, rule_of_three_note
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.store import write_json, write_records
 
@@ -193,11 +194,15 @@ def test_the_published_counting_stands_beside_the_corrected(comparison_report: P
 
 def test_zero_says_what_it_can_exclude() -> None:
     """(1 - p)^40 = 0.05 where p = 7.2 %."""
-    assert reach(share(0, 40)) == "at most 7.2"
-    assert reach(share(40, 40)) == "at least 92.8"
-    assert edge(share(0, 40)) == "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence"
-    assert edge(share(40, 40)) == "40 of 40 groups: at least 92.8\u00a0% with 95\u00a0% confidence"
-    assert (reach(share(20, 40)), edge(share(20, 40)), edge(None)) == ("[35.2, 64.8]", "", "")
+    assert bounds(share(0, 40)) == "at most 7.2"
+    assert bounds(share(40, 40)) == "at least 92.8"
+    assert rule_of_three_note(share(0, 40)) == "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence"
+    assert rule_of_three_note(share(40, 40)) == "40 of 40 groups: at least 92.8\u00a0% with 95\u00a0% confidence"
+    assert (bounds(share(20, 40)), rule_of_three_note(share(20, 40)), rule_of_three_note(None)) == (
+        "[35.2, 64.8]",
+        "",
+        "",
+    )
     assert change(comparison("m", "asr", -0.875, 0.049)) == "-87.5 *"
     assert change(comparison("m", "asr", -0.875, 0.05)) == "-87.5"
     assert notes(Summary(rows=[Row(model="m", metrics={"asr": share(20, 40)})]), ["asr"]) == []
@@ -228,29 +233,31 @@ def test_the_meaning_follows_the_numbers() -> None:
         row("po", sarr=1.0),
         row("po+pd", sarr=0.1),
     ]
-    mirage, decoupling = meaning(rows)
+    mirage, decoupling = demo_findings(rows)
     assert "is a mirage" in mirage
     assert "90.0\u00a0%" in mirage
     assert "only 40.0\u00a0% of those right" in mirage
     assert "cures" in decoupling
-    sober, worse = meaning([row("mixed_sft"), row("npo"), row("po", sarr=0.2), row("po+pd", sarr=0.3)])
+    sober, worse = demo_findings([row("mixed_sft"), row("npo"), row("po", sarr=0.2), row("po+pd", sarr=0.3)])
     assert "no mirage here" in sober
     assert "does not lower" in worse
-    assert meaning([row("base")]) == []
+    assert demo_findings([row("base")]) == []
 
 
 def test_the_meaning_needs_numbers() -> None:
     """A rate whose verdicts all failed is no 0 %."""
     rows = [row("mixed_sft", asr_attacked=0.9), row("npo"), row("po", sarr=1.0), row("po+pd")]
-    assert len(meaning(rows)) == 2
+    assert len(demo_findings(rows)) == 2
     nothing = Rate(value=None, low=None, high=None, n=0, failed=40)
     for lost in ("asr_attacked", "sarr"):
-        assert len(meaning([one.model_copy(update={"metrics": one.metrics | {lost: nothing}}) for one in rows])) == 1
-    assert meaning([row("mixed_sft").model_copy(update={"judges": {"asr": "keyword"}}), row("npo")]) == []
+        assert (
+            len(demo_findings([one.model_copy(update={"metrics": one.metrics | {lost: nothing}}) for one in rows])) == 1
+        )
+    assert demo_findings([row("mixed_sft").model_copy(update={"judges": {"asr": "keyword"}}), row("npo")]) == []
 
 
 def test_only_is_said_of_few() -> None:
-    (mirage,) = meaning([row("mixed_sft"), row("npo", utility_attacked=1.0)])
+    (mirage,) = demo_findings([row("mixed_sft"), row("npo", utility_attacked=1.0)])
     assert "(and gets 100.0\u00a0% of those right)" in mirage
 
 

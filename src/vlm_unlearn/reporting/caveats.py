@@ -8,14 +8,16 @@ from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.metrics.rates import rule_of_three
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import heading
-from vlm_unlearn.reporting.formatting import by_keywords, failures, judges_of
-from vlm_unlearn.reporting.metric_roles import Roles
-from vlm_unlearn.reporting.provenance import Source, training_seed
+from vlm_unlearn.reporting.formatting import by_keywords, count_failures, judges_of
+from vlm_unlearn.reporting.metric_roles import MetricRoles
+from vlm_unlearn.reporting.provenance import ModelProvenance, training_seed
 
 FEW = 100  # questions; with fewer, what a rate of 0 can hide is said
 
 
-def limits(rows: Sequence[Row], roles: Roles, sources: Mapping[str, Source], left_out: Sequence[str]) -> list[str]:
+def caveats(
+    rows: Sequence[Row], roles: MetricRoles, sources: Mapping[str, ModelProvenance], left_out: Sequence[str]
+) -> list[str]:
     """Sentences, the gravest first."""
     asked = list(sources.values())
     return [
@@ -46,7 +48,7 @@ def _judges(rows: Sequence[Row]) -> list[str]:
         )
     if any(judge.endswith("@nobody") for judge in judges):
         found.append("A judge of no known model graded.")
-    failed = failures(rows)
+    failed = count_failures(rows)
     if failed:
         found.append(
             f"{failed:,} answers or verdicts failed, over all judges; they are in no rate but the published ones."
@@ -54,7 +56,7 @@ def _judges(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _questions(rows: Sequence[Row], roles: Roles, sources: Sequence[Source]) -> list[str]:
+def _questions(rows: Sequence[Row], roles: MetricRoles, sources: Sequence[ModelProvenance]) -> list[str]:
     found = []
     counts = [
         (row.metrics[part.metric].n, part)
@@ -81,9 +83,9 @@ def _questions(rows: Sequence[Row], roles: Roles, sources: Sequence[Source]) -> 
         )
     else:
         found.append("No unsafe question was asked: this says nothing of safety.")
-    if roles.prudence is None:
+    if roles.over_refusal is None:
         found.append("Over-refusal was not measured: a model that refuses everything would look as safe.")
-    if roles.use is None:
+    if roles.utility is None:
         found.append("Use was not measured: a model that knows nothing any more would look as safe.")
     found.append(
         "Each interval covers the choice of questions, and each rate by itself: of 20, one lies outside by chance."
@@ -91,14 +93,14 @@ def _questions(rows: Sequence[Row], roles: Roles, sources: Sequence[Source]) -> 
     return found
 
 
-def _training(sources: Sequence[Source]) -> list[str]:
+def _training(sources: Sequence[ModelProvenance]) -> list[str]:
     seeds = [seed for source in sources if (seed := training_seed(source)) is not None]
     if not seeds:
         return []
     return ["Each model was trained once: another seed gives another model, and no interval covers that."]
 
 
-def _generation(rows: Sequence[Row], sources: Sequence[Source]) -> list[str]:
+def _generation(rows: Sequence[Row], sources: Sequence[ModelProvenance]) -> list[str]:
     found = []
     unchecked = {row.model for row in rows if row.batching is None}
     if any(

@@ -51,7 +51,7 @@ def better(metric: str) -> Better | None:
     return "lower" if metric in LOWER_IS_BETTER else "higher" if metric in HIGHER_IS_BETTER else None
 
 
-KNOWN: tuple[Column, ...] = (
+METRIC_COLUMNS: tuple[Column, ...] = (
     ("asr", "ASR", "unsafe questions answered with the harm"),
     ("asr_attacked", "ASR attacked", "the same under the suite's attack on the wording"),
     (
@@ -109,16 +109,16 @@ CASES: Mapping[str, str] = {
 def columns(rows: Sequence[Row]) -> list[Column]:
     """The metrics that any row has: known ones first, then a suite's own under their names."""
     measured = dict.fromkeys(metric for row in rows for metric in row.metrics)
-    known = [column for column in KNOWN if column[0] in measured]
-    own = set(measured) - {metric for metric, _, _ in KNOWN} - set(PARTS)
+    known = [column for column in METRIC_COLUMNS if column[0] in measured]
+    own = set(measured) - {metric for metric, _, _ in METRIC_COLUMNS} - set(PARTS)
     return known + [(metric, heading(metric), "as the suite defines it") for metric in measured if metric in own]
 
 
 def heading(metric: str) -> str:
     """A metric's name in words; a suite's own keeps its name, with blanks for underscores."""
-    return next((title for name, title, _ in (*KNOWN, *ELSEWHERE) if name == metric), metric.replace("_", " "))
+    return next((title for name, title, _ in (*METRIC_COLUMNS, *ELSEWHERE) if name == metric), metric.replace("_", " "))
 
 
-def case_title(case: str) -> str:
+def split_title(case: str) -> str:
     """A case's name in words."""
     return CASES.get(case, case.replace("_", " ")) or "questions of no case"

@@ -12,7 +12,7 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.records import Row, Summary
-from vlm_unlearn.reporting.columns import case_title, heading
+from vlm_unlearn.reporting.columns import heading, split_title
 from vlm_unlearn.reporting.provenance import own_digest, same_weights
 from vlm_unlearn.reporting.summaries import read_summary
 from vlm_unlearn.store import read_manifest, user_path
@@ -128,5 +128,5 @@ def _dataset(metric: str, suite: Suite) -> Mapping[str, str]:
     if config is None:
         return {"dataset_type": metric, "dataset_name": heading(metric)}
     formats = dict.fromkeys(case.format for case in suite.splits if case.name in config.splits)
-    names = "; ".join(case_title(case) for case in config.splits)
+    names = "; ".join(split_title(case) for case in config.splits)
     return {"dataset_type": "+".join(formats), "dataset_name": names, "dataset_config": ",".join(config.splits)}

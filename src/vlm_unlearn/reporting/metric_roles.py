@@ -43,7 +43,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Roles:
+class MetricRoles:
     """What each model's rates tell, and the metrics of the trade-off plot; None where nothing of the kind was measured."""
 
     harm: str | None
@@ -62,7 +62,7 @@ class Roles:
         return [part for part in self.parts.get(model, ()) if part.role == role]
 
 
-def roles_of(rows: Sequence[Row], suites: Mapping[str, Suite]) -> Roles:
+def assign_roles(rows: Sequence[Row], suites: Mapping[str, Suite]) -> MetricRoles:
     """What each row's metrics tell.
 
     Args:
@@ -82,7 +82,7 @@ def roles_of(rows: Sequence[Row], suites: Mapping[str, Suite]) -> Roles:
         best = max(counts.values(), default=0)
         return next((name for name in counts if best and counts[name] == best), None)
 
-    return Roles(
+    return MetricRoles(
         axis(HARM, "harm"),
         axis(PRUDENCE, "over_refusal", "over_forgetting"),
         axis(USE, "use", "score"),

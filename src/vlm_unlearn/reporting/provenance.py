@@ -14,7 +14,7 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.verdicts import suite_costs
 from vlm_unlearn.records import Row
-from vlm_unlearn.reporting.columns import case_title
+from vlm_unlearn.reporting.columns import split_title
 from vlm_unlearn.reporting.formatting import judges_of
 from vlm_unlearn.store import digest_model, read_manifest, user_path
 
@@ -22,7 +22,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of weights; of an adapt
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelProvenance:
     """What one model's row was made from; a manifest is empty where there is none."""
 
     model: str
@@ -34,14 +34,14 @@ class Source:
     trained: Mapping[str, Any] = field(default_factory=dict)  # the training run's manifest
 
 
-def sources_of(runs: Mapping[str, Path], training: Mapping[str, Path]) -> dict[str, Source]:
+def read_provenance(runs: Mapping[str, Path], training: Mapping[str, Path]) -> dict[str, ModelProvenance]:
     """Each model's source, with its training run: the one given, else the one that its suite's model lies in."""
     found = {}
     for model, run in runs.items():
         suite = saved_suite(run)
         trained_in = training.get(model) or training_run(suite.model, run)
         trained = _manifest(trained_in) if trained_in is not None else {}
-        found[model] = Source(
+        found[model] = ModelProvenance(
             model, run, suite, _manifest(run), _lines(run / "prompts.jsonl"), trained_in if trained else None, trained
         )
     return found
@@ -108,7 +108,7 @@ def _lines(file: Path) -> int:
         return sum(bool(line.strip()) for line in handle)
 
 
-def what_was_done(rows: Sequence[Row], sources: Mapping[str, Source]) -> list[str]:
+def describe_evaluation(rows: Sequence[Row], sources: Mapping[str, ModelProvenance]) -> list[str]:
     """A line or two: how many models, how many questions of what, who judged, how it was decoded, which seeds."""
     asked = list(sources.values())
     counts = sorted({source.questions for source in asked})
@@ -122,7 +122,7 @@ def what_was_done(rows: Sequence[Row], sources: Mapping[str, Source]) -> list[st
     models = f"{len(rows)} models were" if len(rows) > 1 else f"{rows[0].model} was" if rows else "No model was"
     first = f"{models} asked {many} questions{' each' if len(rows) > 1 else ''}"
     if cases:
-        titles = ", ".join(map(case_title, cases[:3])) + (", …" if len(cases) > 3 else "")
+        titles = ", ".join(map(split_title, cases[:3])) + (", …" if len(cases) > 3 else "")
         first += f" in {len(cases)} case{'' if len(cases) == 1 else 's'} ({titles})"
     if benchmarks:
         first += f"{' and' if cases else ''} of {len(benchmarks)} benchmark{'' if len(benchmarks) == 1 else 's'}"
@@ -135,24 +135,24 @@ def _files(suite: Suite) -> list[Path]:
     return [path for benchmark in suite.benchmarks for path in benchmark.annotations]
 
 
-def _decoding(sources: Sequence[Source]) -> str:
+def _decoding(sources: Sequence[ModelProvenance]) -> str:
     ways = {_way(source) for source in sources}
     return "decoded " + " or ".join(sorted(ways)) if ways else ""
 
 
-def _way(source: Source) -> str:
+def _way(source: ModelProvenance) -> str:
     generation = source.suite.generation
     if generation.temperature == 0:
         return "greedily"
     return f"at temperature {generation.temperature:g} (seed {generation.seed})"
 
 
-def _seeds(sources: Sequence[Source]) -> str:
+def _seeds(sources: Sequence[ModelProvenance]) -> str:
     seeds = sorted({seed for source in sources if (seed := training_seed(source)) is not None})
     return f"training seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}" if seeds else ""
 
 
-def training_seed(source: Source) -> int | None:
+def training_seed(source: ModelProvenance) -> int | None:
     """The seed that a model was trained with."""
     recipe = source.trained.get("identity", {}).get("recipe")
     seed = (
@@ -175,7 +175,7 @@ COSTS = (
 )
 
 
-def costs_of(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
+def read_costs(sources: Mapping[str, ModelProvenance]) -> dict[str, dict[str, str]]:
     """What each model took, by heading: its training, its evaluation and its judges, as far as manifests and verdicts tell."""
     found: dict[str, dict[str, str]] = {}
     for model, source in sources.items():
@@ -214,7 +214,7 @@ def _memory(manifest: Mapping[str, Any]) -> str:
     return f"{memory:,} MiB" if memory < 10_000 else f"{memory / 1024:,.1f} GiB"
 
 
-def commands_of(sources: Mapping[str, Source]) -> list[str]:
+def reproduction_commands(sources: Mapping[str, ModelProvenance]) -> list[str]:
     """The commands that make each model and its answers again, out of the files that the runs keep, and a report of what they made."""
     names = _names_of_folders(sources)
     trained: dict[Path, str] = {}
@@ -250,7 +250,7 @@ def _quoted(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
-def digests_of(sources: Mapping[str, Source]) -> list[tuple[str, str, str, str]]:
+def list_digests(sources: Mapping[str, ModelProvenance]) -> list[tuple[str, str, str, str]]:
     """Model, digest of its weights, digest of the questions, and its training data's digests, as the manifests hold them."""
     found = []
     for source in sources.values():
@@ -261,7 +261,7 @@ def digests_of(sources: Mapping[str, Source]) -> list[tuple[str, str, str, str]]
     return found
 
 
-def versions_of(sources: Mapping[str, Source]) -> str:
+def package_versions(sources: Mapping[str, ModelProvenance]) -> str:
     """``"torch 2.13.0, transformers 5.23.0"``; where runs differ, each version."""
     found: dict[str, dict[str, None]] = {}
     for source in sources.values():
@@ -272,7 +272,7 @@ def versions_of(sources: Mapping[str, Source]) -> str:
     return ", ".join(f"{package} {' and '.join(versions)}" for package, versions in found.items())
 
 
-def seconds_of_training(training: Path) -> str:
+def training_time(training: Path) -> str:
     """``"5.1 s"``: the training time that a run's manifest holds."""
     manifest = _manifest(training)
     return _seconds(manifest) if manifest else "–"

@@ -13,36 +13,36 @@ from vlm_unlearn.errors import UserError, printable, quoted
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Comparison, Row, Summary
 from vlm_unlearn.reporting.answers.answers_page import write_answers
-from vlm_unlearn.reporting.assessment import verdict
-from vlm_unlearn.reporting.caveats import limits
+from vlm_unlearn.reporting.assessment import assess
+from vlm_unlearn.reporting.caveats import caveats
 from vlm_unlearn.reporting.charts.chart import COLORS, style_of
 from vlm_unlearn.reporting.charts.curves import loss_charts
 from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_other_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import SHAPES, plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
-from vlm_unlearn.reporting.columns import case_title, columns, heading
+from vlm_unlearn.reporting.columns import columns, heading, split_title
+from vlm_unlearn.reporting.demo_findings import demo_findings
 from vlm_unlearn.reporting.formatting import (
+    bounds,
     change,
-    edge,
-    failures,
-    meaning,
+    count_failures,
     notes,
     percent,
     published,
-    reach,
+    rule_of_three_note,
     significant,
 )
-from vlm_unlearn.reporting.metric_roles import Link, Roles, answers_link, changes_link, roles_of
+from vlm_unlearn.reporting.metric_roles import Link, MetricRoles, answers_link, assign_roles, changes_link
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.reporting.provenance import (
     COSTS,
-    Source,
-    commands_of,
-    costs_of,
-    digests_of,
-    sources_of,
-    versions_of,
-    what_was_done,
+    ModelProvenance,
+    describe_evaluation,
+    list_digests,
+    package_versions,
+    read_costs,
+    read_provenance,
+    reproduction_commands,
 )
 from vlm_unlearn.reporting.tables.summary_tables import delete_other_tables, write_tables
 from vlm_unlearn.store import write_text
@@ -74,10 +74,10 @@ def write_report(
     Raises:
         UserError: a run's files are broken, or the folder can't be written to.
     """
-    sources = sources_of(runs, training or {})
-    roles = roles_of(summary.rows, {model: source.suite for model, source in sources.items()})
+    sources = read_provenance(runs, training or {})
+    roles = assign_roles(summary.rows, {model: source.suite for model, source in sources.items()})
     trained = {model: source.training for model, source in sources.items() if source.training is not None}
-    costs = costs_of(sources)
+    costs = read_costs(sources)
     charts = summary_charts(summary, roles)
     charts["loss"] = loss_charts(trained, [row.model for row in summary.rows])
     drawn = {name: chart for section in charts.values() for name, chart in section.items()}
@@ -104,7 +104,7 @@ def write_report(
 
 
 def _in_words(
-    summary: Summary, roles: Roles, sources: Mapping[str, Source], left_out: Sequence[str]
+    summary: Summary, roles: MetricRoles, sources: Mapping[str, ModelProvenance], left_out: Sequence[str]
 ) -> dict[str, object]:
     """What the page says, and the functions that it says numbers with."""
     rows = summary.rows
@@ -120,10 +120,10 @@ def _in_words(
         return _address(changes_link(model, comparison.metric, sources[model].suite)) if known else ""
 
     return {
-        "done": what_was_done(rows, sources),
-        "verdicts": [verdict(row, roles) for row in rows],
+        "done": describe_evaluation(rows, sources),
+        "verdicts": [assess(row, roles) for row in rows],
         "looks": [(COLORS[style.color], SHAPES[style.shape]) for style in map(style_of, range(len(rows)))],
-        "sentences": meaning(rows),
+        "sentences": demo_findings(rows),
         "columns": used,
         "rows": rows,
         "comparisons": summary.comparisons,
@@ -131,17 +131,20 @@ def _in_words(
         "compared": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
         "counts": {metric: count for metric, _, _ in used if (count := _one_count(rows, metric))},
         "notes": notes(summary, [metric for metric, _, _ in used]),
-        "limits": limits(rows, roles, sources, left_out),
-        "failed": failures(rows),
-        "commands": commands_of(sources),
-        "digests": digests_of(sources),
-        "versions": versions_of(sources),
+        "limits": caveats(rows, roles, sources, left_out),
+        "failed": count_failures(rows),
+        "commands": reproduction_commands(sources),
+        "digests": list_digests(sources),
+        "versions": package_versions(sources),
         "labels": (*LABELS, "failed"),
         "cases": list(dict.fromkeys(case for row in rows for case in row.labels)),
         "answers": answers,
         "changes": changes,
         "answers_at": lambda **filters: _address(list(filters.items())),
-        **{word.__name__: word for word in (percent, reach, edge, change, significant, published, heading, case_title)},
+        **{
+            word.__name__: word
+            for word in (percent, bounds, rule_of_three_note, change, significant, published, heading, split_title)
+        },
     }
 
 

@@ -21,8 +21,8 @@ from vlm_unlearn.reporting.charts.chart import (
     rates_series,
     style_of,
 )
-from vlm_unlearn.reporting.columns import BENCHMARKS, KNOWN, case_title, columns, heading
-from vlm_unlearn.reporting.metric_roles import Roles, measured
+from vlm_unlearn.reporting.columns import BENCHMARKS, METRIC_COLUMNS, columns, heading, split_title
+from vlm_unlearn.reporting.metric_roles import MetricRoles, measured
 
 # Metrics that belong together: as asked, under the attack, and under paraphrases that are no attack.
 ATTACKS = (
@@ -40,14 +40,14 @@ MANY = 8  # models; beyond, bars beside each other become a heatmap
 MOST = 40  # categories in a chart; a table has them all
 
 
-def tradeoff_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
+def tradeoff_charts(rows: Sequence[Row], roles: MetricRoles) -> dict[str, Chart]:
     """The harm against over-refusal, and against use, as far as they were measured."""
     charts: dict[str, Chart] = {}
     if roles.harm is None:
         return charts
     for name, metric, best, title in (
-        ("tradeoff-refusals", roles.prudence, 0.0, "Harm and over-refusal"),
-        ("tradeoff-use", roles.use, 100.0, "Harm and use"),
+        ("tradeoff-refusals", roles.over_refusal, 0.0, "Harm and over-refusal"),
+        ("tradeoff-use", roles.utility, 100.0, "Harm and use"),
     ):
         if metric is None:
             continue
@@ -135,11 +135,11 @@ def _models_by(
     return Bars(title, [name(one) for one in of], series, axis="rate, with its 95 % interval")
 
 
-def category_charts(rows: Sequence[Row], roles: Roles) -> dict[str, Chart]:
+def category_charts(rows: Sequence[Row], roles: MetricRoles) -> dict[str, Chart]:
     """Rates by category of question: the trade-off's, over-forgetting, and a suite's own; the table's others follow these."""
-    own = [metric for metric, _, _ in columns(rows) if all(metric != known for known, _, _ in KNOWN)]
+    own = [metric for metric, _, _ in columns(rows) if all(metric != known for known, _, _ in METRIC_COLUMNS)]
     charts: dict[str, Chart] = {}
-    for metric in dict.fromkeys((roles.harm, "asr", "sarr", roles.prudence, roles.use, *own)):
+    for metric in dict.fromkeys((roles.harm, "asr", "sarr", roles.over_refusal, roles.utility, *own)):
         if metric is None:
             continue
         categories = sorted({category for row in rows for category in row.categories.get(metric, {})})
@@ -192,7 +192,7 @@ def label_charts(rows: Sequence[Row]) -> dict[str, Chart]:
             if any(counts):
                 series.append(Series(label.replace("_", " "), shares, (), (), LABEL_STYLES[label]))
         if series:
-            title = case_title(case)
+            title = split_title(case)
             charts[f"labels-{number}"] = Bars(
                 title[0].upper() + title[1:],
                 [row.model for row in asked],
@@ -203,7 +203,7 @@ def label_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     return charts
 
 
-def summary_charts(summary: Summary, roles: Roles) -> dict[str, dict[str, Chart]]:
+def summary_charts(summary: Summary, roles: MetricRoles) -> dict[str, dict[str, Chart]]:
     """All charts that a summary fills, by the section they belong to."""
     rows = summary.rows
     return {

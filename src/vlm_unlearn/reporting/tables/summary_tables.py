@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import LABELS, Comparison, Rate, Row, Summary
-from vlm_unlearn.reporting.columns import case_title, columns, heading
+from vlm_unlearn.reporting.columns import columns, heading, split_title
 from vlm_unlearn.reporting.formatting import SIGNIFICANT, judged_by, judges_of, significant
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
@@ -209,7 +209,7 @@ def _labels(summary: Summary) -> Iterable[Table]:
     cases = dict.fromkeys(case for row in summary.rows for case in row.labels)
     lines = [
         [
-            word("case", case_title(case), case),
+            word("case", split_title(case), case),
             word("model", row.model),
             *shares(row.labels[case]),
             _total(row.labels[case]),
@@ -222,7 +222,7 @@ def _labels(summary: Summary) -> Iterable[Table]:
         shown = [Column(label, label.replace("_", " ")) for label in (*LABELS, "failed", "answers")]
         title = "Where the answers of each case went, in % of them."
         behind = {
-            case_title(case): [sum(row.labels[case].values()) for row in summary.rows if case in row.labels]
+            split_title(case): [sum(row.labels[case].values()) for row in summary.rows if case in row.labels]
             for case in cases
         }
         notes = [
