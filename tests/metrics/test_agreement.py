@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vlm_unlearn.metrics.agreement import cohen_kappa, hit_rates, kappa_rate
+from vlm_unlearn.metrics.agreement import cohen_kappa, sensitivity_and_specificity, kappa_rate
 
 
 def table(both_yes: int, first_only: int, second_only: int, both_no: int) -> list[tuple[str, str]]:
@@ -58,8 +58,8 @@ def test_full_agreement_on_few_answers_is_not_certain() -> None:
 
 def test_hit_rates_by_hand() -> None:
     pairs = [(True, True)] * 8 + [(True, False)] * 2 + [(False, False)] * 27 + [(False, True)] * 3
-    sensitivity, specificity = hit_rates(pairs, [str(number) for number in range(40)], failed=4)
+    sensitivity, specificity = sensitivity_and_specificity(pairs, [str(number) for number in range(40)], failed=4)
     assert (sensitivity.value, sensitivity.n, sensitivity.failed) == (0.8, 10, 4)
     assert (specificity.value, specificity.n) == (0.9, 30)
-    nothing, _ = hit_rates([(False, True)], ["a"])
+    nothing, _ = sensitivity_and_specificity([(False, True)], ["a"])
     assert nothing.value is None

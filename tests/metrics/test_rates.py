@@ -10,7 +10,7 @@ import pytest
 
 from vlm_unlearn.metrics.rates import (
     count_labels,
-    groups_behind,
+    group_count,
     label_outcomes,
     mean_of_rates,
     mean_ratio,
@@ -141,9 +141,9 @@ def test_no_hits_or_only_hits_reach_the_rule_of_three(groups: int) -> None:
     assert none.low == 0.0
     assert none.high >= rule_of_three(groups)
     assert (all_hits.low, all_hits.high) == (pytest.approx(1 - none.high), 1.0)
-    assert groups_behind(none) == groups_behind(all_hits) == groups
+    assert group_count(none) == group_count(all_hits) == groups
     assert rate([0.0] * groups, clusters[::3]).high == none.high
-    assert groups_behind(rate([True, False], ["a", "b"])) is None
+    assert group_count(rate([True, False], ["a", "b"])) is None
 
 
 def test_scores_get_a_narrower_interval_than_hits() -> None:

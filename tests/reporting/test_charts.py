@@ -23,7 +23,7 @@ from vlm_unlearn.reporting.charts.chart import (
     style_of,
 )
 from vlm_unlearn.reporting.charts.curves import loss_charts, write_loss_png
-from vlm_unlearn.reporting.charts.matplotlib_charts import delete_other_plots, write_plots
+from vlm_unlearn.reporting.charts.matplotlib_charts import delete_stale_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.metric_roles import MetricRoles, answers_link, assign_roles
@@ -91,7 +91,7 @@ def test_every_chart_is_drawn_in_every_format(tmp_path: Path) -> None:
         (tmp_path / name).write_text("somebody's")
     files = write_plots(tmp_path, found)
     assert (tmp_path / "labels-99.svg").exists()  # the page of before links to it
-    delete_other_plots(tmp_path, [])
+    delete_stale_plots(tmp_path, [])
     assert {file.name for file in tmp_path.iterdir()} == {"kept.txt", "mine.pdf"}  # all of ours are known as ours
     files = write_plots(tmp_path, found)
     assert len(files) == 3 * len(found)

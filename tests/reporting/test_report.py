@@ -13,7 +13,7 @@ from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
-from vlm_unlearn.reporting.charts.summary_charts import shot_charts
+from vlm_unlearn.reporting.charts.summary_charts import rewrite_charts
 from vlm_unlearn.reporting.demo_findings import demo_findings
 from vlm_unlearn.reporting.formatting import bounds, change, notes, rule_of_three_note
 from vlm_unlearn.reporting.report import write_report
@@ -214,10 +214,10 @@ def test_shot_curves_have_a_line_a_model() -> None:
         Row(model="b", metrics={}),
         Row(model="c", metrics={}, rewrites={"asr": [rate([], []), share(3, 4)]}),
     ]
-    first, second = plotly_figure(shot_charts(rows)["shots-1"])["data"]
+    first, second = plotly_figure(rewrite_charts(rows)["shots-1"])["data"]
     assert (first["name"], first["x"], first["y"]) == ("a", [1, 2], [25.0, 50.0])
     assert (second["name"], second["x"], second["y"]) == ("c", [2], [75.0])
-    assert shot_charts([Row(model="b", metrics={})]) == {}
+    assert rewrite_charts([Row(model="b", metrics={})]) == {}
     assert first["marker"]["symbol"] != second["marker"]["symbol"]
     low, high = share(1, 4).low, share(1, 4).high
     assert (

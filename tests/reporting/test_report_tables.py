@@ -16,12 +16,12 @@ from vlm_unlearn.records import Comparison, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import better
 from vlm_unlearn.reporting.tables.markdown import escaped
 from vlm_unlearn.reporting.tables.summary_tables import (
-    NAMES,
-    delete_other_tables,
+    TABLE_NAMES,
+    delete_stale_tables,
     named_table,
     summary_tables,
     write_tables,
-    written,
+    render_table,
 )
 
 HOSTILE = [
@@ -99,7 +99,7 @@ def cells(markdown: str) -> list[list[str]]:
 def test_every_table_that_the_summary_fills_is_written_three_times(summary: Summary, tmp_path: Path) -> None:
     costs = {"npo": {"training time": "5.1 s", "peak memory": "626 MB"}, "rmu": {"training time": "6.0 s"}}
     files = write_tables(tmp_path, summary, costs)
-    expected = set(NAMES) - {"safe_eraser", "safe_eraser_published"}
+    expected = set(TABLE_NAMES) - {"safe_eraser", "safe_eraser_published"}
     assert {file.relative_to(tmp_path).as_posix() for file in files} == {
         f"report/tables/{name}.{ending}" for name in expected for ending in ("csv", "tex", "md")
     }
@@ -110,7 +110,7 @@ def test_every_table_that_the_summary_fills_is_written_three_times(summary: Summ
     ]
     later = write_tables(tmp_path, Summary(rows=[Row(model="m", metrics={"asr": share(1, 4)})]), {})
     (tmp_path / "report/tables/mine.csv").write_text("somebody's")
-    delete_other_tables(tmp_path, later)
+    delete_stale_tables(tmp_path, later)
     assert set((tmp_path / "report/tables").iterdir()) == {
         *later,
         tmp_path / "report/tables/mine.csv",
@@ -119,30 +119,30 @@ def test_every_table_that_the_summary_fills_is_written_three_times(summary: Summ
 
 
 def test_csv_has_the_numbers_of_the_summary(summary: Summary) -> None:
-    text = written(named_table(summary, "rates"), "csv")
+    text = render_table(named_table(summary, "rates"), "csv")
     assert text.count("\r\n") == text.count("\n") == 1 + 15
     lines = read(text)
     assert list(lines[0]) == ["model", "metric", "value", "low", "high", "n", "failed"]
     for line in lines:
         expected = next(row for row in summary.rows if row.model == line["model"]).metrics[line["metric"]]
         assert Rate.model_validate({key: line[key] for key in Rate.model_fields}) == expected  # to the last digit
-    change = read(written(named_table(summary, "comparisons"), "csv"))[0]
+    change = read(render_table(named_table(summary, "comparisons"), "csv"))[0]
     assert (change["metric"], float(change["difference"]), float(change["p_adjusted"]), change["n"]) == (
         "asr",
         -0.7,
         0.0004,
         "90",
     )
-    labels = read(written(named_table(summary, "labels"), "csv"))
+    labels = read(render_table(named_table(summary, "labels"), "csv"))
     assert labels[5] == {"case": "unsafe_what", "model": "npo", "label": "complied", "answers": "4", "share": "0.1"}
     assert {line["label"] for line in labels} == {"complied", "refused", "degenerate", "off_topic", "failed"}
-    counting = read(written(named_table(summary, "published"), "csv"))
+    counting = read(render_table(named_table(summary, "published"), "csv"))
     assert [(line["metric"], line["counting"], float(line["value"])) for line in counting[:2]] == [
         ("asr", "published", 0.5),
         ("asr", "corrected", 0.05),
     ]
-    assert [line["shots"] for line in read(written(named_table(summary, "shots"), "csv"))[:2]] == ["1", "2"]
-    assert read(written(named_table(summary, "categories"), "csv"))[1]["category"] == "Fraud"
+    assert [line["shots"] for line in read(render_table(named_table(summary, "shots"), "csv"))[:2]] == ["1", "2"]
+    assert read(render_table(named_table(summary, "categories"), "csv"))[1]["category"] == "Fraud"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", " =1", "＝1"])
@@ -150,25 +150,25 @@ def test_no_csv_cell_is_a_formula(text: str) -> None:
     summary = Summary(
         rows=[Row(model=text, metrics={"asr": share(1, 4)})], comparisons=[change(text, "asr", -0.5, 0.1)]
     )
-    assert read(written(named_table(summary, "rates"), "csv"))[0]["model"] == f"'{text}"
-    assert read(written(named_table(summary, "comparisons"), "csv"))[0]["difference"] == "-0.5"  # a number stays one
+    assert read(render_table(named_table(summary, "rates"), "csv"))[0]["model"] == f"'{text}"
+    assert read(render_table(named_table(summary, "comparisons"), "csv"))[0]["difference"] == "-0.5"  # a number stays one
     beside = Summary(
         rows=[Row(model=f"npo;{text}", metrics={"asr": share(1, 4)})]
     )  # many countries' spreadsheets split at semicolons
-    model = read(written(named_table(beside, "rates"), "csv"))[0]["model"]
+    model = read(render_table(named_table(beside, "rates"), "csv"))[0]["model"]
     assert model.split(";")[1].lstrip(" ").startswith("'")
 
 
 def test_the_best_of_a_column_is_bold_by_its_direction_and_ties_all_are(summary: Summary) -> None:
-    lines = {line[0]: line[1:] for line in cells(written(named_table(summary, "rates"), "md", intervals=False))}
+    lines = {line[0]: line[1:] for line in cells(render_table(named_table(summary, "rates"), "md", intervals=False))}
     assert lines["model"] == ["ASR", "ASR attacked", "Refusals", "Refusals attacked", "VQAv2"]
     assert lines["base"] == ["75.0", "90.0", "**0.0**", "**0.0**", "**80.0**"]
     assert lines["npo"] == [r"**5.0**\*", "**10.0**", "2.5", "10.0", "77.5"]  # the change in ASR is significant
     assert lines["rmu"] == ["**5.0**", "15.0", "2.5", "5.0", "**80.0**"]
     single = Summary(rows=[Row(model="m", metrics={"asr": share(1, 4), "own": share(1, 4)})])
-    assert "**" not in written(named_table(single, "rates"), "md")
+    assert "**" not in render_table(named_table(single, "rates"), "md")
     own = Summary(rows=[Row(model=name, metrics={"own_metric": share(hits, 4)}) for name, hits in (("a", 1), ("b", 3))])
-    assert "**" not in written(named_table(own, "rates"), "md")  # nobody knows which end of it is good
+    assert "**" not in render_table(named_table(own, "rates"), "md")  # nobody knows which end of it is good
 
 
 def test_every_shipped_metric_has_a_direction() -> None:
@@ -234,7 +234,7 @@ def test_many_categories_stand_below_each_other(summary: Summary) -> None:
     table = named_table(Summary(rows=rows), "categories")
     assert [column.heading for column in table.columns] == ["metric", "category", "base", "npo"]
     assert len(table.lines) == 25
-    line = read(written(table, "csv"))[1]
+    line = read(render_table(table, "csv"))[1]
     assert (line["metric"], line["category"], line["model"], float(line["value"])) == ("asr", "category 0", "npo", 0.0)
 
 
@@ -247,14 +247,14 @@ def test_no_number_is_best_of_two_judges(summary: Summary) -> None:
 
 
 def test_safety_mirages_table(summary: Summary) -> None:
-    lines = cells(written(named_table(summary, "safety_mirage"), "md", intervals=False))
+    lines = cells(render_table(named_table(summary, "safety_mirage"), "md", intervals=False))
     assert lines[0] == ["model", "ASR before", "ASR after", "RR before", "RR after", "VQAv2"]
     assert lines[3] == ["npo", "**5.0**", "**10.0**", "2.5", "10.0", "77.5"]
-    published = cells(written(named_table(summary, "safety_mirage_published"), "md", intervals=False))
+    published = cells(render_table(named_table(summary, "safety_mirage_published"), "md", intervals=False))
     assert published[2:] == [
         ["npo", "50.0", "62.5", "2.5", "10.0", "77.5"]
     ]  # by the published counting, where that has the metric
-    answers = cells(written(named_table(summary, "safety_mirage_answers"), "md"))
+    answers = cells(render_table(named_table(summary, "safety_mirage_answers"), "md"))
     assert answers[0] == ["model", "complied", "refused", "degenerate", "off topic", "failed"]
     assert answers[3] == ["npo", "10.0", "85.0", "2.5", "0.0", "2.5"]
 
@@ -266,7 +266,7 @@ def test_safe_erasers_table() -> None:
         for name, hits in (("po", 40), ("po+pd", 10))
     ]
     table = named_table(Summary(rows=rows), "safe_eraser")
-    assert cells(written(table, "md", intervals=False)) == [
+    assert cells(render_table(table, "md", intervals=False)) == [
         [
             "model",
             "Efficacy ASR",
@@ -291,8 +291,8 @@ def test_a_missing_number_is_a_dash_and_no_line_for_machines() -> None:
         Row(model="b", metrics={}),
     ]
     table = named_table(Summary(rows=rows), "rates")
-    assert cells(written(table, "md", intervals=False))[2:] == [["a", "25.0", "–"], ["b", "–", "–"]]
-    assert len(read(written(table, "csv"))) == 1
+    assert cells(render_table(table, "md", intervals=False))[2:] == [["a", "25.0", "–"], ["b", "–", "–"]]
+    assert len(read(render_table(table, "csv"))) == 1
     assert summary_tables(Summary(rows=[])) == {}
 
 
@@ -302,7 +302,7 @@ def test_names_stay_in_their_markdown_cells() -> None:
         for name in HOSTILE
     ]
     for name, table in summary_tables(Summary(rows=rows)).items():
-        text = written(table, "md")
+        text = render_table(table, "md")
         lines = text.split("\n\n")[0].splitlines()
         assert len(lines) == 2 + len(table.lines), name
         assert {line.count("|") for line in lines} == {len(table.columns) + 1}, name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.evaluation.generate import read_answers
-from vlm_unlearn.metrics.agreement import hit_rates, kappa_rate
+from vlm_unlearn.metrics.agreement import sensitivity_and_specificity, kappa_rate
 from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
 from vlm_unlearn.store import read_records, writing
 
@@ -87,7 +87,7 @@ def _compare(reference: Grades, judge: Grades, prompts: Mapping[str, Prompt], po
     if not (reference.scores_only or judge.scores_only):
         whole = kappa_rate([(str(reference.labels[key]), str(judge.labels[key])) for key in told], clusters, failed)
     yes = [(reference.positive(key, positive), judge.positive(key, positive)) for key in told]
-    sensitivity, specificity = hit_rates(yes, clusters, failed)
+    sensitivity, specificity = sensitivity_and_specificity(yes, clusters, failed)
     return Agreement(
         reference=reference.name,
         judge=judge.name,

@@ -11,12 +11,12 @@ from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import GradedRun, build_row, metric_outcomes, read_graded_run
-from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
+from vlm_unlearn.metrics.paired import PairedDifference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
 
 OnCompared = Callable[[int, int], None]  # models compared, and how many there are
-Pairs = tuple[str, str, Difference, int]  # model, metric, difference, unpaired
+Pairs = tuple[str, str, PairedDifference, int]  # model, metric, difference, unpaired
 
 
 def summarize_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
@@ -103,7 +103,7 @@ def _read(folder: Path) -> GradedRun:
     return read_graded_run(folder, saved_suite(folder))
 
 
-def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple[Difference, int] | str:
+def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple[PairedDifference, int] | str:
     """The difference in one metric and how many outcomes have no partner, or why there is none."""
     first, second = base.suite.metrics[metric], run.suite.metrics[metric]
     if first.model_dump(exclude={"splits"}) != second.model_dump(exclude={"splits"}):
@@ -129,7 +129,7 @@ def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple
 
 def _compared_benchmark(
     base: GradedRun, run: GradedRun, config: BenchmarkConfig
-) -> tuple[Difference, int] | str | None:
+) -> tuple[PairedDifference, int] | str | None:
     """The difference in a benchmark's mean score (of POPE the accuracy), question by question; None where the run doesn't have it."""
     other = next((benchmark for benchmark in run.suite.benchmarks if benchmark.name == config.name), None)
     if other is None:
@@ -149,7 +149,7 @@ def _compared_benchmark(
     return _difference(old, new, len(old.values.keys() | new.values.keys()))
 
 
-def _difference(old: Outcomes, new: Outcomes, known: int) -> tuple[Difference, int] | str:
+def _difference(old: Outcomes, new: Outcomes, known: int) -> tuple[PairedDifference, int] | str:
     """The paired difference, and how many of `known` outcomes have no partner."""
     pairs = [key for key in old.values if key in new.values]
     if not pairs:

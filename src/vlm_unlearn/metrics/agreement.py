@@ -65,7 +65,7 @@ def _resampled(rng: np.random.Generator, tables: np.ndarray) -> np.ndarray:
     return told
 
 
-def hit_rates(pairs: Sequence[tuple[bool, bool]], clusters: Sequence[str], failed: int = 0) -> tuple[Rate, Rate]:
+def sensitivity_and_specificity(pairs: Sequence[tuple[bool, bool]], clusters: Sequence[str], failed: int = 0) -> tuple[Rate, Rate]:
     """The true positive and the true negative rate of the second of each pair, the first being the truth."""
     rates = []
     for truth in (True, False):

@@ -18,7 +18,7 @@ Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """What changed from one model to the other, over pairs of outcomes."""
 
     value: float  # the second's mean less the first's
@@ -29,7 +29,7 @@ class Difference:
     n: int  # pairs
 
 
-def paired_difference(base: Sequence[float], model: Sequence[float], clusters: Sequence[str]) -> Difference:
+def paired_difference(base: Sequence[float], model: Sequence[float], clusters: Sequence[str]) -> PairedDifference:
     """Compares outcomes between 0 and 1, pair by pair, always with the same random numbers.
 
     The interval is a paired bootstrap over clusters. The test is McNemar's where all outcomes are hits and no cluster has two
@@ -56,7 +56,7 @@ def paired_difference(base: Sequence[float], model: Sequence[float], clusters: S
     hits_only = all(outcome in (0, 1) for outcome in (*base, *model))
     test: PairedTest = "mcnemar" if hits_only and len(sizes) == len(changes) else "permutation"
     p = mcnemar(int((changes > 0).sum()), int((changes < 0).sum())) if test == "mcnemar" else _permutation(sums)
-    return Difference(value, min(low, value), max(high, value), p, test, len(changes))
+    return PairedDifference(value, min(low, value), max(high, value), p, test, len(changes))
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -35,7 +35,7 @@ def rule_of_three(groups: int) -> float:
     return float(1 - 0.05 ** (1 / groups))
 
 
-def groups_behind(rate: Rate) -> int | None:
+def group_count(rate: Rate) -> int | None:
     """How many groups a rate of 0 or 100 % rests on, which the far end of its interval tells; None for any other rate."""
     if rate.value not in (0, 1) or rate.low is None or rate.high is None:
         return None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vlm_unlearn.metrics.rates import groups_behind
+from vlm_unlearn.metrics.rates import group_count
 from vlm_unlearn.records import Rate, Row
 from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.formatting import bounds, percent
@@ -274,5 +274,5 @@ def _told(rate: Rate | None) -> str:
     """``"0.0 % (at most 7.2)"``, ``"12.5 % [8.1, 18.9]"``."""
     limits = bounds(rate)
     return (
-        f"{percent(rate)} {f'({limits})' if rate is not None and groups_behind(rate) is not None else limits}".rstrip()
+        f"{percent(rate)} {f'({limits})' if rate is not None and group_count(rate) is not None else limits}".rstrip()
     )

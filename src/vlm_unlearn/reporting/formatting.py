@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from vlm_unlearn.metrics.rates import groups_behind, rule_of_three
+from vlm_unlearn.metrics.rates import group_count, rule_of_three
 from vlm_unlearn.records import Comparison, Rate, Row, Summary
 
 SIGNIFICANT = 0.05
@@ -26,7 +26,7 @@ def interval(rate: Rate | None) -> str:
 
 def bounds(rate: Rate | None) -> str:
     """The interval, or for 0 and 100 % the rule of three: ``"at most 7.2"``, ``"at least 92.8"``."""
-    groups = None if rate is None else groups_behind(rate)
+    groups = None if rate is None else group_count(rate)
     if rate is None or groups is None:
         return interval(rate)
     bound = 100 * rule_of_three(groups)
@@ -35,7 +35,7 @@ def bounds(rate: Rate | None) -> str:
 
 def rule_of_three_note(rate: Rate | None) -> str:
     """``"0 of 40 groups: at most 7.2 % with 95 % confidence"`` for 0 and 100 %, or nothing."""
-    groups = None if rate is None else groups_behind(rate)
+    groups = None if rate is None else group_count(rate)
     if rate is None or groups is None:
         return ""
     return f"{groups if rate.value else 0} of {groups} groups: {bounds(rate)}\u00a0% with 95\u00a0% confidence"

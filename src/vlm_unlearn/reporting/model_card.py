@@ -17,7 +17,7 @@ from vlm_unlearn.reporting.evaluated import Evaluated, changes, model_index, rea
 from vlm_unlearn.reporting.summaries import join_summaries
 from vlm_unlearn.reporting.tables.markdown import escaped, markdown, markdown_table
 from vlm_unlearn.reporting.tables.summary_tables import summary_tables
-from vlm_unlearn.reporting.tables.table import Table, word, words
+from vlm_unlearn.reporting.tables.table import Table, text_cell, text_columns
 from vlm_unlearn.store import read_json, read_manifest
 
 
@@ -152,7 +152,7 @@ def _made(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _pairs(left: str, right: str, values: Mapping[str, str]) -> Table:
-    return Table(left, "", words(left, right), [[word(left, key), word(right, value)] for key, value in values.items()])
+    return Table(left, "", text_columns(left, right), [[text_cell(left, key), text_cell(right, value)] for key, value in values.items()])
 
 
 def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, object]:

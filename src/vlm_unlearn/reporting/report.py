@@ -17,7 +17,7 @@ from vlm_unlearn.reporting.assessment import assess
 from vlm_unlearn.reporting.caveats import caveats
 from vlm_unlearn.reporting.charts.chart import COLORS, style_of
 from vlm_unlearn.reporting.charts.curves import loss_charts
-from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_other_plots, write_plots
+from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_stale_plots, write_plots
 from vlm_unlearn.reporting.charts.plotly_charts import SHAPES, plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import columns, heading, split_title
@@ -44,7 +44,7 @@ from vlm_unlearn.reporting.provenance import (
     read_provenance,
     reproduction_commands,
 )
-from vlm_unlearn.reporting.tables.summary_tables import delete_other_tables, write_tables
+from vlm_unlearn.reporting.tables.summary_tables import delete_stale_tables, write_tables
 from vlm_unlearn.store import write_text
 
 OWN = ("report.html", "report", "summary.json")  # what a report's folder holds
@@ -98,8 +98,8 @@ def write_report(
         **_in_words(summary, roles, sources, left_out),
     )
     write_text(folder / "report.html", page)
-    delete_other_plots(folder / "report" / "plots", plots)  # no sooner: until now the page of before linked to them
-    delete_other_tables(folder, tables)
+    delete_stale_plots(folder / "report" / "plots", plots)  # no sooner: until now the page of before linked to them
+    delete_stale_tables(folder, tables)
     return folder / "report.html"
 
 

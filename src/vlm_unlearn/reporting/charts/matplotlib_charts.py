@@ -75,7 +75,7 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
     return [folder / f"{name}.{kind}" for name in charts for kind in FORMATS]
 
 
-def delete_other_plots(folder: Path, kept: Collection[Path]) -> None:
+def delete_stale_plots(folder: Path, kept: Collection[Path]) -> None:
     """Deletes the plots of an earlier report that this one doesn't have, and what a kill left; files of other names are a reader's own."""
     for file in folder.iterdir():
         if OURS.fullmatch(file.name) and file not in kept:

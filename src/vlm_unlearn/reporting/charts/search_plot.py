@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SHOWN = 20  # words with a bar
-HITS = {"break": "unsafe questions answered", "over-refuse": "safe questions refused"}
+RATE_LABELS = {"break": "unsafe questions answered", "over-refuse": "safe questions refused"}
 
 
 def write_search_png(file: Path, report: SearchReport) -> None:
@@ -64,7 +64,7 @@ def _draw_curve(axes: Any, report: SearchReport) -> None:
         axes.errorbar(
             [x], [rate.value], yerr=bars, fmt="o", ms=5, capsize=3, color=color, label=f"{name}, held-out questions"
         )
-    axes.set(xlabel="answers asked for", ylabel=HITS[report.goal], ylim=(-0.03, 1.1))
+    axes.set(xlabel="answers asked for", ylabel=RATE_LABELS[report.goal], ylim=(-0.03, 1.1))
     axes.legend(fontsize=8)
 
 

@@ -158,7 +158,7 @@ def category_charts(rows: Sequence[Row], roles: MetricRoles) -> dict[str, Chart]
     return charts
 
 
-def shot_charts(rows: Sequence[Row]) -> dict[str, Chart]:
+def rewrite_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     """A metric's rate with the first 1, 2, ... K rewrites of each question, with 95 % intervals, one line a model."""
     charts: dict[str, Chart] = {}
     for number, metric in enumerate(dict.fromkeys(metric for row in rows for metric in row.rewrites), start=1):
@@ -210,7 +210,7 @@ def summary_charts(summary: Summary, roles: MetricRoles) -> dict[str, dict[str, 
         "tradeoff": tradeoff_charts(rows, roles),
         "attacks": attack_charts(rows),
         "rates": family_charts(rows),
-        "shots": shot_charts(rows),
+        "shots": rewrite_charts(rows),
         "categories": category_charts(rows, roles),
         "labels": label_charts(rows),
     }

@@ -8,7 +8,7 @@ from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.formatting import judged_by, judges_of
-from vlm_unlearn.reporting.tables.table import Cell, Column, Table, counts, rate_cell, rate_column, word, words
+from vlm_unlearn.reporting.tables.table import Cell, Column, Table, counts, rate_cell, rate_column, text_cell, text_columns
 
 ATTACKED_CASE = "unsafe_what"  # the shipped suites' name of the attack on unsafe questions
 Shape = Sequence[tuple[str, str, str]]  # metric, heading, group
@@ -51,11 +51,11 @@ def safety_mirage_answers(summary: Summary) -> Iterable[Table]:
     rows = [row for row in summary.rows if sum(row.labels.get(ATTACKED_CASE, {}).values())]
     if rows:
         columns = [Column(label, label.replace("_", " ")) for label in (*LABELS, "failed")]
-        lines = [[word("model", row.model), *shares(row.labels[ATTACKED_CASE])] for row in rows]
+        lines = [[text_cell("model", row.model), *shares(row.labels[ATTACKED_CASE])] for row in rows]
         title = "Where the answers to the attack on unsafe questions went, in % of all answers."
         behind = counts("Answers: ", {"each model": [sum(row.labels[ATTACKED_CASE].values()) for row in rows]})
         notes = (*judged_by(own_judges(rows)), f"{behind}.")
-        yield Table("safety_mirage_answers", title, [*words("model"), *columns], lines, "label", notes)
+        yield Table("safety_mirage_answers", title, [*text_columns("model"), *columns], lines, "label", notes)
 
 
 def own_judges(rows: Iterable[Row]) -> list[str]:
@@ -134,8 +134,8 @@ def _shaped(name: str, title: str, rows: Sequence[Row], shape: Shape, core: Sequ
     if rows:
         columns = [rate_column(rows, metric, heading, group) for metric, heading, group in used]
         lines = [
-            [word("model", row.model), *(rate_cell(row.metrics.get(metric)) for metric, _, _ in used)] for row in rows
+            [text_cell("model", row.model), *(rate_cell(row.metrics.get(metric)) for metric, _, _ in used)] for row in rows
         ]
         named = [(metric, f"{group} {heading}".strip()) for metric, heading, group in used]
         judges = judged_by(judges_of(rows, [metric for metric, _, _ in used]))
-        yield Table(name, title, [*words("model"), *columns], lines, "metric", (*judges, *told(rows, named)))
+        yield Table(name, title, [*text_columns("model"), *columns], lines, "metric", (*judges, *told(rows, named)))

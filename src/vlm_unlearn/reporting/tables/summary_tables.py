@@ -12,7 +12,7 @@ from vlm_unlearn.reporting.formatting import SIGNIFICANT, judged_by, judges_of, 
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
-from vlm_unlearn.reporting.tables.names import FORMS, NAMES, PRINTED
+from vlm_unlearn.reporting.tables.names import TABLE_FORMATS, TABLE_NAMES, PRINTABLE_TABLES
 from vlm_unlearn.reporting.tables.paper_tables import (
     counted,
     failed_of,
@@ -23,7 +23,7 @@ from vlm_unlearn.reporting.tables.paper_tables import (
     shares,
     told,
 )
-from vlm_unlearn.reporting.tables.table import Cell, Column, Raw, Table, counts, rate_cell, rate_column, word, words
+from vlm_unlearn.reporting.tables.table import Cell, Column, Raw, Table, counts, rate_cell, rate_column, text_cell, text_columns
 from vlm_unlearn.store import write_text
 
 Costs = Mapping[str, Mapping[str, str]]  # model -> heading -> what it cost
@@ -44,20 +44,20 @@ def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
     tables = summary_tables(summary, costs)
     files = []
     for name, table in tables.items():
-        for form in FORMS:
+        for form in TABLE_FORMATS:
             files.append(below / f"{name}.{form}")
-            write_text(files[-1], written(table, form))
+            write_text(files[-1], render_table(table, form))
     return files
 
 
-def delete_other_tables(folder: Path, kept: Collection[Path]) -> None:
+def delete_stale_tables(folder: Path, kept: Collection[Path]) -> None:
     """Deletes the tables of an earlier summary that this one doesn't fill."""
-    ours = {folder / "report" / "tables" / f"{name}.{form}" for name in NAMES for form in FORMS}
+    ours = {folder / "report" / "tables" / f"{name}.{form}" for name in TABLE_NAMES for form in TABLE_FORMATS}
     for file in ours - set(kept):
         file.unlink(missing_ok=True)
 
 
-def written(table: Table, form: str, intervals: bool = True) -> str:
+def render_table(table: Table, form: str, intervals: bool = True) -> str:
     """The table as ``csv``, ``tex`` or ``md``; a CSV has its intervals as columns, always."""
     return (
         csv_text(table) if form == "csv" else latex(table, intervals) if form == "tex" else markdown(table, intervals)
@@ -71,8 +71,8 @@ def named_table(summary: Summary, name: str) -> Table:
         UserError: there is no such table, or the summary has nothing for it.
     """
     tables = summary_tables(summary)
-    if name not in PRINTED:
-        raise UserError(f"no table {quoted(name)}{nearest(name, PRINTED)}; known: {', '.join(PRINTED)}")
+    if name not in PRINTABLE_TABLES:
+        raise UserError(f"no table {quoted(name)}{nearest(name, PRINTABLE_TABLES)}; known: {', '.join(PRINTABLE_TABLES)}")
     if name not in tables:
         raise UserError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
     return tables[name]
@@ -93,7 +93,7 @@ def summary_tables(summary: Summary, costs: Costs | None = None) -> dict[str, Ta
     )
     found = [table for maker in makers for table in maker(summary)]
     by_name = {table.name: table for table in (*found, *_cost(costs or {}))}
-    return {name: by_name[name] for name in NAMES if name in by_name}
+    return {name: by_name[name] for name in TABLE_NAMES if name in by_name}
 
 
 def _rates(summary: Summary) -> Iterable[Table]:
@@ -104,7 +104,7 @@ def _rates(summary: Summary) -> Iterable[Table]:
     marked = {(one.model, one.metric) for one in summary.comparisons if significant(one)}
     lines = [
         [
-            word("model", row.model),
+            text_cell("model", row.model),
             *(
                 rate_cell(row.metrics.get(metric), "*" if (row.model, metric) in marked else "")
                 for metric, _, _ in used
@@ -119,7 +119,7 @@ def _rates(summary: Summary) -> Iterable[Table]:
         *told(summary.rows, named),
         *_marks(summary),
     ]
-    yield Table("rates", "Rates in %.", [*words("model"), *shown], lines, "metric", notes)
+    yield Table("rates", "Rates in %.", [*text_columns("model"), *shown], lines, "metric", notes)
 
 
 def _marks(summary: Summary) -> list[str]:
@@ -142,7 +142,7 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
         ("n", "pairs"),
         ("unpaired", "unpaired"),
     )
-    shown = [*words("model", "metric"), *(Column(key, title) for key, title in numbers), *words("test")]
+    shown = [*text_columns("model", "metric"), *(Column(key, title) for key, title in numbers), *text_columns("test")]
     base = summary.comparisons[0].base
     title = f"Changes against {base} in percentage points, prompt by prompt."
     metrics = {one.metric for one in summary.comparisons}
@@ -162,14 +162,14 @@ def _compared(one: Comparison) -> list[Cell]:
     change: dict[str, Raw] = {"base": one.base, "difference": one.difference, "low": one.low, "high": one.high}
     interval = f"[{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
     return [
-        word("model", one.model),
-        word("metric", heading(one.metric), one.metric),
+        text_cell("model", one.model),
+        text_cell("metric", heading(one.metric), one.metric),
         Cell(f"{100 * one.difference:+.1f}", change, interval, "*" if significant(one) else ""),
         Cell(_p(one.p), {"p": one.p}),
         Cell(_p(one.p_adjusted), {"p_adjusted": one.p_adjusted}),
         Cell(f"{one.n:,}", {"n": one.n}),
         Cell(f"{one.unpaired:,}", {"unpaired": one.unpaired}),
-        word("test", one.test),
+        text_cell("test", one.test),
     ]
 
 
@@ -181,8 +181,8 @@ def _published(summary: Summary) -> Iterable[Table]:
     """The published counting beside the corrected."""
     lines = [
         [
-            word("model", row.model),
-            word("metric", heading(metric), metric),
+            text_cell("model", row.model),
+            text_cell("metric", heading(metric), metric),
             rate_cell(rate),
             rate_cell(row.metrics.get(metric)),
         ]
@@ -190,7 +190,7 @@ def _published(summary: Summary) -> Iterable[Table]:
         for metric, rate in row.paper.items()
     ]
     if lines:
-        shown = [*words("model", "metric"), Column("published", "published"), Column("corrected", "corrected")]
+        shown = [*text_columns("model", "metric"), Column("published", "published"), Column("corrected", "corrected")]
         metrics = dict.fromkeys(metric for row in summary.rows for metric in row.paper)
         both = [row for one in summary.rows if one.paper for row in (one, one.by_published_counting())]
         rates = {heading(metric): [row.metrics[metric] for row in both if metric in row.metrics] for metric in metrics}
@@ -209,8 +209,8 @@ def _labels(summary: Summary) -> Iterable[Table]:
     cases = dict.fromkeys(case for row in summary.rows for case in row.labels)
     lines = [
         [
-            word("case", split_title(case), case),
-            word("model", row.model),
+            text_cell("case", split_title(case), case),
+            text_cell("model", row.model),
             *shares(row.labels[case]),
             _total(row.labels[case]),
         ]
@@ -229,7 +229,7 @@ def _labels(summary: Summary) -> Iterable[Table]:
             *judged_by(own_judges(summary.rows)),
             f"{counts('n = ', behind)}; what failed is in a column of its own.",
         ]
-        yield Table("labels", title, [*words("case", "model"), *shown], lines, "label", notes)
+        yield Table("labels", title, [*text_columns("case", "model"), *shown], lines, "label", notes)
 
 
 def _total(labels: Mapping[str, int]) -> Cell:
@@ -268,8 +268,8 @@ def _by_metric(rows: Sequence[Row], name: str, across: str, title: str, rates: S
     metrics, keys = _metrics_and_keys(rates)
     lines = [
         [
-            word("metric", heading(metric), metric),
-            word("model", row.model),
+            text_cell("metric", heading(metric), metric),
+            text_cell("model", row.model),
             *(rate_cell(of_row[metric].get(key)) for key in keys),
         ]
         for metric in metrics
@@ -277,7 +277,7 @@ def _by_metric(rows: Sequence[Row], name: str, across: str, title: str, rates: S
         if metric in of_row
     ]
     if lines:
-        shown = [*words("metric", "model"), *(Column(key, key) for key in keys)]
+        shown = [*text_columns("metric", "model"), *(Column(key, key) for key in keys)]
         yield Table(name, title, shown, lines, across, _behind(rows, metrics, rates))
 
 
@@ -286,14 +286,14 @@ def _by_key(rows: Sequence[Row], name: str, across: str, title: str, rates: Sequ
     metrics, keys = _metrics_and_keys(rates)
     lines = [
         [
-            *(word("metric", heading(metric), metric), word(across, key)),
+            *(text_cell("metric", heading(metric), metric), text_cell(across, key)),
             *(rate_cell(of_row.get(metric, {}).get(key)) for of_row in rates),
         ]
         for metric in metrics
         for key in keys
         if any(key in of_row.get(metric, {}) for of_row in rates)
     ]
-    shown = [*words("metric", across), *(Column(row.model, row.model) for row in rows)]
+    shown = [*text_columns("metric", across), *(Column(row.model, row.model) for row in rows)]
     yield Table(name, title, shown, lines, "model", _behind(rows, metrics, rates))
 
 
@@ -317,9 +317,9 @@ def _cost(costs: Costs) -> Iterable[Table]:
     headings = dict.fromkeys(title for cost in costs.values() for title in cost)
     if headings:
         lines = [
-            [word("model", model), *(word(title, cost[title]) if title in cost else None for title in headings)]
+            [text_cell("model", model), *(text_cell(title, cost[title]) if title in cost else None for title in headings)]
             for model, cost in costs.items()
         ]
         yield Table(
-            "cost", "What each model took.", [*words("model"), *(Column(title, title) for title in headings)], lines
+            "cost", "What each model took.", [*text_columns("model"), *(Column(title, title) for title in headings)], lines
         )

@@ -72,7 +72,7 @@ class Table:
         return " ".join([self.title, *self.notes, *marks])
 
 
-def word(key: str, text: str, raw: str | None = None) -> Cell:
+def text_cell(key: str, text: str, raw: str | None = None) -> Cell:
     """A cell of words; `raw` where machines read another name than people."""
     return Cell(text, {key: text if raw is None else raw})
 
@@ -89,7 +89,7 @@ def rate_column(rows: Sequence[Row], metric: str, heading: str, group: str = "")
     return Column(metric, heading, group, better=better(metric) if len(judges_of(rows, [metric])) < 2 else None)
 
 
-def words(*keys: str) -> list[Column]:
+def text_columns(*keys: str) -> list[Column]:
     """Columns of words, headed by their keys."""
     return [Column(key, key, numbers=False) for key in keys]
 
