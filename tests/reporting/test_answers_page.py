@@ -14,7 +14,7 @@ from PIL import Image
 from answer_runs import JUDGES, asked, label_of, made_runs, put_run
 from benchmark_files import put_image, vqav2
 from finished_runs import make_run, number, unlearned
-from vlm_unlearn.errors import UserError
+from helpers import raises_code
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import build_row, read_graded_run
 from vlm_unlearn.records import Prompt, Response, Verdict
@@ -296,7 +296,7 @@ def test_a_judge_that_was_killed_is_a_note(tmp_path: Path) -> None:
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no evaluation"):
+    with raises_code("run-not-found", file=tmp_path):
         write_answers(tmp_path / "out", {"m": tmp_path}, "t")
 
 
