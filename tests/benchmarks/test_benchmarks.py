@@ -147,7 +147,7 @@ def test_what_is_missing_is_counted_and_scored_nowhere(tmp_path: Path) -> None:
         ("vqav2", '{"annotations": [{"question_id": 1}]}', "", 'entry 0 has no "answers"'),
         ("vqav2", '{"annotations": [{"question_id": 1, "answers": [1]}]}', "", '"answers" must be a list of texts'),
         ("pope", '{"question_id": 1}', "", 'line 1 must have "question_id", and "label" yes or no'),
-        ("pope", "[", "", "line 1, column 2: record 0 is not JSON"),
+        ("pope", "[", "", "record 1: line 1, column 2"),
         ("pope", "{", "", "line 1 is not JSON; POPE's files have a question a line"),
         ("scienceqa", '{"1": {"choices": []}}', "", 'problem "1" must have "choices"'),
     ],

@@ -121,8 +121,9 @@ def test_the_format_reads_and_names_what_is_broken(tmp_path: Path) -> None:
     problems = Problems()
     found: list[tuple[str, Example]] = list(read(file, tmp_path, problems))
     assert [(name, example.id) for name, example in found] == [("forget", "a1/0"), ("retain", "a1/1")]
-    assert "record 1" in problems.messages[0]
-    assert '"bad" must be true or false' in problems.messages[1]
+    assert problems.codes == ["image-outside-root", "invalid-field"]
+    assert "record 2" in problems.messages[0]
+    assert "pairs[0].bad" in problems.messages[1]
 
 
 def test_the_rubric_is_one(tmp_path: Path) -> None:

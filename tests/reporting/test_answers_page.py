@@ -201,7 +201,7 @@ def test_images_are_made_anew_and_kept_once(tmp_path: Path) -> None:
     ("image", "reason"),
     [
         ("gone.png", "not found"),
-        ("../secret.png", "leaves the image folder"),
+        ("../secret.png", "outside the image folder"),
         ("text.png", "is not an image"),
         ("empty.png", "is an empty file"),
         ("<script>\u202e\x00.png", "is not a path"),

@@ -23,7 +23,7 @@ from vlm_unlearn.attacks.one_word import (
 )
 from vlm_unlearn.data.audit import first_word
 from vlm_unlearn.data.formats import safe_eraser, vlguard
-from vlm_unlearn.data.formats.llava import IMAGE_MARK
+from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect
@@ -182,7 +182,7 @@ def read_rewrite(reply: str, question: str, word: str, versions: Sequence[str]) 
     begun = first_word(text)
     begins = bool(begun) and begun not in TRIGGERS if word == CONTROL else begun == word
     sized = 3 <= len(text.split()) <= 3 * len(question.split()) + 20
-    whole = IMAGE_MARK not in text and not any(category(char) in ("Cc", "Cs") for char in text)
+    whole = IMAGE_PLACEHOLDER not in text and not any(category(char) in ("Cc", "Cs") for char in text)
     return text if begins and sized and whole and _differs(text, [question, *versions]) else None
 
 

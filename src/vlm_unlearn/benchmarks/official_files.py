@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 def record(file: Path, what: str, id: object, value: object) -> RawRecord:
     """An entry whose fields name the file and the entry when they are not as they should be."""
-    return RawRecord(value, partial(_place, file, what, id))
-
-
-def _place(file: Path, what: str, id: object) -> str:
-    return f"{file}: {what} {quoted(id)}"
+    return RawRecord(value, file, lambda: f"{what} {quoted(id)}")
 
 
 def texts(value: object, where: str, name: str) -> list[str]:
@@ -32,7 +27,7 @@ def texts(value: object, where: str, name: str) -> list[str]:
     """
     if not isinstance(value, list):
         raise UserError(f'{where}: "{name}" must be a list of texts')
-    return [RawRecord({name: item}, lambda: where).text(name, empty=True) for item in value]
+    return [RawRecord({name: item}, where).text(name, empty=True) for item in value]
 
 
 def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:

@@ -34,7 +34,7 @@ def table_columns(**named: str | None) -> Columns:
     from vlm_unlearn.data.formats.table import Columns
 
     given = {field: column for field, column in named.items() if column is not None}
-    return Columns(**given, named=frozenset(given))
+    return Columns(**given, required=frozenset(given))
 
 
 def label_by(name: str) -> LabelBy:
@@ -162,7 +162,7 @@ def _token_count(model: str) -> TokenCount:
     def count(example: Example, path: Path | None) -> tuple[int, int]:
         history = tuple((turn.question, turn.answer) for turn in example.history)
         turn = Turn(example.id, path, example.question, example.answer, history)
-        return meter.tokens(turn), meter.tokens_in_all(turn)
+        return meter.prompt_tokens(turn), meter.total_tokens(turn)
 
     return count
 

@@ -14,7 +14,7 @@ from vlm_unlearn.data.images import image_size, open_image, resolve_image
 from vlm_unlearn.data.near_duplicates import difference_hash, normalize_question
 from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.data.readers import Entry, detect, image_roots, read_any
-from vlm_unlearn.data.training_set import describe
+from vlm_unlearn.data.training_set import read_dataset_json
 from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file
@@ -182,7 +182,7 @@ class Collector:
 
     def _compare_with_description(self, folder: Path) -> None:
         """Each file of a training set is the one that its dataset.json describes."""
-        for name, described in describe(folder)[1].items():
+        for name, described in read_dataset_json(folder)[1].items():
             path = folder / name
             if not path.is_file():
                 self.problems.add(UserError(f"{path}: is missing; dataset.json lists it"))
@@ -231,7 +231,7 @@ def digest_question(text: str) -> int:
 def _look(root: Path, named: tuple[str, str]) -> tuple[bytes, int, str] | str:
     """Digest, difference hash and size of an image, or what is wrong with it."""
     try:
-        path = resolve_image(root, named[0], "")
+        path = resolve_image(root, named[0])
         with open_image(path) as image:
             size = f"{image.width}x{image.height}"
             hashed = difference_hash(image)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats import llava, table, vlguard
-from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, item_position, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
 from vlm_unlearn.data.readers import detect, read_any
@@ -237,11 +237,11 @@ def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
 
 def _problem(path: Path, item: Item) -> UserError | None:
     """What is wrong with a record, if anything."""
-    place = partial(item_place, path, item, "id")
+    position = partial(item_position, item, "id")
     if item.error:
-        return UserError(f"{place()}: {item.error}")
+        return UserError(item.error, code="invalid-json", file=path.name, record=position())
     try:
-        llava.parse(RawRecord(item.value, place, item.number), empty_answers=True)  # as published: VLGuard has one
+        llava.parse(RawRecord(item.value, path.name, position, item.number), empty_answers=True)  # as published: VLGuard has one
     except UserError as error:
         return error
     return None

@@ -91,7 +91,7 @@ def read_selection_tasks(
             left_out["no answer"] += 1
             continue
         try:
-            path = None if images is None else resolve_image(images, pair.image, raw.where)
+            path = None if images is None else resolve_image(images, pair.image, raw.file, raw.position)
         except UserError as error:
             report_problem(error, problems)
             continue

@@ -95,7 +95,7 @@ def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:
     for prompt in prompts:
         image_digest = None
         if prompt.image is not None:
-            path = resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+            path = resolve_image(roots[prompt.set], prompt.image, record=prompt.id)
             if path not in image_digests:
                 image_digests[path] = digest_file(path)
             image_digest = image_digests[path]

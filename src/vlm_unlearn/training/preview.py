@@ -129,7 +129,7 @@ def _lengths(
             if meter:
                 history = tuple((turn.question, turn.answer) for turn in example.history)
                 turn = Turn(example.id, training_set.image_path(example), example.question, example.answer, history)
-                tokens, answer = meter.tokens_in_all(turn), meter.tokens_in_all(turn) - meter.tokens(turn)
+                tokens, answer = meter.total_tokens(turn), meter.total_tokens(turn) - meter.prompt_tokens(turn)
             else:
                 rounds = sum(len(turn.question) + len(turn.answer) for turn in example.history)
                 tokens = int((rounds + len(example.question)) / 4 + answer) + (image_tokens if example.image else 0)

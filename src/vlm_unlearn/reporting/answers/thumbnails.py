@@ -53,7 +53,7 @@ def _resolved(root: Path | None, relative: str) -> Path | str:
     if root.resolve() == Path(root.resolve().anchor):
         return "the run's suite names the whole disk as its folder of images"
     try:
-        return resolve_image(root, relative, "this question")
+        return resolve_image(root, relative)
     except UserError as error:
         return str(error)
 
