@@ -15,9 +15,9 @@ from PIL import Image
 from answer_runs import JUDGES, example_prompts, label_of, make_example_runs, put_run
 from benchmark_files import put_image, vqav2
 from finished_runs import make_run, number, unlearned
-from vlm_unlearn.errors import UserError
+from helpers import raises_code
 from vlm_unlearn.evaluation.generate import saved_suite
-from vlm_unlearn.evaluation.scoring import read_graded, run_row
+from vlm_unlearn.evaluation.scoring import build_row, read_graded_run
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
 from vlm_unlearn.reporting.answers.thumbnails import MAX_IMAGE_SIDE, delete_stale_thumbnails, write_thumbnails
@@ -74,7 +74,7 @@ def test_write_answers_contains_every_answer_and_verdict(tmp_path: Path) -> None
 def test_write_answers_labels_agree_with_the_summary(tmp_path: Path) -> None:
     """A link from the report finds as many answers as the report counts."""
     folder = make_run(tmp_path / "m", lambda prompt: None if number(prompt) == 3 else unlearned(prompt))
-    row = run_row(read_graded(folder, saved_suite(folder)), "m")
+    row = build_row(read_graded_run(folder, saved_suite(folder)), "m")
     data = columns(write_answers(tmp_path / "out", {"m": folder}, "t"))
     splits = texts(data, data["questions"]["split"])
     states = [data["verdicts"][judge]["state"][n] for n, judge in enumerate(data["answers"]["judge"])]
@@ -297,13 +297,16 @@ def test_write_answers_truncated_verdict_file_is_a_note(tmp_path: Path) -> None:
 
 
 def test_write_answers_folder_without_evaluation_raises(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"suite\.json"):
+    with raises_code("run-not-found", file=tmp_path):
         write_answers(tmp_path / "out", {"m": tmp_path}, "t")
 
 
 def test_write_answers_reports_progress(tmp_path: Path) -> None:
     progress: list[tuple[str, int, int]] = []
     write_answers(
-        tmp_path / "out", make_example_runs(tmp_path), "t", lambda stage, done, total: progress.append((stage, done, total))
+        tmp_path / "out",
+        make_example_runs(tmp_path),
+        "t",
+        lambda stage, done, total: progress.append((stage, done, total)),
     )
     assert progress == [("images", 1, 3), ("images", 2, 3), ("images", 3, 3)]

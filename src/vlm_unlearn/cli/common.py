@@ -166,13 +166,13 @@ LARGE_FILE = 8 << 20  # bytes; smaller ones are read before a bar could be looke
 @contextmanager
 def reading(stages: Stages) -> Iterator[None]:
     """Within the block, a bar for each large data file that is read, in MB."""
-    from vlm_unlearn.data.json_stream import watching
+    from vlm_unlearn.data.json_stream import reading_progress
 
     def on_read(path: Path, done: int, total: int) -> None:
         if total >= LARGE_FILE:
             stages.update(f"read {printable(path.name)} (MB)", done >> 20, total >> 20)
 
-    with watching(on_read):
+    with reading_progress(on_read):
         yield
 
 

@@ -44,7 +44,7 @@ class Answer:
         """
         if self.prompt.image is None or self.root is None:
             return None
-        return resolve_image(self.root, self.prompt.image, f'prompt "{self.prompt.id}"')
+        return resolve_image(self.root, self.prompt.image, record=self.prompt.id)
 
 
 class Judge(ABC):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_unlearn.benchmarks import NoAnswersError
+from vlm_unlearn.benchmarks import AnswersNotPublicError
 from vlm_unlearn.config import BenchmarkConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.answers import RESPONSES
@@ -112,7 +112,7 @@ def read_run(model: str, folder: Path) -> tuple[RunData, list[str]]:
         judge = judges[benchmark.name] = f"{benchmark.name}'s own scores"
         try:
             verdicts[judge] = _benchmark_scores(benchmark, judge, prompts, responses)
-        except NoAnswersError:
+        except AnswersNotPublicError:
             continue
         except UserError as problem:
             notes.append(f"{model}: the answers to {benchmark.name} are shown without their scores: {problem}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
-from vlm_unlearn.data.parallel import in_threads
+from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import digest_file
 
@@ -54,10 +54,10 @@ def write_thumbnails(
     folder.mkdir(parents=True, exist_ok=True)
     resolved = {image: _resolve(*image) for image in dict.fromkeys(images)}
     paths = dict.fromkeys(path for path in resolved.values() if isinstance(path, Path))
-    digests = dict(in_threads(_digest, list(paths)))
+    digests = dict(map_in_threads(_digest, list(paths)))
     source_by_digest = {digest: path for path, digest in reversed(digests.items()) if digest is not None}
     thumbnails = dict(
-        in_threads(
+        map_in_threads(
             lambda digest: _write_thumbnail(folder, digest, source_by_digest[digest]), list(source_by_digest), on_done
         )
     )
@@ -71,7 +71,7 @@ def _resolve(root: Path | None, relative: str) -> Path | str:
     if root.resolve() == Path(root.resolve().anchor):
         return "the run's suite names the root of the file system as its image folder"
     try:
-        return resolve_image(root, relative, "this question")
+        return resolve_image(root, relative)
     except UserError as error:
         return str(error)
 
