@@ -165,12 +165,8 @@ def _training(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
 
 
 def _key_value_table(left: str, right: str, values: Mapping[str, str]) -> Table:
-    return Table(
-        left,
-        "",
-        text_columns(left, right),
-        [[text_cell(left, key), text_cell(right, value)] for key, value in values.items()],
-    )
+    rows = [[text_cell(left, key), text_cell(right, value)] for key, value in values.items()]
+    return Table(left, "", text_columns(left, right), rows)
 
 
 def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, object]:
