@@ -303,10 +303,5 @@ def test_write_answers_folder_without_evaluation_raises(tmp_path: Path) -> None:
 
 def test_write_answers_reports_progress(tmp_path: Path) -> None:
     progress: list[tuple[str, int, int]] = []
-    write_answers(
-        tmp_path / "out",
-        make_example_runs(tmp_path),
-        "t",
-        lambda stage, done, total: progress.append((stage, done, total)),
-    )
+    write_answers(tmp_path / "out", make_example_runs(tmp_path), "t", lambda *arguments: progress.append(arguments))
     assert progress == [("images", 1, 3), ("images", 2, 3), ("images", 3, 3)]

@@ -239,7 +239,7 @@ def test_link_of_a_rate_selects_the_answers_that_it_counts(visit: Open, tmp_path
         for model, answer in (("base", complies), ("degenerate", degenerate_sometimes))
     }
     for run in runs.values():
-        judge_run(run, JudgeConfig(name="rouge_l"), cases=["safe"])
+        judge_run(run, JudgeConfig(name="rouge_l"), splits=["safe"])
     summary, _ = compare_runs(runs)
     with plot_formats():
         first = write_report(tmp_path / "out", summary, runs, "Links")
