@@ -42,7 +42,7 @@ def put_run(
 
 
 def example_prompts() -> list[Prompt]:
-    """Ten attacked questions in three wordings, five unsafe questions on harmless images, and thirty harmless questions."""
+    """Ten attacked questions in three wordings, five unsafe ones on harmless images, and thirty harmless ones."""
     counts = {"attacked": (10, 3), "mixed": (5, 1), "safe": (30, 1)}
     return [
         Prompt(
