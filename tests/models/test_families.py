@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import families
-from helpers import recipe
+from helpers import raises_code, recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig
 from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.errors import UserError
@@ -52,7 +52,7 @@ class Loaded:
 
 def answer_nll(model: Any, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return forward(model, batch).answer[0]
+        return forward(model, batch).answer_nll[0]
 
 
 def labelled(processor: Processor, turns: Sequence[Turn], side: str) -> Batch:
@@ -222,7 +222,7 @@ def test_a_text_without_image_beside_images(loaded: Loaded, turns: list[Turn], s
 
 def test_gradients_reach_every_part(loaded: Loaded, turns: list[Turn]) -> None:
     loaded.model.train()
-    nll_sum, _ = forward(loaded.model, encode_with_labels(loaded.processor, turns, LENGTH)).answer
+    nll_sum, _ = forward(loaded.model, encode_with_labels(loaded.processor, turns, LENGTH)).answer_nll
     nll_sum.sum().backward()
     layout = layout_of(loaded.model)
     moved = {
@@ -355,7 +355,7 @@ def test_one_pass_for_all_roles_changes_nothing(
     with torch.no_grad():
         joined = ModelStep(loaded.model, batches, method, None)
         ways = [(joined.nll(role), joined.hidden(role, 0), joined.cross_entropy(role)) for role in batches]
-        monkeypatch.setattr("vlm_unlearn.training.step.can_join", lambda batches: False)
+        monkeypatch.setattr("vlm_unlearn.training.step.can_merge", lambda batches: False)
         alone = ModelStep(loaded.model, batches, method, None)
         for role, (nll, hidden, ce) in zip(batches, ways, strict=True):
             torch.testing.assert_close(alone.nll(role), nll, atol=1e-4, rtol=1e-4)
@@ -424,7 +424,7 @@ def test_with_torchvision_the_class_is_plain(family: str, tmp_path: Path, monkey
 def test_a_placeholder_in_a_text_is_refused(placeholder: str, images: Path, tmp_path: Path) -> None:
     families.build("internvl", tmp_path)
     turn = Turn("x", images / "wide.png", f"What of {placeholder}?", "A cat.")
-    with pytest.raises(UserError, match=f'"x": the text holds the image placeholder {placeholder}'):
+    with raises_code("placeholder-in-text", record='"x"'):
         encode(load_processor(tmp_path), [turn], "right")
 
 

@@ -149,7 +149,7 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
         answer_start = spans[0][0]
         if batch["input_ids"][row, answer_start + shift : end].tolist() != ids[answer_start:]:
             raise UserError(
-                "this chat template is not supported, because it changes the text before the answer",
+                "the answer is not at the end of the encoded text. This chat template is not supported.",
                 code="unsupported-family",
                 record=quoted(turn.id),
             )
