@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers import raises_code
 from vlm_unlearn.data import images
-from vlm_unlearn.data.check import Checker, Source
+from vlm_unlearn.data.check import Checker, DataSource
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import read_training_set
@@ -143,7 +143,7 @@ def test_check_reports_hostile_images(hostile: dict[str, str], tmp_path: Path) -
         "".join(json.dumps({"image": name, "question": "Q?", "answer": "A."}) + "\n" for name in paths(hostile))
     )
     checker = Checker()
-    checker.add(Source(file, tmp_path / "images"))
+    checker.add(DataSource(file, tmp_path / "images"))
     report = checker.report()
     assert_all_reported(hostile, checker.problems)
     assert report["images"]["usable"] == 1

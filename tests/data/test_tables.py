@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from helpers import raises_code
-from vlm_unlearn.data.audit import labelled
+from vlm_unlearn.data.audit import labeled_questions
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats.table import Columns, read_table
 from vlm_unlearn.data.importers import import_files
@@ -239,7 +239,7 @@ def test_import_files_forget_row_needs_no_preferred_answer(folder: Path) -> None
     imported = import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 2, "retain": 1, "preferred": 1}
     assert imported.left_out == {"pair without its other half": 1}
-    labels = list(labelled(read_any(folder / "out"), "auto", lambda text: False))
+    labels = list(labeled_questions(read_any(folder / "out"), "auto", lambda text: False))
     assert [(question, refused) for question, _, refused, _ in labels] == [
         ("Why F?", True),
         ("Why G?", True),

@@ -15,8 +15,8 @@ from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.json_stream import text_at
-from vlm_unlearn.data.parallel import OnDone, in_threads
-from vlm_unlearn.data.pipeline import mixed_order, places, read_answers
+from vlm_unlearn.data.parallel import OnDone, map_in_threads
+from vlm_unlearn.data.pipeline import conversation_spans, mixed_order, read_answers
 from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.data.training_set import PAIRED_ROLES, ROLES, write_training_set
 from vlm_unlearn.errors import Problems, UserError, quoted
@@ -269,7 +269,7 @@ def _image_errors(
             return error
         return None
 
-    return {key: error for key, error in in_threads(image_error, images, on_done) if error}
+    return {key: error for key, error in map_in_threads(image_error, images, on_done) if error}
 
 
 def _with_valid_image(
@@ -330,7 +330,7 @@ def mix(retain: Sequence[Example], external: Path, size: int, seed: int, problem
 
     The sample is that of Safety Mirage's step *mix* with the same seed. The file can have any size.
     """
-    spans = places(external, problems)
+    spans = conversation_spans(external, problems)
     mixed = []
     with external.open("rb") as handle:
         for index in mixed_order(len(retain), len(spans) // 2, size, seed):

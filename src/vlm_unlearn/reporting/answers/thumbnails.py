@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
-from vlm_unlearn.data.parallel import in_threads
+from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import digest_file
 
@@ -40,9 +40,9 @@ def write_thumbnails(folder: Path, sources: Iterable[Source], on_done: OnDone | 
     folder.mkdir(parents=True, exist_ok=True)
     found = {source: _resolved(*source) for source in dict.fromkeys(sources)}
     paths = dict.fromkeys(path for path in found.values() if isinstance(path, Path))
-    digests = dict(in_threads(_digest, list(paths)))
+    digests = dict(map_in_threads(_digest, list(paths)))
     first = {digest: path for path, digest in reversed(digests.items()) if digest is not None}
-    made = dict(in_threads(lambda digest: _thumbnail(folder, digest, first[digest]), list(first), on_done))
+    made = dict(map_in_threads(lambda digest: _thumbnail(folder, digest, first[digest]), list(first), on_done))
     return {source: _picture(path, digests, made) for source, path in found.items()}
 
 
