@@ -16,13 +16,13 @@ import pytest
 
 from helpers import run, run_killing
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.distributed import Team
+from vlm_unlearn.distributed import ProcessGroup
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.answers import RESPONSES, merge_shards, response_log
 from vlm_unlearn.evaluation.generate import generate_run, read_answers
 from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
-from vlm_unlearn.generation.base import ask
-from vlm_unlearn.generation.hf import batches
+from vlm_unlearn.generation.base import build_requests
+from vlm_unlearn.generation.hf import make_batches
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import read_json, read_records
 
@@ -177,7 +177,10 @@ def test_one_that_fails_ends_all(tiny_model: Path, world: Path, tmp_path: Path) 
     one_case = "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
     shared = [f"model={tiny_model}", f"root={broken}", one_case, "metrics={}", "generation.batch_size=1"]
     wanted = load(Suite, Path("suites/tiny"), shared)
-    asked = [question.image for (question,) in batches(ask(suite_prompts(wanted), image_roots(wanted), {}), 1)]
+    asked = [
+        question.image
+        for (question,) in make_batches(build_requests(suite_prompts(wanted), image_roots(wanted), {}), 1)
+    ]
     assert asked[3] is not None
     assert asked[3] not in asked[::2]
     asked[3].write_bytes(b"no image")
@@ -202,7 +205,7 @@ def test_parts_are_joined_once(tmp_path: Path) -> None:
 
 
 def test_what_an_earlier_start_left_behind_is_noticed(tmp_path: Path) -> None:
-    with response_log(tmp_path, Team(1, 2)) as log:
+    with response_log(tmp_path, ProcessGroup(1, 2)) as log:
         log.append([Response(prompt_id="a", text="a")])
         with pytest.raises(UserError, match="another process is at work in this folder"):
             merge_shards(tmp_path)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import NoAnswersError
+from vlm_unlearn.benchmarks.base import AnswersNotPublicError
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.errors import UserError, quoted
 
@@ -45,24 +45,24 @@ def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
     return value
 
 
-def with_answers(listed: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
+def require_answers(listed: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
     """Looks that entries have answers at all.
 
     Raises:
-        NoAnswersError: none of them has.
+        AnswersNotPublicError: none of them has.
     """
     if not any(key in entry for entry in listed):
-        raise no_answers(file)
+        raise answers_not_public(file)
 
 
-def no_answers(file: Path) -> NoAnswersError:
+def answers_not_public(file: Path) -> AnswersNotPublicError:
     """What to say of a file of questions only."""
-    return NoAnswersError(
+    return AnswersNotPublicError(
         f"{file}: has no answers; they are not public: `benchmark run` writes predictions, which the official server scores"
     )
 
 
-def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
+def annotator_answers(entry: Mapping[str, Any], where: str) -> list[str]:
     """The annotators' answers, given as texts or as objects with ``answer``.
 
     Raises:
@@ -75,7 +75,7 @@ def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
     return [str(answer) for answer in found]
 
 
-def commonest(answers: Sequence[str]) -> str:
+def most_common_answer(answers: Sequence[str]) -> str:
     """What most annotators say; of several, what the first of them says."""
     return max(answers, key=list(answers).count)
 
@@ -84,14 +84,14 @@ def annotated_questions(value: Any, annotations: Path, key: str) -> dict[str, An
     """Question id -> ``answers``, ``image`` and ``type``, from ``{key: [{"question_id", "image_id", "answers", ...}]}``.
 
     Raises:
-        NoAnswersError: no question has answers.
+        AnswersNotPublicError: no question has answers.
         UserError: the value is something else.
     """
     if not isinstance(value, dict) or key not in value:
         raise UserError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
     return {
         str(entry["question_id"]): {
-            "answers": ten_answers(entry, f"{annotations}: question {quoted(entry['question_id'])}"),
+            "answers": annotator_answers(entry, f"{annotations}: question {quoted(entry['question_id'])}"),
             "image": str(entry.get("image_id", entry["question_id"])),
             "type": str(entry.get("answer_type", "")),
         }

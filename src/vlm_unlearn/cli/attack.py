@@ -173,11 +173,11 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.charts.search_plot import HITS
+    from vlm_unlearn.reporting.charts.search_plot import RATE_LABELS
     from vlm_unlearn.reporting.formatting import interval, percent
 
     table = Table(box=box.SIMPLE_HEAVY)
-    for heading in ("word", HITS[report.goal], "95 % interval", "n", "rounds", "from"):
+    for heading in ("word", RATE_LABELS[report.goal], "95 % interval", "n", "rounds", "from"):
         table.add_column(heading, justify="left" if heading in ("word", "from") else "right")
     for word in report.words[:at_most]:
         table.add_row(

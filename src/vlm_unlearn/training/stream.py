@@ -70,7 +70,11 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
 
     def unique_examples(self, role: Role) -> list[Example]:
         """Every different example of a role that the run will see, answers included."""
-        if role == "retain" or (role == "forget" and self._method.forget_target == "given") or role in self._partners:
+        if (
+            role == "retain"
+            or (role == "forget" and self._method.forget_target == "original")
+            or role in self._partners
+        ):
             return list(self._examples[role])
         found = {}
         for position in range(self._length):

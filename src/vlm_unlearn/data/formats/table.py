@@ -22,7 +22,7 @@ from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, dump
 from vlm_unlearn.errors import Problems, UserError, nearest, quoted, report_problem
 from vlm_unlearn.records import Example, Kind, Prompt
-from vlm_unlearn.store import writing
+from vlm_unlearn.store import open_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 OUTPUT_COLUMNS = ("id", "image", "question", "answer", "category", "pair_id", "set")
@@ -366,7 +366,7 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
         UserError: There are no rows, or `problems` is None and a row cannot represent an example.
     """
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         writer = None
         if suffix(path) in SEPARATORS:
             writer = csv.DictWriter(handle, OUTPUT_COLUMNS, delimiter=SEPARATORS[suffix(path)])
