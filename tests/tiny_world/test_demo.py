@@ -18,7 +18,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     done = run("demo", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "mixed_sft" in done.stdout
+    assert "mirage" in done.stdout
     assert "po+pd" in done.stdout
     return out
 
