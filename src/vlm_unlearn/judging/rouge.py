@@ -20,7 +20,7 @@ class RougeJudge(OfflineJudge):
     labels = ()
 
     def __init__(self, paper_compat: bool = False) -> None:
-        self.name = "rouge_l-paper_compat" if paper_compat else "rouge_l"
+        self.name = "rouge_l-paper" if paper_compat else "rouge_l"
         self._paper_compat = paper_compat
 
     def identity(self) -> Mapping[str, object]:
