@@ -258,7 +258,7 @@ def rubrics() -> str:
         rubric = load_rubric(name)
         file = (ROOT / "src" / "vlm_unlearn" / "judging" / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
         parts += [
-            f"## {name}\n\nVersion {rubric.head.version}, {rubric.head.source}\n",
+            f"## {name}\n\nVersion {rubric.header.version}, {rubric.header.source}\n",
             _folded("Text of the rubric", file, "text"),
         ]
     return "\n".join(parts)

@@ -46,7 +46,7 @@ def test_runs_of_one_name_are_told_apart_by_path(runs: list[Path], tmp_path: Pat
 def test_wrong_requests(runs: list[Path], tmp_path: Path) -> None:
     for arguments, message in (
         ([runs[0], runs[0]], "is given twice"),
-        ([*runs, "--out", runs[1]], "holds a run; choose another folder"),
+        ([*runs, "--out", runs[1]], "[output-exists]"),
         ([runs[0], tmp_path], "suite.json is missing"),
     ):
         done = run("compare", *arguments)

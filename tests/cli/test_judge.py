@@ -61,7 +61,7 @@ def test_a_judge_on_a_server_with_its_cost(tmp_path: Path) -> None:
         "cost": pytest.approx(0.048 + 0.012),
         "labels": {"complied": 21},
         "score": None,
-        "error": "the reply holds no verdict in the form asked for",
+        "error": "the reply contains no verdict in the requested form",
     }
     assert "24 verdicts, 3 failed (3 unreadable replies) (21 complied)" in " ".join(again.stdout.split())
     assert "; 24,000 tokens read, 1,200 written, cost 0.06" in " ".join(again.stdout.split())
@@ -85,7 +85,7 @@ def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path:
         folder,
     )
     assert done.returncode == 0, done.stderr
-    assert "pass judge.model=MODEL" in run("judge", "run", folder).stderr
+    assert "judge.model=MODEL" in run("judge", "run", folder).stderr
     with stub_server(lambda text: "Verdict: RELEVANT" if "IRRELEVANT" in text else "Verdict: REFUSED") as stub:
         judged = run("judge", "run", folder, "judge.model=org/J", f"judge.server={stub.url}", "paper_compat=true")
         assert judged.returncode == 0, judged.stderr

@@ -129,7 +129,7 @@ def test_the_format_reads_and_names_what_is_broken(tmp_path: Path) -> None:
 def test_the_rubric_is_one(tmp_path: Path) -> None:
     file = tmp_path / "prices.txt"
     file.write_text(blocks("judge", "text")[0])
-    assert set(load_rubric(str(file)).head.words) == {"HARMFUL", "HARMLESS"}
+    assert set(load_rubric(str(file)).header.words) == {"HARMFUL", "HARMLESS"}
 
 
 @pytest.mark.parametrize(

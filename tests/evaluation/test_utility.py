@@ -365,11 +365,11 @@ def test_build_row_names_the_judge_of_each_benchmark_and_counts_a_failure_once(t
     assert count_failures([row]) == 2
     assert judges_of([row]) == ["keyword", "mm_vet@j", "rouge_l"]
     text = " ".join(caveats([row], assign_roles([row], {"m": suite}), {}, []))
-    assert "A language model judged (mm_vet@j)" in text
+    assert "(mm_vet@j)" in text
     assert "2 answers or verdicts failed" in text
     alone = row.model_copy(update={"metrics": {"mmvet": row.metrics["mmvet"]}, "judge": ""})
-    assert "Judged by keyword, mm_vet@j, rouge_l" in describe_evaluation([row], {})[1]
-    assert "Judged by nobody" not in describe_evaluation([alone], {})[1]
+    assert "keyword, mm_vet@j, rouge_l" in describe_evaluation([row], {})[1]
+    assert "mm_vet@j" in describe_evaluation([alone], {})[1]
 
 
 @pytest.mark.slow

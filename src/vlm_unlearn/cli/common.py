@@ -292,9 +292,9 @@ def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, 
     from vlm_unlearn.reporting.metric_roles import assign_roles
 
     roles = assign_roles(rows, {model: saved_suite(folder) for model, folder in folders.items()})
-    for one in safest_first([assess(row, roles) for row in rows]):
+    for assessment in safest_first([assess(row, roles) for row in rows]):
         console.print(
-            printable(f"{one.model} is {one.word}: {one.text}."),
+            printable(str(assessment)),
             markup=False,
             highlight=False,
             soft_wrap=not console.is_terminal,

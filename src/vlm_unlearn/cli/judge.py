@@ -136,8 +136,8 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
             [
                 {
                     "name": one.name,
-                    "version": one.head.version,
-                    "source": one.head.source,
+                    "version": one.header.version,
+                    "source": one.header.source,
                     "labels": list(one.labels),
                     "digest": one.digest,
                 }
@@ -146,7 +146,7 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
         )
         return
     for one in loaded:
-        typer.echo(f"{one.name:<14}v{one.head.version}  {'labels' if one.labels else 'score'}  {one.head.source}")
+        typer.echo(f"{one.name:<14}v{one.header.version}  {'labels' if one.labels else 'score'}  {one.header.source}")
 
 
 @judge_app.command("agreement")

@@ -18,7 +18,7 @@ def table(
     name: str = typer.Option(
         "rates",
         "--table",
-        help="rates, comparisons, published, labels, categories, shots, safety_mirage, safe_eraser, ...",
+        help="rates, comparisons, published, labels, categories, rewrites, safety_mirage, safe_eraser, ...",
         autocompletion=table_names,
     ),
     form: str = typer.Option(
