@@ -210,7 +210,7 @@ def test_load_rubric_invalid_file_raises(tmp_path: Path, old: str, new: str, cod
     ("old", "new", "tokens"),
     [
         ("version: 3\n", "", ["version"]),
-        ("image: false", "image: false\nimages: true", ['"images"', 'did you mean "image"']),
+        ("image: false", "image: false\nimages: true", ["images", 'did you mean "image"']),
         (WORDS, "words: {GOOD: {score: 2}}", ["words.GOOD.score"]),
         (WORDS, "words: {GOOD: {label: good}}", ["words.GOOD.label"]),
         (WORDS, "words: {GOOD: {}}", ["words.GOOD", "label", "score"]),

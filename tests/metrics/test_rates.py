@@ -112,10 +112,11 @@ def test_label_outcomes_same_question_in_two_splits_is_one_cluster() -> None:
         for i in range(20)
     }
     verdicts = [Verdict(prompt_id=id, judge="j", label="complied" if int(id[1:]) < 6 else "refused") for id in prompts]
-    both = label_outcomes(prompts, verdicts, ["complied"], "any_per_question").rate()
-    single = label_outcomes(prompts, verdicts[:20], ["complied"], "any_per_question").rate()
-    assert both.n == 40
-    assert both.high - both.low > 0.95 * (single.high - single.low)  # the second split adds no information
+    two_splits = label_outcomes(prompts, verdicts, ["complied"], "any_per_question").rate()
+    one_split = label_outcomes(prompts, verdicts[:20], ["complied"], "any_per_question").rate()
+    assert two_splits.n == 40
+    # The second split adds no information.
+    assert two_splits.high - two_splits.low > 0.95 * (one_split.high - one_split.low)
 
 
 def test_score_outcomes_failure_is_excluded_or_counts_as_zero() -> None:

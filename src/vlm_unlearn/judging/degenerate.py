@@ -14,8 +14,8 @@ _LATIN = re.compile(r"[a-z]+")
 def degenerate_reason(text: str) -> str | None:
     """Returns why an answer is degenerate, or None if it is not.
 
-    The test is conservative: a degenerate answer says nothing in any language. Fluent word salad is left to a judge
-    that reads the answer.
+    The test is conservative: only answers without meaning in any language are degenerate. Fluent word salad is left
+    to a judge that reads the answer.
 
     Returns:
         - ``"empty"``: the answer has no characters except white space.

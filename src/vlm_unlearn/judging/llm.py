@@ -46,14 +46,14 @@ class LLMJudge(Judge):
         if config.rubric is None or config.model is None:
             raise UserError(
                 "the judge llm needs a language model. Pass judge.model=MODEL, with judge.server=http://.../v1 unless "
-                "the model is a folder on this machine, or judge=keyword, which detects refusals only",
+                "the model is a folder on this machine, or judge=keyword, which detects refusals only.",
                 code="missing-setting",
                 field="judge.model",
             )
         self.rubric: Rubric = load_rubric(config.rubric)
         if config.paper_compat and config.rubric not in PUBLISHED_RUBRICS:
             raise UserError(
-                f"the rubric {self.rubric.name} has no published counting. Use {', '.join(PUBLISHED_RUBRICS)}",
+                f"the rubric {self.rubric.name} has no published counting. Use {', '.join(PUBLISHED_RUBRICS)}.",
                 code="unsupported-setting",
                 field="judge.paper_compat",
             )

@@ -234,7 +234,7 @@ def load_rubric(name: str) -> Rubric:
         if not path.is_file():
             raise UserError(
                 f"no rubric {quoted(name)}{nearest(name, shipped) or '.'} "
-                f"Pass the path of a rubric file, or one of {', '.join(shipped)}",
+                f"Pass the path of a rubric file, or one of {', '.join(shipped)}.",
                 code="unknown-name",
             )
         try:
@@ -244,12 +244,12 @@ def load_rubric(name: str) -> Rubric:
         except UnicodeDecodeError:
             raise UserError("is not UTF-8 text", code="invalid-encoding", file=file) from None
         if path.stem in shipped:
-            raise UserError(f"{path.stem} is a shipped rubric. Rename the file", code="duplicate-id", file=file)
+            raise UserError(f"{path.stem} is a shipped rubric. Rename the file.", code="duplicate-id", file=file)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)[:60]
     match = _FILE.match(content.replace("\r\n", "\n"))
     if not match:
         raise UserError(
-            "the header is missing. Start the file with a YAML header between two lines ---",
+            "the header is missing. Start the file with a YAML header between two lines ---.",
             code="invalid-rubric",
             file=file,
         )
@@ -269,7 +269,7 @@ def _check_text(rubric: Rubric, file: str) -> None:
         if rubric.text.count(placeholder) != rubric.text.count(fenced):
             raise UserError(
                 f"{placeholder} is not fenced. Put it on a separate line between two lines {{fence}}, "
-                "because others wrote the text that replaces it",
+                "because others wrote the text that replaces it.",
                 code="invalid-rubric",
                 file=file,
             )
@@ -277,7 +277,7 @@ def _check_text(rubric: Rubric, file: str) -> None:
         raise UserError("the text does not contain {answer}, the answer to grade", code="invalid-rubric", file=file)
     if ("{criteria}" in rubric.text) != bool(rubric.header.criteria):
         raise UserError(
-            "{criteria} in the text and `criteria` in the header need each other. Add or remove one of them",
+            "{criteria} in the text and `criteria` in the header need each other. Add or remove one of them.",
             code="invalid-rubric",
             file=file,
         )

@@ -69,7 +69,7 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
         warnings.catch_warnings(action="ignore", category=UserWarning),  # the font lacks the letters of a name
     ):
         for done, (name, chart) in enumerate(charts.items(), start=1):
-            canvas = canvas_of(chart)
+            canvas = draw_chart(chart)
             for kind in FORMATS:
                 temporary_file = folder / f".{name}.part.{kind}"
                 undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -88,7 +88,7 @@ def delete_stale_plots(folder: Path, current: Collection[Path]) -> None:
 
 
 @singledispatch
-def canvas_of(chart: Chart) -> Canvas:
+def draw_chart(chart: Chart) -> Canvas:
     """Returns the drawing of a chart. Call it with `SETTINGS` in effect."""
     raise TypeError(type(chart).__name__)
 
@@ -144,7 +144,7 @@ def _percent_axis(axis: Any) -> None:
     axis.set_ticks([0, 25, 50, 75, 100], [f"{tick} %" for tick in (0, 25, 50, 75, 100)])
 
 
-@canvas_of.register(Bars)
+@draw_chart.register(Bars)
 def _bars(chart: Bars) -> Canvas:
     names = [display_name(name, 28) for name in chart.names]
     legend = [display_name(series.name) for series in chart.series]
@@ -183,7 +183,7 @@ def _bars(chart: Bars) -> Canvas:
     return canvas
 
 
-@canvas_of.register(Lines)
+@draw_chart.register(Lines)
 def _lines(chart: Lines) -> Canvas:
     legend = [display_name(series.name) for series in chart.series]
     columns = _legend_columns(legend, 6.4)
@@ -208,7 +208,7 @@ def _lines(chart: Lines) -> Canvas:
     return canvas
 
 
-@canvas_of.register(Heatmap)
+@draw_chart.register(Heatmap)
 def _heatmap(chart: Heatmap) -> Canvas:
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -258,7 +258,7 @@ def _draw_ideal_corner(axes: Any, ideal: tuple[float, float]) -> None:
     )
 
 
-@canvas_of.register(Scatter)
+@draw_chart.register(Scatter)
 def _scatter(chart: Scatter) -> Canvas:
     legend = [display_name(point.name, 24) for point in chart.points]
     columns = _legend_columns(legend, 5.2)

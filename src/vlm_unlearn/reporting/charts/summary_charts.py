@@ -30,7 +30,7 @@ ATTACKS = (
     ("refusal_rate", "refusal_rate_attacked", "refusal_rate_control", "Harmless questions refused", "refusal rate"),
     ("utility", "utility_attacked", "", "Harmless questions answered correctly", "share answered correctly"),
 )
-FAMILIES = (
+RATE_GROUPS = (
     (("efficacy_asr", "generality_asr"), "Unsafe questions answered with the harm", "attack success rate"),
     (("efficacy_rr", "generality_rr"), "Unsafe questions refused", "refusal rate"),
     (("sarr",), "Unsafe questions on a benign image not answered normally", "SARR"),
@@ -94,10 +94,10 @@ def attack_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     return charts
 
 
-def family_charts(rows: Sequence[Row]) -> dict[str, Chart]:
+def rate_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     """Returns the charts of the metrics that have no attacked counterpart."""
     charts: dict[str, Chart] = {}
-    for metrics, title, axis in FAMILIES:
+    for metrics, title, axis in RATE_GROUPS:
         if any(measured(row, metric) for row in rows for metric in metrics):
             styled = [
                 (metric, heading(metric), style) for metric, style in zip(metrics, (ORIGINAL, ATTACKED), strict=False)
@@ -222,7 +222,7 @@ def summary_charts(summary: Summary, roles: MetricRoles) -> dict[str, dict[str, 
     return {
         "tradeoff": tradeoff_charts(rows, roles),
         "attacks": attack_charts(rows),
-        "rates": family_charts(rows),
+        "rates": rate_charts(rows),
         "shots": rewrite_charts(rows),
         "categories": category_charts(rows, roles),
         "labels": label_charts(rows),

@@ -89,12 +89,13 @@ def named_table(summary: Summary, name: str) -> Table:
         name = new_name
     if name not in PRINTABLE_TABLES:
         raise UserError(
-            f"no table {quoted(name)}{nearest(name, PRINTABLE_TABLES) or '.'} Use one of {', '.join(PRINTABLE_TABLES)}",
+            f"no table {quoted(name)}{nearest(name, PRINTABLE_TABLES) or '.'} "
+            f"Use one of {', '.join(PRINTABLE_TABLES)}.",
             code="unknown-name",
         )
     tables = summary_tables(summary)
     if name not in tables:
-        available = f"Tables with data: {', '.join(tables)}" if tables else "No table has data"
+        available = f"Tables with data: {', '.join(tables)}." if tables else "No table has data."
         raise UserError(f"the runs have no data for the table {name}. {available}", code="no-records")
     return tables[name]
 

@@ -60,8 +60,9 @@ class Table:
         title: The first sentence of the caption.
         columns: The columns.
         lines: The lines of cells, each with one cell per column.
-        variable: What the numeric columns differ in, such as ``"metric"``. If it is set, the CSV is in long form: it
-            has one line per number, with the key of the number's column in a CSV column of this name.
+        variable: The name of the property that the numeric columns differ in, such as ``"metric"``. If it is set, the
+            CSV is in long form: it has one line per number, with the key of the number's column in a CSV column of
+            this name.
         notes: Further sentences of the caption.
     """
 
