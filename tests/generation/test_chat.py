@@ -10,7 +10,8 @@ from PIL import Image
 
 from stub_server import stub_server
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.generation.chat import ChatCache, ChatRequest, OpenAIChat, complete_all
+from vlm_unlearn.generation.chat import ChatCache, ChatRequest, complete_all
+from vlm_unlearn.generation.openai_chat import OpenAIChat
 
 ASKS = [ChatRequest(str(number), f"question {number}") for number in range(60)]
 SECRET = "sk-very-secret"
