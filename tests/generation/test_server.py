@@ -16,12 +16,12 @@ from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.evaluation.generate import generate_run, read_answers, remarks
 from vlm_unlearn.evaluation.verdicts import judge_run
-from vlm_unlearn.generation.server import Grouped
+from vlm_unlearn.generation.server import ResponseBuffer
 from vlm_unlearn.records import Response, Verdict
 from vlm_unlearn.store import read_manifest, read_records
 
 CASE = (
-    "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: %d}]"
+    "splits=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: %d}]"
 )
 
 
@@ -160,7 +160,7 @@ def test_the_command_says_what_failed(stub: Stub, world: Path, tmp_path: Path) -
 def test_answers_are_handed_on_each_second() -> None:
     """Also the last before a long silence."""
     groups: list[list[str]] = []
-    with Grouped(lambda answers: groups.append([answer.prompt_id for answer in answers]), seconds=0.05) as grouped:
+    with ResponseBuffer(lambda answers: groups.append([answer.prompt_id for answer in answers]), interval=0.05) as grouped:
         for id in ("a", "b"):
             grouped.add(Response(prompt_id=id))
         while not groups:
@@ -174,7 +174,7 @@ def test_a_full_disk_ends_the_asking() -> None:
         raise OSError(28, "No space left on device")
 
     def ask_on() -> None:
-        with Grouped(full, seconds=0.01) as grouped:
+        with ResponseBuffer(full, interval=0.01) as grouped:
             for _ in range(500):
                 grouped.add(Response(prompt_id="a"))
                 time.sleep(0.01)

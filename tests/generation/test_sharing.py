@@ -21,7 +21,7 @@ from vlm_unlearn.generation import hf
 from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_texts, make_batches
-from vlm_unlearn.generation.sharing import lay_out, prefill
+from vlm_unlearn.generation.sharing import align_prefixes, prefill
 from vlm_unlearn.models.layout import LAYOUTS
 from vlm_unlearn.models.loader import load_model, load_processor
 from vlm_unlearn.models.trainable import prepare_trainable
@@ -74,7 +74,7 @@ class Listening(SeededSampling):
         self.heard: list[list[torch.Tensor]] = [[] for _ in range(count)]
         self._rows = self.heard
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         self._rows = [self._rows[row] for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -244,11 +244,11 @@ def test_a_short_sliding_window_is_not_shared(images: list[Path], tmp_path: Path
 
 
 def test_how_prompts_are_laid_out() -> None:
-    ids, mask, shared = lay_out([[1, 2, 3, 4], [1, 2, 5], [6, 7], [8, 9, 8]], [0, 0, 1, 2], 0)
+    ids, mask, shared = align_prefixes([[1, 2, 3, 4], [1, 2, 5], [6, 7], [8, 9, 8]], [0, 0, 1, 2], 0)
     assert ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 5], [0, 6, 0, 7], [8, 9, 0, 8]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1]]
     assert shared == 2
-    alike, _, shared = lay_out([[1], [2, 3]], [0, 0], 0)
+    alike, _, shared = align_prefixes([[1], [2, 3]], [0, 0], 0)
     assert (alike.tolist(), shared) == ([[0, 1], [2, 3]], 0)
 
 

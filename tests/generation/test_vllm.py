@@ -18,7 +18,7 @@ from PIL import Image
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
-from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel
+from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel_size
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import write_json
 
@@ -122,7 +122,7 @@ def test_the_engine_is_made_for_the_model(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     run(tiny_model, questions, precision="bf16")
     (made,) = engine.made
-    assert made["tensor_parallel_size"] == tensor_parallel(tiny_model)
+    assert made["tensor_parallel_size"] == tensor_parallel_size(tiny_model)
     assert (made["model"], made["dtype"], made["limit_mm_per_prompt"]) == (str(tiny_model), "bfloat16", {"image": 1})
     assert made["generation_config"] == "vllm"  # not the model's own settings
 
@@ -138,7 +138,7 @@ def test_a_model_is_split_as_its_heads_allow(
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_attention_heads=heads))
     monkeypatch.setattr(vllm, "read_config", lambda folder: config)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert tensor_parallel(tiny_model) == expected
+    assert tensor_parallel_size(tiny_model) == expected
 
 
 def test_answers_are_handed_on_batch_by_batch(
