@@ -59,7 +59,9 @@ class LogCallback(TrainerCallback):
         if not self._writes:
             return
         told = [
-            entry for entry in state.log_history if "loss" in entry or any(name.startswith(PROBE_PREFIX) for name in entry)
+            entry
+            for entry in state.log_history
+            if "loss" in entry or any(name.startswith(PROBE_PREFIX) for name in entry)
         ]
         lines = [dict(sorted(entry.items())) for entry in told]
         for line in lines:
