@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from helpers import recipe
+from helpers import raises_code, recipe
 from vlm_unlearn import losses
 from vlm_unlearn.benchmarks import BENCHMARKS, Prediction, benchmark_prompts, score_predictions
 from vlm_unlearn.config import BenchmarkConfig
-from vlm_unlearn.errors import Problems, UserError
+from vlm_unlearn.errors import Problems
 from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.models.layout import LAYOUTS
@@ -94,7 +94,7 @@ def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
         assert [scored.value for scored in scores.questions] == [1.0, 0.0, 0.0, 1.0]
         assert [scored.unparsed for scored in scores.questions] == [False, False, True, False]
         file.write_text(json.dumps([{"id": 1, "image": "a.jpg"}]))
-        with pytest.raises(UserError, match='entry 0 has no "question"'):
+        with raises_code("missing-field", file=file, record=1, field="question"):
             benchmark_prompts(config)
     finally:
         del BENCHMARKS["counting"]

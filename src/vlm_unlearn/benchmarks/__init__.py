@@ -1,4 +1,4 @@
-"""Utility benchmarks, one file each: official files in, questions for a model and a score per answer out."""
+"""Utility benchmarks, one module each. A benchmark reads official files, returns questions and scores answers."""
 
 from vlm_unlearn.benchmarks import gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2
 from vlm_unlearn.benchmarks.base import (
@@ -15,11 +15,11 @@ from vlm_unlearn.benchmarks.scoring import load_truths, read_predictions, score_
 
 __all__ = [
     "BENCHMARKS",
-    "Benchmark",
     "AnswersNotPublicError",
+    "Benchmark",
+    "BenchmarkScores",
     "Prediction",
     "QuestionScore",
-    "BenchmarkScores",
     "benchmark_image_root",
     "benchmark_prompts",
     "get_benchmark",

@@ -29,7 +29,8 @@ class Asker:
     def __init__(
         self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int
     ) -> None:
-        from vlm_unlearn.generation.chat import ChatCache, ChatModel, OpenAIChat
+        from vlm_unlearn.generation.chat import ChatCache, ChatModel
+        from vlm_unlearn.generation.openai_chat import OpenAIChat
         from vlm_unlearn.store import cache_folder
 
         self._chat: ChatModel

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.chat import ChatCache, ChatModel, ChatRequest, ChatResponse, OpenAIChat, complete_many
+from vlm_unlearn.generation.chat import ChatCache, ChatModel, ChatRequest, ChatResponse, complete_many
+from vlm_unlearn.generation.openai_chat import OpenAIChat
 from vlm_unlearn.judging.base import Answer, Judge, OnVerdict
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.rubric import Grade, Rubric, load_rubric
