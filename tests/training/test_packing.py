@@ -140,8 +140,8 @@ def test_what_can_be_packed() -> None:
     real = ids != 0
     packing = find_packing(ids, real, torch.tensor([5, 6, 5, 6, NO_IMAGE, 5]), 9)
     assert packing is not None
-    assert packing.segment.tolist() == [[0] * 10 + [1] * 3 + [2] * 3 + [3] * 2, [0] * 6 + [1, 2, 2, 3] + [0] * 8]
-    assert packing.first.tolist() == [0, 1, 3, 4]
+    assert packing.segment_ids.tolist() == [[0] * 10 + [1] * 3 + [2] * 3 + [3] * 2, [0] * 6 + [1, 2, 2, 3] + [0] * 8]
+    assert packing.image_rows.tolist() == [0, 1, 3, 4]
     packed = packing.pack(ids, real)
     assert packed.tolist() == [[1, 9, 9, 9, 9, 2, 3, 4, 6, 5, 1, 9, 4, 7, 9, 4, 1, 2]]
     assert packing.unpack(packed)[real].equal(ids[real])
@@ -156,7 +156,7 @@ def test_what_sees_what() -> None:
     ids = torch.tensor([[1, 9, 2, 3, 0], [1, 9, 2, 4, 5], [1, 8, 0, 0, 0]])
     packing = find_packing(ids, ids != 0, torch.tensor([5, 5, NO_IMAGE]), 9)
     assert packing is not None
-    place = torch.arange(packing.segment.shape[1])
+    place = torch.arange(packing.segment_ids.shape[1])
     seen = packing.block_mask().mask_mod(torch.tensor(0), torch.tensor(0), place[:, None], place)
     own = {3: [3], 4: [4], 5: [4, 5]}
     assert {by: row.nonzero()[:, 0].tolist() for by, row in enumerate(seen)} == {
@@ -168,12 +168,12 @@ def test_what_sees_what() -> None:
     heads, width = 2, 4
     query, key, value = torch.randn(3, 1, heads, len(place), width, generator=torch.Generator().manual_seed(0))
     wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
-    found, _ = shared_attention(nn.Module(), query, key, value, None, parts=packing.parts)
+    found, _ = shared_attention(nn.Module(), query, key, value, None, attention_segments=packing.attention_segments)
     torch.testing.assert_close(found, wanted)
     module = nn.Module()
     module.num_key_value_groups = 2  # one head of keys for both of queries
-    few, _ = shared_attention(module, query, key[:, :1], value[:, :1], None, parts=packing.parts)
-    many, _ = shared_attention(nn.Module(), query, key[:, [0, 0]], value[:, [0, 0]], None, parts=packing.parts)
+    few, _ = shared_attention(module, query, key[:, :1], value[:, :1], None, attention_segments=packing.attention_segments)
+    many, _ = shared_attention(nn.Module(), query, key[:, [0, 0]], value[:, [0, 0]], None, attention_segments=packing.attention_segments)
     assert few.equal(many)
 
 
