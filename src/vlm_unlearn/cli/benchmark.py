@@ -76,7 +76,7 @@ def run(
 
       vlm-unlearn benchmark run gqa model=runs/npo --annotations testdev_balanced_questions.json --images images --out gqa-npo
     """
-    from vlm_unlearn.config import Suite, override, validate
+    from vlm_unlearn.config import Suite, apply_overrides, validate
 
     asked = {
         "name": name,
@@ -86,7 +86,7 @@ def run(
         "limit": limit,
         "official": official,
     }
-    suite = validate(Suite, override({"benchmarks": [asked]}, overrides or [], Suite), "benchmark run")
+    suite = validate(Suite, apply_overrides({"benchmarks": [asked]}, overrides or [], Suite), "benchmark run")
     if not is_main_process():
         answer_share(suite, out)
         return

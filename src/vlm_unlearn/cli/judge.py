@@ -39,7 +39,7 @@ def judge_run_command(
 
       vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE --case unsafe
     """
-    from vlm_unlearn.config import JudgeConfig, override, validate
+    from vlm_unlearn.config import JudgeConfig, apply_overrides, validate
     from vlm_unlearn.evaluation.generate import save_suite, saved_suite
     from vlm_unlearn.evaluation.verdicts import (
         judge_cost,
@@ -53,7 +53,7 @@ def judge_run_command(
     done = []
     with Stages() as bars:
         if one:
-            config = validate(JudgeConfig, override({}, overrides, JudgeConfig), "judge")
+            config = validate(JudgeConfig, apply_overrides({}, overrides, JudgeConfig), "judge")
             done.append((config, judge_run(run, config, bars.update, case or None)))
         else:
             suite = saved_suite(run, overrides or [])

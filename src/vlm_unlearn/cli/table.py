@@ -46,8 +46,8 @@ def table(
         raise UserError(f"table: no format {quoted(form)}{nearest(form, FORMS)}; known: {', '.join(FORMS)}")
     from vlm_unlearn.reporting.summaries import join_summaries
     from vlm_unlearn.reporting.tables.summary_tables import named_table, written
-    from vlm_unlearn.store import without_surrogates
+    from vlm_unlearn.store import replace_surrogates
 
-    text = without_surrogates(written(named_table(join_summaries(runs), name), form, intervals))
+    text = replace_surrogates(written(named_table(join_summaries(runs), name), form, intervals))
     # A CSV holds names as they are, which a terminal might act on.
     sys.stdout.write("\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text)

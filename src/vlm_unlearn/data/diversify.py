@@ -25,7 +25,7 @@ from vlm_unlearn.data.readers import detect, training_set_records
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import read_json, writing
+from vlm_unlearn.store import open_atomically, read_json
 
 # (id, question, first word) of each question -> paraphrases by id; one that is missing is made by rule
 Paraphrase = Callable[[Sequence[tuple[str, str, str]]], Mapping[str, str]]
@@ -238,7 +238,7 @@ def _write(source: str | Path, out: Path, columns: Columns, texts: Sequence[str]
     elif suffix(out) in SEPARATORS:
         rows = list(rewritten())
         header = list(dict.fromkeys(column for row in rows for column in row))
-        with writing(out) as handle:
+        with open_atomically(out) as handle:
             writer = csv.DictWriter(handle, header, delimiter=SEPARATORS[suffix(out)])
             writer.writeheader()
             writer.writerows(rows)

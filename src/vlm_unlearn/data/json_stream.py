@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.store import writing
+from vlm_unlearn.store import open_atomically
 
 CHUNK = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
@@ -284,7 +284,7 @@ def write_list(path: Path, records: Iterable[Any], text: Callable[[Any], str] = 
         UserError: there are no records; what was there stays.
     """
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         handle.write("[")
         for record in records:
             handle.write(f"{',' if count else ''}\n{text(record)}")
@@ -298,7 +298,7 @@ def write_list(path: Path, records: Iterable[Any], text: Callable[[Any], str] = 
 def write_lines(path: Path, records: Iterable[Any]) -> int:
     """Writes JSON lines, otherwise as `write_list`."""
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         for record in records:
             handle.write(dump(record) + "\n")
             count += 1

@@ -12,7 +12,7 @@ from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.evaluation.generate import read_answers
 from vlm_unlearn.metrics.agreement import hit_rates, kappa_rate
 from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
-from vlm_unlearn.store import read_records, writing
+from vlm_unlearn.store import open_atomically, read_records
 
 HUMAN = "human"
 POSITIVE_SCORE = 0.5  # a judge that gives scores only says yes from here on
@@ -156,7 +156,7 @@ def write_sheet(run: Path, out: Path, count: int, seed: int) -> int:
         drawn += [numbers.pop() for numbers in by_case.values() if numbers]
     if out.exists():
         raise UserError(f"{out}: is there already, perhaps with labels; name another file")
-    with writing(out) as handle:
+    with open_atomically(out) as handle:
         sheet = csv.writer(handle)
         sheet.writerow(["prompt_id", "sample", "image", "question", "answer", "label"])
         for number in sorted(drawn[:count]):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm_unlearn.config import Suite, override, validate
+from vlm_unlearn.config import Suite, apply_overrides, validate
 from vlm_unlearn.distributed import ProcessGroup, process_group, world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.answers import (
@@ -267,4 +267,4 @@ def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
             raise UserError(
                 f'override "{quoted(text)[1:-1]}": the answers are there already; what can change is {", ".join(REJUDGED)}'
             )
-    return validate(Suite, override(value, overrides, Suite) if isinstance(value, dict) else value, str(file))
+    return validate(Suite, apply_overrides(value, overrides, Suite) if isinstance(value, dict) else value, str(file))

@@ -45,7 +45,7 @@ def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:
     Where the suite's own asks no language model, those of its others that have no model are left out: `unmeasured` names what they
     would have measured.
     """
-    named = {metric.judge for metric in suite.measured()} | {benchmark.judge for benchmark in suite.benchmarks}
+    named = {metric.judge for metric in suite.active_metrics()} | {benchmark.judge for benchmark in suite.benchmarks}
     own = {"": suite.judge} if suite.splits else {}
     others = {name: suite.judge_config(name) for name in suite.judges if name in named}
     nobody = [
@@ -83,7 +83,7 @@ def splits_judged_by(suite: Suite, judge: str) -> set[str]:
     """The cases and benchmarks whose answers a judge grades: all cases for the suite's own, for another those of its metrics."""
     if not judge:
         return {case.name for case in suite.splits}
-    of_metrics = {case for metric in suite.measured() if metric.judge == judge for case in metric.splits}
+    of_metrics = {case for metric in suite.active_metrics() if metric.judge == judge for case in metric.splits}
     return of_metrics | {benchmark.name for benchmark in suite.benchmarks if benchmark.judge == judge}
 
 

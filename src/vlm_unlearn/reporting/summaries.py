@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Row, Summary
-from vlm_unlearn.store import first_problem, read_json
+from vlm_unlearn.store import describe_validation_error, read_json
 
 
 def read_summary(folder: Path) -> Summary:
@@ -24,7 +24,7 @@ def read_summary(folder: Path) -> Summary:
     try:
         return Summary.model_validate(read_json(file))
     except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error)}") from None
+        raise UserError(f"{file}: {describe_validation_error(error)}") from None
 
 
 def join_summaries(folders: Sequence[Path]) -> Summary:

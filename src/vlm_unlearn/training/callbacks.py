@@ -13,12 +13,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
-from vlm_unlearn.records import PROBE
+from vlm_unlearn.records import PROBE_PREFIX
 from vlm_unlearn.store import record_cost, write_text
 from vlm_unlearn.training.trainer import UnlearningTrainer
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, number of steps, loss terms
-SCORE = f"{PROBE}score"
+SCORE = f"{PROBE_PREFIX}score"
 
 
 def tensorboard_callback(output: Path) -> TrainerCallback:
@@ -73,7 +73,7 @@ class LogCallback(TrainerCallback):
             return
         lines = []
         for entry in state.log_history:
-            if "loss" in entry or any(name.startswith(PROBE) for name in entry):
+            if "loss" in entry or any(name.startswith(PROBE_PREFIX) for name in entry):
                 # The epoch counts passes over the concatenated stream, not over the data.
                 line = {name: value for name, value in sorted(entry.items()) if name != "epoch"}
                 lines.append(json.dumps(line) + "\n")
@@ -115,7 +115,7 @@ class ProbeCallback(TrainerCallback):
         if state.global_step % self._config.eval_steps and state.global_step < state.max_steps:
             return
         rates = self._measure()
-        logs = {f"{PROBE}{name}": value for name, value in rates.items() if value is not None}
+        logs = {f"{PROBE_PREFIX}{name}": value for name, value in rates.items() if value is not None}
         aborted = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
         score = self._score(rates)
         if score is not None and not aborted:  # weights that meet an abort rule are never the best

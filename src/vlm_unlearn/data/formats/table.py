@@ -19,7 +19,7 @@ from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, dump
 from vlm_unlearn.errors import Problems, UserError, nearest, quoted, report_problem
 from vlm_unlearn.records import Example, Kind, Prompt
-from vlm_unlearn.store import writing
+from vlm_unlearn.store import open_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 WRITTEN = ("id", "image", "question", "answer", "category", "pair_id", "set")
@@ -296,7 +296,7 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
         UserError: there is nothing to write.
     """
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         writer = None
         if suffix(path) in SEPARATORS:
             writer = csv.DictWriter(handle, WRITTEN, delimiter=SEPARATORS[suffix(path)])

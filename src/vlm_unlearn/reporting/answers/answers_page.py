@@ -15,7 +15,7 @@ from vlm_unlearn.records import LABELS, Verdict
 from vlm_unlearn.reporting.answers.answer_data import Answer, Question, Run, join_questions, read_run
 from vlm_unlearn.reporting.answers.thumbnails import Picture, Source, delete_other_thumbnails, write_thumbnails
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.store import without_surrogates, write_text
+from vlm_unlearn.store import replace_surrogates, write_text
 
 STATES = (
     *LABELS,
@@ -182,7 +182,7 @@ class Texts:
             known = self._places[text] = len(self.texts)
             if self._longest is not None and len(text) > self._longest:
                 self.cut[known] = len(text)
-            self.texts.append(without_surrogates(text[: self._longest]))
+            self.texts.append(replace_surrogates(text[: self._longest]))
         return known
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlm_unlearn.records import PROBE
+from vlm_unlearn.records import PROBE_PREFIX
 from vlm_unlearn.reporting.charts.chart import Chart, Lines, Series, style_of
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")
@@ -41,7 +41,7 @@ def write_loss_png(run: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure as Canvas  # no pyplot: nothing is left open, and no display is needed
 
-    probes = [line for line in log if any(name.startswith(PROBE) for name in line)]
+    probes = [line for line in log if any(name.startswith(PROBE_PREFIX) for name in line)]
     canvas = Canvas(figsize=(8, 7 if probes else 4.5), dpi=120, layout="constrained")
     axes = canvas.subplots(2 if probes else 1, 1, squeeze=False)[:, 0]
     for part in _parts(steps):
@@ -53,7 +53,7 @@ def write_loss_png(run: Path) -> Path | None:
         )
     axes[0].set(xlabel="optimizer step", ylabel="loss")
     if probes:
-        for name in dict.fromkeys(name for line in probes for name in line if name.startswith(PROBE)):
+        for name in dict.fromkeys(name for line in probes for name in line if name.startswith(PROBE_PREFIX)):
             axes[1].plot([line["step"] for line in probes], [line.get(name) for line in probes], "o-", ms=3, label=name)
         axes[1].set(xlabel="optimizer step", ylabel="rate", ylim=(-0.03, 1.03))
     for axis in axes:

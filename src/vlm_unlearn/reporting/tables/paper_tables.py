@@ -121,7 +121,7 @@ def failed_of(found: Mapping[str, Sequence[Rate]]) -> list[str]:
 
 def _both(name: str, title: str, summary: Summary, shape: Shape, core: Sequence[str]) -> Iterable[Table]:
     yield from _shaped(name, title, summary.rows, shape, core)
-    published = [row.by_published_counting() for row in summary.rows if set(core) <= set(row.paper)]
+    published = [row.with_published_counting() for row in summary.rows if set(core) <= set(row.paper)]
     yield from _shaped(
         f"{name}_published", f"{title} By the published counting, where that has the metric.", published, shape, core
     )

@@ -192,7 +192,7 @@ def _published(summary: Summary) -> Iterable[Table]:
     if lines:
         shown = [*words("model", "metric"), Column("published", "published"), Column("corrected", "corrected")]
         metrics = dict.fromkeys(metric for row in summary.rows for metric in row.paper)
-        both = [row for one in summary.rows if one.paper for row in (one, one.by_published_counting())]
+        both = [row for one in summary.rows if one.paper for row in (one, one.with_published_counting())]
         rates = {heading(metric): [row.metrics[metric] for row in both if metric in row.metrics] for metric in metrics}
         once = {
             heading(metric): [row.metrics.get(metric, row.paper[metric]) for row in summary.rows if metric in row.paper]
