@@ -21,8 +21,8 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.answers import RESPONSES, merge_shards, response_log
 from vlm_unlearn.evaluation.generate import generate_run, read_answers
 from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
-from vlm_unlearn.generation.base import ask
-from vlm_unlearn.generation.hf import batches
+from vlm_unlearn.generation.base import build_requests
+from vlm_unlearn.generation.hf import make_batches
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import read_json, read_records
 
@@ -177,7 +177,10 @@ def test_one_that_fails_ends_all(tiny_model: Path, world: Path, tmp_path: Path) 
     one_case = "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
     shared = [f"model={tiny_model}", f"root={broken}", one_case, "metrics={}", "generation.batch_size=1"]
     wanted = load(Suite, Path("suites/tiny"), shared)
-    asked = [question.image for (question,) in batches(ask(suite_prompts(wanted), image_roots(wanted), {}), 1)]
+    asked = [
+        question.image
+        for (question,) in make_batches(build_requests(suite_prompts(wanted), image_roots(wanted), {}), 1)
+    ]
     assert asked[3] is not None
     assert asked[3] not in asked[::2]
     asked[3].write_bytes(b"no image")

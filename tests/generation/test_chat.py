@@ -10,9 +10,9 @@ from PIL import Image
 
 from stub_server import stub_server
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.generation.chat import Ask, OpenAIChat, ReplyCache, complete_all
+from vlm_unlearn.generation.chat import ChatCache, ChatRequest, OpenAIChat, complete_all
 
-ASKS = [Ask(str(number), f"question {number}") for number in range(60)]
+ASKS = [ChatRequest(str(number), f"question {number}") for number in range(60)]
 SECRET = "sk-very-secret"
 
 
@@ -40,7 +40,7 @@ def test_faults_are_retried(tmp_path: Path) -> None:
     with stub_server(lambda text: text) as stub:
         stub.faults = lambda call: faults[call // 3 % 4] if call % 3 == 0 else ""
         replies, _ = complete_all(
-            OpenAIChat(stub.url, "m", concurrency=8, retries=8), ASKS, ReplyCache(tmp_path / "c.sqlite")
+            OpenAIChat(stub.url, "m", concurrency=8, retries=8), ASKS, ChatCache(tmp_path / "c.sqlite")
         )
     assert len(replies) == 60
     assert all(reply.text == f"question {id}" for id, reply in replies.items())
@@ -56,11 +56,11 @@ def test_what_is_no_answer_is_asked_again() -> None:
 
 
 def test_a_sampled_answer_has_a_seed_of_its_own(tmp_path: Path) -> None:
-    cache = ReplyCache(tmp_path / "c.sqlite")
+    cache = ChatCache(tmp_path / "c.sqlite")
     with stub_server(lambda text: text) as stub:
         for temperature in (0.7, 0.0):
             chat = OpenAIChat(stub.url, "m", concurrency=1, temperature=temperature, top_p=0.9)
-            assert complete_all(chat, [Ask("a", "q", seed=1), Ask("b", "q", seed=2)], cache)[1] == 2
+            assert complete_all(chat, [ChatRequest("a", "q", seed=1), ChatRequest("b", "q", seed=2)], cache)[1] == 2
     sampling = [{key: body[key] for key in ("temperature", "top_p", "seed") if key in body} for body in stub.bodies]
     assert sampling[:2] == [{"temperature": 0.7, "top_p": 0.9, "seed": seed} for seed in (1, 2)]
     assert sampling[2:] == [{"temperature": 0}] * 2
@@ -79,7 +79,7 @@ def test_what_a_model_under_test_says_is_its_answer(said: str, finish_reason: st
     [("500", "HTTP 500"), ("400", "HTTP 400"), ("garbage", "JSON"), ("empty", "empty answer"), ("cut", "Connection")],
 )
 def test_what_fails_for_good_is_explicit_and_asked_again(tmp_path: Path, fault: str, error: str) -> None:
-    cache = ReplyCache(tmp_path / "c.sqlite")
+    cache = ChatCache(tmp_path / "c.sqlite")
     with stub_server(lambda text: text) as stub:
         chat = OpenAIChat(stub.url, "m", concurrency=1, retries=0)
         stub.faults = lambda call: fault if call == 2 else ""
@@ -95,21 +95,22 @@ def test_what_fails_for_good_is_explicit_and_asked_again(tmp_path: Path, fault: 
 
 
 def test_the_cache_knows_model_text_and_image(tmp_path: Path) -> None:
-    cache = ReplyCache(tmp_path / "c.sqlite")
+    cache = ChatCache(tmp_path / "c.sqlite")
     image = tmp_path / "a.png"
     Image.new("RGB", (4, 4), "red").save(image)
     with stub_server(lambda text: text) as stub:
 
-        def asked(model: str, ask: Ask) -> int:
+        def asked(model: str, ask: ChatRequest) -> int:
             return complete_all(OpenAIChat(stub.url, model), [ask], cache)[1]
 
-        assert [asked("m", Ask("1", "q", image)), asked("m", Ask("2", "q", image))] == [1, 0]
-        assert asked("other", Ask("1", "q", image)) == 1
-        assert asked("m", Ask("1", "q")) == 1
+        assert [asked("m", ChatRequest("1", "q", image)), asked("m", ChatRequest("2", "q", image))] == [1, 0]
+        assert asked("other", ChatRequest("1", "q", image)) == 1
+        assert asked("m", ChatRequest("1", "q")) == 1
         Image.new("RGB", (4, 4), "blue").save(image)
-        assert asked("m", Ask("1", "q", image)) == 1
+        assert asked("m", ChatRequest("1", "q", image)) == 1
         assert (
-            complete_all(OpenAIChat(stub.url, "m"), [Ask("9", "q", image)], ReplyCache(tmp_path / "c.sqlite"))[1] == 0
+            complete_all(OpenAIChat(stub.url, "m"), [ChatRequest("9", "q", image)], ChatCache(tmp_path / "c.sqlite"))[1]
+            == 0
         )
     assert stub.bodies[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert SECRET.encode() not in (tmp_path / "c.sqlite").read_bytes()
@@ -142,7 +143,7 @@ def test_a_server_that_calls_all_wrong_is_given_up_on_with_its_reason() -> None:
 
 def test_what_a_server_wants_is_added_or_left_out(tmp_path: Path) -> None:
     request = {"max_tokens": None, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}}
-    cache = ReplyCache(tmp_path / "c.sqlite")
+    cache = ChatCache(tmp_path / "c.sqlite")
     with stub_server(lambda text: text) as stub:
         complete_all(OpenAIChat(stub.url, "m"), ASKS[:1], cache)
         assert (
@@ -172,7 +173,7 @@ def test_an_address_must_be_one(address: str) -> None:
 @pytest.mark.parametrize("content", [["a list"], {"an": "object"}, 7])
 def test_content_that_is_no_text_is_an_error(content: object, tmp_path: Path) -> None:
     with stub_server(lambda text: content if text == "question 1" else "fine") as stub:  # type: ignore[arg-type,return-value]
-        replies, _ = complete_all(OpenAIChat(stub.url, "m", retries=0), ASKS[:3], ReplyCache(tmp_path / "c.sqlite"))
+        replies, _ = complete_all(OpenAIChat(stub.url, "m", retries=0), ASKS[:3], ChatCache(tmp_path / "c.sqlite"))
     assert [replies[id].text for id in ("0", "1", "2")] == ["fine", None, "fine"]
 
 
@@ -181,8 +182,12 @@ def test_a_local_model_answers_and_is_cached(tiny_model: Path, tmp_path: Path) -
 
     image = tmp_path / "a.png"
     Image.new("RGB", (32, 32), "red").save(image)
-    cache = ReplyCache(tmp_path / "c.sqlite")
-    asks = [Ask("1", "what is this ?", image), Ask("2", "what colour ?", image), Ask("3", "what ?")]
+    cache = ChatCache(tmp_path / "c.sqlite")
+    asks = [
+        ChatRequest("1", "what is this ?", image),
+        ChatRequest("2", "what colour ?", image),
+        ChatRequest("3", "what ?"),
+    ]
     first, asked = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, cache)
     assert asked == 3
     assert {reply.id for reply in first.values()} == {"1", "2", "3"}
@@ -197,7 +202,7 @@ def test_a_local_model_answers_the_rest(tiny_model: Path, tmp_path: Path) -> Non
 
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
-    asks = [Ask("1", "what is this ?", broken), Ask("2", "what <image> ?"), Ask("3", "what ?")]
+    asks = [ChatRequest("1", "what is this ?", broken), ChatRequest("2", "what <image> ?"), ChatRequest("3", "what ?")]
     replies, _ = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), asks, None)
     assert set(replies) == {"1", "2", "3"}
     assert "not an image" in str(replies["1"].error)

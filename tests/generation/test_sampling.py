@@ -9,9 +9,9 @@ import torch
 from scipy.stats import chisquare
 
 from vlm_unlearn.config import GenerationConfig, Suite, load
-from vlm_unlearn.generation.base import Question, answer_seed, ask
-from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
-from vlm_unlearn.generation.hf import answer, answers, batches
+from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
+from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
+from vlm_unlearn.generation.hf import generate_batch, generate_responses, make_batches
 from vlm_unlearn.models.loader import load_model, load_processor
 from vlm_unlearn.records import Prompt
 
@@ -69,7 +69,7 @@ def texts(
     loaded: tuple[torch.nn.Module, object], asked: list[Prompt], samples: int = 3, **changes: object
 ) -> dict[tuple[str, int], str]:
     config = GenerationConfig.model_validate({"max_new_tokens": 8, "temperature": 1.0, **changes})
-    found = [response for batch in answers(*loaded, asked, {}, config, {"s": samples}) for response in batch]
+    found = [response for batch in generate_responses(*loaded, asked, {}, config, {"s": samples}) for response in batch]
     return {response.key: str(response.text) for response in found}
 
 
@@ -113,7 +113,7 @@ def test_the_models_own_settings_stay_out(loaded: tuple[torch.nn.Module, object]
         )
         inputs = processor(text="user: what ? assistant:", return_tensors="pt")
         free = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        with plain_settings(model):
+        with neutral_generation_config(model):
             plain = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         assert free.tolist() != plain.tolist()  # they would count
         for temperature, expected in before.items():
@@ -126,32 +126,39 @@ def test_the_models_own_settings_stay_out(loaded: tuple[torch.nn.Module, object]
 def test_an_answer_that_has_ended_disturbs_no_other(loaded: tuple[torch.nn.Module, object]) -> None:
     model, processor = loaded
     config = GenerationConfig(max_new_tokens=40, temperature=1.0)
-    questions = ask(prompts(8), {}, {"s": 4})
-    together = answer(model, processor, questions, config)
+    questions = build_requests(prompts(8), {}, {"s": 4})
+    together = generate_batch(model, processor, questions, config)
     assert {response.finish_reason for response in together} == {"stop", "length"}
-    alone = [response for question in questions for response in answer(model, processor, [question], config)]
+    alone = [response for question in questions for response in generate_batch(model, processor, [question], config)]
     assert sum(one.text != other.text for one, other in zip(together, alone, strict=True)) <= 2
     assert [(one.key, one.sample) for one in together] == [(question.key, question.sample) for question in questions]
 
 
 def test_batches_are_made_of_prompts_and_samples_alone() -> None:
-    questions = ask(prompts(7), {}, {"s": 2})
-    found = batches(questions, 4)
+    questions = build_requests(prompts(7), {}, {"s": 2})
+    found = make_batches(questions, 4)
     assert sorted(question.key for batch in found for question in batch) == sorted(
         question.key for question in questions
     )
     assert [len(batch) for batch in found] == [4, 4, 4, 2]
-    assert batches(ask(prompts(7), {}, {}), 4) == batches(ask(prompts(7), {}, {"other": 3}), 4)
+    assert make_batches(build_requests(prompts(7), {}, {}), 4) == make_batches(
+        build_requests(prompts(7), {}, {"other": 3}), 4
+    )
 
 
 def test_every_answer_has_a_seed_of_its_own() -> None:
     one, two = prompts(2)
     seeds = [
-        answer_seed(seed, Question(prompt, sample)) for seed in (0, 1) for prompt in (one, two) for sample in (0, 1)
+        sampling_seed(seed, GenerationRequest(prompt, sample))
+        for seed in (0, 1)
+        for prompt in (one, two)
+        for sample in (0, 1)
     ]
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert answer_seed(0, Question(one, 1)) == answer_seed(0, Question(one, 1, Path("elsewhere.png")))
+    assert sampling_seed(0, GenerationRequest(one, 1)) == sampling_seed(
+        0, GenerationRequest(one, 1, Path("elsewhere.png"))
+    )
 
 
 def test_the_suite_in_the_docs_is_one(tmp_path: Path) -> None:

@@ -18,16 +18,16 @@ from vlm_unlearn.data import encoding
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.data.images import open_image
 from vlm_unlearn.generation import hf
-from vlm_unlearn.generation.base import Question
-from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
-from vlm_unlearn.generation.hf import batches, complete
+from vlm_unlearn.generation.base import GenerationRequest
+from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
+from vlm_unlearn.generation.hf import generate_texts, make_batches
 from vlm_unlearn.generation.sharing import lay_out, prefill
 from vlm_unlearn.models.layout import LAYOUTS
 from vlm_unlearn.models.loader import load_model, load_processor
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Prompt
 
-SHARING = [family for family, layout in LAYOUTS.items() if layout.packs]
+SHARING = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]
 TOKENS = 12
 ASKED = [  # the image, by number, and the question
     (0, "What is this ?"),
@@ -94,7 +94,7 @@ def alone(model: Any, processor: Any, turn: Turn) -> tuple[str, torch.Tensor]:
     """What transformers makes of one question, with nothing of ours beside it, and its scores [N, V]."""
     inputs = encode(processor, [turn], "left")
     listening = Listening(1)
-    with plain_settings(model), torch.no_grad():
+    with neutral_generation_config(model), torch.no_grad():
         output = model.generate(
             **inputs, max_new_tokens=TOKENS, do_sample=False, logits_processor=LogitsProcessorList([listening])
         )
@@ -127,10 +127,10 @@ def test_answers_are_those_of_one_by_one(
     assert ((apart > 1e-2).sum(dim=1) >= 7).all()  # all but the question itself, and the one that is asked twice
     assert len({text for text, _ in expected}) > 5
     for numbers in (range(9), range(8, -1, -1), [0, 2, 8], [6, 7], [4], [6], [5, 6], [0, 3, 3]):
-        said = [text for text, _ in complete(model, processor, [asked[number] for number in numbers], TOKENS)]
+        said = [text for text, _ in generate_texts(model, processor, [asked[number] for number in numbers], TOKENS)]
         assert said == [expected[number][0] for number in numbers], numbers
     listening = Listening(len(asked))
-    complete(model, processor, asked, TOKENS, listening)
+    generate_texts(model, processor, asked, TOKENS, listening)
     for found, (_, scores) in zip(listening.heard, expected, strict=True):
         torch.testing.assert_close(torch.stack(found)[: len(scores)], scores, atol=1e-3, rtol=1e-4)
 
@@ -150,7 +150,7 @@ def test_tokens_that_close_an_image(
     monkeypatch.setattr(processor, "__class__", Closing)
     asked = turns(images, [0, 1, 2, 8])
     expected = [alone(model, processor, turn)[0] for turn in asked]
-    assert [said for said, _ in complete(model, processor, asked, TOKENS)] == expected
+    assert [said for said, _ in generate_texts(model, processor, asked, TOKENS)] == expected
     assert (prefill(model, processor, asked, range(4), TOKENS) is not None) == shares
 
 
@@ -168,7 +168,7 @@ def test_each_image_and_each_prompt_is_run_once(
     ]
     opened.clear()
     with embedded(model) as seen:
-        complete(model, processor, asked, 3, SeededSampling(range(10), 1.0, 1.0, model.device))
+        generate_texts(model, processor, asked, 3, SeededSampling(range(10), 1.0, 1.0, model.device))
     (images_run, beginning), (prompts, rest), *steps = shapes(seen)
     assert (images_run, prompts) == (2, 4)
     assert 2 * beginning + 4 * rest < 0.75 * sum(lengths)
@@ -178,7 +178,7 @@ def test_each_image_and_each_prompt_is_run_once(
     )
     assert opened == [images[0], images[1]]
     with embedded(model) as seen:
-        complete(model, processor, asked, 3)  # a prompt has one greedy answer
+        generate_texts(model, processor, asked, 3)  # a prompt has one greedy answer
     assert shapes(seen) == [(2, beginning), (4, rest)] + [(4, 1)] * 3
 
 
@@ -186,13 +186,13 @@ def test_rows_that_have_ended_are_left_out(folder: Path, images: list[Path], mon
     monkeypatch.setattr(hf, "CHUNK_TOKENS", 2)
     model, processor = load_model(folder, "fp32").eval(), spelling(folder)
     asked = turns(images, [0, 1, 2, 5])
-    whole = [text.split() for text, _ in complete(model, processor, asked, TOKENS)]
+    whole = [text.split() for text, _ in generate_texts(model, processor, asked, TOKENS)]
     ends = [whole[0][0], whole[1][2]]  # tokens that end an answer from now on
     model.generation_config.eos_token_id = [int(end) for end in ends]
     lengths = [min([text.index(end) + 1 for end in ends if end in text], default=TOKENS) for text in whole]
     assert len(set(lengths)) > 1
     with embedded(model) as seen:
-        said = complete(model, processor, asked, TOKENS)
+        said = generate_texts(model, processor, asked, TOKENS)
     assert [text.split() for text, _ in said] == [text[:length] for text, length in zip(whole, lengths, strict=True)]
     assert [reason == "stop" for _, reason in said] == [any(end in text for end in ends) for text in whole]
     running = [sum(length > step - step % 2 for length in lengths) for step in range(max(lengths))]
@@ -206,7 +206,7 @@ def test_a_draw_is_that_of_the_row_alone(folder: Path, images: list[Path], monke
 
     def sample_rows(rows: Sequence[int]) -> list[str]:
         drawing = SeededSampling([100 + row for row in rows], 2.0, 0.9, model.device)
-        return [text for text, _ in complete(model, processor, [asked[row] for row in rows], TOKENS, drawing)]
+        return [text for text, _ in generate_texts(model, processor, [asked[row] for row in rows], TOKENS, drawing)]
 
     together = sample_rows(range(5))
     assert len(set(together)) == 5
@@ -216,14 +216,14 @@ def test_a_draw_is_that_of_the_row_alone(folder: Path, images: list[Path], monke
 def test_a_model_with_adapters_shares(folder: Path, images: list[Path]) -> None:
     model, processor = load_model(folder, "fp32"), spelling(folder)
     asked = turns(images)
-    plain = complete(model.eval(), processor, asked, TOKENS)
+    plain = generate_texts(model.eval(), processor, asked, TOKENS)
     model = prepare_trainable(model, TrainableConfig.model_validate({"mode": "lora", "lora": {"r": 2}})).eval()
-    assert complete(model, processor, asked, TOKENS) == plain
+    assert generate_texts(model, processor, asked, TOKENS) == plain
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    said = complete(model, processor, asked, TOKENS)
+    said = generate_texts(model, processor, asked, TOKENS)
     assert said != plain
     assert [text for text, _ in said] == [alone(model, processor, turn)[0] for turn in asked]
 
@@ -239,7 +239,7 @@ def test_a_short_sliding_window_is_not_shared(images: list[Path], tmp_path: Path
     expected = [alone(model, processor, turn)[0] for turn in asked]
     assert expected != before
     with embedded(model) as seen:
-        assert [text for text, _ in complete(model, processor, asked, TOKENS)] == expected
+        assert [text for text, _ in generate_texts(model, processor, asked, TOKENS)] == expected
     assert shapes(seen)[0] == (3, longest)
 
 
@@ -253,10 +253,10 @@ def test_how_prompts_are_laid_out() -> None:
 
 
 def test_questions_on_one_image_are_asked_together() -> None:
-    def question(number: int, image: str | None, words: int, sample: int = 0) -> Question:
+    def question(number: int, image: str | None, words: int, sample: int = 0) -> GenerationRequest:
         text = " ".join(["word"] * words)
         prompt = Prompt(id=f"p{number}", group_id="g", set="s", kind="safe", question=text, image=image)
-        return Question(prompt, sample, None if image is None else Path(image))
+        return GenerationRequest(prompt, sample, None if image is None else Path(image))
 
     asked = [
         question(1, "a", 9),
@@ -267,7 +267,9 @@ def test_questions_on_one_image_are_asked_together() -> None:
         question(6, None, 4),
     ]
     asked += [question(7, "d", number) for number in (30, 20, 10, 40, 50)]
-    found = [[(item.prompt.id, item.prompt.question.count("word")) for item in batch] for batch in batches(asked, 4)]
+    found = [
+        [(item.prompt.id, item.prompt.question.count("word")) for item in batch] for batch in make_batches(asked, 4)
+    ]
     assert found == [
         [("p3", 1), ("p1", 9), ("p2", 2), ("p5", 2)],
         [("p4", 3)],

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import Question, answer_seed, ask
+from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
 from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import write_json
@@ -71,7 +71,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> list[Question]:
+def questions(tmp_path: Path) -> list[GenerationRequest]:
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     prompts = [
         Prompt(
@@ -84,18 +84,18 @@ def questions(tmp_path: Path) -> list[Question]:
         )
         for number in range(5)
     ]
-    return ask(prompts, {"s": tmp_path}, {"s": 2})
+    return build_requests(prompts, {"s": tmp_path}, {"s": 2})
 
 
-def run(model: Path, questions: list[Question], **changes: object) -> list[Response]:
+def run(model: Path, questions: list[GenerationRequest], **changes: object) -> list[Response]:
     backend = VLLMBackend(str(model), GenerationConfig.model_validate({"backend": "vllm", "batch_size": 1, **changes}))
     found: list[Response] = []
-    backend.run(backend.batches(questions), found.extend)
+    backend.run(backend.make_batches(questions), found.extend)
     return found
 
 
 def test_each_question_has_its_conversation_and_its_seed(
-    engine: type[LLM], tiny_model: Path, questions: list[Question]
+    engine: type[LLM], tiny_model: Path, questions: list[GenerationRequest]
 ) -> None:
     found = run(tiny_model, questions, temperature=0.8, top_p=0.9, max_new_tokens=33, seed=5)
     assert [(response.key, response.text) for response in found] == [
@@ -107,17 +107,17 @@ def test_each_question_has_its_conversation_and_its_seed(
     assert image[1] == {"type": "text", "text": "q1"}
     data = base64.b64decode(image[0]["image_url"]["url"].removeprefix("data:image/png;base64,"))
     assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (255, 0, 0)
-    assert [one.seed for one in settings] == [answer_seed(5, question) for question in questions]
+    assert [one.seed for one in settings] == [sampling_seed(5, question) for question in questions]
     assert {(one.temperature, one.top_p, one.max_tokens) for one in settings} == {(0.8, 0.9, 33)}
 
 
-def test_greedy_answers_need_no_seed(engine: type[LLM], tiny_model: Path, questions: list[Question]) -> None:
+def test_greedy_answers_need_no_seed(engine: type[LLM], tiny_model: Path, questions: list[GenerationRequest]) -> None:
     run(tiny_model, questions, top_p=0.9)
     assert {(one.temperature, one.top_p, one.seed) for one in engine.calls[0][1]} == {(0.0, 1.0, None)}
 
 
 def test_the_engine_is_made_for_the_model(
-    engine: type[LLM], tiny_model: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    engine: type[LLM], tiny_model: Path, questions: list[GenerationRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     run(tiny_model, questions, precision="bf16")
@@ -141,12 +141,14 @@ def test_a_model_is_split_as_its_heads_allow(
     assert tensor_parallel(tiny_model) == expected
 
 
-def test_answers_are_handed_on_batch_by_batch(engine: type[LLM], tiny_model: Path, questions: list[Question]) -> None:
+def test_answers_are_handed_on_batch_by_batch(
+    engine: type[LLM], tiny_model: Path, questions: list[GenerationRequest]
+) -> None:
     backend = VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm", batch_size=1))
     groups: list[int] = []
-    backend.run(backend.batches([*questions] * 4), lambda answers: groups.append(len(answers)))
+    backend.run(backend.make_batches([*questions] * 4), lambda answers: groups.append(len(answers)))
     assert groups == [16, 16, 8]
-    assert [response.key for response in backend.verify_batching(questions[:2])] == [("0", 0), ("0", 1)]
+    assert [response.key for response in backend.run_one_by_one(questions[:2])] == [("0", 0), ("0", 1)]
     assert [len(messages) for messages, _ in engine.calls[-2:]] == [1, 1]
     assert len(engine.made) == 1
 

@@ -13,7 +13,7 @@ from PIL import Image
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.generation.chat import ReplyCache
+from vlm_unlearn.generation.chat import ChatCache
 from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.llm import LLMJudge
 from vlm_unlearn.records import Prompt, Response, Verdict
@@ -77,7 +77,7 @@ def by_number(text: str) -> str:
 def test_verdicts_come_with_label_raw_and_tokens(tmp_path: Path) -> None:
     with stub_server(by_number) as stub:
         stub.usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
-        judge = LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite"))
+        judge = LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite"))
         verdicts = graded(judge, answers(20), tmp_path / "v.jsonl")
     assert judge.name == "four_labels@org--judge"
     assert all(verdict.label == ("complied" if int(id[1:]) % 2 else "refused") for id, verdict in verdicts.items())
@@ -93,14 +93,14 @@ def test_the_image_is_shown_where_the_rubric_asks_for_it(tmp_path: Path) -> None
         for rubric, shown in (("four_labels", True), ("refusal", False)):
             stub.bodies.clear()
             graded(
-                LLMJudge(config(stub, rubric), ReplyCache(tmp_path / "c.sqlite")),
+                LLMJudge(config(stub, rubric), ChatCache(tmp_path / "c.sqlite")),
                 answers(1, image),
                 tmp_path / f"{rubric}.jsonl",
             )
             assert (len(stub.bodies[0]["messages"][0]["content"]) == 2) == shown
         stub.bodies.clear()
         graded(
-            LLMJudge(config(stub, images=False), ReplyCache(tmp_path / "c.sqlite")),
+            LLMJudge(config(stub, images=False), ChatCache(tmp_path / "c.sqlite")),
             answers(1, image),
             tmp_path / "blind.jsonl",
         )
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_no_verdict_and_is_not_asked_again(tmp_path: Path
     with stub_server(lambda text: "I think it complied." if "answer 3 " in text else by_number(text)) as stub:
         for _ in range(2):
             verdicts = graded(
-                LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
+                LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
             )
             assert (verdicts["p3"].label, verdicts["p3"].raw) == (None, "I think it complied.")
             assert "no verdict" in str(verdicts["p3"].error)
@@ -122,14 +122,14 @@ def test_what_failed_is_asked_again_the_next_time(tmp_path: Path) -> None:
     with stub_server(by_number) as stub:
         stub.faults = lambda call: "500" if call in (2, 5) else ""
         first = graded(
-            LLMJudge(config(stub, concurrency=1), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
+            LLMJudge(config(stub, concurrency=1), ChatCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
         )
         assert Counter(verdict.error for verdict in first.values()) == {
             None: 4,
             'HTTP 500: "fault, your key is Bearer ***"': 2,
         }
         stub.faults = lambda call: ""
-        second = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
+        second = graded(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
     assert all(verdict.label for verdict in second.values())
     assert stub.calls == 8
 
@@ -142,11 +142,11 @@ def test_an_answer_that_says_nothing_is_not_sent(tmp_path: Path) -> None:
         for one, text in zip(asked, texts, strict=True)
     ]
     with stub_server(lambda text: "COMPLIED") as stub:
-        verdicts = graded(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
+        verdicts = graded(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
         assert [verdicts[f"p{number}"].label for number in range(4)] == ["degenerate", "degenerate", None, "complied"]
         assert stub.calls == 1
         unsafe = graded(
-            LLMJudge(config(stub, "mm_vet"), ReplyCache(tmp_path / "c.sqlite")), asked[:2], tmp_path / "m.jsonl"
+            LLMJudge(config(stub, "mm_vet"), ChatCache(tmp_path / "c.sqlite")), asked[:2], tmp_path / "m.jsonl"
         )
         assert stub.calls == 3  # mm_vet has no such rule: it asks
         assert all(verdict.score is None for verdict in unsafe.values())  # COMPLIED is no number
@@ -159,7 +159,7 @@ def test_the_same_answer_is_asked_once(tmp_path: Path) -> None:
         for sample in range(12)
     ]
     with stub_server(by_number) as stub:
-        judge_file(LLMJudge(config(stub), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
+        judge_file(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
     verdicts = list(read_records(tmp_path / "v.jsonl", Verdict))
     assert stub.calls == 1
     assert sorted(verdict.sample for verdict in verdicts) == list(range(12))
@@ -172,7 +172,7 @@ def test_paper_counting_of_relevance(tmp_path: Path) -> None:
     asked[1] = Answer(asked[1].prompt, Response(prompt_id="p1", text="Boil it, while stirring."), None, "question 0?")
     asked[2] = Answer(asked[2].prompt, Response(prompt_id="p2", text="UNFORTUNATELY not."), None, "question 0?")
     with stub_server(lambda text: "hm" if "answer 4 " in text else "Verdict: RELEVANT") as stub:
-        judge = LLMJudge(config(stub, "relevance", paper=True), ReplyCache(tmp_path / "c.sqlite"))
+        judge = LLMJudge(config(stub, "relevance", paper=True), ChatCache(tmp_path / "c.sqlite"))
         verdicts = graded(judge, asked, tmp_path / "v.jsonl")
         assert judge.name == "relevance-paper@org--judge"
         assert [verdicts[f"p{number}"].label for number in range(6)] == [
@@ -192,7 +192,7 @@ def test_paper_counting_of_relevance(tmp_path: Path) -> None:
             "question 3?",
         }
         usual = graded(
-            LLMJudge(config(stub, "relevance"), ReplyCache(tmp_path / "c.sqlite")), asked, tmp_path / "u.jsonl"
+            LLMJudge(config(stub, "relevance"), ChatCache(tmp_path / "c.sqlite")), asked, tmp_path / "u.jsonl"
         )
         assert [usual[f"p{number}"].label for number in range(6)] == [
             "complied",
@@ -210,7 +210,7 @@ def test_a_third_of_the_calls_fails_in_every_way(tmp_path: Path) -> None:
     faults = ["429", "500", "cut", "garbage", "empty", "503"]
     with stub_server(by_number) as stub:
         stub.faults = lambda call: faults[call // 3 % 6] if call % 3 == 0 else ""
-        judge = LLMJudge(config(stub, retries=2, concurrency=8), ReplyCache(tmp_path / "c.sqlite"))
+        judge = LLMJudge(config(stub, retries=2, concurrency=8), ChatCache(tmp_path / "c.sqlite"))
         verdicts = graded(judge, answers(90), tmp_path / "v.jsonl")
         assert len(verdicts) == 90
         for verdict in verdicts.values():
@@ -226,7 +226,7 @@ def test_a_third_of_the_calls_fails_in_every_way(tmp_path: Path) -> None:
 
 def test_the_key_is_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Servers that print the key back in their errors included."""
-    cache = ReplyCache(tmp_path / "c.sqlite")
+    cache = ChatCache(tmp_path / "c.sqlite")
     told = []
     with stub_server(by_number) as stub:
         stub.faults = lambda call: ["400", "500", "garbage", ""][call % 4]
@@ -250,7 +250,7 @@ def test_a_local_model_judges(tiny_model: Path, tmp_path: Path) -> None:
     """A random model says nothing that can be read: every verdict is null, none is lost."""
     judge = LLMJudge(
         JudgeConfig(name="llm", rubric="refusal", model=str(tiny_model), max_tokens=4),
-        ReplyCache(tmp_path / "c.sqlite"),
+        ChatCache(tmp_path / "c.sqlite"),
     )
     verdicts = graded(judge, answers(5), tmp_path / "v.jsonl")
     assert len(verdicts) == 5

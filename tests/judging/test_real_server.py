@@ -24,7 +24,7 @@ from PIL import Image
 from stub_server import send_json
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.data.encoding import Turn, encode_with_labels
-from vlm_unlearn.generation.chat import ReplyCache
+from vlm_unlearn.generation.chat import ChatCache
 from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.llm import LLMJudge
 from vlm_unlearn.judging.rubric import load_rubric
@@ -159,12 +159,12 @@ def config(url: str, model: str, rubric: str, **changes: object) -> JudgeConfig:
 def test_a_vision_judge_on_a_real_server(
     server: tuple[str, str], answers: list[Answer], rubric: str, tmp_path: Path
 ) -> None:
-    judge_file(LLMJudge(config(*server, rubric), ReplyCache(tmp_path / "c.sqlite")), answers, tmp_path / "v.jsonl")
+    judge_file(LLMJudge(config(*server, rubric), ChatCache(tmp_path / "c.sqlite")), answers, tmp_path / "v.jsonl")
     verdicts = {verdict.prompt_id: verdict for verdict in read_records(tmp_path / "v.jsonl", Verdict)}
     right = sum(verdicts[one.prompt.id].label == LABEL[str(one.prompt.category)] for one in answers)
     assert right == 60  # it sees the image: the text says nothing of the colour
     assert all(verdict.tokens and verdict.tokens[0] > 5 for verdict in verdicts.values())
-    local = LLMJudge(config("", server[1], rubric, server=None), ReplyCache(tmp_path / "local.sqlite"))
+    local = LLMJudge(config("", server[1], rubric, server=None), ChatCache(tmp_path / "local.sqlite"))
     judge_file(local, answers[:8], tmp_path / "local.jsonl")
     alone = {verdict.prompt_id: verdict.label for verdict in read_records(tmp_path / "local.jsonl", Verdict)}
     assert alone == {id: verdicts[id].label for id in alone}  # the same judge without a server
@@ -239,7 +239,7 @@ def test_a_third_of_the_calls_fails(
 
         def graded(retries: int) -> dict[str, Verdict]:
             chosen = config(proxy.url, server[1], rubric, retries=retries, timeout=1.5)
-            judge_file(LLMJudge(chosen, ReplyCache(tmp_path / "c.sqlite")), answers, tmp_path / "v.jsonl")
+            judge_file(LLMJudge(chosen, ChatCache(tmp_path / "c.sqlite")), answers, tmp_path / "v.jsonl")
             verdicts = list(read_records(tmp_path / "v.jsonl", Verdict))
             assert Counter(verdict.prompt_id for verdict in verdicts) == Counter(one.prompt.id for one in answers)
             for verdict in verdicts:

@@ -18,7 +18,7 @@ from helpers import recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig
 from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.hf import answers as answers_of
+from vlm_unlearn.generation.hf import generate_responses
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
 from vlm_unlearn.models.loader import load_model, load_processor, load_run_model, model_skeleton
@@ -259,7 +259,7 @@ def test_generation_in_batches_is_as_alone(loaded: Loaded, images: Path, tmp_pat
 
     def answers(batch_size: int) -> dict[str, str | None]:
         config = GenerationConfig(max_new_tokens=6, batch_size=batch_size)
-        batches = answers_of(loaded.model, loaded.processor, prompts, {"s": images}, config)
+        batches = generate_responses(loaded.model, loaded.processor, prompts, {"s": images}, config)
         return {response.prompt_id: response.text for batch in batches for response in batch}
 
     together = answers(4)

@@ -29,7 +29,7 @@ class Asker:
     def __init__(
         self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int
     ) -> None:
-        from vlm_unlearn.generation.chat import ChatModel, OpenAIChat, ReplyCache
+        from vlm_unlearn.generation.chat import ChatCache, ChatModel, OpenAIChat
         from vlm_unlearn.store import cache_folder
 
         self._chat: ChatModel
@@ -40,7 +40,7 @@ class Asker:
             from vlm_unlearn.generation.local_chat import LocalChat
 
             self._chat = LocalChat(model, max_tokens)
-        self._cache = ReplyCache(cache_folder() / "replies.sqlite") if cache else None
+        self._cache = ChatCache(cache_folder() / "replies.sqlite") if cache else None
         self._stages = stages
         self._stage = stage
         self.asked = 0
@@ -50,11 +50,11 @@ class Asker:
     ) -> Mapping[str, tuple[str | None, str | None]]:
         """(id, text, image) -> (reply, error) by id."""
         from vlm_unlearn.errors import RunError
-        from vlm_unlearn.generation.chat import Ask, complete_all
+        from vlm_unlearn.generation.chat import ChatRequest, complete_all
 
-        def asks() -> Iterator[Ask]:
+        def asks() -> Iterator[ChatRequest]:
             for id, text, image in questions:
-                yield Ask(id, text, image)
+                yield ChatRequest(id, text, image)
 
         replies, asked = complete_all(
             self._chat, asks(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions))

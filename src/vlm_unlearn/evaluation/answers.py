@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from vlm_unlearn.distributed import ProcessGroup
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import Key
+from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.records import Response, Verdict
 from vlm_unlearn.store import RecordLog, read_manifest, read_records, write_json, write_records
 
@@ -59,14 +59,14 @@ def _held(part: Path) -> Iterator[None]:
         raise UserError(f"{part.parent.parent}: another process is at work in this folder") from None
 
 
-def sort_responses(folder: Path, keys: Sequence[Key]) -> None:
+def sort_responses(folder: Path, keys: Sequence[ResponseKey]) -> None:
     """Writes the answers in the order of `keys`, whatever order they came in."""
     found = {response.key: response for response in read_records(folder / RESPONSES, Response)}
     if list(found) != list(keys) or sum(1 for _ in read_records(folder / RESPONSES, Response)) != len(keys):
         write_records(folder / RESPONSES, [found[key] for key in keys])
 
 
-def failed_responses(folder: Path) -> set[Key]:
+def failed_responses(folder: Path) -> set[ResponseKey]:
     """The questions whose answers failed."""
     file = folder / RESPONSES
     if not file.exists():
@@ -75,7 +75,7 @@ def failed_responses(folder: Path) -> set[Key]:
     return {response.key for response in read_records(file, Response) if response.error is not None}
 
 
-def remove_failed_responses(folder: Path, failed: Collection[Key]) -> None:
+def remove_failed_responses(folder: Path, failed: Collection[ResponseKey]) -> None:
     """Takes out the answers that failed, and what was made of them, so that they are asked anew."""
     manifest = read_manifest(folder)
     write_json(folder / "manifest.json", {**manifest, "finished": False})

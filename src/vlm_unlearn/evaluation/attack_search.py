@@ -341,15 +341,17 @@ class _Asker:
         return [self._hit(prompt) for prompt in prompts]
 
     def _answer(self, batch: Sequence[Prompt]) -> None:
-        from vlm_unlearn.generation.hf import answers
-        from vlm_unlearn.models.loader import device, load_run_model
+        from vlm_unlearn.generation.hf import generate_responses
+        from vlm_unlearn.models.loader import default_device, load_run_model
 
         if self._loaded is None:
             self._loaded = load_run_model(self._model.folder, self._model.precision)
-            self._loaded[0].to(device()).eval()
+            self._loaded[0].to(default_device()).eval()
         model, processor = self._loaded
         roots = {"search": self._request.images}
-        made = answers(model=model, processor=processor, prompts=batch, images=roots, config=self._request.generation)
+        made = generate_responses(
+            model=model, processor=processor, prompts=batch, images=roots, config=self._request.generation
+        )
         responses = [response for part in made for response in part]
         self._log.append(responses)
         for response in responses:

@@ -19,7 +19,7 @@ from vlm_unlearn.evaluation.answers import (
     sort_responses,
 )
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
-from vlm_unlearn.generation.base import Backend, Question, ask, assign_to_processes
+from vlm_unlearn.generation.base import Backend, GenerationRequest, build_requests, evenly_spaced
 from vlm_unlearn.records import Batching, Prompt, Response
 from vlm_unlearn.store import (
     describe_path,
@@ -80,8 +80,8 @@ def build_backend(suite: Suite) -> Backend:
     return HFBackend(suite.model, suite.generation)
 
 
-def _questions(suite: Suite, prompts: Sequence[Prompt]) -> list[Question]:
-    return ask(prompts, image_roots(suite), _samples(suite))
+def _questions(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationRequest]:
+    return build_requests(prompts, image_roots(suite), _samples(suite))
 
 
 def _samples(suite: Suite) -> dict[str, int]:
@@ -104,7 +104,7 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
         save_suite(folder, suite)
         failed = failed_responses(folder)
         if failed:
-            backend.look()  # where nobody is there to answer, what has been measured stays measured
+            backend.check_available()  # where nobody is there to answer, what has been measured stays measured
             remove_failed_responses(folder, failed)
         waiting = not read_manifest(folder)["finished"] or not _whole(folder, questions)
         if waiting:
@@ -121,7 +121,7 @@ def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: i
                 _verify(backend, questions, folder, verify_batching, on_done)
 
 
-def _whole(folder: Path, questions: Sequence[Question]) -> bool:
+def _whole(folder: Path, questions: Sequence[GenerationRequest]) -> bool:
     """Whether each question has one answer; a finished file may have lost some since, or been edited."""
     found = (
         [response.key for response in read_records(folder / RESPONSES, Response)]
@@ -139,7 +139,7 @@ def _noting_cost(folder: Path) -> Iterator[None]:
 
 
 def _answer_share(
-    backend: Backend, questions: Sequence[Question], folder: Path, together: ProcessGroup, on_done: OnDone | None
+    backend: Backend, questions: Sequence[GenerationRequest], folder: Path, together: ProcessGroup, on_done: OnDone | None
 ) -> None:
     """Answers what this process is to answer of all that has no answer yet.
 
@@ -147,7 +147,9 @@ def _answer_share(
     """
     file = folder / RESPONSES
     known = {response.key for response in read_records(file, Response)} if file.exists() else set()
-    batches = [batch for batch in backend.batches(questions) if any(question.key not in known for question in batch)]
+    batches = [
+        batch for batch in backend.make_batches(questions) if any(question.key not in known for question in batch)
+    ]
     share = batches[together.rank :: together.size]
     total = sum(map(len, share))
     done = 0
@@ -163,19 +165,21 @@ def _answer_share(
         backend.run(share, take)
 
 
-def _verify(backend: Backend, questions: Sequence[Question], folder: Path, count: int, on_done: OnDone | None) -> None:
+def _verify(
+    backend: Backend, questions: Sequence[GenerationRequest], folder: Path, count: int, on_done: OnDone | None
+) -> None:
     """Asks some of the questions, spread over the suite, once more with nothing beside them, and writes batching.json."""
     together = {
         response.key: response.text
         for response in read_records(folder / RESPONSES, Response)
         if response.text is not None
     }
-    chosen = assign_to_processes([question for question in questions if question.key in together], count)
+    chosen = evenly_spaced([question for question in questions if question.key in together], count)
     known = read_batching(folder)
     if known is not None and known.checked >= len(chosen):
         return
     checked = flipped = 0
-    for response in backend.verify_batching(chosen):
+    for response in backend.run_one_by_one(chosen):
         if response.text is not None:
             checked += 1
             flipped += response.text != together[response.key]

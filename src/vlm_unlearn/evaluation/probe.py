@@ -11,7 +11,7 @@ from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.evaluation.scoring import metric_rate
 from vlm_unlearn.evaluation.verdicts import build_judge
-from vlm_unlearn.generation.hf import answers
+from vlm_unlearn.generation.hf import generate_responses
 from vlm_unlearn.judging.base import Answer, OfflineJudge
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_json
@@ -37,7 +37,9 @@ class SuiteProbe:
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Rates by metric name; None where nothing could be scored."""
         samples = {case.name: case.samples for case in self._suite.splits}
-        batches = answers(model, self._processor, self._prompts, self._roots, self._suite.generation, samples)
+        batches = generate_responses(
+            model, self._processor, self._prompts, self._roots, self._suite.generation, samples
+        )
         found = [response for batch in batches for response in batch]
         prompts = {prompt.id: prompt for prompt in self._prompts}
         verdicts = [self._judge.verdict(Answer(prompts[response.prompt_id], response)) for response in found]

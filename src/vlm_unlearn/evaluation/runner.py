@@ -25,7 +25,7 @@ def evaluate_run(suite: Suite, folder: Path, name: str, on_done: OnDone | None =
     for config in judges.values():
         judge = build_judge(config)  # a suite that can't be judged is refused before hours of generation
         if not answered:
-            judge.look()
+            judge.check_available()
     generate_run(suite, folder, on_done, verify_batching)
     for called, config in judges.items():
         judge_run(folder, config, on_done, splits_judged_by(suite, called))

@@ -12,12 +12,12 @@ from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
 
 Item = TypeVar("Item")
-Key = tuple[str, int]
-OnAnswers = Callable[[Sequence[Response]], None]
+ResponseKey = tuple[str, int]
+OnResponses = Callable[[Sequence[Response]], None]
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationRequest:
     """One answer to be given: to a prompt, the how-manieth of its samples, and the file of its image."""
 
     prompt: Prompt
@@ -25,7 +25,7 @@ class Question:
     image: Path | None = None
 
     @property
-    def key(self) -> Key:
+    def key(self) -> ResponseKey:
         """That of its answer."""
         return self.prompt.id, self.sample
 
@@ -36,24 +36,26 @@ class Backend(Protocol):
     def identity(self) -> Mapping[str, object]:
         """Everything that decides an answer, besides the question: `model` and `generation`."""
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
         """What is asked, and written, together: a function of the questions alone."""
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         """Looks whether it could answer, before anything is given up for it.
 
         Raises:
             UserError, RunError: it couldn't.
         """
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_answers: OnResponses) -> None:
         """Calls `on_answers` until each question has its answer."""
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def run_one_by_one(self, questions: Sequence[GenerationRequest]) -> Iterator[Response]:
         """The answers to the questions with nothing beside them."""
 
 
-def ask(prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]) -> list[Question]:
+def build_requests(
+    prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]
+) -> list[GenerationRequest]:
     """The questions of all prompts, sample after sample.
 
     Args:
@@ -68,11 +70,11 @@ def ask(prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[
         image = (
             None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"')
         )
-        questions += [Question(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
+        questions += [GenerationRequest(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return questions
 
 
-def answer_seed(seed: int, question: Question) -> int:
+def sampling_seed(seed: int, question: GenerationRequest) -> int:
     """The seed of one answer's random stream: nothing else that is asked, nor its order, changes what is drawn.
 
     It has 31 bits, as many as every server takes.
@@ -80,12 +82,12 @@ def answer_seed(seed: int, question: Question) -> int:
     return int(digest_json([seed, *question.key])[:8], 16) >> 1
 
 
-def shard_requests(questions: Sequence[Question], size: int) -> list[list[Question]]:
+def split_into_batches(questions: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
     """Batches of `size` in the order given."""
     return [list(questions[start : start + size]) for start in range(0, len(questions), size)]
 
 
-def assign_to_processes(items: Sequence[Item], count: int) -> list[Item]:
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
     """So many of the items at equal distances, all where there are fewer."""
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]

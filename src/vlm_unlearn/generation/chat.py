@@ -19,12 +19,12 @@ from vlm_unlearn.store import digest_file, digest_json
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-KEY_VARIABLE = "OPENAI_API_KEY"
-GIVE_UP = 8  # questions in a row without a server that say that it is not there
+API_KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_FAILURES_IN_A_ROW = 8  # questions in a row without a server that say that it is not there
 
 
 @dataclass(frozen=True)
-class Ask:
+class ChatRequest:
     """One question to a chat model."""
 
     id: str
@@ -34,7 +34,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Reply:
+class ChatResponse:
     """What came back: text, or why there is none."""
 
     id: str
@@ -44,7 +44,7 @@ class Reply:
     tokens: tuple[int, int] | None = None  # read and written, where the server tells
 
 
-OnReply = Callable[[Reply], None]
+OnChatResponse = Callable[[ChatResponse], None]
 
 
 class ChatModel(Protocol):
@@ -53,11 +53,11 @@ class ChatModel(Protocol):
     def identity(self) -> Mapping[str, object]:
         """Everything that decides an answer, besides the question."""
 
-    def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
+    def run(self, asks: Iterable[ChatRequest], on_reply: OnChatResponse) -> None:
         """Calls `on_reply` once for each question, in any order."""
 
 
-class ReplyCache:
+class ChatCache:
     """Replies by the digest of model, text and image, in one SQLite file: several processes may share it, a kill loses nothing."""
 
     def __init__(self, file: Path) -> None:
@@ -83,7 +83,9 @@ class ReplyCache:
         self._database.execute("INSERT OR REPLACE INTO replies (key, text) VALUES (?, ?)", (key, kept))
 
 
-def complete_many(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_reply: OnReply) -> int:
+def complete_many(
+    model: ChatModel, asks: Iterable[ChatRequest], cache: ChatCache | None, on_reply: OnChatResponse
+) -> int:
     """Calls `on_reply` once for each question, in any order, and returns how many were asked for anew.
 
     What the cache holds is not asked again, nor is a question while the same one is under way. Only texts are cached: a question that
@@ -95,7 +97,7 @@ def complete_many(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | Non
     keys: dict[str, str] = {}  # id that was asked -> key
     asked = 0
 
-    def take(reply: Reply) -> None:
+    def take(reply: ChatResponse) -> None:
         key = keys.pop(reply.id)
         if cache and reply.text is not None:
             cache.put(key, reply.text)
@@ -103,14 +105,14 @@ def complete_many(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | Non
         for id in under_way.pop(key):
             on_reply(replace(reply, id=id, tokens=None))  # they were spent once
 
-    def unknown() -> Iterator[Ask]:
+    def unknown() -> Iterator[ChatRequest]:
         nonlocal asked
         for ask in asks:
             try:
                 if ask.image is not None and ask.image not in images:
                     images[ask.image] = digest_file(ask.image)
             except OSError as error:
-                on_reply(Reply(ask.id, None, f"{ask.image}: {error.strerror}"))
+                on_reply(ChatResponse(ask.id, None, f"{ask.image}: {error.strerror}"))
                 continue
             seeded = {} if ask.seed is None else {"seed": ask.seed}
             key = digest_json(
@@ -118,7 +120,7 @@ def complete_many(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | Non
             )
             known = cache.get(key) if cache else None
             if known is not None:
-                on_reply(Reply(ask.id, known))
+                on_reply(ChatResponse(ask.id, known))
             elif key in under_way:
                 under_way[key].append(ask.id)
             else:
@@ -131,12 +133,12 @@ def complete_many(model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | Non
 
 
 def complete_all(
-    model: ChatModel, asks: Iterable[Ask], cache: ReplyCache | None, on_done: Callable[[int], None] | None = None
-) -> tuple[dict[str, Reply], int]:
+    model: ChatModel, asks: Iterable[ChatRequest], cache: ChatCache | None, on_done: Callable[[int], None] | None = None
+) -> tuple[dict[str, ChatResponse], int]:
     """All replies by id, and how many were asked for anew; else as `complete_many`."""
-    replies: dict[str, Reply] = {}
+    replies: dict[str, ChatResponse] = {}
 
-    def take(reply: Reply) -> None:
+    def take(reply: ChatResponse) -> None:
         replies[reply.id] = reply
         if on_done:
             on_done(len(replies))
@@ -155,7 +157,7 @@ class OpenAIChat:
     Args:
         concurrency: questions under way at once.
         timeout: seconds for one try.
-        temperature: 0 is greedy; above, each question is sampled with its own `Ask.seed`, as far as the server heeds it.
+        temperature: 0 is greedy; above, each question is sampled with its own `ChatRequest.seed`, as far as the server heeds it.
         verbatim: a cut or an empty text is a reply too, as it is of a model under test.
         request: keys of the request's body to add or put in another's place, or with None to leave out: servers differ in what they
             take (OpenAI's reasoning models want ``max_completion_tokens``, vLLM's ``chat_template_kwargs``).
@@ -202,16 +204,18 @@ class OpenAIChat:
         self._revision = revision
         self._unreached = 0  # questions in a row for which no server was there
         self._refused = 0  # questions in a row that the server called wrong
-        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
-            raise UserError(f"{KEY_VARIABLE}: holds a character that no key has; look for a stray blank or line break")
+            raise UserError(
+                f"{API_KEY_VARIABLE}: holds a character that no key has; look for a stray blank or line break"
+            )
 
     def identity(self) -> Mapping[str, object]:
         told = {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
         told |= {"request": self._request} if self._request else {}
         return told | ({"revision": self._revision} if self._revision else {})
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         """Looks whether a server is there that takes the key, before there is anything to ask.
 
         Raises:
@@ -227,14 +231,14 @@ class OpenAIChat:
                 client.models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(
-                f"{self._base_url}: the server answered {error.status_code}; check {KEY_VARIABLE}"
+                f"{self._base_url}: the server answered {error.status_code}; check {API_KEY_VARIABLE}"
             ) from None
         except openai.APIConnectionError:
             raise RunError(f"{self._base_url}: nobody answers there; is the server up?") from None
         except Exception:  # a server that lists no models may answer questions all the same
             return
 
-    def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
+    def run(self, asks: Iterable[ChatRequest], on_reply: OnChatResponse) -> None:
         """Asks, at most `concurrency` at once; memory doesn't grow with the number of questions.
 
         Raises:
@@ -244,7 +248,7 @@ class OpenAIChat:
         """
         asyncio.run(self._run(iter(asks), on_reply))
 
-    async def _run(self, asks: Iterator[Ask], on_reply: OnReply) -> None:
+    async def _run(self, asks: Iterator[ChatRequest], on_reply: OnChatResponse) -> None:
         from openai import AsyncOpenAI
 
         async with AsyncOpenAI(
@@ -264,9 +268,9 @@ class OpenAIChat:
                 for worker in workers:
                     worker.cancel()
 
-    def _give_up(self, reply: Reply) -> None:
+    def _give_up(self, reply: ChatResponse) -> None:
         """Ends it all where no later question could fare better."""
-        enough = max(self._concurrency, GIVE_UP)
+        enough = max(self._concurrency, MAX_FAILURES_IN_A_ROW)
         if self._unreached >= enough:
             raise RunError(
                 f"{self._base_url}: {self._unreached} questions in a row were not answered ({reply.error}); is the server up?"
@@ -277,13 +281,13 @@ class OpenAIChat:
                 "or leaves them out, as request={max_tokens: null, max_completion_tokens: 512}"
             )
 
-    async def _reply(self, client: AsyncOpenAI, ask: Ask) -> Reply:
+    async def _reply(self, client: AsyncOpenAI, ask: ChatRequest) -> ChatResponse:
         content: list[Any] = [{"type": "text", "text": ask.text}]
         if ask.image is not None:
             try:
                 content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(ask.image))}})
             except UserError as error:
-                return Reply(ask.id, None, str(error))
+                return ChatResponse(ask.id, None, str(error))
         for tries in range(self._retries + 1):
             if tries:
                 await asyncio.sleep(min(0.5 * 2 ** (tries - 1), 8.0) * random.uniform(0.75, 1.0))
@@ -291,9 +295,9 @@ class OpenAIChat:
                 return await self._try(client, ask, content)
             except _NoAnswerError as error:
                 problem = str(error)
-        return Reply(ask.id, None, problem)
+        return ChatResponse(ask.id, None, problem)
 
-    async def _try(self, client: AsyncOpenAI, ask: Ask, content: list[Any]) -> Reply:
+    async def _try(self, client: AsyncOpenAI, ask: ChatRequest, content: list[Any]) -> ChatResponse:
         """One question, with the client's own retries.
 
         Raises:
@@ -318,15 +322,15 @@ class OpenAIChat:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise UserError(
                 f"{self._base_url}: the server answered {error.status_code} for model {quoted(self._model)}; check the server's "
-                f"address, the model's name and {KEY_VARIABLE}"
+                f"address, the model's name and {API_KEY_VARIABLE}"
             ) from None
         except openai.APIStatusError as error:
             self._unreached = 0
             self._refused += error.status_code in (400, 422)
-            return Reply(ask.id, None, f"HTTP {error.status_code}{self._told(error.body)}")
+            return ChatResponse(ask.id, None, f"HTTP {error.status_code}{self._told(error.body)}")
         except (openai.APIConnectionError, TimeoutError) as error:  # cut, refused or timed out, after all retries
             self._unreached += 1
-            return Reply(ask.id, None, type(error).__name__)
+            return ChatResponse(ask.id, None, type(error).__name__)
         except Exception as error:  # an answer that is no JSON, or JSON of another shape
             self._unreached = self._refused = 0
             raise _NoAnswerError(type(error).__name__) from None
@@ -344,23 +348,25 @@ class OpenAIChat:
             return ""
         return f": {quoted(found.replace(self._key, '***') if self._key else found, 200)}"
 
-    def _judged(self, ask: Ask, text: object, finish_reason: str | None, tokens: tuple[int, int] | None) -> Reply:
+    def _judged(
+        self, ask: ChatRequest, text: object, finish_reason: str | None, tokens: tuple[int, int] | None
+    ) -> ChatResponse:
         """A text that came, as the reply that it is."""
         if text is not None and not isinstance(text, str):
             raise _NoAnswerError("an answer that is no text")
         if self._verbatim and text is not None:
-            return Reply(ask.id, text, finish_reason=finish_reason, tokens=tokens)
-        return replace(reply_of(ask, text, finish_reason, self._max_tokens), tokens=tokens)
+            return ChatResponse(ask.id, text, finish_reason=finish_reason, tokens=tokens)
+        return replace(chat_response(ask, text, finish_reason, self._max_tokens), tokens=tokens)
 
 
-def reply_of(ask: Ask, text: str | None, finish_reason: str | None, max_tokens: int) -> Reply:
+def chat_response(ask: ChatRequest, text: str | None, finish_reason: str | None, max_tokens: int) -> ChatResponse:
     """A model's text as a reply; a cut or an empty one is none."""
     error = None
     if not text:
         error = "empty answer"
     elif finish_reason == "length":
         error = f"the reply was cut at {max_tokens} tokens, raise max_tokens: {quoted(text)}"
-    return Reply(ask.id, None if error else text, error, finish_reason=finish_reason)
+    return ChatResponse(ask.id, None if error else text, error, finish_reason=finish_reason)
 
 
 class _NoAnswerError(Exception):

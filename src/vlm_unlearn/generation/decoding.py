@@ -15,7 +15,7 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @contextmanager
-def plain_settings(model: Any) -> Iterator[None]:
+def neutral_generation_config(model: Any) -> Iterator[None]:
     """Within the block, of the model's generation settings only the special tokens count.
 
     transformers fills whatever a call leaves open from the model's generation_config.json, and those of released models ask for

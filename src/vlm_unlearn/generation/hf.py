@@ -14,10 +14,16 @@ from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Processor, Turn, encode, move
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, ask, shard_requests
-from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
+from vlm_unlearn.generation.base import (
+    GenerationRequest,
+    OnResponses,
+    build_requests,
+    sampling_seed,
+    split_into_batches,
+)
+from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.sharing import Prefilled, prefill
-from vlm_unlearn.models.loader import device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
 
 CHUNK_TOKENS = 32  # tokens after which answers that have ended are looked for
@@ -47,25 +53,25 @@ class HFBackend:
     @cached_property
     def _loaded(self) -> tuple[Any, Processor]:
         model, processor = load_run_model(self._folder, self._precision)
-        model.to(device()).eval()
+        model.to(default_device()).eval()
         return model, processor
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return batches(questions, self._config.batch_size)
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return make_batches(questions, self._config.batch_size)
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         """The folder was looked at when this was made."""
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_answers: OnResponses) -> None:
         for batch in batches:
-            on_answers(answer(*self._loaded, batch, self._config))
+            on_answers(generate_batch(*self._loaded, batch, self._config))
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def run_one_by_one(self, questions: Sequence[GenerationRequest]) -> Iterator[Response]:
         for question in questions:
-            yield from answer(*self._loaded, [question], self._config)
+            yield from generate_batch(*self._loaded, [question], self._config)
 
 
-def answers(
+def generate_responses(
     model: Any,
     processor: Processor,
     prompts: Sequence[Prompt],
@@ -77,15 +83,15 @@ def answers(
 
     Args:
         model: an image-text-to-text model, on its device, in eval mode.
-        images, samples: as in `vlm_unlearn.generation.base.ask`.
+        images, samples: as in `vlm_unlearn.generation.base.build_requests`.
     """
     return (
-        answer(model, processor, batch, config)
-        for batch in batches(ask(prompts, images, samples or {}), config.batch_size)
+        generate_batch(model, processor, batch, config)
+        for batch in make_batches(build_requests(prompts, images, samples or {}), config.batch_size)
     )
 
 
-def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+def make_batches(questions: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
     """Questions on one image together, and beside others of alike lengths, for less padding; with and without image apart, as mllama
     needs it.
 
@@ -93,12 +99,12 @@ def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
     """
     found = []
     for has_image in (True, False):
-        together: dict[object, list[Question]] = {}
+        together: dict[object, list[GenerationRequest]] = {}
         for question in sorted(questions, key=_length):
             if (question.image is not None) == has_image:
                 together.setdefault(question.image or question.prompt.id, []).append(question)
-        batch: list[Question] = []
-        for part in (part for group in together.values() for part in shard_requests(group, size)):
+        batch: list[GenerationRequest] = []
+        for part in (part for group in together.values() for part in split_into_batches(group, size)):
             if len(batch) + len(part) > size:
                 found.append(batch)
                 batch = []
@@ -107,27 +113,29 @@ def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
     return found
 
 
-def _length(question: Question) -> int:
+def _length(question: GenerationRequest) -> int:
     return len(question.prompt.question.split())
 
 
-def answer(model: Any, processor: Processor, questions: Sequence[Question], config: GenerationConfig) -> list[Response]:
+def generate_batch(
+    model: Any, processor: Processor, questions: Sequence[GenerationRequest], config: GenerationConfig
+) -> list[Response]:
     """The answers of one batch."""
     turns = [Turn(question.prompt.id, question.image, question.prompt.question, None) for question in questions]
     drawing = None
     if config.temperature:
-        seeds = [answer_seed(config.seed, question) for question in questions]
+        seeds = [sampling_seed(config.seed, question) for question in questions]
         drawing = SeededSampling(seeds, config.temperature, config.top_p, model.device)
     return [
         Response(prompt_id=question.prompt.id, sample=question.sample, text=text, finish_reason=reason)
         for question, (text, reason) in zip(
-            questions, complete(model, processor, turns, config.max_new_tokens, drawing), strict=True
+            questions, generate_texts(model, processor, turns, config.max_new_tokens, drawing), strict=True
         )
     ]
 
 
 @torch.no_grad()
-def complete(
+def generate_texts(
     model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, drawing: SeededSampling | None = None
 ) -> list[tuple[str, str]]:
     """What a model says to each of a batch of turns, and why it ended: ``stop`` or ``length``. Greedy without `drawing`.
@@ -193,7 +201,7 @@ def _generate_in_chunks(
 def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, drawing: SeededSampling | None) -> Tensor:
     """[B, N] new tokens, padding behind the end of an answer; N is less than the most where all have ended."""
     processors = LogitsProcessorList([] if drawing is None else [drawing])
-    with plain_settings(model):
+    with neutral_generation_config(model):
         output: Tensor = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors
         )

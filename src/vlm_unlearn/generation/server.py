@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, shard_requests
-from vlm_unlearn.generation.chat import Ask, OpenAIChat, Reply
+from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OpenAIChat
 from vlm_unlearn.records import Response
 
 
@@ -49,32 +49,34 @@ class ServerBackend:
             request=config.request,
         )
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return shard_requests(questions, 1)  # the server makes its own
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return split_into_batches(questions, 1)  # the server makes its own
 
-    def look(self) -> None:
-        self._chat(1).look()
+    def check_available(self) -> None:
+        self._chat(1).check_available()
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_answers: OnResponses) -> None:
         with Grouped(on_answers) as grouped:
             self._ask((question for batch in batches for question in batch), grouped.add, self._config.concurrency)
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def run_one_by_one(self, questions: Sequence[GenerationRequest]) -> Iterator[Response]:
         found: list[Response] = []
         self._ask(questions, found.append, 1)
         yield from found
 
-    def _ask(self, questions: Iterable[Question], on_answer: Callable[[Response], None], concurrency: int) -> None:
-        under_way: dict[str, Question] = {}
+    def _ask(
+        self, questions: Iterable[GenerationRequest], on_answer: Callable[[Response], None], concurrency: int
+    ) -> None:
+        under_way: dict[str, GenerationRequest] = {}
 
-        def asks() -> Iterator[Ask]:
+        def asks() -> Iterator[ChatRequest]:
             for number, question in enumerate(questions):
                 under_way[str(number)] = question
-                yield Ask(
-                    str(number), question.prompt.question, question.image, answer_seed(self._config.seed, question)
+                yield ChatRequest(
+                    str(number), question.prompt.question, question.image, sampling_seed(self._config.seed, question)
                 )
 
-        def take(reply: Reply) -> None:
+        def take(reply: ChatResponse) -> None:
             question = under_way.pop(reply.id)
             text = None if reply.text is None else reply.text.strip()
             answered = Response(
@@ -92,7 +94,7 @@ class ServerBackend:
 class Grouped:
     """Hands answers on in groups, each second what has come: a disk need not sync for every one, and a kill loses little."""
 
-    def __init__(self, on_answers: OnAnswers, seconds: float = 1.0) -> None:
+    def __init__(self, on_answers: OnResponses, seconds: float = 1.0) -> None:
         self._on_answers = on_answers
         self._seconds = seconds
         self._pending: list[Response] = []

@@ -60,7 +60,7 @@ def prefill(
     """
     inner: Any = get_base_model(model)
     layout = LAYOUTS.get(str(inner.config.model_type))
-    if layout is None or not layout.packs:
+    if layout is None or not layout.supports_prefix_sharing:
         return None
     encoded = _encode(processor, turns, inner.config.image_token_id)
     if encoded is None:

@@ -12,7 +12,7 @@ from typing import Any
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, shard_requests
+from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.models.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 
@@ -57,21 +57,21 @@ class VLLMBackend:
             generation_config="vllm",  # not the model's own penalties, top-k and temperature
         )
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return shard_requests(questions, WRITTEN * self._config.batch_size)
+    def make_batches(self, questions: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return split_into_batches(questions, WRITTEN * self._config.batch_size)
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         """The folder was looked at when this was made."""
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_answers: OnResponses) -> None:
         for batch in batches:
             on_answers(self._answer(batch))
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
+    def run_one_by_one(self, questions: Sequence[GenerationRequest]) -> Iterator[Response]:
         for question in questions:
             yield from self._answer([question])
 
-    def _answer(self, questions: Sequence[Question]) -> list[Response]:
+    def _answer(self, questions: Sequence[GenerationRequest]) -> list[Response]:
         from vllm import SamplingParams
 
         config = self._config
@@ -80,7 +80,7 @@ class VLLMBackend:
                 max_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_p=config.top_p if config.temperature else 1.0,
-                seed=answer_seed(config.seed, question) if config.temperature else None,
+                seed=sampling_seed(config.seed, question) if config.temperature else None,
             )
             for question in questions
         ]
@@ -96,7 +96,7 @@ class VLLMBackend:
         ]
 
 
-def _messages(question: Question) -> list[dict[str, Any]]:
+def _messages(question: GenerationRequest) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = [{"type": "text", "text": question.prompt.question}]
     if question.image is not None:
         content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(question.image))}})

@@ -54,7 +54,7 @@ class Judge(ABC):
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
         """Calls `on_verdict` once for each answer, in any order."""
 
-    def look(self) -> None:  # noqa: B027  most judges ask nobody
+    def check_available(self) -> None:  # noqa: B027  most judges ask nobody
         """Looks whether it could grade, before there is anything to grade.
 
         Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.chat import Ask, ChatModel, OpenAIChat, Reply, ReplyCache, complete_many
+from vlm_unlearn.generation.chat import ChatCache, ChatModel, ChatRequest, ChatResponse, OpenAIChat, complete_many
 from vlm_unlearn.judging.base import Answer, Judge, OnVerdict
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.rubric import Meaning, Rubric, load_rubric
@@ -35,7 +35,7 @@ class LLMJudge(Judge):
         UserError: no model is named, the rubric is broken, or it has no published counting.
     """
 
-    def __init__(self, config: JudgeConfig, cache: ReplyCache | None = None) -> None:
+    def __init__(self, config: JudgeConfig, cache: ChatCache | None = None) -> None:
         if config.rubric is None or config.model is None:
             raise UserError(
                 "judge llm: needs a language model; pass judge.model=MODEL (with judge.server=http://.../v1, or alone for a model folder "
@@ -79,9 +79,9 @@ class LLMJudge(Judge):
 
         return LocalChat(str(config.model), config.max_tokens, config.batch_size)
 
-    def look(self) -> None:
+    def check_available(self) -> None:
         if isinstance(self._chat, OpenAIChat):
-            self._chat.look()
+            self._chat.check_available()
 
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
         """Calls `on_verdict` once for each answer as its reply comes.
@@ -91,9 +91,9 @@ class LLMJudge(Judge):
             RunError: no server is there.
         """
         waiting: dict[str, Answer] = {}
-        cache = self._cache or (ReplyCache(cache_folder() / "replies.sqlite") if self._config.cache else None)
+        cache = self._cache or (ChatCache(cache_folder() / "replies.sqlite") if self._config.cache else None)
 
-        def asks() -> Iterator[Ask]:
+        def asks() -> Iterator[ChatRequest]:
             for answer in answers:
                 settled = self._without_asking(answer)
                 if settled is not None:
@@ -106,7 +106,7 @@ class LLMJudge(Judge):
                     continue
                 id = "/".join(map(str, answer.response.key))
                 waiting[id] = answer
-                yield Ask(id, self._request(answer), image)
+                yield ChatRequest(id, self._request(answer), image)
 
         complete_many(self._chat, asks(), cache, lambda reply: on_verdict(self._verdict(waiting.pop(reply.id), reply)))
 
@@ -134,7 +134,7 @@ class LLMJudge(Judge):
         reason = degenerate_reason(text) if given else None
         return self._graded(answer, given, reason) if given and reason else None
 
-    def _verdict(self, answer: Answer, reply: Reply) -> Verdict:
+    def _verdict(self, answer: Answer, reply: ChatResponse) -> Verdict:
         if reply.text is None:  # a cut reply would be cut again
             return self.failed(answer, reply.error or "no reply", raw="" if reply.finish_reason == "length" else None)
         raw = reply.text if len(reply.text) <= KEPT else reply.text[:KEPT] + "…"

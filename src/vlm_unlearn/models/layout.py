@@ -16,15 +16,19 @@ class Layout:
     layers: str  # the ModuleList of decoder layers
     projector: str
     vision_tower: str
-    packs: bool = False  # whether questions on one image can share it: attention takes a mask of ours and positions are ours to give
+    supports_prefix_sharing: bool = False  # whether questions on one image can share it: attention takes a mask of ours and positions are ours to give
 
 
 LAYOUTS = {
-    "llava": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", packs=True),
-    "llava_next": Layout(
-        "model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", packs=True
+    "llava": Layout(
+        "model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", supports_prefix_sharing=True
     ),
-    "qwen2_5_vl": Layout("model.language_model.layers", "model.visual.merger", "model.visual", packs=True),
+    "llava_next": Layout(
+        "model.language_model.layers", "model.multi_modal_projector", "model.vision_tower", supports_prefix_sharing=True
+    ),
+    "qwen2_5_vl": Layout(
+        "model.language_model.layers", "model.visual.merger", "model.visual", supports_prefix_sharing=True
+    ),
     "mllama": Layout("model.language_model.layers", "model.multi_modal_projector", "model.vision_model"),
     "idefics3": Layout("model.text_model.layers", "model.connector", "model.vision_model"),
     "smolvlm": Layout("model.text_model.layers", "model.connector", "model.vision_model"),

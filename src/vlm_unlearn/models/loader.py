@@ -20,7 +20,7 @@ from vlm_unlearn.store import describe_path, digest_model, read_json, read_manif
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-BASE = "base_model.json"  # beside adapters: the digest of the model they were trained on
+BASE_MODEL_FILE = "base_model.json"  # beside adapters: the digest of the model they were trained on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,7 +62,7 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def local_folder(name: str) -> Path | None:
+def find_local_model(name: str) -> Path | None:
     """Where a model's configuration lies on this machine, without asking a network; None where it doesn't."""
     folder = user_path(name)
     if not folder.is_dir() and not name.startswith((".", "/", "~")):
@@ -164,7 +164,7 @@ def model_skeleton(folder: Path) -> PreTrainedModel:
         UserError: transformers doesn't know the configuration as an image-text-to-text model, or it describes a model that the
             weight files can't fill.
     """
-    skeleton: Any = skeleton_of(read_config(folder), str(folder))
+    skeleton: Any = build_skeleton(read_config(folder), str(folder))
     # A text_config that is null or missing means the family's default, billions of weights that are in no file.
     described, stored = sum(parameter.numel() for parameter in skeleton.parameters()), _stored_weights(folder)
     if described > 2 * stored and getattr(skeleton.config, "quantization_config", None) is None:
@@ -191,7 +191,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+def build_skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """A model of a configuration, without weights.
 
     Raises:
@@ -264,7 +264,7 @@ def run_digest(folder: Path) -> str:
         return digest_model(folder)
     base = model_folder(_adapter_base(folder))
     digest = digest_model(base)
-    if (folder / BASE).is_file() and read_json(folder / BASE).get("digest") != digest:
+    if (folder / BASE_MODEL_FILE).is_file() and read_json(folder / BASE_MODEL_FILE).get("digest") != digest:
         raise UserError(
             f"model {folder}: its adapters were trained on another base than {base} holds now; put the old one back"
         )
@@ -301,7 +301,7 @@ def resolve_precision(wanted: str) -> str:
     return ("bf16" if torch.cuda.is_available() else "fp32") if wanted == "auto" else wanted
 
 
-def device() -> torch.device:
+def default_device() -> torch.device:
     """The GPU of this process: the first, or where several were started together on a machine, one each; without any the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -36,7 +36,7 @@ def _llama_3_2_vision() -> PreTrainedConfig:
     return config
 
 
-KNOWN = {
+PUBLISHED_CONFIGS = {
     "llava-hf/llava-1.5-7b-hf": lambda: _llava(4096, 32, 32, 11008),
     "llava-hf/llava-1.5-13b-hf": lambda: _llava(5120, 40, 40, 13824),
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _llama_3_2_vision,

@@ -31,9 +31,9 @@ def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTra
         raise UserError(f"trainable.layers: {outside} out of range; the model has decoder layers 0 to {count - 1}")
     prepared: Any = _full(model, config) if config.mode == "full" else _lora(model, config)
     if config.projector:
-        trained_projector(prepared).float()  # the frozen weights that a sine is added to included
+        trainable_projector(prepared).float()  # the frozen weights that a sine is added to included
     if config.projector == "sine":
-        add_sine(trained_projector(prepared))
+        add_sine(trainable_projector(prepared))
     for parameter in prepared.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -100,7 +100,7 @@ def _short(names: Iterable[str]) -> list[str]:
     return sorted({".".join(name.split(".")[-3:-1]) for name in names})
 
 
-def trained_projector(model: nn.Module) -> nn.Module:
+def trainable_projector(model: nn.Module) -> nn.Module:
     """The projector that trains: the model's own, or the copy that PEFT trains beside it."""
     inner = get_base_model(model)
     projector = inner.get_submodule(layout_of(inner).projector)

@@ -43,7 +43,7 @@ def prefix_sharing_unsupported_reason(model: nn.Module, method: Method, attentio
         method: The unlearning method.
         attention: transformers' name of the attention implementation.
     """
-    if not layout_of(model).packs:
+    if not layout_of(model).supports_prefix_sharing:
         return f"not with models of the family {model.config.model_type}"  # type: ignore[union-attr]
     if attention not in SUPPORTED_ATTENTION:
         return f"not with {attention}"

@@ -11,8 +11,8 @@ from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Role
-from vlm_unlearn.models.loader import load_processor, local_folder, read_config, skeleton_of
-from vlm_unlearn.models.shapes import KNOWN
+from vlm_unlearn.models.loader import build_skeleton, find_local_model, load_processor, read_config
+from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.models.trainable import trainable_table
 from vlm_unlearn.store import validate_same_run
 from vlm_unlearn.training.estimate import Memory, ModelSize, estimate
@@ -57,14 +57,14 @@ def preview(recipe: Recipe) -> Preview:
     steps = steps_of(recipe, len(training_set.examples["forget"]), processes)
     samples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
     stream = UnlearningStream(training_set, method, steps * samples_per_step, training.seed)
-    folder = local_folder(recipe.model)
-    if folder is None and recipe.model not in KNOWN:
+    folder = find_local_model(recipe.model)
+    if folder is None and recipe.model not in PUBLISHED_CONFIGS:
         raise UserError(
             f"config.json of {quoted(recipe.model)} is not on this machine. Download the model, or pass a folder.",
             code="model-not-found",
             field="model",
         )
-    skeleton = skeleton_of(read_config(folder) if folder else KNOWN[recipe.model](), recipe.model)
+    skeleton = build_skeleton(read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model](), recipe.model)
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
         UnlearningCollator(processor, training_set, method, training.max_length, {}).check_lengths()

@@ -21,7 +21,7 @@ from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import ReferenceNLL, Role
 from vlm_unlearn.models.features import FeatureCache, cache_vision_features
 from vlm_unlearn.models.layout import get_base_model, layout_of, vision_tower
-from vlm_unlearn.models.loader import BASE, load_model, load_processor, model_skeleton
+from vlm_unlearn.models.loader import BASE_MODEL_FILE, load_model, load_processor, model_skeleton
 from vlm_unlearn.models.sine import merge_sine
 from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Example
@@ -388,7 +388,7 @@ def _save_result(trainer: UnlearningTrainer, processor: Processor, planned: Plan
             str(planned.folder.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(scratch / "adapter_config.json", adapter)
-        write_json(scratch / BASE, {"digest": planned.model_digest})
+        write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest})
     state = planned.method.state()
     if state:
         save_file(state, scratch / "method_state.safetensors")

@@ -13,7 +13,7 @@ from vlm_unlearn.evaluation.answers import RESPONSES
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
-from vlm_unlearn.generation.base import Key
+from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.records import LABELS, Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.thumbnails import Picture, Source
 from vlm_unlearn.store import read_json, read_records
@@ -26,7 +26,7 @@ class Run:
     model: str
     prompts: Mapping[str, Prompt]
     responses: list[Response]
-    verdicts: Mapping[str, Mapping[Key, Verdict]]  # judge -> verdict of each answer that it graded
+    verdicts: Mapping[str, Mapping[ResponseKey, Verdict]]  # judge -> verdict of each answer that it graded
     judges: Mapping[str, str]  # case or benchmark -> the judge that its rates are made of
     roots: Mapping[str, Path]  # case or benchmark -> where its images are
     tells: Mapping[str, Collection[str]]  # judge -> the labels that it can give
@@ -63,7 +63,7 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
     suite = saved_suite(folder)
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = [response for response in read_records(folder / RESPONSES, Response) if response.prompt_id in prompts]
-    verdicts: dict[str, Mapping[Key, Verdict]] = {}
+    verdicts: dict[str, Mapping[ResponseKey, Verdict]] = {}
     notes = []
     for file in sorted(folder.glob("verdicts-*.jsonl")):
         read, broken = _as_far_as_it_goes(file)
@@ -88,9 +88,9 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
     return Run(model, prompts, responses, verdicts, judges, _roots(suite), tells), notes
 
 
-def _as_far_as_it_goes(file: Path) -> tuple[dict[Key, Verdict], UserError | None]:
+def _as_far_as_it_goes(file: Path) -> tuple[dict[ResponseKey, Verdict], UserError | None]:
     """A judge's verdicts up to the first broken line, such as a kill leaves, and what is wrong with that."""
-    found: dict[Key, Verdict] = {}
+    found: dict[ResponseKey, Verdict] = {}
     try:
         for verdict in read_records(file, Verdict):
             found[verdict.key] = verdict
@@ -108,7 +108,7 @@ def _labels(note: Path) -> Collection[str]:
 
 def _official(
     config: BenchmarkConfig, judge: str, prompts: Mapping[str, Prompt], responses: Iterable[Response]
-) -> dict[Key, Verdict]:
+) -> dict[ResponseKey, Verdict]:
     """A benchmark's own score of each answer, as verdicts."""
     scores = benchmark_outcomes(config, prompts, responses, {}).values
     given = ((f"{config.name}/{id}", value) for id, value in scores.items())
