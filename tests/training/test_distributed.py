@@ -18,8 +18,8 @@ from vlm_unlearn.models.loader import load_run_model, run_model_folder
 STEPS = ["training.max_steps=4", "training.learning_rate=1e-3", "training.precision=fp32", "training.save_steps=100"]
 RMU = ["method=rmu", "method.layer=0"]
 RR = ["method=rr", "method.layers=[0]", "prompt_decouple_weight=0"]
-# rr begins where its gradient is nothing, and Adam makes whole steps of rounding errors: a cross-entropy beside it decides the first one,
-# where its gradient comes to, which is not every embedding.
+# rr begins where its gradient is nothing, and Adam makes whole steps of rounding errors: a cross-entropy beside it
+# decides the first one, where its gradient comes to, which is not every embedding.
 RR_RETAIN = [*RR, "method.retain_weight=1", "trainable.layers=[0,1]", "trainable.projector=true"]
 FSDP = {
     "ACCELERATE_TORCH_DEVICE": "cpu",
