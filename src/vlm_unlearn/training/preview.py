@@ -55,7 +55,8 @@ def preview(recipe: Recipe) -> Preview:
     validate_same_run(recipe.output)
     processes, training = world_size(), recipe.training
     steps = steps_of(recipe, len(training_set.examples["forget"]), processes)
-    samples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    batch_size = training.per_device_train_batch_size
+    samples_per_step = batch_size * training.gradient_accumulation_steps * processes
     stream = UnlearningStream(training_set, method, steps * samples_per_step, training.seed)
     folder = find_local_model(recipe.model)
     if folder is None and recipe.model not in PUBLISHED_CONFIGS:
@@ -72,19 +73,12 @@ def preview(recipe: Recipe) -> Preview:
     table = trainable_table(prepared)
     tokens, answer_tokens = _mean_lengths(recipe, stream, training_set, processor, skeleton.config)
     precision = "bf16" if training.precision == "auto" else training.precision  # bf16 is the default of a GPU
-    text_config = skeleton.config.get_text_config()
     memory = estimate(
-        size=ModelSize(
-            parameters=sum(total for _, _, total in table),
-            trained=sum(trained for _, trained, _ in table),
-            hidden_size=text_config.hidden_size,
-            layers=text_config.num_hidden_layers,
-            vocabulary=text_config.vocab_size,
-        ),
+        size=_model_size(table, skeleton.config.get_text_config()),
         mode=recipe.trainable.mode,
         precision=precision,
-        tokens=training.per_device_train_batch_size * sum(tokens.values()),
-        answer_tokens=training.per_device_train_batch_size * sum(answer_tokens.values()),
+        tokens=batch_size * sum(tokens.values()),
+        answer_tokens=batch_size * sum(answer_tokens.values()),
         checkpointing=training.gradient_checkpointing,
         frozen_copy=strategy == "copy",
     )
@@ -104,6 +98,16 @@ def preview(recipe: Recipe) -> Preview:
         tokens=int(steps * samples_per_step * sum(tokens.values())),
         memory=memory,
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, prepared),
+    )
+
+
+def _model_size(table: list[tuple[str, int, int]], text_config: Any) -> ModelSize:
+    return ModelSize(
+        parameters=sum(total for _, _, total in table),
+        trained=sum(trained for _, trained, _ in table),
+        hidden_size=text_config.hidden_size,
+        layers=text_config.num_hidden_layers,
+        vocabulary=text_config.vocab_size,
     )
 
 
