@@ -36,10 +36,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def changed_names(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+def changed_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> set[str]:
     """Returns the names of the weights that differ."""
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    assert left.keys() == right.keys()
+    return {name for name in left if not torch.equal(left[name], right[name])}
 
 
 def max_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from helpers import raises_code, recipe
 from trained import METHOD_CONFIGS, RMU, RR, StepScene, changed_names, max_difference, weights
@@ -35,6 +37,13 @@ def log_lines(run: Path) -> list[dict[str, float]]:
 
 
 # References
+
+
+class CurrentModel:
+    """Yields the model in training, whose values differ from those of the reference model."""
+
+    def active(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return nullcontext(model)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +79,35 @@ def test_step_with_any_reference_strategy_has_the_same_gradients(
     if values:
         results["cache"] = scene.step(scene.micro_batches(rows=4, reference=values), None)
     assert scene.trainable_parameters().keys() == names
+    assert scene.step(batches, CurrentModel()).terms != pytest.approx(results["copy"].terms, rel=1e-4)
     for result in results.values():
         assert result.gradients.keys() == names
         assert result.terms == pytest.approx(results["copy"].terms, abs=1e-5)
         assert max_difference(result.gradients, results["copy"].gradients) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_reference_model_runs_without_dropout_and_gradient_and_restores_the_weights(
+    tiny_model: Path, training_sets: dict[str, Path], mode: str
+) -> None:
+    scene = StepScene(tiny_model, training_sets["harmful"], "kl", trainable={"mode": mode})
+    for module in scene.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    reference: ReferenceModel = FrozenCopyReference(scene.model) if mode == "full" else AdapterReference()
+    batch = scene.micro_batches(rows=4)[0]["retain"]
+    scene.model.eval()
+    expected = forward(scene.model, batch).logits.detach()
+    scene.perturb()
+    scene.model.train()
+    assert not torch.allclose(forward(scene.model, batch).logits, forward(scene.model, batch).logits)  # dropout
+    weights_before = {name: value.detach().clone() for name, value in scene.trainable_parameters().items()}
+    with reference.active(scene.model) as model:
+        logits = forward(model, batch).logits
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, expected)
+    assert scene.model.training
+    assert not changed_names(weights_before, scene.trainable_parameters())
 
 
 @pytest.mark.parametrize(
@@ -130,12 +164,14 @@ def test_rmu_in_full_and_lora_training_has_the_same_first_loss(
 # Accumulation
 
 
+@pytest.mark.parametrize(("data", "weight"), [("refusals", 0.0), ("safe_eraser", 0.5)], ids=["alone", "decoupled"])
 @pytest.mark.parametrize("method", METHOD_CONFIGS.values(), ids=METHOD_CONFIGS)
 def test_step_of_four_micro_batches_has_the_gradients_of_one_batch(
-    tiny_model: Path, training_sets: dict[str, Path], method: dict[str, object]
+    tiny_model: Path, training_sets: dict[str, Path], method: dict[str, object], data: str, weight: float
 ) -> None:
     """4 x 2 samples give the gradients of 1 x 8, although answers differ in length: each token has the same weight."""
-    data, weight = ("harmful", 0.0) if method["name"] == "dpo" else ("safe_eraser", 0.5)
+    if method["name"] == "dpo":  # no other set has preferred examples
+        data, weight = "harmful", 0.0
     scene = StepScene(tiny_model, training_sets[data], method, weight)
     reference = FrozenCopyReference(scene.model)
     scene.perturb()
