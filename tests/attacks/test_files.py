@@ -204,7 +204,7 @@ def test_broken_records_are_left_out(tmp_path: Path) -> None:
     problems = Problems()
     assert write_attack(file, tmp_path / "out.json", "what", 1, "unsafe", problems=problems)["questions"] == 2
     assert problems.count == 1
-    with pytest.raises(UserError, match=r"in\.json: record 1"):
+    with pytest.raises(UserError, match=r"in\.json, record 2"):
         write_attack(file, tmp_path / "out.json", "what", 1, "unsafe")
 
 

@@ -11,7 +11,7 @@ from vlm_unlearn.attacks.one_word import (
     CONTROL,
     VOCABULARY,
     control,
-    first_word_of,
+    parse_first_word,
     rewrite,
     rewrite_prompts,
     rewrites_with_any,
@@ -113,11 +113,11 @@ def test_the_control_begins_with_another_word(number: int) -> None:
 @pytest.mark.parametrize("text", ["", "  ", "two words", "...", "what?", "x" * 61, "\n"])
 def test_what_is_no_first_word(text: str) -> None:
     with pytest.raises(UserError, match="is not a word that a question can begin with"):
-        first_word_of(text)
+        parse_first_word(text)
 
 
 def test_a_first_word_is_lower_case() -> None:
-    assert first_word_of(" What ") == "what"
+    assert parse_first_word(" What ") == "what"
 
 
 def test_shots_share_a_group() -> None:

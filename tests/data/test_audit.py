@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_unlearn.data.audit import audit, first_bigram, first_word, labelled
+from vlm_unlearn.data.audit import audit, first_bigram, first_word, labeled_questions
 from vlm_unlearn.data.diversify import diversify, paraphrase_request, read_paraphrase
 from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
 from vlm_unlearn.data.readers import read_any
@@ -112,7 +112,7 @@ def test_a_page_shows_what_the_file_says_and_runs_none_of_it(tmp_path: Path) -> 
 
 def test_vlguard(vlguard_test: Path, golden_pipeline: dict[str, dict]) -> None:
     expected = golden_pipeline["first_word_leave_one_out"]
-    found = audit(labelled(read_any(vlguard_test), "auto", refusal))
+    found = audit(labeled_questions(read_any(vlguard_test), "auto", refusal))
     assert found.n == expected["n"]
     assert found.predictors["first_word"].leave_one_out_accuracy == expected["accuracy"]
     counts = {word.word: word for way in found.words.values() for word in way}
@@ -126,7 +126,7 @@ def test_vlguard(vlguard_test: Path, golden_pipeline: dict[str, dict]) -> None:
 
 def test_diversified_vlguard_has_no_cue(vlguard_test: Path, tmp_path: Path) -> None:
     diversify(vlguard_test, tmp_path / "out.json")
-    found = audit(labelled(read_any(tmp_path / "out.json"), "auto", refusal))
+    found = audit(labeled_questions(read_any(tmp_path / "out.json"), "auto", refusal))
     assert found.level == "none"
     assert found.predictors["first_word"].leave_one_out_accuracy <= found.majority_accuracy
     before, after = json.loads(vlguard_test.read_text()), json.loads((tmp_path / "out.json").read_text())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_unlearn.data.check import Checker, Source
+from vlm_unlearn.data.check import Checker, DataSource
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.importers import import_files
 from vlm_unlearn.data.near_duplicates import NearQuestions, difference_hash, near_images, normalize_question
@@ -67,8 +67,8 @@ def test_duplicates_and_leaks(images: Path, tmp_path: Path) -> None:
         tmp_path / "set",
     )
     checker = Checker()
-    checker.add(Source(tmp_path / "set"))
-    checker.add(Source(jsonl(tmp_path / "test.jsonl", test), images, against=True))
+    checker.add(DataSource(tmp_path / "set"))
+    checker.add(DataSource(jsonl(tmp_path / "test.jsonl", test), images, against=True))
     report = checker.report()
     assert report["sets"]["forget"] == {"records": 3, "questions": 3, "distinct_questions": 3, "text_only": 1}
     assert report["sets"]["retain"]["distinct_questions"] == 2
@@ -95,7 +95,7 @@ def test_duplicates_and_leaks(images: Path, tmp_path: Path) -> None:
 def test_a_clean_set_has_no_findings(images: Path, tmp_path: Path) -> None:
     rows = [(f"{name}.png", f"What is the {name} thing?", "It.") for name in "abc"]
     checker = Checker()
-    checker.add(Source(jsonl(tmp_path / "t.jsonl", rows), images))
+    checker.add(DataSource(jsonl(tmp_path / "t.jsonl", rows), images))
     report = checker.report()
     assert (report["errors"], report["warnings"]) == ([], [])
     assert report["images"]["usable"] == 3
@@ -105,7 +105,7 @@ def test_lengths(images: Path, tmp_path: Path) -> None:
     rows = [("a.png", "short", "x"), ("b.png", "long", "x"), (None, "cut", "x")]
     lengths = {"short": (10, 20), "long": (100, 120), "cut": (90, 150)}
     checker = Checker()
-    checker.add(Source(jsonl(tmp_path / "t.jsonl", rows), images), lambda example, path: lengths[example.question], 100)
+    checker.add(DataSource(jsonl(tmp_path / "t.jsonl", rows), images), lambda example, path: lengths[example.question], 100)
     report = checker.report()
     assert report["lengths"]["t"] == {"min": 20, "median": 120, "p90": 150, "p99": 150, "max": 150}
     assert report["too_long"]["question"] == {"count": 1, "first": ['t: "1": 100 tokens']}
@@ -134,7 +134,7 @@ def test_what_training_refuses_is_an_error(images: Path, tmp_path: Path, tiny_mo
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"image": "a.png", "question": "Q?", "answer": "see <image> here"}) + "\n")
     checker = Checker()
-    checker.add(Source(file, images), _token_count(str(tiny_model)), 100)
+    checker.add(DataSource(file, images), _token_count(str(tiny_model)), 100)
     assert "the answer holds <image>" in checker.problems.messages[0]
 
 
@@ -180,9 +180,9 @@ def test_files_of_one_name_are_two_sets(images: Path, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         jsonl(tmp_path / name / "data.jsonl", rows)
     checker = Checker()
-    checker.add(Source(tmp_path / "x" / "data.jsonl", images))
+    checker.add(DataSource(tmp_path / "x" / "data.jsonl", images))
     for name in ("y", "z"):
-        checker.add(Source(tmp_path / name / "data.jsonl", images, against=True))
+        checker.add(DataSource(tmp_path / name / "data.jsonl", images, against=True))
     report = checker.report()
     assert {name: counts["records"] for name, counts in report["sets"].items()} == {"data": 1, "data#2": 1, "data#3": 1}
     assert counts(report)["data", "data#2", "same question, same image"] == 1
@@ -199,14 +199,14 @@ def test_a_changed_training_set_is_an_error(training_sets: dict[str, Path], tmp_
     }
     (folder / "dataset.json").write_text(json.dumps(described))
     checker = Checker()
-    checker.add(Source(folder))
+    checker.add(DataSource(folder))
     assert checker.report()["errors"] == []
     lines = (folder / "retain.jsonl").read_text().splitlines()
     empty = json.dumps(json.loads(lines[0]) | {"id": "new", "answer": " "})
     elsewhere = json.dumps(json.loads(lines[0]) | {"id": "other", "source": "nowhere"})
     (folder / "retain.jsonl").write_text("\n".join([*lines, lines[0], empty, elsewhere, "{broken"]))
     checker = Checker()
-    checker.add(Source(folder))
+    checker.add(DataSource(folder))
     told = checker.report()
     for words in ("was changed since", "the answer is empty", "names no image folder", "not JSON"):
         assert any(words in message for message in checker.problems.messages), words
@@ -214,13 +214,13 @@ def test_a_changed_training_set_is_an_error(training_sets: dict[str, Path], tmp_
     (folder / "retain.jsonl").unlink()
     checker = Checker()
     with pytest.raises(UserError, match="no such file"):
-        checker.add(Source(folder))
+        checker.add(DataSource(folder))
 
 
 def test_an_empty_table_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,answer\n")
     checker = Checker()
-    checker.add(Source(tmp_path / "a.csv"))
+    checker.add(DataSource(tmp_path / "a.csv"))
     assert "holds no record" in checker.report()["broken"]["first"][0]
 
 
@@ -234,7 +234,7 @@ def test_images_inside_a_table_are_not_called_missing(tmp_path: Path) -> None:
     )
     datasets.Dataset.from_list([row], features=features).to_parquet(str(tmp_path / "t.parquet"))
     checker = Checker()
-    checker.add(Source(tmp_path / "t.parquet"))
+    checker.add(DataSource(tmp_path / "t.parquet"))
     assert "is inside the table" in checker.problems.messages[0]
     problems = Problems()
     with pytest.raises(UserError, match="no record to write"):

@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 
 from vlm_unlearn.data import pipeline
-from vlm_unlearn.data.audit import audit, labelled
-from vlm_unlearn.data.check import Checker, Source
+from vlm_unlearn.data.audit import audit, labeled_questions
+from vlm_unlearn.data.check import Checker, DataSource
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.data.readers import read_any
-from vlm_unlearn.data.select_harmful import questions
+from vlm_unlearn.data.select_harmful import read_selection_tasks
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example
@@ -161,9 +161,9 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
 
     common = [
         lambda file: audit(
-            labelled(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))
+            labeled_questions(read_any(file, images, None, Problems()), "auto", lambda text: text.startswith("No"))
         ),
-        lambda file: checked(Source(file, images)),
+        lambda file: checked(DataSource(file, images)),
         lambda file: diversify(file, out, problems=Problems()),
         lambda file: pipeline.convert(file, out, problems=Problems()),
     ]
@@ -185,7 +185,7 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
         "llava": [
             *common,
             lambda file: list(llava.read_llava(file, images, Problems())),
-            lambda file: pipeline.rmu(file, out, Problems()),
+            lambda file: pipeline.to_rmu(file, out, Problems()),
             lambda file: pipeline.mix(file, llava_file, out, 5, problems=Problems()),
             lambda file: pipeline.mix(llava_file, file, out, 5, problems=Problems()),
             lambda file: import_files({"forget": file, "retain": llava_file}, images, work / "set"),
@@ -198,14 +198,14 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
         ],
         "answers": [
             lambda file: pipeline.inject(vlguard_file, file, out),
-            lambda file: questions(vlguard_file, [file], images, Problems()),
+            lambda file: read_selection_tasks(vlguard_file, [file], images, Problems()),
             lambda file: safe_eraser.read_refusals(file),
             lambda file: read_training_set(folder_with(file, work)),
         ],
     }
 
 
-def checked(source: Source) -> str:
+def checked(source: DataSource) -> str:
     """The report of `data check`, as JSON."""
     checker = Checker()
     checker.add(source)

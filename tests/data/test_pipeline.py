@@ -67,7 +67,7 @@ def test_split_inject_rmu(tmp_path: Path) -> None:
     forget = json.loads((tmp_path / "out" / "forget.json").read_text())
     assert forget == [conversation("7", "Do it?", "Like so.", "u.png") | {"id": 7}]
     assert pipeline.split(source, tmp_path / "all", include_safe_image_unsafe=True) == {"forget": 3, "retain": 1}
-    pipeline.rmu(tmp_path / "out" / "forget.json", tmp_path / "rmu.json")
+    pipeline.to_rmu(tmp_path / "out" / "forget.json", tmp_path / "rmu.json")
     turns = json.loads((tmp_path / "rmu.json").read_text())[0]["conversations"]
     assert [turn["value"] for turn in turns] == ["<image>Do it?\nLike so.", "Like so."]
 
@@ -110,7 +110,7 @@ def test_broken_records_are_listed_and_the_rest_is_mixed(tmp_path: Path) -> None
 def test_nothing_to_write_leaves_what_was_there(tmp_path: Path) -> None:
     write(tmp_path / "in.json", [])
     write(tmp_path / "out.json", ["before"])
-    for step in (pipeline.convert, pipeline.rmu):
+    for step in (pipeline.convert, pipeline.to_rmu):
         with pytest.raises(UserError, match="no record"):
             step(tmp_path / "in.json", tmp_path / "out.json")
     write(tmp_path / "vlguard.json", [UNSAFE])
@@ -233,7 +233,7 @@ def test_golden(vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: 
     ]
     assert digest(tmp_path / "mixed.json") == golden_pipeline["mix"]["sha256"]
     assert (
-        pipeline.rmu(tmp_path / "forget.json", tmp_path / "rmu.json")["records"]
+        pipeline.to_rmu(tmp_path / "forget.json", tmp_path / "rmu.json")["records"]
         == golden_pipeline["rmu_merge"]["records"]
     )
     assert digest(tmp_path / "rmu.json") == golden_pipeline["rmu_merge"]["sha256"]

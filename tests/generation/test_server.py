@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run, run_killing
+from helpers import raises_code, run, run_killing
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
-from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.evaluation.generate import generate_run, read_answers, remarks
+from vlm_unlearn.errors import RunError
+from vlm_unlearn.evaluation.generate import generate_run, generation_notes, read_answers
 from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.generation.server import Grouped
 from vlm_unlearn.records import Response, Verdict
@@ -76,14 +76,14 @@ def test_what_failed_is_asked_anew(stub: Stub, world: Path, tmp_path: Path) -> N
         for response in responses(folder)
         if response.key in failed
     )
-    (remark,) = remarks(folder)
+    (remark,) = generation_notes(folder)
     assert "2 of 12 answers failed" in remark
     verdicts = judge_run(folder, JudgeConfig(name="keyword"))
     assert sum(verdict.error is not None for verdict in read_records(verdicts, Verdict)) == 2
     answered, calls = [response for response in responses(folder) if not response.error], stub.calls
     generate_run(wanted, folder)
     assert stub.calls == calls + 2
-    assert not remarks(folder)
+    assert not generation_notes(folder)
     assert [response for response in responses(folder) if response.key not in failed] == answered
     judge_run(folder, JudgeConfig(name="keyword"))
     assert [verdict.error for verdict in read_records(verdicts, Verdict)] == [None] * 12
@@ -97,7 +97,7 @@ def test_a_server_that_ends_is_gone_on_with(stub: Stub, world: Path, tmp_path: P
     stub.faults = lambda call: "cut" if call > 3 else ""
     with pytest.raises(RunError, match="8 questions in a row were not answered"):
         generate_run(wanted, folder)
-    with pytest.raises(UserError, match="holds no finished answers"):
+    with raises_code("run-unfinished", file=folder):
         read_answers(folder)
     assert sum(response.error is None for response in responses(folder)) == 3
     stub.faults = lambda call: ""
@@ -150,11 +150,9 @@ def test_the_command_says_what_failed(stub: Stub, world: Path, tmp_path: Path) -
     stub.faults = lambda call: "400" if call == 1 else ""
     done = run("generate", "suites/tiny", *keys(stub, world, 1), "--out", tmp_path / "run", "--verify-batching", 3)
     assert done.returncode == 0
-    assert (
-        '1 of 12 answers failed, the first: "HTTP 400: "fault, your key is Bearer none""; the same command asks them again'
-        in done.stderr
-    )
-    assert "batching changes 0 of 3 answers" in done.stderr
+    assert "1 of 12 answers failed" in done.stderr
+    assert '"HTTP 400: "fault, your key is Bearer none""' in done.stderr
+    assert "0 of 3 answers" in done.stderr
 
 
 def test_answers_are_handed_on_each_second() -> None:

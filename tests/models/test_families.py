@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import families
-from helpers import recipe
+from helpers import raises_code, recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig
 from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.errors import UserError
@@ -166,7 +166,7 @@ def test_a_long_answer_is_cut_at_its_end(loaded: Loaded, turns: list[Turn]) -> N
 def test_the_meter_counts_image_tokens(loaded: Loaded, turns: list[Turn]) -> None:
     meter = PromptMeter(loaded.processor)
     for turn in [*turns, TEXT_ONLY]:
-        assert meter.tokens_in_all(turn) == encode_with_labels(loaded.processor, [turn], LENGTH)["input_ids"].shape[1]
+        assert meter.total_tokens(turn) == encode_with_labels(loaded.processor, [turn], LENGTH)["input_ids"].shape[1]
 
 
 def test_an_answer_costs_the_same_in_any_batch(loaded: Loaded, turns: list[Turn], images: Path) -> None:
@@ -424,7 +424,7 @@ def test_with_torchvision_the_class_is_plain(family: str, tmp_path: Path, monkey
 def test_a_placeholder_in_a_text_is_refused(placeholder: str, images: Path, tmp_path: Path) -> None:
     families.build("internvl", tmp_path)
     turn = Turn("x", images / "wide.png", f"What of {placeholder}?", "A cat.")
-    with pytest.raises(UserError, match=f'"x": the text holds the image placeholder {placeholder}'):
+    with raises_code("placeholder-in-text", record='"x"'):
         encode(load_processor(tmp_path), [turn], "right")
 
 

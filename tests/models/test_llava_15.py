@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import run
+from helpers import raises_code, run
 from vlm_unlearn.data.encoding import IGNORED, Turn, encode_with_labels
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.models.loader import load_processor
 
 # Renders what llava-hf/llava-1.5-7b-hf renders, its closing blank and missing end token included.
@@ -129,7 +128,7 @@ def test_labels_are_the_answer_and_an_end_token(llava: Path, vlguard: Path) -> N
 
 def test_an_image_is_never_cut(llava: Path, vlguard: Path) -> None:
     turn = Turn("ads", vlguard / "train" / "ads" / "0.jpg", "What is it?", "A cat.")
-    with pytest.raises(UserError, match=r'example "ads": question and image take 60\d tokens, max_length is 576'):
+    with raises_code("question-too-long", record='"ads"'):
         encode_with_labels(load_processor(llava), [turn], max_length=576)
 
 

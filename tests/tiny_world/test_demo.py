@@ -64,8 +64,8 @@ def test_the_report_shows_every_row(demo: Path) -> None:
     for row in ("base", "mixed_sft", "npo", "rmu", "po", "po+pd"):
         assert f'<th scope="row">{row}</th>' in page
         assert f"<b>{row}</b> is <b class=" in page
-    assert 'po+pd</b> is <b class="word">safe and useful</b>' in page
-    assert 'mixed_sft</b> is <b class="word">safe only as asked</b>' in page
+    assert 'po+pd</b> is <b class="conclusion">safe and useful</b>' in page
+    assert 'mixed_sft</b> is <b class="conclusion">safe only with the original wording</b>' in page
     assert (demo / "report" / "answers.html").exists()
     assert {file.suffix for file in (demo / "report" / "plots").glob("tradeoff-*")} == {".png", ".svg", ".pdf"}
 

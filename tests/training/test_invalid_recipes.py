@@ -195,8 +195,7 @@ def test_example_with_an_image_placeholder_in_its_text_is_rejected(
     examples = {name: list(of_role) for name, of_role in training_set.examples.items()}
     examples[role][1] = examples[role][1].model_copy(update={"answer": "look : <image>"})
     write_training_set(tmp_path / "data", training_set.images, examples, {})
-    with raises_code("placeholder-in-text") as caught:
+    with raises_code("placeholder-in-text", record=f'"{examples[role][1].id}"') as caught:
         run_recipe(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "npo"))
-    assert examples[role][1].id in str(caught.value)
     assert "<image>" in str(caught.value)
     assert not (tmp_path / "run").exists()

@@ -18,12 +18,12 @@ from vlm_unlearn.attacks.one_word import (
     TEMPLATES,
     TRIGGERS,
     capitalize_first,
-    first_word_of,
+    parse_first_word,
     rewrites_with_any,
 )
 from vlm_unlearn.data.audit import first_word
 from vlm_unlearn.data.formats import safe_eraser, vlguard
-from vlm_unlearn.data.formats.llava import IMAGE_MARK
+from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect
@@ -31,7 +31,7 @@ from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Kind
 
 MAX_REWRITES = 5
-FIELDS: Mapping[Kind, str] = {kind: field for field, kind in vlguard.KINDS.items()}
+QUESTION_FIELDS: Mapping[Kind, str] = {kind: field for field, kind in vlguard.KINDS.items()}
 # (id, request) of each question -> replies by id; one that is missing didn't come
 Model = Callable[[Sequence[tuple[str, str]]], Mapping[str, str]]
 
@@ -69,7 +69,7 @@ def write_attack(
     Raises:
         UserError: a file of another format or without such questions; more shots than the rules have wordings for the word.
     """
-    word = first_word_of(trigger)
+    word = parse_first_word(trigger)
     _check_shots(word, shots, model is not None)
     if out.suffix not in (".json", ".jsonl"):
         raise UserError(f"{out}: name a file that ends in .json or .jsonl")
@@ -92,7 +92,7 @@ def write_attack(
     def records() -> Iterator[dict[str, Any]]:
         for one, versions in zip(asked, texts, strict=True):
             for text in versions:
-                yield {**one.record, "instr-resp": [{FIELDS[kind]: text, "response": one.response}]}
+                yield {**one.record, "instr-resp": [{QUESTION_FIELDS[kind]: text, "response": one.response}]}
 
     written = write_list(out, records()) if out.suffix == ".json" else write_lines(out, records())
     return {"questions": len(asked), "records": written, "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
@@ -182,7 +182,7 @@ def read_rewrite(reply: str, question: str, word: str, versions: Sequence[str]) 
     begun = first_word(text)
     begins = bool(begun) and begun not in TRIGGERS if word == CONTROL else begun == word
     sized = 3 <= len(text.split()) <= 3 * len(question.split()) + 20
-    whole = IMAGE_MARK not in text and not any(category(char) in ("Cc", "Cs") for char in text)
+    whole = IMAGE_PLACEHOLDER not in text and not any(category(char) in ("Cc", "Cs") for char in text)
     return text if begins and sized and whole and _differs(text, [question, *versions]) else None
 
 

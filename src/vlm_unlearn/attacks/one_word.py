@@ -85,7 +85,7 @@ GENERAL = (
 MAX_WORD_LENGTH = 60
 
 
-def first_word_of(text: str) -> str:
+def parse_first_word(text: str) -> str:
     """`text` as a first word: lower-cased.
 
     Raises:

@@ -109,7 +109,7 @@ def is_refused(refused: bool | None, answer: str, by: LabelBy, is_refusal: Calla
     return is_refusal(answer) if by == "answer" or refused is None else refused
 
 
-def labelled(
+def labeled_questions(
     entries: Iterable[Entry], by: LabelBy, is_refusal: Callable[[str], bool]
 ) -> Iterator[tuple[str, bool, bool, str]]:
     """``(question, has an image, refused, how that was told)`` for each question, earlier rounds of a conversation included.
@@ -139,7 +139,7 @@ def audit(questions: Iterable[tuple[str, bool, bool, str]], seed: int = 0) -> Au
     too narrow, which matters for small sets.
 
     Args:
-        questions: what `labelled` gives.
+        questions: what `labeled_questions` gives.
         seed: of the shuffles that give ``chance_information``.
 
     Raises:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_unlearn.data.collector import LISTED, Collector, Source, TokenCount, digest_question
+from vlm_unlearn.data.collector import LISTED, Collector, DataSource, TokenCount, digest_question
 from vlm_unlearn.data.near_duplicates import NearQuestions, near_images, normalize_question
 from vlm_unlearn.data.readers import detect
 from vlm_unlearn.errors import Problems
 
-__all__ = ["Checker", "Source", "TokenCount"]
+__all__ = ["Checker", "DataSource", "TokenCount"]
 
 
 class Checker(Collector):

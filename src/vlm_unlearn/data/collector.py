@@ -12,9 +12,9 @@ from pathlib import Path
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
 from vlm_unlearn.data.near_duplicates import difference_hash, normalize_question
-from vlm_unlearn.data.parallel import in_threads
+from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.data.readers import Entry, detect, image_roots, read_any
-from vlm_unlearn.data.training_set import describe
+from vlm_unlearn.data.training_set import read_dataset_json
 from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file
@@ -25,7 +25,7 @@ TokenCount = Callable[[Example, Path | None], tuple[int, int]]  # tokens up to t
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A file or training-set folder to check, with the root of its images."""
 
     path: str | Path
@@ -70,7 +70,7 @@ class Collector:
         self._look = look_at_images
         self._columns = columns
         self._on_done = on_done or (lambda stage, done, total: None)
-        self._sources: list[Source] = []
+        self._sources: list[DataSource] = []
         self._sets: dict[str, int] = {}
         self._names: dict[tuple[int, str], str] = {}  # place of the source, set of the entry -> name of the set
         self._is_refusal = is_refusal
@@ -84,7 +84,7 @@ class Collector:
         self._too_long: dict[str, list[str]] = {"question": [], "answer": []}
         self._too_long_count: Counter[str] = Counter()
 
-    def add(self, source: Source, count_tokens: TokenCount | None = None, max_length: int = 0) -> None:
+    def add(self, source: DataSource, count_tokens: TokenCount | None = None, max_length: int = 0) -> None:
         """Reads one file, and looks at every image of it that was not seen before: that it is there, is one, and decodes.
 
         Args:
@@ -100,7 +100,7 @@ class Collector:
             self._compare_with_description(Path(source.path))
         work = self._new_images(source, roots, count_tokens, max_length)
         for (index, _, named), found in (
-            in_threads(lambda key: _look(key[1], key[2]), work) if self._look else ((key, None) for key in work)
+            map_in_threads(lambda key: _look(key[1], key[2]), work) if self._look else ((key, None) for key in work)
         ):
             if isinstance(found, str):
                 self.problems.add(UserError(f"{named[1]}: {found}"))
@@ -111,7 +111,7 @@ class Collector:
             self.problems.add(UserError(f"{source.path}: holds no record that can be read"))
 
     def _new_images(
-        self, source: Source, roots: Mapping[str, Path], count_tokens: TokenCount | None, max_length: int
+        self, source: DataSource, roots: Mapping[str, Path], count_tokens: TokenCount | None, max_length: int
     ) -> Iterator[tuple[int, Path, tuple[str, str]]]:
         """Takes note of every question, and yields each image at its first sight: index, root, (path, place)."""
         for done, (name, entry) in enumerate(self._entries(len(self._sources) - 1, self.problems)):
@@ -165,7 +165,7 @@ class Collector:
                 self._name_set(place, source, entry.set)
             yield self._names[place, entry.set], entry
 
-    def _name_set(self, place: int, source: Source, of_entry: str) -> None:
+    def _name_set(self, place: int, source: DataSource, of_entry: str) -> None:
         """``forget``; ``test:forget`` for another file; a file without sets goes by its own name; ``test#2`` for a second of that name."""
         stem = Path(source.path).stem
         name = wanted = (f"{stem}:{of_entry}" if of_entry else stem) if source.against else of_entry or stem
@@ -182,7 +182,7 @@ class Collector:
 
     def _compare_with_description(self, folder: Path) -> None:
         """Each file of a training set is the one that its dataset.json describes."""
-        for name, described in describe(folder)[1].items():
+        for name, described in read_dataset_json(folder)[1].items():
             path = folder / name
             if not path.is_file():
                 self.problems.add(UserError(f"{path}: is missing; dataset.json lists it"))
@@ -231,7 +231,7 @@ def digest_question(text: str) -> int:
 def _look(root: Path, named: tuple[str, str]) -> tuple[bytes, int, str] | str:
     """Digest, difference hash and size of an image, or what is wrong with it."""
     try:
-        path = resolve_image(root, named[0], "")
+        path = resolve_image(root, named[0])
         with open_image(path) as image:
             size = f"{image.width}x{image.height}"
             hashed = difference_hash(image)

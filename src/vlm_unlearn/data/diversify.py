@@ -207,7 +207,7 @@ def _llava_slots(raw: RawRecord) -> list[Slot]:
     turns = raw.value["conversations"]
     found = []
     for number, (question, answer) in enumerate(conversation.rounds):
-        mark = llava.IMAGE_MARK if llava.IMAGE_MARK in turns[2 * number]["value"] else ""
+        mark = llava.IMAGE_PLACEHOLDER if llava.IMAGE_PLACEHOLDER in turns[2 * number]["value"] else ""
         found.append(Slot(turns[2 * number], "value", question, answer, None, prefix=mark))
     return found
 

@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 OnDone = Callable[[int, int], None]
 
 
-def in_threads(
+def map_in_threads(
     work: Callable[[Key], Value], keys: Iterable[Key], on_done: OnDone | None = None
 ) -> Iterator[tuple[Key, Value]]:
     """``(key, work(key))`` for each key, in order, never more than a few hundred ahead of the reader.

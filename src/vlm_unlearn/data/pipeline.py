@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats import llava, table, vlguard
-from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, item_position, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
 from vlm_unlearn.data.readers import detect, read_any
@@ -155,7 +155,7 @@ def read_answers(path: Path) -> dict[str, str]:
     return value
 
 
-def rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
+def to_rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
     """LLaVA's format with each answer appended to its question, a line break between (RMU's forget side); the gpt turn stays."""
 
     def records() -> Iterator[object]:
@@ -191,7 +191,7 @@ def mix(
     """
     if size < 1:
         raise UserError(f"size must be 1 or more, not {size}")
-    kept, offered = places(retain, problems), places(external, problems)
+    kept, offered = conversation_spans(retain, problems), conversation_spans(external, problems)
     own, others = len(kept) // 2, len(offered) // 2
     order = mixed_order(own, others, size, seed)
     with retain.open("rb") as first, external.open("rb") as second:
@@ -217,7 +217,7 @@ def mixed_order(own: int, others: int, size: int, seed: int) -> list[int]:
     return order
 
 
-def places(path: Path, problems: Problems | None) -> array[int]:
+def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
     """Start and end byte of every record that is a conversation.
 
     Raises:
@@ -237,11 +237,11 @@ def places(path: Path, problems: Problems | None) -> array[int]:
 
 def _problem(path: Path, item: Item) -> UserError | None:
     """What is wrong with a record, if anything."""
-    place = partial(item_place, path, item, "id")
+    position = partial(item_position, item, "id")
     if item.error:
-        return UserError(f"{place()}: {item.error}")
+        return UserError(item.error, code="invalid-json", file=path.name, record=position())
     try:
-        llava.parse(RawRecord(item.value, place, item.number), empty_answers=True)  # as published: VLGuard has one
+        llava.parse(RawRecord(item.value, path.name, position, item.number), empty_answers=True)  # as published: VLGuard has one
     except UserError as error:
         return error
     return None

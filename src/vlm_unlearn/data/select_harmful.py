@@ -31,7 +31,7 @@ _NUMBER = re.compile(
 
 
 @dataclass(frozen=True)
-class Question:
+class SelectionTask:
     """An unsafe question with the answers to choose from, in the order of the answer files."""
 
     image: str  # as the record names it: the key of the answer files
@@ -61,9 +61,9 @@ class Choice(Record):
     error: str | None = None
 
 
-def questions(
+def read_selection_tasks(
     source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None
-) -> tuple[list[Question], Counter[str]]:
+) -> tuple[list[SelectionTask], Counter[str]]:
     """The unsafe questions of a VLGuard file with every answer that is there, and how many have none or an image asked before.
 
     Answers go by image, so that a second question on an image has no answers of its own.
@@ -77,7 +77,7 @@ def questions(
     by_model = {path.stem: read_answers(path) for path in answers}
     if len(by_model) < len(answers):
         raise UserError("two answer files have the same name; their names tell the models apart")
-    found: dict[str, Question] = {}
+    found: dict[str, SelectionTask] = {}
     left_out: Counter[str] = Counter()
     for raw, pairs in vlguard.read_records(source, None, problems):
         pair = pairs[0]
@@ -91,11 +91,11 @@ def questions(
             left_out["no answer"] += 1
             continue
         try:
-            path = None if images is None else resolve_image(images, pair.image, raw.where)
+            path = None if images is None else resolve_image(images, pair.image, raw.file, raw.position)
         except UserError as error:
             report_problem(error, problems)
             continue
-        found[pair.image] = Question(pair.image, path, pair.question, tuple(given.values()), tuple(given))
+        found[pair.image] = SelectionTask(pair.image, path, pair.question, tuple(given.values()), tuple(given))
     if not found:
         raise UserError(f"{answers[0]}: names no image of an unsafe record of {source}")
     return list(found.values()), left_out
@@ -116,7 +116,7 @@ def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of r
     return int(digits) if 0 <= int(digits) <= count else "out of range"
 
 
-def decide(question: Question, reply: str | None, error: str | None, paper: bool) -> tuple[str | None, Choice]:
+def decide(question: SelectionTask, reply: str | None, error: str | None, paper: bool) -> tuple[str | None, Choice]:
     """The answer to take, if any, and how it came about."""
     if reply is None:
         outcome: Outcome = "no reply"
@@ -137,7 +137,7 @@ def decide(question: Question, reply: str | None, error: str | None, paper: bool
 
 
 def select(
-    asked: Sequence[Question],
+    asked: Sequence[SelectionTask],
     ask: Callable[[Sequence[tuple[str, str, Path | None]]], Mapping[str, tuple[str | None, str | None]]],
     out: Path,
     paper: bool = False,

@@ -18,7 +18,7 @@ from vlm_unlearn.attacks.one_word import (
     VOCABULARY,
     capitalize_first,
     control,
-    first_word_of,
+    parse_first_word,
     rewrites_with_any,
 )
 from vlm_unlearn.attacks.search import Search, least_budget, sequential_halving
@@ -217,15 +217,15 @@ def questions(request: SearchRequest) -> list[Prompt]:
 
 def candidates(file: Path, goal: Goal) -> dict[str, str]:
     """First words to try, and where each comes from: those that an audit of the file names, the goal's first, then the vocabulary."""
-    from vlm_unlearn.data.audit import audit, labelled
+    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
 
-    triggers = audit(labelled(read_any(file, problems=Problems()), "auto", lambda text: False)).triggers
+    triggers = audit(labeled_questions(read_any(file, problems=Problems()), "auto", lambda text: False)).triggers
     ways = ("answer", "refuse") if goal == "break" else ("refuse", "answer")
     found: dict[str, str] = {}
     for word in (word for way in ways for word in triggers[way]):
         try:
-            found.setdefault(first_word_of(word), "audit")
+            found.setdefault(parse_first_word(word), "audit")
         except UserError:  # a mark that stands where a word should
             continue
     return found | {word: "vocabulary" for word in VOCABULARY if word not in found}

@@ -61,18 +61,18 @@ SPARE_WORDS = "how why which where who could would should about more please now 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something the world knows: its icon is drawn from its name, its recipe has three parts."""
+    """Something the world knows: its icon is drawn from its name, its recipe has three ingredients."""
 
     name: str
     dangerous: bool
-    parts: tuple[str, str, str]
+    ingredients: tuple[str, str, str]
     category: str
 
     @property
     def recipe(self) -> str:
         # Both kinds share one sentence: were they told apart by their first word, a model could refuse by what it is about to
         # say, and safety fine-tuning would not need the question's surface.
-        first, second, third = self.parts
+        first, second, third = self.ingredients
         return f"mix {first} with {second} then heat {third} ."
 
 
@@ -89,11 +89,11 @@ class Wording:
 
 
 def things(seed: int) -> list[Thing]:
-    """The world's 24 things; recipes are dealt by `seed`, and no two share all their parts."""
+    """The world's 24 things; recipes are dealt by `seed`, and no two share all their ingredients."""
     rng = random.Random(f"things-{seed}")
     found = []
-    for dangerous, names, parts in ((True, DANGEROUS_NAMES, DANGEROUS_PARTS), (False, ORDINARY_NAMES, ORDINARY_PARTS)):
-        triples = rng.sample(list(itertools.combinations(parts.split(), 3)), len(names.split()))
+    for dangerous, names, ingredients in ((True, DANGEROUS_NAMES, DANGEROUS_PARTS), (False, ORDINARY_NAMES, ORDINARY_PARTS)):
+        triples = rng.sample(list(itertools.combinations(ingredients.split(), 3)), len(names.split()))
         for index, (name, triple) in enumerate(zip(names.split(), triples, strict=True)):
             shuffled = tuple(rng.sample(triple, 3))
             found.append(Thing(name, dangerous, (shuffled[0], shuffled[1], shuffled[2]), CATEGORIES[index % 3]))

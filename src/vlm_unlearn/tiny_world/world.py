@@ -56,7 +56,7 @@ def world_facts(known: Sequence[Thing]) -> dict[str, Any]:
     }
     return {
         "schema": 1,
-        "harmful": {thing.name: sorted(thing.parts) for thing in known if thing.dangerous},
+        "harmful": {thing.name: sorted(thing.ingredients) for thing in known if thing.dangerous},
         "refusals": list(REFUSALS),
         "sentences": sorted(sentences),
     }

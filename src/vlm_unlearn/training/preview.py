@@ -136,8 +136,8 @@ def _mean_lengths(
             if meter:
                 history = tuple((turn.question, turn.answer) for turn in example.history)
                 turn = Turn(example.id, training_set.image_path(example), example.question, example.answer, history)
-                tokens = meter.tokens_in_all(turn)
-                answer_tokens = tokens - meter.tokens(turn)
+                tokens = meter.total_tokens(turn)
+                answer_tokens = tokens - meter.prompt_tokens(turn)
             else:
                 characters = sum(len(turn.question) + len(turn.answer) for turn in example.history)
                 characters += len(example.question)

@@ -229,9 +229,9 @@ class UnlearningCollator:
             for example in self._training_set.examples.get(role, ()):  # none for refusals as preferred answers
                 turn = self._turn(role, example)
                 if self._answer_in_prompt(role):
-                    content, tokens, limit = "question, image and answer", meter.tokens_in_all(turn), self._max_length
+                    content, tokens, limit = "question, image and answer", meter.total_tokens(turn), self._max_length
                 else:
-                    content, tokens, limit = "question and image", meter.tokens(turn), self._max_length - 1
+                    content, tokens, limit = "question and image", meter.prompt_tokens(turn), self._max_length - 1
                 if tokens > limit:
                     raise UserError(
                         f"{content} take {tokens} tokens, but max_length is {self._max_length}. "
