@@ -171,7 +171,7 @@ def test_images_stay_inside_their_root(name: str, value: object, tmp_path: Path)
         (
             "scienceqa",
             {"1": {"question": "?", "choices": ["a", 4], "answer": 0}},
-            'problem "1": "choices" must be non-empty text',
+            'problem "1": choices: ',
         ),
         ("pope", {"question_id": 1, "label": "yes", "text": "?"}, r'question "1": image: '),
         (

@@ -173,7 +173,7 @@ def test_check_against_the_test_set(vlguard: Path, tiny_model: Path) -> None:
         ),
         (["select-harmful", "{v}/train.json", "{v}/harmful_answers.json", "--out", "{t}/o.json"], "pass --model"),
         (["diversify", "{v}/train.json", "{t}/o.json", "--server", "http://x"], "pass --model"),
-        (["mix", "{v}/train.json", "{v}/train.json", "{t}/o.json"], "holds no conversation"),
+        (["mix", "{v}/train.json", "{v}/train.json", "{t}/o.json"], "[no-records]"),
     ],
 )
 def test_wrong_requests(vlguard: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

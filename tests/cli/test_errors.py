@@ -144,7 +144,7 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         ("foreign folder", "is not empty and holds no manifest.json"),
         ("NUL in a path", "no file name can have"),
         ("missing image", r'record 1 (line 1, "'),
-        ("image leaves the root", "image-outside-root"),
+        ("image leaves the root", "outside the image folder"),
         ("broken JSON", "line 3, column 7"),
         ("empty forget set", "the forget set is empty. Nothing was written."),
         ("unknown recipe key", 'unknown key "trainning"; did you mean "training"?'),

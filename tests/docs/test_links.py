@@ -150,7 +150,11 @@ def recipes_in(code: str) -> list[str]:
 
 def shipped_as(name: str) -> bool:
     bare = name.removeprefix("recipes/")
-    return any((ROOT / "recipes").glob(f"{bare}.yaml")) or any((ROOT / "recipes").glob(bare)) or shipped_path(bare).is_file()
+    return (
+        any((ROOT / "recipes").glob(f"{bare}.yaml"))
+        or any((ROOT / "recipes").glob(bare))
+        or shipped_path(bare).is_file()
+    )
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)

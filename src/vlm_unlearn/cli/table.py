@@ -43,7 +43,9 @@ def table(
     if form == "json":
         raise UserError("table: writes no JSON; all numbers are in the runs' summary.json")
     if form not in TABLE_FORMATS:
-        raise UserError(f"table: no format {quoted(form)}{nearest(form, TABLE_FORMATS)}; known: {', '.join(TABLE_FORMATS)}")
+        raise UserError(
+            f"table: no format {quoted(form)}{nearest(form, TABLE_FORMATS)}; known: {', '.join(TABLE_FORMATS)}"
+        )
     from vlm_unlearn.reporting.summaries import join_summaries
     from vlm_unlearn.reporting.tables.summary_tables import named_table, render_table
     from vlm_unlearn.store import replace_surrogates

@@ -175,7 +175,9 @@ def _renamed(config: type[BaseModel], value: Mapping[str, Any], where: str) -> d
         raise UserError(f"{where}: {error}", code="duplicate-key") from None
 
 
-def apply_overrides(value: dict[str, Any], overrides: Sequence[str], config: type[BaseModel] | None = None) -> dict[str, Any]:
+def apply_overrides(
+    value: dict[str, Any], overrides: Sequence[str], config: type[BaseModel] | None = None
+) -> dict[str, Any]:
     """Applies ``key.sub=value`` overrides to a nested mapping and returns the mapping.
 
     Args:

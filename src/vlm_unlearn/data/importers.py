@@ -16,7 +16,7 @@ from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.json_stream import text_at
 from vlm_unlearn.data.parallel import OnDone, map_in_threads
-from vlm_unlearn.data.pipeline import mixed_order, conversation_spans, read_answers
+from vlm_unlearn.data.pipeline import conversation_spans, mixed_order, read_answers
 from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.data.training_set import PAIRED_ROLES, ROLES, write_training_set
 from vlm_unlearn.errors import Problems, UserError, quoted
