@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from vlm_unlearn.benchmarks.base import BENCHMARKS
 from vlm_unlearn.cli.main import app
+from vlm_unlearn.cli.terminal import EXAMPLE
 from vlm_unlearn.config import Recipe, Suite, load
 from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
@@ -118,8 +119,8 @@ def _help_text(text: str) -> Iterator[str]:
     """Yields the paragraphs of a docstring. Paragraphs of commands become code blocks."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text.replace("\b", ""))):
         lines = [line.strip() for line in paragraph.splitlines()]
-        if all(line.startswith(("vlm-unlearn ", "accelerate ")) for line in lines):
-            yield "```bash\n" + "\n".join(lines) + "\n```\n"
+        if lines[0].startswith(EXAMPLE):
+            yield "```bash\n" + " ".join(lines) + "\n```\n"
         elif lines not in (["Example:"], ["Examples:"]):
             yield _prose(" ".join(lines)) + "\n"
 

@@ -51,6 +51,10 @@ def _rebuild(kind: type[_CodedError], message: str, code: str, file: Any, record
     return kind(message, code=code, file=file, record=record, field=field)
 
 
+class DeprecatedNameWarning(FutureWarning):
+    """A config key, config value, command or option has the name of the previous version. The next version removes it."""
+
+
 class UserError(_CodedError, ValueError):
     """The request is invalid: bad data, an unknown name, a missing file. The command exits with code 2."""
 

@@ -118,7 +118,7 @@ def test_a_model_paraphrases(tmp_path: Path) -> None:
         return f"Generate version {earlier} of the red kite, please."
 
     with stub_server(answer) as stub:
-        arguments = ["attack", "rewrite", file, tmp_path / "out.json", "--trigger", "Generate", "--shots", 3]
+        arguments = ["attack", "rewrite", file, tmp_path / "out.json", "--trigger", "Generate", "--num-rewrites", 3]
         done = run(*arguments, "--server", stub.url, "--model", "m", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
@@ -231,7 +231,7 @@ def test_wrong_requests(
             [source, out, "--trigger", "zorg"],
             "the rules have 0 wordings of it; let a model paraphrase (--model), or use what, share",
         ),
-        ([source, out, "--trigger", "generate", "--shots", "2"], "the rules have 1 wording of it;"),
+        ([source, out, "--trigger", "generate", "--num-rewrites", "2"], "the rules have 1 wording of it;"),
         ([source, out, "--trigger", "two words"], "is not a word that a question can begin with"),
         (
             [source, out, "--trigger", "what", "--kind", "unsaf"],

@@ -68,7 +68,7 @@ def test_the_published_road_step_by_step(vlguard: Path, world: Path, tmp_path: P
     counts = said("split", injected, out)
     general = world / "general" / "general.json"
     said("mix", out / "retain.json", general, out / "mixed.json", "--size", 50)
-    said("rmu", out / "forget.json", out / "rmu.json")
+    said("to-rmu", out / "forget.json", out / "rmu.json")
     whole = [
         "import",
         "vlguard",

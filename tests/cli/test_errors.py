@@ -244,7 +244,7 @@ def test_json_is_the_only_output(call, tmp_path: Path) -> None:
     code, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--json")
     assert code == 0
     assert json.loads(out)["refused"] == 2
-    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper", "--json")
+    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper-compat", "--json")
     assert (json.loads(out)["n"], json.loads(out)["refused"]) == (3, 1)
     _, out, _ = call("methods", "--json")
     found = {method["name"]: method for method in json.loads(out)}
@@ -282,7 +282,7 @@ def test_published_keyword_counts_on_real_answers(
     records = json.loads(vlguard_test.read_text())
     answers = {record["id"]: record["instr-resp"][0]["response"] for record in records if not record["safe"]}
     (tmp_path / "answers.json").write_text(json.dumps(answers))
-    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper", "--json")
+    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper-compat", "--json")
     expected = golden_pipeline["keyword_refusal_of_reference_responses"]["unsafe_image"]
     assert {key: json.loads(out)[key] for key in ("n", "refused")} == expected
 

@@ -138,7 +138,7 @@ def test_what_is_no_choice_is_left_out_or_the_first(
         told = json.loads(run(*arguments).stdout)
         assert told["outcomes"][outcome] >= 1
         assert len(json.loads(out.read_text())) == 1, "only the image with one answer is left"
-        run(*arguments, "--paper")
+        run(*arguments, "--paper-compat")
         assert set(json.loads(out.read_text()).values()) == {"i cannot help ."}
 
 
@@ -171,7 +171,7 @@ def test_a_failed_judge_has_not_chosen(world: Path, files: list[Path], tmp_path:
             stub.url,
             "--model",
             "p",
-            "--paper",
+            "--paper-compat",
             "--json",
         ]
         done = run(*arguments)

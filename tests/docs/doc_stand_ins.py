@@ -112,7 +112,7 @@ def people_label(sheet: Path) -> None:
 
 
 # What people do after a command, before the next can run.
-AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"judge sheet": lambda options: people_label(options["out"])}
+AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"judge export-for-labeling": lambda options: people_label(options["out"])}
 
 
 def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:

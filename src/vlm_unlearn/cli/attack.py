@@ -38,7 +38,7 @@ def rewrite(
         ..., metavar="OUT", help="The file to write, in VLGuard's format: K records of one id in a row."
     ),
     trigger: str = typer.Option(..., "--trigger", help="The first word; control: neither what nor share."),
-    shots: int = typer.Option(1, "--shots", min=1, max=5, help="Different rewrites of each question."),
+    num_rewrites: int = typer.Option(1, "--num-rewrites", min=1, max=5, help="Different rewrites of each question."),
     kind: str = typer.Option("unsafe", "--kind", help="Which questions: unsafe, safe, safe_image_unsafe_question."),
     server: str = SERVER,
     model: str = MODEL,
@@ -50,7 +50,7 @@ def rewrite(
 
     Example:
 
-      vlm-unlearn attack rewrite VLGuard/test.json what_3shot.json --trigger what --shots 3
+      vlm-unlearn attack rewrite VLGuard/test.json what_3shot.json --trigger what --num-rewrites 3
 
       vlm-unlearn attack rewrite VLGuard/test.json generate.json --trigger generate --server http://localhost:8000/v1 --model M
     """
@@ -78,7 +78,9 @@ def rewrite(
             stages.update("rewrite", done, total)
 
         with reading(stages):
-            counts = write_attack(source, out, trigger, shots, chosen, by_model if asker else None, problems, on_done)
+            counts = write_attack(
+                source, out, trigger, num_rewrites, chosen, by_model if asker else None, problems, on_done
+            )
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:

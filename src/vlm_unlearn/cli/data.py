@@ -152,15 +152,15 @@ def mix(
     _step(out, [retain, external], strict, as_json, lambda problems: mix(retain, external, out, size, seed, problems))
 
 
-@app.command("rmu", rich_help_panel=STEPS)
-def rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: bool = JSON_OPTION) -> None:
+@app.command("to-rmu", rich_help_panel=STEPS)
+def to_rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: bool = JSON_OPTION) -> None:
     """Appends each answer to its question: the forget side as RMU's published script reads it.
 
     vlm-unlearn's own rmu joins them itself; this is for other trainers.
 
     Example:
 
-      vlm-unlearn data rmu unlearn_data/forget.json unlearn_data/forget_rmu.json
+      vlm-unlearn data to-rmu unlearn_data/forget.json unlearn_data/forget_rmu.json
     """
     from vlm_unlearn.data.pipeline import rmu
 

@@ -28,8 +28,8 @@ def select_harmful(
     images: Path = typer.Option(None, "--images", help="Show the judge the images below this folder."),
     server: str = SERVER,
     model: str = MODEL,
-    paper: bool = typer.Option(
-        False, "--paper", help="As published: what can't be read as a choice takes the first answer."
+    paper_compat: bool = typer.Option(
+        False, "--paper-compat", help="As published: what can't be read as a choice takes the first answer."
     ),
     concurrency: int = CONCURRENCY,
     cache: bool = CACHE,
@@ -54,7 +54,7 @@ def select_harmful(
     asked, left_out = questions(source, answers, images, problems)
     with showing(problems), Stages() as stages:
         asker = Asker(stages, "judge", server, model, concurrency, cache, max_tokens=16)
-        counts = left_out + select(asked, asker, out, paper)
+        counts = left_out + select(asked, asker, out, paper_compat)
     if as_json:
         print_json({"out": str(out), "outcomes": dict(counts), "asked": asker.asked, "broken": problems.count})
     else:

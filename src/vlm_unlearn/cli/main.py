@@ -27,6 +27,7 @@ from vlm_unlearn.cli import (
 )
 from vlm_unlearn.cli.common import fail, keep_deepspeed_off_stdout
 from vlm_unlearn.cli.completion import bash_words, no_blank_after_keys
+from vlm_unlearn.cli.deprecation import plain_deprecation_warnings
 from vlm_unlearn.cli.terminal import Commands, show_any_text, wrong_usage
 from vlm_unlearn.errors import RunError, UserError, quoted
 
@@ -89,7 +90,7 @@ def main() -> None:
     if arguments[:1] in (["--show-completion"], ["--install-completion"]):
         no_blank_after_keys()
     try:
-        with bash_words():
+        with bash_words(), plain_deprecation_warnings():
             code = app(arguments, prog_name="vlm-unlearn", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as `head` does

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from vlm_unlearn.cli.deprecation import current_command, current_options
 from vlm_unlearn.errors import UserError, nearest, quoted
 
 # Typer's own types of contexts, formatters and parameters are private, so they are Any here.
@@ -19,6 +20,10 @@ EXAMPLE = ("vlm-unlearn ", "accelerate ")  # how a paragraph begins that is a co
 
 class Command(TyperCommand):
     """A command whose help shows its arguments by the names of its usage line, and its examples unwrapped."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the arguments. Options of the previous version count as the current ones."""
+        return super().parse_args(ctx, current_options(ctx.command_path, args, warn=not ctx.resilient_parsing))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """``RECIPE.yaml [key=value ...] [OPTIONS]``."""
@@ -85,7 +90,7 @@ class Group(TyperGroup):
         Raises:
             UserError: there is none of that name; the nearest one is named, also one of a group within.
         """
-        name = args[0]
+        name = current_command(ctx.command_path, args[0], warn=not ctx.resilient_parsing)
         if name not in self.commands and not ctx.resilient_parsing and not name.startswith("-"):
             path = ctx.command_path
             within = [
@@ -93,7 +98,7 @@ class Group(TyperGroup):
             ]
             near = f"; did you mean {quoted(within[0])}?" if within else nearest(name, self.commands)
             raise UserError(f"{_place(path)}no command {quoted(name)}" + (near or f"; `{path} --help` lists them"))
-        return super().resolve_command(ctx, args)
+        return super().resolve_command(ctx, [name, *args[1:]])
 
 
 class Commands(typer.Typer):

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vlm_unlearn.errors import DeprecatedNameWarning
+
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]  # from 0 to 1, not percent
 
@@ -85,4 +87,4 @@ def nested_configs(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, FutureWarning, stacklevel=2)
+    warnings.warn(message, DeprecatedNameWarning, stacklevel=3)

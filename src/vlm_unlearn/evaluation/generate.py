@@ -263,7 +263,7 @@ def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
     value = read_json(file)
     for text in overrides:
         key = text.partition("=")[0].partition(".")[0].strip()
-        if key not in REJUDGED:
+        if Suite.renamed_keys.get(key, key) not in REJUDGED:
             raise UserError(
                 f'override "{quoted(text)[1:-1]}": the answers are there already; what can change is {", ".join(REJUDGED)}'
             )

@@ -110,7 +110,7 @@ def judge_run(
             if unknown is not None
             else "no cases, which a judge would grade unasked"
         )
-        raise UserError(f"{folder}: has {what}; name what to grade with --case; there are {', '.join(roots)}")
+        raise UserError(f"{folder}: has {what}; name what to grade with --split; there are {', '.join(roots)}")
     answers = _answers(
         prompts, [response for response in responses if prompts[response.prompt_id].set in wanted], roots
     )
