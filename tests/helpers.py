@@ -1,7 +1,8 @@
-"""What several tests use: recipes on tiny models, running the command, killing it."""
+"""Helpers of several tests: recipes on tiny models, running the command, killing it."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end."""
+    """Runs the command in a new process to its end."""
     # Passed by name: readline, which pytest loads, sets COLUMNS where os.environ doesn't see it.
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     return subprocess.run(
@@ -69,11 +70,28 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command in this process, which saves the seconds that a new process spends on its imports."""
+    from vlm_unlearn.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    argv, code = sys.argv, 0
+    sys.argv = ["vlm-unlearn", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as exit_request:
+        code = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(["vlm-unlearn", *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+
 def run_killing(arguments: Sequence[object], points: Sequence[Callable[[], bool]]) -> None:
-    """Runs the command again and again, killed with SIGKILL at each point in turn, then to its end.
+    """Runs the command repeatedly, killed with SIGKILL at each point in turn, then to its end.
 
     Raises:
-        AssertionError: the command ended before a point was reached, or failed in the end.
+        AssertionError: The command ended before a point was reached, or its last run failed.
     """
     for number, reached in enumerate(points):
         process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
