@@ -102,7 +102,9 @@ def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path:
     assert "not both" in mixed.stderr
     one = run("judge", "run", folder, "name=keyword", "--split", "safe", "--json")
     assert json.loads(one.stdout)[0]["verdicts"] == 3
-    assert 'no case "saef"; did you mean "safe"' in run("judge", "run", folder, "name=keyword", "--split", "saef").stderr
+    assert (
+        'no case "saef"; did you mean "safe"' in run("judge", "run", folder, "name=keyword", "--split", "saef").stderr
+    )
 
 
 def test_two_judges_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_help_invalid_requests_and_light_commands_load_nothing_heavy(
     assert "torch" not in loaded["import evaluation.runner"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_compare_loads_only_numbers_and_report_loads_no_models(runs: list[str], tmp_path: Path) -> None:
     compare, report = ["compare", *runs], ["report", *runs, "--out", str(tmp_path / "report")]

@@ -71,7 +71,7 @@ def _joined(row: Row, other: Row, folder: Path) -> Row:
             "failed": failed,
             **{
                 name: getattr(row, name) | getattr(other, name)
-                for name in ("metrics", "paper", "labels", "categories", "shots")
+                for name in ("metrics", "paper", "labels", "categories", "rewrites")
             },
             "batching": row.batching or other.batching,
         }
