@@ -43,4 +43,3 @@ def test_packages_import_only_from_earlier_layers() -> None:
                 if ORDER.index(imported) > ORDER.index(layer):
                     wrong.append(f"{path.relative_to(SOURCE)} imports {node.module}")
     assert not wrong
-
