@@ -74,7 +74,8 @@ def extending(folder: Path, **files: str) -> Path:
 
 
 def test_a_recipe_extends_another_and_overrides_come_last(tmp_path: Path) -> None:
-    base = "model: m\ndata: d\noutput: o\nmethod: {name: npo, beta: 0.9}\ntraining: {num_train_epochs: 2, seed: 5}\ntrainable: {layers: [1, 2]}\n"
+    base = "model: m\ndata: d\noutput: o\nmethod: {name: npo, beta: 0.9}\ntraining: {num_train_epochs: 2, seed: 5}\n"
+    base += "trainable: {layers: [1, 2]}\n"
     middle = "extends: base.yaml\ntraining: {learning_rate: 1.0e-6}\n"
     top = "extends: middle\nmethod: {paper_compat: true}\ntraining: {seed: 6}\ntrainable: {layers: [3]}\n"
     file = extending(tmp_path, top=top, middle=middle, base=base)
@@ -108,7 +109,8 @@ def test_a_shipped_recipe_or_suite_can_be_extended(tmp_path: Path) -> None:
     assert (recipe.training.max_steps, recipe.training.per_device_train_batch_size) == (1, 16)
     suite = load(Suite, extending(tmp_path, suite="extends: suites/tiny\nmodel: m\njudge: {name: keyword}\n"))
     assert (suite.judge.name, suite.judge.world, len(suite.splits)) == ("keyword", None, 7)
-    suite_text = "extends: suites/safety_mirage\nmodel: m\nsplits: [{name: unsafe, format: vlguard, file: a, images: b, kind: unsafe}]\n"
+    suite_text = "extends: suites/safety_mirage\nmodel: m\n"
+    suite_text += "splits: [{name: unsafe, format: vlguard, file: a, images: b, kind: unsafe}]\n"
     removed = (
         "asr_attacked",
         "asr_control",

@@ -136,7 +136,7 @@ def test_judge_run_removes_duplicate_verdicts(tmp_path: Path) -> None:
 
 
 def test_agreement_matches_a_calculation_by_hand(tmp_path: Path) -> None:
-    """The keyword judge labels 14 of 40 safe answers as refusals. People label two of these, and two others, differently."""
+    """The keyword judge labels 14 of 40 answers as refusals. People label two of these, and two others, differently."""
     folder = make_run(tmp_path / "run", every_third_refused)
     rows: list[dict[str, object]] = []
     for number in range(40):
@@ -230,13 +230,13 @@ def test_export_for_labeling_names_the_kind_of_a_folder_without_answers(tmp_path
 
 
 def test_exported_answers_are_sampled_evenly_and_read_back(tmp_path: Path) -> None:
-    """The sample is even over the splits and the same for a seed, and no cell is a formula. Filled in, it reads back."""
+    """The sample is even over the splits and the same for a seed. No cell is a formula. Filled in, it reads back."""
     folder = make_run(
         tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20
     )
     assert write_sheet(folder, tmp_path / "a.csv", 20, 0) == 20
     write_sheet(folder, tmp_path / "b.csv", 20, 0)
-    with pytest.raises(UserError, match="a.csv"):  # it may contain labels
+    with pytest.raises(UserError, match=r"a\.csv"):  # it may contain labels
         write_sheet(folder, tmp_path / "a.csv", 20, 1)
     write_sheet(folder, tmp_path / "c.csv", 20, 1)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()

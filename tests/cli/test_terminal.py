@@ -1,4 +1,4 @@
-"""Output on a terminal: progress bars, Ctrl-C, narrow and dumb terminals. Output on a pipe: lines, also on a closed one."""
+"""Output on a terminal (progress bars, Ctrl-C, narrow and dumb terminals) and on a pipe."""
 
 from __future__ import annotations
 
