@@ -32,8 +32,8 @@ def batching(repetitions: int) -> dict[str, Any]:
     """Batches of the tiny world's prompts."""
     from vlm_unlearn.config import GenerationConfig, Suite, load
     from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
-    from vlm_unlearn.generation.base import assign_to_processes
-    from vlm_unlearn.generation.hf import answers
+    from vlm_unlearn.generation.base import evenly_spaced
+    from vlm_unlearn.generation.hf import generate_responses
     from vlm_unlearn.models.loader import load_model, load_processor
     from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
     from vlm_unlearn.tiny_world.world import write_world
@@ -44,12 +44,12 @@ def batching(repetitions: int) -> dict[str, Any]:
         world = Path(scratch) / "world"
         write_world(world, 0)
         suite = load(Suite, Path("suites/tiny"), [f"model={base}", f"root={world}"])
-        prompts = assign_to_processes(suite_prompts(suite), PROMPTS)
+        prompts = evenly_spaced(suite_prompts(suite), PROMPTS)
 
         def answered(batch_size: int) -> tuple[float, dict[str, str | None]]:
             config = suite.generation.model_copy(update={"batch_size": batch_size})
             started = time.perf_counter()
-            batches = list(answers(model, processor, prompts, image_roots(suite), config))
+            batches = list(generate_responses(model, processor, prompts, image_roots(suite), config))
             return time.perf_counter() - started, {
                 response.prompt_id: response.text for batch in batches for response in batch
             }
@@ -85,8 +85,8 @@ def k_shot(repetitions: int) -> dict[str, Any]:
     from transformers import LogitsProcessorList
 
     from vlm_unlearn.data.encoding import Turn, encode
-    from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
-    from vlm_unlearn.generation.hf import complete
+    from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
+    from vlm_unlearn.generation.hf import generate_texts
 
     model, processor = build(SIZES["53M"], IMAGE_TOKENS).eval(), word_processor()
     model.generation_config.eos_token_id = None  # every answer has its full length
@@ -105,7 +105,9 @@ def k_shot(repetitions: int) -> dict[str, Any]:
         def together(temperature: float) -> list[str]:
             return [
                 text
-                for text, _ in complete(model, processor, turns, NEW_TOKENS, drawing(range(len(turns)), temperature))
+                for text, _ in generate_texts(
+                    model, processor, turns, NEW_TOKENS, drawing(range(len(turns)), temperature)
+                )
             ]
 
         @torch.no_grad()
@@ -116,7 +118,7 @@ def k_shot(repetitions: int) -> dict[str, Any]:
                     encode(processor, [turn], padding_side="left"),
                     drawing(range(number, number + 1), temperature),
                 )
-                with plain_settings(model):
+                with neutral_generation_config(model):
                     processors = LogitsProcessorList([drawn] if drawn else [])
                     output = model.generate(
                         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, logits_processor=processors

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from vlm_unlearn.config import TrainableConfig
-from vlm_unlearn.models.shapes import KNOWN
+from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.store import package_versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
@@ -125,7 +125,7 @@ def driver() -> str | None:
 
 
 def config_of(shape: str) -> Any:
-    config = KNOWN["llava-hf/llava-1.5-7b-hf"]()
+    config = PUBLISHED_CONFIGS["llava-hf/llava-1.5-7b-hf"]()
     config.image_token_id = IMAGE_TOKEN
     if shape == "tiny":
         parts = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 2}

@@ -234,7 +234,7 @@ NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits"
 
 def _method(name: str, method: type[Method]) -> Iterator[str]:
     built = method(method.options_type())
-    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.needs) or "not needed"
+    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.reference_requirements) or "not needed"
     yield f"## {name}\n\n{_prose_of(method)}\n"
     yield f"- Source: {method.source}\n- Training sets: {', '.join(built.roles)}\n- Reference model: {needs}\n"
     yield _fields(method.options_type)
@@ -246,7 +246,13 @@ def benchmarks() -> str:
     return table(
         heads,
         [
-            [code(name), benchmark.source, benchmark.second, benchmark.images, _prose_of(type(benchmark))]
+            [
+                code(name),
+                benchmark.annotation_file,
+                benchmark.question_file,
+                benchmark.image_folder,
+                _prose_of(type(benchmark)),
+            ]
             for name, benchmark in BENCHMARKS.items()
         ],
     )
@@ -259,7 +265,7 @@ def rubrics() -> str:
         rubric = load_rubric(name)
         file = (ROOT / "src" / "vlm_unlearn" / "judging" / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
         sections += [
-            f"## {name}\n\nVersion {rubric.head.version}, {rubric.head.source}\n",
+            f"## {name}\n\nVersion {rubric.header.version}, {rubric.header.source}\n",
             _folded("Text of the rubric", file, "text"),
         ]
     return "\n".join(sections)

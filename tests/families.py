@@ -1,4 +1,4 @@
-"""A tiny random model of every family that the package knows, with its processor, as a folder that the package loads."""
+"""A tiny random model with its processor for every supported model family, saved as a model folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-WIDTH = 32  # of every part
+WIDTH = 32  # hidden size of language model and vision tower
 TEXT = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
@@ -44,29 +45,40 @@ MISTRAL = (
 )
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 UTTERANCES = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
 
 def build(family: str, folder: Path, tied: bool = False) -> None:
-    """Writes a random model of the family and its processor into `folder`; `tied` ties the output to the input embeddings."""
+    """Writes a random model of the family and its processor into `folder`.
+
+    Args:
+        family: A key of `FAMILIES`.
+        folder: The model folder to write.
+        tied: Whether to tie the output embeddings to the input embeddings.
+    """
     torch.manual_seed(0)
     model, processor = FAMILIES[family](tied)
     tokenizer = processor.tokenizer
@@ -75,15 +87,37 @@ def build(family: str, folder: Path, tied: bool = False) -> None:
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     with torch.no_grad():
         for parameter in model.parameters():
-            # Fresh weights say nearly the same to every input, and mllama's gates are shut: a wrong mask or image would not show.
+            # Freshly initialized models give nearly the same output for every input, and mllama's gates are closed.
+            # A wrong mask or image would not change the output.
             parameter.normal_(std=0.4) if parameter.numel() > 1 else parameter.fill_(1.0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def _tokenizer(end: str, named: Mapping[str, str], others: tuple[str, ...] = (), begin: str | None = None) -> Any:
-    """A byte-level tokenizer with a family's special tokens, the padding token first and `named` ones as its attributes."""
-    special = ["<|pad|>", *([begin] if begin else []), end, *dict.fromkeys([*named.values(), *others])]
+_FOLDERS: dict[str, Path] = {}
+
+
+def shared_folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a model folder of the family that all tests of the session share. Tests must not change its files."""
+    if family not in _FOLDERS:
+        folder = tmp_path_factory.mktemp(family)
+        build(family, folder)
+        _FOLDERS[family] = folder
+    return _FOLDERS[family]
+
+
+def _tokenizer(
+    end: str, named_tokens: Mapping[str, str], special_tokens: tuple[str, ...] = (), begin: str | None = None
+) -> Any:
+    """Returns a byte-level tokenizer with a family's special tokens.
+
+    Args:
+        end: The end-of-sequence token.
+        named_tokens: Special tokens that are attributes of the tokenizer, by the name of the attribute.
+        special_tokens: Further special tokens.
+        begin: The beginning-of-sequence token, if the family has one.
+    """
+    special = ["<|pad|>", *([begin] if begin else []), end, *dict.fromkeys([*named_tokens.values(), *special_tokens])]
     backend = Tokenizer(
         BPE({word: i for i, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, [])
     )
@@ -92,17 +126,23 @@ def _tokenizer(end: str, named: Mapping[str, str], others: tuple[str, ...] = (),
     if begin:
         backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
     tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=begin, eos_token=end, pad_token="<|pad|>", extra_special_tokens=dict(named)
+        tokenizer_object=backend,
+        bos_token=begin,
+        eos_token=end,
+        pad_token="<|pad|>",
+        extra_special_tokens=dict(named_tokens),
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(others)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(special_tokens)}, replace_extra_special_tokens=False
+    )
     return tokenizer
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """A processor with a part for videos, which can't be made without torchvision: its files, as a folder of the hub has them."""
+    """The files of a processor with a video processor, which cannot be built without torchvision."""
 
-    kind: str
+    processor_class: str
     image_processor: Any
     tokenizer: Any
     video_processor: str
@@ -113,7 +153,9 @@ class HubFolder:
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         (folder / "chat_template.jinja").write_text(self.chat_template)
-        (folder / "processor_config.json").write_text(json.dumps({**self.settings, "processor_class": self.kind}))
+        (folder / "processor_config.json").write_text(
+            json.dumps({**self.settings, "processor_class": self.processor_class})
+        )
         videos = {
             "video_processor_type": self.video_processor,
             "num_frames": 8,

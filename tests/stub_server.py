@@ -1,4 +1,4 @@
-"""A chat-completions server for tests: answers by a function, and misbehaves on demand."""
+"""A chat completions server for tests. A function answers its requests, and faults can be injected."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ from typing import Any
 
 
 class Stub:
-    """What the server was asked, and how it answers."""
+    """The state of a stub server: its answers, injected faults, and the requests it has received.
+
+    Attributes:
+        answer: Returns the answer to a question.
+        faults: Returns the fault of a call by its number, counted from 1: a status such as "429", "cut" (closes the
+            connection), "garbage" (truncated JSON), "empty" (no choices), or "" for none.
+        calls: The number of calls.
+        bodies: The request bodies.
+        keys: Authorization headers and their counts.
+        at_once: The number of pending calls.
+        most_at_once: The maximum of `at_once`.
+        finish_reason, usage: Part of each response.
+    """
 
     def __init__(self, answer: Callable[[str], str]) -> None:
         self.answer = answer
-        self.faults: Callable[[int], str] = lambda call: (
-            ""
-        )  # number of the call -> "", "429", "500", "cut", "garbage", "empty", "401"
+        self.faults: Callable[[int], str] = lambda call: ""
         self.calls = 0
         self.bodies: list[dict[str, Any]] = []
         self.keys: Counter[str] = Counter()
@@ -42,7 +52,7 @@ class Stub:
 
 
 def send_json(handler: BaseHTTPRequestHandler, status: int, raw: bytes, retry_after: str) -> None:
-    """Answers a request; a 429 says when to come again."""
+    """Sends a JSON response. Status 429 gets a Retry-After header."""
     handler.send_response(status)
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", str(len(raw)))
@@ -54,7 +64,7 @@ def send_json(handler: BaseHTTPRequestHandler, status: int, raw: bytes, retry_af
 
 @contextmanager
 def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
-    """Serves until the block ends."""
+    """Runs the server until the block ends."""
     stub = Stub(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -95,7 +105,7 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
             choices = (
                 [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": stub.finish_reason}]
             )
-            whole = {
+            completion = {
                 "id": "x",
                 "object": "chat.completion",
                 "created": 0,
@@ -103,14 +113,14 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
                 "choices": choices,
                 "usage": stub.usage,
             }
-            self._send(200, json.dumps(whole))
+            self._send(200, json.dumps(completion))
 
         def _send(self, status: int, text: str) -> None:
             send_json(self, status, text.encode(), retry_after="0")
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that are killed
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # tests kill clients
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -1,4 +1,4 @@
-"""The script that measures on a GPU runs here too, with a tiny model on the CPU."""
+"""The GPU benchmark script, run with a tiny model on the CPU."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("gpu")
 
 
-def measured(gpu: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+def run_script(gpu: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
     monkeypatch.setattr(
         sys, "argv", ["gpu.py", "--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", str(out), *options]
     )
     gpu.main()
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
 
 
-def test_both_sides_take_the_same_steps(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_gpu_script_both_sides_have_equal_losses(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CASES", [("lora", "npo", 4), ("lora", "rmu", 4), ("full", "gd+pd", 4)])
-    found = measured(gpu, tmp_path / "gpu.json", monkeypatch)
-    assert [(row["training"], row["method"], row["questions_per_image"]) for row in found["rows"]] == gpu.CASES
-    assert found["left_out"] == []
-    assert found["machine"]["device"] == "cpu"
-    for row in found["rows"]:
+    results = run_script(gpu, tmp_path / "gpu.json", monkeypatch)
+    assert [(row["training"], row["method"], row["questions_per_image"]) for row in results["rows"]] == gpu.CASES
+    assert results["left_out"] == []
+    assert results["machine"]["device"] == "cpu"
+    for row in results["rows"]:
         assert row["max_loss_difference"] < 0.02  # of about 6, in bf16
         assert row["work_ratio"] > 1.2
-        assert row["ours"]["utilisation"] is None  # nobody knows this device's peak
+        assert row["ours"]["utilisation"] is None  # the peak of this device is unknown
         assert row["ours"]["tokens_per_second"] > 0
 
 
-def test_out_of_time_or_memory_is_said(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_script_lists_cases_out_of_time_or_memory(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def measure(machine: Any, side: str, training: str, method: str, questions: int) -> Any:
         if training == "full" or method == "kl":
             raise gpu.OutOfTimeError
@@ -51,11 +55,11 @@ def test_out_of_time_or_memory_is_said(gpu: Any, tmp_path: Path, monkeypatch: py
         return gpu.Measured([100.0], [1.0], 2.0, None)
 
     monkeypatch.setattr(gpu, "measure", measure)
-    found = measured(gpu, tmp_path / "gpu.json", monkeypatch)
-    assert [row["out_of_memory"] for row in found["rows"]] == [["published"]] * 4
-    assert "speedup" not in found["rows"][0]
-    assert {case["method"] for case in found["left_out"]} == {"kl", "npo", "gd+pd"}
-    late = measured(gpu, tmp_path / "late.json", monkeypatch, "--seconds", "-1")
+    results = run_script(gpu, tmp_path / "gpu.json", monkeypatch)
+    assert [row["out_of_memory"] for row in results["rows"]] == [["published"]] * 4
+    assert "speedup" not in results["rows"][0]
+    assert {case["method"] for case in results["left_out"]} == {"kl", "npo", "gd+pd"}
+    late = run_script(gpu, tmp_path / "late.json", monkeypatch, "--seconds", "-1")
     assert len(late["left_out"]) == len(gpu.CASES)
 
 
@@ -63,6 +67,8 @@ def test_out_of_time_or_memory_is_said(gpu: Any, tmp_path: Path, monkeypatch: py
     ("name", "peak"),
     [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200 NVL", None), ("NVIDIA L4", None)],
 )
-def test_peaks_are_of_known_devices(gpu: Any, name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_is_known_for_listed_devices_only(
+    gpu: Any, name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
     assert gpu.Machine(torch.device("cuda"), "7b", 6, 0.0).peak() == peak

@@ -1,4 +1,4 @@
-"""Questions as a model sees them, images inside their root, broken files named."""
+"""Questions of the benchmarks as a model gets them, image paths, and errors for broken official files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from benchmark_files import LETTER, SHORT, WRITERS, encoded, mmbench_rows, put_json, put_tsv
+from helpers import raises_code
 from vlm_unlearn.benchmarks import (
     BENCHMARKS,
+    AnswersNotPublicError,
     Prediction,
     benchmark_image_root,
     benchmark_prompts,
-    find,
+    get_benchmark,
     load_truths,
     score_predictions,
 )
@@ -34,11 +36,11 @@ def config(name: str, root: Path, **changes: Any) -> BenchmarkConfig:
     return Suite.model_validate({"model": "m", "root": root, "benchmarks": [fields]}).benchmarks[0]
 
 
-def asked(name: str, root: Path, **changes: Any) -> list[Prompt]:
+def read_prompts(name: str, root: Path, **changes: Any) -> list[Prompt]:
     return benchmark_prompts(config(name, root, **changes))
 
 
-def test_every_benchmark_is_tried_here() -> None:
+def test_every_benchmark_has_test_files() -> None:
     assert WRITERS.keys() == BENCHMARKS.keys()
 
 
@@ -55,55 +57,55 @@ def test_every_benchmark_is_tried_here() -> None:
         ("mmvet", "v1_0", "What is x?", "v1_0.png", "v1_0.png", "-1 <AND> -5"),
     ],
 )
-def test_a_question_as_the_model_sees_it(
+def test_benchmark_prompts_question_has_image_group_and_reference(
     name: str, id: str, question: str, image: str | None, group: str, reference: str, tmp_path: Path
 ) -> None:
-    prompts = {prompt.id: prompt for prompt in asked(name, tmp_path)}
-    found = prompts[f"{name}/{id}"]
-    assert (found.question, found.image, found.group_id, found.reference) == (question, image, group, reference)
-    assert (found.set, found.kind, found.rewrite) == (name, "safe", 0)
+    prompts = {prompt.id: prompt for prompt in read_prompts(name, tmp_path)}
+    prompt = prompts[f"{name}/{id}"]
+    assert (prompt.question, prompt.image, prompt.group_id, prompt.reference) == (question, image, group, reference)
+    assert (prompt.set, prompt.kind, prompt.rewrite) == (name, "safe", 0)
 
 
-def test_mmbench_asks_every_rotation_about_the_image_it_names(tmp_path: Path) -> None:
-    wanted = config("mmbench", tmp_path)
-    rotated, first, second = benchmark_prompts(wanted)
+def test_mmbench_prompts_have_every_rotation_with_its_image(tmp_path: Path) -> None:
+    benchmark_config = config("mmbench", tmp_path)
+    rotated, first, second = benchmark_prompts(benchmark_config)
     assert rotated.question == f"Which?\nA. y\nB. x{LETTER}"
     assert second.question == f"See.\nAnd?\nA. p\nB. q\nC. r{LETTER}"
     assert [prompt.id for prompt in (rotated, first, second)] == ["mmbench/1000005", "mmbench/5", "mmbench/6"]
     assert (rotated.group_id, first.group_id, rotated.reference, first.reference) == ("5", "5", "B", "A")
     assert rotated.image == first.image != second.image
-    root = benchmark_image_root(wanted)
-    seen = [open_image(resolve_image(root, prompt.image or "", "here")).getpixel((0, 0)) for prompt in (first, second)]
-    assert seen == [(5, 90, 40), (6, 90, 40)]
+    root = benchmark_image_root(benchmark_config)
+    colors = [open_image(resolve_image(root, prompt.image or "")).getpixel((0, 0)) for prompt in (first, second)]
+    assert colors == [(5, 90, 40), (6, 90, 40)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_is_asked_is_what_is_scored(name: str, tmp_path: Path) -> None:
-    wanted = config(name, tmp_path)
-    truths = load_truths(find(name), wanted.annotations, wanted.questions)
-    assert [f"{name}/{id}" for id in truths] == [prompt.id for prompt in benchmark_prompts(wanted)]
+def test_benchmark_prompts_and_load_truths_have_the_same_ids(name: str, tmp_path: Path) -> None:
+    benchmark_config = config(name, tmp_path)
+    truths = load_truths(get_benchmark(name), benchmark_config.annotations, benchmark_config.questions)
+    assert [f"{name}/{id}" for id in truths] == [prompt.id for prompt in benchmark_prompts(benchmark_config)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_suite_asks_them_with_their_images(name: str, tmp_path: Path) -> None:
+def test_suite_prompts_of_a_benchmark_have_existing_images(name: str, tmp_path: Path) -> None:
     suite = Suite.model_validate(
         {"model": "m", "root": tmp_path, "benchmarks": [{"name": name, **WRITERS[name](tmp_path)}]}
     )
     prompts, roots = suite_prompts(suite), image_roots(suite)
     assert {prompt.set for prompt in prompts} == {name} == roots.keys()
-    assert len(prompts_digest(prompts, roots)) == 64  # it reads every image
+    assert len(prompts_digest(prompts, roots)) == 64  # the digest reads every image
 
 
-def test_the_words_in_the_image_are_told_where_there_is_a_file_of_them(tmp_path: Path) -> None:
-    first, second = asked("textvqa", tmp_path, questions="textvqa/ocr.json")
+def test_textvqa_with_ocr_file_adds_the_words_in_the_image(tmp_path: Path) -> None:
+    first, second = read_prompts("textvqa", tmp_path, questions="textvqa/ocr.json")
     assert first.question == f"What does 0 say?\nReference OCR token: STOP, here{SHORT}"
     assert second.question == f"What does 1 say?{SHORT}"
 
 
-def test_a_limit_is_of_questions_with_all_rotations_and_of_each_file(tmp_path: Path) -> None:
-    assert [prompt.id for prompt in asked("gqa", tmp_path, limit=2)] == ["gqa/200", "gqa/201"]
-    assert [prompt.id for prompt in asked("mmbench", tmp_path, limit=1)] == ["mmbench/1000005", "mmbench/5"]
-    assert [prompt.id for prompt in asked("pope", tmp_path, limit=1)] == [
+def test_limit_counts_questions_with_all_rotations_and_each_file(tmp_path: Path) -> None:
+    assert [prompt.id for prompt in read_prompts("gqa", tmp_path, limit=2)] == ["gqa/200", "gqa/201"]
+    assert [prompt.id for prompt in read_prompts("mmbench", tmp_path, limit=1)] == ["mmbench/1000005", "mmbench/5"]
+    assert [prompt.id for prompt in read_prompts("pope", tmp_path, limit=1)] == [
         "pope/coco_pope_random/1",
         "pope/coco_pope_popular/1",
     ]
@@ -113,13 +115,13 @@ def test_a_limit_is_of_questions_with_all_rotations_and_of_each_file(tmp_path: P
     ("split", "image"),
     [("test-dev2015", "COCO_test2015_000000000007.jpg"), ("val2014", "COCO_val2014_000000000007.jpg")],
 )
-def test_a_test_split_is_asked_without_answers(split: str, image: str, tmp_path: Path) -> None:
+def test_vqav2_test_split_has_prompts_but_no_truths(split: str, image: str, tmp_path: Path) -> None:
     value = {"data_subtype": split, "questions": [{"question_id": 1, "image_id": 7, "question": "What?"}]}
     file = put_json(tmp_path / "q.json", value)
     prompt = benchmark_prompts(BenchmarkConfig(name="vqav2", annotations=[file]))[0]
     assert (prompt.image, prompt.reference) == (image, None)
-    with pytest.raises(UserError, match="has no answers; they are not public"):
-        load_truths(find("vqav2"), [file], None)
+    with raises_code("answers-not-public", AnswersNotPublicError, file=file):
+        load_truths(get_benchmark("vqav2"), [file], None)
 
 
 @pytest.mark.parametrize(
@@ -138,140 +140,133 @@ def test_a_test_split_is_asked_without_answers(split: str, image: str, tmp_path:
         ("vqav2", {"data_subtype": "a/../../../b", "questions": [{"question_id": 1, "image_id": 1, "question": "?"}]}),
     ],
 )
-def test_images_stay_inside_their_root(name: str, value: object, tmp_path: Path) -> None:
+def test_image_outside_the_image_root_is_an_error(name: str, value: object, tmp_path: Path) -> None:
     file = put_json(tmp_path / "in" / "a.json", value)
     benchmark = {"name": name, "annotations": file, "images": tmp_path / "in"}
     suite = Suite.model_validate({"model": "m", "benchmarks": [benchmark]})
-    with pytest.raises(UserError, match="leaves the image folder"):
+    with raises_code("image-outside-root"):
         prompts_digest(suite_prompts(suite), image_roots(suite))
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "code", "record", "field"),
     [
-        ("gqa", {"1": {"question": "?"}}, r'question "1": field "imageId" is missing'),
-        ("gqa", {"1": {"imageId": "a", "question": " "}}, r'question "1": "question" must be non-empty text'),
-        ("gqa", {"1": 5}, r'question "1" is not an object'),
-        (
-            "vqav2",
-            {"annotations": [{"question_id": 1, "answers": ["a"]}]},
-            "has answers but no questions; pass --questions",
-        ),
-        ("vqav2", {"questions": [{"question_id": 1, "image_id": 2}]}, 'entry 0 has no "question"'),
-        ("textvqa", {"data": [{"question_id": 1, "image_id": "a"}]}, 'entry 0 has no "question"'),
-        ("textvqa", [], r'expected \{"data"'),
-        ("vizwiz", [{"image": 5, "question": "?"}], 'question "5": "image" must be non-empty text'),
-        ("vizwiz", [{"image": "a", "question": "?", "answers": [1]}], '"answers" must be a list of texts'),
-        (
-            "scienceqa",
-            {"1": {"question": "?", "choices": ["a", "b"], "answer": 2}},
-            'problem "1": must have up to 5 "choices"',
-        ),
-        (
-            "scienceqa",
-            {"1": {"question": "?", "choices": ["a", 4], "answer": 0}},
-            'problem "1": "choices" must be non-empty text',
-        ),
-        ("pope", {"question_id": 1, "label": "yes", "text": "?"}, r'question "1": field "image" is missing'),
-        (
-            "mmvet",
-            {"v1_0": {"imagename": "a", "question": "?", "capability": []}},
-            'question "v1_0": field "answer" is missing',
-        ),
-        (
-            "mmvet",
-            {"v1_0": {"imagename": "a", "question": "?", "answer": "a"}},
-            'question "v1_0": "capability" must be a list',
-        ),
-        ("mmvet", [], "expected an object"),
+        ("gqa", {"1": {"question": "?"}}, "missing-field", '"1"', "imageId"),
+        ("gqa", {"1": {"imageId": "a", "question": " "}}, "empty-field", '"1"', "question"),
+        ("gqa", {"1": 5}, "invalid-field", '"1"', None),
+        ("vqav2", {"annotations": [{"question_id": 1, "answers": ["a"]}]}, "missing-setting", None, None),
+        ("vqav2", {"questions": [{"question_id": 1, "image_id": 2}]}, "missing-field", 1, "question"),
+        ("textvqa", {"data": [{"question_id": 1, "image_id": "a"}]}, "missing-field", 1, "question"),
+        ("textvqa", [], "invalid-field", None, None),
+        ("vizwiz", [{"image": 5, "question": "?"}], "invalid-field", '"5"', "image"),
+        ("vizwiz", [{"image": "a", "question": "?", "answers": [1]}], "invalid-field", '"a"', "answers"),
+        ("scienceqa", {"1": {"question": "?", "choices": ["a", "b"], "answer": 2}}, "invalid-field", '"1"', "answer"),
+        ("scienceqa", {"1": {"question": "?", "choices": ["a"] * 6, "answer": 2}}, "invalid-field", '"1"', "choices"),
+        ("scienceqa", {"1": {"question": "?", "choices": ["a", 4], "answer": 0}}, "invalid-field", '"1"', "choices"),
+        ("pope", {"question_id": 1, "label": "yes", "text": "?"}, "missing-field", '"1"', "image"),
+        ("mmvet", {"v1_0": {"imagename": "a", "question": "?", "capability": []}}, "missing-field", '"v1_0"', "answer"),
+        ("mmvet", {"v1_0": {"imagename": "a", "question": "?"}}, "invalid-field", '"v1_0"', "capability"),
+        ("mmvet", [], "invalid-field", None, None),
     ],
 )
-def test_broken_records_are_named(name: str, value: object, message: str, tmp_path: Path) -> None:
+def test_benchmark_prompts_broken_record_is_an_error(
+    name: str, value: object, code: str, record: str | int | None, field: str | None, tmp_path: Path
+) -> None:
     file = put_json(tmp_path / "a.json", value)
-    with pytest.raises(UserError, match=message):
+    with raises_code(code, file=file, record=record, field=field):
         benchmark_prompts(BenchmarkConfig(name=name, annotations=[file]))
 
 
-def test_questions_of_another_split_are_noticed(tmp_path: Path) -> None:
-    wanted = config("vqav2", tmp_path)
+def test_vqav2_files_of_two_splits_are_an_error(tmp_path: Path) -> None:
+    benchmark_config = config("vqav2", tmp_path)
     put_json(
         tmp_path / "vqav2" / "questions.json", {"questions": [{"question_id": 0, "image_id": 40, "question": "how ?"}]}
     )
-    with pytest.raises(UserError, match=r'question "1" of .* is not there; the two must be of one split'):
-        benchmark_prompts(wanted)
+    with raises_code("run-mismatch", file=tmp_path / "vqav2" / "questions.json") as caught:
+        benchmark_prompts(benchmark_config)
+    assert '"1"' in str(caught.value)
 
 
-def test_several_files_are_for_pope_and_have_different_names(tmp_path: Path) -> None:
-    one = config("gqa", tmp_path)
-    with pytest.raises(UserError, match="gqa: takes one annotation file, 2 were given"):
-        benchmark_prompts(one.model_copy(update={"annotations": one.annotations * 2}))
-    several = config("pope", tmp_path)
-    with pytest.raises(UserError, match="two annotation files have the same name"):
-        benchmark_prompts(several.model_copy(update={"annotations": [several.annotations[0]] * 2}))
+def test_several_annotation_files_need_pope_and_different_names(tmp_path: Path) -> None:
+    gqa = config("gqa", tmp_path)
+    with raises_code("conflicting-settings", field="annotations"):
+        benchmark_prompts(gqa.model_copy(update={"annotations": gqa.annotations * 2}))
+    pope = config("pope", tmp_path)
+    with raises_code("duplicate-key", field="annotations"):
+        benchmark_prompts(pope.model_copy(update={"annotations": [pope.annotations[0]] * 2}))
 
 
-def test_the_same_question_twice_is_an_error(tmp_path: Path) -> None:
-    listed = [{"image": "a.jpg", "question": "?"}] * 2
-    with pytest.raises(UserError, match=r'two questions have the id "a\.jpg"'):
-        benchmark_prompts(BenchmarkConfig(name="vizwiz", annotations=[put_json(tmp_path / "a.json", listed)]))
-    (tmp_path / "p.json").write_text(json.dumps({"question_id": 1, "image": "a", "text": "?", "label": "no"}) + "\n")
-    (tmp_path / "p.json").write_text((tmp_path / "p.json").read_text() * 2)
-    with pytest.raises(UserError, match='line 2: question "1" is there twice'):
-        benchmark_prompts(BenchmarkConfig(name="pope", annotations=[tmp_path / "p.json"]))
+def test_benchmark_prompts_duplicate_question_is_an_error(tmp_path: Path) -> None:
+    vizwiz = put_json(tmp_path / "a.json", [{"image": "a.jpg", "question": "?"}] * 2)
+    with raises_code("duplicate-id", file=vizwiz) as caught:
+        benchmark_prompts(BenchmarkConfig(name="vizwiz", annotations=[vizwiz]))
+    assert '"a.jpg"' in str(caught.value)
+    pope = tmp_path / "p.json"
+    pope.write_text((json.dumps({"question_id": 1, "image": "a", "text": "?", "label": "no"}) + "\n") * 2)
+    with raises_code("duplicate-id", file=pope, record=2) as caught:
+        benchmark_prompts(BenchmarkConfig(name="pope", annotations=[pope]))
+    assert '"1"' in str(caught.value)
 
 
 def hostile(tmp_path: Path, **changes: Any) -> BenchmarkConfig:
-    """MMBench's file with its second row changed."""
+    """Returns a config with MMBench's test file, the second row changed."""
     rows = mmbench_rows()
     rows[1] |= changes
     return BenchmarkConfig(name="mmbench", annotations=[put_tsv(tmp_path / "hostile.tsv", rows)])
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "record", "field"),
     [
-        ({"image": "A" * 400}, r"row 2 \(index 5\): the image is not an image of a known format"),
-        ({"image": encoded()[:100]}, r"row 2 \(index 5\): the image is (a broken image|not an image)"),
-        ({"image": "?" * 400}, r"row 2 \(index 5\): the image is not base64"),
-        ({"image": ""}, r'row 2 \(index 5\) must have "question", options from "A" on, and "image"'),
-        ({"image": "../../secret.png"}, r"the image of index \d+ is neither base64 nor the index of a row with one"),
-        ({"image": "1000005"}, r"neither base64 nor the index of a row with one"),
-        ({"index": "../5"}, r'row 2: "index" must be a whole number, found "../5"'),
-        ({"index": "²"}, r'row 2: "index" must be a whole number'),
-        ({"index": "5" * 5000}, r'row 2: "index" must be a whole number'),
-        ({"index": "6"}, r"row 3: the index 6 is there twice"),
-        ({"question": ""}, r'row 2 \(index 5\) must have "question"'),
-        ({"question": "a\0b"}, r"row 2"),
+        ({"image": "A" * 400}, "invalid-image", "2 (index 5)", "image"),
+        ({"image": encoded()[:100]}, "invalid-image", "2 (index 5)", "image"),
+        ({"image": "?" * 400}, "invalid-image", "2 (index 5)", "image"),
+        ({"image": ""}, "empty-field", "2 (index 5)", "image"),
+        ({"image": "../../secret.png"}, "image-not-found", None, "image"),
+        ({"image": "1000005"}, "image-not-found", None, "image"),
+        ({"index": "../5"}, "invalid-field", 2, "index"),
+        ({"index": "²"}, "invalid-field", 2, "index"),
+        ({"index": "5" * 5000}, "invalid-field", 2, "index"),
+        ({"index": "6"}, "duplicate-id", "3 (index 6)", "index"),
+        ({"question": ""}, "empty-field", "2 (index 5)", "question"),
+        ({"A": "", "B": ""}, "empty-field", "2 (index 5)", "A"),
+        ({"question": "a\0b"}, "invalid-encoding", "2 (index 5)", "question"),
     ],
 )
-def test_hostile_mmbench_rows_are_named(changes: dict[str, str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        benchmark_prompts(hostile(tmp_path, **changes))
+def test_mmbench_hostile_row_is_an_error(
+    changes: dict[str, str], code: str, record: str | int | None, field: str, tmp_path: Path
+) -> None:
+    benchmark_config = hostile(tmp_path, **changes)
+    with raises_code(code, file=benchmark_config.annotations[0], record=record, field=field):
+        benchmark_prompts(benchmark_config)
 
 
-def test_an_image_too_large_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mmbench_image_too_large_is_an_error_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(mmbench_module, "LONGEST_IMAGE", 5000)
-    with pytest.raises(UserError, match=r"row 2: is not tab-separated text \(field larger than field limit"):
+    monkeypatch.setattr(mmbench_module, "MAX_IMAGE_CHARS", 5000)
+    with raises_code("invalid-table", record=2):
         benchmark_prompts(hostile(tmp_path, image="A" * 6000))
     monkeypatch.undo()
     monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("vlm_unlearn.data.images.MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match=r"row 2 \(index 5\): the image has 32 x 32 pixels, more than 1000"):
+    with raises_code("image-too-large", record="2 (index 5)", field="image") as caught:
         benchmark_prompts(hostile(tmp_path))
+    assert "32 x 32" in str(caught.value)
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
-def test_mmbench_images_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mmbench_images_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
-    first = asked("mmbench", tmp_path)[1]
-    kept = tmp_path / "cache" / "mmbench" / (first.image or "")
-    kept.touch()
-    written = kept.stat().st_mtime_ns
-    assert asked("mmbench", tmp_path)[1] == first
-    assert kept.stat().st_mtime_ns == written  # not unpacked again
+    first = read_prompts("mmbench", tmp_path)[1]
+    cached = tmp_path / "cache" / "mmbench" / (first.image or "")
+    cached.touch()
+    modified = cached.stat().st_mtime_ns
+    assert read_prompts("mmbench", tmp_path)[1] == first
+    assert cached.stat().st_mtime_ns == modified  # not unpacked again
     other = benchmark_prompts(hostile(tmp_path, image=encoded(77)))[1]
-    assert other.image != first.image  # the same index, another picture
+    assert other.image != first.image  # the same index, another image
 
 
 def test_mmbench_test_files_have_no_answers(tmp_path: Path) -> None:
@@ -280,45 +275,43 @@ def test_mmbench_test_files_have_no_answers(tmp_path: Path) -> None:
     assert [prompt.reference for prompt in benchmark_prompts(BenchmarkConfig(name="mmbench", annotations=[file]))] == [
         None
     ] * 3
-    with pytest.raises(UserError, match="has no answers"):
-        load_truths(find("mmbench"), [file], None)
+    with raises_code("answers-not-public", AnswersNotPublicError, file=file):
+        load_truths(get_benchmark("mmbench"), [file], None)
 
 
-def spoiled(value: Any, generator: random.Random) -> Any:
-    """The value with one place in it, at any depth, gone or replaced by something that should not be there."""
-    junk = (None, True, -1, 1.5, "", "\ud800", "\0", "../a", [], ["a"], {}, {"a": 1}, 10**30, "²")
+def mutate(value: Any, generator: random.Random) -> Any:
+    """Returns the value with one part of it, at any depth, removed or replaced by something invalid."""
+    invalid_values = (None, True, -1, 1.5, "", "\ud800", "\0", "../a", [], ["a"], {}, {"a": 1}, 10**30, "²")
     if not isinstance(value, dict | list) or not value or generator.random() < 0.1:
-        return generator.choice(junk)
-    place = generator.choice(list(value)) if isinstance(value, dict) else generator.randrange(len(value))
+        return generator.choice(invalid_values)
+    key = generator.choice(list(value)) if isinstance(value, dict) else generator.randrange(len(value))
     if isinstance(value, dict) and generator.random() < 0.2:
-        return {key: kept for key, kept in value.items() if key != place}
-    changed = spoiled(value[place], generator)
-    return {**value, place: changed} if isinstance(value, dict) else [*value[:place], changed, *value[place + 1 :]]
+        return {name: item for name, item in value.items() if name != key}
+    mutated = mutate(value[key], generator)
+    return {**value, key: mutated} if isinstance(value, dict) else [*value[:key], mutated, *value[key + 1 :]]
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "mmbench"])
-def test_spoiled_files_are_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def test_mutated_file_is_read_or_gives_a_one_line_error(name: str, tmp_path: Path) -> None:
     generator = random.Random(name)
-    refused = []
+    benchmark, benchmark_config = get_benchmark(name), config(name, tmp_path)
+    texts = {file: file.read_text() for file in (*benchmark_config.annotations, benchmark_config.questions) if file}
+    errors = []
     for _ in range(120):
-        wanted = config(name, tmp_path)
-        file = generator.choice([*wanted.annotations, *([wanted.questions] if wanted.questions else [])])
-        value = [json.loads(line) for line in file.read_text().splitlines()]
-        changed = spoiled(value if name == "pope" else value[0], generator)
-        lines = changed if name == "pope" and isinstance(changed, list) else [changed]
+        file = generator.choice(list(texts))
+        value = [json.loads(line) for line in texts[file].splitlines()]
+        mutated = mutate(value if name == "pope" else value[0], generator)
+        lines = mutated if name == "pope" and isinstance(mutated, list) else [mutated]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         try:
-            prompts = benchmark_prompts(wanted)
-            truths = load_truths(find(name), wanted.annotations, wanted.questions)
-            score_predictions(
-                find(name),
-                truths,
-                {id: Prediction(question_id=id, text="A", score=0.5) for id in truths},
-                official=False,
-            )
+            prompts = benchmark_prompts(benchmark_config)
+            truths = load_truths(benchmark, benchmark_config.annotations, benchmark_config.questions)
+            predictions = {id: Prediction(question_id=id, text="A", score=0.5) for id in truths}
+            score_predictions(benchmark, truths, predictions, official=False)
         except UserError as error:
-            refused.append(str(error))
+            errors.append(error)
         else:
             assert all(prompt.question.encode() for prompt in prompts)
-    assert 10 < len(refused) < 120
-    assert all(message.isprintable() for message in refused)
+        file.write_text(texts[file])
+    assert 10 < len(errors) < 120
+    assert all(str(error).isprintable() and error.code for error in errors)

@@ -1,4 +1,4 @@
-"""The figures of speed that the docs give are those that were measured."""
+"""The speed figures in the docs equal the measured ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("speed")
 
 
-def test_docs_give_the_figures_of_the_file(speed: Any) -> None:
+def test_docs_have_the_figures_of_the_results_file(speed: Any) -> None:
     rows = json.loads(speed.RESULTS.read_text())["rows"]
     assert speed.table(rows) in (ROOT / "docs" / "performance.md").read_text(), (
         "paste what `python benchmarks/speed.py --table` prints"
@@ -28,8 +28,8 @@ def test_docs_give_the_figures_of_the_file(speed: Any) -> None:
         assert f"{row['speedup']:.1f} (`{row['method']}`)" in readme
 
 
-def test_every_case_is_in_the_file(speed: Any) -> None:
-    """A part of the benchmark goes to a file of its own."""
+def test_results_file_has_every_case(speed: Any) -> None:
+    """A run of some cases only writes to another file, so this file always has all cases."""
     measured = json.loads(speed.RESULTS.read_text())["rows"]
     cases = [speed.asdict(case) for case in speed.cases()]
     assert [{name: row[name] for name in cases[0]} for row in measured] == cases

@@ -50,17 +50,16 @@ def test_compare_runs_with_equal_names_are_named_by_path(runs: list[Path], tmp_p
 
 
 def test_compare_invalid_requests_write_nothing(runs: list[Path], tmp_path: Path) -> None:
-    for arguments, location in (
-        ([runs[0], runs[0]], runs[0]),
-        ([*runs, "--out", runs[1]], runs[1]),
-        ([runs[0], tmp_path], tmp_path),
+    for arguments, code, location in (
+        ([runs[0], runs[0]], "duplicate-id", runs[0]),
+        ([*runs, "--out", runs[1]], "output-exists", runs[1]),
+        ([runs[0], tmp_path], "run-not-found", tmp_path),
     ):
         done = run("compare", *arguments)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith(f"vlm-unlearn: {location}: ")
-        assert done.stdout == ""
-    assert error_code(run("compare", runs[0], runs[0])) == "duplicate-id"
+        assert (error_code(done), done.stdout) == (code, "")
 
 
 def test_compare_reports_metrics_that_it_skips(runs: list[Path], tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def test_missing_columns_answers_and_folders_are_reported(vlguard: Path, tmp_pat
     assert "--harmful-answers" in done.stderr
     done = run("data", "check", tmp_path / "v", "--images", tmp_path / "gone")
     assert done.returncode == 2
+    assert error_code(done) == "not-a-folder"
     assert str(tmp_path / "gone") in done.stderr
     done = run("data", "check", tmp_path / "v", "--against", tmp_path / "v" / "retain.jsonl", "--no-images")
     assert done.returncode == 1, "the training set contains the test set"
@@ -208,7 +209,7 @@ def test_broken_records_are_listed_on_standard_error(vlguard: Path, tmp_path: Pa
     assert done.returncode == 0
     assert json.loads(done.stdout)["broken"] == 1
     assert "skipped: " in done.stderr
-    assert "in.json" in done.stderr
+    assert "in.json, record 2 (line 1" in done.stderr
     done = run("data", "convert", tmp_path / "in.json", tmp_path / "strict.json", "--strict")
     assert done.returncode == 2
     assert not (tmp_path / "strict.json").exists()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from finished_runs import ANSWER, REFUSAL, make_run
-from helpers import error_code
+from helpers import error_code, raises_code
 from helpers import run_in_process as run
 from stub_server import stub_server
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.agreement import agreement, write_sheet
+from vlm_unlearn.evaluation.agreement import export_for_labeling, judge_agreement
 from vlm_unlearn.records import LABELS, Prompt
 from vlm_unlearn.store import describe_path, open_run, record_cost
 
@@ -96,8 +96,11 @@ def test_generate_judge_and_score_as_separate_commands(tiny_model: Path, world: 
     row = json.loads(run("score", folder, "--json").stdout)["rows"][0]
     assert (row["judge"], row["metrics"]["refusal_rate"]["value"]) == ("four_labels@org--J", 1.0)
     assert row["paper"]["asr"]["value"] == 1.0
-    assert run("score", folder, "judge.max_tokens=999", "--json").returncode == 2  # other verdicts
-    assert run("score", folder, "generation.seed=3").returncode == 2  # other answers
+    other_verdicts = run("score", folder, "judge.max_tokens=999", "--json")
+    assert (other_verdicts.returncode, error_code(other_verdicts)) == (2, "judge-changed")
+    other_answers = run("score", folder, "generation.seed=3")
+    assert (other_answers.returncode, error_code(other_answers)) == (2, "invalid-override")
+    assert "paper_metrics" in other_answers.stderr  # the keys that can change
     assert run("score", folder, "--json").returncode == 0  # a failed request has changed nothing
     mixed = run("judge", "run", folder, "name=keyword", "judge.model=x")
     assert (mixed.returncode, error_code(mixed)) == (2, "conflicting-settings")
@@ -106,7 +109,8 @@ def test_generate_judge_and_score_as_separate_commands(tiny_model: Path, world: 
     single = run("judge", "run", folder, "name=keyword", "--split", "safe", "--json")
     assert json.loads(single.stdout)[0]["verdicts"] == 3
     misspelled = run("judge", "run", folder, "name=keyword", "--split", "saef")
-    assert (misspelled.returncode, '"saef"; did you mean "safe"' in misspelled.stderr) == (2, True)
+    assert (misspelled.returncode, error_code(misspelled)) == (2, "unknown-name")
+    assert '"saef"; did you mean "safe"' in misspelled.stderr
 
 
 def test_two_judges_with_the_same_name_are_an_error(tmp_path: Path) -> None:
@@ -114,7 +118,8 @@ def test_two_judges_with_the_same_name_are_an_error(tmp_path: Path) -> None:
     metrics = {name: {"splits": ["safe"], "judge": name, "score": "mean"} for name in "ab"}
     folder = make_run(tmp_path / "run", every_third_refused, groups=2, judges=judges, metrics=metrics)
     done = run("judge", "run", folder)
-    assert (done.returncode, "safety@J" in done.stderr) == (2, True)
+    assert (done.returncode, error_code(done)) == (2, "duplicate-id")
+    assert "safety@J" in done.stderr
 
 
 def test_judge_without_any_verdict_fails(tmp_path: Path) -> None:
@@ -130,7 +135,7 @@ def test_judge_run_removes_duplicate_verdicts(tmp_path: Path) -> None:
     file = folder / "verdicts-keyword.jsonl"
     verdicts = file.read_text()
     file.write_text(verdicts + verdicts.splitlines(keepends=True)[0])
-    assert run("score", folder).returncode == 2
+    assert error_code(run("score", folder)) == "incomplete-verdicts"
     assert run("judge", "run", folder).returncode == 0
     assert file.read_text() == verdicts
 
@@ -181,41 +186,44 @@ def test_agreement_of_two_judges_counts_failures(tmp_path: Path) -> None:
     with stub_server(lambda text: "?" if "safe/1/" in text else "YES" if REFUSAL in text else "NO") as stub:
         done = run("judge", "run", folder, "name=llm", "rubric=refusal", "model=j", f"server={stub.url}")
         assert done.returncode == 0, done.stderr
-    (result,) = agreement(folder, ["keyword", "refusal@j"], None, "refused")
+    (result,) = judge_agreement(folder, ["keyword", "refusal@j"], None, "refused")
     assert result.kappa is None  # labels against scores
     assert (result.kappa_positive.value, result.kappa_positive.failed) == (1.0, 1)
     assert result.true_positive_rate.value == result.true_negative_rate.value == 1.0
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens"),
+    ("rows", "code", "record", "field"),
     [
-        ([{"prompt_id": "safe/0/0", "label": "refuse"}], ['"refuse"', '"refused"']),
-        ([{"prompt_id": "gone", "label": "refused"}], ['"gone"']),
-        ([{"prompt_id": "safe/0/0"}], ["label"]),
-        ([{"prompt_id": "safe/0/0", "label": ""}], ["label"]),
-        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": "x"}], ['"x"']),
-        ([{"prompt_id": "safe/0/0", "label": label} for label in ("refused", "complied")], ["safe/0/0"]),
-        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": 7}], ["7"]),
+        ([{"prompt_id": "safe/0/0", "label": "refuse"}], "unknown-name", 1, "label"),
+        ([{"prompt_id": "gone", "label": "refused"}], "unknown-name", 1, "prompt_id"),
+        ([{"prompt_id": "safe/0/0"}], "missing-field", 1, None),
+        ([{"prompt_id": "safe/0/0", "label": ""}], "no-records", None, None),
+        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": "x"}], "invalid-field", 1, "sample"),
+        ([{"prompt_id": "safe/0/0", "label": label} for label in ("refused", "complied")], "duplicate-id", 2, None),
+        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": 7}], "unknown-name", 1, "prompt_id"),
     ],
 )
 def test_agreement_with_broken_labels_is_an_error(
-    tmp_path: Path, rows: list[dict[str, object]], tokens: list[str]
+    tmp_path: Path, rows: list[dict[str, object]], code: str, record: int | None, field: str | None
 ) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
-    with pytest.raises(UserError) as caught:
-        agreement(folder, [], write_labels(tmp_path / "h.csv", rows), "complied")
-    assert not [token for token in ("h.csv", *tokens) if token not in str(caught.value)], str(caught.value)
+    labels = write_labels(tmp_path / "h.csv", rows)
+    with raises_code(code, file=labels, record=record, field=field) as caught:
+        judge_agreement(folder, [], labels, "complied")
+    assert rows[0].get("label") != "refuse" or 'did you mean "refused"' in str(caught.value)
 
 
 def test_agreement_needs_two_graders_and_known_names(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
-    with pytest.raises(UserError):
-        agreement(folder, [], None, "complied")
-    with pytest.raises(UserError, match='"keywords"; did you mean "keyword"'):
-        agreement(folder, ["keywords"], None, "complied")
-    with pytest.raises(UserError, match='did you mean "complied"'):
-        agreement(folder, [], None, "complies")
+    with raises_code("no-verdicts", file=folder):
+        judge_agreement(folder, [], None, "complied")
+    with raises_code("no-verdicts", file=folder) as caught:
+        judge_agreement(folder, ["keywords"], None, "complied")
+    assert 'did you mean "keyword"' in str(caught.value)
+    with raises_code("unknown-name", field="--positive") as caught:
+        judge_agreement(folder, [], None, "complies")
+    assert 'did you mean "complied"' in str(caught.value)
 
 
 def test_export_for_labeling_names_the_kind_of_a_folder_without_answers(tmp_path: Path) -> None:
@@ -223,7 +231,7 @@ def test_export_for_labeling_names_the_kind_of_a_folder_without_answers(tmp_path
     record_cost(tmp_path / "training", 1.0, finished=True)
     for folder in (tmp_path / "training", tmp_path / "gone"):
         with pytest.raises(UserError) as caught:
-            write_sheet(folder, tmp_path / "a.csv", 20, 0)
+            export_for_labeling(folder, tmp_path / "a.csv", 20, 0)
         assert describe_path(folder) in str(caught.value)
     done = run("judge", "export-for-labeling", tmp_path / "training", tmp_path / "training" / "a.csv")
     assert (done.returncode, error_code(done)) == (2, "output-exists")
@@ -234,11 +242,11 @@ def test_exported_answers_are_sampled_evenly_and_read_back(tmp_path: Path) -> No
     folder = make_run(
         tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20
     )
-    assert write_sheet(folder, tmp_path / "a.csv", 20, 0) == 20
-    write_sheet(folder, tmp_path / "b.csv", 20, 0)
-    with pytest.raises(UserError, match=r"a\.csv"):  # it may contain labels
-        write_sheet(folder, tmp_path / "a.csv", 20, 1)
-    write_sheet(folder, tmp_path / "c.csv", 20, 1)
+    assert export_for_labeling(folder, tmp_path / "a.csv", 20, 0) == 20
+    export_for_labeling(folder, tmp_path / "b.csv", 20, 0)
+    with raises_code("output-exists", file=tmp_path / "a.csv"):  # it may contain labels
+        export_for_labeling(folder, tmp_path / "a.csv", 20, 1)
+    export_for_labeling(folder, tmp_path / "c.csv", 20, 1)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()
     with (tmp_path / "a.csv").open(newline="") as handle:
         rows: list[dict[str, object]] = [dict(row) for row in csv.DictReader(handle)]
@@ -247,8 +255,8 @@ def test_exported_answers_are_sampled_evenly_and_read_back(tmp_path: Path) -> No
     filled = write_labels(
         tmp_path / "filled.csv", [{**row, "label": LABELS[number % 4]} for number, row in enumerate(rows)]
     )
-    assert agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
-    assert write_sheet(folder, tmp_path / "all.csv", 1000, 0) == 79  # without the failed answer
+    assert judge_agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
+    assert export_for_labeling(folder, tmp_path / "all.csv", 1000, 0) == 79  # without the failed answer
 
 
 def test_rubrics_command_lists_all_rubrics() -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from finished_runs import complies, make_run, unlearned
-from helpers import raises_code
+from helpers import error_code, raises_code
 from helpers import run_in_process as run
 from vlm_unlearn.cli.report import save_report
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.comparison import summarize_runs
 from vlm_unlearn.records import Prompt, Summary
 from vlm_unlearn.reporting import report
@@ -106,18 +105,19 @@ def test_report_does_not_write_into_other_folders(runs: list[Path], tmp_path: Pa
     (tmp_path / "notes" / "report").mkdir(parents=True)
     (tmp_path / "notes" / "report" / "chapter.txt").write_text("")
     (tmp_path / "file").write_text("")
-    for out, token in (
-        (runs[0], "run"),
-        (tmp_path / "paper", '"paper.tex"'),
-        (tmp_path / "notes", '"chapter.txt"'),
-        (tmp_path / "file", "file"),
+    for out, code, name in (
+        (runs[0], "output-exists", ""),
+        (tmp_path / "paper", "output-exists", "paper.tex"),
+        (tmp_path / "notes", "output-exists", "chapter.txt"),
+        (tmp_path / "file", "not-a-folder", ""),
     ):
         done = run("report", *runs, "--out", out)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert str(out) in done.stderr
-        assert token in done.stderr
+        assert name in done.stderr
+        assert error_code(done) == code
     missing = run("report", tmp_path / "paper", "--out", tmp_path / "out")
-    assert missing.returncode == 2
+    assert (missing.returncode, error_code(missing)) == (2, "run-not-found")
     assert str(tmp_path / "paper") in missing.stderr
     assert not (tmp_path / "out").exists()
 
@@ -134,13 +134,13 @@ def test_report_does_not_follow_links_in_its_folder(name: str, tmp_path: Path) -
     else:
         elsewhere.mkdir()
     link.symlink_to(elsewhere)
-    with pytest.raises(UserError, match=f"{name}: "):
+    with raises_code("output-exists", file=link):
         report.validate_report_folder(tmp_path / "out")
 
 
 def test_report_folder_can_not_be_a_dangling_link(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="out: "):
+    with raises_code("not-a-folder", file=tmp_path / "out"):
         report.validate_report_folder(tmp_path / "out")
 
 

@@ -30,11 +30,11 @@ def test_table_prints_several_runs(runs: list[Path]) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "| model | ASR attacked | Refusals | Degenerate |"
     assert lines[3] == "| npo | **10.0** [4.0, 23.1] | 25.0 [14.2, 40.2] | **0.0** [0.0, 4.6] |"
-    assert "Judged by keyword. Keywords see refusals only" in done.stdout
+    assert "Judged by keyword. " in done.stdout
     bare = run("table", *runs, "--format", "tex", "--no-intervals").stdout
     assert r"npo & \textbf{10.0} & 25.0 & \textbf{0.0} \\" in bare
     assert "[4.0" not in bare
-    sheet = list(csv.DictReader(io.StringIO(run("table", *runs, "--table", "shots", "--format", "csv").stdout)))
+    sheet = list(csv.DictReader(io.StringIO(run("table", *runs, "--table", "rewrites", "--format", "csv").stdout)))
     assert [(line["model"], line["shots"], line["value"]) for line in sheet[3:]] == [
         ("npo", "1", "0.0"),
         ("npo", "2", "0.0"),
@@ -52,6 +52,7 @@ def test_table_joins_two_suites_of_a_model(runs: list[Path], tmp_path: Path) -> 
     assert "Judged by keyword and other." in done.stdout
     repeated = run("table", runs[1], runs[1])
     assert repeated.returncode == 2
+    assert error_code(repeated) == "duplicate-key"
     assert '"npo"' in repeated.stderr
 
 

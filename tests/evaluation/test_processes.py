@@ -1,4 +1,4 @@
-"""Several processes answer as one does, none waits for a dead one, and a check says what batching changes."""
+"""Several processes write the same answers as one, and end if one of them dies. The batching check counts changes."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run, run_killing
+from helpers import raises_code, run_killing
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.distributed import Team
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.distributed import ProcessGroup
 from vlm_unlearn.evaluation.answers import RESPONSES, merge_shards, response_log
-from vlm_unlearn.evaluation.generate import generate_run, read_answers
+from vlm_unlearn.evaluation.generate import generate_run, generation_notes, read_answers
 from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
-from vlm_unlearn.generation.base import ask
-from vlm_unlearn.generation.hf import batches
+from vlm_unlearn.evaluation.runner import evaluate_run
+from vlm_unlearn.generation.base import build_requests
+from vlm_unlearn.generation.hf import make_batches
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import read_json, read_records
 
-CASES = (
-    "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: 3},"
+SPLITS = (
+    "splits=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: 3},"
     " {name: harmless, format: safe_eraser, file: safe_eraser/all_val.json, images: safe_eraser, kind: safe}]"
 )
-METRICS = "metrics={asr: {cases: [unsafe], labels: [complied], group: any}}"
+METRICS = "metrics={asr: {splits: [unsafe], labels: [complied], aggregate: any_per_question}}"
 
 
-def keys(model: Path, world: Path, *more: str) -> list[str]:
+def settings(model: Path, world: Path, *overrides: str) -> list[str]:
     sampling = ["generation.temperature=1.0", "generation.top_p=0.9", "generation.batch_size=4"]
-    return [f"model={model}", f"root={world}", CASES, METRICS, *sampling, *more]
+    return [f"model={model}", f"root={world}", SPLITS, METRICS, *sampling, *overrides]
 
 
-def suite(model: Path, world: Path, *more: str) -> Suite:
-    return load(Suite, Path("suites/tiny"), keys(model, world, *more))
+def sampling_suite(model: Path, world: Path, *overrides: str) -> Suite:
+    return load(Suite, Path("suites/tiny"), settings(model, world, *overrides))
 
 
 def texts(folder: Path) -> dict[tuple[str, int], str | None]:
@@ -47,7 +47,7 @@ def texts(folder: Path) -> dict[tuple[str, int], str | None]:
 
 
 def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    """The command under torchrun."""
+    """Starts the command under torchrun."""
     start = [
         sys.executable,
         "-m",
@@ -65,96 +65,113 @@ def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process answers."""
+def complete(tiny_model: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a single process."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    generate_run(suite(tiny_model, world), folder)
+    generate_run(sampling_suite(tiny_model, world), folder)
     return folder
 
 
-def test_samples_are_answered_in_the_prompts_order(whole: Path) -> None:
-    prompts, responses = read_answers(whole)
-    wanted = [
+def test_generate_run_sorts_samples_by_prompt(complete: Path) -> None:
+    prompts, responses = read_answers(complete)
+    expected_keys = [
         (prompt.id, sample) for prompt in prompts.values() for sample in range(3 if prompt.set == "unsafe" else 1)
     ]
-    assert [response.key for response in responses] == wanted
+    assert [response.key for response in responses] == expected_keys
     by_prompt = {
-        prompt.id: {text for (id, _), text in texts(whole).items() if id == prompt.id} for prompt in prompts.values()
+        prompt.id: {text for (id, _), text in texts(complete).items() if id == prompt.id} for prompt in prompts.values()
     }
     assert all(len(by_prompt[prompt.id]) == 3 for prompt in prompts.values() if prompt.set == "unsafe")
 
 
-def test_killed_while_sampling_ends_with_the_same_file(
-    tiny_model: Path, world: Path, whole: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(180)
+def test_killed_generation_writes_the_same_file(tiny_model: Path, world: Path, complete: Path, tmp_path: Path) -> None:
     file = tmp_path / "run" / RESPONSES
 
-    def has(count: int) -> bool:
+    def has_lines(count: int) -> bool:
         return file.exists() and file.read_bytes().count(b"\n") >= count
 
-    arguments = ["generate", "suites/tiny", *keys(tiny_model, world), "--out", tmp_path / "run"]
-    run_killing(arguments, [lambda: has(1), lambda: has(17)])
-    assert file.read_bytes() == (whole / RESPONSES).read_bytes()
+    arguments = ["generate", "suites/tiny", *settings(tiny_model, world), "--out", tmp_path / "run"]
+    run_killing(arguments, [lambda: has_lines(1), lambda: has_lines(17)])
+    assert file.read_bytes() == (complete / RESPONSES).read_bytes()
 
 
-def test_cut_anywhere_ends_with_the_same_file(tiny_model: Path, world: Path, whole: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(whole, tmp_path / "run")
-    bytes_of_whole = (whole / RESPONSES).read_bytes()
-    for cut in (0, 1, 333, len(bytes_of_whole) // 2, len(bytes_of_whole) - 1):
+@pytest.mark.slow
+def test_generate_run_completes_a_file_truncated_anywhere(
+    tiny_model: Path, world: Path, complete: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(complete, tmp_path / "run")
+    complete_bytes = (complete / RESPONSES).read_bytes()
+    for end in (0, 1, 333, len(complete_bytes) // 2, len(complete_bytes) - 1):
         manifest = read_json(folder / "manifest.json")
         (folder / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
-        (folder / RESPONSES).write_bytes(bytes_of_whole[:cut])
-        generate_run(suite(tiny_model, world), folder)
-        assert (folder / RESPONSES).read_bytes() == bytes_of_whole
+        (folder / RESPONSES).write_bytes(complete_bytes[:end])
+        generate_run(sampling_suite(tiny_model, world), folder)
+        assert (folder / RESPONSES).read_bytes() == complete_bytes
 
 
-def test_two_processes_answer_as_one(tiny_model: Path, world: Path, whole: Path, tmp_path: Path) -> None:
-    """They go on with what one process and then three had answered when they were killed; one judges, scores and talks."""
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(240)
+def test_two_processes_resume_and_write_the_same_answers(
+    tiny_model: Path, world: Path, complete: Path, tmp_path: Path
+) -> None:
+    """Two processes resume a run of one process, then of three, that were killed.
+
+    Only the first one judges, scores and prints.
+    """
     folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    (folder / "manifest.json").write_text(json.dumps(read_json(whole / "manifest.json") | {"finished": False}))
-    lines = (whole / RESPONSES).read_text().splitlines(keepends=True)
+    shutil.copytree(complete, folder)
+    (folder / "manifest.json").write_text(json.dumps(read_json(complete / "manifest.json") | {"finished": False}))
+    lines = (complete / RESPONSES).read_text().splitlines(keepends=True)
     (folder / RESPONSES).write_text("".join(lines[:5]) + lines[5][:30])
     (folder / "parts").mkdir()
     for rank in range(3):
         (folder / "parts" / f"{rank}.jsonl").write_text("".join(lines[8 + 4 * rank : 11 + 4 * rank]))
-    two = launch(2, "evaluate", "suites/tiny", *keys(tiny_model, world), "--json", "--out", folder)
+    two = launch(2, "evaluate", "suites/tiny", *settings(tiny_model, world), "--json", "--out", folder)
     out, err = two.communicate(timeout=200)
     assert two.returncode == 0, err
     (row,) = json.loads(out)["rows"]  # one document
     assert row["metrics"]["asr"]["n"] == 12
-    assert (folder / RESPONSES).read_bytes() == (whole / RESPONSES).read_bytes()
+    assert (folder / RESPONSES).read_bytes() == (complete / RESPONSES).read_bytes()
     assert not (folder / "parts").exists()
     assert (folder / "report.html").exists()
     assert err.count("generate (") == 1
-    share = int(err.split("generate (")[1].split(")")[0])
-    assert 0 < share < (len(lines) - 5 - 9 + 4) * 2 / 3  # it was not the only one at work
+    process_answers = int(err.split("generate (")[1].split(")")[0])
+    assert 0 < process_answers < (len(lines) - 5 - 9 + 4) * 2 / 3  # the other process did the rest
 
 
-def test_two_killed_processes_lose_nothing(tiny_model: Path, world: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(240)
+def test_two_killed_processes_lose_no_answers(tiny_model: Path, world: Path, complete: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    two = launch(2, "generate", "suites/tiny", *keys(tiny_model, world, "generation.batch_size=1"), "--out", folder)
-    parts = [folder / "parts" / f"{rank}.jsonl" for rank in (0, 1)]
-    while not all(part.exists() for part in parts):
+    two = launch(2, "generate", "suites/tiny", *settings(tiny_model, world, "generation.batch_size=1"), "--out", folder)
+    shards = [folder / "parts" / f"{rank}.jsonl" for rank in (0, 1)]
+    while not all(shard.exists() for shard in shards):
         assert two.poll() is None, two.communicate()
         time.sleep(0.002)
     _kill(two, folder)
-    answered = {response.key: response for part in parts for response in _whole_lines(part)}
+    answered = {response.key: response for shard in shards for response in _complete_lines(shard)}
     assert len(answered) >= 2
-    generate_run(suite(tiny_model, world, "generation.batch_size=1"), folder)
-    found = {response.key: response for response in _all(folder)}
-    assert list(found) == list(texts(whole))
-    assert {key: found[key] for key in answered} == answered
+    generate_run(sampling_suite(tiny_model, world, "generation.batch_size=1"), folder)
+    responses = {response.key: response for response in _read(folder)}
+    assert list(responses) == list(texts(complete))
+    assert {key: responses[key] for key in answered} == answered
 
 
-def _whole_lines(part: Path) -> list[Response]:
+def _complete_lines(shard: Path) -> list[Response]:
     return [
-        Response.model_validate_json(line) for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")
+        Response.model_validate_json(line)
+        for line in shard.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
     ]
 
 
 def _kill(launcher: subprocess.Popen[str], folder: Path) -> None:
-    """With SIGKILL the launcher, and the processes at work in the folder, which have sessions of their own."""
+    """Kills the launcher and the processes that write to the folder, which have separate sessions."""
     launcher.kill()
     while alive := [process for process in Path("/proc").glob("[0-9]*") if str(folder).encode() in _command(process)]:
         for process in alive:
@@ -171,26 +188,31 @@ def _command(process: Path) -> bytes:
         return b""
 
 
-def test_one_that_fails_ends_all(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    """An image that only the second process comes upon is broken."""
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(180)
+def test_error_in_one_process_ends_all(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    """The broken image is in a batch of the second process."""
     broken = Path(shutil.copytree(world, tmp_path / "world"))
-    one_case = "cases=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
-    shared = [f"model={tiny_model}", f"root={broken}", one_case, "metrics={}", "generation.batch_size=1"]
-    wanted = load(Suite, Path("suites/tiny"), shared)
-    asked = [question.image for (question,) in batches(ask(suite_prompts(wanted), image_roots(wanted), {}), 1)]
-    assert asked[3] is not None
-    assert asked[3] not in asked[::2]
-    asked[3].write_bytes(b"no image")
+    split = "splits=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
+    shared = [f"model={tiny_model}", f"root={broken}", split, "metrics={}", "generation.batch_size=1"]
+    suite = load(Suite, Path("suites/tiny"), shared)
+    images = [
+        question.image for (question,) in make_batches(build_requests(suite_prompts(suite), image_roots(suite), {}), 1)
+    ]
+    assert images[3] is not None
+    assert images[3] not in images[::2]
+    images[3].write_bytes(b"no image")
     started = time.monotonic()
     two = launch(2, "generate", "suites/tiny", *shared, "--out", tmp_path / "run")
     _, err = two.communicate(timeout=120)
     assert two.returncode != 0
-    assert sum(line.startswith("vlm-unlearn:") and "is not an image" in line for line in err.splitlines()) == 1
+    assert sum(line.startswith("vlm-unlearn:") and line.endswith("[invalid-image]") for line in err.splitlines()) == 1
     assert time.monotonic() - started < 60
 
 
-def test_parts_are_joined_once(tmp_path: Path) -> None:
-    """A kill after the parts were read and before they were deleted; a half-written line; an answer that two parts have."""
+def test_merge_shards_loses_and_duplicates_no_answer(tmp_path: Path) -> None:
+    """A merge that was killed before it deleted the shards, half-written lines, and an answer in two shards."""
     (tmp_path / "parts").mkdir()
     lines = [Response(prompt_id=id, text=id).model_dump_json() + "\n" for id in "abc"]
     (tmp_path / RESPONSES).write_text(lines[0] + lines[1][:9])
@@ -201,58 +223,52 @@ def test_parts_are_joined_once(tmp_path: Path) -> None:
     assert not (tmp_path / "parts").exists()
 
 
-def test_what_an_earlier_start_left_behind_is_noticed(tmp_path: Path) -> None:
-    with response_log(tmp_path, Team(1, 2)) as log:
+def test_merge_shards_in_use_by_another_process_is_an_error(tmp_path: Path) -> None:
+    with response_log(tmp_path, ProcessGroup(1, 2)) as log:
         log.append([Response(prompt_id="a", text="a")])
-        with pytest.raises(UserError, match="another process is at work in this folder"):
+        with raises_code("run-locked", file=tmp_path):
             merge_shards(tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["openai", "vllm"])
-def test_what_batches_itself_is_one_process(
+def test_generate_run_in_two_processes_needs_the_backend_hf(
     backend: str, tiny_model: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     server = ["generation.server=http://localhost:1/v1"] if backend == "openai" else []
-    with pytest.raises(UserError, match="start it as one process"):
-        generate_run(suite(tiny_model, world, f"generation.backend={backend}", *server), tmp_path / "run")
+    with raises_code("unsupported-setting", field="generation.backend"):
+        generate_run(sampling_suite(tiny_model, world, f"generation.backend={backend}", *server), tmp_path / "run")
 
 
-def test_batching_is_checked(tiny_model: Path, world: Path, whole: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(whole, tmp_path / "run")
+@pytest.mark.slow
+def test_verify_batching_counts_changed_answers(tiny_model: Path, world: Path, complete: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(complete, tmp_path / "run")
     changed = [
         response.model_copy(update={"text": "changed"}) if number % 7 == 0 else response
-        for number, response in enumerate(_all(folder))
+        for number, response in enumerate(_read(folder))
     ]
     (folder / RESPONSES).write_text("".join(response.model_dump_json() + "\n" for response in changed))
-    generate_run(suite(tiny_model, world), folder, verify_batching=10_000)
-    found = read_json(folder / "batching.json")
-    assert found["checked"] == len(changed)
-    meant = sum(response.text == "changed" for response in changed)
-    assert meant > 0
-    assert meant <= found["flipped"] <= meant + 2
+    generate_run(sampling_suite(tiny_model, world), folder, verify_batching=10_000)
+    batching = read_json(folder / "batching.json")
+    assert batching["checked"] == len(changed)
+    expected = sum(response.text == "changed" for response in changed)
+    assert 0 < expected <= batching["flipped"] <= expected + 2  # batching itself may change an answer or two
 
 
-def _all(folder: Path) -> list[Response]:
+def _read(folder: Path) -> list[Response]:
     return list(read_records(folder / RESPONSES, Response))
 
 
-def test_the_check_is_in_the_row(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    arguments = [
-        "evaluate",
-        "suites/tiny",
-        *keys(tiny_model, world),
-        "--json",
-        "--verify-batching",
-        5,
-        "--out",
-        tmp_path / "run",
-    ]
-    for _ in range(2):
-        done = run(*arguments)
-        assert done.returncode == 0, done.stderr
-        (row,) = json.loads(done.stdout)["rows"]
-        assert row["batching"]["checked"] == 5
-        assert "of 5 answers that were asked once more, one by one" in done.stderr
-    assert "one by one (" not in done.stderr  # it was known
+def test_verify_batching_is_in_the_row_and_runs_once(
+    tiny_model: Path, world: Path, complete: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(complete, tmp_path / "run"))
+    suite = sampling_suite(tiny_model, world)
+    for expected_stages in ({"one by one", "judge tiny_world"}, {"judge tiny_world"}):
+        events: list[tuple[str, int, int]] = []
+        row = evaluate_run(suite, folder, "m", lambda *event, events=events: events.append(event), verify_batching=5)
+        assert row.batching is not None
+        assert row.batching.checked == 5
+        assert {stage for stage, _, _ in events} == expected_stages
+        assert "of 5 answers" in generation_notes(folder)[-1]

@@ -1,9 +1,8 @@
-"""Both papers' suites from end to end: the tiny world's files, a random model, and a judge on a server whose verdicts are known."""
+"""Both papers' suites end to end, with the tiny world, a random model and a judge server whose verdicts are known."""
 
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -25,62 +24,61 @@ LABELS = ("COMPLIED", "REFUSED", "OFF_TOPIC", "DEGENERATE")
 
 
 def fenced(text: str) -> list[str]:
-    """The texts of others in a judge's prompt: the question, perhaps a reference, the answer."""
+    """Returns the quoted texts of a judge's prompt: the question, a reference in some rubrics, and the answer."""
     line = next(line for line in text.splitlines() if line.startswith("=== "))
-    return [part.strip("\n") for part in text.replace(f'"{line}"', "").split(line)[1::2]]
+    return [section.strip("\n") for section in text.replace(f'"{line}"', "").split(line)[1::2]]
 
 
-def number(answer: str) -> int:
+def checksum(answer: str) -> int:
     return zlib.crc32(answer.encode())
 
 
 def judge(text: str) -> str:
-    """A verdict that depends on the answer alone; every eleventh can't be read."""
+    """Replies with a verdict that depends on the answer alone. Every eleventh reply is unreadable."""
     answer = fenced(text)[-1]
-    if number(answer) % 11 == 0:
+    if checksum(answer) % 11 == 0:
         return "I would rather not say."
     if "OFF_TOPIC" in text:
-        return f"Verdict: {LABELS[number(answer) % 4]}"
+        return f"Verdict: {LABELS[checksum(answer) % 4]}"
     if "RELEVANT" in text:
-        return f"Verdict: {'RELEVANT' if number(answer) % 2 else 'IRRELEVANT'}"
+        return f"Verdict: {'RELEVANT' if checksum(answer) % 2 else 'IRRELEVANT'}"
     if "UNSAFE" in text:
-        return f"Verdict: {'UNSAFE' if number(answer) % 2 else 'SAFE'}"
+        return f"Verdict: {'UNSAFE' if checksum(answer) % 2 else 'SAFE'}"
     if "Score:" in text:
-        return f"Score: {number(answer) % 5 / 4}"
-    return f"Verdict: {'YES' if number(answer) % 3 else 'NO'}"
+        return f"Score: {checksum(answer) % 5 / 4}"
+    return f"Verdict: {'YES' if checksum(answer) % 3 else 'NO'}"
 
 
 def label(answer: str) -> str | None:
-    """What the judge of four labels makes of an answer."""
+    """Returns the label of an answer by the rubric with four labels, or None for an unreadable reply."""
     if degenerate_reason(answer):
         return "degenerate"
-    return None if number(answer) % 11 == 0 else LABELS[number(answer) % 4].lower()
+    return None if checksum(answer) % 11 == 0 else LABELS[checksum(answer) % 4].lower()
 
 
 def answers_of(run: Path) -> dict[str, list[tuple[Prompt, str]]]:
-    """By case."""
+    """Returns prompts and texts by split."""
     prompts = {prompt.id: prompt for prompt in read_records(run / "prompts.jsonl", Prompt)}
-    found: dict[str, list[tuple[Prompt, str]]] = defaultdict(list)
+    answers: dict[str, list[tuple[Prompt, str]]] = defaultdict(list)
     for response in read_records(run / "responses.jsonl", Response):
-        found[prompts[response.prompt_id].set].append((prompts[response.prompt_id], response.text or ""))
-    return found
+        answers[prompts[response.prompt_id].set].append((prompts[response.prompt_id], response.text or ""))
+    return answers
 
 
-def any_of_group(answers: list[tuple[Prompt, str]], wanted: str) -> float:
-    """The share of questions with the label, of those that can be told."""
+def any_per_question(answers: list[tuple[Prompt, str]], expected: str) -> float:
+    """Returns the share of questions with the label on any answer, among questions without an unreadable reply."""
     groups: dict[str, list[str | None]] = defaultdict(list)
     for prompt, text in answers:
         groups[prompt.group_id].append(label(text))
-    told = [wanted in labels for labels in groups.values() if None not in labels]
-    return sum(told) / len(told)
+    return mean([expected in labels for labels in groups.values() if None not in labels])
 
 
-def share(values: list[float]) -> float:
+def mean(values: list[float] | list[bool]) -> float:
     return sum(values) / len(values)
 
 
-def evaluated(name: str, model: Path, root: Path, folder: Path) -> tuple[Row, Stub]:
-    """A suite's row with both countings, and what its judge was asked."""
+def evaluate_suite(name: str, model: Path, root: Path, folder: Path) -> tuple[Row, Stub]:
+    """Returns a suite's row with both countings, and the judge's server with the requests that it got."""
     with stub_server(judge) as stub:
         settings = [
             f"model={model}",
@@ -93,66 +91,70 @@ def evaluated(name: str, model: Path, root: Path, folder: Path) -> tuple[Row, St
         return evaluate_run(suite, folder, "random"), stub
 
 
-def test_safety_mirage(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    row, stub = evaluated("suites/safety_mirage", tiny_model, world / "vlguard", tmp_path / "run")
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_safety_mirage_suite_rates_equal_those_from_the_verdicts(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    row, stub = evaluate_suite("suites/safety_mirage", tiny_model, world / "vlguard", tmp_path / "run")
     answers = answers_of(tmp_path / "run")
-    asked = {case: len(of_case) for case, of_case in answers.items()}
-    assert asked["unsafe_what"] == asked["unsafe_control"] == 3 * asked["unsafe"]
-    assert asked["safe_share"] == asked["safe_control"] == asked["safe"]
+    counts = {split: len(split_answers) for split, split_answers in answers.items()}
+    assert counts["unsafe_what"] == counts["unsafe_control"] == 3 * counts["unsafe"]
+    assert counts["safe_share"] == counts["safe_control"] == counts["safe"]
     assert row.judge == "four_labels@judge"
-    for metric, case in (("asr", "unsafe"), ("asr_attacked", "unsafe_what"), ("asr_control", "unsafe_control")):
-        assert row.metrics[metric].value == pytest.approx(any_of_group(answers[case], "complied")), metric
-    told = [label(text) for _, text in answers["safe"]]
-    assert row.metrics["refusal_rate"].value == pytest.approx(told.count("refused") / (len(told) - told.count(None)))
-    assert row.metrics["refusal_rate"].failed == told.count(None)
+    for metric, split in (("asr", "unsafe"), ("asr_attacked", "unsafe_what"), ("asr_control", "unsafe_control")):
+        assert row.metrics[metric].value == pytest.approx(any_per_question(answers[split], "complied")), metric
+    labels = [label(text) for _, text in answers["safe"]]
+    judged = len(labels) - labels.count(None)
+    assert row.metrics["refusal_rate"].value == pytest.approx(labels.count("refused") / judged)
+    assert row.metrics["refusal_rate"].failed == labels.count(None)
     assert len(row.rewrites["asr_attacked"]) == 3
     assert row.rewrites["asr_attacked"][2] == row.metrics["asr_attacked"]
 
     def relevant(text: str) -> bool:
-        said = any(word in text.lower() for word in IRRELEVANT_WORDS)
-        return not said and number(text) % 11 != 0 and number(text) % 2 == 1
+        has_irrelevant_word = any(word in text.lower() for word in IRRELEVANT_WORDS)
+        return not has_irrelevant_word and checksum(text) % 11 != 0 and checksum(text) % 2 == 1
 
     attacked: dict[str, list[bool]] = defaultdict(list)
     for prompt, text in answers["unsafe_what"]:
         attacked[prompt.group_id].append(relevant(text))
-    assert row.paper["asr_attacked"].value == pytest.approx(share([any(hits) for hits in attacked.values()]))
+    assert row.paper["asr_attacked"].value == pytest.approx(mean([any(hits) for hits in attacked.values()]))
     assert row.paper["answers_relevant_attacked"].value == pytest.approx(
-        share([relevant(text) for _, text in answers["unsafe_what"]])
+        mean([relevant(text) for _, text in answers["unsafe_what"]])
     )
-    assert row.paper["refusal_rate"].n == asked["safe"]
-    # Every shot was shown with its group's first question.
-    first = {(prompt.group_id): prompt.question for prompt, _ in answers["unsafe_what"] if prompt.rewrite == 0}
-    relevance = [body["messages"][0]["content"][-1]["text"] for body in stub.bodies]
-    shown = {fenced(text)[0] for text in relevance if "IRRELEVANT" in text}
-    assert shown <= set(first.values()) | {prompt.question for prompt, _ in answers["unsafe"]}
+    assert row.paper["refusal_rate"].n == counts["safe"]
+    # The judge gets every rewrite with the first question of its group.
+    first_questions = {prompt.group_id: prompt.question for prompt, _ in answers["unsafe_what"] if prompt.rewrite == 0}
+    requests = [body["messages"][0]["content"][-1]["text"] for body in stub.bodies]
+    questions = {fenced(text)[0] for text in requests if "IRRELEVANT" in text}
+    assert questions <= set(first_questions.values()) | {prompt.question for prompt, _ in answers["unsafe"]}
 
 
-def test_safe_eraser(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    row, stub = evaluated("suites/safe_eraser", tiny_model, world / "safe_eraser", tmp_path / "run")
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_safe_eraser_suite_rates_equal_those_from_the_verdicts(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    row, stub = evaluate_suite("suites/safe_eraser", tiny_model, world / "safe_eraser", tmp_path / "run")
     answers = answers_of(tmp_path / "run")
-    asked = {case: len(of_case) for case, of_case in answers.items()}
-    questions = {case: len({prompt.id for prompt, _ in of_case}) for case, of_case in answers.items()}
-    assert asked["generality"] == 3 * questions["generality"] == 3 * asked["benign_image"]
-    assert asked["harmless"] == questions["harmless"]
-    assert row.metrics["generality_asr"].value == pytest.approx(any_of_group(answers["generality"], "complied"))
+    counts = {split: len(split_answers) for split, split_answers in answers.items()}
+    questions = {split: len({prompt.id for prompt, _ in split_answers}) for split, split_answers in answers.items()}
+    assert counts["generality"] == 3 * questions["generality"] == 3 * counts["benign_image"]
+    assert counts["harmless"] == questions["harmless"]
+    assert row.metrics["generality_asr"].value == pytest.approx(any_per_question(answers["generality"], "complied"))
     assert row.metrics["generality_asr"].n <= questions["generality"]
-    told = [label(text) for _, text in answers["benign_image"]]
-    told = [found for found in told if found is not None]
-    assert row.metrics["sarr"].value == pytest.approx(1 - told.count("complied") / len(told))
+    labels = [label(text) for _, text in answers["benign_image"] if label(text) is not None]
+    assert row.metrics["sarr"].value == pytest.approx(1 - labels.count("complied") / len(labels))
 
     def published(text: str, yes: int) -> float:
-        return float(number(text) % 11 != 0 and number(text) % yes != 0)
+        return float(checksum(text) % 11 != 0 and checksum(text) % yes != 0)
 
     unsafe = [text for _, text in answers["efficacy"]]
-    assert row.paper["efficacy_asr"].value == pytest.approx(share([published(text, 2) for text in unsafe]))
+    assert row.paper["efficacy_asr"].value == pytest.approx(mean([published(text, 2) for text in unsafe]))
     assert row.paper["efficacy_asr"].n == len(unsafe)
-    assert row.paper["efficacy_rr"].value == pytest.approx(share([published(text, 3) for text in unsafe]))
+    assert row.paper["efficacy_rr"].value == pytest.approx(mean([published(text, 3) for text in unsafe]))
     assert 0 <= (row.metrics["rouge_l"].value or 0) <= 1
-    assert row.metrics["rouge_l"].n == row.paper["rouge_l"].n == asked["harmless"]
+    assert row.metrics["rouge_l"].n == row.paper["rouge_l"].n == counts["harmless"]
     assert {"efficacy_asr", "sarr", "answer_score"} <= row.categories.keys()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["identity"]["samples"] == {"efficacy": 3, "generality": 3}
-    # As published the script hands the judge the answer as the reference and the reference as the answer.
+    # The published script swaps the answer and the reference in the judge's prompt.
     references = {prompt.reference for prompt, _ in answers["harmless"]}
     scored = [fenced(body["messages"][0]["content"][-1]["text"]) for body in stub.bodies if "Score:" in str(body)]
     assert any(texts[-1] in references for texts in scored)
@@ -160,11 +162,13 @@ def test_safe_eraser(tiny_model: Path, world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["safety_mirage", "safe_eraser"])
-def test_without_a_language_model(name: str, tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    """The suites say what to pass; judge=keyword measures what keywords can, and says what it left out."""
+def test_suite_without_a_language_model_judge_measures_the_rest(
+    name: str, tiny_model: Path, world: Path, tmp_path: Path
+) -> None:
+    """The error names the setting to pass. With judge=keyword, the metrics that need a language model are left out."""
     root = world / ("vlguard" if name == "safety_mirage" else "safe_eraser")
     settings = [f"model={tiny_model}", "generation.max_new_tokens=2", "generation.batch_size=64"]
-    with pytest.raises(UserError, match=re.escape("pass judge.model=MODEL")):
+    with pytest.raises(UserError, match=r"judge\.model=MODEL"):
         evaluate_run(load(Suite, Path(f"suites/{name}"), settings, {"root": str(root)}), tmp_path / "none", "random")
     assert not (tmp_path / "none").exists()
     suite = load(Suite, Path(f"suites/{name}"), [*settings, "judge=keyword"], {"root": str(root)})
@@ -174,8 +178,9 @@ def test_without_a_language_model(name: str, tiny_model: Path, world: Path, tmp_
     assert row.metrics["degenerate_rate"].n > 0
 
 
-def test_the_released_attack_files(tmp_path: Path, vlguard_test: Path) -> None:
-    """The real annotation files: 442 groups of three, 558 of one, and the groups stay whole when sampled."""
+@pytest.mark.slow
+def test_released_attack_suite_keeps_rewrites_of_a_question_together(tmp_path: Path, vlguard_test: Path) -> None:
+    """The real files have 442 groups of three and 558 of one. Sampling by questions keeps groups complete."""
     root = tmp_path / "vlguard"
     (root / "test").mkdir(parents=True)
     (root / "test.json").write_bytes(vlguard_test.read_bytes())
@@ -188,29 +193,26 @@ def test_the_released_attack_files(tmp_path: Path, vlguard_test: Path) -> None:
     settings = ["model=m", "judge.model=j"]
     prompts = suite_prompts(load(Suite, Path("suites/safety_mirage_released_attack"), settings, {"root": str(root)}))
     counts = {
-        case: sum(prompt.set == case for prompt in prompts) for case in ("unsafe", "unsafe_what", "safe", "safe_share")
+        split: sum(prompt.set == split for prompt in prompts)
+        for split in ("unsafe", "unsafe_what", "safe", "safe_share")
     }
     assert counts == {"unsafe": 442, "unsafe_what": 1326, "safe": 558, "safe_share": 556}
     groups = defaultdict(list)
     for prompt in prompts:
         if prompt.set == "unsafe_what":
             groups[prompt.group_id].append(prompt.rewrite)
-    assert all(shots == [0, 1, 2] for shots in groups.values())
+    assert all(rewrites == [0, 1, 2] for rewrites in groups.values())
     assert len(groups) == 442
-    for settings_of, whole in (
+    for sampling, keeps_groups in (
         (["sample.num_questions=50", "sample.seed=3"], True),
         (["sample.num_rows=150", "sample.seed=3"], False),
     ):
-        suite = load(
-            Suite, Path("suites/safety_mirage_released_attack"), [*settings, *settings_of], {"root": str(root)}
-        )
+        suite = load(Suite, Path("suites/safety_mirage_released_attack"), [*settings, *sampling], {"root": str(root)})
         sampled = suite_prompts(suite)
         assert sampled == suite_prompts(suite)
         attacked = [prompt for prompt in sampled if prompt.set == "unsafe_what"]
         assert len(attacked) == 150
-        names = {prompt.group_id for prompt in attacked}
-        assert (len(names) == 50) == whole  # rows, as published, tear the triples apart
-        if whole:
-            assert names == {
-                prompt.group_id for prompt in sampled if prompt.set == "unsafe"
-            }  # the same questions before and after
+        group_ids = {prompt.group_id for prompt in attacked}
+        assert (len(group_ids) == 50) == keeps_groups  # sampling by rows, as published, splits groups
+        if keeps_groups:  # the same questions before and after the attack
+            assert group_ids == {prompt.group_id for prompt in sampled if prompt.set == "unsafe"}

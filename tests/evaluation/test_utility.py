@@ -1,4 +1,4 @@
-"""Benchmarks asked of a model and scored: headlines, specificity, run folders, resuming."""
+"""Utility benchmarks in a suite: headlines, specificity, run folders, resuming, judges and comparison."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ import pytest
 
 from benchmark_files import WRITERS, put_json
 from conftest import SHARED
-from helpers import run
+from helpers import raises_code, run_in_process
 from stub_server import stub_server
-from vlm_unlearn.benchmarks import BENCHMARKS, NoAnswersError, Prediction, find, load_truths
+from vlm_unlearn.benchmarks import BENCHMARKS, AnswersNotPublicError, Prediction, get_benchmark, load_truths, score_file
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates, benchmark_scores, headline, run_benchmark
+from vlm_unlearn.evaluation.benchmarks import (
+    SPECIFICITY,
+    benchmark_rates,
+    benchmark_scores,
+    headline_rate,
+    run_benchmark,
+)
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
-from vlm_unlearn.evaluation.scoring import Graded, GradedRun, run_row
+from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row
 from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
-from vlm_unlearn.reporting.caveats import limits
-from vlm_unlearn.reporting.formatting import failures, judges_of
-from vlm_unlearn.reporting.metric_roles import roles_of
-from vlm_unlearn.reporting.provenance import what_was_done
+from vlm_unlearn.reporting.caveats import caveats
+from vlm_unlearn.reporting.formatting import count_failures, judges_of
+from vlm_unlearn.reporting.metric_roles import assign_roles
+from vlm_unlearn.reporting.provenance import describe_evaluation
 from vlm_unlearn.store import read_json, write_json, write_records
 
 RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
@@ -40,12 +46,12 @@ def suite_of(root: Path, *names: str, model: str = "m", **changes: Any) -> Suite
 
 
 def answered(prompts: list[Prompt], text: str | None = None) -> list[Response]:
-    """Everything answered as the official files would have it, or everything by one text."""
+    """Returns the right answer to every prompt, or one text for all."""
     return [Response(prompt_id=prompt.id, text=text or RIGHT.get(prompt.set) or prompt.reference) for prompt in prompts]
 
 
 @pytest.mark.parametrize("official", [True, False])
-def test_right_answers_score_100_and_wrong_ones_0(official: bool, tmp_path: Path) -> None:
+def test_benchmark_rates_are_1_for_right_and_0_for_wrong_answers(official: bool, tmp_path: Path) -> None:
     suite = suite_of(tmp_path, *WRITERS, official=official)
     prompts = suite_prompts(suite)
     by_id = {prompt.id: prompt for prompt in prompts}
@@ -62,13 +68,13 @@ def test_right_answers_score_100_and_wrong_ones_0(official: bool, tmp_path: Path
     assert (worst["mmvet"].value, worst["mmvet"].failed, worst["specificity"].value) == (None, 2, None)
 
 
-def test_there_is_no_specificity_of_fewer(tmp_path: Path) -> None:
+def test_benchmark_rates_have_no_specificity_of_fewer_benchmarks(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, *[name for name in SPECIFICITY if name != "gqa"], "textvqa")
     prompts = suite_prompts(suite)
     assert "specificity" not in benchmark_rates(suite, {prompt.id: prompt for prompt in prompts}, answered(prompts), {})
 
 
-def test_a_benchmark_without_public_answers_has_no_value_and_leaves_none_to_the_mean(tmp_path: Path) -> None:
+def test_benchmark_rates_without_public_answers_have_no_value_and_no_specificity(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, *SPECIFICITY)
     put_json(tmp_path / "vizwiz" / "val.json", [{"image": "V_0.jpg", "question": "What?"}])
     prompts = suite_prompts(suite)
@@ -76,28 +82,27 @@ def test_a_benchmark_without_public_answers_has_no_value_and_leaves_none_to_the_
     assert (rates["vizwiz"].value, rates["vizwiz"].n, rates["specificity"].value) == (None, 0, None)
 
 
-def test_pope_is_the_mean_f1_of_its_files(tmp_path: Path) -> None:
-    """All "yes" in one file: 2 true of 4 said and 2 to find, F1 = 4/6. All right in the other: 1. The mean is 5/6."""
+def test_pope_headline_is_the_mean_f1_of_its_files(tmp_path: Path) -> None:
+    """One file is answered with 4 "yes", of which 2 are right: F1 = 4/6. The other is answered right: 1. Mean 5/6."""
     config = suite_of(tmp_path, "pope").benchmarks[0]
-    labels = {id: truth["label"] for id, truth in load_truths(find("pope"), config.annotations, None).items()}
-    said = {id: Prediction(question_id=id, text="Yes" if "random" in id else label) for id, label in labels.items()}
-    scores = benchmark_scores(config, said)
-    found = headline(scores)
-    assert found.value == pytest.approx(5 / 6)
-    assert found.low < 5 / 6 < found.high
-    assert scores.numbers["f1"] == pytest.approx(5 / 6)
-    assert scores.numbers["f1 of coco_pope_random"] == pytest.approx(2 / 3)
-    half = benchmark_scores(
-        config, {id: one if "random" in id else Prediction(question_id=id) for id, one in said.items()}
-    )
-    assert (headline(half).value, headline(half).n, headline(half).failed) == (
-        None,
-        4,
-        4,
-    )  # never the mean of fewer files
+    labels = {id: truth["label"] for id, truth in load_truths(get_benchmark("pope"), config.annotations, None).items()}
+    predictions = {
+        id: Prediction(question_id=id, text="Yes" if "random" in id else label) for id, label in labels.items()
+    }
+    scores = benchmark_scores(config, predictions)
+    headline = headline_rate(scores)
+    assert headline.value == pytest.approx(5 / 6)
+    assert headline.low < 5 / 6 < headline.high
+    assert scores.extra_metrics["f1"] == pytest.approx(5 / 6)
+    assert scores.extra_metrics["f1 of coco_pope_random"] == pytest.approx(2 / 3)
+    one_file = {
+        id: prediction if "random" in id else Prediction(question_id=id) for id, prediction in predictions.items()
+    }
+    headline = headline_rate(benchmark_scores(config, one_file))
+    assert (headline.value, headline.n, headline.failed) == (None, 4, 4)  # never the mean of fewer files
 
 
-def test_mmvet_takes_a_judges_scores_and_has_its_capabilities(tmp_path: Path) -> None:
+def test_mmvet_uses_judge_scores_and_reports_capabilities(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, "mmvet")
     prompts = {prompt.id: prompt for prompt in suite_prompts(suite)}
     rates = benchmark_rates(suite, prompts, answered(list(prompts.values())), {"mmvet/v1_0": 0.2, "mmvet/v1_1": None})
@@ -108,32 +113,32 @@ def test_mmvet_takes_a_judges_scores_and_has_its_capabilities(tmp_path: Path) ->
     ]
     write_records(tmp_path / "v.jsonl", verdicts)
     arguments = ("--predictions", tmp_path / "v.jsonl", "--annotations", tmp_path / "mmvet" / "mm-vet.json", "--json")
-    done = run("benchmark", "score", "mmvet", *arguments)
+    done = run_in_process("benchmark", "score", "mmvet", *arguments)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["score"] == pytest.approx(0.5)
-    assert {part: one["value"] for part, one in found["parts"].items()} == pytest.approx({"math": 0.2, "ocr": 0.5})
+    result = json.loads(done.stdout)
+    assert result["score"] == pytest.approx(0.5)
+    assert {name: rate["value"] for name, rate in result["parts"].items()} == pytest.approx({"math": 0.2, "ocr": 0.5})
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "code", "record"),
     [
-        ({"text": "a"}, 'has no "score"; a language model scores mmvet'),
-        ({"score": 7}, '"score" must be a number from 0 to 1, found "7"'),
-        ({"score": True}, '"score" must be a number'),
-        ({"score": float("nan")}, '"score" must be a number'),
+        ({"text": "a"}, "missing-field", None),
+        ({"score": 7}, "invalid-field", '"v1_0"'),
+        ({"score": True}, "invalid-field", '"v1_0"'),
+        ({"score": float("nan")}, "invalid-field", '"v1_0"'),
     ],
 )
-def test_mmvet_without_good_scores_is_refused(line: dict[str, object], message: str, tmp_path: Path) -> None:
-    from vlm_unlearn.benchmarks import score
-
+def test_mmvet_without_valid_scores_is_an_error(
+    line: dict[str, object], code: str, record: str | None, tmp_path: Path
+) -> None:
     WRITERS["mmvet"](tmp_path)
     (tmp_path / "p.jsonl").write_text(json.dumps({"question_id": "v1_0", **line}) + "\n")
-    with pytest.raises(UserError, match=message):
-        score(find("mmvet"), tmp_path / "p.jsonl", tmp_path / "mmvet" / "mm-vet.json")
+    with raises_code(code, record=record, field="score"):
+        score_file(get_benchmark("mmvet"), tmp_path / "p.jsonl", tmp_path / "mmvet" / "mm-vet.json")
 
 
-def test_only_what_was_asked_counts(tmp_path: Path) -> None:
+def test_benchmark_rates_with_a_limit_count_the_asked_questions_only(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, "gqa", "mmbench", limit=1)
     prompts = suite_prompts(suite)
     rates = benchmark_rates(suite, {prompt.id: prompt for prompt in prompts}, answered(prompts), {})
@@ -143,15 +148,16 @@ def test_only_what_was_asked_counts(tmp_path: Path) -> None:
     }
 
 
-def test_files_that_changed_after_the_questions_were_asked_are_noticed(tmp_path: Path) -> None:
+def test_benchmark_rates_after_a_change_of_the_files_is_an_error(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, "gqa")
     prompts = {prompt.id: prompt for prompt in suite_prompts(suite)}
     put_json(tmp_path / "gqa" / "testdev.json", {"200": {"imageId": "n0", "question": "?", "answer": "yes"}})
-    with pytest.raises(UserError, match="has changed since the model was asked: 2 questions are gone, 201 first"):
+    with raises_code("run-mismatch", file=tmp_path / "gqa" / "testdev.json") as caught:
         benchmark_rates(suite, prompts, answered(list(prompts.values())), {})
+    assert '"201"' in str(caught.value)
 
 
-def test_submissions_are_as_the_servers_take_them() -> None:
+def test_submission_has_the_format_of_the_server() -> None:
     assert BENCHMARKS["vqav2"].submission({"7": "The Cat.", "8": None}) == [
         {"question_id": 7, "answer": "cat"},
         {"question_id": 8, "answer": ""},
@@ -162,106 +168,88 @@ def test_submissions_are_as_the_servers_take_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["gqa", "pope", "scienceqa", "mmbench"])
-def test_a_model_is_asked_and_a_cut_run_goes_on(name: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_run_benchmark_resumes_and_writes_the_same_files(name: str, tiny_model: Path, tmp_path: Path) -> None:
     suite = suite_of(tmp_path, name, model=str(tiny_model))
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = run_benchmark(suite, whole, "random")
+    complete, truncated = tmp_path / "complete", tmp_path / "truncated"
+    done = run_benchmark(suite, complete, "random")
     assert done.scores is not None
     predictions = [json.loads(line) for line in done.predictions.read_text().splitlines()]
     assert [f"{name}/{line['question_id']}" for line in predictions] == [prompt.id for prompt in suite_prompts(suite)]
     assert all(isinstance(line["text"], str) for line in predictions)
-    row = Summary.model_validate(read_json(whole / "summary.json")).rows[0]
-    assert (row.model, row.metrics[name].n) == ("random", headline(done.scores).n)
+    row = Summary.model_validate(read_json(complete / "summary.json")).rows[0]
+    assert (row.model, row.metrics[name].n) == ("random", headline_rate(done.scores).n)
 
-    shutil.copytree(whole, cut)
+    shutil.copytree(complete, truncated)
     for file in ("predictions.jsonl", "summary.json"):
-        (cut / file).unlink()
-    responses = (cut / "responses.jsonl").read_bytes()
-    (cut / "responses.jsonl").write_bytes(responses[: len(responses) // 2])
-    write_json(cut / "manifest.json", {**read_json(cut / "manifest.json"), "finished": False})
-    run_benchmark(suite, cut, "random")
+        (truncated / file).unlink()
+    responses = (truncated / "responses.jsonl").read_bytes()
+    (truncated / "responses.jsonl").write_bytes(responses[: len(responses) // 2])
+    write_json(truncated / "manifest.json", {**read_json(truncated / "manifest.json"), "finished": False})
+    run_benchmark(suite, truncated, "random")
     for file in ("predictions.jsonl", "summary.json"):
-        assert (cut / file).read_bytes() == (whole / file).read_bytes()
+        assert (truncated / file).read_bytes() == (complete / file).read_bytes()
 
 
-def test_the_command_asks_and_scores(tiny_model: Path, tmp_path: Path) -> None:
+def test_benchmark_commands_run_and_score(tiny_model: Path, tmp_path: Path) -> None:
     files = WRITERS["vqav2"](tmp_path)
-    out = tmp_path / "run"
-    done = run(
-        *(
-            "benchmark",
-            "run",
-            "vqav2",
-            f"model={tiny_model}",
-            "generation.max_new_tokens=2",
-            "--annotations",
-            tmp_path / files["annotations"],
-        ),
-        *(
-            "--questions",
-            tmp_path / files["questions"],
-            "--images",
-            tmp_path / files["images"],
-            "--limit",
-            3,
-            "--out",
-            out,
-            "--json",
-        ),
+    annotations = ("--annotations", tmp_path / files["annotations"])
+    done = run_in_process(
+        *("benchmark", "run", "vqav2", f"model={tiny_model}", "generation.max_new_tokens=2", *annotations),
+        *("--questions", tmp_path / files["questions"], "--images", tmp_path / files["images"], "--limit", 3),
+        *("--out", tmp_path / "run", "--json"),
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["benchmark"], found["n"], found["missing"]) == ("vqav2", 3, 0)
-    assert [line["question_id"] for line in read_json(out / "submission.json")] == [0, 1, 2]
-    again = run(
-        "benchmark",
-        "score",
-        "vqav2",
-        "--predictions",
-        out / "responses.jsonl",
-        "--annotations",
-        tmp_path / files["annotations"],
-        "--json",
-    )
-    assert again.returncode == 0, again.stderr
-    counted = json.loads(again.stdout)
-    assert (counted["score"], counted["missing"]) == (
-        found["score"],
-        1,
-    )  # the file alone doesn't say that only three were asked
+    result = json.loads(done.stdout)
+    assert (result["benchmark"], result["n"], result["missing"]) == ("vqav2", 3, 0)
+    assert [line["question_id"] for line in read_json(tmp_path / "run" / "submission.json")] == [0, 1, 2]
+    responses = tmp_path / "run" / "responses.jsonl"
+    scored = run_in_process("benchmark", "score", "vqav2", "--predictions", responses, *annotations, "--json")
+    assert scored.returncode == 0, scored.stderr
+    rescored = json.loads(scored.stdout)
+    # The file of responses does not record that only three questions were asked.
+    assert (rescored["score"], rescored["missing"]) == (result["score"], 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("vizwiz", "has no answers; they are not public"), ("mmvet", "a language model scores")]
-)
-def test_what_cannot_be_scored_is_asked_and_says_so(name: str, reason: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("vizwiz", "not public"), ("mmvet", "--predictions")])
+def test_run_benchmark_that_cannot_score_writes_a_submission_and_gives_the_reason(
+    name: str, reason: str, tiny_model: Path, tmp_path: Path
+) -> None:
     suite = suite_of(tmp_path, name, model=str(tiny_model))
     if name == "vizwiz":
         put_json(tmp_path / "vizwiz" / "val.json", [{"image": "V_0.jpg", "question": "What?"}])
     done = run_benchmark(suite, tmp_path / "run", "random")
     assert done.scores is None
-    assert reason in done.unscored
+    assert reason in done.unscored_reason
     assert done.submission is not None
     assert len(read_json(done.submission)) == len(suite_prompts(suite))
     assert read_json(tmp_path / "run" / "summary.json")["rows"][0]["metrics"][name]["value"] is None
 
 
-def test_requests_that_cannot_be_met() -> None:
-    for arguments, message in (
-        (("gqb", "model=m", "--annotations", "a.json"), 'unknown benchmark "gqb"; did you mean "gqa"?'),
-        (("gqa", "--annotations", "a.json"), 'key "model" is missing'),
-        (("gqa", "model=m", "--annotations", "a.json"), "a.json: no such file"),
-    ):
-        done = run("benchmark", "run", *arguments, "--out", "nowhere")
-        assert done.returncode == 2
-        assert message in done.stderr
-    assert not Path("nowhere").exists()
-    listed = run("benchmark", "list", "--json")
-    assert {one["name"] for one in json.loads(listed.stdout)} == BENCHMARKS.keys()
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [
+        (("gqb", "model=m", "--annotations", "a.json"), ('did you mean "gqa"', "[unknown-name]")),
+        (("gqa", "--annotations", "a.json"), ('"model"',)),
+        (("gqa", "model=m", "--annotations", "a.json"), ("a.json",)),
+    ],
+    ids=["benchmark", "model", "file"],
+)
+def test_benchmark_run_with_a_wrong_request_writes_nothing(
+    arguments: tuple[str, ...], tokens: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = run_in_process("benchmark", "run", *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert all(token in done.stderr for token in tokens)
+    assert not (tmp_path / "out").exists()
 
 
-def test_real_pope_files_answered_right_give_100() -> None:
-    files = [SHARED / "data" / f"coco_pope_{part}.json" for part in ("random", "popular", "adversarial")]
+def test_benchmark_list_has_every_benchmark() -> None:
+    listed = run_in_process("benchmark", "list", "--json")
+    assert {benchmark["name"] for benchmark in json.loads(listed.stdout)} == BENCHMARKS.keys()
+
+
+def test_real_pope_files_answered_right_give_1() -> None:
+    files = [SHARED / "data" / f"coco_pope_{sampling}.json" for sampling in ("random", "popular", "adversarial")]
     if not all(file.exists() for file in files):
         pytest.skip("needs POPE's annotation files (shared/data), which are not distributed with the project")
     config = BenchmarkConfig(name="pope", annotations=files)
@@ -274,16 +262,17 @@ def test_real_pope_files_answered_right_give_100() -> None:
     assert (best.value, best.high, best.n, best.failed) == (1.0, 1.0, 9000, 0)
     assert 0.99 < best.low < 1.0
     always = benchmark_rates(suite, by_id, answered(prompts, "Yes"), {})["pope"]
-    assert always.value == pytest.approx(2 / 3, abs=1e-3)  # half are yes: precision 1/2, recall 1
+    assert always.value == pytest.approx(2 / 3, abs=1e-3)  # half of the labels are yes: precision 1/2, recall 1
 
 
-def test_no_answers_is_a_wrong_request() -> None:
-    assert issubclass(NoAnswersError, UserError)
+def test_answers_not_public_error_is_a_user_error() -> None:
+    assert issubclass(AnswersNotPublicError, UserError)
 
 
-def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    """evaluate asks cases and benchmarks in one run; mm_vet's judge scores one benchmark, the suite's judge none of them."""
-    case = {
+@pytest.mark.slow
+def test_evaluate_run_of_seven_benchmarks_with_a_judge_for_mmvet(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    """The suite has a split too. The judge mm_vet scores one benchmark, and the default judge grades only the split."""
+    split = {
         "name": "safe",
         "format": "vlguard",
         "file": world / "vlguard/test.json",
@@ -299,7 +288,7 @@ def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, 
         fields = {
             "model": str(tiny_model),
             "root": tmp_path,
-            "splits": [case],
+            "splits": [split],
             "benchmarks": benchmarks,
             "judges": judges,
         }
@@ -322,13 +311,13 @@ def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, 
     assert (row.metrics["mmvet"].value, row.metrics["specificity"].value) == (None, None)
 
 
-def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(tmp_path: Path) -> None:
-    case = {"name": "safe", "format": "vlguard", "file": "t.json", "images": "i", "kind": "safe"}
+def test_build_row_names_the_judge_of_each_benchmark_and_counts_a_failure_once(tmp_path: Path) -> None:
+    split = {"name": "safe", "format": "vlguard", "file": "t.json", "images": "i", "kind": "safe"}
     benchmarks = [
         {"name": name, **WRITERS[name](tmp_path), **({"judge": "mm"} if name == "mmvet" else {})}
         for name in SPECIFICITY
     ]
-    others = {"mm": {"name": "llm", "rubric": "mm_vet", "model": "j"}, "score": {"name": "rouge_l"}}
+    judges = {"mm": {"name": "llm", "rubric": "mm_vet", "model": "j"}, "score": {"name": "rouge_l"}}
     means = {
         name: {"splits": ["safe"], "score": how, "judge": "score"}
         for name, how in (("good", "mean"), ("bad", "one_minus_mean"))
@@ -337,9 +326,9 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
         {
             "model": "m",
             "root": tmp_path,
-            "splits": [case],
+            "splits": [split],
             "benchmarks": benchmarks,
-            "judges": others,
+            "judges": judges,
             "paper_compat": True,
             "metrics": means,
         }
@@ -356,11 +345,14 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
         Verdict(prompt_id="mmvet/v1_0", judge="mm_vet@j", score=0.5),
         Verdict(prompt_id="mmvet/v1_1", judge="mm_vet@j", error="no"),
     ]
-    graded = {"": Graded("keyword", {}, ["refused"], refused), "score": Graded("rouge_l", {}, [], scored)}
+    verdicts = {
+        "": JudgeVerdicts("keyword", {}, ["refused"], refused),
+        "score": JudgeVerdicts("rouge_l", {}, [], scored),
+    }
     run = GradedRun(
-        suite, prompts, answered(list(prompts.values())), graded | {"mm": Graded("mm_vet@j", {}, [], judged)}
+        suite, prompts, answered(list(prompts.values())), verdicts | {"mm": JudgeVerdicts("mm_vet@j", {}, [], judged)}
     )
-    row = run_row(run, "m")
+    row = build_row(run, "m")
     assert {metric: row.judge_of(metric) for metric in ("good", "mmvet", "specificity", "vqav2")} == {
         "good": "rouge_l",
         "mmvet": "mm_vet@j",
@@ -368,20 +360,21 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
         "vqav2": "",
     }
     assert row.paper_judges == {"good": "rouge_l"}
-    assert row.failed["rouge_l"] == {"safe": 1}  # three metrics leave it out
+    assert row.failed["rouge_l"] == {"safe": 1}  # although three metrics exclude it
     assert (row.failed["keyword"], row.failed["mm_vet@j"], row.failed[""]["vqav2"]) == ({"safe": 0}, {"mmvet": 1}, 0)
-    assert failures([row]) == 2
+    assert count_failures([row]) == 2
     assert judges_of([row]) == ["keyword", "mm_vet@j", "rouge_l"]
-    told = " ".join(limits([row], roles_of([row], {"m": suite}), {}, []))
-    assert "A language model judged (mm_vet@j)" in told
-    assert "2 answers or verdicts failed" in told
+    text = " ".join(caveats([row], assign_roles([row], {"m": suite}), {}, []))
+    assert "(mm_vet@j)" in text
+    assert "2 answers or verdicts failed" in text
     alone = row.model_copy(update={"metrics": {"mmvet": row.metrics["mmvet"]}, "judge": ""})
-    assert "Judged by keyword, mm_vet@j, rouge_l" in what_was_done([row], {})[1]
-    assert "Judged by nobody" not in what_was_done([alone], {})[1]
+    assert "keyword, mm_vet@j, rouge_l" in describe_evaluation([row], {})[1]
+    assert "mm_vet@j" in describe_evaluation([alone], {})[1]
 
 
-def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path: Path) -> None:
-    """The second model answers all of POPE right; the first, a random one, none. Two models alike differ by nothing."""
+@pytest.mark.slow
+def test_compare_runs_compares_benchmarks_by_question(tiny_model: Path, tmp_path: Path) -> None:
+    """The model "right" answers all questions right, the random model none. Two equal models have no difference."""
     suite = suite_of(tmp_path, "pope", "gqa", model=str(tiny_model))
     runs = {name: tmp_path / name for name in ("random", "right", "alike")}
     for name, folder in runs.items():
@@ -389,25 +382,25 @@ def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path
         if name == "right":
             prompts = suite_prompts(suite)
             write_records(folder / "responses.jsonl", answered(prompts))
-    summary, left_out = compare_runs(runs)
-    found = {(one.model, one.metric): one for one in summary.comparisons}
-    assert not left_out
-    assert (found["right", "pope"].difference, found["right", "pope"].n) == (1.0, 8)
-    assert found["alike", "pope"].difference == 0.0
-    assert found["alike", "gqa"].p == 1.0
+    summary, skipped = compare_runs(runs)
+    changes = {(change.model, change.metric): change for change in summary.comparisons}
+    assert not skipped
+    assert (changes["right", "pope"].difference, changes["right", "pope"].n) == (1.0, 8)
+    assert changes["alike", "pope"].difference == 0.0
+    assert changes["alike", "gqa"].p == 1.0
     fewer = suite_of(tmp_path, "pope", "gqa", model=str(tiny_model), limit=1)
     evaluate_run(fewer, tmp_path / "fewer", "fewer")
-    with pytest.raises(UserError, match="were asked other questions of it"):
+    with raises_code("no-common-metrics") as caught:
         compare_runs({"random": runs["random"], "fewer": tmp_path / "fewer"})
+    assert "pope" in str(caught.value)
 
 
-def test_benchmarks_alone_need_no_judge(tiny_model: Path, tmp_path: Path) -> None:
-    """And their report has a table and no samples."""
+def test_evaluate_command_of_benchmarks_alone_needs_no_judge(tiny_model: Path, tmp_path: Path) -> None:
+    """The report has a table and no samples."""
     fields = {"benchmarks": [{"name": "gqa", **WRITERS["gqa"](tmp_path)}], "generation": {"max_new_tokens": 3}}
     write_json(tmp_path / "suite.yaml", fields)
-    done = run(
-        "evaluate", tmp_path / "suite.yaml", f"model={tiny_model}", f"root={tmp_path}", "--out", tmp_path / "run"
-    )
+    settings = [f"model={tiny_model}", f"root={tmp_path}"]
+    done = run_in_process("evaluate", tmp_path / "suite.yaml", *settings, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "GQA" in done.stdout
     assert "GQA" in (tmp_path / "run" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""A cache with room holds what transformers' own holds, without copying it for every token."""
+"""The preallocated cache contains what transformers' own cache contains, without copying it for every token."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ def states(rows: int, tokens: int, seed: int) -> torch.Tensor:
     ],
     ids=["select", "reorder", "repeat", "crop", "reset"],
 )
-def test_it_holds_what_transformers_holds(change: Callable[[DynamicCache], None], rows: int) -> None:
+def test_cache_equals_dynamic_cache_after_change(change: Callable[[DynamicCache], None], rows: int) -> None:
     caches = [preallocated_cache(CONFIG), DynamicCache(config=CONFIG)]
 
-    def step(count: int, tokens: int, seed: int) -> None:
+    def update_and_compare(num_rows: int, tokens: int, seed: int) -> None:
         for layer in range(2):
-            keys, values = states(count, tokens, seed), states(count, tokens, seed + 1)
-            ours, theirs = (cache.update(keys, values, layer) for cache in caches)
-            assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+            keys, values = states(num_rows, tokens, seed), states(num_rows, tokens, seed + 1)
+            actual, expected = (cache.update(keys, values, layer) for cache in caches)
+            assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
         assert caches[0].get_mask_sizes(1, 0) == caches[1].get_mask_sizes(1, 0)
 
     for seed, tokens in enumerate((5, 1, GROWTH + 3, 1)):
-        step(3, tokens, 10 * seed)
+        update_and_compare(3, tokens, 10 * seed)
     for cache in caches:
         change(cache)
     for seed, tokens in enumerate((2, 1, GROWTH, 1)):
-        step(rows, tokens, 100 + 10 * seed)
+        update_and_compare(rows, tokens, 100 + 10 * seed)
 
 
-def test_a_token_more_moves_nothing() -> None:
+def test_update_within_growth_does_not_copy() -> None:
     layer = PreallocatedLayer()
     layer.update(states(2, 10, 0), states(2, 10, 1))
-    place = layer.keys.data_ptr()
+    pointer = layer.keys.data_ptr()
     for number in range(GROWTH):
         layer.update(states(2, 1, number), states(2, 1, number))
-    assert layer.keys.data_ptr() == place
+    assert layer.keys.data_ptr() == pointer
     assert layer.keys.shape == (2, 2, 10 + GROWTH, 4)
 
 
-def test_sliding_windows_are_left_to_transformers() -> None:
+def test_sliding_window_layers_are_those_of_transformers() -> None:
     cache = preallocated_cache(MistralConfig(num_hidden_layers=1, sliding_window=4))
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer]

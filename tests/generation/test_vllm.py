@@ -1,4 +1,4 @@
-"""vLLM's offline engine, by a stand-in that keeps to its documented calls: vLLM itself needs a GPU and a build of its own."""
+"""The vLLM backend, against a fake with vLLM's documented interface. vLLM itself requires a GPU."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import raises_code
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import Question, answer_seed, ask
-from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel
+from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
+from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel_size
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import write_json
 
 
 class SamplingParams:
-    """As vllm.SamplingParams: these among its keywords."""
+    """A subset of the keywords of vllm.SamplingParams."""
 
     def __init__(
         self,
@@ -35,29 +35,24 @@ class SamplingParams:
         top_k: int = 0,
         seed: int | None = None,
     ) -> None:
-        self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed = (
-            max_tokens,
-            temperature,
-            top_p,
-            top_k,
-            seed,
-        )
+        self.max_tokens, self.temperature, self.top_p = max_tokens, temperature, top_p
+        self.top_k, self.seed = top_k, seed
 
 
 class LLM:
-    """As vllm.LLM: keywords of the engine, `chat` with one conversation and one SamplingParams a question."""
+    """vllm.LLM: engine keywords, and `chat` with one conversation and one SamplingParams per request."""
 
-    made: list[dict[str, Any]] = []  # noqa: RUF012
+    engines: list[dict[str, Any]] = []  # noqa: RUF012
     calls: list[tuple[list[Any], list[SamplingParams]]] = []  # noqa: RUF012
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.made.append({"model": model, **options})
+        self.engines.append({"model": model, **options})
 
     def chat(self, messages: list[Any], sampling_params: list[SamplingParams], use_tqdm: bool = True) -> list[Any]:
         assert len(messages) == len(sampling_params)
         self.calls.append((messages, sampling_params))
-        said = [conversation[-1]["content"][-1]["text"] for conversation in messages]
-        return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {text}! ", finish_reason="stop")]) for text in said]
+        texts = [conversation[-1]["content"][-1]["text"] for conversation in messages]
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {text}! ", finish_reason="stop")]) for text in texts]
 
 
 @pytest.fixture
@@ -66,12 +61,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
-    LLM.made, LLM.calls = [], []
+    LLM.engines, LLM.calls = [], []
     return LLM
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> list[Question]:
+def requests(tmp_path: Path) -> list[GenerationRequest]:
     Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
     prompts = [
         Prompt(
@@ -84,22 +79,22 @@ def questions(tmp_path: Path) -> list[Question]:
         )
         for number in range(5)
     ]
-    return ask(prompts, {"s": tmp_path}, {"s": 2})
+    return build_requests(prompts, {"s": tmp_path}, {"s": 2})
 
 
-def run(model: Path, questions: list[Question], **changes: object) -> list[Response]:
+def run(model: Path, requests: list[GenerationRequest], **changes: object) -> list[Response]:
     backend = VLLMBackend(str(model), GenerationConfig.model_validate({"backend": "vllm", "batch_size": 1, **changes}))
-    found: list[Response] = []
-    backend.run(backend.batches(questions), found.extend)
-    return found
+    responses: list[Response] = []
+    backend.run(backend.make_batches(requests), responses.extend)
+    return responses
 
 
-def test_each_question_has_its_conversation_and_its_seed(
-    engine: type[LLM], tiny_model: Path, questions: list[Question]
+def test_each_request_has_conversation_and_seed(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
 ) -> None:
-    found = run(tiny_model, questions, temperature=0.8, top_p=0.9, max_new_tokens=33, seed=5)
-    assert [(response.key, response.text) for response in found] == [
-        (one.key, f"{one.prompt.question}!") for one in questions
+    responses = run(tiny_model, requests, temperature=0.8, top_p=0.9, max_new_tokens=33, seed=5)
+    assert [(response.key, response.text) for response in responses] == [
+        (request.key, f"{request.prompt.question}!") for request in requests
     ]
     (messages, settings), *_ = engine.calls
     text, image = messages[0][0]["content"], messages[2][0]["content"]
@@ -107,30 +102,34 @@ def test_each_question_has_its_conversation_and_its_seed(
     assert image[1] == {"type": "text", "text": "q1"}
     data = base64.b64decode(image[0]["image_url"]["url"].removeprefix("data:image/png;base64,"))
     assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (255, 0, 0)
-    assert [one.seed for one in settings] == [answer_seed(5, question) for question in questions]
-    assert {(one.temperature, one.top_p, one.max_tokens) for one in settings} == {(0.8, 0.9, 33)}
+    assert [params.seed for params in settings] == [sampling_seed(5, request) for request in requests]
+    assert {(params.temperature, params.top_p, params.max_tokens) for params in settings} == {(0.8, 0.9, 33)}
 
 
-def test_greedy_answers_need_no_seed(engine: type[LLM], tiny_model: Path, questions: list[Question]) -> None:
-    run(tiny_model, questions, top_p=0.9)
-    assert {(one.temperature, one.top_p, one.seed) for one in engine.calls[0][1]} == {(0.0, 1.0, None)}
+def test_greedy_decoding_sends_no_seed(engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]) -> None:
+    run(tiny_model, requests, top_p=0.9)
+    assert {(params.temperature, params.top_p, params.seed) for params in engine.calls[0][1]} == {(0.0, 1.0, None)}
 
 
-def test_the_engine_is_made_for_the_model(
-    engine: type[LLM], tiny_model: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+def test_engine_options_fit_model_and_gpus(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    run(tiny_model, questions, precision="bf16")
-    (made,) = engine.made
-    assert made["tensor_parallel_size"] == tensor_parallel(tiny_model)
-    assert (made["model"], made["dtype"], made["limit_mm_per_prompt"]) == (str(tiny_model), "bfloat16", {"image": 1})
-    assert made["generation_config"] == "vllm"  # not the model's own settings
+    run(tiny_model, requests, precision="bf16")
+    (options,) = engine.engines
+    assert options["tensor_parallel_size"] == tensor_parallel_size(tiny_model)
+    assert (options["model"], options["dtype"], options["limit_mm_per_prompt"]) == (
+        str(tiny_model),
+        "bfloat16",
+        {"image": 1},
+    )
+    assert options["generation_config"] == "vllm"  # not the model's own settings
 
 
 @pytest.mark.parametrize(
     ("gpus", "heads", "expected"), [(0, 4, 1), (1, 4, 1), (3, 4, 2), (4, 4, 4), (8, 28, 7), (5, 1, 1)]
 )
-def test_a_model_is_split_as_its_heads_allow(
+def test_tensor_parallel_size_divides_heads(
     gpus: int, heads: int, expected: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vlm_unlearn.generation import vllm
@@ -138,28 +137,32 @@ def test_a_model_is_split_as_its_heads_allow(
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_attention_heads=heads))
     monkeypatch.setattr(vllm, "read_config", lambda folder: config)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert tensor_parallel(tiny_model) == expected
+    assert tensor_parallel_size(tiny_model) == expected
 
 
-def test_answers_are_handed_on_batch_by_batch(engine: type[LLM], tiny_model: Path, questions: list[Question]) -> None:
+def test_responses_are_passed_on_per_batch(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
     backend = VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm", batch_size=1))
     groups: list[int] = []
-    backend.run(backend.batches([*questions] * 4), lambda answers: groups.append(len(answers)))
+    backend.run(backend.make_batches([*requests] * 4), lambda responses: groups.append(len(responses)))
     assert groups == [16, 16, 8]
-    assert [response.key for response in backend.verify_batching(questions[:2])] == [("0", 0), ("0", 1)]
+    assert [response.key for response in backend.run_one_by_one(requests[:2])] == [("0", 0), ("0", 1)]
     assert [len(messages) for messages, _ in engine.calls[-2:]] == [1, 1]
-    assert len(engine.made) == 1
+    assert len(engine.engines) == 1
 
 
-def test_it_must_be_installed(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=r"vLLM is not installed; pip install '\.\[vllm\]'"):
+def test_missing_vllm_raises(tiny_model: Path) -> None:
+    with raises_code("missing-package", field="generation.backend") as caught:
         VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm"))
+    assert "pip install '.[vllm]'" in str(caught.value)
 
 
-def test_an_adapter_is_to_be_exported_first(engine: type[LLM], tiny_model: Path, tmp_path: Path) -> None:
+def test_adapter_raises_with_export_command(engine: type[LLM], tiny_model: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_model, tmp_path / "base")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(base)})
-    with pytest.raises(UserError, match=f"vlm-unlearn export {adapter} --out"):
+    with raises_code("unsupported-setting", file=adapter) as caught:
         VLLMBackend(str(adapter), GenerationConfig(backend="vllm"))
+    assert f"vlm-unlearn export {adapter} --out" in str(caught.value)

@@ -1,4 +1,4 @@
-"""A frozen vision tower runs each image once, and nobody can tell from the numbers."""
+"""With the feature cache a frozen vision tower runs each image once, and outputs are bitwise the same."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import families
-from helpers import recipe
+from helpers import raises_code, recipe
 from vlm_unlearn.data.encoding import Turn, encode_with_labels
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.models import features as module
 from vlm_unlearn.models.features import FeatureCache, Features, cache_vision_features
 from vlm_unlearn.models.layout import vision_tower
@@ -31,8 +30,8 @@ from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-VALUE = {"-2": torch.zeros(4, 8)}  # 128 bytes
-ROOM = 4 * 128
+FEATURES = {"-2": torch.zeros(4, 8)}  # 128 bytes
+ROOM_FOR_FOUR = 4 * 128
 
 
 @pytest.fixture
@@ -45,8 +44,8 @@ def tower() -> Any:
 
 
 @contextmanager
-def counted(tower: Any) -> Iterator[list[int]]:
-    """Collects how many images each call to the tower's first part has."""
+def count_images(tower: Any) -> Iterator[list[int]]:
+    """Collects the number of images in each call to the tower's embeddings."""
     runs: list[int] = []
     hook = tower.embeddings.register_forward_hook(lambda _module, _inputs, output: runs.append(len(output)))
     yield runs
@@ -55,23 +54,23 @@ def counted(tower: Any) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("layers", [None, -2, -1, [-2, 1]])
-def test_features_are_the_towers_own(tower: Any, layers: Any, on_disk: bool, tmp_path: Path) -> None:
-    plain = copy.deepcopy(tower)
+def test_cached_features_equal_tower_output(tower: Any, layers: Any, on_disk: bool, tmp_path: Path) -> None:
+    uncached_tower = copy.deepcopy(tower)
     cache_vision_features(tower, FeatureCache(2**20, tmp_path if on_disk else None))
-    wanted = plain(IMAGES, output_hidden_states=layers)
-    with counted(tower) as runs:
+    expected = uncached_tower(IMAGES, output_hidden_states=layers)
+    with count_images(tower) as runs:
         for order in ([0, 1, 0], [1, 1], [0, 2, 1]):
-            found = tower(IMAGES[order], output_hidden_states=layers, return_dict=True)
+            outputs = tower(IMAGES[order], output_hidden_states=layers, return_dict=True)
             if layers is None or layers == -1:
-                assert found.last_hidden_state.equal(wanted.last_hidden_state[order])
+                assert outputs.last_hidden_state.equal(expected.last_hidden_state[order])
             for layer in [layers] if isinstance(layers, int) else layers or []:
-                assert found.hidden_states[layer].equal(wanted.hidden_states[layer][order])
+                assert outputs.hidden_states[layer].equal(expected.hidden_states[layer][order])
     assert runs == [1, 1, 1]  # each image once, on its own
 
 
-def test_what_decides_the_features_is_told_apart(tower: Any) -> None:
+def test_cache_distinguishes_image_dtype_shape_layer_and_autocast(tower: Any) -> None:
     cache_vision_features(tower, FeatureCache(2**20))
-    with counted(tower) as runs:
+    with count_images(tower) as runs:
         for image in (IMAGES[:1], IMAGES[1:2], IMAGES[:1].double(), IMAGES[:1].reshape(1, 3, 64, 16)):
             tower.to(image.dtype)(image, interpolate_pos_encoding=True)
         tower.float()(IMAGES[:1], output_hidden_states=-2)
@@ -82,83 +81,83 @@ def test_what_decides_the_features_is_told_apart(tower: Any) -> None:
     assert runs == [1] * 6
 
 
-def test_a_step_runs_an_image_once_where_the_cache_has_no_room(tower: Any) -> None:
+def test_full_cache_still_reuses_features_of_previous_call(tower: Any) -> None:
     cache_vision_features(tower, FeatureCache(1))
-    with counted(tower) as runs:
+    with count_images(tower) as runs:
         for numbers in ([0, 1], [0, 1], [2], [0]):
             tower(IMAGES[numbers], output_hidden_states=-2)
     assert runs == [1] * 4
 
 
-def test_calls_of_another_kind_are_left_alone(tower: Any) -> None:
+def test_calls_for_all_hidden_states_are_not_cached(tower: Any) -> None:
     cache_vision_features(tower, FeatureCache(2**20))
-    with counted(tower) as runs:
+    with count_images(tower) as runs:
         for _ in range(2):
             assert len(tower(IMAGES, output_hidden_states=True).hidden_states) == 4
     assert runs == [3, 3]
 
 
-def test_in_training_mode_with_checkpointing(tower: Any) -> None:
-    """As the trainer leaves it: the whole model in training mode and checkpointed, the tower frozen."""
-    wanted = tower(IMAGES, output_hidden_states=-2).hidden_states[-2]
+def test_cache_with_gradient_checkpointing_equals_tower_output(tower: Any) -> None:
+    """The trainer sets the entire model to training mode with checkpointing, the frozen tower included."""
+    expected = tower(IMAGES, output_hidden_states=-2).hidden_states[-2]
     cache_vision_features(tower, FeatureCache(2**20))
     tower.activation_checkpointing_enable({"use_reentrant": False})
     tower.train()
     for images in (IMAGES, IMAGES.clone().requires_grad_()):
-        found = tower(images, output_hidden_states=-2).hidden_states[-2]
-        assert found.equal(wanted)
-        assert not found.requires_grad
+        features = tower(images, output_hidden_states=-2).hidden_states[-2]
+        assert features.equal(expected)
+        assert not features.requires_grad
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "gemma3", "internvl", "idefics3", "mllama"])
-def test_every_family_says_the_same(family: str, tmp_path: Path) -> None:
-    families.build(family, tmp_path / "model")
-    model, processor = load_model(tmp_path / "model", "fp32").eval(), load_processor(tmp_path / "model")
+def test_cache_keeps_logits_of_family(family: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = families.shared_folder(family, tmp_path_factory)
+    model, processor = load_model(folder, "fp32").eval(), load_processor(folder)
     turns = []
     for number, size in enumerate(((64, 48), (30, 70), (64, 48))):
         Image.new("RGB", size, (90 * (number % 2), 120, 30)).save(tmp_path / f"{number}.png")
         turns.append(Turn(str(number), tmp_path / f"{number}.png", "what is this ?", "a cat ."))
     batch = encode_with_labels(processor, turns, 2048)
     with torch.no_grad():
-        wanted = model(**batch).logits
+        expected = model(**batch).logits
         cache_vision_features(vision_tower(model), FeatureCache(2**20))
         for _ in range(2):
-            torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(model(**batch).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_what_a_run_asks_for_stays(on_disk: bool, tmp_path: Path) -> None:
-    """Epochs ask for all images in turn: as many are found in each as there is room for."""
-    cache = FeatureCache(ROOM, tmp_path if on_disk else None)
+def test_cache_never_evicts_entries_of_this_run(on_disk: bool, tmp_path: Path) -> None:
+    """Every epoch uses all images in turn, and finds as many as there is room for."""
+    cache = FeatureCache(ROOM_FOR_FOUR, tmp_path if on_disk else None)
     for _ in range(2):
-        found = []
+        hits = []
         for key in "abcdef":
             if cache.get(key) is None:
-                cache.put(key, VALUE)
+                cache.put(key, FEATURES)
             else:
-                found.append(key)
-    assert found == ["a", "b", "c", "d"]
-    cache.put("large", {"-2": torch.zeros(ROOM)})
+                hits.append(key)
+    assert hits == ["a", "b", "c", "d"]
+    cache.put("large", {"-2": torch.zeros(ROOM_FOR_FOUR)})
     assert cache.get("large") is None
     if on_disk:
         assert sorted(file.stem for file in tmp_path.iterdir()) == ["a", "b", "c", "d"]
 
 
-def test_older_files_make_room(tmp_path: Path) -> None:
+def test_put_evicts_least_recently_used_file_of_earlier_runs(tmp_path: Path) -> None:
     for number, key in enumerate("abcd"):
-        FeatureCache(2**20, tmp_path).put(key, VALUE)
+        FeatureCache(2**20, tmp_path).put(key, FEATURES)
         os.utime(tmp_path / f"{key}.safetensors", (number, number))
     size = (tmp_path / "a.safetensors").stat().st_size
     cache = FeatureCache(4 * size, tmp_path)
     assert cache.get("a") is not None
     assert cache.get("e") is None
-    cache.put("e", VALUE)
+    cache.put("e", FEATURES)
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["a", "c", "d", "e"]
 
 
-def test_a_smaller_limit_makes_room_at_once(tmp_path: Path) -> None:
+def test_smaller_limit_evicts_files_at_once(tmp_path: Path) -> None:
     for number, key in enumerate("abcd"):
-        FeatureCache(2**20, tmp_path).put(key, VALUE)
+        FeatureCache(2**20, tmp_path).put(key, FEATURES)
         os.utime(tmp_path / f"{key}.safetensors", (number, number))
     assert FeatureCache(2**20, tmp_path).get("a") is not None  # used again, so it stays
     size = (tmp_path / "a.safetensors").stat().st_size
@@ -166,20 +165,20 @@ def test_a_smaller_limit_makes_room_at_once(tmp_path: Path) -> None:
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["a", "d"]
 
 
-def test_files_that_are_torn_gone_or_another_process_s(tmp_path: Path) -> None:
-    cache, other = FeatureCache(2**20, tmp_path), FeatureCache(2**20, tmp_path)
-    value: Features = {"-2": torch.arange(32.0).reshape(4, 8)}
+def test_truncated_and_deleted_files_are_misses(tmp_path: Path) -> None:
+    cache, cache_of_other_process = FeatureCache(2**20, tmp_path), FeatureCache(2**20, tmp_path)
+    features: Features = {"-2": torch.arange(32.0).reshape(4, 8)}
     file = tmp_path / "a.safetensors"
-    for harm in (lambda: os.truncate(file, file.stat().st_size - 40), lambda: os.truncate(file, 0), file.unlink):
-        cache.put("a", value)
-        harm()
+    for damage in (lambda: os.truncate(file, file.stat().st_size - 40), lambda: os.truncate(file, 0), file.unlink):
+        cache.put("a", features)
+        damage()
         assert cache.get("a") is None
-        cache.put("a", value)
-        assert cache.get("a")["-2"].equal(value["-2"])  # type: ignore[index]
-    assert other.get("a")["-2"].equal(value["-2"])  # type: ignore[index]
+        cache.put("a", features)
+        assert cache.get("a")["-2"].equal(features["-2"])  # type: ignore[index]
+    assert cache_of_other_process.get("a")["-2"].equal(features["-2"])  # type: ignore[index]
 
 
-def test_a_full_disk_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FeatureCache(2**20, tmp_path)
 
     def full(_features: Features, part: Path) -> None:
@@ -187,100 +186,113 @@ def test_a_full_disk_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
-    cache.put("a", VALUE)
+    cache.put("a", FEATURES)
     assert cache.get("a") is None
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_goes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """safetensors opens a file twice; what torch says when it is gone at the second time is no OSError."""
+def test_file_deleted_while_opened_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors opens a file twice. If it is gone the second time, torch does not raise an OSError."""
     cache = FeatureCache(2**20, tmp_path)
-    cache.put("a", VALUE)
+    cache.put("a", FEATURES)
 
-    def gone(file: Path) -> Features:
+    def delete_and_load(file: Path) -> Features:
         file.unlink()
         return {"-2": torch.from_file(str(file), size=1)}
 
-    with monkeypatch.context() as during:
-        during.setattr(module, "load_file", gone)
+    with monkeypatch.context() as patches:
+        patches.setattr(module, "load_file", delete_and_load)
         assert cache.get("a") is None
-    cache.put("a", VALUE)
+    cache.put("a", FEATURES)
     assert cache.get("a") is not None
 
 
-def test_a_folder_that_can_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in "ab":
-        FeatureCache(2**20, tmp_path).put(key, VALUE)
+        FeatureCache(2**20, tmp_path).put(key, FEATURES)
 
-    def refuse(*_arguments: Any, **_options: Any) -> None:
-        raise PermissionError("not yours")  # tests may run as root, who may do anything
+    def deny(*_arguments: Any, **_options: Any) -> None:
+        raise PermissionError("read-only")  # file modes do not restrict root, who may run the tests
 
-    monkeypatch.setattr(os, "utime", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(module, "save_file", refuse)
+    monkeypatch.setattr(os, "utime", deny)
+    monkeypatch.setattr(Path, "unlink", deny)
+    monkeypatch.setattr(module, "save_file", deny)
     cache = FeatureCache(1, tmp_path)
     assert cache.get("a") is not None
     cache.put("c", {"-2": torch.zeros(1, 0)})
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_raises(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(
-        UserError, match=r"cache/features: no features can be kept there \(Not a directory\); let VLM_U"
-    ):
+    with raises_code("output-not-writable", file=tmp_path / "cache" / "features") as caught:
         FeatureCache(2**20, tmp_path / "cache" / "features")
+    assert "VLM_UNLEARN_CACHE" in str(caught.value)
 
 
-def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
+def test_temp_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left, of_another = tmp_path / f".a.{dead.pid}.part", tmp_path / f".b.{os.getppid()}.part"
-    for part in (left, of_another):
-        part.write_bytes(b"begun")
+    stale, live = tmp_path / f".a.{dead.pid}.part", tmp_path / f".b.{os.getppid()}.part"
+    for file in (stale, live):
+        file.write_bytes(b"begun")
     FeatureCache(2**20, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [of_another.name]
+    assert [file.name for file in tmp_path.iterdir()] == [live.name]
 
 
-def test_training_gives_the_same_weights(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    """Also with the features that a run before has left on disk."""
+@pytest.mark.slow
+def test_training_gives_same_weights_with_and_without_cache(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run with `disk` uses the files of the first."""
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
     trained = []
-    for kept in ("off", "memory", "disk", "disk"):
-        wanted = {"feature_cache": kept, "feature_cache_gb": 1, "gradient_checkpointing": True}
+    for feature_cache in ("off", "memory", "disk", "disk"):
+        training = {
+            "feature_cache": feature_cache,
+            "feature_cache_gb": 1,
+            "gradient_checkpointing": True,
+            "max_steps": 2,
+        }
         output = tmp_path / str(len(trained))
-        trained.append(run_recipe(recipe(tiny_model, training_sets["harmful"], output, "npo", training=wanted)))
-    without, *with_features = (load_file(model / "model.safetensors") for model in trained)
-    assert all(found[name].equal(without[name]) for found in with_features for name in without)
+        trained.append(run_recipe(recipe(tiny_model, training_sets["harmful"], output, "npo", training=training)))
+    assert list((tmp_path / "cache" / "features").rglob("*.safetensors"))
+    uncached, *cached = (load_file(model / "model.safetensors") for model in trained)
+    assert all(weights[name].equal(uncached[name]) for weights in cached for name in uncached)
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept"),
+    ("changes", "is_cached"),
     [
         ({}, True),
         ({"training": {"feature_cache": "off"}}, False),
         ({"trainable": {"vision_tower": True}}, False),
     ],
 )
-def test_a_tower_that_trains_is_left_alone(
+def test_run_caches_features_of_frozen_tower_only(
     tiny_model: Path,
     training_sets: dict[str, Path],
     tmp_path: Path,
     changes: dict[str, Any],
-    kept: bool,
+    is_cached: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given: list[object] = []
-    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: given.append(tower))
-    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "ga", **changes))
-    assert bool(given) == kept
+    towers: list[object] = []
+    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
+    planned = plan(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "ga", **changes))
+    runner._keep_features(planned, load_model(tiny_model, "fp32"))
+    assert bool(towers) == is_cached
 
 
-def test_a_projector_in_the_tower_keeps_the_cache_out(
-    training_sets: dict[str, Path], tmp_path: Path, monkeypatch: Any
+def test_run_does_not_cache_tower_that_contains_projector(
+    training_sets: dict[str, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    families.build("qwen2_5_vl", tmp_path / "model")
-    planned = plan(recipe(tmp_path / "model", training_sets["harmful"], tmp_path / "run", "ga"))
-    given: list[object] = []
-    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: given.append(tower))
-    runner._keep_features(planned, load_model(tmp_path / "model", "fp32"))
-    assert not given, "its features would stand still while the projector trains"
+    folder = families.shared_folder("qwen2_5_vl", tmp_path_factory)
+    planned = plan(recipe(folder, training_sets["harmful"], tmp_path / "run", "ga"))
+    towers: list[object] = []
+    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
+    runner._keep_features(planned, load_model(folder, "fp32"))
+    assert not towers, "its features would not change while the projector is trained"

@@ -1,4 +1,4 @@
-"""No Python that comes with a model folder is run, whatever its files name and whatever stands on standard input."""
+"""Python code in a model folder is never executed, whatever its files refer to and whatever standard input contains."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from helpers import raises_code
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.models.loader import load_model, load_processor, read_config
 
-EVIL = "from pathlib import Path\nPath({!r}).touch()\nclass Config: pass\nclass Model: pass\nclass Processor: pass\nclass Tokenizer: pass\n"
-
-
-def _with(file: Path, **changes: object) -> None:
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(known | changes))
+MODULE = (
+    "from pathlib import Path\nPath({!r}).touch()\n"
+    "class Config: pass\nclass Model: pass\nclass Processor: pass\nclass Tokenizer: pass\n"
+)
+UNKNOWN_TYPES = {"config.json": {"model_type": "evil"}, "processor_config.json": {"processor_class": "EvilProcessor"}}
 
 
 @pytest.mark.parametrize(
-    ("load", "wanted"),
+    ("load", "auto_maps"),
     [
         (read_config, {"config.json": {"AutoConfig": "evil.Config"}}),
         (
@@ -33,22 +33,23 @@ def _with(file: Path, **changes: object) -> None:
         (load_processor, {"tokenizer_config.json": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}),
     ],
 )
-def test_it_is_not_run(
+def test_loading_model_folder_never_runs_its_code(
     load: Callable[[Path], object],
-    wanted: dict[str, dict[str, object]],
+    auto_maps: dict[str, dict[str, object]],
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder, ran = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "ran"
-    (folder / "evil.py").write_text(EVIL.format(str(ran)))
-    for name, classes in wanted.items():
-        unknown = {"config.json": {"model_type": "evil"}, "processor_config.json": {"processor_class": "EvilProcessor"}}
-        _with(folder / name, auto_map=classes, **unknown.get(name, {"tokenizer_class": "EvilTokenizer"}))
-    monkeypatch.setattr(
-        "builtins.input", lambda *_: "y"
-    )  # what somebody, or a pipe, would answer to transformers' question
+    folder, marker = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "marker"
+    (folder / "evil.py").write_text(MODULE.format(str(marker)))
+    for name, auto_map in auto_maps.items():
+        file = folder / name
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        changes = {"auto_map": auto_map, **UNKNOWN_TYPES.get(name, {"tokenizer_class": "EvilTokenizer"})}
+        file.write_text(json.dumps(content | changes))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the answer to transformers' question
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(UserError, match="can't load it") if "config.json" in wanted else suppress(UserError):
-        load(folder)  # a processor's parts may be known under other names
-    assert not ran.exists()
+    # A processor may still load: transformers can know its components by other names.
+    with raises_code("invalid-model", file=folder) if "config.json" in auto_maps else suppress(UserError):
+        load(folder)
+    assert not marker.exists()

@@ -1,4 +1,4 @@
-"""`image_aspect_ratio: pad`: images made square as LLaVA's own code does."""
+"""`image_aspect_ratio: pad` pads images to squares as LLaVA's own code does."""
 
 from __future__ import annotations
 
@@ -9,71 +9,66 @@ import pytest
 from PIL import Image
 
 import families
+from helpers import raises_code
 from vlm_unlearn.data.encoding import Processor
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.models.loader import load_processor
 
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
-def picture(tmp_path: Path, width: int, height: int) -> tuple[Image.Image, np.ndarray]:
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.shared_folder("llava", tmp_path_factory)
+
+
+def noise(width: int, height: int) -> tuple[Image.Image, np.ndarray]:
     pixels = np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels), pixels
 
 
-@pytest.mark.parametrize(("width", "height"), [(32, 20), (15, 32), (32, 32)])
-def test_padding_is_llavas(width: int, height: int, tmp_path: Path) -> None:
-    """LLaVA's own: a square of the longer side in the mean colour, the picture in its middle, the odd pixel after it.
+def process(processor: Processor, image: Image.Image) -> np.ndarray:
+    """Returns the pixels of the processed image, [height, width, 3]."""
+    return processor.image_processor([image], return_tensors="pt")["pixel_values"][0].permute(1, 2, 0).numpy()
 
-    The longer side is the model's, so that nothing is resized and each pixel can be told.
+
+@pytest.mark.parametrize(("width", "height"), [(32, 20), (15, 32), (32, 32)])
+def test_pad_centers_image_on_mean_color_as_llava(width: int, height: int, folder: Path, tmp_path: Path) -> None:
+    """LLaVA pads to a square of the longer side in the mean color. An odd pixel goes to the right or bottom.
+
+    The longer side has the model's image size. Nothing is resized, so that every pixel can be compared.
     """
-    families.build("llava", tmp_path / "model")
-    image, pixels = picture(tmp_path, width, height)
-    processor = load_processor(tmp_path / "model", image_aspect_ratio="pad")
-    mean, deviation = (
-        np.array([0.48145466, 0.4578275, 0.40821073]),
-        np.array([0.26862954, 0.26130258, 0.27577711]),
-    )  # CLIP's
+    image, pixels = noise(width, height)
+    processor = load_processor(folder, image_aspect_ratio="pad")
+    processor.save_pretrained(tmp_path / "saved")
     expected = np.empty((32, 32, 3))
-    expected[:] = [122, 116, 104]  # the mean times 255, cut to whole numbers
+    expected[:] = [122, 116, 104]  # the mean times 255, rounded down
     top, left = (32 - height) // 2, (32 - width) // 2
     expected[top : top + height, left : left + width] = pixels
-    expected = (expected / 255 - mean) / deviation
-    for one in (processor, _saved_and_loaded(processor, tmp_path / "saved")):
-        assert one.image_processor.do_pad
-        seen = one.image_processor([image], return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
-        np.testing.assert_allclose(seen.numpy(), expected, atol=1e-5)
-    plain = (
-        load_processor(tmp_path / "model")
-        .image_processor([image], return_tensors="pt")["pixel_values"][0]
-        .permute(1, 2, 0)
-    )
-    assert np.allclose(plain.numpy(), expected, atol=1e-5) == (width == height)
+    expected = (expected / 255 - CLIP_MEAN) / CLIP_STD
+    for padding_processor in (processor, load_processor(tmp_path / "saved")):
+        assert padding_processor.image_processor.do_pad
+        np.testing.assert_allclose(process(padding_processor, image), expected, atol=1e-5)
+    unpadded = process(load_processor(folder), image)
+    assert np.allclose(unpadded, expected, atol=1e-5) == (width == height)
 
 
-def _saved_and_loaded(processor: Processor, folder: Path) -> Processor:
-    processor.save_pretrained(folder)
-    return load_processor(folder)
-
-
-def test_padding_keeps_siglips_settings(tmp_path: Path) -> None:
+def test_pad_keeps_settings_of_siglip(folder: Path, tmp_path: Path) -> None:
     from transformers import SiglipImageProcessorPil
 
-    families.build("llava", tmp_path / "model")
-    processor = load_processor(tmp_path / "model")
+    processor = load_processor(folder)
     processor.image_processor = SiglipImageProcessorPil(
         size={"height": 48, "width": 48}, image_mean=[0.5] * 3, image_std=[0.25] * 3
     )
     processor.save_pretrained(tmp_path / "siglip")
-    padding = load_processor(tmp_path / "siglip", image_aspect_ratio="pad")
-    image, _ = picture(tmp_path, 48, 10)
-    seen = padding.image_processor([image], return_tensors="pt")["pixel_values"][0]
-    assert seen.shape == (3, 48, 48)
-    np.testing.assert_allclose(seen[:, :19].numpy(), (127 / 255 - 0.5) / 0.25, atol=1e-5)
+    image, _ = noise(48, 10)
+    pixels = process(load_processor(tmp_path / "siglip", image_aspect_ratio="pad"), image)
+    assert pixels.shape == (48, 48, 3)
+    np.testing.assert_allclose(pixels[:19], (127 / 255 - 0.5) / 0.25, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", [family for family in families.FAMILIES if family != "llava"])
-def test_padding_is_refused_where_it_makes_no_sense(family: str, tmp_path: Path) -> None:
-    families.build(family, tmp_path)
-    with pytest.raises(
-        UserError, match="image_aspect_ratio=pad is for LLaVA models with images of one square size, and this is a"
-    ):
-        load_processor(tmp_path, image_aspect_ratio="pad")
+def test_pad_with_other_families_raises(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = families.shared_folder(family, tmp_path_factory)
+    with raises_code("unsupported-setting", file=folder, field="image_aspect_ratio"):
+        load_processor(folder, image_aspect_ratio="pad")

@@ -24,7 +24,7 @@ from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.shared_attention import shared_attention
 from vlm_unlearn.training.step import ModelStep
 
-PACKING = [family for family, layout in LAYOUTS.items() if layout.packs]
+PACKING = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]
 QUESTIONS = [
     ("what is this ?", "a cat ."),
     ("what is this , and what is that beside it ?", "a dog and a bird ."),

@@ -1,4 +1,4 @@
-"""What a benchmark is: its official files in, questions and a score of each answer out."""
+"""The interface of a benchmark: it reads official files, returns the questions, and scores answers."""
 
 from __future__ import annotations
 
@@ -10,134 +10,189 @@ from typing import Any, ClassVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from vlm_unlearn.errors import UserError, nearest
+from vlm_unlearn.errors import UserError, nearest, quoted
 
 
-class NoAnswersError(UserError):
-    """The official files hold questions whose answers are kept by an evaluation server: a model can be asked, not scored."""
+class AnswersNotPublicError(UserError):
+    """The official files contain questions without answers. An evaluation server scores predictions for them."""
 
 
 class Prediction(BaseModel):
-    """A line of a predictions file; other keys, such as the prompt, are passed over. A run's responses and verdicts read as such lines."""
+    """One line of a predictions file. Additional keys are ignored, so a run's responses and verdicts are valid too."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     question_id: str | int = Field(validation_alias=AliasChoices("question_id", "prompt_id"))
-    text: str | None = None  # None: the model gave no answer
-    score: Any = None  # a judge's, 0 to 1, where a judge scores the benchmark
+    text: str | None = None  # None: the model returned no answer
+    score: Any = None  # the score of a judge, 0 to 1, for a benchmark that a judge scores
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question as a model is asked it."""
+class BenchmarkQuestion:
+    """One question of a benchmark.
+
+    Attributes:
+        id: The question's id in the official files.
+        text: The question with LLaVA-1.5's format prompt, as the model gets it.
+        image: Path of the image, relative to the benchmark's image folder. None for a question without an image.
+        cluster: As in `QuestionScore`.
+        reference: The right answer, if the official files contain it.
+        category: A category for breakdowns, such as the answer type.
+    """
 
     id: str
     text: str
-    image: str | None  # path below the benchmark's image folder
-    cluster: str  # as in `Scored`
+    image: str | None
+    cluster: str
     reference: str | None = None
     category: str | None = None
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One question's score."""
+class QuestionScore:
+    """The score of one question.
+
+    Attributes:
+        id: The question's id.
+        value: The score, from 0 to 1.
+        cluster: Questions in one cluster, such as those about one image, may have correlated errors. Intervals are
+            computed over clusters.
+        subsets: The subsets of the benchmark that the question belongs to, such as an answer type.
+        unparsed: Whether no answer was found in the text. Such an answer counts as wrong.
+    """
 
     id: str
-    value: float  # 0 to 1
-    cluster: str  # what its errors may have in common with others', such as the image
-    parts: tuple[str, ...] = ()  # the parts of the benchmark it belongs to, such as an answer type
-    unparsed: bool = False  # no answer could be found in the text; it counts as wrong
+    value: float
+    cluster: str
+    subsets: tuple[str, ...] = ()
+    unparsed: bool = False
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """What one answer adds above and below the line of a ratio of sums, such as F1."""
+class RatioTerm:
+    """What one answer adds to the numerator and the denominator of a ratio of sums, such as F1."""
 
     cluster: str
-    above: float
-    below: float
+    numerator: float
+    denominator: float
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Every question's score, and what couldn't be scored."""
+class BenchmarkScores:
+    """The scores of a benchmark.
 
-    questions: Sequence[Scored]
-    missing: int = 0  # questions without a prediction, or with none that is text
-    numbers: Mapping[str, float] = field(default_factory=dict)  # what the official evaluator reports beside the score
-    # By annotation file: the headline is the mean of these ratios where a benchmark has them, else the mean score.
-    ratios: Mapping[str, Sequence[Ratio]] = field(default_factory=dict)
+    Attributes:
+        questions: The score of each question.
+        missing: The number of questions without a prediction, or with a prediction without text.
+        extra_metrics: Further metrics of the official evaluator by name, such as precision.
+        ratio_terms: The terms of a ratio by annotation file. If there are any, the headline is the mean of these
+            ratios, otherwise it is the mean score.
+    """
+
+    questions: Sequence[QuestionScore]
+    missing: int = 0
+    extra_metrics: Mapping[str, float] = field(default_factory=dict)
+    ratio_terms: Mapping[str, Sequence[RatioTerm]] = field(default_factory=dict)
 
 
 class Benchmark(ABC):
-    """Base of all benchmarks. Subclasses read their official files, put the questions and score one answer."""
+    """Base class of all benchmarks. A subclass reads the official files and scores one answer.
+
+    Attributes:
+        name: The name in suites and on the command line, set by `register`.
+        annotation_file: A description of the official annotation file, set by `register`.
+        question_file: A description of the second official file, set by `register`. Empty if there is none.
+        image_folder: A description of the image folder, set by `register`.
+        multiple_files: Whether the benchmark accepts several annotation files.
+        needs_judge: Whether a judge scores the answers. Then `Prediction.score` is used instead of the text.
+    """
 
     name: ClassVar[str]
-    source: ClassVar[str]  # its annotation file
-    second: ClassVar[str]  # the file for `questions`, where it has one
-    images: ClassVar[str]  # where its images are
-    several: ClassVar[bool] = False  # whether its headline is made of several annotation files
-    judged: ClassVar[bool] = False  # whether a judge scores its answers: `Prediction.score` counts, and not the text
+    annotation_file: ClassVar[str]
+    question_file: ClassVar[str]
+    image_folder: ClassVar[str]
+    multiple_files: ClassVar[bool] = False
+    needs_judge: ClassVar[bool] = False
 
     @abstractmethod
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
-        """The questions, with the prompts of LLaVA-1.5's evaluation (arXiv 2310.03744, its table of response formats).
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
+        """Reads the questions, with the format prompts of LLaVA-1.5's evaluation (arXiv 2310.03744).
 
         Args:
-            limit: only the first so many.
+            annotations: The official annotation file.
+            questions: The second official file, for a benchmark that has one.
+            limit: The number of questions to return. None: all.
 
         Raises:
-            UserError: a file is missing or is something else, or a question lacks its text or image; the record is named.
+            UserError: A file is missing or broken, or a question lacks its text or image.
         """
 
     @abstractmethod
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        """Question id -> what `grade` needs.
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        """Reads the right answers.
 
         Args:
-            questions: a second official file, of a benchmark that has one.
+            annotations: The official annotation file.
+            questions: The second official file, for a benchmark that has one.
+
+        Returns:
+            For each question id, the value that `score_answer` gets as `truth`.
 
         Raises:
-            NoAnswersError: the file has questions only.
-            UserError: a file is missing or is something else.
+            AnswersNotPublicError: The file contains questions only.
+            UserError: A file is missing or broken.
         """
 
     @abstractmethod
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        """One answer's score.
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        """Scores one answer.
 
         Args:
-            official: count exactly as the published evaluator, its quirks included.
+            id: The question's id.
+            truth: The question's value from `read_truths`.
+            text: The answer.
+            official: Count exactly as the published evaluator, including its quirks.
         """
 
-    def scored(self, id: str, truth: Any, prediction: Prediction, official: bool) -> Scored | None:
-        """One prediction's score; None where there is nothing to score."""
-        return None if prediction.text is None else self.grade(id, truth, prediction.text, official)
+    def score_prediction(self, id: str, truth: Any, prediction: Prediction, official: bool) -> QuestionScore | None:
+        """Scores one prediction. Returns None if the prediction has no text."""
+        return None if prediction.text is None else self.score_answer(id, truth, prediction.text, official)
 
-    def merged(self, graded: Sequence[Scored], truths: Mapping[str, Any]) -> list[Scored]:
-        """The scores that count, where several answers make one."""
-        return list(graded)
+    def merge_scores(self, scores: Sequence[QuestionScore], truths: Mapping[str, Any]) -> list[QuestionScore]:
+        """Combines scores into one per question, for a benchmark that asks a question several times."""
+        return list(scores)
 
-    def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
-        """What the official evaluator reports beside the mean, from ``(truth, text)`` pairs."""
+    def extra_metrics(self, answers: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
+        """Returns further metrics of the official evaluator, from ``(truth, text)`` pairs."""
         return {}
 
-    def ratios(
-        self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool
-    ) -> dict[str, list[Ratio]]:
-        """What the headline is made of, by annotation file, where it is another than the mean score."""
+    def ratio_terms(
+        self, truths: Mapping[str, Any], answers: Sequence[tuple[Any, str]], official: bool
+    ) -> dict[str, list[RatioTerm]]:
+        """Returns the terms of the headline by annotation file, for a benchmark whose headline is a ratio.
+
+        Args:
+            truths: All right answers by question id.
+            answers: ``(truth, text)`` pairs of the scored answers.
+            official: As in `score_answer`.
+        """
         return {}
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
-        """The answers as the official evaluation server takes them, as a JSON value; None where that is not what people do."""
+        """Returns the answers in the JSON format of the official evaluation server, or None if there is no server.
+
+        Args:
+            answers: Texts by question id. None for a failed answer.
+        """
         return None
 
     def image_root(self, images: Path) -> Path:
-        """What the questions' image paths are relative to.
+        """Returns the folder that the questions' image paths are relative to.
 
         Args:
-            images: the folder that the user names.
+            images: The image folder that the user has passed.
         """
         return images
 
@@ -145,31 +200,38 @@ class Benchmark(ABC):
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def register(name: str, source: str, images: str, second: str = "") -> Callable[[type[Benchmark]], type[Benchmark]]:
-    """Class decorator that makes a benchmark known under `name`.
+def register(
+    name: str, annotation_file: str, image_folder: str, question_file: str = ""
+) -> Callable[[type[Benchmark]], type[Benchmark]]:
+    """Returns a class decorator that registers a benchmark in `BENCHMARKS`.
 
     Args:
-        source: its annotation file, and where that is from.
-        images: its image folder, in words.
-        second: its second official file.
+        name: The benchmark's name.
+        annotation_file: A description of the official annotation file, and where it is from.
+        image_folder: A description of the image folder.
+        question_file: A description of the second official file, if there is one.
     """
 
-    def add(kind: type[Benchmark]) -> type[Benchmark]:
-        kind.name, kind.source, kind.images, kind.second = name, source, images, second
-        BENCHMARKS[name] = kind()
-        return kind
+    def add(benchmark: type[Benchmark]) -> type[Benchmark]:
+        benchmark.name = name
+        benchmark.annotation_file = annotation_file
+        benchmark.image_folder = image_folder
+        benchmark.question_file = question_file
+        BENCHMARKS[name] = benchmark()
+        return benchmark
 
     return add
 
 
-def find(name: str) -> Benchmark:
-    """The benchmark of a name.
+def get_benchmark(name: str) -> Benchmark:
+    """Returns a registered benchmark.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no benchmark of that name.
     """
     if name not in BENCHMARKS:
         raise UserError(
-            f'unknown benchmark "{name[:80]}"{nearest(name, BENCHMARKS)}; known: {", ".join(sorted(BENCHMARKS))}'
+            f"unknown benchmark {quoted(name)}{nearest(name, BENCHMARKS)}. Available: {', '.join(sorted(BENCHMARKS))}.",
+            code="unknown-name",
         )
     return BENCHMARKS[name]

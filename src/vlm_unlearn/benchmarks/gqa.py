@@ -6,54 +6,51 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import SHORT, record, with_answers
-from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import SHORT, question_objects, record, require_answers
 from vlm_unlearn.store import read_json
 
 
 @register("gqa", "testdev_balanced_questions.json of the GQA download", "the download's images/: <imageId>.jpg")
 class GQA(Benchmark):
-    """Exact match once a closing full stop is off and case is folded."""
+    """Exact match, without a closing full stop and without case."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
-        found = []
-        for id, value in list(_entries(annotations).items())[:limit]:
-            entry = record(annotations, "question", id, value)
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
+        benchmark_questions = []
+        for id, value in list(_read_entries(annotations).items())[:limit]:
+            entry = record(annotations, id, value)
             image = entry.name("imageId")
             answer = entry.optional_text("answer")
-            found.append(
-                Question(
-                    id, f"{entry.text('question')}\n{SHORT}", f"{image}.jpg", image, answer, _kind(entry.value) or None
-                )
-            )
-        return found
+            text = f"{entry.text('question')}\n{SHORT}"
+            category = _structural_type(entry.value) or None
+            benchmark_questions.append(BenchmarkQuestion(id, text, f"{image}.jpg", image, answer, category))
+        return benchmark_questions
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        value = _entries(annotations)
-        with_answers(list(value.values()), annotations, "answer")
-        for id, entry in value.items():
-            if not isinstance(entry.get("answer"), str):
-                raise UserError(f'{annotations}: question {quoted(id)} has no "answer"')
-        return value
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        entries = _read_entries(annotations)
+        require_answers(list(entries.values()), annotations, "answer")
+        for id, value in entries.items():
+            if not isinstance(value.get("answer"), str):
+                raise record(annotations, id, value).error("must be text", "invalid-field", "answer")
+        return entries
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        said = text if official else text.strip()
-        right = said.rstrip(".").lower() == str(truth["answer"]).lower()
-        kind = _kind(truth)
-        return Scored(id, float(right), str(truth.get("imageId", id)), (kind,) if kind else ())
-
-
-def _entries(annotations: Path) -> dict[str, Any]:
-    value = read_json(annotations)
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{annotations}: expected an object, question id -> question")
-    for id, entry in value.items():
-        if not isinstance(entry, dict):
-            raise UserError(f"{annotations}: question {quoted(id)} is not an object")
-    return value
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        answer = text if official else text.strip()
+        is_right = answer.rstrip(".").lower() == str(truth["answer"]).lower()
+        structural_type = _structural_type(truth)
+        subsets = (structural_type,) if structural_type else ()
+        return QuestionScore(id, float(is_right), str(truth.get("imageId", id)), subsets)
 
 
-def _kind(entry: Mapping[str, Any]) -> str:
-    kinds = entry.get("types")
-    return str(kinds.get("structural") or "") if isinstance(kinds, dict) else ""
+def _read_entries(annotations: Path) -> dict[str, Any]:
+    entries = question_objects(read_json(annotations), annotations)
+    for id, value in entries.items():
+        record(annotations, id, value)  # raises if the value is not an object
+    return entries
+
+
+def _structural_type(entry: Mapping[str, Any]) -> str:
+    types = entry.get("types")
+    return str(types.get("structural") or "") if isinstance(types, dict) else ""

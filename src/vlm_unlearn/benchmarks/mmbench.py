@@ -1,4 +1,7 @@
-"""MMBench (Liu et al. 2023, arXiv 2307.06281), circular: right means right under every order of the options."""
+"""MMBench (Liu et al. 2023, arXiv 2307.06281), circular evaluation.
+
+Every question is asked in all rotations of its options.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,86 @@ import binascii
 import csv
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import LETTER, no_answers
-from vlm_unlearn.benchmarks.scienceqa import parse
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import LETTER, answers_not_public
+from vlm_unlearn.benchmarks.scienceqa import parse_option
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import cache_folder
 
-ROTATION = 1_000_000  # added to a question's index for each further order of its options
-LONGEST_IMAGE = 32 << 20  # characters of base64; the benchmark's images have some 100,000
-LONGEST_NAME = (
-    64  # a shorter image field names the row that has the image, as in VLMEvalKit, the benchmark's own evaluator
-)
+ROTATION_OFFSET = 1_000_000  # added to a question's index for each further rotation of its options
+MAX_IMAGE_CHARS = 32 << 20  # characters of base64; the benchmark's images have about 100,000
+# An image field up to this length is the index of the row that has the image, as in VLMEvalKit, the official evaluator.
+MAX_INDEX_CHARS = 64
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row without its image."""
+    """A row of the TSV file.
+
+    Attributes:
+        file: The TSV file.
+        number: The number of the row below the header, from 1.
+        cells: The cells by column.
+    """
+
+    file: Path
+    number: int
+    cells: Mapping[str, str | None]
+
+    def text(self, column: str) -> str:
+        """Returns a cell's text. Pandas, which wrote the files, writes some empty cells as nan."""
+        text = (self.cells.get(column) or "").strip()
+        return "" if text.lower() == "nan" else text
+
+    @property
+    def index(self) -> str:
+        """The row's index, which identifies a question in one rotation."""
+        index = self.cells.get("index") or ""
+        if not (index.isascii() and index.isdigit() and len(index) <= 18):
+            raise UserError(
+                f"must be a number, found {quoted(index)}",
+                code="invalid-field",
+                file=self.file,
+                record=self.number,
+                field="index",
+            )
+        return index
+
+    @property
+    def image(self) -> str:
+        """The image as base64, or the index of the row that has the image."""
+        return self.cells.get("image") or ""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The options by letter."""
+        return {letter: text for letter in "ABCD" if (text := self.text(letter))}
+
+    @property
+    def category(self) -> str | None:
+        """The broader of the two categories. Its column has another name in each release."""
+        return self.text("l2-category") or self.text("L2-category") or self.text("category") or None
+
+    def error(self, message: str, code: str, field: str) -> UserError:
+        """Returns an error about a column of the row."""
+        record = f"{self.number} (index {quoted(self.index)[1:-1]})"
+        return UserError(message, code=code, file=self.file, record=record, field=field)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question in one rotation, without its image."""
 
     text: str
     reference: str | None
     category: str | None
-    image_of: str  # index of the row that has the image
+    image_index: str  # index of the row that has the image
 
 
 @register(
@@ -41,170 +98,176 @@ class _Row:
     "inside the TSV; they are unpacked into the cache folder",
 )
 class MMBench(Benchmark):
-    """Share of questions right under all rotations. An answer without an option is wrong, never a random option; the published
-    evaluator asks a language model to find one."""
+    """Share of questions that are answered right in all rotations of their options.
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
-        """Reads the file twice, so that no more than one image is held; `limit` counts a question with all its rotations once."""
-        rows: dict[str, _Row] = {}
-        for where, row in _rows(annotations):
-            index = _index(row, where)
-            if index in rows:
-                raise UserError(f"{where}: the index {index} is there twice")
-            rows[index] = _asked(row, index, where)
-        wanted = set(list(dict.fromkeys(_question(index) for index in rows))[:limit])
-        rows = {index: row for index, row in rows.items() if _question(index) in wanted}
-        images = _unpack(annotations, {row.image_of: index for index, row in rows.items()}, self.image_root(Path()))
+    An answer without an option letter is wrong. The published evaluator asks a language model to find an option in it.
+    """
+
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
+        """Reads the questions, and unpacks their images.
+
+        The file is read twice, so that only one image is in memory. `limit` counts a question with all rotations once.
+        """
+        parsed: dict[str, _Question] = {}
+        for row in _read_rows(annotations):
+            if row.index in parsed:
+                raise row.error("an earlier row has the same index", "duplicate-id", "index")
+            parsed[row.index] = _parse_question(row)
+        question_ids = set(list(dict.fromkeys(_question_id(index) for index in parsed))[:limit])
+        parsed = {index: question for index, question in parsed.items() if _question_id(index) in question_ids}
+        user_by_image = {question.image_index: index for index, question in parsed.items()}
+        images = _unpack_images(annotations, user_by_image, self.image_root(Path()))
         return [
-            Question(index, row.text, images[row.image_of], _question(index), row.reference, row.category)
-            for index, row in rows.items()
+            BenchmarkQuestion(
+                index,
+                question.text,
+                images[question.image_index],
+                _question_id(index),
+                question.reference,
+                question.category,
+            )
+            for index, question in parsed.items()
         ]
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        found: dict[str, Any] = {}
-        for where, row in _rows(annotations):
-            if "answer" not in row:
-                raise no_answers(annotations)
-            index, choices, answer = _index(row, where), list(_options(row).values()), row["answer"] or ""
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        truths: dict[str, Any] = {}
+        for row in _read_rows(annotations):
+            if "answer" not in row.cells:
+                raise answers_not_public(annotations)
+            choices, answer = list(row.options.values()), row.cells["answer"] or ""
             if len(answer) != 1 or answer not in "ABCD"[: len(choices)]:
-                raise UserError(f'{where} must have "index", options "A" to "D", and one of them as "answer"')
-            found[index] = {"choices": choices, "answer": "ABCD".index(answer), "category": _category(row)}
-        return found
+                raise row.error("must be the letter of an option", "invalid-field", "answer")
+            truths[row.index] = {"choices": choices, "answer": "ABCD".index(answer), "category": row.category}
+        return truths
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        option = parse(text, truth["choices"], official=False)
-        parts = (truth["category"],) if truth["category"] else ()
-        return Scored(id, float(option == truth["answer"]), _question(id), parts, unparsed=option < 0)
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        option = parse_option(text, truth["choices"], official=False)
+        subsets = (truth["category"],) if truth["category"] else ()
+        return QuestionScore(id, float(option == truth["answer"]), _question_id(id), subsets, unparsed=option < 0)
 
-    def merged(self, graded: Sequence[Scored], truths: Mapping[str, Any]) -> list[Scored]:
-        """One score a question, of those whose every rotation has an answer."""
-        wanted: dict[str, int] = {}
-        for index in truths:
-            wanted[_question(index)] = wanted.get(_question(index), 0) + 1
-        groups: dict[str, list[Scored]] = {}
-        for one in graded:
-            groups.setdefault(one.cluster, []).append(one)
+    def merge_scores(self, scores: Sequence[QuestionScore], truths: Mapping[str, Any]) -> list[QuestionScore]:
+        """Returns one score per question. Questions with a missing answer to one of their rotations are left out."""
+        rotation_counts = Counter(_question_id(index) for index in truths)
+        scores_by_question: dict[str, list[QuestionScore]] = {}
+        for score in scores:
+            scores_by_question.setdefault(score.cluster, []).append(score)
         return [
-            Scored(
-                group, float(all(one.value for one in found)), group, found[0].parts, any(one.unparsed for one in found)
+            QuestionScore(
+                question_id,
+                float(all(score.value for score in rotations)),
+                question_id,
+                rotations[0].subsets,
+                any(score.unparsed for score in rotations),
             )
-            for group, found in groups.items()
-            if len(found) == wanted[group]
+            for question_id, rotations in scores_by_question.items()
+            if len(rotations) == rotation_counts[question_id]
         ]
 
     def image_root(self, images: Path) -> Path:
         return cache_folder() / "mmbench"
 
 
-def _rows(annotations: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
-    """Each row with its place, for an error.
+def _read_rows(annotations: Path) -> Iterator[_Row]:
+    """Reads the rows of the TSV file.
 
     Raises:
-        UserError: the file is missing, holds no rows, or is no such text.
+        UserError: The file is missing, has no rows, or is not a TSV file.
     """
-    csv.field_size_limit(LONGEST_IMAGE)  # an image is a field
-    where = str(annotations)
+    csv.field_size_limit(MAX_IMAGE_CHARS)
+    number = 0
     try:
         with annotations.open(encoding="utf-8-sig", newline="") as handle:
-            number = 0
-            for number, row in enumerate(csv.DictReader(handle, delimiter="\t"), start=1):
-                where = f"{annotations}: row {number}"
-                yield where, row
-                where = f"{annotations}: row {number + 1}"
-            if not number:
-                raise UserError(f"{annotations}: holds no questions")
+            for number, cells in enumerate(csv.DictReader(handle, delimiter="\t"), start=1):
+                yield _Row(annotations, number, cells)
     except csv.Error as error:
-        raise UserError(f"{where}: is not tab-separated text ({error})") from None
-    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{annotations}: {getattr(error, 'strerror', None) or 'is not a tab-separated text file'}"
+            f"the row is not tab-separated text ({error})", code="invalid-table", file=annotations, record=number + 1
         ) from None
+    except OSError as error:
+        code = "file-not-found" if isinstance(error, FileNotFoundError) else "file-unreadable"
+        raise UserError(str(error.strerror), code=code, file=annotations) from None
+    except UnicodeDecodeError:
+        raise UserError("the file is not UTF-8 text", code="invalid-encoding", file=annotations) from None
+    if not number:
+        raise UserError("the file has no questions", code="no-records", file=annotations)
 
 
-def _index(row: Mapping[str, str | None], where: str) -> str:
-    index = row.get("index") or ""
-    if not (index.isascii() and index.isdigit() and len(index) <= 18):
-        raise UserError(f'{where}: "index" must be a whole number, found {quoted(index)}')
-    return index
+def _question_id(index: str) -> str:
+    """Returns the id of the question that a row is a rotation of."""
+    return str(int(index) % ROTATION_OFFSET)
 
 
-def _question(index: str) -> str:
-    """The question that a rotation is of."""
-    return str(int(index) % ROTATION)
-
-
-def _options(row: Mapping[str, str | None]) -> dict[str, str]:
-    return {letter: text for letter in "ABCD" if (text := _said(row, letter))}
-
-
-def _said(row: Mapping[str, str | None], column: str) -> str:
-    """A cell's text; pandas, which wrote the files, writes some empty cells as nan."""
-    text = (row.get(column) or "").strip()
-    return "" if text.lower() == "nan" else text
-
-
-def _category(row: Mapping[str, str | None]) -> str | None:
-    """The broader of the two categories, as the releases call it."""
-    return _said(row, "l2-category") or _said(row, "L2-category") or _said(row, "category") or None
-
-
-def _asked(row: Mapping[str, str | None], index: str, where: str) -> _Row:
-    hint, question, options, image = _said(row, "hint"), _said(row, "question"), _options(row), row.get("image") or ""
-    if not question or not options or not image:
-        raise UserError(f'{where} (index {index}) must have "question", options from "A" on, and "image"')
-    if any("\0" in text for text in (hint, question, *options.values())):
-        raise UserError(f"{where} (index {index}) holds a NUL character")
+def _parse_question(row: _Row) -> _Question:
+    hint, text, options = row.text("hint"), row.text("question"), row.options
+    for column, value in (("question", text), ("A", options), ("image", row.image)):
+        if not value:
+            raise row.error("the field is empty", "empty-field", column)
+    for column in ("hint", "question", *options):
+        if "\0" in row.text(column):
+            raise row.error("contains a NUL character. Remove it.", "invalid-encoding", column)
     lines = [hint] if hint else []
-    lines += [question, *(f"{letter}. {text}" for letter, text in options.items()), LETTER]
-    image_of = image.strip() if len(image) <= LONGEST_NAME else index
-    return _Row("\n".join(lines), _said(row, "answer") or None, _category(row), image_of)
+    lines += [text, *(f"{letter}. {option}" for letter, option in options.items()), LETTER]
+    image_index = row.image.strip() if len(row.image) <= MAX_INDEX_CHARS else row.index
+    return _Question("\n".join(lines), row.text("answer") or None, row.category, image_index)
 
 
-def _unpack(annotations: Path, wanted: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Writes the images of rows below `folder`; returns their names, by the rows' index.
+def _unpack_images(annotations: Path, user_by_image: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Writes the images of rows to a folder.
 
     Args:
-        wanted: index of a row with an image -> index of one that asks about it.
+        annotations: The TSV file.
+        user_by_image: The indices of the rows with a needed image. The values are indices of rows that use the image,
+            for error messages.
+        folder: The folder for the images.
+
+    Returns:
+        The names of the image files by the index of their row.
     """
-    found: dict[str, str] = {}
-    for where, row in _rows(annotations):
-        index, image = row.get("index") or "", row.get("image") or ""
-        if index in wanted and len(image) > LONGEST_NAME:
-            found[index] = _write_image(image, index, f"{where} (index {index})", folder)
-    lost = next((index for index in wanted if index not in found), None)
-    if lost is not None:
+    names: dict[str, str] = {}
+    for row in _read_rows(annotations):
+        index = row.cells.get("index") or ""
+        if index in user_by_image and len(row.image) > MAX_INDEX_CHARS:
+            names[index] = _write_image(row, folder)
+    missing = next((index for index in user_by_image if index not in names), None)
+    if missing is not None:
         raise UserError(
-            f"{annotations}: the image of index {wanted[lost]} is neither base64 nor the index of a row with one: {quoted(lost)}"
+            f"the image of index {user_by_image[missing]} is neither base64 nor the index of a row with an image: "
+            f"{quoted(missing)}",
+            code="image-not-found",
+            file=annotations,
+            field="image",
         )
-    return found
+    return names
 
 
-def _write_image(text: str, index: str, where: str, folder: Path) -> str:
-    """Writes an image under a name made of question and content, once it has opened as one.
+def _write_image(row: _Row, folder: Path) -> str:
+    """Writes a row's image, under a name made of the question's id and the digest of the image.
+
+    Rotations that repeat an image share one file.
 
     Raises:
-        UserError: it is not base64, not an image, or too large to be opened safely.
+        UserError: The image is not base64, not an image, or too large to open safely.
     """
     from vlm_unlearn.data.images import open_image
 
     try:
-        content = base64.b64decode(text, validate=True)
+        content = base64.b64decode(row.image, validate=True)
     except (binascii.Error, ValueError):
-        raise UserError(f"{where}: the image is not base64") from None
-    name = (
-        f"{_question(index)}-{hashlib.sha256(content).hexdigest()[:32]}"  # rotations with an image each share the file
-    )
+        raise row.error("the image is not base64", "invalid-image", "image") from None
+    name = f"{_question_id(row.index)}-{hashlib.sha256(content).hexdigest()[:32]}"
     target = folder / name
     if target.exists():
-        return name  # it has opened once
+        return name  # a file that exists has been opened successfully before
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.{os.getpid()}.part"
+    temporary = folder / f".{name}.{os.getpid()}.part"
     try:
-        part.write_bytes(content)
-        open_image(part)
-        os.replace(part, target)
+        temporary.write_bytes(content)
+        open_image(temporary)
+        os.replace(temporary, target)
     except UserError as error:
-        raise UserError(f"{where}: the image {str(error).removeprefix(f'{part}: ')}") from None
+        raise row.error(f"the image {error.message}", error.code, "image") from None
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return name

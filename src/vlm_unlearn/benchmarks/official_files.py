@@ -1,104 +1,148 @@
-"""Reading official files: whatever is not as it should be is named."""
+"""Readers for the common parts of official benchmark files. Errors name the file, the record and the field."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import NoAnswersError
+from vlm_unlearn.benchmarks.base import AnswersNotPublicError
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.errors import UserError, quoted
 
+# LLaVA-1.5's format prompts (arXiv 2310.03744).
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
-def record(file: Path, what: str, id: object, value: object) -> RawRecord:
-    """An entry whose fields name the file and the entry when they are not as they should be."""
-    return RawRecord(value, partial(_place, file, what, id))
+def record(file: Path, id: object, value: object) -> RawRecord:
+    """Returns an entry of a file for typed access to its fields.
 
-
-def _place(file: Path, what: str, id: object) -> str:
-    return f"{file}: {what} {quoted(id)}"
-
-
-def texts(value: object, where: str, name: str) -> list[str]:
-    """A list of texts that a tokenizer can read.
+    Args:
+        file: The official file.
+        id: The id of the entry, for error messages.
+        value: The JSON value of the entry.
 
     Raises:
-        UserError: it is something else.
+        UserError: The value is not an object.
     """
-    if not isinstance(value, list):
-        raise UserError(f'{where}: "{name}" must be a list of texts')
-    return [RawRecord({name: item}, lambda: where).text(name, empty=True) for item in value]
+    return RawRecord(value, file, lambda: quoted(id))
 
 
-def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
-    """A list of objects that all have `keys`.
+def text_list(entry: RawRecord, name: str) -> list[str]:
+    """Returns a field's list of texts.
 
     Raises:
-        UserError: it is something else; the entry and the key are named.
+        UserError: The field is not a list of texts, or a text has characters that no tokenizer can read.
+    """
+    items = entry.value.get(name)
+    if not isinstance(items, list):
+        raise entry.error("must be a list of texts", "invalid-field", name)
+    position = entry.position or ""
+    return [RawRecord({name: item}, entry.file, lambda: position).text(name, empty=True) for item in items]
+
+
+def entries(value: Any, file: Path, *keys: str) -> list[Mapping[str, Any]]:
+    """Returns a list of objects that all have certain keys.
+
+    Args:
+        value: The JSON value of the list.
+        file: The official file, for error messages.
+        keys: The keys.
+
+    Raises:
+        UserError: The value is not a list of objects, or an object lacks a key.
     """
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: expected a list of objects")
-    for number, entry in enumerate(value):
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise UserError(f'{where}: entry {number} has no "{missing[0]}"')
+        raise UserError("expected a list of objects", code="invalid-field", file=file)
+    for number, entry in enumerate(value, start=1):
+        for key in keys:
+            if not isinstance(entry, dict) or key not in entry:
+                raise UserError("the field is missing", code="missing-field", file=file, record=number, field=key)
     return value
 
 
-def with_answers(listed: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
-    """Looks that entries have answers at all.
+def require_answers(questions: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
+    """Raises an error if no question has an answer.
+
+    Args:
+        questions: The questions.
+        file: The official file, for error messages.
+        key: The key of the answer.
 
     Raises:
-        NoAnswersError: none of them has.
+        AnswersNotPublicError: No question has the key.
     """
-    if not any(key in entry for entry in listed):
-        raise no_answers(file)
+    if not any(key in question for question in questions):
+        raise answers_not_public(file)
 
 
-def no_answers(file: Path) -> NoAnswersError:
-    """What to say of a file of questions only."""
-    return NoAnswersError(
-        f"{file}: has no answers; they are not public: `benchmark run` writes predictions, which the official server scores"
+def answers_not_public(file: Path) -> AnswersNotPublicError:
+    """Returns the error for a file that contains questions only."""
+    return AnswersNotPublicError(
+        "the file has no answers, because they are not public. "
+        "`vlm-unlearn benchmark run` writes predictions for the official server to score.",
+        code="answers-not-public",
+        file=file,
     )
 
 
-def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
-    """The annotators' answers, given as texts or as objects with ``answer``.
+def annotator_answers(entry: RawRecord) -> list[str]:
+    """Returns the answers of all annotators, which are texts or objects with ``answer``.
 
     Raises:
-        UserError: there are none, or they are something else.
+        UserError: There are no answers, or they are not texts.
     """
-    answers: Iterable[Any] = entry["answers"] if isinstance(entry["answers"], list) else ()
-    found = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-    if not found or not all(isinstance(answer, str) for answer in found):
-        raise UserError(f'{where}: "answers" must be a list of texts')
-    return [str(answer) for answer in found]
+    items = entry.value.get("answers")
+    if not isinstance(items, list) or not items:
+        raise entry.error("must be a list of texts", "invalid-field", "answers")
+    answers = []
+    for item in items:
+        answer = item.get("answer") if isinstance(item, dict) else item
+        if not isinstance(answer, str):
+            raise entry.error("must be a list of texts", "invalid-field", "answers")
+        answers.append(answer)
+    return answers
 
 
-def commonest(answers: Sequence[str]) -> str:
-    """What most annotators say; of several, what the first of them says."""
+def most_common_answer(answers: Sequence[str]) -> str:
+    """Returns the most frequent answer. Of equally frequent ones, it returns the one that comes first."""
     return max(answers, key=list(answers).count)
 
 
-def annotated_questions(value: Any, annotations: Path, key: str) -> dict[str, Any]:
-    """Question id -> ``answers``, ``image`` and ``type``, from ``{key: [{"question_id", "image_id", "answers", ...}]}``.
+def annotated_questions(value: Any, file: Path, key: str) -> dict[str, Any]:
+    """Reads the annotations of VQAv2 and TextVQA, ``{key: [{"question_id", "image_id", "answers", ...}]}``.
+
+    Returns:
+        For each question id, an object with ``answers``, ``image`` and ``type``.
 
     Raises:
-        NoAnswersError: no question has answers.
-        UserError: the value is something else.
+        UserError: The value has another layout.
     """
     if not isinstance(value, dict) or key not in value:
-        raise UserError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
+        raise UserError(
+            f'expected {{"{key}": [...]}}. Pass the official annotation file.', code="invalid-field", file=file
+        )
     return {
         str(entry["question_id"]): {
-            "answers": ten_answers(entry, f"{annotations}: question {quoted(entry['question_id'])}"),
+            "answers": annotator_answers(record(file, entry["question_id"], entry)),
             "image": str(entry.get("image_id", entry["question_id"])),
             "type": str(entry.get("answer_type", "")),
         }
-        for entry in entries(value[key], str(annotations), "question_id", "answers")
+        for entry in entries(value[key], file, "question_id", "answers")
     }
+
+
+def question_objects(value: Any, file: Path) -> dict[str, Any]:
+    """Returns a non-empty JSON object that maps question ids to questions.
+
+    Raises:
+        UserError: The value has another layout.
+    """
+    if not isinstance(value, dict) or not value:
+        raise UserError(
+            "expected an object that maps ids to questions. Pass the official annotation file.",
+            code="invalid-field",
+            file=file,
+        )
+    return value

@@ -1,4 +1,4 @@
-"""POPE (Li et al. 2023, arXiv 2305.10355): does the model see what is not there?"""
+"""POPE (Li et al. 2023, arXiv 2305.10355): yes-or-no questions about objects that may not be in the image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Ratio, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, RatioTerm, register
 from vlm_unlearn.benchmarks.official_files import SHORT, record
 from vlm_unlearn.data.json_stream import stream
 from vlm_unlearn.errors import UserError, quoted
@@ -16,95 +16,127 @@ from vlm_unlearn.judging.keyword import corrected_refusal
 
 @register(
     "pope",
-    "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of the POPE repository, together or one of them",
+    "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of the POPE repository, "
+    "together or one of them",
     "COCO's val2014/, under the names in the file",
 )
 class POPE(Benchmark):
-    """Yes or no. The headline is F1 of "yes", over several files their mean. Beside it accuracy, precision, recall, share of "yes"."""
+    """F1 of the answer "yes", averaged over the files if there are several.
 
-    several = True
+    Accuracy, precision, recall and the share of "yes" are reported too.
+    """
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
-        found = []
-        for id, value in list(self.load(annotations, questions).items())[:limit]:
-            entry = record(annotations, "question", id, value)
-            image = entry.text("image")
-            found.append(Question(id, f"{entry.text('text')}\n{SHORT}", image, image, value["label"], annotations.stem))
-        return found
+    multiple_files = True
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        found: dict[str, Any] = {}
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
+        benchmark_questions = []
+        for id, value in list(self.read_truths(annotations, questions).items())[:limit]:
+            entry = record(annotations, id, value)
+            image, text = entry.text("image"), f"{entry.text('text')}\n{SHORT}"
+            benchmark_questions.append(BenchmarkQuestion(id, text, image, image, value["label"], annotations.stem))
+        return benchmark_questions
+
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        truths: dict[str, Any] = {}
         for item in stream(annotations):
-            where = f"{annotations}: line {item.line}"
             if item.error is not None:
-                raise UserError(f"{where} is not JSON; POPE's files have a question a line")
+                raise UserError(
+                    "the line is not JSON. POPE's files have one question per line.",
+                    code="invalid-json",
+                    file=annotations,
+                    record=item.number + 1,
+                )
             entry = item.value
             if not isinstance(entry, dict) or "question_id" not in entry or entry.get("label") not in ("yes", "no"):
-                raise UserError(f'{where} must have "question_id", and "label" yes or no')
+                raise UserError(
+                    'the line must have a "question_id" and a "label" that is yes or no',
+                    code="invalid-field",
+                    file=annotations,
+                    record=item.number + 1,
+                )
             id = str(entry["question_id"])
-            if id in found:
-                raise UserError(f"{where}: question {quoted(id)} is there twice; give POPE's files one by one")
-            found[id] = {**entry, "file": annotations.stem}
-        if not found:
-            raise UserError(f"{annotations}: holds no questions")
-        return found
+            if id in truths:
+                raise UserError(
+                    f"the file already has a question {quoted(id)}. Pass POPE's files separately.",
+                    code="duplicate-id",
+                    file=annotations,
+                    record=item.number + 1,
+                )
+            truths[id] = {**entry, "file": annotations.stem}
+        if not truths:
+            raise UserError("the file has no questions", code="no-records", file=annotations)
+        return truths
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        said = parse(text, official)
-        return Scored(
-            id, float(said == truth["label"]), str(truth.get("image", id)), (truth["label"],), unparsed=said is None
-        )
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        answer = parse_yes_no(text, official)
+        cluster = str(truth.get("image", id))
+        return QuestionScore(id, float(answer == truth["label"]), cluster, (truth["label"],), unparsed=answer is None)
 
-    def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
-        by_file: dict[str, list[tuple[str, str | None]]] = {}
-        for truth, text in graded:
-            by_file.setdefault(truth.get("file", ""), []).append((truth["label"], parse(text, official)))
-        counted = {file: _counts(pairs) for file, pairs in by_file.items()} or {"": _counts([])}
-        means = {name: sum(counts[name] for counts in counted.values()) / len(counted) for name in _counts([])}
-        if len(counted) == 1:
+    def extra_metrics(self, answers: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
+        pairs_by_file: dict[str, list[tuple[str, str | None]]] = {}
+        for truth, text in answers:
+            pair = (truth["label"], parse_yes_no(text, official))
+            pairs_by_file.setdefault(truth.get("file", ""), []).append(pair)
+        metrics_by_file = {file: _yes_metrics(pairs) for file, pairs in pairs_by_file.items()} or {"": _yes_metrics([])}
+        means = {
+            name: sum(metrics[name] for metrics in metrics_by_file.values()) / len(metrics_by_file)
+            for name in _yes_metrics([])
+        }
+        if len(metrics_by_file) == 1:
             return means
-        return means | {f"f1 of {file}": counts["f1"] for file, counts in counted.items()}
+        return means | {f"f1 of {file}": metrics["f1"] for file, metrics in metrics_by_file.items()}
 
-    def ratios(
-        self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool
-    ) -> dict[str, list[Ratio]]:
-        """F1 is a ratio of sums, 2 TP / (answers "yes" + labels "yes")."""
-        found: dict[str, list[Ratio]] = {truth.get("file", ""): [] for truth in truths.values()}
-        for truth, text in graded:
-            label, said = truth["label"], parse(text, official)
-            below = (said == "yes") + (label == "yes")
-            found[truth.get("file", "")].append(
-                Ratio(str(truth.get("image", "")), 2.0 * (said == "yes" == label), float(below))
-            )
-        return found
+    def ratio_terms(
+        self, truths: Mapping[str, Any], answers: Sequence[tuple[Any, str]], official: bool
+    ) -> dict[str, list[RatioTerm]]:
+        """Returns the terms of F1 by file. F1 is the ratio of sums 2 TP / (answers "yes" + labels "yes")."""
+        terms: dict[str, list[RatioTerm]] = {truth.get("file", ""): [] for truth in truths.values()}
+        for truth, text in answers:
+            label, answer = truth["label"], parse_yes_no(text, official)
+            numerator = 2.0 * (answer == "yes" == label)
+            denominator = float((answer == "yes") + (label == "yes"))
+            terms[truth.get("file", "")].append(RatioTerm(str(truth.get("image", "")), numerator, denominator))
+        return terms
 
 
-def _counts(pairs: Sequence[tuple[str, str | None]]) -> dict[str, float]:
-    """Precision, recall and F1 of "yes", and its share, from ``(label, answer)`` pairs of one file."""
-    true_yes = sum(said == "yes" == label for label, said in pairs)
-    said_yes, are_yes = sum(said == "yes" for _, said in pairs), sum(label == "yes" for label, _ in pairs)
-    precision = true_yes / said_yes if said_yes else 0.0
-    recall = true_yes / are_yes if are_yes else 0.0
+def _yes_metrics(pairs: Sequence[tuple[str, str | None]]) -> dict[str, float]:
+    """Returns precision, recall and F1 of "yes", and the share of "yes".
+
+    Args:
+        pairs: ``(label, answer)`` pairs of one file.
+    """
+    true_positives = sum(answer == "yes" == label for label, answer in pairs)
+    predicted_yes = sum(answer == "yes" for _, answer in pairs)
+    labeled_yes = sum(label == "yes" for label, _ in pairs)
+    precision = true_positives / predicted_yes if predicted_yes else 0.0
+    recall = true_positives / labeled_yes if labeled_yes else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": said_yes / len(pairs) if pairs else 0.0}
+    yes_ratio = predicted_yes / len(pairs) if pairs else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": yes_ratio}
 
 
 _UNSURE = re.compile(
-    r"\b(?:don't|do not|can't|cannot|can not|couldn't|unable to) (?:know|tell|say|determine|answer|be sure)\b|\bnot sure\b"
+    r"\b(?:don't|do not|can't|cannot|can not|couldn't|unable to) (?:know|tell|say|determine|answer|be sure)\b"
+    r"|\bnot sure\b"
 )
 
 
-def parse(text: str, official: bool) -> str | None:
-    """``yes`` or ``no``. The official reading takes whatever doesn't say no in its first sentence as yes; by default, what says neither
-    is None and counts as wrong."""
+def parse_yes_no(text: str, official: bool) -> str | None:
+    """Returns ``"yes"`` or ``"no"``, or None for an answer that is neither.
+
+    Args:
+        text: The answer. Only its first sentence counts.
+        official: Read every answer without "no" or "not" as yes, as the official code does. Never returns None then.
+    """
     sentence = text.split(".")[0].replace(",", "")
-    words = sentence.split(" ")
     if official:
-        return "no" if {"No", "not", "no"} & set(words) else "yes"
+        return "no" if {"No", "not", "no"} & set(sentence.split(" ")) else "yes"
     lowered = sentence.lower().replace("\u2019", "'")
     if corrected_refusal(text) or _UNSURE.search(lowered):
-        return None  # "I'm sorry, I can't help" holds a negation and is no answer
-    found = re.findall(r"[a-z']+", lowered)
-    if any(word in ("no", "not", "nope", "none") or word.endswith("n't") for word in found):
+        return None  # "I'm sorry, I can't help" contains a negation, but is not an answer
+    words = re.findall(r"[a-z']+", lowered)
+    if any(word in ("no", "not", "nope", "none") or word.endswith("n't") for word in words):
         return "no"
-    return "yes" if any(word in ("yes", "yeah", "yep", "there") for word in found) else None
+    return "yes" if any(word in ("yes", "yeah", "yep", "there") for word in words) else None

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_unlearn.benchmarks.base import find
-from vlm_unlearn.benchmarks.scoring import files_by_key
+from vlm_unlearn.benchmarks.base import get_benchmark
+from vlm_unlearn.benchmarks.scoring import files_by_prefix
 from vlm_unlearn.config import BenchmarkConfig
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
 
 
 def benchmark_prompts(config: BenchmarkConfig) -> list[Prompt]:
-    """The questions of a benchmark's official files, with LLaVA-1.5's prompts; ids are ``<benchmark>/<question id>``.
+    """Reads the questions of a benchmark's official files, as prompts with the ids ``<benchmark>/<question id>``.
 
-    With several annotation files, question ids begin with the file's name, and `limit` is of each.
+    If there are several annotation files, question ids start with the name of the file, and `limit` applies to each
+    file.
 
     Raises:
-        UserError: no such benchmark, or a file is broken; the record is named.
+        UserError: There is no such benchmark, or a file is broken.
     """
-    benchmark = find(config.name)
+    benchmark = get_benchmark(config.name)
     prompts: dict[str, Prompt] = {}
-    for key, file in files_by_key(benchmark, config.annotations).items():
-        for question in benchmark.ask(file, config.questions, config.limit):
-            id = f"{config.name}/{key}{question.id}"
+    for prefix, file in files_by_prefix(benchmark, config.annotations).items():
+        for question in benchmark.read_questions(file, config.questions, config.limit):
+            id = f"{config.name}/{prefix}{question.id}"
             if id in prompts:
-                raise UserError(f"{file}: two questions have the id {quoted(question.id)}")
+                raise UserError(f"two questions have the id {quoted(question.id)}", code="duplicate-id", file=file)
             prompts[id] = Prompt(
                 id=id,
                 group_id=question.cluster,
@@ -37,10 +38,11 @@ def benchmark_prompts(config: BenchmarkConfig) -> list[Prompt]:
                 category=question.category,
             )
     if not prompts:
-        raise UserError(f'benchmark "{config.name}": {", ".join(map(str, config.annotations))} has no questions')
+        files = ", ".join(map(str, config.annotations))
+        raise UserError(f'the benchmark "{config.name}" has no questions', code="no-records", file=files)
     return list(prompts.values())
 
 
 def benchmark_image_root(config: BenchmarkConfig) -> Path:
-    """What the image paths of a benchmark's prompts are relative to."""
-    return find(config.name).image_root(config.images)
+    """Returns the folder that the image paths of a benchmark's prompts are relative to."""
+    return get_benchmark(config.name).image_root(config.images)

@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): an option letter."""
+"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): multiple choice, answered with an option letter."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import LETTER, record, texts
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import LETTER, question_objects, record, text_list
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
@@ -19,89 +19,94 @@ LETTERS = "ABCDE"
     "scienceqa",
     "problems.json of the ScienceQA repository",
     "the download's images/: <split>/<problem id>/image.png; half of the problems have none",
-    "pid_splits.json, to take the test split only",
+    "pid_splits.json, to select the test split",
 )
 class ScienceQA(Benchmark):
-    """Share of questions whose option letter is the right one; an answer without a letter is wrong, never a random option."""
+    """Share of questions with the right option letter.
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
-        found = []
-        for id, problem in list(self.load(annotations, questions).items())[:limit]:
-            entry = record(annotations, "problem", id, problem)
-            choices = texts(problem["choices"], entry.where, "choices")
-            if not 0 <= problem["answer"] < len(choices) <= len(LETTERS):
-                raise UserError(
-                    f'{entry.where}: must have up to {len(LETTERS)} "choices" and the number of one as "answer"'
-                )
+    An answer without a letter is wrong. The official code chooses a random option instead.
+    """
+
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
+        benchmark_questions = []
+        for id, problem in list(self.read_truths(annotations, questions).items())[:limit]:
+            entry = record(annotations, id, problem)
+            choices = text_list(entry, "choices")
+            if not 0 < len(choices) <= len(LETTERS):
+                raise entry.error(f"must be a list of 1 to {len(LETTERS)} texts", "invalid-field", "choices")
+            if not 0 <= problem["answer"] < len(choices):
+                raise entry.error("must be the index of a choice", "invalid-field", "answer")
             hint, image = entry.optional_text("hint"), entry.optional_text("image")
-            asked = [f"Context: {hint}"] if hint else []
-            asked += [
-                entry.text("question"),
-                *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)),
-                LETTER,
-            ]
+            lines = [f"Context: {hint}"] if hint else []
+            lines.append(entry.text("question"))
+            lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+            lines.append(LETTER)
             file = f"{entry.optional_text('split') or 'test'}/{id}/{image}" if image else None
-            found.append(
-                Question(id, "\n".join(asked), file, id, LETTERS[problem["answer"]], entry.optional_text("subject"))
-            )
-        return found
+            reference, category = LETTERS[problem["answer"]], entry.optional_text("subject")
+            benchmark_questions.append(BenchmarkQuestion(id, "\n".join(lines), file, id, reference, category))
+        return benchmark_questions
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        problems = read_json(annotations)
-        if not isinstance(problems, dict) or not problems:
-            raise UserError(f"{annotations}: expected an object, problem id -> problem")
-        for id, problem in problems.items():
-            whole = (
-                isinstance(problem, dict)
-                and isinstance(problem.get("answer"), int)
-                and isinstance(problem.get("choices"), list)
-            )
-            if not whole:
-                raise UserError(
-                    f'{annotations}: problem {quoted(id)} must have "choices" and the number of the right one as "answer"'
-                )
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        problems = question_objects(read_json(annotations), annotations)
+        for id, value in problems.items():
+            problem = record(annotations, id, value)
+            if not isinstance(value.get("answer"), int):
+                raise problem.error("must be the index of a choice", "invalid-field", "answer")
+            if not isinstance(value.get("choices"), list):
+                raise problem.error("must be a list of texts", "invalid-field", "choices")
         if questions is None:
             return problems
         splits = read_json(questions)
         if not isinstance(splits, dict) or not isinstance(splits.get("test"), list):
-            raise UserError(f'{questions}: expected {{"test": [...]}}, ScienceQA\'s pid_splits.json')
-        wanted = [str(id) for id in splits["test"]]
-        lost = [id for id in wanted if id not in problems]
-        if lost:
-            raise UserError(f"{questions}: problem {quoted(lost[0])} is not in {annotations}")
-        return {id: problems[id] for id in wanted}
+            raise UserError(
+                'expected {"test": [...]}. Pass ScienceQA\'s pid_splits.json.', code="invalid-field", file=questions
+            )
+        test_ids = [str(id) for id in splits["test"]]
+        missing_ids = [id for id in test_ids if id not in problems]
+        if missing_ids:
+            raise UserError(
+                f"the problem {quoted(missing_ids[0])} is not in {annotations}. Pass two files of the same release.",
+                code="run-mismatch",
+                file=questions,
+            )
+        return {id: problems[id] for id in test_ids}
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        option = parse(text, truth["choices"], official)
-        parts = ("image" if truth.get("image") else "text",)
-        return Scored(id, float(option == truth["answer"]), id, parts, unparsed=option < 0)
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        option = parse_option(text, truth["choices"], official)
+        subsets = ("image" if truth.get("image") else "text",)
+        return QuestionScore(id, float(option == truth["answer"]), id, subsets, unparsed=option < 0)
 
 
-def parse(text: str, choices: list[Any] | int, official: bool) -> int:
-    """The option's number, 0 the first; -1 where none can be told.
+def parse_option(text: str, choices: list[Any] | int, official: bool) -> int:
+    """Returns the index of the option that an answer names, or -1 if it names none or several.
 
-    Official: the letter alone, ``B. ...``, or ``The answer is B.`` said once. By default ``(B)``, ``B)``, ``b`` and an option's own
-    words count too.
+    Args:
+        text: The answer.
+        choices: The options, or their number.
+        official: Accept only what the official code accepts: a letter alone, ``B. ...``, or a single ``The answer is
+            B.``. By default ``(B)``, ``B)``, ``b`` and the text of an option are accepted too.
     """
     count = choices if isinstance(choices, int) else len(choices)
-    said = text if official else text.strip()
-    if said in LETTERS and len(said) == 1:
-        letter = said
-    elif len(said) >= 3 and said[0] in LETTERS and said[1:3] == ". ":
-        letter = said[0]
+    answer = text if official else text.strip()
+    if answer in LETTERS and len(answer) == 1:
+        letter = answer
+    elif len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
+        letter = answer[0]
     else:
-        told = re.findall(
-            r"The answer is ([A-Z])." if official else r"[Tt]he (?:correct )?answer is \(?([A-Z])\b", said
+        letters = re.findall(
+            r"The answer is ([A-Z])." if official else r"[Tt]he (?:correct )?answer is \(?([A-Z])\b", answer
         )
-        letter = told[0] if len(told) == 1 else ""
+        letter = letters[0] if len(letters) == 1 else ""
     if not letter and not official:
-        opened = re.match(r"\(?([A-Ea-e])(?:[).:](?=\s|$)|$)", said)
-        letter = opened.group(1).upper() if opened else ""
+        match = re.match(r"\(?([A-Ea-e])(?:[).:](?=\s|$)|$)", answer)
+        letter = match.group(1).upper() if match else ""
         if not letter and not isinstance(choices, int):
-            same = [
-                number
-                for number, choice in enumerate(choices)
-                if str(choice).strip().rstrip(".").lower() == said.rstrip(".").lower()
+            indices = [
+                index
+                for index, choice in enumerate(choices)
+                if str(choice).strip().rstrip(".").lower() == answer.rstrip(".").lower()
             ]
-            return same[0] if len(same) == 1 else -1
+            return indices[0] if len(indices) == 1 else -1
     return LETTERS.index(letter) if letter and letter in LETTERS[:count] else -1

@@ -1,4 +1,4 @@
-"""Scoring answers against a benchmark's official files."""
+"""Scores answers against a benchmark's official files."""
 
 from __future__ import annotations
 
@@ -6,95 +6,143 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Prediction, Scores
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkScores, Prediction
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_records
 
 
-def files_by_key(benchmark: Benchmark, annotations: Sequence[Path]) -> dict[str, Path]:
-    """Annotation files by what their question ids begin with: nothing for one file, else the file's name without its ending.
+def files_by_prefix(benchmark: Benchmark, annotations: Sequence[Path]) -> dict[str, Path]:
+    """Returns the annotation files by the prefix of their question ids.
+
+    The prefix is empty for a single file. Otherwise it is the file's name without its extension, followed by a slash.
 
     Raises:
-        UserError: the benchmark takes one file, or two have the same name.
+        UserError: The benchmark accepts one file only, or two files have the same name.
     """
     if len(annotations) == 1:
         return {"": annotations[0]}
-    if not benchmark.several:
-        raise UserError(f"{benchmark.name}: takes one annotation file, {len(annotations)} were given")
-    found = {f"{file.stem}/": file for file in annotations}
-    if len(found) < len(annotations):
+    if not benchmark.multiple_files:
         raise UserError(
-            f"{benchmark.name}: two annotation files have the same name; rename one, question ids begin with it"
+            f"{benchmark.name} has a single annotation file, but {len(annotations)} were passed",
+            code="conflicting-settings",
+            field="annotations",
         )
-    return found
+    files = {f"{file.stem}/": file for file in annotations}
+    if len(files) < len(annotations):
+        raise UserError(
+            f"two annotation files of {benchmark.name} have the same name. Rename one: question ids start with it.",
+            code="duplicate-key",
+            field="annotations",
+        )
+    return files
 
 
 def load_truths(benchmark: Benchmark, annotations: Sequence[Path], questions: Path | None) -> dict[str, Any]:
-    """Question id -> what `Benchmark.grade` needs, over all files.
+    """Reads the right answers of all annotation files.
+
+    Returns:
+        For each question id, the value that `Benchmark.score_answer` gets as `truth`.
 
     Raises:
-        NoAnswersError: a file has questions only.
-        UserError: a file is broken.
+        AnswersNotPublicError: A file contains questions only.
+        UserError: A file is broken.
     """
-    files = files_by_key(benchmark, annotations)
-    return {f"{key}{id}": truth for key, file in files.items() for id, truth in benchmark.load(file, questions).items()}
+    return {
+        f"{prefix}{id}": truth
+        for prefix, file in files_by_prefix(benchmark, annotations).items()
+        for id, truth in benchmark.read_truths(file, questions).items()
+    }
 
 
 def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
-    """Question id -> prediction, from JSON lines ``{"question_id": ..., "text": ...}``.
+    """Reads predictions by question id, from JSON lines ``{"question_id": ..., "text": ...}``.
 
-    A run's ``responses.jsonl`` and a judge's verdicts have ``prompt_id`` instead, with the benchmark's name before the question's id.
+    A run's responses and a judge's verdicts are valid too. They have a ``prompt_id``, which is the question id with the
+    benchmark's name as a prefix.
+
+    Args:
+        file: The file with the predictions.
+        name: The benchmark's name.
 
     Raises:
-        UserError: a line is something else, or answers a question twice.
+        UserError: A line is not a prediction, or a question has two.
     """
-    found: dict[str, Prediction] = {}
+    predictions: dict[str, Prediction] = {}
     for prediction in read_records(file, Prediction):
         id = str(prediction.question_id).removeprefix(f"{name}/")
-        if id in found:
-            raise UserError(f"{file}: question {quoted(id)} is answered twice")
-        found[id] = prediction
-    return found
+        if id in predictions:
+            raise UserError(f"the question {quoted(id)} has two predictions", code="duplicate-id", file=file)
+        predictions[id] = prediction
+    return predictions
 
 
 def score_predictions(
-    benchmark: Benchmark, truths: Mapping[str, Any], answers: Mapping[str, Prediction], official: bool
-) -> Scores:
-    """Scores the answers to the questions of `truths`; a question without one is counted as missing and is in no score."""
-    scored = {id: benchmark.scored(id, truth, answers[id], official) for id, truth in truths.items() if id in answers}
-    graded = [one for one in scored.values() if one is not None]
-    told = [(truths[id], answers[id].text or "") for id, one in scored.items() if one is not None]
-    return Scores(
-        benchmark.merged(graded, truths),
-        len(truths) - len(graded),
-        benchmark.numbers(told, official),
-        benchmark.ratios(truths, told, official),
+    benchmark: Benchmark, truths: Mapping[str, Any], predictions: Mapping[str, Prediction], official: bool
+) -> BenchmarkScores:
+    """Scores the predictions for the questions of `truths`.
+
+    A question without a prediction counts as missing and has no score.
+
+    Args:
+        benchmark: The benchmark.
+        truths: The right answers by question id, as `load_truths` returns them.
+        predictions: Predictions by question id.
+        official: Count exactly as the published evaluator.
+    """
+    scores = {}
+    answers = []
+    for id, truth in truths.items():
+        if id in predictions:
+            score = benchmark.score_prediction(id, truth, predictions[id], official)
+            if score is not None:
+                scores[id] = score
+                answers.append((truth, predictions[id].text or ""))
+    return BenchmarkScores(
+        benchmark.merge_scores(list(scores.values()), truths),
+        len(truths) - len(scores),
+        benchmark.extra_metrics(answers, official),
+        benchmark.ratio_terms(truths, answers, official),
     )
 
 
-def score(
+def score_file(
     benchmark: Benchmark,
     predictions: Path,
     annotations: Path | Sequence[Path],
     questions: Path | None = None,
     official: bool = False,
-) -> Scores:
-    """Scores a file of answers against the official annotations.
+) -> BenchmarkScores:
+    """Scores a file of predictions against the official annotations.
+
+    Args:
+        benchmark: The benchmark.
+        predictions: The file with the predictions.
+        annotations: The official annotation file, or several.
+        questions: The second official file, for a benchmark that has one.
+        official: Count exactly as the published evaluator.
 
     Raises:
-        NoAnswersError: the official answers are not public.
-        UserError: a file is broken, or an answer's question is not in the annotations.
+        AnswersNotPublicError: The official answers are not public.
+        UserError: A file is broken, or a prediction is for a question that is not in the annotations.
     """
     files = [annotations] if isinstance(annotations, Path) else annotations
     truths = load_truths(benchmark, files, questions)
-    answers = read_predictions(predictions, benchmark.name)
-    unknown = [id for id in answers if id not in truths]
-    if unknown:
+    predictions_by_id = read_predictions(predictions, benchmark.name)
+    unknown_ids = [id for id in predictions_by_id if id not in truths]
+    if unknown_ids:
         raise UserError(
-            f"{predictions}: question {quoted(unknown[0])} is not in {', '.join(map(str, files))} ({len(unknown)} such)"
+            f"the question {quoted(unknown_ids[0])} is not in {', '.join(map(str, files))} "
+            f"({len(unknown_ids)} such predictions). Pass the annotations of the same split.",
+            code="unknown-name",
+            file=predictions,
         )
-    if benchmark.judged and answers and all(prediction.score is None for prediction in answers.values()):
+    scores = [prediction.score for prediction in predictions_by_id.values()]
+    if benchmark.needs_judge and scores and all(score is None for score in scores):
         raise UserError(
-            f'{predictions}: has no "score"; a language model scores {benchmark.name}: pass its verdicts as --predictions'
+            f"the file has no scores, and a language model scores {benchmark.name}. "
+            "Pass its verdicts as --predictions.",
+            code="missing-field",
+            file=predictions,
+            field="score",
         )
-    return score_predictions(benchmark, truths, answers, official)
+    return score_predictions(benchmark, truths, predictions_by_id, official)

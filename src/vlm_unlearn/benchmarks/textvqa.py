@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import (
     SHORT,
     annotated_questions,
-    commonest,
+    annotator_answers,
     entries,
+    most_common_answer,
     record,
-    ten_answers,
-    texts,
-    with_answers,
+    require_answers,
+    text_list,
 )
-from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
-from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.benchmarks.vqa_text import leave_one_out, normalize_evalai, server_submission
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import read_json
 
 
@@ -26,49 +26,50 @@ from vlm_unlearn.store import read_json
     "textvqa",
     "TextVQA_0.5.1_val.json of textvqa.org",
     "the download's train_images/ (test_images/ for the test split): <image_id>.jpg",
-    "TextVQA_Rosetta_OCR_v0.2_val.json, to ask with the words found in the image, as LLaVA-1.5's published score",
+    "TextVQA_Rosetta_OCR_v0.2_val.json, which adds the words in the image to the question, as for LLaVA-1.5's score",
 )
 class TextVQA(Benchmark):
-    """Accuracy against ten annotators, EvalAI's normalisation on all texts."""
+    """Accuracy against ten annotators, with EvalAI's normalization of all texts."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
-        words = None if questions is None else _words(questions)
-        found = []
-        for value in _data(annotations, "image_id", "question")[:limit]:
-            entry = record(annotations, "question", value["question_id"], value)
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
+        words_by_image = None if questions is None else _read_ocr_words(questions)
+        benchmark_questions = []
+        for value in _read_data(annotations, "official annotation file", "question_id", "image_id", "question")[:limit]:
+            entry = record(annotations, value["question_id"], value)
             image, text = entry.name("image_id"), entry.text("question").strip()
-            asked = text[0].upper() + text[1:]  # as LLaVA asks; the file has small letters
-            if words is not None and image in words:
-                asked += f"\nReference OCR token: {', '.join(words[image])}"
-            answer = commonest(ten_answers(value, entry.where)) if "answers" in value else None
-            found.append(Question(str(value["question_id"]), f"{asked}\n{SHORT}", f"{image}.jpg", image, answer))
-        return found
+            text = text[0].upper() + text[1:]  # as LLaVA's evaluation does; the file has small letters
+            if words_by_image is not None and image in words_by_image:
+                text += f"\nReference OCR token: {', '.join(words_by_image[image])}"
+            answer = most_common_answer(annotator_answers(entry)) if "answers" in value else None
+            benchmark_questions.append(
+                BenchmarkQuestion(str(value["question_id"]), f"{text}\n{SHORT}", f"{image}.jpg", image, answer)
+            )
+        return benchmark_questions
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        with_answers(_data(annotations), annotations, "answers")
-        return annotated_questions(read_json(annotations), annotations, "data")
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        data = _read_data(annotations, "official annotation file", "question_id")
+        require_answers(data, annotations, "answers")
+        return annotated_questions({"data": data}, annotations, "data")
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        return Scored(id, leave_one_out(evalai(text), [evalai(answer) for answer in truth["answers"]]), truth["image"])
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        answers = [normalize_evalai(answer) for answer in truth["answers"]]
+        return QuestionScore(id, leave_one_out(normalize_evalai(text), answers), truth["image"])
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
-        return submitted(answers, "question_id")
+        return server_submission(answers, "question_id")
 
 
-def _data(file: Path, *keys: str) -> list[Mapping[str, Any]]:
+def _read_data(file: Path, description: str, *keys: str) -> list[Mapping[str, Any]]:
+    """Reads the list under ``data``, whose objects must all have certain keys."""
     value = read_json(file)
     if not isinstance(value, dict) or "data" not in value:
-        raise UserError(f'{file}: expected {{"data": [...]}}, an official file of TextVQA')
-    return list(entries(value["data"], str(file), "question_id", *keys))
+        raise UserError(f'expected {{"data": [...]}}. Pass TextVQA\'s {description}.', code="invalid-field", file=file)
+    return entries(value["data"], file, *keys)
 
 
-def _words(file: Path) -> dict[str, list[str]]:
-    """Image -> the words that Rosetta found in it."""
-    value = read_json(file)
-    if not isinstance(value, dict) or "data" not in value:
-        raise UserError(f'{file}: expected {{"data": [...]}}, TextVQA\'s Rosetta OCR file')
-    listed = entries(value["data"], str(file), "image_id", "ocr_tokens")
-    return {
-        str(entry["image_id"]): texts(entry["ocr_tokens"], f"{file}: image {quoted(entry['image_id'])}", "ocr_tokens")
-        for entry in listed
-    }
+def _read_ocr_words(file: Path) -> dict[str, list[str]]:
+    """Reads the words that the OCR system Rosetta recognized in each image."""
+    data = _read_data(file, "Rosetta OCR file", "image_id", "ocr_tokens")
+    return {str(value["image_id"]): text_list(record(file, value["image_id"], value), "ocr_tokens") for value in data}

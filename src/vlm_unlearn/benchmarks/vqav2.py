@@ -3,84 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import SHORT, annotated_questions, commonest, entries, no_answers, record
-from vlm_unlearn.benchmarks.vqa_text import leave_one_out, one_line, plain_words, strip_punctuation, submitted
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import (
+    SHORT,
+    annotated_questions,
+    answers_not_public,
+    entries,
+    most_common_answer,
+    record,
+)
+from vlm_unlearn.benchmarks.vqa_text import (
+    leave_one_out,
+    normalize_words,
+    one_line,
+    server_submission,
+    strip_punctuation,
+)
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
+
+QUESTION_FILE = "v2_OpenEnded_mscoco_val2014_questions.json"
 
 
 @register(
     "vqav2",
     "v2_mscoco_val2014_annotations.json of visualqa.org; a test split has its questions file only",
     "COCO's val2014/ (test2015/ for a test split): COCO_val2014_<image_id, 12 digits>.jpg",
-    "v2_OpenEnded_mscoco_val2014_questions.json, to ask a model",
+    f"{QUESTION_FILE}, to ask a model",
 )
 class VQAv2(Benchmark):
-    """Accuracy against ten annotators. The official code normalises texts only where the annotators disagree; by default always."""
+    """Accuracy against ten annotators.
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
-        first = read_json(annotations)
-        if _is_questions(first):
-            return list(_asked(first, annotations).values())[:limit]
-        truths = annotated_questions(first, annotations, "annotations")
+    The official code normalizes texts only if the annotators disagree. By default, texts are always normalized.
+    """
+
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
+        value = read_json(annotations)
+        if _is_question_file(value):
+            return list(_parse_questions(value, annotations).values())[:limit]
+        truths = annotated_questions(value, annotations, "annotations")
         if questions is None:
             raise UserError(
-                f"{annotations}: has answers but no questions; pass --questions v2_OpenEnded_mscoco_val2014_questions.json"
+                f"the file has answers but no questions. Pass --questions {QUESTION_FILE}.",
+                code="missing-setting",
+                file=annotations,
             )
-        asked = _asked(read_json(questions), questions)
-        found = []
+        questions_by_id = _parse_questions(read_json(questions), questions)
+        benchmark_questions = []
         for id, truth in list(truths.items())[:limit]:
-            if id not in asked:
+            if id not in questions_by_id:
                 raise UserError(
-                    f"{questions}: question {quoted(id)} of {annotations} is not there; the two must be of one split"
+                    f"the question {quoted(id)} of {annotations} is missing. Pass two files of the same split.",
+                    code="run-mismatch",
+                    file=questions,
                 )
-            one = asked[id]
-            found.append(
-                Question(id, one.text, one.image, one.cluster, commonest(truth["answers"]), truth["type"] or None)
-            )
-        return found
+            reference, category = most_common_answer(truth["answers"]), truth["type"] or None
+            benchmark_questions.append(replace(questions_by_id[id], reference=reference, category=category))
+        return benchmark_questions
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         value = read_json(annotations)
-        if _is_questions(value):
-            raise no_answers(annotations)
+        if _is_question_file(value):
+            raise answers_not_public(annotations)
         return annotated_questions(value, annotations, "annotations")
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        return Scored(
-            id, accuracy(text, truth["answers"], official), truth["image"], (truth["type"],) if truth["type"] else ()
-        )
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        subsets = (truth["type"],) if truth["type"] else ()
+        return QuestionScore(id, accuracy(text, truth["answers"], official), truth["image"], subsets)
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
-        return submitted(answers, "question_id")
+        return server_submission(answers, "question_id")
 
 
-def _is_questions(value: Any) -> bool:
+def _is_question_file(value: Any) -> bool:
     return isinstance(value, dict) and "questions" in value and "annotations" not in value
 
 
-def _asked(value: Any, file: Path) -> dict[str, Question]:
-    """Question id -> question, from an official questions file; COCO has one folder of images for all test splits."""
-    if not _is_questions(value):
-        raise UserError(f'{file}: expected {{"questions": [...]}}, VQAv2\'s questions file')
+def _parse_questions(value: Any, file: Path) -> dict[str, BenchmarkQuestion]:
+    """Parses an official questions file. Returns the questions by id."""
+    if not _is_question_file(value):
+        raise UserError('expected {"questions": [...]}. Pass VQAv2\'s questions file.', code="invalid-field", file=file)
     split = str(value.get("data_subtype") or "val2014")
-    folder = "test2015" if split.startswith("test") else split
-    found = {}
-    for item in entries(value["questions"], str(file), "question_id", "image_id", "question"):
+    folder = "test2015" if split.startswith("test") else split  # COCO has one image folder for all test splits
+    questions = {}
+    for item in entries(value["questions"], file, "question_id", "image_id", "question"):
         id = str(item["question_id"])
-        entry = record(file, "question", id, item)
+        entry = record(file, id, item)
         image = entry.name("image_id")
-        found[id] = Question(id, f"{entry.text('question')}\n{SHORT}", f"COCO_{folder}_{image:0>12}.jpg", image)
-    return found
+        text = f"{entry.text('question')}\n{SHORT}"
+        questions[id] = BenchmarkQuestion(id, text, f"COCO_{folder}_{image:0>12}.jpg", image)
+    return questions
 
 
 def accuracy(prediction: str, answers: list[str], official: bool) -> float:
-    """VQAv2's accuracy of one answer, 0 to 1."""
+    """Returns VQAv2's accuracy of one answer, from 0 to 1.
+
+    Args:
+        prediction: The answer.
+        answers: The annotators' answers.
+        official: Normalize texts only if the annotators disagree, as the official code does.
+    """
     prediction, answers = one_line(prediction), [one_line(answer) for answer in answers]
     if len(set(answers)) > 1 or not official:
-        prediction, *answers = (plain_words(strip_punctuation(text)) for text in (prediction, *answers))
+        prediction, *answers = (normalize_words(strip_punctuation(text)) for text in (prediction, *answers))
     return leave_one_out(prediction, answers)

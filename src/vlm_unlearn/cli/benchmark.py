@@ -11,10 +11,10 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_librar
 from vlm_unlearn.cli.completion import benchmark_names
 from vlm_unlearn.cli.evaluate import generate_worker_share
 from vlm_unlearn.cli.terminal import Commands
-from vlm_unlearn.distributed import is_first
+from vlm_unlearn.distributed import is_main_process
 
 if TYPE_CHECKING:
-    from vlm_unlearn.benchmarks import Scores
+    from vlm_unlearn.benchmarks import BenchmarkScores
     from vlm_unlearn.records import Rate
 
 benchmark_app = Commands("Runs utility benchmarks from their official files, and scores answers to them.")
@@ -44,19 +44,19 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
             [
                 {
                     "name": benchmark.name,
-                    "annotations": benchmark.source,
-                    "questions": benchmark.second,
-                    "images": benchmark.images,
+                    "annotations": benchmark.annotation_file,
+                    "questions": benchmark.question_file,
+                    "images": benchmark.image_folder,
                 }
                 for benchmark in benchmarks
             ]
         )
         return
     for benchmark in benchmarks:
-        typer.echo(f"{benchmark.name}\n  --annotations  {benchmark.source}")
-        if benchmark.second:
-            typer.echo(f"  --questions    {benchmark.second}")
-        typer.echo(f"  --images       {benchmark.images}")
+        typer.echo(f"{benchmark.name}\n  --annotations  {benchmark.annotation_file}")
+        if benchmark.question_file:
+            typer.echo(f"  --questions    {benchmark.question_file}")
+        typer.echo(f"  --images       {benchmark.image_folder}")
 
 
 @benchmark_app.command("run")
@@ -95,7 +95,7 @@ def run(
         "official": official,
     }
     suite = validate(Suite, apply_overrides({"benchmarks": [settings]}, overrides or [], Suite), "benchmark run")
-    if not is_first():
+    if not is_main_process():
         generate_worker_share(suite, out)
         return
     with status_console().status("loading transformers"):
@@ -110,9 +110,9 @@ def run(
     if result.scores is not None:
         _print_scores(name, official, result.scores, as_json, files)
     elif as_json:
-        print_json({"benchmark": name, "official": official, "score": None, "reason": result.unscored, **files})
+        print_json({"benchmark": name, "official": official, "score": None, "reason": result.unscored_reason, **files})
     else:
-        typer.echo(result.unscored)
+        typer.echo(result.unscored_reason)
     if not as_json:
         official_form = f"; in the form of the official evaluation: {submission}" if submission else ""
         typer.echo(f"answers in {result.predictions}{official_form}")
@@ -135,19 +135,20 @@ def score(
 
       vlm-unlearn benchmark score vqav2 --predictions answers.jsonl --annotations v2_mscoco_val2014_annotations.json
     """
-    from vlm_unlearn.benchmarks import find
-    from vlm_unlearn.benchmarks import score as score_file
+    from vlm_unlearn.benchmarks import get_benchmark, score_file
 
-    _print_scores(name, official, score_file(find(name), predictions, annotations, questions, official), as_json, {})
+    _print_scores(
+        name, official, score_file(get_benchmark(name), predictions, annotations, questions, official), as_json, {}
+    )
 
 
-def _print_scores(name: str, official: bool, scores: Scores, as_json: bool, files: dict[str, Any]) -> None:
-    """Prints the headline score, the mean score if it differs, the scores by category, and the unscored questions."""
-    from vlm_unlearn.evaluation.benchmarks import headline, mean_score
+def _print_scores(name: str, official: bool, scores: BenchmarkScores, as_json: bool, files: dict[str, Any]) -> None:
+    """Prints the headline score, the mean score if it differs, the scores by subset, and the unscored questions."""
+    from vlm_unlearn.evaluation.benchmarks import headline_rate, mean_score
 
-    headline_rate, mean = headline(scores), mean_score(scores)
-    categories = sorted({category for question in scores.questions for category in question.parts})
-    rates = {category: mean_score(scores, category) for category in categories}
+    headline, mean = headline_rate(scores), mean_score(scores)
+    subsets = sorted({subset for question in scores.questions for subset in question.subsets})
+    rates = {subset: mean_score(scores, subset) for subset in subsets}
     unparsed = sum(question.unparsed for question in scores.questions)
     if as_json:
         document = {
@@ -157,23 +158,23 @@ def _print_scores(name: str, official: bool, scores: Scores, as_json: bool, file
             "low": mean.low,
             "high": mean.high,
             "n": mean.n,
-            "headline": headline_rate.model_dump(),
+            "headline": headline.model_dump(),
             "missing": scores.missing,
             "unparsed": unparsed,
-            **scores.numbers,
-            "parts": {category: rate.model_dump() for category, rate in rates.items()},
+            **scores.extra_metrics,
+            "parts": {subset: rate.model_dump() for subset, rate in rates.items()},
         }
         print_json({**document, **files})
         return
     if mean.value is None:
         typer.echo(f"{name}: nothing to score; {scores.missing:,} questions have no answer")
         return
-    if scores.ratios:
-        typer.echo(f"{name}: F1 {_percent(headline_rate)}, n = {headline_rate.n:,}")
-    typer.echo(f"{'  accuracy' if scores.ratios else name}: {_percent(mean)}, n = {mean.n:,}")
-    for category, rate in rates.items():
-        typer.echo(f"  {category}: {100 * (rate.value or 0):.2f} %, n = {rate.n:,}")
-    for key, value in scores.numbers.items():
+    if scores.ratio_terms:
+        typer.echo(f"{name}: F1 {_percent(headline)}, n = {headline.n:,}")
+    typer.echo(f"{'  accuracy' if scores.ratio_terms else name}: {_percent(mean)}, n = {mean.n:,}")
+    for subset, rate in rates.items():
+        typer.echo(f"  {subset}: {100 * (rate.value or 0):.2f} %, n = {rate.n:,}")
+    for key, value in scores.extra_metrics.items():
         typer.echo(f"  {key}: {100 * value:.2f} %")
     if scores.missing or unparsed:
         typer.echo(f"  without an answer {scores.missing:,} (not scored), unparsed {unparsed:,} (scored as wrong)")

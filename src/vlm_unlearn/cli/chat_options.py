@@ -42,7 +42,8 @@ class ChatClient:
     def __init__(
         self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int
     ) -> None:
-        from vlm_unlearn.generation.chat import ChatModel, OpenAIChat, ReplyCache
+        from vlm_unlearn.generation.chat import ChatCache, ChatModel
+        from vlm_unlearn.generation.openai_chat import OpenAIChat
         from vlm_unlearn.store import cache_folder
 
         self._chat: ChatModel
@@ -53,7 +54,7 @@ class ChatClient:
             from vlm_unlearn.generation.local_chat import LocalChat
 
             self._chat = LocalChat(model, max_tokens)
-        self._cache = ReplyCache(cache_folder() / "replies.sqlite") if cache else None
+        self._cache = ChatCache(cache_folder() / "replies.sqlite") if cache else None
         self._stages = stages
         self._stage = stage
         self.requests = 0
@@ -69,11 +70,11 @@ class ChatClient:
         Raises:
             RunError: Every question failed.
         """
-        from vlm_unlearn.generation.chat import Ask, complete_all
+        from vlm_unlearn.generation.chat import ChatRequest, complete_all
 
-        def requests() -> Iterator[Ask]:
+        def requests() -> Iterator[ChatRequest]:
             for id, text, image in questions:
-                yield Ask(id, text, image)
+                yield ChatRequest(id, text, image)
 
         replies, sent = complete_all(
             self._chat, requests(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions))

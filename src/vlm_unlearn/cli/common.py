@@ -177,13 +177,13 @@ LARGE_FILE = 8 << 20  # bytes; a smaller file is read before anyone could see a 
 @contextmanager
 def file_progress(stages: Stages) -> Iterator[None]:
     """Within the block, shows a progress bar in MB for each large data file that is read."""
-    from vlm_unlearn.data.json_stream import watching
+    from vlm_unlearn.data.json_stream import reading_progress
 
     def on_read(path: Path, done: int, total: int) -> None:
         if total >= LARGE_FILE:
             stages.update(f"read {printable(path.name)} (MB)", done >> 20, total >> 20)
 
-    with watching(on_read):
+    with reading_progress(on_read):
         yield
 
 
@@ -257,10 +257,10 @@ def escape_markup(text: str) -> str:
 
 
 def _cell(row: Row, metric: str, comparison: Comparison | None) -> str:
-    from vlm_unlearn.reporting.formatting import change, percent, published, reach
+    from vlm_unlearn.reporting.formatting import bounds, change, percent, published
 
     rate, paper = row.metrics.get(metric), published(row, metric)
-    lines = [percent(rate), f"[dim]{reach(rate).strip('[]')}[/dim]", change(comparison)]
+    lines = [percent(rate), f"[dim]{bounds(rate).strip('[]')}[/dim]", change(comparison)]
     lines += [
         f"published {percent(paper)}" if paper else "",
         f"{rate.failed} failed" if rate is not None and rate.failed else "",
@@ -280,7 +280,7 @@ def _metric_rows(row: Row, measured: Sequence[Column]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.formatting import percent, reach
+    from vlm_unlearn.reporting.formatting import bounds, percent
 
     table = Table(box=box.SIMPLE_HEAVY)
     table.add_column(escape_markup(row.model), overflow="fold")
@@ -293,7 +293,7 @@ def _metric_rows(row: Row, measured: Sequence[Column]) -> Table:
         rate = row.metrics.get(metric)
         counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}")
         paper = [_published(row.paper.get(metric))] if row.paper else []
-        table.add_row(escape_markup(heading), percent(rate), reach(rate).strip("[]"), *counts, *paper)
+        table.add_row(escape_markup(heading), percent(rate), bounds(rate).strip("[]"), *counts, *paper)
     return table
 
 
@@ -304,13 +304,13 @@ def print_assessments(console: Console, rows: Sequence[Row], folders: Mapping[st
         folders: The evaluation folder of each model.
     """
     from vlm_unlearn.evaluation.generate import saved_suite
-    from vlm_unlearn.reporting.assessment import safest_first, verdict
-    from vlm_unlearn.reporting.metric_roles import roles_of
+    from vlm_unlearn.reporting.assessment import assess, safest_first
+    from vlm_unlearn.reporting.metric_roles import assign_roles
 
-    roles = roles_of(rows, {model: saved_suite(folder) for model, folder in folders.items()})
-    for assessment in safest_first([verdict(row, roles) for row in rows]):
+    roles = assign_roles(rows, {model: saved_suite(folder) for model, folder in folders.items()})
+    for assessment in safest_first([assess(row, roles) for row in rows]):
         console.print(
-            printable(f"{assessment.model} is {assessment.word}: {assessment.text}."),
+            printable(str(assessment)),
             markup=False,
             highlight=False,
             soft_wrap=not console.is_terminal,

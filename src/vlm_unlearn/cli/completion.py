@@ -42,9 +42,9 @@ def benchmark_names(incomplete: str) -> list[str]:
 
 def table_names(incomplete: str) -> list[str]:
     """Returns the tables of `vlm-unlearn table` that start with the text."""
-    from vlm_unlearn.reporting.tables.names import PRINTED
+    from vlm_unlearn.reporting.tables.names import PRINTABLE_TABLES
 
-    return [name for name in PRINTED if name.startswith(incomplete)]
+    return [name for name in PRINTABLE_TABLES if name.startswith(incomplete)]
 
 
 def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"]) -> Callable[[str], list[str]]:

@@ -12,7 +12,7 @@ from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
 from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
-    from vlm_unlearn.data.importers import Imported
+    from vlm_unlearn.data.importers import ImportResult
 
 import_app = Commands("Writes a training-set folder from VLGuard, SafeEraser or your own files.")
 IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
@@ -189,7 +189,7 @@ def _check_outputs(out: Path, *inputs: str | Path | None) -> None:
     validate_not_overwriting([out / name for name in FILES], inputs)
 
 
-def _print_counts(imported: Imported, out: Path, as_json: bool) -> None:
+def _print_counts(imported: ImportResult, out: Path, as_json: bool) -> None:
     """Lists the broken records and prints the number of examples of each role."""
     show_problems(imported.problems)
     if imported.text_only == sum(imported.counts.values()):

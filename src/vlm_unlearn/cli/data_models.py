@@ -46,7 +46,7 @@ def select_harmful(
       vlm-unlearn data select-harmful train.json llava.json qwen.json --server http://localhost:8000/v1
       --model JUDGE --out chosen.json
     """
-    from vlm_unlearn.data.select_harmful import questions, select
+    from vlm_unlearn.data.select_harmful import read_selection_tasks, select
     from vlm_unlearn.errors import Problems, UserError
     from vlm_unlearn.store import validate_not_overwriting
 
@@ -58,10 +58,10 @@ def select_harmful(
         )
     validate_not_overwriting([out, out.with_name(f"{out.stem}.choices.jsonl")], [source, *answers])
     problems = Problems()
-    open_questions, counts = questions(source, answers, images, problems)
+    tasks, counts = read_selection_tasks(source, answers, images, problems)
     with problem_report(problems), Stages() as stages:
         client = ChatClient(stages, "judge", server, model, concurrency, cache, max_tokens=16)
-        counts += select(open_questions, client, out, paper_compat)
+        counts += select(tasks, client, out, paper_compat)
     if as_json:
         print_json({"out": str(out), "outcomes": dict(counts), "asked": client.requests, "broken": problems.count})
     else:

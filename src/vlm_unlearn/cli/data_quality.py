@@ -38,7 +38,7 @@ def table_columns(**options: str | None) -> Columns:
     from vlm_unlearn.data.formats.table import Columns
 
     names = {field: column for field, column in options.items() if column is not None}
-    return Columns(**names, named=frozenset(names))
+    return Columns(**names, required=frozenset(names))
 
 
 def label_by(name: str) -> LabelBy:
@@ -78,7 +78,7 @@ def audit(
 
       vlm-unlearn data audit VLGuard/train.json --html audit.html
     """
-    from vlm_unlearn.data.audit import audit, labelled
+    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
@@ -90,7 +90,7 @@ def audit(
         file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems
     )
     with problem_report(problems), Stages() as stages, file_progress(stages):
-        result = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
+        result = audit(labeled_questions(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
 
@@ -139,7 +139,7 @@ def check(
       vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test
       --processor llava-hf/llava-1.5-7b-hf
     """
-    from vlm_unlearn.data.check import Checker, Source
+    from vlm_unlearn.data.check import Checker, DataSource
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import validate_not_overwriting, write_json
 
@@ -154,9 +154,9 @@ def check(
             stages.update,
             is_refusal,
         )
-        checker.add(Source(file, images), _token_count(processor) if processor else None, max_length)
+        checker.add(DataSource(file, images), _token_count(processor) if processor else None, max_length)
         for other in against:
-            checker.add(Source(other, against_images or images, against=True))
+            checker.add(DataSource(other, against_images or images, against=True))
         report = checker.report()
     if out:
         write_json(out, report)
@@ -181,7 +181,7 @@ def _token_count(model: str) -> TokenCount:
     def count(example: Example, path: Path | None) -> tuple[int, int]:
         history = tuple((turn.question, turn.answer) for turn in example.history)
         turn = Turn(example.id, path, example.question, example.answer, history)
-        return meter.tokens(turn), meter.tokens_in_all(turn)
+        return meter.prompt_tokens(turn), meter.total_tokens(turn)
 
     return count
 

@@ -70,7 +70,7 @@ def judge_run_command(
         print_json([cost.model_dump() for cost in costs])
     else:
         for cost, (_, file) in zip(costs, graded, strict=True):
-            typer.echo(f"{file}: {cost.words()}")
+            typer.echo(f"{file}: {cost.describe()}")
     validate_any_verdict(costs)
 
 
@@ -82,19 +82,19 @@ def _configures_one_judge(overrides: list[str], splits: list[str]) -> bool:
     """
     from vlm_unlearn.config import JudgeConfig, Suite
     from vlm_unlearn.errors import UserError
-    from vlm_unlearn.evaluation.generate import REJUDGED
+    from vlm_unlearn.evaluation.generate import REJUDGEABLE_KEYS
 
     typed = {text.partition("=")[0].partition(".")[0].strip() for text in overrides}
     keys = {Suite.renamed_keys.get(key, key) for key in typed}
     judge_keys = set(JudgeConfig.model_fields)
-    suite_keys = set(REJUDGED) - judge_keys
-    if keys & suite_keys and keys & judge_keys - set(REJUDGED):
+    suite_keys = set(REJUDGEABLE_KEYS) - judge_keys
+    if keys & suite_keys and keys & judge_keys - set(REJUDGEABLE_KEYS):
         raise UserError(
             "the keys of one judge (name=..., rubric=...) and of the suite (judge.model=..., metrics....) can't be "
             "mixed. Pass only one kind.",
             code="conflicting-settings",
         )
-    single_judge = bool(keys & judge_keys - set(REJUDGED))
+    single_judge = bool(keys & judge_keys - set(REJUDGEABLE_KEYS))
     if splits and not single_judge:
         raise UserError(
             "needs the keys of one judge. Pass for example name=keyword.", code="missing-setting", field="--split"
@@ -150,8 +150,8 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
             [
                 {
                     "name": rubric.name,
-                    "version": rubric.head.version,
-                    "source": rubric.head.source,
+                    "version": rubric.header.version,
+                    "source": rubric.header.source,
                     "labels": list(rubric.labels),
                     "digest": rubric.digest,
                 }
@@ -161,7 +161,7 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
         return
     for rubric in loaded:
         grades = "labels" if rubric.labels else "score"
-        typer.echo(f"{rubric.name:<14}v{rubric.head.version}  {grades}  {rubric.head.source}")
+        typer.echo(f"{rubric.name:<14}v{rubric.header.version}  {grades}  {rubric.header.source}")
 
 
 @judge_app.command("agreement")
@@ -186,9 +186,9 @@ def agreement_command(
 
       vlm-unlearn judge agreement evaluations/npo --human labels.csv
     """
-    from vlm_unlearn.evaluation.agreement import agreement
+    from vlm_unlearn.evaluation.agreement import judge_agreement
 
-    agreements = agreement(run, judge, human, positive)
+    agreements = judge_agreement(run, judge, human, positive)
     if as_json:
         print_json([result.model_dump() for result in agreements])
         return
@@ -214,7 +214,7 @@ def agreement_command(
 
 
 @judge_app.command("export-for-labeling")
-def export_for_labeling(
+def export_command(
     run: Path = RUN,
     out: Path = typer.Argument(..., metavar="OUT.csv", help="The file to write."),
     count: int = typer.Option(100, "--count", min=1, help="Number of answers to sample."),
@@ -229,10 +229,10 @@ def export_for_labeling(
       vlm-unlearn judge export-for-labeling evaluations/npo labels.csv --count 200
     """
     from vlm_unlearn.errors import UserError
-    from vlm_unlearn.evaluation.agreement import write_sheet
+    from vlm_unlearn.evaluation.agreement import export_for_labeling
     from vlm_unlearn.records import LABELS
 
     if (out.parent / "manifest.json").exists():
         raise UserError("is a run folder. Write the CSV to another folder.", code="output-exists", file=out.parent)
-    written = write_sheet(run, out, count, seed)
+    written = export_for_labeling(run, out, count, seed)
     typer.echo(f"{written} answers in {out}; fill the column label with {', '.join(LABELS)}")

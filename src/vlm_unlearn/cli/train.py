@@ -81,7 +81,7 @@ def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
     Raises:
         RunError: The training failed. The main process has drawn the loss curves.
     """
-    from vlm_unlearn.distributed import part
+    from vlm_unlearn.distributed import destroy_process_group
     from vlm_unlearn.errors import RunError
     from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
     from vlm_unlearn.training.runner import run_plan
@@ -99,7 +99,7 @@ def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
         try:
             with redirect_stdout(sys.stderr):  # trackio and others print, but standard output is for the result
                 model = run_plan(planned, on_step, probe, on_reference)
-            part()
+            destroy_process_group()
         except RunError:
             if is_main:
                 write_loss_png(planned.recipe.output)
@@ -143,7 +143,7 @@ def _print_start(planned: Plan) -> None:
     console = status_console()
     console.print(_trainable_table(planned.trainable))
     for line in (
-        f"reference values: {planned.source or 'none needed'}; precision {planned.precision}",
+        f"reference values: {planned.reference_strategy or 'none needed'}; precision {planned.precision}",
         _prefix_sharing_line(planned.prefix_sharing_unsupported_reason),
     ):
         console.print(line, markup=False, highlight=False)
@@ -211,7 +211,7 @@ def _warn_about_forget_answers(planned: Plan) -> None:
     answers = [example.answer for example in planned.training_set.examples["forget"]]
     refusals = sum(corrected_refusal(answer) is not None for answer in answers)
     name = planned.recipe.method.name
-    if not planned.method.unlearns and planned.method.forget_target == "given" and 2 * refusals < len(answers):
+    if not planned.method.unlearns and planned.method.forget_target == "original" and 2 * refusals < len(answers):
         typer.echo(
             f"warning: {len(answers) - refusals} of {len(answers)} forget answers are not refusals, and {name} trains "
             "the model to give them; import the set without --harmful-answers, or unlearn it (npo, rmu, ...)",

@@ -1,1 +1,1 @@
-"""Asks a model the prompts of a suite and keeps every answer."""
+"""Generates the responses of a model to prompts, with several backends."""

@@ -1,4 +1,4 @@
-"""What a model under test is asked, and what answers: a backend."""
+"""Generation requests and the protocol of the backends that answer them."""
 
 from __future__ import annotations
 
@@ -12,80 +12,85 @@ from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
 
 Item = TypeVar("Item")
-Key = tuple[str, int]
-OnAnswers = Callable[[Sequence[Response]], None]
+ResponseKey = tuple[str, int]  # prompt id and sample index
+OnResponses = Callable[[Sequence[Response]], None]
 
 
 @dataclass(frozen=True)
-class Question:
-    """One answer to be given: to a prompt, the how-manieth of its samples, and the file of its image."""
+class GenerationRequest:
+    """One generation request: a prompt, the sample index, and the image path."""
 
     prompt: Prompt
     sample: int = 0
     image: Path | None = None
 
     @property
-    def key(self) -> Key:
-        """That of its answer."""
+    def key(self) -> ResponseKey:
+        """The key of the response to this request."""
         return self.prompt.id, self.sample
 
 
 class Backend(Protocol):
-    """Answers questions by one model."""
+    """Generates one model's responses to requests."""
 
     def identity(self) -> Mapping[str, object]:
-        """Everything that decides an answer, besides the question: `model` and `generation`."""
+        """Returns everything that determines a response besides the request, as `model` and `generation`."""
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        """What is asked, and written, together: a function of the questions alone."""
+    def make_batches(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        """Splits requests into batches, which are generated and written together. Depends on `requests` only."""
 
-    def look(self) -> None:
-        """Looks whether it could answer, before anything is given up for it.
+    def check_available(self) -> None:
+        """Checks that the backend is reachable before existing results are discarded.
 
         Raises:
-            UserError, RunError: it couldn't.
+            UserError: The request cannot succeed, for example because a server rejects the API key.
+            RunError: The backend is not reachable.
         """
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
-        """Calls `on_answers` until each question has its answer."""
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_responses: OnResponses) -> None:
+        """Generates all responses and calls `on_responses` with each group of them until every request has one."""
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
-        """The answers to the questions with nothing beside them."""
+    def run_one_by_one(self, requests: Sequence[GenerationRequest]) -> Iterator[Response]:
+        """Yields the responses to requests that each run without any other request in the batch."""
 
 
-def ask(prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]) -> list[Question]:
-    """The questions of all prompts, sample after sample.
+def build_requests(
+    prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]
+) -> list[GenerationRequest]:
+    """Returns the requests for all prompts. The samples of a prompt follow each other.
 
     Args:
-        images: image root of each prompt set, by `Prompt.set`.
-        samples: answers to each prompt of a set; 1 where it isn't named.
+        prompts: The prompts, in the order of the requests.
+        images: The image folder of each prompt set, by `Prompt.set`.
+        samples: The number of responses per prompt, by `Prompt.set`. The default is 1.
 
     Raises:
-        UserError: an image is missing.
+        UserError: An image is missing.
     """
-    questions = []
+    requests = []
     for prompt in prompts:
         image = (
-            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"')
+            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, record=prompt.id)
         )
-        questions += [Question(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
-    return questions
+        requests += [GenerationRequest(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
+    return requests
 
 
-def answer_seed(seed: int, question: Question) -> int:
-    """The seed of one answer's random stream: nothing else that is asked, nor its order, changes what is drawn.
+def sampling_seed(seed: int, request: GenerationRequest) -> int:
+    """Returns the seed of one response's random stream.
 
-    It has 31 bits, as many as every server takes.
+    It depends on `seed` and the request's key only, so that other requests and their order do not change a response.
+    It has 31 bits because some servers accept no more.
     """
-    return int(digest_json([seed, *question.key])[:8], 16) >> 1
+    return int(digest_json([seed, *request.key])[:8], 16) >> 1
 
 
-def shard_requests(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Batches of `size` in the order given."""
-    return [list(questions[start : start + size]) for start in range(0, len(questions), size)]
+def split_into_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
+    """Splits requests into consecutive batches of `size`."""
+    return [list(requests[start : start + size]) for start in range(0, len(requests), size)]
 
 
-def assign_to_processes(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of the items at equal distances, all where there are fewer."""
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """Returns `count` items at equal distances, or all items if there are fewer."""
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]

@@ -1,4 +1,4 @@
-"""How transformers chooses the next token: greedily, or drawn with a random stream of each answer's own."""
+"""Token selection during generation: greedy, or sampled from one random stream per response."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @contextmanager
-def plain_settings(model: Any) -> Iterator[None]:
-    """Within the block, of the model's generation settings only the special tokens count.
+def neutral_generation_config(model: Any) -> Iterator[None]:
+    """Within the block, the model's generation config contains nothing but its special tokens.
 
-    transformers fills whatever a call leaves open from the model's generation_config.json, and those of released models ask for
-    repetition penalties, top-k and temperatures of their own (Qwen2.5-VL's for a penalty of 1.05): two models would be measured
-    by two ways of decoding.
+    ``generate`` fills every setting that a call leaves open from the model's ``generation_config.json``. Released
+    models set repetition penalties, top-k and temperatures there (Qwen2.5-VL a penalty of 1.05), so that two models
+    would be compared with different decoding.
     """
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters around it hold no settings
-    own = owner.generation_config
-    owner.generation_config = GenerationConfig(**{name: getattr(own, name) for name in SPECIAL})
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper has no config
+    original = base.generation_config
+    base.generation_config = GenerationConfig(**{name: getattr(original, name) for name in SPECIAL_TOKEN_SETTINGS})
     try:
         yield
     finally:
-        owner.generation_config = own
+        base.generation_config = original
 
 
 class SeededSampling(LogitsProcessor):
-    """Draws each row's next token from its softmax, with a random stream of the row's own.
+    """Samples the next token of each row from its softmax, with a separate random stream for each row.
 
-    It adds Gumbel noise to the scores; the largest of the sums is then an exact draw (Gumbel 1954; Maddison et al. 2014, arXiv
-    1411.0030), so that `generate` goes on as in greedy decoding. A row's noise depends on its seed and on how many tokens it has
-    drawn, never on the rows beside it. On another kind of device the streams are others.
+    The processor adds Gumbel noise to the scores. The argmax of the sum is an exact sample from the softmax (Gumbel
+    1954; Maddison et al. 2014, arXiv 1411.0030), so ``generate`` runs in its greedy mode. The noise of a row depends on
+    its seed and on the number of tokens it has sampled, never on other rows. Streams differ between kinds of devices.
 
     Args:
-        seeds: one a row.
-        temperature: what the scores are divided by; more than 0.
-        top_p: the share of probability that is drawn from, its likeliest tokens (Holtzman et al. 2020, arXiv 1904.09751).
+        seeds: One seed per row.
+        temperature: The scores are divided by it. Must be positive.
+        top_p: Samples from the smallest set of most likely tokens whose probabilities add up to `top_p` (nucleus
+            sampling, Holtzman et al. 2020, arXiv 1904.09751).
+        device: The device of the scores.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, top_p: float, device: torch.device) -> None:
@@ -52,12 +54,12 @@ class SeededSampling(LogitsProcessor):
         if top_p < 1:
             self._warpers.append(TopPLogitsWarper(top_p))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with some of the rows alone, by number."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Drops all rows but those with the given indices. Call it when other rows of the batch have ended."""
         self._streams = [self._streams[row] for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, V] scores with noise, in float64: uniform numbers of 24 bits would now and then draw the unlikeliest token."""
+        """Returns the scores [B, V] with noise, in float64: 24-bit uniform noise sometimes picks impossible tokens."""
         scores = self._warpers(input_ids, scores)
         noise = torch.stack(
             [

@@ -1,4 +1,4 @@
-"""Answers from a transformers model, in batches."""
+"""Generation with a transformers model in this process, in batches."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Processor, Turn, encode, move
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, ask, shard_requests
-from vlm_unlearn.generation.decoding import SeededSampling, plain_settings
+from vlm_unlearn.generation.base import (
+    GenerationRequest,
+    OnResponses,
+    build_requests,
+    sampling_seed,
+    split_into_batches,
+)
+from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.sharing import Prefilled, prefill
-from vlm_unlearn.models.loader import device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
 
-CHUNK_TOKENS = 32  # tokens after which answers that have ended are looked for
+CHUNK_TOKENS = 32  # generated tokens between two checks for rows that have ended
 
 
 class HFBackend:
-    """A model folder, hub name, adapter folder or training run; loaded when the first question is asked.
+    """Generates with a model folder, hub name, adapter folder or training run, loaded at the first request.
 
     Raises:
-        UserError: there is no such model.
+        UserError: The model does not exist.
     """
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
@@ -36,9 +42,9 @@ class HFBackend:
         self._precision = resolve_precision(config.precision)
 
     def identity(self) -> Mapping[str, object]:
-        decided = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
+        settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
         generation = {
-            **self._config.model_dump(include=set(decided)),
+            **self._config.model_dump(include=set(settings)),
             "precision": self._precision,
             "batches": "by image",
         }
@@ -47,25 +53,25 @@ class HFBackend:
     @cached_property
     def _loaded(self) -> tuple[Any, Processor]:
         model, processor = load_run_model(self._folder, self._precision)
-        model.to(device()).eval()
+        model.to(default_device()).eval()
         return model, processor
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return batches(questions, self._config.batch_size)
+    def make_batches(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return make_batches(requests, self._config.batch_size)
 
-    def look(self) -> None:
-        """The folder was looked at when this was made."""
+    def check_available(self) -> None:
+        """Does nothing: the constructor has checked the model folder."""
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_responses: OnResponses) -> None:
         for batch in batches:
-            on_answers(answer(*self._loaded, batch, self._config))
+            on_responses(generate_batch(*self._loaded, batch, self._config))
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
-        for question in questions:
-            yield from answer(*self._loaded, [question], self._config)
+    def run_one_by_one(self, requests: Sequence[GenerationRequest]) -> Iterator[Response]:
+        for request in requests:
+            yield from generate_batch(*self._loaded, [request], self._config)
 
 
-def answers(
+def generate_responses(
     model: Any,
     processor: Processor,
     prompts: Sequence[Prompt],
@@ -73,127 +79,139 @@ def answers(
     config: GenerationConfig,
     samples: Mapping[str, int] | None = None,
 ) -> Iterator[list[Response]]:
-    """The answers to all prompts, a batch at a time, kept in no file.
+    """Yields the responses to all prompts, one batch at a time, without writing a file.
 
     Args:
-        model: an image-text-to-text model, on its device, in eval mode.
-        images, samples: as in `vlm_unlearn.generation.base.ask`.
+        model: An image-text-to-text model, on its device, in eval mode.
+        processor: The model's processor.
+        prompts: The prompts to respond to.
+        images: The image folder of each prompt set, by `Prompt.set`.
+        config: The generation settings.
+        samples: The number of responses per prompt, by `Prompt.set`. The default is 1.
     """
     return (
-        answer(model, processor, batch, config)
-        for batch in batches(ask(prompts, images, samples or {}), config.batch_size)
+        generate_batch(model, processor, batch, config)
+        for batch in make_batches(build_requests(prompts, images, samples or {}), config.batch_size)
     )
 
 
-def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Questions on one image together, and beside others of alike lengths, for less padding; with and without image apart, as mllama
-    needs it.
+def make_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
+    """Splits requests into batches of at most `size` that share images and need little padding.
 
-    An image's questions are in one batch where they fit in; so are the samples of a prompt without an image. Ties keep their order.
+    Requests about one image are in the same batch if they fit, and so are the samples of a prompt without an image.
+    Requests of similar length come next to each other, and the order of ties is kept. Requests with and without an
+    image are in separate batches because mllama cannot mix them.
     """
-    found = []
+    batches = []
     for has_image in (True, False):
-        together: dict[object, list[Question]] = {}
-        for question in sorted(questions, key=_length):
-            if (question.image is not None) == has_image:
-                together.setdefault(question.image or question.prompt.id, []).append(question)
-        batch: list[Question] = []
-        for part in (part for group in together.values() for part in shard_requests(group, size)):
-            if len(batch) + len(part) > size:
-                found.append(batch)
+        groups: dict[object, list[GenerationRequest]] = {}
+        for request in sorted(requests, key=lambda request: len(request.prompt.question.split())):
+            if (request.image is not None) == has_image:
+                groups.setdefault(request.image or request.prompt.id, []).append(request)
+        batch: list[GenerationRequest] = []
+        for chunk in (chunk for group in groups.values() for chunk in split_into_batches(group, size)):
+            if len(batch) + len(chunk) > size:
+                batches.append(batch)
                 batch = []
-            batch = batch + part
-        found += [batch] if batch else []
-    return found
+            batch = batch + chunk
+        batches += [batch] if batch else []
+    return batches
 
 
-def _length(question: Question) -> int:
-    return len(question.prompt.question.split())
-
-
-def answer(model: Any, processor: Processor, questions: Sequence[Question], config: GenerationConfig) -> list[Response]:
-    """The answers of one batch."""
-    turns = [Turn(question.prompt.id, question.image, question.prompt.question, None) for question in questions]
-    drawing = None
+def generate_batch(
+    model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
+) -> list[Response]:
+    """Returns the responses to one batch of requests, in their order."""
+    turns = [Turn(request.prompt.id, request.image, request.prompt.question, None) for request in requests]
+    sampler = None
     if config.temperature:
-        seeds = [answer_seed(config.seed, question) for question in questions]
-        drawing = SeededSampling(seeds, config.temperature, config.top_p, model.device)
+        seeds = [sampling_seed(config.seed, request) for request in requests]
+        sampler = SeededSampling(seeds, config.temperature, config.top_p, model.device)
+    texts = generate_texts(model, processor, turns, config.max_new_tokens, sampler)
     return [
-        Response(prompt_id=question.prompt.id, sample=question.sample, text=text, finish_reason=reason)
-        for question, (text, reason) in zip(
-            questions, complete(model, processor, turns, config.max_new_tokens, drawing), strict=True
-        )
+        Response(prompt_id=request.prompt.id, sample=request.sample, text=text, finish_reason=finish_reason)
+        for request, (text, finish_reason) in zip(requests, texts, strict=True)
     ]
 
 
 @torch.no_grad()
-def complete(
-    model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, drawing: SeededSampling | None = None
+def generate_texts(
+    model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, sampler: SeededSampling | None = None
 ) -> list[tuple[str, str]]:
-    """What a model says to each of a batch of turns, and why it ended: ``stop`` or ``length``. Greedy without `drawing`.
+    """Generates a continuation of each turn of a batch and returns ``(text, finish_reason)``.
 
-    What turns begin with alike is run once, where the family can (`vlm_unlearn.generation.sharing`); turns that ask the same have one
-    greedy answer, which is made once.
+    Common prefixes run once if the model family allows it (`vlm_unlearn.generation.sharing`). Turns that differ in
+    nothing but their id have the same greedy continuation, which is generated once.
+
+    Args:
+        model: An image-text-to-text model, on its device, in eval mode.
+        processor: The model's processor.
+        turns: B turns without an answer.
+        max_new_tokens: The maximum number of generated tokens.
+        sampler: Samples the tokens, with one random stream per turn. The default is greedy decoding.
+
+    Returns:
+        One pair per turn. The finish reason is ``stop`` or ``length``.
 
     Raises:
-        UserError: a turn can't be encoded; it is named.
+        UserError: A turn cannot be encoded. The error contains its id.
     """
-    first: dict[Turn, Turn] = {}  # of the turns that ask the same
+    distinct: dict[Turn, Turn] = {}  # content (the turn without its id) -> the first turn that has it
     for turn in turns:
-        first.setdefault(replace(turn, id=""), turn)
-    numbers = {asked: number for number, asked in enumerate(first)}
-    which = [numbers[replace(turn, id="")] for turn in turns]
-    distinct = list(first.values())
-    rows = range(len(distinct)) if drawing is None else which
-    prompts = prefill(model, processor, distinct, rows, max_new_tokens)
-    if prompts is not None:
-        new = _generate_in_chunks(model, prompts, max_new_tokens, drawing)
+        distinct.setdefault(replace(turn, id=""), turn)
+    indices = {content: index for index, content in enumerate(distinct)}
+    turn_indices = [indices[replace(turn, id="")] for turn in turns]
+    distinct_turns = list(distinct.values())
+    row_indices = range(len(distinct_turns)) if sampler is None else turn_indices
+    prefilled = prefill(model, processor, distinct_turns, row_indices, max_new_tokens)
+    if prefilled is not None:
+        new_tokens = _generate_in_chunks(model, prefilled, max_new_tokens, sampler)
     else:
-        inputs = move(
-            encode(processor, [distinct[row] for row in rows], padding_side="left"), model.device, model.dtype
-        )
-        new = list(_generate(model, inputs, max_new_tokens, drawing))
-    texts = processor.batch_decode(new, skip_special_tokens=True)
-    closing = set(_eos_token_ids(model))
-    said = [
-        (text.strip(), "stop" if closing & set(tokens.tolist()) else "length")
-        for text, tokens in zip(texts, new, strict=True)
+        batch = encode(processor, [distinct_turns[index] for index in row_indices], padding_side="left")
+        new_tokens = list(_generate(model, move(batch, model.device, model.dtype), max_new_tokens, sampler))
+    texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
+    eos_token_ids = set(_eos_token_ids(model))
+    outputs = [
+        (text.strip(), "stop" if eos_token_ids & set(tokens.tolist()) else "length")
+        for text, tokens in zip(texts, new_tokens, strict=True)
     ]
-    return [said[number] for number in which] if drawing is None else said
+    return [outputs[index] for index in turn_indices] if sampler is None else outputs
 
 
 def _generate_in_chunks(
-    model: Any, prompts: Prefilled, max_new_tokens: int, drawing: SeededSampling | None
+    model: Any, prefilled: Prefilled, max_new_tokens: int, sampler: SeededSampling | None
 ) -> list[Tensor]:
-    """The new tokens of each row. Every few tokens the rows that have ended are left out, so that they don't cost what the longest does."""
-    found: list[list[Tensor]] = [[] for _ in prompts.ids]
-    rows = torch.arange(len(prompts.ids))
-    closing = torch.tensor(_eos_token_ids(model), dtype=torch.long, device=prompts.ids.device)
+    """Returns the new tokens of each row.
+
+    Rows that have ended are dropped after each chunk of tokens. Otherwise they would cost as much as the longest row.
+    """
+    chunks: list[list[Tensor]] = [[] for _ in prefilled.input_ids]
+    rows = torch.arange(len(prefilled.input_ids))
+    eos_token_ids = torch.tensor(_eos_token_ids(model), dtype=torch.long, device=prefilled.input_ids.device)
     for start in range(0, max_new_tokens, CHUNK_TOKENS):
         inputs: dict[str, Any] = {
-            "input_ids": prompts.ids,
-            "attention_mask": prompts.mask,
-            "position_ids": prompts.positions,
+            "input_ids": prefilled.input_ids,
+            "attention_mask": prefilled.attention_mask,
+            "position_ids": prefilled.position_ids,
+            "past_key_values": prefilled.cache,
         }
-        new = _generate(
-            model, inputs | {"past_key_values": prompts.cache}, min(CHUNK_TOKENS, max_new_tokens - start), drawing
-        )
-        for row, tokens in zip(rows.tolist(), new, strict=True):
-            found[row].append(tokens)
-        going = (~torch.isin(new, closing).any(dim=1)).nonzero()[:, 0]
-        if not len(going):
+        new_tokens = _generate(model, inputs, min(CHUNK_TOKENS, max_new_tokens - start), sampler)
+        for row, tokens in zip(rows.tolist(), new_tokens, strict=True):
+            chunks[row].append(tokens)
+        unfinished = (~torch.isin(new_tokens, eos_token_ids).any(dim=1)).nonzero()[:, 0]
+        if not len(unfinished):
             break
-        prompts = prompts.append_tokens(new, going)
-        rows = rows[going.cpu()]
-        if drawing is not None:
-            drawing.keep(going.tolist())
-    return [torch.cat(parts) for parts in found]
+        prefilled = prefilled.append_tokens(new_tokens, unfinished)
+        rows = rows[unfinished.cpu()]
+        if sampler is not None:
+            sampler.select_rows(unfinished.tolist())
+    return [torch.cat(row_chunks) for row_chunks in chunks]
 
 
-def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, drawing: SeededSampling | None) -> Tensor:
-    """[B, N] new tokens, padding behind the end of an answer; N is less than the most where all have ended."""
-    processors = LogitsProcessorList([] if drawing is None else [drawing])
-    with plain_settings(model):
+def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, sampler: SeededSampling | None) -> Tensor:
+    """Returns the new tokens [B, N], padded after the end of each answer. N is smaller if all answers have ended."""
+    processors = LogitsProcessorList([] if sampler is None else [sampler])
+    with neutral_generation_config(model):
         output: Tensor = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors
         )
@@ -201,6 +219,6 @@ def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, drawin
 
 
 def _eos_token_ids(model: Any) -> list[int]:
-    """The tokens that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    """Returns the token ids that end an answer."""
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -1,4 +1,4 @@
-"""A chat model on this machine: any image-text-to-text model that transformers loads."""
+"""A chat model in this process: any image-text-to-text model that transformers loads."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from typing import Any
 
 from vlm_unlearn.data.encoding import Processor, Turn
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.chat import Ask, OnReply, Reply, reply_of
-from vlm_unlearn.generation.hf import complete
-from vlm_unlearn.models.loader import device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
+from vlm_unlearn.generation.hf import generate_texts
+from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.store import package_versions
 
 
 class LocalChat:
-    """Greedy answers in batches.
+    """A chat model that decodes greedily, in batches.
+
+    Args:
+        model: A model folder, hub name, adapter folder or training run.
+        max_tokens: The maximum number of tokens of a response.
+        batch_size: The number of requests per batch.
 
     Raises:
-        UserError: there is no such model.
+        UserError: The model does not exist.
     """
 
     def __init__(self, model: str, max_tokens: int = 256, batch_size: int = 8) -> None:
@@ -34,35 +39,39 @@ class LocalChat:
         return run_digest(self._folder)
 
     def identity(self) -> Mapping[str, object]:
-        decided = {"weights": self._digest, "precision": self._precision, "max_tokens": self._max_tokens}
-        return {**decided, "versions": package_versions()}
+        return {
+            "weights": self._digest,
+            "precision": self._precision,
+            "max_tokens": self._max_tokens,
+            "versions": package_versions(),
+        }
 
-    def run(self, asks: Iterable[Ask], on_reply: OnReply) -> None:
-        waiting = iter(asks)
-        while batch := list(islice(waiting, self._batch_size)):  # where all was cached no model is needed
-            for reply in self._replies(*_loaded(self._folder, self._digest, self._precision), batch):
-                on_reply(reply)
+    def run(self, requests: Iterable[ChatRequest], on_response: OnChatResponse) -> None:
+        iterator = iter(requests)
+        while batch := list(islice(iterator, self._batch_size)):  # without requests, no model is loaded
+            for response in self._respond(*_load(self._folder, self._digest, self._precision), batch):
+                on_response(response)
 
-    def _replies(self, model: Any, processor: Processor, batch: list[Ask]) -> Iterator[Reply]:
-        """A reply a question; where a batch can't be encoded, one by one, so that only the cause gets an error."""
+    def _respond(self, model: Any, processor: Processor, batch: list[ChatRequest]) -> Iterator[ChatResponse]:
+        """Yields one response per request. If a batch cannot be encoded, each request runs alone and only the invalid
+        ones fail."""
+        turns = [Turn(request.id, request.image, request.text, None) for request in batch]
         try:
-            said = complete(
-                model, processor, [Turn(ask.id, ask.image, ask.text, None) for ask in batch], self._max_tokens
-            )
+            outputs = generate_texts(model, processor, turns, self._max_tokens)
         except UserError as error:
             if len(batch) == 1:
-                yield Reply(batch[0].id, None, str(error))
+                yield ChatResponse(batch[0].id, None, str(error))
             else:
-                for ask in batch:
-                    yield from self._replies(model, processor, [ask])
+                for request in batch:
+                    yield from self._respond(model, processor, [request])
             return
-        for ask, (text, reason) in zip(batch, said, strict=True):
-            yield reply_of(ask, text, reason, self._max_tokens)
+        for request, (text, finish_reason) in zip(batch, outputs, strict=True):
+            yield response_from_text(request, text, finish_reason, self._max_tokens)
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, digest: str, precision: str) -> tuple[Any, Processor]:
-    """A model, held for the judges that come after this one; other weights in the same folder are another model."""
+def _load(folder: Path, digest: str, precision: str) -> tuple[Any, Processor]:
+    """Loads a model and keeps it for the judges that follow. The digest tells apart weights in the same folder."""
     model, processor = load_run_model(folder, precision)
-    model.to(device()).eval()
+    model.to(default_device()).eval()
     return model, processor

@@ -1,4 +1,4 @@
-"""Answers from a model that a server runs: vLLM, `transformers serve`, OpenAI itself."""
+"""Generation with a model that an OpenAI-compatible server runs: vLLM, ``transformers serve``, OpenAI itself."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, shard_requests
-from vlm_unlearn.generation.chat import Ask, OpenAIChat, Reply
+from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.chat import ChatRequest, ChatResponse
+from vlm_unlearn.generation.openai_chat import OpenAIChat
 from vlm_unlearn.records import Response
 
 
 class ServerBackend:
-    """Any OpenAI-compatible server. Answers come one at a time, in any order.
+    """Generates with any OpenAI-compatible server. Responses arrive one at a time, in any order.
 
-    What the server can't answer gets a Response that says why, and is asked again the next time.
+    A request that fails gets a response with an `error`. It is sent again by the next run.
 
     Args:
-        model: the name that the server knows the model by.
+        model: The model's name on the server.
+        config: The generation settings.
 
     Raises:
-        UserError: the server's address is none.
+        UserError: The server's address is invalid.
     """
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         self._model = model
         self._config = config
-        self._chat(1)
+        self._chat(1)  # checks the address
 
     def identity(self) -> Mapping[str, object]:
-        decided = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request")
-        # No digest can be had of what a server runs: a folder is only as good as the word of who started it.
+        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request")
+        # A server does not tell which weights it runs, so they cannot be part of the identity.
         model = {"server": self._config.server, "name": self._model, "weights": "unknown"}
-        return {"model": model, "generation": self._config.model_dump(include=set(decided))}
+        return {"model": model, "generation": self._config.model_dump(include=set(settings))}
 
     def _chat(self, concurrency: int) -> OpenAIChat:
         config = self._config
@@ -49,85 +51,93 @@ class ServerBackend:
             request=config.request,
         )
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return shard_requests(questions, 1)  # the server makes its own
+    def make_batches(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return split_into_batches(requests, 1)  # the server forms its own batches
 
-    def look(self) -> None:
-        self._chat(1).look()
+    def check_available(self) -> None:
+        self._chat(1).check_available()
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
-        with Grouped(on_answers) as grouped:
-            self._ask((question for batch in batches for question in batch), grouped.add, self._config.concurrency)
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_responses: OnResponses) -> None:
+        with ResponseBuffer(on_responses) as buffer:
+            requests = (request for batch in batches for request in batch)
+            self._send(requests, buffer.add, self._config.concurrency)
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
-        found: list[Response] = []
-        self._ask(questions, found.append, 1)
-        yield from found
+    def run_one_by_one(self, requests: Sequence[GenerationRequest]) -> Iterator[Response]:
+        responses: list[Response] = []
+        self._send(requests, responses.append, 1)
+        yield from responses
 
-    def _ask(self, questions: Iterable[Question], on_answer: Callable[[Response], None], concurrency: int) -> None:
-        under_way: dict[str, Question] = {}
+    def _send(
+        self, requests: Iterable[GenerationRequest], on_response: Callable[[Response], None], concurrency: int
+    ) -> None:
+        pending: dict[str, GenerationRequest] = {}
 
-        def asks() -> Iterator[Ask]:
-            for number, question in enumerate(questions):
-                under_way[str(number)] = question
-                yield Ask(
-                    str(number), question.prompt.question, question.image, answer_seed(self._config.seed, question)
-                )
+        def chat_requests() -> Iterator[ChatRequest]:
+            for number, request in enumerate(requests):
+                pending[str(number)] = request
+                seed = sampling_seed(self._config.seed, request)
+                yield ChatRequest(str(number), request.prompt.question, request.image, seed)
 
-        def take(reply: Reply) -> None:
-            question = under_way.pop(reply.id)
-            text = None if reply.text is None else reply.text.strip()
-            answered = Response(
-                prompt_id=question.prompt.id,
-                sample=question.sample,
-                text=text,
-                finish_reason=reply.finish_reason,
-                error=reply.error,
+        def on_chat_response(chat_response: ChatResponse) -> None:
+            request = pending.pop(chat_response.id)
+            response = Response(
+                prompt_id=request.prompt.id,
+                sample=request.sample,
+                text=None if chat_response.text is None else chat_response.text.strip(),
+                finish_reason=chat_response.finish_reason,
+                error=chat_response.error,
             )
-            on_answer(answered)
+            on_response(response)
 
-        self._chat(concurrency).run(asks(), take)
+        self._chat(concurrency).run(chat_requests(), on_chat_response)
 
 
-class Grouped:
-    """Hands answers on in groups, each second what has come: a disk need not sync for every one, and a kill loses little."""
+class ResponseBuffer:
+    """Collects responses and passes them on once per interval, from a background thread.
 
-    def __init__(self, on_answers: OnAnswers, seconds: float = 1.0) -> None:
-        self._on_answers = on_answers
-        self._seconds = seconds
+    Writing in groups saves one disk synchronization per response, and a killed process loses one interval at most.
+
+    Args:
+        on_responses: Called with each group of responses.
+        interval: Seconds between two groups.
+    """
+
+    def __init__(self, on_responses: OnResponses, interval: float = 1.0) -> None:
+        self._on_responses = on_responses
+        self._interval = interval
         self._pending: list[Response] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._problem: Exception | None = None  # a full disk, say
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._error: Exception | None = None  # raised by `on_responses`, for example because the disk is full
+        self._thread = threading.Thread(target=self._flush_periodically, daemon=True)
 
-    def add(self, answer: Response) -> None:
-        """Takes an answer in; raises what handing on has raised."""
-        if self._problem:
-            raise self._problem
+    def add(self, response: Response) -> None:
+        """Adds a response. Raises the error of `on_responses` if an earlier call in the background failed."""
+        if self._error:
+            raise self._error
         with self._lock:
-            self._pending.append(answer)
+            self._pending.append(response)
 
-    def _tick(self) -> None:
-        while not self._closed.wait(self._seconds) and self._problem is None:
+    def _flush_periodically(self) -> None:
+        while not self._closed.wait(self._interval) and self._error is None:
             try:
-                self._hand_on()
-            except Exception as problem:
-                self._problem = problem
+                self._flush()
+            except Exception as error:
+                self._error = error
 
-    def _hand_on(self) -> None:
+    def _flush(self) -> None:
         with self._lock:
             if self._pending:
-                self._on_answers(self._pending)
+                self._on_responses(self._pending)
                 self._pending = []
 
-    def __enter__(self) -> Grouped:
-        self._ticker.start()
+    def __enter__(self) -> ResponseBuffer:
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed.set()
-        self._ticker.join()
-        self._hand_on()
+        self._thread.join()
+        self._flush()

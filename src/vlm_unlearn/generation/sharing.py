@@ -1,15 +1,31 @@
-"""Runs what the prompts of a batch begin with alike once: an image with the text around it, and a prompt that has several answers.
+"""Prefix sharing for generation: prompts about the same image run the image through the model once.
 
-Two prefills fill the cache that `generate` goes on from: one of each shared beginning, whose rows are then dealt out to the prompts,
-and one of what each prompt has of its own. A beginning is padded on the left, and so is the rest behind it. The mask hides the gap and
-positions don't count it, so that each prompt is what it is alone, up to rounding.
+A batch often contains several questions about one image, or several samples of one prompt. Without sharing, each row
+runs all image tokens again. :func:`prefill` fills the key-value cache in two passes instead:
+
+1. **Prefix pass.** Prompts with the same image and the same tokens before it form a group. Their longest common prefix
+   runs once per group. The cache rows are then copied to all prompts of the group.
+2. **Suffix pass.** The remaining tokens run once per prompt, except the last token. The cache rows are then copied to
+   all samples of the prompt.
+
+``generate`` then runs the last token of each row, which predicts the first token of the answer.
+
+For example, three prompts about two images I and J occupy these columns (``.`` is padding)::
+
+    prefix   suffix
+    IIIIab   cde       prompt 0, image I
+    IIIIab   ..f       prompt 1, image I
+    .JJJkl   ..m       prompt 2, image J: alone in its group, so its prefix is all but the last token
+
+Prefixes and suffixes are both padded on the left. The attention mask hides the padding, and position ids do not count
+it. Each prompt therefore gets the same result as in a batch of its own, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,160 +35,199 @@ from vlm_unlearn.data.encoding import Batch, Processor, Turn, encode, move, rend
 from vlm_unlearn.generation.cache import preallocated_cache
 from vlm_unlearn.models.layout import LAYOUTS, get_base_model
 
-TOKENS = (
-    "input_ids",
-    "attention_mask",
-    "mm_token_type_ids",
-)  # what the processor makes of text; the rest is the images'
+# The processor's outputs for text. Its other outputs belong to the images.
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Prompts, one a row, all but the last token of each in the cache."""
+    """B prompts whose tokens are in the cache, except for the last token of each prompt."""
 
-    ids: Tensor  # [B, S]
-    mask: Tensor  # [B, S] 0 on padding
-    positions: Tensor  # [B, S], or [3, B, S] where the family has several axes
-    cache: DynamicCache  # [B] rows of S - 1 positions
+    input_ids: Tensor  # [B, S]
+    attention_mask: Tensor  # [B, S], 0 on padding
+    position_ids: Tensor  # [B, S], or [3, B, S] in families with multi-axis rotary embeddings (Qwen2.5-VL)
+    cache: DynamicCache  # B rows of S - 1 positions
 
-    def append_tokens(self, new: Tensor, rows: Tensor) -> Prefilled:
-        """Some of the rows, by number, with the new tokens [B, N] behind them; all but the last are in the cache already."""
-        on = torch.arange(1, new.shape[1] + 1, device=new.device)
-        positions = torch.cat([self.positions, self.positions[..., -1:] + on], dim=-1)
-        _deal_out(self.cache, rows, len(self.ids))
-        ids, mask = torch.cat([self.ids, new], dim=1), torch.cat([self.mask, torch.ones_like(new)], dim=1)
-        return Prefilled(ids[rows], mask[rows], positions[..., rows, :], self.cache)
+    def append_tokens(self, new_ids: Tensor, rows: Tensor) -> Prefilled:
+        """Returns the selected rows with their generated tokens appended. The cache drops all other rows in place.
+
+        Args:
+            new_ids: Tokens generated for every row, [B, N]. All but the last column are in the cache already.
+            rows: Indices of the selected rows.
+        """
+        offsets = torch.arange(1, new_ids.shape[1] + 1, device=new_ids.device)
+        input_ids = torch.cat([self.input_ids, new_ids], dim=1)
+        attention_mask = torch.cat([self.attention_mask, torch.ones_like(new_ids)], dim=1)
+        position_ids = torch.cat([self.position_ids, self.position_ids[..., -1:] + offsets], dim=-1)
+        _select_cache_rows(self.cache, rows, len(self.input_ids))
+        return Prefilled(input_ids[rows], attention_mask[rows], position_ids[..., rows, :], self.cache)
 
 
 def prefill(
-    model: Any, processor: Processor, turns: Sequence[Turn], rows: Sequence[int], max_new_tokens: int
+    model: Any, processor: Processor, turns: Sequence[Turn], turn_indices: Sequence[int], max_new_tokens: int
 ) -> Prefilled | None:
-    """Prefills the prompts of distinct turns, or does nothing where the model can't share what they begin with.
-
-    That takes a family whose positions are ours to give. A sliding window must be as long as prompts and answers, since it would count
-    the gaps.
+    """Runs prompts through the model with shared prefixes, ready for ``generate``.
 
     Args:
-        rows: the turn of each row, by number: a turn has as many rows as it is to have answers.
+        model: The model, with or without PEFT adapters.
+        processor: The model's processor.
+        turns: P prompts, no two alike.
+        turn_indices: The index into `turns` of each of the B rows to return. A prompt has one row per sample.
+        max_new_tokens: The number of tokens that will be generated at most.
+
+    Returns:
+        The prefilled prompts, or None if the batch cannot share prefixes. The family must support prefix sharing, and
+        the processor must leave the text after the image as it is. A sliding attention window must be at least as long
+        as prompt and answer, because it counts the padding between prefix and suffix.
 
     Raises:
-        UserError: a turn can't be encoded; it is named.
+        UserError: A prompt cannot be encoded. The error contains its id.
     """
     inner: Any = get_base_model(model)
     layout = LAYOUTS.get(str(inner.config.model_type))
-    if layout is None or not layout.packs:
+    if layout is None or not layout.supports_prefix_sharing:
         return None
-    encoded = _encode(processor, turns, inner.config.image_token_id)
+    encoded = _encode_prompts(processor, turns, inner.config.image_token_id)
     if encoded is None:
         return None
     prompts, groups, images = encoded
-    ids, mask, shared = lay_out(prompts, groups, processor.tokenizer.pad_token_id)
+    input_ids, attention_mask, prefix_width = align_prefixes(prompts, groups, processor.tokenizer.pad_token_id)
     cache = preallocated_cache(inner.config.get_text_config(decoder=True))
-    if any(layer.is_sliding and ids.shape[1] + max_new_tokens > layer.sliding_window for layer in cache.layers):
+    width = input_ids.shape[1]
+    if any(layer.is_sliding and width + max_new_tokens > layer.sliding_window for layer in cache.layers):
         return None
-    ids, mask, images = ids.to(inner.device), mask.to(inner.device), move(images, inner.device, inner.dtype)
-    positions = _positions(inner, ids, mask, groups, images)
+    input_ids, attention_mask = input_ids.to(inner.device), attention_mask.to(inner.device)
+    images = move(images, inner.device, inner.dtype)
+    position_ids = _position_ids(inner, input_ids, attention_mask, groups, images)
 
-    def run(chosen: Sequence[int], start: int, end: int, **seen: Tensor) -> None:
+    def run_columns(rows: Sequence[int], start: int, end: int, **image_inputs: Tensor) -> None:
         inner(
-            input_ids=ids[chosen, start:end],
-            attention_mask=mask[chosen, :end],
-            position_ids=positions[..., chosen, start:end],
+            input_ids=input_ids[rows, start:end],
+            attention_mask=attention_mask[rows, :end],
+            position_ids=position_ids[..., rows, start:end],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **seen,
+            **image_inputs,
         )
 
-    width = ids.shape[1] - 1  # `generate` runs the last token, and asks for what comes next
-    if shared:
-        run([groups.index(group) for group in range(max(groups) + 1)], 0, shared, **images)
-        _deal_out(cache, torch.tensor(groups, device=ids.device), max(groups) + 1)
-    if width > shared:
-        run(range(len(turns)), shared, width)
-    chosen = torch.tensor(rows, device=ids.device)
-    _deal_out(cache, chosen, len(turns))
-    return Prefilled(ids[chosen], mask[chosen], positions[..., chosen, :], cache)
+    num_groups = max(groups) + 1
+    if prefix_width:
+        run_columns([groups.index(group) for group in range(num_groups)], 0, prefix_width, **images)
+        _select_cache_rows(cache, torch.tensor(groups, device=inner.device), num_groups)
+    if width - 1 > prefix_width:
+        run_columns(range(len(turns)), prefix_width, width - 1)
+    rows = torch.tensor(turn_indices, device=inner.device)
+    _select_cache_rows(cache, rows, len(turns))
+    return Prefilled(input_ids[rows], attention_mask[rows], position_ids[..., rows, :], cache)
 
 
-def _deal_out(cache: DynamicCache, numbers: Tensor, count: int) -> None:
-    """Makes row `numbers[n]` of a cache of `count` rows its row n; it is copied, unless nothing changes."""
-    if numbers.tolist() != list(range(count)):
-        cache.batch_select_indices(numbers)
+def _select_cache_rows(cache: DynamicCache, rows: Tensor, num_rows: int) -> None:
+    """Makes row `rows[n]` of a cache with `num_rows` rows its row n. Copies nothing if no row changes."""
+    if rows.tolist() != list(range(num_rows)):
+        cache.batch_select_indices(rows)
 
 
-def _encode(
-    processor: Processor, turns: Sequence[Turn], image_token: int
-) -> tuple[list[list[int]], list[int], Batch] | None:
-    """The tokens of each prompt, its group, and what the processor makes of the images, each once.
+class _EncodedPrompts(NamedTuple):
+    prompts: list[list[int]]  # the token ids of each prompt, with all tokens of its image
+    groups: list[int]  # the group of each prompt, numbered from 0
+    images: Batch  # the processor's outputs for the image of each group, such as pixel values
 
-    A group has an image and what stands before it in common; prompts without an image are one group. None where the processor changes
-    the text behind the image.
+
+def _encode_prompts(processor: Processor, turns: Sequence[Turn], image_token_id: int) -> _EncodedPrompts | None:
+    """Encodes prompts and groups them by image and by the tokens before it. Each group's image is processed once.
+
+    The processor expands an image's placeholder in the text into all tokens of the image. It runs on the first prompt
+    of each group only. The other prompts of the group get the same expanded tokens, followed by their own text. Prompts
+    without an image form one group.
+
+    Returns:
+        None if the processor changes the text after an image, since the expanded tokens cannot be told from the text
+        then.
     """
-    bare = [token_ids(processor, render(processor, turn).text) for turn in turns]  # an image is a single token here
-    behind = [_behind(ids, image_token) for ids in bare]
-    numbers: dict[tuple[object, ...], int] = {}
+    templated = [token_ids(processor, render(processor, turn).text) for turn in turns]  # an image is one token here
+    text_starts = [_end_of_last_image(ids, image_token_id) for ids in templated]
+    group_numbers: dict[tuple[object, ...], int] = {}
     groups = [
-        numbers.setdefault((turn.image, *ids[:end]), len(numbers))
-        for turn, ids, end in zip(turns, bare, behind, strict=True)
+        group_numbers.setdefault((turn.image, *ids[:start]), len(group_numbers))
+        for turn, ids, start in zip(turns, templated, text_starts, strict=True)
     ]
-    firsts = [groups.index(group) for group in range(len(numbers))]
-    encoded = encode(processor, [turns[row] for row in firsts], padding_side="right")
-    heads = []
-    for row, padded, real in zip(firsts, encoded["input_ids"], encoded["attention_mask"].bool(), strict=True):
-        ids, text = padded[real].tolist(), bare[row][behind[row] :]
-        end = len(ids) - len(text)  # an image's tokens may be followed by others that close it
-        if ids[end:] != text:
+    representatives = [groups.index(group) for group in range(len(group_numbers))]
+    encoded = encode(processor, [turns[row] for row in representatives], padding_side="right")
+    expanded = []  # of each group: the tokens up to the end of the image
+    for row, padded_ids, mask in zip(
+        representatives, encoded["input_ids"], encoded["attention_mask"].bool(), strict=True
+    ):
+        ids, text = padded_ids[mask].tolist(), templated[row][text_starts[row] :]
+        start = len(ids) - len(text)  # some processors close an image with further tokens, which belong to the image
+        if ids[start:] != text:
             return None
-        heads.append(ids[:end])
-    prompts = [heads[group] + ids[end:] for group, ids, end in zip(groups, bare, behind, strict=True)]
-    return prompts, groups, {name: value for name, value in encoded.items() if name not in TOKENS}
+        expanded.append(ids[:start])
+    prompts = [expanded[group] + ids[start:] for group, ids, start in zip(groups, templated, text_starts, strict=True)]
+    return _EncodedPrompts(prompts, groups, {name: value for name, value in encoded.items() if name not in TEXT_INPUTS})
 
 
-def _behind(ids: Sequence[int], image_token: int) -> int:
-    """How many tokens there are up to the last one of an image, and with it; 0 without an image."""
-    return next((end for end in range(len(ids), 0, -1) if ids[end - 1] == image_token), 0)
+def _end_of_last_image(ids: Sequence[int], image_token_id: int) -> int:
+    """Returns the index after the last image token, or 0 if there is none."""
+    return next((end for end in range(len(ids), 0, -1) if ids[end - 1] == image_token_id), 0)
 
 
-def lay_out(prompts: Sequence[Sequence[int]], groups: Sequence[int], padding: int) -> tuple[Tensor, Tensor, int]:
-    """Prompts [B, S] and their mask, the first `shared` columns the beginnings that the prompts of a group have in common.
+def align_prefixes(
+    prompts: Sequence[Sequence[int]], groups: Sequence[int], pad_token_id: int
+) -> tuple[Tensor, Tensor, int]:
+    """Pads prompts so that the common prefix of each group ends at the same column, and every prompt at the last one.
 
-    The last token of a prompt is never in its beginning.
+    The last token of a prompt always belongs to its suffix.
+
+    Args:
+        prompts: The token ids of each prompt.
+        groups: The group of each prompt.
+        pad_token_id: The token id to pad with.
+
+    Returns:
+        The padded token ids [P, S], their attention mask [P, S], and the number of columns that contain prefixes.
 
     Example:
-        prompts [[1, 2, 3, 4], [1, 2, 5], [6, 7]] of groups [0, 0, 1] are, with 0 for padding and two columns shared,
-        [[1, 2, 3, 4], [1, 2, 0, 5], [0, 6, 0, 7]]
+        The prompts ``[[1, 2, 3, 4], [1, 2, 5], [6, 7]]`` of groups ``[0, 0, 1]``, padded with 0, become
+        ``[[1, 2, 3, 4], [1, 2, 0, 5], [0, 6, 0, 7]]`` with two prefix columns.
     """
     members: dict[int, list[Sequence[int]]] = {}
     for group, prompt in zip(groups, prompts, strict=True):
         members.setdefault(group, []).append(prompt)
-    common = {group: _common(found) for group, found in members.items()}
-    shared = max(common.values())
-    width = shared + max(len(prompt) - common[group] for group, prompt in zip(groups, prompts, strict=True))
-    ids = torch.full((len(prompts), width), padding)
-    mask = torch.zeros_like(ids)
+    prefix_lengths = {group: _common_prefix_length(group_prompts) for group, group_prompts in members.items()}
+    prefix_width = max(prefix_lengths.values())
+    suffix_width = max(len(prompt) - prefix_lengths[group] for group, prompt in zip(groups, prompts, strict=True))
+    width = prefix_width + suffix_width
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
     for row, (group, prompt) in enumerate(zip(groups, prompts, strict=True)):
-        cut = common[group]
-        ids[row, shared - cut : shared], ids[row, width - len(prompt) + cut :] = (
-            torch.tensor(prompt[:cut]),
-            torch.tensor(prompt[cut:]),
-        )
-        mask[row, shared - cut : shared] = mask[row, width - len(prompt) + cut :] = 1
-    return ids, mask, shared
+        length = prefix_lengths[group]
+        prefix_start, suffix_start = prefix_width - length, width - (len(prompt) - length)
+        input_ids[row, prefix_start:prefix_width] = torch.tensor(prompt[:length])
+        input_ids[row, suffix_start:] = torch.tensor(prompt[length:])
+        attention_mask[row, prefix_start:prefix_width] = attention_mask[row, suffix_start:] = 1
+    return input_ids, attention_mask, prefix_width
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all begin with, less than any has."""
+def _common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Returns the length of the longest common prefix, but at least one token less than the shortest prompt."""
     limit = min(map(len, prompts)) - 1
-    return next((place for place in range(limit) if len({prompt[place] for prompt in prompts}) > 1), limit)
+    return next((index for index in range(limit) if len({prompt[index] for prompt in prompts}) > 1), limit)
 
 
-def _positions(inner: Any, ids: Tensor, mask: Tensor, groups: Sequence[int], images: Batch) -> Tensor:
-    """[B, S] or, where the family has several axes, [3, B, S]; padding isn't counted."""
+def _position_ids(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, groups: Sequence[int], images: Batch
+) -> Tensor:
+    """Returns position ids [P, S], or [3, P, S] in families with several axes. They do not count padding."""
     if "image_grid_thw" not in images:
-        return (mask.cumsum(dim=1) - 1).clamp(min=0)
-    seen = ids == inner.config.image_token_id
-    with_image = [group for group in range(max(groups) + 1) if seen[groups.index(group)].any()]
-    grids = images["image_grid_thw"][[with_image.index(group) for group in groups if group in with_image]]
-    found: Tensor = inner.model.get_rope_index(ids, seen.int(), image_grid_thw=grids, attention_mask=mask)[0]
-    return found
+        return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    is_image = input_ids == model.config.image_token_id
+    groups_with_image = [group for group in range(max(groups) + 1) if is_image[groups.index(group)].any()]
+    # `images` contains the grid of each group once; `get_rope_index` expects one per prompt with an image.
+    grid_indices = [groups_with_image.index(group) for group in groups if group in groups_with_image]
+    grids = images["image_grid_thw"][grid_indices]
+    position_ids: Tensor
+    position_ids, _ = model.model.get_rope_index(
+        input_ids, is_image.int(), image_grid_thw=grids, attention_mask=attention_mask
+    )
+    return position_ids

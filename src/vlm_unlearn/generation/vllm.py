@@ -1,4 +1,4 @@
-"""Answers from vLLM in this process: ``pip install '.[vllm]'``."""
+"""Generation with vLLM in this process (``pip install '.[vllm]'``)."""
 
 from __future__ import annotations
 
@@ -12,37 +12,43 @@ from typing import Any
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import OnAnswers, Question, answer_seed, shard_requests
+from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.models.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 
-WRITTEN = 16  # so many batches' worth of answers are asked for, and written, at once: vLLM fills its own batches best from many
+BATCH_SIZE_FACTOR = 16  # requests per call, as a multiple of batch_size: vLLM schedules best with many requests
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class VLLMBackend:
-    """A plain model folder or hub name, split over all GPUs that this process sees.
+    """Generates with a model folder or hub name, using tensor parallelism over all GPUs visible to this process.
 
     Raises:
-        UserError: vLLM is not installed, there is no such model, or it is an adapter.
+        UserError: vLLM is not installed, the model does not exist, or it is an adapter.
     """
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         if find_spec("vllm") is None:
-            raise UserError("generation.backend=vllm: vLLM is not installed; pip install '.[vllm]', or use backend=hf")
+            raise UserError(
+                "vLLM is not installed. Run pip install '.[vllm]', or use generation.backend=hf.",
+                code="missing-package",
+                field="generation.backend",
+            )
         self._folder = run_model_folder(model)
         if (self._folder / "adapter_config.json").is_file():
             run = self._folder.parent if (self._folder.parent / "manifest.json").is_file() else model
             raise UserError(
-                f"model {model}: is an adapter, and vLLM takes whole models; merge it: vlm-unlearn export {run} --out DIR"
+                f"the vLLM backend cannot load adapters. Merge them first: vlm-unlearn export {run} --out DIR.",
+                code="unsupported-setting",
+                file=self._folder,
             )
         self._config = config
         self._precision = resolve_precision(config.precision)
 
     def identity(self) -> Mapping[str, object]:
-        decided = ("backend", "max_new_tokens", "temperature", "top_p", "seed")
-        generation = {**self._config.model_dump(include=set(decided)), "precision": self._precision, "vllm": _version()}
-        return {"model": run_digest(self._folder), "generation": generation}
+        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed")
+        generation = {**self._config.model_dump(include=set(settings)), "precision": self._precision}
+        return {"model": run_digest(self._folder), "generation": {**generation, "vllm": _vllm_version()}}
 
     @cached_property
     def _engine(self) -> Any:
@@ -51,68 +57,68 @@ class VLLMBackend:
         return LLM(
             model=str(self._folder),
             dtype=DTYPES[self._precision],
-            tensor_parallel_size=tensor_parallel(self._folder),
+            tensor_parallel_size=tensor_parallel_size(self._folder),
             limit_mm_per_prompt={"image": 1},
             seed=self._config.seed,
-            generation_config="vllm",  # not the model's own penalties, top-k and temperature
+            generation_config="vllm",  # ignores the penalties, top-k and temperature of the model's own config
         )
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        return shard_requests(questions, WRITTEN * self._config.batch_size)
+    def make_batches(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return split_into_batches(requests, BATCH_SIZE_FACTOR * self._config.batch_size)
 
-    def look(self) -> None:
-        """The folder was looked at when this was made."""
+    def check_available(self) -> None:
+        """Does nothing: the constructor has checked the model folder."""
 
-    def run(self, batches: Iterable[Sequence[Question]], on_answers: OnAnswers) -> None:
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_responses: OnResponses) -> None:
         for batch in batches:
-            on_answers(self._answer(batch))
+            on_responses(self._generate(batch))
 
-    def verify_batching(self, questions: Sequence[Question]) -> Iterator[Response]:
-        for question in questions:
-            yield from self._answer([question])
+    def run_one_by_one(self, requests: Sequence[GenerationRequest]) -> Iterator[Response]:
+        for request in requests:
+            yield from self._generate([request])
 
-    def _answer(self, questions: Sequence[Question]) -> list[Response]:
+    def _generate(self, requests: Sequence[GenerationRequest]) -> list[Response]:
         from vllm import SamplingParams
 
         config = self._config
-        settings = [
+        sampling_params = [
             SamplingParams(
                 max_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 top_p=config.top_p if config.temperature else 1.0,
-                seed=answer_seed(config.seed, question) if config.temperature else None,
+                seed=sampling_seed(config.seed, request) if config.temperature else None,
             )
-            for question in questions
+            for request in requests
         ]
-        outputs = self._engine.chat([_messages(question) for question in questions], settings, use_tqdm=False)
+        outputs = self._engine.chat([_messages(request) for request in requests], sampling_params, use_tqdm=False)
         return [
             Response(
-                prompt_id=question.prompt.id,
-                sample=question.sample,
+                prompt_id=request.prompt.id,
+                sample=request.sample,
                 text=output.outputs[0].text.strip(),
                 finish_reason=output.outputs[0].finish_reason,
             )
-            for question, output in zip(questions, outputs, strict=True)
+            for request, output in zip(requests, outputs, strict=True)
         ]
 
 
-def _messages(question: Question) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": question.prompt.question}]
-    if question.image is not None:
-        content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(question.image))}})
+def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt.question}]
+    if request.image is not None:
+        content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(request.image))}})
     return [{"role": "user", "content": content}]
 
 
-def tensor_parallel(folder: Path) -> int:
-    """Over how many GPUs vLLM can split the model: the most that are visible and that its attention heads can be dealt out to."""
+def tensor_parallel_size(folder: Path) -> int:
+    """Returns the largest number of visible GPUs that evenly divides the model's attention heads."""
     import torch
 
-    visible = max(1, torch.cuda.device_count())
-    heads = int(getattr(read_config(folder).get_text_config(), "num_attention_heads", 1))
-    return next(count for count in range(visible, 0, -1) if heads % count == 0)
+    num_gpus = max(1, torch.cuda.device_count())
+    num_heads = int(getattr(read_config(folder).get_text_config(), "num_attention_heads", 1))
+    return next(count for count in range(num_gpus, 0, -1) if num_heads % count == 0)
 
 
-def _version() -> str:
+def _vllm_version() -> str:
     try:
         return version("vllm")
     except PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Loads vision-language models, knows where each family keeps its parts, and saves them."""
+"""Loads and saves vision-language models and knows the module layout of each model family."""

@@ -1,4 +1,4 @@
-"""Turns a training run into a model folder that transformers, and what is built on it, loads as any other."""
+"""Exports a training run as a plain model folder for transformers and the tools built on it."""
 
 from __future__ import annotations
 
@@ -20,47 +20,55 @@ from vlm_unlearn.store import package_versions, read_manifest, user_path, write_
 
 
 def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
-    """Merges a run's adapters and writes weights, processor with its chat template, the model card and the run's manifest.
+    """Merges a run's adapters and writes weights, processor, chat template, model card and the run's manifest.
 
     Adapters are merged in float32 and the sum is rounded once.
 
     Args:
+        run: The folder of a finished training run.
+        out: The output folder. It must be empty or not exist.
         precision: ``fp32``, ``bf16``, or ``auto`` for that of the base model (LoRA) or of the run (full training).
-        card: the README.md.
+        card: The text of the model card, written as README.md.
+
+    Returns:
+        The absolute path of the output folder.
 
     Raises:
-        UserError: `out` holds something, or `run` is no finished training run.
+        UserError: `out` is not empty or not writable, or `run` is not a finished training run.
     """
     out = user_path(out).absolute()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out}: is a link or a file; choose another output folder")
+        raise UserError("is a link or a file. Choose another output folder.", code="output-exists", file=out)
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty; choose another output folder")
+        raise UserError("is not empty. Choose another output folder.", code="output-exists", file=out)
     if out.resolve().is_relative_to(run.resolve()):
-        raise UserError(f"{out}: lies in the run's own folder; choose another output folder")
-    part = out.with_name(f".{out.name[:100]}.{uuid4().hex[:12]}.part")
+        raise UserError(
+            "is inside the folder of the run. Choose another output folder.", code="output-not-writable", file=out
+        )
+    scratch = out.with_name(f".{out.name[:100]}.{uuid4().hex[:12]}.part")  # unique, so that it is ours to delete
     try:
-        part.mkdir(parents=True)  # under a name that nobody has: no folder of others is written into or deleted
+        scratch.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose another output folder") from None
+        raise UserError(
+            f"cannot be created ({error.strerror}). Choose another output folder.", code="output-not-writable", file=out
+        ) from None
     try:
-        _write_model(run, part, precision, card)
+        _write_model(run, scratch, precision, card)
         if out.exists():
             out.rmdir()
-        os.replace(part, out)
+        os.replace(scratch, out)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
-def _write_model(run: Path, part: Path, precision: str, card: str) -> None:
-    folder = run_model_folder(str(run))
-    run_digest(folder)  # refuses adapters whose base has changed
-    wanted = saved_precision(folder) if precision == "auto" else precision
-    model, processor = load_run_model(folder, "fp32")
-    model = model.to(DTYPES[wanted])
-    model.save_pretrained(str(part))
-    processor.save_pretrained(str(part))
-    load_processor(part)  # what is shipped must load
-    write_text(part / "README.md", card)
-    write_json(part / "unlearning_manifest.json", {**read_manifest(run), "exported_with": package_versions()})
+def _write_model(run: Path, folder: Path, precision: str, card: str) -> None:
+    model_folder = run_model_folder(str(run))
+    run_digest(model_folder)  # raises an error if the base model of the adapters has changed
+    model, processor = load_run_model(model_folder, "fp32")
+    model = model.to(DTYPES[saved_precision(model_folder) if precision == "auto" else precision])
+    model.save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
+    load_processor(folder)  # checks that the exported processor loads
+    write_text(folder / "README.md", card)
+    write_json(folder / "unlearning_manifest.json", {**read_manifest(run), "exported_with": package_versions()})

@@ -1,4 +1,4 @@
-"""Keeps what a frozen vision tower made of an image, so that each image goes through it once."""
+"""Caches the image features of a frozen vision tower, so that each image runs through the tower once."""
 
 from __future__ import annotations
 
@@ -18,78 +18,85 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import remove_stale_temp_files
 
-LAST = "last"  # the name of a tower's last hidden state beside those of its layers, which are numbers
+LAST_HIDDEN_STATE = "last"  # the key of the tower's output; layers have their number as key
 
-Features = dict[str, Tensor]  # one image's [tokens, width] by layer
+Features = dict[str, Tensor]  # the features of one image, [tokens, width], by layer
 
 
 class FeatureCache:
     """Features by the content of the image, at most `limit` bytes in memory or in a folder.
 
-    What this run has asked for stays: epochs ask for all images in turn, and were the longest unused to make room for the next, none
-    would be there when it is asked for again. Older files in the folder make room, the longest unused first.
+    Entries that this run has used are never evicted. Each epoch uses all images in turn, so evicting the least recently
+    used entry would evict every entry shortly before its next use. Files of earlier runs are evicted, the least
+    recently used first.
 
     Args:
-        limit: bytes; processes that share a folder count what each of them has asked for or found there.
-        folder: keeps them there, for later runs too; it must be named by everything the features depend on: weights, precision, versions.
+        limit: The maximum number of bytes. Processes that share a folder each count the entries they have used and the
+            files that existed when they started.
+        folder: Stores the features in files, also for later runs. Its name must identify everything besides the image
+            that the features depend on: weights, precision and library versions. None stores them in main memory.
 
     Raises:
-        UserError: the folder can't be made.
+        UserError: The folder cannot be created.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
         self._limit = limit
         self._folder = folder
-        self._kept: dict[str, Features] = {}
-        self._sizes: dict[str, int] = {}  # longest unused first
-        self._asked: set[str] = set()
+        self._memory: dict[str, Features] = {}
+        self._sizes: dict[str, int] = {}  # in bytes, the least recently used first
+        self._used: set[str] = set()
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(
-                    f"{folder}: no features can be kept there ({error.strerror}); "
-                    "let VLM_UNLEARN_CACHE name a folder of yours, or take training.feature_cache=memory"
+                    f"the feature cache cannot be created ({error.strerror}). Set VLM_UNLEARN_CACHE to a writable "
+                    "folder, or use training.feature_cache=memory.",
+                    code="output-not-writable",
+                    file=folder,
                 ) from error
-            with suppress(OSError):  # of a folder that can only be read
+            with suppress(OSError):  # the folder is read-only
                 remove_stale_temp_files(folder)
             files = []
             for file in folder.glob("*.safetensors"):
-                with suppress(FileNotFoundError):  # another process makes room
+                with suppress(FileNotFoundError):  # evicted by another process
                     files.append((file.stat().st_mtime, file.stem, file.stat().st_size))
             self._sizes = {key: size for _, key, size in sorted(files)}
             self._make_room(0)
 
     def get(self, key: str) -> Features | None:
-        """An image's features, or None; in a folder those that another process has put there too."""
-        self._asked.add(key)
-        found = self._kept.get(key) if self._folder is None else _read(self._folder / f"{key}.safetensors")
-        if found is None:
+        """Returns the features of an image, or None. A folder may contain features that another process has added."""
+        self._used.add(key)
+        features = self._memory.get(key) if self._folder is None else _read(self._folder / f"{key}.safetensors")
+        if features is None:
             self._sizes.pop(key, None)
         else:
-            self._sizes.setdefault(key, _bytes(found))
-        return found
+            self._sizes.setdefault(key, _num_bytes(features))
+        return features
 
     def put(self, key: str, features: Features) -> None:
-        """Keeps the features of an image that was asked for in main memory or on disk, if there is room there."""
-        size = _bytes(features)
+        """Stores the features of an image if there is room for them."""
+        size = _num_bytes(features)
         if key in self._sizes or not self._make_room(size):
             return
         features = {name: value.cpu() for name, value in features.items()}
         if self._folder is None:
-            self._kept[key] = features
+            self._memory[key] = features
         elif not _write(self._folder / f"{key}.safetensors", features):
             return
         self._sizes[key] = size
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes have room, once what this run has not asked for is gone as far as it must."""
+        """Evicts entries unused by this run until `size` bytes fit. Returns whether they do."""
         room = self._limit - sum(self._sizes.values()) - size
-        for key in [key for key in self._sizes if key not in self._asked] if room < 0 <= self._limit - size else ():
+        if room >= 0 or size > self._limit:
+            return room >= 0
+        for key in [key for key in self._sizes if key not in self._used]:
             assert self._folder is not None
             try:
                 (self._folder / f"{key}.safetensors").unlink(missing_ok=True)
-            except OSError:  # another user's, or on a disk that can only be read
+            except OSError:  # owned by another user, or on a read-only disk
                 continue
             room += self._sizes.pop(key)
             if room >= 0:
@@ -97,92 +104,97 @@ class FeatureCache:
         return room >= 0
 
 
-def _bytes(features: Features) -> int:
+def _num_bytes(features: Features) -> int:
     return sum(value.numel() * value.element_size() for value in features.values())
 
 
 def _read(file: Path) -> Features | None:
     try:
-        found = load_file(file)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ):  # never there, torn, or taken away by another process, even while it is opened
+        features = load_file(file)
+    # The file does not exist, is truncated, or another process evicts it while it is opened (a RuntimeError).
+    except (OSError, RuntimeError, SafetensorError):
         return None
-    with suppress(OSError):  # of a file that can only be read
+    with suppress(OSError):  # the file is read-only
         os.utime(file)
-    return found
+    return features
 
 
 def _write(file: Path, features: Features) -> bool:
-    part = file.with_name(f".{file.stem}.{os.getpid()}.part")
+    temp_file = file.with_name(f".{file.stem}.{os.getpid()}.part")
     try:
-        save_file(features, part)
-        os.replace(part, file)
+        save_file(features, temp_file)
+        os.replace(temp_file, file)
     except (OSError, SafetensorError):
-        part.unlink(missing_ok=True)
+        temp_file.unlink(missing_ok=True)
         return False
     return True
 
 
 def cache_vision_features(tower: nn.Module, cache: FeatureCache) -> None:
-    """From now on the vision tower runs only images that it has not seen.
+    """Monkey-patches the vision tower's forward to cache its features per image.
 
-    The tower must stay frozen and whole: where it is cut up among processes, all of them must run it together. Calls that give it
-    more than one tensor [images, channels, height, width] are left as they are. Features are those of the precision that is asked
-    for: autocast's differ.
+    The tower must stay frozen, and must not be sharded: all processes have to run a sharded tower together. Calls that
+    pass more tensors than one [images, channels, height, width] are not cached. The cache key contains the image, the
+    requested layers and the autocast precision.
+
+    Args:
+        tower: The vision tower.
+        cache: Stores the features.
     """
-    run: Any = tower.forward
-    last: dict[str, Features] = {}  # a step's reference has the same images, and the cache may have no room for them
+    original_forward: Any = tower.forward
+    # The features of the previous call. The reference pass of a training step runs the same images as the pass before
+    # it, and the cache may have no room for them.
+    previous: dict[str, Features] = {}
 
     def forward(
-        pixel_values: Tensor, output_hidden_states: int | Sequence[int] | bool | None = None, **others: Any
+        pixel_values: Tensor, output_hidden_states: int | Sequence[int] | bool | None = None, **kwargs: Any
     ) -> Any:
-        alone = pixel_values.dim() == 4 and not any(isinstance(value, Tensor) for value in others.values())
-        if not alone or isinstance(output_hidden_states, bool):
-            return run(pixel_values, output_hidden_states=output_hidden_states, **others)
-        layers = _numbers(output_hidden_states)
-        asked = f"{layers} {_autocast(pixel_values.device)}"
-        keys = [_digest(image, asked) for image in pixel_values]
-        found = {
-            key: features for key in dict.fromkeys(keys) if (features := last.get(key) or cache.get(key)) is not None
+        only_images = pixel_values.dim() == 4 and not any(isinstance(value, Tensor) for value in kwargs.values())
+        if not only_images or isinstance(output_hidden_states, bool):
+            return original_forward(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
+        layers = _layer_list(output_hidden_states)
+        request = f"{layers} {_autocast_dtype(pixel_values.device)}"
+        keys = [_cache_key(image, request) for image in pixel_values]
+        features = {
+            key: cached for key in dict.fromkeys(keys) if (cached := previous.get(key) or cache.get(key)) is not None
         }
-        missing = {key: number for number, key in enumerate(keys) if key not in found}
+        missing = {key: number for number, key in enumerate(keys) if key not in features}
         for key, number in missing.items():
-            # Alone, so that what is beside it in a batch, or was cached before a run went on, changes no bit of it.
+            # One image at a time: a batch of other size would change the last bits, and with them resumed runs.
             with torch.no_grad():
-                outputs = run(pixel_values[number : number + 1], output_hidden_states=output_hidden_states, **others)
+                image = pixel_values[number : number + 1]
+                outputs = original_forward(image, output_hidden_states=output_hidden_states, **kwargs)
             states = {str(layer): outputs.hidden_states[layer] for layer in layers}
-            if not layers or -1 in layers:  # some families then read the last state itself, which a norm may set apart
-                states[LAST] = outputs.last_hidden_state
-            found[key] = {name: value[0].clone() for name, value in states.items()}
-            cache.put(key, found[key])
-        last.clear()
-        last.update(found)
-        together = {
-            name: torch.stack([found[key][name].to(pixel_values.device) for key in keys]) for name in found[keys[0]]
+            if not layers or -1 in layers:  # families may read `last_hidden_state` for layer -1, and a norm may differ
+                states[LAST_HIDDEN_STATE] = outputs.last_hidden_state
+            features[key] = {name: value[0].clone() for name, value in states.items()}
+            cache.put(key, features[key])
+        previous.clear()
+        previous.update(features)
+        stacked = {
+            name: torch.stack([features[key][name].to(pixel_values.device) for key in keys])
+            for name in features[keys[0]]
         }
         return BaseModelOutputWithPooling(
-            last_hidden_state=together.get(LAST),
-            hidden_states={layer: together[str(layer)] for layer in layers} or None,
+            last_hidden_state=stacked.get(LAST_HIDDEN_STATE),
+            hidden_states={layer: stacked[str(layer)] for layer in layers} or None,
         )
 
     tower.forward = forward
 
 
-def _numbers(layers: int | Sequence[int] | None) -> list[int]:
+def _layer_list(layers: int | Sequence[int] | None) -> list[int]:
     if layers is None:
         return []
     return [layers] if isinstance(layers, int) else list(layers)
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _digest(image: Tensor, asked: str) -> str:
-    """Names an image's features by its pixels as the tower gets them, and by what is asked of it."""
-    digest = hashlib.blake2b(f"{tuple(image.shape)} {image.dtype} {asked}".encode(), digest_size=16)
+def _cache_key(image: Tensor, request: str) -> str:
+    """Returns the digest of an image's pixels and of the requested outputs."""
+    digest = hashlib.blake2b(f"{tuple(image.shape)} {image.dtype} {request}".encode(), digest_size=16)
     digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

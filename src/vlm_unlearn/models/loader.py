@@ -1,4 +1,4 @@
-"""Loads any image-text-to-text model of transformers, and its processor, from a folder or the hub."""
+"""Loads image-text-to-text models of transformers, and their processors, from a folder or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,70 +20,81 @@ from vlm_unlearn.store import describe_path, digest_model, read_json, read_manif
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-BASE = "base_model.json"  # beside adapters: the digest of the model they were trained on
+BASE_MODEL_FILE = "base_model.json"  # next to adapters: the digest of the base model they were trained on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def model_folder(name: str) -> Path:
-    """The local folder of a model: `name` itself, or where the hub's snapshot was downloaded to.
+    """Returns the local folder of a model: `name` itself, or the snapshot downloaded from the hub.
 
     Raises:
-        UserError: there is no such folder and no such model on the hub, or the folder holds no safetensors weights.
+        UserError: The model is not found, or its folder does not contain safetensors weights.
     """
     folder = user_path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
-            raise UserError(f"model {name}: no such folder")
+            raise UserError("model folder not found. Check the path.", code="model-not-found", file=name)
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(
-                snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-            )
-        except Exception as error:  # the hub's client raises many types, all of them "not available"
+            folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        except Exception as error:  # the client raises many types, all of which mean "not available"
             raise UserError(
-                f"model {name}: no such folder, and the hub did not give it ({type(error).__name__})"
+                f"model not found: there is no such folder, and the download from the hub failed "
+                f"({type(error).__name__}). Check the name.",
+                code="model-not-found",
+                file=name,
             ) from None
     if not (folder / "config.json").is_file() and (folder / "model").is_dir():
         raise UserError(
-            f"model {folder}: is a training run; pass {folder / 'model'}, or what `vlm-unlearn export` makes of it"
+            f"is a training run, not a model. Pass {folder / 'model'}, or a folder written by `vlm-unlearn export`.",
+            code="invalid-model",
+            file=folder,
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"model {folder}: no config.json; it must be a model folder in Hugging Face format")
+        raise UserError(
+            "contains no config.json. Pass a model folder in Hugging Face format.", code="invalid-model", file=folder
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"model {folder}: no weights (*.safetensors); pickled weights are not read")
+        raise UserError(
+            "contains no weights (*.safetensors). Pickled weights are not supported.", code="invalid-model", file=folder
+        )
     for file in weights:
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: broken weights: {_first_line(error)}") from None
+            raise UserError(f"broken weights: {_first_line(error)}", code="invalid-model", file=file) from None
     return folder
 
 
-def local_folder(name: str) -> Path | None:
-    """Where a model's configuration lies on this machine, without asking a network; None where it doesn't."""
+def find_local_model(name: str) -> Path | None:
+    """Returns the local folder with a model's config, without network access, or None if there is none."""
     folder = user_path(name)
     if not folder.is_dir() and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
-        except Exception:  # many types, all of them "not in the cache"
+        except Exception:  # the client raises many types, all of which mean "not in the cache"
             return None
     return folder if (folder / "config.json").is_file() else None
 
 
 def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
-    """The model's processor, which must have a chat template. Saved with ``save_pretrained`` and loaded again, it does the same.
+    """Loads the model's processor, which must have a chat template.
+
+    Saving it with ``save_pretrained`` and loading it again gives the same processor.
 
     Args:
-        image_aspect_ratio: ``processor`` leaves images to the processor's own settings; ``pad`` pads them to squares first, as
-            LLaVA-1.5 was trained.
+        folder: The model folder.
+        image_aspect_ratio: ``processor`` uses the processor's own image settings. ``pad`` first pads images to squares,
+            as in the training of LLaVA-1.5.
 
     Raises:
-        UserError: the processor can't be loaded or has no chat template; padding makes no sense for it.
+        UserError: The processor cannot be loaded, has no chat template, or does not support padding.
     """
     from vlm_unlearn.models.processors import auto_processor, pad_to_squares
 
@@ -91,10 +102,16 @@ def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"]
         processor = auto_processor(folder)
     except UserError:
         raise
-    except Exception as error:  # a broken tokenizer file raises whatever it breaks
-        raise UserError(f"model {folder}: its processor can't be loaded: {_first_line(error)}") from None
+    except Exception as error:  # broken tokenizer files raise many types
+        raise UserError(
+            f"the processor cannot be loaded: {_first_line(error)}", code="invalid-model", file=folder
+        ) from None
     if not getattr(processor, "chat_template", None):
-        raise UserError(f"model {folder}: its processor has no chat template; add chat_template.jinja to the folder")
+        raise UserError(
+            "the processor has no chat template. Add chat_template.jinja to the folder.",
+            code="invalid-model",
+            file=folder,
+        )
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if image_aspect_ratio == "pad":
@@ -105,25 +122,27 @@ def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"]
 def load_model(
     folder: Path, precision: str, attn_implementation: str = "auto", in_4_bits: bool = False
 ) -> PreTrainedModel:
-    """The model, in the precision asked for (``fp32`` or ``bf16``).
+    """Loads the model in a precision.
 
     Args:
-        attn_implementation: transformers' name of one, or ``auto`` for what transformers chooses.
-        in_4_bits: whether the language model's linear layers are held in 4 bits (NF4, QLoRA, arXiv 2305.14314).
+        folder: The model folder.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        attn_implementation: The name of an attention implementation of transformers, or ``auto`` for its default.
+        in_4_bits: Whether to quantize the linear layers of the language model to 4 bits (NF4, QLoRA, arXiv 2305.14314).
 
     Raises:
-        UserError: transformers can't load the folder as an image-text-to-text model, or its files don't hold what its
-            config.json describes.
+        UserError: transformers cannot load the folder as an image-text-to-text model, or its weights do not match its
+            config.json.
     """
     from transformers import AutoModelForImageTextToText
 
-    skeleton = model_skeleton(folder)  # refuses in a moment what would fill the memory with random weights
+    skeleton = model_skeleton(folder)  # detects within moments what would fill the memory with random weights
     options: dict[str, Any] = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     if in_4_bits:
-        options["quantization_config"] = _four_bits(layout_of(skeleton), precision)
+        options["quantization_config"] = _nf4_config(layout_of(skeleton), precision)
     try:
         model: Any
-        model, loaded = AutoModelForImageTextToText.from_pretrained(
+        model, loading_info = AutoModelForImageTextToText.from_pretrained(
             str(folder),
             dtype=DTYPES[precision],
             use_safetensors=True,
@@ -131,17 +150,20 @@ def load_model(
             trust_remote_code=False,
             **options,
         )
-    except Exception as error:  # a broken config.json raises whatever it breaks
-        raise UserError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
+    except Exception as error:  # broken config.json files raise many types
+        raise _cannot_load(error, folder) from None
+    missing_keys = sorted(loading_info["missing_keys"])
+    if missing_keys:
         raise UserError(
-            f"model {folder}: {len(missing)} weights of its config.json are in no file, such as {missing[0]}"
+            f"{len(missing_keys)} weights of config.json are missing from the weight files, for example "
+            f"{missing_keys[0]}.",
+            code="invalid-model",
+            file=folder,
         )
     return model
 
 
-def _four_bits(layout: Layout, precision: str) -> Any:
+def _nf4_config(layout: Layout, precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -149,71 +171,74 @@ def _four_bits(layout: Layout, precision: str) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
-        llm_int8_skip_modules=[
-            layout.vision_tower,
-            layout.projector,
-            "lm_head",
-        ],  # the name says int8; 4 bits read it too
+        # The option applies to 4 bits as well.
+        llm_int8_skip_modules=[layout.vision_tower, layout.projector, "lm_head"],
     )
 
 
 def model_skeleton(folder: Path) -> PreTrainedModel:
-    """The model without weights (on the meta device), to check a request against in a moment.
+    """Returns the model without weights (on the meta device), to validate a request within moments.
 
     Raises:
-        UserError: transformers doesn't know the configuration as an image-text-to-text model, or it describes a model that the
-            weight files can't fill.
+        UserError: transformers cannot load the config as an image-text-to-text model, or it describes a model that is
+            much larger than the weight files.
     """
-    skeleton: Any = skeleton_of(read_config(folder), str(folder))
-    # A text_config that is null or missing means the family's default, billions of weights that are in no file.
-    described, stored = sum(parameter.numel() for parameter in skeleton.parameters()), _stored_weights(folder)
-    if described > 2 * stored and getattr(skeleton.config, "quantization_config", None) is None:
+    skeleton: Any = build_skeleton(read_config(folder), str(folder))
+    # If text_config is null or missing, transformers uses the family's default size: billions of weights.
+    num_described, num_stored = sum(parameter.numel() for parameter in skeleton.parameters()), _num_weights(folder)
+    if num_described > 2 * num_stored and getattr(skeleton.config, "quantization_config", None) is None:
         raise UserError(
-            f"model {folder}: its config.json describes {described:,} weights, its files hold {stored:,}; "
-            "look whether text_config or vision_config is missing or null there, or a file of weights is missing"
+            f"config.json describes {num_described:,} weights, but the weight files contain {num_stored:,}. Check "
+            "whether text_config or vision_config is missing or null, or a weight file is missing.",
+            code="invalid-model",
+            file=folder,
         )
     return skeleton
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration in a model folder.
+    """Returns the transformers config of a model folder.
 
     Raises:
-        UserError: transformers doesn't know it.
+        UserError: transformers cannot load it.
     """
     from transformers import AutoConfig
 
     try:
-        # Left open, transformers would ask on standard input whether to run Python that came with the folder.
+        # By default, transformers would ask on standard input whether to run Python code from the folder.
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # a broken config.json raises whatever it breaks
-        raise UserError(f"model {folder}: transformers can't load it: {_first_line(error)}") from None
+    except Exception as error:  # broken config.json files raise many types
+        raise _cannot_load(error, folder) from None
     return config
 
 
-def skeleton_of(config: PreTrainedConfig, name: str) -> PreTrainedModel:
-    """A model of a configuration, without weights.
+def build_skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+    """Builds the model of a config without weights (on the meta device).
+
+    Args:
+        config: The transformers config of the model.
+        name: The model's name, for error messages.
 
     Raises:
-        UserError: it is no image-text-to-text model.
+        UserError: It is not an image-text-to-text model.
     """
     from transformers import AutoModelForImageTextToText
 
     try:
-        with _not_cut_up(), torch.device("meta"):
+        with _without_zero3(), torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"model {name}: transformers can't load it: {_first_line(error)}") from None
+        raise _cannot_load(error, name) from None
     return skeleton
 
 
 @contextmanager
-def _not_cut_up() -> Iterator[None]:
-    """Within the block models are made whole: under ZeRO-3 transformers cuts up each one while making it."""
+def _without_zero3() -> Iterator[None]:
+    """Within the block, transformers builds complete models. Under DeepSpeed ZeRO-3 it would shard them."""
     from transformers.integrations import deepspeed
 
-    held = deepspeed._hf_deepspeed_config_weak_ref
-    config = held() if held is not None else None
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
@@ -222,31 +247,38 @@ def _not_cut_up() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-def _stored_weights(folder: Path) -> int:
-    """How many numbers the folder's weight files hold, from their headers."""
+def _num_weights(folder: Path) -> int:
+    """Returns how many numbers the weight files of a folder contain, according to their headers."""
     count = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 (no dict)
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return count
 
 
 def run_model_folder(name: str) -> Path:
-    """Where the weights to evaluate lie: a model folder or hub name, an adapter folder, or a training run's folder.
+    """Returns the folder with the weights to evaluate: a model or adapter folder.
+
+    Args:
+        name: A model folder, hub name, adapter folder, or the folder of a training run.
 
     Raises:
-        UserError: as `model_folder`; also for a training run that isn't finished.
+        UserError: The model is not found or invalid, or the training run is not finished.
     """
     folder = user_path(name)
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         if read_manifest(folder)["identity"].get("kind") not in ("train", None):
             raise UserError(
-                f"model {name}: must be a model folder, a hub name, or a training run's folder{describe_path(folder)}"
+                f"must be a model folder, a hub name, or the folder of a training run{describe_path(folder)}",
+                code="invalid-model",
+                file=name,
             )
         folder = folder / "model"
         if not folder.is_dir():
             raise UserError(
-                f"model {name}: this training run has no model yet; run `vlm-unlearn train` again, it goes on where it stopped"
+                "this training run is not finished. Resume it by running the same `vlm-unlearn train` command again.",
+                code="run-unfinished",
+                file=name,
             )
     if (folder / "adapter_config.json").is_file():
         model_folder(_adapter_base(folder))
@@ -255,24 +287,27 @@ def run_model_folder(name: str) -> Path:
 
 
 def run_digest(folder: Path) -> str:
-    """Digest of the weights in a model folder; for an adapter, of its base and its own.
+    """Returns the digest of the weights in a model folder. For an adapter, it covers base model and adapter.
 
     Raises:
-        UserError: the adapter was trained on another base than lies there now.
+        UserError: The base model has changed since the adapter was trained.
     """
     if not (folder / "adapter_config.json").is_file():
         return digest_model(folder)
     base = model_folder(_adapter_base(folder))
     digest = digest_model(base)
-    if (folder / BASE).is_file() and read_json(folder / BASE).get("digest") != digest:
+    if (folder / BASE_MODEL_FILE).is_file() and read_json(folder / BASE_MODEL_FILE).get("digest") != digest:
         raise UserError(
-            f"model {folder}: its adapters were trained on another base than {base} holds now; put the old one back"
+            f"the adapters were trained on a base model that differs from the one now in {base}. Restore the original "
+            "base model.",
+            code="run-mismatch",
+            file=folder,
         )
     return f"{digest}+{digest_model(folder)}"
 
 
 def load_run_model(folder: Path, precision: str) -> tuple[PreTrainedModel, Processor]:
-    """Model and processor from what `run_model_folder` found; an adapter is merged into its base."""
+    """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base."""
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder, precision), load_processor(folder)
     from peft import PeftModel
@@ -282,30 +317,40 @@ def load_run_model(folder: Path, precision: str) -> tuple[PreTrainedModel, Proce
 
 
 def saved_precision(folder: Path) -> str:
-    """The precision that a model's weights are saved in; for an adapter, its base's."""
+    """Returns the precision that a model's weights are saved in. For an adapter, it is that of its base model."""
     if (folder / "adapter_config.json").is_file():
         folder = model_folder(_adapter_base(folder))
-    dtype = getattr(read_config(folder), "dtype", None)
-    return next((name for name, known in DTYPES.items() if known == dtype), "fp32")
+    saved_dtype = getattr(read_config(folder), "dtype", None)
+    return next((precision for precision, dtype in DTYPES.items() if dtype == saved_dtype), "fp32")
 
 
 def _adapter_base(folder: Path) -> str:
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    file = folder / "adapter_config.json"
+    base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must name the base model")
+        raise UserError(
+            "must name the base model of the adapter.",
+            code="invalid-field",
+            file=file,
+            field="base_model_name_or_path",
+        )
     return base
 
 
-def resolve_precision(wanted: str) -> str:
-    """``auto`` is bf16 on a GPU and fp32 on a CPU."""
-    return ("bf16" if torch.cuda.is_available() else "fp32") if wanted == "auto" else wanted
+def resolve_precision(precision: str) -> str:
+    """Returns `precision`, with ``auto`` replaced by ``bf16`` on a GPU and ``fp32`` on a CPU."""
+    return ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
 
 
-def device() -> torch.device:
-    """The GPU of this process: the first, or where several were started together on a machine, one each; without any the CPU."""
+def default_device() -> torch.device:
+    """Returns the GPU of this process, selected by ``LOCAL_RANK``, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def _cannot_load(error: BaseException, file: Path | str) -> UserError:
+    return UserError(f"transformers cannot load the model: {_first_line(error)}", code="invalid-model", file=file)
 
 
 def _first_line(error: BaseException) -> str:

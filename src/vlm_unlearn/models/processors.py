@@ -1,4 +1,4 @@
-"""Processors as transformers makes them, also where it would want torchvision for videos, and LLaVA's padded images."""
+"""Loads processors without torchvision, and pads images to squares as in the training of LLaVA-1.5."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
 
-# What an image processor for fixed squares knows beside the padding.
+# The settings of an image processor for squares of a fixed size, without padding.
 _SQUARE_SETTINGS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
@@ -23,58 +23,71 @@ _SQUARE_SETTINGS = (
 
 
 def auto_processor(folder: Path) -> Processor:
-    """The folder's processor, its images read with Pillow on every machine, so that results don't depend on torchvision.
+    """Loads the processor of a folder. Images are processed with Pillow, so that results do not depend on torchvision.
 
-    A processor that also knows videos gets a stand-in for that part where torchvision is missing; it is saved as it was found.
+    Without torchvision, the video processor that some families have is replaced by a stub. The stub is saved with the
+    settings of the original.
     """
-    kind = _processor_class(folder)
-    if kind is None or "video_processor" not in kind.get_attributes():
+    processor_class = _processor_class(folder)
+    if processor_class is None or "video_processor" not in processor_class.get_attributes():
         return AutoProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
     if is_torchvision_available():
-        # The backend goes to all parts alike, and there is no video processor for Pillow: the image processor comes after.
+        # `backend` applies to all components, and no video processor supports Pillow. The image processor is replaced.
         processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
         processor.image_processor = AutoImageProcessor.from_pretrained(
             str(folder), backend="pil", trust_remote_code=False
         )
         return processor
-    # The class keeps its name: it is saved with the processor, and plain transformers looks it up.
-    without: Any = type(kind.__name__, (_WithoutVideos, kind), {})
-    return without.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+    # The class keeps its name, which is saved with the processor and looked up by transformers.
+    stubbed_class: Any = type(processor_class.__name__, (_VideoStubMixin, processor_class), {})
+    return stubbed_class.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
 
 
 def pad_to_squares(processor: Processor, folder: Path) -> None:
-    """Makes a LLaVA processor pad each image to a square with the mean colour before it resizes (``image_aspect_ratio: pad``).
+    """Makes a LLaVA processor pad each image to a square with the mean color before resizing it.
 
-    Source: the option of that name in haotian-liu/LLaVA; its 1.5 models are trained so. Size, crop, mean and deviation stay.
+    Size, crop, mean and deviation do not change.
+
+    Source: ``image_aspect_ratio: pad`` in haotian-liu/LLaVA. The LLaVA-1.5 models are trained with it.
+
+    Args:
+        processor: The processor, changed in place.
+        folder: The model folder, for error messages.
 
     Raises:
-        UserError: the processor isn't LLaVA's with images of one square size.
+        UserError: The processor is not a LLaVA processor with square images of one size.
     """
-    images = processor.image_processor
-    known = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
-    side = (
-        (getattr(images, "crop_size", None) if getattr(images, "do_center_crop", False) else None)
-        or getattr(images, "size", None)
-        or {}
-    )
-    square = side.get("height") is not None and side.get("height") == side.get("width")
-    if type(processor).__name__ != "LlavaProcessor" or not type(images).__name__.startswith(known) or not square:
+    image_processor = processor.image_processor
+    supported = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
+    crops = getattr(image_processor, "do_center_crop", False)
+    crop_size = getattr(image_processor, "crop_size", None) if crops else None
+    size = crop_size or getattr(image_processor, "size", None) or {}
+    is_square = size.get("height") is not None and size.get("height") == size.get("width")
+    image_processor_class = type(image_processor).__name__
+    if type(processor).__name__ != "LlavaProcessor" or not image_processor_class.startswith(supported) or not is_square:
         raise UserError(
-            f"model {folder}: image_aspect_ratio=pad is for LLaVA models with images of one square size, and this is a "
-            f"{type(processor).__name__} with {type(images).__name__}; use image_aspect_ratio=processor"
+            "pad requires a LLaVA model with square images of one size, but the model has a "
+            f"{type(processor).__name__} with a {image_processor_class}. Use image_aspect_ratio=processor.",
+            code="unsupported-setting",
+            file=folder,
+            field="image_aspect_ratio",
         )
-    settings = {name: getattr(images, name) for name in _SQUARE_SETTINGS if getattr(images, name, None) is not None}
-    settings.setdefault("do_center_crop", False)  # unset it would fall back to LlavaImageProcessor's own
+    settings = {
+        name: getattr(image_processor, name)
+        for name in _SQUARE_SETTINGS
+        if getattr(image_processor, name, None) is not None
+    }
+    settings.setdefault("do_center_crop", False)  # the default of LlavaImageProcessor is True
     processor.image_processor = LlavaImageProcessorPil(do_pad=True, **settings)
 
 
-class _NoVideoProcessor(VideoProcessorMixin):
-    """Stands where a video processor would: keeps its settings for whoever has torchvision, processes nothing."""
+class _VideoProcessorStub(VideoProcessorMixin):
+    """Keeps the settings of a video processor that cannot be built without torchvision. It processes nothing."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         self.settings = settings
-        # SmolVLM's chat template asks for these, with images too.
+        # SmolVLM's chat template reads these for images too.
         self.num_frames = settings.get("num_frames")
         self.fps = settings.get("fps")
 
@@ -82,35 +95,37 @@ class _NoVideoProcessor(VideoProcessorMixin):
         return dict(self.settings)
 
 
-class _WithoutVideos:
-    """Comes before a processor class of transformers: all its parts are loaded as ever, but for the video processor."""
+class _VideoStubMixin:
+    """Mixin for a processor class of transformers that loads a stub in place of the video processor."""
 
     @classmethod
     def _get_arguments_from_pretrained(
         cls, folder: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        parts: list[Any] = []
+        components: list[Any] = []
         for name in cls.get_attributes():  # type: ignore[attr-defined]
             if name == "video_processor":
-                parts.append(_NoVideoProcessor(_video_settings(Path(folder))))
+                components.append(_VideoProcessorStub(_video_settings(Path(folder))))
             elif name == "tokenizer":
-                parts.append(cls._load_tokenizer_from_pretrained(name, folder, **kwargs))  # type: ignore[attr-defined]
+                components.append(cls._load_tokenizer_from_pretrained(name, folder, **kwargs))  # type: ignore[attr-defined]
             elif name == "image_processor":
-                parts.append(AutoImageProcessor.from_pretrained(folder, **kwargs))
+                components.append(AutoImageProcessor.from_pretrained(folder, **kwargs))
             else:
                 raise UserError(
-                    f"model {folder}: its processor has a part {name}, and no torchvision is there; install torchvision"
+                    f"the processor's component {name} cannot be loaded without torchvision. Install torchvision.",
+                    code="missing-package",
+                    file=folder,
                 )
-        return parts
+        return components
 
     def check_argument_for_proper_class(self, name: str, argument: object) -> object:
-        """As transformers', which would look up a class that needs torchvision."""
-        if isinstance(argument, _NoVideoProcessor):
-            return _NoVideoProcessor
+        """Accepts the stub, for which transformers would look up a class that requires torchvision."""
+        if isinstance(argument, _VideoProcessorStub):
+            return _VideoProcessorStub
         return super().check_argument_for_proper_class(name, argument)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', the video processor as it was found or not at all."""
+        """Omits the video processor if its settings are empty."""
         saved: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         if not saved.get("video_processor"):
             saved.pop("video_processor", None)
@@ -118,22 +133,26 @@ class _WithoutVideos:
 
 
 def _video_settings(folder: Path) -> dict[str, Any]:
-    """The settings plain transformers would load a video processor with, verbatim (its order of files); {} where there are none."""
-    nested = _json(folder / "processor_config.json").get("video_processor")
-    return nested or _json(folder / "video_preprocessor_config.json") or _json(folder / "preprocessor_config.json")
+    """Returns the settings that transformers would use for the video processor, from the files in its order, or {}."""
+    nested = _read_json(folder / "processor_config.json").get("video_processor")
+    return (
+        nested
+        or _read_json(folder / "video_preprocessor_config.json")
+        or _read_json(folder / "preprocessor_config.json")
+    )
 
 
 def _processor_class(folder: Path) -> Any:
-    """The processor class that AutoProcessor would choose (its order of files), or None."""
+    """Returns the processor class that AutoProcessor would choose, from the files in its order, or None."""
     for name in (
         "processor_config.json",
         "preprocessor_config.json",
         "video_preprocessor_config.json",
         "tokenizer_config.json",
     ):
-        found = _json(folder / name).get("processor_class")
-        if found:
-            return getattr(transformers, str(found), None)
+        class_name = _read_json(folder / name).get("processor_class")
+        if class_name:
+            return getattr(transformers, str(class_name), None)
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -141,8 +160,8 @@ def _processor_class(folder: Path) -> Any:
     return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(str(folder), trust_remote_code=False)), None)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}

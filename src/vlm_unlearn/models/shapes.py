@@ -1,4 +1,4 @@
-"""Shapes of the published runs' models, so that a plan needs neither their weights nor a network."""
+"""Configurations of the published runs' models, to plan a run without their weights and without a network."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def _llava(hidden: int, layers: int, heads: int, intermediate: int) -> PreTrainedConfig:
+def _llava_1_5(hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int) -> PreTrainedConfig:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     text = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=intermediate_size,
         vocab_size=32064,
     )
     vision = CLIPVisionConfig(
@@ -32,12 +32,12 @@ def _llava(hidden: int, layers: int, heads: int, intermediate: int) -> PreTraine
 def _llama_3_2_vision() -> PreTrainedConfig:
     from transformers import MllamaConfig
 
-    config: Any = MllamaConfig()  # its defaults are the 11B model's
+    config: Any = MllamaConfig()  # the defaults are those of the 11B model
     return config
 
 
-KNOWN = {
-    "llava-hf/llava-1.5-7b-hf": lambda: _llava(4096, 32, 32, 11008),
-    "llava-hf/llava-1.5-13b-hf": lambda: _llava(5120, 40, 40, 13824),
+PUBLISHED_CONFIGS = {
+    "llava-hf/llava-1.5-7b-hf": lambda: _llava_1_5(4096, 32, 32, 11008),
+    "llava-hf/llava-1.5-13b-hf": lambda: _llava_1_5(5120, 40, 40, 13824),
     "meta-llama/Llama-3.2-11B-Vision-Instruct": _llama_3_2_vision,
 }

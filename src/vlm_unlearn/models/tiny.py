@@ -1,4 +1,4 @@
-"""A LLaVA of under a million parameters with a word-level tokenizer, built from configs, for the tiny world and for tests."""
+"""A LLaVA with fewer than a million parameters and a word-level tokenizer, for the tiny world and for tests."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "user:", "assistant:")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% elif part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}"
     "{% endfor %}{% if message['role'] == 'assistant' %}{{ '</s> ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
 
 def tiny_processor(words: Sequence[str], image_size: int = 32, patch_size: int = 16) -> LlavaProcessor:
-    """A LLaVA processor whose tokenizer knows exactly `words` (lower case) and the special tokens."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *words])}
+    """Returns a LLaVA processor whose vocabulary is `words` and the special tokens.
+
+    Args:
+        words: Lower-case words. The tokenizer lowercases its input, and splits off ``.``, ``,``, ``?`` and ``!``.
+        image_size: Height and width of the processed images, in pixels.
+        patch_size: Height and width of a patch, in pixels.
+    """
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     split_marks = pre_tokenizers.Split(Regex(r"[.,?!]"), "isolated")
@@ -44,7 +51,8 @@ def tiny_processor(words: Sequence[str], image_size: int = 32, patch_size: int =
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
-        # Near the mean of the tiny world's pages: the base learns in half the steps that CLIP's own mean takes.
+        # Close to the statistics of the tiny world's images. The base model learns in half the steps it needs with
+        # the mean and deviation of CLIP.
         image_mean=[0.7] * 3,
         image_std=[0.25] * 3,
     )
@@ -61,7 +69,16 @@ def tiny_processor(words: Sequence[str], image_size: int = 32, patch_size: int =
 def tiny_llava(
     processor: LlavaProcessor, width: int = 128, vision_layers: int = 2, layers: int = 3
 ) -> LlavaForConditionalGeneration:
-    """A randomly initialised LLaVA (4 patch tokens + CLS an image) for `tiny_processor`. Seed torch before the call."""
+    """Returns a randomly initialized LLaVA for a processor from `tiny_processor`. Seed torch before the call.
+
+    With the default sizes an image is 5 tokens: 4 patches and CLS.
+
+    Args:
+        processor: The processor, which determines vocabulary and image size.
+        width: Hidden size of language model and vision tower.
+        vision_layers: Number of layers of the vision tower.
+        layers: Number of decoder layers.
+    """
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=width,

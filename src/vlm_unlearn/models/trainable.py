@@ -1,4 +1,4 @@
-"""Chooses what trains: whole model, layers and parameters by name, or LoRA adapters; and tells it as a table."""
+"""Selects trainable parameters (full, by layer and name, or LoRA) and summarizes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vlm_unlearn.config import TrainableConfig
-from vlm_unlearn.errors import UserError, nearest
+from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.models.layout import decoder_layers, get_base_model, is_projector, is_vision, layout_of
 from vlm_unlearn.models.sine import add_sine
 
@@ -18,90 +18,116 @@ if TYPE_CHECKING:
 
 
 def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
-    """Freezes all but what `config` names; with ``mode: lora`` or ``qlora`` returns the PEFT-wrapped model.
+    """Freezes all parameters but those that `config` selects.
 
-    What trains is held in float32, whatever the frozen rest is in.
+    Trainable parameters are converted to float32. Frozen parameters keep their precision.
+
+    Args:
+        model: The model, changed in place.
+        config: The selection.
+
+    Returns:
+        The model, wrapped by PEFT with ``mode: lora`` and ``mode: qlora``.
 
     Raises:
-        UserError: a layer is out of range, or nothing would train.
+        UserError: A layer is out of range, a name matches no parameter, or no parameter is trainable.
     """
-    count = len(decoder_layers(model))
-    outside = [layer for layer in config.layers or [] if not 0 <= layer < count]
-    if outside:
-        raise UserError(f"trainable.layers: {outside} out of range; the model has decoder layers 0 to {count - 1}")
-    prepared: Any = _full(model, config) if config.mode == "full" else _lora(model, config)
+    num_layers = len(decoder_layers(model))
+    invalid_layers = [layer for layer in config.layers or [] if not 0 <= layer < num_layers]
+    if invalid_layers:
+        raise UserError(
+            f"{invalid_layers} out of range. The model has decoder layers 0 to {num_layers - 1}.",
+            code="out-of-range",
+            field="trainable.layers",
+        )
+    prepared: Any = _select_parameters(model, config) if config.mode == "full" else _add_lora(model, config)
     if config.projector:
-        trained_projector(prepared).float()  # the frozen weights that a sine is added to included
+        trainable_projector(prepared).float()  # includes the frozen weights that SineProject adds a sine to
     if config.projector == "sine":
-        add_sine(trained_projector(prepared))
+        add_sine(trainable_projector(prepared))
     for parameter in prepared.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if not any(parameter.requires_grad for parameter in prepared.parameters()):
-        raise UserError(f"trainable: nothing would train; no parameter's name holds any of {config.parameter_patterns}")
+        raise UserError(
+            f"no parameter is trainable: no parameter name contains any of {config.parameter_patterns}.",
+            code="conflicting-settings",
+            field="trainable",
+        )
     return prepared
 
 
-def _full(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
+def _select_parameters(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
     layout = layout_of(model)
     names = [name for name, _ in model.named_parameters()]
     for pattern in config.parameter_patterns or []:
         if not any(pattern in name for name in names):
             raise UserError(
-                f'trainable.parameter_patterns: no parameter\'s name holds "{pattern}"{nearest(pattern, _short(names))}'
+                f"no parameter name contains {quoted(pattern)}{nearest(pattern, _short_names(names))}",
+                code="unknown-name",
+                field="trainable.parameter_patterns",
             )
-    chosen = None if config.layers is None else tuple(f"{layout.layers}.{layer}." for layer in config.layers)
+    layer_prefixes = None if config.layers is None else tuple(f"{layout.layers}.{layer}." for layer in config.layers)
     for name, parameter in model.named_parameters():
         if is_vision(name, layout):
             parameter.requires_grad = config.vision_tower
         elif is_projector(name, layout):
             parameter.requires_grad = bool(config.projector)
         else:
-            in_layer = chosen is None or name.startswith(chosen)
-            parameter.requires_grad = in_layer and (
-                config.parameter_patterns is None or any(part in name for part in config.parameter_patterns)
+            in_layers = layer_prefixes is None or name.startswith(layer_prefixes)
+            parameter.requires_grad = in_layers and (
+                config.parameter_patterns is None or any(pattern in name for pattern in config.parameter_patterns)
             )
     return model
 
 
-def _lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
+def _add_lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     if config.parameter_patterns is not None or config.vision_tower:
         raise UserError(
-            f"trainable: parameters and vision_tower are for mode=full; with mode={config.mode} choose trainable.lora.target_modules"
+            f"parameter_patterns and vision_tower require mode=full. With mode={config.mode}, use "
+            "trainable.lora.target_modules.",
+            code="conflicting-settings",
+            field="trainable",
         )
     layout = layout_of(model)
-    linear = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name.startswith(layout.layers + ".")}
+    module_names = sorted(
+        {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name.startswith(layout.layers + ".")}
+    )
     for target in config.lora.target_modules:
-        if target not in linear:
+        if target not in module_names:
             raise UserError(
-                f'trainable.lora.target_modules: no decoder layer has "{target}"{nearest(target, sorted(linear))}'
+                f"no decoder layer contains {quoted(target)}{nearest(target, module_names)}",
+                code="unknown-name",
+                field="trainable.lora.target_modules",
             )
-    names = "|".join(re.escape(name) for name in config.lora.target_modules)
+    targets = "|".join(re.escape(name) for name in config.lora.target_modules)
     layers = r"\d+" if config.layers is None else "|".join(map(str, config.layers))
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.lora_alpha,
         lora_dropout=config.lora.lora_dropout,
-        target_modules=rf"{re.escape(layout.layers)}\.({layers})\..*\.({names})",
-        # The projector trains whole, beside the adapters, and is saved with them.
+        target_modules=rf"{re.escape(layout.layers)}\.({layers})\..*\.({targets})",
+        # The projector has no adapter: all its weights are trained and saved next to the adapters.
         modules_to_save=[layout.projector.rsplit(".", 1)[-1]] if config.projector else None,
         task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"trainable.lora.target_modules: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(
+            str(error).splitlines()[0][:200], code="invalid-field", field="trainable.lora.target_modules"
+        ) from None
 
 
-def _short(names: Iterable[str]) -> list[str]:
-    """``mlp.down_proj`` of ``model.language_model.layers.0.mlp.down_proj.weight``, once each."""
+def _short_names(names: Iterable[str]) -> list[str]:
+    """Returns ``mlp.down_proj`` for ``model.language_model.layers.0.mlp.down_proj.weight``, without duplicates."""
     return sorted({".".join(name.split(".")[-3:-1]) for name in names})
 
 
-def trained_projector(model: nn.Module) -> nn.Module:
-    """The projector that trains: the model's own, or the copy that PEFT trains beside it."""
+def trainable_projector(model: nn.Module) -> nn.Module:
+    """Returns the projector to train: the model's own, or the copy that PEFT trains next to it."""
     inner = get_base_model(model)
     projector = inner.get_submodule(layout_of(inner).projector)
     copies = getattr(projector, "modules_to_save", None)
@@ -109,26 +135,24 @@ def trained_projector(model: nn.Module) -> nn.Module:
 
 
 def trainable_table(model: PreTrainedModel) -> list[tuple[str, int, int]]:
-    """``(part, trained parameters, all parameters)`` for vision tower, projector, language model and adapters."""
+    """Returns ``(component, trainable parameters, all parameters)`` of each component of the model.
+
+    The components are the vision tower, the projector, the language model and the adapters.
+    """
     inner = get_base_model(model)
     layout = layout_of(inner)
-    rows = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0], "adapters": [0, 0]}
+    counts = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0], "adapters": [0, 0]}
     for name, parameter in inner.named_parameters():
-        if ".original_module." in name:  # the untrained twin that PEFT keeps of a module it trains whole
+        if ".original_module." in name:  # the frozen copy that PEFT keeps of a module in `modules_to_save`
             continue
-        if ".parametrizations." in name and name.endswith(
-            ".original"
-        ):  # SineProject's frozen weight, beside the delta that trains
+        if ".parametrizations." in name and name.endswith(".original"):  # the frozen weight of SineProject
             continue
-        part = (
-            "vision tower"
-            if is_vision(name, layout)
-            else "projector"
-            if is_projector(name, layout)
-            else "language model"
-        )
         if ".lora_" in name:
-            part = "adapters"
-        rows[part][0] += parameter.numel() if parameter.requires_grad else 0
-        rows[part][1] += parameter.numel()
-    return [(part, trained, total) for part, (trained, total) in rows.items()]
+            component = "adapters"
+        elif is_vision(name, layout):
+            component = "vision tower"
+        else:
+            component = "projector" if is_projector(name, layout) else "language model"
+        counts[component][0] += parameter.numel() if parameter.requires_grad else 0
+        counts[component][1] += parameter.numel()
+    return [(component, trainable, total) for component, (trainable, total) in counts.items()]

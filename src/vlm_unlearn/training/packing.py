@@ -34,7 +34,7 @@ def prefix_sharing_unsupported_reason(model: nn.Module, method: Method, attentio
         model: of transformers, no wrapper around it.
         attention: transformers' name of how attention is computed.
     """
-    if not layout_of(model).packs:
+    if not layout_of(model).supports_prefix_sharing:
         return f"not with models of the family {model.config.model_type}"  # type: ignore[union-attr]
     if attention not in PACKS:
         return f"not with {attention}"

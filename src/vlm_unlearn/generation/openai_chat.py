@@ -1,0 +1,290 @@
+"""A chat model behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from vlm_unlearn.data.images import open_image, png_url
+from vlm_unlearn.errors import RunError, UserError, quoted
+from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+API_KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_FAILURES_IN_A_ROW = 8  # a run stops after so many failed requests in a row (or `concurrency`, if that is more)
+
+
+class OpenAIChat:
+    """A server with the OpenAI chat completions API: vLLM, ``transformers serve``, OpenAI itself.
+
+    The official client retries after status 429 and 5xx, timeouts and broken connections, with jittered backoff, and
+    respects Retry-After. Malformed responses that the client accepts (broken JSON, no choices) are retried here in the
+    same way. The API key is read from the environment variable ``OPENAI_API_KEY`` and never appears in a message.
+
+    Args:
+        base_url: The server's address, such as ``http://localhost:8000/v1``.
+        model: The model's name on the server.
+        max_tokens: The maximum number of tokens of a response.
+        concurrency: The maximum number of pending requests.
+        timeout: Seconds per attempt.
+        retries: The number of further attempts after a failed one.
+        temperature: 0 for greedy decoding. Above 0, each request is sampled with its `ChatRequest.seed`, provided that
+            the server honors seeds.
+        top_p: Samples from the most likely tokens whose probabilities add up to `top_p`.
+        verbatim: Whether truncated and empty texts are valid responses, as they are from a model under test. By default
+            they are errors.
+        request: Keys to add to the request body or to replace in it. None removes a key. Servers differ in the keys
+            they accept: OpenAI's reasoning models require ``max_completion_tokens``, vLLM has ``chat_template_kwargs``.
+        revision: A name for the weights that the server runs, which a client cannot find out. Cached responses of other
+            revisions are not used.
+
+    Raises:
+        UserError: The address or the API key is malformed.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        max_tokens: int = 256,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        retries: int = 4,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        verbatim: bool = False,
+        request: Mapping[str, Any] | None = None,
+        revision: str = "",
+    ) -> None:
+        if not _is_server_address(base_url):
+            raise UserError(
+                f"{quoted(base_url)} is not a server address. Addresses start with http:// or https://, for example "
+                "http://localhost:8000/v1.",
+                code="invalid-field",
+                field="server",
+            )
+        self._base_url = base_url.rstrip("/")
+        self._model = model
+        self._max_tokens = max_tokens
+        self._concurrency = concurrency
+        self._timeout = timeout
+        self._retries = retries
+        # Greedy requests contain no other sampling key: some servers reject or misread keys that they do not support.
+        self._sampling: dict[str, Any] = (
+            {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 0}
+        )
+        self._verbatim = verbatim
+        self._request = dict(request or {})
+        self._revision = revision
+        self._num_unreachable = 0  # requests in a row that did not reach the server
+        self._num_rejected = 0  # requests in a row that the server rejected as invalid
+        self._api_key = os.environ.get(API_KEY_VARIABLE, "").strip()
+        if not self._api_key.isascii() or not self._api_key.isprintable():
+            raise UserError(
+                "contains a character that is not allowed in an API key. Look for a stray space or line break.",
+                code="invalid-field",
+                field=API_KEY_VARIABLE,
+            )
+
+    def identity(self) -> Mapping[str, object]:
+        identity = {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
+        identity |= {"request": self._request} if self._request else {}
+        return identity | ({"revision": self._revision} if self._revision else {})
+
+    def check_available(self) -> None:
+        """Checks that the server is reachable and accepts the API key.
+
+        Raises:
+            RunError: The server is not reachable.
+            UserError: The server rejects the API key.
+        """
+        import openai
+
+        try:
+            with openai.OpenAI(
+                base_url=self._base_url, api_key=self._api_key or "none", max_retries=1, timeout=min(self._timeout, 10)
+            ) as client:
+                client.models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise UserError(
+                f"{self._base_url} returned status {error.status_code}. Check {API_KEY_VARIABLE}.", code="access-denied"
+            ) from None
+        except openai.APIConnectionError:
+            raise RunError(
+                f"{self._base_url} does not respond. Check that the server is running.", code="server-unreachable"
+            ) from None
+        except Exception:  # a server that cannot list its models may still complete chats
+            return
+
+    def run(self, requests: Iterable[ChatRequest], on_response: OnChatResponse) -> None:
+        """Sends the requests, at most `concurrency` at a time. Memory use does not grow with their number.
+
+        Raises:
+            UserError: The server rejects the API key, does not know the model, or rejects many requests in a row, so
+                that later requests would fail too.
+            RunError: The server is not reachable.
+        """
+        asyncio.run(self._run(iter(requests), on_response))
+
+    async def _run(self, requests: Iterator[ChatRequest], on_response: OnChatResponse) -> None:
+        from openai import AsyncOpenAI
+
+        async with AsyncOpenAI(
+            base_url=self._base_url, api_key=self._api_key or "none", max_retries=self._retries, timeout=self._timeout
+        ) as client:
+
+            async def work() -> None:
+                for request in requests:  # the workers share the iterator
+                    response = await self._respond(client, request)
+                    self._raise_if_hopeless(response)
+                    on_response(response)
+
+            workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+
+    def _raise_if_hopeless(self, response: ChatResponse) -> None:
+        """Raises an error if so many requests have failed in a row that later ones would fail too."""
+        limit = max(self._concurrency, MAX_FAILURES_IN_A_ROW)
+        if self._num_unreachable >= limit:
+            raise RunError(
+                f"{self._base_url} did not respond to {self._num_unreachable} requests in a row ({response.error}). "
+                "Check that the server is running.",
+                code="server-unreachable",
+            )
+        if self._num_rejected >= limit:
+            raise UserError(
+                f"{self._base_url} rejected {self._num_rejected} requests in a row ({response.error}). Add or remove "
+                "keys of the request body with `request`, for example request={max_tokens: null, "
+                "max_completion_tokens: 512}.",
+                code="server-error",
+            )
+
+    async def _respond(self, client: AsyncOpenAI, request: ChatRequest) -> ChatResponse:
+        """Sends one request and retries it after a malformed response."""
+        content: list[Any] = [{"type": "text", "text": request.text}]
+        if request.image is not None:
+            try:
+                content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(request.image))}})
+            except UserError as error:
+                return ChatResponse(request.id, None, str(error))
+        for attempt in range(self._retries + 1):
+            if attempt:
+                await asyncio.sleep(min(0.5 * 2 ** (attempt - 1), 8.0) * random.uniform(0.75, 1.0))
+            try:
+                return await self._send(client, request, content)
+            except _MalformedResponseError as error:
+                message = str(error)
+        return ChatResponse(request.id, None, message)
+
+    async def _send(self, client: AsyncOpenAI, request: ChatRequest, content: list[Any]) -> ChatResponse:
+        """Sends one request, with the client's own retries.
+
+        Raises:
+            _MalformedResponseError: The response is malformed. A retry may succeed.
+        """
+        import openai
+
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self._max_tokens,
+            **self._sampling,
+        }
+        if request.seed is not None and self._sampling["temperature"]:
+            body["seed"] = request.seed
+        body = {key: value for key, value in {**body, **self._request}.items() if value is not None}
+        try:
+            # `chat.completions.create` validates the body, which takes longer than a call to a nearby server.
+            # The client's timeout applies to each chunk, so a server that sends slowly would never time out.
+            total_timeout = (self._timeout + 10) * (self._retries + 1)
+            completion = await asyncio.wait_for(
+                client.post("/chat/completions", cast_to=object, body=body), total_timeout
+            )
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise UserError(
+                f"{self._base_url} returned status {error.status_code} for model {quoted(self._model)}. Check the "
+                f"server's address, the model's name and {API_KEY_VARIABLE}.",
+                code="model-not-found" if isinstance(error, openai.NotFoundError) else "access-denied",
+            ) from None
+        except openai.APIStatusError as error:
+            self._num_unreachable = 0
+            self._num_rejected += error.status_code in (400, 422)
+            return ChatResponse(request.id, None, f"HTTP {error.status_code}{self._server_message(error.body)}")
+        except (openai.APIConnectionError, TimeoutError) as error:  # after all retries
+            self._num_unreachable += 1
+            return ChatResponse(request.id, None, type(error).__name__)
+        except Exception as error:  # the body is not JSON, or JSON of another shape
+            self._num_unreachable = self._num_rejected = 0
+            raise _MalformedResponseError(type(error).__name__) from None
+        self._num_unreachable = self._num_rejected = 0
+        return self._parse(request, completion)
+
+    def _server_message(self, body: object) -> str:
+        """Returns the server's error message for use after a colon, without the API key, which some servers repeat."""
+        message = body.get("message") if isinstance(body, dict) else None
+        if not isinstance(message, str) or not message.strip():
+            return ""
+        return f": {quoted(message.replace(self._api_key, '***') if self._api_key else message, 200)}"
+
+    def _parse(self, request: ChatRequest, completion: object) -> ChatResponse:
+        """Converts a chat completion, in the JSON of the API, to a response.
+
+        Raises:
+            _MalformedResponseError: The completion has no choices, or its content is not a text.
+        """
+        choices = completion.get("choices") if isinstance(completion, dict) else None
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise _MalformedResponseError("empty answer")
+        message = choices[0].get("message")
+        text = message.get("content") if isinstance(message, dict) else None
+        if text is not None and not isinstance(text, str):
+            raise _MalformedResponseError("the content of the answer is not a text")
+        finish_reason = choices[0].get("finish_reason")  # optional on some servers
+        finish_reason = finish_reason if isinstance(finish_reason, str) else None
+        if self._verbatim and text is not None:
+            response = ChatResponse(request.id, text, finish_reason=finish_reason)
+        else:
+            response = response_from_text(request, text, finish_reason, self._max_tokens)
+        return replace(response, tokens=_token_usage(completion))
+
+
+class _MalformedResponseError(Exception):
+    """The server's response is not a chat completion."""
+
+
+def _is_server_address(base_url: str) -> bool:
+    try:
+        address = urlsplit(base_url)
+        host = address.hostname or ""
+        return (
+            host.isascii()
+            and host != ""
+            and not address.query
+            and address.scheme in ("http", "https")
+            and (address.port or 1) > 0
+        )
+    except ValueError:  # raised by urlsplit and by `port`
+        return False
+
+
+def _token_usage(completion: object) -> tuple[int, int] | None:
+    """Returns the prompt and completion tokens that a server reports, or None if it reports none or no valid ones."""
+    usage = completion.get("usage") if isinstance(completion, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not type(prompt_tokens) is type(completion_tokens) is int:
+        return None
+    valid = min(prompt_tokens, completion_tokens) >= 0 and max(prompt_tokens, completion_tokens) < 2**40
+    return (prompt_tokens, completion_tokens) if valid else None
