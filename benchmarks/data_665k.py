@@ -1,8 +1,8 @@
-"""mix and check on a generated LLaVA file of the size of LLaVA-665K (665,000 records, about 1 GB): time and peak memory.
+"""Time and peak memory of `data mix`, `check` and `audit` on a generated file of the size of LLaVA-665K (about 1 GB).
 
     python benchmarks/data_665k.py [--records 665000] [--folder DIR]
 
-Prints the figures and writes benchmarks/results/data_665k.json.
+Prints the results and writes benchmarks/results/data_665k.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 
 from vlm_unlearn.store import package_versions
 
-IMAGES = 4096  # distinct files; a record names one of them
+IMAGES = 4096  # distinct files, each in many records
 
 
 def write_images(folder: Path) -> None:
@@ -34,32 +34,32 @@ def write_images(folder: Path) -> None:
 
 
 def write_records(file: Path, count: int) -> None:
-    """Conversations of 1 to 6 rounds; every tenth record is text-only, as in LLaVA-665K."""
+    """Writes conversations of 1 to 6 rounds. Every tenth record is text-only, as in LLaVA-665K."""
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
     with file.open("w", encoding="utf-8") as handle:
         handle.write("[")
         for number in range(count):
-            pictured = number % 10 > 0
+            has_image = number % 10 > 0
             turns = []
             for turn in range(rng.randint(1, 6)):
-                mark = "<image>\n" if pictured and turn == 0 else ""
+                mark = "<image>\n" if has_image and turn == 0 else ""
                 turns.append({"from": "human", "value": mark + " ".join(rng.choices(words, k=12)) + "?"})
                 turns.append({"from": "gpt", "value": " ".join(rng.choices(words, k=rng.randint(3, 105)))})
-            image = {"image": f"coco/train2017/{rng.randrange(IMAGES):012d}.jpg"} if pictured else {}
+            image = {"image": f"coco/train2017/{rng.randrange(IMAGES):012d}.jpg"} if has_image else {}
             record = {"id": f"{number:012d}", **image, "conversations": turns}
             handle.write((",\n" if number else "\n") + json.dumps(record))
         handle.write("\n]\n")
 
 
 def measure(name: str, arguments: list[str], megabytes: float) -> dict[str, object]:
-    """Runs the command in a process of its own."""
+    """Runs the command in a separate process and returns its row."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "vlm_unlearn.cli.main", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdout is not None
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     figures = {
@@ -68,7 +68,7 @@ def measure(name: str, arguments: list[str], megabytes: float) -> dict[str, obje
         "peak_memory_mb": usage.ru_maxrss // 1024,
     }
     print(f"{name}: {figures}", flush=True)
-    document = json.loads(said)
+    document = json.loads(output)
     document.pop("out", None)
     return {
         "step": name,
@@ -81,7 +81,7 @@ def measure(name: str, arguments: list[str], megabytes: float) -> dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=665_000)
-    parser.add_argument("--folder", type=Path, help="where to make the files; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="where to create the files; default: the system's temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         folder = Path(scratch)

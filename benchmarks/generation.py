@@ -1,12 +1,13 @@
-"""Answering together against answering one by one. Two parts, both or the one that is named:
+"""Batched generation compared with one answer at a time, in two benchmarks:
 
     python benchmarks/generation.py [batching] [k-shot]
 
-batching: the demo's base model (trained once, about 40 s, and cached) on 200 prompts of the tiny world, in batches of several sizes.
-k-shot: a LLaVA of 53M random weights on 3 rewrites of a question with 3 samples each, all on one image of 144 tokens.
+batching: the demo's base model (trained once in about 40 s and cached) on 200 prompts of the tiny world, in several
+    batch sizes.
+k-shot: a LLaVA with 53M random weights on 3 rewrites of a question with 3 samples each, all on one image of 144 tokens.
 
-The ways take turns, several times, the model loaded and warm. Writes the part of benchmarks/results/generation.json: seconds, the
-median of the ratios, and how many answers differ.
+The variants run in turn, several times, with a loaded and warm model. Each benchmark writes its section of
+benchmarks/results/generation.json: seconds, the median of the ratios, and the number of different answers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ IMAGE_TOKENS, NEW_TOKENS = 144, 64
 
 
 def batching(repetitions: int) -> dict[str, Any]:
-    """Batches of the tiny world's prompts."""
+    """Compares batch sizes on prompts of the tiny world."""
     from vlm_unlearn.config import GenerationConfig, Suite, load
     from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
     from vlm_unlearn.generation.base import evenly_spaced
@@ -46,7 +47,7 @@ def batching(repetitions: int) -> dict[str, Any]:
         suite = load(Suite, Path("suites/tiny"), [f"model={base}", f"root={world}"])
         prompts = evenly_spaced(suite_prompts(suite), PROMPTS)
 
-        def answered(batch_size: int) -> tuple[float, dict[str, str | None]]:
+        def generate(batch_size: int) -> tuple[float, dict[str, str | None]]:
             config = suite.generation.model_copy(update={"batch_size": batch_size})
             started = time.perf_counter()
             batches = list(generate_responses(model, processor, prompts, image_roots(suite), config))
@@ -54,17 +55,20 @@ def batching(repetitions: int) -> dict[str, Any]:
                 response.prompt_id: response.text for batch in batches for response in batch
             }
 
-        sizes = [suite.generation.batch_size, GenerationConfig().batch_size, 1]  # the demo's, the default, one by one
-        answered(sizes[0])  # warm
+        sizes = [
+            suite.generation.batch_size,
+            GenerationConfig().batch_size,
+            1,
+        ]  # of the demo, the default, one at a time
+        generate(sizes[0])  # warm-up
         rows = []
         flips = dict.fromkeys(sizes[:-1], 0)
         for number in range(repetitions):
-            found = {
-                size: answered(size) for size in (sizes if number % 2 else sizes[::-1])
-            }  # neither always goes first
+            order = sizes if number % 2 else sizes[::-1]  # so that no size always runs first
+            results = {size: generate(size) for size in order}
             for size in flips:
-                flips[size] = max(flips[size], sum(found[size][1][id] != text for id, text in found[1][1].items()))
-            rows.append({f"batches_of_{size}_s": round(found[size][0], 3) for size in sizes})
+                flips[size] = max(flips[size], sum(results[size][1][id] != text for id, text in results[1][1].items()))
+            rows.append({f"batches_of_{size}_s": round(results[size][0], 3) for size in sizes})
             print(rows[-1], flush=True)
     ratios = {
         size: statistics.median(row["batches_of_1_s"] / row[f"batches_of_{size}_s"] for row in rows) for size in flips
@@ -79,7 +83,7 @@ def batching(repetitions: int) -> dict[str, Any]:
 
 
 def k_shot(repetitions: int) -> dict[str, Any]:
-    """Rewrites and samples on one image: as the library answers them, and each alone with its image by `generate`."""
+    """Compares this package with `generate` for one answer at a time, on rewrites and samples of one image."""
     import torch
     from steps import SIZES, build
     from transformers import LogitsProcessorList
@@ -99,60 +103,61 @@ def k_shot(repetitions: int) -> dict[str, Any]:
         ]
         turns = [Turn(f"{text[:4]}-{sample}", image, text, None) for text in texts for sample in range(SAMPLES)]
 
-        def drawing(seeds: range, temperature: float) -> SeededSampling | None:
+        def sampling(seeds: range, temperature: float) -> SeededSampling | None:
             return SeededSampling(seeds, temperature, 1.0, model.device) if temperature else None
 
         def together(temperature: float) -> list[str]:
             return [
                 text
                 for text, _ in generate_texts(
-                    model, processor, turns, NEW_TOKENS, drawing(range(len(turns)), temperature)
+                    model, processor, turns, NEW_TOKENS, sampling(range(len(turns)), temperature)
                 )
             ]
 
         @torch.no_grad()
-        def verify_batching(temperature: float) -> list[str]:
-            found = []
+        def one_by_one(temperature: float) -> list[str]:
+            texts = []
             for number, turn in enumerate(turns):
-                inputs, drawn = (
-                    encode(processor, [turn], padding_side="left"),
-                    drawing(range(number, number + 1), temperature),
-                )
+                inputs = encode(processor, [turn], padding_side="left")
+                sampler = sampling(range(number, number + 1), temperature)
                 with neutral_generation_config(model):
-                    processors = LogitsProcessorList([drawn] if drawn else [])
+                    processors = LogitsProcessorList([sampler] if sampler else [])
                     output = model.generate(
                         **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, logits_processor=processors
                     )
-                found += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            return found
+                texts += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            return texts
 
-        found = {
-            name: in_turn(together, verify_batching, value, repetitions)
+        results = {
+            name: compare_in_turn(together, one_by_one, value, repetitions)
             for name, value in (("greedy", 0.0), ("temperature_1", 1.0))
         }
-    return {"rewrites": REWRITES, "samples": SAMPLES, "image_tokens": IMAGE_TOKENS, "new_tokens": NEW_TOKENS, **found}
+    return {"rewrites": REWRITES, "samples": SAMPLES, "image_tokens": IMAGE_TOKENS, "new_tokens": NEW_TOKENS, **results}
 
 
-def in_turn(
+def compare_in_turn(
     together: Callable[[float], list[str]],
-    verify_batching: Callable[[float], list[str]],
+    one_by_one: Callable[[float], list[str]],
     temperature: float,
     repetitions: int,
 ) -> dict[str, Any]:
-    """Times both ways in turn."""
+    """Times both variants in turn."""
 
     def timed(answer: Callable[[float], list[str]]) -> tuple[float, list[str]]:
         started = time.perf_counter()
-        said = answer(temperature)
-        return time.perf_counter() - started, said
+        texts = answer(temperature)
+        return time.perf_counter() - started, texts
 
-    timed(together)  # warm
+    timed(together)  # warm-up
     rows, differ, texts = [], 0, 0
     for number in range(repetitions):
-        order = [together, verify_batching] if number % 2 else [verify_batching, together]  # neither always goes first
-        found = {answer: timed(answer) for answer in order}
-        (ours, here), (theirs, there) = found[together], found[verify_batching]
-        differ, texts = max(differ, sum(a != b for a, b in zip(here, there, strict=True))), len(set(there))
+        order = [together, one_by_one] if number % 2 else [one_by_one, together]  # so that neither always runs first
+        results = {answer: timed(answer) for answer in order}
+        (ours, our_texts), (theirs, single_texts) = results[together], results[one_by_one]
+        differ, texts = (
+            max(differ, sum(a != b for a, b in zip(our_texts, single_texts, strict=True))),
+            len(set(single_texts)),
+        )
         rows.append({"together_s": round(ours, 3), "one_by_one_s": round(theirs, 3)})
         print(temperature, rows[-1], flush=True)
     ratio = statistics.median(row["one_by_one_s"] / row["together_s"] for row in rows)
@@ -165,7 +170,7 @@ def in_turn(
 
 
 def word_processor() -> Any:
-    """A processor for the models of steps.py: a word a token, a system line of 35 before the image."""
+    """Returns a processor for the models of steps.py: one token per word, and a system prompt of 35 tokens."""
     from steps import IMAGE_TOKEN, PATCH, VOCABULARY
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
@@ -194,7 +199,7 @@ def word_processor() -> Any:
 
 
 def draw(image: Path) -> None:
-    """Noise, of a photograph's size."""
+    """Writes noise of the size of a photograph."""
     import torch
     from PIL import Image
 
@@ -202,24 +207,24 @@ def draw(image: Path) -> None:
     Image.frombytes("RGB", (640, 480), pixels.numpy().tobytes()).save(image)
 
 
-PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"batching": batching, "k-shot": k_shot}
+BENCHMARKS: dict[str, Callable[[int], dict[str, Any]]] = {"batching": batching, "k-shot": k_shot}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=" or ".join(PARTS))
+    parser.add_argument("benchmarks", nargs="*", metavar="benchmark", help=" or ".join(BENCHMARKS))
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(options.benchmarks) - set(BENCHMARKS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}. Benchmarks: {', '.join(BENCHMARKS)}")
 
     import torch
 
     from vlm_unlearn.store import package_versions
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in options.parts or PARTS:
-        results[name] = PARTS[name](options.repetitions) | {
+    for name in options.benchmarks or BENCHMARKS:
+        results[name] = BENCHMARKS[name](options.repetitions) | {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used",
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),

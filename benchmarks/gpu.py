@@ -1,18 +1,19 @@
-"""Training steps at the size of LLaVA-1.5-7B on one GPU: ours against the published structure, in bf16.
+"""Training steps at the size of LLaVA-1.5-7B on one GPU: this package compared with the published structure, in bf16.
 
-    python benchmarks/gpu.py                              under 8 minutes; needs torch with CUDA and this package, no data, no network
-    python benchmarks/gpu.py --shape tiny --device cpu    the same road in seconds, for those who change this file
+    python benchmarks/gpu.py                              under 8 minutes on a CUDA GPU, without data or network
+    python benchmarks/gpu.py --shape tiny --device cpu    the same code in seconds, to test changes of this file
 
-Weights are random and made on the GPU. `lora` has rank 128 and trains the projector too; `full` trains projector and language model with
-weights, gradients and AdamW's states in bf16 (8 bytes a parameter, 54 GB), since float32 ones (16 bytes, 108 GB) leave too little for
-activations. Without adapters or a copy there is no reference, so `full` has the methods that need none in a step.
+Weights are random and created on the GPU. `lora` has rank 128 and also trains the projector. `full` trains the
+projector and the language model, with weights, gradients and AdamW's states in bf16 (8 bytes per parameter, 54 GB).
+Float32 states (16 bytes, 108 GB) would leave too little memory for activations. Without adapters or a copy there is
+no reference model, so `full` covers only methods that need none in a step.
 
-Utilisation is FLOPs a second over the device's peak for dense bf16 (`PEAKS`). FLOPs are counted by torch (`FlopCounterMode`): two for each
-multiplication in a matrix product, convolution or attention of a step, forward and backward; masked attention counts whole. They are
-those that a side runs, so work that is done twice raises the published side's utilisation, not its tokens a second: these count the real
-tokens of the batches, the same for both.
+Utilization is FLOPs per second divided by the device's peak for dense bf16 (`PEAKS`). torch counts the FLOPs
+(`FlopCounterMode`): two for each multiplication in a matrix product, convolution or attention, forward and
+backward. Masked attention counts in full. The FLOPs are those that each side runs, so redundant work raises the
+published side's utilization, but not its tokens per second, which count the tokens of the batches without padding.
 
-Rows are written to benchmarks/results/gpu.json as they come. What the time or the memory is too short for is named there.
+Rows are written to benchmarks/results/gpu.json one by one, with the cases that lacked time or memory.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steps import IMAGE_TOKEN, Batches, Ours, Published, made_method, make_batches, moved
+from steps import IMAGE_TOKEN, Batches, Ours, Published, build_prepared_method, make_batches, moved
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -42,13 +43,17 @@ from vlm_unlearn.store import package_versions, write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 DTYPE = torch.bfloat16
-SECONDS = 440  # after which nothing new is begun
+SECONDS = 440  # no case starts after this time
 LORA = TrainableConfig.model_validate({"mode": "lora", "projector": True, "lora": {"r": 128, "lora_alpha": 256}})
 TRAINABLE = {"lora": LORA, "full": TrainableConfig(mode="full", projector=True)}
-PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100": 312e12}  # by how a device's name begins
+PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100": 312e12,
+}  # by the start of the device's name
 TINY_VOCABULARY = 500
 SIDES = ("ours", "published")
-CASES = [  # training, method, questions an image; the first ones matter most
+CASES = [  # training mode, method, questions per image; the most important first
     ("lora", "npo", 4),
     ("lora", "gd+pd", 4),
     ("lora", "kl", 4),
@@ -60,67 +65,67 @@ CASES = [  # training, method, questions an image; the first ones matter most
 
 
 class OutOfTimeError(Exception):
-    """A case can't be finished in time."""
+    """A case cannot be finished in time."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is measured on."""
+    """The device and the limits of the measurement."""
 
     device: torch.device
     shape: str
     steps: int
-    end: float  # `time.monotonic` when it is to be over
+    end: float  # in `time.monotonic`
 
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
     def computing(self) -> AbstractContextManager[Any]:
-        """What the trainer computes a step under; anew for each, since it keeps what it casts, such as weights of before the step."""
+        """Returns the autocast context of a step. Each step needs its own, since it caches casts of the weights."""
         return torch.autocast(self.device.type, DTYPE)
 
-    def described(self) -> dict[str, Any]:
-        found = {
+    def description(self) -> dict[str, Any]:
+        description = {
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
             "device": str(self.device),
         }
         if not self.cuda:
-            return found
+            return description
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return {
-            **found,
+            **description,
             "device": torch.cuda.get_device_name(self.device),
             "memory_gib": round(memory / 2**30, 1),
             "driver": driver(),
         }
 
     def peak(self) -> float | None:
-        """FLOPs a second of dense bf16; None for a device that is not known, as the slower NVL cards."""
+        """Returns the FLOPs per second of dense bf16, None for unknown devices such as the slower NVL cards."""
         name = torch.cuda.get_device_name(self.device) if self.cuda else ""
-        known = (peak for begins, peak in PEAKS.items() if name.startswith(begins) and "NVL" not in name)
-        return next(known, None)
+        peaks = (peak for prefix, peak in PEAKS.items() if name.startswith(prefix) and "NVL" not in name)
+        return next(peaks, None)
 
 
 @dataclass
 class Measured:
-    """What one side took for a case's steps."""
+    """The measurements of one side of a case."""
 
     tokens_per_second: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     flops_per_token: float = 0.0
-    memory: int | None = None  # bytes at the peak
+    memory: int | None = None  # peak in bytes
 
 
 def driver() -> str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     return next(
-        iter(subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()), None
+        iter(subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()), None
     )
 
 
@@ -128,9 +133,9 @@ def config_of(shape: str) -> Any:
     config = PUBLISHED_CONFIGS["llava-hf/llava-1.5-7b-hf"]()
     config.image_token_id = IMAGE_TOKEN
     if shape == "tiny":
-        parts = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 2}
-        config.text_config.update({**parts, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": TINY_VOCABULARY})
-        config.vision_config.update({**parts, "image_size": 56})
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 2}
+        config.text_config.update({**sizes, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": TINY_VOCABULARY})
+        config.vision_config.update({**sizes, "image_size": 56})
         config.image_seq_length = 16
     return config
 
@@ -144,7 +149,7 @@ def build(machine: Machine) -> Any:
 
 
 def batches_of(machine: Machine, questions: int) -> list[Batches]:
-    """Each step's batches, of words that the shape has."""
+    """Returns the batches of each step, with token ids of the shape's vocabulary."""
     tokens = config_of(machine.shape).image_seq_length
     steps = [moved(make_batches(number, questions, tokens), machine.device, DTYPE) for number in range(machine.steps)]
     if machine.shape == "tiny":
@@ -161,11 +166,11 @@ def tokens_of(batches: Batches, roles: Sequence[str]) -> int:
 
 
 def measure(machine: Machine, side: str, training: str, method: str, questions: int) -> Measured:
-    """One side's steps; the first is left out of the times, and the last batches are run once more to count FLOPs.
+    """Measures the steps of one side. The first step is not timed, and the last batches run again to count FLOPs.
 
     Raises:
-        OutOfTimeError: the time is up.
-        torch.OutOfMemoryError: so is the memory.
+        OutOfTimeError: The time limit is reached.
+        torch.OutOfMemoryError: The device has too little memory.
     """
     gc.collect()
     if machine.cuda:
@@ -173,38 +178,38 @@ def measure(machine: Machine, side: str, training: str, method: str, questions: 
         torch.cuda.reset_peak_memory_stats(machine.device)
     steps = batches_of(machine, questions)
     base = build(machine)
-    roles = made_method(method, base).roles
-    found = Measured()
+    roles = build_prepared_method(method, base).roles
+    measured = Measured()
     torch.manual_seed(1)
     with machine.computing():
-        taker: Any = (
+        runner: Any = (
             Ours(base, method, steps, TRAINABLE[training])
             if side == "ours"
             else Published(base, method, TRAINABLE[training])
         )
     if training == "full":
-        taker.model.to(DTYPE)
+        runner.model.to(DTYPE)
     for number, batches in enumerate(steps):
         if time.monotonic() > machine.end:
             raise OutOfTimeError
         started = time.perf_counter()
         with machine.computing():
-            found.losses.append(taker.step(batches))  # a number, so the device has finished
+            measured.losses.append(runner.step(batches))  # a float, so the device has finished
         seconds = time.perf_counter() - started
         if number:
-            found.tokens_per_second.append(tokens_of(batches, roles) / seconds)
-    found.memory = torch.cuda.max_memory_allocated(machine.device) if machine.cuda else None
+            measured.tokens_per_second.append(tokens_of(batches, roles) / seconds)
+    measured.memory = torch.cuda.max_memory_allocated(machine.device) if machine.cuda else None
     with machine.computing(), FlopCounterMode(display=False) as counter:
-        taker.step(steps[-1])
-    found.flops_per_token = counter.get_total_flops() / tokens_of(steps[-1], roles)
-    return found
+        runner.step(steps[-1])
+    measured.flops_per_token = counter.get_total_flops() / tokens_of(steps[-1], roles)
+    return measured
 
 
-def compared(machine: Machine, training: str, method: str, questions: int) -> dict[str, Any]:
-    """A case's row; a side that the memory is too short for is null and named.
+def compare(machine: Machine, training: str, method: str, questions: int) -> dict[str, Any]:
+    """Returns the row of a case. A side that runs out of memory is listed under ``out_of_memory``.
 
     Raises:
-        OutOfTimeError: the time is up.
+        OutOfTimeError: The time limit is reached.
     """
     row: dict[str, Any] = {
         "training": training,
@@ -220,13 +225,13 @@ def compared(machine: Machine, training: str, method: str, questions: int) -> di
         except torch.OutOfMemoryError:
             row["out_of_memory"] = [*row.get("out_of_memory", []), side]
     peak = machine.peak()
-    for side, found in sides.items():
-        rate = statistics.median(found.tokens_per_second)
+    for side, measured in sides.items():
+        rate = statistics.median(measured.tokens_per_second)
         row[side] = {
             "tokens_per_second": rate,
-            "flops_per_token": found.flops_per_token,
-            "utilisation": rate * found.flops_per_token / peak if peak else None,
-            "memory_gib": found.memory / 2**30 if found.memory else None,
+            "flops_per_token": measured.flops_per_token,
+            "utilisation": rate * measured.flops_per_token / peak if peak else None,
+            "memory_gib": measured.memory / 2**30 if measured.memory else None,
         }
     if len(sides) == len(SIDES):
         ours, published = (sides[side] for side in SIDES)
@@ -244,9 +249,14 @@ def show(row: dict[str, Any]) -> None:
         if side in row.get("out_of_memory", []):
             print(f"  {side}: out of memory", end="")
             continue
-        used, memory = row[side]["utilisation"], row[side]["memory_gib"]
+        utilization, memory = row[side]["utilisation"], row[side]["memory_gib"]
         print(f"  {side}: {row[side]['tokens_per_second']:,.0f} tokens/s", end="")
-        print(f", {used:.0%} of the peak" if used else "", f", {memory:.0f} GiB" if memory else "", sep="", end="")
+        print(
+            f", {utilization:.0%} of the peak" if utilization else "",
+            f", {memory:.0f} GiB" if memory else "",
+            sep="",
+            end="",
+        )
     print(f"  {row['speedup']:.2f}x" if "speedup" in row else "", flush=True)
 
 
@@ -255,9 +265,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
-        "--steps", type=int, default=6, help="of each side in a case, the first one not timed; at least 2"
+        "--steps", type=int, default=6, help="steps per side of a case, at least 2; the first is not timed"
     )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which nothing new is begun")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="no case starts after this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     machine = Machine(torch.device(options.device), options.shape, options.steps, time.monotonic() + options.seconds)
@@ -269,24 +279,24 @@ def main() -> None:
         try:
             if started + longest > machine.end:
                 raise OutOfTimeError
-            rows.append(compared(machine, training, method, questions))
+            rows.append(compare(machine, training, method, questions))
             show(rows[-1])
         except OutOfTimeError:
             left_out.append(
                 {"training": training, "method": method, "questions_per_image": questions, "reason": "out of time"}
             )
         longest = max(longest, time.monotonic() - started)
-        found = {
-            "machine": machine.described(),
+        results = {
+            "machine": machine.description(),
             "shape": machine.shape,
             "versions": package_versions(),
             "rows": rows,
             "left_out": left_out,
         }
-        write_json(options.out, found)
-    for one in left_out:
+        write_json(options.out, results)
+    for case in left_out:
         print(
-            f"left out, {one['reason']}: {one['training']} {one['method']} with {one['questions_per_image']} questions an image"
+            f"left out, {case['reason']}: {case['training']} {case['method']}, {case['questions_per_image']} questions"
         )
 
 

@@ -1,8 +1,8 @@
-"""Verdicts a second from a server on this machine, memory against their number, and that a second run asks nothing.
+"""Speed and memory of judging with a server on this machine, and a check that a second run sends no requests.
 
     python benchmarks/judging.py
 
-Starts a server that answers at once (a process of its own), grades 2,500 and 10,000 answers of a run folder through
+Starts a server that answers at once in a separate process, judges run folders with 2,500 and 10,000 answers with
 `vlm-unlearn judge run` at concurrency 32, each twice, and writes benchmarks/results/judging.json.
 """
 
@@ -24,7 +24,7 @@ CONCURRENCY = 32
 
 
 def serve() -> None:
-    """Answers until it is killed; says its address first, and after each line that comes in, how often it was asked."""
+    """Answers until it is killed. Prints its address, and the number of requests after each line on standard input."""
     sys.path.insert(0, str(TESTS))
     from stub_server import stub_server
 
@@ -36,7 +36,7 @@ def serve() -> None:
 
 
 def make_run(folder: Path, count: int) -> None:
-    """A finished run folder with `count` answers."""
+    """Writes a finished run folder with `count` answers."""
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Prompt, Response
     from vlm_unlearn.store import open_run, record_cost, write_json, write_records
@@ -57,7 +57,7 @@ def make_run(folder: Path, count: int) -> None:
 
 
 def judge(folder: Path, url: str) -> tuple[float, float]:
-    """Seconds and peak memory in MiB of one `judge run`, its start included."""
+    """Returns the seconds and the peak memory in MiB of one `judge run`, including its start-up."""
     arguments = [
         "judge",
         "run",
@@ -99,19 +99,20 @@ def main() -> None:
             server.stdin.flush()  # type: ignore[union-attr]
             return int(server.stdout.readline())  # type: ignore[union-attr]
 
-        before = 0
+        previous_calls = 0
         for count in (2_500, 10_000):
             folder = Path(scratch) / str(count)
             make_run(folder, count)
             for name in ("first", "from the cache"):
                 if name != "first":
-                    next(folder.glob("verdicts-*.jsonl")).unlink()  # the replies are cached all the same
+                    next(folder.glob("verdicts-*.jsonl")).unlink()  # the responses stay in the cache
                 seconds, peak = judge(folder, url)
-                asked, before = calls() - before, calls()
+                total_calls = calls()
+                new_calls, previous_calls = total_calls - previous_calls, total_calls
                 rows.append(
-                    {"verdicts": count, "run": name, "seconds": round(seconds, 1), "calls": asked, "peak_mb": peak}
+                    {"verdicts": count, "run": name, "seconds": round(seconds, 1), "calls": new_calls, "peak_mb": peak}
                 )
-                print(f"{count:>6} verdicts, {name:<15}{seconds:>6.1f} s, {asked:>6} calls, peak {peak:.0f} MB")
+                print(f"{count:>6} verdicts, {name:<15}{seconds:>6.1f} s, {new_calls:>6} calls, peak {peak:.0f} MB")
         server.terminate()
     machine = {
         "cpu": platform.processor() or platform.machine(),

@@ -1,10 +1,11 @@
-"""How long the page of all answers takes to open and to filter, measured in Debian's Chromium.
+"""Time to open and filter the page of all answers in Debian's Chromium.
 
     python benchmarks/report_browser.py
 
-Makes runs of four models with 10,000 and with 40,000 answers of 500 characters, three judges and 200 photographs, writes the page, opens it
-from disk in a headless browser, sets each filter, and writes benchmarks/results/report_browser.json. A filter's time goes from the
-event that a reader's hand makes to the frame after the page is drawn; the slowest of five is what counts.
+Creates runs of four models with 10,000 and with 40,000 answers of 500 characters, three judges and 200 photographs,
+writes the page, opens it from disk in a headless browser, sets each filter, and writes
+benchmarks/results/report_browser.json. The time of a filter is from the user's event to the frame after the page is
+drawn. The slowest of five repetitions counts.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ CHARACTERS = 500
 PHOTOGRAPHS = 200
 REPEATS = 5
 
-# Sets a control as a hand does, and waits for the page that it leads to and the frame after it.
+# Sets a control like a user, then waits for the resulting page and the frame after it.
 ACT = """async ([id, value]) => {
   const control = document.getElementById(id);
   const began = performance.now();
-  const drawn = new Promise((done) => addEventListener("hashchange", () => requestAnimationFrame(() => setTimeout(done)), { once: true }));
+  const drawn = new Promise((done) =>
+    addEventListener("hashchange", () => requestAnimationFrame(() => setTimeout(done)), { once: true }));
   if (control.type === "checkbox") control.checked = value; else control.value = value;
   control.dispatchEvent(new Event(control.type === "search" ? "input" : "change"));
   await drawn;
@@ -56,7 +58,7 @@ FILTERS = {
 
 
 def make_runs(root: Path, count: int) -> dict[str, Path]:
-    """Run folders with `count` answers in all, as an evaluation with three judges leaves them."""
+    """Writes run folders with `count` answers in total, like evaluations with three judges."""
     from PIL import Image
 
     from answer_runs import put_run
@@ -69,10 +71,10 @@ def make_runs(root: Path, count: int) -> dict[str, Path]:
         Image.effect_noise((640, 480), 60).convert("RGB").save(root / "images" / f"{number}.jpg")
 
     def text(characters: int) -> str:
-        found = ""
-        while len(found) < characters:
-            found += rng.choice(words) + " "
-        return found[:characters]
+        content = ""
+        while len(content) < characters:
+            content += rng.choice(words) + " "
+        return content[:characters]
 
     kinds = ("unsafe", "safe", "safe_image_unsafe_question", "unsafe")
     prompts = [
@@ -105,9 +107,9 @@ def make_runs(root: Path, count: int) -> dict[str, Path]:
 
 
 def timings(browser: Any, page_file: Path) -> Iterator[tuple[str, list[float]]]:
-    """What is done to the page, and how many milliseconds it took each time."""
+    """Yields each action on the page and its durations in milliseconds."""
     opened: list[float] = []
-    taken: dict[str, list[float]] = {name: [] for name in FILTERS} | {"next page": []}
+    durations: dict[str, list[float]] = {name: [] for name in FILTERS} | {"next page": []}
     for _ in range(REPEATS):
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         began = time.monotonic()
@@ -115,17 +117,17 @@ def timings(browser: Any, page_file: Path) -> Iterator[tuple[str, list[float]]]:
         page.wait_for_selector("article")
         page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
         opened.append(1000 * (time.monotonic() - began))
-        for name, (control, value, back) in FILTERS.items():
-            taken[name].append(page.evaluate(ACT, [control, value]))
-            page.evaluate(ACT, [control, back])
+        for name, (control, value, default) in FILTERS.items():
+            durations[name].append(page.evaluate(ACT, [control, value]))
+            page.evaluate(ACT, [control, default])
         page.evaluate("document.querySelector('[data-step=\"1\"]').id = 'next'")
         step = ACT.replace(
             'control.dispatchEvent(new Event(control.type === "search" ? "input" : "change"))', "control.click()"
         )
-        taken["next page"].append(page.evaluate(step, ["next", ""]))
+        durations["next page"].append(page.evaluate(step, ["next", ""]))
         page.close()
     yield "open", opened
-    yield from taken.items()
+    yield from durations.items()
 
 
 def main() -> None:
@@ -170,7 +172,7 @@ def main() -> None:
         "playwright": version("playwright"),
         "load": round(
             os.getloadavg()[0], 1
-        ),  # processes that wanted a core: with more of them than cores, the times are longer
+        ),  # the number of runnable processes; if it exceeds the cores, the times are longer
     }
     setting = {"models": len(MODELS), "judges": 3, "characters": CHARACTERS, "repeats": REPEATS}
     RESULTS.write_text(json.dumps({**setting, "machine": machine, "rows": rows}, indent=2) + "\n")

@@ -1,12 +1,13 @@
-"""A training step here against the published structure: samples a second, peak memory and losses, for every method.
+"""Training steps of this package compared with the published structure: speed, peak memory and losses of every method.
 
-    make bench          every method and size, and how it grows: fifty minutes on two cores
+    make bench          every method, size and growth: fifty minutes on two cores
     make bench-quick    the smallest size, under four minutes
-    python benchmarks/speed.py --table    the figures of the last `make bench` as Markdown, for the docs
+    python benchmarks/speed.py --table    prints the results of the last `make bench` as a Markdown table for the docs
 
-Both sides get the same batches and take their steps in turn in one process, so that a noisy machine is noisy for both; the speedup is
-the median of the steps' ratios in the last epoch. Memory is measured in a process of its own for each side: the peak above what Python
-and its libraries took. Rows are written as they come: to benchmarks/results/latest.json, and a part of them to part.json beside it.
+Both sides get the same batches and run their steps in turn in one process, so that noise of the machine affects
+both. The speedup is the median of the steps' ratios in the last epoch. Memory is measured in a separate process per
+side, as the peak above the memory of Python and its libraries. Rows are written one by one to
+benchmarks/results/latest.json, or to part.json next to it if only some cases run.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Case:
     size: str = "15M"
     questions_per_image: int = 4
     image_tokens: int = 144
-    steps: int = 6  # each on images of its own
+    steps: int = 6  # each with different images
     epochs: int = 2
 
 
@@ -44,23 +45,24 @@ QUICK = [*(Case(method, epochs=1) for method in MAIN), Case("npo", questions_per
 
 
 def cases() -> list[Case]:
-    """The full run: what is promised first, then the smallest size, the growth, the other methods, and the largest size."""
+    """Returns the cases of a full run: those of the README first, then growth, other methods and the largest size."""
     from steps import METHODS
 
-    promised = [
-        Case(method, "53M", questions, steps=10) for method, questions in (*((one, 4) for one in MAIN), ("npo", 1))
+    published = [
+        Case(method, "53M", questions, steps=10)
+        for method, questions in (*((method, 4) for method in MAIN), ("npo", 1))
     ]
     growth = [*(Case("npo", questions_per_image=questions) for questions in (1, 2, 8)), Case("npo", image_tokens=576)]
     data = [Case("npo", steps=steps, epochs=3) for steps in (4, 16)]
-    others = [Case(method) for method in METHODS if method not in MAIN]
+    other_methods = [Case(method) for method in METHODS if method not in MAIN]
     large = [Case(method, "160M") for method in ("npo", "gd+pd")]
-    return [*promised, *(Case(method) for method in MAIN), *growth, *others, *large, *data]
+    return [*published, *(Case(method) for method in MAIN), *growth, *other_methods, *large, *data]
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Both sides take the same steps from the same weights.
+    """Runs the same steps from the same weights on both sides and returns the row of the case.
 
-    The medians are over the last epoch, where a run of several spends its time, and leave the first step of all out.
+    The medians are over the last epoch, which is typical of a longer run, and exclude the very first step.
     """
     import torch
     from steps import SIZES, Ours, Published, build, make_batches
@@ -69,28 +71,28 @@ def compare(case: Case) -> dict[str, Any]:
     published = [make_batches(number, case.questions_per_image, case.image_tokens) for number in range(case.steps)]
     ours = [{role: dict(batch) for role, batch in batches.items()} for batches in published]
     torch.manual_seed(1)
-    here = Ours(build(SIZES[case.size], case.image_tokens), case.method, ours)
+    our_runner = Ours(build(SIZES[case.size], case.image_tokens), case.method, ours)
     torch.manual_seed(1)
-    there = Published(build(SIZES[case.size], case.image_tokens), case.method)
+    published_runner = Published(build(SIZES[case.size], case.image_tokens), case.method)
     times: list[tuple[float, float]] = []
     losses: list[tuple[float, float]] = []
     for fast, slow in list(zip(ours, published, strict=True)) * case.epochs:
         started = time.perf_counter()
-        loss = here.step(fast)
+        loss = our_runner.step(fast)
         between = time.perf_counter()
-        losses.append((loss, there.step(slow)))
+        losses.append((loss, published_runner.step(slow)))
         times.append((between - started, time.perf_counter() - between))
     timed = times[-case.steps :] if case.epochs > 1 else times[1:]
     ratios = [slow / fast for fast, slow in timed]
     seconds = statistics.median(fast for fast, _ in timed)
-    roles = here.method.roles
+    roles = our_runner.method.roles
     samples = sum(len(published[0][role]["input_ids"]) for role in roles)
     tokens = sum(int(batches[role]["attention_mask"].sum()) for batches in published for role in roles) / case.steps
-    spent, published_spent = (sum(side) for side in zip(*times, strict=True))
+    our_seconds, published_seconds = (sum(side) for side in zip(*times, strict=True))
     with FlopCounterMode(display=False) as work:
-        here.step(ours[-1])
+        our_runner.step(ours[-1])
     with FlopCounterMode(display=False) as published_work:
-        there.step(published[-1])
+        published_runner.step(published[-1])
     return {
         **asdict(case),
         "speedup": statistics.median(ratios),
@@ -100,10 +102,11 @@ def compare(case: Case) -> dict[str, Any]:
         "published_seconds": statistics.median(slow for _, slow in timed),
         "samples_per_second": samples / seconds,
         "tokens_per_second": tokens / seconds,
-        "run_seconds": here.before + spent,  # with the references computed before the first step
-        "run_speedup": published_spent / (here.before + spent),
+        "run_seconds": our_runner.preparation_seconds
+        + our_seconds,  # including the reference values computed before the first step
+        "run_speedup": published_seconds / (our_runner.preparation_seconds + our_seconds),
         "work_ratio": published_work.get_total_flops()
-        / work.get_total_flops(),  # of floating-point operations, on any machine
+        / work.get_total_flops(),  # floating-point operations, independent of the machine
         "max_loss_difference": max(abs(a - b) for a, b in losses),
         "first_loss": losses[0][0],
         "last_loss": losses[-1][0],
@@ -111,7 +114,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def peak(side: str, case: Case) -> None:
-    """Prints the peak memory in MiB that some steps of one side take above an idle process."""
+    """Prints the peak memory in MiB of some steps of one side, above that of an idle process."""
     import torch
     from steps import SIZES, Ours, Published, build, make_batches
 
@@ -121,25 +124,26 @@ def peak(side: str, case: Case) -> None:
     steps = [make_batches(number, case.questions_per_image, case.image_tokens) for number in range(2)]
     idle = peak_memory_mb()
     base = build(SIZES[case.size], case.image_tokens)
-    taker: Any = Ours(base, case.method, steps) if side == "ours" else Published(base, case.method)
+    runner: Any = Ours(base, case.method, steps) if side == "ours" else Published(base, case.method)
     for batches in steps:
-        taker.step(batches)
+        runner.step(batches)
     print(peak_memory_mb() - idle)
 
 
 def memory(case: Case) -> dict[str, float]:
-    """Both sides' peaks."""
-    # Blocks from 64 KiB on are given back when freed: the peak is then of what is in use, not of the allocator's habits.
+    """Returns the peak memory of both sides."""
+    # With this threshold, the allocator returns blocks of 64 KiB or more at once, so that the peak counts only
+    # memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1"}
-    started = {}
-    for side in ("ours", "published"):  # at once: no time is measured
+    processes = {}
+    for side in ("ours", "published"):
         command = [sys.executable, "-W", "ignore", __file__, "--peak", side, json.dumps(asdict(case))]
-        started[side] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    found = {side: float(process.communicate()[0].split()[-1]) for side, process in started.items()}
+        processes[side] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    peaks = {side: float(process.communicate()[0].split()[-1]) for side, process in processes.items()}
     return {
-        "memory_mb": round(found["ours"]),
-        "published_memory_mb": round(found["published"]),
-        "memory_ratio": found["ours"] / found["published"],
+        "memory_mb": round(peaks["ours"]),
+        "published_memory_mb": round(peaks["published"]),
+        "memory_ratio": peaks["ours"] / peaks["published"],
     }
 
 
@@ -157,11 +161,12 @@ def machine() -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    what = f"{row['method']:<10} {row['size']:>5} {row['questions_per_image']:>2} questions {row['image_tokens']:>4} tokens"
+    case = f"{row['method']:<10} {row['size']:>5} {row['questions_per_image']:>2} questions {row['image_tokens']:>4}"
     rate = f"{row['samples_per_second']:6.1f} samples/s {row['tokens_per_second']:7.0f} tokens/s"
-    spread = f"{row['speedup']:5.2f}x ({row['speedup_lowest']:.2f}-{row['speedup_highest']:.2f}, run {row['run_speedup']:.2f})"
-    others = f"work {row['work_ratio']:.1f}x  memory {row['memory_ratio']:.2f}  loss {row['max_loss_difference']:.0e}"
-    print(f"{what}  {rate}  {spread}  {others}", flush=True)
+    steps = f"{row['speedup_lowest']:.2f}-{row['speedup_highest']:.2f}"
+    speedup = f"{row['speedup']:5.2f}x ({steps}, run {row['run_speedup']:.2f})"
+    ratios = f"work {row['work_ratio']:.1f}x  memory {row['memory_ratio']:.2f}  loss {row['max_loss_difference']:.0e}"
+    print(f"{case} tokens  {rate}  {speedup}  {ratios}", flush=True)
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -180,23 +185,23 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown, as in docs/performance.md."""
-    return markdown(list(COLUMNS), [[shown(row) for shown in COLUMNS.values()] for row in rows])
+    """Returns the rows as the Markdown table of docs/performance.md."""
+    return markdown(list(COLUMNS), [[cell(row) for cell in COLUMNS.values()] for row in rows])
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is words, the others numbers."""
+    """Returns a table with text in the first column and numbers in the others."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---", *["---:"] * (len(heads) - 1)], *lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest size")
-    parser.add_argument("--method", help="this method only")
-    parser.add_argument("--size", help="this size only")
-    parser.add_argument("--out", type=Path, help="the file of figures, also for --table")
+    parser.add_argument("--quick", action="store_true", help="measure the smallest size only")
+    parser.add_argument("--method", help="measure this method only")
+    parser.add_argument("--size", help="measure this size only")
+    parser.add_argument("--out", type=Path, help="the results file, also of --table")
     parser.add_argument(
-        "--table", action="store_true", help="measure nothing; print the figures there are as a Markdown table"
+        "--table", action="store_true", help="print the results file as a Markdown table, without measuring"
     )
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

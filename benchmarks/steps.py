@@ -1,4 +1,4 @@
-"""What the speed benchmarks run: LLaVA models of random weights, batches, and a training step of each side."""
+"""The models, batches and training steps of the speed benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
 IMAGE_TOKEN, PATCH, VOCABULARY = 5, 14, 32_000
-ROWS = 4  # questions of a role in a step, where an image has no more of its own
+ROWS = 4  # minimum number of questions of a role in a step
 Batch = dict[str, torch.Tensor]
 Batches = dict[str, Batch]
 
@@ -40,7 +40,7 @@ SIZES = {
     "53M": Size(width=512, layers=8, vision_width=512, vision_layers=6),
     "160M": Size(width=768, layers=12, vision_width=768, vision_layers=12),
 }
-METHODS: dict[str, tuple[dict[str, Any], float]] = {  # options, and the weight of prompt decoupling
+METHODS: dict[str, tuple[dict[str, Any], float]] = {  # options and the weight of prompt decoupling
     "npo": ({"name": "npo", "beta": 0.9, "retain_npo_weight": 1.0, "paper_compat": True}, 0.0),
     "rmu": ({"name": "rmu", "layer": LAYER}, 0.0),
     "mixed_sft": ({"name": "mixed_sft"}, 0.0),
@@ -61,7 +61,7 @@ LORA = TrainableConfig.model_validate({"mode": "lora", "projector": True, "lora"
 
 
 def build(size: Size, image_tokens: int) -> Any:
-    """A LLaVA of random weights whose images take `image_tokens` tokens, on torch's default device and of its default dtype."""
+    """Returns a LLaVA with random weights and `image_tokens` tokens per image, on torch's default device."""
     torch.manual_seed(0)
     side = PATCH * round(image_tokens**0.5)
     vision = CLIPVisionConfig(
@@ -87,7 +87,7 @@ def build(size: Size, image_tokens: int) -> Any:
 
 
 def make_batch(seed: int, images: int, questions: int, image_tokens: int) -> Batch:
-    """Questions of 12 to 24 tokens with answers of 40 to 60 behind a system line of 35 and an image."""
+    """Returns samples: 35 tokens of system prompt, an image, a question of 12 to 24 tokens, an answer of 40 to 60."""
     random = torch.Generator().manual_seed(seed)
 
     def text(low: int, high: int) -> list[int]:
@@ -99,10 +99,10 @@ def make_batch(seed: int, images: int, questions: int, image_tokens: int) -> Bat
     for number in range(images):
         picture = torch.randn(3, side, side, generator=random)
         for _ in range(questions):
-            asked = [*system, *[IMAGE_TOKEN] * image_tokens, *text(12, 24)]
+            prompt = [*system, *[IMAGE_TOKEN] * image_tokens, *text(12, 24)]
             answer = text(40, 60)
-            rows.append(torch.tensor(asked + answer))
-            labels.append(torch.tensor([-100] * len(asked) + answer))
+            rows.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([-100] * len(prompt) + answer))
             keys.append(1000 * seed + number)
             pixels.append(picture)
     padded = torch.nn.utils.rnn.pad_sequence
@@ -116,21 +116,24 @@ def make_batch(seed: int, images: int, questions: int, image_tokens: int) -> Bat
 
 
 def make_batches(seed: int, questions: int, image_tokens: int) -> Batches:
-    """A step's batches.
+    """Returns the batches of a step.
 
-    Where an image has several questions, the forget questions are followed by as many retain questions on the same images, as in
-    SafeEraser's data; where it has one, forget and retain images differ, as in VLGuard's. Decouple questions are on other images.
+    With several questions per image, as in SafeEraser's data, forget and retain questions are on the same images.
+    With one question per image, as in VLGuard's data, they are on different ones. Decouple questions are on further
+    images.
     """
     images = max(1, ROWS // questions)
     roles = ("forget", "retain", "preferred", "decouple")
-    made = {role: make_batch(10 * seed + number, images, questions, image_tokens) for number, role in enumerate(roles)}
+    batches = {
+        role: make_batch(10 * seed + number, images, questions, image_tokens) for number, role in enumerate(roles)
+    }
     for role in ("preferred", "retain") if questions > 1 else ("preferred",):
-        made[role] |= {name: made["forget"][name] for name in ("pixel_values", "images")}
-    return made
+        batches[role] |= {name: batches["forget"][name] for name in ("pixel_values", "images")}
+    return batches
 
 
 def moved(batches: Batches, device: torch.device, dtype: torch.dtype) -> Batches:
-    """The batches on a device, pixels in the model's dtype."""
+    """Returns the batches on a device, with floating-point tensors in the model's dtype."""
     return {
         role: {
             name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in batch.items()
@@ -139,8 +142,8 @@ def moved(batches: Batches, device: torch.device, dtype: torch.dtype) -> Batches
     }
 
 
-def made_method(name: str, model: Any) -> Method:
-    """The method, with its control vector if it has one."""
+def build_prepared_method(name: str, model: Any) -> Method:
+    """Returns the method, prepared for the model."""
     options, weight = METHODS[name]
     method = build_method(MethodConfig.model_validate(options), weight)
     text = model.config.text_config
@@ -149,15 +152,17 @@ def made_method(name: str, model: Any) -> Method:
 
 
 class Ours:
-    """A step as the trainer takes it, with what a run computes before its first one.
+    """Runs steps like the trainer, and computes reference values like a run before its first step.
 
     Args:
-        base: the model, which is changed.
-        steps: the batches of all steps; references are written into them.
+        base: The model, which is modified.
+        name: The method.
+        steps: The batches of all steps. Reference values are added to them.
+        trainable: The trainable parameters.
     """
 
     def __init__(self, base: Any, name: str, steps: list[Batches], trainable: TrainableConfig = LORA) -> None:
-        self.method = made_method(name, base)
+        self.method = build_prepared_method(name, base)
         self.model = prepare_trainable(base, trainable)
         cache_vision_features(vision_tower(self.model), FeatureCache(2**31))
         self.optimizer = optimizer(self.model)
@@ -172,7 +177,7 @@ class Ours:
                             packing=packing_of(self.model, batches[need.role], self.method),
                         ).answer_nll
                     batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
-        self.before = time.perf_counter() - started  # seconds
+        self.preparation_seconds = time.perf_counter() - started
 
     def step(self, batches: Batches) -> float:
         roles: Any = {role: batches[role] for role in self.method.roles}
@@ -183,11 +188,11 @@ class Ours:
 
 
 class Published:
-    """A step of the published structure; where it has a reference, a second model."""
+    """Runs steps of the published structure, with a second model as the reference."""
 
     def __init__(self, base: Any, name: str, trainable: TrainableConfig = LORA) -> None:
         self.reference = copy.deepcopy(base).eval() if name in NEEDS_REFERENCE else None
-        self.control = made_method(name, base).state().get("control_vector")
+        self.control = build_prepared_method(name, base).state().get("control_vector")
         self.model = prepare_trainable(base, trainable)
         self.optimizer = optimizer(self.model)
         self.loss = PUBLISHED[name]

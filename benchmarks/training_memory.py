@@ -1,9 +1,10 @@
-"""Peak memory of LoRA training by method: one model is held, not two, where the published code holds a second for the reference.
+"""Peak memory of LoRA training by method, compared with a second model as the reference, as in the published code.
 
     python benchmarks/training_memory.py
 
-Builds a LLaVA of 110 million random weights (440 MB in float32), trains a few steps of each method in a process of its own, and
-writes benchmarks/results/training_memory.json. `second model` is the same npo run beside a frozen copy of the model, as published.
+Builds a LLaVA with 110 million random weights (440 MB in float32), trains a few steps of each method in a separate
+process, and writes benchmarks/results/training_memory.json. `second model` is the same npo run next to a frozen
+copy of the model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ METHODS = ("ga", "gd", "po", "npo", "dpo", "kl", "rmu", "rr", "undial")
 
 
 def build(folder: Path) -> None:
-    """The model and a training set of the tiny world."""
+    """Writes the model and a training set of the tiny world."""
     import torch
 
     from vlm_unlearn.data.importers import import_vlguard
@@ -42,7 +43,7 @@ def build(folder: Path) -> None:
 
 
 def train(folder: Path, method: str, second: bool) -> None:
-    """Trains in this process and prints its peak memory before and after, in MiB."""
+    """Trains in this process and prints the peak memory before and after, in MiB."""
     import torch
 
     from vlm_unlearn.config import Recipe
@@ -60,12 +61,12 @@ def train(folder: Path, method: str, second: bool) -> None:
         "trainable": {"mode": "lora", "projector": True, "lora": {"r": 8}},
         "training": {"max_steps": 3, "per_device_train_batch_size": 2, "precision": "fp32", "learning_rate": 1e-4},
     }
-    before = peak_memory_mb()
-    # A copy of its own: models loaded from one file share its pages on a CPU, which on a GPU they can't.
-    held = copy.deepcopy(load_model(folder / "model", "fp32")) if second else None
+    start_peak = peak_memory_mb()
+    # A deep copy: on a CPU, unlike on a GPU, models loaded from the same file share its memory pages.
+    second_model = copy.deepcopy(load_model(folder / "model", "fp32")) if second else None
     run_recipe(Recipe.model_validate(recipe))
-    del held
-    print(json.dumps({"peak_mb": peak_memory_mb(), "before_mb": before}))
+    del second_model
+    print(json.dumps({"peak_mb": peak_memory_mb(), "before_mb": start_peak}))
 
 
 def main() -> None:
@@ -80,12 +81,11 @@ def main() -> None:
             done = subprocess.run(
                 command, check=True, capture_output=True, text=True, env={**os.environ, **environment}
             )
-            found = json.loads(done.stdout.splitlines()[-1])
-            used = found["peak_mb"] - found["before_mb"]
+            printed = json.loads(done.stdout.splitlines()[-1])
+            used = printed["peak_mb"] - printed["before_mb"]
             rows.append({"method": method, "second_model": second, "peak_mb": used, "models": round(used / weights, 2)})
-            print(
-                f"{method + (' + second model' if second else ''):<20}{used:>7} MB above start, {used / weights:.2f} x the weights"
-            )
+            name = method + (" + second model" if second else "")
+            print(f"{name:<20}{used:>7} MB above start, {used / weights:.2f} x the weights")
     machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"weights_mb": round(weights), "machine": machine, "rows": rows}, indent=2) + "\n")

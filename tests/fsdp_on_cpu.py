@@ -1,4 +1,7 @@
-"""``vlm-unlearn`` under FSDP2 without a GPU: accelerate falls back to DDP there unless it is told that the backend is a GPU's."""
+"""Runs ``vlm-unlearn`` under FSDP2 without a GPU.
+
+On a CPU, accelerate falls back to DDP. It uses FSDP2 only if the distributed type is that of GPUs.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,13 @@ def _prepare_backend(self: PartialState, *arguments: Any, **keywords: Any) -> tu
     return "gloo", DistributedType.MULTI_GPU
 
 
-class _Checked(UnlearningTrainer):
+class _ShardedTrainer(UnlearningTrainer):
+    """Checks that FSDP2 has sharded all parameters."""
+
     def compute_loss(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
         from torch.distributed.tensor import DTensor
 
-        assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing is cut up"
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "parameters are not sharded"
         return super().compute_loss(model, *arguments, **keywords)
 
 
@@ -27,5 +32,5 @@ if __name__ == "__main__":
     PartialState._prepare_backend = _prepare_backend
     import vlm_unlearn.training.runner as runner
 
-    runner.UnlearningTrainer = _Checked  # type: ignore[misc]
+    runner.UnlearningTrainer = _ShardedTrainer  # type: ignore[misc]
     main()

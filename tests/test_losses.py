@@ -1,4 +1,4 @@
-"""Every loss against the values that the published expressions give, and against numbers derived by hand."""
+"""Every loss against the values of the published expressions and against numbers derived by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensors(branch: dict[str, object]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_golden_values(case: dict[str, object]) -> None:
+def test_losses_match_the_golden_values(case: dict[str, object]) -> None:
     expect, beta = case["expect"], case["beta"]
     forget, retain, decouple = (tensors(case[role]) for role in ("forget", "retain", "decouple"))
 
@@ -51,7 +51,7 @@ def test_golden_values(case: dict[str, object]) -> None:
     alpha = case["rmu_retain_alpha"]
     kl_all = kl_loss(retain["logits"], retain["reference_logits"])
     po = batch(nll(forget), nll(retain))
-    found = {
+    losses = {
         "sample_token_mean_nll_forget": f_sum / f_tokens,
         "sample_token_mean_nll_forget_reference": g_sum / g_tokens,
         "batch_token_mean_nll_forget": l_f,
@@ -76,21 +76,21 @@ def test_golden_values(case: dict[str, object]) -> None:
         "kl_pd": -l_f + kl_all + PD_WEIGHTS["kl_pd"] * l_pd,
         "po_pd": po + PD_WEIGHTS["po_pd"] * l_pd,
     }
-    assert set(found) == set(expect)
+    assert set(losses) == set(expect)
     for name, value in expect.items():
         torch.testing.assert_close(
-            found[name].float(), torch.tensor(value), atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            losses[name].float(), torch.tensor(value), atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
-def test_npo_by_hand() -> None:
-    """At the reference, -2/beta * log(1/2) = 2 ln 2 / beta; far above it nothing is left to gain."""
+def test_npo_at_and_far_above_the_reference_has_the_values_by_hand() -> None:
+    """At the reference the loss is -2/beta * log(1/2) = 2 ln 2 / beta. Far above it, the loss is 0."""
     at_reference = npo_loss(torch.tensor([1.5]), torch.tensor([1.5]), beta=0.5)
     assert at_reference.item() == pytest.approx(4 * math.log(2))
     assert npo_loss(torch.tensor([100.0]), torch.tensor([1.0]), beta=0.5).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_npo_pushes_likelihood_down_and_fades() -> None:
+def test_npo_gradient_lowers_the_likelihood_and_vanishes_with_the_gap() -> None:
     near = torch.tensor([1.0], requires_grad=True)
     npo_loss(near, torch.tensor([1.0]), 0.5).backward()
     far = torch.tensor([9.0], requires_grad=True)
@@ -99,7 +99,7 @@ def test_npo_pushes_likelihood_down_and_fades() -> None:
     assert near.grad.item() < far.grad.item() < 0
 
 
-def test_padding_does_not_change_a_masked_mean() -> None:
+def test_masked_mean_is_independent_of_padding() -> None:
     hidden = torch.randn(1, 3, 4)
     padded = torch.cat([hidden, torch.full((1, 2, 4), 50.0)], dim=1)
     mask = torch.tensor([[1, 1, 1, 0, 0]])
@@ -108,28 +108,30 @@ def test_padding_does_not_change_a_masked_mean() -> None:
 
 
 def test_answer_nll_ignores_the_question() -> None:
-    """Uniform logits over 4 tokens: each answer token costs ln 4, the question nothing."""
+    """With uniform logits over 4 tokens, each answer token has an NLL of ln 4."""
     nll, tokens = answer_nll(torch.zeros(1, 4, 4), torch.tensor([[-100, -100, 2, 3]]))
     assert tokens.item() == 2
     assert nll.item() == pytest.approx(2 * math.log(4))
 
 
-def test_simnpo_by_hand() -> None:
-    """-2/beta * log(sigmoid(beta * nll - gamma)); at beta * nll = gamma that is 2 ln 2 / beta."""
+def test_simnpo_has_the_values_by_hand() -> None:
+    """The loss is -2/beta * log(sigmoid(beta * nll - gamma)), which is 2 ln 2 / beta at beta * nll = gamma."""
     assert simnpo_loss(torch.tensor([0.5]), beta=2.0, gamma=1.0).item() == pytest.approx(math.log(2))
     far = simnpo_loss(torch.tensor([100.0]), beta=2.0, gamma=1.0)
     assert far.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_dpo_by_hand() -> None:
-    """Preferred gained 3 nats, rejected lost 1: the margin is 4, the loss log(1 + exp(-0.5 * 4))."""
+def test_dpo_has_the_value_by_hand() -> None:
+    """With gains of 3 nats (preferred) and -1 nat (rejected), the margin is 4 and the loss log(1 + exp(-0.5 * 4))."""
     loss = dpo_loss(torch.tensor([2.0]), torch.tensor([6.0]), torch.tensor([5.0]), torch.tensor([5.0]), beta=0.5)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2.0)))
 
 
-def test_undial_by_hand() -> None:
-    """Two tokens, the reference's logits [ln 3, 0] with answer token 0 lowered by ln 3 become uniform: cross-entropy to a uniform
-    current model is ln 2, and the question's position counts for nothing."""
+def test_undial_has_the_value_by_hand() -> None:
+    """Lowering reference logits [ln 3, 0] of answer token 0 by ln 3 makes them uniform.
+
+    The cross-entropy with a uniform current model is ln 2. The position of the question is not counted.
+    """
     reference = torch.tensor([[[9.0, -9.0], [math.log(3), 0.0], [0.0, 0.0]]])
     loss = undial_loss(torch.zeros(1, 3, 2), reference, torch.tensor([[-100, -100, 0]]), penalty=math.log(3))
     assert loss.item() == pytest.approx(math.log(2))
@@ -139,7 +141,7 @@ def test_undial_by_hand() -> None:
     assert pushed.grad[0, 0].abs().sum() == 0
 
 
-def test_rerouting_by_hand() -> None:
+def test_rerouting_losses_have_the_values_by_hand() -> None:
     reference = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
     hidden = torch.tensor([[[2.0, 0.0], [0.0, 5.0], [-1.0, 0.0]]])
     assert rerouting_forget_loss(hidden, reference).item() == pytest.approx(1 / 3)  # cosines 1, 0, -1

@@ -1,22 +1,148 @@
-"""What tests of training use: methods for models of two layers, and what a training changed."""
+"""Helpers for tests of training: single optimizer steps on a tiny model, commands in this process, comparisons."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-RMU = {"name": "rmu", "layer": 0}
+from vlm_unlearn.config import MethodConfig, TrainableConfig
+from vlm_unlearn.data.encoding import Batch
+from vlm_unlearn.data.training_set import TrainingSet, read_training_set
+from vlm_unlearn.methods import METHODS, Method, Role, build_method
+from vlm_unlearn.models.loader import load_model, load_processor
+from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.training.plan import prepare_method
+from vlm_unlearn.training.references import ReferenceModel
+from vlm_unlearn.training.step import ModelStep, count_tokens
+from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
+
+RMU = {"name": "rmu", "layer": 0}  # for a model of two layers
 RR = {"name": "rr", "layers": [0, 1]}
+METHOD_CONFIGS: dict[str, dict[str, Any]] = {name: {"name": name} for name in METHODS} | {"rmu": RMU, "rr": RR}
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Those of a model of one file."""
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Returns the weights of a model that is saved in one file."""
     return load_file(folder / "model.safetensors")
 
 
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the weights that differ."""
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
+def changed_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> set[str]:
+    """Returns the names of the weights that differ."""
+    assert left.keys() == right.keys()
+    return {name for name in left if not torch.equal(left[name], right[name])}
+
+
+def max_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Returns the largest absolute difference between two sets of weights or gradients."""
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def run_in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command in this process, without the start-up time of `helpers.run`."""
+    from vlm_unlearn.cli.main import main
+
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vlm-unlearn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+    output = capsys.readouterr()
+    code = exit_info.value.code
+    return subprocess.CompletedProcess(sys.argv, code if isinstance(code, int) else 0, output.out, output.err)
+
+
+@dataclass
+class StepResult:
+    """The values of one optimizer step."""
+
+    terms: dict[str, float]  # mean over the micro-batches
+    gradients: dict[str, Tensor]
+
+
+class StepScene:
+    """A tiny model, a method and a training set, to compute single optimizer steps as the trainer does.
+
+    Args:
+        model_folder: The tiny model.
+        data: The training set.
+        method: A method config.
+        weight: The weight of prompt decoupling.
+        trainable: The trainable parameters.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        data: Path,
+        method: object,
+        weight: float = 0.0,
+        trainable: Mapping[str, object] | None = None,
+    ) -> None:
+        config = {"name": method} if isinstance(method, str) else method
+        self.method: Method = build_method(MethodConfig.model_validate(config), weight)
+        self.training_set: TrainingSet = read_training_set(data)
+        self.processor = load_processor(model_folder)
+        torch.manual_seed(0)
+        self.model: Any = prepare_trainable(
+            load_model(model_folder, "fp32"), TrainableConfig.model_validate(trainable or {})
+        )
+        prepare_method(self.method, self.model, 0)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def perturb(self) -> None:
+        """Moves the model away from the reference model, where some terms have a zero or undefined gradient."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.trainable_parameters().values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+    def stream(self, length: int) -> UnlearningStream:
+        return UnlearningStream(self.training_set, self.method, length, seed=0)
+
+    def micro_batches(
+        self, rows: int, count: int = 1, reference: Mapping[Role, Mapping[str, tuple[float, int]]] | None = None
+    ) -> list[dict[Role, Batch]]:
+        """Returns `count` micro-batches with `rows` samples per role, from the start of the stream."""
+        stream = self.stream(rows * count)
+        collator = UnlearningCollator(self.processor, self.training_set, self.method, 2048, reference or {})
+        batches = []
+        for start in range(0, rows * count, rows):
+            batch = collator([stream[position] for position in range(start, start + rows)])
+            assert isinstance(batch, dict)
+            batches.append(batch)
+        return batches
+
+    def step(self, micro_batches: Sequence[Mapping[Role, Batch]], reference: ReferenceModel | None) -> StepResult:
+        """Runs the forward and backward passes of one optimizer step, a quarter through the run."""
+        self.model.train()
+        self.model.zero_grad()
+        totals = None
+        if not self.method.paper_compat:
+            counts = [count_tokens(batches) for batches in micro_batches]
+            totals = {key: sum(count[key] for count in counts) / len(counts) for key in counts[0]}
+        terms: dict[str, float] = defaultdict(float)
+        torch.manual_seed(0)  # of dropout
+        for batches in micro_batches:
+            step = ModelStep(self.model, batches, self.method, reference, totals, progress=0.25)
+            output = self.method.loss(step)
+            assert output.total.isfinite()
+            (output.total / len(micro_batches)).backward()
+            for name, value in output.terms.items():
+                terms[name] += value.item() / len(micro_batches)
+        gradients = {
+            name: value.grad.clone() for name, value in self.model.named_parameters() if value.grad is not None
+        }
+        return StepResult(dict(terms), gradients)

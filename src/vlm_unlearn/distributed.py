@@ -1,4 +1,4 @@
-"""The processes that torchrun or accelerate launch started together."""
+"""The group of processes that torchrun or accelerate launch started for one run."""
 
 from __future__ import annotations
 
@@ -7,72 +7,82 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from vlm_unlearn.errors import RunError, UserError
+from vlm_unlearn.errors import RunError, UserError, quoted
 
-TIMEOUT = timedelta(days=14)  # shares of work end at different times; a process that dies is noticed at once
+TIMEOUT = timedelta(days=14)  # the processes may finish days apart, and gloo reports a dead process at once
 
 
 def world_size() -> int:
-    """How many processes work together: what torchrun and accelerate launch say.
+    """Returns the number of processes of the run, from the environment that torchrun and accelerate launch set.
 
     Raises:
-        UserError: the environment says something else than a number, or says it without the rest of what they set.
+        UserError: ``WORLD_SIZE`` is not a positive integer, or it is set without the other variables of torchrun.
     """
-    told = os.environ.get("WORLD_SIZE", "1")
-    if not told.isdigit() or told == "0" or (told != "1" and "MASTER_ADDR" not in os.environ):
-        raise UserError(f"WORLD_SIZE={told[:20]} in the environment, without the rest of what torchrun sets; unset it")
-    return int(told)
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdigit() or size == "0" or (size != "1" and "MASTER_ADDR" not in os.environ):
+        raise UserError(
+            f"this environment variable is {quoted(size, 20)} without the other variables of torchrun. Unset it.",
+            code="invalid-environment",
+            field="WORLD_SIZE",
+        )
+    return int(size)
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that talks, and writes what is written once."""
+    """Returns whether this process prints messages and writes files that are written once."""
     return world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 class ProcessGroup:
-    """This process and those beside it."""
+    """This process and the other processes of its run.
+
+    Args:
+        rank: The number of this process, 0 for the main process.
+        size: The number of processes.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
 
     def broadcast(self, value: bool) -> bool:
-        """The first process's value, in all of them; each waits for it.
+        """Returns the main process's value in all processes. All processes must call this method.
 
         Raises:
-            RunError: a process has ended.
+            RunError: Another process has ended.
         """
         if self.size == 1:
             return value
         from torch import distributed
 
-        told = [value]
-        _together(lambda: distributed.broadcast_object_list(told, src=0))
-        return told[0]
+        values = [value]
+        _run_collective(lambda: distributed.broadcast_object_list(values, src=0))
+        return values[0]
 
     def wait(self) -> None:
-        """Until all processes are here.
+        """Waits until all processes have called this method.
 
         Raises:
-            RunError: a process has ended.
+            RunError: Another process has ended.
         """
         if self.size > 1:
             from torch import distributed
 
-            _together(distributed.barrier)
+            _run_collective(distributed.barrier)
 
 
-def _together(step: Callable[[], object]) -> None:
+def _run_collective(operation: Callable[[], object]) -> None:
     try:
-        step()
-    except RuntimeError as error:  # gloo has one type for all that can happen
+        operation()
+    except RuntimeError as error:  # gloo raises it for every failure
+        last_line = str(error).strip().splitlines()[-1][:200]
         raise RunError(
-            f"another process of this run ended; the same command goes on where it stopped ({str(error).strip().splitlines()[-1][:200]})"
+            f"another process of this run ended ({last_line}). The same command resumes the run.", code="process-ended"
         ) from None
 
 
 def destroy_process_group() -> None:
-    """Leaves the group that a training has joined: a process that ends within it may be aborted by gloo's threads."""
+    """Destroys the process group that a training run created. Exiting with it alive can abort in gloo's threads."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -81,9 +91,9 @@ def destroy_process_group() -> None:
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Joins the processes that were started together for as long as the block lasts; one alone needs nothing.
+    """Creates the process group of this run for the duration of the block. A single process needs none.
 
-    They speak over gloo, whatever devices they use: unlike NCCL it notices at once when a process has died.
+    The group communicates over gloo on all devices. Unlike NCCL, gloo reports at once that a process has died.
     """
     size = world_size()
     if size == 1:

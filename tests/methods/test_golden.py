@@ -1,4 +1,4 @@
-"""Every method of both papers, as a recipe names it, gives the totals that the published expressions give on the golden inputs."""
+"""The total loss of each method of both papers equals the published expression on the golden inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASES = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_t
 
 
 class GoldenStep:
-    """`vlm_unlearn.methods.Step` over the golden inputs."""
+    """Implements `vlm_unlearn.methods.Step` on the golden inputs."""
 
     progress = 0.25
 
@@ -78,43 +78,45 @@ def total(case: dict[str, Any], weight: float = 0.0, **method: Any) -> float:
         direction = torch.tensor(case["control_direction"])
         inner.control_vector = direction / direction.norm() * case["steering_coefficient"]
     output = built.loss(GoldenStep(case))  # type: ignore[arg-type]
-    assert all(part.dim() == 0 for part in output.terms.values())
+    assert all(term.dim() == 0 for term in output.terms.values())
     return output.total.item()
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_safe_eraser(case: dict[str, Any]) -> None:
+def test_losses_of_safe_eraser_match_the_golden_values(case: dict[str, Any]) -> None:
     expect = case["expect"]
     l_f, l_pd = expect["batch_token_mean_nll_forget"], expect["batch_token_mean_nll_decouple"]
-    found = {
+    totals = {
         "ga": total(case, name="ga"),
         "ga_pd": total(case, 0.5, name="ga"),
         "gd": total(case, name="gd"),
         "gd_pd": total(case, 0.5, name="gd", retain_weight=0.5),
-        "kl_total": total(case, name="kl", paper=True),
-        "kl_pd": total(case, 1.0, name="kl", paper=True),
+        "kl_total": total(case, name="kl", paper_compat=True),
+        "kl_pd": total(case, 1.0, name="kl", paper_compat=True),
         "po": total(case, name="po"),
         "po_pd": total(case, 1.0, name="po"),
     }
-    assert found == {name: pytest.approx(expect[name], abs=1e-5) for name in found}
+    assert totals == {name: pytest.approx(expect[name], abs=1e-5) for name in totals}
     assert total(case, name="kl") == pytest.approx(-l_f + expect["kl_answer_tokens"], abs=1e-5)
     assert total(case, 1.0, name="kl") == pytest.approx(-l_f + expect["kl_answer_tokens"] + l_pd, abs=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_safety_mirage(case: dict[str, Any]) -> None:
+def test_losses_of_safety_mirage_match_the_golden_values(case: dict[str, Any]) -> None:
     expect, beta, alpha = case["expect"], case["beta"], case["rmu_retain_alpha"]
     ce = expect["batch_token_mean_nll_retain"]
-    published = total(case, name="npo", beta=beta, retain_npo_weight=1.0, paper=True)
+    published = total(case, name="npo", beta=beta, retain_npo_weight=1.0, paper_compat=True)
     assert published == pytest.approx(expect["npo_forget_batch_mean"] + expect["npo_retain_batch_mean"] + ce, abs=1e-5)
     assert total(case, name="npo", beta=beta) == pytest.approx(expect["npo_forget_per_sample_mean"] + ce, abs=1e-5)
-    for paper, counting in ((True, "all_positions"), (False, "masked")):
-        wanted = expect[f"rmu_forget_{counting}"] + expect[f"rmu_retain_{counting}"] + 1.2 * ce
-        assert total(case, name="rmu", alpha=alpha, retain_weight=1.2, paper=paper) == pytest.approx(wanted, abs=1e-5)
+    for paper_compat, positions in ((True, "all_positions"), (False, "masked")):
+        expected = expect[f"rmu_forget_{positions}"] + expect[f"rmu_retain_{positions}"] + 1.2 * ce
+        assert total(case, name="rmu", alpha=alpha, retain_weight=1.2, paper_compat=paper_compat) == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_weight_zero_is_the_bare_method(name: str) -> None:
+def test_prompt_decoupling_wraps_the_method_only_above_weight_zero(name: str) -> None:
     method = build_method(MethodConfig(name=name), 0.0)
     assert not hasattr(method, "method")
     decoupled = build_method(MethodConfig(name=name), 0.5)
@@ -128,10 +130,10 @@ def test_weight_zero_is_the_bare_method(name: str) -> None:
     assert decoupled.preferred_answers == method.preferred_answers
 
 
-def test_rerouting_moves_its_weight_over_the_run() -> None:
+def test_rr_moves_its_weight_from_forget_to_retain_over_the_run() -> None:
     """At step t of T: alpha * (1 - t/2T) on forget and alpha * t/2T on retain; a quarter through, 0.875 and 0.125."""
     case = CASES[1]
     built = build_method(MethodConfig.model_validate({"name": "rr", "layers": [0, 1], "alpha": 2.0}), 0.0)
     output = built.loss(GoldenStep(case))  # type: ignore[arg-type]
-    parts = {name: value.item() for name, value in output.terms.items()}
-    assert output.total.item() == pytest.approx(2.0 * (0.875 * parts["forget"] + 0.125 * parts["retain_hidden"]))
+    terms = {name: value.item() for name, value in output.terms.items()}
+    assert output.total.item() == pytest.approx(2.0 * (0.875 * terms["forget"] + 0.125 * terms["retain_hidden"]))

@@ -1,4 +1,4 @@
-"""Two processes train the model that one trains: DDP, FSDP2 and, where it is installed, DeepSpeed's ZeRO-3, all over gloo."""
+"""Two processes train the same model as one process, with DDP, FSDP2 and, if installed, DeepSpeed ZeRO-3, over gloo."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from trained import max_difference
+from vlm_unlearn.config import Recipe, load
 from vlm_unlearn.models.layout import decoder_layers
 from vlm_unlearn.models.loader import load_run_model, run_model_folder
+from vlm_unlearn.training.runner import run_recipe
 
 STEPS = ["training.max_steps=4", "training.learning_rate=1e-3", "training.precision=fp32", "training.save_steps=100"]
 RMU = ["method=rmu", "method.layer=0"]
 RR = ["method=rr", "method.layers=[0]", "prompt_decouple_weight=0"]
-# rr begins where its gradient is nothing, and Adam makes whole steps of rounding errors: a cross-entropy beside it decides the first one,
-# where its gradient comes to, which is not every embedding.
+# The gradient of rr is zero at first, and Adam turns rounding errors into full-size steps. A cross-entropy
+# determines the first step instead, for all parameters that it has a gradient for. These do not include all
+# embeddings.
 RR_RETAIN = [*RR, "method.retain_weight=1", "trainable.layers=[0,1]", "trainable.projector=true"]
 FSDP = {
     "ACCELERATE_TORCH_DEVICE": "cpu",
@@ -33,7 +38,7 @@ FSDP = {
 ZERO3 = {
     "zero_optimization": {
         "stage": 3,
-        "stage3_param_persistence_threshold": 0,  # else a tiny model isn't cut up at all
+        "stage3_param_persistence_threshold": 0,  # otherwise a tiny model is not sharded
         "stage3_gather_16bit_weights_on_model_save": True,
     },
     **dict.fromkeys(
@@ -43,72 +48,59 @@ ZERO3 = {
 }
 COMMAND = ["-m", "vlm_unlearn.cli.main"]
 
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
-def train(
-    processes: int, program: list[str], keys: list[str], environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable]
-    if processes > 1:
-        start += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            "0",
-            "--rdzv_backend",
-            "c10d",
-        ]
-        start += ["--rdzv_endpoint", "localhost:0"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [*start, *program, "train", "tiny/npo", *keys], capture_output=True, text=True, check=False, env=variables
+
+def train_in_one_process(keys: list[str]) -> None:
+    run_recipe(load(Recipe, Path("tiny/npo"), keys))
+
+
+def train_in_two_processes(keys: list[str], program: list[str] = COMMAND, **environment: str) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "--rdzv_endpoint", "localhost:0", *program, "train", "tiny/npo", *keys],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
-
-
-def test_a_loss_may_end_at_an_early_layer(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    """DDP must not wait for gradients of what lies above, where rr's loss doesn't come to."""
-    output = tmp_path / "two"
-    keys = [
-        f"model={tiny_model}",
-        f"data={training_sets['safe_eraser']}",
-        *STEPS,
-        *RR,
-        "training.per_device_train_batch_size=4",
-        f"output={output}",
-    ]
-    done = train(2, COMMAND, keys, {})
     assert done.returncode == 0, done.stderr[-3000:]
-    before, after = (load_run_model(run_model_folder(str(folder)), "fp32")[0] for folder in (tiny_model, output))
-    moved = [
-        max(
-            float((one - other).abs().max())
-            for one, other in zip(*(layer.parameters() for layer in layers), strict=True)
-        )
-        for layers in zip(decoder_layers(before), decoder_layers(after), strict=True)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights of a model folder or a run, with merged adapters."""
+    weights: dict[str, torch.Tensor] = load_run_model(run_model_folder(str(folder)), "fp32")[0].state_dict()
+    return weights
+
+
+def test_ddp_with_a_loss_on_an_early_layer_trains_only_up_to_this_layer(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    """DDP must not wait for gradients of the layers above, which rr's loss does not use."""
+    output = tmp_path / "two"
+    keys = [f"model={tiny_model}", f"data={training_sets['safe_eraser']}", *STEPS, *RR]
+    train_in_two_processes([*keys, "training.per_device_train_batch_size=4", f"output={output}"])
+    base, trained = (load_run_model(run_model_folder(str(folder)), "fp32")[0] for folder in (tiny_model, output))
+    changes = [
+        max_difference(dict(layer.named_parameters()), dict(trained_layer.named_parameters()))
+        for layer, trained_layer in zip(decoder_layers(base), decoder_layers(trained), strict=True)
     ]
-    assert moved[0] > 1e-4
-    assert not any(moved[1:])
+    assert changes[0] > 1e-4
+    assert not any(changes[1:])
 
 
-def test_images_on_the_forget_side_alone(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    """rmu's forget pass ends early and uses the projector; were the retain pass behind it without images, DDP would take it for unused."""
+def test_ddp_with_images_in_truncated_passes_only_trains_the_same_weights(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    """rmu's forget pass stops early but uses the projector. DDP must not see a last pass without images."""
     data = tmp_path / "data"
     shutil.copytree(training_sets["safe_eraser"], data)
     retain = [json.loads(line) for line in (data / "retain.jsonl").read_text().splitlines()]
     (data / "retain.jsonl").write_text("".join(json.dumps({**example, "image": None}) + "\n" for example in retain))
     keys = [f"model={tiny_model}", f"data={data}", *STEPS, *RMU, "trainable.mode=lora"]
-    done = train(1, COMMAND, [*keys, "training.per_device_train_batch_size=4", f"output={tmp_path / 'one'}"], {})
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = train(2, COMMAND, [*keys, "training.per_device_train_batch_size=2", f"output={tmp_path / 'two'}"], {})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
-
-
-def difference(one: Path, other: Path) -> float:
-    models = [load_run_model(run_model_folder(str(folder)), "fp32")[0].state_dict() for folder in (one, other)]
-    assert models[0].keys() == models[1].keys()
-    return max(float((models[0][name] - models[1][name]).abs().max()) for name in models[0])
+    train_in_one_process([*keys, "training.per_device_train_batch_size=4", f"output={tmp_path / 'one'}"])
+    train_in_two_processes([*keys, "training.per_device_train_batch_size=2", f"output={tmp_path / 'two'}"])
+    assert max_difference(state(tmp_path / "one"), state(tmp_path / "two")) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -123,10 +115,10 @@ def difference(one: Path, other: Path) -> float:
     ],
     ids=["ddp-npo-vision", "ddp-rr", "ddp-rmu-lora", "fsdp2-rmu-full", "fsdp2-kl-lora", "zero3-npo"],
 )
-def test_two_processes_train_as_one(
+def test_two_processes_train_the_weights_of_one(
     engine: str, method: list[str], tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    """One process with batches of 8, two with 2 x 2 each: the same eight samples a step, with answers of unequal lengths."""
+    """A step has 8 samples with answers of different lengths: one batch of 8, or 2 processes x 2 micro-batches x 2."""
     program, environment = COMMAND, {}
     if engine == "fsdp2":
         program, environment = [str(Path(__file__).parents[1] / "fsdp_on_cpu.py")], FSDP
@@ -135,28 +127,22 @@ def test_two_processes_train_as_one(
             pytest.skip("needs deepspeed (pip install '.[deepspeed]')")
         config = tmp_path / "zero3.json"
         config.write_text(json.dumps(ZERO3))
-        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
-        environment["VLM_UNLEARN_CACHE"] = str(
-            tmp_path / "cache"
-        )  # so that the reference values are computed under ZeRO-3 too
-    keys = [
-        f"model={tiny_model}",
-        f"data={training_sets['safe_eraser']}",
-        "prompt_decouple_weight=0.5",
-        *STEPS,
-        *method,
-    ]
-    done = train(1, COMMAND, [*keys, "training.per_device_train_batch_size=8", f"output={tmp_path / 'one'}"], {})
-    assert done.returncode == 0, done.stderr
-    parts = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
-    done = train(2, program, [*keys, *parts, f"output={tmp_path / 'two'}"], environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+        environment = {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config),
+            "VLM_UNLEARN_CACHE": str(tmp_path / "cache"),  # empty, so that ZeRO-3 computes the reference values
+        }
+    data = training_sets["safe_eraser"]
+    keys = [f"model={tiny_model}", f"data={data}", "prompt_decouple_weight=0.5", *STEPS, *method]
+    train_in_one_process([*keys, "training.per_device_train_batch_size=8", f"output={tmp_path / 'one'}"])
+    split = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
+    train_in_two_processes([*keys, *split, f"output={tmp_path / 'two'}"], program, **environment)
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["identity"]["processes"] == 2
-    assert difference(tmp_path / "one", tmp_path / "two") < 1e-4
-    assert difference(tiny_model, tmp_path / "two") > 1e-4
+    assert max_difference(state(tmp_path / "one"), state(tmp_path / "two")) < 1e-4
+    assert max_difference(state(tiny_model), state(tmp_path / "two")) > 1e-4
     logs = [
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     ]
-    for one, two in zip(*logs, strict=True):
-        assert two == {key: pytest.approx(value, abs=1e-4) for key, value in one.items()}
+    for single, distributed in zip(*logs, strict=True):
+        assert distributed == {key: pytest.approx(value, abs=1e-4) for key, value in single.items()}

@@ -1,4 +1,4 @@
-"""The unlearning methods, one file each. Importing this package registers them all."""
+"""The unlearning methods, one file each. Importing this package registers all of them."""
 
 from vlm_unlearn.methods import dpo, gradient_ascent, mixed_sft, npo, po, rmu, rr, simnpo, undial
 from vlm_unlearn.methods.base import (
@@ -19,10 +19,10 @@ __all__ = [
     "METHODS",
     "LossOutput",
     "Method",
-    "ReferenceRequirement",
     "ReferenceHidden",
     "ReferenceLogits",
     "ReferenceNLL",
+    "ReferenceRequirement",
     "Role",
     "Step",
     "TokenKind",

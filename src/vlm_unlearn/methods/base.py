@@ -1,7 +1,8 @@
-"""The contract between a method and the trainer, and the registry of methods.
+"""The interface between methods and the trainer, and the registry of methods.
 
-A method says what it needs (`reference_requirements`) and turns one step into a loss. It knows neither the trainer nor the model: it asks
-the step for likelihoods and hidden states, and the trainer provides the reference values.
+A method declares the reference values that it needs (`reference_requirements`) and computes the loss of a step. It
+depends on neither the trainer nor the model: it requests likelihoods and hidden states from the step, and the
+trainer provides reference values.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.config import MethodConfig, Strict, validate
-from vlm_unlearn.errors import UserError, nearest
+from vlm_unlearn.errors import UserError, nearest, quoted
 
 NonNegative = Annotated[float, Field(ge=0)]
 Role = Literal["forget", "retain", "decouple", "preferred"]
-TokenKind = Literal["all", "answer"]  # all tokens but padding, or those of the answers
+TokenKind = Literal["all", "answer"]  # all tokens except padding, or answer tokens only
 
 
 @dataclass(frozen=True)
 class ReferenceNLL:
-    """ReferenceRequirement: each sample's answer NLL under the model as it was before training."""
+    """Requires each sample's answer NLL under the reference model, which has the weights from before training."""
 
     role: Role
 
 
 @dataclass(frozen=True)
 class ReferenceHidden:
-    """ReferenceRequirement: hidden states of `Method.hidden_layers` under the model as it was before training."""
+    """Requires the hidden states of `Method.hidden_layers` under the reference model."""
 
     role: Role
 
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """ReferenceRequirement: logits at the answer positions under the model as it was before training."""
+    """Requires the logits at the answer positions under the reference model."""
 
     role: Role
 
@@ -48,135 +49,157 @@ ReferenceRequirement = ReferenceNLL | ReferenceHidden | ReferenceLogits
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`total` is what is minimised; `terms` are logged by name."""
+    """A method's loss."""
 
-    total: Tensor
-    terms: Mapping[str, Tensor]
+    total: Tensor  # [] the value to minimize
+    terms: Mapping[str, Tensor]  # [] each, unweighted, logged by name
 
 
 class Step(Protocol):
-    """One step's batches, seen through the model. Values are computed once, when first asked for.
+    """The values of one training step that a loss can request. Each is computed once, at the first request.
 
-    What is a mean over tokens weighs each token of the *optimizer step* the same, over all its micro-batches and processes, so
-    that a batch gives the same gradient however it is split; with `paper_compat`, each micro-batch weighs the same, as published.
+    A role's batch has B samples and S positions. V is the vocabulary size and H the hidden size. The reference
+    model has the weights from before training.
+
+    A mean over tokens gives each token of the *optimizer step* the same weight, over all its micro-batches and
+    processes, so that the gradient does not depend on how a batch is split. With `paper_compat`, each micro-batch
+    has the same weight, as in the published code.
     """
 
-    progress: float  # share of the run's optimizer steps that are done, 0 at the first
+    progress: float  # fraction of the run's optimizer steps that are complete, 0 at the first step
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """[B] answer NLL of each sample: token mean or sequence sum."""
+        """Returns [B], the answer NLL of each sample as a token mean or a sequence sum."""
 
     def cross_entropy(self, *roles: Role) -> Tensor:
-        """[] mean over all answer tokens of the roles' batches together, as transformers computes it for one batch."""
+        """Returns [], the mean over all answer tokens of the roles, as transformers computes it for one batch."""
 
     def reference_nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """[B] `nll` under the reference model."""
+        """Returns [B], `nll` under the reference model."""
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
-        """([], []) token mean over the whole batch under the current and the reference model."""
+        """Returns ([], []), the token mean over the entire batch under the current and the reference model."""
 
     def logits(self, role: Role) -> Tensor:
-        """[B, K, V] at the K columns from before the first answer token to the last, zeros where no answer token is next; all S
-        columns for `Method.full_logit_roles`."""
+        """Returns [B, K, V], the logits of K columns: from the one before the first answer token to that of the last.
+
+        The logits are zero at positions that do not precede an answer token. For roles in
+        `Method.full_logit_roles`, the logits of all S columns are returned.
+        """
 
     def reference_logits(self, role: Role) -> Tensor:
-        """[B, K, V] `logits` under the reference model, without gradient."""
+        """Returns [B, K, V], `logits` under the reference model, without gradient."""
 
     def labels(self, role: Role) -> Tensor:
-        """[B, K] labels of the columns that `logits` has."""
+        """Returns [B, K], the labels of the columns of `logits`."""
 
     def hidden(self, role: Role, layer: int) -> Tensor:
-        """[B, S, H] output of a decoder layer out of `Method.hidden_layers`."""
+        """Returns [B, S, H], the output of a decoder layer in `Method.hidden_layers`."""
 
     def reference_hidden(self, role: Role, layer: int) -> Tensor:
-        """[B, S, H] `hidden` under the reference model, without gradient."""
+        """Returns [B, S, H], `hidden` under the reference model, without gradient."""
 
     def attention_mask(self, role: Role) -> Tensor:
-        """[B, S] 1 on real tokens, 0 on padding."""
+        """Returns [B, S], 1 on tokens and 0 on padding."""
 
     def answer_mask(self, role: Role) -> Tensor:
-        """[B, S] True where the next token is an answer token."""
+        """Returns [B, S], True where the next token is an answer token."""
 
     def token_weight(self, role: Role, kind: TokenKind) -> Tensor:
-        """[] what a mean over this micro-batch's real (or answer) tokens must be multiplied by to weigh each token of the step alike."""
+        """Returns [], the factor on a mean over this micro-batch's tokens of one kind.
+
+        With this factor, all tokens of the optimizer step have the same weight.
+        """
 
 
 class Options(Strict):
-    """What every method can be told."""
+    """The options of all methods."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
     paper_compat: bool = False
-    """The published code's counting; docs/published.md says what differs."""
+    """Reproduces how the published code averages. docs/published.md lists the differences."""
 
 
 class Method:
-    """Base of all methods. Subclasses set `options_type` and `reference_requirements`, and write `loss`."""
+    """Base class of all methods. Subclasses set `options_type` and `reference_requirements`, and implement `loss`."""
 
     name: ClassVar[str]
-    source: ClassVar[str]  # paper and where to find it
+    source: ClassVar[str]
+    """The paper and its arXiv number."""
     options_type: ClassVar[type[Options]] = Options
-    forget_target: ClassVar[Literal["original", "refusal"]] = (
-        "original"  # what the forget questions are answered with in training
-    )
-    unlearns: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
-    layer_option: ClassVar[str] = "layer"  # the option that `hidden_layers` come from
-    append_answer_to_prompt: ClassVar[bool] = False  # question and answer in one human turn (RMU)
-    preferred_answers: ClassVar[Literal["refusal", "data"] | None] = (
-        None  # where the answers of the role "preferred" come from
-    )
+    forget_target: ClassVar[Literal["original", "refusal"]] = "original"
+    """The answers to the forget questions in training: those of the data set, or random refusals."""
+    unlearns: ClassVar[bool] = True
+    """Whether training makes the forget answers less likely rather than more likely."""
+    layer_option: ClassVar[str] = "layer"
+    """The name of the option that determines `hidden_layers`."""
+    append_answer_to_prompt: ClassVar[bool] = False
+    """Whether question and answer of a forget example form one user turn, as in RMU."""
+    preferred_answers: ClassVar[Literal["refusal", "data"] | None] = None
+    """The source of the answers of the role ``preferred``."""
 
     def __init__(self, options: Options) -> None:
         self.options: Any = options
 
     @property
     def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        """What must be known of the reference model."""
+        """The reference values that the loss uses."""
         return ()
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The sets that a step draws from."""
+        """The roles of a step's batches."""
         return ("forget", "retain")
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
-        """The decoder layers (0 is the first) whose outputs the loss uses."""
+        """The decoder layers whose outputs the loss uses, 0 the first."""
         return ()
 
     @property
     def truncated_forward_roles(self) -> tuple[Role, ...]:
-        """Roles of whose pass the loss uses `hidden` alone: the layers above are left out. One role at least must go through them all."""
+        """The roles of which the loss uses only hidden states, so that their forward pass can skip the layers above.
+
+        At least one role must not be among them.
+        """
         return ()
 
     @property
     def full_logit_roles(self) -> tuple[Role, ...]:
-        """Roles whose logits the loss uses at every position, not at the answers only."""
+        """The roles of which the loss uses the logits at every position instead of only those of the answers."""
         return ()
 
     @property
     def paper_compat(self) -> bool:
-        """Whether the published code's counting is asked for."""
+        """Whether the method reproduces how the published code averages."""
         return bool(self.options.paper_compat)
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
-        """Called once before training, with the language model's hidden size and number of decoder layers.
+        """Prepares the method for a model. The trainer calls this once before training.
+
+        Args:
+            hidden_size: The language model's hidden size.
+            layers: The number of its decoder layers.
+            generator: The source of all random values of the method.
 
         Raises:
-            UserError: an option doesn't fit the model, such as a layer that it doesn't have.
+            UserError: An option does not fit the model, for example a layer that does not exist.
         """
         for layer in self.hidden_layers:
             if layer >= layers:
                 raise UserError(
-                    f"method.{self.layer_option}: {layer} out of range; the model has decoder layers 0 to {layers - 1}"
+                    f"{layer} is out of range. The model has decoder layers 0 to {layers - 1}.",
+                    code="out-of-range",
+                    field=f"method.{self.layer_option}",
                 )
 
     def loss(self, step: Step) -> LossOutput:
-        """The loss of one step."""
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
+        """Returns the loss of one step."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement loss()")
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that belong with the checkpoint, such as RMU's control vector."""
+        """Returns tensors to save with the model, such as RMU's control vector."""
         return {}
 
 
@@ -184,7 +207,12 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def register(name: str, source: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator that makes a method known under `name`."""
+    """Returns a class decorator that registers a method.
+
+    Args:
+        name: The name of the method in recipes.
+        source: The paper and its arXiv number.
+    """
 
     def add(method: type[Method]) -> type[Method]:
         method.name = name
@@ -196,17 +224,20 @@ def register(name: str, source: str) -> Callable[[type[Method]], type[Method]]:
 
 
 def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
-    """The method that a recipe names, wrapped in prompt decoupling when its weight is above 0.
+    """Returns the method of a recipe, wrapped in prompt decoupling if its weight is above 0.
 
     Raises:
-        UserError: the method or one of its options is unknown, or an option's value is wrong.
+        UserError: The method or one of its options is unknown, or the value of an option is invalid.
     """
     from vlm_unlearn.methods.prompt_decouple import PromptDecouple
 
     if config.name not in METHODS:
         raise UserError(
-            f'unknown method "{config.name}"{nearest(config.name, METHODS)}; known: {", ".join(sorted(METHODS))}'
+            f"unknown method {quoted(config.name)}{nearest(config.name, METHODS)}. "
+            f"Methods: {', '.join(sorted(METHODS))}.",
+            code="unknown-name",
+            field="method",
         )
-    kind = METHODS[config.name]
-    method = kind(validate(kind.options_type, dict(config.model_extra or {}), f"method {config.name}"))
+    method_type = METHODS[config.name]
+    method = method_type(validate(method_type.options_type, dict(config.model_extra or {}), f"method {config.name}"))
     return PromptDecouple(method, prompt_decouple_weight) if prompt_decouple_weight > 0 else method

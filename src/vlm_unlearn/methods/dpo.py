@@ -1,4 +1,4 @@
-"""Direct Preference Optimization of a harmless answer over the harmful one."""
+"""Direct Preference Optimization of a harmless answer over a harmful one."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from vlm_unlearn.methods.base import (
 
 class DPOOptions(Options):
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Inverse temperature."""
+    """Inverse temperature of the preference."""
     forget_weight: NonNegative = 1.0
-    """Of the preference term."""
+    """Weight of the preference term."""
     retain_weight: NonNegative = 1.0
-    """Of the cross-entropy on retain answers."""
+    """Weight of the cross-entropy on retain answers."""
     reduction: Literal["mean", "sum"] = "sum"
-    """An answer's NLL: sequence sum as in the paper, or token mean."""
+    """How the NLL of an answer is computed: sequence sum as in the paper, or token mean."""
 
 
 @register("dpo", "Rafailov et al. 2023, arXiv 2305.18290")
 class DPO(Method):
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with a retain term.
 
-    Rejected is the forget answer; preferred is the answer to the same question in the training set's ``preferred.jsonl``.
+    The forget answer is rejected. The answer to the same question in the training set's ``preferred.jsonl`` is
+    preferred.
     """
 
     options_type = DPOOptions
@@ -52,8 +53,9 @@ class DPO(Method):
     def loss(self, step: Step) -> LossOutput:
         options: DPOOptions = self.options
         preferred, rejected = step.nll("preferred", options.reduction), step.nll("forget", options.reduction)
-        before = step.reference_nll("preferred", options.reduction), step.reference_nll("forget", options.reduction)
-        preference = dpo_loss(preferred, rejected, *before, options.beta)
+        preferred_reference = step.reference_nll("preferred", options.reduction)
+        rejected_reference = step.reference_nll("forget", options.reduction)
+        preference = dpo_loss(preferred, rejected, preferred_reference, rejected_reference, options.beta)
         retain = step.cross_entropy("retain")
         return LossOutput(
             options.forget_weight * preference + options.retain_weight * retain,
@@ -63,6 +65,6 @@ class DPO(Method):
 
 @register("idk_dpo", "Zhang et al. 2024, arXiv 2404.05868; Maini et al. 2024 (TOFU), arXiv 2401.06121")
 class IdkDPO(DPO):
-    """DPO whose preferred answer is a random refusal."""
+    """DPO with a random refusal as the preferred answer."""
 
     preferred_answers = "refusal"

@@ -1,4 +1,4 @@
-"""Gradient ascent on the forget answers, alone, with a retain term, or with a tie to the reference: SafeEraser's ga, gd and kl."""
+"""SafeEraser's ga, gd and kl: gradient ascent on forget answers, alone, with a retain term, or with a KL term."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from vlm_unlearn.methods.base import (
 
 class GAOptions(Options):
     forget_weight: NonNegative = 1.0
-    """Of the negative cross-entropy on forget answers."""
+    """Weight of the negative cross-entropy on forget answers."""
 
 
 class GDOptions(GAOptions):
     retain_weight: NonNegative = 1.0
-    """Of the cross-entropy on retain answers."""
+    """Weight of the cross-entropy on retain answers."""
 
 
 class KLOptions(GAOptions):
     kl_weight: NonNegative = 1.0
-    """Of KL(reference || current) on retain answers."""
+    """Weight of KL(reference || current) on retain answers."""
 
 
 @register("ga", "Jang et al. 2023, arXiv 2210.01504; SafeEraser, arXiv 2502.12520")
 class GA(Method):
-    """Gradient ascent: ``-CE(forget)``. Nothing holds the model together, so that it soon collapses."""
+    """Gradient ascent: ``-CE(forget)``. Without a retain term, the model soon collapses."""
 
     options_type = GAOptions
 
@@ -62,7 +62,11 @@ class GD(Method):
 
 @register("kl", "Maini et al. 2024 (TOFU), arXiv 2401.06121; SafeEraser, arXiv 2502.12520")
 class KL(Method):
-    """``-CE(forget) + KL(reference || current)`` on the retain set's answer tokens; with `paper` on every position, padding included."""
+    """Gradient ascent with a KL term: ``-CE(forget) + KL(reference || current)``.
+
+    The KL term is the mean over the answer tokens of the retain set. With `paper_compat`, it is the mean over all
+    positions, including padding.
+    """
 
     options_type = KLOptions
 

@@ -1,4 +1,4 @@
-"""Supervised safety fine-tuning: the baselines that create the safety mirage."""
+"""Supervised safety fine-tuning, the baselines of Safety Mirage."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from vlm_unlearn.methods.base import LossOutput, Method, Step, register
 
 @register("mixed_sft", "VLGuard (Zong et al. 2024, arXiv 2402.02207); baseline of Safety Mirage")
 class MixedSFT(Method):
-    """Supervised fine-tuning on unsafe questions with their reference refusals, mixed with harmless pairs.
+    """Supervised fine-tuning on unsafe questions with the refusals of the data set, mixed with harmless pairs.
 
-    The forget set must hold the refusals that the data set gives (`data import vlguard` without harmful answers).
+    The answers of the forget set must be these refusals (`data import vlguard` without ``--harmful-answers``).
     """
 
     unlearns = False
@@ -23,4 +23,7 @@ class MixedSFT(Method):
 
 @register("posthoc_sft", "VLGuard (Zong et al. 2024, arXiv 2402.02207); baseline of Safety Mirage")
 class PosthocSFT(MixedSFT):
-    """The loss of mixed_sft as a short second stage: a finished model, the safety set's own pairs and few or no general ones to retain."""
+    """The loss of mixed_sft as a short second stage.
+
+    It trains a fine-tuned model on the pairs of the safety set, with few or no general pairs as the retain set.
+    """

@@ -22,23 +22,24 @@ from vlm_unlearn.methods.base import (
 
 class NPOOptions(Options):
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Inverse temperature: the larger, the sooner the push fades."""
+    """Inverse temperature. With a larger value, the gradient vanishes at a smaller gap to the reference model."""
     forget_weight: NonNegative = 1.0
-    """Of the term on forget answers."""
+    """Weight of the term on forget answers."""
     retain_npo_weight: NonNegative = 0.0
-    """Safety Mirage's alpha_r: the mirrored term on retain answers."""
+    """Weight of the mirrored NPO term on retain answers (alpha_r in Safety Mirage)."""
     retain_weight: NonNegative = 1.0
-    """Of the cross-entropy on retain answers."""
+    """Weight of the cross-entropy on retain answers."""
     reduction: Literal["mean", "sum"] = "mean"
-    """A sample's NLL: token mean, or sequence sum as in the NPO paper."""
+    """How the NLL of a sample is computed: token mean, or sequence sum as in the NPO paper."""
 
 
 @register("npo", "Zhang et al. 2024, arXiv 2404.05868; Safety Mirage, arXiv 2503.11832")
 class NPO(Method):
     """Negative Preference Optimization (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
-    Pushes the forget answers' likelihood below the reference model's, softly: the push fades as the gap grows. With `paper`,
-    Safety Mirage's difference of batch means instead of each sample's.
+    Pushes the likelihood of the forget answers below that under the reference model. The gradient vanishes as the
+    gap grows. With `paper_compat`, the loss uses the difference of batch means, as in Safety Mirage's code, instead
+    of one difference per sample.
     """
 
     options_type = NPOOptions
@@ -50,18 +51,18 @@ class NPO(Method):
 
     def loss(self, step: Step) -> LossOutput:
         options: NPOOptions = self.options
-        forget = npo_loss(*self._pair(step, "forget"), options.beta)
+        forget = npo_loss(*self._current_and_reference_nll(step, "forget"), options.beta)
         retain = step.cross_entropy("retain")
         total = options.forget_weight * forget + options.retain_weight * retain
         terms = {"forget": forget, "retain": retain}
         if options.retain_npo_weight:
-            terms["retain_npo"] = npo_retain_loss(*self._pair(step, "retain"), options.beta)
+            terms["retain_npo"] = npo_retain_loss(*self._current_and_reference_nll(step, "retain"), options.beta)
             total = total + options.retain_npo_weight * terms["retain_npo"]
         return LossOutput(total, terms)
 
-    def _pair(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
+    def _current_and_reference_nll(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options
-        if self.paper_compat:  # the published code takes the difference of batch means; see docs/published.md
+        if self.paper_compat:  # see docs/published.md
             current, reference = step.batch_nll(role)
             return current[None], reference[None]
         return step.nll(role, options.reduction), step.reference_nll(role, options.reduction)

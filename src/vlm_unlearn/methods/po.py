@@ -1,4 +1,4 @@
-"""Preference Optimization as SafeEraser uses the name: teach refusal of the forget questions."""
+"""Preference Optimization in SafeEraser's sense: supervised training to refuse the forget questions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from vlm_unlearn.methods.mixed_sft import MixedSFT
 
 @register("po", "SafeEraser, arXiv 2502.12520 (idk in its code)")
 class PO(MixedSFT):
-    """Cross-entropy on the forget questions answered with a random refusal and on the retain set, as one batch."""
+    """Cross-entropy on the forget questions with random refusals as answers, and on the retain set, as one batch."""
 
     forget_target = "refusal"

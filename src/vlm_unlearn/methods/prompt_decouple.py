@@ -1,4 +1,4 @@
-"""Prompt decoupling: a wrapper that any method can wear."""
+"""Prompt decoupling, a wrapper for any method."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from vlm_unlearn.methods.base import LossOutput, Method, ReferenceRequirement, R
 class PromptDecouple(Method):
     """SafeEraser's Prompt Decouple loss (arXiv 2502.12520) on top of another method.
 
-    Adds ``weight * CE`` on the same unsafe questions asked of a benign image and answered normally, so that the model
-    unlearns the harm and not the question. The decouple sample is the one paired with the forget sample (the published code
-    loses the pairing; see docs/published.md).
+    Adds ``weight * CE`` on the same unsafe questions with a benign image and a normal answer, so that the model
+    unlearns the harm and not the question. Each decouple sample is the one paired with the forget sample. The
+    published code loses this pairing (see docs/published.md).
+
+    Args:
+        method: The wrapped method.
+        weight: The weight of the cross-entropy on decouple answers.
     """
 
     def __init__(self, method: Method, weight: float) -> None:
         super().__init__(method.options)
         self.method = method
         self.weight = weight
-        # What the batches look like is the wrapped method's to say.
+        # The wrapped method determines the contents of the batches.
         self.forget_target = method.forget_target  # type: ignore[misc]
         self.unlearns = method.unlearns  # type: ignore[misc]
+        self.layer_option = method.layer_option  # type: ignore[misc]
         self.append_answer_to_prompt = method.append_answer_to_prompt  # type: ignore[misc]
         self.preferred_answers = method.preferred_answers  # type: ignore[misc]
 

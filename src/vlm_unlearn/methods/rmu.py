@@ -24,21 +24,22 @@ from vlm_unlearn.methods.base import (
 
 class RMUOptions(Options):
     layer: Annotated[int, Field(ge=0)] = 7
-    """Decoder layer whose output is steered, 0 the first."""
+    """The decoder layer whose output is steered, 0 the first."""
     steering_coefficient: Annotated[float, Field(gt=0)] = 10.0
-    """Length of the control vector."""
+    """Norm of the control vector."""
     alpha: NonNegative = 1.0
-    """Of the retain term on hidden states."""
+    """Weight of the retain term on hidden states."""
     retain_weight: NonNegative = 1.0
-    """Of the cross-entropy on retain answers."""
+    """Weight of the cross-entropy on retain answers."""
 
 
 @register("rmu", "Li et al. 2024, arXiv 2403.03218; Safety Mirage, arXiv 2503.11832")
 class RMU(Method):
-    """RMU (Li et al. 2024, arXiv 2403.03218): misdirects hidden states on forget text, holds them on retain text.
+    """RMU (Li et al. 2024, arXiv 2403.03218): steers hidden states on forget text and preserves them on retain text.
 
-    The control vector is one random direction in [0, 1)^H, normalised, times `steering_coefficient`, fixed for the run. Real tokens
-    are steered, those of the image included; with `paper` padding too.
+    On forget text, the hidden states of one layer move to a control vector: a random direction in [0, 1)^H,
+    normalized, times `steering_coefficient`, fixed for the run. All tokens are steered, including those of the
+    image. With `paper_compat`, padding is steered too.
     """
 
     options_type = RMUOptions
@@ -64,17 +65,20 @@ class RMU(Method):
     def loss(self, step: Step) -> LossOutput:
         options: RMUOptions = self.options
         hidden = step.hidden("forget", options.layer)
-        # The published code averages over padding too; see docs/published.md.
+        # The published code also averages over padding. See docs/published.md.
         masks = {role: None if self.paper_compat else step.attention_mask(role) for role in self.roles}
-        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.token_weight(
-            "forget", "all"
-        )
+        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"])
+        forget = forget * step.token_weight("forget", "all")
         retain = step.cross_entropy("retain")
         total = forget + options.retain_weight * retain
         terms = {"forget": forget, "retain": retain}
         if options.alpha:
-            pair = step.hidden("retain", options.layer), step.reference_hidden("retain", options.layer)
-            terms["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.token_weight("retain", "all")
+            retain_hidden, reference = (
+                step.hidden("retain", options.layer),
+                step.reference_hidden("retain", options.layer),
+            )
+            term = rmu_retain_loss(retain_hidden, reference, masks["retain"])
+            terms["retain_hidden"] = term * step.token_weight("retain", "all")
             total = total + options.alpha * terms["retain_hidden"]
         return LossOutput(total, terms)
 

@@ -24,20 +24,21 @@ from vlm_unlearn.methods.base import (
 
 class RROptions(Options):
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (9, 19)
-    """Decoder layers whose outputs are turned, 0 the first."""
+    """The decoder layers whose outputs are rerouted, 0 the first."""
     alpha: Annotated[float, Field(gt=0)] = 10.0
-    """Of both terms."""
+    """Weight of both terms on hidden states."""
     retain_weight: NonNegative = 0.0
-    """Of a cross-entropy on retain answers, which the paper doesn't have."""
+    """Weight of a cross-entropy on retain answers, which the paper does not have."""
 
 
 @register("rr", "Zou et al. 2024 (circuit breakers), arXiv 2406.04313")
 class RR(Method):
     """Representation rerouting (Zou et al. 2024, arXiv 2406.04313, alg. 1).
 
-    On harmful answers the chosen layers' hidden states are turned orthogonal to what they were; on retain text they are held. Over the run
-    the weight moves from the first to the second: ``alpha * (1 - t/2T)`` and ``alpha * t/2T`` at step t of T.
-    The published code counts the embeddings too: its layers 10 and 20 are 9 and 19 here.
+    On harmful answers, the hidden states of the selected layers become orthogonal to those of the reference model.
+    On retain text, they are preserved. At step t of T, the two terms have the weights ``alpha * (1 - t/2T)`` and
+    ``alpha * t/2T``. The published code also counts the embeddings as a layer: its layers 10 and 20 are 9 and 19
+    here.
     """
 
     options_type = RROptions
@@ -58,24 +59,26 @@ class RR(Method):
 
     def loss(self, step: Step) -> LossOutput:
         options: RROptions = self.options
-        forget = self._mean(step, "forget") * step.token_weight("forget", "answer")
-        retain = self._mean(step, "retain") * step.token_weight("retain", "all")
-        passed = step.progress / 2
-        total = options.alpha * ((1 - passed) * forget + passed * retain)
+        forget = self._mean_over_layers(step, "forget") * step.token_weight("forget", "answer")
+        retain = self._mean_over_layers(step, "retain") * step.token_weight("retain", "all")
+        retain_share = step.progress / 2
+        total = options.alpha * ((1 - retain_share) * forget + retain_share * retain)
         terms = {"forget": forget, "retain_hidden": retain}
         if options.retain_weight:
             terms["retain"] = step.cross_entropy("retain")
             total = total + options.retain_weight * terms["retain"]
         return LossOutput(total, terms)
 
-    def _mean(self, step: Step, role: Role) -> Tensor:
-        """[] the role's term, averaged over the layers: on forget answers only, since the questions are asked of harmless things too."""
-        term, mask = (
-            (rerouting_forget_loss, step.answer_mask(role))
-            if role == "forget"
-            else (rerouting_retain_loss, step.attention_mask(role))
-        )
+    def _mean_over_layers(self, step: Step, role: Role) -> Tensor:
+        """Returns [], the role's term averaged over the layers.
+
+        The forget term uses answer tokens only, since questions about harmful and harmless things are similar.
+        """
+        if role == "forget":
+            loss, mask = rerouting_forget_loss, step.answer_mask(role)
+        else:
+            loss, mask = rerouting_retain_loss, step.attention_mask(role)
         terms = [
-            term(step.hidden(role, layer), step.reference_hidden(role, layer), mask) for layer in self.hidden_layers
+            loss(step.hidden(role, layer), step.reference_hidden(role, layer), mask) for layer in self.hidden_layers
         ]
         return torch.stack(terms).mean()

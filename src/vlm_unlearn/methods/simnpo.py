@@ -12,18 +12,18 @@ from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, S
 
 class SimNPOOptions(Options):
     beta: Annotated[float, Field(gt=0)] = 2.5
-    """Inverse temperature."""
+    """Inverse temperature of the forget term."""
     gamma: NonNegative = 0.0
-    """Margin in the sigmoid; 0 in most of the paper's runs."""
+    """Margin inside the sigmoid, 0 in most of the paper's runs."""
     forget_weight: NonNegative = 1.0
-    """Of the term on forget answers."""
+    """Weight of the term on forget answers."""
     retain_weight: NonNegative = 1.0
-    """Of the cross-entropy on retain answers."""
+    """Weight of the cross-entropy on retain answers."""
 
 
 @register("simnpo", "Fan et al. 2024, arXiv 2410.07163")
 class SimNPO(Method):
-    """SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 6): as NPO, each answer by its token mean and against no reference."""
+    """SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 6): NPO on token means, without a reference model."""
 
     options_type = SimNPOOptions
 

@@ -21,16 +21,16 @@ from vlm_unlearn.methods.base import (
 
 class UNDIALOptions(Options):
     penalty: Annotated[float, Field(gt=0)] = 10.0
-    """Taken off the logit of each forget token."""
+    """The amount by which the reference logit of each forget token is lowered (gamma in the paper)."""
     forget_weight: NonNegative = 1.0
-    """Of the term on forget answers."""
+    """Weight of the term on forget answers."""
     retain_weight: NonNegative = 1.0
-    """Of the cross-entropy on retain answers; 0 in the paper."""
+    """Weight of the cross-entropy on retain answers, 0 in the paper."""
 
 
 @register("undial", "Dong et al. 2024, arXiv 2402.10052")
 class UNDIAL(Method):
-    """UNDIAL (Dong et al. 2024, arXiv 2402.10052): distils the reference model with the forget tokens' own logits lowered."""
+    """UNDIAL (Dong et al. 2024, arXiv 2402.10052): self-distillation with lowered logits of the forget tokens."""
 
     options_type = UNDIALOptions
 

@@ -28,7 +28,7 @@ NO_ATTACK = (
 NO_HARM_RATE = "No metric is a rate of harmful answers to unsafe questions, so these numbers do not show safety."
 NO_UNSAFE_QUESTION = "No unsafe question was asked, so these numbers do not show safety."
 AGREEMENT = (
-    "This report does not measure whether people agree with the judge. The command `vlm-unlearn judge agreement` does."
+    "This report does not measure whether people agree with the judge. The command vlm-unlearn judge agreement does."
 )
 
 
@@ -72,7 +72,7 @@ def _judge_caveats(rows: Sequence[Row]) -> list[str]:
     if failed:
         lines.append(
             f"{failed:,} answers or verdicts failed, counted over all judges. Rates exclude them, except in the "
-            "published counting and in metrics with `on_error: count_as_miss`."
+            "published counting and in metrics with on_error: count_as_miss."
         )
     return lines
 
@@ -126,7 +126,7 @@ def _generation_caveats(rows: Sequence[Row], sources: Sequence[ModelProvenance])
     ):
         lines.append(
             "Answers were generated in batches. This report does not measure the effect of batching. "
-            "`vlm-unlearn evaluate --verify-batching N` does."
+            "The option --verify-batching N of vlm-unlearn evaluate does."
         )
     if any(source.suite.generation.backend == "openai" for source in sources):
         lines.append("A server generated the answers. The name of its model is recorded, but not its weights.")

@@ -1,4 +1,4 @@
-"""Joins the batches of several roles into one, so that a step is one forward pass."""
+"""Merges the batches of several roles into one, so that a training step runs one forward pass."""
 
 from __future__ import annotations
 
@@ -11,37 +11,42 @@ from torch import Tensor
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED
 
-NON_MODEL_KEYS = ("labels", "images", "reference_nll_sum", "reference_tokens")
+NON_MODEL_KEYS = ("labels", "images", "reference_nll_sum", "reference_tokens")  # the model's forward takes none of them
 
 
 def can_merge(batches: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Whether all batches hold the same kinds of model input: one without any image is run on its own."""
+    """Returns whether all batches have the same model inputs, for example images in all of them or in none."""
     return len({frozenset(batch.keys() - set(NON_MODEL_KEYS)) for batch in batches}) == 1
 
 
 def merge_batches(batches: Sequence[Mapping[str, Tensor]]) -> Batch:
-    """One batch of all rows, in order, padded on the right to the widest.
+    """Returns one batch with all rows in order, padded on the right to the longest batch.
 
-    Tensors are laid end to end along their first dimension, be it samples, images or patches; the other dimensions are padded
-    with zeros (padding tokens under a zero attention mask, empty tiles), labels with -100.
+    Tensors are concatenated along their first dimension, which counts samples, images or image patches. Their other
+    dimensions are padded with zeros (padding tokens that the attention mask excludes, or empty image tiles), and
+    labels with -100. Cached reference values are left out.
     """
-    labelled = [
+    labeled = [
         batch if "labels" in batch else {**batch, "labels": torch.full_like(batch["input_ids"], IGNORED)}
         for batch in batches
     ]
-    names = labelled[0].keys() - {"reference_nll_sum", "reference_tokens"}
-    return {name: _lay([batch[name] for batch in labelled], IGNORED if name == "labels" else 0) for name in names}
+    names = labeled[0].keys() - {"reference_nll_sum", "reference_tokens"}
+    return {
+        name: _pad_and_concatenate([batch[name] for batch in labeled], IGNORED if name == "labels" else 0)
+        for name in names
+    }
 
 
-def _lay(tensors: Sequence[Tensor], fill: int) -> Tensor:
-    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+def _pad_and_concatenate(tensors: Sequence[Tensor], fill: int) -> Tensor:
+    """Concatenates tensors along dimension 0, with `fill` on the right of dimensions in which they are smaller."""
+    target_shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
-        # torch counts the padding from the last dimension on: (before, after) each.
-        missing = [
-            side
-            for size, wanted in zip(reversed(tensor.shape[1:]), reversed(shape), strict=True)
-            for side in (0, wanted - size)
+        # F.pad takes (left, right) of each dimension, the last dimension first.
+        padding = [
+            amount
+            for size, target in zip(reversed(tensor.shape[1:]), reversed(target_shape), strict=True)
+            for amount in (0, target - size)
         ]
-        padded.append(F.pad(tensor, missing, value=fill) if any(missing) else tensor)
+        padded.append(F.pad(tensor, padding, value=fill) if any(padding) else tensor)
     return torch.cat(padded)

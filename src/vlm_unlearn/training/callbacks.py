@@ -1,4 +1,4 @@
-"""The callbacks of a training run: the log and its cost on disk, and probes that stop the run or keep its best weights."""
+"""Callbacks of a training run: the log and its cost on disk, and probes that stop the run or keep its best weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from vlm_unlearn.records import PROBE_PREFIX
 from vlm_unlearn.store import record_cost, write_text
 from vlm_unlearn.training.trainer import UnlearningTrainer
 
-OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, steps, loss parts
+OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, number of steps, loss terms
+SCORE = f"{PROBE_PREFIX}score"
 
 
-def tensorboard(output: Path) -> TrainerCallback:
-    """Writes the log for TensorBoard into the run's folder; transformers would put it beside the checkpoints, which go in the end."""
+def tensorboard_callback(output: Path) -> TrainerCallback:
+    """Returns a callback that logs to ``<output>/tensorboard``.
+
+    The default of transformers is a folder next to the checkpoints, which are deleted at the end of the run.
+    """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
@@ -29,126 +33,142 @@ def tensorboard(output: Path) -> TrainerCallback:
 
 
 class LogCallback(TrainerCallback):
-    """Keeps log.jsonl and the manifest's cost beside the run, and tells progress; one process of several does."""
+    """Writes log.jsonl and the manifest's cost into the run folder, and reports progress.
 
-    def __init__(self, output: Path, on_step: OnStep | None, writes: bool) -> None:
+    Args:
+        output: The run folder.
+        on_step: Called with the step, the number of steps and the loss terms of each optimizer step.
+        is_main_process: The other processes of a distributed run do nothing.
+    """
+
+    def __init__(self, output: Path, on_step: OnStep | None, is_main_process: bool) -> None:
         self._output = output
         self._on_step = on_step
-        self._writes = writes
-        self._since = time.monotonic()
+        self._is_main_process = is_main_process
+        self._last_time = time.monotonic()
 
-    def seconds(self) -> float:
-        """Wall time since the last call."""
-        before, self._since = self._since, time.monotonic()
-        return self._since - before
+    def elapsed_seconds(self) -> float:
+        """Returns the wall time since the last call, or since this callback was created."""
+        previous_time, self._last_time = self._last_time, time.monotonic()
+        return self._last_time - previous_time
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs and self._on_step and self._writes:
+        if logs and "loss" in logs and self._on_step and self._is_main_process:
             self._on_step(state.global_step, state.max_steps, logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._writes:
+        if self._is_main_process:
             self.write_log(state)
-            record_cost(self._output, self.seconds())
+            record_cost(self._output, self.elapsed_seconds())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write_log(state)
 
     def write_log(self, state: Any) -> None:
-        """Rewrites the log from the trainer's history, which a checkpoint carries: no line is lost or doubled by a kill."""
-        if not self._writes:
+        """Rewrites log.jsonl from the Trainer's history.
+
+        Checkpoints contain this history, so that a kill neither loses nor duplicates a line.
+        """
+        if not self._is_main_process:
             return
-        told = [
-            entry for entry in state.log_history if "loss" in entry or any(name.startswith(PROBE_PREFIX) for name in entry)
-        ]
-        lines = [dict(sorted(entry.items())) for entry in told]
-        for line in lines:
-            line.pop("epoch", None)  # of the endless stream, not of the data
-        write_text(self._output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-
-
-SCORE = f"{PROBE_PREFIX}score"
+        lines = []
+        for entry in state.log_history:
+            if "loss" in entry or any(name.startswith(PROBE_PREFIX) for name in entry):
+                # The epoch counts passes over the concatenated stream, not over the data.
+                line = {name: value for name, value in sorted(entry.items()) if name != "epoch"}
+                lines.append(json.dumps(line) + "\n")
+        write_text(self._output / "log.jsonl", "".join(lines))
 
 
 class Probe(Protocol):
-    """Measures a model; `vlm_unlearn.evaluation.probe` has the one that asks and grades."""
+    """Measures a model during training, for example by evaluating a suite (`vlm_unlearn.evaluation.probe`)."""
 
     @property
     def digest(self) -> str:
-        """Names what is asked and how it is graded: another probe makes another run."""
+        """A digest of the probe's questions and judges. A run resumes only with the same digest."""
 
     def __call__(self, model: Any) -> Mapping[str, float | None]:
-        """Rates by metric name; None where nothing could be scored."""
+        """Returns rates by metric name, None for a metric that no answer could be scored for."""
 
 
 class ProbeCallback(TrainerCallback):
-    """Probes every few steps, logs the rates, and applies the recipe's stop and keep-best rules.
+    """Probes every few steps, logs the rates, and applies the recipe's rules for stopping and for the best weights.
 
-    What is decided depends on the log alone, which a checkpoint carries, and probing draws no random numbers: a resumed run decides as
-    an uninterrupted one. Of several processes the first one probes, and tells the others.
+    The decisions depend only on the log, which checkpoints contain, and probing uses no random numbers. A resumed
+    run therefore decides like an uninterrupted one. In a distributed run, the main process probes and broadcasts
+    the rates.
+
+    Args:
+        config: The recipe's ``probe``.
+        probe: Measures the model.
+        trainer: The trainer of the run.
+        output: The run folder. The best weights are stored in its subfolder ``best``.
     """
 
     def __init__(self, config: ProbeConfig, probe: Probe, trainer: UnlearningTrainer, output: Path) -> None:
         self._config = config
         self._probe = probe
         self._trainer = trainer
-        self._best = output / "best"
+        self._best_folder = output / "best"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._config.eval_steps and state.global_step < state.max_steps:
             return
         rates = self._measure()
-        logged = {f"{PROBE_PREFIX}{name}": value for name, value in rates.items() if value is not None}
-        weighted = [(weight, rates.get(name)) for name, weight in self._config.keep_best.items()]
-        reason, broken = self._reason(rates)
-        if weighted and not broken and all(value is not None for _, value in weighted):
-            logged[SCORE] = sum(weight * (value or 0.0) for weight, value in weighted)
-            if logged[SCORE] > max(
-                (entry[SCORE] for entry in state.log_history if SCORE in entry), default=float("-inf")
-            ):
-                self._keep()
-        self._trainer.log(logged)
+        logs = {f"{PROBE_PREFIX}{name}": value for name, value in rates.items() if value is not None}
+        aborted = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
+        score = self._score(rates)
+        if score is not None and not aborted:  # weights that meet an abort rule are never the best
+            logs[SCORE] = score
+            if score > max((entry[SCORE] for entry in state.log_history if SCORE in entry), default=float("-inf")):
+                self._save_best()
+        self._trainer.log(logs)
+        stop_rules = self._config.stop_when
+        reason = None
+        if aborted:
+            reason = "abort_when holds: " + ", ".join(f"{name} {rates[name]:.3g}" for name in aborted)
+        elif stop_rules and all(bound.holds(rates.get(name)) for name, bound in stop_rules.items()):
+            reason = "stop_when holds"
         if reason:
             state.log_history[-1]["stopped"] = reason
             control.should_training_stop = True
-            control.should_save = False  # a run resumed from here would take one more step
+            control.should_save = False  # a run that resumes from a checkpoint of this step would run one more step
 
     def load_best(self) -> None:
-        """Puts the kept weights into the model of the process that saves it, if any rule asked for them."""
-        if self._trainer.args.should_save and self._config.keep_best and self._best.is_dir():
-            self._trainer.load_trained(self._best)
+        """Loads the best weights into the model of the process that saves it, if the recipe keeps them."""
+        if self._trainer.args.should_save and self._config.keep_best and self._best_folder.is_dir():
+            self._trainer.load_trained(self._best_folder)
 
     def _measure(self) -> dict[str, float | None]:
-        told: list[dict[str, float | None]] = [{}]
+        """Returns the probe's rates, in all processes."""
+        rates: list[dict[str, float | None]] = [{}]
         if self._trainer.is_world_process_zero():
             model = self._trainer.accelerator.unwrap_model(self._trainer.model)
             was_training = model.training
             model.eval()
             try:
                 with self._trainer.accelerator.autocast():
-                    told = [dict(self._probe(model))]
+                    rates = [dict(self._probe(model))]
             finally:
                 model.train(was_training)
-        return dict(broadcast_object_list(told)[0])
+        return dict(broadcast_object_list(rates)[0])
 
-    def _reason(self, rates: Mapping[str, float | None]) -> tuple[str | None, bool]:
-        """Why the run is to end, if it is, and whether the model is broken: such weights are never the best."""
-        broken = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
-        if broken:
-            return "abort_when holds: " + ", ".join(f"{name} {rates[name]:.3g}" for name in broken), True
-        wanted = self._config.stop_when.items()
-        reached = bool(wanted) and all(bound.holds(rates.get(name)) for name, bound in wanted)
-        return ("stop_when holds" if reached else None), False
+    def _score(self, rates: Mapping[str, float | None]) -> float | None:
+        """Returns the weighted sum of the ``keep_best`` metrics, None if there are none or one was not measured."""
+        weighted = [(weight, rates.get(name)) for name, weight in self._config.keep_best.items()]
+        if not weighted or any(rate is None for _, rate in weighted):
+            return None
+        return sum(weight * (rate or 0.0) for weight, rate in weighted)
 
-    def _keep(self) -> None:
+    def _save_best(self) -> None:
         if self._trainer.args.should_save:
-            part = self._best.with_name("best.part")
-            shutil.rmtree(part, ignore_errors=True)
-            self._trainer.save_trained(part)
-            shutil.rmtree(self._best, ignore_errors=True)
-            part.rename(self._best)
+            scratch = self._best_folder.with_name("best.part")
+            shutil.rmtree(scratch, ignore_errors=True)
+            self._trainer.save_trained(scratch)
+            shutil.rmtree(self._best_folder, ignore_errors=True)
+            scratch.rename(self._best_folder)
 
 
-def stopped(history: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why a probe ended the run, out of the trainer's log; None where it ran to its last step."""
+def stop_reason(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns why a probe stopped the run, from the Trainer's log history. None if the run reached its last step."""
     return next((str(entry["stopped"]) for entry in history if "stopped" in entry), None)

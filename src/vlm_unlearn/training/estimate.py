@@ -1,21 +1,24 @@
-"""How much memory a run will take, by arithmetic, without what libraries and fragmentation take: enough to choose a machine."""
+"""Estimates the memory of a training run by arithmetic.
+
+The estimate leaves out library overhead and fragmentation. It is meant for choosing a machine.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 GIB = 2**30
-# Bytes of activations that one decoder layer keeps per token and hidden unit, 16-bit, without the attention matrix, which neither
-# SDPA nor flash attention keeps (Korthikanti et al. 2022, arXiv 2205.05198, sec. 4).
+# Bytes of 16-bit activations that a decoder layer stores per token and hidden unit (Korthikanti et al. 2022, arXiv
+# 2205.05198, sec. 4), without the attention matrix, which SDPA and flash attention do not store.
 ACTIVATION_BYTES = 34
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the arithmetic needs to know of a model and its trained part."""
+class ModelSize:
+    """The sizes of a model that its memory depends on."""
 
     parameters: int
-    trained: int
+    trained: int  # parameters
     hidden_size: int
     layers: int
     vocabulary: int
@@ -23,7 +26,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose, on one device that holds everything."""
+    """Memory of a run in bytes by purpose, on a single device."""
 
     weights: float
     gradients: float
@@ -33,52 +36,64 @@ class Memory:
 
     @property
     def states(self) -> float:
-        """What FSDP or ZeRO-3 splits over devices."""
+        """The bytes that FSDP or ZeRO-3 shards over devices."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def total(self) -> float:
+        """The sum of all bytes."""
         return self.states + self.activations
 
-    def devices(self, device_bytes: float, most: int = 1024) -> int:
-        """How many devices of a size hold it once the states are split; a tenth of each is left free. 0: more than `most`."""
-        room = 0.9 * device_bytes - self.activations
-        if room <= 0:
+    def devices(self, device_bytes: float, max_devices: int = 1024) -> int:
+        """Returns how many devices the run needs if its states are sharded and a tenth of each device stays free.
+
+        Args:
+            device_bytes: Memory of one device.
+            max_devices: Returns 0 if the run needs more than this many.
+        """
+        available = 0.9 * device_bytes - self.activations
+        if available <= 0:
             return 0
-        needed = max(1, -(-int(self.states) // int(room)))
-        return needed if needed <= most else 0
+        count = max(1, -(-int(self.states) // int(available)))
+        return count if count <= max_devices else 0
 
 
 def estimate(
-    shape: Shape,
+    size: ModelSize,
     mode: str,
     precision: str,
     tokens: float,
     answer_tokens: float,
     checkpointing: bool,
-    copies_trained: bool,
+    frozen_copy: bool,
 ) -> Memory:
-    """Memory of one device without splitting.
+    """Returns the memory of a run on one device without sharding.
 
     Args:
-        mode: ``full`` (fp32 master weights), ``lora`` (frozen base in the compute precision) or ``qlora`` (in 4 bits).
-        precision: of the computation, ``fp32`` or ``bf16``.
-        tokens: of one micro-batch, all roles and padding together.
-        answer_tokens: of them, those whose logits are kept.
-        copies_trained: whether a frozen copy of what trains is held as the reference.
+        size: The model.
+        mode: ``full`` (float32 master weights), ``lora`` (frozen base in the compute precision) or ``qlora`` (base
+            in 4 bits).
+        precision: Compute precision, ``fp32`` or ``bf16``.
+        tokens: Tokens of one micro-batch, over all roles and including padding.
+        answer_tokens: The number of those tokens whose logits are computed.
+        checkpointing: Whether gradient checkpointing is on.
+        frozen_copy: Whether the reference is a frozen copy of the trainable parameters.
     """
-    size = 4 if precision == "fp32" else 2
-    base_bytes = {"full": 4.0, "lora": float(size), "qlora": 0.55}[mode]
-    frozen = shape.parameters if mode == "full" else shape.parameters - shape.trained
-    weights = frozen * base_bytes + (0 if mode == "full" else 4 * shape.trained)
-    scale = size / 2
-    layer = ACTIVATION_BYTES * tokens * shape.hidden_size * scale
-    kept = shape.layers * tokens * shape.hidden_size * size + layer if checkpointing else shape.layers * layer
-    logits = answer_tokens * shape.vocabulary * (size + 8)  # and a float32 copy with its gradient
+    bytes_per_value = 4 if precision == "fp32" else 2
+    base_bytes = {"full": 4.0, "lora": float(bytes_per_value), "qlora": 0.55}[mode]
+    frozen = size.parameters if mode == "full" else size.parameters - size.trained
+    weights = frozen * base_bytes + (0 if mode == "full" else 4 * size.trained)
+    scale = bytes_per_value / 2
+    layer_activations = ACTIVATION_BYTES * tokens * size.hidden_size * scale
+    if checkpointing:
+        activations = size.layers * tokens * size.hidden_size * bytes_per_value + layer_activations
+    else:
+        activations = size.layers * layer_activations
+    logits = answer_tokens * size.vocabulary * (bytes_per_value + 8)  # with a float32 copy and its gradient
     return Memory(
         weights=weights,
-        gradients=4.0 * shape.trained,
-        optimizer=8.0 * shape.trained,  # AdamW's two moments
-        reference=4.0 * shape.trained if copies_trained else 0.0,
-        activations=kept + logits,
+        gradients=4.0 * size.trained,
+        optimizer=8.0 * size.trained,  # the two moments of AdamW
+        reference=4.0 * size.trained if frozen_copy else 0.0,
+        activations=activations + logits,
     )

@@ -1,6 +1,6 @@
-"""One pass of a batch through a model: logits where an answer token is predicted, hidden states of the layers that a loss uses.
+"""One forward pass of a batch: logits at the positions that a loss uses, and the hidden states of selected layers.
 
-Nothing is run twice: questions on one image share it (`packing`), and no logits are made for what no loss reads.
+Questions on one image can share its tokens (see `packing`), and no logits are computed for positions that no loss uses.
 """
 
 from __future__ import annotations
@@ -21,196 +21,213 @@ from vlm_unlearn.methods import Method
 from vlm_unlearn.models.layout import decoder_layers, get_base_model, layout_of
 from vlm_unlearn.training.batch_merge import NON_MODEL_KEYS
 from vlm_unlearn.training.packing import Packing, find_packing, packed_batch, prefix_sharing_unsupported_reason
-from vlm_unlearn.training.shared_attention import NAME
+from vlm_unlearn.training.shared_attention import ATTENTION_IMPLEMENTATION
 
-CHUNK = 1024  # tokens whose logits are held in float32 at a time
+CHUNK = 1024  # number of positions whose logits are held in float32 at a time
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What one pass of a batch through a model gave."""
+class ForwardOutput:
+    """The output of one forward pass over a batch of B samples and S positions, with vocabulary V and hidden size H."""
 
-    wanted: Tensor  # [B, S] bool, the positions that have logits
-    logits: Tensor  # [N, V] at the wanted positions, row after row
-    labels: Tensor  # [B, S]
+    logit_mask: Tensor  # [B, S] bool, the positions whose logits were computed
+    logits: Tensor  # [N, V] at the N positions of `logit_mask`, row by row
+    labels: Tensor  # [B, S], unshifted, -100 where ignored
     hidden: Mapping[int, Tensor]  # [B, S, H] by decoder layer
 
     @cached_property
     def answer_nll(self) -> tuple[Tensor, Tensor]:
-        """``(nll_sum [B], tokens [B])`` of the answers."""
-        predicts = answer_mask(self.labels)
-        targets = self.labels.roll(-1, dims=1).masked_fill(~predicts, IGNORED)[self.wanted]
-        nll: Tensor = _AnswerNLL.apply(self.logits, targets)  # type: ignore[no-untyped-call]
-        rows = self.wanted.nonzero()[:, 0]
-        return nll.new_zeros(len(self.labels)).index_add(0, rows, nll), predicts.sum(dim=1)
+        """The answers' negative log-likelihood, ``(nll_sum [B], tokens [B])`` as in `losses.answer_nll`."""
+        mask = answer_mask(self.labels)
+        targets = self.labels.roll(-1, dims=1).masked_fill(~mask, IGNORED)[self.logit_mask]
+        nll: Tensor = _TokenNLL.apply(self.logits, targets)  # type: ignore[no-untyped-call]
+        rows = self.logit_mask.nonzero()[:, 0]
+        return nll.new_zeros(len(self.labels)).index_add(0, rows, nll), mask.sum(dim=1)
 
     @cached_property
     def columns(self) -> Tensor:
-        """[K] from the first wanted position of any row to one behind the last one."""
-        found = self.wanted.any(dim=0).nonzero()
-        first, last = (int(found.min()), min(int(found.max()) + 1, self.wanted.shape[1] - 1)) if len(found) else (0, 0)
-        return torch.arange(first, last + 1, device=self.wanted.device)
+        """The columns [K] of `padded_logits`: from the first position with logits in any row to one past the last."""
+        positions = self.logit_mask.any(dim=0).nonzero()
+        first = last = 0
+        if len(positions):
+            first, last = int(positions.min()), min(int(positions.max()) + 1, self.logit_mask.shape[1] - 1)
+        return torch.arange(first, last + 1, device=self.logit_mask.device)
 
-    def block(self) -> Tensor:
-        """[B, K, V] logits at `columns`; zeros where none are wanted."""
-        wanted = self.wanted[:, self.columns]
-        return self.logits.new_zeros(*wanted.shape, self.logits.shape[-1]).index_put((wanted,), self.logits)
+    def padded_logits(self) -> Tensor:
+        """Returns the logits at `columns` as [B, K, V], zeros at positions whose logits were not computed."""
+        mask = self.logit_mask[:, self.columns]
+        return self.logits.new_zeros(*mask.shape, self.logits.shape[-1]).index_put((mask,), self.logits)
 
-    def parted(self, shapes: Sequence[tuple[int, int]]) -> list[Forward]:
-        """What the pass gave for each of the batches that were joined, of B rows and S positions."""
-        counts = [rows for rows, _ in shapes]
-        wanted, labels = torch.split(self.wanted, counts), torch.split(self.labels, counts)
-        logits = torch.split(self.logits, torch.stack([part.sum() for part in wanted]).tolist())
-        hidden = {layer: torch.split(states, counts) for layer, states in self.hidden.items()}
+    def split(self, batch_shapes: Sequence[tuple[int, int]]) -> list[ForwardOutput]:
+        """Splits the output of a merged batch into the outputs of its batches.
+
+        Args:
+            batch_shapes: The number of rows and positions of each batch, in the order in which they were merged.
+        """
+        rows = [count for count, _ in batch_shapes]
+        masks, labels = torch.split(self.logit_mask, rows), torch.split(self.labels, rows)
+        logits = torch.split(self.logits, torch.stack([mask.sum() for mask in masks]).tolist())
+        hidden = {layer: torch.split(states, rows) for layer, states in self.hidden.items()}
         return [
-            Forward(
-                wanted[n][:, :width],
-                logits[n],
-                labels[n][:, :width],
-                {layer: parts[n][:, :width] for layer, parts in hidden.items()},
+            ForwardOutput(
+                masks[index][:, :width],
+                logits[index],
+                labels[index][:, :width],
+                {layer: states[index][:, :width] for layer, states in hidden.items()},
             )
-            for n, (_, width) in enumerate(shapes)
+            for index, (_, width) in enumerate(batch_shapes)
         ]
 
 
-class _AnswerNLL(torch.autograd.Function):
-    """[N] float32 negative log-likelihoods of targets [N], 0 where they are ignored, from logits [N, V] of any precision.
+class _TokenNLL(torch.autograd.Function):
+    """Computes float32 negative log-likelihoods [N] of targets [N], 0 where ignored, from logits [N, V].
 
-    Nothing of the vocabulary's size is kept but the logits; float32 copies are made of `CHUNK` rows at a time. PyTorch's cross-entropy
-    would keep one of all rows, and its gradient is another.
+    Saves nothing of the vocabulary's size for the backward pass except the logits, and makes float32 copies of only
+    `CHUNK` rows at a time. PyTorch's cross-entropy keeps one such copy of all rows and allocates another for its
+    gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
-        parts = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
+        chunks = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
         return torch.cat(
-            [F.cross_entropy(part.float(), target, ignore_index=IGNORED, reduction="none") for part, target in parts]
+            [F.cross_entropy(chunk.float(), target, ignore_index=IGNORED, reduction="none") for chunk, target in chunks]
         )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
         weights = gradients[0].masked_fill(targets == IGNORED, 0.0)[:, None]
-        found = torch.empty_like(logits)
-        for part, target, weight, gradient in zip(
-            *(torch.split(each, CHUNK) for each in (logits, targets, weights, found)), strict=True
-        ):
-            probabilities = gradient if gradient.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
-            torch.softmax(part, dim=-1, dtype=torch.float32, out=probabilities)
+        logits_gradient = torch.empty_like(logits)
+        tensors = (logits, targets, weights, logits_gradient)
+        for chunk, target, weight, gradient in zip(*(torch.split(tensor, CHUNK) for tensor in tensors), strict=True):
+            in_place = gradient.dtype == torch.float32
+            probabilities = gradient if in_place else torch.empty_like(chunk, dtype=torch.float32)
+            torch.softmax(chunk, dim=-1, dtype=torch.float32, out=probabilities)
             probabilities.mul_(weight).scatter_add_(1, target[:, None].clamp(min=0), -weight)
-            if probabilities is not gradient:
+            if not in_place:
                 gradient.copy_(probabilities)
-        return found, None
+        return logits_gradient, None
 
 
 def forward(
     model: nn.Module,
     batch: Batch,
-    layers: Sequence[int] = (),
-    wanted: Tensor | None = None,
+    hidden_layers: Sequence[int] = (),
+    logit_mask: Tensor | None = None,
     packing: Packing | None = None,
-    stop: bool = False,
-) -> Forward:
-    """Runs a batch [B, S] through the model.
+    stop_after_last_hidden_layer: bool = False,
+) -> ForwardOutput:
+    """Runs a batch of B samples and S positions through the model.
 
     Args:
-        layers: the decoder layers whose outputs are kept, by number.
-        wanted: [B, S] bool, where logits are wanted; None: where an answer token is next.
-        packing: that of the batch (`packing_of`); None runs each question with its image.
-        stop: leave out decoder layers above the last of `layers`, if none is cut up among processes, and all logits.
+        model: The model, which DDP, FSDP, DeepSpeed or PEFT may wrap.
+        batch: As `UnlearningCollator.encode` returns it.
+        hidden_layers: The decoder layers whose outputs are returned, by number, 0 the first.
+        logit_mask: [B, S] bool, the positions whose logits are computed. None selects the positions before an
+            answer token.
+        packing: The batch's packing from `packing_of`. None runs each question with its image.
+        stop_after_last_hidden_layer: Computes no logits and skips the decoder layers above the last of `hidden_layers`.
+            Layers are not skipped if FSDP or ZeRO-3 shards them.
     """
     labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
-    wanted = answer_mask(labels) if wanted is None else wanted
-    if stop:
-        wanted = torch.zeros_like(wanted)
-    inner = get_base_model(getattr(model, "module", model))
+    logit_mask = answer_mask(labels) if logit_mask is None else logit_mask
+    if stop_after_last_hidden_layer:
+        logit_mask = torch.zeros_like(logit_mask)
+    base = get_base_model(getattr(model, "module", model))
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
-    places = wanted.flatten().nonzero()[:, 0]
+    positions = logit_mask.flatten().nonzero()[:, 0]
     if packing is not None:
-        inputs = {**packed_batch(inputs, packing, batch["images"], _positions(inner, inputs)), **_seen(inner, packing)}
-        places = packing.place[wanted]
-    with _capture_hidden_states(inner, layers, stop) as seen, _logits_at(inner, places):
+        packed = packed_batch(inputs, packing, batch["images"], _position_ids(base, inputs))
+        inputs = {**packed, **_attention_inputs(base, packing)}
+        positions = packing.packed_index[logit_mask]
+    with (
+        _capture_hidden_states(base, hidden_layers, stop_after_last_hidden_layer) as captured,
+        _logits_at(base, positions),
+    ):
         logits = model(**inputs, use_cache=False).logits[0]
-    hidden = {layer: states if packing is None else packing.unpack(states) for layer, states in seen.items()}
-    return Forward(wanted, logits, labels, hidden)
+    hidden = {layer: states if packing is None else packing.unpack(states) for layer, states in captured.items()}
+    return ForwardOutput(logit_mask, logits, labels, hidden)
 
 
 def packing_of(model: nn.Module, batch: Batch, method: Method) -> Packing | None:
-    """How questions of a batch, padded on the right, share their images (``images`` [B]); None where they don't.
+    """Returns how the questions of a batch share their images, or None if they do not.
 
-    The model may be wrapped. A sliding window counts positions of the packed sequence: nothing is packed that could reach it.
+    Args:
+        model: The model, which may be wrapped.
+        batch: A batch padded on the right. Its ``images`` [B] contains a key for each image.
+        method: Some methods do not support prefix sharing.
     """
-    inner: Any = get_base_model(getattr(model, "module", model))
-    if (
-        "images" not in batch
-        or "pixel_values" not in batch
-        or prefix_sharing_unsupported_reason(inner, method, _attention(inner)) is not None
-    ):
+    base: Any = get_base_model(getattr(model, "module", model))
+    if "images" not in batch or "pixel_values" not in batch:
         return None
-    window = getattr(inner.config.get_text_config(), "sliding_window", None)
+    if prefix_sharing_unsupported_reason(base, method, _attention_implementation(base)) is not None:
+        return None
+    window = getattr(base.config.get_text_config(), "sliding_window", None)
     if window and batch["input_ids"].shape[1] > window:
-        return None
-    return find_packing(
-        batch["input_ids"], batch["attention_mask"].bool(), batch["images"], inner.config.image_token_id
-    )
+        return None  # a sliding window would count the positions of the packed sequence
+    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], base.config.image_token_id)
 
 
-def _positions(inner: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """[B, S] or, where the family has several axes, [3, B, S] position ids of the unpacked batch."""
+def _position_ids(base: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Returns the position ids of the unpacked batch: [B, S], or [3, B, S] for families with three position axes."""
     if "image_grid_thw" in inputs:
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        positions: Tensor = inner.model.get_rope_index(**{name: inputs[name] for name in names})[0]
+        positions: Tensor = base.model.get_rope_index(**{name: inputs[name] for name in names})[0]
         return positions
     rows, width = inputs["input_ids"].shape
     return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
 
 
-def _seen(inner: Any, packing: Packing) -> dict[str, Any]:
-    """What tells the model's attention which positions of a packed sequence see which."""
-    if _attention(inner) == "flex_attention":
+def _attention_inputs(base: Any, packing: Packing) -> dict[str, Any]:
+    """Returns the model inputs that restrict attention within a packed sequence."""
+    if _attention_implementation(base) == "flex_attention":
         return {"attention_mask": packing.block_mask()}
-    # For good: gradient checkpointing computes attention again in the backward pass. Of what isn't packed it makes no difference.
-    inner.config.get_text_config()._attn_implementation = NAME
-    nothing = torch.zeros(
-        1, 1, 1, 1, dtype=inner.dtype, device=inner.device
-    )  # a mask of four dimensions is left as it is
-    return {"attention_mask": nothing, "parts": packing.parts}
+    # Not reset afterwards: gradient checkpointing re-runs attention in backward. Unpacked batches fall through to SDPA.
+    base.config.get_text_config()._attn_implementation = ATTENTION_IMPLEMENTATION
+    # transformers passes a mask of four dimensions on unchanged, and `shared_attention` ignores it.
+    unused_mask = torch.zeros(1, 1, 1, 1, dtype=base.dtype, device=base.device)
+    return {"attention_mask": unused_mask, "attention_segments": packing.attention_segments}
 
 
-def _attention(inner: Any) -> str:
-    """transformers' name of how the language model computes attention."""
-    name: str = inner.config.get_text_config()._attn_implementation
+def _attention_implementation(base: Any) -> str:
+    name: str = base.config.get_text_config()._attn_implementation
     return name
 
 
 @contextmanager
-def _capture_hidden_states(inner: nn.Module, numbers: Sequence[int], stop: bool) -> Iterator[dict[int, Tensor]]:
-    seen: dict[int, Tensor] = {}
+def _capture_hidden_states(
+    base: nn.Module, layers: Sequence[int], stop_after_last_hidden_layer: bool
+) -> Iterator[dict[int, Tensor]]:
+    """Yields a dict that the forward pass fills with the outputs of the selected decoder layers."""
+    captured: dict[int, Tensor] = {}
 
-    def keeping(number: int) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen[number] = output[0] if isinstance(output, tuple) else output
+    def capture_as(layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            captured[layer] = output[0] if isinstance(output, tuple) else output
 
-        return keep
+        return hook
 
-    with ExitStack() as undo:
-        for number in numbers:
-            undo.callback(decoder_layers(inner)[number].register_forward_hook(keeping(number)).remove)
-        if stop:
-            undo.enter_context(_truncated_decoder(inner, max(numbers) + 1))
-        yield seen
+    with ExitStack() as cleanup:
+        for layer in layers:
+            cleanup.callback(decoder_layers(base)[layer].register_forward_hook(capture_as(layer)).remove)
+        if stop_after_last_hidden_layer:
+            cleanup.enter_context(_truncated_decoder(base, max(layers) + 1))
+        yield captured
 
 
 @contextmanager
-def _truncated_decoder(inner: nn.Module, count: int) -> Iterator[None]:
-    """Leaves the language model its first `count` decoder layers; all of them where FSDP or ZeRO-3 prepares each for the next."""
-    path, _, name = layout_of(inner).layers.rpartition(".")
-    parent, layers = inner.get_submodule(path), decoder_layers(inner)
-    cut_up = hasattr(layers[0], "set_requires_gradient_sync") or any(
-        hasattr(parameter, "ds_id") for parameter in layers.parameters()
-    )
-    setattr(parent, name, layers if cut_up else layers[:count])
+def _truncated_decoder(base: nn.Module, count: int) -> Iterator[None]:
+    """Removes all but the first `count` decoder layers for the duration of the block.
+
+    Keeps all layers if FSDP or ZeRO-3 shards them, since each prefetches the parameters of the next layer.
+    """
+    path, _, name = layout_of(base).layers.rpartition(".")
+    parent, layers = base.get_submodule(path), decoder_layers(base)
+    fsdp = hasattr(layers[0], "set_requires_gradient_sync")
+    zero3 = any(hasattr(parameter, "ds_id") for parameter in layers.parameters())
+    setattr(parent, name, layers if fsdp or zero3 else layers[:count])
     try:
         yield
     finally:
@@ -218,13 +235,13 @@ def _truncated_decoder(inner: nn.Module, count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _logits_at(inner: Any, places: Tensor) -> Iterator[None]:
-    """Makes the model's logits [1, N, V] those of N places, counted through the whole batch, instead of all [B, S, V]."""
+def _logits_at(base: Any, positions: Tensor) -> Iterator[None]:
+    """Makes the model return logits [1, N, V] at N positions of the flattened batch instead of all [B, S, V]."""
 
-    def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0].flatten(0, 1)[places][None],)
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0].flatten(0, 1)[positions][None],)
 
-    hook = inner.get_output_embeddings().register_forward_pre_hook(pick)
+    hook = base.get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:

@@ -1,8 +1,10 @@
-"""Packs questions on one image into one sequence: the image and what stands before the questions is run once for all of them.
+"""Prefix sharing: packs the questions on one image into one sequence, so that their common prefix runs once.
 
-The packed sequence has no padding: each image's shared beginning, followed by what each question on it has of its own. Attention lets a
-rest see its beginning and itself, and positions count on from the beginning, so that each question sees exactly what it sees alone: loss
-and gradients are the same up to rounding. (With dropout, what questions share is dropped for all of them alike.)
+The packed sequence has no padding. It contains, for each image, the prefix that its questions share (the image and
+the text before the questions), followed by the suffix of each question. Each suffix attends to its own prefix and
+causally to itself, and position ids continue from the prefix. Every question therefore gets the same attention as
+in an unpacked batch, and loss and gradients are equal up to rounding. With dropout, the questions of a prefix share
+its dropout mask.
 """
 
 from __future__ import annotations
@@ -18,165 +20,193 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.methods import Method
 from vlm_unlearn.models.layout import layout_of
-from vlm_unlearn.training.shared_attention import NAME, Parts
+from vlm_unlearn.training.shared_attention import ATTENTION_IMPLEMENTATION, AttentionSegments
 
-NO_IMAGE = -1  # the image key of a row without one
-WORTH = 0.9  # of a batch's positions at most, padding included, or packing it isn't worth its trouble
-PACKS = ("sdpa", NAME, "flex_attention")  # attention that packed sequences can have
+NO_IMAGE = -1  # the image key of a row without an image
+MAX_PACKED_FRACTION = 0.9  # pack only if the packed sequence is at most 90 % of the padded batch
+SUPPORTED_ATTENTION = ("sdpa", ATTENTION_IMPLEMENTATION, "flex_attention")
 
-Pack = tuple[Sequence[int], int]  # rows of a batch, and how many tokens they begin with alike
+
+@dataclass(frozen=True)
+class _PrefixGroup:
+    """Rows of a batch that start with the same tokens."""
+
+    rows: Sequence[int]
+    prefix_length: int  # the length of the only row if there is one
 
 
 def prefix_sharing_unsupported_reason(model: nn.Module, method: Method, attention: str) -> str | None:
-    """What keeps questions on one image from sharing it, in a few words; None where they do.
+    """Returns in a few words why questions on one image cannot share it, or None if they can.
 
     Args:
-        model: of transformers, no wrapper around it.
-        attention: transformers' name of how attention is computed.
+        model: A transformers model without a wrapper.
+        method: The unlearning method.
+        attention: transformers' name of the attention implementation.
     """
     if not layout_of(model).supports_prefix_sharing:
         return f"not with models of the family {model.config.model_type}"  # type: ignore[union-attr]
-    if attention not in PACKS:
+    if attention not in SUPPORTED_ATTENTION:
         return f"not with {attention}"
     if method.paper_compat and (method.hidden_layers or method.full_logit_roles):
-        return "not with paper_compat: true, which counts padding"  # of which packed sequences have none
+        return "not with paper_compat: true, which counts padding"  # packed sequences have no padding
     return None
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each position of a batch stands in its packed form, a sequence of N positions."""
+    """Maps the positions of a batch [B, S] to a packed sequence of N positions with G prefixes."""
 
-    place: Tensor  # [B, S], anywhere for padding
-    first: Tensor  # [G] the row that each beginning takes its image from
-    segment: Tensor  # [2, N] the number of the image, and 0 on its shared beginning, 1, 2, ... on the rests
-    parts: Parts  # the same as `shared_attention` needs it
+    packed_index: Tensor  # [B, S] the packed position of each position, arbitrary for padding
+    image_rows: Tensor  # [G] the row whose image each prefix uses
+    segment_ids: Tensor  # [2, N] the number of the prefix, and 0 within the prefix or 1, 2, ... within its suffixes
+    attention_segments: AttentionSegments  # the same segments as `shared_attention` uses them
 
-    def pack(self, values: Tensor, real: Tensor) -> Tensor:
-        """[1, N, ...] of a tensor [B, S, ...].
+    def pack(self, values: Tensor, is_token: Tensor) -> Tensor:
+        """Packs a tensor [B, S, ...] into [1, N, ...].
 
         Args:
-            real: [B, S] bool, False on padding.
+            values: One entry per position of the batch.
+            is_token: [B, S] bool, False on padding.
         """
-        packed = values.new_zeros(self.segment.shape[1], *values.shape[2:])
-        packed[self.place[real]] = values[real]
+        packed = values.new_zeros(self.segment_ids.shape[1], *values.shape[2:])
+        packed[self.packed_index[is_token]] = values[is_token]
         return packed[None]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[B, S, ...] of a packed tensor [1, N, ...]; what stands on padding means nothing."""
-        found: Tensor = packed[0][self.place]
-        return found
+        """Unpacks a tensor [1, N, ...] into [B, S, ...]. Entries on padding are meaningless."""
+        unpacked: Tensor = packed[0][self.packed_index]
+        return unpacked
 
     def block_mask(self) -> Any:
-        """The same for FlexAttention, a BlockMask: blocks in which no position sees another are not computed."""
+        """Returns the same attention pattern as a BlockMask for FlexAttention, which skips fully masked blocks."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        group, part = self.segment.unbind()
+        prefix, suffix = self.segment_ids.unbind()
 
-        def sees(_sequence: Tensor, _head: Tensor, by: Tensor, seen: Tensor) -> Tensor:
-            return (by >= seen) & (group[by] == group[seen]) & ((part[seen] == 0) | (part[seen] == part[by]))
+        def attends(_sequence: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same_suffix = (suffix[key] == 0) | (suffix[key] == suffix[query])
+            return (query >= key) & (prefix[query] == prefix[key]) & same_suffix
 
-        return create_block_mask(sees, 1, None, len(part), len(part), device=str(part.device))
+        return create_block_mask(attends, 1, None, len(prefix), len(prefix), device=str(prefix.device))
 
 
-def find_packing(ids: Tensor, real: Tensor, images: Tensor, image_token: int) -> Packing | None:
-    """How to pack a batch, or None where that would save little.
+def find_packing(ids: Tensor, is_token: Tensor, images: Tensor, image_token: int) -> Packing | None:
+    """Returns how to pack a batch, or None if that would save less than a tenth of its positions.
 
     Args:
         ids: [B, S] token ids, padded on the right.
-        real: [B, S] bool, False on padding.
+        is_token: [B, S] bool, False on padding.
         images: [B] the same number for the same image, `NO_IMAGE` for none.
-        image_token: the id of an image's tokens; rows that share an image but have text before it that differs stay apart.
+        image_token: The id of an image's tokens. Rows on one image stay separate if the text before the image differs.
     """
     device = ids.device
-    ids, keys, lengths = (
-        ids.cpu(),
-        images.tolist(),
-        real.sum(dim=1).tolist(),
-    )  # many small questions, which a GPU would be asked one by one
-    rows_of: dict[int, list[int]] = {}
+    # On the CPU: the many small lookups below would each synchronize with a GPU.
+    ids, keys, lengths = ids.cpu(), images.tolist(), is_token.sum(dim=1).tolist()
+    rows_by_image: dict[int, list[int]] = {}
     for row, key in enumerate(keys):
-        rows_of.setdefault(key if key != NO_IMAGE else -2 - row, []).append(row)
-    packs: list[Pack] = []
-    for rows in rows_of.values():
-        shared = _shared(ids, rows, lengths) if len(rows) > 1 else 0
-        whole = all(
-            int((ids[row, :shared] == image_token).sum()) == int((ids[row] == image_token).sum()) for row in rows
+        rows_by_image.setdefault(key if key != NO_IMAGE else -2 - row, []).append(row)
+    groups: list[_PrefixGroup] = []
+    for rows in rows_by_image.values():
+        prefix_length = _common_prefix_length(ids, rows, lengths) if len(rows) > 1 else 0
+        image_in_prefix = all(
+            int((ids[row, :prefix_length] == image_token).sum()) == int((ids[row] == image_token).sum()) for row in rows
         )
-        packs += [(rows, shared)] if len(rows) > 1 and whole else [([row], lengths[row]) for row in rows]
-    size = sum(shared + sum(lengths[row] - shared for row in rows) for rows, shared in packs)
-    return _lay_out(ids, packs, lengths, size, device) if size <= WORTH * ids.numel() else None
+        if len(rows) > 1 and image_in_prefix:
+            groups.append(_PrefixGroup(rows, prefix_length))
+        else:
+            groups.extend(_PrefixGroup([row], lengths[row]) for row in rows)
+    size = sum(group.prefix_length + sum(lengths[row] - group.prefix_length for row in group.rows) for group in groups)
+    if size > MAX_PACKED_FRACTION * ids.numel():
+        return None
+    return _build_packing(ids, groups, lengths, size, device)
 
 
-def _shared(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
-    """Tokens that all rows begin with, less than any row has."""
+def _common_prefix_length(ids: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> int:
+    """Returns how many tokens all rows have in common at their start, less than the length of any row."""
     limit = min(lengths[row] for row in rows) - 1
-    alike = (ids[list(rows), :limit] == ids[rows[0], :limit]).all(dim=0)
-    return limit if bool(alike.all()) else int((~alike).int().argmax())
+    equal = (ids[list(rows), :limit] == ids[rows[0], :limit]).all(dim=0)
+    return limit if bool(equal.all()) else int((~equal).int().argmax())
 
 
-def _lay_out(ids: Tensor, packs: Sequence[Pack], lengths: Sequence[int], size: int, device: torch.device) -> Packing:
-    place = (
-        torch.arange(ids.numel()).view_as(ids) % size
-    )  # not one place for all padding, whose gradients a GPU would add one by one
-    segment = torch.zeros(2, size, dtype=torch.long)
-    every = torch.arange(size)
+def _build_packing(
+    ids: Tensor, groups: Sequence[_PrefixGroup], lengths: Sequence[int], size: int, device: torch.device
+) -> Packing:
+    """Assigns packed positions to the prefixes and suffixes of all groups, one group after the other."""
+    # Padding is spread over all packed positions: a GPU would add the gradients of a single position one by one.
+    packed_index = torch.arange(ids.numel()).view_as(ids) % size
+    segment_ids = torch.zeros(2, size, dtype=torch.long)
+    positions = torch.arange(size)
     end = 0
-    for number, (rows, shared) in enumerate(packs):
-        start = end
-        end += shared
-        segment[0, start:] = number
-        for own, row in enumerate(rows, start=1):
-            rest = lengths[row] - shared
-            place[row, :shared] = every[start : start + shared]
-            place[row, shared : lengths[row]] = every[end : end + rest]
-            segment[1, end : end + rest] = own
-            end += rest
-    first = torch.tensor([rows[0] for rows, _ in packs])
-    return Packing(place.to(device), first.to(device), segment.to(device), _parts(segment).to(device))
+    for group_number, group in enumerate(groups):
+        start, prefix_length = end, group.prefix_length
+        end += prefix_length
+        segment_ids[0, start:] = group_number
+        for suffix_number, row in enumerate(group.rows, start=1):
+            suffix_length = lengths[row] - prefix_length
+            packed_index[row, :prefix_length] = positions[start : start + prefix_length]
+            packed_index[row, prefix_length : lengths[row]] = positions[end : end + suffix_length]
+            segment_ids[1, end : end + suffix_length] = suffix_number
+            end += suffix_length
+    image_rows = torch.tensor([group.rows[0] for group in groups])
+    segments = _attention_segments(segment_ids)
+    return Packing(packed_index.to(device), image_rows.to(device), segment_ids.to(device), segments.to(device))
 
 
-def _parts(segment: Tensor) -> Parts:
-    group, part = segment.unbind()
-    new = torch.ones_like(part, dtype=torch.bool)
-    new[1:] = (segment[:, 1:] != segment[:, :-1]).any(dim=0)
-    starts = new.nonzero()[:, 0]
-    lengths = starts.diff(append=starts.new_tensor([len(part)])).tolist()
-    places = list(zip(torch.split(torch.arange(len(part)), lengths), (part[starts] > 0).tolist(), strict=True))
-    beginnings = pad_sequence([place for place, rest in places if not rest], batch_first=True, padding_value=-1)
-    tails = [place for place, rest in places if rest]
-    rests = pad_sequence(tails, batch_first=True, padding_value=-1) if tails else beginnings.new_zeros(0, 0)
-    group = group[starts[part[starts] > 0]]
-    width = rests.shape[1]
-    before = (beginnings >= 0)[group][:, None, :].expand(-1, width, -1)
-    own = torch.ones(width, width, dtype=torch.bool).tril().expand(len(rests), -1, -1)
-    laid = torch.cat([beginnings.flatten(), rests.flatten()])
-    back = torch.empty_like(part)
-    back[laid[laid >= 0]] = (laid >= 0).nonzero()[:, 0]
-    return Parts(beginnings.clamp(min=0), rests.clamp(min=0), group, torch.cat([before, own], dim=2)[:, None], back)
+def _attention_segments(segment_ids: Tensor) -> AttentionSegments:
+    """Computes the padded index tensors of `AttentionSegments` from segment ids [2, N]."""
+    prefix, suffix = segment_ids.unbind()
+    is_start = torch.ones_like(suffix, dtype=torch.bool)
+    is_start[1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]).any(dim=0)
+    starts = is_start.nonzero()[:, 0]
+    lengths = starts.diff(append=starts.new_tensor([len(suffix)])).tolist()
+    is_suffix = suffix[starts] > 0
+    segments = list(zip(torch.split(torch.arange(len(suffix)), lengths), is_suffix.tolist(), strict=True))
+    prefixes = pad_sequence(
+        [indices for indices, of_suffix in segments if not of_suffix], batch_first=True, padding_value=-1
+    )
+    suffix_list = [indices for indices, of_suffix in segments if of_suffix]
+    suffixes = (
+        pad_sequence(suffix_list, batch_first=True, padding_value=-1) if suffix_list else prefixes.new_zeros(0, 0)
+    )
+    prefix_of_suffix = prefix[starts[is_suffix]]
+    width = suffixes.shape[1]
+    prefix_mask = (prefixes >= 0)[prefix_of_suffix][:, None, :].expand(-1, width, -1)
+    causal_mask = torch.ones(width, width, dtype=torch.bool).tril().expand(len(suffixes), -1, -1)
+    concatenated = torch.cat([prefixes.flatten(), suffixes.flatten()])
+    inverse_index = torch.empty_like(suffix)
+    inverse_index[concatenated[concatenated >= 0]] = (concatenated >= 0).nonzero()[:, 0]
+    return AttentionSegments(
+        prefixes=prefixes.clamp(min=0),
+        suffixes=suffixes.clamp(min=0),
+        prefix_of_suffix=prefix_of_suffix,
+        attention_mask=torch.cat([prefix_mask, causal_mask], dim=2)[:, None],
+        inverse_index=inverse_index,
+    )
 
 
-def packed_batch(batch: Batch, packing: Packing, images: Tensor, positions: Tensor) -> Batch:
-    """The model's inputs for the packed sequence, but its mask: tokens packed, each image once.
+def packed_batch(batch: Batch, packing: Packing, images: Tensor, position_ids: Tensor) -> Batch:
+    """Returns the model inputs of the packed sequence, except its attention mask. Each image occurs once.
 
     Args:
-        batch: the unpacked inputs; where ``image_grid_thw`` [images, 3] is among them, ``pixel_values`` has a row a patch, else an image.
+        batch: The unpacked inputs. ``pixel_values`` has one row per image, or one row per patch if the batch
+            contains ``image_grid_thw`` [images, 3].
+        packing: The batch's packing.
         images: [B] image keys.
-        positions: [B, S] or [3, B, S] position ids of the unpacked batch.
+        position_ids: [B, S] or [3, B, S] position ids of the unpacked batch.
     """
-    real = batch["attention_mask"].bool()
-    with_image = images != NO_IMAGE
-    kept = (with_image.cumsum(dim=0) - 1)[packing.first[with_image[packing.first]]]  # numbers of the images that stay
+    is_token = batch["attention_mask"].bool()
+    has_image = images != NO_IMAGE
+    image_numbers = (has_image.cumsum(dim=0) - 1)[packing.image_rows[has_image[packing.image_rows]]]
     packed: Batch = {}
     for name, value in batch.items():
         if name == "pixel_values" and "image_grid_thw" in batch:
-            parts = torch.split(value, batch["image_grid_thw"].prod(dim=-1).tolist())
-            packed[name] = torch.cat([parts[number] for number in kept.tolist()])
-        elif name == "pixel_values" or value.shape[:2] != real.shape:
-            packed[name] = value[kept]
+            patches = torch.split(value, batch["image_grid_thw"].prod(dim=-1).tolist())
+            packed[name] = torch.cat([patches[number] for number in image_numbers.tolist()])
+        elif name == "pixel_values" or value.shape[:2] != is_token.shape:
+            packed[name] = value[image_numbers]
         elif name != "attention_mask":
-            packed[name] = packing.pack(value, real)
-    axes = positions if positions.dim() == 3 else positions[None]
-    together = torch.stack([packing.pack(axis, real) for axis in axes])
-    packed["position_ids"] = together if positions.dim() == 3 else together[0]
+            packed[name] = packing.pack(value, is_token)
+    axes = position_ids if position_ids.dim() == 3 else position_ids[None]
+    packed_axes = torch.stack([packing.pack(axis, is_token) for axis in axes])
+    packed["position_ids"] = packed_axes if position_ids.dim() == 3 else packed_axes[0]
     return packed

@@ -1,4 +1,4 @@
-"""Checks a recipe against its data and model before anything is written or trained, and says what it would do."""
+"""Validates a recipe against its data, its model and this machine before anything is written or trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.distributed import world_size
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.models.layout import decoder_layers, get_base_model
 from vlm_unlearn.models.loader import load_processor, model_folder, model_skeleton, resolve_precision
@@ -29,39 +29,38 @@ INSTALL = {
     "tensorboard": "pip install tensorboard",
     "wandb": "pip install wandb",
     "trackio": "pip install trackio",
-    "flash_attention_2": "pip install flash-attn",
-    "qlora": "pip install '.[quantization]'",
+    "flash_attn": "pip install flash-attn",
+    "bitsandbytes": "pip install '.[quantization]'",
 }
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """The run's name in tables: the recipe's own, else the method with ``+pd`` where prompts are decoupled."""
+    """Returns the run's name in tables: the recipe's name, or its method, with ``+pd`` for prompt decoupling."""
     return recipe.name or recipe.method.name + ("+pd" if recipe.prompt_decouple_weight > 0 else "")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe that was checked against its data and model; nothing has been written."""
+    """A recipe that was validated against its data and model. Nothing has been written."""
 
     recipe: Recipe
     method: Method
-    folder: Path  # the base model's
+    folder: Path  # of the base model
     training_set: TrainingSet
-    reference_strategy: ReferenceStrategy | None  # of reference values
+    reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
     precision: str
     model_digest: str
     data_digest: dict[str, str]
-    trainable: list[tuple[str, int, int]]  # part, trained parameters, all parameters
-    prefix_sharing_unsupported_reason: (
-        str | None
-    )  # why each question runs its own image; None: those of a batch on one image run it once
+    trainable: list[tuple[str, int, int]]  # model component, its trained parameters, all its parameters
+    prefix_sharing_unsupported_reason: str | None  # None if the questions of a batch share their images
 
     @property
     def identity(self) -> dict[str, object]:
-        """What decides the run's weights; a run folder is resumed only by the same."""
-        # Digests stand for paths; a name and what is logged or kept where change no weight. The probe's own digest comes with the probe.
+        """Everything that determines the run's weights. A run folder resumes only with the same identity."""
+        # Digests replace paths. Names, logging and caches do not change the weights. The caller adds the probe's
+        # digest.
         training = {"report_to", "feature_cache", "feature_cache_gb", "dataloader_num_workers"}
-        left_out: Any = {
+        excluded: Any = {
             "name": True,
             "output": True,
             "model": True,
@@ -69,10 +68,9 @@ class Plan:
             "training": training,
             "probe": {"suite", "root"},
         }
-        recipe = self.recipe.model_dump(mode="json", exclude=left_out)
         return {
             "kind": "train",
-            "recipe": recipe,
+            "recipe": self.recipe.model_dump(mode="json", exclude=excluded),
             "precision": self.precision,
             "engine": engine(),
             "processes": world_size(),
@@ -82,17 +80,17 @@ class Plan:
 
 
 def steps_of(recipe: Recipe, forget_examples: int, world_size: int) -> int:
-    """Optimizer steps of a run: ``max_steps``, else the passes over the forget set."""
+    """Returns the number of optimizer steps: ``max_steps``, or else the steps of the epochs over the forget set."""
     training = recipe.training
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
-    return training.max_steps or max(1, -(-int(training.num_train_epochs * forget_examples) // per_step))
+    samples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
+    return training.max_steps or max(1, -(-int(training.num_train_epochs * forget_examples) // samples_per_step))
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Checks a recipe against its data and model.
+    """Validates a recipe against its data, its model and this machine.
 
     Raises:
-        UserError: unknown method or option, a missing or broken training set, a model folder without weights, ...
+        UserError: The method or an option is unknown, the training set is broken, the model has no weights, ...
     """
     method, training_set, strategy = check_recipe(recipe)
     check_machine(recipe)
@@ -115,7 +113,7 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def sharing_unsupported_reason(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> str | None:
-    """Why questions on one image will not share it, or None."""
+    """Returns why questions on one image will not share it, or None if they will."""
     attention = recipe.training.attn_implementation
     return prefix_sharing_unsupported_reason(
         get_base_model(skeleton), method, "sdpa" if attention == "auto" else attention
@@ -123,7 +121,7 @@ def sharing_unsupported_reason(recipe: Recipe, method: Method, skeleton: PreTrai
 
 
 def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
-    """What accelerate launch says that splits the work."""
+    """Returns the engine that distributes the training, from the environment that accelerate launch sets."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return "deepspeed"
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -132,34 +130,43 @@ def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
 
 
 def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, ReferenceStrategy | None]:
-    """The recipe's method, training set and source of reference values, if they go together.
+    """Returns the recipe's method, training set and reference strategy after validating that they fit together.
 
     Raises:
-        UserError: what is wrong on any machine: options, data, wishes that don't go together.
+        UserError: An option, the data or a combination of settings is invalid on any machine.
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = read_training_set(recipe.data)
-    strategy = resolve_reference_strategy(
-        recipe.reference, method.reference_requirements, recipe.trainable.mode != "full"
-    )
-    UnlearningStream(
-        training_set, method, 1, recipe.training.seed
-    )  # refuses a set without the pairs that the method needs
+    lora = recipe.trainable.mode != "full"
+    strategy = resolve_reference_strategy(recipe.reference, method.reference_requirements, lora)
+    UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
         raise UserError(
-            "training.projector_learning_rate: the projector doesn't train; set trainable.projector=true, or leave it out"
+            "the projector is not trainable. Set trainable.projector=true, or remove this setting.",
+            code="conflicting-settings",
+            field="training.projector_learning_rate",
         )
     sharded = engine() in ("deepspeed", "fsdp")
     if sharded and recipe.trainable.projector == "sine":
-        raise UserError("trainable.projector=sine doesn't work with FSDP or DeepSpeed; use recipes/engines/ddp.yaml")
-    if sharded and recipe.probe:
-        raise UserError("probe doesn't work with FSDP or DeepSpeed; leave it out, or use recipes/engines/ddp.yaml")
-    if strategy == "copy" and engine() == "deepspeed":
-        # ZeRO-3 may hold a layer whole from one pass to the next: the reference pass would see the current weights.
-        way_out = "trainable.mode=lora" if recipe.trainable.mode == "full" else "reference=auto"
         raise UserError(
-            f"method {recipe.method.name} needs a frozen copy of what trains, which DeepSpeed hides; "
-            f"use recipes/engines/fsdp2.yaml, or {way_out}"
+            "sine does not work with FSDP or DeepSpeed. Use recipes/engines/ddp.yaml.",
+            code="unsupported-setting",
+            field="trainable.projector",
+        )
+    if sharded and recipe.probe:
+        raise UserError(
+            "a probe does not work with FSDP or DeepSpeed. Remove it, or use recipes/engines/ddp.yaml.",
+            code="unsupported-setting",
+            field="probe",
+        )
+    if strategy == "copy" and engine() == "deepspeed":
+        # ZeRO-3 may keep a layer gathered from one pass to the next: the reference pass would use the current weights.
+        alternative = "trainable.mode=lora" if recipe.trainable.mode == "full" else "reference=auto"
+        raise UserError(
+            f"method {recipe.method.name} needs a frozen copy of the trainable parameters, which DeepSpeed ZeRO-3 does "
+            f"not expose. Use recipes/engines/fsdp2.yaml, or set {alternative}.",
+            code="unsupported-setting",
+            field="reference",
         )
     return method, training_set, strategy
 
@@ -167,79 +174,95 @@ def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, ReferenceStrategy
 def check_model(
     recipe: Recipe, method: Method, training_set: TrainingSet, skeleton: PreTrainedModel
 ) -> PreTrainedModel:
-    """The skeleton with what trains marked, adapters in place; the method is told its sizes.
+    """Returns the skeleton with its trainable parameters marked and adapters added, and prepares the method for it.
 
     Raises:
-        UserError: the recipe or the data don't fit the model.
+        UserError: The recipe or the data does not fit the model.
     """
     prepared = prepare_trainable(skeleton, recipe.trainable)
     prepare_method(method, prepared, recipe.training.seed)
-    _check_text_only(recipe, method, training_set, prepared)
+    _check_examples_without_image(recipe, method, training_set, prepared)
     return prepared
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Looks whether this machine can do what the recipe asks for.
+    """Validates that this machine supports the recipe's settings.
 
     Raises:
-        UserError: a GPU or a package is missing.
+        UserError: A GPU or a package is missing.
     """
-    gpu = torch.cuda.is_available()
-    training, trainable = recipe.training, recipe.trainable
-    if trainable.mode == "qlora":
-        if not gpu:
-            raise UserError("trainable.mode=qlora needs a CUDA GPU; use trainable.mode=lora")
-        _need("bitsandbytes", "qlora", "trainable.mode=qlora")
-    if training.attn_implementation == "flex_attention" and not gpu:
-        raise UserError("training.attn_implementation=flex_attention computes no gradients on a CPU; use sdpa")
+    has_gpu = torch.cuda.is_available()
+    training, attention = recipe.training, "training.attn_implementation"
+    if recipe.trainable.mode == "qlora":
+        if not has_gpu:
+            raise UserError(
+                "qlora needs a CUDA GPU. Use trainable.mode=lora.", code="missing-gpu", field="trainable.mode"
+            )
+        _require_package("bitsandbytes", "trainable.mode", "qlora")
+    if training.attn_implementation == "flex_attention" and not has_gpu:
+        raise UserError("flex_attention computes no gradients on a CPU. Use sdpa.", code="missing-gpu", field=attention)
     if training.attn_implementation == "flash_attention_2":
-        if not gpu:
-            raise UserError("training.attn_implementation=flash_attention_2 needs a CUDA GPU; use sdpa")
+        if not has_gpu:
+            raise UserError("flash_attention_2 needs a CUDA GPU. Use sdpa.", code="missing-gpu", field=attention)
         if resolve_precision(training.precision) != "bf16":
             raise UserError(
-                "training.attn_implementation=flash_attention_2 computes in bf16; set training.precision=bf16, or use sdpa"
+                "flash_attention_2 computes in bf16. Set training.precision=bf16, or use sdpa.",
+                code="conflicting-settings",
+                field=attention,
             )
-        _need("flash_attn", "flash_attention_2", "training.attn_implementation=flash_attention_2")
+        _require_package("flash_attn", attention, "flash_attention_2")
     for name in training.report_to:
-        _need(name, name, f"training.report_to={name}")
+        _require_package(name, "training.report_to", name)
     if engine() == "deepspeed":
-        _need("deepspeed", "deepspeed", "this engine")
+        _require_package("deepspeed", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed")
 
 
-def _check_text_only(recipe: Recipe, method: Method, training_set: TrainingSet, model: PreTrainedModel) -> None:
-    """Families that take images in by cross-attention (mllama) leave those layers out where there is no image.
+def _require_package(package: str, field: str, value: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{value} needs the package {package}. Run {INSTALL[package]}.", code="missing-package", field=field
+        )
+
+
+def _check_examples_without_image(
+    recipe: Recipe, method: Method, training_set: TrainingSet, model: PreTrainedModel
+) -> None:
+    """Validates the data for families with cross-attention layers (mllama), which skip these layers without an image.
 
     Raises:
-        UserError: a set mixes examples with and without image and batches hold several, or the loss needs a layer that is left out.
+        UserError: A batch could mix examples with and without image, or the loss uses a layer that may be skipped.
     """
-    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
-    if not crossing:
+    cross_attention = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
+    if not cross_attention:
         return
+    skipped_layers = sorted(set(cross_attention) & set(method.hidden_layers))
     for role in method.roles:
-        without = [example.id for example in training_set.examples.get(role, ()) if example.image is None]
-        if (
-            without
-            and len(without) < len(training_set.examples[role])
-            and recipe.training.per_device_train_batch_size > 1
-        ):
+        examples = training_set.examples.get(role, ())
+        without_image = [example.id for example in examples if example.image is None]
+        if not without_image:
+            continue
+        if len(without_image) < len(examples) and recipe.training.per_device_train_batch_size > 1:
             raise UserError(
-                f'{training_set.folder}: {role} example "{without[0]}" has no image, others have, and this model takes no mixed '
-                "batches; set training.per_device_train_batch_size=1 (and more accumulation), or give every example of the set an image or none"
+                f"this {role} example has no image, but others have one, and this model does not accept mixed batches. "
+                "Set training.per_device_train_batch_size=1 (with more accumulation), or give every "
+                f"{role} example an image, or none.",
+                code="unsupported-setting",
+                file=training_set.folder,
+                record=without_image[0],
+                field="image",
             )
-        left_out = sorted(set(crossing) & set(method.hidden_layers))
-        if without and left_out:
+        if skipped_layers:
             raise UserError(
-                f'{training_set.folder}: {role} example "{without[0]}" has no image, and decoder layer {left_out[0]} of this model is left '
-                f"out then (cross-attention layers: {', '.join(map(str, crossing))}); choose another method.layer"
+                f"{role} example {quoted(without_image[0])} has no image, and this model skips decoder layer "
+                f"{skipped_layers[0]} without an image "
+                f"(cross-attention layers: {', '.join(map(str, cross_attention))}). "
+                f"Choose another method.{method.layer_option}.",
+                code="conflicting-settings",
+                field=f"method.{method.layer_option}",
             )
-
-
-def _need(module: str, what: str, wish: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{wish} needs the package {module}: {INSTALL[what]}")
 
 
 def prepare_method(method: Method, model: PreTrainedModel, seed: int) -> None:
-    """Tells the method the model's sizes and draws its random values."""
+    """Passes the model's sizes to the method, which draws its random values."""
     generator = torch.Generator().manual_seed(seed)
     method.prepare(model.config.get_text_config().hidden_size, len(decoder_layers(model)), generator)

@@ -1,4 +1,4 @@
-"""Says what a recipe would do, without weights and without a network."""
+"""Previews what a recipe would do, without weights and without a network."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.encoding import Processor, PromptMeter, Turn
 from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.distributed import world_size
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Role
 from vlm_unlearn.models.loader import build_skeleton, find_local_model, load_processor, read_config
 from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.models.trainable import trainable_table
 from vlm_unlearn.store import validate_same_run
-from vlm_unlearn.training.estimate import Memory, Shape, estimate
+from vlm_unlearn.training.estimate import Memory, ModelSize, estimate
 from vlm_unlearn.training.plan import check_model, check_recipe, recipe_name, sharing_unsupported_reason, steps_of
 from vlm_unlearn.training.references import ReferenceStrategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
@@ -23,68 +23,64 @@ from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 @dataclass(frozen=True)
 class Preview:
-    """What a recipe would do, as far as it can be told without weights and without a network."""
+    """What a recipe would do. ``train --plan --json`` prints these fields."""
 
     name: str
     method: str
     model: str
-    model_found: bool  # False: only its shape is known
+    model_found: bool  # False if only the shape of the model is available
     examples: dict[str, int]  # by role
-    trainable: list[tuple[str, int, int]]
+    trainable: list[tuple[str, int, int]]  # as in `Plan`
     reference: ReferenceStrategy | None
     precision: str
     processes: int
     steps: int
-    samples_per_step: int  # forget samples an optimizer step, over all processes
-    tokens_per_sample: dict[str, float]  # by role, image tokens included
-    tokens: int  # of the whole run
+    samples_per_step: int  # forget samples per optimizer step, over all processes
+    tokens_per_sample: dict[str, float]  # mean by role, including image tokens
+    tokens: int  # of the entire run
     memory: Memory
-    prefix_sharing_unsupported_reason: str | None  # why questions on one image will not share it
+    prefix_sharing_unsupported_reason: str | None  # None if the questions of a batch share their images
 
 
 def preview(recipe: Recipe) -> Preview:
-    """Resolves a recipe: what would train, on what, for how many steps, in how much memory. Loads no weights and asks no network.
+    """Returns what a recipe would train, on which data, for how many steps, and in how much memory.
+
+    Loads no weights and accesses no network.
 
     Raises:
-        UserError: what `plan` refuses, as far as it shows without weights; a model that is neither here nor known.
+        UserError: `plan` would reject the recipe, as far as this shows without weights, or the model is neither on this
+            machine nor among the models whose shape the package contains.
     """
     method, training_set, strategy = check_recipe(recipe)
     validate_same_run(recipe.output)
-    count = world_size()
-    steps = steps_of(recipe, len(training_set.examples["forget"]), count)
-    training = recipe.training
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * count
-    stream = UnlearningStream(training_set, method, steps * per_step, training.seed)
+    processes, training = world_size(), recipe.training
+    steps = steps_of(recipe, len(training_set.examples["forget"]), processes)
+    batch_size = training.per_device_train_batch_size
+    samples_per_step = batch_size * training.gradient_accumulation_steps * processes
+    stream = UnlearningStream(training_set, method, steps * samples_per_step, training.seed)
     folder = find_local_model(recipe.model)
     if folder is None and recipe.model not in PUBLISHED_CONFIGS:
         raise UserError(
-            f"model {recipe.model}: its config.json is not on this machine; download the model, or name a folder"
+            f"config.json of {quoted(recipe.model)} is not on this machine. Download the model, or pass a folder.",
+            code="model-not-found",
+            field="model",
         )
-    bare = build_skeleton(read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model](), recipe.model)
-    config = bare.config.get_text_config()
+    skeleton = build_skeleton(read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model](), recipe.model)
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
         UnlearningCollator(processor, training_set, method, training.max_length, {}).check_lengths()
-    prepared = check_model(recipe, method, training_set, bare)
+    prepared = check_model(recipe, method, training_set, skeleton)
     table = trainable_table(prepared)
-    tokens, answers = _lengths(recipe, stream, training_set, processor, bare.config)
-    shape = Shape(
-        parameters=sum(total for _, _, total in table),
-        trained=sum(trained for _, trained, _ in table),
-        hidden_size=config.hidden_size,
-        layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
-    )
-    precision = "bf16" if training.precision == "auto" else training.precision  # what a GPU gets
-    batch = training.per_device_train_batch_size * sum(tokens.values())
+    tokens, answer_tokens = _mean_lengths(recipe, stream, training_set, processor, skeleton.config)
+    precision = "bf16" if training.precision == "auto" else training.precision  # bf16 is the default of a GPU
     memory = estimate(
-        shape,
-        recipe.trainable.mode,
-        precision,
-        batch,
-        training.per_device_train_batch_size * sum(answers.values()),
-        training.gradient_checkpointing,
-        strategy == "copy",
+        size=_model_size(table, skeleton.config.get_text_config()),
+        mode=recipe.trainable.mode,
+        precision=precision,
+        tokens=batch_size * sum(tokens.values()),
+        answer_tokens=batch_size * sum(answer_tokens.values()),
+        checkpointing=training.gradient_checkpointing,
+        frozen_copy=strategy == "copy",
     )
     return Preview(
         name=recipe_name(recipe),
@@ -95,44 +91,57 @@ def preview(recipe: Recipe) -> Preview:
         trainable=table,
         reference=strategy,
         precision=precision,
-        processes=count,
+        processes=processes,
         steps=steps,
-        samples_per_step=per_step,
+        samples_per_step=samples_per_step,
         tokens_per_sample={role: round(value, 1) for role, value in tokens.items()},
-        tokens=int(steps * per_step * sum(tokens.values())),
+        tokens=int(steps * samples_per_step * sum(tokens.values())),
         memory=memory,
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, prepared),
     )
 
 
-def _lengths(
+def _model_size(table: list[tuple[str, int, int]], text_config: Any) -> ModelSize:
+    return ModelSize(
+        parameters=sum(total for _, _, total in table),
+        trained=sum(trained for _, trained, _ in table),
+        hidden_size=text_config.hidden_size,
+        layers=text_config.num_hidden_layers,
+        vocabulary=text_config.vocab_size,
+    )
+
+
+def _mean_lengths(
     recipe: Recipe,
     stream: UnlearningStream,
     training_set: TrainingSet,
     processor: Processor | None,
     config: Any,
-    most: int = 64,
+    max_samples: int = 64,
 ) -> tuple[dict[Role, float], dict[Role, float]]:
-    """Mean tokens a sample and mean answer tokens a sample by role, over the first samples of the stream.
+    """Returns the mean number of tokens and of answer tokens per sample by role, over the first samples of the stream.
 
-    Without the model's tokenizer, four characters count as a token, and an image as what the configuration says.
+    Without the model's tokenizer, four characters count as one token, and an image as the number of tokens in the
+    config.
     """
     roles = stream[0].keys()
     meter = PromptMeter(processor) if processor else None
-    image_tokens = int(getattr(config, "image_seq_length", 0))  # none where images come in by cross-attention
-    whole: dict[Role, float] = dict.fromkeys(roles, 0.0)
-    answers: dict[Role, float] = dict.fromkeys(roles, 0.0)
-    looked = min(most, len(stream))
-    for position in range(looked):
+    image_tokens = int(getattr(config, "image_seq_length", 0))  # 0 for families with cross-attention to images
+    mean_tokens: dict[Role, float] = dict.fromkeys(roles, 0.0)
+    mean_answer_tokens: dict[Role, float] = dict.fromkeys(roles, 0.0)
+    samples = min(max_samples, len(stream))
+    for position in range(samples):
         for role, example in stream[position].items():
-            answer = len(example.answer) / 4
+            answer_tokens = len(example.answer) / 4
             if meter:
                 history = tuple((turn.question, turn.answer) for turn in example.history)
                 turn = Turn(example.id, training_set.image_path(example), example.question, example.answer, history)
-                tokens, answer = meter.total_tokens(turn), meter.total_tokens(turn) - meter.prompt_tokens(turn)
+                tokens = meter.total_tokens(turn)
+                answer_tokens = tokens - meter.prompt_tokens(turn)
             else:
-                rounds = sum(len(turn.question) + len(turn.answer) for turn in example.history)
-                tokens = int((rounds + len(example.question)) / 4 + answer) + (image_tokens if example.image else 0)
-            whole[role] += min(tokens, recipe.training.max_length) / looked
-            answers[role] += answer / looked
-    return whole, answers
+                characters = sum(len(turn.question) + len(turn.answer) for turn in example.history)
+                characters += len(example.question)
+                tokens = int(characters / 4 + answer_tokens) + (image_tokens if example.image else 0)
+            mean_tokens[role] += min(tokens, recipe.training.max_length) / samples
+            mean_answer_tokens[role] += answer_tokens / samples
+    return mean_tokens, mean_answer_tokens

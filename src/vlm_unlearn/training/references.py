@@ -1,7 +1,11 @@
-"""Where values of the model as it was before training come from, without holding a second model where that can be helped.
+"""Reference values: likelihoods, logits and hidden states under the model before training, without a second model.
 
-`cache`: each sample's answer NLL is computed once before training and kept on disk. `adapter`: the model with its LoRA
-adapters disabled. `copy`: a frozen copy of the *trained* parameters only; the frozen ones are shared with the model.
+There are three strategies:
+
+- ``cache``: computes each sample's answer NLL once before training and stores it on disk.
+- ``adapter``: disables the LoRA adapters of the model in training.
+- ``copy``: keeps a frozen copy of the trainable parameters. The frozen parameters are shared with the model in
+  training.
 """
 
 from __future__ import annotations
@@ -23,100 +27,128 @@ ReferenceStrategy = Literal["cache", "adapter", "copy"]
 
 
 class ReferenceModel(Protocol):
-    """Gives the model as it was before training."""
+    """Gives access to the reference model, which has the weights from before training."""
 
     def active(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Within the block, the yielded module computes reference values, without gradient and without dropout."""
+        """Returns a context manager that yields the reference model, without gradient and without dropout.
+
+        Args:
+            model: The model in training, which may be wrapped.
+        """
 
 
 def resolve_reference_strategy(
-    wanted: Literal["auto", "cache", "adapter", "copy"], needs: Sequence[ReferenceRequirement], lora: bool
+    setting: Literal["auto", "cache", "adapter", "copy"], requirements: Sequence[ReferenceRequirement], lora: bool
 ) -> ReferenceStrategy | None:
-    """The source that costs least memory, or the one asked for; None when the method needs no reference.
+    """Returns the strategy of a recipe. ``auto`` resolves to the one that needs the least memory.
+
+    Args:
+        setting: The recipe's ``reference``.
+        requirements: The reference values that the method needs. The strategy is None if it needs none.
+        lora: Whether the model trains adapters.
 
     Raises:
-        UserError: the source asked for can't give what the method needs.
+        UserError: The strategy does not provide the values that the method needs.
     """
-    if not needs:
+    if not requirements:
         return None
-    only_nll = all(isinstance(need, ReferenceNLL) for need in needs)
-    if wanted == "auto":
+    only_nll = all(isinstance(requirement, ReferenceNLL) for requirement in requirements)
+    if setting == "auto":
         return "cache" if only_nll else "adapter" if lora else "copy"
-    if wanted == "cache" and not only_nll:
-        what = "logits" if any(isinstance(need, ReferenceLogits) for need in needs) else "hidden states"
-        raise UserError(f"reference: cache holds one NLL a sample, and this method needs {what}; use reference=auto")
-    if wanted == "adapter" and not lora:
-        raise UserError("reference: adapter needs trainable.mode=lora; use reference=auto")
-    return wanted
+    if setting == "cache" and not only_nll:
+        logits = any(isinstance(requirement, ReferenceLogits) for requirement in requirements)
+        raise UserError(
+            f"cache stores one NLL per sample, but this method needs {'logits' if logits else 'hidden states'}. "
+            "Set reference=auto.",
+            code="conflicting-settings",
+            field="reference",
+        )
+    if setting == "adapter" and not lora:
+        raise UserError(
+            "adapter needs trainable.mode=lora. Set reference=auto.", code="conflicting-settings", field="reference"
+        )
+    return setting
 
 
 class AdapterReference:
-    """The base model under disabled adapters."""
+    """Uses the model in training with its adapters disabled."""
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        inner: Any = getattr(model, "module", model)
-        trains = {parameter: parameter.requires_grad for parameter in inner.parameters()}
-        with _as_reference(inner):
+        unwrapped: Any = getattr(model, "module", model)
+        requires_grad = {parameter: parameter.requires_grad for parameter in unwrapped.parameters()}
+        with _eval_without_grad(unwrapped):
             try:
-                with inner.disable_adapter():
-                    yield inner
-            finally:  # PEFT makes all of a module that it trains whole trainable again, what a sine is added to included
-                for parameter, trained in trains.items():
-                    parameter.requires_grad_(trained)
+                with unwrapped.disable_adapter():
+                    yield unwrapped
+            finally:
+                # PEFT makes every parameter of `modules_to_save` trainable again, even the frozen weights of a sine
+                # projector.
+                for parameter, value in requires_grad.items():
+                    parameter.requires_grad_(value)
 
 
-class CopyReference:
-    """Frozen copies of the parameters that train, exchanged with their values for the reference pass.
+class FrozenCopyReference:
+    """Swaps frozen copies of the trainable parameters into the model in training.
 
-    Each process holds copies of its own shards only, where FSDP2 has cut the parameters up.
+    Under FSDP2, each process holds copies of only its own shards.
+
+    Args:
+        model: The model before training and before any wrapper. Its trainable parameters are copied.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._frozen = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-        self._cut = False
+        self._frozen_copies = {
+            name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad
+        }
+        self._sharded = False
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        inner: nn.Module = getattr(model, "module", model)
-        trained = {name: value for name, value in inner.named_parameters() if value.requires_grad}
-        if not self._cut:
-            self._frozen = {name: _shard_like(value, trained[name]) for name, value in self._frozen.items()}
-            self._cut = True
-        with _as_reference(inner):
-            self._swap_parameters(trained)
+        unwrapped: nn.Module = getattr(model, "module", model)
+        trainable = {name: value for name, value in unwrapped.named_parameters() if value.requires_grad}
+        if not self._sharded:
+            self._frozen_copies = {
+                name: _shard_like(value, trainable[name]) for name, value in self._frozen_copies.items()
+            }
+            self._sharded = True
+        with _eval_without_grad(unwrapped):
+            self._swap_parameters(trainable)
             try:
-                yield inner
+                yield unwrapped
             finally:
-                self._swap_parameters(trained)
+                self._swap_parameters(trainable)
 
-    def _swap_parameters(self, trained: dict[str, nn.Parameter]) -> None:
-        for name, parameter in trained.items():
-            # Through `data`: the values are back before the backward pass, which must not see that they were away.
-            values, frozen = _local_shard(parameter.data), self._frozen[name]
-            held = values.clone()
+    def _swap_parameters(self, trainable: dict[str, nn.Parameter]) -> None:
+        for name, parameter in trainable.items():
+            # Swap via `.data` so that autograd's version counters do not change. The trained values are restored
+            # before backward.
+            values, frozen = _local_shard(parameter.data), self._frozen_copies[name]
+            trained_values = values.clone()
             values.copy_(frozen)
-            frozen.copy_(held)
-        torch.clear_autocast_cache()  # bf16 twins of the other values
+            frozen.copy_(trained_values)
+        torch.clear_autocast_cache()  # drop autocast's cached bf16 casts, which belong to the swapped-out weights
 
 
 def _local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    local = getattr(tensor, "to_local", None)
-    return local() if callable(local) else tensor
+    """Returns this process's shard of a DTensor, and any other tensor unchanged."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if callable(to_local) else tensor
 
 
 def _shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of `value`, cut as the parameter is."""
+    """Returns this process's shard of `value`, sharded like the parameter and on its device."""
     if not hasattr(parameter, "device_mesh"):
         return value.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
-    placed: Any = parameter
-    return _local_shard(distribute_tensor(value.to(parameter.device), placed.device_mesh, placed.placements)).clone()
+    dtensor: Any = parameter
+    return _local_shard(distribute_tensor(value.to(parameter.device), dtensor.device_mesh, dtensor.placements)).clone()
 
 
 @contextmanager
-def _as_reference(model: nn.Module) -> Iterator[None]:
+def _eval_without_grad(model: nn.Module) -> Iterator[None]:
+    """Disables gradients and dropout for the duration of the block."""
     was_training = model.training
     model.eval()
     try:
@@ -133,35 +165,42 @@ def cached_nll(
     batch_size: int,
     on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[float, int]]:
-    """Reference ``key -> (nll sum, tokens)``, read from `file` or computed with `compute` and written there.
-
-    `file` must be named by a digest of everything the values depend on.
+    """Returns ``(NLL sum, tokens)`` of each example's answer under the reference model, by `answer_key`.
 
     Args:
-        on_done: told of each batch computed: examples done, examples in all.
+        file: The cache file. Its name must be a digest of everything that the values depend on. If it does not exist,
+            the values are computed and written.
+        examples: The examples.
+        compute: Computes the values of one batch of examples.
+        batch_size: The number of examples per batch.
+        on_done: Called after each batch with the number of finished examples and of all examples.
+
+    Raises:
+        UserError: The cache file is damaged.
     """
-    with build_atomically(file.with_suffix("")) as scratch:
+    folder = file.with_suffix("")
+    with build_atomically(folder) as scratch:
         if scratch is not None:
-            values: list[list[object]] = []
+            rows: list[list[object]] = []
             for start in range(0, len(examples), batch_size):
-                part = examples[start : start + batch_size]
-                values += [[answer_key(example), *pair] for example, pair in zip(part, compute(part), strict=True)]
+                batch = examples[start : start + batch_size]
+                rows += [[answer_key(example), *values] for example, values in zip(batch, compute(batch), strict=True)]
                 if on_done:
-                    on_done(len(values), len(examples))
-            write_json(scratch / file.name, values)
+                    on_done(len(rows), len(examples))
+            write_json(scratch / file.name, rows)
     try:
-        found = {
-            str(key): (float(nll), int(tokens)) for key, nll, tokens in read_json(file.with_suffix("") / file.name)
-        }
-    except (UserError, TypeError, ValueError):
-        found = {}
-    if not found.keys() >= {answer_key(example) for example in examples}:
+        cached = {str(key): (float(nll), int(tokens)) for key, nll, tokens in read_json(folder / file.name)}
+    except (TypeError, ValueError):
+        cached = {}
+    if not cached.keys() >= {answer_key(example) for example in examples}:
         raise UserError(
-            f"{file.with_suffix('')}: reference values are damaged; delete this folder, they are made again"
+            "the cached reference values are damaged. Delete this folder to compute them again.",
+            code="invalid-cache",
+            file=folder,
         )
-    return found
+    return cached
 
 
 def answer_key(example: Example) -> str:
-    """Names an example with the answer it is given: a method may draw another one at each turn."""
+    """Returns a key for an example and its answer, since a method may change the answer from epoch to epoch."""
     return digest_json([example.id, example.answer])

@@ -1,10 +1,17 @@
-"""One training step's batches seen through the model: every value is computed once, when a method first asks for it."""
+"""Runs the batches of one training step through the current model and the reference model, each at most once.
+
+A method's loss receives a `ModelStep` and requests values from it, for example ``step.nll("forget")``:
+
+1. The first request runs the batches of all roles through the current model, in as few forward passes as possible.
+2. The first request for a reference value of a role runs the same merged batch through the reference model.
+3. Both give one `ForwardOutput` per role. The public methods read likelihoods, logits and hidden states from it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +21,49 @@ from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
 from vlm_unlearn.training.batch_merge import can_merge, merge_batches
-from vlm_unlearn.training.forward import Forward, forward, packing_of
+from vlm_unlearn.training.forward import ForwardOutput, forward, packing_of
 from vlm_unlearn.training.packing import Packing
 from vlm_unlearn.training.references import ReferenceModel
 
+Reduction = Literal["mean", "sum"]
+
 
 def count_tokens(batches: Mapping[Role, Batch]) -> dict[tuple[Role, TokenKind], int]:
-    """Real tokens and answer tokens of each role's batch."""
-    kinds: tuple[TokenKind, ...] = ("all", "answer")
-    return {(role, kind): int(_counted(batch, kind)) for role, batch in batches.items() for kind in kinds}
+    """Returns the number of tokens of each role's batch, by role and kind."""
+    kinds: tuple[TokenKind, ...] = get_args(TokenKind)
+    return {(role, kind): int(_token_count(batch, kind)) for role, batch in batches.items() for kind in kinds}
 
 
-def _counted(batch: Batch, kind: TokenKind) -> Tensor:
+def _token_count(batch: Batch, kind: TokenKind) -> Tensor:
+    """Returns the number of tokens of one kind as a scalar tensor."""
     if kind == "all":
         return batch["attention_mask"].sum()
     return (batch["labels"][:, 1:] != IGNORED).sum() if "labels" in batch else torch.tensor(0)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Roles whose batches are one pass."""
+class _MergedBatch:
+    """The batches of one or more roles, merged so that one forward pass computes all of them."""
 
     roles: Sequence[Role]
-    batch: Batch
-    wanted: Tensor  # [B, S] bool, where a loss reads logits
-    packing: Packing | None
+    batch: Batch  # the rows of all roles, in the order of `roles`
+    logit_mask: Tensor  # [B, S] bool, the positions whose logits the loss uses
+    packing: Packing | None  # how rows on one image share its tokens, None if they do not
 
 
 class ModelStep:
-    """`vlm_unlearn.methods.Step` over a model and its reference."""
+    """Implements `vlm_unlearn.methods.Step` for one micro-batch.
+
+    Args:
+        model: The model in training. DDP, FSDP or DeepSpeed may wrap it.
+        batches: The batch of each role, on the model's device.
+        method: Declares which layers, logits and reference values its loss uses.
+        reference: Gives the reference model, None if no value needs a reference forward pass.
+        token_totals: The denominators of means over tokens, by role and kind: the tokens of the entire optimizer
+            step, divided by its number of micro-batches over all processes. Every token of the step then has the
+            same weight. None takes the tokens of `batches`, so that every micro-batch has the same weight.
+        progress: Fraction of the run's optimizer steps that are complete, 0 at the first step.
+    """
 
     def __init__(
         self,
@@ -50,103 +71,130 @@ class ModelStep:
         batches: Mapping[Role, Batch],
         method: Method,
         reference: ReferenceModel | None,
-        totals: Mapping[tuple[Role, TokenKind], float] | None = None,
+        token_totals: Mapping[tuple[Role, TokenKind], float] | None = None,
         progress: float = 0.0,
     ) -> None:
-        """Args:
-        totals: tokens of the whole optimizer step, divided by its number of micro-batches over all processes; None where
-            each micro-batch weighs the same.
-        """
         self.progress = progress
         self._model = model
         self._batches = batches
         self._method = method
         self._reference = reference
-        self._totals: Mapping[tuple[Role, TokenKind], float] = totals if totals is not None else count_tokens(batches)
-        self._current_outputs_by_role: dict[Role, Forward] = {}
-        self._reference_outputs_by_role: dict[Role, Forward] = {}
-        self._groups: dict[Role, _Group] = {}  # the roles that were run in one pass
+        self._token_totals: Mapping[tuple[Role, TokenKind], float] = (
+            count_tokens(batches) if token_totals is None else token_totals
+        )
+        self._merged_batches: dict[Role, _MergedBatch] = {}  # the merged batch that contains the role
+        self._current_outputs_by_role: dict[Role, ForwardOutput] = {}
+        self._reference_outputs_by_role: dict[Role, ForwardOutput] = {}
 
-    def _current_outputs(self, role: Role) -> Forward:
+    # Forward passes
+
+    def _current_outputs(self, role: Role) -> ForwardOutput:
+        """Returns the current model's output for a role. The first call runs all roles."""
         if not self._current_outputs_by_role:
-            self._run_all()
+            for roles, stop_after_last_hidden_layer in self._plan_passes():
+                merged = self._merge(roles)
+                self._merged_batches.update(dict.fromkeys(roles, merged))
+                self._current_outputs_by_role.update(self._run(self._model, merged, stop_after_last_hidden_layer))
         return self._current_outputs_by_role[role]
 
-    def _run_all(self) -> None:
-        """Roles in one pass where their batches can be joined: a step's overheads are paid once, and DDP wants it so."""
-        with_image = {role for role, batch in self._batches.items() if "pixel_values" in batch}
-        # Images last: a pass without any doesn't use the projector, and DDP sees what is unused in the last pass.
-        roles = sorted(self._batches, key=lambda role: role in with_image)
-        short = [role for role in roles if role in self._method.truncated_forward_roles]
-        if with_image & set(short) and not with_image - set(short):
-            short = []  # a pass through all layers must be the last, and have an image
-        for stop, part in ((True, short), (False, [role for role in roles if role not in short])):
-            joined = len(part) > 1 and can_merge([self._batches[role] for role in part])
-            for group in [part] if joined else [[role] for role in part]:
-                self._run(group, stop)
+    def _reference_outputs(self, role: Role) -> ForwardOutput:
+        """Returns the reference model's output for a role.
 
-    def _run(self, roles: Sequence[Role], stop: bool) -> None:
+        Runs the reference on exactly the batch that `_current_outputs` used, with all merged roles. Before the
+        first update the two outputs are then bitwise equal. Otherwise, terms with zero or undefined gradient at
+        equality (KL, norms) would produce rounding noise that Adam turns into full-size steps.
+        """
+        self._current_outputs(role)
+        if role not in self._reference_outputs_by_role:
+            assert self._reference is not None, "the loss uses a value that is not in Method.reference_requirements"
+            requirements = self._method.reference_requirements
+            only_hidden = all(isinstance(requirement, ReferenceHidden) for requirement in requirements)
+            with self._reference.active(self._model) as reference:
+                outputs = self._run(reference, self._merged_batches[role], stop_after_last_hidden_layer=only_hidden)
+            self._reference_outputs_by_role.update(outputs)
+        return self._reference_outputs_by_role[role]
+
+    def _plan_passes(self) -> list[tuple[list[Role], bool]]:
+        """Groups the roles into forward passes of the current model.
+
+        Roles whose batches can be merged run in one pass, so that its overhead occurs once.
+
+        DDP searches the outputs of the last pass for unused parameters. The last pass must therefore use all of
+        them: it runs all decoder layers and, if any batch contains images, contains images, since text alone does
+        not use the projector.
+
+        Returns:
+            For each pass, in order: its roles, and whether it stops after the last layer whose hidden states are used.
+        """
+        roles_with_images = {role for role, batch in self._batches.items() if "pixel_values" in batch}
+        roles = sorted(self._batches, key=lambda role: role in roles_with_images)
+        truncated = [role for role in roles if role in self._method.truncated_forward_roles]
+        if roles_with_images and roles_with_images <= set(truncated):
+            truncated = []  # otherwise the last pass would be without images
+        complete = [role for role in roles if role not in truncated]
+
+        passes: list[tuple[list[Role], bool]] = []
+        for group, stop_after_last_hidden_layer in ((truncated, True), (complete, False)):
+            if len(group) > 1 and can_merge([self._batches[role] for role in group]):
+                passes.append((group, stop_after_last_hidden_layer))
+            else:
+                passes.extend(([role], stop_after_last_hidden_layer) for role in group)
+        return passes
+
+    def _merge(self, roles: Sequence[Role]) -> _MergedBatch:
+        """Merges the batches of some roles and marks the positions whose logits their losses use."""
         batches = [self._batches[role] for role in roles]
         batch = merge_batches(batches) if len(batches) > 1 else batches[0]
         width = batch["input_ids"].shape[1]
-        wanted = torch.cat([F.pad(self._wanted(role), (0, width - self._wanted(role).shape[1])) for role in roles])
-        group = _Group(roles, batch, wanted, packing_of(self._model, batch, self._method))
-        self._groups.update(dict.fromkeys(roles, group))
-        self._current_outputs_by_role.update(self._outcomes(self._model, group, stop))
+        masks = [self._logit_mask(role) for role in roles]
+        logit_mask = torch.cat([F.pad(mask, (0, width - mask.shape[1])) for mask in masks])
+        return _MergedBatch(roles, batch, logit_mask, packing_of(self._model, batch, self._method))
 
-    def _outcomes(self, model: nn.Module, group: _Group, stop: bool) -> dict[Role, Forward]:
-        """What one pass of some roles' batches gives each of them."""
-        outcome = forward(model, group.batch, self._method.hidden_layers, group.wanted, group.packing, stop)
-        ids = [self._batches[role]["input_ids"] for role in group.roles]
-        return dict(zip(group.roles, outcome.parted([(len(rows), rows.shape[1]) for rows in ids]), strict=True))
-
-    def _wanted(self, role: Role) -> Tensor:
-        """[B, S] where the role's loss reads logits."""
+    def _logit_mask(self, role: Role) -> Tensor:
+        """Returns [B, S] bool, True at the positions of the role's batch whose logits the loss uses."""
         batch = self._batches[role]
         if role in self._method.full_logit_roles:
             return torch.ones_like(batch["input_ids"], dtype=torch.bool)
         return answer_mask(batch.get("labels", torch.full_like(batch["input_ids"], IGNORED)))
 
-    def _reference_outputs(self, role: Role) -> Forward:
-        """In the same pass as `_now`, other roles of it included: while the weights are the reference's, the values are too, to the bit.
-        A term whose gradient there is nothing or undefined (KL, a norm) would make steps of rounding errors, and Adam large ones."""
-        self._current_outputs(role)
-        if role not in self._reference_outputs_by_role:
-            assert self._reference is not None, (
-                "the method asked for a reference that it did not declare in `reference_requirements`"
-            )
-            stop = all(isinstance(need, ReferenceHidden) for need in self._method.reference_requirements)
-            with self._reference.active(self._model) as reference:
-                self._reference_outputs_by_role.update(self._outcomes(reference, self._groups[role], stop))
-        return self._reference_outputs_by_role[role]
+    def _run(
+        self, model: nn.Module, merged: _MergedBatch, stop_after_last_hidden_layer: bool
+    ) -> dict[Role, ForwardOutput]:
+        """Runs one forward pass and splits its output by role."""
+        output = forward(
+            model,
+            merged.batch,
+            self._method.hidden_layers,
+            merged.logit_mask,
+            merged.packing,
+            stop_after_last_hidden_layer,
+        )
+        token_ids = [self._batches[role]["input_ids"] for role in merged.roles]
+        outputs = output.split([(len(ids), ids.shape[1]) for ids in token_ids])
+        return dict(zip(merged.roles, outputs, strict=True))
 
-    def zero_loss_over_all_logits(self) -> Tensor:
-        """[] zero, but of every logit: a loss of hidden states alone leaves what lies above them out of the graph, and DDP, which looks
-        for what is unused from the outputs of the forward pass, would wait for its gradients."""
-        return torch.stack([0.0 * self._current_outputs(role).logits.float().sum() for role in self._batches]).sum()
+    # Values for the loss, documented in `vlm_unlearn.methods.Step`
 
-    def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        nll_sum, tokens = self._current_outputs(role).answer_nll
-        return nll_sum / tokens if reduction == "mean" else nll_sum
+    def nll(self, role: Role, reduction: Reduction = "mean") -> Tensor:
+        return _reduce(self._current_outputs(role).answer_nll, reduction)
 
-    def reference_nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        nll_sum, tokens = self._reference_answer(role)
-        return nll_sum / tokens if reduction == "mean" else nll_sum
+    def reference_nll(self, role: Role, reduction: Reduction = "mean") -> Tensor:
+        return _reduce(self._reference_answer_nll(role), reduction)
 
     def cross_entropy(self, *roles: Role) -> Tensor:
         total = torch.stack([self._current_outputs(role).answer_nll[0].sum() for role in roles]).sum()
-        return total / sum(self._totals[role, "answer"] for role in roles)
+        return total / sum(self._token_totals[role, "answer"] for role in roles)
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
         nll_sum, tokens = self._current_outputs(role).answer_nll
-        reference_sum, _ = self._reference_answer(role)
+        reference_sum, _ = self._reference_answer_nll(role)
         return nll_sum.sum() / tokens.sum(), reference_sum.sum() / tokens.sum()
 
     def logits(self, role: Role) -> Tensor:
-        return self._current_outputs(role).block()
+        return self._current_outputs(role).padded_logits()
 
     def reference_logits(self, role: Role) -> Tensor:
-        return self._reference_outputs(role).block()
+        return self._reference_outputs(role).padded_logits()
 
     def labels(self, role: Role) -> Tensor:
         return self._batches[role]["labels"][:, self._current_outputs(role).columns]
@@ -164,10 +212,25 @@ class ModelStep:
         return answer_mask(self._batches[role]["labels"])
 
     def token_weight(self, role: Role, kind: TokenKind) -> Tensor:
-        return _counted(self._batches[role], kind) / self._totals[role, kind]
+        return _token_count(self._batches[role], kind) / self._token_totals[role, kind]
 
-    def _reference_answer(self, role: Role) -> tuple[Tensor, Tensor]:
+    def zero_loss_over_all_logits(self) -> Tensor:
+        """Returns a scalar 0 that depends on every logit.
+
+        A loss on hidden states alone leaves the upper layers out of the graph, and DDP would hang waiting for their
+        gradients.
+        """
+        return torch.stack([0.0 * self._current_outputs(role).logits.float().sum() for role in self._batches]).sum()
+
+    def _reference_answer_nll(self, role: Role) -> tuple[Tensor, Tensor]:
+        """Returns ``(nll_sum [B], tokens [B])`` under the reference model, from the batch if the values were cached."""
         batch = self._batches[role]
         if "reference_nll_sum" in batch:
             return batch["reference_nll_sum"], batch["reference_tokens"]
         return self._reference_outputs(role).answer_nll
+
+
+def _reduce(answer_nll: tuple[Tensor, Tensor], reduction: Reduction) -> Tensor:
+    """Returns [B], each sample's answer NLL as a token mean or a sequence sum."""
+    nll_sum, tokens = answer_nll
+    return nll_sum / tokens if reduction == "mean" else nll_sum

@@ -1,4 +1,7 @@
-"""What a run trains on, in order: a pure function of the seed and the position, so that a resumed run sees the same."""
+"""The data of a training run: the stream of examples and the collator that encodes them.
+
+The stream is a pure function of the seed and the position, so that a resumed run continues with the same examples.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,27 @@ from vlm_unlearn.store import digest_text
 from vlm_unlearn.training.packing import NO_IMAGE
 from vlm_unlearn.training.references import answer_key
 
-NLL = tuple[float, int]  # sum over the answer's tokens, and how many they are
+NLL = tuple[float, int]  # an answer's NLL sum and its number of tokens
 
 
 class UnlearningStream(Dataset[dict[Role, Example]]):
-    """Item `k` is ``{"forget": Example, "retain": Example, ...}``.
+    """A dataset whose item `k` is ``{"forget": Example, "retain": Example, ...}``.
 
-    The forget set is shuffled anew in each pass and its passes are laid end to end; the retain set likewise, at its own
-    length. A decouple or preferred example is the one whose `pair_id` is its forget example's; a drawn refusal is a function of
-    the seed and the position too.
+    The forget set is shuffled anew in each epoch, and its epochs are concatenated. The retain set has its own
+    epochs, of its own length. A decouple or preferred example is the one with the `pair_id` of the forget example.
+    Random refusals are a function of the seed and the position too.
 
     Args:
-        group_by_image: shuffle the images, and in each the questions on it, so that a batch holds questions on few images. The sets are
-            shuffled alike: forget and retain questions on one image come together as far as their numbers allow.
+        training_set: The examples of all roles.
+        method: Determines the roles of an item and the answers of its forget and preferred examples.
+        length: The number of items.
+        seed: Determines the order and the refusals.
+        group_by_image: Shuffles the images, and the questions within each image, so that a batch contains few
+            images. Forget and retain set use the same order of images, so that questions on one image from both
+            sets meet as far as their numbers allow.
+
+    Raises:
+        UserError: The training set lacks the pairs that the method needs.
     """
 
     def __init__(
@@ -43,104 +54,125 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
         self._length = length
         self._seed = seed
         self._group_by_image = group_by_image
-        self._orders: dict[tuple[Role, int], Sequence[int]] = {}
-        self._pairs = {role: _pairs(training_set, role) for role in self._partners}
+        self._orders: dict[
+            tuple[Role, int], Sequence[int]
+        ] = {}  # by role and epoch, only the current epoch of each role
+        self._pairs = {role: _examples_by_pair_id(training_set, role) for role in self._paired_roles}
 
     @property
-    def _partners(self) -> tuple[Role, ...]:
-        """The roles whose example is another record, tied to the forget example."""
-        tied = {"decouple"} | ({"preferred"} if self._method.preferred_answers == "data" else set())
-        return tuple(role for role in self._roles if role in tied)
+    def _paired_roles(self) -> tuple[Role, ...]:
+        """The roles whose example is another record that is paired with the forget example."""
+        paired = {"decouple"} | ({"preferred"} if self._method.preferred_answers == "data" else set())
+        return tuple(role for role in self._roles if role in paired)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, position: int) -> dict[Role, Example]:
-        forget = self._draw("forget", position)
+        forget = self._example("forget", position)
         item: dict[Role, Example] = {"forget": forget}
         if self._method.forget_target == "refusal":
-            item["forget"] = self._refused(forget, position)
+            item["forget"] = self._with_refusal(forget, position)
         elif self._method.preferred_answers == "refusal":
-            item["preferred"] = self._refused(forget, position)
+            item["preferred"] = self._with_refusal(forget, position)
         if "retain" in self._roles:
-            item["retain"] = self._draw("retain", position)
-        for role in self._partners:
+            item["retain"] = self._example("retain", position)
+        for role in self._paired_roles:
             item[role] = self._pairs[role][str(forget.pair_id)]
         return item
 
     def unique_examples(self, role: Role) -> list[Example]:
-        """Every different example of a role that the run will see, answers included."""
-        if (
-            role == "retain"
-            or (role == "forget" and self._method.forget_target == "original")
-            or role in self._partners
-        ):
+        """Returns all examples of a role that the run uses, once for each of their answers."""
+        original_forget = role == "forget" and self._method.forget_target == "original"
+        if role == "retain" or original_forget or role in self._paired_roles:
             return list(self._examples[role])
-        found = {}
+        examples = {}
         for position in range(self._length):
             example = self[position][role]
-            found[example.id, example.answer] = example
-        return list(found.values())
+            examples[example.id, example.answer] = example
+        return list(examples.values())
 
-    def _refused(self, forget: Example, position: int) -> Example:
+    def _with_refusal(self, forget: Example, position: int) -> Example:
+        """Returns the forget example with a random refusal as its answer."""
         refusal = random.Random(f"{self._seed}-refusal-{position}").choice(self._refusals)
         return forget.model_copy(update={"answer": refusal})
 
-    def _draw(self, role: Role, position: int) -> Example:
+    def _example(self, role: Role, position: int) -> Example:
+        """Returns the role's own example at a position."""
         examples = self._examples[role]
-        turn, place = divmod(position, len(examples))
-        if (role, turn) not in self._orders:
-            self._orders = {
-                key: order for key, order in self._orders.items() if key[0] != role
-            }  # one pass of a role at a time
-            self._orders[role, turn] = self._order(role, turn)
-        return examples[self._orders[role, turn][place]]
+        epoch, index = divmod(position, len(examples))
+        if (role, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != role}
+            self._orders[role, epoch] = self._epoch_order(role, epoch)
+        return examples[self._orders[role, epoch][index]]
 
-    def _order(self, role: Role, turn: int) -> Sequence[int]:
-        """The numbers of a role's examples in the order of one pass."""
+    def _epoch_order(self, role: Role, epoch: int) -> Sequence[int]:
+        """Returns the indices of a role's examples in the order of one epoch."""
         examples = self._examples[role]
         order = list(range(len(examples)))
-        random.Random(f"{self._seed}-{role}-{turn}").shuffle(order)
-        if (
-            self._group_by_image
-        ):  # an example without an image is on its own, and Python's sort keeps the order among equals
+        random.Random(f"{self._seed}-{role}-{epoch}").shuffle(order)
+        if self._group_by_image:
+            # An example without an image is a group of its own. The sort is stable, so questions on one image stay
+            # shuffled.
             names = [example.image or f"\0{example.id}" for example in examples]
-            ranks = {name: random.Random(f"{self._seed}-image-{turn}-{name}").random() for name in names}
-            order.sort(key=lambda number: ranks[names[number]])
+            ranks = {name: random.Random(f"{self._seed}-image-{epoch}-{name}").random() for name in names}
+            order.sort(key=lambda index: ranks[names[index]])
         return order
 
 
-NEEDS_PARTNERS = {
-    "decouple": "prompt decoupling needs decouple.jsonl: import SafeEraser, or a table with decouple rows; or set prompt_decouple_weight=0",
-    "preferred": "dpo needs preferred.jsonl; import VLGuard with --harmful-answers, a table with preferred rows, or take idk_dpo",
+MISSING_PAIRS = {
+    "decouple": "prompt decoupling needs decouple.jsonl. Import SafeEraser or a table with decouple rows, "
+    "or set prompt_decouple_weight=0.",
+    "preferred": "dpo needs preferred.jsonl. Import VLGuard with --harmful-answers or a table with preferred rows, "
+    "or use method=idk_dpo.",
 }
 
 
-def _pairs(training_set: TrainingSet, role: Role) -> dict[str, Example]:
-    partners = training_set.examples.get(role)
-    if not partners:
-        raise UserError(f"{training_set.folder}: {NEEDS_PARTNERS[role]}")
-    pairs = {str(example.pair_id): example for example in partners if example.pair_id}
-    for example in training_set.examples["forget"]:
-        if example.pair_id is None or example.pair_id not in pairs:
-            mend = (
-                "; import VLGuard without --include-safe-image-unsafe, or take idk_dpo" if role == "preferred" else ""
-            )
+def _examples_by_pair_id(training_set: TrainingSet, role: Role) -> dict[str, Example]:
+    """Returns the examples of a paired role by `pair_id`, one for each forget example.
+
+    Raises:
+        UserError: The set has no such examples, one is missing, or a preferred example has a different question
+            than its forget example.
+    """
+    folder, paired_examples = training_set.folder, training_set.examples.get(role)
+    if not paired_examples:
+        raise UserError(MISSING_PAIRS[role], code="missing-pairs", file=folder)
+    by_pair_id = {str(example.pair_id): example for example in paired_examples if example.pair_id}
+    for forget in training_set.examples["forget"]:
+        if forget.pair_id is None or forget.pair_id not in by_pair_id:
+            fix = "Import VLGuard without --include-safe-image-unsafe, or use method=idk_dpo."
             raise UserError(
-                f'{training_set.folder}: forget example "{example.id}" has no {role} example with its pair_id{mend}'
+                f"no {role} example has the pair_id of this forget example."
+                + (f" {fix}" if role == "preferred" else ""),
+                code="missing-pairs",
+                file=folder,
+                record=forget.id,
+                field="pair_id",
             )
-        other = pairs[example.pair_id]
-        if role == "preferred" and (other.question != example.question or other.image != example.image):
+        paired = by_pair_id[forget.pair_id]
+        if role == "preferred" and (paired.question != forget.question or paired.image != forget.image):
             raise UserError(
-                f'{training_set.folder}: preferred example "{other.id}" asks something else than its forget example'
+                "this preferred example must have the same question and image as its forget example.",
+                code="pair-mismatch",
+                file=folder,
+                record=paired.id,
             )
-    return pairs
+    return by_pair_id
 
 
 class UnlearningCollator:
-    """Encodes stream items into ``{"forget": {...}, "retain": {...}}``, each with every key the processor made.
+    """Encodes stream items into ``{"forget": {...}, "retain": {...}}``, with all tensors that the processor returns.
 
-    A role whose reference NLLs are cached also gets ``reference_nll_sum`` and ``reference_tokens``, both [B].
+    Each batch also contains ``images`` [B], a key for each image file. Batches of a role with cached reference
+    values contain ``reference_nll_sum`` [B] and ``reference_tokens`` [B].
+
+    Args:
+        processor: The model's processor.
+        training_set: Resolves the image paths of the examples.
+        method: Determines the roles, and whether a forget answer is appended to its prompt.
+        max_length: The maximum number of tokens of a sample. Longer answers are truncated.
+        reference: Cached reference values by role and `answer_key`.
     """
 
     def __init__(
@@ -153,14 +185,16 @@ class UnlearningCollator:
     ) -> None:
         self._processor = processor
         self._training_set = training_set
-        self._roles = method.roles
         self._method = method
-        self._one_turn = method.append_answer_to_prompt
         self._max_length = max_length
         self._reference = reference
 
     def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch] | UserError:
-        """The batch; in a process that loads data, also the error there is, since one raised there comes with all its traceback."""
+        """Collates a batch.
+
+        In DataLoader workers, errors are returned rather than raised so that the main process can re-raise them without
+        the worker's traceback.
+        """
         try:
             return {role: self.encode(role, [item[role] for item in items]) for role in items[0]}
         except UserError as error:
@@ -169,9 +203,9 @@ class UnlearningCollator:
             return error
 
     def encode(self, role: Role, examples: Sequence[Example]) -> Batch:
-        """One role's batch."""
-        turns = [self._full_turn(role, example) for example in examples]
-        if role == "forget" and self._one_turn:
+        """Returns the batch of one role."""
+        turns = [self._turn(role, example) for example in examples]
+        if self._answer_in_prompt(role):
             return {**encode(self._processor, turns, padding_side="right"), "images": _image_keys(turns)}
         batch = encode_with_labels(self._processor, turns, self._max_length)
         batch["images"] = _image_keys(turns)
@@ -182,40 +216,46 @@ class UnlearningCollator:
         return batch
 
     def check_lengths(self) -> None:
-        """Looks at every example that the method draws on.
+        """Validates the length of every example that the method uses, and the refusals.
 
         Raises:
-            UserError: a question with its image leaves no room for an answer, or is no image; the record is named.
+            UserError: A question with its image leaves no room for an answer, or an image or a text is invalid.
         """
         meter = PromptMeter(self._processor)
         if "refusal" in (self._method.forget_target, self._method.preferred_answers):
             for sentence in self._training_set.refusals:
                 render(self._processor, Turn(f"refusals.json: {sentence[:40]}", None, "question", sentence))
-        for role in self._roles:
-            for example in self._training_set.examples.get(role, ()):  # drawn refusals go with the forget questions
-                turn = self._full_turn(role, example)
-                whole = role == "forget" and self._one_turn  # nothing comes after, so that the limit itself is allowed
-                tokens = meter.total_tokens(turn) if whole else meter.prompt_tokens(turn)
-                if tokens > self._max_length or (tokens == self._max_length and not whole):
-                    what = "question, image and answer" if whole else "question and image"
+        for role in self._method.roles:
+            for example in self._training_set.examples.get(role, ()):  # none for refusals as preferred answers
+                turn = self._turn(role, example)
+                if self._answer_in_prompt(role):
+                    content, tokens, limit = "question, image and answer", meter.total_tokens(turn), self._max_length
+                else:
+                    content, tokens, limit = "question and image", meter.prompt_tokens(turn), self._max_length - 1
+                if tokens > limit:
                     raise UserError(
-                        f'example "{example.id}": {what} take {tokens} tokens, max_length is {self._max_length}; '
-                        f"raise training.max_length (an image is never cut)"
+                        f"{content} take {tokens} tokens, but max_length is {self._max_length}. "
+                        "Raise training.max_length. Images are never truncated.",
+                        code="question-too-long",
+                        file=self._training_set.folder,
+                        record=example.id,
                     )
 
-    def _full_turn(self, role: Role, example: Example) -> Turn:
-        """Question and answer as the role trains on them."""
-        if role == "forget" and self._one_turn:
-            return self._turn(example, f"{example.question}\n{example.answer}", None)
-        return self._turn(example, example.question, example.answer)
+    def _answer_in_prompt(self, role: Role) -> bool:
+        return role == "forget" and self._method.append_answer_to_prompt
 
-    def _turn(self, example: Example, question: str, answer: str | None) -> Turn:
+    def _turn(self, role: Role, example: Example) -> Turn:
+        """Returns the question and answer on which the role trains."""
+        question, answer = example.question, example.answer
         history = tuple((turn.question, turn.answer) for turn in example.history)
-        return Turn(example.id, self._training_set.image_path(example), question, answer, history)
+        image = self._training_set.image_path(example)
+        if self._answer_in_prompt(role):
+            return Turn(example.id, image, f"{question}\n{answer}", None, history)
+        return Turn(example.id, image, question, answer, history)
 
 
 def _image_keys(turns: Sequence[Turn]) -> Tensor:
-    """[B] a number for each image file, `NO_IMAGE` for none."""
+    """Returns [B], a number for each image file, `NO_IMAGE` for none."""
     return torch.tensor(
         [NO_IMAGE if turn.image is None else int(digest_text(str(turn.image))[:15], 16) for turn in turns]
     )

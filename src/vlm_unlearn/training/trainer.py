@@ -1,4 +1,7 @@
-"""The one subclass of transformers.Trainer: nested batches, a method's loss, its parts in the log, checkpoints that resume to the bit."""
+"""The subclass of transformers.Trainer.
+
+It trains on nested batches with a method's loss, logs the loss terms and writes checkpoints that resume exactly.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,24 @@ from vlm_unlearn.store import write_json
 from vlm_unlearn.training.references import ReferenceModel
 from vlm_unlearn.training.step import ModelStep, count_tokens
 
-COMPLETE = "complete.json"  # written last into a checkpoint
-TRAINED = "trained.safetensors"  # the parameters that train, by name; the others are the base model's
+COMPLETE = "complete.json"  # the file that is written last into a checkpoint
+TRAINED = "trained.safetensors"  # the trainable parameters by name; the base model has the others
 
 
 class UnlearningTrainer(Trainer):
-    """Trains with a `Method` on batches ``{"forget": {...}, "retain": {...}}``.
+    """Trains a model with a `Method` on batches ``{"forget": {...}, "retain": {...}}``.
 
-    Resume, accumulation, distribution, logging and adapter saving are transformers' own.
+    Resuming, gradient accumulation, distribution, logging and saving of adapters are those of transformers.
+
+    Args:
+        method: Computes the loss of a step.
+        reference: Gives the reference model, None if the method needs none or its reference values are in the batches.
+        projector_learning_rate: The projector's learning rate. None uses the learning rate of the other parameters.
+        kwargs: Arguments of transformers.Trainer.
     """
 
-    # `Step` divides by the micro-batches of the step already where it weighs tokens; the Trainer's own division then makes a sum of them.
+    # The Trainer averages the losses of a step's micro-batches, and DDP averages their gradients over processes.
+    # `_token_totals` are averages too, so that the result is the mean over all tokens of the optimizer step.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -39,27 +49,29 @@ class UnlearningTrainer(Trainer):
         method: Method,
         reference: ReferenceModel | None,
         projector_learning_rate: float | None = None,
-        **arguments: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**arguments)
+        super().__init__(**kwargs)
         self.method = method
         self.reference = reference
         self._projector_learning_rate = projector_learning_rate
-        self._parts: dict[str, list[float]] = {}
-        self._totals: dict[tuple[Role, TokenKind], float] | None = None
+        self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
+        self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        """The micro-batches of an optimizer step; counts their tokens, over all processes."""
-        batches, _ = super().get_batch_samples(_raising(epoch_iterator), num_batches, device)
-        self._totals = None
+        """Returns the micro-batches of an optimizer step, and counts their tokens over all processes."""
+        batches, _ = super().get_batch_samples(_raise_worker_errors(epoch_iterator), num_batches, device)
+        self._token_totals = None
         if batches and not self.method.paper_compat:
             counts = [count_tokens(batch) for batch in batches]
             sums = torch.tensor(
-                [sum(found[key] for found in counts) for key in counts[0]], dtype=torch.float32, device=device
+                [sum(count[key] for count in counts) for key in counts[0]], dtype=torch.float32, device=device
             )
             totals: Tensor = self.accelerator.reduce(sums, reduction="sum")
-            parts = len(batches) * self.args.world_size
-            self._totals = {key: total / parts for key, total in zip(counts[0], totals.tolist(), strict=True)}
+            micro_batches = len(batches) * self.args.world_size
+            self._token_totals = {
+                key: total / micro_batches for key, total in zip(counts[0], totals.tolist(), strict=True)
+            }
         return batches, None
 
     def compute_loss(
@@ -69,85 +81,111 @@ class UnlearningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        inner = self.accelerator.unwrap_model(model)
-        batches = {role: move(batch, self.args.device, inner.dtype) for role, batch in inputs.items()}
+        """Returns the method's loss of one micro-batch and records its terms for the log.
+
+        Raises:
+            RunError: The loss is NaN or infinite.
+        """
+        unwrapped = self.accelerator.unwrap_model(model)
+        batches = {role: move(batch, self.args.device, unwrapped.dtype) for role, batch in inputs.items()}
         progress = self.state.global_step / max(1, self.state.max_steps)
-        step = ModelStep(model, batches, self.method, self.reference, self._totals, progress)
+        step = ModelStep(model, batches, self.method, self.reference, self._token_totals, progress)
         output = self.method.loss(step)
         total = output.total + step.zero_loss_over_all_logits() if self.method.hidden_layers else output.total
         if not torch.isfinite(output.total):
-            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.terms.items())
-            raise RunError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); {self._way_out()}")
+            terms = ", ".join(f"{name} {value.item():.4g}" for name, value in output.terms.items())
+            raise RunError(
+                f"the loss is not finite at step {self.state.global_step + 1} ({terms}). {self._divergence_advice()}",
+                code="non-finite-loss",
+            )
         for name, value in output.terms.items():
-            self._parts.setdefault(name, []).append(value.item())
+            self._loss_terms.setdefault(name, []).append(value.item())
         return (total, {}) if return_outputs else total
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Left as they are: `compute_loss` moves them, and DeepSpeed's dtype is not for reference values."""
+        """Returns the inputs unchanged. `compute_loss` moves them: reference values must not get DeepSpeed's dtype."""
         return inputs
 
-    def _way_out(self) -> str:
-        """What to do after a divergence, and where the weights of before are."""
+    def _divergence_advice(self) -> str:
         checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
-        return f"start again in a new output folder with a lower training.learning_rate; {kept}"
+        weights = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written yet."
+        return f"Start again in a new output folder with a lower training.learning_rate. {weights}"
 
-    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        if self._parts and "loss" in logs:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs the mean of each loss term since the last entry along with the Trainer's values.
+
+        Raises:
+            RunError: The gradient is NaN or infinite.
+        """
+        if self._loss_terms and "loss" in logs:
             means = torch.tensor(
-                [math.fsum(values) / len(values) for values in self._parts.values()], dtype=torch.float32
+                [math.fsum(values) / len(values) for values in self._loss_terms.values()], dtype=torch.float32
             )
             means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
-            logs.update({name: round(value, 6) for name, value in zip(self._parts, means.tolist(), strict=True)})
-            self._parts.clear()
-        gradient = logs.get("grad_norm")
-        if gradient is not None and not math.isfinite(gradient):
-            raise RunError(f"the gradient is not finite at step {self.state.global_step}; {self._way_out()}")
-        super().log(logs, *arguments, **keywords)
+            logs.update({name: round(value, 6) for name, value in zip(self._loss_terms, means.tolist(), strict=True)})
+            self._loss_terms.clear()
+        gradient_norm = logs.get("grad_norm")
+        if gradient_norm is not None and not math.isfinite(gradient_norm):
+            raise RunError(
+                f"the gradient is not finite at step {self.state.global_step}. {self._divergence_advice()}",
+                code="non-finite-gradient",
+            )
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The library's optimizer; the projector's parameters in groups with their own learning rate, where it has one."""
+        """Returns the Trainer's optimizer, with parameter groups for the projector if it has its own learning rate."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self._projector_learning_rate is not None:
-            whole = self.model if model is None else model
-            inner = get_base_model(whole)
-            layout = layout_of(inner)
-            projector = {id(parameter) for name, parameter in inner.named_parameters() if is_projector(name, layout)}
-            for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if id(parameter) in projector]
-                if own:
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
-                    optimizer.add_param_group({**group, "params": own, "lr": self._projector_learning_rate})
+        if self._projector_learning_rate is None:
+            return optimizer
+        base = get_base_model(self.model if model is None else model)
+        layout = layout_of(base)
+        projector_ids = {id(parameter) for name, parameter in base.named_parameters() if is_projector(name, layout)}
+        for group in list(optimizer.param_groups):
+            projector = [parameter for parameter in group["params"] if id(parameter) in projector_ids]
+            if projector:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector_ids]
+                optimizer.add_param_group({**group, "params": projector, "lr": self._projector_learning_rate})
         return optimizer
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed has cut the parameters up."""
+        """Whether FSDP or DeepSpeed shards the parameters."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def save_trained(self, folder: Path) -> None:
-        """Writes the parameters that train. They are what a checkpoint needs: transformers 5.23 saves several VLM families
-        under renamed keys and can't load them back (its issue 43701)."""
-        inner = self.accelerator.unwrap_model(self.model)
-        trained = {name: value.detach().contiguous() for name, value in inner.named_parameters() if value.requires_grad}
+        """Writes the trainable parameters to ``trained.safetensors``.
+
+        A checkpoint uses this file instead of `save_pretrained`: transformers 5.23 saves several VLM families under
+        renamed keys and cannot load them back (its issue 43701).
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: value.detach().contiguous() for name, value in self._trainable_parameters().items()}
         save_file(trained, folder / TRAINED)
 
     def load_trained(self, folder: Path) -> None:
-        """Puts back what `save_trained` wrote."""
-        inner: nn.Module = self.accelerator.unwrap_model(self.model)
-        trained = {name: value for name, value in inner.named_parameters() if value.requires_grad}
-        found = load_file(folder / TRAINED)
-        if found.keys() != trained.keys():
+        """Loads the parameters that `save_trained` wrote.
+
+        Raises:
+            RunError: The file contains other parameters than those of this run.
+        """
+        trainable, saved = self._trainable_parameters(), load_file(folder / TRAINED)
+        if saved.keys() != trainable.keys():
             raise RunError(
-                f"{folder}: holds other parameters than this run trains; delete the run's folder and start again"
+                "the checkpoint contains other parameters than this run trains. "
+                "Delete the run's folder and start again.",
+                code="checkpoint-mismatch",
+                file=folder,
             )
         with torch.no_grad():
-            for name, value in found.items():
-                trained[name].copy_(value)
+            for name, value in saved.items():
+                trainable[name].copy_(value)
+
+    def _trainable_parameters(self) -> dict[str, nn.Parameter]:
+        unwrapped: nn.Module = self.accelerator.unwrap_model(self.model)
+        return {name: value for name, value in unwrapped.named_parameters() if value.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save and not self.sharded:  # FSDP and DeepSpeed write their own beside it
+        if self.args.should_save and not self.sharded:  # FSDP and DeepSpeed write their own files
             self.save_trained(Path(str(output_dir or self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -165,8 +203,8 @@ class UnlearningTrainer(Trainer):
             self.load_trained(Path(resume_from_checkpoint))
 
 
-def _raising(batches: Iterator[Any]) -> Iterator[Any]:
-    """Raises the errors that processes that load data hand over as batches."""
+def _raise_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Raises the errors that DataLoader workers return in place of a batch (see `UnlearningCollator`)."""
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
@@ -174,13 +212,13 @@ def _raising(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end and has lost nothing since, or None."""
-    found = {}
+    """Returns the newest checkpoint whose files are complete, or None."""
+    checkpoints = {}
     for marker in folder.glob(f"checkpoint-*/{COMPLETE}"):
         try:
-            told = json.loads(marker.read_text(encoding="utf-8"))
-            whole = all((marker.parent / name).stat().st_size == size for name, size in told["files"].items())
-            found[int(told["step"])] = marker.parent if whole else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one, whatever is damaged
+            content = json.loads(marker.read_text(encoding="utf-8"))
+            if all((marker.parent / name).stat().st_size == size for name, size in content["files"].items()):
+                checkpoints[int(content["step"])] = marker.parent
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged marker or a missing file
             continue
-    return max(((step, path) for step, path in found.items() if path is not None), default=(0, None))[1]
+    return checkpoints[max(checkpoints)] if checkpoints else None
