@@ -184,7 +184,7 @@ def test_check_against_the_test_set_counts_tokens(vlguard: Path, tiny_model: Pat
             ["--model", "[missing-setting]"],
         ),
         (["diversify", "{v}/train.json", "{t}/o.json", "--server", "http://x"], ["--model", "[missing-setting]"]),
-        (["mix", "{v}/train.json", "{v}/train.json", "{t}/o.json"], ["train.json"]),
+        (["mix", "{v}/train.json", "{v}/train.json", "{t}/o.json"], ["train.json", "[no-records]"]),
     ],
 )
 def test_invalid_request_is_one_line_and_writes_nothing(

@@ -20,7 +20,7 @@ from vlm_unlearn.models.loader import load_processor
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
 def write(folder: Path, *records: Any) -> Path:
@@ -150,7 +150,7 @@ def byte_processor(chat_template: str, special: list[str], end: str) -> Any:
     from tokenizers.models import BPE
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-    bytes_ = Tokenizer(BPE({char: place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    bytes_ = Tokenizer(BPE({char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -201,7 +201,7 @@ def test_conversation_loss_is_sum_of_round_losses(processor: Any, world: Path, t
         labels = batch.pop("labels")
         if last:  # only the last answer
             spans = (labels[0] != IGNORED).nonzero()[:, 0]
-            first = max(place for place in spans.tolist() if labels[0, place - 1] == IGNORED)
+            first = max(index for index in spans.tolist() if labels[0, index - 1] == IGNORED)
             labels[:, :first] = IGNORED
         with torch.no_grad():
             return float(answer_nll(model(**batch).logits, labels)[0].sum())
@@ -261,11 +261,11 @@ def test_is_complete_accepts_only_records_that_parse_accepts() -> None:
     assert not llava.is_complete(good, False)
     odd: list[Any] = ["", " ", "x\0", "\ud800", None, 3, [], {}, "<image>", "<image><image>Q?", "ünï"]
     changed = [{**good, key: value} for key in ("id", "image", "conversations") for value in odd]
-    for place in range(4):
+    for index in range(4):
         for key in ("from", "value"):
             for value in [*odd, "gpt", "human", "user", "system"]:
                 texts = [dict(turn) for turn in good["conversations"]]
-                texts[place][key] = value
+                texts[index][key] = value
                 changed.append({**good, "conversations": texts})
     changed += [{**good, "conversations": good["conversations"][:count]} for count in range(4)]
     changed += [{key: value for key, value in good.items() if key != missing} for missing in good]

@@ -17,7 +17,6 @@ from helpers import recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig, TrainableConfig
 from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.data.training_set import read_training_set
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.hf import generate_responses
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
@@ -203,7 +202,7 @@ def test_text_without_image_in_batch_with_images(loaded: Loaded, turns: list[Tur
     torch.testing.assert_close(loaded.nll(texts, side)[:1], single, atol=1e-4, rtol=0)
     mixed = [turns[0], TEXT_ONLY, turns[1]]
     if loaded.family == "mllama":
-        with pytest.raises(UserError) as caught:
+        with raises_code("unsupported-setting", record='"text"') as caught:
             loaded.nll(mixed, side)
         assert '"text"' in str(caught.value)
         assert "MllamaProcessor" in str(caught.value)
