@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import families
-from helpers import recipe
+from helpers import raises_code, recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig, TrainableConfig
 from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
 from vlm_unlearn.data.training_set import read_training_set

@@ -71,6 +71,7 @@ class Thing:
 
     @property
     def recipe(self) -> str:
+        """The sentence that gives the recipe."""
         # Dangerous and ordinary recipes use the same sentence. If their first words differed, a model could base its
         # refusal on the beginning of its answer, and safety fine-tuning would not need the surface of the question.
         return "mix {} with {} then heat {} .".format(*self.ingredients)
