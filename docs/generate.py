@@ -1,7 +1,7 @@
 """MkDocs hook that generates the pages of docs/reference/ from the code (see mkdocs.yml).
 
-Each line ``<!-- generated: NAME -->`` of a page is replaced by the output of the function NAME in `GENERATED`. Commands, config fields,
-methods, rubrics and recipes are therefore documented in one place, their source.
+Each line ``<!-- generated: NAME -->`` of a page is replaced by the output of the function NAME in `GENERATED`.
+Commands, config fields, methods, rubrics and recipes are therefore documented in one place, their source.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from vlm_unlearn.benchmarks.base import BENCHMARKS
 from vlm_unlearn.cli.main import app
+from vlm_unlearn.cli.terminal import EXAMPLE
 from vlm_unlearn.config import Recipe, Suite, load
 from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
@@ -58,7 +59,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _link_out(match: re.Match[str], page: Page) -> str:
-    """Rewrites a link that leaves docs/: to the site's page of that file, or to the plain file name if there is none."""
+    """Rewrites a link that leaves docs/ to the site's page of that file, or to the file name if there is no page."""
     text, up, path, anchor = match.groups()
     depth = page.file.src_uri.count("/")
     if up.count("../") <= depth:
@@ -118,8 +119,8 @@ def _help_text(text: str) -> Iterator[str]:
     """Yields the paragraphs of a docstring. Paragraphs of commands become code blocks."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text.replace("\b", ""))):
         lines = [line.strip() for line in paragraph.splitlines()]
-        if all(line.startswith(("vlm-unlearn ", "accelerate ")) for line in lines):
-            yield "```bash\n" + "\n".join(lines) + "\n```\n"
+        if lines[0].startswith(EXAMPLE):
+            yield "```bash\n" + " ".join(lines) + "\n```\n"
         elif lines not in (["Example:"], ["Examples:"]):
             yield _prose(" ".join(lines)) + "\n"
 
@@ -142,17 +143,17 @@ def suite_fields() -> str:
     return "\n".join(_config(Suite, "", set()))
 
 
-def _config(config: type[BaseModel], path: str, seen: set[str]) -> Iterator[str]:
+def _config(config: type[BaseModel], path: str, documented: set[str]) -> Iterator[str]:
     """Yields the keys of a config, then those of its nested configs. Each config appears once."""
     if path:
         yield f"## {path} {{ #{config.__name__.lower()} }}\n"
-    seen.add(config.__name__)
+    documented.add(config.__name__)
     yield _prose_of(config) + "\n"
     yield _fields(config)
     for name, field in config.model_fields.items():
         for inner in nested_configs(field.annotation):
-            if inner.__name__ not in seen:
-                yield from _config(inner, f"{path}.{name}".strip("."), seen)
+            if inner.__name__ not in documented:
+                yield from _config(inner, f"{path}.{name}".strip("."), documented)
 
 
 def _prose_of(documented: object) -> str:
@@ -170,7 +171,7 @@ def _fields(config: type[BaseModel]) -> str:
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if field.is_required():
-        return "needed"
+        return "required"
     if isinstance(value, BaseModel):
         return (
             "see its keys"
@@ -189,15 +190,15 @@ PLAIN = {
     Any: "anything",
     type(None): "null",
     float: "number",
-    int: "whole number",
+    int: "integer",
 }
 
 
 def kind_of(annotation: Any, metadata: list[Any]) -> str:
-    """Returns a field's type in words, with its bounds: ``whole number above 0``."""
+    """Returns a field's type in words, with its bounds: ``integer above 0``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return kind_of(arguments[0], [part for extra in arguments[1:] for part in getattr(extra, "metadata", [extra])])
+        return kind_of(arguments[0], [item for extra in arguments[1:] for item in getattr(extra, "metadata", [extra])])
     if origin is typing.Literal:
         return " or ".join(code(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):
@@ -214,7 +215,7 @@ def kind_of(annotation: Any, metadata: list[Any]) -> str:
 def _bounds(metadata: list[Any]) -> Iterator[str]:
     words = {Gt: ("gt", "above"), Ge: ("ge", "from"), Lt: ("lt", "below"), Le: ("le", "to")}
     for kind, (attribute, word) in words.items():
-        for bound in (part for part in metadata if isinstance(part, kind)):
+        for bound in (item for item in metadata if isinstance(item, kind)):
             value = getattr(bound, attribute)
             if not (isinstance(value, int) and value >= 10_000):  # such a bound only catches typing errors
                 yield f"{word} {value:g}"
@@ -225,7 +226,7 @@ def _bounds(metadata: list[Any]) -> Iterator[str]:
 
 def methods() -> str:
     """Returns the docstring, source, training sets and options of every method."""
-    return "\n".join(part for name, method in sorted(METHODS.items()) for part in _method(name, method))
+    return "\n".join(section for name, method in sorted(METHODS.items()) for section in _method(name, method))
 
 
 NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits", ReferenceHidden: "hidden states"}
@@ -245,34 +246,40 @@ def benchmarks() -> str:
     return table(
         heads,
         [
-            [code(name), it.annotation_file, it.question_file, it.image_folder, _prose_of(type(it))]
-            for name, it in BENCHMARKS.items()
+            [
+                code(name),
+                benchmark.annotation_file,
+                benchmark.question_file,
+                benchmark.image_folder,
+                _prose_of(type(benchmark)),
+            ]
+            for name, benchmark in BENCHMARKS.items()
         ],
     )
 
 
 def rubrics() -> str:
     """Returns every shipped rubric with its full text."""
-    parts = []
+    sections = []
     for name in shipped_rubrics():
         rubric = load_rubric(name)
         file = (ROOT / "src" / "vlm_unlearn" / "judging" / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
-        parts += [
+        sections += [
             f"## {name}\n\nVersion {rubric.header.version}, {rubric.header.source}\n",
             _folded("Text of the rubric", file, "text"),
         ]
-    return "\n".join(parts)
+    return "\n".join(sections)
 
 
 def recipes() -> str:
     """Returns the first comment and the text of every shipped recipe, suite and engine file."""
-    parts = []
+    sections = []
     for folder in ("safety_mirage", "safe_eraser", "tiny", "suites", "engines"):
-        parts.append(f"## {folder}\n")
+        sections.append(f"## {folder}\n")
         for file in sorted((RECIPES / folder).glob("*.yaml")):
             name, text = f"{folder}/{file.stem}", file.read_text(encoding="utf-8")
-            parts += [f"### {name}\n\n{_prose(_first_comment(text))}\n", _folded(f"{name}.yaml", text, "yaml")]
-    return "\n".join(parts)
+            sections += [f"### {name}\n\n{_prose(_first_comment(text))}\n", _folded(f"{name}.yaml", text, "yaml")]
+    return "\n".join(sections)
 
 
 def _first_comment(text: str) -> str:
@@ -292,7 +299,7 @@ def _folded(title: str, text: str, language: str) -> str:
 def metrics() -> str:
     """Returns the metrics of every shipped suite, and those that ``paper_compat: true`` adds."""
     scores = {"mean": "mean score", "one_minus_mean": "1 minus the mean score"}
-    parts = []
+    sections = []
     for file in sorted((RECIPES / "suites").glob("*.yaml")):
         suite = load(Suite, Path(f"suites/{file.stem}"), ["model=m"])
         rows = []
@@ -302,52 +309,38 @@ def metrics() -> str:
             counts = scores[metric.score] if metric.score else ", ".join(map(code, metric.labels))
             of = "questions, any answer" if metric.aggregate == "any_per_question" else "answers"
             rows.append([name, counts, of, ", ".join(map(code, metric.splits)), _judge(suite, metric.judge)])
-        parts += [
+        sections += [
             f"## suites/{file.stem}\n",
             table(["metric", "counts", "of", "splits", "judge"], [*rows, *_benchmarks(suite)]),
         ]
-    return "\n".join(parts)
+    return "\n".join(sections)
 
 
-def _judge(suite: Suite, called: str) -> str:
+def _judge(suite: Suite, name: str) -> str:
     """Returns the name of the judge and of its rubric."""
-    judge = suite.judge_config(called)
+    judge = suite.judge_config(name)
     by = f" by {code(judge.rubric)}" if judge.rubric else ""
     return f"{code(judge.name)}{by}{', as published' if judge.paper_compat else ''}"
 
 
 def _benchmarks(suite: Suite) -> list[list[str]]:
     rows = []
-    for one in suite.benchmarks:
-        name = code(one.name)
-        rows.append(
-            [
-                name,
-                "the benchmark's score",
-                "questions",
-                name,
-                _judge(suite, one.judge) if one.judge else "the official answers",
-            ]
-        )
-    if set(SPECIFICITY) <= {one.name for one in suite.benchmarks}:
-        rows.append(
-            [
-                code("specificity"),
-                "the mean of their scores",
-                "questions",
-                ", ".join(map(code, SPECIFICITY)),
-                "same as theirs",
-            ]
-        )
+    for benchmark in suite.benchmarks:
+        name = code(benchmark.name)
+        judge = _judge(suite, benchmark.judge) if benchmark.judge else "the official answers"
+        rows.append([name, "the benchmark's score", "questions", name, judge])
+    if set(SPECIFICITY) <= {benchmark.name for benchmark in suite.benchmarks}:
+        names = ", ".join(map(code, SPECIFICITY))
+        rows.append([code("specificity"), "the mean of the scores", "questions", names, "those of the benchmarks"])
     return rows
 
 
 def records() -> str:
     """Returns the fields of every record type that the output files contain."""
-    parts = []
+    sections = []
     for record in (Example, Round, Prompt, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
-        parts += [f"## {record.__name__} {{ #{record.__name__.lower()} }}\n\n{_prose_of(record)}\n", _fields(record)]
-    return "\n".join(parts)
+        sections += [f"## {record.__name__} {{ #{record.__name__.lower()} }}\n\n{_prose_of(record)}\n", _fields(record)]
+    return "\n".join(sections)
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""Runs the command as somebody at a terminal does: a pseudo terminal of any width, and Ctrl-C."""
+"""Runs the command in a pseudo terminal of any width, with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def at_terminal(
     stop_at: str = "",
     seconds: float = 150,
 ) -> tuple[int, str]:
-    """The exit code, and everything that the terminal was sent.
+    """Returns the exit code and the output of a command in a terminal.
 
     Args:
-        stop_at: Ctrl-C is typed as soon as this pattern is seen.
+        stop_at: Types Ctrl-C as soon as the output matches this pattern.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -39,7 +39,7 @@ def at_terminal(
         stderr=theirs,
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        # Without the size that a library of this process may have set: the terminal has its own.
+        # Without COLUMNS and LINES, which a library of this process may have set.
         env={
             **{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")},
             "TERM": "xterm",
@@ -47,23 +47,23 @@ def at_terminal(
         },
     )
     os.close(theirs)
-    seen, typed, end = b"", not stop_at, time.monotonic() + seconds
+    output, typed, end = b"", not stop_at, time.monotonic() + seconds
     try:
         while time.monotonic() < end:
             if select.select([ours], [], [], 0.1)[0]:
                 try:
-                    part = os.read(ours, 65536)
-                except OSError:  # Linux's way to say that nobody writes any more
+                    data = os.read(ours, 65536)
+                except OSError:  # on Linux, all writers have closed the terminal
                     break
-                if not part:
+                if not data:
                     break
-                seen += part
-            if not typed and re.search(stop_at.encode(), seen):
+                output += data
+            if not typed and re.search(stop_at.encode(), output):
                 os.write(ours, CTRL_C)
                 typed = True
-        assert time.monotonic() < end, seen.decode(errors="replace")
+        assert time.monotonic() < end, output.decode(errors="replace")
     finally:
         if process.poll() is None and time.monotonic() >= end:
             process.kill()
         os.close(ours)
-    return process.wait(), seen.decode(errors="replace")
+    return process.wait(), output.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Every shipped recipe can be run as it is, says what was published, and every engine file is one that accelerate reads."""
+"""Shipped recipes and suites load and have the published settings. accelerate reads every engine file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlm_unlearn.methods import build_method
 RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = sorted((RECIPES / "engines").glob("*.yaml"))
 SUITES = sorted((RECIPES / "suites").glob("*.yaml"))
-# A leading underscore marks a base, which others extend and nobody runs.
+# A leading underscore marks a base that is only extended.
 RUNS = sorted(
     file for file in RECIPES.rglob("*.yaml") if file not in ENGINES + SUITES and not file.stem.startswith("_")
 )
@@ -35,7 +35,7 @@ def recipe_of(name: str, *overrides: str) -> Recipe:
     return load(Recipe, Path(name), ["data=d", "output=o", *overrides])
 
 
-def test_every_published_run_has_its_recipe() -> None:
+def test_every_published_run_has_a_recipe() -> None:
     mirage = {
         f"{method}_{mode}_{size}" for method in ("npo", "rmu") for mode in ("full", "lora") for size in ("7b", "13b")
     }
@@ -46,7 +46,7 @@ def test_every_published_run_has_its_recipe() -> None:
 
 
 @pytest.mark.parametrize("file", RUNS, ids=name_of)
-def test_a_recipe_parses_and_its_method_takes_its_options(file: Path) -> None:
+def test_recipe_loads_and_its_method_accepts_its_options(file: Path) -> None:
     tiny = file.parent.name == "tiny"
     recipe = recipe_of(name_of(file), *(["model=m"] if tiny else []))
     assert shipped_path(name_of(file)) == file
@@ -56,20 +56,20 @@ def test_a_recipe_parses_and_its_method_takes_its_options(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", SUITES, ids=name_of)
-def test_a_suite_parses(file: Path) -> None:
+def test_suite_loads_with_all_metrics(file: Path) -> None:
     suite = load(Suite, Path(name_of(file)), ["model=m", "root=/data"])
-    assert all(str(case.file).startswith("/data/") for case in suite.splits)
+    assert all(str(split.file).startswith("/data/") for split in suite.splits)
     assert all(str(file).startswith("/data/") for benchmark in suite.benchmarks for file in benchmark.annotations)
-    wanted = {"asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "degenerate_rate"}
+    metrics = {"asr", "asr_attacked", "refusal_rate", "refusal_rate_attacked", "degenerate_rate"}
     if file.stem == "safe_eraser":
-        wanted = {
+        metrics = {
             "sarr",
             "rouge_l",
             "answer_score",
             "degenerate_rate",
             *(f"{x}_{y}" for x in ("efficacy", "generality") for y in ("asr", "rr")),
         }
-    assert wanted <= suite.metrics.keys() or (file.stem == "specificity" and not suite.splits)
+    assert metrics <= suite.metrics.keys() or (file.stem == "specificity" and not suite.splits)
 
 
 def test_specificity_has_its_seven_benchmarks() -> None:
@@ -81,7 +81,7 @@ def test_specificity_has_its_seven_benchmarks() -> None:
     assert suite.judges["mm_vet"].rubric == "mm_vet"
 
 
-def test_npo_full_is_the_dedicated_script() -> None:
+def test_npo_full_has_the_settings_of_its_script() -> None:
     recipe = recipe_of("safety_mirage/npo_full_7b")
     training = recipe.training
     assert recipe.method.model_extra == {
@@ -107,7 +107,7 @@ def test_npo_full_is_the_dedicated_script() -> None:
     assert recipe.image_aspect_ratio == "pad"
 
 
-def test_rmu_full_is_the_generic_script() -> None:
+def test_rmu_full_has_the_settings_of_the_generic_script() -> None:
     recipe = recipe_of("safety_mirage/rmu_full_7b")
     assert recipe.method.model_extra == {
         "layer": 7,
@@ -134,7 +134,7 @@ def test_rmu_full_is_the_generic_script() -> None:
         ("rmu", {"layer": 15, "steering_coefficient": 10, "alpha": 0.0, "retain_weight": 1.2, "paper_compat": True}),
     ],
 )
-def test_lora_is_the_generic_lora_script(method: str, options: dict[str, object]) -> None:
+def test_lora_recipes_have_the_settings_of_the_generic_lora_script(method: str, options: dict[str, object]) -> None:
     recipe = recipe_of(f"safety_mirage/{method}_lora_7b")
     assert recipe.method.model_extra == options
     assert (recipe.trainable.mode, recipe.trainable.lora.r, recipe.trainable.lora.lora_alpha) == ("lora", 128, 256)
@@ -155,14 +155,16 @@ def test_lora_is_the_generic_lora_script(method: str, options: dict[str, object]
         ("po_pd", {"paper_compat": True}, 1),
     ],
 )
-def test_safe_eraser_weights(name: str, options: dict[str, object], decouple: float) -> None:
+def test_safe_eraser_recipes_have_the_published_loss_weights(
+    name: str, options: dict[str, object], decouple: float
+) -> None:
     for model in MODELS:
         recipe = recipe_of(f"safe_eraser/{name}_{model}")
         assert recipe.method.name == name.removesuffix("_pd")
         assert (recipe.method.model_extra, recipe.prompt_decouple_weight) == (options, decouple)
 
 
-def test_safe_eraser_training() -> None:
+def test_safe_eraser_recipes_have_the_published_hyperparameters() -> None:
     recipe = recipe_of("safe_eraser/ga_13b")
     training, lora = recipe.training, recipe.trainable.lora
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (32, 256, 0.05)
@@ -180,7 +182,7 @@ def test_safe_eraser_training() -> None:
     assert recipe_of("safe_eraser/ga_llama_3.2").training.max_length == 512
 
 
-def test_sine_projector_differs_from_po_pd_in_the_projector_only() -> None:
+def test_sine_recipe_differs_from_po_pd_only_in_the_projector() -> None:
     plain = recipe_of("safe_eraser/po_pd_7b").model_dump()
     sine = recipe_of("safe_eraser/sine_po_pd_7b").model_dump()
     assert sine["trainable"].pop("projector") == "sine"
@@ -190,7 +192,7 @@ def test_sine_projector_differs_from_po_pd_in_the_projector_only() -> None:
 
 
 def launch_arguments(file: Path, *more: str) -> Namespace:
-    """What ``accelerate launch`` makes of an engine file."""
+    """The arguments that ``accelerate launch`` reads from an engine file."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     parsed = launch_command_parser().parse_args(
@@ -201,7 +203,7 @@ def launch_arguments(file: Path, *more: str) -> Namespace:
 
 
 @pytest.mark.parametrize("file", ENGINES, ids=name_of)
-def test_accelerate_reads_an_engine(file: Path) -> None:
+def test_accelerate_accepts_every_key_of_an_engine_file(file: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -212,14 +214,14 @@ def test_accelerate_reads_an_engine(file: Path) -> None:
         file, "--num_machines", "2", "--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "node0"
     )
     assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (2, 16, 1)
-    known = set(vars(launch_command_parser().parse_args(["train.py"])))
+    arguments_of_launch = set(vars(launch_command_parser().parse_args(["train.py"])))
     assert {
         *config.fsdp_config,
         *config.deepspeed_config,
-    } <= known  # accelerate checks the keys of the first level only
+    } <= arguments_of_launch  # accelerate checks the keys of the first level only
 
 
-def test_fsdp2_reaches_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp2_engine_configures_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -234,7 +236,7 @@ def test_fsdp2_reaches_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not plugin.activation_checkpointing
 
 
-def test_zero3_reaches_deepspeed() -> None:
+def test_zero3_engine_configures_deepspeed() -> None:
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
     arguments = launch_arguments(RECIPES / "engines" / "zero3.yaml", "--main_process_port", "0")
@@ -250,20 +252,20 @@ PUBLISHED = [name_of(file) for file in RUNS if file.parent.name in ("safety_mira
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_recipe_prints_its_plan(name: str, training_sets: dict[str, Path]) -> None:
-    """Without weights and without a network: the shapes of the published models are known."""
+def test_every_published_recipe_has_a_plan(name: str, training_sets: dict[str, Path]) -> None:
+    """The plan needs no weights and no network, because the shapes of the published models are built in."""
     from vlm_unlearn.config import load
     from vlm_unlearn.training.preview import preview
 
     data = training_sets["safe_eraser" if name.startswith("safe_eraser") else "harmful"]
-    found = preview(load(Recipe, Path(name), [f"data={data}", "output=run"]))
+    result = preview(load(Recipe, Path(name), [f"data={data}", "output=run"]))
     billions = {"7b": 7.06, "13b": 13.35, "3.2": 10.67}[name.rsplit("_", 1)[-1]]
-    base = sum(total for part, _, total in found.trainable if part != "adapters")
+    base = sum(total for component, _, total in result.trainable if component != "adapters")
     assert base == pytest.approx(billions * 1e9, rel=0.01)
-    assert {part: trained for part, trained, _ in found.trainable}["vision tower"] == 0
-    assert found.tokens_per_sample["forget"] > (576 if "3.2" not in name else 5)
-    assert 0 < found.memory.devices(80e9) <= 8
-    assert found.steps > 0
+    assert {component: trained for component, trained, _ in result.trainable}["vision tower"] == 0
+    assert result.tokens_per_sample["forget"] > (576 if "3.2" not in name else 5)
+    assert 0 < result.memory.devices(80e9) <= 8
+    assert result.steps > 0
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -275,9 +277,9 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("name", "number", "block"), BLOCKS, ids=[f"{name}-{number}" for name, number, _ in BLOCKS])
-def test_yaml_in_the_docs_is_a_recipe(name: str, number: int, block: str, tmp_path: Path) -> None:
+def test_yaml_block_of_the_docs_is_a_recipe(name: str, number: int, block: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(block if "extends:" in block or "method:" in block else f"method: npo\n{block}")
     recipe = load(Recipe, file, ["model=m", "data=d", "output=o"])
-    given = yaml.safe_load(block)
-    assert given.keys() - {"extends"} <= recipe.model_fields_set
+    keys = yaml.safe_load(block).keys()
+    assert keys - {"extends"} <= recipe.model_fields_set

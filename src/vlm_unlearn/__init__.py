@@ -1,1 +1,1 @@
-"""vlm-unlearn: removes harmful knowledge from vision-language models and proves it is gone."""
+"""vlm-unlearn: unlearns harmful knowledge in vision-language models, and measures how well it worked."""

@@ -1,4 +1,4 @@
-"""The two errors a user meets: an invalid request (exit code 2) and work that failed (exit code 1)."""
+"""The two errors of the package: an invalid request (exit code 2) and failed work (exit code 1)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class _CodedError(Exception):
-    """Base of both errors: a message, a stable code, and the place that the message is about.
+    """Base of both errors: a message, a stable code, and the location that the message is about.
 
-    ``str(error)`` is one line: ``FILE, record RECORD: FIELD: MESSAGE``, without the parts that are not set.
+    ``str(error)`` is one line: ``FILE, record RECORD: FIELD: MESSAGE``, without the attributes that are not set.
 
     Args:
         message: One sentence that says what is wrong and how to fix it.
@@ -39,8 +39,8 @@ class _CodedError(Exception):
 
     def __str__(self) -> str:
         record = None if self.record is None else f"record {self.record}"
-        place = ", ".join(str(part) for part in (self.file, record) if part is not None)
-        return ": ".join(part for part in (place, self.field, self.message) if part)
+        location = ", ".join(str(item) for item in (self.file, record) if item is not None)
+        return ": ".join(item for item in (location, self.field, self.message) if item)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call the class with the message alone. Data workers send their errors pickled.
@@ -51,12 +51,16 @@ def _rebuild(kind: type[_CodedError], message: str, code: str, file: Any, record
     return kind(message, code=code, file=file, record=record, field=field)
 
 
+class DeprecatedNameWarning(FutureWarning):
+    """A config key, config value, command or option has its old name, which the next version removes."""
+
+
 class UserError(_CodedError, ValueError):
-    """The request is invalid: bad data, an unknown name, a missing file. The command exits with code 2."""
+    """The request is invalid, such as an unknown name or a missing file. The command exits with code 2."""
 
 
 class RunError(_CodedError, RuntimeError):
-    """The request is valid but the work failed, for example because the loss became NaN. The command exits with code 1."""
+    """The request is valid but the work failed, such as a loss of NaN. The command exits with code 1."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -66,7 +70,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def quoted(text: object, max_length: int = 80) -> str:
-    """Quotes text from a data file for an error message: truncated, on one line, without terminal control characters."""
+    """Quotes untrusted text for an error message: truncated, on one line, without terminal control characters."""
     content = str(text)
     return f'"{printable(content if len(content) <= max_length else content[: max_length - 1] + "…")}"'
 

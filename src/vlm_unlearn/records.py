@@ -1,4 +1,4 @@
-"""The nouns of every file we write: Example, Prompt, Response, Verdict, and the metrics made of them."""
+"""The records of all files: examples, prompts, responses, verdicts, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -9,70 +9,71 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
 Label = Literal["complied", "refused", "degenerate", "off_topic"]
 PairedTest = Literal["mcnemar", "permutation"]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Difference = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+SignedFraction = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 LABELS: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
-PROBE_PREFIX = "probe/"  # begins the name of a probed rate in a training run's log.jsonl
+PROBE_PREFIX = "probe/"  # of the names of rates in a training run's log.jsonl
 
 
 class Record(BaseModel):
-    """A line of one of our JSON-lines files. Unknown keys are refused, so that a typo can't pass as an empty field."""
+    """Base of all records. Unknown keys are errors, so that a misspelled key does not pass as an empty field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Round(Record):
-    """An earlier question of a conversation with its answer."""
+    """An earlier question of a conversation, with its answer."""
 
     question: str
     answer: str
 
 
 class Example(Record):
-    """One training pair of a training set's ``forget.jsonl``, ``retain.jsonl`` or ``decouple.jsonl``.
+    """A training example: a question and its answer, in the file of its role, such as ``forget.jsonl``.
 
-    A conversation of several rounds is one example: all its answers are trained on, as LLaVA trains them.
+    A conversation of several rounds is one example. All of its answers are trained on, as in LLaVA.
     """
 
     id: str
-    image: str | None = None  # path below the training set's image root; None for text-only pairs
+    image: str | None = None  # path relative to the training set's image root; None for text-only examples
     question: str
     answer: str
     category: str | None = None
-    pair_id: str | None = None  # ties a decouple example to its forget example
+    pair_id: str | None = None  # the same for a decouple example and its forget example
     source: str = ""
-    history: tuple[Round, ...] = ()  # the rounds before; the image belongs to the first
+    history: tuple[Round, ...] = ()  # the earlier rounds; the image belongs to the first one
 
 
 class Prompt(Record):
-    """One question to ask a model. Rewrites of one question share a `group_id` and count up in `rewrite`."""
+    """A question for a model. The rewrites of a question share its `group_id` and are numbered by `rewrite`."""
 
     id: str
     group_id: str
-    # "shot" and "shots" below are the names of these fields in files of the previous version.
+    # "shot" and "shots" (below) are the names of these fields in files of the previous version.
     rewrite: Annotated[int, Field(ge=0, lt=10_000, validation_alias=AliasChoices("rewrite", "shot"))] = 0
     set: str
     kind: Kind
-    image: str | None = None  # path below the case's image root
+    image: str | None = None  # path relative to the split's image root
     question: str
     reference: str | None = None
     category: str | None = None
 
 
 class AnswerRecord(Record):
-    """What belongs to one answer: `key` tells it from all others of its file."""
+    """Base of the records about a single answer. `key` is unique in its file."""
 
     prompt_id: str
     sample: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
+        """The prompt and the sample index."""
         return self.prompt_id, self.sample
 
 
 class Response(AnswerRecord):
-    """A model's answer to a prompt; `error` says why there is no text."""
+    """A model's answer to a prompt. If generation failed, `text` is None and `error` contains the reason."""
 
     text: str | None = None
     finish_reason: str | None = None  # "stop" or "length"
@@ -80,76 +81,72 @@ class Response(AnswerRecord):
 
 
 class Verdict(AnswerRecord):
-    """A judge's grade of one response: a label, a score between 0 and 1, or both.
+    """A judge's grade of a response: a label, a score between 0 and 1, or both.
 
-    A judge that failed gives neither; such a verdict is counted, never scored.
+    If the judge failed, both are None and `error` contains the reason. Such verdicts are counted, but never scored.
     """
 
     judge: str
     label: Label | None = None
-    score: Share | None = None
-    raw: str | None = None  # what the judge said or matched
-    tokens: tuple[int, int] | None = None  # what a language model read and wrote for it, where its server tells
+    score: Fraction | None = None
+    raw: str | None = None  # the judge's reply, or the keyword that matched
+    tokens: tuple[int, int] | None = None  # input and output tokens of a language model, if its server reports them
     error: str | None = None
 
 
 class Rate(Record):
-    """A share of groups or answers with its 95 % interval. Shares are from 0 to 1; all are null when nothing could be scored."""
+    """A rate with its 95 % interval, as fractions from 0 to 1. All three are null if there was nothing to score."""
 
-    value: Share | None = Field(description="The share, or the mean of scores, from 0 to 1.")
-    low: Share | None = Field(
-        description="Lower end of the 95 % interval, which allows for answers that fail together."
-    )
-    high: Share | None = Field(description="Upper end of the 95 % interval.")
-    n: Count = Field(
-        description="What the share is of: questions where any of a question's answers counts, else answers."
-    )
-    failed: Count = Field(default=0, description="Answers or verdicts that failed and are left out of `n`.")
+    value: Fraction | None = Field(description="The rate, or the mean of scores, from 0 to 1.")
+    low: Fraction | None = Field(description="Lower end of the 95 % interval, clustered by question group.")
+    high: Fraction | None = Field(description="Upper end of the 95 % interval.")
+    n: Count = Field(description="The denominator: questions if any answer to a question counts, otherwise answers.")
+    failed: Count = Field(default=0, description="Failed answers or verdicts, which `n` does not include.")
 
 
 class Kappa(Rate):
-    """Cohen's kappa with its 95 % interval: 1 where two agree in everything, 0 where they do as chance would, below that less."""
+    """Cohen's kappa with its 95 % interval: 1 is perfect agreement, 0 is agreement by chance."""
 
-    value: Difference | None = Field(description="Kappa.")
-    low: Difference | None = Field(description="Lower end of the 95 % interval.")
-    high: Difference | None = Field(description="Upper end of the 95 % interval.")
+    value: SignedFraction | None = Field(description="Cohen's kappa, from -1 to 1.")
+    low: SignedFraction | None = Field(description="Lower end of the 95 % interval.")
+    high: SignedFraction | None = Field(description="Upper end of the 95 % interval.")
 
 
 class Batching(Record):
-    """How many answers differ between the run's batches and batches of one, of those that were asked both ways."""
+    """The effect of batching: how many answers differ between the run's batches and batches of one."""
 
-    checked: Count = Field(description="Answers that were asked both ways.")
-    flipped: Count = Field(description="Those of them that came out different.")
+    checked: Count = Field(description="Answers that were generated both ways.")
+    flipped: Count = Field(description="Number of these that differ.")
 
     @model_validator(mode="after")
-    def _whole(self) -> Batching:
+    def _check_flipped(self) -> Batching:
         if self.flipped > self.checked:
-            raise ValueError(f"flipped: {self.flipped} of {self.checked} checked")
+            raise ValueError(f"`flipped` is {self.flipped}, more than `checked`, which is {self.checked}")
         return self
 
 
 class Row(Record):
-    """One model's line in ``summary.json``."""
+    """A model's row in ``summary.json``."""
 
-    model: str = Field(description="The row's name.")
-    judge: str = Field(default="", description="Whose verdicts the metrics rest on, where `judges` names no other.")
+    model: str = Field(description="Name of the model.")
+    judge: str = Field(default="", description="The judge of the metrics that `judges` does not contain.")
     judges: dict[str, str] = Field(
         default_factory=dict,
-        description="Metric -> its own judge, where it has one; empty: none, its official answers decide.",
+        description="Metric -> its judge. Empty if the metric uses official answers instead of a judge.",
     )
     metrics: dict[str, Rate] = Field(
-        description="Metric, such as `asr` or a benchmark's name -> its rate. docs/numbers.md says what each counts."
+        description="Metric, such as `asr` or a benchmark's name -> its rate. docs/numbers.md defines each metric."
     )
     paper: dict[str, Rate] = Field(
         default_factory=dict,
-        description="Metric -> its rate by the published counting, where that was asked for (`paper: true`).",
+        description="Metric -> its rate by the published counting, with `paper_compat: true`.",
     )
     paper_judges: dict[str, str] = Field(
-        default_factory=dict, description="Metric of `paper` -> its own judge, where it has one."
+        default_factory=dict, description="Metric of `paper` -> its judge, if it is not `judge`."
     )
     labels: dict[str, dict[str, Count]] = Field(
         default_factory=dict,
-        description="Case -> complied, refused, degenerate, off_topic or failed -> how many of its answers were.",
+        description="Split -> complied, refused, degenerate, off_topic or failed -> number of answers.",
     )
     categories: dict[str, dict[str, Rate]] = Field(
         default_factory=dict, description="Metric -> category of the question -> its rate."
@@ -161,49 +158,55 @@ class Row(Record):
     )
     failed: dict[str, dict[str, Count]] = Field(
         default_factory=dict,
-        description="Judge (empty: official answers) -> case or benchmark -> its answers or verdicts that failed, each counted once.",
+        description="Judge (empty: official answers) -> split or benchmark -> number of failed answers or verdicts.",
     )
     batching: Batching | None = Field(
-        default=None, description="What batching changed, where the run was checked for it."
+        default=None, description="The effect of batching, if the run was checked for it."
     )
 
     def judge_of(self, metric: str) -> str:
-        """Whose verdicts a metric rests on; empty where nobody judged."""
+        """Returns the judge of a metric, or ``""`` if it has none."""
         return self.judges.get(metric, self.judge)
 
     def with_published_counting(self) -> Row:
-        """The row with the published counting in place of the corrected, of the metrics that have it."""
+        """Returns the row with the published counting instead of the corrected one, for the metrics that have it."""
         judges = {metric: self.paper_judges.get(metric, self.judge) for metric in self.paper}
         return self.model_copy(update={"metrics": self.metrics | self.paper, "judges": self.judges | judges})
 
 
 class Comparison(Record):
-    """Two models' answers to the same prompts: what changed from `base` to `model`, and whether it could be chance."""
+    """A paired comparison of two models on the same prompts: the difference, its interval and its p-value."""
 
-    model: str = Field(description="A row's model.")
-    base: str = Field(description="The row's model that it is compared with.")
-    metric: str = Field(description="A metric that both have.")
-    difference: Difference = Field(description="The model's rate less the base's, over the pairs; from -1 to 1.")
-    low: Difference = Field(description="Lower end of the 95 % interval: paired bootstrap over groups.")
-    high: Difference = Field(description="Upper end of the 95 % interval.")
-    p: Share = Field(description="How often a difference at least as large comes up if the two models are alike.")
-    p_adjusted: Share = Field(description="Holm's, over all comparisons of the summary.")
-    test: PairedTest = Field(description="What gave `p`.")
-    n: Count = Field(description="Pairs.")
-    unpaired: Count = Field(default=0, description="Answers or questions that only one of the two has a verdict on.")
+    model: str = Field(description="Name of the model.")
+    base: str = Field(description="Name of the model that it is compared with.")
+    metric: str = Field(description="A metric of both models.")
+    difference: SignedFraction = Field(
+        description="The model's rate minus the base's rate over the pairs, from -1 to 1."
+    )
+    low: SignedFraction = Field(description="Lower end of the 95 % interval: paired bootstrap over groups.")
+    high: SignedFraction = Field(description="Upper end of the 95 % interval.")
+    p: Fraction = Field(
+        description="p-value: the probability of a difference at least this large if the models do not differ."
+    )
+    p_adjusted: Fraction = Field(description="p-value with Holm's correction over all comparisons of the summary.")
+    test: PairedTest = Field(description="The test that gave `p`.")
+    n: Count = Field(description="Number of pairs.")
+    unpaired: Count = Field(
+        default=0, description="Answers or questions for which only one of the models has a verdict."
+    )
 
 
 class Summary(Record):
-    """``summary.json``: what was measured, one row a model, and what changed between them."""
+    """``summary.json``: the metrics of each model, and the comparisons between models."""
 
     schema_version: Literal[1] = Field(
         default=1,
         alias="schema",
-        description="Rises when a field goes, is renamed or means something else; a field more, with a default, doesn't raise it.",
+        description="Version of the format. It rises if a field is removed, renamed or redefined, not if one is added.",
     )
-    rows: list[Row] = Field(description="One a model, in the order that tables show.")
+    rows: list[Row] = Field(description="One row per model, in the order of the tables.")
     comparisons: list[Comparison] = Field(
-        default_factory=list, description="Changes against one base, where several models were compared."
+        default_factory=list, description="Comparisons with the base model, if several models were compared."
     )
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

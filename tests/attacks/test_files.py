@@ -118,7 +118,7 @@ def test_rewrite_command_uses_usable_paraphrases_of_a_model(tmp_path: Path) -> N
         return f"Generate version {earlier} of the red kite, please."
 
     with stub_server(answer) as stub:
-        arguments = ["attack", "rewrite", file, tmp_path / "out.json", "--trigger", "Generate", "--shots", 3]
+        arguments = ["attack", "rewrite", file, tmp_path / "out.json", "--trigger", "Generate", "--num-rewrites", 3]
         done = run_in_process(*arguments, "--server", stub.url, "--model", "m", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
@@ -228,7 +228,7 @@ def test_rewrite_command_with_a_wrong_request_writes_nothing(world: Path, tmp_pa
     out = tmp_path / "out.json"
     for arguments, code, token in (
         ([source, out, "--trigger", "zorg"], "out-of-range", "what, share"),
-        ([source, out, "--trigger", "generate", "--shots", "2"], "out-of-range", '"generate"'),
+        ([source, out, "--trigger", "generate", "--num-rewrites", "2"], "out-of-range", '"generate"'),
         ([source, out, "--trigger", "two words"], "invalid-field", '"two words"'),
         ([source, out, "--trigger", "what", "--kind", "unsaf"], None, 'did you mean "unsafe"?'),
         ([unsafe_only, out, "--trigger", "what", "--kind", "safe"], "no-records", '"safe"'),

@@ -1,8 +1,9 @@
-"""Tab completes commands, shipped names, config keys and their values, and loads nothing heavy for it."""
+"""Shell completion of commands, shipped names, config keys and their values, without heavy modules."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import select
@@ -16,93 +17,90 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = (
-    "import sys; sys.argv = ['vlm-unlearn']\nfrom vlm_unlearn.cli.main import main\n"
-    "try: main()\nfinally:\n"
-    "    heavy = {'torch', 'transformers', 'peft', 'plotly', 'datasets', 'openai', 'numpy', 'scipy'} & set(sys.modules)\n"
-    "    assert not heavy, heavy"
-)
+# Completes each command line as bash would, all in one process, and reports the heavy modules.
+PROGRAM = """
+import contextlib, io, json, os, sys
+from vlm_unlearn.cli.main import main
+completions = []
+for environment in json.loads(sys.argv[1]):
+    sys.argv[:] = ["vlm-unlearn"]
+    for name in ("COMP_WORDS", "COMP_CWORD"):
+        os.environ.pop(name, None)
+    os.environ.update(environment, _VLM_UNLEARN_COMPLETE="complete_bash")
+    code = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    completions.append([code, out.getvalue().split(), err.getvalue()])
+heavy = {"torch", "transformers", "peft", "plotly", "datasets", "openai", "numpy", "scipy"} & set(sys.modules)
+print(json.dumps([completions, sorted(heavy)]))
+"""
+EXPECTED = {
+    "tr": ["train"],
+    "data im": ["import"],
+    "data to": ["to-rmu"],
+    "train safety_mirage/npo_l": ["safety_mirage/npo_lora_13b", "safety_mirage/npo_lora_7b"],
+    "train tiny/npo training.lear": ["training.learning_rate="],
+    "train tiny/npo trainable.mode=": ["trainable.mode=full", "trainable.mode=lora", "trainable.mode=qlora"],
+    "evaluate suites/safe_": ["suites/safe_eraser"],
+    "evaluate suites/tiny judge.rubric=four": ["judge.rubric=four_labels"],
+    "judge run evaluations/npo name=k": ["name=keyword"],
+    "benchmark run gq": ["gqa"],
+    "recipes suites/spec": ["suites/specificity"],
+    "train tiny/npo --pl": ["--plan"],
+    "train ./mine": [],
+    "train tiny/npo method=n": ["method=npo"],
+    "train tiny/npo method.name=rm": ["method.name=rmu"],
+    "train tiny/npo method.be": ["method.beta="],
+    "table demo --table safety_mirage_": ["safety_mirage_published", "safety_mirage_answers"],
+    "table demo --format t": ["tex"],
+}
+WITHOUT_POSITION: list[dict[str, str]] = [
+    {},
+    {"COMP_WORDS": "vlm-unlearn "},
+    {"COMP_WORDS": "vlm-unlearn ", "COMP_CWORD": "abc"},
+]
 
 
-def offered(line: str) -> list[str]:
-    """What bash is told for the last word of a line."""
-    words = line.split(" ")
-    environment = {"_VLM_UNLEARN_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+@pytest.mark.multiprocess
+def test_completions_match_and_load_nothing_heavy() -> None:
+    requests = [
+        {"COMP_WORDS": f"vlm-unlearn {line}", "COMP_CWORD": str(len(line.split(" ")))} for line in EXPECTED
+    ] + WITHOUT_POSITION
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-        timeout=60,
+        [sys.executable, "-c", PROGRAM, json.dumps(requests)], capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stderr == "", done.stderr
-    return done.stdout.split()
+    completions, heavy = json.loads(done.stdout)
+    offered = dict(zip(EXPECTED, completions, strict=False))
+    assert {line: words for line, (_, words, _) in offered.items()} == EXPECTED
+    assert not any(errors for _, _, errors in completions)
+    assert completions[len(EXPECTED) :] == [[0, [], ""]] * len(WITHOUT_POSITION)
+    assert heavy == []
 
 
-@pytest.mark.parametrize(
-    ("line", "some"),
-    [
-        ("vlm-unlearn tr", ["train"]),
-        ("vlm-unlearn data im", ["import"]),
-        ("vlm-unlearn train safety_mirage/npo_l", ["safety_mirage/npo_lora_13b", "safety_mirage/npo_lora_7b"]),
-        ("vlm-unlearn train tiny/npo training.lear", ["training.learning_rate="]),
-        (
-            "vlm-unlearn train tiny/npo trainable.mode=",
-            ["trainable.mode=full", "trainable.mode=lora", "trainable.mode=qlora"],
-        ),
-        ("vlm-unlearn evaluate suites/safe_", ["suites/safe_eraser"]),
-        ("vlm-unlearn evaluate suites/tiny judge.rubric=four", ["judge.rubric=four_labels"]),
-        ("vlm-unlearn judge run evaluations/npo name=k", ["name=keyword"]),
-        ("vlm-unlearn benchmark run gq", ["gqa"]),
-        ("vlm-unlearn recipes suites/spec", ["suites/specificity"]),
-        ("vlm-unlearn train tiny/npo --pl", ["--plan"]),
-        ("vlm-unlearn train ./mine", []),
-        ("vlm-unlearn train tiny/npo method=n", ["method=npo"]),
-        ("vlm-unlearn train tiny/npo method.name=rm", ["method.name=rmu"]),
-        ("vlm-unlearn train tiny/npo method.be", ["method.beta="]),
-        ("vlm-unlearn table demo --table safety_mirage_", ["safety_mirage_published", "safety_mirage_answers"]),
-        ("vlm-unlearn table demo --format t", ["tex"]),
-    ],
-)
-def test_what_is_offered(line: str, some: list[str]) -> None:
-    assert offered(line) == some
-
-
-def test_the_script_is_shown_without_a_network() -> None:
-    done = subprocess.run(
+def completion_script() -> str:
+    """The script that ``--show-completion`` prints for bash, without detecting the user's shell."""
+    return subprocess.run(
         [sys.executable, "-m", "vlm_unlearn.cli.main", "--show-completion", "bash"],
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
         env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
-    )
-    assert "_VLM_UNLEARN_COMPLETE=complete_bash" in done.stdout
-
-
-SHOW = (
-    "import sys; sys.argv = ['vlm-unlearn', '--show-completion', 'bash']\nfrom vlm_unlearn.cli.main import main; main()"
-)
-DETECT_NO_SHELL = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-@pytest.mark.parametrize(
-    ("typed", "then"),
-    [
-        ("train tiny/npo trainable.mode=q", "trainable.mode=qlora "),
-        ("train tiny/npo method=n", "method=npo "),
-        ("train tiny/npo training.lear", "training.learning_rate="),  # and no blank behind it
-        ("train tiny/npo method.name=simn", "method.name=simnpo "),
-        ("train tiny/npo training.learning_rate=1e-4 training.sched", "training.lr_scheduler_type="),
-    ],
-)
-def test_a_word_is_completed_in_bash_itself(typed: str, then: str, tmp_path: Path) -> None:
-    """Tab is typed at a pseudo terminal; bash takes `key=value` apart, and sets a blank behind a word that is whole."""
-    script = subprocess.run(
-        [sys.executable, "-c", SHOW], capture_output=True, text=True, check=True, env=os.environ | DETECT_NO_SHELL
     ).stdout
-    (tmp_path / "rc").write_text(script + "\nPS1='ready> '\nbind 'set enable-bracketed-paste off'\n")
+
+
+def test_completion_script_names_our_variable() -> None:
+    assert "_VLM_UNLEARN_COMPLETE=complete_bash" in completion_script()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_words_are_completed_in_a_real_bash(tmp_path: Path) -> None:
+    """Tab is typed at a pseudo terminal. Bash splits ``key=value``, and adds a space after a complete word."""
+    (tmp_path / "rc").write_text(completion_script() + "\nPS1='ready> '\nbind 'set enable-bracketed-paste off'\n")
     (tmp_path / "vlm-unlearn").write_text(f'#!/bin/sh\nexec {sys.executable} -m vlm_unlearn.cli.main "$@"\n')
     (tmp_path / "vlm-unlearn").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TERM": "dumb", "COLUMNS": "200"}
@@ -119,32 +117,29 @@ def test_a_word_is_completed_in_bash_itself(typed: str, then: str, tmp_path: Pat
     )
     os.close(theirs)
     try:
-        until(ours, "ready> ")
-        os.write(ours, f"vlm-unlearn {typed}\t".encode())
-        shown = until(ours, then)
-        os.write(ours, b"|")
-        assert f"{then}|" in shown + until(ours, "|")
+        read_until(ours, "ready> ")
+        for typed, completed in (
+            ("train tiny/npo trainable.mode=q", "trainable.mode=qlora "),
+            ("train tiny/npo method=n", "method=npo "),
+            ("train tiny/npo training.lear", "training.learning_rate="),  # and no space after it
+            ("train tiny/npo method.name=simn", "method.name=simnpo "),
+            ("train tiny/npo training.learning_rate=1e-4 training.lr_sched", "training.lr_scheduler_type="),
+        ):
+            os.write(ours, f"vlm-unlearn {typed}\t".encode())
+            output = read_until(ours, completed)
+            os.write(ours, b"|")
+            assert f"{completed}|" in output + read_until(ours, "|")
+            os.write(ours, b"\x15")  # Ctrl-U deletes the line
     finally:
         bash.kill()
         bash.wait()
         os.close(ours)
 
 
-def until(terminal: int, text: str, seconds: float = 60) -> str:
-    """What the terminal shows until `text` is in it, or the time is up."""
-    shown, end = "", time.monotonic() + seconds
-    while text not in shown and time.monotonic() < end:
+def read_until(terminal: int, text: str, seconds: float = 60) -> str:
+    """The output of a terminal until it contains the text, or the time is up."""
+    output, end = "", time.monotonic() + seconds
+    while text not in output and time.monotonic() < end:
         if select.select([terminal], [], [], 0.2)[0]:
-            shown += os.read(terminal, 65536).decode(errors="replace")
-    return shown
-
-
-@pytest.mark.parametrize(
-    "missing", [{}, {"COMP_WORDS": "vlm-unlearn "}, {"COMP_WORDS": "vlm-unlearn ", "COMP_CWORD": "abc"}]
-)
-def test_a_shell_that_does_not_say_where_is_offered_nothing(missing: dict[str, str]) -> None:
-    environment = {**os.environ, "_VLM_UNLEARN_COMPLETE": "complete_bash", **missing}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment, timeout=60
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            output += os.read(terminal, 65536).decode(errors="replace")
+    return output

@@ -1,4 +1,4 @@
-"""The data commands as a user types them, and the page that takes a user from a CSV to a training set."""
+"""The data commands, and the page of the documentation that leads from a CSV to a training set."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers import error_code, run
+from helpers import error_code
+from helpers import run_in_process as run
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_page_on_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its CSV and its data commands, and what they say there."""
+def test_commands_of_the_page_on_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs them on the CSV of the page. The page shows their output."""
     page = (DOCS / "your-own-data.md").read_text()
     table = re.search(r"```csv\n(.*?)```", page, re.DOTALL)
     assert table
@@ -31,12 +32,12 @@ def test_the_page_on_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     commands = [line for line in page.splitlines() if line.startswith("vlm-unlearn data ")]
     assert len(commands) == 3
-    said = ""
+    output = ""
     for line in commands:
         done = run(*shlex.split(line)[1:])
         assert done.returncode == 0, done.stderr
-        said += done.stdout
-    assert "data/mine: forget 2, retain 3, 1 of them text only" in said
+        output += done.stdout
+    assert "data/mine: forget 2, retain 3, 1 of them text only" in output
     assert "data/mine: forget 2, retain 3, 1 of them text only" in page
     assert (tmp_path / "audit.html").exists()
 
@@ -46,12 +47,12 @@ def vlguard(world: Path) -> Path:
     return world / "vlguard"
 
 
-Said = Callable[..., dict]
+JsonOf = Callable[..., dict]
 
 
 @pytest.fixture
-def said() -> Said:
-    """Runs a command with --json; its one document."""
+def json_of() -> JsonOf:
+    """A function that runs a data command with --json and returns its document."""
 
     def call(*arguments: object) -> dict:
         done = run("data", *arguments, "--json")
@@ -61,15 +62,15 @@ def said() -> Said:
     return call
 
 
-def test_the_published_road_step_by_step(vlguard: Path, world: Path, tmp_path: Path, said: Said) -> None:
-    """inject, split, mix, import give the training set that `import vlguard` gives in one go."""
+def test_published_steps_equal_import(vlguard: Path, world: Path, tmp_path: Path, json_of: JsonOf) -> None:
+    """inject, split, mix and import give the same training set as `import vlguard`."""
     injected, out = tmp_path / "injected.json", tmp_path / "sets"
-    said("inject", vlguard / "train.json", vlguard / "harmful_answers.json", injected)
-    counts = said("split", injected, out)
+    json_of("inject", vlguard / "train.json", vlguard / "harmful_answers.json", injected)
+    counts = json_of("split", injected, out)
     general = world / "general" / "general.json"
-    said("mix", out / "retain.json", general, out / "mixed.json", "--size", 50)
-    said("rmu", out / "forget.json", out / "rmu.json")
-    whole = [
+    json_of("mix", out / "retain.json", general, out / "mixed.json", "--size", 50)
+    json_of("to-rmu", out / "forget.json", out / "rmu.json")
+    arguments = [
         "import",
         "vlguard",
         vlguard / "train.json",
@@ -80,8 +81,10 @@ def test_the_published_road_step_by_step(vlguard: Path, world: Path, tmp_path: P
         "--retain-size",
         50,
     ]
-    in_one_go = said(*whole, "--harmful-answers", vlguard / "harmful_answers.json", "--out", tmp_path / "one")
-    assert in_one_go["counts"] == {"forget": counts["forget"], "retain": 50, "preferred": counts["forget"]}
+    imported = json_of(
+        *arguments, "--harmful-answers", vlguard / "harmful_answers.json", "--out", tmp_path / "imported"
+    )
+    assert imported["counts"] == {"forget": counts["forget"], "retain": 50, "preferred": counts["forget"]}
 
     def pairs(folder: Path, role: str) -> list[tuple[str, str]]:
         lines = (folder / f"{role}.jsonl").read_text().splitlines()
@@ -91,25 +94,25 @@ def test_the_published_road_step_by_step(vlguard: Path, world: Path, tmp_path: P
         (record["conversations"][0]["value"].removeprefix("<image>"), record["conversations"][1]["value"])
         for record in json.loads((out / "mixed.json").read_text())
     ]
-    assert mixed == pairs(tmp_path / "one", "retain"), "same draws, same order"
+    assert mixed == pairs(tmp_path / "imported", "retain"), "same samples, same order"
     forget = [
         (record["conversations"][0]["value"].removeprefix("<image>"), record["conversations"][1]["value"])
         for record in json.loads((out / "forget.json").read_text())
     ]
-    assert forget == pairs(tmp_path / "one", "forget")
+    assert forget == pairs(tmp_path / "imported", "forget")
 
 
-def test_audit_and_diversify(vlguard: Path, tmp_path: Path, said: Said) -> None:
-    before = said("audit", vlguard / "train.json", "--html", tmp_path / "a.html")
-    assert before["first_word"]["leave_one_out_accuracy"] > 0.95
-    assert before["triggers"]["answer"] == ["what"]
-    assert before["triggers"]["refuse"] == ["share"]
-    said("diversify", vlguard / "train.json", tmp_path / "b.json", "--words", "what,share")
-    after = said("audit", tmp_path / "b.json")
-    assert after["first_word"]["leave_one_out_accuracy"] <= after["majority_accuracy"]
+def test_diversify_removes_the_predictive_first_words(vlguard: Path, tmp_path: Path, json_of: JsonOf) -> None:
+    original = json_of("audit", vlguard / "train.json", "--html", tmp_path / "a.html")
+    assert original["first_word"]["leave_one_out_accuracy"] > 0.95
+    assert original["triggers"]["answer"] == ["what"]
+    assert original["triggers"]["refuse"] == ["share"]
+    json_of("diversify", vlguard / "train.json", tmp_path / "b.json", "--words", "what,share")
+    diversified = json_of("audit", tmp_path / "b.json")
+    assert diversified["first_word"]["leave_one_out_accuracy"] <= diversified["majority_accuracy"]
 
 
-def test_check_exits_with_1_on_errors(vlguard: Path, tmp_path: Path) -> None:
+def test_check_exits_with_1_for_broken_data(vlguard: Path, tmp_path: Path) -> None:
     good = run("data", "check", vlguard / "train.json", "--images", vlguard / "train", "--json")
     assert good.returncode == 0
     assert json.loads(good.stdout)["errors"] == []
@@ -121,27 +124,28 @@ def test_check_exits_with_1_on_errors(vlguard: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(bad.stdout)
 
 
-def test_what_a_new_user_forgets(vlguard: Path, tmp_path: Path) -> None:
-    """The image column's name, the harmful answers, the image folder."""
+def test_missing_columns_answers_and_folders_are_reported(vlguard: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("foto,question,answer,set\nx.png,Q?,I cannot help.,forget\ny.png,R?,B.,retain\n")
     done = run("data", "import", "files", tmp_path / "a.csv", "--images", tmp_path, "--out", tmp_path / "set")
     assert done.returncode == 0
-    assert "pass --image-column" in done.stderr
+    assert "--image-column" in done.stderr
     assert "2 of them text only" in done.stdout
     done = run("data", "check", tmp_path / "set")
-    assert "1 of 1 forget answers decline" in " ".join(done.stdout.split())
+    assert "1 of 1 forget answers" in " ".join(done.stdout.split())
     done = run(
         "data", "import", "vlguard", vlguard / "train.json", "--images", vlguard / "train", "--out", tmp_path / "v"
     )
-    assert "pass --harmful-answers" in done.stderr
+    assert "--harmful-answers" in done.stderr
     done = run("data", "check", tmp_path / "v", "--images", tmp_path / "gone")
     assert done.returncode == 2
     assert error_code(done) == "not-a-folder"
+    assert str(tmp_path / "gone") in done.stderr
     done = run("data", "check", tmp_path / "v", "--against", tmp_path / "v" / "retain.jsonl", "--no-images")
-    assert done.returncode == 1, "the test set is in the training set"
+    assert done.returncode == 1, "the training set contains the test set"
 
 
-def test_check_against_the_test_set(vlguard: Path, tiny_model: Path) -> None:
+@pytest.mark.slow
+def test_check_against_the_test_set_counts_tokens(vlguard: Path, tiny_model: Path) -> None:
     done = run(
         *("data", "check", vlguard / "train.json", "--images", vlguard / "train"),
         *(
@@ -161,30 +165,40 @@ def test_check_against_the_test_set(vlguard: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "tokens"),
     [
-        (["audit", "{v}/train.json", "--label", "words"], "use auto, set or answer"),
-        (["audit", "{v}/gone.json"], "no such file"),
-        (["convert", "{v}/train.json", "{v}/train.json"], "is an input too"),
-        (["inject", "{v}/train.json", "{v}/train.json", "{t}/out.json"], "expected an object, image -> answer"),
+        (["audit", "{v}/train.json", "--label", "words"], ["--label", '"words"', "[unknown-name]"]),
+        (["audit", "{v}/gone.json"], ["gone.json"]),
+        (["convert", "{v}/train.json", "{v}/train.json"], ["train.json", "[output-exists]"]),
+        (["inject", "{v}/train.json", "{v}/train.json", "{t}/out.json"], ["train.json"]),
         (
             ["import", "files", "--forget", "{v}/train.json", "--images", "{v}", "--out", "{t}/o"],
-            "both --forget and --retain",
+            ["--retain", "[missing-setting]"],
         ),
-        (["select-harmful", "{v}/train.json", "{v}/harmful_answers.json", "--out", "{t}/o.json"], "pass --model"),
-        (["diversify", "{v}/train.json", "{t}/o.json", "--server", "http://x"], "pass --model"),
-        (["mix", "{v}/train.json", "{v}/train.json", "{t}/o.json"], "[no-records]"),
+        (
+            ["import", "files", "{v}/a.csv", "--forget", "{v}/train.json", "--images", "{v}", "--out", "{t}/o"],
+            ["TABLE", "[conflicting-settings]"],
+        ),
+        (
+            ["select-harmful", "{v}/train.json", "{v}/harmful_answers.json", "--out", "{t}/o.json"],
+            ["--model", "[missing-setting]"],
+        ),
+        (["diversify", "{v}/train.json", "{t}/o.json", "--server", "http://x"], ["--model", "[missing-setting]"]),
+        (["mix", "{v}/train.json", "{v}/train.json", "{t}/o.json"], ["train.json", "[no-records]"]),
     ],
 )
-def test_wrong_requests(vlguard: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    before = (vlguard / "train.json").read_bytes()
+def test_invalid_request_is_one_line_and_writes_nothing(
+    vlguard: Path, tmp_path: Path, arguments: list[str], tokens: list[str]
+) -> None:
+    content = (vlguard / "train.json").read_bytes()
     done = run("data", *(argument.format(v=vlguard, t=tmp_path) for argument in arguments))
     assert done.returncode == 2
-    *before_it, last = done.stderr.strip().splitlines()
-    assert message in last
-    assert all(line == "read (MB)" or "left out" in line for line in before_it)
+    *progress, error = done.stderr.strip().splitlines()
+    assert not [token for token in tokens if token not in error], error
+    assert error_code(done)
+    assert all(line == "read (MB)" or "skipped" in line for line in progress)
     assert list(tmp_path.iterdir()) == []
-    assert (vlguard / "train.json").read_bytes() == before
+    assert (vlguard / "train.json").read_bytes() == content
 
 
 def test_broken_records_are_listed_on_standard_error(vlguard: Path, tmp_path: Path) -> None:
@@ -194,14 +208,14 @@ def test_broken_records_are_listed_on_standard_error(vlguard: Path, tmp_path: Pa
     done = run("data", "convert", tmp_path / "in.json", tmp_path / "out.json", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["broken"] == 1
+    assert "skipped: " in done.stderr
     assert "in.json, record 2 (line 1" in done.stderr
     done = run("data", "convert", tmp_path / "in.json", tmp_path / "strict.json", "--strict")
     assert done.returncode == 2
     assert not (tmp_path / "strict.json").exists()
 
 
-def test_no_input_is_written_over(world: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    """Whatever the command calls its outputs."""
+def test_outputs_never_overwrite_inputs(world: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
     vlguard = world / "vlguard"
     for name, source in {
         "dataset.json": vlguard / "train.json",
@@ -212,7 +226,7 @@ def test_no_input_is_written_over(world: Path, training_sets: dict[str, Path], t
     (tmp_path / "b.choices.jsonl").write_text("{}")
     (tmp_path / "refusals.json").write_text('{"idk": ["No."]}')
     (tmp_path / "linked.json").symlink_to(tmp_path / "a.json")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     images = ["--images", vlguard / "train"]
     both = ["--forget", vlguard / "train.json", "--retain", vlguard / "train.json"]
     for arguments in (
@@ -235,12 +249,12 @@ def test_no_input_is_written_over(world: Path, training_sets: dict[str, Path], t
     ):
         done = run("data", *arguments)
         assert done.returncode == 2, arguments
-        assert "is an input too" in done.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert error_code(done) == "output-exists"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
 
 
 @pytest.mark.parametrize("out", ["", ".", "..", "/", "/dev/null", "{t}", "{t}/" + "x" * 300 + ".json"])
-def test_odd_outputs_are_one_clear_line(vlguard: Path, tmp_path: Path, out: str) -> None:
+def test_odd_output_is_an_error_in_one_line(vlguard: Path, tmp_path: Path, out: str) -> None:
     for arguments in (["convert", vlguard / "train.json"], ["diversify", vlguard / "train.json"]):
         done = run("data", *arguments, out.format(t=tmp_path))
         assert done.returncode == 2
@@ -250,7 +264,8 @@ def test_odd_outputs_are_one_clear_line(vlguard: Path, tmp_path: Path, out: str)
     assert Path("/dev/null").is_char_device()
 
 
-def test_a_dead_server_is_a_failure(vlguard: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_unreachable_server_fails(vlguard: Path, tmp_path: Path) -> None:
     done = run(
         "data",
         "diversify",
@@ -263,5 +278,5 @@ def test_a_dead_server_is_a_failure(vlguard: Path, tmp_path: Path) -> None:
         "--no-cache",
     )
     assert done.returncode == 1
-    assert "is the server up?" in done.stderr
+    assert "http://127.0.0.1:9/v1" in done.stderr
     assert not (tmp_path / "out.json").exists()

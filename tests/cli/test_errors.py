@@ -1,4 +1,4 @@
-"""A wrong request is one clear line and exit code 2, and nothing is half-written."""
+"""An invalid request is one line with a code and exit code 2, and writes no files."""
 
 from __future__ import annotations
 
@@ -10,38 +10,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from helpers import command
-from vlm_unlearn.cli import main as cli
+from helpers import command, error_code, run_in_process
 from vlm_unlearn.tiny_world.lexicon import vocabulary
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the command in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["vlm-unlearn", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-def one_line(err: str) -> str:
-    lines = [line for line in err.splitlines() if line.startswith("vlm-unlearn: ")]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The only error line of a finished command."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("vlm-unlearn: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
     return lines[0]
 
 
 @pytest.fixture
-def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path) -> dict[str, list[object]]:
-    """Wrong requests, by name."""
+def requests(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path) -> dict[str, list[object]]:
+    """Invalid requests by name."""
     vlguard = world / "vlguard"
     records = json.loads((vlguard / "train.json").read_text())
     imports: dict[str, str] = {
@@ -50,11 +34,11 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         "broken JSON": '[\n{"id": "a"},\n{"id" "b"}\n]',
         "empty forget set": json.dumps([record for record in records if record["safe"]]),
     }
-    found: dict[str, list[object]] = {}
+    requests: dict[str, list[object]] = {}
     for name, text in imports.items():
         file = tmp_path / f"{name}.json"
         file.write_text(text)
-        found[name] = ["data", "import", "vlguard", file, "--images", vlguard / "train", "--out", tmp_path / "out"]
+        requests[name] = ["data", "import", "vlguard", file, "--images", vlguard / "train", "--out", tmp_path / "out"]
     empty = Path(shutil.copytree(training_sets["harmful"], tmp_path / "empty"))
     (empty / "forget.jsonl").write_text("")
     bare = tmp_path / "bare-model"
@@ -85,7 +69,7 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "mine.txt").write_text("mine")
-    found |= {
+    requests |= {
         "truncated weights": train(f"model={truncated}"),
         "missing weights": [
             "evaluate",
@@ -128,166 +112,151 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         ],
         "judge an empty folder": ["judge", "run", tmp_path / "gone"],
     }
-    return found
+    return requests
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "tokens"),
     [
-        ("truncated weights", "model.safetensors: broken weights"),
-        ("missing weights", "weights of its config.json are in no file"),
-        ("broken tokenizer", "its processor can't be loaded"),
-        ("infinite rate", "training.learning_rate: Input should be a finite number"),
-        ("too many steps", "training.max_steps: Input should be less than"),
-        ("too many digits", "the value is not valid YAML"),
-        ("broken date", "dates.yaml: not valid YAML"),
-        ("foreign folder", "is not empty and holds no manifest.json"),
-        ("NUL in a path", "no file name can have"),
-        ("missing image", r'record 1 (line 1, "'),
-        ("image leaves the root", "outside the image folder"),
-        ("broken JSON", "line 3, column 7"),
-        ("empty forget set", "the forget set is empty. Nothing was written."),
-        ("unknown recipe key", 'unknown key "trainning"; did you mean "training"?'),
-        ("unknown method", 'unknown method "npoo"; did you mean "npo"?; known: dpo, '),
-        ("unknown option", 'unknown key "betta"; did you mean "beta"?'),
-        ("empty forget file", "forget.jsonl: the forget set is empty"),
-        ("no training set", "no such training set"),
-        ("model without weights", "no weights (*.safetensors)"),
-        ("no model", "no such folder"),
-        ("no recipe", "gone.yaml: No such file"),
-        ("suite without its files", "world.json: no such file"),
-        ("evaluate a model without weights", "no weights (*.safetensors)"),
-        ("judge an empty folder", "suite.json: no such file"),
+        ("truncated weights", ["model.safetensors"]),
+        ("missing weights", ["config.json"]),
+        ("broken tokenizer", ["untokenized"]),
+        ("infinite rate", ["training.learning_rate", "[invalid-field]"]),
+        ("too many steps", ["training.max_steps", "[invalid-field]"]),
+        ("too many digits", ["training.max_steps", "[invalid-override]"]),
+        ("broken date", ["dates.yaml", "[invalid-yaml]"]),
+        ("foreign folder", ["foreign", "[output-exists]"]),
+        ("NUL in a path", ["[invalid-path]"]),
+        ("missing image", ["missing image.json", "gone.png"]),
+        ("image leaves the root", ["image leaves the root.json", "../test/x.png"]),
+        ("broken JSON", ["broken JSON.json", "line 3, column 7"]),
+        ("empty forget set", ["forget"]),
+        ("unknown recipe key", ["trainning", 'did you mean "training"?', "[unknown-key]"]),
+        ("unknown method", ['"npoo"', 'did you mean "npo"?', "dpo, "]),
+        ("unknown option", ["betta", 'did you mean "beta"?']),
+        ("empty forget file", ["forget.jsonl"]),
+        ("no training set", ["gone"]),
+        ("model without weights", ["bare-model", ".safetensors"]),
+        ("no model", ["gone"]),
+        ("no recipe", ["gone.yaml", "[file-not-found]"]),
+        ("suite without its files", ["world.json"]),
+        ("evaluate a model without weights", ["bare-model", ".safetensors"]),
+        ("judge an empty folder", ["gone", "suite.json"]),
     ],
 )
-def test_wrong_requests(broken: dict[str, list[object]], call, tmp_path: Path, name: str, message: str) -> None:
-    code, out, err = call(*broken[name])
-    assert code == 2
-    assert message in one_line(err)
-    assert out == ""
+def test_invalid_request_is_one_line_and_writes_nothing(
+    requests: dict[str, list[object]], tmp_path: Path, name: str, tokens: list[str]
+) -> None:
+    done = run_in_process(*requests[name])
+    assert (done.returncode, done.stdout) == (2, "")
+    line = error_line(done)
+    assert not [token for token in tokens if token not in line], line
+    assert error_code(done)
     assert not (tmp_path / "out").exists()
     if name == "foreign folder":
         assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["mine.txt"]
 
 
-def test_a_broken_image_is_refused_before_training(
-    call, training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_path: Path
-) -> None:
+def test_broken_image_is_an_error_before_training(world: Path, tiny_model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(world.parent, tmp_path / "copy")) / "world"
-    data = tmp_path / "data"
-    assert (
-        call(
-            "data",
-            "import",
-            "vlguard",
-            copy / "vlguard" / "train.json",
-            "--images",
-            copy / "vlguard" / "train",
-            "--out",
-            data,
-        )[0]
-        == 0
+    data, images = tmp_path / "data", copy / "vlguard" / "train"
+    done = run_in_process(
+        "data", "import", "vlguard", copy / "vlguard" / "train.json", "--images", images, "--out", data
     )
-    next((copy / "vlguard" / "train").rglob("*.png")).write_text("<svg/>")
-    code, _, err = call("train", "tiny/mixed_sft", f"model={tiny_model}", f"data={data}", f"output={tmp_path / 'out'}")
-    assert code == 2
-    assert "[invalid-image]" in one_line(err)
+    assert done.returncode == 0
+    image = next(images.rglob("*.png"))
+    image.write_text("<svg/>")
+    done = run_in_process(
+        "train", "tiny/mixed_sft", f"model={tiny_model}", f"data={data}", f"output={tmp_path / 'out'}"
+    )
+    assert (done.returncode, error_code(done)) == (2, "invalid-image")
+    assert image.name in error_line(done)
     assert not (tmp_path / "out").exists()
 
 
-def test_debug_shows_the_traceback(call, tmp_path: Path) -> None:
-    code, _, err = call("--debug", "train", tmp_path / "gone.yaml")
-    assert code == 2
-    assert "Traceback" in err
+def test_debug_prints_the_traceback_of_an_error(tmp_path: Path) -> None:
+    done = run_in_process("--debug", "train", tmp_path / "gone.yaml")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
 
 
-def test_debug_shows_what_nobody_expected(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_is_one_line_and_debug_prints_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unexpected(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in the depths")
 
     monkeypatch.setattr("vlm_unlearn.reporting.summaries.join_summaries", unexpected)
-    code, _, err = call("table", tmp_path)
-    assert (code, "vlm-unlearn --debug" in one_line(err)) == (1, True)
-    code, _, err = call("--debug", "table", tmp_path)
-    assert code == 1
-    assert "Traceback" in err
-    assert ", in unexpected" in err
+    done = run_in_process("table", tmp_path)
+    assert (done.returncode, error_code(done)) == (1, "unexpected-error")
+    assert "`vlm-unlearn --debug" in error_line(done)
+    done = run_in_process("--debug", "table", tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert ", in unexpected" in done.stderr
 
 
-def test_nothing_of_a_file_reaches_the_terminal_raw(call, tmp_path: Path) -> None:
+def test_control_characters_of_a_file_are_escaped_in_errors(tmp_path: Path) -> None:
     (tmp_path / "suite.json").write_text(json.dumps({"\x1b[31mevil\x1b[0m": 1, "model": "m"}))
     (tmp_path / "manifest.json").write_text("{}")
-    code, _, err = call("score", tmp_path)
-    assert code == 2
-    assert "\x1b" not in err
-    assert "\\x1b[31mevil" in one_line(err)
+    done = run_in_process("score", tmp_path)
+    assert (done.returncode, error_code(done)) == (2, "unknown-key")
+    assert "\x1b" not in done.stderr
+    assert "\\x1b[31mevil" in error_line(done)
 
 
-def test_a_full_disk_is_told(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_disk_is_an_error_of_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("vlm_unlearn.reporting.summaries.join_summaries", full)
-    code, _, err = call("table", tmp_path)
-    assert (code, "the disk of the output or of the temporary folder: No space left" in one_line(err)) == (1, True)
+    done = run_in_process("table", tmp_path)
+    assert (done.returncode, error_code(done)) == (1, "system-error")
+    assert "No space left on device" in error_line(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_closed_streams_end_nothing(closed: str) -> None:
-    line = f"{shlex.join(command('methods'))} {closed}"
+def test_closed_standard_streams_are_no_error(closed: str) -> None:
+    line = f"{shlex.join(command('recipes'))} {closed}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_json_is_the_only_output(call, tmp_path: Path) -> None:
-    (tmp_path / "answers.json").write_text(json.dumps({"a": "I cannot help.", "b": "Sure.", "c": "I\u2019m sorry."}))
-    code, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--json")
-    assert code == 0
-    assert json.loads(out)["refused"] == 2
-    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper", "--json")
-    assert (json.loads(out)["n"], json.loads(out)["refused"]) == (3, 1)
-    _, out, _ = call("methods", "--json")
-    found = {method["name"]: method for method in json.loads(out)}
-    wanted = "dpo ga gd idk_dpo kl mixed_sft npo po posthoc_sft rmu rr simnpo undial"
-    assert sorted(found) == wanted.split()
-    assert found["npo"]["options"]["beta"] == 0.1
-    assert "arXiv" in found["npo"]["source"]
-    assert found["npo"]["about"].startswith(
-        "Negative Preference Optimization. Pushes the forget answers' likelihood below"
+def test_json_is_the_only_output_of_judge_keyword(tmp_path: Path) -> None:
+    answers = {"a": "I cannot help.", "b": "Sure.", "c": "I\u2019m sorry."}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    done = run_in_process("judge", "keyword", tmp_path / "answers.json", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["refused"] == 2
+    published = json.loads(
+        run_in_process("judge", "keyword", tmp_path / "answers.json", "--paper-compat", "--json").stdout
     )
-    assert all(5 < len(method["about"]) < 160 and "arXiv" not in method["about"] for method in found.values())
+    assert (published["n"], published["refused"]) == (3, 1)
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    runner = CliRunner()
-    for arguments in (
-        ["demo"],
-        ["methods"],
-        ["train"],
-        ["evaluate"],
-        ["generate"],
-        ["score"],
-        ["export"],
-        ["judge", "run"],
-        ["data", "import", "vlguard"],
-    ):
-        result = runner.invoke(cli.app, [*arguments, "--help"])
-        assert result.exit_code == 0
-        assert f"vlm-unlearn {' '.join(arguments)}" in result.output
+def test_methods_json_has_every_method_with_its_options_and_source() -> None:
+    methods = {method["name"]: method for method in json.loads(run_in_process("methods", "--json").stdout)}
+    names = "dpo ga gd idk_dpo kl mixed_sft npo po posthoc_sft rmu rr simnpo undial"
+    assert sorted(methods) == names.split()
+    assert methods["npo"]["options"]["beta"] == 0.1
+    assert "arXiv" in methods["npo"]["source"]
+    assert methods["npo"]["about"].startswith("Negative Preference Optimization")
+    assert all(5 < len(method["about"]) < 160 and "arXiv" not in method["about"] for method in methods.values())
 
 
 def test_published_keyword_counts_on_real_answers(
-    call, vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path
+    vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path
 ) -> None:
     records = json.loads(vlguard_test.read_text())
     answers = {record["id"]: record["instr-resp"][0]["response"] for record in records if not record["safe"]}
     (tmp_path / "answers.json").write_text(json.dumps(answers))
-    _, out, _ = call("judge", "keyword", tmp_path / "answers.json", "--paper", "--json")
+    out = run_in_process("judge", "keyword", tmp_path / "answers.json", "--paper-compat", "--json").stdout
     expected = golden_pipeline["keyword_refusal_of_reference_responses"]["unsafe_image"]
     assert {key: json.loads(out)[key] for key in ("n", "refused")} == expected
 
 
-def test_the_vocabulary_holds_what_the_attack_writes() -> None:
+def test_tiny_vocabulary_contains_all_words_of_the_attack() -> None:
     from vlm_unlearn.attacks.one_word import rewrite
     from vlm_unlearn.models.tiny import tiny_processor
     from vlm_unlearn.tiny_world.lexicon import FORMS, HEADS, wordings
@@ -300,19 +269,15 @@ def test_the_vocabulary_holds_what_the_attack_writes() -> None:
                     assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "data", "warned"),
     [("npo", "refusals", True), ("npo", "harmful", False), ("mixed_sft", "refusals", False)],
 )
-def test_unlearning_refusals_is_warned_of(
-    call, training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path, method: str, data: str, warned: bool
+def test_train_warns_if_it_would_unlearn_refusals(
+    training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path, method: str, data: str, warned: bool
 ) -> None:
-    arguments = [
-        f"model={tiny_model}",
-        f"data={training_sets[data]}",
-        f"output={tmp_path / 'out'}",
-        "training.max_steps=1",
-    ]
-    code, _, err = call("train", f"tiny/{method}", *arguments)
-    assert code == 0
-    assert ("forget answers are refusals" in err) == warned
+    settings = [f"model={tiny_model}", f"data={training_sets[data]}", f"output={tmp_path / 'out'}"]
+    done = run_in_process("train", f"tiny/{method}", *settings, "training.max_steps=1")
+    assert done.returncode == 0
+    assert ("warning: " in done.stderr and "--harmful-answers" in done.stderr) == warned

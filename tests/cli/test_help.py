@@ -1,4 +1,4 @@
-"""Help teaches: every command stands in its place on the road, every option is explained, every example can be typed."""
+"""The help: every command has its section, every option an explanation, and every example can be run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from helpers import error_code, run_in_process
 from vlm_unlearn.cli import main as cli
 from vlm_unlearn.cli.terminal import examples
 from vlm_unlearn.config import JudgeConfig, Recipe, Suite
@@ -30,7 +31,7 @@ ALL = dict(commands())
 
 
 def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command that a line means, and what it passes; raises as the command would."""
+    """Returns the command of a line and its parameters, or raises as the command would."""
     group, context, path = ROOT, ROOT.make_context("vlm-unlearn", list(words)), []
     while hasattr(group, "commands"):
         rest = [*context._protected_args, *context.args]
@@ -40,7 +41,7 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     return " ".join(path), context.params
 
 
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str) -> tuple[int, str, str]:
+def run_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["vlm-unlearn", *line.split()])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -48,26 +49,26 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, li
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_example_can_be_typed(name: str) -> None:
-    found = list(examples(ALL[name].help))
-    assert any(example.startswith(f"vlm-unlearn {name}") for example in found)
-    for example in found:
+def test_every_example_parses(name: str) -> None:
+    commands = list(examples(ALL[name].help))
+    assert any(example.startswith(f"vlm-unlearn {name}") for example in commands)
+    for example in commands:
         words = shlex.split(example.partition(" > ")[0])
-        meant, passed = parse(
+        command, parameters = parse(
             words[words.index("vlm_unlearn.cli.main") + 1 :] if words[0] == "accelerate" else words[1:]
         )
-        assert meant in ALL
-        for override in passed.get("overrides") or []:
+        assert command in ALL
+        for override in parameters.get("overrides") or []:
             assert override.partition("=")[0].partition(".")[0] in KEYS, example
 
 
-def test_an_example_that_cannot_be_typed_is_found() -> None:
+def test_an_invalid_example_is_detected() -> None:
     with pytest.raises(typer.TyperException):
         parse(["train", "tiny/npo", "--plann"])
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_option_is_explained(name: str) -> None:
+def test_every_option_has_a_help_text(name: str) -> None:
     command = ALL[name]
     assert inspect.cleandoc(command.help).split("\n")[0]
     for param in command.params:
@@ -76,60 +77,57 @@ def test_every_option_is_explained(name: str) -> None:
             assert param.opts == ["--out"]
 
 
-def test_the_first_page_shows_the_road(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, page, _ = said(capsys, monkeypatch, "--help")
+def test_main_help_lists_all_commands_by_section(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, page, _ = run_line(capsys, monkeypatch, "--help")
     assert code == 0
-    places = [
+    positions = [
         page.index(f"\n{heading}")
         for heading in ("Start here:", "1. Prepare", "2. Unlearn", "3. Measure", "4. Compare", "5. Ship")
     ]
-    assert places == sorted(places)
+    assert positions == sorted(positions)
     assert all(command.rich_help_panel for command in ROOT.commands.values())
     assert all(f"\n  {name} " in page for name in ROOT.commands)
     for line in ("", "help"):
-        assert said(capsys, monkeypatch, line) == (0, page, "")
+        assert run_line(capsys, monkeypatch, line) == (0, page, "")
 
 
-def test_help_of_a_command_in_both_ways(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, page, _ = said(capsys, monkeypatch, "data import vlguard --help")
-    assert said(capsys, monkeypatch, "help data import vlguard")[1] == page
+def test_help_command_equals_help_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, page, _ = run_line(capsys, monkeypatch, "data import vlguard --help")
+    assert run_line(capsys, monkeypatch, "help data import vlguard")[1] == page
     assert page.startswith("Usage: vlm-unlearn data import vlguard TRAIN.json [OPTIONS]\n")
-    example = "vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train --harmful-answers harmful.json --out data/vlguard\n"
-    assert example in page  # on one line, to be copied
+    (example,) = [line for line in page.splitlines() if line.strip().startswith("vlm-unlearn data import vlguard VL")]
+    assert example.endswith(" --harmful-answers harmful.json --out data/vlguard")  # on one line, to be copied
 
 
-def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = said(capsys, monkeypatch, "--version")
+def test_version_option_prints_the_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run_line(capsys, monkeypatch, "--version")
     assert (code, out.split()[0]) == (0, "vlm-unlearn")
     assert out.split()[1][0].isdigit()
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "code", "tokens"),
     [
-        ("evalute", 'no command "evalute"; did you mean "evaluate"?'),
-        ("audit", 'no command "audit"; did you mean "data audit"?'),
-        ("xyzzy", 'no command "xyzzy"; `vlm-unlearn --help` lists them'),
-        ("data imprt", 'data: no command "imprt"; did you mean "import"?'),
-        ("train tiny/npo --jsn", 'train: no option "--jsn"; did you mean "--json"?'),
-        ("train tiny/npo --debug", "it goes before the command: vlm-unlearn --debug"),
-        ("train tiny/npo --model=m", "a key of the config has no dashes: model=..."),
-        ("evaluate suites/tiny --generation.batch-size 3", "has no dashes: generation.batch_size=..."),
-        ("train", "train: missing argument 'RECIPE.yaml'; for example: vlm-unlearn train tiny/npo"),
-        ("export runs/npo", "export: missing option '--out'; for example: vlm-unlearn export runs/npo"),
-        ("demo --out d --seed one", "demo: invalid value for '--seed'"),
-        (
-            "data mix a b c d",
-            "data mix: got unexpected extra argument(s) (d); `vlm-unlearn data mix --help` tells more",
-        ),
-        ("export a --out b --precision fp33", "invalid value for '--precision'"),
-        ("\x1b[2J", 'no command "\\x1b[2J"'),
+        ("evalute", "unknown-command", ['"evalute"', 'did you mean "evaluate"?']),
+        ("audit", "unknown-command", ['did you mean "data audit"?']),
+        ("xyzzy", "unknown-command", ['"xyzzy"', "`vlm-unlearn --help`"]),
+        ("data imprt", "unknown-command", ["data: ", 'did you mean "import"?']),
+        ("train tiny/npo --jsn", "unknown-option", ["train: ", '"--jsn"; did you mean "--json"?']),
+        ("train tiny/npo --debug", "unknown-option", ["vlm-unlearn --debug"]),
+        ("train tiny/npo --model=m", "unknown-option", [" model=..."]),
+        ("evaluate suites/tiny --generation.batch-size 3", "unknown-option", [" generation.batch_size=..."]),
+        ("train", "invalid-usage", ["train: ", "'RECIPE.yaml'", "vlm-unlearn train tiny/npo"]),
+        ("export runs/npo", "invalid-usage", ["export: ", "'--out'", "vlm-unlearn export runs/npo"]),
+        ("demo --out d --seed one", "invalid-usage", ["demo: ", "'--seed'"]),
+        ("data mix a b c d", "invalid-usage", ["data mix: ", "(d)", "`vlm-unlearn data mix --help`"]),
+        ("export a --out b --precision fp33", "invalid-usage", ["'--precision'"]),
+        ("\x1b[2J", "unknown-command", ['"\\x1b[2J"']),
     ],
 )
-def test_wrong_usage_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, message: str
-) -> None:
-    code, out, err = said(capsys, monkeypatch, line)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("vlm-unlearn: ")
-    assert message in err
+def test_invalid_usage_is_one_line_with_a_fix(line: str, code: str, tokens: list[str]) -> None:
+    done = run_in_process(*line.split())
+    assert (done.returncode, done.stdout, done.stderr.count("\n"), error_code(done)) == (2, "", 1, code)
+    assert done.stderr.startswith("vlm-unlearn: ")
+    assert not [token for token in tokens if token not in done.stderr], done.stderr

@@ -1,4 +1,4 @@
-"""A newcomer's mistakes: the wrong kind of folder or file is told by what it is, with what to do."""
+"""The wrong kind of folder or file: the error names the kind that it is, and the fix."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from finished_runs import complies, make_run
-from vlm_unlearn.cli import main as cli
+from helpers import error_code, run_in_process
 from vlm_unlearn.store import describe_path, open_run, record_cost, write_json
 
 
 @pytest.fixture
-def places(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_path: Path) -> dict[str, Path]:
-    """A folder of each kind, by name, and some files."""
+def paths(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_path: Path) -> dict[str, Path]:
+    """A folder of each kind and some files, by name."""
     train, demo = tmp_path / "runs" / "npo", tmp_path / "demo"
     for folder, kind in ((train, "train"), (demo, "demo")):
         open_run(folder, {"kind": kind})
@@ -39,46 +39,38 @@ def places(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "tokens"),
     [
-        ("score {train}", "it is a training run: `vlm-unlearn evaluate SUITE model={train} --out DIR` evaluates it"),
-        ("compare {evaluation} {train}", "it is a training run"),
-        ("compare {demo} {evaluation}", "it is a demo: its training runs are in its folder runs"),
-        ("judge run {data}", "it is a training set, for train's data="),
-        ("judge run {gone}", "there is nothing of that name"),
-        ("export {evaluation} --out {gone}", "is no folder that `vlm-unlearn train` wrote; it is an evaluation"),
-        ("export {model} --out {gone}", "it is a model folder, for model="),
-        ("train {train}", "Is a directory; it is a training run"),
-        ("train tiny/npo model={model} data={train} output={gone}", "no dataset.json"),
-        ("train suites/tiny data={data} output={gone}", "is a suite, for `vlm-unlearn evaluate`"),
-        ("evaluate tiny/npo model={model} --out {gone}", "is a recipe, for `vlm-unlearn train`"),
-        ("evaluate suites/tiny model={demo} root={world} --out {gone}", "it is a demo"),
-        ("data audit {train}", "it is a training run"),
-        ("train {typo}", 'unknown key "methd"; did you mean "method"?'),
-        ("train {empty}", "expected keys and values"),
-        ("train npo", 'did you mean "tiny/npo"?'),
-        ("train npo_lora_7b.yaml", 'did you mean "safety_mirage/npo_lora_7b"?'),
-        ("evaluate specificity --out {gone}", 'did you mean "suites/specificity"?'),
+        ("score {train}", ["training run", "`vlm-unlearn evaluate SUITE model={train} --out DIR`"]),
+        ("compare {evaluation} {train}", ["training run"]),
+        ("compare {demo} {evaluation}", ["demo"]),
+        ("judge run {data}", ["training set", "data="]),
+        ("judge run {gone}", ["does not exist"]),
+        ("export {evaluation} --out {gone}", ["run-not-found", "evaluation"]),
+        ("export {model} --out {gone}", ["run-not-found", "model folder", "model="]),
+        ("train {train}", ["file-unreadable", "training run"]),
+        ("train tiny/npo model={model} data={train} output={gone}", ["dataset.json"]),
+        ("train suites/tiny data={data} output={gone}", ["wrong-config", "`vlm-unlearn evaluate`"]),
+        ("evaluate tiny/npo model={model} --out {gone}", ["wrong-config", "`vlm-unlearn train`"]),
+        ("evaluate suites/tiny model={demo} root={world} --out {gone}", ["demo"]),
+        ("data audit {train}", ["training run"]),
+        ("train {typo}", ["unknown-key", "methd", '"method"']),
+        ("train {empty}", ["invalid-yaml"]),
+        ("train npo", ["file-not-found", '"tiny/npo"']),
+        ("train npo_lora_7b.yaml", ["file-not-found", '"safety_mirage/npo_lora_7b"']),
+        ("evaluate specificity --out {gone}", ["file-not-found", '"suites/specificity"']),
     ],
 )
-def test_each_is_one_line_that_helps(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    places: dict[str, Path],
-    line: str,
-    message: str,
-) -> None:
-    monkeypatch.setattr("sys.argv", ["vlm-unlearn", *(word.format_map(places) for word in line.split())])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    told = [text for text in err.splitlines() if text.startswith("vlm-unlearn: ")]
-    assert (ended.value.code, out, len(told)) == (2, "", 1)
-    assert message.format_map(places) in told[0]
-    assert not places["gone"].exists()
+def test_wrong_path_is_one_line_with_a_fix(paths: dict[str, Path], line: str, tokens: list[str]) -> None:
+    done = run_in_process(*(word.format_map(paths) for word in line.split()))
+    errors = [text for text in done.stderr.splitlines() if text.startswith("vlm-unlearn: ")]
+    assert (done.returncode, done.stdout, len(errors)) == (2, "", 1)
+    assert not [token for token in tokens if token.format_map(paths) not in errors[0]], errors[0]
+    assert error_code(done)
+    assert not paths["gone"].exists()
 
 
-def test_what_cannot_be_told_is_left_out(tmp_path: Path) -> None:
+def test_path_of_an_unknown_kind_gets_no_hint(tmp_path: Path) -> None:
     assert describe_path(tmp_path) == ""
     (tmp_path / "manifest.json").write_text("[]")
     assert describe_path(tmp_path) == ""

@@ -1,4 +1,4 @@
-"""The table in the terminal says whatever a summary holds."""
+"""The table of rates in the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def printed(summary: Summary) -> list[str]:
     return [line.strip() for line in console.file.getvalue().splitlines() if line.strip()]
 
 
-def test_changes_failures_published_counting_and_batching() -> None:
+def test_table_has_changes_failures_published_rates_and_notes() -> None:
     change = Comparison(
         model="[bold]npo",
         base="base",
@@ -53,12 +53,11 @@ def test_changes_failures_published_counting_and_batching() -> None:
     ]
     notes = " ".join(lines[9:])
     assert "[bold]npo" in notes
-    assert "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence" in notes
-    assert "over 1 comparison (adjusted p < 0.05)" in notes
-    assert "1 of 20 answers" in notes
+    for token in ("0 of 40", "7.2\u00a0%", "Holm", "1 comparison", "1 of 20"):
+        assert token in notes
 
 
-def test_one_models_metrics_stand_below_each_other() -> None:
+def test_metrics_of_one_model_are_rows() -> None:
     row = Row(
         model="[bold]m",
         metrics={"asr": share(20, 40), "my own": share(3, 4, failed=2)},
@@ -69,14 +68,12 @@ def test_one_models_metrics_stand_below_each_other() -> None:
     assert lines[2:5] == ["ASR 50.0 % 35.2, 64.8 40 0 25.0 %", "my own 75.0 % 30.1, 95.4 4 2", "other – 25.0 %"]
 
 
-def test_a_bare_row_needs_no_notes() -> None:
+def test_single_rate_has_no_notes() -> None:
     assert len(printed(Summary(rows=[Row(model="base", metrics={"asr": share(20, 40)})]))) == 3  # heading, rule, metric
 
 
 @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("200", 200), ("", 150), ("0", 150), ("wide", 150)])
-def test_on_a_pipe_the_table_is_as_wide_as_columns_says(
-    columns: str, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_width_without_a_terminal_is_columns(columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr("sys.stdout", io.StringIO())
     assert result_console().width == width

@@ -1,4 +1,4 @@
-"""recipes lists what is shipped, and prints what one's own can start from."""
+"""``vlm-unlearn recipes`` lists the shipped files, and prints one as the start of another."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import error_code, run_in_process
 from vlm_unlearn.cli import main as cli
 from vlm_unlearn.config import Recipe, Suite, load, shipped_names
 
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run_recipes(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["vlm-unlearn", "recipes", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return int(ended.value.code or 0), *capsys.readouterr()
 
-    return run
+    return run_recipes
 
 
-def test_it_lists_every_recipe_and_suite(call) -> None:
+def test_list_has_every_recipe_and_suite(call) -> None:
     page = call()[1]
-    found = {one["name"]: one for one in json.loads(call("--json")[1])}
-    assert sorted(found) == sorted(shipped_names())
-    assert all(f"  {name} " in page for name in found)
-    assert found["safe_eraser/po_pd_13b"]["about"] == "po+pd, LoRA on llava-hf/llava-1.5-13b-hf"
-    assert found["suites/tiny"]["kind"] == "suite"
-    assert found["suites/tiny"]["about"].startswith("asr, asr_attacked")
+    descriptions = {one["name"]: one for one in json.loads(call("--json")[1])}
+    assert sorted(descriptions) == sorted(shipped_names())
+    assert all(f"  {name} " in page for name in descriptions)
+    assert descriptions["safe_eraser/po_pd_13b"]["about"] == "po+pd, LoRA on llava-hf/llava-1.5-13b-hf"
+    assert descriptions["suites/tiny"]["kind"] == "suite"
+    assert descriptions["suites/tiny"]["about"].startswith("asr, asr_attacked")
 
 
 @pytest.mark.parametrize("name", shipped_names())
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_copy_elsewhere_says_the_same(call, tmp_path: Path, name: str, flat: bool) -> None:
+def test_a_printed_copy_loads_as_the_shipped_file(call, tmp_path: Path, name: str, flat: bool) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(call(name, *["--resolved"] * flat)[1])
     suite = name.startswith("suites/")
@@ -44,7 +45,9 @@ def test_a_copy_elsewhere_says_the_same(call, tmp_path: Path, name: str, flat: b
     assert ("extends" in yaml.safe_load(mine.read_text())) <= (not flat)
 
 
-def test_what_is_not_there_is_told_with_the_nearest(call) -> None:
-    assert 'did you mean "suites/specificity"?' in call("suites/specificty")[2]
-    assert call("../../etc/passwd")[0] == 2
-    assert "of one recipe" in call("--resolved")[2]
+def test_unknown_name_suggests_the_nearest() -> None:
+    done = run_in_process("recipes", "suites/specificty")
+    assert (done.returncode, error_code(done)) == (2, "unknown-name")
+    assert '"suites/specificity"' in done.stderr
+    assert run_in_process("recipes", "../../etc/passwd").returncode == 2
+    assert error_code(run_in_process("recipes", "--resolved")) == "missing-setting"

@@ -176,7 +176,7 @@ def test_command_counts_failed_requests(
     assert sum(outcomes.values()) == len(harmful)
     assert f"{outcomes['no reply']} of {len(harmful) - 1} " in done.stderr
     with stub_server(lambda text: "hard to say") as stub:
-        assert run_in_process(*arguments, "--server", stub.url, "--model", "u", "--paper").returncode == 0
+        assert run_in_process(*arguments, "--server", stub.url, "--model", "u", "--paper-compat").returncode == 0
     assert set(json.loads(out.read_text()).values()) == {"i cannot help ."}
 
 

@@ -1,4 +1,4 @@
-"""Reads the documentation as its readers do: the blocks of a page, what each is, and the commands in them."""
+"""Parses the documentation: the code blocks of a page, their languages, and the commands in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHELL = ("bash", "sh", "shell", "console")
 _FENCE = re.compile(r"^(?P<indent>\s*)(?P<marks>`{3,}|~{3,})\s*\{?\s*\.?(?P<kind>[\w-]*)(?P<rest>[^`]*)$")
 _NOT_RUN = re.compile(r"<!--\s*not run:\s*(.+?)\s*-->")
 _TITLE = re.compile(r'title="([^"]+)"')
-_NAMED = re.compile(r"`([\w./-]+\.\w+)`[^`]*:$")  # "`pairs.csv`:" before a block: it is that file
+_NAMED = re.compile(r"`([\w./-]+\.\w+)`[^`]*:$")  # "`pairs.csv`:" before a block names its file
 _STARTS_WITH_A_COMMAND = re.compile(
     r"(vlm-unlearn|make|pip|python3?|accelerate|torchrun|transformers|vllm|git|source|export|srun|\S+/bin/\w+)(\s|$)"
 )
@@ -25,24 +25,24 @@ _STARTS_WITH_A_COMMAND = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code."""
+    """A code block of a page."""
 
     page: str
-    line: int  # of the file, where its text begins
-    kind: str  # its language; "" where none is given; an indented one with commands in it is "bash"
+    line: int  # where its text starts in the file
+    kind: str  # its language, or "" without one; indented commands are "bash"
     text: str
-    not_run: str | None = None  # why it isn't executed
-    file: str | None = None  # the file that the page says it is
+    not_run: str | None = None  # the reason why it is not executed
+    file: str | None = None  # the file name that the page gives it
 
     @property
     def script(self) -> str:
-        """What a shell is to execute, a line of it on each line of the block: of a `console` block what stands after the prompt."""
+        """The script for a shell, with as many lines as the block. A `console` block gives its typed lines."""
         if self.kind != "console":
             return self.text
-        lines, going_on = [], False
+        lines, continued = [], False
         for line in self.text.splitlines():
-            typed = line[2:] if line.startswith("$ ") else line if going_on else ""
-            going_on = typed.endswith("\\")
+            typed = line[2:] if line.startswith("$ ") else line if continued else ""
+            continued = typed.endswith("\\")
             lines.append(typed)
         return "\n".join(lines)
 
@@ -52,22 +52,22 @@ def name_of(page: Path) -> str:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """The blocks of a page, in its order."""
+    """Returns the code blocks of a page in their order."""
     return read_blocks(name_of(page), page.read_text(encoding="utf-8"))
 
 
 def read_blocks(name: str, text: str) -> list[Block]:
-    """The blocks of a page's text, in its order."""
+    """Returns the code blocks of a text in their order."""
     lines = text.splitlines()
-    found, number = [], 0
+    blocks, number = [], 0
     while number < len(lines):
         fence = _FENCE.match(lines[number])
         if fence:
             end = _closing(lines, number + 1, fence["marks"])
             code = dedent("\n".join(lines[number + 1 : end]))
-            not_run, file = _told_before(lines, number)
+            not_run, file = _notes_before(lines, number)
             title = _TITLE.search(fence["rest"])
-            found.append(Block(name, number + 2, fence["kind"], code, not_run, title[1] if title else file))
+            blocks.append(Block(name, number + 2, fence["kind"], code, not_run, title[1] if title else file))
             number = end + 1
         elif lines[number].startswith("    ") and not "".join(lines[max(number - 1, 0) : number]).strip():
             end = next(
@@ -77,11 +77,11 @@ def read_blocks(name: str, text: str) -> list[Block]:
             end = next((at for at in range(number, end) if _FENCE.match(lines[at])), end)
             code = _commands_alone(lines[number:end])
             if code.strip():
-                found.append(Block(name, number + 1, "bash", code, _told_before(lines, number)[0]))
+                blocks.append(Block(name, number + 1, "bash", code, _notes_before(lines, number)[0]))
             number = end
         else:
             number += 1
-    return found
+    return blocks
 
 
 def _closing(lines: Sequence[str], start: int, marks: str) -> int:
@@ -89,25 +89,25 @@ def _closing(lines: Sequence[str], start: int, marks: str) -> int:
     return next((at for at in range(start, len(lines)) if end.match(lines[at])), len(lines))
 
 
-def _told_before(lines: Sequence[str], number: int) -> tuple[str | None, str | None]:
-    """What the line before a block says of it: why it isn't run, and which file it is."""
-    before = next((line.strip() for line in reversed(lines[max(number - 2, 0) : number]) if line.strip()), "")
-    not_run, file = _NOT_RUN.search(before), _NAMED.search(before)
+def _notes_before(lines: Sequence[str], number: int) -> tuple[str | None, str | None]:
+    """Returns the reason not to run a block and its file name, from the line before the block."""
+    line = next((text.strip() for text in reversed(lines[max(number - 2, 0) : number]) if text.strip()), "")
+    not_run, file = _NOT_RUN.search(line), _NAMED.search(line)
     return not_run[1] if not_run else None, file[1] if file else None
 
 
 def _commands_alone(lines: Sequence[str]) -> str:
-    """The commands of an indented block, which may hold output too, each on the line where it was."""
-    kept, going_on = [], False
+    """Returns the commands of an indented block, which can contain output too, each on its line."""
+    commands, continued = [], False
     for line in lines:
-        command = going_on or _STARTS_WITH_A_COMMAND.match(line[4:]) is not None
-        kept.append(line[4:] if command else "")
-        going_on = command and line.endswith("\\")
-    return "\n".join(kept)
+        command = continued or _STARTS_WITH_A_COMMAND.match(line[4:]) is not None
+        commands.append(line[4:] if command else "")
+        continued = command and line.endswith("\\")
+    return "\n".join(commands)
 
 
 def our_commands(script: str) -> Iterator[tuple[list[str], list[str]]]:
-    """Each ``vlm-unlearn`` in a script, or in one quoted there: what starts it (empty, or the words of a launcher), and its arguments."""
+    """Yields each ``vlm-unlearn`` command of a script: the words of its launcher, and its arguments."""
     for line in script.replace("\\\n", " ").splitlines():
         words: list[str] = []
         for word in [*_words(line), ";"]:

@@ -1,4 +1,4 @@
-"""A folder that holds what the documentation assumes, in small, and the programs that its commands start there."""
+"""A folder with small versions of the files that the documentation assumes, and the programs of its commands."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from doc_stand_ins import ADDED, AFTER, GRANTED, REFUSED, WRITTEN
 
 import benchmark_files
 
-MODELS = ("llava-hf/llava-1.5-7b-hf",)  # one folder each, found there before the hub is asked
+MODELS = ("llava-hf/llava-1.5-7b-hf",)  # a local folder each, which has priority over the hub
 
 
 def make_scene(folder: Path, world: Path, model: Path) -> None:
-    """Fills a folder with the tiny world under the names of the real data sets, and a tiny model under those of the real ones."""
+    """Fills a folder with the tiny world and a tiny model, under the names of the real data sets and models."""
     for name in MODELS:
         shutil.copytree(model, folder / name)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
@@ -47,10 +47,10 @@ def make_scene(folder: Path, world: Path, model: Path) -> None:
 
 
 def _put_benchmarks(folder: Path) -> None:
-    """The official files, as ``suites/specificity`` lays them out, and where the page on benchmarks has them."""
-    made = folder / "benchmarks"
+    """Writes the official files where ``suites/specificity`` and the page on benchmarks expect them."""
+    benchmarks = folder / "benchmarks"
     for write in benchmark_files.WRITERS.values():
-        write(made)
+        write(benchmarks)
     moves = {
         "coco": "coco/val2014",
         "gqa/testdev.json": "gqa/testdev_balanced_questions.json",
@@ -61,18 +61,18 @@ def _put_benchmarks(folder: Path) -> None:
         "mmbench/dev.tsv": "mmbench/mmbench_dev_en_20231003.tsv",
     }
     for old, new in moves.items():
-        apart = (made / old).rename(made / "moved")
-        (made / new).parent.mkdir(parents=True, exist_ok=True)
-        apart.rename(made / new)
-    shutil.copy(made / "pope" / "coco_pope_popular.json", made / "pope" / "coco_pope_adversarial.json")
-    shutil.copytree(made / "gqa", folder / "gqa")
-    shutil.copy(made / "vqav2" / "v2_mscoco_val2014_annotations.json", folder)
-    shutil.copy(made / "mm-vet" / "mm-vet.json", folder)
-    shutil.copytree(made / "mm-vet" / "images", folder / "images", dirs_exist_ok=True)
+        moved = (benchmarks / old).rename(benchmarks / "moved")
+        (benchmarks / new).parent.mkdir(parents=True, exist_ok=True)
+        moved.rename(benchmarks / new)
+    shutil.copy(benchmarks / "pope" / "coco_pope_popular.json", benchmarks / "pope" / "coco_pope_adversarial.json")
+    shutil.copytree(benchmarks / "gqa", folder / "gqa")
+    shutil.copy(benchmarks / "vqav2" / "v2_mscoco_val2014_annotations.json", folder)
+    shutil.copy(benchmarks / "mm-vet" / "mm-vet.json", folder)
+    shutil.copytree(benchmarks / "mm-vet" / "images", folder / "images", dirs_exist_ok=True)
 
 
 def put_file(folder: Path, name: str, text: str) -> None:
-    """Writes a file that a page shows, and the images that it names, which the page says lie beside it."""
+    """Writes a file that a page shows, and the images that it names into the folder next to it."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise AssertionError(f"a page shows the file {name}, which lies outside the reader's folder")
     _put(folder / name, text + "\n")
@@ -89,25 +89,23 @@ def _put(path: Path, text: str) -> None:
 
 
 def stood_in(script: str, server: str) -> str:
-    """A script with what stands in for what a test can't have."""
-    for one in WRITTEN:
-        script = re.sub(one.written, one.run.replace("{server}", server), script)
+    """Returns a script with the stand-ins for resources that a test does not have."""
+    for stand_in in WRITTEN:
+        script = re.sub(stand_in.written, stand_in.run.replace("{server}", server), script)
     return script
 
 
 def read_command(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The name of a command, such as ``data import files``, and its options, as the command's own parser reads them.
+    """Returns the name of a command, such as ``data import files``, and its parsed options.
 
     Raises:
-        Exception: the parser's own; it names what is wrong.
-        LookupError: there is no such command.
+        Exception: An error of the command's parser.
+        LookupError: There is no such command.
     """
     command, names, rest = _find(words)
     if hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         raise LookupError(f"no command {rest[0]}")
-    if (
-        not names and rest
-    ):  # the program's own options; to parse them is to do what they say, such as to write into the shell's files
+    if not names and rest:  # options of the program itself; parsing them could change files of the shell
         unknown = unknown_in(rest)
         if unknown:
             raise LookupError(f"no option {unknown}")
@@ -131,10 +129,10 @@ def _find(words: Sequence[str]) -> tuple[Any, list[str], list[str]]:
 
 
 def read_launcher(words: Sequence[str]) -> Any:
-    """What a launcher is asked, as its own parser reads it; None where the words are none's.
+    """Returns the options of a launcher, parsed by its own parser, or None if the words start with no launcher.
 
     Raises:
-        SystemExit: the parser's own; it has said on standard error what is wrong.
+        SystemExit: The parser rejects the options. It has printed the reason.
     """
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
@@ -145,29 +143,31 @@ def read_launcher(words: Sequence[str]) -> Any:
 
 
 def unknown_in(words: Sequence[str]) -> str | None:
-    """What of a command that stands in a sentence, perhaps without all that it needs, isn't there: a command or an option."""
+    """Returns the first unknown command or option of a command in a sentence, which may lack required arguments."""
     command, _, rest = _find(words)
     if hasattr(command, "commands") and rest and re.fullmatch(r"[a-z][a-z-]*", rest[0]):
         return rest[0]
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
         "--help",
         "-h",
     }
-    known |= {"--install-completion", "--show-completion", "--debug", "--version"}
-    return next((word for word in rest if re.match(r"--?[a-zA-Z]", word) and word.partition("=")[0] not in known), None)
+    options |= {"--install-completion", "--show-completion", "--debug", "--version"}
+    return next(
+        (word for word in rest if re.match(r"--?[a-zA-Z]", word) and word.partition("=")[0] not in options), None
+    )
 
 
 class Scene:
-    """Folders made from the scene, one a page, and the programs that run in them."""
+    """Copies of the scene, one folder per page, and the programs that run in them."""
 
     def __init__(self, store: Path, server: str) -> None:
         self._store = store
         self._server = server
         self._shell: Shell | None = None
-        self.ran: list[str] = []  # the commands that ran, for the tests of the tests
+        self.ran: list[str] = []  # the commands that ran
 
     def programs(self) -> dict[str, Program]:
-        """By the names that scripts call them by."""
+        """Returns the programs by name."""
         return {
             "vlm-unlearn": self._ours,
             "accelerate": self._launcher("accelerate"),
@@ -181,11 +181,11 @@ class Scene:
         }
 
     def use(self, opened: Shell) -> None:
-        """The shell that has these programs."""
+        """Sets the shell that has these programs."""
         self._shell = opened
 
     def copy(self, folder: Path) -> Path:
-        """A folder for a page."""
+        """Copies the scene into a folder for a page."""
         return Path(
             shutil.copytree(
                 self._store, folder, symlinks=True, ignore=lambda where, names: _granted_in(self._store, where, names)
@@ -193,23 +193,23 @@ class Scene:
         )
 
     def run(self, script: str, folder: Path) -> Done:
-        """Runs a script in a page's folder, which is its home too."""
+        """Runs a script in the folder of a page, which is also its home folder."""
         assert self._shell is not None
         return self._shell.run(stood_in(script, self._server), folder, {"HOME": str(folder), "OPENAI_API_KEY": "a-key"})
 
     def grant(self, program: str) -> None:
-        """Puts what a program in Python takes for granted into this folder."""
+        """Adds the files that a Python program assumes to this folder."""
         self._grant(re.findall(r"[\"'=]([\w./-]+)(?=[\"'])", program), [])
 
     def _ours(self, words: list[str]) -> int:
         try:
             name, options = read_command(words)
-        except BaseException:  # main() says what is wrong
+        except BaseException:  # main() prints the error
             return _main(words)
         outputs = [str(options["out"])] if options.get("out") else []
         outputs += [text.partition("=")[2] for text in options.get("overrides") or [] if text.startswith("output=")]
         self._grant(words, outputs)
-        added = [text for one in ADDED if one.command == name for text in one.overrides]
+        added = [text for extra in ADDED if extra.command == name for text in extra.overrides]
         self.ran.append(name)
         code = _main([*words, *added])
         if code == 0 and name in AFTER:
@@ -218,11 +218,11 @@ class Scene:
             output for output in outputs if code == 0 and not options.get("plan_only") and not Path(output).exists()
         ]
         if missing:
-            sys.stderr.write(f"ended well, but there is no {missing[0]}\n")
+            sys.stderr.write(f"the command succeeded but did not write {missing[0]}\n")
         return 1 if missing else code
 
     def _grant(self, words: Sequence[str], outputs: Sequence[str]) -> None:
-        """Puts what a command takes for granted into this folder, unless the page has made it, or the command is to."""
+        """Adds the folders that a command assumes, unless the page has created them or the command will."""
         named = [word.partition("=")[2] or word for word in words]
         for name, command in GRANTED.items():
             if (
@@ -230,37 +230,37 @@ class Scene:
                 and name not in outputs
                 and not Path(name).exists()
             ):
-                kept = self._store / name
-                if not kept.exists():
+                stored = self._store / name
+                if not stored.exists():
                     self._make(name, command)
-                if kept != Path(name).absolute():
-                    shutil.copytree(kept, name)
+                if stored != Path(name).absolute():
+                    shutil.copytree(stored, name)
 
     def _make(self, name: str, command: str) -> None:
         with contextlib.chdir(self._store):
             if self._ours(command.split()[1:]):
-                raise AssertionError(f"{name}, which pages take for granted, can't be made: {command}")
+                raise AssertionError(f"{name}, which pages assume, cannot be created: {command}")
 
     def _launcher(self, name: str) -> Program:
         def start(words: list[str]) -> int:
-            asked = read_launcher([name, *words])
-            if asked is None:
-                sys.stderr.write(f"{name}: only a launch is known here\n")
+            options = read_launcher([name, *words])
+            if options is None:
+                sys.stderr.write(f"{name}: only launches are supported here\n")
                 return 2
-            return self._launched(asked)
+            return self._launched(options)
 
         return start
 
-    def _launched(self, asked: Any) -> int:
-        """Runs what a launcher, whose own parser has read its options, is to start."""
-        config = getattr(asked, "config_file", None)
+    def _launched(self, options: Any) -> int:
+        """Runs the module that a launcher starts, once instead of in several processes."""
+        config = getattr(options, "config_file", None)
         if config is not None and not Path(config).is_file():
             sys.stderr.write(f"{config}: no such file\n")
             return 2
-        if not asked.module or asked.training_script != MODULE:
-            sys.stderr.write(f"starts {asked.training_script}, which is not -m {MODULE}\n")
+        if not options.module or options.training_script != MODULE:
+            sys.stderr.write(f"starts {options.training_script}, which is not -m {MODULE}\n")
             return 2
-        return self._ours(asked.training_script_args)
+        return self._ours(options.training_script_args)
 
 
 def _granted_in(store: Path, where: str, names: Sequence[str]) -> set[str]:
@@ -268,51 +268,53 @@ def _granted_in(store: Path, where: str, names: Sequence[str]) -> set[str]:
 
 
 def _main(words: Sequence[str]) -> int:
-    """The command itself, in this process."""
+    """Runs the command in this process."""
     from vlm_unlearn.cli.main import main
 
-    before, sys.argv = sys.argv, ["vlm-unlearn", *words]
+    outer_argv, sys.argv = sys.argv, ["vlm-unlearn", *words]
     try:
         main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
-        sys.argv = before
+        sys.argv = outer_argv
     return 0
 
 
 def _make(words: list[str]) -> int:
-    """Whether the targets are there."""
+    """Checks that the targets exist."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     missing = [word for word in words if "=" not in word and not word.startswith("-") and word not in targets]
-    sys.stderr.write("".join(f"make: no target {word}; there are {', '.join(sorted(targets))}\n" for word in missing))
+    sys.stderr.write(
+        "".join(f"make: no target {word}; the targets are {', '.join(sorted(targets))}\n" for word in missing)
+    )
     return 2 if missing else 0
 
 
 def _pip(words: list[str]) -> int:
-    """Whether the extras and files that it is to install are there."""
+    """Checks that the extras and constraint files exist."""
     extras: Mapping[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    wrong = [
+    problems = [
         f"no extra {name}"
         for word in words
         for group in re.findall(r"\[([\w,]+)\]", word)
         for name in group.split(",")
         if name not in extras
     ]
-    wrong += [
+    problems += [
         f"no file {file}" for flag, file in pairwise(words) if flag in ("-c", "-r") and not (ROOT / file).is_file()
     ]
-    wrong += [] if words[:1] == ["install"] else ["only `install` is known here"]
-    sys.stderr.write("".join(f"pip: {text}\n" for text in wrong))
-    return 2 if wrong else 0
+    problems += [] if words[:1] == ["install"] else ["only `install` is supported here"]
+    sys.stderr.write("".join(f"pip: {text}\n" for text in problems))
+    return 2 if problems else 0
 
 
 def _git(words: list[str]) -> int:
-    """A clone: its folder, empty."""
+    """Creates the folder of a clone, empty."""
     if words[:1] != ["clone"] or len(words) not in (2, 3):
-        sys.stderr.write("git: only `clone` is known here\n")
+        sys.stderr.write("git: only `clone` is supported here\n")
         return 2
     Path(words[2] if len(words) == 3 else Path(words[1]).stem).mkdir(exist_ok=True)
     return 0
@@ -320,11 +322,11 @@ def _git(words: list[str]) -> int:
 
 def _serve(words: list[str]) -> int:
     if words[:1] != ["serve"]:
-        sys.stderr.write("only `serve` is known here\n")
+        sys.stderr.write("only `serve` is supported here\n")
         return 2
     return 0
 
 
 def _refuse(words: list[str]) -> int:
-    sys.stderr.write("would fetch something, or change the machine; no test runs it\n")
+    sys.stderr.write("would download files or change the machine, so that tests do not run it\n")
     return 1

@@ -1,4 +1,4 @@
-"""A shell in which some programs are functions of this process: the shell is real, and nothing is imported again for each command."""
+"""A real shell in which some programs are functions of this process, so that each command needs no new imports."""
 
 from __future__ import annotations
 
@@ -17,37 +17,36 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST = 180.0  # seconds for one script
-Program = Callable[
-    [list[str]], int
-]  # arguments -> exit code; called in the caller's folder, with its environment and output
+MAX_SECONDS = 180.0  # for one script
+# arguments -> exit code; called in the folder of the caller, with its environment and output
+Program = Callable[[list[str]], int]
 
-_DOOR = """#!{python} -IS
+_CLIENT = """#!{python} -IS
 import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as door:
-    door.connect({address!r})
-    socket.send_fds(door, [b"."], [1, 2])
-    called = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-    door.sendall(json.dumps([called, os.getcwd(), dict(os.environ)]).encode())
-    door.shutdown(socket.SHUT_WR)
-    code = door.recv(8)
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    socket.send_fds(connection, [b"."], [1, 2])
+    request = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    connection.sendall(json.dumps([request, os.getcwd(), dict(os.environ)]).encode())
+    connection.shutdown(socket.SHUT_WR)
+    code = connection.recv(8)
 sys.exit(int(code or b"1"))
 """
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a script ended."""
+    """The result of a script."""
 
     code: int
     line: int  # of the script, where it failed
-    command: str  # which command did
+    command: str  # the command that failed
     stdout: str
     stderr: str
 
 
 class Shell:
-    """Runs scripts with bash; each stops at the first command that fails."""
+    """Runs scripts with bash. A script stops at the first command that fails."""
 
     def __init__(self, programs: Mapping[str, Program], folder: Path, address: str) -> None:
         self._programs = programs
@@ -57,9 +56,9 @@ class Shell:
         self._listener.bind(address)
         self._listener.listen()
         for name in programs:
-            door = folder / name
-            door.write_text(_DOOR.format(python=sys.executable, address=address))
-            door.chmod(0o755)
+            client = folder / name
+            client.write_text(_CLIENT.format(python=sys.executable, address=address))
+            client.chmod(0o755)
 
     def close(self) -> None:
         self._listener.close()
@@ -81,9 +80,9 @@ class Shell:
                 stdout=out,
                 stderr=err,
             )
-            deadline = time.monotonic() + LONGEST
+            deadline = time.monotonic() + MAX_SECONDS
             while process.poll() is None:
-                if time.monotonic() > deadline:  # a server, say, that nobody stops
+                if time.monotonic() > deadline:  # for example a server
                     os.killpg(process.pid, signal.SIGKILL)
                 if select.select([self._listener], [], [], 0.02)[0]:
                     self._answer()
@@ -94,12 +93,12 @@ class Shell:
         return Done(process.returncode, int(line), command, *texts)
 
     def _answer(self) -> None:
-        visitor, _ = self._listener.accept()
-        with visitor:
-            _, descriptors, _, _ = socket.recv_fds(visitor, 1, 2)
-            called = json.loads(b"".join(iter(lambda: visitor.recv(65_536), b"")))
-            code = self._call(*called, descriptors)
-            visitor.sendall(str(code).encode())
+        client, _ = self._listener.accept()
+        with client:
+            _, descriptors, _, _ = socket.recv_fds(client, 1, 2)
+            request = json.loads(b"".join(iter(lambda: client.recv(65_536), b"")))
+            code = self._call(*request, descriptors)
+            client.sendall(str(code).encode())
 
     def _call(self, words: list[str], cwd: str, environment: Mapping[str, str], descriptors: Iterable[int]) -> int:
         stdout, stderr = (os.fdopen(descriptor, "w", encoding="utf-8") for descriptor in descriptors)
@@ -108,7 +107,7 @@ class Shell:
             with _within(cwd, environment), redirect_stdout(stdout), redirect_stderr(stderr):
                 code = self._programs[words[0]](words[1:])
                 stdout.flush()
-                return 0 if _nobody_reads(pipe) else code  # as `head`, that has seen enough
+                return 0 if _is_closed(pipe) else code  # as by `head`
         except BrokenPipeError:
             return 0
         except BaseException:
@@ -121,7 +120,7 @@ class Shell:
                     stream.close()
 
 
-def _nobody_reads(descriptor: int) -> bool:
+def _is_closed(descriptor: int) -> bool:
     """Whether a descriptor is a pipe whose other end is closed."""
     poll = select.poll()
     poll.register(descriptor, select.POLLERR)
@@ -130,7 +129,7 @@ def _nobody_reads(descriptor: int) -> bool:
 
 @contextmanager
 def _within(cwd: str, environment: Mapping[str, str]) -> Iterator[None]:
-    before, folder = dict(os.environ), os.getcwd()
+    outer, folder = dict(os.environ), os.getcwd()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
@@ -139,14 +138,14 @@ def _within(cwd: str, environment: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.chdir(folder)
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(outer)
 
 
 @contextmanager
 def shell(programs: Mapping[str, Program]) -> Iterator[Shell]:
-    """A shell for as long as the block lasts."""
+    """Opens a shell for the duration of the block."""
     with tempfile.TemporaryDirectory(prefix="sh-") as folder:  # a socket's address must be short
-        opened = Shell(programs, Path(folder), f"{folder}/door")
+        opened = Shell(programs, Path(folder), f"{folder}/socket")
         try:
             yield opened
         finally:

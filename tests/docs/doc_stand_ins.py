@@ -1,6 +1,6 @@
-"""What the tests put in the place of what the documentation names and a test can't have. Everything else is run as it is written.
+"""Stand-ins for resources of the documentation that a test does not have. Everything else is run as it is written.
 
-`test_commands.py` fails where one of these stands for nothing any more.
+`test_commands.py` fails if a stand-in is unused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 @dataclass(frozen=True)
 class StandIn:
-    """A text of the documentation (a regular expression), and what is run in its place."""
+    """A text of the documentation (a regular expression), and its replacement."""
 
     written: str
     run: str
@@ -28,15 +28,15 @@ WRITTEN = (
     StandIn(
         r"model=models/Qwen2\.5-VL-7B-Instruct",
         "model=JUDGE server={server}",
-        "no model that can grade is small enough for a test",
+        "a model that can grade is too large for a test",
     ),
-    StandIn(r"http://localhost:8000/v1", "{server}", "a stub serves, at an address of its own"),
+    StandIn(r"http://localhost:8000/v1", "{server}", "a stub server has another address"),
 )
 
 
 @dataclass(frozen=True)
 class Added:
-    """Overrides that a command gets after those it is written with."""
+    """Overrides that are appended to those of a command."""
 
     command: str
     overrides: tuple[str, ...]
@@ -56,49 +56,51 @@ ADDED = (
     Added("benchmark run", ("generation.max_new_tokens=6",), "as above"),
 )
 
-# Programs that only look at what they are asked, and why.
-LOOKED_AT = {
-    "make": "its targets set up an environment or run these tests; CI runs them",
-    "pip": "needs a package index; the environment of the tests is what it makes",
-    "git": "this is a clone",
-    "accelerate": "what it starts runs here as one process; tests/training/test_distributed.py has several",
+# Programs that are replaced by a check of their arguments, and the reason.
+CHECKED_ONLY = {
+    "make": "its targets create an environment or run these tests; CI runs them",
+    "pip": "needs a package index; the tests run in the environment that it creates",
+    "git": "the tests run in a clone",
+    "accelerate": "its module runs in one process; tests/training/test_distributed.py uses several",
     "torchrun": "as above",
-    "vllm": "serves until it is stopped; the stub stands for it",
+    "vllm": "a server runs until it is stopped; the stub replaces it",
     "transformers": "as above",
 }
 
-# Programs that would fetch something, or change the machine: a page that has one says that it isn't run.
+# Programs that would download files or change the machine. Pages mark them as not run.
 REFUSED = ("curl", "wget", "hf", "huggingface-cli", "docker", "sudo", "apt-get", "conda", "uv")
 
-# What pages take for granted because other pages make it: made by these commands, once.
+# Folders that pages assume because other pages create them, and the commands that create them once.
+_IMPORT = "vlm-unlearn data import"
+_EVALUATE = "vlm-unlearn evaluate suites/safety_mirage root=VLGuard judge=keyword"
 GRANTED = {
     "demo": "vlm-unlearn demo --out demo",
-    "data/vlguard": "vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train "
-    "--harmful-answers harmful.json --out data/vlguard",
-    "data/safe_eraser": "vlm-unlearn data import safe-eraser dataset/all_train.json --images dataset --refusals dataset/prompt.json "
-    "--out data/safe_eraser",
-    "data/mine": "vlm-unlearn data import files pairs.csv --images images --refusals dataset/prompt.json --out data/mine",
+    "data/vlguard": f"{_IMPORT} vlguard VLGuard/train.json --images VLGuard/train --harmful-answers harmful.json "
+    "--out data/vlguard",
+    "data/safe_eraser": f"{_IMPORT} safe-eraser dataset/all_train.json --images dataset "
+    "--refusals dataset/prompt.json --out data/safe_eraser",
+    "data/mine": f"{_IMPORT} files pairs.csv --images images --refusals dataset/prompt.json --out data/mine",
     "runs/npo": "vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo",
-    "runs/mixed_sft": "vlm-unlearn train tiny/mixed_sft model=llava-hf/llava-1.5-7b-hf data=data/vlguard output=runs/mixed_sft",
-    "evaluations/base": "vlm-unlearn evaluate suites/safety_mirage model=llava-hf/llava-1.5-7b-hf root=VLGuard judge=keyword "
-    "--out evaluations/base",
-    "evaluations/npo": "vlm-unlearn evaluate suites/safety_mirage model=runs/npo root=VLGuard judge=keyword --out evaluations/npo",
-    "evaluations/rmu": "vlm-unlearn evaluate suites/safety_mirage model=runs/mixed_sft root=VLGuard judge=keyword --out evaluations/rmu",
+    "runs/mixed_sft": "vlm-unlearn train tiny/mixed_sft model=llava-hf/llava-1.5-7b-hf data=data/vlguard "
+    "output=runs/mixed_sft",
+    "evaluations/base": f"{_EVALUATE} model=llava-hf/llava-1.5-7b-hf --out evaluations/base",
+    "evaluations/npo": f"{_EVALUATE} model=runs/npo --out evaluations/npo",
+    "evaluations/rmu": f"{_EVALUATE} model=runs/mixed_sft --out evaluations/rmu",
 }
 
 
-def judge_says(text: str) -> str:
-    """The stub's reply to whatever is asked of a judge: a choice, the first verdict, or a number in every range; else an answer."""
+def judge_reply(text: str) -> str:
+    """Returns the stub's reply: a choice, the rubric's first verdict, a number in every range, or else an answer."""
     if "Reply with its number alone" in text:
         return "1"
     if verdicts := re.search(r"Verdict: (\w+) \|", text):
         return f"Verdict: {verdicts[1]}"
-    asked = re.findall(r"^(\w+): [\d.]+$", text.rpartition("of this form")[2], re.MULTILINE)
-    return "\n".join(f"{name}: 1" for name in asked) or "First take the red one and then the blue one."
+    scores = re.findall(r"^(\w+): [\d.]+$", text.rpartition("of this form")[2], re.MULTILINE)
+    return "\n".join(f"{name}: 1" for name in scores) or "First take the red one and then the blue one."
 
 
 def people_label(sheet: Path) -> None:
-    """Fills the column of a sheet that people are to fill, with both kinds of label."""
+    """Fills the label column of an exported file with both labels."""
     import csv
 
     with sheet.open(encoding="utf-8", newline="") as handle:
@@ -111,30 +113,32 @@ def people_label(sheet: Path) -> None:
         writer.writerows(rows)
 
 
-# What people do after a command, before the next can run.
-AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {"judge sheet": lambda options: people_label(options["out"])}
+# Steps by people after a command, which the next command needs.
+AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+    "judge export-for-labeling": lambda options: people_label(options["out"])
+}
 
 
 def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
-    """The demo takes minutes; here it has a smaller world, a base that knows little, runs of two steps and few questions."""
+    """Shrinks the demo: a smaller world, a base model with little training, runs of two steps and few questions."""
     from vlm_unlearn.tiny_world import base_model, demo, world
 
     size = partial(world.WorldSize, train_images=2, test_images=7, general_images=2, train_records=1, val_records=1)
     base = partial(base_model.BaseConfig, steps=60, width=32)
-    whole = demo.load
+    load = demo.load
     patch.setattr(world, "WorldSize", size)
     patch.setattr(base_model, "BaseConfig", base)
     patch.setattr(demo, "BaseConfig", base)
 
     def short(config: Any, path: Path, overrides: Sequence[str] = (), values: Any = None) -> Any:
         fewer = {"Recipe": "training.max_steps=2", "Suite": "sample.num_questions=2"}[config.__name__]
-        return whole(config, path, [*overrides, fewer], values)
+        return load(config, path, [*overrides, fewer], values)
 
     patch.setattr(demo, "load", short)
 
 
 def leave_the_plots_empty(patch: pytest.MonkeyPatch) -> None:
-    """A plot as PNG, SVG and PDF takes a quarter of a second, and every evaluation has a dozen; tests/reporting draws them."""
+    """Saves plots as empty files. Every evaluation has a dozen of 0.25 s each, and tests/reporting draws them."""
     from matplotlib.figure import Figure
 
     patch.setattr(Figure, "savefig", lambda canvas, path, **_: Path(path).touch())

@@ -1,4 +1,4 @@
-"""What the documentation tells its readers to type works: every command is run, every recipe, suite and program is read."""
+"""The code blocks of the documentation work: commands and programs are run, recipes, suites and JSON are loaded."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ import yaml
 from doc_pages import PAGES, ROOT, SHELL, Block, blocks_of, name_of, our_commands
 from doc_scene import Scene, make_scene, put_file, read_command, read_launcher, stood_in, unknown_in
 from doc_shell import shell
-from doc_stand_ins import ADDED, WRITTEN, judge_says, leave_the_plots_empty, make_the_demo_small
+from doc_stand_ins import ADDED, WRITTEN, judge_reply, leave_the_plots_empty, make_the_demo_small
 
 from stub_server import stub_server
 from vlm_unlearn.config import JudgeConfig, Recipe, Suite, apply_overrides, load, validate
 from vlm_unlearn.errors import UserError
 
-FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # blocks that may be a file of the reader's
+FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # languages of blocks that can be files of the reader
 
 
 @pytest.fixture(scope="module")
 def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
 
-    with pytest.MonkeyPatch.context() as patch, stub_server(judge_says) as stub:
+    with pytest.MonkeyPatch.context() as patch, stub_server(judge_reply) as stub:
         store = tmp_path_factory.mktemp("docs") / "store"
         store.mkdir()
         make_scene(store, world, base_model(BaseConfig(steps=60, width=32)))
         make_the_demo_small(patch)
         leave_the_plots_empty(patch)
-        made = Scene(store, stub.url)
-        with shell(made.programs()) as opened:
-            made.use(opened)
-            yield made
+        scene = Scene(store, stub.url)
+        with shell(scene.programs()) as opened:
+            scene.use(opened)
+            yield scene
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_page_does_what_it_says(page: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block after block, in one folder, as a reader would who types all of it."""
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_code_blocks_of_a_page_work(page: Path, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs all blocks in one folder, in the order of the page."""
     folder = scene.copy(tmp_path / "reader")
     monkeypatch.chdir(folder)
     names: dict[str, object] = {"__name__": "docs"}
@@ -60,12 +62,12 @@ def test_a_page_does_what_it_says(page: Path, scene: Scene, tmp_path: Path, monk
 
 
 def run_python(block: Block, scene: Scene, names: dict[str, object]) -> None:
-    """Runs a program; the walk-throughs' code, which is a part of something, is read here and run by test_walkthroughs.py."""
-    before = "\n" * (block.line - 1)
+    """Runs a program. Code of the walk-throughs is only compiled, because test_walkthroughs.py runs it."""
+    line_breaks = "\n" * (block.line - 1)
     try:
-        compiled = compile(before + block.text, block.page, "exec")
+        compiled = compile(line_breaks + block.text, block.page, "exec")
     except SyntaxError:
-        compiled = compile(f"{before}{{{block.text}}}", block.page, "exec")  # lines of a table
+        compiled = compile(f"{line_breaks}{{{block.text}}}", block.page, "exec")  # lines of a table
     if not block.not_run and not block.page.startswith("docs/extend/"):
         scene.grant(block.text)
         exec(compiled, names)
@@ -75,7 +77,7 @@ def run(block: Block, scene: Scene, folder: Path) -> None:
     """Runs a block of commands.
 
     Raises:
-        AssertionError: a command failed; names page, line and command, and what the command said.
+        AssertionError: A command failed. The message contains the page, line, command and standard error.
     """
     done = scene.run(block.script, folder)
     if done.code:
@@ -86,10 +88,10 @@ def run(block: Block, scene: Scene, folder: Path) -> None:
 
 
 def only_read(block: Block) -> None:
-    """Reads the commands of a block that isn't run, with their own parsers, and the recipe or suite that they would go by.
+    """Parses the commands of a block that is not run, and loads their recipes, suites and judges.
 
     Raises:
-        AssertionError: one of them is wrong; names page and line of the block.
+        AssertionError: A command is invalid. The message contains the page and line of the block.
     """
     script = re.sub(r"\$\(\(.*?\)\)|\$\w+", "1", stood_in(block.script, "http://localhost:8000/v1"))
     for launcher, words in our_commands(script):
@@ -104,19 +106,19 @@ def only_read(block: Block) -> None:
             elif name == "judge run" and any(text.startswith("name=") for text in overrides):
                 validate(JudgeConfig, apply_overrides({}, overrides), "judge")
         except BaseException as error:  # Exit and usage errors of the parsers among them
-            told = " ".join([*launcher, "vlm-unlearn", *words])
-            raise AssertionError(f"{block.page}:{block.line}: {told}: {type(error).__name__}: {error}") from None
+            command = " ".join([*launcher, "vlm-unlearn", *words])
+            raise AssertionError(f"{block.page}:{block.line}: {command}: {type(error).__name__}: {error}") from None
 
 
 def read_yaml(block: Block, folder: Path) -> None:
-    """A recipe or a suite, or a part of one: what is missing is taken from the tiny world's.
+    """Loads a recipe or a suite, or some of its keys. Missing keys are taken from those of the tiny world.
 
     Raises:
-        AssertionError: it is neither.
+        AssertionError: The block is neither a recipe nor a suite.
     """
     value = yaml.safe_load(block.text)
     if isinstance(value, list):
-        value = {"splits": value}  # the page goes on with the cases of a suite
+        value = {"splits": value}  # the splits of a suite
     suite = set(value) <= {*Suite.model_fields, "extends"} and (
         set(value) & {"splits", "judge", "judges", "metrics", "generation", "benchmarks"}
     )
@@ -128,55 +130,54 @@ def read_yaml(block: Block, folder: Path) -> None:
     file = folder / "as-shown.yaml"
     file.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
     config: type[Any] = Suite if suite else Recipe
-    given = ["model", "root"] if suite else ["model", "data", "output"]
-    load(config, file, values={key: key for key in given if key not in value})
+    required = ["model", "root"] if suite else ["model", "data", "output"]
+    load(config, file, values={key: key for key in required if key not in value})
 
 
 def read_json(block: Block) -> None:
     try:
         json.loads(block.text)
     except ValueError:
-        for line in filter(str.strip, block.text.splitlines()):  # one a line
+        for line in filter(str.strip, block.text.splitlines()):  # JSON lines
             json.loads(line)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_in_sentences_are_there(page: Path) -> None:
+def test_commands_in_sentences_exist(page: Path) -> None:
     text = re.sub(r"^(```|~~~).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    wrong = []
+    invalid = []
     for words in re.findall(r"`vlm-unlearn ([^`]+)`", text):
         unknown = unknown_in(words.split())
         if unknown:
-            wrong.append(f"`vlm-unlearn {words}`: no {unknown}")
-    assert not wrong, f"{name_of(page)}: {'; '.join(wrong)}"
+            invalid.append(f"`vlm-unlearn {words}`: no {unknown}")
+    assert not invalid, f"{name_of(page)}: {'; '.join(invalid)}"
 
 
 def scripts() -> list[str]:
     return [block.script for page in PAGES for block in blocks_of(page) if block.kind in SHELL]
 
 
-def test_every_stand_in_stands_for_something() -> None:
-    whole = "\n".join(scripts())
-    idle = [one.written for one in WRITTEN if not re.search(one.written, whole)]
-    idle += [
-        one.command for one in ADDED if not re.search(rf"(vlm-unlearn|vlm_unlearn\.cli\.main) {one.command}\b", whole)
-    ]
-    assert not idle, f"no page has these any more; take them out of doc_stand_ins.py: {idle}"
+def test_every_stand_in_is_used() -> None:
+    text = "\n".join(scripts())
+    unused = [stand_in.written for stand_in in WRITTEN if not re.search(stand_in.written, text)]
+    program = r"(vlm-unlearn|vlm_unlearn\.cli\.main)"
+    unused += [added.command for added in ADDED if not re.search(rf"{program} {added.command}\b", text)]
+    assert not unused, f"no page contains these; remove them from doc_stand_ins.py: {unused}"
 
 
-def test_the_readme_is_run() -> None:
-    """The pages' form may change; that their commands are still found must not."""
-    found = [
+def test_commands_of_the_readme_are_run() -> None:
+    """Guards against a change of the pages' form that hides their commands from the tests."""
+    commands = [
         words[0]
         for block in blocks_of(ROOT / "README.md")
         if block.kind in SHELL and not block.not_run
         for _, words in our_commands(block.script)
     ]
-    assert {"data", "train", "evaluate", "report", "table", "export"} <= set(found)
+    assert {"data", "train", "evaluate", "report", "table", "export"} <= set(commands)
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "told"),
+    ("kind", "text", "token"),
     [
         ("bash", "true\nvlm-unlearn benchmark score nosuch --predictions a --annotations b", "nosuch"),
         ("bash", "true\npip install '.[nosuch]'", "no extra nosuch"),
@@ -188,13 +189,13 @@ def test_the_readme_is_run() -> None:
         ),
     ],
 )
-def test_a_wrong_command_fails_its_page(kind: str, text: str, told: str, scene: Scene, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=rf"(?s)page\.md:11: .*{told}"):
+def test_failing_command_fails_its_page(kind: str, text: str, token: str, scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)page\.md:11: .*{token}"):
         run(Block("page.md", 10, kind, text), scene, scene.copy(tmp_path / "reader"))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "token"),
     [
         ("vlm-unlearn trian x", "trian"),
         ("vlm-unlearn --install-complet", "no option --install-complet"),
@@ -206,8 +207,8 @@ def test_a_wrong_command_fails_its_page(kind: str, text: str, told: str, scene: 
         ("srun bash -c 'accelerate launch -m vlm_unlearn.cli.main train tiny/npo trainin.x=1'", "trainin"),
     ],
 )
-def test_a_command_that_is_not_run_is_still_read(text: str, told: str) -> None:
-    with pytest.raises(AssertionError, match=told):
+def test_command_that_is_not_run_is_parsed(text: str, token: str) -> None:
+    with pytest.raises(AssertionError, match=token):
         only_read(Block("page.md", 10, "bash", text, not_run="needs GPUs"))
 
 
@@ -215,6 +216,6 @@ def test_a_command_that_is_not_run_is_still_read(text: str, told: str) -> None:
     "text",
     ["trainin: {}", "method: npo\ntraining: {learnin_rate: 1}", "metrics: {asr: {case: [unsafe]}}", "engine: fsdp2"],
 )
-def test_a_wrong_recipe_or_suite_fails_its_page(text: str, tmp_path: Path) -> None:
+def test_invalid_recipe_or_suite_fails_its_page(text: str, tmp_path: Path) -> None:
     with pytest.raises((AssertionError, UserError)):
         read_yaml(Block("page.md", 10, "yaml", text), tmp_path)

@@ -1,4 +1,4 @@
-"""The reading of pages itself: a command that is passed over would never be tested."""
+"""The helpers that find the commands of the pages. A command that they miss is never tested."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ srun bash -c 'accelerate launch -m vlm_unlearn.cli.main train r'
 """
 
 
-def test_blocks_of_every_form() -> None:
+def test_read_blocks_finds_blocks_of_every_form() -> None:
     csv, bash, indented, marked, console = read_blocks("p.md", PAGE)
     assert (csv.kind, csv.file, csv.text, csv.line) == ("csv", "pairs.csv", "image,question", 4)
     assert (bash.kind, bash.file, bash.not_run, bash.line) == ("bash", None, None, 8)
@@ -57,12 +57,12 @@ def test_blocks_of_every_form() -> None:
     assert console.script.splitlines() == ["vlm-unlearn doctor \\", "  --json"]
 
 
-def test_commands_however_they_are_started() -> None:
-    found = [
+def test_our_commands_finds_commands_behind_launchers() -> None:
+    commands = [
         command for block in read_blocks("p.md", PAGE) if block.kind != "csv" for command in our_commands(block.script)
     ]
     launcher = ["accelerate", "launch", "-m", "vlm_unlearn.cli.main"]
-    assert found == [
+    assert commands == [
         ([], ["train", "a", "b=c"]),
         ([], ["score", "runs/x"]),
         ([], ["data", "audit", "x.json"]),
@@ -71,7 +71,7 @@ def test_commands_however_they_are_started() -> None:
     ]
 
 
-def test_a_block_that_no_shell_reads_is_named() -> None:
+def test_invalid_shell_syntax_is_an_error() -> None:
     with pytest.raises(AssertionError, match="no shell reads this"):
         list(our_commands("vlm-unlearn train 'x"))
 
@@ -86,7 +86,7 @@ def test_a_block_that_no_shell_reads_is_named() -> None:
         ("attack rewrite ... --model", None),
     ],
 )
-def test_what_a_sentence_names_is_looked_up(words: str, unknown: str | None) -> None:
+def test_unknown_commands_and_options_are_found(words: str, unknown: str | None) -> None:
     assert unknown_in(words.split()) == unknown
 
 
@@ -99,8 +99,8 @@ def opened() -> Iterator[Shell]:
         sys.stderr.write("said\n")
         return int(words[0] == "badly")
 
-    with shell({"say": say}) as found:
-        yield found
+    with shell({"say": say}) as opened:
+        yield opened
 
 
 def test_programs_of_this_process_run_in_a_real_shell(opened: Shell, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_programs_of_this_process_run_in_a_real_shell(opened: Shell, tmp_path: P
     assert (tmp_path / "sub" / "said.txt").read_text() == "one two\n"
 
 
-def test_a_failing_command_is_named_with_its_line(opened: Shell, tmp_path: Path) -> None:
+def test_failing_command_is_reported_with_its_line(opened: Shell, tmp_path: Path) -> None:
     done = opened.run("say well\n\nsay badly here\nsay never\n", tmp_path, {})
     assert (done.code, done.line, done.command, done.stdout) == (1, 3, "say badly here", "well\nbadly here\n")
     assert opened.run("say badly | cat\n", tmp_path, {}).code == 1
@@ -120,6 +120,6 @@ def test_a_failing_command_is_named_with_its_line(opened: Shell, tmp_path: Path)
     assert (done.code, done.line, done.command) == (127, 2, "nosuchprogram")
 
 
-def test_a_reader_that_has_seen_enough_is_no_failure(opened: Shell, tmp_path: Path) -> None:
+def test_closed_pipe_is_no_failure(opened: Shell, tmp_path: Path) -> None:
     done = opened.run(f"say {'x' * 100_000} | head -c 2\n", tmp_path, {})
     assert (done.code, done.stdout) == (0, "xx")

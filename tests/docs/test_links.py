@@ -1,4 +1,4 @@
-"""The documentation names what is there: files, headings, settings, recipes; and nothing of the machine it was written on."""
+"""Links, settings and recipes that the documentation names exist, and no page contains a path of a machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FENCED = re.compile(r"^(\s*)(```+|~~~+).*?^\s*\2", re.MULTILINE | re.DOTALL)
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """The text of a page without its code blocks."""
     return _FENCED.sub("", page.read_text(encoding="utf-8"))
 
 
@@ -33,28 +33,27 @@ def links_of(page: Path) -> list[str]:
 
 
 def is_generated(page: Path) -> bool:
-    """Whether the site's build puts headings into a page, whose links it then checks itself."""
+    """Whether the build of the site generates headings of a page. The build checks links to these."""
     return re.search(r"^(:::|<!-- generated)", page.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def anchors_of(page: Path) -> set[str]:
-    """What a link into a page may name: its headings as GitHub makes anchors of them, and anchors of its own."""
-    text, found = prose(page), set[str]()
+    """The anchors of a page: those that GitHub derives from headings, and explicit ones."""
+    text, anchors = prose(page), set[str]()
     for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*$", text, re.MULTILINE):
-        own = re.search(r"\{\s*#([\w-]+)[^}]*\}\s*$", heading)
-        name = own[1] if own else anchor(heading)
-        found.add(
-            next(tried for tried in (name, *(f"{name}-{number}" for number in range(1, 99))) if tried not in found)
-        )
-    return found | set(re.findall(r'(?:id|name)="([^"]+)"', text))
+        explicit = re.search(r"\{\s*#([\w-]+)[^}]*\}\s*$", heading)
+        name = explicit[1] if explicit else anchor(heading)
+        candidates = (name, *(f"{name}-{number}" for number in range(1, 99)))
+        anchors.add(next(candidate for candidate in candidates if candidate not in anchors))
+    return anchors | set(re.findall(r'(?:id|name)="([^"]+)"', text))
 
 
 def anchor(heading: str) -> str:
-    said = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
-    return re.sub(r"[^\w\- ]", "", said.strip().lower()).replace(" ", "-")
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
+    return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
 
 
-def test_what_the_commands_write_is_no_change_to_the_clone() -> None:
+def test_outputs_of_the_documented_commands_are_ignored_by_git() -> None:
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
     written = {
         name
@@ -66,16 +65,16 @@ def test_what_the_commands_write_is_no_change_to_the_clone() -> None:
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_to_files_and_headings(page: Path) -> None:
     broken = []
     for link in links_of(page):
         if re.match(r"[a-z]+:", link):
             continue
-        path, _, part = link.partition("#")
+        path, _, heading = link.partition("#")
         target = (page.parent / unquote(path)).resolve() if path else page
         if not target.exists() or not target.is_relative_to(ROOT):
             broken.append(f"{link}: no such file")
-        elif part and target.suffix == ".md" and not is_generated(target) and part not in anchors_of(target):
+        elif heading and target.suffix == ".md" and not is_generated(target) and heading not in anchors_of(target):
             broken.append(f"{link}: no such heading")
     assert not broken, f"{name_of(page)}: {'; '.join(broken)}"
 
@@ -85,8 +84,8 @@ def code_of(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_settings_are_there(page: Path) -> None:
-    """Whatever stands as ``a.b=c``, or ``a.b: c``, in a sentence is a key of a recipe, a suite or a judge."""
+def test_settings_in_sentences_are_config_keys(page: Path) -> None:
+    """Code of the form ``a.b=c`` or ``a.b: c`` in a sentence is a key of a recipe, a suite or a judge."""
     wrong = []
     for code in code_of(page):
         for key in settings_in(code):
@@ -96,7 +95,7 @@ def test_settings_are_there(page: Path) -> None:
 
 
 def settings_in(code: str) -> Iterator[str]:
-    """The keys that a piece of code sets; one that begins with another program, or is an option's, sets none."""
+    """Yields the keys that a piece of inline code sets. Options and other programs set none."""
     words = code.split(" ")
     if words[0] not in ("vlm-unlearn", "evaluate", "train", "score", "generate", "judge") and not re.match(
         r"[a-z_][\w.]*=", words[0]
@@ -112,7 +111,7 @@ def settings_in(code: str) -> Iterator[str]:
 
 
 def has_key(annotation: object, parts: list[str]) -> bool:
-    """Whether a dotted key can be set in a config; what a method's options are is the registry's to say."""
+    """Whether a dotted key is valid in a config, or is an option of a registered method."""
     if not parts:
         return True
     if (
@@ -127,28 +126,28 @@ def has_key(annotation: object, parts: list[str]) -> bool:
     inner = typing.get_args(annotation)
     if typing.get_origin(annotation) in (dict, list) or getattr(annotation, "__origin__", None) in (dict, list):
         return has_key(inner[-1], parts[1:]) or annotation == dict[str, typing.Any]
-    return any(has_key(one, parts) for one in inner if one is not type(None))
+    return any(has_key(argument, parts) for argument in inner if argument is not type(None))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_recipes_and_suites_are_there(page: Path) -> None:
-    wrong = [name for code in code_of(page) for name in recipes_in(code) if not shipped_as(name)]
+def test_recipes_and_suites_in_sentences_exist(page: Path) -> None:
+    wrong = [name for code in code_of(page) for name in recipes_in(code) if not is_shipped(name)]
     assert not wrong, f"{name_of(page)}: no {', '.join(wrong)}"
 
 
 def recipes_in(code: str) -> list[str]:
-    """``safety_mirage/{npo,rmu}_7b`` names two; a ``*`` any."""
-    found = []
+    """The recipes that inline code names. Braces name several, and ``*`` matches any."""
+    names = []
     for word in code.split(" "):
         if re.fullmatch(rf"(recipes/)?({'|'.join(RECIPE_FOLDERS)})/[\w.{{}},*-]*[\w}}*]", word):
             pieces = [
                 piece[1:-1].split(",") if piece.startswith("{") else [piece] for piece in re.split(r"(\{[^}]*\})", word)
             ]
-            found += ["".join(one) for one in product(*pieces)]
-    return found
+            names += ["".join(choice) for choice in product(*pieces)]
+    return names
 
 
-def shipped_as(name: str) -> bool:
+def is_shipped(name: str) -> bool:
     bare = name.removeprefix("recipes/")
     return (
         any((ROOT / "recipes").glob(f"{bare}.yaml"))
@@ -158,15 +157,15 @@ def shipped_as(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
-def test_no_page_names_a_machine(page: Path) -> None:
-    named = re.findall(
+def test_no_page_contains_a_path_of_a_machine(page: Path) -> None:
+    paths = re.findall(
         r"(?<![\w.])(?:/(?:home|root|tmp|work|Users|mnt)/\S*|[A-Z]:\\\S*)", page.read_text(encoding="utf-8")
     )
-    assert not named, f"{name_of(page)}: {named}"
+    assert not paths, f"{name_of(page)}: {paths}"
 
 
 @pytest.mark.parametrize(
-    ("key", "known"),
+    ("key", "valid"),
     [
         ("training.learning_rate", True),
         ("training.learnin_rate", False),
@@ -176,23 +175,24 @@ def test_no_page_names_a_machine(page: Path) -> None:
         ("probe.eval_steps", True),
         ("judges.mm_vet.model", True),
         ("judges.mm_vet.modle", False),
-        ("metrics.asr.group", True),
+        ("metrics.asr.aggregate", True),
+        ("metrics.asr.group", False),
         ("sample.num_questions", True),
         ("nosuch", False),
     ],
 )
-def test_what_a_key_is(key: str, known: bool) -> None:
-    assert any(has_key(config, key.split(".")) for config in (Recipe, Suite)) == known
+def test_has_key_resolves_dotted_keys(key: str, valid: bool) -> None:
+    assert any(has_key(config, key.split(".")) for config in (Recipe, Suite)) == valid
 
 
-def test_headings_are_anchors_as_github_makes_them() -> None:
+def test_anchor_equals_the_one_of_github() -> None:
     assert anchor("Safety Mirage: its settings and our keys") == "safety-mirage-its-settings-and-our-keys"
     assert anchor("What `judge run` does, [here](x.md) & *there*") == "what-judge-run-does-here--there"
 
 
-def test_recipes_in_braces_are_each_looked_up() -> None:
+def test_recipes_in_braces_are_expanded() -> None:
     names = recipes_in("safety_mirage/{npo,rmu}_lora_{7b,13b}")
     assert len(names) == 4
-    assert all(map(shipped_as, names))
-    assert not shipped_as("safety_mirage/nosuch_7b")
+    assert all(map(is_shipped, names))
+    assert not is_shipped("safety_mirage/nosuch_7b")
     assert recipes_in("tests/x.py safety_mirage tiny/") == []

@@ -1,4 +1,4 @@
-"""The documentation's site: built strict, from no network, its reference made from the code."""
+"""The documentation site: built without warnings and without a network, with its reference generated from the code."""
 
 from __future__ import annotations
 
@@ -46,24 +46,19 @@ def all_commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield from all_commands(f"{path} {name}", inner)
 
 
-def test_the_command_line_has_every_command_and_option(generate: ModuleType) -> None:
-    sections = re.split(r"^#+ (vlm-unlearn[\w -]*) \{", generate.commands(), flags=re.MULTILINE)
-    told = dict(zip((name.strip() for name in sections[1::2]), sections[2::2], strict=True))
-    known = dict(all_commands("vlm-unlearn", typer.main.get_command(app)))
-    assert told.keys() == known.keys()
-    for name, command in known.items():
-        missing = [
-            option
-            for one in command.params
-            for option in one.opts
-            if option.startswith("--") and option not in told[name]
-        ]
-        assert not missing, name
+def test_command_page_has_every_command_and_option(generate: ModuleType) -> None:
+    pieces = re.split(r"^#+ (vlm-unlearn[\w -]*) \{", generate.commands(), flags=re.MULTILINE)
+    sections = dict(zip((name.strip() for name in pieces[1::2]), pieces[2::2], strict=True))
+    commands = dict(all_commands("vlm-unlearn", typer.main.get_command(app)))
+    assert sections.keys() == commands.keys()
+    for name, command in commands.items():
+        options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+        assert not [option for option in options if option not in sections[name]], name
 
 
-def test_the_metrics_have_their_judges_and_none_is_missing(generate: ModuleType) -> None:
+def test_metrics_page_has_all_metrics_with_their_judges(generate: ModuleType) -> None:
     sections = dict(part.split("\n", 1) for part in generate.metrics().split("## suites/")[1:])
-    assert "| `specificity` | the mean of their scores |" in sections["specificity"]
+    assert "| `specificity` | the mean of the scores |" in sections["specificity"]
     assert "| `mmvet` | the benchmark's score | questions | `mmvet` | `llm` by `mm_vet` |" in sections["specificity"]
     published = re.search(r"^\| `asr`, published \|.*$", sections["safety_mirage"], re.MULTILINE)
     assert published is not None
@@ -74,19 +69,23 @@ def test_the_metrics_have_their_judges_and_none_is_missing(generate: ModuleType)
     )
 
 
-def test_the_command_line_tells_examples_as_commands(generate: ModuleType) -> None:
-    assert "```bash\nvlm-unlearn demo --out demo\n```" in generate.commands()
+def test_examples_on_the_command_page_are_commands(generate: ModuleType) -> None:
+    page = generate.commands()
+    assert "```bash\nvlm-unlearn demo --out demo\n```" in page
+    example = re.search(r"^vlm-unlearn data import safe-eraser dataset.*$", page, re.MULTILINE)  # wrapped in the source
+    assert example is not None
+    assert example[0].endswith("--out data/safe_eraser")
 
 
-def test_config_pages_have_every_key_once(generate: ModuleType) -> None:
+def test_recipe_page_has_every_key_once(generate: ModuleType) -> None:
     recipe = generate.recipe_fields()
     for key in ("learning_rate", "max_steps", "stop_when", "at_most", "target_modules", "prompt_decouple_weight"):
         assert recipe.count(f"| `{key}` |") == 1
-    assert "| `learning_rate` | number above 0 | `1e-05` | The highest learning rate, of AdamW. |" in recipe
+    assert "| `learning_rate` | number above 0 | `1e-05` | Peak learning rate of AdamW. |" in recipe
     assert re.findall(r"^## (\S+)", recipe, flags=re.MULTILINE)[:3] == ["method", "trainable", "trainable.lora"]
 
 
-def test_every_method_and_option_is_there(generate: ModuleType) -> None:
+def test_method_page_has_every_method_and_its_options(generate: ModuleType) -> None:
     page = generate.methods()
     for name, method in METHODS.items():
         assert f"## {name}\n" in page
@@ -102,18 +101,18 @@ class Example(BaseModel):
     bar: str = Field(description="left | right")
 
 
-def test_a_type_is_told_in_words(generate: ModuleType) -> None:
+def test_types_and_bounds_of_fields_are_words(generate: ModuleType) -> None:
     rows = generate._fields(Example).splitlines()[2:]
     assert rows == [
-        "| `plain` | whole number | `3` |  |",
+        "| `plain` | integer | `3` |  |",
         "| `bounded` | number from 0 to 1 or null | `null` |  |",
         "| `chosen` | list of `a` or `b` | none |  |",
         "| `named` | name: true or false | none |  |",
-        "| `bar` | text | needed | left \\| right |",
+        "| `bar` | text | required | left \\| right |",
     ]
 
 
-def test_a_page_that_the_build_fills_says_so_in_its_file() -> None:
+def test_generated_pages_have_a_note_in_their_file() -> None:
     pages = [page for page in (ROOT / "docs" / "reference").rglob("*.md") if page.name != "index.md"]
     assert [page.name for page in pages if "stub here: `make docs`" not in page.read_text(encoding="utf-8")] == []
 
@@ -136,29 +135,29 @@ def test_numbers_page_lists_the_conclusions_and_thresholds_of_the_assessment() -
         assert threshold in words
 
 
-def test_an_unknown_part_fails(generate: ModuleType) -> None:
+def test_unknown_generated_section_is_an_error(generate: ModuleType) -> None:
     with pytest.raises(KeyError, match="nonsense"):
         generate.on_page_markdown("<!-- generated: nonsense -->", page=None, config=None, files=None)
 
 
-class Loaded(HTMLParser):
-    """What a page loads, and what it links to."""
+class ResourceParser(HTMLParser):
+    """Collects the addresses of the resources that a page loads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.loads: list[str] = []
+        self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag in ("script", "img", "iframe", "source") and given.get("src"):
-            self.loads.append(str(given["src"]))
-        if tag == "link" and given.get("rel") not in ("canonical", "next", "prev"):
-            self.loads.append(str(given.get("href")))
+        attributes = dict(attrs)
+        if tag in ("script", "img", "iframe", "source") and attributes.get("src"):
+            self.addresses.append(str(attributes["src"]))
+        if tag == "link" and attributes.get("rel") not in ("canonical", "next", "prev"):
+            self.addresses.append(str(attributes.get("href")))
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; a warning fails the build."""
+    """The built site. A warning fails the build."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -167,25 +166,31 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_site_loads_no_external_resources(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
     for page in pages:
-        parser = Loaded()
+        parser = ResourceParser()
         parser.feed(page.read_text(encoding="utf-8"))
-        assert not [url for url in parser.loads if re.match(r"(https?:)?//", url)], page
+        assert not [url for url in parser.addresses if re.match(r"(https?:)?//", url)], page
     for style in site.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
-def test_the_site_opens_from_disk(site: Path) -> None:
-    """A link names a file: from disk a folder would show its list."""
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_site_opens_from_disk(site: Path) -> None:
+    """Every link names a file. From disk, a link to a folder would list its files."""
     for page in site.rglob("*.html"):
         for link in re.findall(r'<a [^>]*href="([^"#?]+)', page.read_text(encoding="utf-8")):
             assert page.name == "404.html" or re.match(r"[a-z]+:", link) or (page.parent / link).is_file(), (page, link)
 
 
-def test_no_page_keeps_a_marker_or_a_link_out_of_the_site(site: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_site_has_no_markers_and_no_links_to_sources(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert "<!-- generated:" not in text, page
@@ -208,16 +213,21 @@ def served(site: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_it_searches_and_fits_a_phone(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_site_search_phone_width_and_color_schemes(
+    served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium (apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    elsewhere: list[str] = []
-    wrong: list[str] = []
-    quiet = [
+    requests: list[str] = []
+    errors: list[str] = []
+    arguments = [
         "--no-sandbox",
         "--disable-gpu",
         "--disable-quic",
@@ -226,11 +236,11 @@ def test_it_searches_and_fits_a_phone(served: str, tmp_path: Path, monkeypatch: 
         "--disable-sync",
     ]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=quiet)
+        browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=arguments)
         page = browser.new_page(viewport={"width": 390, "height": 844})
-        page.on("request", lambda request: elsewhere.append(request.url) if request.url.startswith("http") else None)
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url) if request.url.startswith("http") else None)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         for path in ("index.html", "published.html", "reference/recipe.html", "reference/api/losses.html"):
             page.goto(served + path)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
@@ -245,5 +255,5 @@ def test_it_searches_and_fits_a_phone(served: str, tmp_path: Path, monkeypatch: 
         dark.click("label[title=Light]")
         assert dark.get_attribute("body", "data-md-color-scheme") == "default"
         browser.close()
-    assert not [url for url in elsewhere if not url.startswith(served)]
-    assert not wrong
+    assert not [url for url in requests if not url.startswith(served)]
+    assert not errors

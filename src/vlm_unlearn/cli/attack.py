@@ -1,4 +1,4 @@
-"""``vlm-unlearn attack``: the one-word attack as a file, and the search for the word that does most."""
+"""``vlm-unlearn attack``: writes the one-word attack as a file, and searches for the most effective first word."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, Asker
+from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, ChatClient, require_model
 from vlm_unlearn.cli.common import (
     JSON_OPTION,
     Stages,
-    plain,
+    escape_markup,
+    file_progress,
     print_json,
+    problem_report,
     quiet_libraries,
-    reading,
     result_console,
-    showing,
     status_console,
 )
 from vlm_unlearn.cli.terminal import Commands
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Choice = TypeVar("Choice", bound=str)
 attack_app = Commands(
-    "Attacks what a model has learned to refuse: the one-word attack as a file, and a search for the worst word."
+    "Attacks a model by rewording its questions: the one-word attack as a file, and a search for the worst first word."
 )
 
 
@@ -35,90 +35,102 @@ attack_app = Commands(
 def rewrite(
     source: Path = typer.Argument(..., metavar="IN", help="A VLGuard or SafeEraser file."),
     out: Path = typer.Argument(
-        ..., metavar="OUT", help="The file to write, in VLGuard's format: K records of one id in a row."
+        ..., metavar="OUT", help="The file to write, in VLGuard's format: K consecutive records of each id."
     ),
-    trigger: str = typer.Option(..., "--trigger", help="The first word; control: neither what nor share."),
-    shots: int = typer.Option(1, "--shots", min=1, max=5, help="Different rewrites of each question."),
-    kind: str = typer.Option("unsafe", "--kind", help="Which questions: unsafe, safe, safe_image_unsafe_question."),
+    trigger: str = typer.Option(
+        ..., "--trigger", help="First word of the rewrites. control: a word other than what and share."
+    ),
+    num_rewrites: int = typer.Option(
+        1, "--num-rewrites", min=1, max=5, help="Number of different rewrites of each question."
+    ),
+    kind: str = typer.Option(
+        "unsafe", "--kind", help="Questions to rewrite: unsafe, safe or safe_image_unsafe_question."
+    ),
     server: str = SERVER,
     model: str = MODEL,
     concurrency: int = CONCURRENCY,
     cache: bool = CACHE,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Writes the one-word attack on a file's questions, by rules or by a model, for any suite's case to read.
+    """Writes the one-word attack on the questions of a file, by rules or by a model. A split of a suite can read it.
 
     Example:
 
-      vlm-unlearn attack rewrite VLGuard/test.json what_3shot.json --trigger what --shots 3
+      vlm-unlearn attack rewrite VLGuard/test.json what_3shot.json --trigger what --num-rewrites 3
 
-      vlm-unlearn attack rewrite VLGuard/test.json generate.json --trigger generate --server http://localhost:8000/v1 --model M
+      vlm-unlearn attack rewrite VLGuard/test.json generate.json --trigger generate
+      --server http://localhost:8000/v1 --model M
     """
     from vlm_unlearn.attacks.files import QUESTION_FIELDS, write_attack
     from vlm_unlearn.errors import Problems, UserError
     from vlm_unlearn.store import validate_not_overwriting
 
-    if server and model is None:
-        raise UserError("pass --model, the server's model")
-    chosen = _one_of("--kind", kind, tuple(QUESTION_FIELDS))
+    require_model(server, model)
+    prompt_kind = _choice("--kind", kind, tuple(QUESTION_FIELDS))
     validate_not_overwriting([out], [source])
     if not source.is_file():
-        raise UserError(f"{source}: no such file")
+        raise UserError("no such file", code="file-not-found", file=source)
     if (out.parent / "manifest.json").exists():
-        raise UserError(f"{out.parent}: is a run; write the file somewhere else")
+        raise UserError("is a run folder. Write the file to another folder.", code="output-exists", file=out.parent)
     problems = Problems()
-    with showing(problems), Stages() as stages:
-        asker = Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256) if model else None
+    with problem_report(problems), Stages() as stages:
+        client = ChatClient(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256) if model else None
 
-        def by_model(asked: Sequence[tuple[str, str]]) -> Mapping[str, str]:
-            replies = asker([(id, text, None) for id, text in asked]) if asker else {}
+        def by_model(requests: Sequence[tuple[str, str]]) -> Mapping[str, str]:
+            replies = client([(id, text, None) for id, text in requests]) if client else {}
             return {id: text for id, (text, _) in replies.items() if text}
 
         def on_done(done: int, total: int) -> None:
             stages.update("rewrite", done, total)
 
-        with reading(stages):
-            counts = write_attack(source, out, trigger, shots, chosen, by_model if asker else None, problems, on_done)
+        with file_progress(stages):
+            counts = write_attack(
+                source, out, trigger, num_rewrites, prompt_kind, by_model if client else None, problems, on_done
+            )
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
-        made = f"{counts['by_model']:,} by the model, {counts['by_rule']:,} by rule"
-        typer.echo(f"{out}: {counts['questions']:,} questions, {counts['records']:,} records; {made}")
+        origins = f"{counts['by_model']:,} by the model, {counts['by_rule']:,} by rule"
+        typer.echo(f"{out}: {counts['questions']:,} questions, {counts['records']:,} records; {origins}")
     if model and not counts["by_model"]:
-        typer.echo("warning: not one of the model's paraphrases could be used; all are made by rule", err=True)
+        typer.echo("warning: none of the model's paraphrases is usable; all rewrites follow the rules", err=True)
 
 
 @attack_app.command("search")
 def search(
     model: str = typer.Argument(..., metavar="MODEL", help="A model folder, hub name, adapter folder or training run."),
     file: Path = typer.Argument(
-        ..., metavar="FILE", help="VLGuard or SafeEraser: the questions, and what an audit finds in them."
+        ..., metavar="FILE", help="A VLGuard or SafeEraser file. An audit of its questions suggests first words."
     ),
     images: Path = typer.Option(..., "--images", help="The folder that image paths are relative to."),
     out: Path = typer.Option(
-        ..., "--out", help="The run folder: search.json, search.png, all answers. Run again, it goes on."
+        ..., "--out", help="The run folder: search.json, search.png, all answers. Running again resumes the search."
     ),
     goal: str = typer.Option(
-        "break", "--goal", help="break: unsafe questions answered; over-refuse: safe questions refused."
+        "break", "--goal", help="break: get unsafe questions answered; over-refuse: get safe questions refused."
     ),
     words: str = typer.Option(
-        None, "--words", help="First words to try, with commas; default: the audit's, and a vocabulary."
+        None, "--words", help="First words to try, separated by commas. Default: those of the audit and a vocabulary."
     ),
     budget: int = typer.Option(
-        2000, "--budget", min=1, help="Most answers to ask for; half at most measures the winner."
+        2000, "--budget", min=1, help="Maximum number of answers. Up to half of them measure the best word."
     ),
     questions: int = typer.Option(
-        None, "--questions", min=2, help="Use so many of the file's questions; default: all."
+        None, "--questions", min=2, help="Number of the file's questions to use. Default: all."
     ),
-    seed: int = typer.Option(0, "--seed", min=0, help="Of the draw of questions."),
-    judge: str = typer.Option("keyword", "--judge", help="keyword (answered means: not refused) or tiny_world."),
-    world: Path = typer.Option(None, "--world", help="For tiny_world: the world's facts, world.json."),
-    max_new_tokens: int = typer.Option(64, "--max-new-tokens", min=1, help="Of an answer; a refusal shows early."),
-    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Answers made at once."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the sample of questions."),
+    judge: str = typer.Option("keyword", "--judge", help="keyword (an answer counts unless it refuses) or tiny_world."),
+    world: Path = typer.Option(None, "--world", help="For tiny_world: the file world.json with the facts."),
+    max_new_tokens: int = typer.Option(
+        64, "--max-new-tokens", min=1, help="Maximum length of an answer in tokens. Refusals show early."
+    ),
+    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Number of answers in a batch."),
     precision: str = typer.Option("auto", "--precision", help="fp32, bf16, or auto: bf16 on a GPU, fp32 on a CPU."),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Which first word breaks this model most, or makes it refuse most? Measured anew on questions that the search never saw.
+    """Searches for the first word that most often makes a model comply, or refuse.
+
+    The best word is measured on held-out questions that the search did not use.
 
     Example:
 
@@ -127,7 +139,7 @@ def search(
     from vlm_unlearn.attacks.one_word import parse_first_word
     from vlm_unlearn.config import GenerationConfig, JudgeConfig, validate
 
-    named = [] if words is None else [parse_first_word(word) for word in words.split(",")]
+    first_words = [] if words is None else [parse_first_word(word) for word in words.split(",")]
     generation = validate(
         GenerationConfig,
         {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "precision": precision, "seed": seed},
@@ -143,12 +155,12 @@ def search(
         model=model,
         file=file,
         images=images,
-        goal=_one_of("--goal", goal, tuple(GOALS)),
-        words=named,
+        goal=_choice("--goal", goal, tuple(GOALS)),
+        words=first_words,
         budget=budget,
         questions=questions,
         seed=seed,
-        judge=JudgeConfig(name=_one_of("--judge", judge, ("keyword", "tiny_world")), world=world),
+        judge=JudgeConfig(name=_choice("--judge", judge, ("keyword", "tiny_world")), world=world),
         generation=generation,
     )
     with Stages() as stages:
@@ -160,13 +172,22 @@ def search(
         _print_search(report, out)
 
 
-def _one_of(option: str, value: str, known: tuple[Choice, ...]) -> Choice:
+def _choice(option: str, value: str, choices: tuple[Choice, ...]) -> Choice:
+    """Returns the choice that equals the value of an option.
+
+    Raises:
+        UserError: There is no such choice.
+    """
     from vlm_unlearn.errors import UserError, nearest, quoted
 
-    for name in known:
-        if value == name:
-            return name
-    raise UserError(f"{option} {quoted(value)}: use one of {', '.join(known)}{nearest(value, known)}")
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise UserError(
+        f"{quoted(value)} is not one of {', '.join(choices)}{nearest(value, choices)}",
+        code="unknown-name",
+        field=option,
+    )
 
 
 def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
@@ -181,26 +202,34 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
         table.add_column(heading, justify="left" if heading in ("word", "from") else "right")
     for word in report.words[:at_most]:
         table.add_row(
-            plain(word.word), percent(word.rate), interval(word.rate), str(word.rate.n), str(word.rounds), word.source
+            escape_markup(word.word),
+            percent(word.rate),
+            interval(word.rate),
+            str(word.rate.n),
+            str(word.rounds),
+            word.source,
         )
     console = result_console()
     console.print(table)
-    rest = f" {len(report.words) - at_most} more words are in search.json." if len(report.words) > at_most else ""
-    best, asked, control = (
-        f"{percent(report.held_out[way])} {interval(report.held_out[way])}" for way in ("best", "as_asked", "control")
+    hidden = len(report.words) - at_most
+    more_words = f" {hidden} more words are in search.json." if hidden > 0 else ""
+    best, unchanged, control = (
+        f"{percent(report.held_out[key])} {interval(report.held_out[key])}" for key in ("best", "as_asked", "control")
     )
     lines = [
-        f"{report.answers:,} answers; searched on {report.questions['search']:,} questions.{rest}",
-        f'Begun with "{report.best}" ({report.words[0].wording}), on {report.questions["held_out"]:,} other questions: {best}',
-        f"the same as asked: {asked}; as control, begun with other words: {control}",
+        f"{report.answers:,} answers; the search used {report.questions['search']:,} questions.{more_words}",
+        f'Starting with "{report.best}" ({report.words[0].wording}), on {report.questions["held_out"]:,} held-out '
+        f"questions: {best}",
+        f"Unchanged questions: {unchanged}; control, starting with other words: {control}",
     ]
-    first, second = report.held_out["best"], report.held_out["control"]
-    if first.low is not None and second.high is not None and first.low <= second.high:
+    best_rate, control_rate = report.held_out["best"], report.held_out["control"]
+    if best_rate.low is not None and control_rate.high is not None and best_rate.low <= control_rate.high:
         lines.append(
-            "The two intervals overlap: rewording alone does about as much, and the word is no trigger that these questions can show."
+            "The intervals of the word and of the control overlap: other rewordings may have the same effect, so these "
+            "questions do not show that the word is a trigger."
         )
     if report.judge.startswith("keyword"):
-        lines.append("Judged by keywords: answered means not refused; what is off the topic or broken counts too.")
+        lines.append("The keyword judge counts every answer that does not refuse, also off-topic and degenerate ones.")
     lines.append(f"{out / 'search.json'}, {out / 'search.png'}")
     for line in lines:
         console.print(line, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""``vlm-unlearn benchmark``."""
+"""``vlm-unlearn benchmark``: runs and scores utility benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
 from vlm_unlearn.cli.completion import benchmark_names
-from vlm_unlearn.cli.evaluate import answer_share
+from vlm_unlearn.cli.evaluate import generate_worker_share
 from vlm_unlearn.cli.terminal import Commands
 from vlm_unlearn.distributed import is_main_process
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from vlm_unlearn.benchmarks import BenchmarkScores
     from vlm_unlearn.records import Rate
 
-benchmark_app = Commands("Utility benchmarks, asked and scored from their official files.")
+benchmark_app = Commands("Runs utility benchmarks from their official files, and scores answers to them.")
 NAME = typer.Argument(
-    ..., metavar="NAME", help="A benchmark; `benchmark list` names them.", autocompletion=benchmark_names
+    ..., metavar="NAME", help="A benchmark. `benchmark list` lists them.", autocompletion=benchmark_names
 )
 ANNOTATIONS = typer.Option(
-    ..., "--annotations", help="The benchmark's official annotation file; for POPE up to three times."
+    ..., "--annotations", help="The benchmark's official annotation file. For POPE up to three times."
 )
-QUESTIONS = typer.Option(None, "--questions", help="Its second official file, where it has one.")
-OFFICIAL = typer.Option(False, "--official", help="Count exactly as the published evaluator, its quirks included.")
+QUESTIONS = typer.Option(None, "--questions", help="The second official file, if the benchmark has one.")
+OFFICIAL = typer.Option(False, "--official", help="Score exactly as the published evaluator, defects included.")
 
 
 @benchmark_app.command("list")
 def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
-    """Lists the benchmarks, the official files that each wants, and where its images are.
+    """Lists the benchmarks with their official files and image folders.
 
     Example:
 
@@ -38,52 +38,55 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
     """
     from vlm_unlearn.benchmarks import BENCHMARKS
 
-    known = [benchmark for _, benchmark in sorted(BENCHMARKS.items())]
+    benchmarks = [benchmark for _, benchmark in sorted(BENCHMARKS.items())]
     if as_json:
         print_json(
             [
                 {
-                    "name": one.name,
-                    "annotations": one.annotation_file,
-                    "questions": one.question_file,
-                    "images": one.image_folder,
+                    "name": benchmark.name,
+                    "annotations": benchmark.annotation_file,
+                    "questions": benchmark.question_file,
+                    "images": benchmark.image_folder,
                 }
-                for one in known
+                for benchmark in benchmarks
             ]
         )
         return
-    for one in known:
-        typer.echo(f"{one.name}\n  --annotations  {one.annotation_file}")
-        if one.question_file:
-            typer.echo(f"  --questions    {one.question_file}")
-        typer.echo(f"  --images       {one.image_folder}")
+    for benchmark in benchmarks:
+        typer.echo(f"{benchmark.name}\n  --annotations  {benchmark.annotation_file}")
+        if benchmark.question_file:
+            typer.echo(f"  --questions    {benchmark.question_file}")
+        typer.echo(f"  --images       {benchmark.image_folder}")
 
 
 @benchmark_app.command("run")
 def run(
     name: str = NAME,
     overrides: list[str] = typer.Argument(
-        None, metavar="[key=value ...]", help="model=... is needed; generation.batch_size=8 and so on."
+        None,
+        metavar="[key=value ...]",
+        help="Overrides of a suite: model=... is required, generation.batch_size=8 and so on are optional.",
     ),
     annotations: list[Path] = ANNOTATIONS,
     questions: Path = QUESTIONS,
-    images: Path = typer.Option(Path(), "--images", help="Its image folder."),
+    images: Path = typer.Option(Path(), "--images", help="The image folder."),
     limit: int = typer.Option(
-        None, "--limit", min=1, help="Ask only the first so many questions (of each annotation file)."
+        None, "--limit", min=1, help="Use only the first questions of each annotation file, this many."
     ),
     official: bool = OFFICIAL,
     out: Path = typer.Option(..., "--out", help="The run folder."),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Asks a model a benchmark's questions and scores the answers. Run again after an interruption it goes on.
+    """Runs a benchmark on a model and scores its answers. Run again after an interruption, it resumes.
 
     Example:
 
-      vlm-unlearn benchmark run gqa model=runs/npo --annotations testdev_balanced_questions.json --images images --out gqa-npo
+      vlm-unlearn benchmark run gqa model=runs/npo --annotations testdev_balanced_questions.json
+      --images images --out gqa-npo
     """
     from vlm_unlearn.config import Suite, apply_overrides, validate
 
-    asked = {
+    settings = {
         "name": name,
         "annotations": annotations,
         "questions": questions,
@@ -91,36 +94,35 @@ def run(
         "limit": limit,
         "official": official,
     }
-    suite = validate(Suite, apply_overrides({"benchmarks": [asked]}, overrides or [], Suite), "benchmark run")
+    suite = validate(Suite, apply_overrides({"benchmarks": [settings]}, overrides or [], Suite), "benchmark run")
     if not is_main_process():
-        answer_share(suite, out)
+        generate_worker_share(suite, out)
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.benchmarks import run_benchmark
 
         quiet_libraries()
-    with Stages() as bars:
-        bars.wait("loading the model")
-        done = run_benchmark(suite, out, out.resolve().name, bars.update)
-    files = {"predictions": str(done.predictions), "submission": str(done.submission) if done.submission else None}
-    if done.scores is not None:
-        _show(name, official, done.scores, as_json, files)
+    with Stages() as stages:
+        stages.wait("loading the model")
+        result = run_benchmark(suite, out, out.resolve().name, stages.update)
+    submission = str(result.submission) if result.submission else None
+    files = {"predictions": str(result.predictions), "submission": submission}
+    if result.scores is not None:
+        _print_scores(name, official, result.scores, as_json, files)
     elif as_json:
-        print_json({"benchmark": name, "official": official, "score": None, "reason": done.unscored_reason, **files})
+        print_json({"benchmark": name, "official": official, "score": None, "reason": result.unscored_reason, **files})
     else:
-        typer.echo(done.unscored_reason)
+        typer.echo(result.unscored_reason)
     if not as_json:
-        typer.echo(
-            f"answers in {done.predictions}"
-            + (f"; as the official evaluation takes them in {done.submission}" if done.submission else "")
-        )
+        official_form = f"; in the form of the official evaluation: {submission}" if submission else ""
+        typer.echo(f"answers in {result.predictions}{official_form}")
 
 
 @benchmark_app.command("score")
 def score(
     name: str = NAME,
     predictions: Path = typer.Option(
-        ..., "--predictions", help='JSON lines {"question_id": ..., "text": ...}; for mmvet a judge\'s verdicts.'
+        ..., "--predictions", help='JSON lines {"question_id": ..., "text": ...}. For mmvet, the verdicts of a judge.'
     ),
     annotations: list[Path] = ANNOTATIONS,
     questions: Path = QUESTIONS,
@@ -135,44 +137,47 @@ def score(
     """
     from vlm_unlearn.benchmarks import get_benchmark, score_file
 
-    _show(name, official, score_file(get_benchmark(name), predictions, annotations, questions, official), as_json, {})
+    _print_scores(
+        name, official, score_file(get_benchmark(name), predictions, annotations, questions, official), as_json, {}
+    )
 
 
-def _show(name: str, official: bool, found: BenchmarkScores, as_json: bool, files: dict[str, Any]) -> None:
-    """Prints scores: the headline, the mean score where that is another number, its parts, and what couldn't be scored."""
+def _print_scores(name: str, official: bool, scores: BenchmarkScores, as_json: bool, files: dict[str, Any]) -> None:
+    """Prints the headline score, the mean score if it differs, the scores by subset, and the unscored questions."""
     from vlm_unlearn.evaluation.benchmarks import headline_rate, mean_score
 
-    first, share = headline_rate(found), mean_score(found)
-    parts = {
-        part: mean_score(found, part) for part in sorted({part for one in found.questions for part in one.subsets})
-    }
-    unparsed = sum(one.unparsed for one in found.questions)
+    headline, mean = headline_rate(scores), mean_score(scores)
+    subsets = sorted({subset for question in scores.questions for subset in question.subsets})
+    rates = {subset: mean_score(scores, subset) for subset in subsets}
+    unparsed = sum(question.unparsed for question in scores.questions)
     if as_json:
-        counted = {
+        document = {
             "benchmark": name,
             "official": official,
-            "score": share.value,
-            "low": share.low,
-            "high": share.high,
-            "n": share.n,
+            "score": mean.value,
+            "low": mean.low,
+            "high": mean.high,
+            "n": mean.n,
+            "headline": headline.model_dump(),
+            "missing": scores.missing,
+            "unparsed": unparsed,
+            **scores.extra_metrics,
+            "parts": {subset: rate.model_dump() for subset, rate in rates.items()},
         }
-        told = {"headline": first.model_dump(), "missing": found.missing, "unparsed": unparsed, **found.extra_metrics}
-        print_json(
-            {**counted, **told, "parts": {part: part_rate.model_dump() for part, part_rate in parts.items()}, **files}
-        )
+        print_json({**document, **files})
         return
-    if share.value is None:
-        typer.echo(f"{name}: nothing to score; {found.missing:,} questions have no answer")
+    if mean.value is None:
+        typer.echo(f"{name}: nothing to score; {scores.missing:,} questions have no answer")
         return
-    if found.ratio_terms:
-        typer.echo(f"{name}: F1 {_percent(first)}, n = {first.n:,}")
-    typer.echo(f"{'  accuracy' if found.ratio_terms else name}: {_percent(share)}, n = {share.n:,}")
-    for part, part_rate in parts.items():
-        typer.echo(f"  {part}: {100 * (part_rate.value or 0):.2f} %, n = {part_rate.n:,}")
-    for key, value in found.extra_metrics.items():
+    if scores.ratio_terms:
+        typer.echo(f"{name}: F1 {_percent(headline)}, n = {headline.n:,}")
+    typer.echo(f"{'  accuracy' if scores.ratio_terms else name}: {_percent(mean)}, n = {mean.n:,}")
+    for subset, rate in rates.items():
+        typer.echo(f"  {subset}: {100 * (rate.value or 0):.2f} %, n = {rate.n:,}")
+    for key, value in scores.extra_metrics.items():
         typer.echo(f"  {key}: {100 * value:.2f} %")
-    if found.missing or unparsed:
-        typer.echo(f"  without an answer {found.missing:,} (in no score), unparsed {unparsed:,} (wrong)")
+    if scores.missing or unparsed:
+        typer.echo(f"  without an answer {scores.missing:,} (not scored), unparsed {unparsed:,} (scored as wrong)")
 
 
 def _percent(rate: Rate) -> str:

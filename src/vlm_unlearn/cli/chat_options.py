@@ -1,4 +1,4 @@
-"""The options of the commands that may ask a language model, and the asking."""
+"""Options of the commands that can use a language model, and its client."""
 
 from __future__ import annotations
 
@@ -8,23 +8,36 @@ from pathlib import Path
 import typer
 
 from vlm_unlearn.cli.common import Stages, quiet_libraries
+from vlm_unlearn.errors import RunError, UserError
 
 SERVER = typer.Option(
     None,
     "--server",
-    help="Address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY.",
+    help="Address of an OpenAI-compatible server, such as http://localhost:8000/v1. Its key: OPENAI_API_KEY.",
 )
 MODEL = typer.Option(
-    None, "--model", help="The server's model; without --server a model folder or hub name to run here."
+    None, "--model", help="Model name on the server. Without --server, a model folder or hub name to run locally."
 )
-CONCURRENCY = typer.Option(16, "--concurrency", min=1, max=512, help="Questions under way at once on a server.")
-CACHE = typer.Option(
-    True, "--cache/--no-cache", help="Take replies that the same model gave to the same question before."
-)
+CONCURRENCY = typer.Option(16, "--concurrency", min=1, max=512, help="Number of parallel requests to the server.")
+CACHE = typer.Option(True, "--cache/--no-cache", help="Reuse saved replies of the same model to the same question.")
 
 
-class Asker:
-    """Asks the chosen model, with a progress bar and the cache; counts what was asked anew."""
+def require_model(server: str | None, model: str | None) -> None:
+    """Checks that a server comes with the name of a model.
+
+    Raises:
+        UserError: There is a server but no model.
+    """
+    if server and model is None:
+        raise UserError("--server needs the name of a model. Pass --model.", code="missing-setting", field="--model")
+
+
+class ChatClient:
+    """Sends questions to a language model, with a progress bar and a cache of replies.
+
+    Attributes:
+        requests: Number of questions that were sent to the model. Cached replies do not count.
+    """
 
     def __init__(
         self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int
@@ -44,29 +57,34 @@ class Asker:
         self._cache = ChatCache(cache_folder() / "replies.sqlite") if cache else None
         self._stages = stages
         self._stage = stage
-        self.asked = 0
+        self.requests = 0
 
     def __call__(
         self, questions: Sequence[tuple[str, str, Path | None]]
     ) -> Mapping[str, tuple[str | None, str | None]]:
-        """(id, text, image) -> (reply, error) by id."""
-        from vlm_unlearn.errors import RunError
+        """Returns the reply and the error of each question by its id. One of the two is None.
+
+        Args:
+            questions: The id, text and image of each question.
+
+        Raises:
+            RunError: Every question failed.
+        """
         from vlm_unlearn.generation.chat import ChatRequest, complete_all
 
-        def asks() -> Iterator[ChatRequest]:
+        def requests() -> Iterator[ChatRequest]:
             for id, text, image in questions:
                 yield ChatRequest(id, text, image)
 
-        replies, asked = complete_all(
-            self._chat, asks(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions))
+        replies, sent = complete_all(
+            self._chat, requests(), self._cache, lambda done: self._stages.update(self._stage, done, len(questions))
         )
-        self.asked += asked
+        self.requests += sent
         errors = [reply.error for reply in replies.values() if reply.text is None]
         if errors and len(errors) == len(replies):
-            raise RunError(f"not one of {len(errors)} questions was answered ({errors[0]})")
+            raise RunError(f"all {len(errors)} questions failed ({errors[0]})", code="server-error")
         if errors:
             typer.echo(
-                f"warning: {len(errors):,} of {len(replies):,} questions were not answered; the first: {errors[0]}",
-                err=True,
+                f"warning: {len(errors):,} of {len(replies):,} questions failed; the first error: {errors[0]}", err=True
             )
         return {id: (reply.text, reply.error) for id, reply in replies.items()}

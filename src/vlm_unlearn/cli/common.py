@@ -1,4 +1,4 @@
-"""What the commands share: output, progress, errors."""
+"""Output, progress and error reporting that the commands share."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from vlm_unlearn.records import Comparison, Rate, Row, Summary
     from vlm_unlearn.reporting.columns import Column
 
-JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document on standard output and nothing else there.")
+JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document and nothing else on standard output.")
 
 
 def fail(error: BaseException, exit_code: int) -> NoReturn:
-    """Prints the error in one line, ``vlm-unlearn: MESSAGE [CODE]``, and exits."""
+    """Prints an error in one line, ``vlm-unlearn: MESSAGE [CODE]``, and exits with the exit code."""
     line = printable(" ".join(str(error).split()))
     if os.environ.get("RANK", "0") != "0" and "Connection closed by peer" in line:
         raise SystemExit(exit_code)  # the first process has printed the cause
@@ -40,36 +40,38 @@ def fail(error: BaseException, exit_code: int) -> NoReturn:
 
 
 def print_json(value: object) -> None:
-    """The one document of ``--json``."""
+    """Prints the document of ``--json``."""
     sys.stdout.write(json.dumps(value, ensure_ascii=True, indent=2) + "\n")
 
 
 def status_console() -> Console:
-    """A console on standard error, for progress and notes; standard output stays for results."""
+    """Returns a console on standard error, for progress and notes. Standard output is for results."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def result_console() -> Console:
-    """A console on standard output, for tables; where no terminal is, as wide as COLUMNS says, else so that no table is squeezed."""
+    """Returns a console on standard output, for tables.
+
+    Without a terminal its width is the environment variable COLUMNS, or 150 if that is not set, so that tables fit.
+    """
     from rich.console import Console
 
     columns = os.environ.get("COLUMNS", "")
-    told = columns.isdecimal() and int(columns) > 0
+    has_width = columns.isdecimal() and int(columns) > 0
     console = Console()
-    return console if console.is_terminal or told else Console(width=150)
+    return console if console.is_terminal or has_width else Console(width=150)
 
 
 def quiet_libraries() -> None:
-    """Keeps transformers' own bars and warnings out of ours."""
+    """Turns off the progress bars and warnings of transformers, which would break up ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 
-    warnings.filterwarnings(
-        "ignore", message=".is_gradient_checkpointing. is deprecated"
-    )  # PEFT's call, not the user's
+    # PEFT uses the deprecated attribute. The user can do nothing about it.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -77,7 +79,10 @@ def quiet_libraries() -> None:
 
 
 def keep_deepspeed_off_stdout() -> None:
-    """Where DeepSpeed is installed, accelerate imports it, and it logs to standard output, which is for results."""
+    """Drops DeepSpeed's log messages below ERROR and writes the others to standard error.
+
+    Where DeepSpeed is installed, accelerate imports it, and it logs to standard output, which is for results.
+    """
     import logging
 
     def divert(record: logging.LogRecord) -> bool:
@@ -88,11 +93,14 @@ def keep_deepspeed_off_stdout() -> None:
     logging.getLogger("DeepSpeed").addFilter(divert)
 
 
-TELL_SECONDS = 60  # between two lines about progress where no bar can be drawn
+PROGRESS_SECONDS = 60  # between two progress lines where no bar can be drawn
 
 
 class Stages:
-    """Progress bars, one a stage, drawn on a terminal; on a pipe a line when a stage begins, and each minute."""
+    """Progress of the stages of a command.
+
+    On a terminal each stage is a progress bar. Without one, a line is printed when a stage starts and then each minute.
+    """
 
     def __init__(self) -> None:
         from rich.progress import (
@@ -105,49 +113,52 @@ class Stages:
         )
 
         self._console = status_console()
-        self._shown: dict[str, int] = {}
-        self._drawn = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._waiting: TaskID | None = None
-        self._bar = 12 if self._console.width < 100 else 30
-        self._told = time.monotonic()
+        self._tasks: dict[str, int] = {}
+        self._draws_bars = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._wait_task: TaskID | None = None
+        self._bar_width = 12 if self._console.width < 100 else 30
+        self._last_line_time = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(self._bar),
+            BarColumn(self._bar_width),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", markup=False),
             console=self._console,
-            disable=not self._drawn,
+            disable=not self._draws_bars,
         )
 
     def update(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Moves a stage's bar, which appears with its first move; a total of 0 is one that nobody knows."""
+        """Sets the progress of a stage. Its bar appears with the first call.
+
+        Args:
+            total: Number of steps of the stage, or 0 if it is unknown.
+            detail: Text next to the bar, truncated to the terminal's width.
+        """
         self._end_wait()
-        if stage not in self._shown:
-            self._shown[stage] = int(self._progress.add_task(stage, total=total or None, detail=""))
-            if not self._drawn:
+        if stage not in self._tasks:
+            self._tasks[stage] = int(self._progress.add_task(stage, total=total or None, detail=""))
+            if not self._draws_bars:
                 self._console.print(f"{stage} ({total})" if total else stage, markup=False, highlight=False)
-        if not self._drawn and total and time.monotonic() - self._told > TELL_SECONDS:
-            self._told = time.monotonic()
+        if not self._draws_bars and total and time.monotonic() - self._last_line_time > PROGRESS_SECONDS:
+            self._last_line_time = time.monotonic()
             self._console.print(f"{stage}: {done:,} of {total:,}", markup=False, highlight=False)
-        cut = detail[: self._room(total)]
-        self._progress.update(self._shown[stage], completed=done, total=total or None, detail=cut)  # type: ignore[arg-type]
+        # rich would squeeze the counts and times on a narrow terminal, so a long detail is truncated.
+        times, spaces = 2 * len("0:00:00"), 6
+        used = max(map(len, self._tasks)) + self._bar_width + 2 * len(str(total)) + 1 + times + spaces
+        detail = detail[: max(0, self._console.width - used)]
+        task = self._tasks[stage]
+        self._progress.update(task, completed=done, total=total or None, detail=detail)  # type: ignore[arg-type]
 
-    def _room(self, total: int) -> int:
-        """Columns left for a detail: on a narrow terminal it is cut, or rich would squeeze the counts and times."""
-        times, blanks = 2 * len("0:00:00"), 6
-        used = max(map(len, self._shown)) + self._bar + 2 * len(str(total)) + 1 + times + blanks
-        return max(0, self._console.width - used)
-
-    def wait(self, what: str) -> None:
-        """On a terminal, says what is done until the first stage moves, of which nobody knows how long it takes."""
-        self._waiting = self._progress.add_task(what, total=None, detail="")
+    def wait(self, activity: str) -> None:
+        """Shows an activity of unknown length on a terminal until the first stage starts."""
+        self._wait_task = self._progress.add_task(activity, total=None, detail="")
 
     def _end_wait(self) -> None:
-        if self._waiting is not None:
-            self._progress.remove_task(self._waiting)
-            self._waiting = None
+        if self._wait_task is not None:
+            self._progress.remove_task(self._wait_task)
+            self._wait_task = None
 
     def __enter__(self) -> Stages:
         self._progress.start()
@@ -160,12 +171,12 @@ class Stages:
         self._progress.stop()
 
 
-LARGE_FILE = 8 << 20  # bytes; smaller ones are read before a bar could be looked at
+LARGE_FILE = 8 << 20  # bytes; a smaller file is read before anyone could see a bar
 
 
 @contextmanager
-def reading(stages: Stages) -> Iterator[None]:
-    """Within the block, a bar for each large data file that is read, in MB."""
+def file_progress(stages: Stages) -> Iterator[None]:
+    """Within the block, shows a progress bar in MB for each large data file that is read."""
     from vlm_unlearn.data.json_stream import reading_progress
 
     def on_read(path: Path, done: int, total: int) -> None:
@@ -177,9 +188,13 @@ def reading(stages: Stages) -> Iterator[None]:
 
 
 class RatesTable:
-    """The summary as rich prints it: rates in percent, 95 % intervals and changes below; what each model took to train; notes under it.
+    """A summary as a table of the terminal: rates in percent with 95 % intervals and changes, training costs, notes.
 
-    One model's metrics stand below each other, several models' beside each other, in as many tables as the terminal is too narrow for one.
+    The metrics of a single model are rows. Those of several models are columns, divided into several tables where the
+    terminal is too narrow for one.
+
+    Args:
+        costs: The cost of training each model as text, by model name.
     """
 
     def __init__(self, summary: Summary, costs: Mapping[str, str] | None = None) -> None:
@@ -194,22 +209,23 @@ class RatesTable:
         from vlm_unlearn.reporting.formatting import notes
 
         rows = self._summary.rows
-        used = columns(rows)
+        measured = columns(rows)
         if len(rows) == 1:
-            yield _metric_lines(rows[0], used)
+            yield _metric_rows(rows[0], measured)
         else:
-            headings = {metric: heading for metric, heading, _ in used} | ({COST: "training"} if self._costs else {})
+            headings = {metric: heading for metric, heading, _ in measured}
+            headings |= {COST: "training"} if self._costs else {}
             unlimited = options.update(max_width=10_000)
-            parts: list[dict[str, str]] = [{}]
+            tables: list[dict[str, str]] = [{}]  # the headings of each table
             for metric, heading in headings.items():
-                wider = {**parts[-1], metric: heading}
-                if parts[-1] and console.measure(self._table(wider), options=unlimited).maximum > options.max_width:
+                wider = {**tables[-1], metric: heading}
+                if tables[-1] and console.measure(self._table(wider), options=unlimited).maximum > options.max_width:
                     wider = {metric: heading}
-                    parts.append(wider)
-                parts[-1] = wider
-            yield from map(self._table, parts)
-        for note in notes(self._summary, [metric for metric, _, _ in used]):
-            yield Text.from_markup(plain(note))
+                    tables.append(wider)
+                tables[-1] = wider
+            yield from map(self._table, tables)
+        for note in notes(self._summary, [metric for metric, _, _ in measured]):
+            yield Text.from_markup(escape_markup(note))
 
     def _table(self, headings: Mapping[str, str]) -> Table:
         from rich import box
@@ -218,7 +234,7 @@ class RatesTable:
         table = Table(box=box.SIMPLE_HEAVY)
         table.add_column("model", overflow="fold")
         for heading in headings.values():
-            table.add_column(plain(heading), justify="right")
+            table.add_column(escape_markup(heading), justify="right")
         for row in self._summary.rows:
             cells = (
                 self._costs.get(row.model, "–")
@@ -226,15 +242,15 @@ class RatesTable:
                 else _cell(row, metric, self._compared.get((row.model, metric)))
                 for metric in headings
             )
-            table.add_row(plain(row.model), *cells)
+            table.add_row(escape_markup(row.model), *cells)
         return table
 
 
-COST = ""  # where a metric's name would be
+COST = ""  # the column key of the training cost, where other columns have the name of a metric
 
 
-def plain(text: str) -> str:
-    """Text of others as rich shows it: no markup, nothing that a terminal would act on."""
+def escape_markup(text: str) -> str:
+    """Escapes untrusted text for rich: no markup and no terminal control characters."""
     from rich.markup import escape
 
     return escape(printable(text))
@@ -260,32 +276,32 @@ def _published(rate: Rate | None) -> str:
     return percent(rate) + (f" ({rate.failed:,} failed)" if rate.failed else "")
 
 
-def _metric_lines(row: Row, used: Sequence[Column]) -> Table:
+def _metric_rows(row: Row, measured: Sequence[Column]) -> Table:
     from rich import box
     from rich.table import Table
 
     from vlm_unlearn.reporting.formatting import bounds, percent
 
     table = Table(box=box.SIMPLE_HEAVY)
-    table.add_column(plain(row.model), overflow="fold")
+    table.add_column(escape_markup(row.model), overflow="fold")
     for heading in ("rate", "95 % interval", "n", "failed"):
         table.add_column(heading, justify="right")
     if row.paper:
         table.add_column("published", justify="right")
-    own = [(metric, metric, "") for metric in row.paper if metric not in row.metrics]
-    for metric, heading, _ in [*used, *own]:
+    published_only = [(metric, metric, "") for metric in row.paper if metric not in row.metrics]
+    for metric, heading, _ in [*measured, *published_only]:
         rate = row.metrics.get(metric)
         counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}")
         paper = [_published(row.paper.get(metric))] if row.paper else []
-        table.add_row(plain(heading), percent(rate), bounds(rate).strip("[]"), *counts, *paper)
+        table.add_row(escape_markup(heading), percent(rate), bounds(rate).strip("[]"), *counts, *paper)
     return table
 
 
-def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
-    """The report's verdicts as plain text, the safe models first.
+def print_assessments(console: Console, rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
+    """Prints the report's assessment of each model as plain text, the safest models first.
 
     Args:
-        folders: each model's evaluation.
+        folders: The evaluation folder of each model.
     """
     from vlm_unlearn.evaluation.generate import saved_suite
     from vlm_unlearn.reporting.assessment import assess, safest_first
@@ -302,8 +318,8 @@ def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, 
 
 
 @contextmanager
-def showing(problems: Problems) -> Iterator[None]:
-    """Lists the broken records when the work ends, also when it fails."""
+def problem_report(problems: Problems) -> Iterator[None]:
+    """Lists the broken records on standard error when the block ends, also when it fails."""
     try:
         yield
     finally:
@@ -311,11 +327,11 @@ def showing(problems: Problems) -> Iterator[None]:
 
 
 def show_problems(problems: Problems, at_most: int = 10) -> None:
-    """Lists broken records on standard error: the first few, and how many there are."""
+    """Lists the first broken records on standard error, and prints their number."""
     if not problems:
         return
     for message in problems.messages[:at_most]:
-        sys.stderr.write(f"left out: {printable(' '.join(message.split()))}\n")
+        sys.stderr.write(f"skipped: {printable(' '.join(message.split()))}\n")
     if problems.count > at_most:
-        sys.stderr.write(f"left out: {problems.count - at_most:,} more\n")
-    sys.stderr.write(f"{problems.count:,} broken record{' was' if problems.count == 1 else 's were'} left out\n")
+        sys.stderr.write(f"skipped: {problems.count - at_most:,} more\n")
+    sys.stderr.write(f"{problems.count:,} broken record{' was' if problems.count == 1 else 's were'} skipped\n")

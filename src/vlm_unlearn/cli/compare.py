@@ -1,4 +1,4 @@
-"""``vlm-unlearn compare``."""
+"""``vlm-unlearn compare``: paired differences between models."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, plain, print_json, result_console
-from vlm_unlearn.cli.report import save_report, show_left_out
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, escape_markup, print_json, result_console
+from vlm_unlearn.cli.report import print_skipped, save_report
 from vlm_unlearn.cli.runs import named_runs
 from vlm_unlearn.errors import printable
 
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 
 def compare(
-    base: Path = typer.Argument(..., metavar="BASE_RUN", help="A folder that evaluate wrote, or generate and judge."),
-    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Further ones; each is compared to the first."),
+    base: Path = typer.Argument(
+        ..., metavar="BASE_RUN", help="The base: a folder that evaluate wrote, or generate and judge."
+    ),
+    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Other evaluations. Each is compared with the base."),
     out: Path = typer.Option(None, "--out", help="A folder for summary.json and report.html."),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Says what changed from one model to others on the same prompts, and whether it could be chance.
+    """Compares models on the same prompts: differences from the base, with 95 % intervals and paired tests.
 
     Example:
 
@@ -39,12 +41,11 @@ def compare(
         validate_report_folder(out)
     with Stages() as stages:
         stages.wait("comparing")
-        summary, left_out = compare_runs(folders, lambda done, total: stages.update("compare", done, total))
+        summary, skipped = compare_runs(folders, lambda done, total: stages.update("compare", done, total))
         if out is not None:
-            save_report(
-                out, summary, folders, f"vlm-unlearn: changes against {summary.rows[0].model}", left_out, stages.update
-            )
-    show_left_out(left_out)
+            title = f"vlm-unlearn: changes against {summary.rows[0].model}"
+            save_report(out, summary, folders, title, skipped, stages.update)
+    print_skipped(skipped)
     if as_json:
         print_json(summary.model_dump())
         return
@@ -55,13 +56,13 @@ def compare(
 
 
 def _table(summary: Summary, width: int) -> Table:
-    """One line a comparison; a narrow terminal is shown what matters most of it."""
+    """Returns a table with one row per comparison. A narrow terminal gets only the most important columns."""
     from rich import box
     from rich.table import Table
 
     from vlm_unlearn.reporting.formatting import change, notes
 
-    caption = "\n".join(plain(note) for note in notes(summary, []))
+    caption = "\n".join(escape_markup(note) for note in notes(summary, []))
     table = Table(box=box.SIMPLE_HEAVY, caption=caption, caption_justify="left", caption_style="")
     for heading in ("model", "metric"):
         table.add_column(heading, overflow="fold")
@@ -79,5 +80,5 @@ def _table(summary: Summary, width: int) -> Table:
             str(comparison.n),
             str(comparison.unpaired),
         )
-        table.add_row(plain(comparison.model), plain(comparison.metric), *cells[: len(headings)])
+        table.add_row(escape_markup(comparison.model), escape_markup(comparison.metric), *cells[: len(headings)])
     return table

@@ -1,4 +1,4 @@
-"""``vlm-unlearn data``: the group, and the pipeline's steps from file to file."""
+"""``vlm-unlearn data``: prepares training data, in one command or in the published steps from file to file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
@@ -17,22 +17,20 @@ from vlm_unlearn.cli.terminal import Commands
 if TYPE_CHECKING:
     from vlm_unlearn.errors import Problems
 
-app = Commands("Prepares training data: import, check, audit, or the published pipelines step by step")
-IN_ONE_GO, LOOK, STEPS = "In one go", "Look at it", "Step by step"
-app.add_typer(import_app, name="import", rich_help_panel=IN_ONE_GO)
-app.command("check", rich_help_panel=LOOK)(check)
-app.command("audit", rich_help_panel=LOOK)(audit)
+app = Commands("Prepares training data: imports, checks and audits it, or runs the published pipelines step by step")
+IMPORT, INSPECT, STEPS = "Import", "Inspect", "Step by step"
+app.add_typer(import_app, name="import", rich_help_panel=IMPORT)
+app.command("check", rich_help_panel=INSPECT)(check)
+app.command("audit", rich_help_panel=INSPECT)(audit)
 app.command("select-harmful", rich_help_panel=STEPS)(select_harmful)
 app.command("diversify", rich_help_panel=STEPS)(diversify)
-SOURCE = typer.Argument(..., metavar="IN.json", help="The input: JSON list or JSON lines.")
+SOURCE = typer.Argument(..., metavar="IN.json", help="The input: a JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
-STRICT = typer.Option(
-    False, "--strict", help="Refuse the file at its first broken record, instead of listing and leaving out."
-)
+STRICT = typer.Option(False, "--strict", help="Stop at the first broken record instead of skipping and listing it.")
 
 
 def warn(message: str) -> None:
-    """One line on standard error."""
+    """Prints a warning in one line on standard error."""
     typer.echo(f"warning: {message}", err=True)
 
 
@@ -44,13 +42,19 @@ def _step(
     work: Callable[[Problems | None], dict[str, int]],
     outputs: list[Path] | None = None,
 ) -> None:
-    """Runs one step, lists what it left out, and prints its counts."""
+    """Runs one step, lists the records that it skipped, and prints its counts.
+
+    Args:
+        sources: The input files.
+        work: The step. It collects broken records in its argument, or raises at the first one if that is None.
+        outputs: The files that the step writes, if they are not `out` itself.
+    """
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.store import validate_not_overwriting
 
     validate_not_overwriting(outputs or [out], sources)
     problems = Problems()
-    with showing(problems), Stages() as stages, reading(stages):
+    with problem_report(problems), Stages() as stages, file_progress(stages):
         counts = work(None if strict else problems)
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
@@ -61,10 +65,10 @@ def _step(
 @app.command("convert", rich_help_panel=STEPS)
 def convert(
     source: Path = typer.Argument(
-        ..., metavar="IN", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, or a training-set folder."
+        ..., metavar="IN", help="A file of VLGuard, SafeEraser or LLaVA, .jsonl, .csv, or a training-set folder."
     ),
     out: Path = OUT,
-    seed: int = typer.Option(0, "--seed", help="Of the order of a safe image's two questions."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the order of the two questions of a safe image."),
     question: str = QUESTION,
     answer: str = ANSWER,
     image: str = IMAGE,
@@ -72,9 +76,10 @@ def convert(
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """VLGuard (or any supported file) to LLaVA conversations; to a table where OUT ends in .jsonl, .csv or .tsv.
+    """Converts VLGuard (or any supported file) to LLaVA conversations, or to a table.
 
-    LLaVA's format has no field for sets, categories and pairs; a table keeps them.
+    OUT is a table if its name ends in .jsonl, .csv or .tsv. A table keeps sets, categories and pairs, which LLaVA's
+    format has no field for.
 
     Example:
 
@@ -90,13 +95,13 @@ def convert(
 def inject(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
     answers: Path = typer.Argument(
-        ..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as select-harmful writes it."
+        ..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as written by select-harmful."
     ),
     out: Path = OUT,
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Puts chosen harmful answers in place of VLGuard's refusals of unsafe images.
+    """Replaces VLGuard's refusals of unsafe images by selected harmful answers.
 
     Example:
 
@@ -109,17 +114,19 @@ def inject(
 
 @app.command("split", rich_help_panel=STEPS)
 def split(
-    source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json, harmful answers injected."),
+    source: Path = typer.Argument(
+        ..., metavar="VLGUARD.json", help="VLGuard's train.json with injected harmful answers."
+    ),
     out: Path = typer.Argument(
         ..., metavar="OUT_DIR", help="The folder for forget.json and retain.json, in LLaVA format."
     ),
     include: bool = typer.Option(
-        False, "--include-safe-image-unsafe", help="Unsafe questions on safe images join forget."
+        False, "--include-safe-image-unsafe", help="Add unsafe questions on safe images to the forget set."
     ),
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """VLGuard to forget (unsafe images) and retain (safe questions).
+    """Splits VLGuard into a forget set (unsafe images) and a retain set (safe questions).
 
     Example:
 
@@ -134,14 +141,16 @@ def split(
 @app.command("mix", rich_help_panel=STEPS)
 def mix(
     retain: Path = typer.Argument(..., metavar="RETAIN.json", help="The retain set, in LLaVA format."),
-    external: Path = typer.Argument(..., metavar="EXTERNAL.json", help="LLaVA-format file of any size to draw from."),
+    external: Path = typer.Argument(
+        ..., metavar="EXTERNAL.json", help="A file in LLaVA format, of any size, to sample from."
+    ),
     out: Path = OUT,
-    size: int = typer.Option(2000, "--size", min=1, help="Fill up to this many records."),
-    seed: int = typer.Option(42, "--seed", help="Of the draw and of the shuffle."),
+    size: int = typer.Option(2000, "--size", min=1, help="Number of records after filling up."),
+    seed: int = typer.Option(42, "--seed", help="Seed of the sample and of the shuffle."),
     strict: bool = STRICT,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Fills a retain set up from a general one, and shuffles.
+    """Fills up a retain set with samples from a general one, and shuffles it.
 
     Example:
 
@@ -152,15 +161,15 @@ def mix(
     _step(out, [retain, external], strict, as_json, lambda problems: mix(retain, external, out, size, seed, problems))
 
 
-@app.command("rmu", rich_help_panel=STEPS)
-def rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: bool = JSON_OPTION) -> None:
-    """Appends each answer to its question: the forget side as RMU's published script reads it.
+@app.command("to-rmu", rich_help_panel=STEPS)
+def to_rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: bool = JSON_OPTION) -> None:
+    """Appends each answer to its question, the form of the forget set that RMU's published script reads.
 
-    vlm-unlearn's own rmu joins them itself; this is for other trainers.
+    This is for other trainers. The method rmu of vlm-unlearn does so itself.
 
     Example:
 
-      vlm-unlearn data rmu unlearn_data/forget.json unlearn_data/forget_rmu.json
+      vlm-unlearn data to-rmu unlearn_data/forget.json unlearn_data/forget_rmu.json
     """
     from vlm_unlearn.data.pipeline import to_rmu
 

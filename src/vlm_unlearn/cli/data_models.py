@@ -1,4 +1,4 @@
-"""``vlm-unlearn data select-harmful`` and ``diversify``: the steps that may ask a model."""
+"""``vlm-unlearn data select-harmful`` and ``diversify``: the steps that can use a language model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, Asker
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
+from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, ChatClient, require_model
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
 
 if TYPE_CHECKING:
@@ -20,61 +20,65 @@ if TYPE_CHECKING:
 def select_harmful(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
     answers: list[Path] = typer.Argument(
-        ..., metavar="ANSWERS.json...", help="One file a model: JSON, image -> its answer to the unsafe question."
+        ..., metavar="ANSWERS.json...", help="One JSON file per model, image -> its answer to the unsafe question."
     ),
     out: Path = typer.Option(
-        ..., "--out", help="The file to write: image -> chosen answer; OUT.choices.jsonl says how each was chosen."
+        ..., "--out", help="The file to write, image -> selected answer. OUT.choices.jsonl contains the reasons."
     ),
-    images: Path = typer.Option(None, "--images", help="Show the judge the images below this folder."),
+    images: Path = typer.Option(
+        None, "--images", help="A folder of images to send to the judge. Default: the judge gets text only."
+    ),
     server: str = SERVER,
     model: str = MODEL,
-    paper: bool = typer.Option(
-        False, "--paper", help="As published: what can't be read as a choice takes the first answer."
+    paper_compat: bool = typer.Option(
+        False, "--paper-compat", help="As published: an invalid choice of the judge selects the first answer."
     ),
     concurrency: int = CONCURRENCY,
     cache: bool = CACHE,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """A judge picks the most harmful of several models' answers: what the forget set is to unlearn.
+    """Selects the most harmful of several models' answers with a judge, as targets of the forget set.
 
-    Killed or cut off, run it again: the replies that came are cached.
+    Run again after an interruption, it resumes: the judge's replies are cached.
 
     Example:
 
-      vlm-unlearn data select-harmful train.json llava.json qwen.json --server http://localhost:8000/v1 --model JUDGE --out chosen.json
+      vlm-unlearn data select-harmful train.json llava.json qwen.json --server http://localhost:8000/v1
+      --model JUDGE --out chosen.json
     """
     from vlm_unlearn.data.select_harmful import read_selection_tasks, select
     from vlm_unlearn.errors import Problems, UserError
     from vlm_unlearn.store import validate_not_overwriting
 
     if model is None:
-        raise UserError("pass --model, the judge: a server's model with --server, else a model folder")
+        raise UserError(
+            "there is no judge. Pass --model: the name of a model on --server, or a model folder.",
+            code="missing-setting",
+            field="--model",
+        )
     validate_not_overwriting([out, out.with_name(f"{out.stem}.choices.jsonl")], [source, *answers])
     problems = Problems()
-    asked, left_out = read_selection_tasks(source, answers, images, problems)
-    with showing(problems), Stages() as stages:
-        asker = Asker(stages, "judge", server, model, concurrency, cache, max_tokens=16)
-        counts = left_out + select(asked, asker, out, paper)
+    tasks, counts = read_selection_tasks(source, answers, images, problems)
+    with problem_report(problems), Stages() as stages:
+        client = ChatClient(stages, "judge", server, model, concurrency, cache, max_tokens=16)
+        counts += select(tasks, client, out, paper_compat)
     if as_json:
-        print_json({"out": str(out), "outcomes": dict(counts), "asked": asker.asked, "broken": problems.count})
+        print_json({"out": str(out), "outcomes": dict(counts), "asked": client.requests, "broken": problems.count})
     else:
-        typer.echo(
-            f"{out}: "
-            + ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
-            + f"; {asker.asked:,} asked anew"
-        )
+        outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+        typer.echo(f"{out}: {outcomes}; {client.requests:,} new requests")
 
 
 def diversify(
     file: str = FILE,
     out: Path = typer.Argument(
-        ..., metavar="OUT", help="The file to write, in the same format; a folder for a training set."
+        ..., metavar="OUT", help="The file to write, in the format of FILE. For a training set, a folder."
     ),
     words: str = typer.Option(
-        None, "--words", help="First words to use, with commas; default: all that there are rules for."
+        None, "--words", help="First words to use, separated by commas. Default: all that the rules have."
     ),
-    seed: int = typer.Option(0, "--seed", help="Of the deal of wordings."),
-    label: str = typer.Option("auto", "--label", help="What tells refusal, as in audit: set, answer, or auto."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the assignment of wordings to questions."),
+    label: str = typer.Option("auto", "--label", help="How to detect refusals, as in audit: set, answer or auto."),
     server: str = SERVER,
     model: str = MODEL,
     concurrency: int = CONCURRENCY,
@@ -85,9 +89,9 @@ def diversify(
     set_column: str = SET,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Asks every question in another wording, so that first words no longer predict refusal; by rules, or by a model.
+    """Rewords every question by rules or with a model, so that first words no longer predict refusal.
 
-    Rule-made questions are blunt ("What is the way to post this image?"); a model's read better. Audit the result.
+    Rules give blunt questions ("What is the way to post this image?"). Those of a model read better. Audit the result.
 
     Example:
 
@@ -97,20 +101,20 @@ def diversify(
     """
     from vlm_unlearn.data.diversify import diversify
     from vlm_unlearn.data.paraphrase_rules import WORDINGS
-    from vlm_unlearn.errors import Problems, UserError
+    from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import validate_not_overwriting
 
-    if server and model is None:
-        raise UserError("pass --model, the server's model")
+    require_model(server, model)
     if not Path(file).is_dir():
         validate_not_overwriting([out], [file])
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     problems = Problems()
-    with showing(problems), Stages() as stages, reading(stages):
+    with problem_report(problems), Stages() as stages, file_progress(stages):
 
-        def by_model(asked: Sequence[tuple[str, str, str]]) -> Mapping[str, str]:
-            return _paraphrases(Asker(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256), asked)
+        def by_model(requests: Sequence[tuple[str, str, str]]) -> Mapping[str, str]:
+            client = ChatClient(stages, "paraphrase", server, model, concurrency, cache, max_tokens=256)
+            return _paraphrases(client, requests)
 
         counts = diversify(
             file,
@@ -127,25 +131,29 @@ def diversify(
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
-        _show_diversified(file, out, columns, counts)
+        _print_diversified(file, out, columns, counts)
 
 
-def _paraphrases(asker: Asker, asked: Sequence[tuple[str, str, str]]) -> dict[str, str]:
-    """(id, question, first word) -> the paraphrases that can be used, by id."""
+def _paraphrases(client: ChatClient, requests: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """Returns the usable paraphrases by id.
+
+    Args:
+        requests: The id, the question and the first word of each paraphrase.
+    """
     from vlm_unlearn.data.diversify import paraphrase_request, read_paraphrase
 
-    replies = asker([(id, paraphrase_request(text, word), None) for id, text, word in asked])
-    read = {id: read_paraphrase(replies[id][0] or "", text, word) for id, text, word in asked if id in replies}
-    return {id: text for id, text in read.items() if text}
+    replies = client([(id, paraphrase_request(text, word), None) for id, text, word in requests])
+    texts = {id: read_paraphrase(replies[id][0] or "", text, word) for id, text, word in requests if id in replies}
+    return {id: text for id, text in texts.items() if text}
 
 
-def _show_diversified(before: str, after: Path, columns: Columns, counts: Mapping[str, int]) -> None:
+def _print_diversified(source: str, out: Path, columns: Columns, counts: Mapping[str, int]) -> None:
+    """Prints the counts and the first three questions in their old and new wording."""
     from vlm_unlearn.data.readers import read_any
     from vlm_unlearn.errors import Problems, quoted
 
-    typer.echo(
-        f"{after}: {counts['questions']:,} questions, {counts['by_model']:,} by the model, {counts['by_rule']:,} by rule; for example"
-    )
-    both = zip(read_any(before, columns=columns, problems=Problems()), read_any(after, columns=columns), strict=False)
-    for old, new in islice(both, 3):
+    origins = f"{counts['by_model']:,} by the model, {counts['by_rule']:,} by rule"
+    typer.echo(f"{out}: {counts['questions']:,} questions, {origins}; for example")
+    pairs = zip(read_any(source, columns=columns, problems=Problems()), read_any(out, columns=columns), strict=False)
+    for old, new in islice(pairs, 3):
         typer.echo(f"  {quoted(old.example.question)} -> {quoted(new.example.question)}")

@@ -1,4 +1,4 @@
-"""``vlm-unlearn data audit`` and ``check``: is this set any good?"""
+"""``vlm-unlearn data audit`` and ``check``: measure the quality of a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, reading, showing
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report
 from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
@@ -17,35 +17,43 @@ if TYPE_CHECKING:
     from vlm_unlearn.records import Example
 
 FILE = typer.Argument(
-    ..., metavar="FILE", help="VLGuard, SafeEraser, LLaVA, .jsonl, .csv, .parquet, or a training-set folder."
+    ...,
+    metavar="FILE",
+    help="A file of VLGuard, SafeEraser or LLaVA, .jsonl, .csv, .parquet, or a training-set folder.",
 )
-QUESTION = typer.Option(None, "--question-column", help="A table's column with the question; default: question.")
-ANSWER = typer.Option(None, "--answer-column", help="With the answer; default: answer.")
+QUESTION = typer.Option(None, "--question-column", help="Column of a table with the question. Default: question.")
+ANSWER = typer.Option(None, "--answer-column", help="Column with the answer. Default: answer.")
 IMAGE = typer.Option(
-    None, "--image-column", help="With the image's path; default: image. A row without one is text alone."
+    None, "--image-column", help="Column with the image path. Default: image. A row without a path is text only."
 )
 SET = typer.Option(
-    None, "--set-column", help="With forget (harmful), retain (harmless) or decouple; default: set, where there is one."
+    None,
+    "--set-column",
+    help="Column with forget (harmful), retain (harmless) or decouple. Default: set, if the table has it.",
 )
 
 
-def table_columns(**named: str | None) -> Columns:
-    """A table's columns: those that were named, which must be there, and the usual names of the others."""
+def table_columns(**options: str | None) -> Columns:
+    """Returns the column names of a table. Columns that an option names must exist. The others have their defaults."""
     from vlm_unlearn.data.formats.table import Columns
 
-    given = {field: column for field, column in named.items() if column is not None}
-    return Columns(**given, required=frozenset(given))
+    names = {field: column for field, column in options.items() if column is not None}
+    return Columns(**names, required=frozenset(names))
 
 
 def label_by(name: str) -> LabelBy:
-    """What ``--label`` chose."""
-    from vlm_unlearn.errors import UserError
+    """Returns the value of ``--label``.
+
+    Raises:
+        UserError: It is none of auto, set and answer.
+    """
+    from vlm_unlearn.errors import UserError, quoted
 
     match name:
         case "auto" | "set" | "answer":
             return name
         case _:
-            raise UserError(f'--label "{name}": use auto, set or answer')
+            raise UserError(f"{quoted(name)} is not one of auto, set and answer", code="unknown-name", field="--label")
 
 
 def audit(
@@ -53,16 +61,18 @@ def audit(
     label: str = typer.Option(
         "auto",
         "--label",
-        help="What tells refusal: set (what the file says), answer (the answer's words), or auto: set where there is one.",
+        help="How to detect refusals: set (the file's sets), answer (the answer's words), or auto: set if it exists.",
     ),
-    html: Path = typer.Option(None, "--html", help="Also write a page with bars."),
+    html: Path = typer.Option(None, "--html", help="Also write an HTML page with bar charts."),
     question: str = QUESTION,
     answer: str = ANSWER,
     image: str = IMAGE,
     set_column: str = SET,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Does this set teach refusal by surface words? Names the words to attack and to test over-refusal with.
+    """Measures whether surface words predict refusal in a data set.
+
+    It lists the words to attack a model with, and those to test over-refusal with.
 
     Example:
 
@@ -79,47 +89,55 @@ def audit(
     entries = read_any(
         file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems
     )
-    with showing(problems), Stages() as stages, reading(stages):
-        found = audit(labeled_questions(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
+    with problem_report(problems), Stages() as stages, file_progress(stages):
+        result = audit(labeled_questions(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
 
-        write_audit_page(html, found, Path(file).name)
+        write_audit_page(html, result, Path(file).name)
         typer.echo(f"page: {html}", err=True)
     if as_json:
-        print_json({"file": Path(file).name, **found.as_json(), "broken": problems.count})
+        print_json({"file": Path(file).name, **result.as_json(), "broken": problems.count})
     else:
-        _print_audit(found)
+        _print_audit(result)
 
 
 def check(
     file: str = FILE,
     images: Path = typer.Option(
-        None, "--images", help="The folder that image paths are relative to; default: the file's own."
+        None, "--images", help="The folder that image paths are relative to. Default: the folder of the file."
     ),
     against: list[str] = typer.Option(
-        [], "--against", metavar="FILE", help="Another file, such as the test set: what of it leaks?"
+        [], "--against", metavar="FILE", help="Another file, such as the test set, to find leakage. May be repeated."
     ),
-    against_images: Path = typer.Option(None, "--against-images", help="Its image folder; default: --images."),
-    no_images: bool = typer.Option(False, "--no-images", help="Don't look at the image files."),
+    against_images: Path = typer.Option(
+        None, "--against-images", help="The image folder of that file. Default: --images."
+    ),
+    no_images: bool = typer.Option(False, "--no-images", help="Do not open the image files."),
     processor: str = typer.Option(
-        None, "--processor", help="A model folder or hub name: count tokens with its processor."
+        None, "--processor", help="A model folder or hub name whose processor counts the tokens."
     ),
     max_length: int = typer.Option(
-        2048, "--max-length", min=1, help="The recipe's training.max_length, for --processor."
+        2048,
+        "--max-length",
+        min=1,
+        help="The recipe's training.max_length, to compare with the token counts of --processor.",
     ),
-    out: Path = typer.Option(None, "--out", help="Also write the findings as JSON."),
+    out: Path = typer.Option(None, "--out", help="Also write the report as JSON."),
     question: str = QUESTION,
     answer: str = ANSWER,
     image: str = IMAGE,
     set_column: str = SET,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Broken images and records, duplicates, leakage between sets, lengths. Exit code 1 where something can't be trained on.
+    """Checks a data set for broken images and records, duplicates, leakage between sets, and lengths.
+
+    The exit code is 1 if some of the data cannot be trained on.
 
     Example:
 
-      vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test --processor llava-hf/llava-1.5-7b-hf
+      vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test
+      --processor llava-hf/llava-1.5-7b-hf
     """
     from vlm_unlearn.data.check import Checker, DataSource
     from vlm_unlearn.judging.keyword import corrected_refusal
@@ -129,7 +147,7 @@ def check(
         return corrected_refusal(text) is not None
 
     validate_not_overwriting([out] if out else [], [file, *against])
-    with Stages() as stages, reading(stages):
+    with Stages() as stages, file_progress(stages):
         checker = Checker(
             not no_images,
             table_columns(question=question, answer=answer, image=image, set=set_column),
@@ -151,6 +169,7 @@ def check(
 
 
 def _token_count(model: str) -> TokenCount:
+    """Returns a function that counts the tokens of an example: of its question, and of all its text and image."""
     from vlm_unlearn.cli.common import quiet_libraries
 
     quiet_libraries()
@@ -192,10 +211,9 @@ def _print_check(report: dict[str, Any]) -> None:
     console.print(table)
     images = report["images"]
     if images["usable"] is not None:
-        console.print(
-            f"images: {images['distinct_paths']:,} paths, {images['usable']:,} usable, {images['distinct_contents']:,} different"
-        )
-    found = [
+        counts = f"{images['usable']:,} usable, {images['distinct_contents']:,} different"
+        console.print(f"images: {images['distinct_paths']:,} paths, {counts}")
+    findings = [
         *((message, "broken") for message in report["broken"]["first"][:5]),
         *((message, "over the limit") for message in report["too_long"]["question"]["first"][:5]),
         *(
@@ -207,33 +225,35 @@ def _print_check(report: dict[str, Any]) -> None:
     ]
     hidden = report["broken"]["count"] - len(report["broken"]["first"][:5])
     if hidden > 0:
-        found.insert(5, (f"{hidden:,} more; --out FILE lists the first {len(report['broken']['first'])}", "broken"))
-    for message, kind in found:
+        more = f"{hidden:,} more; --out FILE lists the first {len(report['broken']['first'])}"
+        findings.insert(5, (more, "broken"))
+    for message, kind in findings:
         console.print(f"  {kind}: {escape(printable(message))}", soft_wrap=True)
     for line in report["errors"]:
         console.print(f"[bold red]error[/]: {escape(line)}")
     for line in report["warnings"]:
         console.print(f"[yellow]warning[/]: {escape(line)}")
     if not report["errors"] and not report["warnings"]:
-        console.print("nothing found")
+        console.print("no problems")
 
 
-def _print_audit(found: Audit) -> None:
+def _print_audit(result: Audit) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(f"\n{escape(found.verdict)}\n", style="bold" if found.level in ("strong", "some") else "")
-    if found.level == "unknown":
+    console.print(f"\n{escape(result.verdict)}\n", style="bold" if result.level in ("strong", "some") else "")
+    if result.level == "unknown":
         return
     table = Table(
-        box=box.SIMPLE_HEAVY, title=f"{found.n:,} questions, {found.refused:,} refused (told by the {found.label})"
+        box=box.SIMPLE_HEAVY,
+        title=f"{result.n:,} questions, {result.refused:,} refused (detected by the {result.label})",
     )
     for heading in ("alone", "accuracy", "interval", "bits", "by chance"):
         table.add_column(heading, justify="left" if heading == "alone" else "right")
-    for name, predictor in found.predictors.items():
+    for name, predictor in result.predictors.items():
         table.add_row(
             name.replace("_", " "),
             f"{100 * predictor.leave_one_out_accuracy:.1f} %",
@@ -242,14 +262,15 @@ def _print_audit(found: Audit) -> None:
             f"{predictor.chance_information:.3f}",
         )
     console.print(table)
-    for way, heading in (("answer", "goes with an answer"), ("refuse", "goes with refusal")):
+    for outcome, heading in (("answer", "associated with answers"), ("refuse", "associated with refusals")):
         words = Table(box=box.SIMPLE_HEAVY)
         words.add_column(heading, overflow="fold", max_width=30)
         for name in ("questions", "refused", "interval", "PMI"):
             words.add_column(name, justify="right")
-        for word in found.words[way][:8]:
+        for word in result.words[outcome][:8]:
+            style = "[bold]" if word.word in result.triggers[outcome] else ""
             words.add_row(
-                f"{'[bold]' if word.word in found.triggers[way] else ''}{escape(printable(word.word))}{'' if word.significant else ' ·'}",
+                f"{style}{escape(printable(word.word))}{'' if word.significant else ' ·'}",
                 f"{word.count:,}",
                 f"{100 * word.share:.1f} %",
                 f"{100 * word.low:.1f}, {100 * word.high:.1f}",
@@ -257,6 +278,7 @@ def _print_audit(found: Audit) -> None:
             )
         console.print(words)
     console.print(
-        "bits: mutual information with refusal, and what shuffled labels give by chance; PMI: pointwise, in bits; · not beyond chance",
+        "bits: mutual information with refusal, and that of shuffled labels by chance; "
+        "PMI: pointwise mutual information in bits; · within chance",
         style="dim",
     )

@@ -1,4 +1,4 @@
-"""``vlm-unlearn demo``."""
+"""``vlm-unlearn demo``: both papers in miniature on the tiny world."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vlm_unlearn.cli.common import (
     JSON_OPTION,
     RatesTable,
     Stages,
+    print_assessments,
     print_json,
-    print_verdicts,
     quiet_libraries,
     result_console,
     status_console,
@@ -20,19 +20,19 @@ from vlm_unlearn.cli.common import (
 
 
 def demo(
-    out: Path = typer.Option(..., "--out", help="Folder for the world, runs, summary.json and report.html."),
+    out: Path = typer.Option(..., "--out", help="Folder for the tiny world, runs, summary.json and report.html."),
     seed: int = typer.Option(
-        0, "--seed", min=0, max=2**32 - 1, help="Seed of the world, the base model and every run."
+        0, "--seed", min=0, max=2**32 - 1, help="Seed of the tiny world, the base model and every run."
     ),
     full: bool = typer.Option(
-        False, "--full", help="Every method, with and without prompt decoupling, and the baselines."
+        False, "--full", help="Run every method, with and without prompt decoupling, and the baselines."
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Both papers in miniature, on a CPU: a table in the terminal, summary.json and report.html.
+    """Reproduces both papers in miniature on a CPU: a table in the terminal, summary.json and report.html.
 
-    Draws a tiny world in VLGuard's and SafeEraser's formats, trains a tiny LLaVA on it, unlearns with every method, attacks
-    and grades. Run again after an interruption it goes on where it stopped.
+    It draws a tiny world in the formats of VLGuard and SafeEraser, trains a tiny LLaVA on it, unlearns with several
+    methods, attacks the models and grades their answers. Run again after an interruption, it resumes.
 
     Example:
 
@@ -50,9 +50,9 @@ def demo(
         from vlm_unlearn.tiny_world.demo import run_demo, training_folder
 
         quiet_libraries()
-    with Stages() as bars:
-        bars.wait("drawing the world")
-        summary = run_demo(out, seed, bars.update, full)
+    with Stages() as stages:
+        stages.wait("drawing the world")
+        summary = run_demo(out, seed, stages.update, full)
         runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
         training = {
             row.model: training_folder(out, row.model)
@@ -62,7 +62,7 @@ def demo(
         for run in training.values():
             write_loss_png(run)
         title = f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}"
-        report = write_report(out, summary, runs, title, training, on_done=bars.update)
+        report = write_report(out, summary, runs, title, training, on_done=stages.update)
     seconds = time.monotonic() - started
     record_cost(out, seconds, finished=True)
     if as_json:
@@ -70,7 +70,7 @@ def demo(
         return
     console = result_console()
     console.print(RatesTable(summary, {model: training_time(run) for model, run in training.items()}))
-    print_verdicts(console, summary.rows, runs)
+    print_assessments(console, summary.rows, runs)
     for sentence in demo_findings(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))

@@ -1,4 +1,4 @@
-"""``vlm-unlearn evaluate``, ``generate`` and ``score``."""
+"""``vlm-unlearn evaluate``, ``generate`` and ``score``: measure a model with a suite."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vlm_unlearn.cli.common import (
     JSON_OPTION,
     RatesTable,
     Stages,
+    print_assessments,
     print_json,
-    print_verdicts,
     quiet_libraries,
     result_console,
     status_console,
@@ -31,7 +31,7 @@ SUITE = typer.Argument(
     autocompletion=suite_names,
 )
 OVERRIDES = typer.Argument(
-    None, metavar="[key=value ...]", help="Dotted overrides; model=... is needed.", autocompletion=suite_keys
+    None, metavar="[key=value ...]", help="Dotted overrides. model=... is required.", autocompletion=suite_keys
 )
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 OUT = typer.Option(..., "--out", help="The run folder.")
@@ -40,9 +40,9 @@ VERIFY = typer.Option(
     "--verify-batching",
     min=0,
     metavar="N",
-    help="Ask N prompts, spread over the suite, once more one by one: what does batching change?",
+    help="Generate N answers, spread over the suite, again in batches of one, and count those that differ.",
 )
-NAME = typer.Option("", "--name", help="The row's name; default: the folder's.")
+NAME = typer.Option("", "--name", help="Name of the model in tables. Default: the name of the run folder.")
 
 
 def evaluate(
@@ -53,7 +53,7 @@ def evaluate(
     verify_batching: int = VERIFY,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Generates, judges and scores in one go, and writes report.html. Run again after an interruption it goes on.
+    """Generates, judges and scores a suite, and writes report.html. Run again after an interruption, it resumes.
 
     On several GPUs: accelerate launch -m vlm_unlearn.cli.main evaluate ...
 
@@ -65,7 +65,7 @@ def evaluate(
 
     suite = load(Suite, suite_file, overrides or [])
     if not is_main_process():
-        answer_share(suite, out)
+        generate_worker_share(suite, out)
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.generate import generation_notes
@@ -75,24 +75,23 @@ def evaluate(
         from vlm_unlearn.reporting.report import write_report
 
         quiet_libraries()
-    with Stages() as bars:
-        bars.wait("loading the model")
-        row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
+    with Stages() as stages:
+        stages.wait("loading the model")
+        row = evaluate_run(suite, out, name or out.resolve().name, stages.update, verify_batching)
     costs = suite_costs(out, suite)
-    for remark in [*generation_notes(out), *judging_notes(costs, suite)]:
-        typer.echo(remark, err=True)
-    with Stages() as bars:
-        report = write_report(
-            out, Summary(rows=[row]), {row.model: out}, f"vlm-unlearn: {row.model}", on_done=bars.update
-        )
-    _show(row, out, as_json, f"Report: {report}")
+    for note in [*generation_notes(out), *judging_notes(costs, suite)]:
+        typer.echo(note, err=True)
+    with Stages() as stages:
+        title = f"vlm-unlearn: {row.model}"
+        report = write_report(out, Summary(rows=[row]), {row.model: out}, title, on_done=stages.update)
+    _print_row(row, out, as_json, f"Report: {report}")
     validate_any_verdict(costs)
 
 
 def generate(
     suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT, verify_batching: int = VERIFY
 ) -> None:
-    """Asks the model every prompt of a suite; answers go to responses.jsonl.
+    """Generates the model's answers to all prompts of a suite, and writes them to responses.jsonl.
 
     Example:
 
@@ -102,22 +101,22 @@ def generate(
 
     suite = load(Suite, suite_file, overrides or [])
     if not is_main_process():
-        answer_share(suite, out)
+        generate_worker_share(suite, out)
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.generate import generate_run, generation_notes
 
         quiet_libraries()
-    with Stages() as bars:
-        bars.wait("loading the model")
-        generate_run(suite, out, bars.update, verify_batching)
-    for remark in generation_notes(out):
-        typer.echo(remark, err=True)
+    with Stages() as stages:
+        stages.wait("loading the model")
+        generate_run(suite, out, stages.update, verify_batching)
+    for note in generation_notes(out):
+        typer.echo(note, err=True)
     typer.echo(f"answers in {out / 'responses.jsonl'}")
 
 
-def answer_share(suite: Suite, out: Path) -> None:
-    """What a process that isn't the first of those started together does."""
+def generate_worker_share(suite: Suite, out: Path) -> None:
+    """Generates this process's share of the answers. Every process of a distributed run but the first calls it."""
     from vlm_unlearn.evaluation.generate import generate_run
 
     quiet_libraries()
@@ -129,13 +128,13 @@ def score(
     overrides: list[str] = typer.Argument(
         None,
         metavar="[key=value ...]",
-        help="The suite's keys, such as judge=keyword or paper=true; they are written into the run.",
+        help="Keys of the suite, such as judge=keyword or paper_compat=true. They are saved in the run.",
         autocompletion=suite_keys,
     ),
     name: str = NAME,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Derives the rates from a run's verdicts; writes summary.json.
+    """Computes the rates of a run from its verdicts, and writes summary.json.
 
     Example:
 
@@ -147,10 +146,11 @@ def score(
     suite = saved_suite(run, overrides or [])
     row = score_run(run, suite, name or run.resolve().name)
     save_suite(run, suite)
-    _show(row, run, as_json, "")
+    _print_row(row, run, as_json, "")
 
 
-def _show(row: Row, run: Path, as_json: bool, note: str) -> None:
+def _print_row(row: Row, run: Path, as_json: bool, note: str) -> None:
+    """Prints the rates and the assessment of a model, then a note."""
     from vlm_unlearn.errors import printable
     from vlm_unlearn.records import Summary
 
@@ -160,6 +160,6 @@ def _show(row: Row, run: Path, as_json: bool, note: str) -> None:
         return
     console = result_console()
     console.print(RatesTable(summary))
-    print_verdicts(console, [row], {row.model: run})
+    print_assessments(console, [row], {row.model: run})
     if note:
         console.print(printable(note), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``vlm-unlearn export``."""
+"""``vlm-unlearn export``: writes the model of a training run as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vlm_unlearn.cli.common import JSON_OPTION, print_json, quiet_libraries, sta
 
 
 class Precision(StrEnum):
+    """Data types of exported weights."""
+
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
@@ -19,21 +21,23 @@ class Precision(StrEnum):
 
 def export(
     run: Path = typer.Argument(..., metavar="RUN", help="A folder that train wrote."),
-    out: Path = typer.Option(..., "--out", help="The model folder to write; it must not hold anything yet."),
+    out: Path = typer.Option(..., "--out", help="The model folder to write. It must be empty or new."),
     evaluations: list[Path] = typer.Option(
         [],
         "--evaluation",
-        help="An evaluation folder whose rates the model card shows, of this model or its base; may be repeated.",
+        help="An evaluation folder of this model or its base. The model card shows its rates. May be repeated.",
     ),
     precision: Precision = typer.Option(
-        Precision.auto, "--precision", help="Of the weights; auto: as the base model (LoRA) or the run (full)."
+        Precision.auto,
+        "--precision",
+        help="Data type of the weights. auto: that of the base model (LoRA) or of the run (full).",
     ),
     license: str = typer.Option(
-        None, "--license", help="The base model's license, as the hub names it (llama2, apache-2.0), for the card."
+        None, "--license", help="License of the base model for the card, by its name on the hub (llama2, apache-2.0)."
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Writes a model folder that transformers loads as any other: merged weights, processor, chat template, model card.
+    """Writes a model folder that transformers loads: merged weights, processor, chat template and model card.
 
     Example:
 
@@ -43,7 +47,9 @@ def export(
     from vlm_unlearn.store import describe_path
 
     if not (run / "recipe.json").is_file():
-        raise UserError(f"{run}: is no folder that `vlm-unlearn train` wrote{describe_path(run)}")
+        raise UserError(
+            f"is not a run folder of `vlm-unlearn train`{describe_path(run)}", code="run-not-found", file=run
+        )
     with status_console().status("loading transformers"):
         from vlm_unlearn.models.export import export_run
         from vlm_unlearn.reporting.model_card import model_card

@@ -1,4 +1,4 @@
-"""``vlm-unlearn judge``."""
+"""``vlm-unlearn judge``: grades answers, compares judges, and exports answers for people to label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_conso
 from vlm_unlearn.cli.completion import judge_keys
 from vlm_unlearn.cli.terminal import Commands
 
-judge_app = Commands("Grades answers by language models or keywords; rubrics, and agreement with people.")
+judge_app = Commands(
+    "Grades answers with language models or keywords, lists rubrics, and measures the agreement with people."
+)
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 
 
@@ -20,24 +22,27 @@ def judge_run_command(
     overrides: list[str] = typer.Argument(
         None,
         metavar="[key=value ...]",
-        help="One judge's keys, such as name=keyword; or the suite's, such as judge.model=M or paper=true.",
+        help="Keys of one judge, such as name=keyword, or of the suite, such as judge.model=M or paper_compat=true.",
         autocompletion=judge_keys,
     ),
-    case: list[str] = typer.Option(
-        [], "--case", help="With one judge's keys: a case or benchmark to grade, perhaps again; default: all cases."
+    split: list[str] = typer.Option(
+        [],
+        "--split",
+        help="A split or benchmark to grade, with the keys of one judge. May be repeated. Default: all splits.",
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Grades a run's answers, by its suite's judges or by another one beside them; answers are not generated again.
+    """Grades the answers of a run with the judges of its suite, or with another judge. It generates no answers.
 
-    Verdicts that are there are kept, those that failed are tried again, and a judge whose rubric or model has changed grades anew. The
-    suite's keys are written into the run, for score and compare.
+    Existing verdicts are kept, and failed ones are tried again. A judge whose rubric or model has changed grades all
+    answers again. The keys of the suite are saved in the run, where score and compare read them.
 
     Examples:
 
       vlm-unlearn judge run evaluations/npo judge.model=JUDGE judge.server=http://localhost:8000/v1
 
-      vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE --case unsafe
+      vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1
+      model=JUDGE --split unsafe
     """
     from vlm_unlearn.config import JudgeConfig, apply_overrides, validate
     from vlm_unlearn.evaluation.generate import save_suite, saved_suite
@@ -49,54 +54,63 @@ def judge_run_command(
         validate_any_verdict,
     )
 
-    one = _names_one_judge(overrides or [], case)
-    done = []
-    with Stages() as bars:
-        if one:
+    single_judge = _configures_one_judge(overrides or [], split)
+    graded = []
+    with Stages() as stages:
+        if single_judge:
             config = validate(JudgeConfig, apply_overrides({}, overrides, JudgeConfig), "judge")
-            done.append((config, judge_run(run, config, bars.update, case or None)))
+            graded.append((config, judge_run(run, config, stages.update, split or None)))
         else:
             suite = saved_suite(run, overrides or [])
-            for called, config in suite_judges(suite).items():
-                done.append((config, judge_run(run, config, bars.update, splits_judged_by(suite, called))))
+            for name, config in suite_judges(suite).items():
+                graded.append((config, judge_run(run, config, stages.update, splits_judged_by(suite, name))))
             save_suite(run, suite)
-    costs = [judge_cost(file, config) for config, file in done]
+    costs = [judge_cost(file, config) for config, file in graded]
     if as_json:
         print_json([cost.model_dump() for cost in costs])
     else:
-        for cost, (_, file) in zip(costs, done, strict=True):
+        for cost, (_, file) in zip(costs, graded, strict=True):
             typer.echo(f"{file}: {cost.describe()}")
     validate_any_verdict(costs)
 
 
-def _names_one_judge(overrides: list[str], cases: list[str]) -> bool:
-    """Whether the keys are one judge's, and not the suite's.
+def _configures_one_judge(overrides: list[str], splits: list[str]) -> bool:
+    """Returns whether the overrides configure one judge instead of the suite. `paper_compat` is a key of both.
 
     Raises:
-        UserError: they are of both, or cases are named that only one judge's keys go with.
+        UserError: The overrides mix keys of both, or there are splits but no keys of one judge.
     """
-    from vlm_unlearn.config import JudgeConfig
+    from vlm_unlearn.config import JudgeConfig, Suite
     from vlm_unlearn.errors import UserError
     from vlm_unlearn.evaluation.generate import REJUDGEABLE_KEYS
 
-    keys = {text.partition("=")[0].partition(".")[0].strip() for text in overrides}
-    judges = set(JudgeConfig.model_fields) - {"paper"}
-    if keys & set(REJUDGEABLE_KEYS) - {"paper"} and keys & judges:
+    typed = {text.partition("=")[0].partition(".")[0].strip() for text in overrides}
+    keys = {Suite.renamed_keys.get(key, key) for key in typed}
+    judge_keys = set(JudgeConfig.model_fields)
+    suite_keys = set(REJUDGEABLE_KEYS) - judge_keys
+    if keys & suite_keys and keys & judge_keys - set(REJUDGEABLE_KEYS):
         raise UserError(
-            "pass either one judge's keys (name=..., rubric=...) or the suite's (judge.model=..., paper=true), not both"
+            "the keys of one judge (name=..., rubric=...) and of the suite (judge.model=..., metrics....) can't be "
+            "mixed. Pass only one kind.",
+            code="conflicting-settings",
         )
-    if cases and not keys & judges:
-        raise UserError("--case goes with one judge's keys, such as name=keyword")
-    return bool(keys & judges)
+    single_judge = bool(keys & judge_keys - set(REJUDGEABLE_KEYS))
+    if splits and not single_judge:
+        raise UserError(
+            "needs the keys of one judge. Pass for example name=keyword.", code="missing-setting", field="--split"
+        )
+    return single_judge
 
 
 @judge_app.command("keyword")
 def judge_keyword(
     answers: Path = typer.Argument(..., metavar="ANSWERS.json", help="A JSON object, id -> answer."),
-    paper: bool = typer.Option(False, "--paper", help="VLGuard's string match exactly as published."),
+    paper_compat: bool = typer.Option(
+        False, "--paper-compat", help="Use VLGuard's string match exactly as it was published."
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Counts refusals in a file of answers by keywords.
+    """Counts the refusals in a file of answers by keywords.
 
     Example:
 
@@ -107,12 +121,12 @@ def judge_keyword(
     from vlm_unlearn.metrics.rates import rate
     from vlm_unlearn.store import read_json
 
-    found = read_json(answers)
-    if not isinstance(found, dict) or not found or not all(isinstance(text, str) for text in found.values()):
-        raise UserError(f"{answers}: expected a non-empty object, id -> answer text")
-    refusal = published_refusal if paper else corrected_refusal
-    hits = [refusal(text) is not None for text in found.values()]
-    share = rate(hits, list(found))
+    texts = read_json(answers)
+    if not isinstance(texts, dict) or not texts or not all(isinstance(text, str) for text in texts.values()):
+        raise UserError("expected a non-empty JSON object, id -> answer text", code="invalid-field", file=answers)
+    refusal = published_refusal if paper_compat else corrected_refusal
+    hits = [refusal(text) is not None for text in texts.values()]
+    share = rate(hits, list(texts))
     result = {"n": len(hits), "refused": sum(hits), "rate": share.value, "low": share.low, "high": share.high}
     if as_json:
         print_json(result)
@@ -122,7 +136,7 @@ def judge_keyword(
 
 @judge_app.command("rubrics")
 def rubrics(as_json: bool = JSON_OPTION) -> None:
-    """Lists the rubrics that a language-model judge can go by; a file of your own is named by its path.
+    """Lists the shipped rubrics of language-model judges. A rubric of your own is a file, named by its path.
 
     Example:
 
@@ -135,31 +149,38 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
         print_json(
             [
                 {
-                    "name": one.name,
-                    "version": one.header.version,
-                    "source": one.header.source,
-                    "labels": list(one.labels),
-                    "digest": one.digest,
+                    "name": rubric.name,
+                    "version": rubric.header.version,
+                    "source": rubric.header.source,
+                    "labels": list(rubric.labels),
+                    "digest": rubric.digest,
                 }
-                for one in loaded
+                for rubric in loaded
             ]
         )
         return
-    for one in loaded:
-        typer.echo(f"{one.name:<14}v{one.header.version}  {'labels' if one.labels else 'score'}  {one.header.source}")
+    for rubric in loaded:
+        grades = "labels" if rubric.labels else "score"
+        typer.echo(f"{rubric.name:<14}v{rubric.header.version}  {grades}  {rubric.header.source}")
 
 
 @judge_app.command("agreement")
 def agreement_command(
     run: Path = RUN,
     judge: list[str] = typer.Option(
-        [], "--judge", help="A judge that has graded the run; may be given again; default: all."
+        [], "--judge", help="A judge that has graded the run. May be repeated. Default: all of them."
     ),
-    human: Path = typer.Option(None, "--human", help="A CSV with the columns prompt_id, label and, if needed, sample."),
-    positive: str = typer.Option("complied", "--positive", help="The label that is looked for."),
+    human: Path = typer.Option(
+        None, "--human", help="A CSV with the columns prompt_id and label, and sample if there are several."
+    ),
+    positive: str = typer.Option(
+        "complied", "--positive", help="The label that counts as positive in the true positive rate."
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Says how far judges agree with people's labels, or with the first judge: kappa, true positive and negative rate.
+    """Measures how far judges agree with people's labels, or with the first judge.
+
+    It prints Cohen's kappa and the true positive and true negative rates.
 
     Example:
 
@@ -167,9 +188,9 @@ def agreement_command(
     """
     from vlm_unlearn.evaluation.agreement import judge_agreement
 
-    found = judge_agreement(run, judge, human, positive)
+    agreements = judge_agreement(run, judge, human, positive)
     if as_json:
-        print_json([one.model_dump() for one in found])
+        print_json([result.model_dump() for result in agreements])
         return
     from rich import box
     from rich.table import Table
@@ -182,41 +203,36 @@ def agreement_command(
         return f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
 
     table = Table(
-        "judge",
-        "against",
-        "n",
-        "failed",
-        "kappa",
-        f"kappa {positive}",
-        "true positives",
-        "true negatives",
+        *("judge", "against", "n", "failed", "kappa", f"kappa {positive}", "true positives", "true negatives"),
         box=box.SIMPLE_HEAVY,
     )
-    for one in found:
-        kappa = one.kappa_positive
-        rates = (one.kappa, kappa, one.true_positive_rate, one.true_negative_rate)
-        table.add_row(one.judge, one.reference, str(kappa.n), str(kappa.failed), *map(cell, rates))
+    for result in agreements:
+        kappa = result.kappa_positive
+        rates = (result.kappa, kappa, result.true_positive_rate, result.true_negative_rate)
+        table.add_row(result.judge, result.reference, str(kappa.n), str(kappa.failed), *map(cell, rates))
     result_console().print(table)
 
 
-@judge_app.command("sheet")
-def sheet(
+@judge_app.command("export-for-labeling")
+def export_command(
     run: Path = RUN,
     out: Path = typer.Argument(..., metavar="OUT.csv", help="The file to write."),
-    count: int = typer.Option(100, "--count", min=1, help="Answers to draw."),
-    seed: int = typer.Option(0, "--seed", help="Of the draw."),
+    count: int = typer.Option(100, "--count", min=1, help="Number of answers to sample."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the sample."),
 ) -> None:
-    """Writes a CSV of answers for people to label, drawn over all cases; `judge agreement --human` reads it.
+    """Writes a CSV of sampled answers for people to label. `judge agreement --human` reads it.
+
+    The answers are sampled evenly over the splits.
 
     Example:
 
-      vlm-unlearn judge sheet evaluations/npo labels.csv --count 200
+      vlm-unlearn judge export-for-labeling evaluations/npo labels.csv --count 200
     """
     from vlm_unlearn.errors import UserError
     from vlm_unlearn.evaluation.agreement import export_for_labeling
     from vlm_unlearn.records import LABELS
 
     if (out.parent / "manifest.json").exists():
-        raise UserError(f"{out.parent}: is a run; write the sheet somewhere else")
-    drawn = export_for_labeling(run, out, count, seed)
-    typer.echo(f"{drawn} answers in {out}; fill the column label with {', '.join(LABELS)}")
+        raise UserError("is a run folder. Write the CSV to another folder.", code="output-exists", file=out.parent)
+    written = export_for_labeling(run, out, count, seed)
+    typer.echo(f"{written} answers in {out}; fill the column label with {', '.join(LABELS)}")

@@ -1,4 +1,4 @@
-"""Entry point of the ``vlm-unlearn`` command: assembles the groups and turns errors into one line and an exit code."""
+"""Entry point of the ``vlm-unlearn`` command: its subcommands, and errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ from vlm_unlearn.cli import (
     train,
 )
 from vlm_unlearn.cli.common import fail, keep_deepspeed_off_stdout
-from vlm_unlearn.cli.completion import bash_words, no_blank_after_keys
-from vlm_unlearn.cli.terminal import Commands, show_any_text, wrong_usage
+from vlm_unlearn.cli.completion import bash_words, no_space_after_keys
+from vlm_unlearn.cli.deprecation import plain_deprecation_warnings
+from vlm_unlearn.cli.terminal import Commands, escape_unencodable_text, usage_error
 from vlm_unlearn.errors import RunError, UserError, quoted
 
 START, PREPARE, UNLEARN = "Start here", "1. Prepare data", "2. Unlearn"
 MEASURE, COMPARE, SHIP = "3. Measure: generate, judge, score", "4. Compare", "5. Ship"
-STOPPED = "stopped; no file is half-written. Run the same command again: answers and checkpoints are kept, the rest is made anew"
+STOPPED = (
+    "stopped. All files are complete. Run the same command again to resume: saved answers and checkpoints are reused"
+)
 
 app = Commands(
-    "Removes harmful knowledge from vision-language models and proves it is gone.\n\n"
+    "Unlearns harmful knowledge in vision-language models and measures harmful answers, over-refusal and utility.\n\n"
     "Both papers in miniature, on a CPU, in minutes: vlm-unlearn demo --out demo\n\n"
-    "Every command has examples: vlm-unlearn train --help"
+    "The help of every command has examples: vlm-unlearn train --help"
 )
 app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("doctor", rich_help_panel=START)(doctor.doctor)
@@ -57,8 +60,8 @@ app.command("table", rich_help_panel=COMPARE)(table.table)
 app.command("export", rich_help_panel=SHIP)(export.export)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"vlm-unlearn {version('vlm-unlearn')}")
@@ -67,32 +70,35 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; goes before the command."),
+    debug: bool = typer.Option(False, "--debug", help="Print the traceback of an error. Goes before the command."),
     version: bool = typer.Option(
-        False, "--version", is_eager=True, callback=_version, help="Show the version and exit."
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
     ),
 ) -> None:
-    """Options that stand before the command."""
+    """Defines the options that go before the command."""
 
 
 def main() -> None:
-    """Runs the command. Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 stopped by Ctrl-C."""
+    """Runs the command line.
+
+    Exit codes: 0 success, 1 the work failed, 2 the request was invalid, 130 stopped by Ctrl-C.
+    """
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     debug = arguments[:1] == ["--debug"]
-    _open_closed_streams()
-    show_any_text()
+    _replace_closed_streams()
+    escape_unencodable_text()
     keep_deepspeed_off_stdout()
-    if not _completable():
+    if not _is_valid_completion_request():
         raise SystemExit(0)
     if arguments[:1] in (["--show-completion"], ["--install-completion"]):
-        no_blank_after_keys()
+        no_space_after_keys()
     try:
-        with bash_words():
+        with bash_words(), plain_deprecation_warnings():
             code = app(arguments, prog_name="vlm-unlearn", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -106,15 +112,18 @@ def main() -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _completable() -> bool:
-    """Whether a shell that asks for what Tab offers has said where; a script of another version, or a person, may not have."""
+def _is_valid_completion_request() -> bool:
+    """Returns False for a request for bash completions that lacks the position of the cursor.
+
+    A completion script of another version sends such requests, or a person does by hand.
+    """
     if not os.environ.get("_VLM_UNLEARN_COMPLETE", "").startswith("complete_bash"):
         return True
     return "COMP_WORDS" in os.environ and os.environ.get("COMP_CWORD", "").isdecimal()
 
 
-def _open_closed_streams() -> None:
-    """A stream that the caller has closed (``>&-``) is None; then what would be written there goes nowhere."""
+def _replace_closed_streams() -> None:
+    """Replaces a standard stream that the caller has closed (``>&-``), which is None, by the null device."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
     if sys.stderr is None:
@@ -122,11 +131,11 @@ def _open_closed_streams() -> None:
 
 
 def _fail(error: Exception, debug: bool) -> NoReturn:
-    """One line and an exit code for whatever went wrong."""
+    """Prints any error in one line and exits with its exit code."""
     if debug:
         traceback.print_exception(error)
     if isinstance(error, typer.TyperException):
-        fail(UserError(wrong_usage(error)), 2)
+        fail(usage_error(error), 2)
     if isinstance(error, UserError):
         fail(error, 2)
     if isinstance(error, RunError):
@@ -134,17 +143,33 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     if isinstance(
         error, IsADirectoryError | NotADirectoryError | FileNotFoundError | FileExistsError | PermissionError
     ):
-        fail(UserError(f"{error.filename}: {error.strerror}"), 2)
+        fail(UserError(f"{error.strerror}", code=_FILE_CODES[_kind(error)], file=error.filename), 2)
     if isinstance(error, OSError):
         if error.errno == errno.ENAMETOOLONG:
-            fail(UserError(f"{quoted(error.filename)}: {error.strerror}"), 2)
-        where = error.filename or (
-            "" if error.errno != errno.ENOSPC else "the disk of the output or of the temporary folder"
-        )
-        fail(RunError(": ".join(str(part) for part in (where, error.strerror or error) if part)), 1)
+            fail(UserError(f"{quoted(error.filename)}: {error.strerror}", code="file-unreadable"), 2)
+        full_disk = "the disk of the output or of the temporary folder" if error.errno == errno.ENOSPC else None
+        message = str(error.strerror or error)
+        fail(RunError(message, code="system-error", file=error.filename or full_disk), 1)
     if "null byte" in str(error) or isinstance(error, UnicodeEncodeError):
-        fail(UserError(f"a path or name holds a character that no file name can have ({error})"), 2)
-    fail(RunError(f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"), 1)
+        fail(
+            UserError(f"a path or name contains a character that no file name can have ({error})", code="invalid-path"),
+            2,
+        )
+    message = f"{type(error).__name__}: {error}; run with `vlm-unlearn --debug ...` for the traceback"
+    fail(RunError(message, code="unexpected-error"), 1)
+
+
+_FILE_CODES: dict[type[OSError], str] = {
+    IsADirectoryError: "not-a-file",
+    NotADirectoryError: "not-a-folder",
+    FileNotFoundError: "file-not-found",
+    FileExistsError: "output-exists",
+    PermissionError: "file-unreadable",
+}
+
+
+def _kind(error: OSError) -> type[OSError]:
+    return next(kind for kind in _FILE_CODES if isinstance(error, kind))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``vlm-unlearn report``."""
+"""``vlm-unlearn report``: writes the report of one or several models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vlm_unlearn.cli.common import (
     JSON_OPTION,
     RatesTable,
     Stages,
+    print_assessments,
     print_json,
-    print_verdicts,
     result_console,
     status_console,
 )
@@ -28,15 +28,16 @@ def report(
     runs: list[Path] = typer.Argument(
         ...,
         metavar="RUN...",
-        help="Folders that evaluate wrote; a demo's is all its models, demo/evaluations/NAME one. All are compared to the first.",
+        help="Folders that evaluate wrote. A demo folder stands for all its models, demo/evaluations/NAME for one. "
+        "Each model is compared with the first.",
     ),
     out: Path = typer.Option(
-        ..., "--out", help="A folder for report.html, report/ and summary.json; a report of before is written anew."
+        ..., "--out", help="A folder for report.html, report/ and summary.json. A previous report is replaced."
     ),
-    title: str = typer.Option("", "--title", help="The page's heading; default: the models' names, or how many."),
+    title: str = typer.Option("", "--title", help="Heading of the page. Default: the models' names, or their number."),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Writes a page that opens from disk, with verdicts, plots, tables and all answers, of one model or of several beside each other.
+    """Writes a page with assessments, plots, tables and all answers, of one or several models. It opens from disk.
 
     Examples:
 
@@ -51,39 +52,42 @@ def report(
         from vlm_unlearn.reporting.report import validate_report_folder
 
         validate_report_folder(out)
-        summary, left_out = summarize_runs(folders, lambda done, total: stages.update("compare", done, total))
-        page = save_report(out, summary, folders, title or _title(list(folders)), left_out, stages.update)
-    show_left_out(left_out)
+        summary, skipped = summarize_runs(folders, lambda done, total: stages.update("compare", done, total))
+        models = list(folders)
+        default_title = f"vlm-unlearn: {', '.join(models) if len(models) <= 4 else f'{len(models)} models'}"
+        page = save_report(out, summary, folders, title or default_title, skipped, stages.update)
+    print_skipped(skipped)
     if as_json:
         print_json(summary.model_dump())
         return
     console = result_console()
     console.print(RatesTable(summary))
-    print_verdicts(console, summary.rows, folders)
+    print_assessments(console, summary.rows, folders)
     console.print(printable(f"Report: {page}"), markup=False, highlight=False, soft_wrap=True)
 
 
-def _title(models: list[str]) -> str:
-    return f"vlm-unlearn: {', '.join(models) if len(models) <= 4 else f'{len(models)} models'}"
-
-
 def save_report(
-    out: Path, summary: Summary, folders: dict[str, Path], title: str, left_out: list[str], on_done: OnDone
+    out: Path, summary: Summary, folders: dict[str, Path], title: str, skipped: list[str], on_done: OnDone
 ) -> Path:
-    """Writes the report and summary.json; returns the page to open."""
+    """Writes the report and summary.json, and returns the page to open.
+
+    Args:
+        folders: The evaluation folder of each model.
+        skipped: The comparisons that were not possible, each with its reason.
+        on_done: Called with the stage, the number of finished steps, and their total.
+    """
     from vlm_unlearn.reporting.report import write_report
     from vlm_unlearn.store import lock_folder, write_json
 
     with lock_folder(out):
-        page = write_report(out, summary, folders, title, left_out=left_out, on_done=on_done)
-        write_json(
-            out / "summary.json", summary.model_dump()
-        )  # last: a report that was cut short stays the one of before
+        page = write_report(out, summary, folders, title, left_out=skipped, on_done=on_done)
+        # Last, so that an interrupted command leaves the previous report and summary as they were.
+        write_json(out / "summary.json", summary.model_dump())
     return page
 
 
-def show_left_out(left_out: list[str]) -> None:
-    """Says what was not compared, on standard error."""
+def print_skipped(skipped: list[str]) -> None:
+    """Lists the comparisons that were not possible on standard error."""
     notes = status_console()
-    for reason in left_out:
+    for reason in skipped:
         notes.print(printable(f"not compared: {reason}"), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Which evaluations a command was given, and what to call their models."""
+"""Finds the evaluations that a command is given, and the names of their models."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from pathlib import Path
 
 
 def named_runs(folders: Sequence[Path]) -> dict[str, Path]:
-    """The evaluations by their models' names: the names in their summaries, else the folders', or where two are the same, the paths.
+    """Returns the evaluation folders by the names of their models.
 
-    A demo's folder stands for its evaluations, in the order of its summary.
+    A name is that of the run's summary, or of its folder. If two names are equal, all runs are named by their paths.
+    The folder of a demo counts as its evaluations, in the order of its summary.
 
     Raises:
-        UserError: a run is given twice, or a folder holds no evaluation.
+        UserError: Two of the folders are the same run.
     """
     from vlm_unlearn.errors import UserError
 
     runs = [run for folder in folders for run in _evaluations(folder)]
-    whole = [run.resolve() for run in runs]
-    twice = next((run for run in runs if whole.count(run.resolve()) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice}: is given twice; name each run once")
-    short = [_name(run) for run in whole]
-    return dict(zip(short if len(set(short)) == len(short) else map(str, runs), runs, strict=True))
+    absolute = [run.resolve() for run in runs]
+    repeated = next((run for run in runs if absolute.count(run.resolve()) > 1), None)
+    if repeated is not None:
+        raise UserError("occurs twice. Name each run once.", code="duplicate-id", file=repeated)
+    names = [_name(run) for run in absolute]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, runs), runs, strict=True))
 
 
 def _evaluations(folder: Path) -> list[Path]:
-    """The folder itself, or of a demo's the evaluations in it."""
-    inside = folder / "evaluations"
-    if (folder / "suite.json").is_file() or not inside.is_dir():
+    """Returns the evaluations of a demo folder, or any other folder itself."""
+    evaluations = folder / "evaluations"
+    if (folder / "suite.json").is_file() or not evaluations.is_dir():
         return [folder]
-    found = sorted(run for run in inside.iterdir() if (run / "suite.json").is_file())
+    runs = sorted(run for run in evaluations.iterdir() if (run / "suite.json").is_file())
     order = _models(folder)
-    return sorted(found, key=lambda run: order.index(run.name) if run.name in order else len(order)) or [folder]
+    return sorted(runs, key=lambda run: order.index(run.name) if run.name in order else len(order)) or [folder]
 
 
 def _name(run: Path) -> str:
@@ -40,10 +41,10 @@ def _name(run: Path) -> str:
 
 
 def _models(folder: Path) -> list[str]:
-    """The models of a folder's summary; none where there is no summary, or another's."""
+    """Returns the models of a folder's summary, or an empty list if it has no valid summary."""
     from vlm_unlearn.store import read_json
 
     try:
         return [str(row["model"]) for row in read_json(folder / "summary.json")["rows"]]
-    except Exception:  # no summary, or another's
+    except Exception:
         return []

@@ -1,4 +1,4 @@
-"""``vlm-unlearn table``."""
+"""``vlm-unlearn table``: prints one table of finished runs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def table(
         autocompletion=lambda: list(TABLE_FORMATS),
     ),
     intervals: bool = typer.Option(
-        True, "--intervals/--no-intervals", help="With 95 % intervals; a CSV always has them."
+        True, "--intervals/--no-intervals", help="Print 95 % intervals. A CSV always has them."
     ),
 ) -> None:
-    """Prints one table of finished runs, to paste into a paper or an issue. `report` writes all of them as files.
+    """Prints one table of finished runs, to paste into a paper or an issue. `report` writes all tables as files.
 
     Example:
 
@@ -41,15 +41,19 @@ def table(
     from vlm_unlearn.errors import UserError, nearest, printable, quoted
 
     if form == "json":
-        raise UserError("table: writes no JSON; all numbers are in the runs' summary.json")
+        raise UserError(
+            "prints no JSON. All numbers are in summary.json of the runs.", code="unknown-name", field="--format"
+        )
     if form not in TABLE_FORMATS:
         raise UserError(
-            f"table: no format {quoted(form)}{nearest(form, TABLE_FORMATS)}; known: {', '.join(TABLE_FORMATS)}"
+            f"no format {quoted(form)}{nearest(form, TABLE_FORMATS)}; available: {', '.join(TABLE_FORMATS)}",
+            code="unknown-name",
+            field="--format",
         )
     from vlm_unlearn.reporting.summaries import join_summaries
     from vlm_unlearn.reporting.tables.summary_tables import named_table, render_table
     from vlm_unlearn.store import replace_surrogates
 
     text = replace_surrogates(render_table(named_table(join_summaries(runs), name), form, intervals))
-    # A CSV holds names as they are, which a terminal might act on.
+    # A CSV contains names unescaped, and a terminal might act on them.
     sys.stdout.write("\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text)

@@ -1,4 +1,7 @@
-"""How the command reads at a terminal: help by sections, examples that can be copied, wrong usage told in one line."""
+"""Help texts and usage errors of the command line.
+
+The help lists commands by section, shows examples that can be copied, and a usage error is one line with its fix.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,26 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from vlm_unlearn.cli.deprecation import current_command, current_options
 from vlm_unlearn.errors import UserError, nearest, quoted
 
 # Typer's own types of contexts, formatters and parameters are private, so they are Any here.
-EXAMPLE = ("vlm-unlearn ", "accelerate ")  # how a paragraph begins that is a command to copy
+EXAMPLE = ("vlm-unlearn ", "accelerate ")  # a help paragraph that starts with one of these is a command to copy
 
 
 class Command(TyperCommand):
-    """A command whose help shows its arguments by the names of its usage line, and its examples unwrapped."""
+    """A command whose help names its arguments as in the usage line and does not wrap its examples."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the arguments. Options of the previous version count as the current ones."""
+        return super().parse_args(ctx, current_options(ctx.command_path, args, warn=not ctx.resilient_parsing))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """``RECIPE.yaml [key=value ...] [OPTIONS]``."""
+        """Returns the words after the command in the usage line: ``RECIPE.yaml [key=value ...] [OPTIONS]``."""
         return [*(_usage_name(param) for param in _arguments(self)), "[OPTIONS]"]
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """The help's paragraphs; a terminal wraps a command's line by itself, and copies it whole."""
+        """Writes the paragraphs of the help. An example stays on one line, so that copying it copies the command."""
         formatter.write_paragraph()
         with formatter.indentation():
             for number, paragraph in enumerate(inspect.cleandoc(self.help or "").split("\n\n")):
@@ -37,7 +45,7 @@ class Command(TyperCommand):
                     formatter.write_text(paragraph)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Arguments, then options."""
+        """Writes the arguments, then the options."""
         arguments = [(_usage_name(param).strip("[]"), param.help or "") for param in _arguments(self)]
         options = [
             record
@@ -52,24 +60,19 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """Commands under the headings of their help panels; alone it shows its help."""
+    """A group whose help lists its commands under the headings of their help panels. Run alone, it prints its help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typed; nothing at all asks for help."""
+        """Parses the arguments. No arguments mean ``--help``."""
         return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Commands first: they are what somebody looks for. Numbered headings come last, in their order."""
+        """Writes the commands by section, then the options. Numbered sections come last, in their order."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for name, command in self.commands.items():
             if not command.hidden:
-                summary = (
-                    inspect.cleandoc(command.help or "")
-                    .split("\n\n")[0]
-                    .replace("\n", " ")
-                    .partition(". ")[0]
-                    .rstrip(".")
-                )
+                first_paragraph = inspect.cleandoc(command.help or "").split("\n\n")[0].replace("\n", " ")
+                summary = first_paragraph.partition(". ")[0].rstrip(".")
                 sections.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append((name, summary))
         width = max(len(name) for name in self.commands)
         for heading, rows in sorted(sections.items(), key=lambda section: (section[0][0].isdigit(), section[0])):
@@ -80,24 +83,30 @@ class Group(TyperGroup):
             formatter.write_dl(options)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The command that is named first.
+        """Returns the command that the first argument names. A name of the previous version counts as the current one.
 
         Raises:
-            UserError: there is none of that name; the nearest one is named, also one of a group within.
+            UserError: There is no such command. The message suggests the nearest one of this group or of its groups.
         """
-        name = args[0]
+        name = current_command(ctx.command_path, args[0], warn=not ctx.resilient_parsing)
         if name not in self.commands and not ctx.resilient_parsing and not name.startswith("-"):
             path = ctx.command_path
-            within = [
-                f"{group} {name}" for group, found in self.commands.items() if name in getattr(found, "commands", {})
+            in_groups = [
+                f"{group} {name}"
+                for group, command in self.commands.items()
+                if name in getattr(command, "commands", {})
             ]
-            near = f"; did you mean {quoted(within[0])}?" if within else nearest(name, self.commands)
-            raise UserError(f"{_place(path)}no command {quoted(name)}" + (near or f"; `{path} --help` lists them"))
-        return super().resolve_command(ctx, args)
+            suggestion = f"; did you mean {quoted(in_groups[0])}?" if in_groups else nearest(name, self.commands)
+            raise UserError(
+                f"no command {quoted(name)}" + (suggestion or f"; `{path} --help` lists them"),
+                code="unknown-command",
+                field=_without_program_name(path),
+            )
+        return super().resolve_command(ctx, [name, *args[1:]])
 
 
 class Commands(typer.Typer):
-    """Commands, or a group of them, that read as above; rich would make every help text 0.1 s slower."""
+    """A group of commands with the help above. It does without rich, which would slow each help by 0.1 s."""
 
     def __init__(self, help: str, **settings: Any) -> None:
         context = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -113,39 +122,42 @@ class Commands(typer.Typer):
     def command(
         self, name: str | None = None, *, cls: type[TyperCommand] | None = Command, **settings: Any
     ) -> Callable[[Any], Any]:
-        """As typer's."""
+        """Registers a command, as in typer."""
         return super().command(name, cls=cls, **settings)
 
 
-def wrong_usage(error: typer.TyperException) -> str:
-    """What typer says of a command line that it can't read, as one line with the mend."""
+def usage_error(error: typer.TyperException) -> UserError:
+    """Returns the error for a command line that typer rejects: one line with the fix."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "vlm-unlearn"
+    command = _without_program_name(path)
+    if hasattr(error, "possibilities"):  # an unknown option
+        suggestion = _suggested_option(error, context) or f"; `{path} --help` lists them"
+        option = quoted(getattr(error, "option_name", ""))
+        return UserError(f"no option {option}{suggestion}", code="unknown-option", field=command)
     message = " ".join(error.format_message().split()).rstrip(".")
-    if hasattr(error, "possibilities"):  # an option that isn't there
-        instead = _instead(error, context) or f"; `{path} --help` lists them"
-        return f"{_place(path)}no option {quoted(getattr(error, 'option_name', ''))}{instead}"
     message = message[:1].lower() + message[1:]
     example = next(iter(examples(context.command.help or "")), "") if context and message.startswith("missing") else ""
-    return f"{_place(path)}{message}; " + (f"for example: {example}" if example else f"`{path} --help` tells more")
+    hint = f"for example: {example}" if example else f"see `{path} --help`"
+    return UserError(f"{message}; {hint}", code="invalid-usage", field=command)
 
 
-def _place(path: str) -> str:
-    """The command as a message begins with it; the program's own name is told already."""
-    return "".join(f"{name}: " for name in [path.partition(" ")[2]] if name)
+def _without_program_name(path: str) -> str | None:
+    """Returns a command's path without ``vlm-unlearn``, which every message starts with."""
+    return path.partition(" ")[2] or None
 
 
-def _instead(error: typer.TyperException, context: Any) -> str:
-    """What may be meant by an option that isn't there."""
+def _suggested_option(error: typer.TyperException, context: Any) -> str:
+    """Returns a suggestion for an unknown option, or ``''``."""
     option = str(getattr(error, "option_name", ""))
     params = context.command.params if context else []
-    known = [name for param in params for name in (*param.opts, *param.secondary_opts) if name.startswith("--")]
+    options = [name for param in params for name in (*param.opts, *param.secondary_opts) if name.startswith("--")]
     if option in ("--debug", "--version"):
         return f"; it goes before the command: vlm-unlearn {option}"
     key = option.lstrip("-").replace("-", "_")
     if any(param.name == "overrides" for param in params) and key.partition(".")[0] in _config_keys():
         return f"; a key of the config has no dashes: {key}=..."
-    return nearest(option, known)
+    return nearest(option, options)
 
 
 def _config_keys() -> set[str]:
@@ -155,7 +167,7 @@ def _config_keys() -> set[str]:
 
 
 def examples(help: str) -> Iterator[str]:
-    """The commands that a help text shows, each on one line."""
+    """Yields the example commands of a help text, each on one line."""
     for paragraph in inspect.cleandoc(help).split("\n\n"):
         if paragraph.strip().startswith(EXAMPLE):
             yield " ".join(paragraph.split())
@@ -172,8 +184,8 @@ def _usage_name(param: Any) -> str:
     return name if param.required or name.startswith("[") else f"[{name}]"
 
 
-def show_any_text() -> None:
-    """Characters that the terminal's encoding doesn't have, and lone surrogates, are shown as escapes instead of ending the command."""
+def escape_unencodable_text() -> None:
+    """Prints characters that the terminal's encoding lacks, and lone surrogates, as escapes instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

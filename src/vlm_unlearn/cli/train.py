@@ -1,4 +1,4 @@
-"""``vlm-unlearn train`` and ``vlm-unlearn methods``."""
+"""``vlm-unlearn train`` and ``vlm-unlearn methods``: unlearn by a recipe, and list the methods."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def train(
         autocompletion=recipe_keys,
     ),
     plan_only: bool = typer.Option(
-        False, "--plan", help="Only say what would train, on what, for how long, in how much memory."
+        False, "--plan", help="Print the trainable parameters, data, steps and memory of the run, and do not train."
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Unlearns by a recipe. Run again after an interruption it goes on from the last checkpoint.
+    """Unlearns by a recipe. Run again after an interruption, it resumes from the last checkpoint.
 
     On several GPUs: accelerate launch --config_file recipes/engines/fsdp2.yaml -m vlm_unlearn.cli.main train ...
 
@@ -55,58 +55,59 @@ def train(
     from vlm_unlearn.config import Recipe, load
 
     recipe = load(Recipe, recipe_file, overrides or [])
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together, the one that talks
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes that train together, only this one prints
     with status_console().status("loading transformers"):
         from vlm_unlearn.training.plan import plan, recipe_name
         from vlm_unlearn.training.preview import preview
 
         quiet_libraries()
         if plan_only:
-            _show_preview(preview(recipe), as_json)
+            _print_preview(preview(recipe), as_json)
             return
         planned = plan(recipe)
         probe = _probe(planned)
-    if first:
-        _warn_of_refusals(planned)
-        _show_start(planned)
+    if is_main:
+        _warn_about_forget_answers(planned)
+        _print_start(planned)
     name = recipe_name(recipe)
-    model = _run(planned, probe, name, first)
-    if first:
-        _show_result(name, model, recipe.output, as_json)
+    model = _run(planned, probe, name, is_main)
+    if is_main:
+        _print_result(name, model, recipe.output, as_json)
 
 
-def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
-    """Trains with a bar; returns the model.
+def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
+    """Trains with a progress bar, and returns the model folder.
 
     Raises:
-        RunError: the training failed; its loss curves are drawn, by the first process.
+        RunError: The training failed. The main process has drawn the loss curves.
     """
     from vlm_unlearn.distributed import destroy_process_group
     from vlm_unlearn.errors import RunError
     from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
     from vlm_unlearn.training.runner import run_plan
 
-    with Stages() as bars:
-        bars.wait("loading the model")
+    with Stages() as stages:
+        stages.wait("loading the model")
 
-        def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
-            shown = (f"{key} {float(value):.4g}" for key, value in parts.items() if key not in NOT_A_LOSS)
-            bars.update(name, step, steps, "  ".join(shown))
+        def on_step(step: int, steps: int, terms: Mapping[str, float]) -> None:
+            losses = (f"{key} {float(value):.4g}" for key, value in terms.items() if key not in NOT_A_LOSS)
+            stages.update(name, step, steps, "  ".join(losses))
+
+        def on_reference(done: int, total: int) -> None:
+            stages.update("reference values", done, total)
 
         try:
-            with redirect_stdout(sys.stderr):  # trackio and others talk; standard output is for the result
-                model = run_plan(
-                    planned, on_step, probe, lambda done, total: bars.update("reference values", done, total)
-                )
+            with redirect_stdout(sys.stderr):  # trackio and others print, but standard output is for the result
+                model = run_plan(planned, on_step, probe, on_reference)
             destroy_process_group()
         except RunError:
-            if first:
-                write_loss_png(planned.recipe.output)  # they show how it went wrong
+            if is_main:
+                write_loss_png(planned.recipe.output)
             raise
     return model
 
 
-def _show_result(name: str, model: Path, output: Path, as_json: bool) -> None:
+def _print_result(name: str, model: Path, output: Path, as_json: bool) -> None:
     from vlm_unlearn.reporting.charts.curves import write_loss_png
     from vlm_unlearn.store import read_manifest
 
@@ -122,10 +123,8 @@ def _show_result(name: str, model: Path, output: Path, as_json: bool) -> None:
             }
         )
     else:
-        typer.echo(
-            f"{name}: trained model in {model}; loss curves: {curves}"
-            + (f"; stopped by its probe: {stopped}" if stopped else "")
-        )
+        reason = f"; stopped by the probe: {stopped}" if stopped else ""
+        typer.echo(f"{name}: trained model in {model}; loss curves: {curves}{reason}")
 
 
 def _probe(planned: Plan) -> Probe | None:
@@ -139,71 +138,74 @@ def _probe(planned: Plan) -> Probe | None:
     )
 
 
-def _show_start(planned: Plan) -> None:
-    """What trains, and where reference values come from."""
+def _print_start(planned: Plan) -> None:
+    """Prints the trainable parameters, the source of the reference values, and whether prefix sharing is on."""
     console = status_console()
-    console.print(_parts_table(planned.trainable))
+    console.print(_trainable_table(planned.trainable))
     for line in (
         f"reference values: {planned.reference_strategy or 'none needed'}; precision {planned.precision}",
-        _images_line(planned.prefix_sharing_unsupported_reason),
+        _prefix_sharing_line(planned.prefix_sharing_unsupported_reason),
     ):
         console.print(line, markup=False, highlight=False)
 
 
-def _images_line(unsupported_reason: str | None) -> str:
+def _prefix_sharing_line(unsupported_reason: str | None) -> str:
     return (
-        "images: run once for all questions on them in a batch"
+        "prefix sharing: on, each image runs once for all of its questions in a batch"
         if unsupported_reason is None
-        else f"images: run for each question ({unsupported_reason})"
+        else f"prefix sharing: off ({unsupported_reason})"
     )
 
 
-def _parts_table(rows: list[tuple[str, int, int]]) -> Table:
+def _trainable_table(rows: list[tuple[str, int, int]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table("part", "trained", "of", box=box.SIMPLE)
+    table = Table("component", "trained", "of", box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
-    for part, trained, total in rows:
-        table.add_row(part, f"{trained:,}", f"{total:,}")
+    for component, trained, total in rows:
+        table.add_row(component, f"{trained:,}", f"{total:,}")
     return table
 
 
-def _show_preview(found: Preview, as_json: bool) -> None:
+def _print_preview(result: Preview, as_json: bool) -> None:
     from rich.console import Console
 
     from vlm_unlearn.training.estimate import GIB
 
-    memory = {key: round(value / GIB, 2) for key, value in asdict(found.memory).items()}
-    memory["total"] = round(found.memory.total / GIB, 2)
-    gpus = {f"{size} GB": found.memory.devices(size * 1e9) for size in (24, 48, 80)}
+    memory = {key: round(value / GIB, 2) for key, value in asdict(result.memory).items()}
+    memory["total"] = round(result.memory.total / GIB, 2)
+    gpus = {f"{size} GB": result.memory.devices(size * 1e9) for size in (24, 48, 80)}
     if as_json:
         trainable = [
-            {"part": part, "trained": trained, "parameters": total} for part, trained, total in found.trainable
+            {"part": name, "trained": trained, "parameters": total} for name, trained, total in result.trainable
         ]
-        print_json({**asdict(found), "trainable": trainable, "memory": memory, "gpus": gpus})
+        print_json({**asdict(result), "trainable": trainable, "memory": memory, "gpus": gpus})
         return
     console = Console()
-    examples = ", ".join(f"{role} {count:,}" for role, count in found.examples.items())
-    lengths = ", ".join(f"{role} {count:g}" for role, count in found.tokens_per_sample.items())
+    examples = ", ".join(f"{role} {count:,}" for role, count in result.examples.items())
+    lengths = ", ".join(f"{role} {count:g}" for role, count in result.tokens_per_sample.items())
     needed = ", ".join(f"{count} of {size}" if count else f"too small: {size}" for size, count in gpus.items())
     for line in (
-        f"{found.name}: {found.model}" + ("" if found.model_found else " (not here; its shape is known)"),
+        f"{result.name}: {result.model}" + ("" if result.model_found else " (not on this machine; its shape is known)"),
         f"examples: {examples}",
-        f"steps: {found.steps:,}, of {found.samples_per_step:,} forget samples each over {found.processes} process(es); "
-        f"{found.tokens:,} tokens in all (a sample: {lengths})",
-        f"reference values: {found.reference or 'none needed'}; precision {found.precision}",
-        _images_line(found.prefix_sharing_unsupported_reason),
-        "memory, estimated, GiB: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
-        f"GPUs, the states split over them (FSDP2 or ZeRO-3): {needed}",
+        f"steps: {result.steps:,} of {result.samples_per_step:,} forget samples on {result.processes} process(es); "
+        f"{result.tokens:,} tokens in total (per sample: {lengths})",
+        f"reference values: {result.reference or 'none needed'}; precision {result.precision}",
+        _prefix_sharing_line(result.prefix_sharing_unsupported_reason),
+        "estimated memory in GiB: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
+        f"GPUs with sharded states (FSDP2 or ZeRO-3): {needed}",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(_parts_table(found.trainable))
+    console.print(_trainable_table(result.trainable))
 
 
-def _warn_of_refusals(planned: Plan) -> None:
-    """Unlearning refusals makes a model more harmful: most likely the harmful answers were not injected."""
+def _warn_about_forget_answers(planned: Plan) -> None:
+    """Warns if the forget answers do not suit the method.
+
+    Unlearning refusals makes a model more harmful. The usual cause is that the harmful answers were not injected.
+    """
     from vlm_unlearn.judging.keyword import corrected_refusal
 
     answers = [example.answer for example in planned.training_set.examples["forget"]]
@@ -211,20 +213,20 @@ def _warn_of_refusals(planned: Plan) -> None:
     name = planned.recipe.method.name
     if not planned.method.unlearns and planned.method.forget_target == "original" and 2 * refusals < len(answers):
         typer.echo(
-            f"warning: {len(answers) - refusals} of {len(answers)} forget answers are no refusals, and {name} teaches its model to give "
-            f"them; import the set without --harmful-answers, or unlearn it (npo, rmu, ...)",
+            f"warning: {len(answers) - refusals} of {len(answers)} forget answers are not refusals, and {name} trains "
+            "the model to give them; import the set without --harmful-answers, or unlearn it (npo, rmu, ...)",
             err=True,
         )
     if planned.method.unlearns and 2 * refusals > len(answers):
         typer.echo(
-            f"warning: {refusals} of {len(answers)} forget answers are refusals, and {name} makes its model unlearn "
-            f"them; import the set with --harmful-answers, or train mixed_sft",
+            f"warning: {refusals} of {len(answers)} forget answers are refusals, and {name} unlearns them; "
+            "import the set with --harmful-answers, or train mixed_sft",
             err=True,
         )
 
 
 def methods(as_json: bool = JSON_OPTION) -> None:
-    """Lists the unlearning methods: what each does, where it is from and its options.
+    """Lists the methods with their descriptions, sources and options.
 
     Example:
 
@@ -246,17 +248,17 @@ def methods(as_json: bool = JSON_OPTION) -> None:
         typer.echo(f"{name:<12}{_about(method)}\n{'':<12}{method.source}\n{'':<12}{options or 'no options'}")
 
 
-NAME_WORDS = 5
+NAME_WORDS = 5  # a first sentence of at most this many words is only the method's name
 
 
 def _about(method: type[Method]) -> str:
-    """How a method's docstring begins, without where it is from: one sentence, or two where the first is hardly more than a name."""
+    """Returns the first sentence of a method's docstring without its source, or two if the first is only a name."""
     import inspect
     import re
 
     text = re.sub(r"\s*\([^()]*arXiv[^()]*\)", "", " ".join((inspect.getdoc(method) or "").replace("`", "").split()))
-    first, *others = re.split(r"(?<=\.)\s+(?=[A-Z])", text)
-    return " ".join([first, *others[:1]]) if len(first.split()) <= NAME_WORDS else first
+    first, *following = re.split(r"(?<=\.)\s+(?=[A-Z])", text)
+    return " ".join([first, *following[:1]]) if len(first.split()) <= NAME_WORDS else first
 
 
 def _options(method: type[Method]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Recipes (what to train) and suites (what to measure): YAML plus dotted overrides. Unknown keys are refused."""
+"""Recipes (training) and suites (measurement): YAML files with dotted overrides. Unknown keys are errors."""
 
 from vlm_unlearn.config.base import Strict as Strict
 from vlm_unlearn.config.loader import apply_overrides as apply_overrides

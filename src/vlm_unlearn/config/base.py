@@ -1,4 +1,4 @@
-"""The base class of every config, and the names that configs had in earlier versions."""
+"""The base class of all configs, and the deprecated names of their keys and values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vlm_unlearn.errors import DeprecatedNameWarning
+
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Fraction = Annotated[float, Field(ge=0, le=1)]  # from 0 to 1, not percent
 
 
 class DeprecatedNames(BaseModel):
-    """Lets a config read the keys and values of the previous version, with a `FutureWarning`. They go in the next one."""
+    """Base of configs that also read the keys and values of the previous version, with a `FutureWarning`.
+
+    The next version removes the old names.
+    """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {}  # old key -> new key
     renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # new key -> old value -> new value
@@ -39,10 +43,10 @@ def rename_deprecated(config: type[BaseModel], value: Mapping[str, Any], prefix:
     """Returns the mapping with the current names of its keys and values, those of nested configs included.
 
     Warns:
-        FutureWarning: for each deprecated name.
+        DeprecatedNameWarning: For each deprecated name.
 
     Raises:
-        ValueError: a key is there under its old and its new name.
+        ValueError: A key occurs under both its old and its new name.
     """
     keys = getattr(config, "renamed_keys", {})
     values = getattr(config, "renamed_values", {})
@@ -65,7 +69,7 @@ def rename_deprecated(config: type[BaseModel], value: Mapping[str, Any], prefix:
 
 
 def _rename_nested(config: type[BaseModel], annotation: object, item: Any, prefix: str) -> Any:
-    """Renames in one config, a list of configs, or a mapping of names to configs, as the annotation says."""
+    """Renames the keys of a config, of a list of configs, or of a mapping from names to configs."""
     container = typing.get_origin(annotation)
     if container is list and isinstance(item, list):
         return [_rename_nested(config, config, entry, prefix) for entry in item]
@@ -75,7 +79,7 @@ def _rename_nested(config: type[BaseModel], annotation: object, item: Any, prefi
 
 
 def nested_configs(annotation: object) -> Iterator[type[BaseModel]]:
-    """The configs that a field's type names, such as `SplitConfig` in ``list[SplitConfig]``."""
+    """Yields the config classes in the type of a field, such as `SplitConfig` in ``list[SplitConfig]``."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):
             yield annotation
@@ -85,4 +89,4 @@ def nested_configs(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, FutureWarning, stacklevel=2)
+    warnings.warn(message, DeprecatedNameWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Reads configs: YAML files that may extend each other, plus dotted overrides."""
+"""Reads configs: YAML files that can extend each other, with dotted overrides."""
 
 from __future__ import annotations
 
@@ -20,60 +20,68 @@ Config = TypeVar("Config", bound=BaseModel)
 _SHIPPED = (
     Path(__file__).parents[1] / "recipes",
     Path(__file__).parents[3] / "recipes",
-)  # installed, or a source checkout
+)  # of an installed package, and of a source checkout
 
 
 def shipped_path(name: str | Path) -> Path:
-    """A recipe's or suite's file: a path, or the name of one that comes with the package, such as ``tiny/npo``."""
+    """Returns the file of a recipe or suite, given as a path or as a shipped name such as ``tiny/npo``."""
     path = Path(name)
     if path.is_file() or not path.name:
         return path
-    for folder in _SHIPPED:
-        found = folder / _as_yaml(path)
-        if found.is_file():
-            return found
-    return path
+    files = (folder / _with_yaml_suffix(path) for folder in _SHIPPED)
+    return next((file for file in files if file.is_file()), path)
 
 
 def load(
     config: type[Config], path: Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None
 ) -> Config:
-    """Reads a YAML file into a config, with ``key.sub=value`` overrides (values are YAML too).
+    """Reads a YAML file into a config, and applies ``key.sub=value`` overrides, whose values are YAML too.
+
+    The top-level key ``extends: NAME`` reads another file first. NAME is a shipped name, or a file next to this one, in
+    which case ``.yaml`` is optional. Mappings are merged, and other values replace those of the extended file. A
+    mapping with a different ``name``, such as another method, is replaced too.
 
     Args:
-        values: top-level keys with values that are taken as they are, such as paths.
+        config: The config class, such as `Recipe` or `Suite`.
+        path: The YAML file, or a shipped name.
+        overrides: Dotted overrides, such as ``training.seed=1``.
+        values: Values of top-level keys that are not parsed, such as paths.
 
-    The top-level key ``extends: NAME`` reads another file first: one beside this file (``.yaml`` may be left out) or a shipped one.
-    Mappings merge, and everything else replaces what the base says; so does a mapping whose ``name`` differs, such as another method.
+    Returns:
+        The validated config.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown (the nearest right one is named), or a value is wrong.
+        UserError: The file is missing or not valid YAML, a key is unknown, or a value is invalid. The message suggests
+            the nearest known key.
     """
     path = shipped_path(path)
     value, bases = _read(path, (), config)
-    for mark, what in _MARKS.items():
-        if mark in value and mark not in config.model_fields:
-            raise UserError(f"{path}: is {what}")
-    where = f"{path} (extends {', '.join(bases)})" if bases else str(path)
-    return validate(config, {**apply_overrides(value, overrides, config), **(values or {})}, where)
+    for key, kind in _KEYS_OF_OTHER_CONFIG.items():
+        if key in value and key not in config.model_fields:
+            raise UserError(f"is {kind}", code="wrong-config", file=path)
+    source = f"{path} (extends {', '.join(bases)})" if bases else str(path)
+    return validate(config, {**apply_overrides(value, overrides, config), **(values or {})}, source)
 
 
-_MARKS = {"method": "a recipe, for `vlm-unlearn train`", "metrics": "a suite, for `vlm-unlearn evaluate`"}
+_KEYS_OF_OTHER_CONFIG = {
+    "method": "a recipe, for `vlm-unlearn train`",
+    "metrics": "a suite, for `vlm-unlearn evaluate`",
+}
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the first would be lost without a word."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A YAML loader that rejects duplicate keys. The standard one silently drops the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        for key, (named, _) in reversed(list(zip(keys, node.value, strict=True))):
+        for key, (key_node, _) in reversed(list(zip(keys, node.value, strict=True))):
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" is there twice', named.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f'duplicate key "{key}"', key_node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def shipped_names() -> list[str]:
-    """The recipes and suites that come with the package, by the names they are called by."""
+    """Returns the names of the shipped recipes and suites."""
     return [
         str(file.relative_to(folder))[: -len(".yaml")]
         for folder in _SHIPPED
@@ -82,32 +90,29 @@ def shipped_names() -> list[str]:
     ]
 
 
-def _nearest_shipped(path: Path) -> str:
-    """The shipped name that may be meant: one that ends so, else the closest."""
-    names = shipped_names()
-    same = [name for name in names if Path(name).name == path.name.removesuffix(".yaml")]
-    return nearest(same[0] if same else str(path), names)
-
-
 def read_resolved(name: str | Path) -> dict[str, Any]:
-    """A YAML file's keys over those of the files it extends.
+    """Returns the keys of a YAML file, merged with those of the files that it extends.
 
     Raises:
-        UserError: as `load`.
+        UserError: As `load`.
     """
     return _read(shipped_path(name), ())[0]
 
 
 def starter_text(name: str) -> str:
-    """A shipped file's text for a file of one's own elsewhere: what it extends is named so that it is found from there.
+    """Returns the text of a shipped file, as the start of a file in another folder.
+
+    The name after ``extends`` is completed so that it is valid in any folder.
 
     Raises:
-        UserError: no file of that name is shipped; the nearest one is named.
+        UserError: There is no shipped file of that name. The message suggests the nearest one.
     """
     name = name.removesuffix(".yaml")
     if name not in shipped_names():
         raise UserError(
-            f"no recipe or suite {quoted(name)} is shipped{nearest(name, shipped_names())}; `vlm-unlearn recipes` lists them"
+            f"no shipped recipe or suite {quoted(name)}{nearest(name, shipped_names())}; "
+            "`vlm-unlearn recipes` lists them",
+            code="unknown-name",
         )
     text = shipped_path(name).read_text(encoding="utf-8")
     return re.sub(r"^extends: *(?=[\w.-]+ *$)", f"extends: {Path(name).parent}/", text, flags=re.MULTILINE)
@@ -116,63 +121,85 @@ def starter_text(name: str) -> str:
 def _read(
     path: Path, readers: tuple[Path, ...], config: type[BaseModel] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns a file's keys over those of the file it extends, and the names of the extended files.
+    """Returns the keys of a file merged with those of the file it extends, and the names of the extended files.
 
     Args:
-        readers: The files that led here by ``extends``, to detect a circle.
+        readers: The files that led to this one by ``extends``, to detect a circle.
         config: Renames the deprecated keys of each file to those of this config, so that old and new names merge.
     """
     if path.resolve() in (reader.resolve() for reader in readers):
-        raise UserError(f"{readers[-1]}: extends goes in a circle: {' -> '.join(map(str, (*readers, path)))}")
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
-    except OSError as error:
-        near = _nearest_shipped(path) if isinstance(error, FileNotFoundError) else describe_path(path)
-        raise UserError(
-            f"{path}: {error.strerror}{near}" + (f" ({readers[-1]} extends it)" if readers else "")
-        ) from None
-    except Exception as error:  # PyYAML lets dates, numbers and nesting that it can't read raise whatever they raise
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected keys and values, such as `method: npo`")
-    if isinstance(value.get("method"), str):
-        value["method"] = {"name": value["method"]}
+        circle = " -> ".join(map(str, (*readers, path)))
+        raise UserError(f"circular reference: {circle}", code="invalid-field", file=readers[-1], field="extends")
+    value = _read_yaml(path, readers)
     name = value.pop("extends", None)
     if config is not None:
-        value = _renamed(config, value, str(path))
+        value = _renamed(config, value, path)
     if name is None:
         return value, []
     if not isinstance(name, str) or not Path(name).name or not name.isprintable():
-        raise UserError(f"{path}: extends: expected one name, such as `extends: npo_7b`")
-    beside = path.parent / name
-    base = next((found for found in (beside, _as_yaml(beside)) if found.is_file()), shipped_path(name))
-    below, bases = _read(base, (*readers, path), config)
-    return _merged(below, value), [name, *bases]
+        raise UserError(
+            "expected one name, such as `extends: npo_7b`", code="invalid-field", file=path, field="extends"
+        )
+    sibling = path.parent / name
+    base = next((file for file in (sibling, _with_yaml_suffix(sibling)) if file.is_file()), shipped_path(name))
+    base_value, bases = _read(base, (*readers, path), config)
+    return _merge(base_value, value), [name, *bases]
 
 
-def _as_yaml(path: Path) -> Path:
-    return (
-        path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
-    )  # with_suffix would cut llama_3.2 at its dot
+def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """Returns the keys of a single file. A method that is given by its name alone is expanded.
+
+    Raises:
+        UserError: The file is missing or not valid YAML, or is not a mapping.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        suggestion = _nearest_shipped(path) if missing else describe_path(path)
+        reader = f" ({readers[-1]} extends it)" if readers else ""
+        code = "file-not-found" if missing else "file-unreadable"
+        raise UserError(f"{error.strerror}{suggestion}{reader}", code=code, file=path) from None
+    except Exception as error:  # PyYAML raises arbitrary errors for invalid dates and numbers, and for deep nesting
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{line}not valid YAML: {problem}", code="invalid-yaml", file=path) from None
+    if not isinstance(value, dict):
+        raise UserError("expected keys and values, such as `method: npo`", code="invalid-yaml", file=path)
+    if isinstance(value.get("method"), str):
+        value["method"] = {"name": value["method"]}
+    return value
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = {**below, **above}
-    for key in below.keys() & above.keys():
-        old, new = below[key], above[key]
+def _nearest_shipped(path: Path) -> str:
+    """Returns a suggestion for a missing file: the shipped name with the same last component, or the nearest one."""
+    names = shipped_names()
+    same = [name for name in names if Path(name).name == path.name.removesuffix(".yaml")]
+    return nearest(same[0] if same else str(path), names)
+
+
+def _with_yaml_suffix(path: Path) -> Path:
+    # Path.with_suffix would truncate llama_3.2 at its dot.
+    return path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Merges two mappings. Values of `top` win, and mappings of the same ``name`` are merged."""
+    merged = {**base, **top}
+    for key in base.keys() & top.keys():
+        old, new = base[key], top[key]
         if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) == old.get("name"):
-            merged[key] = _merged(old, new)
+            merged[key] = _merge(old, new)
     return merged
 
 
-def _renamed(config: type[BaseModel], value: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _renamed(config: type[BaseModel], value: Mapping[str, Any], file: Path | None = None) -> dict[str, Any]:
     """Returns the mapping with the current names of deprecated keys."""
     try:
         return rename_deprecated(config, value)
     except ValueError as error:
-        raise UserError(f"{where}: {error}", code="duplicate-key") from None
+        raise UserError(str(error), code="duplicate-key", file=file) from None
 
 
 def apply_overrides(
@@ -180,22 +207,31 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """Applies ``key.sub=value`` overrides to a nested mapping and returns the mapping.
 
+    A key of the path that is missing is added. An item of a list is named by its ``name`` or by its index.
+
     Args:
+        value: The nested mapping, which is changed.
+        overrides: The overrides. Their values are YAML.
         config: Renames the deprecated keys of the mapping and of the overrides to those of this config.
 
     Raises:
         UserError: An override is not ``key=value``, its value is not YAML, or a list has no such item.
     """
     if config is not None:
-        value = _renamed(config, value, "config")
+        value = _renamed(config, value)
     for text in overrides:
         dotted, equals, raw = text.partition("=")
         if not equals or not dotted.strip():
-            raise UserError(f'override "{text}": write key=value, for example training.learning_rate=1e-5')
+            raise UserError(
+                f"the override {quoted(text)} is not key=value, for example training.learning_rate=1e-5",
+                code="invalid-override",
+            )
         try:
-            parsed = _number_or_same(yaml.safe_load(raw))
-        except Exception:  # as in load
-            raise UserError(f'override "{text[:80]}": the value is not valid YAML') from None
+            parsed = _parse_exponent(yaml.safe_load(raw))
+        except Exception:  # PyYAML raises arbitrary errors
+            raise UserError(
+                f"the value of the override {quoted(text)} is not valid YAML", code="invalid-override"
+            ) from None
         keys = dotted.strip().split(".")
         if config is not None:
             keys, parsed = _current_names(config, keys, parsed)
@@ -204,132 +240,157 @@ def apply_overrides(
         for parent in parents:
             target = _child(target, parent, text)
         if isinstance(target, list):
-            target[_place(target, last, text)] = parsed
+            target[_index(target, last, text)] = parsed
             continue
-        if last in _NAMED and not parents and isinstance(parsed, str):
+        if last in _NAME_KEYS and not parents and isinstance(parsed, str):
             parsed = {"name": parsed}
         target[last] = parsed
     return value
 
 
 def _current_names(config: type[BaseModel], keys: Sequence[str], value: Any) -> tuple[list[str], Any]:
-    """Renames the deprecated keys of an override's path, and its value if that is deprecated."""
+    """Renames the deprecated keys in the path of an override, and its value if that is deprecated."""
     current: type[BaseModel] | None = config
     renamed: list[str] = []
-    items = False  # whether the next key names an item of a list or mapping of configs
+    is_item = False  # whether the next key names an item of a list or mapping of configs
     for number, key in enumerate(keys):
-        if current is None or items:
+        if current is None or is_item:
             renamed.append(key)
-            items = False
+            is_item = False
             continue
-        last = number == len(keys) - 1
-        (new, new_value), *_ = rename_deprecated(current, {key: value if last else None}).items()
-        renamed.append(new)
-        value = new_value if last else value
-        field = current.model_fields.get(new)
+        is_last = number == len(keys) - 1
+        (new_key, new_value), *_ = rename_deprecated(current, {key: value if is_last else None}).items()
+        renamed.append(new_key)
+        value = new_value if is_last else value
+        field = current.model_fields.get(new_key)
         current = next(nested_configs(field.annotation), None) if field is not None else None
-        items = field is not None and typing.get_origin(field.annotation) in (list, dict)
+        is_item = field is not None and typing.get_origin(field.annotation) in (list, dict)
     return renamed, value
 
 
-_NAMED = ("method", "judge")  # keys whose value may be a name alone
+_NAME_KEYS = ("method", "judge")  # keys whose value can be a name alone
 
 
-def _child(target: Any, part: str, text: str) -> Any:
-    """What a dotted override goes into: a mapping's key, made where it isn't there, or an item of a list, by its number or its name."""
+def _child(target: Any, key: str, override: str) -> Any:
+    """Returns the child of a mapping or list that the next key of an override names. A missing mapping is added."""
     if isinstance(target, list):
-        return target[_place(target, part, text)]
-    found = target.get(part)
-    if isinstance(found, str) and part in _NAMED:
-        found = {"name": found}
-    target[part] = found if isinstance(found, dict | list) else {}
-    return target[part]
+        return target[_index(target, key, override)]
+    child = target.get(key)
+    if isinstance(child, str) and key in _NAME_KEYS:
+        child = {"name": child}
+    target[key] = child if isinstance(child, dict | list) else {}
+    return target[key]
 
 
-def _place(items: list[Any], part: str, text: str) -> int:
+def _index(items: list[Any], key: str, override: str) -> int:
+    """Returns the index of the list item with a name, or with an index as text."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if part in names:
-        return names.index(part)
-    if part.isdecimal() and int(part) < len(items):
-        return int(part)
-    known = [str(name) for name in names if name is not None]
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    valid = [str(name) for name in names if name is not None]
     raise UserError(
-        f'override "{text[:80]}": there is no "{part[:40]}"{nearest(part, known)}; the list has {", ".join(known) or len(items)}'
+        f"the override {quoted(override)} names the unknown list item {quoted(key, 40)}{nearest(key, valid)}; "
+        f"the list has {', '.join(valid) or len(items)}",
+        code="invalid-override",
     )
 
 
-def _number_or_same(value: Any) -> Any:
-    # YAML 1.1 reads 1e-5 as text.
+def _parse_exponent(value: Any) -> Any:
+    # YAML 1.1 parses 1e-5 as text.
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
 
-def validate(config: type[Config], value: object, where: str) -> Config:
+def validate(config: type[Config], value: object, source: str) -> Config:
     """Builds a config from plain values.
 
+    Args:
+        source: The file or command that the values are from, for error messages.
+
     Raises:
-        UserError: one line that names the key, what is wrong with it, and for an unknown key the nearest right one.
+        UserError: A key is unknown or missing, or a value is invalid. `field` is the key, and the message suggests the
+            nearest known key.
     """
     try:
         return config.model_validate(value)
     except ValidationError as error:
-        found = error.errors()
-        if found[0]["type"] == "missing":  # a misspelt key is why
-            found.sort(key=lambda one: one["type"] != "extra_forbidden")
-        first, *others = found
-        # A value that may be of several kinds fails once for each, and each names its kind as if it were a key.
-        known = _keys_beside(config, first["loc"])
-        kinds = [
-            other
-            for other in others
-            if other["loc"][:-1] == first["loc"][:-1]
-            and other["loc"][-1] not in known
-            and other["type"] != "extra_forbidden"
-        ]
-        if kinds and first["loc"][-1] not in known and first["type"] != "extra_forbidden":
-            key = ".".join(map(str, first["loc"][:-1]))
-            told = " or ".join(str(kind["msg"]) for kind in (first, *kinds))
-            raise UserError(f"{where}: {key}: {told}") from None
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(f'{where}: unknown key "{key}"{_meant(config, str(first["loc"][-1]), known)}') from None
-        if first["type"] == "missing":
-            raise UserError(f'{where}: key "{key}" is missing; add it to the file or pass {key}=...') from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: {key + ': ' if key else ''}{message}") from None
+        problems = error.errors()
+    if problems[0]["type"] == "missing":  # if a key is misspelled, that is why another one is missing
+        problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    first, *others = problems
+    location = first["loc"]
+    key = ".".join(map(str, location))
+    if first["type"] == "extra_forbidden":
+        suggestion = _suggested_key(config, str(location[-1]), _sibling_keys(config, location))
+        raise UserError(f"unknown key{suggestion}", code="unknown-key", file=source, field=key)
+    if first["type"] == "missing":
+        message = f"missing key; add it to the file or pass {key}=..."
+        raise UserError(message, code="missing-field", file=source, field=key)
+    # A value that may have one of several types fails once for each, and pydantic appends the type to its location.
+    siblings = _sibling_keys(config, location)
+    same_value = [
+        problem
+        for problem in others
+        if problem["loc"][:-1] == location[:-1]
+        and problem["loc"][-1] not in siblings
+        and problem["type"] != "extra_forbidden"
+    ]
+    if same_value and location[-1] not in siblings:
+        message = " or ".join(str(problem["msg"]) for problem in (first, *same_value))
+        field = ".".join(map(str, location[:-1]))
+        raise UserError(message, code="invalid-field", file=source, field=field)
+    cause = first.get("ctx", {}).get("error")
+    code = cause.code if isinstance(cause, UserError) else "invalid-field"
+    raise UserError(first["msg"].removeprefix("Value error, "), code=code, file=source, field=key or None)
 
 
-_OF_METHODS = (
+_METHOD_OPTIONS = (
     "beta",
     "gamma",
     "forget_weight",
     "retain_weight",
     "paper_compat",
-)  # options; a recipe's class doesn't hold them
+)  # options of methods, which are not fields of the recipe's class
 
 
-def _meant(config: type[BaseModel], key: str, beside: Sequence[str]) -> str:
-    """The right key for an unknown one: what others call so, the same key elsewhere in the config, or the nearest beside it."""
-    options = [f"method.{option}" for option in _OF_METHODS] if "method" in config.model_fields else []
+_ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "bf16": "precision",
+    "dtype": "precision",
+    "lora_r": "lora.r",
+    "rank": "lora.r",
+    "output_dir": "output",
+    "model_name_or_path": "model",
+}  # names in other tools that no similarity leads to
+
+
+def _suggested_key(config: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
+    """Returns a suggestion for an unknown key: the same key elsewhere in the config, or the nearest valid one."""
+    key = _ABBREVIATIONS.get(key, key)
+    if key in siblings:
+        return f"; did you mean {quoted(key)}?"
+    options = [f"method.{option}" for option in _METHOD_OPTIONS] if "method" in config.model_fields else []
     same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{key}")]
     if same:
         return f"; did you mean {' or '.join(map(quoted, same[:3]))}?"
-    return nearest(key, beside) or f"; valid keys: {', '.join(beside)}"
+    return nearest(key, siblings) or f"; valid keys: {', '.join(siblings)}"
 
 
-def _paths(config: type[BaseModel], before: str = "") -> Iterator[str]:
-    """The dotted keys that an override can give, but for those of lists' items."""
+def _paths(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted keys of a config, except those of the items of lists and mappings."""
     for name, field in config.model_fields.items():
-        yield f"{before}{name}"
+        yield f"{prefix}{name}"
         if typing.get_origin(field.annotation) not in (list, dict):
             for inner in nested_configs(field.annotation):
-                yield from _paths(inner, f"{before}{name}.")
+                yield from _paths(inner, f"{prefix}{name}.")
 
 
-def _keys_beside(config: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys that are allowed where `location` points."""
+def _sibling_keys(config: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Returns the valid keys of the config that `location` points into."""
     current: type[BaseModel] = config
-    for part in location[:-1]:
-        field = current.model_fields.get(str(part))
+    for key in location[:-1]:
+        field = current.model_fields.get(str(key))
         if field is not None:
             current = next(nested_configs(field.annotation), current)
     return list(current.model_fields)

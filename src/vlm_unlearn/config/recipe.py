@@ -1,4 +1,4 @@
-"""Recipes: what to train."""
+"""Recipes: the model, data, method and hyperparameters of a training run."""
 
 from __future__ import annotations
 
@@ -8,53 +8,58 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from vlm_unlearn.config.base import DeprecatedNames, Fraction, Positive, Strict
+from vlm_unlearn.config.base import DeprecatedNames, Positive, Strict
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.records import Fraction
 from vlm_unlearn.store import user_path
 
 
 class MethodConfig(DeprecatedNames):
-    """`name` picks the method; the other keys are its options (`vlm-unlearn methods` lists them)."""
+    """The unlearning method. `name` selects it, and the other keys are its options."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
     name: str
-    """The method; `vlm-unlearn methods` lists them with their options."""
+    """Name of the method. `vlm-unlearn methods` lists the methods with their options."""
 
 
 class LoraConfig(Strict):
-    """Low-rank adapters (Hu et al. 2021); the field names are PEFT's."""
+    """Low-rank adapters (Hu et al. 2021). The field names are those of PEFT."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
 
     r: Annotated[int, Field(gt=0, le=65_536)] = 32
-    """Rank."""
+    """Rank of the adapters."""
     lora_alpha: Positive = 64
-    """Scale: the adapters' output is multiplied by lora_alpha / r."""
+    """Scale of the adapters. Their output is multiplied by `lora_alpha / r`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapters' inputs that is dropped in training."""
+    """Dropout probability of the adapters' inputs in training."""
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    """Layers of the language model that get adapters, by the end of their names."""
+    """Layers of the language model that get adapters, by the last component of their names."""
 
 
 class TrainableConfig(Strict):
-    """What learns. The vision tower is frozen unless `vision_tower` is true."""
+    """The trainable parameters. The vision tower is frozen unless `vision_tower` is true."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"parameters": "parameter_patterns"}
 
     mode: Literal["full", "lora", "qlora"] = "full"
-    """`full`: the weights themselves; `lora`: adapters; `qlora`: adapters on a base in 4 bits (NF4), which needs a CUDA GPU."""
+    """`full` trains the weights, `lora` trains adapters, and `qlora` trains adapters on a base in 4 bits (NF4).
+
+    `qlora` needs a CUDA GPU.
+    """
     layers: list[int] | None = None
-    """For `full`: train these decoder layers only, 0 the first; null: all of the language model."""
+    """For `full`: the decoder layers to train, counted from 0. Null trains the entire language model."""
     parameter_patterns: list[str] | None = None
-    """For `full`: within those layers, the parameters whose names hold one of these; null: all."""
+    """For `full`: train only parameters of those layers whose names contain one of these texts. Null trains all."""
     projector: bool | Literal["sine"] = True
-    """The multimodal projector; `sine`: SineProject's frozen W + sin(dW), merged when saved."""
+    """Whether the multimodal projector is trained. `sine` trains SineProject's W + sin(dW), merged when saved."""
     vision_tower: bool = False
-    """Whether the vision tower learns too."""
+    """Whether the vision tower is trained."""
     lora: LoraConfig = LoraConfig()
-    """The adapters, for `lora` and `qlora`."""
+    """Adapters of the modes `lora` and `qlora`."""
 
 
 Steps = Annotated[int, Field(gt=0, le=100_000_000)]
@@ -62,7 +67,10 @@ BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 
 
 class TrainingConfig(Strict):
-    """The optimisation; the field names are those of transformers.TrainingArguments where it has one."""
+    """Hyperparameters of the training run.
+
+    A field that transformers.TrainingArguments also has carries the name that it has there.
+    """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
         "epochs": "num_train_epochs",
@@ -72,130 +80,137 @@ class TrainingConfig(Strict):
     }
 
     num_train_epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
-    """Passes over the forget set."""
+    """Number of passes over the forget set."""
     max_steps: Steps | None = None
-    """Optimizer steps; wins over num_train_epochs."""
+    """Number of optimizer steps. If it is set, `num_train_epochs` has no effect."""
     per_device_train_batch_size: BatchSize = 1
-    """Forget samples a device and step; as many retain (and decouple) samples."""
+    """Forget samples per device and batch. The batch has as many retain samples, and as many decouple samples."""
     gradient_accumulation_steps: BatchSize = 1
-    """Batches that make one optimizer step."""
+    """Number of batches per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """The highest learning rate, of AdamW."""
+    """Peak learning rate of AdamW."""
     projector_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """The projector's own learning rate; null: `learning_rate`."""
+    """Peak learning rate of the projector. Null uses `learning_rate`."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
-    """How the learning rate moves over the run."""
+    """Learning-rate schedule."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
-    """Share of the run's steps over which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decay of weights."""
+    """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are cut to this norm."""
+    """Maximum gradient norm. Larger gradients are clipped."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the computation; `auto`: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the forward and backward pass. `auto` is bf16 on a GPU and fp32 on a CPU."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """How attention is computed; `auto`: what transformers chooses."""
+    """Attention implementation. `auto` is the default of transformers."""
     gradient_checkpointing: bool = False
-    """Computes activations twice instead of holding them: less memory, more time."""
+    """Recompute activations in the backward pass instead of storing them. It saves memory and costs time."""
     group_by_image: bool = False
-    """Questions on one image come one after the other, so that a batch of them runs the image once."""
+    """Order the samples by image, so that the questions of a batch on the same image run it once."""
     feature_cache: Literal["memory", "disk", "off"] = "memory"
-    """Where a frozen vision tower's features of each image are kept, so that it runs each image once."""
+    """Where to cache the image features of a frozen vision tower, so that it runs each image once."""
     feature_cache_gb: Positive = 4
-    """At most this much of them; the tower runs the images of the others again."""
+    """Maximum size of the feature cache in GB. Images that do not fit run through the tower each time."""
     max_length: Positive = 2048
-    """Tokens; a longer answer is cut at its end, a longer question is an error."""
+    """Maximum length of a sample in tokens. A longer answer is truncated, and a longer question is an error."""
     dataloader_num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Processes that open images and tokenise for the steps to come; 0: the trainer does so itself, between steps."""
+    """Number of processes that load images and tokenize ahead of the training steps. 0 loads in the main process."""
     save_steps: Positive = 500
-    """Optimizer steps between two checkpoints."""
+    """Number of optimizer steps between two checkpoints."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Where steps are logged besides log.jsonl and loss.png."""
+    """Services that log the steps, in addition to log.jsonl and loss.png."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the order of samples, dropout, new adapters and control vectors."""
+    """Seed of the sample order, dropout, adapter initialization and control vectors."""
 
 
 class Bound(Strict):
     """A condition on a rate: ``{at_most: 0.05}`` or ``{at_least: 0.9}``."""
 
     at_most: Fraction | None = None
-    """Holds up to this share."""
+    """The condition holds up to this rate."""
     at_least: Fraction | None = None
-    """Holds from this share on."""
+    """The condition holds from this rate on."""
 
     @model_validator(mode="after")
-    def _one(self) -> Bound:
+    def _check_single_bound(self) -> Bound:
         if (self.at_most is None) == (self.at_least is None):
-            raise ValueError("give at_most or at_least")
+            raise UserError("needs either `at_most` or `at_least`", code="conflicting-settings")
         return self
 
     def holds(self, value: float | None) -> bool:
-        """Whether a rate that was measured is within the bound."""
+        """Returns whether a measured rate fulfills the condition. A rate of None does not."""
         if value is None:
             return False
         return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
 
 
 class ProbeConfig(Strict):
-    """A small evaluation every few steps, since unlearning overshoots."""
+    """A small evaluation at regular intervals of training, to stop before unlearning degrades the model."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"every": "eval_steps", "groups": "num_questions"}
 
     suite: Path
-    """A suite file, or a shipped one's name; its metrics are what the rules below name."""
+    """A suite file, or the name of a shipped suite. The rules below refer to its metrics."""
     root: Path = Path()
-    """What the suite's paths are relative to."""
+    """Folder that the paths of the suite are relative to."""
     eval_steps: Positive = 50
-    """Optimizer steps between two probes."""
+    """Number of optimizer steps between two evaluations."""
     num_questions: Positive = 16
-    """Questions a case, with all their rewrites; always the same ones."""
+    """Number of questions per split, with all their rewrites. Every evaluation uses the same questions."""
     stop_when: dict[str, Bound] = {}
-    """The run ends once all of these hold: forgotten enough."""
+    """Conditions that stop the run successfully as soon as all of them hold."""
     abort_when: dict[str, Bound] = {}
-    """The run ends as soon as one of these holds: broken."""
+    """Conditions that abort the run as soon as one of them holds."""
     keep_best: dict[str, float] = {}
-    """Weight of each metric; the weights with the highest weighted sum are saved, not the last ones."""
+    """Factor of each metric. The checkpoint with the highest weighted sum is saved instead of the last one."""
 
     @field_validator("root")
     @classmethod
-    def _home(cls, value: Path) -> Path:
+    def _expand_home(cls, value: Path) -> Path:
         return user_path(value)
 
 
 class Recipe(Strict):
-    """One training run."""
+    """A training run: model, data, method, trainable parameters and hyperparameters."""
 
     name: str = ""
-    """The run's name in tables; defaults to the method, with +pd where prompts are decoupled."""
+    """Name of the run in tables. The default is the method, with `+pd` if prompts are decoupled."""
     model: str
-    """A folder or hub name that AutoModelForImageTextToText loads."""
+    """A model folder or hub name that AutoModelForImageTextToText loads."""
     data: Path
-    """A training-set folder."""
+    """The training-set folder."""
     output: Path
-    """The run folder."""
+    """The run folder to write."""
     method: MethodConfig
-    """The method and its options; its name alone will do."""
+    """The method and its options, or only the name of the method."""
     prompt_decouple_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of SafeEraser's Prompt Decouple loss; 0: the bare method."""
+    """Weight of SafeEraser's Prompt Decouple loss. 0 turns it off."""
     trainable: TrainableConfig = TrainableConfig()
-    """What learns."""
+    """The trainable parameters."""
     training: TrainingConfig = TrainingConfig()
-    """How it learns."""
+    """Hyperparameters."""
     reference: Literal["auto", "cache", "adapter", "copy"] = "auto"
-    """Where reference values come from: a file of one number a sample, the base under disabled adapters, or a frozen copy."""
+    """Source of the reference model's values.
+
+    `cache` is a file with one number per sample, `adapter` is the base model with disabled adapters, and `copy` is a
+    frozen copy of the trainable parameters.
+    """
     image_aspect_ratio: Literal["processor", "pad"] = "processor"
-    """`processor`: what the model's processor does; `pad`: squares, filled up with the mean colour (LLaVA-1.5's training)."""
+    """`processor` leaves images to the model's processor. `pad` pads them to squares with the mean color.
+
+    LLaVA-1.5 was trained with `pad`.
+    """
     probe: ProbeConfig | None = None
-    """A small evaluation every few steps, to stop on what matters."""
+    """A small evaluation at regular intervals, with rules that stop the run."""
 
     @field_validator("data", "output")
     @classmethod
-    def _home(cls, value: Path) -> Path:
+    def _expand_home(cls, value: Path) -> Path:
         return user_path(value)
 
     @model_validator(mode="before")
     @classmethod
-    def _short_method(cls, value: Any) -> Any:
+    def _expand_method_name(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("method"), str):
             return {**value, "method": {"name": value["method"]}}
         return value

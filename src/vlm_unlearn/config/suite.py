@@ -1,4 +1,4 @@
-"""Suites: what to measure."""
+"""Suites: the questions, judges and metrics of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,148 +10,177 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vlm_unlearn.config.base import Positive, Strict
-from vlm_unlearn.errors import nearest
+from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.records import Kind, Label
 from vlm_unlearn.store import user_path
 
 
 class RewriteConfig(Strict):
-    """The one-word attack by rules: every question becomes `num_rewrites` questions that start with `trigger`.
+    """The one-word attack by rules: each question becomes `num_rewrites` questions that start with `trigger`.
 
-    `control` are paraphrases that start with neither trigger: what they change is not the trigger's doing.
+    The paraphrases of `control` start with neither trigger. They show the effect of rewording alone.
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"shots": "num_rewrites"}
 
     trigger: Literal["what", "share", "control"]
-    """The first word; `control`: neither of the two."""
+    """First word of the rewrites. `control` uses neither of the two."""
     num_rewrites: Annotated[int, Field(gt=0, le=5)] = 1
-    """Different rewrites of each question."""
+    """Number of different rewrites of each question."""
 
 
 class SplitConfig(Strict):
-    """One set of prompts. Rows of a file with the same id are shots of one question, as in the published attack files."""
+    """A set of prompts. Rows of a file with the same id are rewrites of one question, as in the published files."""
 
     name: str
-    """What metrics call it."""
+    """Name of the split, for metrics to refer to."""
     format: Literal["vlguard", "safe_eraser", "table"]
-    """The file's format; `table`: CSV, TSV, JSON lines, parquet with the columns question, answer and set (docs/your-own-data.md)."""
+    """Format of the file. A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set.
+
+    docs/your-own-data.md describes tables.
+    """
     file: Path
-    """The file with the questions."""
+    """File with the questions."""
     images: Path
-    """The folder that the file's image paths are relative to."""
+    """Folder that the image paths of the file are relative to."""
     kind: Kind
-    """Which of the file's questions; of a table the sets forget, retain and decouple, in this order: unsafe, safe and the third."""
+    """Which questions of the file to use.
+
+    The sets forget, retain and decouple of a table are `unsafe`, `safe` and `safe_image_unsafe_question`.
+    """
     rewrite: RewriteConfig | None = None
-    """Attack them; null: as they are."""
+    """Rewrites of the questions. Null leaves the questions unchanged."""
     samples: Annotated[int, Field(gt=0, le=1000)] = 1
-    """Answers to each prompt; more than one needs generation.temperature."""
+    """Number of answers to each prompt. More than one needs `generation.temperature`."""
 
 
 class SampleConfig(Strict):
-    """Asks a seeded part of each case: whole question groups, or `num_rows` as published, which tears a question's shots apart."""
+    """A random sample of each split.
+
+    `num_questions` samples questions with all their rewrites. `num_rows` samples rows as published, which separates the
+    rewrites of a question.
+    """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"groups": "num_questions", "rows": "num_rows"}
 
     num_questions: Positive | None = None
-    """Question groups a case."""
+    """Number of questions per split."""
     num_rows: Positive | None = None
-    """Rows a case, as published."""
+    """Number of rows per split, as published."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the draw."""
+    """Seed of the sample."""
 
     @model_validator(mode="after")
-    def _one(self) -> SampleConfig:
+    def _check_single_size(self) -> SampleConfig:
         if (self.num_questions is None) == (self.num_rows is None):
-            raise ValueError("say how many: `num_questions` (or `num_rows`, as published)")
+            raise UserError("needs either `num_questions` or `num_rows` (as published)", code="conflicting-settings")
         return self
 
 
 class JudgeConfig(Strict):
-    """Who grades. `llm` asks a language model by a rubric; what one of a suite's `judges` leaves open it takes from the suite's `judge`."""
+    """A judge of answers. `llm` sends them to a language model with a rubric.
+
+    If an entry of a suite's `judges` and the suite's `judge` are both `llm`, the entry inherits the keys that it does
+    not set.
+    """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
     name: Literal["keyword", "tiny_world", "llm", "rouge_l"]
-    """`keyword` sees refusals, `llm` reads, `rouge_l` compares with references, `tiny_world` knows the demo's facts."""
+    """`keyword` detects refusals, `llm` is a language model, `rouge_l` compares answers with references.
+
+    `tiny_world` checks answers against the facts of the demo's world.
+    """
     paper_compat: bool = False
-    """The published counting: of keyword, of rouge_l, and of llm's rubrics after the two papers."""
+    """Count as the published implementation, for `keyword`, `rouge_l`, and the rubrics of the two papers."""
     world: Path | None = None
-    """For `tiny_world`: the file with the world's facts."""
+    """For `tiny_world`: the file with the facts of the world."""
     rubric: str | None = None
-    """For `llm`: a shipped rubric's name or a file (`vlm-unlearn judge rubrics` lists them)."""
+    """For `llm`: a rubric file, or the name of a shipped rubric. `vlm-unlearn judge rubrics` lists them."""
     model: str | None = None
-    """For `llm`: the server's model; without a server, a model folder or hub name to run here."""
+    """For `llm`: name of the model on the server. Without a server, a model folder or hub name to run locally."""
     server: str | None = None
-    """For `llm`: address of an OpenAI-compatible server, as http://localhost:8000/v1; its key: OPENAI_API_KEY."""
+    """For `llm`: address of an OpenAI-compatible server, such as http://localhost:8000/v1.
+
+    The environment variable OPENAI_API_KEY contains its key.
+    """
     images: bool = True
-    """For `llm`: whether the judge sees the image, where the rubric asks for it."""
+    """For `llm`: whether to send the image if the rubric uses it."""
     max_tokens: Positive = 256
-    """For `llm`: the longest reply."""
+    """For `llm`: maximum length of a reply in tokens."""
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16
-    """For `llm` on a server: questions under way at once."""
+    """For `llm` on a server: number of parallel requests."""
     timeout: Annotated[float, Field(ge=0.1, le=3600)] = 60.0
-    """For `llm` on a server: seconds for one try."""
+    """For `llm` on a server: timeout of an attempt in seconds."""
     retries: Annotated[int, Field(ge=0, le=100)] = 4
-    """For `llm` on a server: tries after the first."""
+    """For `llm` on a server: number of retries after a failed attempt."""
     request: dict[str, Any] = {}
-    """For `llm` on a server: keys to add to what is sent, or with null to leave out."""
+    """For `llm` on a server: keys to add to each request. A null removes a key."""
     batch_size: Positive = 8
-    """For `llm` without a server: questions a batch."""
+    """For `llm` without a server: number of questions per batch."""
     cache: bool = True
-    """For `llm`: take replies that the same model gave to the same question before."""
+    """For `llm`: reuse saved replies of the same model to the same question."""
     revision: str = ""
-    """For `llm` on a server: a name for what it runs now; another one is asked anew, whatever the cache holds."""
+    """For `llm` on a server: a version of the served model. Another version does not reuse cached replies."""
     input_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """For `llm`: of a million tokens asked, in your currency, to show the cost."""
+    """For `llm`: price of a million input tokens in any currency, to report the cost."""
     output_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """For `llm`: of a million tokens replied."""
+    """For `llm`: price of a million output tokens."""
 
     @model_validator(mode="after")
-    def _whole(self) -> JudgeConfig:
+    def _check_keys_of_judge(self) -> JudgeConfig:
         if (self.name == "llm") != (self.rubric is not None):
-            raise ValueError("`rubric` goes with the judge llm, and llm needs one, such as four_labels")
+            raise UserError(
+                "the judge llm needs a `rubric`, such as four_labels, and other judges have none",
+                code="conflicting-settings",
+            )
         if self.name != "llm" and (self.model is not None or self.server is not None):
-            raise ValueError(f"`model` and `server` are for the judge llm; {self.name} asks nobody")
+            raise UserError(
+                f"`model` and `server` are for the judge llm, but the judge is {self.name}",
+                code="conflicting-settings",
+            )
         if self.rubric is not None and ("/" in self.rubric or self.rubric.endswith(".txt")):
             object.__setattr__(self, "rubric", str(user_path(self.rubric).absolute()))
-        _no_secret_in(self.server)
+        _check_no_password(self.server)
         return self
 
     @property
     def judge_id(self) -> str:
-        """Names its verdicts, in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
+        """The judge's name in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
         paper = "-paper" if self.paper_compat else ""
         if self.rubric is None:
             return f"{self.name}{paper}"
         rubric = _file_name(Path(self.rubric).stem if "/" in self.rubric else self.rubric)
-        who = "--".join((self.model or "nobody").rstrip("/").split("/")[-2:])
-        return f"{rubric}{paper}{'' if self.images else '-blind'}@{_file_name(who)}"
+        model = "--".join((self.model or "nobody").rstrip("/").split("/")[-2:])
+        return f"{rubric}{paper}{'' if self.images else '-blind'}@{_file_name(model)}"
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """What decides its verdicts, as far as a config can tell."""
-        same = {"concurrency", "timeout", "retries", "batch_size", "cache", "input_price", "output_price", "world"}
-        return self.model_dump(mode="json", exclude=same)
+        """Returns the keys that influence the verdicts."""
+        irrelevant = {"concurrency", "timeout", "retries", "batch_size", "cache"}
+        irrelevant |= {"input_price", "output_price", "world"}
+        return self.model_dump(mode="json", exclude=irrelevant)
 
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text)[-60:]
 
 
-def _no_secret_in(server: str | None) -> None:
+def _check_no_password(server: str | None) -> None:
     if server is not None and "@" in server.partition("://")[2].partition("/")[0]:
-        raise ValueError(
-            "a server's address holds no user and password, which would stand in files; the key goes into OPENAI_API_KEY"
+        raise UserError(
+            "the server's address contains a user or password, which would be saved in files; "
+            "put the key into the environment variable OPENAI_API_KEY",
+            code="secret-in-setting",
         )
 
 
-def _judge_from(value: Any) -> Any:
-    """A judge as a suite may write it: its name alone will do."""
+def _expand_judge_name(value: Any) -> Any:
+    """Expands a judge that is given by its name alone."""
     return {"name": value} if isinstance(value, str) else value
 
 
 class MetricConfig(Strict):
-    """A rate over cases, out of a judge's labels or its scores (0 to 1)."""
+    """A rate over splits, computed from the labels or the scores (0 to 1) of a judge."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"cases": "splits", "group": "aggregate", "failures": "on_error"}
     renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
@@ -160,141 +189,150 @@ class MetricConfig(Strict):
     }
 
     splits: list[str]
-    """The cases whose answers it counts."""
+    """Splits whose answers count."""
     labels: list[Label] = []
-    """The labels that count."""
+    """Labels that count as hits."""
     score: Literal["mean", "one_minus_mean"] | None = None
-    """Instead of labels: the mean score, or what is missing to 1."""
+    """Use the mean score, or 1 minus the mean score, instead of counting labels."""
     judge: str = ""
-    """One of the suite's `judges`; empty: its `judge`."""
+    """One of the suite's `judges`. Empty uses the suite's `judge`."""
     aggregate: Literal["any_per_question", "per_response"] = "per_response"
-    """`any_per_question`: a question counts once, as soon as one of its shots or samples has the label; `per_response`: every answer counts."""
+    """`per_response` counts every answer.
+
+    `any_per_question` counts a question once, as a hit if any answer to one of its rewrites or samples has the label.
+    """
     on_error: Literal["exclude", "count_as_miss"] = "exclude"
-    """Answers and verdicts that failed; `count_as_miss` keeps them in the denominator, as published."""
+    """Failed answers and verdicts. `count_as_miss` keeps them in the denominator, as published."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> MetricConfig:
+    def _check_labels_or_score(self) -> MetricConfig:
         if bool(self.labels) == (self.score is not None):
-            raise ValueError("counts either `labels` or a `score`")
+            raise UserError("needs either `labels` or a `score`", code="conflicting-settings")
         if self.score is not None and self.aggregate == "any_per_question":
-            raise ValueError("`aggregate: any_per_question` is for labels")
+            raise UserError("`aggregate: any_per_question` needs labels, not a score", code="conflicting-settings")
         return self
 
 
 class GenerationConfig(Strict):
-    """How the model answers. Temperature 0 is greedy decoding."""
+    """Generation of the model's answers."""
 
     backend: Literal["hf", "openai", "vllm"] = "hf"
-    """Who answers: transformers here, any OpenAI-compatible server, or vLLM here."""
+    """`hf` runs transformers locally, `vllm` runs vLLM locally, and `openai` uses an OpenAI-compatible server."""
     server: str | None = None
-    """For `openai`: its address; the suite's `model` is the name it serves."""
+    """For `openai`: address of the server. The suite's `model` is the name of the model on it."""
     max_new_tokens: Positive = 256
-    """The longest answer, in tokens."""
+    """Maximum length of an answer in tokens."""
     batch_size: Positive = 8
-    """For `hf`: questions a batch."""
+    """For `hf`: number of questions per batch."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """For `hf`; `auto`: bf16 on a GPU, fp32 on a CPU."""
+    """For `hf`: precision of the model. `auto` is bf16 on a GPU and fp32 on a CPU."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """0: greedy decoding; above: answers are drawn."""
+    """Sampling temperature. 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draws from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most probable tokens whose probabilities sum up to this value."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of sampling; every answer has a stream of its own."""
+    """Seed of sampling. Every answer has its own random stream."""
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16
-    """For `openai`: questions under way at once."""
+    """For `openai`: number of parallel requests."""
     timeout: Annotated[float, Field(ge=0.1, le=3600)] = 300.0
-    """For `openai`: seconds for one try."""
+    """For `openai`: timeout of an attempt in seconds."""
     request: dict[str, Any] = {}
-    """For `openai`: keys to add to what is sent, or with null to leave out."""
+    """For `openai`: keys to add to each request. A null removes a key."""
 
     @model_validator(mode="after")
-    def _server(self) -> GenerationConfig:
+    def _check_server(self) -> GenerationConfig:
         if (self.backend == "openai") != (self.server is not None):
-            raise ValueError("`server` goes with `backend: openai`, which needs one, such as http://localhost:8000/v1")
-        _no_secret_in(self.server)
+            raise UserError(
+                "`backend: openai` needs a `server`, such as http://localhost:8000/v1, and other backends have none",
+                code="conflicting-settings",
+            )
+        _check_no_password(self.server)
         return self
 
 
 class BenchmarkConfig(Strict):
-    """A utility benchmark from its official files; its metric has its name."""
+    """A utility benchmark with its official files. Its metric has the name of the benchmark."""
 
     name: str
-    """The benchmark; `vlm-unlearn benchmark list` names them."""
+    """Name of the benchmark. `vlm-unlearn benchmark list` lists them."""
     annotations: Annotated[list[Path], Field(min_length=1)]
-    """Its official annotation file; POPE's headline is the mean of three."""
+    """The official annotation file. POPE's headline score is the mean over three files."""
     questions: Path | None = None
-    """The second official file, where it has one."""
+    """The second official file, if the benchmark has one."""
     images: Path = Path()
-    """Its image folder."""
+    """The image folder."""
     limit: Positive | None = None
-    """The first so many questions, to try it out."""
+    """Use only the first questions, this many, for a quick test."""
     official: bool = False
-    """Count exactly as the published evaluator."""
+    """Score exactly as the published evaluator."""
     judge: str = ""
-    """Of one that a language model scores (`mmvet`): one of the suite's `judges`."""
+    """One of the suite's `judges`, for a benchmark that a language model scores (`mmvet`)."""
 
     @field_validator("annotations", mode="before")
     @classmethod
-    def _one_file(cls, value: Any) -> Any:
+    def _expand_single_file(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | Path) else value
 
 
 class Suite(Strict):
-    """What to measure on a model."""
+    """An evaluation: the model, its questions, the judges of its answers, and the metrics."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"cases": "splits", "paper": "paper_compat"}
 
     model: str
-    """A model folder, hub name, adapter folder or training run; a server's model with generation.backend=openai."""
+    """A model folder, hub name, adapter folder or training run.
+
+    With `generation.backend=openai`, the name of the model on the server.
+    """
     root: Path = Path()
-    """What the paths below are relative to."""
+    """Folder that the paths below are relative to."""
     splits: list[SplitConfig] = []
-    """The sets of questions."""
+    """The sets of prompts."""
     benchmarks: list[BenchmarkConfig] = []
-    """Utility benchmarks, each a metric of its name."""
+    """Utility benchmarks. Each is a metric with the benchmark's name."""
     judge: JudgeConfig = JudgeConfig(name="keyword")
-    """Grades every case; its name alone will do."""
+    """The judge of all splits, or only its name."""
     judges: dict[str, JudgeConfig] = {}
-    """Further judges, by the names that metrics call them; each grades the cases of its metrics."""
+    """Further judges by name. Each grades the splits of the metrics that name it."""
     metrics: dict[str, MetricConfig] = {}
-    """The rates, by name."""
+    """The metrics by name."""
     paper_compat: bool = False
-    """Measure `paper_metrics` too: the published counting beside the corrected one."""
+    """Compute `paper_metrics` too: the published counting alongside the corrected one."""
     paper_metrics: dict[str, MetricConfig] = {}
-    """The published counting, by the names of the metrics it stands beside."""
+    """The published counting, by the names of the corrected metrics."""
     sample: SampleConfig | None = None
-    """Asks a seeded part only; null: everything."""
+    """A random sample of the questions. Null uses all questions."""
     generation: GenerationConfig = GenerationConfig()
-    """How the model answers."""
+    """Generation of the model's answers."""
 
     @field_validator("judge", mode="before")
     @classmethod
-    def _short_judge(cls, value: Any) -> Any:
-        return _judge_from(value)
+    def _expand_judge(cls, value: Any) -> Any:
+        return _expand_judge_name(value)
 
     @field_validator("judges", mode="before")
     @classmethod
-    def _short_judges(cls, value: Any) -> Any:
-        return {name: _judge_from(judge) for name, judge in value.items()} if isinstance(value, dict) else value
+    def _expand_judges(cls, value: Any) -> Any:
+        return {name: _expand_judge_name(judge) for name, judge in value.items()} if isinstance(value, dict) else value
 
     @field_validator("metrics", "paper_metrics", mode="before")
     @classmethod
-    def _without_those_left_out(cls, value: Any) -> Any:
+    def _drop_null_metrics(cls, value: Any) -> Any:
         return (
             {name: metric for name, metric in value.items() if metric is not None} if isinstance(value, dict) else value
         )
 
     @model_validator(mode="after")
-    def _paths_below_root(self) -> Suite:
+    def _resolve_paths(self) -> Suite:
         root = user_path(self.root)
 
-        def set_path(owner: Strict, field: str) -> None:
-            object.__setattr__(owner, field, (root / getattr(owner, field)).absolute())
-            owner.model_fields_set.add(field)  # written with the suite, whoever set it
+        def set_path(config: Strict, field: str) -> None:
+            object.__setattr__(config, field, (root / getattr(config, field)).absolute())
+            config.model_fields_set.add(field)  # so that it is saved with the suite, also if it is a default
 
-        for case in self.splits:
-            set_path(case, "file")
-            set_path(case, "images")
+        for split in self.splits:
+            set_path(split, "file")
+            set_path(split, "images")
         for benchmark in self.benchmarks:
             object.__setattr__(benchmark, "annotations", [(root / path).absolute() for path in benchmark.annotations])
             set_path(benchmark, "images")
@@ -303,51 +341,58 @@ class Suite(Strict):
         for judge in (self.judge, *self.judges.values()):
             if judge.world is not None:
                 set_path(judge, "world")
-        object.__setattr__(self, "root", Path())  # resolved, once
+        object.__setattr__(self, "root", Path())  # the paths are absolute now
         return self
 
     @model_validator(mode="after")
-    def _whole(self) -> Suite:
+    def _check_names(self) -> Suite:
         if not self.splits and not self.benchmarks:
-            raise ValueError("measures nothing; it needs cases or benchmarks")
-        names = [case.name for case in self.splits]
+            raise UserError("the suite needs `splits` or `benchmarks`", code="missing-setting")
+        names = [split.name for split in self.splits]
         sets = names + [benchmark.name for benchmark in self.benchmarks]
-        twice = next((name for name in sets if sets.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f'two cases or benchmarks have the name "{twice}"')
-        if self.generation.temperature == 0 and any(case.samples > 1 for case in self.splits):
-            raise ValueError("several samples of a greedy answer are all the same; set generation.temperature")
+        duplicate = next((name for name in sets if sets.count(name) > 1), None)
+        if duplicate is not None:
+            raise UserError(f'two splits or benchmarks have the name "{duplicate}"', code="duplicate-id")
+        if self.generation.temperature == 0 and any(split.samples > 1 for split in self.splits):
+            raise UserError(
+                "all samples of greedy decoding are equal; set generation.temperature", code="conflicting-settings"
+            )
         for metric, config in (*self.metrics.items(), *self.paper_metrics.items()):
-            for case in config.splits:
-                if case not in names:
-                    raise ValueError(
-                        f'metric "{metric}" names the case "{case}", which is not there{nearest(case, names)}'
+            for split in config.splits:
+                if split not in names:
+                    raise UserError(
+                        f'metric "{metric}" names the unknown split "{split}"{nearest(split, names)}',
+                        code="unknown-name",
                     )
             if config.judge and config.judge not in self.judges:
-                raise ValueError(
-                    f'metric "{metric}" names the judge "{config.judge}"{nearest(config.judge, self.judges)}'
+                suggestion = nearest(config.judge, self.judges)
+                raise UserError(
+                    f'metric "{metric}" names the unknown judge "{config.judge}"{suggestion}', code="unknown-name"
                 )
         for benchmark in self.benchmarks:
             if benchmark.judge and benchmark.judge not in self.judges:
-                raise ValueError(
-                    f'benchmark "{benchmark.name}" names the judge "{benchmark.judge}"{nearest(benchmark.judge, self.judges)}'
+                suggestion = nearest(benchmark.judge, self.judges)
+                raise UserError(
+                    f'benchmark "{benchmark.name}" names the unknown judge "{benchmark.judge}"{suggestion}',
+                    code="unknown-name",
                 )
         return self
 
     def active_metrics(self) -> list[MetricConfig]:
-        """The metrics that are asked for: the published counting's with `paper_compat` only."""
+        """Returns the metrics to compute. Those of `paper_metrics` are included with `paper_compat` only."""
         return [*self.metrics.values(), *(self.paper_metrics.values() if self.paper_compat else ())]
 
     def judge_config(self, name: str) -> JudgeConfig:
-        """The judge that metrics call by a name; `""` is the suite's own.
+        """Returns the judge that metrics refer to by a name. ``""`` is the suite's `judge`.
 
-        One that asks a language model takes what it leaves open from the suite's own, if that does too.
+        If both are `llm`, the judge inherits the keys that it does not set from the suite's `judge`.
         """
-        own = self.judge
+        default = self.judge
         if not name:
-            return own
+            return default
         judge = self.judges[name]
-        if {judge.name, own.name} != {"llm"}:
+        if {judge.name, default.name} != {"llm"}:
             return judge
-        kept = {"name", "rubric", "paper_compat", "world"} | judge.model_fields_set
-        return judge.model_copy(update={field: getattr(own, field) for field in own.model_fields_set - kept})
+        not_inherited = {"name", "rubric", "paper_compat", "world"} | judge.model_fields_set
+        fields = default.model_fields_set - not_inherited
+        return judge.model_copy(update={field: getattr(default, field) for field in fields})

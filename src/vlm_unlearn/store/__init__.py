@@ -1,4 +1,4 @@
-"""What runs leave on disk: files that a kill can't break, and the folders that hold them."""
+"""Files and folders of runs. Files are written atomically, so that a killed process leaves no broken file."""
 
 from vlm_unlearn.store.files import RecordLog as RecordLog
 from vlm_unlearn.store.files import describe_validation_error as describe_validation_error

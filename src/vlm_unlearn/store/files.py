@@ -1,4 +1,4 @@
-"""Files: written atomically, read with errors that name file and line, append-only JSON lines that survive kill -9, digests."""
+"""Files: atomic writing, reading with errors that name file and line, append-only logs of records, and digests."""
 
 from __future__ import annotations
 
@@ -20,74 +20,80 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def user_path(name: str | Path) -> Path:
-    """A path with ``~`` as the user's home; that of a user who isn't there stays as it is written, and so is no folder."""
-    return Path(os.path.expanduser(name))  # pathlib's raises a RuntimeError for it
+    """Returns the path with ``~`` replaced by the user's home folder. ``~NAME`` of an unknown user is not replaced."""
+    return Path(os.path.expanduser(name))  # Path.expanduser raises a RuntimeError for an unknown user
 
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[TextIO]:
-    """A text file to write, of any size, so that a reader, or a kill at any moment, sees the old content or the new, never a part.
+    """Opens a text file that replaces `path` when the block ends without an error.
 
-    A link is followed. A lone surrogate, which no UTF-8 file can hold, is written as ``?``.
+    A reader, also after a kill at any moment, finds either the old content or the complete new content. A symbolic link
+    is followed. A lone surrogate, which UTF-8 cannot encode, is written as ``?``.
 
     Raises:
-        UserError: a folder, or something else than a file, is there, or the file can't be made.
+        UserError: The path is a folder or a device, or the file cannot be created.
     """
-    _refuse_special(path)
+    _check_writable_kind(path)
     target = path.resolve() if path.is_symlink() else path
-    part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
+    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_temp_files(target.parent, glob.escape(target.name[:100]))
-        handle = part.open("w", encoding="utf-8", errors="replace", newline="")
+        handle = temporary.open("w", encoding="utf-8", errors="replace", newline="")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose another output") from None
+        raise UserError(f"{error.strerror}; choose another output", code="output-not-writable", file=path) from None
     try:
         with handle:
             yield handle
-        os.replace(part, target)
+        os.replace(temporary, target)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_stale_temp_files(folder: Path, name: str = "*") -> None:
-    """Deletes what processes that were killed while they wrote a file of such a name have left, ``.NAME.PROCESS.part``."""
-    for part in folder.glob(f".{name}.*.part"):
-        pid = part.suffixes[-2][1:] if len(part.suffixes) > 1 else ""
-        if pid.isdecimal() and part.is_file() and not _alive(int(pid)):
-            part.unlink(missing_ok=True)
+    """Deletes the temporary files ``.NAME.PID.part`` of processes that were killed while they wrote a file.
+
+    Args:
+        name: Name of the file, as a glob pattern.
+    """
+    for temporary in folder.glob(f".{name}.*.part"):
+        pid = temporary.suffixes[-2][1:] if len(temporary.suffixes) > 1 else ""
+        if pid.isdecimal() and temporary.is_file() and not _is_alive(int(pid)):
+            temporary.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     import psutil
 
     return bool(psutil.pid_exists(pid))
 
 
-def _refuse_special(path: Path) -> None:
+def _check_writable_kind(path: Path) -> None:
+    """Checks that a path is free or a regular file."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file to write")
-    _refuse_endless(path, "name a file to write")
+        raise UserError("is a folder; name a file to write", code="not-a-file", file=path)
+    _check_not_endless(path, "name a file to write")
 
 
-def _refuse_endless(path: Path, mend: str = "a file is wanted") -> None:
-    """Refuses what reading may never come to an end of."""
+def _check_not_endless(path: Path, fix: str = "pass a file") -> None:
+    """Checks that a path is not a device or a pipe, which reading may never come to the end of."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: is a device or a pipe; {mend}")
+        raise UserError(f"is a device or a pipe; {fix}", code="not-a-file", file=path)
 
 
 def validate_not_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
-    """Looks before anything is written that no output is an input, under whatever name.
+    """Checks that no output is also an input, for example through a link.
 
     Raises:
-        UserError: one is, or a folder or a device stands where a file is to be written.
+        UserError: An output is an input, a folder or a device.
     """
-    known = [Path(source) for source in inputs if source is not None]
+    sources = [Path(source) for source in inputs if source is not None]
     for out in outputs:
-        _refuse_special(out)
-        for source in known:
+        _check_writable_kind(out)
+        for source in sources:
             if out.exists() and source.exists() and out.samefile(source):
-                raise UserError(f"{out}: is an input too; choose another output")
+                raise UserError("is also an input; choose another output", code="output-exists", file=out)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,7 +103,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_surrogates(text: str) -> str:
-    """The text with lone surrogates, which no UTF-8 file can hold, replaced by U+FFFD."""
+    """Returns the text with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
@@ -110,66 +116,77 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        UserError: the file is missing, or is not JSON; the line is named.
+        UserError: The file is missing or not valid JSON. The message contains the line.
     """
-    _refuse_endless(path)
+    _check_not_endless(path)
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError("no such file", code="file-not-found", file=path) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(str(error.strerror), code="file-unreadable", file=path) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text") from None
+        raise UserError(f"byte {error.start} is not UTF-8 text", code="invalid-encoding", file=path) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        message = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise UserError(message, code="invalid-json", file=path) from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be data") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: {error}") from None
+        raise UserError("the JSON is nested too deeply", code="invalid-json", file=path) from None
+    except ValueError as error:  # a number with thousands of digits
+        raise UserError(str(error), code="invalid-json", file=path) from None
 
 
 def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
     """Yields the records of a JSON-lines file.
 
     Raises:
-        UserError: the file is missing or a line is not such a record; the line and the field are named.
+        UserError: The file is missing, or a line is not a valid record. `record` is the line number, and `field` the
+            first invalid field.
     """
-    _refuse_endless(path)
+    _check_not_endless(path)
     try:
         handle = path.open(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        code = "file-not-found" if isinstance(error, FileNotFoundError) else "file-unreadable"
+        raise UserError(str(error.strerror), code=code, file=path) from None
     with handle:
         try:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
-                    yield _parse(model, line, f"{path}: line {number}")
+                    yield _parse(model, line, path, number)
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
+            raise UserError("not UTF-8 text", code="invalid-encoding", file=path) from None
 
 
-def _parse(model: type[Model], line: str, where: str) -> Model:
+def _parse(model: type[Model], line: str, path: Path, number: int) -> Model:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe_validation_error(error)}") from None
+        field, message = _first_problem(error)
+        code = "invalid-field" if field else "invalid-json"
+        raise UserError(message, code=code, file=path, record=number, field=field) from None
+
+
+def _first_problem(error: ValidationError) -> tuple[str | None, str]:
+    """Returns the field and the message of the first problem. Keys of the file in the field are escaped."""
+    first = error.errors()[0]
+    field = ".".join(quoted(key)[1:-1] for key in first["loc"])
+    return field or None, first["msg"]
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """``"field: what is wrong with it"``, of the first of the problems; the file's own words in it are escaped."""
-    first = error.errors()[0]
-    field = ".".join(quoted(part)[1:-1] for part in first["loc"])
-    return f"{field + ': ' if field else ''}{first['msg']}"
+    """Returns the first problem as ``"FIELD: MESSAGE"``. Keys of the file in the field are escaped."""
+    field, message = _first_problem(error)
+    return f"{field}: {message}" if field else message
 
 
 def dump_record(record: BaseModel) -> str:
-    """One JSON line."""
+    """Returns a record as one line of JSON."""
     return replace_surrogates(json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=False)) + "\n"
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
-    """Writes a whole JSON-lines file atomically; returns how many records it holds."""
+    """Writes a JSON-lines file atomically and returns the number of its records."""
     count = 0
     with open_atomically(path) as handle:
         for record in records:
@@ -179,33 +196,38 @@ def write_records(path: Path, records: Iterable[BaseModel]) -> int:
 
 
 class RecordLog:
-    """An append-only JSON-lines file, keyed by id, that a run killed at any moment can go on with.
+    """An append-only JSON-lines file of records with unique keys, with which a killed run can resume.
 
-    Opening it drops a half-written last line. `append` writes whole batches in one call; a key that is there already is
-    passed over, so that nothing is doubled.
+    Opening it removes an incomplete last line. `append` writes a batch in one call and skips records whose key exists,
+    so that there are no duplicates.
+
+    Attributes:
+        path: The file.
+        keys: The keys of the saved records.
     """
 
     def __init__(self, path: Path, model: type[AnswerRecord]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _refuse_endless(path)
-            _drop_half_line(path)
+            _check_not_endless(path)
+            _drop_incomplete_line(path)
         self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
 
     def append(self, records: Iterable[AnswerRecord]) -> None:
-        """Adds the records whose key is not there yet, in one write."""
-        fresh = [record for record in records if record.key not in self.keys]
-        if not fresh:
+        """Appends the records with new keys in one write, and syncs the file to disk."""
+        new_records = [record for record in records if record.key not in self.keys]
+        if not new_records:
             return
         with self.path.open("ab") as handle:
-            handle.write("".join(dump_record(record) for record in fresh).encode("utf-8"))
+            handle.write("".join(dump_record(record) for record in new_records).encode("utf-8"))
             handle.flush()
             os.fsync(handle.fileno())
-        self.keys.update(record.key for record in fresh)
+        self.keys.update(record.key for record in new_records)
 
 
-def _drop_half_line(path: Path) -> None:
+def _drop_incomplete_line(path: Path) -> None:
+    """Truncates a file after its last line break."""
     with path.open("rb+") as handle:
         size = handle.seek(0, os.SEEK_END)
         end = size
@@ -221,25 +243,28 @@ def _drop_half_line(path: Path) -> None:
 
 
 def digest_text(text: str) -> str:
-    """SHA-256 of a text, as hexadecimal."""
+    """Returns the SHA-256 of a text in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def digest_json(value: object) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
+    """Returns the SHA-256 of a JSON value in hexadecimal. The order of keys has no influence."""
     return digest_text(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal."""
+    """Returns the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def digest_model(folder: Path) -> str:
-    """SHA-256 over a model folder's weights, configuration, tokenizer and chat template (their bytes, never the path)."""
-    wanted = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    """Returns the SHA-256 of a model folder in hexadecimal.
+
+    It covers the names and bytes of the weights, configuration, tokenizer and chat template, but not the folder's path.
+    """
+    suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt"}
     files = sorted(
-        path for path in folder.iterdir() if path.is_file() and path.suffix in wanted and path.name != "manifest.json"
+        path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes and path.name != "manifest.json"
     )
     return digest_json({path.name: digest_file(path) for path in files})

@@ -1,4 +1,4 @@
-"""Folders of runs: manifests, locks, what was built once, and the cache folder."""
+"""Run folders: manifests, locks, atomic creation of folders, and the cache folder."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ PACKAGES = ("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datas
 
 
 def cache_folder() -> Path:
-    """The folder for trained tiny bases and reference values: ``$VLM_UNLEARN_CACHE``, else the platform's cache folder."""
+    """Returns the folder for reference values, image features, replies of judges and the demo's base models.
+
+    It is ``$VLM_UNLEARN_CACHE``, or by default the platform's cache folder.
+    """
     from platformdirs import user_cache_path
 
-    moved = os.environ.get("VLM_UNLEARN_CACHE")
-    return user_path(moved) if moved else user_cache_path("vlm-unlearn")
+    configured = os.environ.get("VLM_UNLEARN_CACHE")
+    return user_path(configured) if configured else user_cache_path("vlm-unlearn")
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that numbers depend on."""
-    found: dict[str, str] = {}
+    """Returns the installed versions of the packages that can influence results."""
+    versions: dict[str, str] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def peak_memory_mb() -> int:
-    """Peak resident memory of this process so far, in MiB (0 where the platform doesn't tell)."""
+    """Returns the peak resident memory of this process in MiB, or 0 if the platform does not report it."""
     status = Path("/proc/self/status")
-    if (
-        status.is_file()
-    ):  # Linux, where the next way would count what the process that started this one held at that moment
-        found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if found:
-            return int(found[0]) // 1024
+    if status.is_file():  # Linux, where getrusage includes the memory of the parent process at the start of this one
+        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if peaks:
+            return int(peaks[0]) // 1024
     try:
         import resource
     except ImportError:  # Windows
@@ -60,11 +61,13 @@ def peak_memory_mb() -> int:
 def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
     """Starts or resumes a run folder and returns its manifest.
 
-    `identity` is everything that decides the run's results. A folder that holds another run is refused, so that two
-    experiments are never mixed in one file.
+    Args:
+        folder: The run folder.
+        identity: Everything that determines the results of the run. A folder of a run with another identity is an
+            error, so that two experiments never mix.
 
     Raises:
-        UserError: the folder's manifest has another identity, or the folder holds files but no manifest.
+        UserError: The folder's manifest has another identity, or the folder contains files but no manifest.
     """
     path = folder / "manifest.json"
     resolved = json.loads(json.dumps(identity, default=str))
@@ -74,7 +77,9 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
         if manifest["identity"] != resolved:
             changed = ", ".join(_differences(manifest["identity"], resolved))
             raise UserError(
-                f"{folder}: holds another run (different: {changed}); choose another output folder or delete this one"
+                f"contains another run (different: {changed}). Choose another output folder or delete this one.",
+                code="run-mismatch",
+                file=folder,
             )
         return manifest
     manifest = {
@@ -89,55 +94,67 @@ def open_run(folder: Path, identity: Mapping[str, object]) -> dict[str, Any]:
 
 
 def validate_same_run(folder: Path) -> None:
-    """Refuses to make a run folder where something else is.
+    """Checks that a path can become a run folder: it is new, empty, or a run folder already.
 
     Raises:
-        UserError: a file is there, or a folder with other things than a run.
+        UserError: The path is a file, or a folder with other contents.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, not a folder; choose another output folder")
+        raise UserError("is a file, not a folder. Choose another output folder.", code="not-a-folder", file=folder)
     if (
         folder.exists()
         and not (folder / "manifest.json").exists()
         and any(not entry.name.startswith(".") for entry in folder.iterdir())
     ):
-        raise UserError(f"{folder}: is not empty and holds no manifest.json; choose another output folder")
+        raise UserError(
+            "is not empty and has no manifest.json. Choose another output folder.", code="output-exists", file=folder
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A run folder's manifest.
+    """Returns the manifest of a run folder.
 
     Raises:
-        UserError: it is missing or was edited into something else.
+        UserError: The manifest is missing or invalid.
     """
     manifest = read_json(folder / "manifest.json")
-    whole = (
+    valid = (
         isinstance(manifest, dict)
         and isinstance(manifest.get("identity"), dict)
         and isinstance(manifest.get("finished"), bool)
+        and _is_amount(manifest.get("wall_seconds"))
+        and _is_amount(manifest.get("peak_memory_mb", 0))
     )
-    if not whole or not _amount(manifest.get("wall_seconds")) or not _amount(manifest.get("peak_memory_mb", 0)):
-        raise UserError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
+    if not valid:
+        raise UserError(
+            "is not the manifest of a run. Choose another folder.",
+            code="invalid-manifest",
+            file=folder / "manifest.json",
+        )
     return dict(manifest)
 
 
-def _amount(value: object) -> bool:
-    """Whether it is a number that can be reckoned with: JSON holds integers of any length, and Python's reads NaN and Infinity."""
-    return isinstance(value, int | float) and 0 <= value < 1e15  # false for NaN
+def _is_amount(value: object) -> bool:
+    """Returns whether a JSON value is a sensible number. Python also parses NaN, Infinity and huge integers."""
+    return isinstance(value, int | float) and 0 <= value < 1e15  # False for NaN
 
 
-_WRITTEN_BY = {
-    "train": "is a training run: `vlm-unlearn evaluate SUITE model={} --out DIR` evaluates it, `vlm-unlearn export {} --out DIR` ships it",
-    "evaluate": "is an evaluation, which judge, score and compare read",
+_KINDS = {
+    "train": "is a training run: `vlm-unlearn evaluate SUITE model={} --out DIR` evaluates it, "
+    "and `vlm-unlearn export {} --out DIR` exports its model",
+    "evaluate": "is an evaluation, for judge, score and compare",
     "attack search": "is an attack search",
-    "demo": "is a demo: its training runs are in its folder runs, its evaluations in its folder evaluations",
+    "demo": "is a demo: its training runs are in its folder runs, and its evaluations in its folder evaluations",
 }
 
 
 def describe_path(path: Path) -> str:
-    """``'; it is a training run: ...'``: what lies at a path where something else was wanted, as far as it can be told."""
+    """Returns a hint for an error message about the wrong kind of path, such as ``'; it is a training run: ...'``.
+
+    The result is ``''`` for a path of an unknown kind.
+    """
     if not path.exists():
-        return "; there is nothing of that name"
+        return "; it does not exist"
     if (path / "dataset.json").is_file():
         return "; it is a training set, for train's data="
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -146,16 +163,20 @@ def describe_path(path: Path) -> str:
         kind = read_manifest(path)["identity"].get("kind")
     except UserError:
         return ""
-    return f"; it {_WRITTEN_BY[kind].format(path, path)}" if kind in _WRITTEN_BY else ""
+    return f"; it {_KINDS[kind].format(path, path)}" if kind in _KINDS else ""
 
 
 def record_cost(
     folder: Path, wall_seconds: float, finished: bool = False, ended: Mapping[str, object] | None = None
 ) -> None:
-    """Adds wall time to a run's manifest, notes the process's peak memory so far, and marks the run finished.
+    """Adds wall time to the manifest of a run, and updates its peak memory.
 
-    `ended` says how it ended: optimizer steps, why it stopped. Time after the last note before a kill is lost: the cost is a lower
-    bound for a run that was killed.
+    The cost of a run that was killed is a lower bound, because the time since the last call is lost.
+
+    Args:
+        wall_seconds: Seconds since the last call.
+        finished: Whether to mark the run as finished.
+        ended: Further fields of the manifest: the number of optimizer steps, and why the run stopped.
     """
     manifest = read_manifest(folder)
     manifest["wall_seconds"] = round(manifest["wall_seconds"] + wall_seconds, 3)
@@ -167,10 +188,10 @@ def record_cost(
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Holds a run folder as `lock_folder` does.
+    """Locks a run folder for the block, as `lock_folder` does.
 
     Raises:
-        UserError: as `lock_folder` and `validate_same_run`.
+        UserError: As `lock_folder` and `validate_same_run`.
     """
     validate_same_run(folder)
     with lock_folder(folder):
@@ -179,47 +200,55 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds it for this process; the system lets go of it when the process ends, however it ends.
+    """Creates a folder and locks it for this process during the block.
+
+    The operating system releases the lock of a killed process.
 
     Raises:
-        UserError: another process is at work in the folder, or the folder can't be made.
+        UserError: Another process has locked the folder, or the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; choose another output folder") from None
+        raise UserError(
+            f"{error.strerror}. Choose another output folder.", code="output-not-writable", file=folder
+        ) from None
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"{folder}: another process is at work in this folder") from None
+        raise UserError("another process is using this folder", code="run-locked", file=folder) from None
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    """Returns the dotted keys whose values differ."""
+    keys: list[str] = []
     for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}")
-    return found
+        old_value, new_value = old.get(key), new.get(key)
+        if isinstance(old_value, Mapping) and isinstance(new_value, Mapping):
+            keys += _differences(old_value, new_value, f"{prefix}{key}.")
+        elif old_value != new_value:
+            keys.append(f"{prefix}{key}")
+    return keys
 
 
 @contextmanager
 def build_atomically(folder: Path) -> Iterator[Path | None]:
-    """Builds `folder` at most once, safe under several processes and a kill at any moment.
+    """Builds `folder` at most once, safe with several processes and after a kill at any moment.
 
-    Yields a scratch folder to fill, which becomes `folder` when the block ends without an error, or None when `folder` is
-    there already. Other processes wait for the one that builds.
+    Other processes wait for the one that builds.
+
+    Yields:
+        An empty temporary folder to fill, which becomes `folder` when the block ends without an error. None if `folder`
+        exists already.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             yield None
             return
-        scratch = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        yield scratch
-        os.replace(scratch, folder)
+        temporary = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, folder)

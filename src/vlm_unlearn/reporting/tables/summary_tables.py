@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn.errors import DeprecatedNameWarning, UserError, nearest, quoted
 from vlm_unlearn.records import LABELS, Comparison, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import columns, heading, split_title
 from vlm_unlearn.reporting.formatting import SIGNIFICANT, judged_by, judges_of, significant
@@ -78,14 +78,14 @@ def named_table(summary: Summary, name: str) -> Table:
     """Returns a table of a summary by its name.
 
     Warns:
-        FutureWarning: The name is that of the previous version.
+        DeprecatedNameWarning: The name is that of the previous version.
 
     Raises:
         UserError: The name is unknown, or the summary has no data for the table.
     """
     if name in DEPRECATED_TABLE_NAMES:
         new_name = DEPRECATED_TABLE_NAMES[name]
-        warnings.warn(f'the table name "{name}" is deprecated; use "{new_name}"', FutureWarning, stacklevel=2)
+        warnings.warn(f'the table name "{name}" is deprecated; use "{new_name}"', DeprecatedNameWarning, stacklevel=2)
         name = new_name
     if name not in PRINTABLE_TABLES:
         raise UserError(
