@@ -162,7 +162,7 @@ def test_costs_that_are_no_amounts_are_refused(field: str, value: str, tmp_path:
 def test_the_home_of_somebody_unknown_is_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLM_UNLEARN_CACHE", "~nosuchuser/x")
     assert cache_folder() == Path("~nosuchuser/x")
-    with pytest.raises(UserError, match="model ~nosuchuser/x: no such folder"):
+    with pytest.raises(UserError, match="~nosuchuser/x: model folder not found"):
         model_folder("~nosuchuser/x")
     cases = [{"name": "a", "format": "vlguard", "file": "x.json", "images": "x", "kind": "unsafe"}]
     suite = validate(

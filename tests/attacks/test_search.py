@@ -364,7 +364,7 @@ def test_wrong_requests(asked: SearchRequest, tmp_path: Path, call: Call) -> Non
         (other("table.jsonl"), "must be a VLGuard or SafeEraser file"),
         (other("gone.json"), "gone.json"),
         ([asked.model, asked.file, "--images", tmp_path, "--out", tmp_path / "out"], "not found under"),
-        ([tmp_path / "gone", asked.file, "--images", asked.images, "--out", tmp_path / "out"], "no such folder"),
+        ([tmp_path / "gone", asked.file, "--images", asked.images, "--out", tmp_path / "out"], "model-not-found"),
         (
             [asked.model, asked.file, "--images", asked.images, "--out", tmp_path / "full"],
             "is not empty and holds no manifest.json",
