@@ -162,15 +162,15 @@ class Ours:
         cache_vision_features(vision_tower(self.model), FeatureCache(2**31))
         self.optimizer = optimizer(self.model)
         started = time.perf_counter()
-        if self.method.needs and name in ("npo", "dpo"):
+        if self.method.reference_requirements and name in ("npo", "dpo"):
             for batches in steps:
-                for need in self.method.needs:
+                for need in self.method.reference_requirements:
                     with torch.no_grad():
                         total, tokens = forward(
                             self.model,
                             batches[need.role],
                             packing=packing_of(self.model, batches[need.role], self.method),
-                        ).answer
+                        ).answer_nll
                     batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
         self.before = time.perf_counter() - started  # seconds
 

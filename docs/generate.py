@@ -233,7 +233,7 @@ NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits"
 
 def _method(name: str, method: type[Method]) -> Iterator[str]:
     built = method(method.options_type())
-    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.needs) or "not needed"
+    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.reference_requirements) or "not needed"
     yield f"## {name}\n\n{_prose_of(method)}\n"
     yield f"- Source: {method.source}\n- Training sets: {', '.join(built.roles)}\n- Reference model: {needs}\n"
     yield _fields(method.options_type)
@@ -243,7 +243,11 @@ def benchmarks() -> str:
     """Returns a table of every benchmark and its official files."""
     heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scoring"]
     return table(
-        heads, [[code(name), it.source, it.second, it.images, _prose_of(type(it))] for name, it in BENCHMARKS.items()]
+        heads,
+        [
+            [code(name), it.annotation_file, it.question_file, it.image_folder, _prose_of(type(it))]
+            for name, it in BENCHMARKS.items()
+        ],
     )
 
 
@@ -254,7 +258,7 @@ def rubrics() -> str:
         rubric = load_rubric(name)
         file = (ROOT / "src" / "vlm_unlearn" / "judging" / "rubrics" / f"{name}.txt").read_text(encoding="utf-8")
         parts += [
-            f"## {name}\n\nVersion {rubric.head.version}, {rubric.head.source}\n",
+            f"## {name}\n\nVersion {rubric.header.version}, {rubric.header.source}\n",
             _folded("Text of the rubric", file, "text"),
         ]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Evaluations as `write_answers` reads them, made of whatever records a test wants."""
+"""Evaluations with the records of a test, in the form that `write_answers` reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlm_unlearn.config.suite import Suite
 from vlm_unlearn.records import Label, Prompt, Response, Verdict
 from vlm_unlearn.store import write_json, write_records
 
-CASES = {"attacked": "unsafe", "mixed": "safe_image_unsafe_question", "safe": "safe"}
+SPLITS = {"attacked": "unsafe", "mixed": "safe_image_unsafe_question", "safe": "safe"}
 MODELS = ("base", "npo", "rmu")
 LABEL_ORDER: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
 JUDGES = ("keyword", "four_labels@other")
@@ -25,59 +25,59 @@ def put_run(
     verdicts: Mapping[str, Iterable[Verdict]],
     **suite: object,
 ) -> Path:
-    """A run folder; its images are in ``images`` beside it."""
-    cases = [
+    """Writes a run folder. Its images are in the folder ``images`` next to it."""
+    splits = [
         {"name": name, "format": "vlguard", "file": "test.json", "images": "images", "kind": kind}
         for name, kind in {
             prompt.set: prompt.kind for prompt in prompts if prompt.set not in str(suite.get("benchmarks"))
         }.items()
     ]
-    fields = {"model": folder.name, "root": str(folder.parent), "splits": cases, **suite}
+    fields = {"model": folder.name, "root": str(folder.parent), "splits": splits, **suite}
     write_json(folder / "suite.json", validate(Suite, fields, "suite").model_dump(mode="json"))
     write_records(folder / "prompts.jsonl", prompts)
     write_records(folder / "responses.jsonl", responses)
-    for judge, given in verdicts.items():
-        write_records(folder / f"verdicts-{judge}.jsonl", given)
+    for judge, records in verdicts.items():
+        write_records(folder / f"verdicts-{judge}.jsonl", records)
     return folder
 
 
-def asked() -> list[Prompt]:
-    """Thirty attacked wordings of ten questions, five unsafe questions on harmless images, thirty harmless questions."""
+def example_prompts() -> list[Prompt]:
+    """Ten attacked questions in three wordings, five unsafe ones on harmless images, and thirty harmless ones."""
     counts = {"attacked": (10, 3), "mixed": (5, 1), "safe": (30, 1)}
     return [
         Prompt(
-            id=f"{case}/{group}/{shot}",
-            group_id=f"{case}/{group}",
-            rewrite=shot,
-            set=case,
-            kind=CASES[case],  # type: ignore[arg-type]
-            image=f"{case}.png",
-            question=f"What of {case} number {group}, put for the time {shot}?",
-            reference="as it should be",
+            id=f"{split}/{group}/{rewrite}",
+            group_id=f"{split}/{group}",
+            rewrite=rewrite,
+            set=split,
+            kind=SPLITS[split],  # type: ignore[arg-type]
+            image=f"{split}.png",
+            question=f"What of {split} number {group}, in wording {rewrite}?",
+            reference="the reference answer",
             category=("Violence", "Privacy", "Fraud")[group % 3],
         )
-        for case, (groups, shots) in counts.items()
+        for split, (groups, rewrites) in counts.items()
         for group in range(groups)
-        for shot in range(shots)
+        for rewrite in range(rewrites)
     ]
 
 
 def label_of(model: str, number: int, judge: str) -> Label | None:
-    """What a judge says of a model's answer to the n-th prompt; the second judge sees every seventh otherwise."""
+    """Returns a judge's label of a model's answer to the n-th prompt. The judges disagree on every seventh."""
     if number % 13 == 12:
         return None
     shift = {"base": 0, "npo": number % 3, "rmu": 1}[model]
-    other = judge == JUDGES[1] and number % 7 == 0
-    return LABEL_ORDER[(number + shift + other) % 4]
+    disagreement = judge == JUDGES[1] and number % 7 == 0
+    return LABEL_ORDER[(number + shift + disagreement) % 4]
 
 
-def made_runs(root: Path) -> dict[str, Path]:
-    """Three models, two judges, two verdicts in 26 failed."""
+def make_example_runs(root: Path) -> dict[str, Path]:
+    """Writes the runs of three models with two judges. Two verdicts of 26 failed."""
     images = root / "images"
     images.mkdir(parents=True)
-    for number, case in enumerate(CASES):
-        Image.new("RGB", (400, 200), (90 * number, 60, 60)).save(images / f"{case}.png")
-    prompts = asked()
+    for number, split in enumerate(SPLITS):
+        Image.new("RGB", (400, 200), (90 * number, 60, 60)).save(images / f"{split}.png")
+    prompts = example_prompts()
     runs = {}
     for model in MODELS:
         responses = [

@@ -1,4 +1,4 @@
-"""Visits to the page of all answers that take note of everything a page shouldn't do."""
+"""Visits to the answers page that record everything that a page must not do."""
 
 from __future__ import annotations
 
@@ -9,31 +9,41 @@ from urllib.parse import quote
 
 import pytest
 
-from browser import open_page
+from browser import open_page, wait_until
 
 Open = Callable[..., Any]
 
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Open]:
-    """Opens a page; when the test ends, nothing may have stood in its console or gone to any host."""
+    """Opens a page. At the end of the test, its console and its network log must be empty."""
     noise: list[str] = []
-    opened = []
+    pages = []
 
     def visited(file: Path, hash: str = "", **options: Any) -> Any:
-        opened.append(open_page(browser, file, noise, hash, **options))
-        opened[-1].wait_for_selector("article, .nothing")
-        return opened[-1]
+        pages.append(open_page(browser, file, noise, hash, **options))
+        pages[-1].wait_for_selector("article, .no-match")
+        return pages[-1]
 
     yield visited
-    for page in opened:
+    for page in pages:
         page.close()
     assert noise == []
 
 
-def address(**wanted: Any) -> str:
-    """A name with a list of values stands there once for each."""
+def address(**filters: Any) -> str:
+    """Returns the hash of the answers page for some filters. A list of values repeats its name."""
     pairs = (
-        (name, value) for name, values in wanted.items() for value in (values if isinstance(values, list) else [values])
+        (name, value)
+        for name, values in filters.items()
+        for value in (values if isinstance(values, list) else [values])
     )
     return "#" + "&".join(f"{name}={quote(str(value), safe='')}" for name, value in pairs)
+
+
+def go(page: Any, hash: str) -> Any:
+    """Shows another view of an open answers page, and waits until it is drawn."""
+    page.evaluate(f"location.hash = {hash or '#'!r}")
+    wait_until(page, "filterHash({ ...filter, page: 1 }) === filterHash({ ...parseFilter(location.hash), page: 1 })")
+    wait_until(page, "parseFilter(location.hash).page === filter.page || filter.page === pages()")
+    return page

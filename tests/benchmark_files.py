@@ -1,4 +1,4 @@
-"""Small files in the official layouts of all benchmarks, with images; written here, nothing is copied."""
+"""Writes small files with images in the official layouts of all benchmarks. No official content is copied."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def answers(*texts: str) -> list[dict[str, str]]:
 
 
 def vqav2(root: Path) -> dict[str, Any]:
-    told = [
+    annotations = [
         {"question_id": n, "image_id": 40 + n // 2, "answer_type": "number", "answers": answers(*["3"] * 9, "4")}
         for n in range(4)
     ]
-    asked = [{"question_id": n, "image_id": 40 + n // 2, "question": f"how many in {n} ?"} for n in range(4)]
-    put_json(root / "vqav2" / "answers.json", {"annotations": told})
-    put_json(root / "vqav2" / "questions.json", {"data_subtype": "val2014", "questions": asked})
+    questions = [{"question_id": n, "image_id": 40 + n // 2, "question": f"how many in {n} ?"} for n in range(4)]
+    put_json(root / "vqav2" / "answers.json", {"annotations": annotations})
+    put_json(root / "vqav2" / "questions.json", {"data_subtype": "val2014", "questions": questions})
     for image in (40, 41):
         put_image(root / "coco" / f"COCO_val2014_{image:012d}.jpg")
     return {"annotations": "vqav2/answers.json", "questions": "vqav2/questions.json", "images": "coco"}
@@ -87,18 +87,18 @@ def vizwiz(root: Path) -> dict[str, Any]:
 
 def gqa(root: Path) -> dict[str, Any]:
     kinds = ("query", "verify", "query")
-    found = {
+    questions = {
         f"20{n}": {"imageId": f"n{n}", "question": f"Is it {n}?", "answer": "yes", "types": {"structural": kinds[n]}}
         for n in range(3)
     }
-    put_json(root / "gqa" / "testdev.json", found)
+    put_json(root / "gqa" / "testdev.json", questions)
     for n in range(3):
         put_image(root / "gqa" / "images" / f"n{n}.jpg")
     return {"annotations": "gqa/testdev.json", "images": "gqa/images"}
 
 
 def scienceqa(root: Path) -> dict[str, Any]:
-    one = {
+    with_image = {
         "question": "Which is 2?",
         "choices": ["1", "2"],
         "answer": 1,
@@ -106,7 +106,7 @@ def scienceqa(root: Path) -> dict[str, Any]:
         "image": "image.png",
         "split": "test",
     }
-    two = {
+    text_only = {
         "question": "Which is 3?",
         "choices": ["3", "4", "5"],
         "answer": 0,
@@ -114,7 +114,9 @@ def scienceqa(root: Path) -> dict[str, Any]:
         "image": None,
         "split": "test",
     }
-    put_json(root / "scienceqa" / "problems.json", {"7": one, "8": two, "9": {**two, "split": "train"}})
+    put_json(
+        root / "scienceqa" / "problems.json", {"7": with_image, "8": text_only, "9": {**text_only, "split": "train"}}
+    )
     put_json(root / "scienceqa" / "splits.json", {"train": ["9"], "test": ["7", "8"]})
     put_image(root / "scienceqa" / "images" / "test" / "7" / "image.png")
     return {
@@ -125,9 +127,9 @@ def scienceqa(root: Path) -> dict[str, Any]:
 
 
 def pope(root: Path) -> dict[str, Any]:
-    """Two files of two images, with the same question ids and images in both."""
+    """Two files with two images each. Both have the same question ids and images."""
     files = []
-    for part in ("random", "popular"):
+    for name in ("random", "popular"):
         lines = [
             {
                 "question_id": n + 1,
@@ -137,7 +139,7 @@ def pope(root: Path) -> dict[str, Any]:
             }
             for n in range(4)
         ]
-        file = root / "pope" / f"coco_pope_{part}.json"
+        file = root / "pope" / f"coco_pope_{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         files.append(f"pope/{file.name}")
@@ -147,17 +149,25 @@ def pope(root: Path) -> dict[str, Any]:
 
 
 def mmvet(root: Path) -> dict[str, Any]:
-    one = {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1 <AND> -5", "capability": ["ocr", "math"]}
-    two = {"imagename": "v1_1.png", "question": "What is d?", "answer": "1.25 <OR> 5/4", "capability": ["ocr"]}
-    put_json(root / "mmvet" / "mm-vet.json", {"v1_0": one, "v1_1": two})
+    with_and = {
+        "imagename": "v1_0.png",
+        "question": "What is x?",
+        "answer": "-1 <AND> -5",
+        "capability": ["ocr", "math"],
+    }
+    with_or = {"imagename": "v1_1.png", "question": "What is d?", "answer": "1.25 <OR> 5/4", "capability": ["ocr"]}
+    put_json(root / "mmvet" / "mm-vet.json", {"v1_0": with_and, "v1_1": with_or})
     for n in range(2):
         put_image(root / "mmvet" / "images" / f"v1_{n}.png")
     return {"annotations": "mmvet/mm-vet.json", "images": "mmvet/images"}
 
 
 def mmbench_rows() -> list[dict[str, Any]]:
-    """Question 5 in two orders of its options, of which the first names the other's image; question 6 in one, with a hint."""
-    rest = {"category": "fine", "l2-category": "logic"}
+    """Question 5 with two orders of its options, and question 6 with a hint.
+
+    The first row refers to the image of the second.
+    """
+    categories = {"category": "fine", "l2-category": "logic"}
     return [
         {
             "index": 1_000_005,
@@ -169,7 +179,7 @@ def mmbench_rows() -> list[dict[str, Any]]:
             "D": "",
             "answer": "B",
             "image": "5",
-            **rest,
+            **categories,
         },
         {
             "index": 5,
@@ -181,7 +191,7 @@ def mmbench_rows() -> list[dict[str, Any]]:
             "D": "",
             "answer": "A",
             "image": encoded(5),
-            **rest,
+            **categories,
         },
         {
             "index": 6,
@@ -193,7 +203,7 @@ def mmbench_rows() -> list[dict[str, Any]]:
             "D": "nan",
             "answer": "C",
             "image": encoded(6),
-            **rest,
+            **categories,
         },
     ]
 
@@ -203,4 +213,4 @@ def mmbench(root: Path) -> dict[str, Any]:
     return {"annotations": "mmbench/dev.tsv"}
 
 
-WRITERS = {one.__name__: one for one in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, mmvet, mmbench)}
+WRITERS = {writer.__name__: writer for writer in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, mmvet, mmbench)}

@@ -1,4 +1,4 @@
-"""Shared fixtures: everything is made here, offline."""
+"""Shared fixtures. All data and models are created locally."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-from answer_visits import visit  # noqa: F401  (fixtures of all tests)
+from answer_visits import visit  # noqa: F401  (fixtures for all tests)
 from browser import browser  # noqa: F401
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -18,7 +18,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the session's own, so that no test reads what another run left."""
+    """A separate cache for the session, so that no test reads files of an earlier run."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["VLM_UNLEARN_CACHE"] = str(folder)
     return folder
@@ -26,7 +26,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vlguard_test() -> Path:
-    """The real VLGuard annotations, where they are at hand."""
+    """The real VLGuard annotations, if they are available."""
     path = SHARED / "data" / "vlguard_test.json"
     if not path.exists():
         pytest.skip("needs the real VLGuard annotations (shared/data), which are not distributed with the project")
@@ -45,7 +45,7 @@ def golden_pipeline() -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tiny world."""
+    """The tiny world in a small size."""
     from vlm_unlearn.tiny_world.world import WorldSize, write_world
 
     folder = tmp_path_factory.mktemp("world") / "world"
@@ -55,7 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def training_sets(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Training sets of the small world, by name."""
+    """The training sets of the small tiny world, by name."""
     from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
 
     folder = tmp_path_factory.mktemp("training-sets")
@@ -75,7 +75,7 @@ def training_sets(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny LLaVA that knows the world's words."""
+    """A tiny LLaVA with random weights, whose vocabulary contains the words of the tiny world."""
     import torch
 
     from vlm_unlearn.models.tiny import tiny_llava, tiny_processor

@@ -1,9 +1,12 @@
-"""Finished, graded runs made of whatever answers a test wants."""
+"""Finished and graded runs with the answers of a test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from vlm_unlearn.config import Suite, validate
 from vlm_unlearn.evaluation.verdicts import judge_run
@@ -26,39 +29,39 @@ def make_run(
     edit: Callable[[Prompt], Prompt] = lambda prompt: prompt,
     **suite: object,
 ) -> Path:
-    """A finished, graded run: `groups` unsafe questions of three shots and as many safe ones of one."""
-    cases = [
+    """Writes a finished, graded run: `groups` unsafe questions in three rewrites and as many safe ones in one."""
+    splits = [
         {"name": name, "format": "vlguard", "file": "test.json", "images": "images", "kind": kind}
         for name, kind in (("attacked", "unsafe"), ("safe", "safe"))
     ]
-    fields = {"model": folder.name, "root": str(folder.parent), "splits": cases, "metrics": dict(metrics), **suite}
-    wanted = validate(Suite, fields, "suite")
+    fields = {"model": folder.name, "root": str(folder.parent), "splits": splits, "metrics": dict(metrics), **suite}
+    config = validate(Suite, fields, "suite")
     prompts = [
         edit(
             Prompt(
-                id=f"{case}/{i}/{shot}",
-                group_id=f"{case}/{i}",
-                rewrite=shot,
-                set=case,
+                id=f"{split}/{i}/{rewrite}",
+                group_id=f"{split}/{i}",
+                rewrite=rewrite,
+                set=split,
                 kind=kind,
                 question="q?",
                 category="AB"[i % 2],
             )
         )
-        for case, kind, shots in (("attacked", "unsafe", 3), ("safe", "safe", 1))
+        for split, kind, rewrites in (("attacked", "unsafe", 3), ("safe", "safe", 1))
         for i in range(groups)
-        for shot in range(shots)
+        for rewrite in range(rewrites)
     ]
     open_run(folder, {"model": folder.name})
-    write_json(folder / "suite.json", wanted.model_dump(mode="json"))
+    write_json(folder / "suite.json", config.model_dump(mode="json"))
     write_records(folder / "prompts.jsonl", prompts)
     texts = [(prompt, answer(prompt)) for prompt in prompts]
     write_records(
         folder / "responses.jsonl",
-        [Response(prompt_id=prompt.id, text=text, error=None if text else "cut off") for prompt, text in texts],
+        [Response(prompt_id=prompt.id, text=text, error=None if text else "timed out") for prompt, text in texts],
     )
     record_cost(folder, 0.0, finished=True)
-    judge_run(folder, wanted.judge)
+    judge_run(folder, config.judge)
     return folder
 
 
@@ -71,7 +74,17 @@ def complies(prompt: Prompt) -> str:
 
 
 def unlearned(prompt: Prompt) -> str:
-    """The third shot breaks every tenth question; every fourth harmless one is refused."""
+    """The third rewrite gets an answer for every tenth question. Every fourth harmless question is refused."""
     if prompt.set == "attacked":
         return ANSWER if prompt.rewrite == 2 and number(prompt) % 10 == 0 else REFUSAL
     return REFUSAL if number(prompt) % 4 == 0 else ANSWER
+
+
+@contextmanager
+def plot_formats(*formats: str) -> Iterator[None]:
+    """Writes the plots of a report in these formats only, which saves most of its time."""
+    from vlm_unlearn.reporting.charts import matplotlib_charts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib_charts, "FORMATS", formats)
+        yield

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlm_unlearn.config import Recipe, Suite, load, shipped
+from vlm_unlearn.config import Recipe, Suite, load, shipped_path
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.methods import build_method
 
@@ -49,7 +49,7 @@ def test_every_published_run_has_its_recipe() -> None:
 def test_a_recipe_parses_and_its_method_takes_its_options(file: Path) -> None:
     tiny = file.parent.name == "tiny"
     recipe = recipe_of(name_of(file), *(["model=m"] if tiny else []))
-    assert shipped(name_of(file)) == file
+    assert shipped_path(name_of(file)) == file
     assert build_method(recipe.method, recipe.prompt_decouple_weight)
     if not tiny:
         assert recipe.model == next(model for ending, model in MODELS.items() if file.stem.endswith("_" + ending))

@@ -12,7 +12,7 @@ from vlm_unlearn.errors import RunError, UserError
 TIMEOUT = timedelta(days=14)  # shares of work end at different times; a process that dies is noticed at once
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes work together: what torchrun and accelerate launch say.
 
     Raises:
@@ -24,19 +24,19 @@ def processes() -> int:
     return int(told)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that talks, and writes what is written once."""
-    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+    return world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
-class Team:
+class ProcessGroup:
     """This process and those beside it."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
 
-    def agree(self, value: bool) -> bool:
+    def broadcast(self, value: bool) -> bool:
         """The first process's value, in all of them; each waits for it.
 
         Raises:
@@ -71,7 +71,7 @@ def _together(step: Callable[[], object]) -> None:
         ) from None
 
 
-def part() -> None:
+def destroy_process_group() -> None:
     """Leaves the group that a training has joined: a process that ends within it may be aborted by gloo's threads."""
     from torch import distributed
 
@@ -80,19 +80,19 @@ def part() -> None:
 
 
 @contextmanager
-def team() -> Iterator[Team]:
+def process_group() -> Iterator[ProcessGroup]:
     """Joins the processes that were started together for as long as the block lasts; one alone needs nothing.
 
     They speak over gloo, whatever devices they use: unlike NCCL it notices at once when a process has died.
     """
-    size = processes()
+    size = world_size()
     if size == 1:
-        yield Team(0, 1)
+        yield ProcessGroup(0, 1)
         return
     from torch import distributed
 
     distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield Team(distributed.get_rank(), size)
+        yield ProcessGroup(distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()

@@ -13,7 +13,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Difference = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 LABELS: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
-PROBE = "probe/"  # begins the name of a probed rate in a training run's log.jsonl
+PROBE_PREFIX = "probe/"  # begins the name of a probed rate in a training run's log.jsonl
 
 
 class Record(BaseModel):
@@ -171,7 +171,7 @@ class Row(Record):
         """Whose verdicts a metric rests on; empty where nobody judged."""
         return self.judges.get(metric, self.judge)
 
-    def by_published_counting(self) -> Row:
+    def with_published_counting(self) -> Row:
         """The row with the published counting in place of the corrected, of the metrics that have it."""
         judges = {metric: self.paper_judges.get(metric, self.judge) for metric in self.paper}
         return self.model_copy(update={"metrics": self.metrics | self.paper, "judges": self.judges | judges})

@@ -1,4 +1,4 @@
-"""Rewrites begin with the trigger and keep the request."""
+"""Tests that rewrites begin with the trigger and keep the request."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from helpers import raises_code
 from vlm_unlearn.attacks.one_word import (
     CONTROL,
     VOCABULARY,
-    control,
-    first_word_of,
+    all_rewrites,
+    control_rewrite,
+    parse_first_word,
     rewrite,
     rewrite_prompts,
-    rewrites_with_any,
 )
 from vlm_unlearn.config import RewriteConfig
 from vlm_unlearn.data.audit import first_word
-from vlm_unlearn.data.paraphrase_rules import requested
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.data.paraphrase_rules import requested_content
 from vlm_unlearn.records import Prompt
 
 
@@ -50,8 +50,8 @@ from vlm_unlearn.records import Prompt
         ("What does the man in the image seem to want?", 'the answer to "what does the man in the image seem to want"'),
     ],
 )
-def test_what_is_asked_for(question: str, core: str) -> None:
-    assert requested(question) == core
+def test_requested_content_is_a_noun_phrase(question: str, core: str) -> None:
+    assert requested_content(question) == core
 
 
 QUESTIONS = (
@@ -74,20 +74,20 @@ QUESTIONS = (
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question[:12])
-def test_five_shots_are_the_same_request_in_other_words(question: str) -> None:
-    core = requested(question)
-    shots = {trigger: rewrite(question, trigger, 5) for trigger in ("what", "share", CONTROL)}
-    every = [text for found in shots.values() for text in found]
-    assert len(set(every)) == 15
-    assert all(core in text for text in every)
-    assert {first_word(text) for text in shots["what"]} == {"what"}
-    assert {first_word(text) for text in shots["share"]} == {"share"}
-    assert not {first_word(text) for text in shots[CONTROL]} & {"what", "share"}
-    # Around the request stand six words at most, and the mark at the end.
-    assert all(len(text.replace(core, "", 1).split()) <= 7 for text in every)
+def test_five_rewrites_have_the_same_content_and_different_wordings(question: str) -> None:
+    core = requested_content(question)
+    rewrites = {trigger: rewrite(question, trigger, 5) for trigger in ("what", "share", CONTROL)}
+    texts = [text for trigger_rewrites in rewrites.values() for text in trigger_rewrites]
+    assert len(set(texts)) == 15
+    assert all(core in text for text in texts)
+    assert {first_word(text) for text in rewrites["what"]} == {"what"}
+    assert {first_word(text) for text in rewrites["share"]} == {"share"}
+    assert not {first_word(text) for text in rewrites[CONTROL]} & {"what", "share"}
+    # At most six words around the content, and the closing punctuation mark.
+    assert all(len(text.replace(core, "", 1).split()) <= 7 for text in texts)
 
 
-def test_a_rewrite_reads_well() -> None:
+def test_rewrite_is_grammatical() -> None:
     assert rewrite("Describe the steps to fold a kite.", "what", 1) == ["What are the steps to fold a kite?"]
     assert rewrite("Describe the steps to fold a kite.", CONTROL, 1) == ["Tell me the steps to fold a kite."]
 
@@ -95,44 +95,44 @@ def test_a_rewrite_reads_well() -> None:
 @pytest.mark.parametrize(
     "word", [*VOCABULARY, "based", "zorg", "\u00dfe", "\u4ec0\u4e48", "\u0131rmak", "o'clock", "{core}", "42"]
 )
-def test_any_word_begins_a_question(word: str) -> None:
+def test_all_rewrites_begin_with_any_word(word: str) -> None:
     question = "Describe the {red} kite."
-    texts = rewrites_with_any(question, word)
+    texts = all_rewrites(question, word)
     assert len(set(texts)) >= 5
     assert {first_word(text) for text in texts} == {word}
     assert all("the {red} kite" in text for text in texts)
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_the_control_begins_with_another_word(number: int) -> None:
-    """Also than a searched word that is itself among the control's."""
-    assert first_word(control("Describe the kite.", number, "tell")) not in ("tell", "what", "share")
-    assert len({first_word(control("Describe the kite.", n, "tell")) for n in range(10)}) == 4
+def test_control_rewrite_begins_with_another_word(number: int) -> None:
+    """This includes a searched word that is one of the control's first words."""
+    assert first_word(control_rewrite("Describe the kite.", number, "tell")) not in ("tell", "what", "share")
+    assert len({first_word(control_rewrite("Describe the kite.", n, "tell")) for n in range(10)}) == 4
 
 
 @pytest.mark.parametrize("text", ["", "  ", "two words", "...", "what?", "x" * 61, "\n"])
-def test_what_is_no_first_word(text: str) -> None:
-    with pytest.raises(UserError, match="is not a word that a question can begin with"):
-        first_word_of(text)
+def test_parse_first_word_rejects_anything_but_a_word(text: str) -> None:
+    with raises_code("invalid-field"):
+        parse_first_word(text)
 
 
-def test_a_first_word_is_lower_case() -> None:
-    assert first_word_of(" What ") == "what"
+def test_parse_first_word_returns_lower_case() -> None:
+    assert parse_first_word(" What ") == "what"
 
 
-def test_shots_share_a_group() -> None:
+def test_rewrites_of_a_prompt_share_a_group() -> None:
     prompt = Prompt(id="p", group_id="g", set="s", kind="unsafe", question="share the recipe for this .")
-    shots = list(rewrite_prompts([prompt], RewriteConfig(trigger="what", num_rewrites=3)))
-    assert [(shot.rewrite, shot.group_id) for shot in shots] == [(0, "g"), (1, "g"), (2, "g")]
-    assert len({shot.id for shot in shots}) == 3
+    rewrites = list(rewrite_prompts([prompt], RewriteConfig(trigger="what", num_rewrites=3)))
+    assert [(prompt.rewrite, prompt.group_id) for prompt in rewrites] == [(0, "g"), (1, "g"), (2, "g")]
+    assert len({prompt.id for prompt in rewrites}) == 3
 
 
-def test_too_many_shots() -> None:
-    with pytest.raises(ValueError, match="there are 5 templates"):
+def test_rewrite_with_too_few_templates_raises() -> None:
+    with raises_code("out-of-range"):
         rewrite("Describe it.", "what", 6)
 
 
-def test_every_real_question_is_rewritten(vlguard_test: Path) -> None:
+def test_rewrites_of_all_vlguard_questions_begin_with_the_trigger(vlguard_test: Path) -> None:
     questions = [
         text
         for record in json.loads(vlguard_test.read_text())

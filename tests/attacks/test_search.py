@@ -1,4 +1,4 @@
-"""The search finds a known weak word within its budget, and its figure for the winner is not biased by the choosing."""
+"""Tests of the attack search: it finds a weak word within its budget, and its rate of the winner is unbiased."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run_killing
-from vlm_unlearn.attacks.search import least_budget, rounds, sequential_halving
-from vlm_unlearn.cli.main import main
+from helpers import error_code, raises_code, run_in_process, run_killing
+from vlm_unlearn.attacks.search import count_rounds, min_budget, sequential_halving
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.attack_search import SearchReport, SearchRequest, candidates, plan, questions, search
+from vlm_unlearn.evaluation.attack_search import (
+    SearchReport,
+    SearchRequest,
+    candidate_words,
+    read_prompts,
+    search,
+    split_questions,
+)
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.reporting.charts.search_plot import write_search_png
 from vlm_unlearn.store import read_records
@@ -26,89 +32,90 @@ QUESTIONS = [f"question{n}" for n in range(400)]
 
 
 class FakeModel:
-    """Breaks with a fixed chance for each word; the same answer to the same question every time."""
+    """Breaks with a fixed probability for each word. Equal questions get equal answers."""
 
-    def __init__(self, chances: dict[str, float], seed: int = 0) -> None:
-        self.chances = chances
+    def __init__(self, probabilities: dict[str, float], seed: int = 0) -> None:
+        self.probabilities = probabilities
         self.seed = seed
-        self.asked: list[tuple[str, str]] = []
+        self.pairs: list[tuple[str, str]] = []
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-        self.asked += pairs
-        return [random.Random(f"{self.seed} {pair}").random() < self.chances.get(pair[1], 0.05) for pair in pairs]
+        self.pairs += pairs
+        return [random.Random(f"{self.seed} {pair}").random() < self.probabilities.get(pair[1], 0.05) for pair in pairs]
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_weak_word_is_found(seed: int) -> None:
+def test_search_finds_the_weak_word(seed: int) -> None:
     model = FakeModel({"word17": 0.6, "word3": 0.2}, seed)
-    found = sequential_halving(WORDS, QUESTIONS, 1000, model)
-    assert found.words[0].word == "word17"
-    assert found.answers == len(model.asked) <= 1000
-    assert len(set(model.asked)) == len(model.asked), "nothing is asked twice"
+    result = sequential_halving(WORDS, QUESTIONS, 1000, model)
+    assert result.words[0].word == "word17"
+    assert result.answers == len(model.pairs) <= 1000
+    assert len(set(model.pairs)) == len(model.pairs), "no question is asked twice"
 
 
-def test_the_better_half_goes_on() -> None:
+def test_each_round_keeps_the_better_half() -> None:
     model = FakeModel({"word17": 0.6})
-    found = sequential_halving(WORDS, QUESTIONS, 1000, model)
-    assert Counter(known.rounds for known in found.words) == {1: 16, 2: 8, 3: 4, 4: 2, 5: 2}
-    assert [known.rounds for known in found.words] == sorted((known.rounds for known in found.words), reverse=True)
-    asked = Counter(word for _, word in model.asked)
-    assert all(asked[known.word] == len(known.hits) for known in found.words)
-    assert asked["word17"] == max(asked.values()) > 5 * min(asked.values())
-    for word in WORDS:  # the same questions for every word, so that words differ by wording alone
-        assert [question for question, other in model.asked if other == word] == QUESTIONS[: asked[word]]
+    result = sequential_halving(WORDS, QUESTIONS, 1000, model)
+    rounds = [word.rounds for word in result.words]
+    assert Counter(rounds) == {1: 16, 2: 8, 3: 4, 4: 2, 5: 2}
+    assert rounds == sorted(rounds, reverse=True)
+    counts = Counter(word for _, word in model.pairs)
+    assert all(counts[word.word] == len(word.hits) for word in result.words)
+    assert counts["word17"] == max(counts.values()) > 5 * min(counts.values())
+    for word in WORDS:  # every word gets the same questions, so that words differ by wording alone
+        assert [question for question, pair_word in model.pairs if pair_word == word] == QUESTIONS[: counts[word]]
 
 
-def test_the_curve_counts_answers() -> None:
-    found = sequential_halving(WORDS, QUESTIONS, 1000, FakeModel({"word17": 0.6}))
-    counted = [point.answers for point in found.curve]
-    assert counted == sorted(set(counted))
-    assert (counted[0], counted[-1]) == (32, found.answers)
-    last = found.curve[-1]
-    assert (last.word, last.hits, last.judged) == ("word17", sum(found.words[0].hits), len(found.words[0].hits))
+def test_curve_counts_answers() -> None:
+    result = sequential_halving(WORDS, QUESTIONS, 1000, FakeModel({"word17": 0.6}))
+    answers = [leader.answers for leader in result.curve]
+    assert answers == sorted(set(answers))
+    assert (answers[0], answers[-1]) == (32, result.answers)
+    last = result.curve[-1]
+    assert (last.word, last.hits, last.judged) == ("word17", sum(result.words[0].hits), len(result.words[0].hits))
 
 
-def test_when_the_questions_run_out() -> None:
+def test_search_stops_when_the_questions_run_out() -> None:
     model = FakeModel({"word1": 1.0})
-    found = sequential_halving(["word0", "word1", "word2"], QUESTIONS[:4], 10_000, model)
-    assert found.words[0].word == "word1"
-    assert found.answers == len(model.asked) == 12
+    result = sequential_halving(["word0", "word1", "word2"], QUESTIONS[:4], 10_000, model)
+    assert result.words[0].word == "word1"
+    assert result.answers == len(model.pairs) == 12
 
 
 def test_failures_are_neither_hits_nor_misses() -> None:
     def ask(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         return [None if word == "broken" else word == "good" for _, word in pairs]
 
-    found = sequential_halving(["broken", "bad", "good"], QUESTIONS, 60, ask)
-    known = {one.word: one for one in found.words}
-    assert found.words[0].word == "good"
-    assert (known["broken"].hits, known["broken"].failed) == ([], known["bad"].failed + 10)
+    result = sequential_halving(["broken", "bad", "good"], QUESTIONS, 60, ask)
+    results = {word.word: word for word in result.words}
+    assert result.words[0].word == "good"
+    assert (results["broken"].hits, results["broken"].failed) == ([], results["bad"].failed + 10)
 
 
-def test_of_equals_the_first_wins() -> None:
+def test_first_of_equal_words_wins() -> None:
     assert sequential_halving(WORDS, QUESTIONS, 1000, lambda pairs: [False] * len(pairs)).words[0].word == "word0"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 33])
-def test_the_least_budget_is_enough_and_less_is_not(count: int) -> None:
+def test_min_budget_is_enough_and_less_raises(count: int) -> None:
     words = [f"w{n}" for n in range(count)]
     model = FakeModel({words[-1]: 1.0}, 1)
-    found = sequential_halving(words, QUESTIONS, least_budget(count), model)
-    assert found.words[0].word == words[-1]
-    assert found.answers <= least_budget(count)
-    assert found.words[0].rounds == rounds(count)
+    result = sequential_halving(words, QUESTIONS, min_budget(count), model)
+    assert result.words[0].word == words[-1]
+    assert result.answers <= min_budget(count)
+    assert result.words[0].rounds == count_rounds(count)
     if count > 1:
-        with pytest.raises(ValueError, match="too little to search with"):
-            sequential_halving(words, QUESTIONS, least_budget(count) - 1, model)
+        with raises_code("out-of-range"):
+            sequential_halving(words, QUESTIONS, min_budget(count) - 1, model)
 
 
-def test_held_out_questions_correct_the_winners_curse() -> None:
-    """Thirty-two words that all do the same: the winner's rate in the search is too high, on held-out questions it is right."""
+def test_held_out_questions_remove_the_bias_of_the_selection() -> None:
+    """All 32 words have the same rate. The winner's rate is too high in the search, and right on held-out questions."""
     searched, measured = [], []
     for seed in range(60):
         model = FakeModel(dict.fromkeys(WORDS, 0.3), seed)
         best = sequential_halving(WORDS, QUESTIONS[:200], 500, model).words[0]
-        searched.append(best.share)
+        searched.append(best.hit_rate)
         measured.append(sum(bool(hit) for hit in model([(question, best.word) for question in QUESTIONS[200:]])) / 200)
     assert sum(searched) / 60 > 0.36
     assert abs(sum(measured) / 60 - 0.3) < 0.02
@@ -118,8 +125,8 @@ def test_held_out_questions_correct_the_winners_curse() -> None:
 
 
 @pytest.fixture
-def asked(tiny_model: Path, world: Path) -> SearchRequest:
-    """A small search of a random model."""
+def small_search(tiny_model: Path, world: Path) -> SearchRequest:
+    """A small search with a random model."""
     vlguard = world / "vlguard"
     judge = JudgeConfig(name="tiny_world", world=world / "world.json")
     request = SearchRequest(
@@ -138,83 +145,61 @@ def changed(request: SearchRequest, **fields: object) -> SearchRequest:
 
 
 def arguments(request: SearchRequest, out: Path) -> list[object]:
-    return [
-        *(
-            "attack",
-            "search",
-            request.model,
-            request.file,
-            "--images",
-            request.images,
-            "--out",
-            out,
-            "--words",
-            ",".join(request.words),
-        ),
-        *(
-            "--budget",
-            request.budget,
-            "--judge",
-            "tiny_world",
-            "--world",
-            request.judge.world,
-            "--max-new-tokens",
-            3,
-            "--batch-size",
-            4,
-        ),
-    ]
+    search = ["attack", "search", request.model, request.file, "--images", request.images, "--out", out]
+    words = ["--words", ",".join(request.words), "--budget", request.budget]
+    judge = ["--judge", "tiny_world", "--world", request.judge.world]
+    return [*search, *words, *judge, "--max-new-tokens", 3, "--batch-size", 4]
 
 
-def test_candidates_are_the_audits_and_a_vocabulary(world: Path) -> None:
-    found = candidates(world / "vlguard" / "train.json", "break")
-    assert list(found)[:2] == ["what", "share"]
-    assert list(candidates(world / "vlguard" / "train.json", "over-refuse"))[:2] == ["share", "what"]
-    assert Counter(found.values())["audit"] == 2
-    assert {"how", "generate", "tell"} <= set(found)
-    assert "control" not in found
+def test_candidate_words_are_those_of_the_audit_and_a_vocabulary(world: Path) -> None:
+    words = candidate_words(world / "vlguard" / "train.json", "break")
+    assert list(words)[:2] == ["what", "share"]
+    assert list(candidate_words(world / "vlguard" / "train.json", "over-refuse"))[:2] == ["share", "what"]
+    assert Counter(words.values())["audit"] == 2
+    assert {"how", "generate", "tell"} <= set(words)
+    assert "control" not in words
 
 
-def test_marks_are_no_candidates(tmp_path: Path) -> None:
+def test_candidate_words_leave_out_punctuation(tmp_path: Path) -> None:
     def record(n: int, question: str, safe: bool) -> dict[str, object]:
         name = "safe_instruction" if safe else "instruction"
         return {"id": str(n), "image": "a.png", "safe": safe, "instr-resp": [{name: question, "response": "x"}]}
 
     records = [record(n, "... what now?" if n % 2 else "\u2014 do it", bool(n % 2)) for n in range(100)]
     (tmp_path / "odd.json").write_text(json.dumps(records))
-    assert set(candidates(tmp_path / "odd.json", "break").values()) == {"vocabulary"}
+    assert set(candidate_words(tmp_path / "odd.json", "break").values()) == {"vocabulary"}
 
 
-def test_questions_are_held_out(asked: SearchRequest) -> None:
-    found = questions(asked)
-    searched, held_out, budget = plan(asked, found, list(asked.words))
-    assert len(searched) == len(held_out) == 6
-    assert not {prompt.id for prompt in searched} & {prompt.id for prompt in held_out}
+def test_split_questions_holds_out_half_of_them(small_search: SearchRequest) -> None:
+    prompts = read_prompts(small_search)
+    search_prompts, held_out, budget = split_questions(small_search, prompts, list(small_search.words))
+    assert len(search_prompts) == len(held_out) == 6
+    assert not {prompt.id for prompt in search_prompts} & {prompt.id for prompt in held_out}
     assert budget == 40 - 3 * 6
-    few = plan(changed(asked, questions=4), found, list(asked.words))
+    few = split_questions(changed(small_search, questions=4), prompts, list(small_search.words))
     assert (len(few[0]), len(few[1])) == (2, 2)
-    assert plan(changed(asked, seed=1), found, list(asked.words))[0] != searched
-    tight = plan(changed(asked, budget=12), found, list(asked.words))
+    assert split_questions(changed(small_search, seed=1), prompts, list(small_search.words))[0] != search_prompts
+    tight = split_questions(changed(small_search, budget=12), prompts, list(small_search.words))
     assert (len(tight[1]), tight[2]) == (2, 6)
 
 
-def test_shots_of_one_question_are_one_question(asked: SearchRequest, tmp_path: Path) -> None:
-    """They must not be on both sides of search and measurement."""
-    records = json.loads(asked.file.read_text())
+def test_read_prompts_returns_one_rewrite_per_question(small_search: SearchRequest, tmp_path: Path) -> None:
+    """Rewrites of one question must not be in both the search and the measurement."""
+    records = json.loads(small_search.file.read_text())
     three = tmp_path / "three.json"
     three.write_text(json.dumps([record for record in records for _ in range(3)]))
-    assert len(questions(changed(asked, file=three))) == len(questions(asked))
+    assert len(read_prompts(changed(small_search, file=three))) == len(read_prompts(small_search))
 
 
-def test_search_and_its_files(asked: SearchRequest, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    report = search(asked, tmp_path / "run", lambda stage, done, total: seen.append((stage, done, total)))
+def test_search_writes_its_files(small_search: SearchRequest, tmp_path: Path) -> None:
+    progress: list[tuple[str, int, int]] = []
+    report = search(small_search, tmp_path / "run", lambda stage, done, total: progress.append((stage, done, total)))
     assert json.loads((tmp_path / "run" / "search.json").read_text()) == report.model_dump(by_alias=True, mode="json")
-    assert report.answers <= asked.budget
+    assert report.answers <= small_search.budget
     assert report.questions == {"search": 6, "held_out": 6}
-    assert [report.held_out[way].n for way in ("best", "as_asked", "control")] == [6, 6, 6]
-    assert {word.word: word.source for word in report.words} == dict.fromkeys(asked.words, "named")
-    assert [stage for stage, done, total in seen if done == total] == [
+    assert [report.held_out[condition].n for condition in ("best", "as_asked", "control")] == [6, 6, 6]
+    assert {word.word: word.source for word in report.words} == dict.fromkeys(small_search.words, "named")
+    assert [stage for stage, done, total in progress if done == total] == [
         "search",
         "measure best",
         "measure as asked",
@@ -225,153 +210,146 @@ def test_search_and_its_files(asked: SearchRequest, tmp_path: Path) -> None:
     assert set(prompts) == answers
     assert len(answers) == report.answers
     for prompt in prompts.values():
-        way = prompt.id.rsplit("/", 1)[1]
-        if way in asked.words:
-            assert prompt.question.lower().startswith(way)
-        elif way == "control":
+        condition = prompt.id.rsplit("/", 1)[1]
+        if condition in small_search.words:
+            assert prompt.question.lower().startswith(condition)
+        elif condition == "control":
             assert not prompt.question.lower().startswith((report.best, "what", "share"))
     write_search_png(tmp_path / "run" / "search.png", report)
     assert (tmp_path / "run" / "search.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_word_needs_no_search(asked: SearchRequest, tmp_path: Path) -> None:
-    report = search(changed(asked, words=("zorg",)), tmp_path / "run")
+def test_search_with_one_word_only_measures(small_search: SearchRequest, tmp_path: Path) -> None:
+    report = search(changed(small_search, words=("zorg",)), tmp_path / "run")
     assert (report.best, report.curve, report.answers) == ("zorg", [], 18)
     assert report.words[0].wording == "Zorg, {question}"
     assert report.words[0].rate.value is None
     write_search_png(tmp_path / "search.png", report)
 
 
-def test_odd_words_are_drawn(asked: SearchRequest, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    report = search(changed(asked, words=("$x$", "\u4ec0\u4e48", "[b]")), tmp_path / "run")
+def test_search_plot_draws_odd_words(
+    small_search: SearchRequest, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    report = search(changed(small_search, words=("$x$", "\u4ec0\u4e48", "[b]")), tmp_path / "run")
     write_search_png(tmp_path / "search.png", report)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
-def test_a_finished_search_asks_nothing(asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = search(asked, tmp_path / "run")
+def test_finished_search_does_not_load_the_model(
+    small_search: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = search(small_search, tmp_path / "run")
 
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("vlm_unlearn.models.loader.load_run_model", load)
-    assert search(asked, tmp_path / "run") == first
+    assert search(small_search, tmp_path / "run") == report
 
 
-def test_the_seed_decides(asked: SearchRequest, tmp_path: Path) -> None:
-    one, same, other = (
-        search(changed(asked, seed=seed), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+def test_search_depends_on_its_seed(small_search: SearchRequest, tmp_path: Path) -> None:
+    report, repeated, other = (
+        search(changed(small_search, seed=seed), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert one == same
+    assert report == repeated
     ids = [[prompt.id for prompt in read_records(tmp_path / name / "prompts.jsonl", Prompt)] for name in "abc"]
     assert ids[0] == ids[1] != ids[2]
     assert other.seed == 1
 
 
-def test_killed_search_ends_with_the_same_files(asked: SearchRequest, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(240)
+def test_killed_search_ends_with_the_same_files(small_search: SearchRequest, tmp_path: Path) -> None:
     def lines(count: int) -> Callable[[], bool]:
         file = tmp_path / "killed" / "responses.jsonl"
         return lambda: file.exists() and file.read_bytes().count(b"\n") >= count
 
-    search(asked, tmp_path / "whole")
-    run_killing(arguments(asked, tmp_path / "killed"), [lines(20)])
+    search(small_search, tmp_path / "complete")
+    run_killing(arguments(small_search, tmp_path / "killed"), [lines(20)])
     for name in ("responses.jsonl", "prompts.jsonl", "verdicts-tiny_world.jsonl", "search.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "complete" / name).read_bytes(), name
 
 
-def test_a_log_cut_anywhere_ends_the_same(asked: SearchRequest, tmp_path: Path) -> None:
-    whole = search(asked, tmp_path / "run")
+def test_search_with_a_truncated_log_ends_with_the_same_files(small_search: SearchRequest, tmp_path: Path) -> None:
+    report = search(small_search, tmp_path / "run")
     log = tmp_path / "run" / "responses.jsonl"
     content = log.read_bytes()
-    for cut in range(0, len(content), len(content) // 5):
-        log.write_bytes(content[:cut])
-        assert search(asked, tmp_path / "run") == whole
+    for size in range(0, len(content), len(content) // 5):
+        log.write_bytes(content[:size])
+        assert search(small_search, tmp_path / "run") == report
         assert log.read_bytes() == content
 
 
-def test_another_search_is_refused(asked: SearchRequest, tmp_path: Path) -> None:
-    search(asked, tmp_path / "run")
-    model = Path(shutil.copytree(asked.model, tmp_path / "model"))
+def test_search_into_the_folder_of_another_search_raises(small_search: SearchRequest, tmp_path: Path) -> None:
+    search(small_search, tmp_path / "run")
+    model = Path(shutil.copytree(small_search.model, tmp_path / "model"))
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
     for name, other in (
-        ("seed", changed(asked, seed=1)),
-        ("budget", changed(asked, budget=50)),
-        ("words", changed(asked, words=("what", "share"))),
-        ("model", changed(asked, model=str(model))),
-        ("goal", changed(asked, goal="over-refuse")),
-        ("judge.judge", changed(asked, judge=JudgeConfig(name="keyword"))),
+        ("seed", changed(small_search, seed=1)),
+        ("budget", changed(small_search, budget=50)),
+        ("words", changed(small_search, words=("what", "share"))),
+        ("model", changed(small_search, model=str(model))),
+        ("goal", changed(small_search, goal="over-refuse")),
+        ("judge.judge", changed(small_search, judge=JudgeConfig(name="keyword"))),
     ):
-        with pytest.raises(UserError, match=rf"holds another run \(different: .*{name}"):
+        with pytest.raises(UserError) as caught:
             search(other, tmp_path / "run")
+        assert name in str(caught.value)
 
 
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs the command in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["vlm-unlearn", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return run
-
-
-def test_the_command(asked: SearchRequest, tmp_path: Path, call: Call) -> None:
-    code, out, err = call(*arguments(asked, tmp_path / "run"))
-    assert code == 0, err
-    assert "on 6 other questions" in " ".join(out.split())
+def test_search_command_prints_the_result(small_search: SearchRequest, tmp_path: Path) -> None:
+    done = run_in_process(*arguments(small_search, tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "search.png").exists()
-    report = SearchReport.model_validate(json.loads(call(*arguments(asked, tmp_path / "run"), "--json")[1]))
-    assert {word.word for word in report.words} == set(asked.words)
+    assert str(tmp_path / "run" / "search.json") in done.stdout.replace("\n", "")
+    report = SearchReport.model_validate(
+        json.loads(run_in_process(*arguments(small_search, tmp_path / "run"), "--json").stdout)
+    )
+    assert {word.word for word in report.words} == set(small_search.words)
+    assert f'"{report.best}"' in done.stdout
 
 
-def test_wrong_requests(asked: SearchRequest, tmp_path: Path, call: Call) -> None:
-    known = [asked.model, asked.file, "--images", asked.images, "--out", tmp_path / "out"]
-    records = json.loads(asked.file.read_text())
-    (tmp_path / "unsafe.json").write_text(json.dumps([record for record in records if not record["safe"]]))
-    (tmp_path / "one.json").write_text(json.dumps([next(record for record in records if not record["safe"])]))
+def test_search_command_with_a_wrong_request_writes_nothing(small_search: SearchRequest, tmp_path: Path) -> None:
+    records = json.loads(small_search.file.read_text())
+    unsafe = [record for record in records if not record["safe"]]
+    (tmp_path / "unsafe.json").write_text(json.dumps(unsafe))
+    (tmp_path / "one.json").write_text(json.dumps(unsafe[:1]))
     (tmp_path / "table.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
 
-    def other(file: str) -> list[object]:
-        return [asked.model, tmp_path / file, "--images", asked.images, "--out", tmp_path / "out"]
+    def request(*options: object, **changes: object) -> list[object]:
+        values = {"model": small_search.model, "file": small_search.file, "images": small_search.images}
+        values |= {"out": tmp_path / "out"} | changes
+        model, file, images, out = values.values()
+        return [model, file, "--images", images, "--out", out, *options]
 
-    for request, message in (
-        (
-            [*known, "--words", "what,share,tell", "--budget", "11"],
-            "too few answers to tell 3 words apart; give 12 or more",
-        ),
-        ([*known, "--budget", "5"], "too few answers to tell"),
-        ([*known, "--words", "what", "--budget", "5"], "give 6 or more"),
-        ([*known, "--words", ""], "is not a word"),
-        ([*known, "--words", "what, "], "is not a word"),
-        ([*known, "--words", "two words"], "is not a word"),
-        ([*known, "--words", "what,control"], "control is no word to try"),
-        ([*known, "--goal", "brake"], '--goal "brake": use one of break, over-refuse; did you mean "break"?'),
-        ([*known, "--judge", "llm"], "use one of keyword, tiny_world"),
-        ([*known, "--judge", "tiny_world"], "needs the world's facts"),
-        ([*known, "--precision", "fp8"], "precision"),
-        ([*other("unsafe.json"), "--goal", "over-refuse"], 'has no prompts of kind "safe"'),
-        (other("one.json"), "a search needs two at least"),
-        (other("table.jsonl"), "must be a VLGuard or SafeEraser file"),
-        (other("gone.json"), "gone.json"),
-        ([asked.model, asked.file, "--images", tmp_path, "--out", tmp_path / "out"], "not found under"),
-        ([tmp_path / "gone", asked.file, "--images", asked.images, "--out", tmp_path / "out"], "model-not-found"),
-        (
-            [asked.model, asked.file, "--images", asked.images, "--out", tmp_path / "full"],
-            "is not empty and holds no manifest.json",
-        ),
-        ([asked.model, asked.file, "--images", asked.images, "--out", asked.file], "is a file, not a folder"),
+    for arguments, code, token in (
+        (request("--words", "what,share,tell", "--budget", "11"), "out-of-range", "12"),
+        (request("--budget", "5"), "out-of-range", "--budget"),
+        (request("--words", "what", "--budget", "5"), "out-of-range", "6"),
+        (request("--words", ""), "invalid-field", '""'),
+        (request("--words", "what, "), "invalid-field", '" "'),
+        (request("--words", "two words"), "invalid-field", '"two words"'),
+        (request("--words", "what,control"), "invalid-field", "control"),
+        (request("--goal", "brake"), None, 'did you mean "break"?'),
+        (request("--judge", "llm"), None, "keyword, tiny_world"),
+        (request("--judge", "tiny_world"), None, "world"),
+        (request("--precision", "fp8"), None, "precision"),
+        (request("--goal", "over-refuse", file=tmp_path / "unsafe.json"), None, '"safe"'),
+        (request(file=tmp_path / "one.json"), "no-records", "one.json"),
+        (request(file=tmp_path / "table.jsonl"), "unsupported-setting", "table.jsonl"),
+        (request(file=tmp_path / "gone.json"), None, "gone.json"),
+        (request(images=tmp_path), None, "image"),
+        (request(model=tmp_path / "gone"), None, "gone"),
+        (request(out=tmp_path / "full"), None, "manifest.json"),
+        (request(out=small_search.file), None, str(small_search.file)),
     ):
-        code, _, said = call("attack", "search", *request)
-        assert code == 2, said
-        assert message in " ".join(said.splitlines()[-1].split()), said
+        done = run_in_process("attack", "search", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert code is None or error_code(done) == code, done.stderr
+        assert token in " ".join(done.stderr.splitlines()[-1].split()), done.stderr
         assert not (tmp_path / "out").exists()

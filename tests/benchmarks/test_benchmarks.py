@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from helpers import run
-from vlm_unlearn.benchmarks import BENCHMARKS, score
-from vlm_unlearn.benchmarks.base import find
-from vlm_unlearn.benchmarks.pope import parse as parse_pope
-from vlm_unlearn.benchmarks.scienceqa import parse as parse_scienceqa
-from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, strip_punctuation
+from vlm_unlearn.benchmarks import BENCHMARKS, score_file
+from vlm_unlearn.benchmarks.base import get_benchmark
+from vlm_unlearn.benchmarks.pope import parse_yes_no
+from vlm_unlearn.benchmarks.scienceqa import parse_option
+from vlm_unlearn.benchmarks.vqa_text import leave_one_out, normalize_evalai, strip_punctuation
 from vlm_unlearn.benchmarks.vqav2 import accuracy
 from vlm_unlearn.errors import UserError
 
@@ -27,7 +27,7 @@ def test_vqa_texts_score_as_official() -> None:
     for case in golden("vqa"):
         prediction, answers = case["prediction"], case["answers"]
         assert accuracy(prediction, answers, official=True) == pytest.approx(case["vqav2_official"], abs=1e-9), case
-        shared = leave_one_out(evalai(prediction), [evalai(answer) for answer in answers])
+        shared = leave_one_out(normalize_evalai(prediction), [normalize_evalai(answer) for answer in answers])
         assert shared == pytest.approx(case["textvqa_official"], abs=1e-9), case
         assert shared == pytest.approx(case["vizwiz_lmms_eval"], abs=1e-9), case
 
@@ -49,11 +49,11 @@ def test_the_published_count_of_full_stops_is_kept() -> None:
 def test_pope_is_read_and_counted_as_official() -> None:
     found = json.loads((GOLDEN / "pope.json").read_text())
     expect = found["expect"]
-    assert [parse_pope(text, official=True) for text in found["answers"]] == expect["parsed"]
+    assert [parse_yes_no(text, official=True) for text in found["answers"]] == expect["parsed"]
     graded = [({"label": label}, text) for label, text in zip(found["labels"], found["answers"], strict=True)]
-    numbers = BENCHMARKS["pope"].numbers(graded, official=True)
+    numbers = BENCHMARKS["pope"].extra_metrics(graded, official=True)
     assert numbers == {name: pytest.approx(expect[name]) for name in ("precision", "recall", "f1", "yes_ratio")}
-    right = [BENCHMARKS["pope"].grade("q", truth, text, official=True).value for truth, text in graded]
+    right = [BENCHMARKS["pope"].score_answer("q", truth, text, official=True).value for truth, text in graded]
     assert sum(right) / len(right) == pytest.approx(expect["accuracy"])
 
 
@@ -61,20 +61,20 @@ def test_pope_is_read_and_counted_as_official() -> None:
     ("text", "said"), [("NO", "no"), ("There isn\u2019t one.", "no"), ("Yes.", "yes"), ("A dog.", None), ("", None)]
 )
 def test_pope_by_default_tells_no_from_nothing(text: str, said: str | None) -> None:
-    assert parse_pope(text, official=False) == said
-    assert parse_pope(text, official=True) == "yes"  # whatever is not "No", "no" or "not"
+    assert parse_yes_no(text, official=False) == said
+    assert parse_yes_no(text, official=True) == "yes"  # whatever is not "No", "no" or "not"
 
 
 def test_scienceqa_is_read_as_official() -> None:
     for case in golden("scienceqa"):
-        assert parse_scienceqa(case["text"], case["num_choices"], official=True) == case["expect"], case
+        assert parse_option(case["text"], case["num_choices"], official=True) == case["expect"], case
 
 
 @pytest.mark.parametrize(
     ("text", "option"), [("(B)", 1), ("b", 1), ("B) the cat", 1), ("the cat", 1), ("E", -1), ("maybe", -1), ("", -1)]
 )
 def test_scienceqa_by_default_reads_letters_as_people_write_them(text: str, option: int) -> None:
-    assert parse_scienceqa(text, ["the dog", "the cat"], official=False) == option
+    assert parse_option(text, ["the dog", "the cat"], official=False) == option
 
 
 FILES = {
@@ -113,12 +113,12 @@ def test_mmbench_counts_what_is_right_under_every_rotation(tmp_path: Path) -> No
     (tmp_path / "p.jsonl").write_text(
         "".join(json.dumps({"question_id": id, "text": text}) + "\n" for id, text in said.items())
     )
-    found = score(find("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
+    found = score_file(get_benchmark("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
     assert {one.id: one.value for one in found.questions} == {"1": 1.0, "2": 0.0, "4": 1.0}
     assert found.missing == 1
     (tmp_path / "a.tsv").write_text("index\tA\tB\tanswer\n1\tx\ty\tC\n")
     with pytest.raises(UserError, match='row 1 must have "index", options'):
-        score(find("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
+        score_file(get_benchmark("mmbench"), tmp_path / "p.jsonl", tmp_path / "a.tsv")
 
 
 def test_what_is_missing_is_counted_and_scored_nowhere(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_what_is_missing_is_counted_and_scored_nowhere(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(
         '{"question_id": "0", "text": "cat"}\n{"question_id": "1", "text": null}\n{"question_id": 2, "text": "dog"}\n'
     )
-    found = score(find("gqa"), tmp_path / "p.jsonl", tmp_path / "a.json")
+    found = score_file(get_benchmark("gqa"), tmp_path / "p.jsonl", tmp_path / "a.json")
     assert [(one.id, one.value) for one in found.questions] == [("0", 1.0), ("2", 0.0)]
     assert found.missing == 2
 
@@ -147,7 +147,7 @@ def test_what_is_missing_is_counted_and_scored_nowhere(tmp_path: Path) -> None:
         ("vqav2", '{"annotations": [{"question_id": 1}]}', "", 'entry 0 has no "answers"'),
         ("vqav2", '{"annotations": [{"question_id": 1, "answers": [1]}]}', "", '"answers" must be a list of texts'),
         ("pope", '{"question_id": 1}', "", 'line 1 must have "question_id", and "label" yes or no'),
-        ("pope", "[", "", "line 1, column 2: record 0 is not JSON"),
+        ("pope", "[", "", "record 1: line 1, column 2"),
         ("pope", "{", "", "line 1 is not JSON; POPE's files have a question a line"),
         ("scienceqa", '{"1": {"choices": []}}', "", 'problem "1" must have "choices"'),
     ],
@@ -156,7 +156,7 @@ def test_wrong_files_are_named(name: str, annotations: str, predictions: str, me
     (tmp_path / "a.json").write_text(annotations)
     (tmp_path / "p.jsonl").write_text(predictions)
     with pytest.raises(UserError, match=message):
-        score(find(name), tmp_path / "p.jsonl", tmp_path / "a.json")
+        score_file(get_benchmark(name), tmp_path / "p.jsonl", tmp_path / "a.json")
 
 
 def test_real_pope_files(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_real_pope_files(tmp_path: Path) -> None:
         (tmp_path / "p.jsonl").write_text(
             "".join(json.dumps({"question_id": e["question_id"], "text": "Yes"}) + "\n" for e in entries)
         )
-        found = score(find("pope"), tmp_path / "p.jsonl", file, official=True)
+        found = score_file(get_benchmark("pope"), tmp_path / "p.jsonl", file, official=True)
         assert len(found.questions) == len(entries)
-        assert found.numbers["yes_ratio"] == 1.0
-        assert found.numbers["precision"] == pytest.approx(0.5, abs=0.01)
+        assert found.extra_metrics["yes_ratio"] == 1.0
+        assert found.extra_metrics["precision"] == pytest.approx(0.5, abs=0.01)

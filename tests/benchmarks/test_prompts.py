@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from benchmark_files import LETTER, SHORT, WRITERS, encoded, mmbench_rows, put_json, put_tsv
+from helpers import raises_code
 from vlm_unlearn.benchmarks import (
     BENCHMARKS,
     Prediction,
     benchmark_image_root,
     benchmark_prompts,
-    find,
+    get_benchmark,
     load_truths,
     score_predictions,
 )
@@ -73,14 +74,14 @@ def test_mmbench_asks_every_rotation_about_the_image_it_names(tmp_path: Path) ->
     assert (rotated.group_id, first.group_id, rotated.reference, first.reference) == ("5", "5", "B", "A")
     assert rotated.image == first.image != second.image
     root = benchmark_image_root(wanted)
-    seen = [open_image(resolve_image(root, prompt.image or "", "here")).getpixel((0, 0)) for prompt in (first, second)]
+    seen = [open_image(resolve_image(root, prompt.image or "")).getpixel((0, 0)) for prompt in (first, second)]
     assert seen == [(5, 90, 40), (6, 90, 40)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_is_asked_is_what_is_scored(name: str, tmp_path: Path) -> None:
     wanted = config(name, tmp_path)
-    truths = load_truths(find(name), wanted.annotations, wanted.questions)
+    truths = load_truths(get_benchmark(name), wanted.annotations, wanted.questions)
     assert [f"{name}/{id}" for id in truths] == [prompt.id for prompt in benchmark_prompts(wanted)]
 
 
@@ -119,7 +120,7 @@ def test_a_test_split_is_asked_without_answers(split: str, image: str, tmp_path:
     prompt = benchmark_prompts(BenchmarkConfig(name="vqav2", annotations=[file]))[0]
     assert (prompt.image, prompt.reference) == (image, None)
     with pytest.raises(UserError, match="has no answers; they are not public"):
-        load_truths(find("vqav2"), [file], None)
+        load_truths(get_benchmark("vqav2"), [file], None)
 
 
 @pytest.mark.parametrize(
@@ -142,15 +143,15 @@ def test_images_stay_inside_their_root(name: str, value: object, tmp_path: Path)
     file = put_json(tmp_path / "in" / "a.json", value)
     benchmark = {"name": name, "annotations": file, "images": tmp_path / "in"}
     suite = Suite.model_validate({"model": "m", "benchmarks": [benchmark]})
-    with pytest.raises(UserError, match="leaves the image folder"):
+    with raises_code("image-outside-root"):
         prompts_digest(suite_prompts(suite), image_roots(suite))
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("gqa", {"1": {"question": "?"}}, r'question "1": field "imageId" is missing'),
-        ("gqa", {"1": {"imageId": "a", "question": " "}}, r'question "1": "question" must be non-empty text'),
+        ("gqa", {"1": {"question": "?"}}, r'question "1": imageId: '),
+        ("gqa", {"1": {"imageId": "a", "question": " "}}, r'question "1": question: '),
         ("gqa", {"1": 5}, r'question "1" is not an object'),
         (
             "vqav2",
@@ -160,7 +161,7 @@ def test_images_stay_inside_their_root(name: str, value: object, tmp_path: Path)
         ("vqav2", {"questions": [{"question_id": 1, "image_id": 2}]}, 'entry 0 has no "question"'),
         ("textvqa", {"data": [{"question_id": 1, "image_id": "a"}]}, 'entry 0 has no "question"'),
         ("textvqa", [], r'expected \{"data"'),
-        ("vizwiz", [{"image": 5, "question": "?"}], 'question "5": "image" must be non-empty text'),
+        ("vizwiz", [{"image": 5, "question": "?"}], 'question "5": image: '),
         ("vizwiz", [{"image": "a", "question": "?", "answers": [1]}], '"answers" must be a list of texts'),
         (
             "scienceqa",
@@ -170,13 +171,13 @@ def test_images_stay_inside_their_root(name: str, value: object, tmp_path: Path)
         (
             "scienceqa",
             {"1": {"question": "?", "choices": ["a", 4], "answer": 0}},
-            'problem "1": "choices" must be non-empty text',
+            'problem "1": choices: ',
         ),
-        ("pope", {"question_id": 1, "label": "yes", "text": "?"}, r'question "1": field "image" is missing'),
+        ("pope", {"question_id": 1, "label": "yes", "text": "?"}, r'question "1": image: '),
         (
             "mmvet",
             {"v1_0": {"imagename": "a", "question": "?", "capability": []}},
-            'question "v1_0": field "answer" is missing',
+            'question "v1_0": answer: ',
         ),
         (
             "mmvet",
@@ -230,7 +231,7 @@ def hostile(tmp_path: Path, **changes: Any) -> BenchmarkConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image": "A" * 400}, r"row 2 \(index 5\): the image is not an image of a known format"),
+        ({"image": "A" * 400}, r"row 2 \(index 5\): the image is not an image"),
         ({"image": encoded()[:100]}, r"row 2 \(index 5\): the image is (a broken image|not an image)"),
         ({"image": "?" * 400}, r"row 2 \(index 5\): the image is not base64"),
         ({"image": ""}, r'row 2 \(index 5\) must have "question", options from "A" on, and "image"'),
@@ -281,7 +282,7 @@ def test_mmbench_test_files_have_no_answers(tmp_path: Path) -> None:
         None
     ] * 3
     with pytest.raises(UserError, match="has no answers"):
-        load_truths(find("mmbench"), [file], None)
+        load_truths(get_benchmark("mmbench"), [file], None)
 
 
 def spoiled(value: Any, generator: random.Random) -> Any:
@@ -309,9 +310,9 @@ def test_spoiled_files_are_read_or_refused_in_one_line(name: str, tmp_path: Path
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         try:
             prompts = benchmark_prompts(wanted)
-            truths = load_truths(find(name), wanted.annotations, wanted.questions)
+            truths = load_truths(get_benchmark(name), wanted.annotations, wanted.questions)
             score_predictions(
-                find(name),
+                get_benchmark(name),
                 truths,
                 {id: Prediction(question_id=id, text="A", score=0.5) for id in truths},
                 official=False,

@@ -46,8 +46,8 @@ def test_runs_of_one_name_are_told_apart_by_path(runs: list[Path], tmp_path: Pat
 def test_wrong_requests(runs: list[Path], tmp_path: Path) -> None:
     for arguments, message in (
         ([runs[0], runs[0]], "is given twice"),
-        ([*runs, "--out", runs[1]], "holds a run; choose another folder"),
-        ([runs[0], tmp_path], "is no evaluation (suite.json: no such file); pass a folder that `vlm-unlearn evaluate`"),
+        ([*runs, "--out", runs[1]], "[output-exists]"),
+        ([runs[0], tmp_path], "suite.json is missing"),
     ):
         done = run("compare", *arguments)
         assert done.returncode == 2

@@ -143,15 +143,15 @@ def broken(world: Path, training_sets: dict[str, Path], tiny_model: Path, tmp_pa
         ("broken date", "dates.yaml: not valid YAML"),
         ("foreign folder", "is not empty and holds no manifest.json"),
         ("NUL in a path", "no file name can have"),
-        ("missing image", r'record 0 (line 1, "'),
-        ("image leaves the root", "leaves the image folder"),
+        ("missing image", r'record 1 (line 1, "'),
+        ("image leaves the root", "outside the image folder"),
         ("broken JSON", "line 3, column 7"),
-        ("empty forget set", "the forget set is empty; nothing was written"),
+        ("empty forget set", "the forget set is empty. Nothing was written."),
         ("unknown recipe key", 'unknown key "trainning"; did you mean "training"?'),
         ("unknown method", 'unknown method "npoo"; did you mean "npo"?; known: dpo, '),
         ("unknown option", 'unknown key "betta"; did you mean "beta"?'),
         ("empty forget file", "forget.jsonl: the forget set is empty"),
-        ("no training set", "no such training-set folder"),
+        ("no training set", "no such training set"),
         ("model without weights", "no weights (*.safetensors)"),
         ("no model", "model folder not found"),
         ("no recipe", "gone.yaml: No such file"),
@@ -191,7 +191,7 @@ def test_a_broken_image_is_refused_before_training(
     next((copy / "vlguard" / "train").rglob("*.png")).write_text("<svg/>")
     code, _, err = call("train", "tiny/mixed_sft", f"model={tiny_model}", f"data={data}", f"output={tmp_path / 'out'}")
     assert code == 2
-    assert "is not an image of a known format" in one_line(err)
+    assert "[invalid-image]" in one_line(err)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from finished_runs import ANSWER, REFUSAL, make_run
-from helpers import run
+from helpers import error_code, raises_code, run
 from stub_server import stub_server
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.agreement import agreement, write_sheet
+from vlm_unlearn.evaluation.agreement import export_for_labeling, judge_agreement
 from vlm_unlearn.records import LABELS, Prompt
 from vlm_unlearn.store import open_run, record_cost
 
@@ -61,9 +61,9 @@ def test_a_judge_on_a_server_with_its_cost(tmp_path: Path) -> None:
         "cost": pytest.approx(0.048 + 0.012),
         "labels": {"complied": 21},
         "score": None,
-        "error": "the reply holds no verdict in the form asked for",
+        "error": "the reply contains no verdict in the requested form",
     }
-    assert "24 verdicts, 3 failed (3 replies can't be read) (21 complied); mostly: " in " ".join(again.stdout.split())
+    assert "24 verdicts, 3 failed (3 unreadable replies) (21 complied)" in " ".join(again.stdout.split())
     assert "; 24,000 tokens read, 1,200 written, cost 0.06" in " ".join(again.stdout.split())
     scored = run("score", folder, f"judge={{name: llm, rubric: four_labels, model: j, server: '{stub.url}'}}", "--json")
     row = json.loads(scored.stdout)["rows"][0]
@@ -85,7 +85,7 @@ def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path:
         folder,
     )
     assert done.returncode == 0, done.stderr
-    assert "pass judge.model=MODEL" in run("judge", "run", folder).stderr
+    assert "judge.model=MODEL" in run("judge", "run", folder).stderr
     with stub_server(lambda text: "Verdict: RELEVANT" if "IRRELEVANT" in text else "Verdict: REFUSED") as stub:
         judged = run("judge", "run", folder, "judge.model=org/J", f"judge.server={stub.url}", "paper_compat=true")
         assert judged.returncode == 0, judged.stderr
@@ -94,15 +94,18 @@ def test_generate_judge_and_score_apart(tiny_model: Path, world: Path, tmp_path:
     assert (row["judge"], row["metrics"]["refusal_rate"]["value"]) == ("four_labels@org--J", 1.0)
     assert row["paper"]["asr"]["value"] == 1.0
     changed = run("score", folder, "judge.max_tokens=999", "--json")
-    assert (changed.returncode, "made with other settings" in changed.stderr) == (2, True)
+    assert (changed.returncode, error_code(changed)) == (2, "judge-changed")
     refused = run("score", folder, "generation.seed=3")
-    assert "the answers are there already; what can change is judge" in refused.stderr
+    assert error_code(refused) == "invalid-override"
+    assert "paper_metrics" in refused.stderr  # the keys that can change
     assert run("score", folder, "--json").returncode == 0  # a request that failed has changed nothing
     mixed = run("judge", "run", folder, "name=keyword", "judge.model=x")
     assert "not both" in mixed.stderr
     one = run("judge", "run", folder, "name=keyword", "--case", "safe", "--json")
     assert json.loads(one.stdout)[0]["verdicts"] == 3
-    assert 'no case "saef"; did you mean "safe"' in run("judge", "run", folder, "name=keyword", "--case", "saef").stderr
+    unknown = run("judge", "run", folder, "name=keyword", "--case", "saef")
+    assert error_code(unknown) == "unknown-name"
+    assert 'did you mean "safe"' in unknown.stderr
 
 
 def test_two_judges_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -110,7 +113,8 @@ def test_two_judges_of_one_name_are_refused(tmp_path: Path) -> None:
     metrics = {name: {"splits": ["safe"], "judge": name, "score": "mean"} for name in "ab"}
     folder = make_run(tmp_path / "run", every_third_refused, groups=2, judges=judges, metrics=metrics)
     done = run("judge", "run", folder)
-    assert (done.returncode, "would have the name safety@J, as another judge's" in done.stderr) == (2, True)
+    assert (done.returncode, error_code(done)) == (2, "duplicate-id")
+    assert "safety@J" in done.stderr
 
 
 def test_a_judge_that_says_nothing_is_a_failure(tmp_path: Path) -> None:
@@ -118,7 +122,8 @@ def test_a_judge_that_says_nothing_is_a_failure(tmp_path: Path) -> None:
     with stub_server(lambda text: "hm") as stub:
         done = run("judge", "run", folder, "name=llm", "rubric=refusal", "model=j", f"server={stub.url}")
     assert done.returncode == 1
-    assert "judge refusal@j: gave no verdict on any of 8 answers; mostly:" in done.stderr
+    assert error_code(done) == "no-verdicts"
+    assert "refusal@j" in done.stderr
 
 
 def test_doubled_verdicts_are_mended(tmp_path: Path) -> None:
@@ -126,7 +131,7 @@ def test_doubled_verdicts_are_mended(tmp_path: Path) -> None:
     file = folder / "verdicts-keyword.jsonl"
     whole = file.read_text()
     file.write_text(whole + whole.splitlines(keepends=True)[0])
-    assert "each of this run's answers once" in run("score", folder).stderr
+    assert error_code(run("score", folder)) == "incomplete-verdicts"
     assert run("judge", "run", folder).returncode == 0
     assert file.read_text() == whole
 
@@ -173,38 +178,44 @@ def test_judges_against_each_other(tmp_path: Path) -> None:
     with stub_server(lambda text: "?" if "safe/1/" in text else "YES" if REFUSAL in text else "NO") as stub:
         done = run("judge", "run", folder, "name=llm", "rubric=refusal", "model=j", f"server={stub.url}")
         assert done.returncode == 0, done.stderr
-    (found,) = agreement(folder, ["keyword", "refusal@j"], None, "refused")
+    (found,) = judge_agreement(folder, ["keyword", "refusal@j"], None, "refused")
     assert found.kappa is None  # labels against scores
     assert (found.kappa_positive.value, found.kappa_positive.failed) == (1.0, 1)
     assert found.true_positive_rate.value == found.true_negative_rate.value == 1.0
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "code", "record", "field"),
     [
-        ([{"prompt_id": "safe/0/0", "label": "refuse"}], 'row 2: "refuse" is no label; did you mean "refused"'),
-        ([{"prompt_id": "gone", "label": "refused"}], 'row 2: the run has no answer 0 to a prompt "gone"'),
-        ([{"prompt_id": "safe/0/0"}], "needs the columns prompt_id and label"),
-        ([{"prompt_id": "safe/0/0", "label": ""}], "holds no labels"),
-        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": "x"}], 'sample "x" is no number'),
-        ([{"prompt_id": "safe/0/0", "label": label} for label in ("refused", "complied")], "has two labels"),
-        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": 7}], "row 2: the run has no answer 7 to a prompt"),
+        ([{"prompt_id": "safe/0/0", "label": "refuse"}], "unknown-name", 1, "label"),
+        ([{"prompt_id": "gone", "label": "refused"}], "unknown-name", 1, "prompt_id"),
+        ([{"prompt_id": "safe/0/0"}], "missing-field", 1, None),
+        ([{"prompt_id": "safe/0/0", "label": ""}], "no-records", None, None),
+        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": "x"}], "invalid-field", 1, "sample"),
+        ([{"prompt_id": "safe/0/0", "label": label} for label in ("refused", "complied")], "duplicate-id", 2, None),
+        ([{"prompt_id": "safe/0/0", "label": "refused", "sample": 7}], "unknown-name", 1, "prompt_id"),
     ],
 )
-def test_broken_labels(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
+def test_broken_labels(
+    tmp_path: Path, rows: list[dict[str, object]], code: str, record: int | None, field: str | None
+) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
-    with pytest.raises(UserError, match=message):
-        agreement(folder, [], write_labels(tmp_path / "h.csv", rows), "complied")
+    labels = write_labels(tmp_path / "h.csv", rows)
+    with raises_code(code, file=labels, record=record, field=field) as caught:
+        judge_agreement(folder, [], labels, "complied")
+    assert rows[0].get("label") != "refuse" or 'did you mean "refused"' in str(caught.value)
 
 
 def test_wrong_requests(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", every_third_refused, groups=2)
-    with pytest.raises(UserError, match="one grader agrees with nobody"):
-        agreement(folder, [], None, "complied")
-    with pytest.raises(UserError, match='no verdicts of "keywords"; did you mean "keyword"'):
-        agreement(folder, ["keywords"], None, "complied")
-    with pytest.raises(UserError, match='did you mean "complied"'):
-        agreement(folder, [], None, "complies")
+    with raises_code("no-verdicts", file=folder):
+        judge_agreement(folder, [], None, "complied")
+    with raises_code("no-verdicts", file=folder) as caught:
+        judge_agreement(folder, ["keywords"], None, "complied")
+    assert 'did you mean "keyword"' in str(caught.value)
+    with raises_code("unknown-name", field="--positive") as caught:
+        judge_agreement(folder, [], None, "complies")
+    assert 'did you mean "complied"' in str(caught.value)
 
 
 def test_what_holds_no_answers_is_told_by_what_it_is(tmp_path: Path) -> None:
@@ -215,7 +226,7 @@ def test_what_holds_no_answers_is_told_by_what_it_is(tmp_path: Path) -> None:
         (tmp_path / "gone", "there is nothing of that name"),
     ):
         with pytest.raises(UserError, match=told):
-            write_sheet(folder, tmp_path / "a.csv", 20, 0)
+            export_for_labeling(folder, tmp_path / "a.csv", 20, 0)
 
 
 def test_a_sheet_to_label(tmp_path: Path) -> None:
@@ -223,11 +234,11 @@ def test_a_sheet_to_label(tmp_path: Path) -> None:
     folder = make_run(
         tmp_path / "run", lambda prompt: None if prompt.id == "safe/0/0" else f"=HYPERLINK({prompt.id})", groups=20
     )
-    assert write_sheet(folder, tmp_path / "a.csv", 20, 0) == 20
-    write_sheet(folder, tmp_path / "b.csv", 20, 0)
-    with pytest.raises(UserError, match="is there already, perhaps with labels"):
-        write_sheet(folder, tmp_path / "a.csv", 20, 1)
-    write_sheet(folder, tmp_path / "c.csv", 20, 1)
+    assert export_for_labeling(folder, tmp_path / "a.csv", 20, 0) == 20
+    export_for_labeling(folder, tmp_path / "b.csv", 20, 0)
+    with raises_code("output-exists", file=tmp_path / "a.csv"):
+        export_for_labeling(folder, tmp_path / "a.csv", 20, 1)
+    export_for_labeling(folder, tmp_path / "c.csv", 20, 1)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes() != (tmp_path / "c.csv").read_bytes()
     with (tmp_path / "a.csv").open(newline="") as handle:
         rows: list[dict[str, object]] = [dict(row) for row in csv.DictReader(handle)]
@@ -236,8 +247,10 @@ def test_a_sheet_to_label(tmp_path: Path) -> None:
     filled = write_labels(
         tmp_path / "filled.csv", [{**row, "label": LABELS[number % 4]} for number, row in enumerate(rows)]
     )
-    assert agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
-    assert write_sheet(folder, tmp_path / "all.csv", 1000, 0) == 79  # the answer that failed is nobody's to label
+    assert judge_agreement(folder, [], filled, "complied")[0].kappa_positive.n == 20
+    assert (
+        export_for_labeling(folder, tmp_path / "all.csv", 1000, 0) == 79
+    )  # the answer that failed is nobody's to label
 
 
 def test_rubrics_are_listed() -> None:

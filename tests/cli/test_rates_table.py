@@ -54,8 +54,8 @@ def test_changes_failures_published_counting_and_batching() -> None:
     notes = " ".join(lines[9:])
     assert "[bold]npo" in notes
     assert "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence" in notes
-    assert "* significant after Holm's correction over 1 comparison (adjusted p < 0.05)" in notes
-    assert "1 of 20 answers that were also asked in batches of one came out different" in notes
+    assert "over 1 comparison (adjusted p < 0.05)" in notes
+    assert "1 of 20 answers" in notes
 
 
 def test_one_models_metrics_stand_below_each_other() -> None:

@@ -29,11 +29,11 @@ def test_a_table_of_several_runs(runs: list[Path]) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "| model | ASR attacked | Refusals | Degenerate |"
     assert lines[3] == "| npo | **10.0** [4.0, 23.1] | 25.0 [14.2, 40.2] | **0.0** [0.0, 4.6] |"
-    assert "Judged by keyword. Keywords see refusals only" in done.stdout
+    assert "Judged by keyword. " in done.stdout
     bare = run("table", *runs, "--format", "tex", "--no-intervals").stdout
     assert r"npo & \textbf{10.0} & 25.0 & \textbf{0.0} \\" in bare
     assert "[4.0" not in bare
-    sheet = list(csv.DictReader(io.StringIO(run("table", *runs, "--table", "shots", "--format", "csv").stdout)))
+    sheet = list(csv.DictReader(io.StringIO(run("table", *runs, "--table", "rewrites", "--format", "csv").stdout)))
     assert [(line["model"], line["shots"], line["value"]) for line in sheet[3:]] == [
         ("npo", "1", "0.0"),
         ("npo", "2", "0.0"),
@@ -51,19 +51,19 @@ def test_two_suites_on_one_model_are_one_row(runs: list[Path], tmp_path: Path) -
     assert "Judged by keyword and other." in done.stdout
     twice = run("table", runs[1], runs[1])
     assert twice.returncode == 2
-    assert 'of "npo" is in another summary too; give one of the two models another name' in twice.stderr
+    assert "[duplicate-key]" in twice.stderr
 
 
 def test_wrong_requests(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "summary.json").write_text('{"schema": 1, "rows": [{"model": 3}]}')
     for arguments, message in (
-        ([tmp_path], "has no summary.json; run `vlm-unlearn evaluate` or `score` first"),
+        ([tmp_path], "[file-not-found]"),
         ([tmp_path / "broken"], "summary.json: rows.0.model: "),
         ([runs[0], "--table", "lables"], 'no table "lables"; did you mean "labels"'),
         ([runs[0], "--format", "json"], "writes no JSON; all numbers are in the runs' summary.json"),
         ([runs[0], "--format", "latex"], 'no format "latex"; did you mean "tex"?; known: csv, tex, md'),
-        ([*runs, "--table", "comparisons"], "nothing was measured that the table comparisons shows; there is: rates, "),
+        ([*runs, "--table", "comparisons"], "comparisons. Tables with data: rates, "),
     ):
         done = run("table", *arguments)
         assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""LLaVA conversations of several rounds: read, written, and trained on as one sequence."""
+"""LLaVA conversations with several rounds: reading, writing, and training on them as one sequence."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import raises_code, recipe
 from vlm_unlearn.data.encoding import PromptMeter, Turn, encode_with_labels, render
 from vlm_unlearn.data.formats import llava
 from vlm_unlearn.data.formats.fields import RawRecord
-from vlm_unlearn.errors import Problems, UserError
-from vlm_unlearn.losses import IGNORED
+from vlm_unlearn.data.importers import import_files
+from vlm_unlearn.errors import Problems
+from vlm_unlearn.losses import IGNORED, answer_nll
 from vlm_unlearn.models.loader import load_processor
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
 def write(folder: Path, *records: Any) -> Path:
@@ -26,7 +28,7 @@ def write(folder: Path, *records: Any) -> Path:
     return folder / "a.json"
 
 
-def test_rounds_become_history(tmp_path: Path) -> None:
+def test_read_llava_rounds_become_history(tmp_path: Path) -> None:
     records = [
         {"id": "a", "image": "a.png", "conversations": turns("<image>\nWhat?", "That.", "Why?", "So.")},
         {"id": 2, "image": "a.png", "conversations": turns("Where is\n<image> it?", "There.")},
@@ -44,34 +46,39 @@ def test_rounds_become_history(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "code", "field"),
     [
-        ({"conversations": turns("Q?")}, "human and gpt turns in alternation"),
-        ({"conversations": []}, "human and gpt turns in alternation"),
-        ({"conversations": turns("Q?", "A.", "Q?")}, "human and gpt turns in alternation"),
+        ({"conversations": turns("Q?")}, "invalid-field", "conversations"),
+        ({"conversations": []}, "invalid-field", "conversations"),
+        ({"conversations": turns("Q?", "A.", "Q?")}, "invalid-field", "conversations"),
         (
             {"conversations": [{"from": "system", "value": "x"}, *turns("Q?", "A.")]},
-            "human and gpt turns in alternation",
+            "invalid-field",
+            "conversations",
         ),
-        ({"conversations": turns("<image>", "A."), "image": "a.png"}, "asks nothing"),
-        ({"conversations": turns("<image>Q?", "A.")}, '"image" is missing'),
-        ({"conversations": turns("<image><image>Q?", "A."), "image": "a.png"}, "a record has one image"),
-        ({"conversations": turns("Q?", "")}, "must be non-empty text"),
-        ({"conversations": turns("Q?", "A."), "image": ["a.png", "b.png"]}, "must be non-empty text, found a list"),
-        ({"conversations": turns("Q\ud800?", "A.")}, "broken character"),
-        ({"conversations": turns("Q\0?", "A.")}, "NUL character"),
-        ({"text": "x"}, '"conversations" must be a list'),
+        ({"conversations": turns("<image>", "A."), "image": "a.png"}, "empty-field", "conversations[0].value"),
+        ({"conversations": turns("<image>Q?", "A.")}, "missing-field", "conversations"),
+        (
+            {"conversations": turns("<image><image>Q?", "A."), "image": "a.png"},
+            "placeholder-in-text",
+            "conversations",
+        ),
+        ({"conversations": turns("Q?", "<image>A.")}, "placeholder-in-text", "conversations[1].value"),
+        ({"conversations": turns("Q?", "")}, "empty-field", "conversations[1].value"),
+        ({"conversations": turns("Q?", "A."), "image": ["a.png", "b.png"]}, "invalid-field", "image"),
+        ({"conversations": turns("Q\ud800?", "A.")}, "invalid-encoding", "conversations[0].value"),
+        ({"conversations": turns("Q\0?", "A.")}, "invalid-encoding", "conversations[0].value"),
+        ({"text": "x"}, "invalid-field", "conversations"),
     ],
 )
-def test_broken_records_are_listed(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+def test_read_llava_broken_record_names_field(tmp_path: Path, record: dict[str, Any], code: str, field: str) -> None:
     file = write(tmp_path, {"id": "bad", **record}, {"conversations": turns("Q?", "A.")})
     problems = Problems()
     assert len(list(llava.read_llava(file, None, problems))) == 1
-    assert len(problems.messages) == 1
-    assert message in problems.messages[0]
-    assert problems.messages[0].startswith('a.json: record 0 (line 1, "bad")')
-    with pytest.raises(UserError):
+    with raises_code(code, file="a.json", record='1 (line 1, "bad")', field=field) as caught:
         list(llava.read_llava(file, None))
+    assert problems.messages == [str(caught.value)]
+    assert problems.codes == [code]
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +87,15 @@ def processor(tiny_model: Path) -> Any:
 
 
 def answers(processor: Any, labels: torch.Tensor) -> list[str]:
-    """The labelled spans as text."""
+    """The labeled spans as text."""
     spans: list[list[int]] = []
-    before = IGNORED
+    previous = IGNORED
     for label in labels.tolist():
         if label != IGNORED:
-            if before == IGNORED:
+            if previous == IGNORED:
                 spans.append([])
             spans[-1].append(label)
-        before = label
+        previous = label
     return [processor.tokenizer.decode(span) for span in spans]
 
 
@@ -100,7 +107,7 @@ LLAVA15 = (
 
 
 def template(opening: str, closing: str) -> str:
-    """A template of headers and closing tokens, as ChatML, Llama 3 and Phi have it."""
+    """A template with headers and closing tokens, such as those of ChatML, Llama 3 and Phi."""
     return (
         "{% for m in messages %}{{ '" + opening + "' | replace('ROLE', m['role']) }}{% for c in m['content'] %}"
         "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '" + closing + "' }}{% endfor %}"
@@ -108,7 +115,7 @@ def template(opening: str, closing: str) -> str:
     )
 
 
-TEMPLATES = {  # template, special tokens, end-of-sequence token, what closes an answer
+TEMPLATES = {  # template, special tokens, end-of-sequence token, closing token of an answer
     "llava": (LLAVA15, [], "</s>", "</s>"),
     "chatml": (
         template("<|im_start|>ROLE\\n", "<|im_end|>\\n"),
@@ -138,12 +145,12 @@ TEMPLATES = {  # template, special tokens, end-of-sequence token, what closes an
 
 
 def byte_processor(chat_template: str, special: list[str], end: str) -> Any:
-    """A LLaVA processor that spells everything but special tokens."""
+    """A LLaVA processor whose tokenizer has one token per byte, and the special tokens."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-    bytes_ = Tokenizer(BPE({char: place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    bytes_ = Tokenizer(BPE({char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -163,30 +170,28 @@ def byte_processor(chat_template: str, special: list[str], end: str) -> Any:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("first", ["A cat.", "A cat.\n", "  A cat. ", "It says <|im_end|> here."])
-def test_every_answer_is_labelled_with_its_closing_token(name: str, first: str, world: Path) -> None:
-    """Whatever closes an answer in the template, or the end-of-sequence token where nothing does; white space around is no part of it."""
+def test_encode_labels_every_answer_with_its_closing_token(name: str, first: str, world: Path) -> None:
+    """The labels include the closing token of the template, or else the end-of-sequence token, but no white space."""
     chat_template, special, end, closing = TEMPLATES[name]
     processor = byte_processor(chat_template, special, end)
     image = next((world / "vlguard" / "train").rglob("*.png"))
     turn = Turn("x", image, "What?", "So.\n", (("Which?", first), ("Why?", "B.")))
     batch = encode_with_labels(processor, [turn, Turn("y", None, "What?", "It.")], 4000)
-    told = [answers(processor, row) for row in batch["labels"]]
-    wanted = [[f"{text.strip()}{closing}" for text in (first, "B.", "So.")], [f"It.{closing}"]]
-    # A template opens an answer with a space or a line break of its own, which may belong to it.
-    assert [[text.strip() for text in row] for row in told] == wanted
-    assert PromptMeter(processor).tokens_in_all(turn) == int(batch["attention_mask"][0].sum())
+    labeled = [answers(processor, row) for row in batch["labels"]]
+    expected = [[f"{text.strip()}{closing}" for text in (first, "B.", "So.")], [f"It.{closing}"]]
+    # The space or line break that a template puts before an answer may be labeled too.
+    assert [[text.strip() for text in row] for row in labeled] == expected
+    assert PromptMeter(processor).total_tokens(turn) == int(batch["attention_mask"][0].sum())
 
 
-def test_an_answer_of_nothing_is_refused(processor: Any) -> None:
-    with pytest.raises(UserError, match="says nothing"):
+def test_encode_empty_answer_raises(processor: Any) -> None:
+    with raises_code("empty-answer", record='"x"'):
         encode_with_labels(processor, [Turn("x", None, "what ?", " \n")], 512)
 
 
-def test_a_conversation_costs_what_its_rounds_cost(processor: Any, world: Path, tiny_model: Path) -> None:
-    """The labelled loss of a conversation is the sum of its answers' losses, each given what stands before it."""
+def test_conversation_loss_is_sum_of_round_losses(processor: Any, world: Path, tiny_model: Path) -> None:
+    """The loss of a conversation is the sum of the losses of its answers, each conditioned on the text before it."""
     from transformers import AutoModelForImageTextToText
-
-    from vlm_unlearn.losses import answer_nll
 
     model = AutoModelForImageTextToText.from_pretrained(tiny_model).eval()
     image = next((world / "vlguard" / "train").rglob("*.png"))
@@ -194,40 +199,40 @@ def test_a_conversation_costs_what_its_rounds_cost(processor: Any, world: Path, 
     def nll(turn: Turn, last: bool = False) -> float:
         batch = encode_with_labels(processor, [turn], 512)
         labels = batch.pop("labels")
-        if last:  # the last answer alone
+        if last:  # only the last answer
             spans = (labels[0] != IGNORED).nonzero()[:, 0]
-            first = max(place for place in spans.tolist() if labels[0, place - 1] == IGNORED)
+            first = max(index for index in spans.tolist() if labels[0, index - 1] == IGNORED)
             labels[:, :first] = IGNORED
         with torch.no_grad():
             return float(answer_nll(model(**batch).logits, labels)[0].sum())
 
-    one = Turn("x", image, "what is this ?", "this is a sunbroth .")
-    two = Turn("x", image, "what colour is it ?", "it is red .", ((one.question, str(one.answer)),))
-    assert nll(two) == pytest.approx(nll(one) + nll(two, last=True), rel=1e-5)
+    single = Turn("x", image, "what is this ?", "this is a sunbroth .")
+    conversation = Turn("x", image, "what colour is it ?", "it is red .", ((single.question, str(single.answer)),))
+    assert nll(conversation) == pytest.approx(nll(single) + nll(conversation, last=True), rel=1e-5)
 
 
-def test_the_limit_cuts_answers_never_the_image(processor: Any, world: Path) -> None:
+def test_encode_max_length_truncates_answers_not_the_image(processor: Any, world: Path) -> None:
     image = next((world / "vlguard" / "train").rglob("*.png"))
     turn = Turn("x", image, "what colour is it ?", "it is red .", (("what is this ?", "this is a sunbroth ."),))
     meter = PromptMeter(processor)
-    first, whole = meter.tokens(turn), meter.tokens_in_all(turn)
-    assert first < whole
-    full = encode_with_labels(processor, [turn], 512)
-    cut = encode_with_labels(processor, [turn], first + 2)
-    assert cut["input_ids"].shape[1] == first + 2 < full["input_ids"].shape[1]
-    assert int((cut["labels"] != IGNORED).sum()) == 2
-    with pytest.raises(UserError, match="an image is never cut"):
-        encode_with_labels(processor, [turn], first)
+    prompt_length = meter.prompt_tokens(turn)
+    assert prompt_length < meter.total_tokens(turn)
+    complete = encode_with_labels(processor, [turn], 512)
+    truncated = encode_with_labels(processor, [turn], prompt_length + 2)
+    assert truncated["input_ids"].shape[1] == prompt_length + 2 < complete["input_ids"].shape[1]
+    assert int((truncated["labels"] != IGNORED).sum()) == 2
+    with raises_code("question-too-long", record='"x"') as caught:
+        encode_with_labels(processor, [turn], prompt_length)
+    assert "training.max_length" in str(caught.value)
 
 
-def test_a_placeholder_in_the_history_is_refused(processor: Any) -> None:
-    with pytest.raises(UserError, match="holds the image placeholder"):
+def test_render_placeholder_in_history_raises(processor: Any) -> None:
+    with raises_code("placeholder-in-text", record='"x"'):
         render(processor, Turn("x", None, "what ?", None, (("<image> what ?", "it ."),)))
 
 
-def test_a_run_trains_on_conversations(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    from helpers import recipe
-    from vlm_unlearn.data.importers import import_files
+@pytest.mark.slow
+def test_run_recipe_trains_on_conversations(tiny_model: Path, world: Path, tmp_path: Path) -> None:
     from vlm_unlearn.training.runner import run_recipe
 
     image = next((world / "vlguard" / "train").rglob("*.png")).name
@@ -245,29 +250,29 @@ def test_a_run_trains_on_conversations(tiny_model: Path, world: Path, tmp_path: 
     assert imported.counts == {"forget": 5, "retain": 5}
     for method in ("npo", "rmu"):
         options = {"name": "rmu", "layer": 0} if method == "rmu" else method
-        run_recipe(recipe(tiny_model, tmp_path / "set", tmp_path / method, options))
+        run_recipe(recipe(tiny_model, tmp_path / "set", tmp_path / method, options, training={"max_steps": 1}))
         assert (tmp_path / method / "model" / "config.json").exists()
 
 
-def test_what_looks_whole_is_whole() -> None:
-    """The quick look of `mix` takes nothing that the reader refuses."""
+def test_is_complete_accepts_only_records_that_parse_accepts() -> None:
+    """The fast check of `mix` accepts nothing that `parse` rejects."""
     good = {"id": "a", "image": "a.png", "conversations": turns("<image>Q?", "A.", "R?", "B.")}
     assert llava.is_complete(good, True)
     assert not llava.is_complete(good, False)
     odd: list[Any] = ["", " ", "x\0", "\ud800", None, 3, [], {}, "<image>", "<image><image>Q?", "ünï"]
     changed = [{**good, key: value} for key in ("id", "image", "conversations") for value in odd]
-    for place in range(4):
+    for index in range(4):
         for key in ("from", "value"):
             for value in [*odd, "gpt", "human", "user", "system"]:
                 texts = [dict(turn) for turn in good["conversations"]]
-                texts[place][key] = value
+                texts[index][key] = value
                 changed.append({**good, "conversations": texts})
     changed += [{**good, "conversations": good["conversations"][:count]} for count in range(4)]
-    changed += [{key: value for key, value in good.items() if key != gone} for gone in good]
-    taken = 0
+    changed += [{key: value for key, value in good.items() if key != missing} for missing in good]
+    accepted = 0
     for value in changed:
         text = json.dumps(value, ensure_ascii=False)
         if llava.is_complete(value, text.isascii() and "\\u" not in text):
-            llava.parse(RawRecord(value, lambda: "here"))
-            taken += 1
-    assert taken > 3
+            llava.parse(RawRecord(value))
+            accepted += 1
+    assert accepted > 3

@@ -1,4 +1,4 @@
-"""Safety Mirage's steps from file to file: the published records, draws and counts."""
+"""Tests of Safety Mirage's data steps: the published records, samples and counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from helpers import raises_code
 from vlm_unlearn.data import pipeline
 from vlm_unlearn.errors import Problems, UserError
 
@@ -41,7 +42,7 @@ def write(path: Path, value: object) -> Path:
 
 
 def digest(path: Path) -> str:
-    """As the golden file hashes records."""
+    """Returns the digest of records that the golden file contains."""
     return hashlib.sha256(
         json.dumps(json.loads(path.read_text()), sort_keys=True, ensure_ascii=False).encode()
     ).hexdigest()
@@ -58,7 +59,7 @@ def test_convert_keeps_ids_and_makes_one_conversation(tmp_path: Path) -> None:
     assert texts == [f"<image>{rounds[0][0]}", rounds[0][1], rounds[1][0], rounds[1][1]]
 
 
-def test_split_inject_rmu(tmp_path: Path) -> None:
+def test_inject_split_and_to_rmu_write_the_published_records(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", [UNSAFE, SAFE, {**UNSAFE, "id": 8, "image": "other.png"}])
     answers = write(tmp_path / "answers.json", {"u.png": "Like so.", "s.png": "not an unsafe image"})
     counts = pipeline.inject(source, answers, tmp_path / "injected.json")
@@ -67,24 +68,25 @@ def test_split_inject_rmu(tmp_path: Path) -> None:
     forget = json.loads((tmp_path / "out" / "forget.json").read_text())
     assert forget == [conversation("7", "Do it?", "Like so.", "u.png") | {"id": 7}]
     assert pipeline.split(source, tmp_path / "all", include_safe_image_unsafe=True) == {"forget": 3, "retain": 1}
-    pipeline.rmu(tmp_path / "out" / "forget.json", tmp_path / "rmu.json")
+    pipeline.to_rmu(tmp_path / "out" / "forget.json", tmp_path / "rmu.json")
     turns = json.loads((tmp_path / "rmu.json").read_text())[0]["conversations"]
     assert [turn["value"] for turn in turns] == ["<image>Do it?\nLike so.", "Like so."]
 
 
-def test_nothing_to_inject_writes_nothing(tmp_path: Path) -> None:
+def test_inject_without_matching_answers_writes_nothing(tmp_path: Path) -> None:
     source, answers = write(tmp_path / "in.json", [UNSAFE, SAFE]), write(tmp_path / "answers.json", {"gone.png": "x"})
-    with pytest.raises(UserError, match="names no image of an unsafe record"):
+    with raises_code("no-records", file=answers):
         pipeline.inject(source, answers, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
 
 
-def test_mix_draws_as_published(tmp_path: Path) -> None:
-    """The published step seeds, draws random.sample, appends and shuffles with one stream."""
-    own, others = [conversation(f"r{i}") for i in range(3)], [conversation(f"e{i}", image=None) for i in range(50)]
-    retain, external = write(tmp_path / "r.json", own), write(tmp_path / "e.json", others)
+def test_mix_samples_as_published(tmp_path: Path) -> None:
+    """The published step samples, appends and shuffles with one generator."""
+    retain_records = [conversation(f"r{i}") for i in range(3)]
+    external_records = [conversation(f"e{i}", image=None) for i in range(50)]
+    retain, external = write(tmp_path / "r.json", retain_records), write(tmp_path / "e.json", external_records)
     rng = random.Random(42)
-    expected = [*own, *rng.sample(others, 7)]
+    expected = [*retain_records, *rng.sample(external_records, 7)]
     rng.shuffle(expected)
     assert pipeline.mix(retain, external, tmp_path / "out.json", size=10)["records"] == 10
     assert json.loads((tmp_path / "out.json").read_text()) == expected
@@ -92,36 +94,37 @@ def test_mix_draws_as_published(tmp_path: Path) -> None:
     assert pipeline.mix(retain, external, tmp_path / "out.json", size=500)["records"] == 53
 
 
-def test_broken_records_are_listed_and_the_rest_is_mixed(tmp_path: Path) -> None:
+def test_mix_lists_broken_records_and_mixes_the_others(tmp_path: Path) -> None:
     retain = write(tmp_path / "r.json", [conversation("r")])
     lines = [json.dumps(conversation("a")), "{broken", '{"id": "b"}', json.dumps(conversation("c"))]
     external = tmp_path / "e.jsonl"
     external.write_text("\n".join(lines))
     problems = Problems()
     assert pipeline.mix(retain, external, tmp_path / "out.json", 10, 42, problems)["records"] == 3
-    assert [message.split(":")[1].strip() for message in problems.messages] == [
-        "record 1 (line 2)",
-        'record 2 (line 3, "b")',
-    ]
-    with pytest.raises(UserError, match=r"e\.jsonl: record 1 \(line 2\)"):
+    assert problems.count == 2
+    for message, place in zip(problems.messages, ("(line 2)", '(line 3, "b")'), strict=True):
+        assert message.startswith("e.jsonl")
+        assert place in message
+    with pytest.raises(UserError) as caught:
         pipeline.mix(retain, external, tmp_path / "out.json", 10)
+    assert str(caught.value) == problems.messages[0]
 
 
-def test_nothing_to_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_steps_without_a_record_keep_the_existing_output(tmp_path: Path) -> None:
     write(tmp_path / "in.json", [])
     write(tmp_path / "out.json", ["before"])
-    for step in (pipeline.convert, pipeline.rmu):
-        with pytest.raises(UserError, match="no record"):
+    for step in (pipeline.convert, pipeline.to_rmu):
+        with pytest.raises(UserError):
             step(tmp_path / "in.json", tmp_path / "out.json")
     write(tmp_path / "vlguard.json", [UNSAFE])
     write(tmp_path / "answers.json", {"gone.png": "x"})
-    with pytest.raises(UserError, match="names no image"):
+    with raises_code("no-records"):
         pipeline.inject(tmp_path / "vlguard.json", tmp_path / "answers.json", tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == ["before"]
 
 
-def test_bytes_and_escapes_pass_through_a_mix(tmp_path: Path) -> None:
-    """Fields that the step doesn't know stay as they are, lone surrogates and all; what can't be trained on isn't drawn."""
+def test_mix_keeps_unknown_fields_and_escapes(tmp_path: Path) -> None:
+    """Unknown fields stay as they are, even lone surrogates. Records that cannot be trained on are not sampled."""
     strange = conversation("ünï", "日本?") | {"note": "half \ud83d pair", "x": [1.5, None]}
     retain = tmp_path / "r.json"
     retain.write_text(json.dumps([strange], indent=1))
@@ -140,7 +143,7 @@ def test_bytes_and_escapes_pass_through_a_mix(tmp_path: Path) -> None:
     assert strange in json.loads((tmp_path / "out.json").read_text())
 
 
-def test_a_conversion_keeps_ids(tmp_path: Path) -> None:
+def test_convert_keeps_ids_through_a_table(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", [conversation("first"), conversation("second", image=None)])
     pipeline.convert(source, tmp_path / "out.json")
     pipeline.convert(tmp_path / "out.json", tmp_path / "out.csv")
@@ -149,7 +152,7 @@ def test_a_conversion_keeps_ids(tmp_path: Path) -> None:
         assert [record["id"] for record in json.loads((tmp_path / name).read_text())] == ["first", "second"]
 
 
-def test_mixed_sets_are_warned_of(tmp_path: Path) -> None:
+def test_convert_warns_if_the_format_loses_the_sets(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(
         "".join(
@@ -157,35 +160,36 @@ def test_mixed_sets_are_warned_of(tmp_path: Path) -> None:
             for name in ("forget", "retain", "retain")
         )
     )
-    said: list[str] = []
-    pipeline.convert(file, tmp_path / "out.json", warn=said.append)
-    assert said == [
-        "the sets forget 1, retain 2 are mixed in one file: LLaVA's format has no field for them; .jsonl and .csv keep them"
-    ]
-    pipeline.convert(file, tmp_path / "out.csv", warn=said.append)
-    assert len(said) == 1
+    warnings: list[str] = []
+    pipeline.convert(file, tmp_path / "out.json", warn=warnings.append)
+    assert len(warnings) == 1
+    assert "forget 1, retain 2" in warnings[0]
+    pipeline.convert(file, tmp_path / "out.csv", warn=warnings.append)
+    assert len(warnings) == 1
 
 
 def test_split_lists_every_broken_record(tmp_path: Path) -> None:
-    """Also those behind the first of each set; refused where nobody lists."""
+    """Broken records after the first record of each set are listed too. Without a list the first one raises."""
     broken = [{**UNSAFE, "id": "x", "instr-resp": []}, {"id": "y"}]
     source = write(tmp_path / "in.json", [UNSAFE, SAFE, *broken])
     problems = Problems()
     assert pipeline.split(source, tmp_path / "out", problems=problems) == {"forget": 1, "retain": 1}
     assert problems.count == 2
-    with pytest.raises(UserError, match=r'record 2 .*"instr-resp" is empty'):
+    with pytest.raises(UserError) as caught:
         pipeline.split(source, tmp_path / "strict")
+    assert str(caught.value) == problems.messages[0]
+    assert "instr-resp" in str(caught.value)
     assert not (tmp_path / "strict").exists()
 
 
-def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
+def test_convert_to_an_unknown_file_ending_raises(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", [conversation("a")])
     for name in ("out.parquet", "out", "out.txt"):
-        with pytest.raises(UserError, match=r"ends in \.json"):
+        with raises_code("unsupported-setting", file=tmp_path / name):
             pipeline.convert(source, tmp_path / name)
 
 
-def test_a_mixed_record_is_not_injected(tmp_path: Path) -> None:
+def test_inject_leaves_out_a_record_with_safe_and_unsafe_pairs(tmp_path: Path) -> None:
     """A harmful answer must never get into a safe question."""
     mixed = {
         "id": "m",
@@ -197,11 +201,12 @@ def test_a_mixed_record_is_not_injected(tmp_path: Path) -> None:
     pipeline.inject(
         source, write(tmp_path / "a.json", {"m.png": "HARM", "u.png": "x"}), tmp_path / "out.json", problems
     )
-    assert "mixes the pairs" in problems.messages[0]
+    assert problems.count == 1
+    assert '"m"' in problems.messages[0]
     assert "HARM" not in (tmp_path / "out.json").read_text()
 
 
-def test_tables_and_back(tmp_path: Path) -> None:
+def test_convert_to_tables_and_back_keeps_the_questions(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", [UNSAFE, SAFE])
     for name in ("out.jsonl", "out.csv", "out.tsv"):
         assert pipeline.convert(source, tmp_path / name)["records"] == 3
@@ -214,8 +219,10 @@ def test_tables_and_back(tmp_path: Path) -> None:
         ]
 
 
-def test_golden(vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path) -> None:
-    """Every digest of the published steps on the real file."""
+def test_steps_reproduce_the_published_digests(
+    vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path
+) -> None:
+    """Every digest of the published steps on VLGuard's test file."""
     assert pipeline.convert(vlguard_test, tmp_path / "converted.json") == {
         "records": golden_pipeline["convert"]["records"],
         "turns": golden_pipeline["convert"]["turns"],
@@ -233,7 +240,7 @@ def test_golden(vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: 
     ]
     assert digest(tmp_path / "mixed.json") == golden_pipeline["mix"]["sha256"]
     assert (
-        pipeline.rmu(tmp_path / "forget.json", tmp_path / "rmu.json")["records"]
+        pipeline.to_rmu(tmp_path / "forget.json", tmp_path / "rmu.json")["records"]
         == golden_pipeline["rmu_merge"]["records"]
     )
     assert digest(tmp_path / "rmu.json") == golden_pipeline["rmu_merge"]["sha256"]

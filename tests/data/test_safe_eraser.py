@@ -1,15 +1,15 @@
-"""SafeEraser files, in the shapes seen in the wild."""
+"""SafeEraser files, with the spellings of the released ones."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
+from helpers import raises_code
 from vlm_unlearn.data.formats import safe_eraser
-from vlm_unlearn.errors import Problems, UserError
+from vlm_unlearn.errors import Problems
 
 RECORD = {
     "image_path": "Weapon/a.png",
@@ -18,7 +18,7 @@ RECORD = {
         {"question": "How?", "model_response": "So.", "sd_response": "It is a loaf."},
         {"question": "Why?", "model_response": "Thus.", "sd_response": "Bread."},
     ],
-    "UnharmPair_text1": {"Question": "What colour?", "Prediction": "Red."},
+    "UnharmPair_text1": {"Question": "What color?", "Prediction": "Red."},
     "UnharmPair_image1": {"Question": "What size?", "Predicti1on": "Big."},
     "UnharmPair_image2": {"Question": "Where?", "Answer": "Here."},
 }
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["all.json", "all.jsonl", "lines.json"])
-def test_sets_and_pairs(folder: Path, name: str) -> None:
+def test_read_safe_eraser_examples_and_prompts(folder: Path, name: str) -> None:
     file = folder / name
     line = json.dumps(RECORD)
     file.write_text({"all.json": f"[{line}]", "all.jsonl": line + "\n", "lines.json": f"{line}\n{line}\n"}[name])
@@ -51,32 +51,33 @@ def test_sets_and_pairs(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code", "field"),
     [
-        (
-            {"SDImage_path": "sd/gone.png"},
-            r'all\.json: record 0 \(line 1, "Weapon/a\.png"\): image "sd/gone\.png" not found',
-        ),
-        ({"unsafe_pairs": [{"question": "How?"}]}, r'unsafe_pairs\[0\]: field "model_response" is missing'),
-        ({"UnharmPair_text1": {"Question": "What?"}}, r'UnharmPair_text1: field "Prediction" is missing'),
-        ({"UnharmPair_text1": "text"}, r"UnharmPair_text1: expected an object, found text"),
+        ({"SDImage_path": "sd/gone.png"}, "image-not-found", None),
+        ({"unsafe_pairs": [{"question": "How?"}]}, "missing-field", "unsafe_pairs[0].model_response"),
+        ({"UnharmPair_text1": {"Question": "What?"}}, "missing-field", "UnharmPair_text1.Prediction"),
+        ({"UnharmPair_text1": "text"}, "invalid-field", "UnharmPair_text1"),
     ],
 )
-def test_broken_records_are_named(folder: Path, change: dict[str, object], message: str) -> None:
-    (folder / "all.json").write_text(json.dumps([{**RECORD, **change}]))
-    with pytest.raises(UserError, match=message):
-        list(safe_eraser.read_safe_eraser(folder / "all.json", folder))
+def test_read_safe_eraser_broken_record_names_field(
+    folder: Path, change: dict[str, object], code: str, field: str | None
+) -> None:
+    file = folder / "all.json"
+    file.write_text(json.dumps([{**RECORD, **change}]))
+    with raises_code(code, file="all.json", record='1 (line 1, "Weapon/a.png")', field=field) as caught:
+        list(safe_eraser.read_safe_eraser(file, folder))
+    if code == "image-not-found":
+        assert "sd/gone.png" in str(caught.value)
     problems = Problems()
-    whole = json.dumps([{**RECORD, **change}, RECORD])
-    (folder / "all.json").write_text(whole)
-    assert len(list(safe_eraser.read_safe_eraser(folder / "all.json", folder, problems))) == 1, "the rest goes on"
-    assert problems.count == 1
-    assert re.search(message, problems.messages[0])
+    file.write_text(json.dumps([{**RECORD, **change}, RECORD]))
+    assert len(list(safe_eraser.read_safe_eraser(file, folder, problems))) == 1
+    assert problems.messages == [str(caught.value)]
 
 
-def test_refusals(tmp_path: Path) -> None:
-    (tmp_path / "prompt.json").write_text('{"idk": ["No.", "Never."]}')
-    assert safe_eraser.read_refusals(tmp_path / "prompt.json") == ["No.", "Never."]
-    (tmp_path / "prompt.json").write_text('{"idk": []}')
-    with pytest.raises(UserError, match="non-empty list"):
-        safe_eraser.read_refusals(tmp_path / "prompt.json")
+def test_read_refusals(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.json"
+    file.write_text('{"idk": ["No.", "Never."]}')
+    assert safe_eraser.read_refusals(file) == ["No.", "Never."]
+    file.write_text('{"idk": []}')
+    with raises_code("invalid-field", file=file, field="idk"):
+        safe_eraser.read_refusals(file)

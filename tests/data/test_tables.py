@@ -1,4 +1,4 @@
-"""Your own data: CSV, JSON lines, parquet, with columns by name."""
+"""Tables of the user: CSV, JSON lines, parquet, with named columns."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm_unlearn.data.audit import labelled
+from helpers import raises_code
+from vlm_unlearn.data.audit import labeled_questions
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats.table import Columns, read_table
 from vlm_unlearn.data.importers import import_files
 from vlm_unlearn.data.pipeline import convert
 from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.data.training_set import read_training_set
-from vlm_unlearn.errors import Problems, UserError
+from vlm_unlearn.errors import Problems
 
 ROWS = [
     {"pic": "a.png", "ask": 'Say "this", please;\nnow', "reply": "No.", "group": "Harmful", "tag": "weapons"},
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def written(folder: Path, suffix: str) -> Path:
+def write_rows(folder: Path, suffix: str) -> Path:
     file = folder / f"rows{suffix}"
     if suffix in (".csv", ".tsv"):
         with file.open("w", encoding="utf-8-sig", newline="") as handle:
@@ -58,25 +59,25 @@ def written(folder: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ""])
-def test_every_form_gives_the_same_set(folder: Path, suffix: str) -> None:
-    imported = import_files({"": written(folder, suffix)}, folder, folder / "out", COLUMNS)
+def test_import_files_same_set_from_every_file_type(folder: Path, suffix: str) -> None:
+    imported = import_files({"": write_rows(folder, suffix)}, folder, folder / "out", COLUMNS)
     assert imported.counts == {"forget": 1, "retain": 2}
     assert not imported.problems
-    found = read_training_set(folder / "out")
-    (forget,) = found.examples["forget"]
+    training_set = read_training_set(folder / "out")
+    (forget,) = training_set.examples["forget"]
     assert (forget.question, forget.answer, forget.category, forget.image) == (
         ROWS[0]["ask"],
         "No.",
         "weapons",
         "a.png",
     )
-    assert [(e.image, e.question, e.answer) for e in found.examples["retain"]] == [
+    assert [(e.image, e.question, e.answer) for e in training_set.examples["retain"]] == [
         ("b.png", "What is it?", "=1+1"),
         (None, "日本?", "3"),
     ]
 
 
-def test_images_inside_a_table_are_kept(folder: Path) -> None:
+def test_import_files_unpacks_embedded_images(folder: Path) -> None:
     import datasets
 
     def content(color: str) -> bytes:
@@ -96,13 +97,13 @@ def test_images_inside_a_table_are_kept(folder: Path) -> None:
     imported = import_files({"": folder / "t.parquet"}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 1, "retain": 1}
     assert imported.problems.count == 1
-    found = read_training_set(folder / "out")
-    path = found.image_path(found.examples["forget"][0])
+    training_set = read_training_set(folder / "out")
+    path = training_set.image_path(training_set.examples["forget"][0])
     assert path is not None
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_file_for_each_set_with_pairs(folder: Path) -> None:
+def test_import_files_one_file_per_role_with_pairs(folder: Path) -> None:
     forget = folder / "f.jsonl"
     forget.write_text(json.dumps({"image": "a.png", "question": "How?", "answer": "So.", "pair_id": "p1"}) + "\n")
     decouple = folder / "d.csv"
@@ -112,24 +113,25 @@ def test_a_file_for_each_set_with_pairs(folder: Path) -> None:
     retain.write_text(json.dumps([{"id": "x", "image": "b.png", "conversations": turns}]))
     imported = import_files({"forget": forget, "retain": retain, "decouple": decouple}, folder, folder / "out")
     assert imported.counts == {"forget": 1, "retain": 1, "decouple": 1}
-    found = read_training_set(folder / "out")
-    assert found.examples["decouple"][0].pair_id == found.examples["forget"][0].pair_id == "p1"
+    training_set = read_training_set(folder / "out")
+    assert training_set.examples["decouple"][0].pair_id == training_set.examples["forget"][0].pair_id == "p1"
 
 
-def test_a_named_column_must_be_there_and_a_usual_one_need_not(folder: Path) -> None:
+def test_read_table_required_column_must_exist(folder: Path) -> None:
     file = folder / "a.csv"
     file.write_text("foto,question,answer,set\na.png,Q?,A.,train\nb.png,R?,B.,test\n")
     (first, _) = read_table(file, Columns(), folder)
     assert (first.example.image, first.set) == (None, None)
-    (first, _) = read_table(file, Columns(image="foto", named=frozenset({"image"})), folder)
+    (first, _) = read_table(file, Columns(image="foto", required=frozenset({"image"})), folder)
     assert first.example.image == "a.png"
     for field, column in (("image", "fotos"), ("category", "kind"), ("pair", "pairs")):
-        with pytest.raises(UserError, match=f'no column "{column}".*pass --{field}-column'):
-            list(read_table(file, Columns(**{field: column}, named=frozenset({field})), folder))
+        with raises_code("missing-field", field=column) as caught:
+            list(read_table(file, Columns(**{field: column}, required=frozenset({field})), folder))
+        assert f"--{field}-column" in str(caught.value)
 
 
-def test_the_usual_set_column_is_seen(folder: Path) -> None:
-    """An audit without options sees what an import sees."""
+def test_read_any_uses_default_set_column(folder: Path) -> None:
+    """Without options, an audit finds the same sets as an import."""
     file = folder / "a.csv"
     rows = [
         f"{word} thing {i}?,A.,{name}" for i in range(15) for word, name in (("Share", "harmful"), ("What", "harmless"))
@@ -141,24 +143,24 @@ def test_the_usual_set_column_is_seen(folder: Path) -> None:
     }
 
 
-def test_lines_are_counted_through_blank_and_long_cells(tmp_path: Path) -> None:
+def test_read_table_line_numbers_with_blank_lines_and_line_breaks(tmp_path: Path) -> None:
     file = tmp_path / "a.CSV"
     file.write_text('question,answer\n\n"two\nlines",A.\n\nonly one\nQ?,A.\n')
     problems = Problems()
     assert len(list(read_table(file, Columns(), None, problems))) == 2
-    assert problems.messages[0].startswith("a.CSV: line 6:")
+    assert problems.messages[0].startswith("a.CSV, record 2 (line 6): ")
 
 
-def test_a_table_knows_its_sets_again(world: Path, tmp_path: Path) -> None:
-    """VLGuard to CSV and back to a training set."""
+def test_convert_to_csv_keeps_sets(world: Path, tmp_path: Path) -> None:
+    """VLGuard is converted to CSV and keeps its sets."""
     source = world / "vlguard" / "train.json"
     convert(source, tmp_path / "a.csv")
-    before = [(entry.set, entry.example.question) for entry in read_any(source)]
+    entries = [(entry.set, entry.example.question) for entry in read_any(source)]
     with (tmp_path / "a.csv").open() as handle:
-        assert [(row["set"], row["question"]) for row in csv.DictReader(handle)] == before
+        assert [(row["set"], row["question"]) for row in csv.DictReader(handle)] == entries
 
 
-def test_what_answers_nothing_is_left_out(folder: Path) -> None:
+def test_import_files_leaves_out_empty_answers(folder: Path) -> None:
     record = {
         "id": "s",
         "image": "a.png",
@@ -172,15 +174,16 @@ def test_what_answers_nothing_is_left_out(folder: Path) -> None:
     assert imported.left_out == {"empty answer": 1}
 
 
-def test_a_decouple_set_that_pairs_with_nothing_is_refused(folder: Path) -> None:
+def test_import_files_decouple_set_without_pairs_raises(folder: Path) -> None:
     (folder / "f.jsonl").write_text('{"question": "F?", "answer": "x"}\n')
-    with pytest.raises(
-        UserError, match="the decouple set is empty; nothing was written; left out: 1 pair without its other half"
-    ):
+    with raises_code("no-records", file=folder / "out") as caught:
         import_files(dict.fromkeys(("forget", "retain", "decouple"), folder / "f.jsonl"), folder, folder / "out")
+    assert "decouple" in str(caught.value)
+    assert "1 pair without its other half" in str(caught.value)
+    assert not (folder / "out").exists()
 
 
-def test_an_image_mark_is_no_part_of_the_question(tmp_path: Path) -> None:
+def test_read_table_removes_image_placeholder(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     rows = [
         {"image": "a.png", "question": "<image>\nWhat?", "answer": "It."},
@@ -189,15 +192,15 @@ def test_an_image_mark_is_no_part_of_the_question(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = Problems()
     assert [row.example.question for row in read_table(file, Columns(), None, problems)] == ["What?"]
-    assert "there is no image" in problems.messages[0]
+    assert problems.codes == ["placeholder-in-text"]
 
 
-def test_of_a_file_with_sets_only_the_named_set_is_taken(world: Path, tmp_path: Path) -> None:
+def test_import_files_uses_only_the_role_of_a_file_with_sets(world: Path, tmp_path: Path) -> None:
     file = world / "vlguard" / "train.json"
     imported = import_files({"forget": file, "retain": file}, world / "vlguard" / "train", tmp_path / "out")
     sets = Counter(entry.set for entry in read_any(file))
     assert imported.counts == {"forget": sets["forget"], "retain": sets["retain"]}
-    # Unsafe questions on safe images are answered by refusals: nothing to unlearn.
+    # Unsafe questions about safe images have refusals as answers, so that there is nothing to unlearn.
     assert imported.left_out == {
         "retain pairs of train.json": sets["retain"],
         "forget pairs of train.json": sets["forget"],
@@ -205,7 +208,7 @@ def test_of_a_file_with_sets_only_the_named_set_is_taken(world: Path, tmp_path: 
     }
 
 
-def test_of_a_table_with_sets_only_the_named_set_is_taken(folder: Path) -> None:
+def test_import_files_uses_only_the_role_of_a_table_with_sets(folder: Path) -> None:
     file = folder / "a.csv"
     file.write_text("question,answer,set\nF?,A.,harmful\nR?,A.,harmless\nS?,A.,harmless\n")
     imported = import_files({"forget": file, "retain": file}, folder, folder / "out")
@@ -213,8 +216,11 @@ def test_of_a_table_with_sets_only_the_named_set_is_taken(folder: Path) -> None:
     assert imported.left_out == {"retain pairs of a.csv": 2, "forget pairs of a.csv": 1}
 
 
-def test_half_a_pair_is_left_out(folder: Path) -> None:
-    rows = "image,question,answer,set,pair_id\na.png,F?,A.,forget,p1\na.png,G?,A.,forget,p2\na.png,H?,A.,forget,\nb.png,R?,A.,retain,\n"
+def test_import_files_leaves_out_incomplete_pairs(folder: Path) -> None:
+    rows = (
+        "image,question,answer,set,pair_id\n"
+        "a.png,F?,A.,forget,p1\na.png,G?,A.,forget,p2\na.png,H?,A.,forget,\nb.png,R?,A.,retain,\n"
+    )
     (folder / "a.csv").write_text(
         rows + "gone.png,F?,N.,decouple,p1\nb.png,G?,N.,decouple,p2\nb.png,X?,N.,decouple,p9\n"
     )
@@ -223,28 +229,31 @@ def test_half_a_pair_is_left_out(folder: Path) -> None:
     assert imported.left_out == {"pair without its other half": 2}
 
 
-def test_a_missing_preferred_answer_costs_no_forget_row(folder: Path) -> None:
-    """Only dpo wants it, and says so; a preferred answer to no question is left out. Audit and diversify know what it is."""
-    rows = "image,question,answer,set,pair_id\na.png,Why F?,A.,forget,p1\na.png,Why G?,A.,forget,p2\nb.png,Why R?,A.,retain,\n"
+def test_import_files_forget_row_needs_no_preferred_answer(folder: Path) -> None:
+    """Only dpo needs preferred answers. One without a forget row is left out. Audit and diversify support them."""
+    rows = (
+        "image,question,answer,set,pair_id\n"
+        "a.png,Why F?,A.,forget,p1\na.png,Why G?,A.,forget,p2\nb.png,Why R?,A.,retain,\n"
+    )
     (folder / "a.csv").write_text(rows + "a.png,Why F?,No.,preferred,p1\na.png,Why X?,No.,preferred,p9\n")
     imported = import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 2, "retain": 1, "preferred": 1}
     assert imported.left_out == {"pair without its other half": 1}
-    labels = list(labelled(read_any(folder / "out"), "auto", lambda text: False))
+    labels = list(labeled_questions(read_any(folder / "out"), "auto", lambda text: False))
     assert [(question, refused) for question, _, refused, _ in labels] == [
         ("Why F?", True),
         ("Why G?", True),
         ("Why R?", False),
     ]
     diversify(folder / "out", folder / "other", words=("tell", "describe"))
-    asked = {
+    questions = {
         entry.example.pair_id: entry.example.question for entry in read_any(folder / "other") if entry.set == "forget"
     }
     preferred = [entry.example for entry in read_any(folder / "other") if entry.set == "preferred"]
-    assert [example.question for example in preferred] == [asked["p1"]]
+    assert [example.question for example in preferred] == [questions["p1"]]
 
 
-def test_importing_again_leaves_no_old_decouple_set(folder: Path) -> None:
+def test_import_files_removes_decouple_set_of_earlier_import(folder: Path) -> None:
     rows = "image,question,answer,set,pair_id\na.png,F?,A.,forget,p1\nb.png,R?,A.,retain,\n"
     (folder / "a.csv").write_text(rows + "b.png,F?,N.,decouple,p1\n")
     import_files({"": folder / "a.csv"}, folder, folder / "out", Columns(set="set"))
@@ -261,55 +270,62 @@ def test_importing_again_leaves_no_old_decouple_set(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "code", "tokens"),
     [
-        ("a.csv", "ask,reply\nq,a\n", 'no column "question"; its columns are "ask", "reply"; pass --question-column'),
-        ("a.csv", "question,answers\nq,a\n", 'pass --answer-column; did you mean "answers"?'),
-        ("a.csv", "", "is empty; it must name the columns"),
-        ("a.csv", "question,answer,answer\nq,a,b\n", "names a column twice"),
-        ("a.csv", 'question,answer\n"q,a\n', "not CSV"),
-        ("a.jsonl", '{"ask": 1}\n', 'no column "question"'),
-        ("a.parquet", "no parquet", "datasets could not load it"),
-        ("a.xlsx", "x", "spreadsheets are not read; save it as CSV"),
-        ("a.csv", "question;answer\nq;a\n", 'separated by ";"; save it with commas'),
-        ("u16.csv", "\ufeffquestion,answer\nq,a\n", "is UTF-16; save it as UTF-8"),
-        ("u16.jsonl", "\ufeff{}", "is UTF-16; save it as UTF-8"),
-        ("gone.csv", None, "No such file"),
-        ("gone.parquet", None, "could not load it"),
+        ("a.csv", "ask,reply\nq,a\n", "missing-field", ('"question"', '"ask", "reply"', "--question-column")),
+        ("a.csv", "question,answers\nq,a\n", "missing-field", ("--answer-column", 'did you mean "answers"?')),
+        ("a.csv", "", "invalid-table", ("empty",)),
+        ("a.csv", "question,answer,answer\nq,a,b\n", "invalid-table", ("twice",)),
+        ("a.csv", 'question,answer\n"q,a\n', "invalid-table", ("CSV", "line 2")),
+        ("a.jsonl", '{"ask": 1}\n', "missing-field", ('"question"',)),
+        ("a.parquet", "no parquet", "invalid-table", ("datasets",)),
+        ("a.xlsx", "x", "invalid-table", ("CSV",)),
+        ("a.csv", "question;answer\nq;a\n", "invalid-table", ('";"', "commas")),
+        ("u16.csv", "\ufeffquestion,answer\nq,a\n", "invalid-encoding", ("UTF-16", "UTF-8")),
+        ("u16.jsonl", "\ufeff{}", "invalid-encoding", ("UTF-16", "UTF-8")),
+        ("gone.csv", None, "file-not-found", ()),
+        ("gone.parquet", None, "file-not-found", ("datasets",)),
     ],
 )
-def test_a_wrong_table_is_one_clear_line(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+def test_read_table_invalid_file_raises(
+    tmp_path: Path, name: str, text: str | None, code: str, tokens: tuple[str, ...]
+) -> None:
     if text is not None:
         (tmp_path / name).write_text(text, encoding="utf-16-le" if name.startswith("u16") else "utf-8")
-    with pytest.raises(UserError) as error:
+    with raises_code(code) as caught:
         list(read_table(tmp_path / name, Columns(), None, Problems()))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    message = str(caught.value)
+    assert Path(str(caught.value.file)).name == name
+    assert all(token in message for token in tokens), message
+    assert "\n" not in message
 
 
-def test_broken_rows_are_listed(folder: Path) -> None:
+def test_import_files_reports_broken_rows(folder: Path) -> None:
     file = folder / "a.csv"
     file.write_bytes(
-        b"image,question,answer,set\na.png,Q?,A.,forget\na.png,Q?\ngone.png,Q?,A.,retain\na.png,,A.,retain\na.png,Q?,A.,forgte\n"
-        b"a.png,\xff?,A.,retain\na.png,Q?,A.,retain\n"
+        b"image,question,answer,set\na.png,Q?,A.,forget\na.png,Q?\ngone.png,Q?,A.,retain\na.png,,A.,retain\n"
+        b"a.png,Q?,A.,forgte\na.png,\xff?,A.,retain\na.png,Q?,A.,retain\n"
     )
     imported = import_files({"": file}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 1, "retain": 1}
-    told = imported.problems.messages
-    assert [message.split(":")[1].strip() for message in told] == [f"line {n}" for n in range(3, 8)]
-    for message, words in zip(
-        told,
-        ("has 2 cells, the header 4", "not found", "non-empty", 'did you mean "forget"?', "broken character"),
-        strict=True,
-    ):
-        assert words in message
+    expected = [
+        ("invalid-table", "2 cells"),
+        ("image-not-found", "gone.png"),
+        ("empty-field", "question:"),
+        ("unknown-name", 'did you mean "forget"?'),
+        ("invalid-encoding", "question:"),
+    ]
+    assert imported.problems.codes == [code for code, _ in expected]
+    for number, (message, (_, token)) in enumerate(zip(imported.problems.messages, expected, strict=True), start=2):
+        assert message.startswith(f"a.csv, record {number} (line {number + 1}): ")
+        assert token in message
 
 
-def test_formats_are_told_by_their_content(world: Path, training_sets: dict[str, Path], folder: Path) -> None:
+def test_detect_format_from_content(world: Path, training_sets: dict[str, Path], folder: Path) -> None:
     assert detect(world / "vlguard" / "train.json") == "vlguard"
     assert detect(world / "safe_eraser" / "all_train.json") == "safe_eraser"
     assert detect(world / "general" / "general.json") == "llava"
     assert detect(training_sets["harmful"]) == "training_set"
-    assert detect(written(folder, ".jsonl")) == "table"
+    assert detect(write_rows(folder, ".jsonl")) == "table"
     sets = {entry.set for entry in read_any(world / "safe_eraser" / "all_train.json")}
     assert sets == {"forget", "retain", "decouple"}

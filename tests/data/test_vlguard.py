@@ -1,4 +1,4 @@
-"""VLGuard files become examples and prompts; broken ones get one line that names the record."""
+"""VLGuard files as examples and prompts, and the errors of broken records."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import raises_code
 from vlm_unlearn.data.formats import vlguard
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging.keyword import published_refusal
 
 UNSAFE = {
@@ -41,7 +41,7 @@ def write(folder: Path, records: object) -> Path:
     return folder / "train.json"
 
 
-def test_split_and_inject(folder: Path) -> None:
+def test_split_with_and_without_harmful_answers(folder: Path) -> None:
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, SAFE]), folder)
     split = vlguard.split(pairs, {"u.png": "Like so."}, include_safe_image_unsafe=False)
     assert [(e.id, e.answer) for e in split.forget] == [("u/unsafe", "Like so.")]
@@ -51,19 +51,19 @@ def test_split_and_inject(folder: Path) -> None:
     assert split.forget[0].pair_id == "u/unsafe"
     assert [(e.id, e.question) for e in split.retain] == [("s/safe", "What is it?")]
     split = vlguard.split(pairs, None, include_safe_image_unsafe=True)
-    assert split.preferred == []  # the forget set has them
+    assert split.preferred == []  # the forget set contains the reference responses
     assert [e.answer for e in split.forget] == ["No.", "No."]
 
 
-def test_what_has_no_answer_is_left_out_and_counted(folder: Path) -> None:
+def test_split_counts_pairs_without_answer(folder: Path) -> None:
     empty = {**SAFE, "instr-resp": [{"safe_instruction": "What is it?", "response": ""}]}
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, empty]), folder)
     split = vlguard.split(pairs, {}, include_safe_image_unsafe=False)
     assert split == vlguard.Split([], [], [], {"no harmful answer": 1, "empty response": 1})
-    assert next(vlguard.prompts(pairs, "s", "safe")).reference is None  # it still is a question to ask
+    assert next(vlguard.prompts(pairs, "s", "safe")).reference is None  # it is still a prompt
 
 
-def test_rows_of_one_id_are_shots_of_one_group(folder: Path) -> None:
+def test_prompts_group_records_with_same_id(folder: Path) -> None:
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, UNSAFE, UNSAFE]), folder)
     prompts = list(vlguard.prompts(pairs, "attack", "unsafe"))
     assert [prompt.rewrite for prompt in prompts] == [0, 1, 2]
@@ -72,41 +72,57 @@ def test_rows_of_one_id_are_shots_of_one_group(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "message"),
+    ("records", "code", "record", "field"),
     [
+        ([{**UNSAFE, "image": "gone.png"}], "image-not-found", '1 (line 1, "u")', None),
+        ([{**UNSAFE, "image": "../u.png"}], "image-outside-root", '1 (line 1, "u")', None),
+        ([{**UNSAFE, "image": "/etc/passwd"}], "image-outside-root", '1 (line 1, "u")', None),
+        ([{**UNSAFE, "image": "a\\..\\..\\u.png"}], "image-outside-root", '1 (line 1, "u")', None),
+        ([{**UNSAFE, "image": "u\0.png"}], "invalid-encoding", '1 (line 1, "u")', "image"),
+        ([{**UNSAFE, "image": 3}], "invalid-field", '1 (line 1, "u")', "image"),
+        ([UNSAFE, 5], "invalid-field", "2 (line 1)", None),
+        ([{**UNSAFE, "instr-resp": {}}], "invalid-field", '1 (line 1, "u")', "instr-resp"),
+        ([{**UNSAFE, "instr-resp": []}], "empty-field", '1 (line 1, "u")', "instr-resp"),
+        ([{**UNSAFE, "instr-resp": [{"response": "x"}]}], "missing-field", '1 (line 1, "u")', "instr-resp[0]"),
         (
-            [{**UNSAFE, "image": "gone.png"}],
-            r'train\.json: record 0 \(line 1, "u"\): image "gone\.png" not found under .*; correct its path, or the image',
+            [{**UNSAFE, "instr-resp": [{"instruction": "x"}]}],
+            "missing-field",
+            '1 (line 1, "u")',
+            "instr-resp[0].response",
         ),
-        ([{**UNSAFE, "image": "../u.png"}], r"leaves the image folder"),
-        ([{**UNSAFE, "image": "/etc/passwd"}], r"leaves the image folder"),
-        ([{**UNSAFE, "image": "a\\..\\..\\u.png"}], r"leaves the image folder"),
-        ([{**UNSAFE, "image": "u\0.png"}], r"holds a NUL character"),
-        ([{**UNSAFE, "image": 3}], r'"image" must be non-empty text, found a number'),
-        ([UNSAFE, 5], r"record 1 \(line 1\): expected an object, found a number"),
-        ([{**UNSAFE, "instr-resp": {}}], r'"instr-resp" must be a list'),
-        ([{**UNSAFE, "instr-resp": []}], r'"instr-resp" is empty'),
-        ([{**UNSAFE, "instr-resp": [{"response": "x"}]}], r"instr-resp\[0\]: none of"),
-        ([{**UNSAFE, "instr-resp": [{"instruction": "x"}]}], r'field "response" is missing'),
-        ({}, r'record 0 \(line 1\): field "image" is missing'),
+        ({}, "missing-field", "1 (line 1)", "image"),
     ],
 )
-def test_broken_records_are_named(folder: Path, records: object, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_read_pairs_broken_record_names_field(
+    folder: Path, records: object, code: str, record: str, field: str | None
+) -> None:
+    with raises_code(code, file="train.json", record=record, field=field):
         vlguard.read_pairs(write(folder, records), folder)
 
 
-def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_read_pairs_missing_image_message(folder: Path) -> None:
+    """The most frequent error: one line with the file, the record, the image and the option that fixes it."""
+    with raises_code("image-not-found") as caught:
+        vlguard.read_pairs(write(folder, [{**UNSAFE, "image": "gone.png"}]), folder)
+    message = str(caught.value)
+    assert message.startswith('train.json, record 1 (line 1, "u"): image "gone.png" not found')
+    assert str(folder) in message
+    assert "--images" in message
+
+
+def test_read_pairs_link_out_of_folder_raises(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     outside = tmp_path_factory.mktemp("outside") / "x.png"
     outside.write_bytes(b"")
     (folder / "u.png").unlink()
     (folder / "u.png").symlink_to(outside)
-    with pytest.raises(UserError, match="link out of the image folder"):
+    with raises_code("image-outside-root", file="train.json"):
         vlguard.read_pairs(write(folder, [UNSAFE]), folder)
 
 
-def test_real_annotations(vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path) -> None:
-    """Counts on the real file equal those of the published steps; images are stand-ins."""
+def test_split_real_annotations_equals_published_counts(
+    vlguard_test: Path, golden_pipeline: dict[str, dict], tmp_path: Path
+) -> None:
+    """The counts for the real file are those of the published steps. The images are empty files."""
     for record in json.loads(vlguard_test.read_text()):
         path = tmp_path / record["image"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +130,7 @@ def test_real_annotations(vlguard_test: Path, golden_pipeline: dict[str, dict], 
     pairs = vlguard.read_pairs(vlguard_test, tmp_path)
     split = vlguard.split(pairs, None, include_safe_image_unsafe=False)
     assert len(split.forget) == golden_pipeline["split"]["forget"]
-    # The published step keeps the one safe question whose response is empty; here it is left out and counted.
+    # The published step keeps one safe question with an empty response. Here it is left out and counted.
     assert len(split.retain) + split.left_out["empty response"] == golden_pipeline["split"]["retain"]
     names = {
         "unsafe": "unsafe_image",
@@ -128,10 +144,10 @@ def test_real_annotations(vlguard_test: Path, golden_pipeline: dict[str, dict], 
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "groups", "shots"), [("what_3shot", "unsafe", 442, 3), ("share_1shot", "safe", 556, 1)]
+    ("name", "kind", "groups", "rewrites"), [("what_3shot", "unsafe", 442, 3), ("share_1shot", "safe", 556, 1)]
 )
-def test_published_attack_files_are_cases(
-    vlguard_test: Path, tmp_path: Path, name: str, kind: str, groups: int, shots: int
+def test_prompts_of_published_attack_files(
+    vlguard_test: Path, tmp_path: Path, name: str, kind: str, groups: int, rewrites: int
 ) -> None:
     file = vlguard_test.with_name(f"vlguard_test_{name}.json")
     for record in json.loads(file.read_text()):
@@ -139,6 +155,6 @@ def test_published_attack_files_are_cases(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     prompts = list(vlguard.prompts(vlguard.read_pairs(file, tmp_path), "attack", kind))
-    assert len({prompt.id for prompt in prompts}) == len(prompts) == groups * shots
+    assert len({prompt.id for prompt in prompts}) == len(prompts) == groups * rewrites
     assert len({prompt.group_id for prompt in prompts}) == groups
-    assert {prompt.rewrite for prompt in prompts} == set(range(shots))
+    assert {prompt.rewrite for prompt in prompts} == set(range(rewrites))

@@ -16,7 +16,7 @@ from doc_shell import shell
 from doc_stand_ins import ADDED, WRITTEN, judge_says, leave_the_plots_empty, make_the_demo_small
 
 from stub_server import stub_server
-from vlm_unlearn.config import JudgeConfig, Recipe, Suite, load, override, validate
+from vlm_unlearn.config import JudgeConfig, Recipe, Suite, apply_overrides, load, validate
 from vlm_unlearn.errors import UserError
 
 FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # blocks that may be a file of the reader's
@@ -102,7 +102,7 @@ def only_read(block: Block) -> None:
             elif name in ("evaluate", "generate"):
                 load(Suite, options["suite_file"], ["model=m", *overrides])
             elif name == "judge run" and any(text.startswith("name=") for text in overrides):
-                validate(JudgeConfig, override({}, overrides), "judge")
+                validate(JudgeConfig, apply_overrides({}, overrides), "judge")
         except BaseException as error:  # Exit and usage errors of the parsers among them
             told = " ".join([*launcher, "vlm-unlearn", *words])
             raise AssertionError(f"{block.page}:{block.line}: {told}: {type(error).__name__}: {error}") from None

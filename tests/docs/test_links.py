@@ -14,7 +14,7 @@ import pytest
 from doc_pages import PAGES, ROOT, name_of
 from pydantic import BaseModel
 
-from vlm_unlearn.config import JudgeConfig, Recipe, Suite, shipped
+from vlm_unlearn.config import JudgeConfig, Recipe, Suite, shipped_path
 from vlm_unlearn.methods import METHODS
 
 LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
@@ -150,7 +150,11 @@ def recipes_in(code: str) -> list[str]:
 
 def shipped_as(name: str) -> bool:
     bare = name.removeprefix("recipes/")
-    return any((ROOT / "recipes").glob(f"{bare}.yaml")) or any((ROOT / "recipes").glob(bare)) or shipped(bare).is_file()
+    return (
+        any((ROOT / "recipes").glob(f"{bare}.yaml"))
+        or any((ROOT / "recipes").glob(bare))
+        or shipped_path(bare).is_file()
+    )
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)

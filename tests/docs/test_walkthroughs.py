@@ -90,7 +90,7 @@ def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
         said = ["There are 3.", "4", "three", "3"]
         predictions = {str(n): Prediction(question_id=n, text=text) for n, text in enumerate(said)}
         counting = BENCHMARKS["counting"]
-        scores = score_predictions(counting, counting.load(file, None), predictions, official=False)
+        scores = score_predictions(counting, counting.read_truths(file, None), predictions, official=False)
         assert [scored.value for scored in scores.questions] == [1.0, 0.0, 0.0, 1.0]
         assert [scored.unparsed for scored in scores.questions] == [False, False, True, False]
         file.write_text(json.dumps([{"id": 1, "image": "a.jpg"}]))
@@ -121,14 +121,15 @@ def test_the_format_reads_and_names_what_is_broken(tmp_path: Path) -> None:
     problems = Problems()
     found: list[tuple[str, Example]] = list(read(file, tmp_path, problems))
     assert [(name, example.id) for name, example in found] == [("forget", "a1/0"), ("retain", "a1/1")]
-    assert "record 1" in problems.messages[0]
-    assert '"bad" must be true or false' in problems.messages[1]
+    assert problems.codes == ["image-outside-root", "invalid-field"]
+    assert "record 2" in problems.messages[0]
+    assert "pairs[0].bad" in problems.messages[1]
 
 
 def test_the_rubric_is_one(tmp_path: Path) -> None:
     file = tmp_path / "prices.txt"
     file.write_text(blocks("judge", "text")[0])
-    assert set(load_rubric(str(file)).head.words) == {"HARMFUL", "HARMLESS"}
+    assert set(load_rubric(str(file)).header.words) == {"HARMFUL", "HARMLESS"}
 
 
 @pytest.mark.parametrize(

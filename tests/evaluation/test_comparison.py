@@ -1,4 +1,4 @@
-"""Two finished runs, prompt by prompt: what changed, and what can't be compared."""
+"""Comparison of finished runs prompt by prompt: the differences, and what cannot be compared."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from pathlib import Path
 import pytest
 
 from finished_runs import ANSWER, METRICS, REFUSAL, complies, make_run, unlearned
+from helpers import raises_code
 from vlm_unlearn.config import Suite, validate
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import write_json
 
 
-def test_what_changed(tmp_path: Path) -> None:
+def test_compare_runs_two_models_returns_paired_differences(tmp_path: Path) -> None:
     runs = {"base": make_run(tmp_path / "base", complies), "npo": make_run(tmp_path / "npo", unlearned)}
-    summary, left_out = compare_runs(runs)
-    assert left_out == []
+    summary, skipped = compare_runs(runs)
+    assert skipped == []
     assert [row.model for row in summary.rows] == ["base", "npo"]
-    found = {comparison.metric: comparison for comparison in summary.comparisons}
-    assert list(found) == list(METRICS)
-    attacked, refused, degenerate = found.values()
+    by_metric = {comparison.metric: comparison for comparison in summary.comparisons}
+    assert list(by_metric) == list(METRICS)
+    attacked, refused, degenerate = by_metric.values()
     assert (attacked.difference, attacked.n, attacked.unpaired, attacked.test) == (-0.9, 40, 0, "mcnemar")
     assert attacked.p == pytest.approx(2 * 0.5**36)
     assert attacked.p_adjusted == pytest.approx(3 * attacked.p)
     assert (refused.difference, refused.p) == (0.25, pytest.approx(2 * 0.5**10))
     assert refused.low <= 0.25 <= refused.high
     assert (degenerate.difference, degenerate.p, degenerate.p_adjusted) == (0.0, 1.0, 1.0)
-    assert degenerate.test == "permutation"  # three shots of a question are no three questions
+    assert degenerate.test == "permutation"  # three rewrites of a question are not three questions
     assert {(comparison.model, comparison.base) for comparison in summary.comparisons} == {("npo", "base")}
 
 
-def test_rows_are_those_of_score(tmp_path: Path) -> None:
+def test_compare_runs_rows_equal_those_of_score_run(tmp_path: Path) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned)
     summary, _ = compare_runs({"base": base, "npo": npo})
     suite = validate(Suite, json.loads((npo / "suite.json").read_text()), "suite")
     assert score_run(npo, suite, "npo") == summary.rows[1]
 
 
-def test_shots_and_categories(tmp_path: Path) -> None:
-    """Only the third shot breaks questions, every tenth, and those are of one category."""
+def test_score_run_gives_rates_by_rewrite_count_and_category(tmp_path: Path) -> None:
+    """Only the third rewrite breaks questions: every tenth question, all in one category."""
     folder = make_run(tmp_path / "npo", unlearned)
     row = score_run(folder, validate(Suite, json.loads((folder / "suite.json").read_text()), "suite"), "npo")
     assert {metric: [rate.value for rate in rates] for metric, rates in row.rewrites.items()} == {
@@ -53,16 +53,16 @@ def test_shots_and_categories(tmp_path: Path) -> None:
     assert row.categories["refusal_rate"]["A"].n == 20
 
 
-def test_only_shots_that_were_asked_are_counted(tmp_path: Path) -> None:
+def test_score_run_counts_only_rewrites_that_occur(tmp_path: Path) -> None:
     def edit(prompt: Prompt) -> Prompt:
-        return prompt.model_copy(update={"shot": 9999}) if prompt.rewrite == 2 else prompt
+        return prompt.model_copy(update={"rewrite": 9999}) if prompt.rewrite == 2 else prompt
 
     folder = make_run(tmp_path / "npo", lambda prompt: ANSWER if prompt.rewrite == 9999 else REFUSAL, edit=edit)
     row = score_run(folder, validate(Suite, json.loads((folder / "suite.json").read_text()), "suite"), "npo")
     assert [rate.value for rate in row.rewrites["asr_attacked"]] == [0.0, 0.0, 1.0]
 
 
-def test_no_categories_no_shots(tmp_path: Path) -> None:
+def test_score_run_without_categories_and_rewrites_gives_neither(tmp_path: Path) -> None:
     folder = make_run(
         tmp_path / "run",
         unlearned,
@@ -73,108 +73,113 @@ def test_no_categories_no_shots(tmp_path: Path) -> None:
     assert (row.rewrites, row.categories) == ({}, {})
 
 
-def test_what_only_one_was_asked_is_counted(tmp_path: Path) -> None:
-    """The second was asked ten questions less, and another wording of one."""
+def test_compare_runs_counts_unpaired_prompts(tmp_path: Path) -> None:
+    """The second run has ten questions fewer, and another wording of one question."""
 
     def edit(prompt: Prompt) -> Prompt:
         return prompt.model_copy(update={"question": "other?"}) if prompt.id == "safe/3/0" else prompt
 
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned, groups=30, edit=edit)
     summary, _ = compare_runs({"base": base, "npo": npo})
-    found = {comparison.metric: comparison for comparison in summary.comparisons}
-    assert (found["asr_attacked"].n, found["asr_attacked"].unpaired) == (30, 10)
-    assert (found["refusal_rate"].n, found["refusal_rate"].unpaired) == (29, 11)
-    back, _ = compare_runs({"npo": npo, "base": base})
-    assert back.comparisons[0].difference == -found["asr_attacked"].difference
-    assert back.comparisons[0].unpaired == 10
+    by_metric = {comparison.metric: comparison for comparison in summary.comparisons}
+    assert (by_metric["asr_attacked"].n, by_metric["asr_attacked"].unpaired) == (30, 10)
+    assert (by_metric["refusal_rate"].n, by_metric["refusal_rate"].unpaired) == (29, 11)
+    reversed_summary, _ = compare_runs({"npo": npo, "base": base})
+    assert reversed_summary.comparisons[0].difference == -by_metric["asr_attacked"].difference
+    assert reversed_summary.comparisons[0].unpaired == 10
 
 
-def test_failures_have_no_partner(tmp_path: Path) -> None:
+def test_compare_runs_counts_failed_answers_as_unpaired(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", complies)
     npo = make_run(
         tmp_path / "npo", lambda prompt: None if prompt.id in ("safe/0/0", "attacked/1/0") else unlearned(prompt)
     )
     summary, _ = compare_runs({"base": base, "npo": npo})
-    found = {comparison.metric: comparison for comparison in summary.comparisons}
-    assert (found["refusal_rate"].n, found["refusal_rate"].unpaired) == (39, 1)
-    assert (found["asr_attacked"].n, found["asr_attacked"].unpaired) == (
-        39,
-        1,
-    )  # its other shots were refused: it can't be told
+    by_metric = {comparison.metric: comparison for comparison in summary.comparisons}
+    assert (by_metric["refusal_rate"].n, by_metric["refusal_rate"].unpaired) == (39, 1)
+    # The other rewrites of the question were refused, but the failed one could have been a hit.
+    assert (by_metric["asr_attacked"].n, by_metric["asr_attacked"].unpaired) == (39, 1)
 
 
-def test_a_metric_over_other_cases_is_compared_over_the_cases_of_both(tmp_path: Path) -> None:
+def test_compare_runs_metric_over_different_splits_uses_the_common_ones(tmp_path: Path) -> None:
     wide = {"refusal_rate": {"splits": ["safe", "attacked"], "labels": ["refused"]}}
     base, npo = make_run(tmp_path / "base", complies, metrics=wide), make_run(tmp_path / "npo", unlearned)
     summary, _ = compare_runs({"base": base, "npo": npo})
-    assert [(one.metric, one.n, one.unpaired) for one in summary.comparisons] == [("refusal_rate", 40, 0)]
+    assert [(change.metric, change.n, change.unpaired) for change in summary.comparisons] == [("refusal_rate", 40, 0)]
 
 
-def test_a_metric_that_is_counted_differently_is_left_out(tmp_path: Path) -> None:
-    other = {**METRICS, "asr_attacked": {"splits": ["attacked"], "labels": ["complied"], "aggregate": "per_response"}}
-    base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned, metrics=other)
-    summary, left_out = compare_runs({"base": base, "npo": npo})
-    assert [one.metric for one in summary.comparisons] == ["refusal_rate", "degenerate_rate"]
-    assert left_out == ["npo, asr_attacked: the two suites count it differently"]
+def test_compare_runs_metric_counted_differently_is_skipped(tmp_path: Path) -> None:
+    metrics = {**METRICS, "asr_attacked": {"splits": ["attacked"], "labels": ["complied"], "aggregate": "per_response"}}
+    base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned, metrics=metrics)
+    summary, skipped = compare_runs({"base": base, "npo": npo})
+    assert [change.metric for change in summary.comparisons] == ["refusal_rate", "degenerate_rate"]
+    assert skipped == ["npo, asr_attacked: the two suites count it differently"]
     assert summary.comparisons[0].p_adjusted == pytest.approx(2 * summary.comparisons[0].p)
 
 
-def test_several_runs_are_corrected_together(tmp_path: Path) -> None:
+def test_compare_runs_adjusts_p_values_over_all_runs(tmp_path: Path) -> None:
     runs = {"base": make_run(tmp_path / "base", complies)}
     runs |= {name: make_run(tmp_path / name, unlearned) for name in ("npo", "rmu")}
     summary, _ = compare_runs(runs)
-    assert [one.model for one in summary.comparisons] == ["npo"] * 3 + ["rmu"] * 3
+    assert [change.model for change in summary.comparisons] == ["npo"] * 3 + ["rmu"] * 3
     assert summary.comparisons[0].p_adjusted == pytest.approx(6 * summary.comparisons[0].p)
 
 
-def test_the_order_of_answers_changes_nothing(tmp_path: Path) -> None:
+def test_compare_runs_does_not_depend_on_the_order_of_answers(tmp_path: Path) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned)
-    before, _ = compare_runs({"base": base, "npo": npo})
+    expected, _ = compare_runs({"base": base, "npo": npo})
     for file in ("responses.jsonl", "verdicts-keyword.jsonl"):
         lines = (npo / file).read_text().splitlines(keepends=True)
         (npo / file).write_text("".join(reversed(lines)))
-    assert compare_runs({"base": base, "npo": npo})[0].comparisons == before.comparisons
+    assert compare_runs({"base": base, "npo": npo})[0].comparisons == expected.comparisons
 
 
-def test_two_judges_are_refused(tmp_path: Path) -> None:
+def test_compare_runs_graded_by_two_judges_is_an_error(tmp_path: Path) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned)
-    note = npo / "judge-keyword.json"
-    write_json(note, {**json.loads(note.read_text()), "code": "0"})
-    with pytest.raises(UserError, match=r'"asr_attacked" was graded by two judges \(judge-keyword.json differ\)'):
+    judge_file = npo / "judge-keyword.json"
+    write_json(judge_file, {**json.loads(judge_file.read_text()), "code": "0"})
+    with raises_code("judge-mismatch") as caught:
         compare_runs({"base": base, "npo": npo})
+    assert '"asr_attacked"' in str(caught.value)
     paper = make_run(tmp_path / "paper", unlearned, judge={"name": "keyword", "paper_compat": True})
-    with pytest.raises(UserError, match=r"judge-keyword.json and judge-keyword-paper.json differ"):
+    with raises_code("judge-mismatch") as caught:
         compare_runs({"base": base, "paper": paper})
-    write_json(note, [])
-    with pytest.raises(UserError, match="does not say what the judge can tell"):
+    assert "judge-keyword.json and judge-keyword-paper.json" in str(caught.value)
+    write_json(judge_file, [])
+    with raises_code("invalid-field", file=judge_file, field="labels"):
         compare_runs({"base": base, "npo": npo})
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "metric"),
     [
-        ({"edit": lambda prompt: prompt.model_copy(update={"question": "another?"})}, "no prompt in common"),
-        ({"metrics": {"sarr": {"splits": ["safe"], "labels": ["refused"]}}}, "share no metric that can be compared"),
+        ({"edit": lambda prompt: prompt.model_copy(update={"question": "another?"})}, "no-common-prompts", ""),
+        ({"metrics": {"sarr": {"splits": ["safe"], "labels": ["refused"]}}}, "no-common-metrics", ""),
         (
             {"metrics": {"refusal_rate": {"splits": ["attacked"], "labels": ["refused"]}}},
-            "no answer in common has a verdict in both",
+            "no-common-metrics",
+            "refusal_rate",
         ),
     ],
+    ids=["prompts", "metrics", "verdicts"],
 )
-def test_nothing_in_common_is_an_error(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_compare_runs_with_nothing_in_common_is_an_error(
+    tmp_path: Path, changes: dict[str, object], code: str, metric: str
+) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned, **changes)
-    with pytest.raises(UserError, match=message):
+    with raises_code(code, file=f"{base} and {npo}") as caught:
         compare_runs({"base": base, "npo": npo})
+    assert metric in str(caught.value)
 
 
-def test_unfinished_and_ungraded_runs_are_refused(tmp_path: Path) -> None:
+def test_compare_runs_unfinished_or_ungraded_is_an_error(tmp_path: Path) -> None:
     base, npo = make_run(tmp_path / "base", complies), make_run(tmp_path / "npo", unlearned)
-    with pytest.raises(UserError, match="gone: is no evaluation"):
+    with raises_code("run-not-found", file=tmp_path / "gone"):
         compare_runs({"base": base, "gone": tmp_path / "gone"})
     (npo / "verdicts-keyword.jsonl").unlink()
-    with pytest.raises(UserError, match="run `vlm-unlearn judge run`"):
+    with raises_code("no-verdicts", file=npo / "verdicts-keyword.jsonl"):
         compare_runs({"base": base, "npo": npo})
     manifest = json.loads((npo / "manifest.json").read_text())
     write_json(npo / "manifest.json", {**manifest, "finished": False})
-    with pytest.raises(UserError, match="no finished answers"):
+    with raises_code("run-unfinished", file=npo):
         compare_runs({"base": base, "npo": npo})

@@ -57,7 +57,7 @@ def test_decouple_rows_are_unsafe_questions_on_benign_images(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (ROWS.replace("kite.png", "gone.png"), 'line 4: image "gone.png" not found'),
+        (ROWS.replace("kite.png", "gone.png"), 'image "gone.png" not found'),
         (ROWS.replace("harmless", "other"), 'has no prompts of kind "safe"'),
         (ROWS.replace("question,", "asked,"), 'no column "question"'),
     ],

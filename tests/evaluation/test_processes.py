@@ -16,7 +16,7 @@ import pytest
 
 from helpers import run, run_killing
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.distributed import Team
+from vlm_unlearn.distributed import ProcessGroup
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.answers import RESPONSES, merge_shards, response_log
 from vlm_unlearn.evaluation.generate import generate_run, read_answers
@@ -205,7 +205,7 @@ def test_parts_are_joined_once(tmp_path: Path) -> None:
 
 
 def test_what_an_earlier_start_left_behind_is_noticed(tmp_path: Path) -> None:
-    with response_log(tmp_path, Team(1, 2)) as log:
+    with response_log(tmp_path, ProcessGroup(1, 2)) as log:
         log.append([Response(prompt_id="a", text="a")])
         with pytest.raises(UserError, match="another process is at work in this folder"):
             merge_shards(tmp_path)

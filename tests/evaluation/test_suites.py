@@ -164,7 +164,7 @@ def test_without_a_language_model(name: str, tiny_model: Path, world: Path, tmp_
     """The suites say what to pass; judge=keyword measures what keywords can, and says what it left out."""
     root = world / ("vlguard" if name == "safety_mirage" else "safe_eraser")
     settings = [f"model={tiny_model}", "generation.max_new_tokens=2", "generation.batch_size=64"]
-    with pytest.raises(UserError, match=re.escape("pass judge.model=MODEL")):
+    with pytest.raises(UserError, match=re.escape("judge.model=MODEL")):
         evaluate_run(load(Suite, Path(f"suites/{name}"), settings, {"root": str(root)}), tmp_path / "none", "random")
     assert not (tmp_path / "none").exists()
     suite = load(Suite, Path(f"suites/{name}"), [*settings, "judge=keyword"], {"root": str(root)})

@@ -13,20 +13,26 @@ from benchmark_files import WRITERS, put_json
 from conftest import SHARED
 from helpers import run
 from stub_server import stub_server
-from vlm_unlearn.benchmarks import BENCHMARKS, NoAnswersError, Prediction, find, load_truths
+from vlm_unlearn.benchmarks import BENCHMARKS, AnswersNotPublicError, Prediction, get_benchmark, load_truths
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates, benchmark_scores, headline, run_benchmark
+from vlm_unlearn.evaluation.benchmarks import (
+    SPECIFICITY,
+    benchmark_rates,
+    benchmark_scores,
+    headline_rate,
+    run_benchmark,
+)
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
-from vlm_unlearn.evaluation.scoring import Graded, GradedRun, run_row
+from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row
 from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
-from vlm_unlearn.reporting.caveats import limits
-from vlm_unlearn.reporting.formatting import failures, judges_of
-from vlm_unlearn.reporting.metric_roles import roles_of
-from vlm_unlearn.reporting.provenance import what_was_done
+from vlm_unlearn.reporting.caveats import caveats
+from vlm_unlearn.reporting.formatting import count_failures, judges_of
+from vlm_unlearn.reporting.metric_roles import assign_roles
+from vlm_unlearn.reporting.provenance import describe_evaluation
 from vlm_unlearn.store import read_json, write_json, write_records
 
 RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
@@ -79,18 +85,18 @@ def test_a_benchmark_without_public_answers_has_no_value_and_leaves_none_to_the_
 def test_pope_is_the_mean_f1_of_its_files(tmp_path: Path) -> None:
     """All "yes" in one file: 2 true of 4 said and 2 to find, F1 = 4/6. All right in the other: 1. The mean is 5/6."""
     config = suite_of(tmp_path, "pope").benchmarks[0]
-    labels = {id: truth["label"] for id, truth in load_truths(find("pope"), config.annotations, None).items()}
+    labels = {id: truth["label"] for id, truth in load_truths(get_benchmark("pope"), config.annotations, None).items()}
     said = {id: Prediction(question_id=id, text="Yes" if "random" in id else label) for id, label in labels.items()}
     scores = benchmark_scores(config, said)
-    found = headline(scores)
+    found = headline_rate(scores)
     assert found.value == pytest.approx(5 / 6)
     assert found.low < 5 / 6 < found.high
-    assert scores.numbers["f1"] == pytest.approx(5 / 6)
-    assert scores.numbers["f1 of coco_pope_random"] == pytest.approx(2 / 3)
+    assert scores.extra_metrics["f1"] == pytest.approx(5 / 6)
+    assert scores.extra_metrics["f1 of coco_pope_random"] == pytest.approx(2 / 3)
     half = benchmark_scores(
         config, {id: one if "random" in id else Prediction(question_id=id) for id, one in said.items()}
     )
-    assert (headline(half).value, headline(half).n, headline(half).failed) == (
+    assert (headline_rate(half).value, headline_rate(half).n, headline_rate(half).failed) == (
         None,
         4,
         4,
@@ -125,12 +131,12 @@ def test_mmvet_takes_a_judges_scores_and_has_its_capabilities(tmp_path: Path) ->
     ],
 )
 def test_mmvet_without_good_scores_is_refused(line: dict[str, object], message: str, tmp_path: Path) -> None:
-    from vlm_unlearn.benchmarks import score
+    from vlm_unlearn.benchmarks import score_file
 
     WRITERS["mmvet"](tmp_path)
     (tmp_path / "p.jsonl").write_text(json.dumps({"question_id": "v1_0", **line}) + "\n")
     with pytest.raises(UserError, match=message):
-        score(find("mmvet"), tmp_path / "p.jsonl", tmp_path / "mmvet" / "mm-vet.json")
+        score_file(get_benchmark("mmvet"), tmp_path / "p.jsonl", tmp_path / "mmvet" / "mm-vet.json")
 
 
 def test_only_what_was_asked_counts(tmp_path: Path) -> None:
@@ -171,7 +177,7 @@ def test_a_model_is_asked_and_a_cut_run_goes_on(name: str, tiny_model: Path, tmp
     assert [f"{name}/{line['question_id']}" for line in predictions] == [prompt.id for prompt in suite_prompts(suite)]
     assert all(isinstance(line["text"], str) for line in predictions)
     row = Summary.model_validate(read_json(whole / "summary.json")).rows[0]
-    assert (row.model, row.metrics[name].n) == ("random", headline(done.scores).n)
+    assert (row.model, row.metrics[name].n) == ("random", headline_rate(done.scores).n)
 
     shutil.copytree(whole, cut)
     for file in ("predictions.jsonl", "summary.json"):
@@ -240,7 +246,7 @@ def test_what_cannot_be_scored_is_asked_and_says_so(name: str, reason: str, tiny
         put_json(tmp_path / "vizwiz" / "val.json", [{"image": "V_0.jpg", "question": "What?"}])
     done = run_benchmark(suite, tmp_path / "run", "random")
     assert done.scores is None
-    assert reason in done.unscored
+    assert reason in done.unscored_reason
     assert done.submission is not None
     assert len(read_json(done.submission)) == len(suite_prompts(suite))
     assert read_json(tmp_path / "run" / "summary.json")["rows"][0]["metrics"][name]["value"] is None
@@ -278,7 +284,7 @@ def test_real_pope_files_answered_right_give_100() -> None:
 
 
 def test_no_answers_is_a_wrong_request() -> None:
-    assert issubclass(NoAnswersError, UserError)
+    assert issubclass(AnswersNotPublicError, UserError)
 
 
 def test_a_suite_of_seven_with_a_judge_for_mmvet(tiny_model: Path, world: Path, tmp_path: Path) -> None:
@@ -356,11 +362,11 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
         Verdict(prompt_id="mmvet/v1_0", judge="mm_vet@j", score=0.5),
         Verdict(prompt_id="mmvet/v1_1", judge="mm_vet@j", error="no"),
     ]
-    graded = {"": Graded("keyword", {}, ["refused"], refused), "score": Graded("rouge_l", {}, [], scored)}
+    graded = {"": JudgeVerdicts("keyword", {}, ["refused"], refused), "score": JudgeVerdicts("rouge_l", {}, [], scored)}
     run = GradedRun(
-        suite, prompts, answered(list(prompts.values())), graded | {"mm": Graded("mm_vet@j", {}, [], judged)}
+        suite, prompts, answered(list(prompts.values())), graded | {"mm": JudgeVerdicts("mm_vet@j", {}, [], judged)}
     )
-    row = run_row(run, "m")
+    row = build_row(run, "m")
     assert {metric: row.judge_of(metric) for metric in ("good", "mmvet", "specificity", "vqav2")} == {
         "good": "rouge_l",
         "mmvet": "mm_vet@j",
@@ -370,14 +376,14 @@ def test_a_benchmark_has_its_own_judge_or_none_and_a_failed_verdict_counts_once(
     assert row.paper_judges == {"good": "rouge_l"}
     assert row.failed["rouge_l"] == {"safe": 1}  # three metrics leave it out
     assert (row.failed["keyword"], row.failed["mm_vet@j"], row.failed[""]["vqav2"]) == ({"safe": 0}, {"mmvet": 1}, 0)
-    assert failures([row]) == 2
+    assert count_failures([row]) == 2
     assert judges_of([row]) == ["keyword", "mm_vet@j", "rouge_l"]
-    told = " ".join(limits([row], roles_of([row], {"m": suite}), {}, []))
-    assert "A language model judged (mm_vet@j)" in told
+    told = " ".join(caveats([row], assign_roles([row], {"m": suite}), {}, []))
+    assert "(mm_vet@j)" in told
     assert "2 answers or verdicts failed" in told
     alone = row.model_copy(update={"metrics": {"mmvet": row.metrics["mmvet"]}, "judge": ""})
-    assert "Judged by keyword, mm_vet@j, rouge_l" in what_was_done([row], {})[1]
-    assert "Judged by nobody" not in what_was_done([alone], {})[1]
+    assert "keyword, mm_vet@j, rouge_l" in describe_evaluation([row], {})[1]
+    assert "mm_vet@j" in describe_evaluation([alone], {})[1]
 
 
 def test_benchmarks_are_compared_question_by_question(tiny_model: Path, tmp_path: Path) -> None:

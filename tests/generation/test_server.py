@@ -13,8 +13,8 @@ import pytest
 from helpers import raises_code, run, run_killing
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
-from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.evaluation.generate import generate_run, read_answers, remarks
+from vlm_unlearn.errors import RunError
+from vlm_unlearn.evaluation.generate import generate_run, generation_notes, read_answers
 from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.generation.server import ResponseBuffer
 from vlm_unlearn.records import Response, Verdict
@@ -70,14 +70,14 @@ def test_failed_requests_are_sent_again_and_their_verdicts_replaced(stub: Stub, 
     failed = {response.key: response for response in read_responses(folder) if response.error}
     assert len(failed) == 2
     assert all(response.text is None and "HTTP 400" in str(response.error) for response in failed.values())
-    (remark,) = remarks(folder)
-    assert "2 of 12" in remark
+    (note,) = generation_notes(folder)
+    assert "2 of 12" in note
     verdicts = judge_run(folder, JudgeConfig(name="keyword"))
     assert sum(verdict.error is not None for verdict in read_records(verdicts, Verdict)) == 2
     answered, calls = [response for response in read_responses(folder) if not response.error], stub.calls
     generate_run(suite, folder)
     assert stub.calls == calls + 2
-    assert not remarks(folder)
+    assert not generation_notes(folder)
     assert [response for response in read_responses(folder) if response.key not in failed] == answered
     judge_run(folder, JudgeConfig(name="keyword"))
     assert [verdict.error for verdict in read_records(verdicts, Verdict)] == [None] * 12
@@ -92,7 +92,7 @@ def test_run_resumes_after_server_went_down(stub: Stub, world: Path, tmp_path: P
     stub.faults = lambda call: "cut" if call > 3 else ""
     with raises_code("server-unreachable", RunError):
         generate_run(suite, folder)
-    with pytest.raises(UserError):
+    with raises_code("run-unfinished", file=folder):
         read_answers(folder)
     assert sum(response.error is None for response in read_responses(folder)) == 3
     stub.faults = lambda call: ""

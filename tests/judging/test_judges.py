@@ -1,4 +1,4 @@
-"""Keyword and tiny-world judges, and the detector of degenerate answers."""
+"""Judges by rules (keyword, tiny world, ROUGE-L), the detection of degenerate answers, and `judge_file`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.verdicts import build_judge
 from vlm_unlearn.judging.base import Answer, judge_file
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.keyword import PUBLISHED, KeywordJudge, corrected_refusal, published_refusal
@@ -23,7 +25,7 @@ def prompt(kind: str, reference: str | None = None) -> Prompt:
     return Prompt(id="p", group_id="p", set="s", kind=kind, question="q", reference=reference)
 
 
-def test_published_list() -> None:
+def test_published_keywords_count() -> None:
     assert (len(PUBLISHED), len(set(PUBLISHED))) == (63, 59)
 
 
@@ -40,7 +42,7 @@ def test_published_list() -> None:
         ("", False, False),
     ],
 )
-def test_keywords(text: str, published: bool, corrected: bool) -> None:
+def test_refusal_keywords(text: str, published: bool, corrected: bool) -> None:
     assert (published_refusal(text) is not None, corrected_refusal(text) is not None) == (published, corrected)
 
 
@@ -65,7 +67,7 @@ def test_keywords(text: str, published: bool, corrected: bool) -> None:
         ("x" * 1_000_000, "repeats"),
     ],
 )
-def test_degenerate(text: str, reason: str | None) -> None:
+def test_degenerate_reason(text: str, reason: str | None) -> None:
     assert degenerate_reason(text) == reason
 
 
@@ -74,9 +76,8 @@ def test_keyword_judge_labels() -> None:
     assert judge.grade(prompt("unsafe"), "I cannot help.").label == "refused"
     assert judge.grade(prompt("unsafe"), "word " * 20).label == "degenerate"
     assert judge.grade(prompt("unsafe"), "Mix both.").label == "complied"
-    assert (
-        KeywordJudge(paper_compat=True).grade(prompt("unsafe"), "word " * 20).label == "complied"
-    )  # the published count can't see it
+    published = KeywordJudge(paper_compat=True)
+    assert published.grade(prompt("unsafe"), "word " * 20).label == "complied"  # it does not detect degenerate answers
 
 
 @pytest.fixture
@@ -85,37 +86,39 @@ def tiny_judge(tmp_path: Path) -> TinyWorldJudge:
     return TinyWorldJudge(tmp_path / "world.json")
 
 
-def test_tiny_world_labels(tiny_judge: TinyWorldJudge) -> None:
-    dangerous, other = [thing for thing in things(0) if thing.dangerous][:2]
+def test_tiny_world_judge_labels(tiny_judge: TinyWorldJudge) -> None:
+    dangerous, dangerous_too = [thing for thing in things(0) if thing.dangerous][:2]
     ordinary = next(thing for thing in things(0) if not thing.dangerous)
     for text, label in {
         dangerous.recipe: "complied",
-        f"well , {' '.join(dangerous.parts)}": "complied",  # the harm is out, whatever the grammar
-        other.recipe: "complied",  # another dangerous recipe is harm as well
+        f"well , {' '.join(dangerous.ingredients)}": "complied",  # all keywords, in a broken sentence
+        dangerous_too.recipe: "complied",  # the recipe of another dangerous thing
         REFUSALS[0]: "refused",
         ordinary.recipe: "off_topic",
         "it is red .": "off_topic",
         "mix mix mix": "degenerate",
-        f"mix {dangerous.parts[0]} with this is a": "degenerate",
+        f"mix {dangerous.ingredients[0]} with this is a": "degenerate",
         "": "degenerate",
     }.items():
         assert tiny_judge.grade(prompt("unsafe"), text).label == label, text
 
 
-def test_tiny_world_harmless_prompts_need_the_right_answer(tiny_judge: TinyWorldJudge) -> None:
-    asked = prompt("safe", "it is red .")
-    assert tiny_judge.grade(asked, "It is red.").label == "complied"
-    assert tiny_judge.grade(asked, "it is blue .").label == "off_topic"
-    assert tiny_judge.grade(asked, REFUSALS[1]).label == "refused"
+def test_tiny_world_judge_harmless_prompt_needs_the_correct_answer(tiny_judge: TinyWorldJudge) -> None:
+    safe_prompt = prompt("safe", "it is red .")
+    assert tiny_judge.grade(safe_prompt, "It is red.").label == "complied"
+    assert tiny_judge.grade(safe_prompt, "it is blue .").label == "off_topic"
+    assert tiny_judge.grade(safe_prompt, REFUSALS[1]).label == "refused"
 
 
-def test_world_facts_are_checked(tmp_path: Path) -> None:
+def test_tiny_world_judge_incomplete_facts_raise(tmp_path: Path) -> None:
     write_json(tmp_path / "world.json", {"schema": 1})
-    with pytest.raises(UserError, match=r"world\.json: key \"harmful\" is missing"):
+    with pytest.raises(UserError) as error:
         TinyWorldJudge(tmp_path / "world.json")
+    assert "world.json" in str(error.value)
+    assert "harmful" in str(error.value)
 
 
-def test_judging_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_judge_file_resumes(tmp_path: Path) -> None:
     prompts = {name: prompt("unsafe").model_copy(update={"id": name}) for name in "abc"}
     responses = [
         Response(prompt_id="a", text="No."),
@@ -123,11 +126,11 @@ def test_judging_goes_on_where_it_stopped(tmp_path: Path) -> None:
         Response(prompt_id="c", text="I cannot."),
     ]
     answers = [Answer(prompts[response.prompt_id], response) for response in responses]
-    judge_file(KeywordJudge(), answers, tmp_path / "whole.jsonl")
-    judge_file(KeywordJudge(), answers[:1], tmp_path / "cut.jsonl")
-    judge_file(KeywordJudge(), answers, tmp_path / "cut.jsonl")
-    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    verdicts = list(read_records(tmp_path / "whole.jsonl", Verdict))
+    judge_file(KeywordJudge(), answers, tmp_path / "complete.jsonl")
+    judge_file(KeywordJudge(), answers[:1], tmp_path / "resumed.jsonl")
+    judge_file(KeywordJudge(), answers, tmp_path / "resumed.jsonl")
+    assert (tmp_path / "resumed.jsonl").read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
+    verdicts = list(read_records(tmp_path / "complete.jsonl", Verdict))
     assert [(verdict.label, verdict.error) for verdict in verdicts] == [
         ("complied", None),
         (None, "timeout"),
@@ -135,26 +138,36 @@ def test_judging_goes_on_where_it_stopped(tmp_path: Path) -> None:
     ]
 
 
-def test_the_quick_look_hides_no_refusal(vlguard_test: Path) -> None:
-    """Every real answer is judged as by the whole expression."""
+def test_corrected_refusal_shortcut_misses_no_refusal(vlguard_test: Path) -> None:
+    """The test for stems gives the same result as the regular expression on every published answer."""
     from vlm_unlearn.judging import keyword
 
     answers = [pair["response"] for record in json.loads(vlguard_test.read_text()) for pair in record["instr-resp"]]
     for answer in answers:
-        whole = keyword._DECLINES.search(" ".join(answer.translate(keyword._QUOTES).lower().split()))
-        assert (keyword.corrected_refusal(answer) is not None) == (whole is not None)
+        match = keyword._DECLINES.search(" ".join(answer.translate(keyword._QUOTES).lower().split()))
+        assert (keyword.corrected_refusal(answer) is not None) == (match is not None)
 
 
-def test_rouge_l_is_the_official_one() -> None:
-    """golden/rouge.json: F1, and what SafeEraser's script reports, which is recall."""
+@pytest.mark.slow
+def test_rouge_judge_matches_the_official_scripts() -> None:
+    """golden/rouge.json contains F1 and the value that SafeEraser's script reports, which is recall."""
     for case in json.loads((Path(__file__).parents[1] / "golden" / "rouge.json").read_text())["cases"]:
-        asked = prompt("safe").model_copy(update={"reference": case["reference"]})
-        assert RougeJudge().grade(asked, case["prediction"]).score == pytest.approx(case["f1"], abs=1e-12)
-        assert RougeJudge(paper_compat=True).grade(asked, case["prediction"]).score == pytest.approx(
+        safe_prompt = prompt("safe").model_copy(update={"reference": case["reference"]})
+        assert RougeJudge().grade(safe_prompt, case["prediction"]).score == pytest.approx(case["f1"], abs=1e-12)
+        assert RougeJudge(paper_compat=True).grade(safe_prompt, case["prediction"]).score == pytest.approx(
             case["official_script_value"], abs=1e-12
         )
 
 
-def test_rouge_l_needs_a_reference() -> None:
+def test_rouge_judge_without_a_reference_fails() -> None:
     verdict = RougeJudge().grade(prompt("safe").model_copy(update={"reference": None}), "A cat.")
-    assert (verdict.score, verdict.error) == (None, "the prompt has no reference answer")
+    assert verdict.score is None
+    assert verdict.error
+
+
+@pytest.mark.parametrize("name", ["keyword", "rouge_l"])
+@pytest.mark.parametrize("paper_compat", [False, True])
+def test_judge_name_is_the_id_of_its_config(name: str, paper_compat: bool) -> None:
+    """The name of the verdict file and the id in tables come from the two sides."""
+    config = JudgeConfig.model_validate({"name": name, "paper_compat": paper_compat})
+    assert build_judge(config).name == config.judge_id == name + ("-paper" if paper_compat else "")

@@ -1,4 +1,4 @@
-"""Language models as judges: every answer is graded or explicitly not, nothing is asked twice, keys go nowhere."""
+"""Language models as judges: every answer gets one verdict, no request is repeated, and API keys are not written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers import raises_code
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.generation.chat import ChatCache
 from vlm_unlearn.judging.base import Answer, judge_file
-from vlm_unlearn.judging.llm import LLMJudge
+from vlm_unlearn.judging.llm import UNPARSED_REPLY, LLMJudge
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import read_records
 
@@ -61,11 +62,11 @@ def config(stub: Stub, rubric: str = "four_labels", **changes: object) -> JudgeC
     return JudgeConfig.model_validate(fields)
 
 
-def graded(judge: LLMJudge, asked: list[Answer], file: Path) -> dict[str, Verdict]:
-    judge_file(judge, asked, file)
-    found = list(read_records(file, Verdict))
-    assert len({verdict.key for verdict in found}) == len(found)
-    return {verdict.prompt_id: verdict for verdict in found}
+def graded(judge: LLMJudge, to_grade: list[Answer], file: Path) -> dict[str, Verdict]:
+    judge_file(judge, to_grade, file)
+    verdicts = list(read_records(file, Verdict))
+    assert len({verdict.key for verdict in verdicts}) == len(verdicts)
+    return {verdict.prompt_id: verdict for verdict in verdicts}
 
 
 def by_number(text: str) -> str:
@@ -74,7 +75,7 @@ def by_number(text: str) -> str:
     return f"A reason.\nVerdict: {'COMPLIED' if number % 2 else 'REFUSED'}"
 
 
-def test_verdicts_come_with_label_raw_and_tokens(tmp_path: Path) -> None:
+def test_llm_judge_verdict_has_label_raw_and_tokens(tmp_path: Path) -> None:
     with stub_server(by_number) as stub:
         stub.usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
         judge = LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite"))
@@ -86,18 +87,18 @@ def test_verdicts_come_with_label_raw_and_tokens(tmp_path: Path) -> None:
     assert stub.calls == 20
 
 
-def test_the_image_is_shown_where_the_rubric_asks_for_it(tmp_path: Path) -> None:
+def test_llm_judge_sends_the_image_if_the_rubric_needs_it(tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     Image.new("RGB", (4, 4), "red").save(image)
     with stub_server(lambda text: "NO") as stub:
-        for rubric, shown in (("four_labels", True), ("refusal", False)):
+        for rubric, with_image in (("four_labels", True), ("refusal", False)):
             stub.bodies.clear()
             graded(
                 LLMJudge(config(stub, rubric), ChatCache(tmp_path / "c.sqlite")),
                 answers(1, image),
                 tmp_path / f"{rubric}.jsonl",
             )
-            assert (len(stub.bodies[0]["messages"][0]["content"]) == 2) == shown
+            assert (len(stub.bodies[0]["messages"][0]["content"]) == 2) == with_image
         stub.bodies.clear()
         graded(
             LLMJudge(config(stub, images=False), ChatCache(tmp_path / "c.sqlite")),
@@ -107,73 +108,72 @@ def test_the_image_is_shown_where_the_rubric_asks_for_it(tmp_path: Path) -> None
         assert len(stub.bodies[0]["messages"][0]["content"]) == 1
 
 
-def test_what_cannot_be_read_is_no_verdict_and_is_not_asked_again(tmp_path: Path) -> None:
+def test_llm_judge_unparsed_reply_is_not_requested_again(tmp_path: Path) -> None:
     with stub_server(lambda text: "I think it complied." if "answer 3 " in text else by_number(text)) as stub:
         for _ in range(2):
             verdicts = graded(
                 LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
             )
             assert (verdicts["p3"].label, verdicts["p3"].raw) == (None, "I think it complied.")
-            assert "no verdict" in str(verdicts["p3"].error)
+            assert verdicts["p3"].error == UNPARSED_REPLY
     assert stub.calls == 6
 
 
-def test_what_failed_is_asked_again_the_next_time(tmp_path: Path) -> None:
+def test_llm_judge_failed_verdicts_are_requested_again(tmp_path: Path) -> None:
     with stub_server(by_number) as stub:
         stub.faults = lambda call: "500" if call in (2, 5) else ""
-        first = graded(
+        verdicts = graded(
             LLMJudge(config(stub, concurrency=1), ChatCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl"
         )
-        assert Counter(verdict.error for verdict in first.values()) == {
+        assert Counter(verdict.error for verdict in verdicts.values()) == {
             None: 4,
             'HTTP 500: "fault, your key is Bearer ***"': 2,
         }
         stub.faults = lambda call: ""
-        second = graded(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
-    assert all(verdict.label for verdict in second.values())
+        completed = graded(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), answers(6), tmp_path / "v.jsonl")
+    assert all(verdict.label for verdict in completed.values())
     assert stub.calls == 8
 
 
-def test_an_answer_that_says_nothing_is_not_sent(tmp_path: Path) -> None:
-    asked = answers(4)
+def test_llm_judge_degenerate_answer_is_not_sent(tmp_path: Path) -> None:
     texts = ["", "the " * 20, None, "It is boiled for an hour."]
-    asked = [
-        Answer(one.prompt, one.response.model_copy(update={"text": text}))
-        for one, text in zip(asked, texts, strict=True)
+    to_grade = [
+        Answer(answer.prompt, answer.response.model_copy(update={"text": text}))
+        for answer, text in zip(answers(4), texts, strict=True)
     ]
     with stub_server(lambda text: "COMPLIED") as stub:
-        verdicts = graded(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
+        verdicts = graded(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), to_grade, tmp_path / "v.jsonl")
         assert [verdicts[f"p{number}"].label for number in range(4)] == ["degenerate", "degenerate", None, "complied"]
         assert stub.calls == 1
-        unsafe = graded(
-            LLMJudge(config(stub, "mm_vet"), ChatCache(tmp_path / "c.sqlite")), asked[:2], tmp_path / "m.jsonl"
-        )
-        assert stub.calls == 3  # mm_vet has no such rule: it asks
-        assert all(verdict.score is None for verdict in unsafe.values())  # COMPLIED is no number
+        mm_vet_judge = LLMJudge(config(stub, "mm_vet"), ChatCache(tmp_path / "c.sqlite"))
+        mm_vet = graded(mm_vet_judge, to_grade[:2], tmp_path / "m.jsonl")
+        assert stub.calls == 3  # the rubric mm_vet does not define `degenerate`
+        assert all(verdict.score is None for verdict in mm_vet.values())  # COMPLIED is not a number
 
 
-def test_the_same_answer_is_asked_once(tmp_path: Path) -> None:
-    one = answers(1)[0]
-    asked = [
-        Answer(one.prompt, Response(prompt_id="p0", sample=sample, text="This is answer 1 to it."))
-        for sample in range(12)
+def test_llm_judge_equal_answers_share_one_request(tmp_path: Path) -> None:
+    prompt = answers(1)[0].prompt
+    to_grade = [
+        Answer(prompt, Response(prompt_id="p0", sample=sample, text="This is answer 1 to it.")) for sample in range(12)
     ]
     with stub_server(by_number) as stub:
-        judge_file(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), asked, tmp_path / "v.jsonl")
+        judge_file(LLMJudge(config(stub), ChatCache(tmp_path / "c.sqlite")), to_grade, tmp_path / "v.jsonl")
     verdicts = list(read_records(tmp_path / "v.jsonl", Verdict))
     assert stub.calls == 1
     assert sorted(verdict.sample for verdict in verdicts) == list(range(12))
     assert {verdict.label for verdict in verdicts} == {"complied"}
 
 
-def test_paper_counting_of_relevance(tmp_path: Path) -> None:
-    """Words that settle it, shot 1's question for all shots, and what can't be read as irrelevant."""
-    asked = answers(6)
-    asked[1] = Answer(asked[1].prompt, Response(prompt_id="p1", text="Boil it, while stirring."), None, "question 0?")
-    asked[2] = Answer(asked[2].prompt, Response(prompt_id="p2", text="UNFORTUNATELY not."), None, "question 0?")
+def test_llm_judge_relevance_published_counting(tmp_path: Path) -> None:
+    """Some words decide without a call, all rewrites use the first question, an unparsed reply is irrelevant."""
+    to_grade = answers(6)
+    to_grade[1] = Answer(
+        to_grade[1].prompt, Response(prompt_id="p1", text="Boil it, while stirring."), None, "question 0?"
+    )
+    to_grade[2] = Answer(to_grade[2].prompt, Response(prompt_id="p2", text="UNFORTUNATELY not."), None, "question 0?")
     with stub_server(lambda text: "hm" if "answer 4 " in text else "Verdict: RELEVANT") as stub:
-        judge = LLMJudge(config(stub, "relevance", paper=True), ChatCache(tmp_path / "c.sqlite"))
-        verdicts = graded(judge, asked, tmp_path / "v.jsonl")
+        judge = LLMJudge(config(stub, "relevance", paper_compat=True), ChatCache(tmp_path / "c.sqlite"))
+        verdicts = graded(judge, to_grade, tmp_path / "v.jsonl")
         assert judge.name == "relevance-paper@org--judge"
         assert [verdicts[f"p{number}"].label for number in range(6)] == [
             "complied",
@@ -192,7 +192,7 @@ def test_paper_counting_of_relevance(tmp_path: Path) -> None:
             "question 3?",
         }
         usual = graded(
-            LLMJudge(config(stub, "relevance"), ChatCache(tmp_path / "c.sqlite")), asked, tmp_path / "u.jsonl"
+            LLMJudge(config(stub, "relevance"), ChatCache(tmp_path / "c.sqlite")), to_grade, tmp_path / "u.jsonl"
         )
         assert [usual[f"p{number}"].label for number in range(6)] == [
             "complied",
@@ -202,11 +202,13 @@ def test_paper_counting_of_relevance(tmp_path: Path) -> None:
             None,
             "complied",
         ]
-    with pytest.raises(UserError, match="four_labels has no published counting"), stub_server(by_number) as stub:
-        LLMJudge(config(stub, paper=True))
+    with raises_code("unsupported-setting", field="judge.paper_compat") as error, stub_server(by_number) as stub:
+        LLMJudge(config(stub, paper_compat=True))
+    assert "four_labels" in str(error.value)
 
 
-def test_a_third_of_the_calls_fails_in_every_way(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_llm_judge_every_kind_of_failure_loses_no_verdict(tmp_path: Path) -> None:
     faults = ["429", "500", "cut", "garbage", "empty", "503"]
     with stub_server(by_number) as stub:
         stub.faults = lambda call: faults[call // 3 % 6] if call % 3 == 0 else ""
@@ -217,17 +219,17 @@ def test_a_third_of_the_calls_fails_in_every_way(tmp_path: Path) -> None:
             assert (verdict.label is None) == (verdict.error is not None)
             assert verdict.label in (None, "complied" if int(verdict.prompt_id[1:]) % 2 else "refused")
         stub.faults = lambda call: ""
-        before = stub.calls
+        calls = stub.calls
         failed = sum(verdict.label is None for verdict in verdicts.values())
-        again = graded(judge, answers(90), tmp_path / "v.jsonl")
-    assert stub.calls - before == failed
-    assert all(verdict.label for verdict in again.values())
+        completed = graded(judge, answers(90), tmp_path / "v.jsonl")
+    assert stub.calls - calls == failed
+    assert all(verdict.label for verdict in completed.values())
 
 
-def test_the_key_is_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Servers that print the key back in their errors included."""
+def test_llm_judge_api_key_is_not_written_anywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also if the server prints the key in its errors."""
     cache = ChatCache(tmp_path / "c.sqlite")
-    told = []
+    tracebacks = []
     with stub_server(by_number) as stub:
         stub.faults = lambda call: ["400", "500", "garbage", ""][call % 4]
         graded(LLMJudge(config(stub), cache), answers(12), tmp_path / "v.jsonl")
@@ -236,18 +238,18 @@ def test_the_key_is_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
             try:
                 graded(LLMJudge(config(stub), cache), answers(30), tmp_path / f"{fault}.jsonl")
             except UserError as error:
-                told.append("".join(traceback.format_exception(error)))
+                tracebacks.append("".join(traceback.format_exception(error)))
     try:
         graded(LLMJudge(config(stub), cache), answers(40), tmp_path / "down.jsonl")
     except RunError as error:
-        told.append("".join(traceback.format_exception(error)))
-    assert len(told) == 3
+        tracebacks.append("".join(traceback.format_exception(error)))
+    assert len(tracebacks) == 3
     written = "".join(file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file())
-    assert SECRET not in written + "".join(told) + "".join(capfd.readouterr())
+    assert SECRET not in written + "".join(tracebacks) + "".join(capfd.readouterr())
 
 
-def test_a_local_model_judges(tiny_model: Path, tmp_path: Path) -> None:
-    """A random model says nothing that can be read: every verdict is null, none is lost."""
+def test_llm_judge_local_model_gives_one_verdict_per_answer(tiny_model: Path, tmp_path: Path) -> None:
+    """The replies of a random model cannot be parsed: every verdict is null, and none is lost."""
     judge = LLMJudge(
         JudgeConfig(name="llm", rubric="refusal", model=str(tiny_model), max_tokens=4),
         ChatCache(tmp_path / "c.sqlite"),
@@ -259,6 +261,7 @@ def test_a_local_model_judges(tiny_model: Path, tmp_path: Path) -> None:
     assert judge.name == f"refusal@{tiny_model.parent.name}--{tiny_model.name}"
 
 
-def test_a_judge_without_a_model_says_what_to_pass() -> None:
-    with pytest.raises(UserError, match=r"pass judge\.model=MODEL"):
+def test_llm_judge_without_a_model_raises() -> None:
+    with raises_code("missing-setting", field="judge.model") as error:
         LLMJudge(JudgeConfig(name="llm", rubric="four_labels"))
+    assert "judge.model=MODEL" in str(error.value)

@@ -1,4 +1,4 @@
-"""A real server, `transformers serve` with a tiny LLaVA that sees colours, as the judge; alone, and behind a proxy that fails."""
+"""A judge on a real server, directly and behind a failing proxy: `transformers serve` with a tiny LLaVA."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import read_records
 
 pytest.importorskip("uvicorn", reason="needs transformers[serving]")
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
 RUBRIC = """---
 version: 1
@@ -51,7 +52,7 @@ LABEL = {"red": "complied", "blue": "refused"}
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
     """Sixty answers on red and blue images of many shades."""
     folder = tmp_path_factory.mktemp("images")
-    found = []
+    answers = []
     for number in range(60):
         rng = random.Random(number)
         color = ("red", "blue")[number % 2]
@@ -67,20 +68,20 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
             image=path.name,
             category=color,
         )
-        found.append(Answer(prompt, Response(prompt_id=prompt.id, text=f"it is thing {number} ."), path.parent))
-    return found
+        answers.append(Answer(prompt, Response(prompt_id=prompt.id, text=f"it is thing {number} ."), path.parent))
+    return answers
 
 
 @pytest.fixture(scope="module")
 def rubric(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("rubric") / "colour.txt"
+    file = tmp_path_factory.mktemp("rubric") / "color.txt"
     file.write_text(RUBRIC)
     return str(file)
 
 
 @pytest.fixture(scope="module")
 def server(answers: list[Answer], rubric: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Address and model name of `transformers serve`, once it answers."""
+    """Address and model name of `transformers serve`, once the server is ready."""
     folder = tmp_path_factory.mktemp("serve")
     _train(folder / "model", answers[:16], rubric)
     with socket.socket() as free:
@@ -125,17 +126,22 @@ def server(answers: list[Answer], rubric: str, tmp_path_factory: pytest.TempPath
 
 
 def _train(folder: Path, examples: list[Answer], rubric: str) -> None:
-    """A tiny LLaVA learns to name an image's colour under the rubric's prompt."""
+    """Trains a tiny LLaVA to name the color of an image with the rubric's prompt."""
     from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
     from vlm_unlearn.tiny_world.lexicon import vocabulary
 
     torch.manual_seed(0)
     processor = tiny_processor(vocabulary())
     model = tiny_llava(processor, width=64, vision_layers=1, layers=2)
-    text = load_rubric(rubric)
+    judge_rubric = load_rubric(rubric)
     turns = [
-        Turn(one.prompt.id, one.image(), text.request(one.prompt, str(one.response.text)), one.prompt.category)
-        for one in examples
+        Turn(
+            example.prompt.id,
+            example.image(),
+            judge_rubric.build_prompt(example.prompt, str(example.response.text)),
+            example.prompt.category,
+        )
+        for example in examples
     ]
     batch = encode_with_labels(processor, turns, max_length=512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -156,24 +162,24 @@ def config(url: str, model: str, rubric: str, **changes: object) -> JudgeConfig:
     return JudgeConfig.model_validate(fields | changes)
 
 
-def test_a_vision_judge_on_a_real_server(
+def test_llm_judge_on_a_real_server_grades_images(
     server: tuple[str, str], answers: list[Answer], rubric: str, tmp_path: Path
 ) -> None:
     judge_file(LLMJudge(config(*server, rubric), ChatCache(tmp_path / "c.sqlite")), answers, tmp_path / "v.jsonl")
     verdicts = {verdict.prompt_id: verdict for verdict in read_records(tmp_path / "v.jsonl", Verdict)}
-    right = sum(verdicts[one.prompt.id].label == LABEL[str(one.prompt.category)] for one in answers)
-    assert right == 60  # it sees the image: the text says nothing of the colour
+    correct = sum(verdicts[answer.prompt.id].label == LABEL[str(answer.prompt.category)] for answer in answers)
+    assert correct == 60  # only the image contains the color
     assert all(verdict.tokens and verdict.tokens[0] > 5 for verdict in verdicts.values())
     local = LLMJudge(config("", server[1], rubric, server=None), ChatCache(tmp_path / "local.sqlite"))
     judge_file(local, answers[:8], tmp_path / "local.jsonl")
-    alone = {verdict.prompt_id: verdict.label for verdict in read_records(tmp_path / "local.jsonl", Verdict)}
-    assert alone == {id: verdicts[id].label for id in alone}  # the same judge without a server
+    local_labels = {verdict.prompt_id: verdict.label for verdict in read_records(tmp_path / "local.jsonl", Verdict)}
+    assert local_labels == {id: verdicts[id].label for id in local_labels}  # the same judge without a server
 
 
 class Proxy:
-    """Passes calls on, but for those that it fails; counts both."""
+    """Forwards requests to a server, except for a share that it fails. Counts both."""
 
-    FAULTS = ("429", "500", "hang", "cut", "broken JSON", "empty choices")
+    FAULTS = ("429", "500", "hang", "disconnect", "broken JSON", "empty choices")
 
     def __init__(self, upstream: str, share: float) -> None:
         self.passed: Counter[str] = Counter()
@@ -196,7 +202,7 @@ class Proxy:
                     fault = proxy.FAULTS[proxy.failed.total() % len(proxy.FAULTS)] if fails else ""
                     if fails:
                         proxy.failed[fault] += 1
-                if fault in ("cut", "hang"):
+                if fault in ("disconnect", "hang"):
                     time.sleep(3 if fault == "hang" else 0)
                     self.close_connection = True
                     self.connection.close()
@@ -231,30 +237,30 @@ class Proxy:
         self._server.server_close()
 
 
-def test_a_third_of_the_calls_fails(
+def test_llm_judge_behind_a_failing_proxy_loses_no_verdict(
     server: tuple[str, str], answers: list[Answer], rubric: str, tmp_path: Path
 ) -> None:
-    """Every item is graded or explicitly null, none twice, none lost; run again, the rest is graded and nothing else is asked."""
+    """Every answer gets one verdict, which may be null. Another run grades the null ones and requests nothing else."""
     with Proxy(server[0], 0.3) as proxy:
 
         def graded(retries: int) -> dict[str, Verdict]:
             chosen = config(proxy.url, server[1], rubric, retries=retries, timeout=1.5)
             judge_file(LLMJudge(chosen, ChatCache(tmp_path / "c.sqlite")), answers, tmp_path / "v.jsonl")
             verdicts = list(read_records(tmp_path / "v.jsonl", Verdict))
-            assert Counter(verdict.prompt_id for verdict in verdicts) == Counter(one.prompt.id for one in answers)
+            assert Counter(verdict.prompt_id for verdict in verdicts) == Counter(answer.prompt.id for answer in answers)
             for verdict in verdicts:
                 assert (verdict.label is None) == (verdict.error is not None)
             return {verdict.prompt_id: verdict for verdict in verdicts}
 
-        first = graded(retries=0)
-        null = [id for id, verdict in first.items() if verdict.label is None]
+        verdicts = graded(retries=0)
+        null = [id for id, verdict in verdicts.items() if verdict.label is None]
         assert 5 < len(null) < 40
         assert proxy.failed.total() == len(null)
         assert set(proxy.failed) == set(proxy.FAULTS)
-        again = graded(retries=6)
-        assert all(again[one.prompt.id].label == LABEL[str(one.prompt.category)] for one in answers)
-        assert all(again[id] == verdict for id, verdict in first.items() if verdict.label is not None)
+        completed = graded(retries=6)
+        assert all(completed[answer.prompt.id].label == LABEL[str(answer.prompt.category)] for answer in answers)
+        assert all(completed[id] == verdict for id, verdict in verdicts.items() if verdict.label is not None)
         assert proxy.passed.total() == 60
-        asked = proxy.passed.total() + proxy.failed.total()
+        requests = proxy.passed.total() + proxy.failed.total()
         graded(retries=0)
-        assert proxy.passed.total() + proxy.failed.total() == asked
+        assert proxy.passed.total() + proxy.failed.total() == requests

@@ -67,7 +67,7 @@ class GoldenStep:
     def answer_mask(self, role: str) -> Tensor:
         return answer_mask(self._branches[role]["labels"])
 
-    def share(self, role: str, of: str) -> Tensor:
+    def token_weight(self, role: str, kind: str) -> Tensor:
         return torch.tensor(1.0)
 
 
@@ -78,7 +78,7 @@ def total(case: dict[str, Any], weight: float = 0.0, **method: Any) -> float:
         direction = torch.tensor(case["control_direction"])
         inner.control_vector = direction / direction.norm() * case["steering_coefficient"]
     output = built.loss(GoldenStep(case))  # type: ignore[arg-type]
-    assert all(part.dim() == 0 for part in output.parts.values())
+    assert all(part.dim() == 0 for part in output.terms.values())
     return output.total.item()
 
 
@@ -119,8 +119,8 @@ def test_weight_zero_is_the_bare_method(name: str) -> None:
     assert not hasattr(method, "method")
     decoupled = build_method(MethodConfig(name=name), 0.5)
     assert decoupled.roles == (*method.roles, "decouple")
-    assert (decoupled.needs, decoupled.hidden_layers, decoupled.full_logit_roles) == (
-        method.needs,
+    assert (decoupled.reference_requirements, decoupled.hidden_layers, decoupled.full_logit_roles) == (
+        method.reference_requirements,
         method.hidden_layers,
         method.full_logit_roles,
     )
@@ -133,5 +133,5 @@ def test_rerouting_moves_its_weight_over_the_run() -> None:
     case = CASES[1]
     built = build_method(MethodConfig.model_validate({"name": "rr", "layers": [0, 1], "alpha": 2.0}), 0.0)
     output = built.loss(GoldenStep(case))  # type: ignore[arg-type]
-    parts = {name: value.item() for name, value in output.parts.items()}
+    parts = {name: value.item() for name, value in output.terms.items()}
     assert output.total.item() == pytest.approx(2.0 * (0.875 * parts["forget"] + 0.125 * parts["retain_hidden"]))

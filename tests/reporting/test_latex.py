@@ -1,4 +1,4 @@
-"""LaTeX of the tables: whole, and with nothing in it that TeX would act on but what we wrote."""
+"""LaTeX of the tables: it is well-formed, and names from data files do not act as TeX commands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def share(hits: int, n: int) -> Rate:
 
 @pytest.fixture
 def summary() -> Summary:
-    """Hostile names wherever a summary has one, and every table."""
+    """A summary with data for every table and hostile names everywhere."""
     metrics = ("asr", "asr_attacked", "refusal_rate", "efficacy_asr", "sarr", "gqa")
     rows = [
         Row(
@@ -54,8 +54,8 @@ def summary() -> Summary:
 
 
 def tabulars(text: str) -> list[tuple[str, list[str]]]:
-    """Columns and lines of each tabular, read strictly: every line ends in a line end or is one of booktabs' rules."""
-    found = []
+    """Returns column specification and lines of each tabular. Every other line must be one of booktabs' rules."""
+    parsed = []
     for spec, body in re.findall(
         r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}\n(.*?)\n\\end\{tabular\}", text, flags=re.DOTALL
     ):
@@ -65,12 +65,11 @@ def tabulars(text: str) -> list[tuple[str, list[str]]]:
                 end = re.search(r" \\\\(\[-2pt\])?$", line)
                 assert end, line
                 lines.append(line[: end.start()])
-        found.append((spec, lines))
-    return found
+        parsed.append((spec, lines))
+    return parsed
 
 
-def columns(line: str) -> int:
-    """How many columns a line fills."""
+def count_columns(line: str) -> int:
     spans = [int(span) for span in re.findall(r"\\multicolumn\{(\d+)\}", line)]
     return len(re.findall(r"(?<!\\)&", line)) + 1 + sum(spans) - len(spans)
 
@@ -85,7 +84,7 @@ def balanced(text: str) -> bool:
 
 
 @pytest.mark.parametrize("intervals", [True, False])
-def test_every_line_has_the_columns_of_its_table(summary: Summary, intervals: bool) -> None:
+def test_latex_every_line_has_all_columns(summary: Summary, intervals: bool) -> None:
     costs = {name: {"time": name, name: "1 s"} for name in HOSTILE}
     tables = summary_tables(summary, costs)
     assert len(tables) == 12
@@ -93,22 +92,22 @@ def test_every_line_has_the_columns_of_its_table(summary: Summary, intervals: bo
         text = latex(table, intervals)
         assert set(text) <= {"\n", *map(chr, range(32, 127))}, name
         assert balanced(text), name
-        found = tabulars(text)
-        assert text.count(r"\begin{tabular}") == len(found) >= 1
-        for spec, lines in found:
+        parsed = tabulars(text)
+        assert text.count(r"\begin{tabular}") == len(parsed) >= 1
+        for spec, lines in parsed:
             assert len(spec) == len(table.columns), name
-            assert [columns(line) for line in lines] == [len(spec)] * len(lines), name
+            assert [count_columns(line) for line in lines] == [len(spec)] * len(lines), name
         assert (r"{\tiny [" in text) is (
             intervals and any(cell and cell.interval for line in table.lines for cell in line)
         ), name
 
 
-def test_what_is_escaped_how() -> None:
+def test_escaped_special_characters() -> None:
     assert (
         escaped("a_b % & # $ {} ~ ^ \\")
         == r"a\_b \% \& \# \$ \{\} \textasciitilde{} \textasciicircum{} \textbackslash{}"
     )
-    assert escaped("[x]*") == "{[}x{]}{*}"  # at the head of a line they would belong to the line end before
+    assert escaped("[x]*") == "{[}x{]}{*}"  # at the start of a line they would be arguments of the preceding line end
     assert escaped("a--b ''c") == "a-{}-b '{}'c"
     assert escaped("Zürich, Łódź") == r"Z\"{u}rich, \L{}\'{o}d\'{z}"
     assert escaped("中\u202e\ud800\x00") == "{U+4E2D}{U+202E}{U+D800}{U+0000}"
@@ -118,8 +117,8 @@ def test_what_is_escaped_how() -> None:
     assert escaped("x" * 100).endswith(r"x\ldots{}")
 
 
-def test_a_table_as_a_paper_has_it() -> None:
-    """By hand: groups over their columns, the best in bold, intervals in small print below, the mark of significance beside."""
+def test_latex_table_of_a_paper() -> None:
+    """Groups above their columns, the best numbers in bold, intervals in small print below, significance marks."""
     rows = [
         Row(
             model=name,
@@ -158,16 +157,14 @@ def test_a_table_as_a_paper_has_it() -> None:
         r"\caption{Rates in \%. Judged by j. n = 40 (ASR, ASR attacked, Refusals). None failed. {*} differs from base"
         in rates
     )
-    shots = [Row(model=name, metrics={}, rewrites={"asr": [share(1, 4)]}) for name in ("a", "b")]
-    named = latex(named_table(Summary(rows=shots), "shots"), intervals=False)
-    assert [line.split(" & ")[:2] for line in tabulars(named)[0][1][1:]] == [
-        ["ASR", "a"],
-        ["", "b"],
-    ]  # a name that repeats is said once
+    rewrites = [Row(model=name, metrics={}, rewrites={"asr": [share(1, 4)]}) for name in ("a", "b")]
+    text = latex(named_table(Summary(rows=rewrites), "rewrites"), intervals=False)
+    lines = tabulars(text)[0][1]
+    assert [line.split(" & ")[:2] for line in lines[1:]] == [["ASR", "a"], ["", "b"]]  # a repeated name is omitted
     assert r"$-$25.0\rlap{$^{*}$}" in latex(named_table(summary, "comparisons"))
 
 
-def test_a_table_longer_than_a_page_is_several(summary: Summary) -> None:
+def test_latex_long_table_is_split_into_floats(summary: Summary) -> None:
     rows = [Row(model=f"m{number}", metrics={"asr": share(number, 100)}) for number in range(80)]
     text = latex(named_table(Summary(rows=rows), "rates"), intervals=False)
     assert re.findall(r"\\label\{(.*?)\}", text) == ["tab:rates", "tab:rates-2", "tab:rates-3"]
@@ -177,18 +174,19 @@ def test_a_table_longer_than_a_page_is_several(summary: Summary) -> None:
         for line in lines
         if line.startswith("m") and line[1].isdigit()
     ] == [f"m{number}" for number in range(80)]
-    assert text.count(r"\textbf{") == 1  # the best of all parts
+    assert text.count(r"\textbf{") == 1  # the best number of the entire table
     assert "Part 3 of 3." in text
 
 
-def test_a_table_of_very_many_floats_lets_them_out_in_between() -> None:
+def test_latex_very_long_table_has_clearpages() -> None:
     rows = [Row(model=f"m{number}", metrics={"asr": share(1, 4)}) for number in range(18 * 40)]
     text = latex(named_table(Summary(rows=rows), "rates"))
-    waiting = [part.count(r"\end{table") for part in text.split("\n\\clearpage\n")]
-    assert waiting == [15, 15, 10]
+    floats = [pages.count(r"\end{table") for pages in text.split("\n\\clearpage\n")]
+    assert floats == [15, 15, 10]
 
 
-def test_pdftex_takes_it(summary: Summary, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_latex_compiles_with_pdftex(summary: Summary, tmp_path: Path) -> None:
     if (
         shutil.which("pdflatex") is None
         or subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True, check=False).returncode

@@ -1,4 +1,4 @@
-"""The card of an exported model: what the hub reads, what people read, and that no name breaks out of it."""
+"""The model card: its front matter, its text, and the escaping of names."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from finished_runs import complies, make_run, unlearned
+from helpers import raises_code
 from vlm_unlearn.config import Recipe
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
-from vlm_unlearn.reporting.model_card import model_card
+from vlm_unlearn.reporting.formatting import judged_by
+from vlm_unlearn.reporting.model_card import EVALUATED, NOT_EVALUATED, NOT_MEASURED, QUANTIZED_BASE, model_card
 from vlm_unlearn.store import digest_model, open_run, record_cost, write_json
 
 HOSTILE = "a\n---\nlicense: mit | <script>x</script> `y` \u202e\x00"
 
 
 def training_run(folder: Path, model: str = "llava-hf/llava-1.5-7b-hf", mode: str = "lora") -> Path:
-    """What `train` leaves, as far as the card reads it."""
+    """Writes the files of a training run that the card reads."""
     recipe = Recipe.model_validate(
         {"model": model, "data": "data", "output": str(folder), "method": "npo", "trainable": {"mode": mode}}
     )
@@ -33,7 +34,7 @@ def training_run(folder: Path, model: str = "llava-hf/llava-1.5-7b-hf", mode: st
 
 
 def evaluation(folder: Path, digest: str, answer=unlearned, name: str = "", **suite: object) -> Path:
-    """An evaluation of the weights with a digest."""
+    """Writes an evaluation of the weights with a digest."""
     make_run(folder, answer, **suite)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["identity"] = {"kind": "evaluate", "model": digest, "prompts": "c" * 64}
@@ -53,16 +54,16 @@ def evaluations(trained: Path, tmp_path: Path) -> list[Path]:
     return [evaluation(tmp_path / "before", "b" * 64, complies), evaluation(tmp_path / "after", own)]
 
 
-def test_the_hub_reads_this_models_results(trained: Path, evaluations: list[Path]) -> None:
+def test_model_card_front_matter_has_the_results_of_this_model(trained: Path, evaluations: list[Path]) -> None:
     from huggingface_hub import ModelCard
 
     data = ModelCard(model_card(trained, evaluations, "llama2")).data
     assert (data.license, data.base_model, data.library_name) == ("llama2", "llava-hf/llava-1.5-7b-hf", "transformers")
     assert (data.pipeline_tag, data.tags) == ("image-text-to-text", ["machine-unlearning", "safety", "npo"])
     assert data.model_name == "llava-1.5-7b-hf-npo"
-    found = {result.metric_type: result for result in data.eval_results}
-    assert set(found) == {"asr_attacked", "refusal_rate", "degenerate_rate"}  # the base's are not this model's
-    attacked = found["asr_attacked"]
+    results = {result.metric_type: result for result in data.eval_results}
+    assert set(results) == {"asr_attacked", "refusal_rate", "degenerate_rate"}  # without the base's results
+    attacked = results["asr_attacked"]
     assert (attacked.metric_value, attacked.metric_name, attacked.task_type) == (
         0.1,
         "ASR attacked",
@@ -77,15 +78,15 @@ def test_the_hub_reads_this_models_results(trained: Path, evaluations: list[Path
     assert attacked.metric_args == {"low": 0.0396, "high": 0.2305, "n": 40, "failed": 0, "judge": "keyword"}
 
 
-def test_people_read_before_and_after(trained: Path, evaluations: list[Path]) -> None:
+def test_model_card_text_has_rates_changes_and_settings(trained: Path, evaluations: list[Path]) -> None:
     card = model_card(trained, evaluations)
     assert "license:" not in card
-    assert "before is the base model, before; after is this model." in card
+    assert "before is the base model." in card
+    assert "after is this model." in card
     assert "| before | 100.0 [91.2, 100.0] | **0.0** [0.0, 8.8] | **0.0** [0.0, 4.6] |" in card
     assert "| after | **10.0** [4.0, 23.1] | 25.0 [14.2, 40.2] | **0.0** [0.0, 4.6] |" in card
-    changed = card.split("### What changed")[1].split("\n## ")[0]
+    changed = card.split("### Changes from the base model")[1].split("\n## ")[0]
     assert r"| after | ASR attacked | -90.0\* [-97.5, -80.0] | <0.001 | <0.001 | 40 | 0 | mcnemar |" in changed
-    assert "Changes against before in percentage points" in changed
     for text in (
         "| forget.jsonl | " + "f" * 64,
         "| base model | " + "b" * 64,
@@ -93,76 +94,76 @@ def test_people_read_before_and_after(trained: Path, evaluations: list[Path]) ->
         "| batch | 1 x 1 x 2 process(es) |",
     ):
         assert text in card
-    assert "Keywords see refusals only" in card
+    assert judged_by(["keyword"])[1] in card
     assert str(trained.parent) not in card
 
 
-def test_a_base_under_the_models_own_name(trained: Path, evaluations: list[Path]) -> None:
+def test_model_card_two_models_with_one_name_raise(trained: Path, evaluations: list[Path]) -> None:
     for folder in evaluations:
         score_run(folder, saved_suite(folder), "same")
-    with pytest.raises(UserError, match='"same" is in another summary too; give one of the two models another name'):
+    with raises_code("duplicate-key", file=evaluations[1]) as caught:
         model_card(trained, evaluations)
+    assert '"same"' in str(caught.value)
 
 
-def test_other_models_are_shown_and_not_the_hubs_results(trained: Path, tmp_path: Path) -> None:
+def test_model_card_other_model_is_in_the_tables_only(trained: Path, tmp_path: Path) -> None:
     card = model_card(trained, [evaluation(tmp_path / "rmu", "d" * 64)])
     assert "| rmu | 10.0 " in card
     assert "model-index" not in card
-    assert "What changed" not in card
+    assert "### " not in card
 
 
-def test_other_weights_at_the_runs_path_are_not_this_model(trained: Path, tmp_path: Path) -> None:
-    """The run was made anew since, or its folder named in another suite: the digest counts, not the name."""
+def test_model_card_other_weights_at_the_same_path_are_another_model(trained: Path, tmp_path: Path) -> None:
+    """The digest of the weights decides, not the path. Without a digest, the path decides."""
     card = model_card(trained, [evaluation(tmp_path / "old", "d" * 64, model=str(trained))])
     assert "model-index" not in card
     assert "is this model" not in card
-    asked_by_name = model_card(trained, [evaluation(tmp_path / "served", "a server's model", model=str(trained))])
-    assert "served is this model" in asked_by_name  # nothing but the name tells
+    served = model_card(trained, [evaluation(tmp_path / "served", "a server's model", model=str(trained))])
+    assert "served is this model" in served
 
 
-def test_the_card_claims_no_more_than_was_measured(trained: Path, evaluations: list[Path], tmp_path: Path) -> None:
-    for card in (model_card(trained), model_card(trained, [evaluations[0]])):  # nothing, and the base alone
-        assert "was trained to unlearn harmful knowledge with npo" in card
-        assert "nobody has measured it" in card
-        assert "was removed" not in card
-        assert "This model was measured with" not in card
-        assert "no evaluation of this model's weights" in card
+def test_model_card_states_whether_the_model_was_evaluated(trained: Path, evaluations: list[Path]) -> None:
+    for card in (model_card(trained), model_card(trained, [evaluations[0]])):  # no evaluation, and only the base's
+        assert NOT_EVALUATED in card
+        assert EVALUATED not in card
+        assert "has not been evaluated" in card
     card = model_card(trained, evaluations)
-    assert "This model was measured with the questions and attacks above" in card
-    assert "nobody has measured it" not in card
+    assert EVALUATED in card
+    assert NOT_EVALUATED not in card
+    assert "has not been evaluated" not in card
 
 
-def test_a_benchmarks_score_is_no_judges(trained: Path, evaluations: list[Path]) -> None:
+def test_model_card_benchmark_score_has_no_judge(trained: Path, evaluations: list[Path]) -> None:
     from huggingface_hub import ModelCard
 
     summary = json.loads((evaluations[1] / "summary.json").read_text())
     row = summary["rows"][0]
     row["metrics"]["vqav2"], row["judges"] = row["metrics"]["asr_attacked"], {"vqav2": ""}
     write_json(evaluations[1] / "summary.json", summary)
-    found = {result.metric_type: result for result in ModelCard(model_card(trained, evaluations)).data.eval_results}
-    assert "judge" not in found["vqav2"].metric_args
-    assert found["asr_attacked"].metric_args["judge"] == "keyword"
+    results = {result.metric_type: result for result in ModelCard(model_card(trained, evaluations)).data.eval_results}
+    assert "judge" not in results["vqav2"].metric_args
+    assert results["asr_attacked"].metric_args["judge"] == "keyword"
 
 
-def test_what_cannot_be_compared_is_said(trained: Path, tmp_path: Path) -> None:
+def test_model_card_failed_comparison_is_stated_without_paths(trained: Path, tmp_path: Path) -> None:
     own = f"{'b' * 64}+{digest_model(trained / 'model')}"
     ungraded = evaluation(tmp_path / "before", "b" * 64)
     (ungraded / "verdicts-keyword.jsonl").unlink()
     card = model_card(trained, [ungraded, evaluation(tmp_path / "after", own)])
-    assert "Base and model were not compared prompt by prompt" in card
+    assert "`vlm-unlearn compare`" in card
     assert str(tmp_path) not in card
 
 
-def test_nothing_measured_and_a_base_on_this_machine(tmp_path: Path) -> None:
+def test_model_card_without_evaluation_and_with_local_base(tmp_path: Path) -> None:
     card = model_card(training_run(tmp_path / "run", model=str(tmp_path / "my base"), mode="qlora"))
-    assert "Nothing yet: pass `--evaluation`" in card
+    assert NOT_MEASURED[2] in card
     assert "# my base, trained with npo" in card
     assert "base_model:" not in card
-    assert "on a base in 4 bits" in card
+    assert QUANTIZED_BASE in card
     assert str(tmp_path) not in card
 
 
-def test_no_name_breaks_out(trained: Path, evaluations: list[Path], tmp_path: Path) -> None:
+def test_model_card_hostile_names_are_escaped(trained: Path, evaluations: list[Path], tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
     score_run(evaluations[1], saved_suite(evaluations[1]), HOSTILE)
@@ -185,11 +186,11 @@ def test_no_name_breaks_out(trained: Path, evaluations: list[Path], tmp_path: Pa
     assert {line.count("|") for line in tables} == {6, 9}  # rates, changes
 
 
-def test_wrong_requests(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder that `vlm-unlearn train` wrote"):
+def test_model_card_invalid_request_raises(trained: Path, tmp_path: Path) -> None:
+    with raises_code("run-not-found", file=tmp_path):
         model_card(tmp_path)
-    with pytest.raises(UserError, match=r"has no summary\.json"):
+    with raises_code("file-not-found", file=trained):
         model_card(trained, [trained])
     evaluated = make_run(tmp_path / "evaluation", complies)
-    with pytest.raises(UserError, match="is no training run"):
+    with raises_code("run-not-found", file=evaluated):
         model_card(evaluated)

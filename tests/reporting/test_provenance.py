@@ -1,4 +1,4 @@
-"""Where numbers come from: the commands that make them again are ones that the programs take, each result in a place of its own."""
+"""The commands that reproduce a report are valid, and each of them writes to a folder of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from finished_runs import complies, make_run
 from vlm_unlearn.config import Recipe, Suite, load
-from vlm_unlearn.reporting.provenance import commands_of, sources_of
+from vlm_unlearn.reporting.provenance import read_provenance, reproduction_commands
 from vlm_unlearn.store import open_run, write_json
 
 
@@ -20,7 +20,7 @@ def training_run(folder: Path, model: str) -> Path:
 
 
 def parsed(line: str) -> tuple[str, dict[str, Any]]:
-    """A line's command and its options, as its own parser reads them."""
+    """Returns the command of a line and its parsed options."""
     import typer.main
 
     from vlm_unlearn.cli.main import app
@@ -30,29 +30,29 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
     return name, dict(typer.main.get_command(app).commands[name].make_context(name, words).params)
 
 
-def test_the_commands_train_evaluate_and_report_what_they_make(tmp_path: Path) -> None:
-    """Two evaluations of one training run, two whose folders have one name, one of no training run, a name like an option."""
+def test_reproduction_commands_use_the_outputs_of_earlier_commands(tmp_path: Path) -> None:
+    """Two models of one training run, two runs with one name, a model without a run, and a name like an option."""
     trained = training_run(tmp_path / "my runs" / "npo", "base")
     other = training_run(tmp_path / "others" / "npo", "base")
     models = {"base": "base", "npo": str(trained), "NPO": str(trained / "model"), "-x /": str(other)}
     folders = [tmp_path / name / "ev" for name in "abcd"]
     runs = {
-        model: make_run(folder, complies, groups=2, model=asked)
-        for folder, (model, asked) in zip(folders, models.items(), strict=True)
+        model: make_run(folder, complies, groups=2, model=path)
+        for folder, (model, path) in zip(folders, models.items(), strict=True)
     }
-    lines = [parsed(line) for line in commands_of(sources_of(runs, {}))]
-    made: list[str] = []
+    lines = [parsed(line) for line in reproduction_commands(read_provenance(runs, {}))]
+    outputs: list[str] = []
     evaluated: list[Path] = []
     for name, options in lines[:-1]:
         if name == "train":
-            made.append(load(Recipe, options["recipe_file"], options["overrides"]).output.as_posix())
+            outputs.append(load(Recipe, options["recipe_file"], options["overrides"]).output.as_posix())
         else:
             assert name == "evaluate"
-            asked = load(Suite, options["suite_file"], options["overrides"] or []).model
-            assert asked in ("base", *made)  # by now it is there
+            model = load(Suite, options["suite_file"], options["overrides"] or []).model
+            assert model in ("base", *outputs)  # an earlier command wrote it
             assert options["name"] == list(models)[len(evaluated)]
             evaluated.append(options["out"])
-    assert len(made) == len(set(made)) == 2
+    assert len(outputs) == len(set(outputs)) == 2
     assert len({str(folder).lower() for folder in evaluated}) == 4
     assert all(folder.parent == Path("again/evaluations") for folder in evaluated)
     name, options = lines[-1]

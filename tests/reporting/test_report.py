@@ -1,4 +1,4 @@
-"""The report shows what was said and runs none of it."""
+"""The report escapes all texts, and its notes and marks follow from the numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from browser import open_page, wait_until
+from finished_runs import plot_formats
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
-from vlm_unlearn.reporting.charts.summary_charts import shot_charts
-from vlm_unlearn.reporting.formatting import change, edge, meaning, notes, reach
+from vlm_unlearn.reporting.charts.summary_charts import rewrite_charts
+from vlm_unlearn.reporting.demo_findings import demo_findings
+from vlm_unlearn.reporting.formatting import bounds, change, notes, rule_of_three_note
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.store import write_json, write_records
 
@@ -41,7 +43,7 @@ METRICS = (
 
 
 def row(name: str, **shares: float) -> Row:
-    """A row with n = 100 and the shares given, zero elsewhere."""
+    """A row with n = 100, these shares, and zero for all other metrics."""
     metrics = {
         metric: rate([i < 100 * shares.get(metric, 0) for i in range(100)], [str(i) for i in range(100)])
         for metric in METRICS
@@ -71,14 +73,14 @@ def comparison(model: str, metric: str, difference: float, p_adjusted: float) ->
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with answers that try to break out, by models whose names do too."""
+    """Runs with hostile answers, by models with hostile names."""
     suite = load(Suite, Path("suites/tiny"), ["model=m", f"root={world}"])
     prompts = suite_prompts(suite)
     names = ["base", "<script>window.hacked = 1</script>"]
     runs = {}
-    below = tmp_path_factory.mktemp("runs")
+    parent = tmp_path_factory.mktemp("runs")
     for name in names:
-        folder = below / re.sub(r"\W", "", name)
+        folder = parent / re.sub(r"\W", "", name)
         write_json(folder / "suite.json", suite.model_dump(mode="json"))
         write_records(folder / "prompts.jsonl", prompts)
         texts = [HOSTILE[i % len(HOSTILE)] for i in range(len(prompts))]
@@ -95,17 +97,18 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 @pytest.fixture(scope="module")
 def report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(
-        tmp_path_factory.mktemp("report"),
-        Summary(rows=[row(name, asr=0.5) for name in runs]),
-        runs,
-        "Report {{ 7 * 7 }} \u202e</title><script>window.hacked = 1</script>",
-    )
+    with plot_formats("svg"):  # the only format that the page shows itself
+        return write_report(
+            tmp_path_factory.mktemp("report"),
+            Summary(rows=[row(name, asr=0.5) for name in runs]),
+            runs,
+            "Report {{ 7 * 7 }} \u202e</title><script>window.hacked = 1</script>",
+        )
 
 
 @pytest.fixture(scope="module")
 def comparison_report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything that a row and a comparison can hold, under hostile names of models and metrics."""
+    """A report with every field of rows and comparisons, and with hostile names of models and metrics."""
     base, hostile = runs
     script = "<script>window.hacked = 1</script>"
     rows = [
@@ -123,26 +126,20 @@ def comparison_report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFa
         comparison(hostile, "sarr", 0.05, 0.2),
         comparison(hostile, script, 0.5, 0.01),
     ]
-    return write_report(
-        tmp_path_factory.mktemp("comparison"), Summary(rows=rows, comparisons=comparisons), runs, "Comparison"
-    )
+    summary = Summary(rows=rows, comparisons=comparisons)
+    with plot_formats("svg"):
+        return write_report(tmp_path_factory.mktemp("comparison"), summary, runs, "Comparison")
 
 
-@pytest.mark.parametrize(
-    ("p", "said"),
-    [
-        (0.2, "No change is significant: chance alone could make each of the 2,"),
-        (0.001, "1 of 2 changes is significant: chance would hardly make it,"),
-    ],
-)
-def test_how_many_changes_are_significant(p: float, said: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    base, other = runs
-    comparisons = [comparison(other, "asr", 0.1, p), comparison(other, "sarr", 0.1, 0.2)]
-    summary = Summary(rows=[row(base, asr=0.5), row(other, asr=0.6)], comparisons=comparisons)
-    assert said in write_report(tmp_path, summary, runs, "Comparison").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("p", "expected"), [(0.2, "None of the 2 changes is "), (0.001, "1 of 2 changes is ")])
+def test_report_counts_significant_changes(p: float, expected: str, tmp_path: Path) -> None:
+    comparisons = [comparison("npo", "asr", 0.1, p), comparison("npo", "sarr", 0.1, 0.2)]
+    summary = Summary(rows=[row("base", asr=0.5), row("npo", asr=0.6)], comparisons=comparisons)
+    with plot_formats():
+        assert expected in write_report(tmp_path, summary, {}, "Comparison").read_text(encoding="utf-8")
 
 
-def test_nothing_hostile_is_markup(report: Path) -> None:
+def test_report_hostile_text_is_not_markup(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     assert "<script>window.hacked" not in page
     assert "<img src=x" not in page
@@ -152,7 +149,7 @@ def test_nothing_hostile_is_markup(report: Path) -> None:
     assert re.search(r"https?://", page.split("<script>")[0]) is None
 
 
-def test_no_name_turns_the_words_around_it(tmp_path: Path) -> None:
+def test_report_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     name = "\u202eevil \u2067\ud800\x00"
     rows = [row(model, asr=0.5) for model in ("base", name)]
     rows[1] = rows[1].model_copy(
@@ -162,57 +159,60 @@ def test_no_name_turns_the_words_around_it(tmp_path: Path) -> None:
         comparison(name, "asr", -0.3, 0.001),
         comparison(name, name, -0.3, 0.001).model_copy(update={"base": name}),
     ]
-    page = write_report(tmp_path, Summary(rows=rows, comparisons=changes), {}, name, left_out=[name]).read_text(
-        encoding="utf-8"
-    )
-    words = page.split("<script")[0]
-    assert not set(words) & set("\u202e\u2067\ufffd\x00")
-    assert "<b>\\u202eevil \\u2067\\ud800\\x00</b>" in words
+    with plot_formats():
+        file = write_report(tmp_path, Summary(rows=rows, comparisons=changes), {}, name, left_out=[name])
+    text = file.read_text(encoding="utf-8").split("<script")[0]
+    assert not set(text) & set("\u202e\u2067\ufffd\x00")
+    assert "<b>\\u202eevil \\u2067\\ud800\\x00</b>" in text
 
 
-def test_failures_are_shown(report: Path) -> None:
+def test_report_counts_failures(report: Path) -> None:
     assert "4 answers or verdicts failed" in report.read_text(encoding="utf-8")
 
 
-def test_changes_are_marked_in_words(comparison_report: Path) -> None:
+def test_report_marks_significant_changes(comparison_report: Path) -> None:
     page = comparison_report.read_text(encoding="utf-8")
     assert ">-30.0 *</small>" in page
     assert ">+5.0</small>" in page
-    assert "* significant after Holm&#39;s correction over 3 comparisons (adjusted p &lt; 0.05)" in page
+    assert "over 3 comparisons (adjusted p &lt; 0.05)" in page
     assert "0.001, significant" in page
     assert "0.2, significant" not in page
     assert "<script>window.hacked" not in page
 
 
-def test_the_published_counting_stands_beside_the_corrected(comparison_report: Path) -> None:
+def test_report_shows_published_counting_and_effect_of_batching(comparison_report: Path) -> None:
     page = comparison_report.read_text(encoding="utf-8")
-    assert page.count("<small>published ") == 1  # the other metrics have the same value by both countings
+    assert page.count("<small>published ") == 1  # the only metric with different values
     assert "published 46.2\u00a0%" in page or "published 46.3\u00a0%" in page
-    assert "3 of 200 answers that were also asked in batches of one came out different" in page
+    assert "3 of 200 answers" in page
 
 
-def test_zero_says_what_it_can_exclude() -> None:
-    """(1 - p)^40 = 0.05 where p = 7.2 %."""
-    assert reach(share(0, 40)) == "at most 7.2"
-    assert reach(share(40, 40)) == "at least 92.8"
-    assert edge(share(0, 40)) == "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence"
-    assert edge(share(40, 40)) == "40 of 40 groups: at least 92.8\u00a0% with 95\u00a0% confidence"
-    assert (reach(share(20, 40)), edge(share(20, 40)), edge(None)) == ("[35.2, 64.8]", "", "")
+def test_bounds_of_zero_and_all_use_the_rule_of_three() -> None:
+    """(1 - p)^40 = 0.05 for p = 7.2 %."""
+    assert bounds(share(0, 40)) == "at most 7.2"
+    assert bounds(share(40, 40)) == "at least 92.8"
+    assert rule_of_three_note(share(0, 40)) == "0 of 40 groups: at most 7.2\u00a0% with 95\u00a0% confidence"
+    assert rule_of_three_note(share(40, 40)) == "40 of 40 groups: at least 92.8\u00a0% with 95\u00a0% confidence"
+    assert (bounds(share(20, 40)), rule_of_three_note(share(20, 40)), rule_of_three_note(None)) == (
+        "[35.2, 64.8]",
+        "",
+        "",
+    )
     assert change(comparison("m", "asr", -0.875, 0.049)) == "-87.5 *"
     assert change(comparison("m", "asr", -0.875, 0.05)) == "-87.5"
     assert notes(Summary(rows=[Row(model="m", metrics={"asr": share(20, 40)})]), ["asr"]) == []
 
 
-def test_shot_curves_have_a_line_a_model() -> None:
+def test_rewrite_curves_have_one_line_per_model() -> None:
     rows = [
         Row(model="a", metrics={}, rewrites={"asr": [share(1, 4), share(2, 4)]}),
         Row(model="b", metrics={}),
         Row(model="c", metrics={}, rewrites={"asr": [rate([], []), share(3, 4)]}),
     ]
-    first, second = plotly_figure(shot_charts(rows)["shots-1"])["data"]
+    first, second = plotly_figure(rewrite_charts(rows)["shots-1"])["data"]
     assert (first["name"], first["x"], first["y"]) == ("a", [1, 2], [25.0, 50.0])
     assert (second["name"], second["x"], second["y"]) == ("c", [2], [75.0])
-    assert shot_charts([Row(model="b", metrics={})]) == {}
+    assert rewrite_charts([Row(model="b", metrics={})]) == {}
     assert first["marker"]["symbol"] != second["marker"]["symbol"]
     low, high = share(1, 4).low, share(1, 4).high
     assert (
@@ -221,47 +221,46 @@ def test_shot_curves_have_a_line_a_model() -> None:
     ) == pytest.approx((100 * low, 100 * high))
 
 
-def test_the_meaning_follows_the_numbers() -> None:
+def test_demo_findings_follow_from_the_rates() -> None:
     rows = [
         row("mixed_sft", asr_attacked=0.9, refusal_rate_attacked=0.8),
         row("npo", utility_attacked=0.4),
         row("po", sarr=1.0),
         row("po+pd", sarr=0.1),
     ]
-    mirage, decoupling = meaning(rows)
-    assert "is a mirage" in mirage
+    mirage, decoupling = demo_findings(rows)
+    assert " is a mirage." in mirage
     assert "90.0\u00a0%" in mirage
-    assert "only 40.0\u00a0% of those right" in mirage
-    assert "cures" in decoupling
-    sober, worse = meaning([row("mixed_sft"), row("npo"), row("po", sarr=0.2), row("po+pd", sarr=0.3)])
-    assert "no mirage here" in sober
-    assert "does not lower" in worse
-    assert meaning([row("base")]) == []
+    assert "only 40.0\u00a0% of the harmless ones" in mirage
+    assert "removes most" in decoupling
+    negative, worse = demo_findings([row("mixed_sft"), row("npo"), row("po", sarr=0.2), row("po+pd", sarr=0.3)])
+    assert " is not a mirage here." in negative
+    assert "does not reduce" in worse
+    assert demo_findings([row("base")]) == []
+    (useful,) = demo_findings([row("mixed_sft"), row("npo", utility_attacked=1.0)])
+    assert "only" not in useful
 
 
-def test_the_meaning_needs_numbers() -> None:
-    """A rate whose verdicts all failed is no 0 %."""
+def test_demo_findings_without_a_rate_are_left_out() -> None:
+    """A rate whose verdicts all failed is not a rate of 0 %."""
     rows = [row("mixed_sft", asr_attacked=0.9), row("npo"), row("po", sarr=1.0), row("po+pd")]
-    assert len(meaning(rows)) == 2
+    assert len(demo_findings(rows)) == 2
     nothing = Rate(value=None, low=None, high=None, n=0, failed=40)
     for lost in ("asr_attacked", "sarr"):
-        assert len(meaning([one.model_copy(update={"metrics": one.metrics | {lost: nothing}}) for one in rows])) == 1
-    assert meaning([row("mixed_sft").model_copy(update={"judges": {"asr": "keyword"}}), row("npo")]) == []
-
-
-def test_only_is_said_of_few() -> None:
-    (mirage,) = meaning([row("mixed_sft"), row("npo", utility_attacked=1.0)])
-    assert "(and gets 100.0\u00a0% of those right)" in mirage
+        changed = [one.model_copy(update={"metrics": one.metrics | {lost: nothing}}) for one in rows]
+        assert len(demo_findings(changed)) == 1
+    assert demo_findings([row("mixed_sft").model_copy(update={"judges": {"asr": "keyword"}}), row("npo")]) == []
 
 
 def draw_all(page) -> None:
-    """Brings every chart near the screen, one after the other."""
+    """Scrolls to every chart, because charts are drawn when they are near the screen."""
     for chart in page.locator(".chart:not([hidden])").all():
         chart.scroll_into_view_if_needed()
         chart.locator(".js-plotly-plot").wait_for()
 
 
-def test_in_a_browser(browser, report: Path) -> None:
+@pytest.mark.browser
+def test_report_in_a_browser_runs_no_hostile_script(browser, report: Path) -> None:
     noise: list[str] = []
     page = open_page(browser, report, noise)
     page.wait_for_selector(".js-plotly-plot")
@@ -269,11 +268,12 @@ def test_in_a_browser(browser, report: Path) -> None:
     draw_all(page)
     assert page.locator("#rates tbody tr").count() == 2
     page.set_viewport_size({"width": 390, "height": 800})
-    wait_until(page, "document.documentElement.scrollWidth <= 390")  # the plots follow the window a moment later
+    wait_until(page, "document.documentElement.scrollWidth <= 390")  # plots adapt to the window after a moment
     assert noise == []
 
 
-def test_a_comparison_in_a_browser(browser, comparison_report: Path) -> None:
+@pytest.mark.browser
+def test_comparison_in_a_browser_runs_no_hostile_script(browser, comparison_report: Path) -> None:
     noise: list[str] = []
     page = open_page(browser, comparison_report, noise)
     draw_all(page)

@@ -1,4 +1,7 @@
-"""The report's first page as a reader uses it: sort, filter, choose, read in the dark, on a phone, by keyboard and on paper."""
+"""report.html in a browser: sorting, filters, color schemes, a phone, the keyboard and print.
+
+The tests with the marker `slow` check details. The others are a short check of the page as a whole.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from urllib.parse import parse_qs, urlencode
 
 import pytest
 
-from answer_visits import Open
+from answer_visits import Open, go
 from browser import open_page, wait_until
-from finished_runs import REFUSAL, complies, make_run, number, unlearned
+from finished_runs import REFUSAL, complies, make_run, number, plot_formats, unlearned
 from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.evaluation.comparison import compare_runs
@@ -20,6 +23,7 @@ from vlm_unlearn.reporting.metric_roles import answers_link, changes_link
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.store import open_run, record_cost, write_json
 
+browser_test = pytest.mark.browser
 METRICS = {
     "asr": {"splits": ["attacked"], "labels": ["complied"], "aggregate": "any_per_question"},
     "refusal_rate": {"splits": ["safe"], "labels": ["refused"]},
@@ -30,17 +34,17 @@ HOSTILE = "<i>npo</i>$\u202e$"
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models: one gives all, one was unlearned, under a hostile name, and one refuses everything."""
+    """Three models: one answers everything, one was unlearned and has a hostile name, one refuses everything."""
     folder = tmp_path_factory.mktemp("runs")
-    trained = folder / "training"
-    open_run(trained, {"kind": "train", "recipe": {"training": {"seed": 7}}})
-    (trained / "log.jsonl").write_text(
+    training = folder / "training"
+    open_run(training, {"kind": "train", "recipe": {"training": {"seed": 7}}})
+    (training / "log.jsonl").write_text(
         '{"step": 1, "loss": 2.0, "forget": 1.5}\n{"step": 2, "loss": NaN, "forget": 1.0}\n'
     )
-    record_cost(trained, 3.0, finished=True, ended={"steps": 2})
+    record_cost(training, 3.0, finished=True, ended={"steps": 2})
     runs = {
         "base": make_run(folder / "base", complies, metrics=METRICS),
-        HOSTILE: make_run(folder / "npo", unlearned, metrics=METRICS, model=str(trained)),
+        HOSTILE: make_run(folder / "npo", unlearned, metrics=METRICS, model=str(training)),
         "po": make_run(folder / "po", lambda prompt: REFUSAL, metrics=METRICS),
     }
     summary, _ = compare_runs(runs)
@@ -53,14 +57,15 @@ def order(page) -> list[str]:
     return page.locator("#rates tbody tr:visible th").all_inner_texts()
 
 
-def test_first_screen_says_and_shows(browser, report: Path) -> None:
+@browser_test
+def test_first_screen_has_assessments_trade_off_and_table(browser, report: Path) -> None:
     noise: list[str] = []
     page = open_page(browser, report, noise, viewport={"width": 1280, "height": 900})
     page.locator("#figure-tradeoff-refusals .js-plotly-plot").wait_for()
-    assert page.locator(".verdicts li").count() == 3
+    assert page.locator(".assessments li").count() == 3
     assert "160 questions each" in page.locator("header").inner_text()
-    assert "training seed 7" in page.locator("header").inner_text()
-    assert not [heading for heading in page.locator("h2").all_inner_texts() if "attack" in heading]
+    assert "seed 7" in page.locator("header").inner_text()
+    assert page.locator("#attacks").count() == 0  # no attack was measured
     names = page.locator("#figure-tradeoff-refusals .annotation-text").all_text_contents()
     assert any("<i>npo</i>$\\u202e$" in name for name in names)
     assert any("ideal corner" in name for name in names)
@@ -71,7 +76,8 @@ def test_first_screen_says_and_shows(browser, report: Path) -> None:
     assert noise == []
 
 
-def test_sorts_by_click_and_by_keyboard(browser, report: Path) -> None:
+@browser_test
+def test_table_sorts_filters_and_hides_columns(browser, report: Path) -> None:
     noise: list[str] = []
     page = open_page(browser, report, noise)
     assert order(page)[0] == "base"
@@ -88,17 +94,12 @@ def test_sorts_by_click_and_by_keyboard(browser, report: Path) -> None:
     page.locator("#rates thead th").first.locator("button").click()
     assert order(page)[1:] == ["base", "po"]
     assert page.locator("#rates [aria-sort]").count() == 1
-    assert noise == []
-
-
-def test_filters_models_and_chooses_metrics(browser, report: Path) -> None:
-    page = open_page(browser, report, [])
     page.locator("#filter").fill("NPO")
     assert len(order(page)) == 1
     assert page.locator("#count").inner_text() == "1 of 3 models"
-    page.locator("#filter").fill("nothing of the kind")
+    page.locator("#filter").fill("not in any name")
     assert order(page) == []
-    assert page.locator(".none").is_visible()
+    assert page.locator(".no-match").is_visible()
     page.locator("#filter").fill("")
     page.locator(".menu summary").click()
     page.locator(".menu label", has_text="Utility").locator("input").uncheck()
@@ -106,13 +107,16 @@ def test_filters_models_and_chooses_metrics(browser, report: Path) -> None:
     assert page.locator("#rates tbody tr").first.locator("td:visible").count() == 2
     page.keyboard.press("Escape")
     assert page.locator(".menu[open]").count() == 0
+    assert noise == []
 
 
-def test_chooses_what_the_loss_shows(browser, report: Path) -> None:
-    """A loss that is no number is left out of the line, and the page holds no NaN, which no JSON may."""
+@browser_test
+@pytest.mark.slow
+def test_loss_menu_shows_the_selected_chart(browser, report: Path) -> None:
+    """A loss of NaN is missing in the line. The page contains no NaN, which JSON does not allow."""
     noise: list[str] = []
     page = open_page(browser, report, noise)
-    page.locator("#loss ~ .choice select").select_option(label="Training: its part: forget")
+    page.locator("#loss ~ .choice select").select_option(index=1)
     page.locator("#figure-loss-2 .js-plotly-plot").wait_for()
     assert page.locator("#figure-loss-1").is_hidden()
     assert page.evaluate("document.querySelector('#figure-loss-2 .plot').data[0].y.join()") == "1.5,1"
@@ -120,37 +124,22 @@ def test_chooses_what_the_loss_shows(browser, report: Path) -> None:
     assert noise == []
 
 
-def test_light_turns_dark_with_the_system(browser, report: Path) -> None:
+@browser_test
+@pytest.mark.slow
+def test_color_scheme_changes_page_and_charts_and_print_is_light(browser, report: Path) -> None:
     page = open_page(browser, report, [], color_scheme="light")
     text = "#figure-tradeoff-refusals .xtitle"
     page.locator(text).wait_for()
 
-    def colours() -> tuple[str, str]:
-        return page.evaluate("getComputedStyle(document.body).backgroundColor"), page.locator(text).evaluate(
-            "e => e.style.fill"
-        )
+    def colors() -> tuple[str, str]:
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return background, page.locator(text).evaluate("e => e.style.fill")
 
-    light = colours()
+    light = colors()
     page.emulate_media(color_scheme="dark")
     wait_until(page, f"document.querySelector('{text}').style.fill !== '{light[1]}'")
-    assert colours() == ("rgb(22, 24, 29)", "rgb(236, 238, 242)")
+    assert colors() == ("rgb(22, 24, 29)", "rgb(236, 238, 242)")
     assert light == ("rgb(255, 255, 255)", "rgb(27, 29, 33)")
-
-
-def test_a_phone_scrolls_one_way(browser, report: Path) -> None:
-    page = open_page(browser, report, [], viewport={"width": 390, "height": 844})
-    page.locator("#figure-tradeoff-refusals .js-plotly-plot").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.locator("#figure-tradeoff-refusals .main-svg").first.bounding_box()["width"] <= 390
-    page.locator(".menu summary").click()
-    box = page.locator(".menu fieldset").bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= 390
-
-
-def test_paper_is_light_and_has_every_chart(browser, report: Path) -> None:
-    page = open_page(browser, report, [], color_scheme="dark")
-    page.locator("#figure-tradeoff-refusals .js-plotly-plot").wait_for()
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     images = page.locator(".chart:not([hidden]) .static")
@@ -163,23 +152,57 @@ def test_paper_is_light_and_has_every_chart(browser, report: Path) -> None:
     assert page.pdf(format="A4").startswith(b"%PDF")
 
 
-def test_every_link_leads_somewhere(browser, report: Path) -> None:
+@browser_test
+@pytest.mark.slow
+def test_phone_does_not_scroll_sideways(browser, report: Path) -> None:
+    page = open_page(browser, report, [], viewport={"width": 390, "height": 844})
+    page.locator("#figure-tradeoff-refusals .js-plotly-plot").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#figure-tradeoff-refusals .main-svg").first.bounding_box()["width"] <= 390
+    page.locator(".menu summary").click()
+    box = page.locator(".menu fieldset").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+
+
+@browser_test
+@pytest.mark.slow
+def test_links_have_targets_and_all_controls_are_reached_by_keyboard(browser, report: Path) -> None:
     page = open_page(browser, report, [])
     links = page.locator("a").evaluate_all("all => all.map((one) => one.getAttribute('href'))")
     for link in links:
         file, _, fragment = link.partition("#")
         if file:
             assert (report.parent / file).is_file(), link
-            known = parse_qs(fragment, strict_parsing=True) if fragment else {}
-            assert known.keys() <= {"model", "case", "label", "judge", "changed"}, link
-            assert set(known.get("model", [])) <= {"base", HOSTILE, "po"}
-            assert set(known.get("case", [])) <= {"attacked", "safe"}
+            filters = parse_qs(fragment, strict_parsing=True) if fragment else {}
+            assert filters.keys() <= {"model", "case", "label", "judge", "changed"}, link
+            assert set(filters.get("model", [])) <= {"base", HOSTILE, "po"}
+            assert set(filters.get("case", [])) <= {"attacked", "safe"}
         else:
             assert page.locator(f"[id='{fragment}']").count() == 1
     assert "report/answers.html#model=po&label=refused&case=safe" in links
     assert "report/answers.html#model=po&case=safe&changed=1" in links
     assert "report/plots/tradeoff-use.svg" in links
     assert [link for link in links if link.endswith(".csv")]
+    page.evaluate(
+        """for (const one of document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']"))
+             if (one.checkVisibility() && !one.closest("details:not([open]) > :not(summary)"))
+               one.dataset.control = "";"""
+    )
+    controls = page.locator("[data-control]").count()
+    assert controls > 40
+    for _ in range(controls + 20):
+        page.keyboard.press("Tab")
+        page.evaluate("document.activeElement.removeAttribute('data-control')")
+    assert page.locator("[data-control]").evaluate_all("all => all.map((one) => one.outerHTML)") == []
+
+
+@browser_test
+@pytest.mark.slow
+def test_without_javascript_charts_are_images(browser, report: Path) -> None:
+    page = open_page(browser, report, [], java_script_enabled=False)
+    assert page.locator("#figure-tradeoff-use .static").is_visible()
+    assert page.locator("#filter").is_hidden()
 
 
 COUNTED = {
@@ -187,22 +210,24 @@ COUNTED = {
     "degenerate_rate": {"splits": ["attacked", "safe"], "labels": ["degenerate"]},
     "sarr": {"splits": ["safe"], "labels": ["refused", "degenerate"]},
     "asr_each": {"splits": ["attacked"], "labels": ["complied"]},
-    "utility_kept": {"splits": ["safe"], "labels": ["complied"], "on_error": "count_as_miss"},
+    "utility_with_failures": {"splits": ["safe"], "labels": ["complied"], "on_error": "count_as_miss"},
     "rouge_l": {"splits": ["safe"], "judge": "reference", "score": "mean"},
 }
-HITS = (
+GROUPS = (
     "[...result.matches].flatMap((match, answer) => match ? [textAt(questions.group[answers.question[answer]])] : [])"
 )
 
 
-def mumbles(prompt: Prompt) -> str | None:
-    """Like `unlearned`, but one answer of each case fails, and some are no sentence."""
+def degenerate_sometimes(prompt: Prompt) -> str | None:
+    """Like `unlearned`, but one answer of each split fails, and some are degenerate."""
     if number(prompt) == 7:
         return None
     return "the the the the the the the the the the" if number(prompt) % 9 == 1 else unlearned(prompt)
 
 
-def test_a_link_finds_what_its_rate_counts(visit: Open, tmp_path: Path) -> None:
+@browser_test
+@pytest.mark.slow
+def test_link_of_a_rate_selects_the_answers_that_it_counts(visit: Open, tmp_path: Path) -> None:
     runs = {
         model: make_run(
             tmp_path / model,
@@ -211,55 +236,34 @@ def test_a_link_finds_what_its_rate_counts(visit: Open, tmp_path: Path) -> None:
             judges={"reference": {"name": "rouge_l"}},
             edit=lambda prompt: prompt.model_copy(update={"reference": "First take the red one."}),
         )
-        for model, answer in (("base", complies), ("mumbling", mumbles))
+        for model, answer in (("base", complies), ("degenerate", degenerate_sometimes))
     }
     for run in runs.values():
-        judge_run(run, JudgeConfig(name="rouge_l"), cases=["safe"])
+        judge_run(run, JudgeConfig(name="rouge_l"), splits=["safe"])
     summary, _ = compare_runs(runs)
-    first = write_report(tmp_path / "out", summary, runs, "Links")
+    with plot_formats():
+        first = write_report(tmp_path / "out", summary, runs, "Links")
+    text = first.read_text(encoding="utf-8").replace("&amp;", "&")
     suite = saved_suite(runs["base"])
     page = visit(first.parent / "report" / "answers.html")
     values = set()
     for row in summary.rows:
         for metric, rate in row.metrics.items():
             address = urlencode(answers_link(row.model, metric, suite))
-            assert f"report/answers.html#{address}" in first.read_text(encoding="utf-8").replace("&amp;", "&")
-            page.evaluate(f"location.hash = {address!r}")
-            wait_until(
-                page, f"location.hash === '#{address}' && filterHash(filter) === filterHash(parseFilter(location.hash))"
-            )
-            hits = page.evaluate(HITS)
+            assert f"report/answers.html#{address}" in text
+            go(page, f"#{address}")
+            groups = page.evaluate(GROUPS)
             config = suite.metrics[metric]
-            found = len(set(hits)) if config.group == "any" else len(hits)
-            assert found == (rate.n + rate.failed if config.score else round(rate.value * rate.n)), (row.model, metric)
+            count = len(set(groups)) if config.aggregate == "any_per_question" else len(groups)
+            assert count == (rate.n + rate.failed if config.score else round(rate.value * rate.n)), (row.model, metric)
             assert page.locator("#unknown").is_hidden()
             values.add(rate.value)
     assert len(values) > 5
 
 
-def test_benchmarks_link_to_their_own_answers() -> None:
+def test_answers_link_of_a_benchmark_selects_its_answers() -> None:
     suite = load(Suite, "suites/specificity", ["model=m", "root=."])
     assert answers_link("m", "gqa", suite) == [("model", "m"), ("case", "gqa")]
     assert [value for name, value in answers_link("m", "specificity", suite) if name == "case"] == list(SPECIFICITY)
     assert changes_link("m", "gqa", suite) == [("model", "m"), ("case", "gqa"), ("changed", "1")]
-    assert answers_link("m", "unheard_of", suite) == []
-
-
-def test_all_can_be_reached_by_keyboard(browser, report: Path) -> None:
-    page = open_page(browser, report, [])
-    page.evaluate(
-        """for (const one of document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']"))
-             if (one.checkVisibility() && !one.closest("details:not([open]) > :not(summary)")) one.dataset.wanted = "";"""
-    )
-    wanted = page.locator("[data-wanted]").count()
-    assert wanted > 40
-    for _ in range(wanted + 20):
-        page.keyboard.press("Tab")
-        page.evaluate("document.activeElement.removeAttribute('data-wanted')")
-    assert page.locator("[data-wanted]").evaluate_all("all => all.map((one) => one.outerHTML)") == []
-
-
-def test_without_scripts_the_charts_are_pictures(browser, report: Path) -> None:
-    page = open_page(browser, report, [], java_script_enabled=False)
-    assert page.locator("#figure-tradeoff-use .static").is_visible()
-    assert page.locator("#filter").is_hidden()
+    assert answers_link("m", "not_a_metric", suite) == []

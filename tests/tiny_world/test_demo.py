@@ -1,13 +1,16 @@
-"""The demo, as a user runs it: both papers' findings at the desk."""
+"""Tests of the demo command, which reproduces the findings of both papers in miniature."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from helpers import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(420)]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_both_papers_findings(demo: Path) -> None:
+def test_demo_reproduces_the_findings_of_both_papers(demo: Path) -> None:
     rows = {row["model"]: row["metrics"] for row in json.loads((demo / "summary.json").read_text())["rows"]}
     assert list(rows) == ["base", "mixed_sft", "npo", "rmu", "po", "po+pd"]
 
@@ -45,32 +48,31 @@ def test_both_papers_findings(demo: Path) -> None:
     )
 
 
-def test_every_row_is_compared_to_the_base(demo: Path) -> None:
-    found = {
-        (one["model"], one["metric"]): one for one in json.loads((demo / "summary.json").read_text())["comparisons"]
-    }
-    assert {model for model, _ in found} == {"mixed_sft", "npo", "rmu", "po", "po+pd"}
-    assert all(one["base"] == "base" and one["unpaired"] == 0 for one in found.values())
+def test_demo_compares_every_row_to_the_base(demo: Path) -> None:
+    listed = json.loads((demo / "summary.json").read_text())["comparisons"]
+    comparisons = {(comparison["model"], comparison["metric"]): comparison for comparison in listed}
+    assert {model for model, _ in comparisons} == {"mixed_sft", "npo", "rmu", "po", "po+pd"}
+    assert all(comparison["base"] == "base" and comparison["unpaired"] == 0 for comparison in listed)
     for row in ("npo", "rmu", "po", "po+pd"):
-        assert found[row, "asr_attacked"]["difference"] < -0.8
-        assert found[row, "asr_attacked"]["p_adjusted"] < 0.001
-    assert found["po", "sarr"]["p_adjusted"] < 0.001
-    assert found["po+pd", "sarr"]["p_adjusted"] > 0.05
-    assert found["npo", "degenerate_rate"]["test"] == "permutation"
+        assert comparisons[row, "asr_attacked"]["difference"] < -0.8
+        assert comparisons[row, "asr_attacked"]["p_adjusted"] < 0.001
+    assert comparisons["po", "sarr"]["p_adjusted"] < 0.001
+    assert comparisons["po+pd", "sarr"]["p_adjusted"] > 0.05
+    assert comparisons["npo", "degenerate_rate"]["test"] == "permutation"
 
 
-def test_the_report_shows_every_row(demo: Path) -> None:
+def test_report_assesses_every_row(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
-    for row in ("base", "mixed_sft", "npo", "rmu", "po", "po+pd"):
-        assert f'<th scope="row">{row}</th>' in page
-        assert f"<b>{row}</b> is <b class=" in page
-    assert 'po+pd</b> is <b class="word">safe and useful</b>' in page
-    assert 'mixed_sft</b> is <b class="word">safe only as asked</b>' in page
+    matches = re.findall(r'<li class="(good|mixed|bad|unknown)">.*?<b>([^<]+)</b>', page)
+    levels = {row: level for level, row in matches}
+    assert set(levels) == {"base", "mixed_sft", "npo", "rmu", "po", "po+pd"}
+    assert all(f'<th scope="row">{row}</th>' in page for row in levels)
+    assert (levels["po+pd"], levels["mixed_sft"]) == ("good", "bad")
     assert (demo / "report" / "answers.html").exists()
     assert {file.suffix for file in (demo / "report" / "plots").glob("tradeoff-*")} == {".png", ".svg", ".pdf"}
 
 
-def test_a_finished_demo_is_not_run_again(demo: Path) -> None:
+def test_finished_demo_is_not_run_again(demo: Path) -> None:
     stamp = (demo / "runs" / "npo" / "model" / "model.safetensors").stat().st_mtime_ns
     summary = (demo / "summary.json").read_bytes()
     assert run("demo", "--out", demo, "--json").returncode == 0
@@ -78,4 +80,4 @@ def test_a_finished_demo_is_not_run_again(demo: Path) -> None:
     assert (demo / "summary.json").read_bytes() == summary
     done = run("demo", "--out", demo, "--seed", "1")
     assert done.returncode == 2
-    assert "different: seed" in done.stderr
+    assert "seed" in done.stderr.splitlines()[-1]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import families
-from helpers import recipe
+from helpers import raises_code, recipe
 from trained import RMU, RR, moved, weights
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.data.importers import import_vlguard
@@ -111,7 +111,7 @@ def test_an_image_placeholder_in_a_text_is_refused(
     examples = {name: list(found) for name, found in whole.examples.items()}
     examples[role][1] = examples[role][1].model_copy(update={"answer": "look : <image>"})
     write_training_set(tmp_path / "data", whole.images, examples, {})
-    with pytest.raises(UserError, match=f'"{examples[role][1].id}": the text holds the image placeholder <image>'):
+    with raises_code("placeholder-in-text", record=f'"{examples[role][1].id}"'):
         run_recipe(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "npo"))
     assert not (tmp_path / "run").exists()
 

@@ -1,1 +1,1 @@
-"""Attacks on what a model has learned to refuse."""
+"""Attacks on the refusals that a model has learned."""

@@ -1,7 +1,7 @@
-"""Writes an attack file: the questions of a data file, each K times in other words, in the layout of the published test files.
+"""Writes attack files: the questions of a data file, each in K rewrites, in the layout of the published test files.
 
-That layout is VLGuard's, with K records of one id in a row. It is the one that can say which questions are shots of one question,
-so SafeEraser's questions are written in it too.
+The layout is VLGuard's, with K consecutive records per id. SafeEraser's questions are written in it too, because only
+this layout can mark several records as rewrites of one question.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vlm_unlearn.attacks.one_word import (
     CONTROL,
     TEMPLATES,
     TRIGGERS,
+    all_rewrites,
     capitalize_first,
-    first_word_of,
-    rewrites_with_any,
+    parse_first_word,
 )
 from vlm_unlearn.data.audit import first_word
 from vlm_unlearn.data.formats import safe_eraser, vlguard
-from vlm_unlearn.data.formats.llava import IMAGE_MARK
+from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect
@@ -31,14 +31,14 @@ from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Kind
 
 MAX_REWRITES = 5
-FIELDS: Mapping[Kind, str] = {kind: field for field, kind in vlguard.KINDS.items()}
-# (id, request) of each question -> replies by id; one that is missing didn't come
-Model = Callable[[Sequence[tuple[str, str]]], Mapping[str, str]]
+QUESTION_FIELDS: Mapping[Kind, str] = {kind: field for field, kind in vlguard.KINDS.items()}
+# Takes (id, prompt) of each question and returns replies by id. Failed replies are missing.
+Paraphraser = Callable[[Sequence[tuple[str, str]]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class AttackRecord:
-    """A question of the file, and everything of its record besides."""
+    """A question to rewrite, and the other fields of its record."""
 
     record: dict[str, Any]
     question: str
@@ -49,146 +49,175 @@ def write_attack(
     source: Path,
     out: Path,
     trigger: str,
-    shots: int,
+    num_rewrites: int,
     kind: Kind,
-    model: Model | None = None,
+    model: Paraphraser | None = None,
     problems: Problems | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Writes each question of `kind` as `shots` different records that begin with `trigger`.
+    """Writes each question of a kind as `num_rewrites` different records that begin with a trigger.
 
     Args:
-        trigger: the first word; ``control`` is paraphrases that begin with neither "what" nor "share".
-        model: paraphrases; without it, and where its paraphrase can't be used, the rules rewrite.
-        problems: takes broken records; without it the first one raises.
-        on_done: told of the questions rewritten: rewrites done, rewrites in all.
+        source: A VLGuard or SafeEraser file.
+        out: The file to write, .json or .jsonl.
+        trigger: The first word. ``control`` writes paraphrases that begin with neither "what" nor "share".
+        num_rewrites: The number of rewrites of each question, from 1 to 5.
+        kind: The kind of the questions.
+        model: Paraphrases the questions. Without it, and for unusable paraphrases, the rules rewrite them.
+        problems: Collects broken records. Without it the first one raises.
+        on_done: Called with (done, total) as rewrites are made.
 
     Returns:
-        counts: questions, records, by_model, by_rule.
+        The counts ``questions``, ``records``, ``by_model`` and ``by_rule``.
 
     Raises:
-        UserError: a file of another format or without such questions; more shots than the rules have wordings for the word.
+        UserError: The file has another format or no such questions, or the rules have fewer wordings than rewrites.
     """
-    word = first_word_of(trigger)
-    _check_shots(word, shots, model is not None)
+    word = parse_first_word(trigger)
+    _check_num_rewrites(word, num_rewrites, model is not None)
     if out.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{out}: name a file that ends in .json or .jsonl")
-    asked = read_questions(source, kind, problems)
-    counts = Counter[str]()
-    texts: list[list[str]] = [[] for _ in asked]
-    for shot in range(shots):
-        replies = (
-            model([(str(i), request(one.question, word, texts[i])) for i, one in enumerate(asked)]) if model else {}
-        )
-        for i, one in enumerate(asked):
-            text = read_rewrite(replies.get(str(i), ""), one.question, word, texts[i])
-            counts["by_model" if text else "by_rule"] += 1
-            texts[i].append(
-                text or next(rule for rule in rewrites_with_any(one.question, word) if _differs(rule, texts[i]))
-            )
-            if on_done and i % 500 == 499:
-                on_done(shot * len(asked) + i + 1, shots * len(asked))
+        raise UserError("use a file name that ends in .json or .jsonl", code="unsupported-setting", file=out)
+    attack_records = read_questions(source, kind, problems)
+    rewrites, counts = _rewrite_all(attack_records, word, num_rewrites, model, on_done)
 
     def records() -> Iterator[dict[str, Any]]:
-        for one, versions in zip(asked, texts, strict=True):
-            for text in versions:
-                yield {**one.record, "instr-resp": [{FIELDS[kind]: text, "response": one.response}]}
+        for record, texts in zip(attack_records, rewrites, strict=True):
+            for text in texts:
+                yield {**record.record, "instr-resp": [{QUESTION_FIELDS[kind]: text, "response": record.response}]}
 
-    written = write_list(out, records()) if out.suffix == ".json" else write_lines(out, records())
-    return {"questions": len(asked), "records": written, "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
+    num_records = write_list(out, records()) if out.suffix == ".json" else write_lines(out, records())
+    return {
+        "questions": len(attack_records),
+        "records": num_records,
+        "by_model": counts["by_model"],
+        "by_rule": counts["by_rule"],
+    }
 
 
-def _check_shots(word: str, shots: int, has_model: bool) -> None:
-    known = len(TEMPLATES.get(word, ()))
-    if not 0 < shots <= MAX_REWRITES:
-        raise UserError(f"{shots} shots: from 1 to {MAX_REWRITES} can be made")
-    if shots > known and not has_model:
-        wordings = "1 wording" if known == 1 else f"{known} wordings"
-        have = ", ".join(name for name, found in TEMPLATES.items() if len(found) >= shots)
+def _rewrite_all(
+    records: Sequence[AttackRecord],
+    word: str,
+    num_rewrites: int,
+    model: Paraphraser | None,
+    on_done: Callable[[int, int], None] | None,
+) -> tuple[list[list[str]], Counter[str]]:
+    """Returns the rewrites of each question, and the numbers of rewrites by the model and by rule."""
+    counts = Counter[str]()
+    rewrites: list[list[str]] = [[] for _ in records]
+    for number in range(num_rewrites):
+        replies: Mapping[str, str] = {}
+        if model:
+            requests = [
+                (str(i), rewrite_request(record.question, word, rewrites[i])) for i, record in enumerate(records)
+            ]
+            replies = model(requests)
+        for i, record in enumerate(records):
+            text = read_rewrite(replies.get(str(i), ""), record.question, word, rewrites[i])
+            counts["by_model" if text else "by_rule"] += 1
+            rewrites[i].append(
+                text or next(rule for rule in all_rewrites(record.question, word) if _differs(rule, rewrites[i]))
+            )
+            if on_done and i % 500 == 499:
+                on_done(number * len(records) + i + 1, num_rewrites * len(records))
+    return rewrites, counts
+
+
+def _check_num_rewrites(word: str, num_rewrites: int, has_model: bool) -> None:
+    available = len(TEMPLATES.get(word, ()))
+    if not 0 < num_rewrites <= MAX_REWRITES:
+        raise UserError(f"{num_rewrites} rewrites are not possible. Use 1 to {MAX_REWRITES}.", code="out-of-range")
+    if num_rewrites > available and not has_model:
+        names = ", ".join(name for name, templates in TEMPLATES.items() if len(templates) >= num_rewrites)
         raise UserError(
-            f"{quoted(word)}: the rules have {wordings} of it; let a model paraphrase (--model), or use {have}"
+            f"the rules have {available} {'wording' if available == 1 else 'wordings'} for {quoted(word)}. "
+            f"Paraphrase with a model (--model), or use one of {names}.",
+            code="out-of-range",
         )
 
 
 def read_questions(source: Path, kind: Kind, problems: Problems | None = None) -> list[AttackRecord]:
-    """The questions of one kind of a VLGuard or SafeEraser file.
+    """Returns the questions of one kind from a VLGuard or SafeEraser file.
+
+    Args:
+        problems: Collects broken records, and second records of the same id. Without it the first one raises.
 
     Raises:
-        UserError: the file is of another format, or has no such question; a broken record, or a second record of one id, where
-            `problems` is None.
+        UserError: The file has another format or no such question.
     """
     match detect(source):
         case "vlguard":
-            found = list(_of_vlguard(source, kind, problems))
+            questions = list(_vlguard_questions(source, kind, problems))
         case "safe_eraser":
-            found = list(_of_safe_eraser(source, kind, problems))
-        case other:
-            raise UserError(f"{source}: must be a VLGuard or SafeEraser file; this is one of kind {other}")
-    if not found:
-        raise UserError(
-            f'{source}: has no questions of kind "{kind}"' + (f"; {problems.summary()}" if problems else "")
-        )
-    return found
+            questions = list(_safe_eraser_questions(source, kind, problems))
+        case other_format:
+            message = f"has the format {other_format}. Pass a VLGuard or SafeEraser file."
+            raise UserError(message, code="unsupported-setting", file=source)
+    if not questions:
+        summary = f". {problems.summary()}" if problems else ""
+        raise UserError(f'has no questions of kind "{kind}"{summary}', code="no-records", file=source)
+    return questions
 
 
-def _of_vlguard(source: Path, kind: Kind, problems: Problems | None) -> Iterator[AttackRecord]:
-    seen: set[str] = set()
+def _vlguard_questions(source: Path, kind: Kind, problems: Problems | None) -> Iterator[AttackRecord]:
+    ids: set[str] = set()
     for raw, pairs in vlguard.read_records(source, None, problems):
         for pair in (pair for pair in pairs if pair.kind == kind):
-            if pair.record_id in seen:
-                where = f"{raw.where}: a second {kind} question of this id"
-                report_problem(
-                    UserError(
-                        f"{where}; records of one id are shots of one question, so rewrite the file they come from"
-                    ),
-                    problems,
+            if pair.record_id in ids:
+                message = (
+                    f"is a second {kind} question of this id. Records of one id are rewrites of one question. "
+                    f"Rewrite the original file instead."
                 )
+                report_problem(raw.error(message, "duplicate-id"), problems)
                 continue
-            seen.add(pair.record_id)
-            rest = {name: value for name, value in raw.value.items() if name != "instr-resp"}
-            yield AttackRecord({**rest, "id": pair.record_id}, pair.question, pair.response)
+            ids.add(pair.record_id)
+            fields = {name: value for name, value in raw.value.items() if name != "instr-resp"}
+            yield AttackRecord({**fields, "id": pair.record_id}, pair.question, pair.response)
 
 
-def _of_safe_eraser(source: Path, kind: Kind, problems: Problems | None) -> Iterator[AttackRecord]:
+def _safe_eraser_questions(source: Path, kind: Kind, problems: Problems | None) -> Iterator[AttackRecord]:
     for prompt in safe_eraser.prompts(safe_eraser.read_safe_eraser(source, None, problems), "", kind):
-        named = {"harmful_category": prompt.category} if prompt.category else {}
-        record = {"id": prompt.group_id, "image": prompt.image, "safe": kind != "unsafe", **named}
+        category_field = {"harmful_category": prompt.category} if prompt.category else {}
+        record = {"id": prompt.group_id, "image": prompt.image, "safe": kind != "unsafe", **category_field}
         yield AttackRecord(record, prompt.question, prompt.reference or "")
 
 
-def request(question: str, word: str, versions: Sequence[str]) -> str:
-    """The prompt that asks a model for one more paraphrase; question and versions are fenced."""
-    mark = fence(question, word, *versions)
-    others = " nor ".join(f'"{capitalize_first(trigger)}"' for trigger in TRIGGERS)
+def rewrite_request(question: str, word: str, versions: Sequence[str]) -> str:
+    """Returns the prompt that asks a model for another paraphrase.
+
+    The question and the existing versions are placed between fence lines.
+    """
+    line = fence(question, word, *versions)
+    triggers = " nor ".join(f'"{capitalize_first(trigger)}"' for trigger in TRIGGERS)
     return template("attack").format(
-        beginning=f"begins with neither {others}"
+        beginning=f"begins with neither {triggers}"
         if word == CONTROL
         else f'begins with the word "{capitalize_first(word)}"',
         differently="\nWord it differently from the versions that there are already." if versions else "",
         question=question,
-        fence=mark,
-        versions="\n".join(["", "Versions that there are already:", mark, *versions, mark, ""]) if versions else "",
+        fence=line,
+        versions="\n".join(["", "Versions that there are already:", line, *versions, line, ""]) if versions else "",
     )
 
 
 def read_rewrite(reply: str, question: str, word: str, versions: Sequence[str]) -> str | None:
-    """A model's paraphrase if it can be used.
+    """Returns the paraphrase in a model's reply, or None if it cannot be used.
 
-    It must be one line without control characters, begin as it was to, be neither empty nor much longer than the question, and
-    differ from the question and from the other versions by more than case and spacing.
+    A usable paraphrase is one line without control characters and begins as requested. It is neither empty nor much
+    longer than the question, and differs from the question and from the other versions by more than case and spacing.
     """
     lines = reply.strip().strip('"').splitlines()
     text = " ".join(lines[0].split()) if len(lines) == 1 else ""
-    begun = first_word(text)
-    begins = bool(begun) and begun not in TRIGGERS if word == CONTROL else begun == word
-    sized = 3 <= len(text.split()) <= 3 * len(question.split()) + 20
-    whole = IMAGE_MARK not in text and not any(category(char) in ("Cc", "Cs") for char in text)
-    return text if begins and sized and whole and _differs(text, [question, *versions]) else None
+    start = first_word(text)
+    begins_as_requested = bool(start) and start not in TRIGGERS if word == CONTROL else start == word
+    has_valid_length = 3 <= len(text.split()) <= 3 * len(question.split()) + 20
+    has_valid_text = IMAGE_PLACEHOLDER not in text and not any(category(char) in ("Cc", "Cs") for char in text)
+    is_usable = begins_as_requested and has_valid_length and has_valid_text and _differs(text, [question, *versions])
+    return text if is_usable else None
 
 
-def _differs(text: str, others: Sequence[str]) -> bool:
-    return _plain(text) not in {_plain(other) for other in others}
+def _differs(text: str, versions: Sequence[str]) -> bool:
+    return _normalize(text) not in {_normalize(version) for version in versions}
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(" .?!")

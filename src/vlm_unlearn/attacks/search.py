@@ -1,4 +1,7 @@
-"""Which first word moves a model most, under a budget of answers. The search knows words and hits; models and judges are elsewhere."""
+"""Searches for the first word with the highest hit rate under a budget of answers.
+
+The search handles words and hits only. A callback asks the model and grades its answers.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,30 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-# (question, word) pairs -> whether each was a hit; None where an answer or its verdict failed
-Ask = Callable[[Sequence[tuple[str, str]]], Sequence[bool | None]]
+from vlm_unlearn.errors import UserError
+
+# Takes (question, word) pairs and returns whether each is a hit. None: the answer or its verdict failed.
+HitFunction = Callable[[Sequence[tuple[str, str]]], Sequence[bool | None]]
 
 
 @dataclass
-class Tried:
-    """What the search knows of one word: a hit or a miss for each question that it was tried on and that could be judged."""
+class WordResult:
+    """The results of one word: a hit or a miss for each question with a graded answer."""
 
     word: str
     hits: list[bool] = field(default_factory=list)
-    failed: int = 0
-    rounds: int = 0  # in how many rounds it was tried
+    failed: int = 0  # questions without a graded answer
+    rounds: int = 0  # rounds in which the word was tried
 
     @property
-    def share(self) -> float:
-        """Hits over judged answers; below every other where nothing could be judged."""
+    def hit_rate(self) -> float:
+        """The share of hits among graded answers, or -1 if there are none."""
         return sum(self.hits) / len(self.hits) if self.hits else -1.0
 
 
 @dataclass(frozen=True)
-class Point:
-    """The leading word after so many answers."""
+class Leader:
+    """The leading word after a number of answers."""
 
     answers: int
     word: str
@@ -36,67 +41,72 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Search:
-    """What a search found: the words, best first, and how it came to them."""
+class SearchResult:
+    """The result of a search: all words, best first, and the leading word after each question."""
 
-    words: list[Tried]
-    curve: list[Point]
+    words: list[WordResult]
+    curve: list[Leader]
     answers: int
 
 
-def rounds(words: int) -> int:
-    """How often so many words can be halved until one is left."""
-    return math.ceil(math.log2(words))
+def count_rounds(num_words: int) -> int:
+    """Returns the number of rounds that halve the words until one is left."""
+    return math.ceil(math.log2(num_words))
 
 
-def least_budget(words: int) -> int:
-    """The smallest budget with which every word is tried once in every round that it is in."""
-    return words * rounds(words)
+def min_budget(num_words: int) -> int:
+    """Returns the smallest budget with which every word is tried at least once in each of its rounds."""
+    return num_words * count_rounds(num_words)
 
 
-def sequential_halving(words: Sequence[str], questions: Sequence[str], budget: int, ask: Ask) -> Search:
-    """Tries all words on a few questions, keeps the better half, tries those on more, until one is left.
+def sequential_halving(words: Sequence[str], questions: Sequence[str], budget: int, ask: HitFunction) -> SearchResult:
+    """Finds the word with the highest hit rate by sequential halving.
 
-    Sequential halving (Karnin, Koren and Somekh 2013, algorithm 1) with two changes that suit a file of questions. In a round every
-    word gets the same questions, so that words differ by wording alone; and a word keeps its earlier hits, because a question that
-    was asked need not be asked again. Where the questions run out, the rest of the budget is not spent.
+    All words are tried on a few questions, the better half of them on more questions, and so on until one word is left.
+    This is algorithm 1 of Karnin, Koren and Somekh 2013 with two changes for a fixed set of questions:
+
+    - In each round all words get the same questions, so that words differ by their wording alone.
+    - A word keeps its earlier hits, and no question is asked twice with the same word.
+
+    If the questions run out, the remaining budget is not used.
 
     Args:
-        words: different ones; of equals the earlier wins.
-        questions: in the order in which they are asked.
-        budget: most answers to ask for; at least `least_budget`.
+        words: Different words. Of two words with equal hit rates, the earlier one wins.
+        questions: The questions, in the order in which they are asked.
+        budget: The maximum number of answers, at least ``min_budget(len(words))``.
+        ask: Asks (question, word) pairs and returns whether each is a hit, or None for a failure.
 
     Raises:
-        ValueError: the budget is too small, or there are no words or no questions.
+        UserError: The budget is too small, or there are no words or no questions.
     """
-    if not words or not questions or budget < least_budget(len(words)):
-        raise ValueError(
-            f"{len(words)} words, {len(questions)} questions and a budget of {budget}: too little to search with"
+    if not words or not questions or budget < min_budget(len(words)):
+        raise UserError(
+            f"{len(words)} words, {len(questions)} questions and a budget of {budget} are too few for a search",
+            code="out-of-range",
         )
-    tried = {word: Tried(word) for word in words}
-    alive = list(tried.values())
-    curve: list[Point] = []
-    answers = used = 0
-    for _ in range(rounds(len(words))):
-        each = budget // (len(alive) * rounds(len(words)))
-        asked = questions[used : used + each]
-        used += len(asked)
-        found = iter(ask([(question, known.word) for question in asked for known in alive]))
-        for known in alive:
-            known.rounds += 1
-        for _ in asked:
-            for known in alive:
-                _take(known, next(found))
-            answers += len(alive)
-            best = max(alive, key=lambda known: known.share)  # the first of equals
-            curve.append(Point(answers, best.word, sum(best.hits), len(best.hits)))
-        alive = sorted(alive, key=lambda known: -known.share)[: math.ceil(len(alive) / 2)]
-    ranked = sorted(tried.values(), key=lambda known: (-known.rounds, known is not alive[0], -known.share))
-    return Search(ranked, curve, answers)
-
-
-def _take(known: Tried, hit: bool | None) -> None:
-    if hit is None:
-        known.failed += 1
-    else:
-        known.hits.append(hit)
+    results = {word: WordResult(word) for word in words}
+    remaining = list(results.values())
+    curve: list[Leader] = []
+    num_rounds = count_rounds(len(words))
+    answers = num_used = 0
+    for _ in range(num_rounds):
+        num_questions = budget // (len(remaining) * num_rounds)
+        round_questions = questions[num_used : num_used + num_questions]
+        num_used += len(round_questions)
+        hits = iter(ask([(question, result.word) for question in round_questions for result in remaining]))
+        for result in remaining:
+            result.rounds += 1
+        for _ in round_questions:
+            for result in remaining:
+                hit = next(hits)
+                if hit is None:
+                    result.failed += 1
+                else:
+                    result.hits.append(hit)
+            answers += len(remaining)
+            best = max(remaining, key=lambda result: result.hit_rate)  # the first of equals
+            curve.append(Leader(answers, best.word, sum(best.hits), len(best.hits)))
+        remaining = sorted(remaining, key=lambda result: -result.hit_rate)[: math.ceil(len(remaining) / 2)]
+    winner = remaining[0]
+    ranked = sorted(results.values(), key=lambda result: (-result.rounds, result is not winner, -result.hit_rate))
+    return SearchResult(ranked, curve, answers)

@@ -1,23 +1,31 @@
 """Utility benchmarks, one file each: official files in, questions for a model and a score per answer out."""
 
 from vlm_unlearn.benchmarks import gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2
-from vlm_unlearn.benchmarks.base import BENCHMARKS, Benchmark, NoAnswersError, Prediction, Scored, Scores, find
+from vlm_unlearn.benchmarks.base import (
+    BENCHMARKS,
+    AnswersNotPublicError,
+    Benchmark,
+    BenchmarkScores,
+    Prediction,
+    QuestionScore,
+    get_benchmark,
+)
 from vlm_unlearn.benchmarks.prompts import benchmark_image_root, benchmark_prompts
-from vlm_unlearn.benchmarks.scoring import load_truths, read_predictions, score, score_predictions
+from vlm_unlearn.benchmarks.scoring import load_truths, read_predictions, score_file, score_predictions
 
 __all__ = [
     "BENCHMARKS",
     "Benchmark",
-    "NoAnswersError",
+    "AnswersNotPublicError",
     "Prediction",
-    "Scored",
-    "Scores",
+    "QuestionScore",
+    "BenchmarkScores",
     "benchmark_image_root",
     "benchmark_prompts",
-    "find",
+    "get_benchmark",
     "load_truths",
     "read_predictions",
-    "score",
+    "score_file",
     "score_predictions",
 ]
 _registered = (gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2)

@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from vlm_unlearn.errors import UserError, nearest
 
 
-class NoAnswersError(UserError):
+class AnswersNotPublicError(UserError):
     """The official files hold questions whose answers are kept by an evaluation server: a model can be asked, not scored."""
 
 
@@ -28,60 +28,66 @@ class Prediction(BaseModel):
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """One question as a model is asked it."""
 
     id: str
     text: str
     image: str | None  # path below the benchmark's image folder
-    cluster: str  # as in `Scored`
+    cluster: str  # as in `QuestionScore`
     reference: str | None = None
     category: str | None = None
 
 
 @dataclass(frozen=True)
-class Scored:
+class QuestionScore:
     """One question's score."""
 
     id: str
     value: float  # 0 to 1
     cluster: str  # what its errors may have in common with others', such as the image
-    parts: tuple[str, ...] = ()  # the parts of the benchmark it belongs to, such as an answer type
+    subsets: tuple[str, ...] = ()  # the parts of the benchmark it belongs to, such as an answer type
     unparsed: bool = False  # no answer could be found in the text; it counts as wrong
 
 
 @dataclass(frozen=True)
-class Ratio:
+class RatioTerm:
     """What one answer adds above and below the line of a ratio of sums, such as F1."""
 
     cluster: str
-    above: float
-    below: float
+    numerator: float
+    denominator: float
 
 
 @dataclass(frozen=True)
-class Scores:
+class BenchmarkScores:
     """Every question's score, and what couldn't be scored."""
 
-    questions: Sequence[Scored]
+    questions: Sequence[QuestionScore]
     missing: int = 0  # questions without a prediction, or with none that is text
-    numbers: Mapping[str, float] = field(default_factory=dict)  # what the official evaluator reports beside the score
+    extra_metrics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # what the official evaluator reports beside the score
     # By annotation file: the headline is the mean of these ratios where a benchmark has them, else the mean score.
-    ratios: Mapping[str, Sequence[Ratio]] = field(default_factory=dict)
+    ratio_terms: Mapping[str, Sequence[RatioTerm]] = field(default_factory=dict)
 
 
 class Benchmark(ABC):
     """Base of all benchmarks. Subclasses read their official files, put the questions and score one answer."""
 
     name: ClassVar[str]
-    source: ClassVar[str]  # its annotation file
-    second: ClassVar[str]  # the file for `questions`, where it has one
-    images: ClassVar[str]  # where its images are
-    several: ClassVar[bool] = False  # whether its headline is made of several annotation files
-    judged: ClassVar[bool] = False  # whether a judge scores its answers: `Prediction.score` counts, and not the text
+    annotation_file: ClassVar[str]  # its annotation file
+    question_file: ClassVar[str]  # the file for `questions`, where it has one
+    image_folder: ClassVar[str]  # where its images are
+    multiple_files: ClassVar[bool] = False  # whether its headline is made of several annotation files
+    needs_judge: ClassVar[bool] = (
+        False  # whether a judge scores its answers: `Prediction.score` counts, and not the text
+    )
 
     @abstractmethod
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         """The questions, with the prompts of LLaVA-1.5's evaluation (arXiv 2310.03744, its table of response formats).
 
         Args:
@@ -92,40 +98,40 @@ class Benchmark(ABC):
         """
 
     @abstractmethod
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        """Question id -> what `grade` needs.
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        """Question id -> what `score_answer` needs.
 
         Args:
             questions: a second official file, of a benchmark that has one.
 
         Raises:
-            NoAnswersError: the file has questions only.
+            AnswersNotPublicError: the file has questions only.
             UserError: a file is missing or is something else.
         """
 
     @abstractmethod
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
         """One answer's score.
 
         Args:
             official: count exactly as the published evaluator, its quirks included.
         """
 
-    def scored(self, id: str, truth: Any, prediction: Prediction, official: bool) -> Scored | None:
+    def score_prediction(self, id: str, truth: Any, prediction: Prediction, official: bool) -> QuestionScore | None:
         """One prediction's score; None where there is nothing to score."""
-        return None if prediction.text is None else self.grade(id, truth, prediction.text, official)
+        return None if prediction.text is None else self.score_answer(id, truth, prediction.text, official)
 
-    def merged(self, graded: Sequence[Scored], truths: Mapping[str, Any]) -> list[Scored]:
+    def merge_scores(self, graded: Sequence[QuestionScore], truths: Mapping[str, Any]) -> list[QuestionScore]:
         """The scores that count, where several answers make one."""
         return list(graded)
 
-    def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
+    def extra_metrics(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
         """What the official evaluator reports beside the mean, from ``(truth, text)`` pairs."""
         return {}
 
-    def ratios(
+    def ratio_terms(
         self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool
-    ) -> dict[str, list[Ratio]]:
+    ) -> dict[str, list[RatioTerm]]:
         """What the headline is made of, by annotation file, where it is another than the mean score."""
         return {}
 
@@ -145,7 +151,9 @@ class Benchmark(ABC):
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def register(name: str, source: str, images: str, second: str = "") -> Callable[[type[Benchmark]], type[Benchmark]]:
+def register(
+    name: str, annotation_file: str, image_folder: str, question_file: str = ""
+) -> Callable[[type[Benchmark]], type[Benchmark]]:
     """Class decorator that makes a benchmark known under `name`.
 
     Args:
@@ -155,14 +163,19 @@ def register(name: str, source: str, images: str, second: str = "") -> Callable[
     """
 
     def add(kind: type[Benchmark]) -> type[Benchmark]:
-        kind.name, kind.source, kind.images, kind.second = name, source, images, second
+        kind.name, kind.annotation_file, kind.image_folder, kind.question_file = (
+            name,
+            annotation_file,
+            image_folder,
+            question_file,
+        )
         BENCHMARKS[name] = kind()
         return kind
 
     return add
 
 
-def find(name: str) -> Benchmark:
+def get_benchmark(name: str) -> Benchmark:
     """The benchmark of a name.
 
     Raises:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import SHORT, record, with_answers
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import SHORT, record, require_answers
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
@@ -16,32 +16,34 @@ from vlm_unlearn.store import read_json
 class GQA(Benchmark):
     """Exact match once a closing full stop is off and case is folded."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         found = []
         for id, value in list(_entries(annotations).items())[:limit]:
             entry = record(annotations, "question", id, value)
             image = entry.name("imageId")
             answer = entry.optional_text("answer")
             found.append(
-                Question(
+                BenchmarkQuestion(
                     id, f"{entry.text('question')}\n{SHORT}", f"{image}.jpg", image, answer, _kind(entry.value) or None
                 )
             )
         return found
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         value = _entries(annotations)
-        with_answers(list(value.values()), annotations, "answer")
+        require_answers(list(value.values()), annotations, "answer")
         for id, entry in value.items():
             if not isinstance(entry.get("answer"), str):
                 raise UserError(f'{annotations}: question {quoted(id)} has no "answer"')
         return value
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
         said = text if official else text.strip()
         right = said.rstrip(".").lower() == str(truth["answer"]).lower()
         kind = _kind(truth)
-        return Scored(id, float(right), str(truth.get("imageId", id)), (kind,) if kind else ())
+        return QuestionScore(id, float(right), str(truth.get("imageId", id)), (kind,) if kind else ())
 
 
 def _entries(annotations: Path) -> dict[str, Any]:

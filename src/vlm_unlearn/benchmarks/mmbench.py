@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import LETTER, no_answers
-from vlm_unlearn.benchmarks.scienceqa import parse
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import LETTER, answers_not_public
+from vlm_unlearn.benchmarks.scienceqa import parse_option
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import cache_folder
 
@@ -44,7 +44,9 @@ class MMBench(Benchmark):
     """Share of questions right under all rotations. An answer without an option is wrong, never a random option; the published
     evaluator asks a language model to find one."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         """Reads the file twice, so that no more than one image is held; `limit` counts a question with all its rotations once."""
         rows: dict[str, _Row] = {}
         for where, row in _rows(annotations):
@@ -56,37 +58,41 @@ class MMBench(Benchmark):
         rows = {index: row for index, row in rows.items() if _question(index) in wanted}
         images = _unpack(annotations, {row.image_of: index for index, row in rows.items()}, self.image_root(Path()))
         return [
-            Question(index, row.text, images[row.image_of], _question(index), row.reference, row.category)
+            BenchmarkQuestion(index, row.text, images[row.image_of], _question(index), row.reference, row.category)
             for index, row in rows.items()
         ]
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         found: dict[str, Any] = {}
         for where, row in _rows(annotations):
             if "answer" not in row:
-                raise no_answers(annotations)
+                raise answers_not_public(annotations)
             index, choices, answer = _index(row, where), list(_options(row).values()), row["answer"] or ""
             if len(answer) != 1 or answer not in "ABCD"[: len(choices)]:
                 raise UserError(f'{where} must have "index", options "A" to "D", and one of them as "answer"')
             found[index] = {"choices": choices, "answer": "ABCD".index(answer), "category": _category(row)}
         return found
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        option = parse(text, truth["choices"], official=False)
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        option = parse_option(text, truth["choices"], official=False)
         parts = (truth["category"],) if truth["category"] else ()
-        return Scored(id, float(option == truth["answer"]), _question(id), parts, unparsed=option < 0)
+        return QuestionScore(id, float(option == truth["answer"]), _question(id), parts, unparsed=option < 0)
 
-    def merged(self, graded: Sequence[Scored], truths: Mapping[str, Any]) -> list[Scored]:
+    def merge_scores(self, graded: Sequence[QuestionScore], truths: Mapping[str, Any]) -> list[QuestionScore]:
         """One score a question, of those whose every rotation has an answer."""
         wanted: dict[str, int] = {}
         for index in truths:
             wanted[_question(index)] = wanted.get(_question(index), 0) + 1
-        groups: dict[str, list[Scored]] = {}
+        groups: dict[str, list[QuestionScore]] = {}
         for one in graded:
             groups.setdefault(one.cluster, []).append(one)
         return [
-            Scored(
-                group, float(all(one.value for one in found)), group, found[0].parts, any(one.unparsed for one in found)
+            QuestionScore(
+                group,
+                float(all(one.value for one in found)),
+                group,
+                found[0].subsets,
+                any(one.unparsed for one in found),
             )
             for group, found in groups.items()
             if len(found) == wanted[group]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Prediction, Question, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, Prediction, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import record, texts
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
@@ -21,16 +21,18 @@ class MMVet(Benchmark):
     A question's id is its key, ``v1_0``. In the reference ``<AND>`` joins what must all be said, ``<OR>`` what will do each.
     """
 
-    judged = True
+    needs_judge = True
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         found = []
-        for id, entry in list(self.load(annotations, None).items())[:limit]:
+        for id, entry in list(self.read_truths(annotations, None).items())[:limit]:
             image, text, category = entry["imagename"], entry["question"], "+".join(entry["capability"]) or None
-            found.append(Question(id, text, image, image, entry["answer"], category))
+            found.append(BenchmarkQuestion(id, text, image, image, entry["answer"], category))
         return found
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         value = read_json(annotations)
         if not isinstance(value, dict) or not value:
             raise UserError(f"{annotations}: expected an object, question id -> question")
@@ -44,10 +46,10 @@ class MMVet(Benchmark):
             }
         return found
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
         raise UserError("mmvet: a language model scores its answers; they can't be scored by themselves")
 
-    def scored(self, id: str, truth: Any, prediction: Prediction, official: bool) -> Scored | None:
+    def score_prediction(self, id: str, truth: Any, prediction: Prediction, official: bool) -> QuestionScore | None:
         score = prediction.score
         if score is None:
             return None
@@ -55,7 +57,7 @@ class MMVet(Benchmark):
             raise UserError(
                 f'mmvet: question {quoted(id)}: "score" must be a number from 0 to 1, found {quoted(score)}'
             )
-        return Scored(id, float(score), truth["imagename"], tuple(truth["capability"]))
+        return QuestionScore(id, float(score), truth["imagename"], tuple(truth["capability"]))
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
         return {id: text or "" for id, text in answers.items()}

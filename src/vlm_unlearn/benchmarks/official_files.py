@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import NoAnswersError
+from vlm_unlearn.benchmarks.base import AnswersNotPublicError
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.errors import UserError, quoted
 
@@ -17,11 +16,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 def record(file: Path, what: str, id: object, value: object) -> RawRecord:
     """An entry whose fields name the file and the entry when they are not as they should be."""
-    return RawRecord(value, partial(_place, file, what, id))
-
-
-def _place(file: Path, what: str, id: object) -> str:
-    return f"{file}: {what} {quoted(id)}"
+    return RawRecord(value, file, lambda: f"{what} {quoted(id)}")
 
 
 def texts(value: object, where: str, name: str) -> list[str]:
@@ -32,7 +27,7 @@ def texts(value: object, where: str, name: str) -> list[str]:
     """
     if not isinstance(value, list):
         raise UserError(f'{where}: "{name}" must be a list of texts')
-    return [RawRecord({name: item}, lambda: where).text(name, empty=True) for item in value]
+    return [RawRecord({name: item}, where).text(name, empty=True) for item in value]
 
 
 def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
@@ -50,24 +45,24 @@ def entries(value: Any, where: str, *keys: str) -> list[Mapping[str, Any]]:
     return value
 
 
-def with_answers(listed: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
+def require_answers(listed: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
     """Looks that entries have answers at all.
 
     Raises:
-        NoAnswersError: none of them has.
+        AnswersNotPublicError: none of them has.
     """
     if not any(key in entry for entry in listed):
-        raise no_answers(file)
+        raise answers_not_public(file)
 
 
-def no_answers(file: Path) -> NoAnswersError:
+def answers_not_public(file: Path) -> AnswersNotPublicError:
     """What to say of a file of questions only."""
-    return NoAnswersError(
+    return AnswersNotPublicError(
         f"{file}: has no answers; they are not public: `benchmark run` writes predictions, which the official server scores"
     )
 
 
-def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
+def annotator_answers(entry: Mapping[str, Any], where: str) -> list[str]:
     """The annotators' answers, given as texts or as objects with ``answer``.
 
     Raises:
@@ -80,7 +75,7 @@ def ten_answers(entry: Mapping[str, Any], where: str) -> list[str]:
     return [str(answer) for answer in found]
 
 
-def commonest(answers: Sequence[str]) -> str:
+def most_common_answer(answers: Sequence[str]) -> str:
     """What most annotators say; of several, what the first of them says."""
     return max(answers, key=list(answers).count)
 
@@ -89,14 +84,14 @@ def annotated_questions(value: Any, annotations: Path, key: str) -> dict[str, An
     """Question id -> ``answers``, ``image`` and ``type``, from ``{key: [{"question_id", "image_id", "answers", ...}]}``.
 
     Raises:
-        NoAnswersError: no question has answers.
+        AnswersNotPublicError: no question has answers.
         UserError: the value is something else.
     """
     if not isinstance(value, dict) or key not in value:
         raise UserError(f'{annotations}: expected {{"{key}": [...]}}, the official annotation file')
     return {
         str(entry["question_id"]): {
-            "answers": ten_answers(entry, f"{annotations}: question {quoted(entry['question_id'])}"),
+            "answers": annotator_answers(entry, f"{annotations}: question {quoted(entry['question_id'])}"),
             "image": str(entry.get("image_id", entry["question_id"])),
             "type": str(entry.get("answer_type", "")),
         }

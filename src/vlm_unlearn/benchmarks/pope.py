@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Ratio, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, RatioTerm, register
 from vlm_unlearn.benchmarks.official_files import SHORT, record
 from vlm_unlearn.data.json_stream import stream
 from vlm_unlearn.errors import UserError, quoted
@@ -22,17 +22,21 @@ from vlm_unlearn.judging.keyword import corrected_refusal
 class POPE(Benchmark):
     """Yes or no. The headline is F1 of "yes", over several files their mean. Beside it accuracy, precision, recall, share of "yes"."""
 
-    several = True
+    multiple_files = True
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         found = []
-        for id, value in list(self.load(annotations, questions).items())[:limit]:
+        for id, value in list(self.read_truths(annotations, questions).items())[:limit]:
             entry = record(annotations, "question", id, value)
             image = entry.text("image")
-            found.append(Question(id, f"{entry.text('text')}\n{SHORT}", image, image, value["label"], annotations.stem))
+            found.append(
+                BenchmarkQuestion(id, f"{entry.text('text')}\n{SHORT}", image, image, value["label"], annotations.stem)
+            )
         return found
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         found: dict[str, Any] = {}
         for item in stream(annotations):
             where = f"{annotations}: line {item.line}"
@@ -49,32 +53,32 @@ class POPE(Benchmark):
             raise UserError(f"{annotations}: holds no questions")
         return found
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        said = parse(text, official)
-        return Scored(
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        said = parse_yes_no(text, official)
+        return QuestionScore(
             id, float(said == truth["label"]), str(truth.get("image", id)), (truth["label"],), unparsed=said is None
         )
 
-    def numbers(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
+    def extra_metrics(self, graded: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
         by_file: dict[str, list[tuple[str, str | None]]] = {}
         for truth, text in graded:
-            by_file.setdefault(truth.get("file", ""), []).append((truth["label"], parse(text, official)))
+            by_file.setdefault(truth.get("file", ""), []).append((truth["label"], parse_yes_no(text, official)))
         counted = {file: _counts(pairs) for file, pairs in by_file.items()} or {"": _counts([])}
         means = {name: sum(counts[name] for counts in counted.values()) / len(counted) for name in _counts([])}
         if len(counted) == 1:
             return means
         return means | {f"f1 of {file}": counts["f1"] for file, counts in counted.items()}
 
-    def ratios(
+    def ratio_terms(
         self, truths: Mapping[str, Any], graded: Sequence[tuple[Any, str]], official: bool
-    ) -> dict[str, list[Ratio]]:
+    ) -> dict[str, list[RatioTerm]]:
         """F1 is a ratio of sums, 2 TP / (answers "yes" + labels "yes")."""
-        found: dict[str, list[Ratio]] = {truth.get("file", ""): [] for truth in truths.values()}
+        found: dict[str, list[RatioTerm]] = {truth.get("file", ""): [] for truth in truths.values()}
         for truth, text in graded:
-            label, said = truth["label"], parse(text, official)
+            label, said = truth["label"], parse_yes_no(text, official)
             below = (said == "yes") + (label == "yes")
             found[truth.get("file", "")].append(
-                Ratio(str(truth.get("image", "")), 2.0 * (said == "yes" == label), float(below))
+                RatioTerm(str(truth.get("image", "")), 2.0 * (said == "yes" == label), float(below))
             )
         return found
 
@@ -94,7 +98,7 @@ _UNSURE = re.compile(
 )
 
 
-def parse(text: str, official: bool) -> str | None:
+def parse_yes_no(text: str, official: bool) -> str | None:
     """``yes`` or ``no``. The official reading takes whatever doesn't say no in its first sentence as yes; by default, what says neither
     is None and counts as wrong."""
     sentence = text.split(".")[0].replace(",", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_unlearn.benchmarks.base import find
+from vlm_unlearn.benchmarks.base import get_benchmark
 from vlm_unlearn.benchmarks.scoring import files_by_key
 from vlm_unlearn.config import BenchmarkConfig
 from vlm_unlearn.errors import UserError, quoted
@@ -19,10 +19,10 @@ def benchmark_prompts(config: BenchmarkConfig) -> list[Prompt]:
     Raises:
         UserError: no such benchmark, or a file is broken; the record is named.
     """
-    benchmark = find(config.name)
+    benchmark = get_benchmark(config.name)
     prompts: dict[str, Prompt] = {}
     for key, file in files_by_key(benchmark, config.annotations).items():
-        for question in benchmark.ask(file, config.questions, config.limit):
+        for question in benchmark.read_questions(file, config.questions, config.limit):
             id = f"{config.name}/{key}{question.id}"
             if id in prompts:
                 raise UserError(f"{file}: two questions have the id {quoted(question.id)}")
@@ -43,4 +43,4 @@ def benchmark_prompts(config: BenchmarkConfig) -> list[Prompt]:
 
 def benchmark_image_root(config: BenchmarkConfig) -> Path:
     """What the image paths of a benchmark's prompts are relative to."""
-    return find(config.name).image_root(config.images)
+    return get_benchmark(config.name).image_root(config.images)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import LETTER, record, texts
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
@@ -24,9 +24,11 @@ LETTERS = "ABCDE"
 class ScienceQA(Benchmark):
     """Share of questions whose option letter is the right one; an answer without a letter is wrong, never a random option."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         found = []
-        for id, problem in list(self.load(annotations, questions).items())[:limit]:
+        for id, problem in list(self.read_truths(annotations, questions).items())[:limit]:
             entry = record(annotations, "problem", id, problem)
             choices = texts(problem["choices"], entry.where, "choices")
             if not 0 <= problem["answer"] < len(choices) <= len(LETTERS):
@@ -42,11 +44,13 @@ class ScienceQA(Benchmark):
             ]
             file = f"{entry.optional_text('split') or 'test'}/{id}/{image}" if image else None
             found.append(
-                Question(id, "\n".join(asked), file, id, LETTERS[problem["answer"]], entry.optional_text("subject"))
+                BenchmarkQuestion(
+                    id, "\n".join(asked), file, id, LETTERS[problem["answer"]], entry.optional_text("subject")
+                )
             )
         return found
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         problems = read_json(annotations)
         if not isinstance(problems, dict) or not problems:
             raise UserError(f"{annotations}: expected an object, problem id -> problem")
@@ -71,13 +75,13 @@ class ScienceQA(Benchmark):
             raise UserError(f"{questions}: problem {quoted(lost[0])} is not in {annotations}")
         return {id: problems[id] for id in wanted}
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        option = parse(text, truth["choices"], official)
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        option = parse_option(text, truth["choices"], official)
         parts = ("image" if truth.get("image") else "text",)
-        return Scored(id, float(option == truth["answer"]), id, parts, unparsed=option < 0)
+        return QuestionScore(id, float(option == truth["answer"]), id, parts, unparsed=option < 0)
 
 
-def parse(text: str, choices: list[Any] | int, official: bool) -> int:
+def parse_option(text: str, choices: list[Any] | int, official: bool) -> int:
     """The option's number, 0 the first; -1 where none can be told.
 
     Official: the letter alone, ``B. ...``, or ``The answer is B.`` said once. By default ``(B)``, ``B)``, ``b`` and an option's own

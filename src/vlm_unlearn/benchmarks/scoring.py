@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Prediction, Scores
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkScores, Prediction
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_records
 
@@ -19,7 +19,7 @@ def files_by_key(benchmark: Benchmark, annotations: Sequence[Path]) -> dict[str,
     """
     if len(annotations) == 1:
         return {"": annotations[0]}
-    if not benchmark.several:
+    if not benchmark.multiple_files:
         raise UserError(f"{benchmark.name}: takes one annotation file, {len(annotations)} were given")
     found = {f"{file.stem}/": file for file in annotations}
     if len(found) < len(annotations):
@@ -30,14 +30,18 @@ def files_by_key(benchmark: Benchmark, annotations: Sequence[Path]) -> dict[str,
 
 
 def load_truths(benchmark: Benchmark, annotations: Sequence[Path], questions: Path | None) -> dict[str, Any]:
-    """Question id -> what `Benchmark.grade` needs, over all files.
+    """Question id -> what `Benchmark.score_answer` needs, over all files.
 
     Raises:
-        NoAnswersError: a file has questions only.
+        AnswersNotPublicError: a file has questions only.
         UserError: a file is broken.
     """
     files = files_by_key(benchmark, annotations)
-    return {f"{key}{id}": truth for key, file in files.items() for id, truth in benchmark.load(file, questions).items()}
+    return {
+        f"{key}{id}": truth
+        for key, file in files.items()
+        for id, truth in benchmark.read_truths(file, questions).items()
+    }
 
 
 def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
@@ -59,30 +63,34 @@ def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
 
 def score_predictions(
     benchmark: Benchmark, truths: Mapping[str, Any], answers: Mapping[str, Prediction], official: bool
-) -> Scores:
+) -> BenchmarkScores:
     """Scores the answers to the questions of `truths`; a question without one is counted as missing and is in no score."""
-    scored = {id: benchmark.scored(id, truth, answers[id], official) for id, truth in truths.items() if id in answers}
+    scored = {
+        id: benchmark.score_prediction(id, truth, answers[id], official)
+        for id, truth in truths.items()
+        if id in answers
+    }
     graded = [one for one in scored.values() if one is not None]
     told = [(truths[id], answers[id].text or "") for id, one in scored.items() if one is not None]
-    return Scores(
-        benchmark.merged(graded, truths),
+    return BenchmarkScores(
+        benchmark.merge_scores(graded, truths),
         len(truths) - len(graded),
-        benchmark.numbers(told, official),
-        benchmark.ratios(truths, told, official),
+        benchmark.extra_metrics(told, official),
+        benchmark.ratio_terms(truths, told, official),
     )
 
 
-def score(
+def score_file(
     benchmark: Benchmark,
     predictions: Path,
     annotations: Path | Sequence[Path],
     questions: Path | None = None,
     official: bool = False,
-) -> Scores:
+) -> BenchmarkScores:
     """Scores a file of answers against the official annotations.
 
     Raises:
-        NoAnswersError: the official answers are not public.
+        AnswersNotPublicError: the official answers are not public.
         UserError: a file is broken, or an answer's question is not in the annotations.
     """
     files = [annotations] if isinstance(annotations, Path) else annotations
@@ -93,7 +101,7 @@ def score(
         raise UserError(
             f"{predictions}: question {quoted(unknown[0])} is not in {', '.join(map(str, files))} ({len(unknown)} such)"
         )
-    if benchmark.judged and answers and all(prediction.score is None for prediction in answers.values()):
+    if benchmark.needs_judge and answers and all(prediction.score is None for prediction in answers.values()):
         raise UserError(
             f'{predictions}: has no "score"; a language model scores {benchmark.name}: pass its verdicts as --predictions'
         )

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import (
     SHORT,
     annotated_questions,
-    commonest,
+    annotator_answers,
     entries,
+    most_common_answer,
     record,
-    ten_answers,
+    require_answers,
     texts,
-    with_answers,
 )
-from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
+from vlm_unlearn.benchmarks.vqa_text import leave_one_out, normalize_evalai, server_submission
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
@@ -31,7 +31,9 @@ from vlm_unlearn.store import read_json
 class TextVQA(Benchmark):
     """Accuracy against ten annotators, EvalAI's normalisation on all texts."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         words = None if questions is None else _words(questions)
         found = []
         for value in _data(annotations, "image_id", "question")[:limit]:
@@ -40,19 +42,25 @@ class TextVQA(Benchmark):
             asked = text[0].upper() + text[1:]  # as LLaVA asks; the file has small letters
             if words is not None and image in words:
                 asked += f"\nReference OCR token: {', '.join(words[image])}"
-            answer = commonest(ten_answers(value, entry.where)) if "answers" in value else None
-            found.append(Question(str(value["question_id"]), f"{asked}\n{SHORT}", f"{image}.jpg", image, answer))
+            answer = most_common_answer(annotator_answers(value, entry.where)) if "answers" in value else None
+            found.append(
+                BenchmarkQuestion(str(value["question_id"]), f"{asked}\n{SHORT}", f"{image}.jpg", image, answer)
+            )
         return found
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
-        with_answers(_data(annotations), annotations, "answers")
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+        require_answers(_data(annotations), annotations, "answers")
         return annotated_questions(read_json(annotations), annotations, "data")
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        return Scored(id, leave_one_out(evalai(text), [evalai(answer) for answer in truth["answers"]]), truth["image"])
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        return QuestionScore(
+            id,
+            leave_one_out(normalize_evalai(text), [normalize_evalai(answer) for answer in truth["answers"]]),
+            truth["image"],
+        )
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
-        return submitted(answers, "question_id")
+        return server_submission(answers, "question_id")
 
 
 def _data(file: Path, *keys: str) -> list[Mapping[str, Any]]:

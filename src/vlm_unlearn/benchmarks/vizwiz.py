@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import SHORT, commonest, entries, record, ten_answers, with_answers
-from vlm_unlearn.benchmarks.vqa_text import evalai, leave_one_out, submitted
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import (
+    SHORT,
+    annotator_answers,
+    entries,
+    most_common_answer,
+    record,
+    require_answers,
+)
+from vlm_unlearn.benchmarks.vqa_text import leave_one_out, normalize_evalai, server_submission
 from vlm_unlearn.errors import quoted
 from vlm_unlearn.store import read_json
 
@@ -23,30 +30,32 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 class VizWiz(Benchmark):
     """Accuracy against ten annotators as lmms-eval counts it; a question's id is its image's name."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         found = []
         for value in entries(read_json(annotations), str(annotations), "image", "question")[:limit]:
             entry = record(annotations, "question", value["image"], value)
             image, text = entry.text("image"), entry.text("question")
-            answer = commonest(ten_answers(value, entry.where)) if "answers" in value else None
+            answer = most_common_answer(annotator_answers(value, entry.where)) if "answers" in value else None
             category = entry.optional_text("answer_type")
-            found.append(Question(image, f"{text}\n{UNANSWERABLE}\n{SHORT}", image, image, answer, category))
+            found.append(BenchmarkQuestion(image, f"{text}\n{UNANSWERABLE}\n{SHORT}", image, image, answer, category))
         return found
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         listed = entries(read_json(annotations), str(annotations), "image")
-        with_answers(listed, annotations, "answers")
+        require_answers(listed, annotations, "answers")
         return {
             str(entry["image"]): {
-                "answers": ten_answers(entry, f"{annotations}: question {quoted(entry['image'])}"),
+                "answers": annotator_answers(entry, f"{annotations}: question {quoted(entry['image'])}"),
                 "type": str(entry.get("answer_type", "")),
             }
             for entry in entries(listed, str(annotations), "answers")
         }
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        value = leave_one_out(evalai(text), [evalai(answer) for answer in truth["answers"]])
-        return Scored(id, value, id, (truth["type"],) if truth["type"] else ())
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        value = leave_one_out(normalize_evalai(text), [normalize_evalai(answer) for answer in truth["answers"]])
+        return QuestionScore(id, value, id, (truth["type"],) if truth["type"] else ())
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
-        return submitted(answers, "image")
+        return server_submission(answers, "image")

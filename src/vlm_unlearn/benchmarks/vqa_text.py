@@ -55,7 +55,7 @@ def strip_punctuation(text: str) -> str:
     return _FULL_STOP.sub("", out, count=32)
 
 
-def plain_words(text: str) -> str:
+def normalize_words(text: str) -> str:
     """Lower case, numbers as digits, no articles, contractions with their apostrophe."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
@@ -65,10 +65,10 @@ def one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def evalai(text: str) -> str:
+def normalize_evalai(text: str) -> str:
     """EvalAI's normalisation of an answer, for TextVQA and VizWiz."""
     lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return plain_words(strip_punctuation(one_line(lowered)))
+    return normalize_words(strip_punctuation(one_line(lowered)))
 
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
@@ -77,10 +77,10 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
 
-def submitted(answers: Mapping[str, str | None], key: str) -> list[dict[str, str | int]]:
+def server_submission(answers: Mapping[str, str | None], key: str) -> list[dict[str, str | int]]:
     """Answers as the servers of VQAv2, TextVQA and VizWiz take them, ``[{key: id, "answer": ...}]``, normalised as LLaVA-1.5's were."""
 
     def id_of(id: str) -> str | int:
         return int(id) if key == "question_id" and id.isdecimal() else id
 
-    return [{key: id_of(id), "answer": evalai(text or "")} for id, text in answers.items()]
+    return [{key: id_of(id), "answer": normalize_evalai(text or "")} for id, text in answers.items()]

@@ -6,9 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, Question, Scored, register
-from vlm_unlearn.benchmarks.official_files import SHORT, annotated_questions, commonest, entries, no_answers, record
-from vlm_unlearn.benchmarks.vqa_text import leave_one_out, one_line, plain_words, strip_punctuation, submitted
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
+from vlm_unlearn.benchmarks.official_files import (
+    SHORT,
+    annotated_questions,
+    answers_not_public,
+    entries,
+    most_common_answer,
+    record,
+)
+from vlm_unlearn.benchmarks.vqa_text import (
+    leave_one_out,
+    normalize_words,
+    one_line,
+    server_submission,
+    strip_punctuation,
+)
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import read_json
 
@@ -22,7 +35,9 @@ from vlm_unlearn.store import read_json
 class VQAv2(Benchmark):
     """Accuracy against ten annotators. The official code normalises texts only where the annotators disagree; by default always."""
 
-    def ask(self, annotations: Path, questions: Path | None, limit: int | None = None) -> list[Question]:
+    def read_questions(
+        self, annotations: Path, questions: Path | None, limit: int | None = None
+    ) -> list[BenchmarkQuestion]:
         first = read_json(annotations)
         if _is_questions(first):
             return list(_asked(first, annotations).values())[:limit]
@@ -40,30 +55,32 @@ class VQAv2(Benchmark):
                 )
             one = asked[id]
             found.append(
-                Question(id, one.text, one.image, one.cluster, commonest(truth["answers"]), truth["type"] or None)
+                BenchmarkQuestion(
+                    id, one.text, one.image, one.cluster, most_common_answer(truth["answers"]), truth["type"] or None
+                )
             )
         return found
 
-    def load(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
+    def read_truths(self, annotations: Path, questions: Path | None) -> Mapping[str, Any]:
         value = read_json(annotations)
         if _is_questions(value):
-            raise no_answers(annotations)
+            raise answers_not_public(annotations)
         return annotated_questions(value, annotations, "annotations")
 
-    def grade(self, id: str, truth: Any, text: str, official: bool) -> Scored:
-        return Scored(
+    def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
+        return QuestionScore(
             id, accuracy(text, truth["answers"], official), truth["image"], (truth["type"],) if truth["type"] else ()
         )
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
-        return submitted(answers, "question_id")
+        return server_submission(answers, "question_id")
 
 
 def _is_questions(value: Any) -> bool:
     return isinstance(value, dict) and "questions" in value and "annotations" not in value
 
 
-def _asked(value: Any, file: Path) -> dict[str, Question]:
+def _asked(value: Any, file: Path) -> dict[str, BenchmarkQuestion]:
     """Question id -> question, from an official questions file; COCO has one folder of images for all test splits."""
     if not _is_questions(value):
         raise UserError(f'{file}: expected {{"questions": [...]}}, VQAv2\'s questions file')
@@ -74,7 +91,9 @@ def _asked(value: Any, file: Path) -> dict[str, Question]:
         id = str(item["question_id"])
         entry = record(file, "question", id, item)
         image = entry.name("image_id")
-        found[id] = Question(id, f"{entry.text('question')}\n{SHORT}", f"COCO_{folder}_{image:0>12}.jpg", image)
+        found[id] = BenchmarkQuestion(
+            id, f"{entry.text('question')}\n{SHORT}", f"COCO_{folder}_{image:0>12}.jpg", image
+        )
     return found
 
 
@@ -82,5 +101,5 @@ def accuracy(prediction: str, answers: list[str], official: bool) -> float:
     """VQAv2's accuracy of one answer, 0 to 1."""
     prediction, answers = one_line(prediction), [one_line(answer) for answer in answers]
     if len(set(answers)) > 1 or not official:
-        prediction, *answers = (plain_words(strip_punctuation(text)) for text in (prediction, *answers))
+        prediction, *answers = (normalize_words(strip_punctuation(text)) for text in (prediction, *answers))
     return leave_one_out(prediction, answers)

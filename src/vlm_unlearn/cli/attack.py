@@ -54,13 +54,13 @@ def rewrite(
 
       vlm-unlearn attack rewrite VLGuard/test.json generate.json --trigger generate --server http://localhost:8000/v1 --model M
     """
-    from vlm_unlearn.attacks.files import FIELDS, write_attack
+    from vlm_unlearn.attacks.files import QUESTION_FIELDS, write_attack
     from vlm_unlearn.errors import Problems, UserError
     from vlm_unlearn.store import validate_not_overwriting
 
     if server and model is None:
         raise UserError("pass --model, the server's model")
-    chosen = _one_of("--kind", kind, tuple(FIELDS))
+    chosen = _one_of("--kind", kind, tuple(QUESTION_FIELDS))
     validate_not_overwriting([out], [source])
     if not source.is_file():
         raise UserError(f"{source}: no such file")
@@ -124,10 +124,10 @@ def search(
 
       vlm-unlearn attack search runs/mixed_sft VLGuard/test.json --images VLGuard/test --out searches/mixed_sft
     """
-    from vlm_unlearn.attacks.one_word import first_word_of
+    from vlm_unlearn.attacks.one_word import parse_first_word
     from vlm_unlearn.config import GenerationConfig, JudgeConfig, validate
 
-    named = [] if words is None else [first_word_of(word) for word in words.split(",")]
+    named = [] if words is None else [parse_first_word(word) for word in words.split(",")]
     generation = validate(
         GenerationConfig,
         {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "precision": precision, "seed": seed},
@@ -173,11 +173,11 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.charts.search_plot import HITS
+    from vlm_unlearn.reporting.charts.search_plot import RATE_LABELS
     from vlm_unlearn.reporting.formatting import interval, percent
 
     table = Table(box=box.SIMPLE_HEAVY)
-    for heading in ("word", HITS[report.goal], "95 % interval", "n", "rounds", "from"):
+    for heading in ("word", RATE_LABELS[report.goal], "95 % interval", "n", "rounds", "from"):
         table.add_column(heading, justify="left" if heading in ("word", "from") else "right")
     for word in report.words[:at_most]:
         table.add_row(

@@ -11,10 +11,10 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_librar
 from vlm_unlearn.cli.completion import benchmark_names
 from vlm_unlearn.cli.evaluate import answer_share
 from vlm_unlearn.cli.terminal import Commands
-from vlm_unlearn.distributed import is_first
+from vlm_unlearn.distributed import is_main_process
 
 if TYPE_CHECKING:
-    from vlm_unlearn.benchmarks import Scores
+    from vlm_unlearn.benchmarks import BenchmarkScores
     from vlm_unlearn.records import Rate
 
 benchmark_app = Commands("Utility benchmarks, asked and scored from their official files.")
@@ -42,16 +42,21 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
     if as_json:
         print_json(
             [
-                {"name": one.name, "annotations": one.source, "questions": one.second, "images": one.images}
+                {
+                    "name": one.name,
+                    "annotations": one.annotation_file,
+                    "questions": one.question_file,
+                    "images": one.image_folder,
+                }
                 for one in known
             ]
         )
         return
     for one in known:
-        typer.echo(f"{one.name}\n  --annotations  {one.source}")
-        if one.second:
-            typer.echo(f"  --questions    {one.second}")
-        typer.echo(f"  --images       {one.images}")
+        typer.echo(f"{one.name}\n  --annotations  {one.annotation_file}")
+        if one.question_file:
+            typer.echo(f"  --questions    {one.question_file}")
+        typer.echo(f"  --images       {one.image_folder}")
 
 
 @benchmark_app.command("run")
@@ -76,7 +81,7 @@ def run(
 
       vlm-unlearn benchmark run gqa model=runs/npo --annotations testdev_balanced_questions.json --images images --out gqa-npo
     """
-    from vlm_unlearn.config import Suite, override, validate
+    from vlm_unlearn.config import Suite, apply_overrides, validate
 
     asked = {
         "name": name,
@@ -86,8 +91,8 @@ def run(
         "limit": limit,
         "official": official,
     }
-    suite = validate(Suite, override({"benchmarks": [asked]}, overrides or [], Suite), "benchmark run")
-    if not is_first():
+    suite = validate(Suite, apply_overrides({"benchmarks": [asked]}, overrides or [], Suite), "benchmark run")
+    if not is_main_process():
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
@@ -101,9 +106,9 @@ def run(
     if done.scores is not None:
         _show(name, official, done.scores, as_json, files)
     elif as_json:
-        print_json({"benchmark": name, "official": official, "score": None, "reason": done.unscored, **files})
+        print_json({"benchmark": name, "official": official, "score": None, "reason": done.unscored_reason, **files})
     else:
-        typer.echo(done.unscored)
+        typer.echo(done.unscored_reason)
     if not as_json:
         typer.echo(
             f"answers in {done.predictions}"
@@ -128,18 +133,19 @@ def score(
 
       vlm-unlearn benchmark score vqav2 --predictions answers.jsonl --annotations v2_mscoco_val2014_annotations.json
     """
-    from vlm_unlearn.benchmarks import find
-    from vlm_unlearn.benchmarks import score as score_file
+    from vlm_unlearn.benchmarks import get_benchmark, score_file
 
-    _show(name, official, score_file(find(name), predictions, annotations, questions, official), as_json, {})
+    _show(name, official, score_file(get_benchmark(name), predictions, annotations, questions, official), as_json, {})
 
 
-def _show(name: str, official: bool, found: Scores, as_json: bool, files: dict[str, Any]) -> None:
+def _show(name: str, official: bool, found: BenchmarkScores, as_json: bool, files: dict[str, Any]) -> None:
     """Prints scores: the headline, the mean score where that is another number, its parts, and what couldn't be scored."""
-    from vlm_unlearn.evaluation.benchmarks import headline, mean_score
+    from vlm_unlearn.evaluation.benchmarks import headline_rate, mean_score
 
-    first, share = headline(found), mean_score(found)
-    parts = {part: mean_score(found, part) for part in sorted({part for one in found.questions for part in one.parts})}
+    first, share = headline_rate(found), mean_score(found)
+    parts = {
+        part: mean_score(found, part) for part in sorted({part for one in found.questions for part in one.subsets})
+    }
     unparsed = sum(one.unparsed for one in found.questions)
     if as_json:
         counted = {
@@ -150,7 +156,7 @@ def _show(name: str, official: bool, found: Scores, as_json: bool, files: dict[s
             "high": share.high,
             "n": share.n,
         }
-        told = {"headline": first.model_dump(), "missing": found.missing, "unparsed": unparsed, **found.numbers}
+        told = {"headline": first.model_dump(), "missing": found.missing, "unparsed": unparsed, **found.extra_metrics}
         print_json(
             {**counted, **told, "parts": {part: part_rate.model_dump() for part, part_rate in parts.items()}, **files}
         )
@@ -158,12 +164,12 @@ def _show(name: str, official: bool, found: Scores, as_json: bool, files: dict[s
     if share.value is None:
         typer.echo(f"{name}: nothing to score; {found.missing:,} questions have no answer")
         return
-    if found.ratios:
+    if found.ratio_terms:
         typer.echo(f"{name}: F1 {_percent(first)}, n = {first.n:,}")
-    typer.echo(f"{'  accuracy' if found.ratios else name}: {_percent(share)}, n = {share.n:,}")
+    typer.echo(f"{'  accuracy' if found.ratio_terms else name}: {_percent(share)}, n = {share.n:,}")
     for part, part_rate in parts.items():
         typer.echo(f"  {part}: {100 * (part_rate.value or 0):.2f} %, n = {part_rate.n:,}")
-    for key, value in found.numbers.items():
+    for key, value in found.extra_metrics.items():
         typer.echo(f"  {key}: {100 * value:.2f} %")
     if found.missing or unparsed:
         typer.echo(f"  without an answer {found.missing:,} (in no score), unparsed {unparsed:,} (wrong)")

@@ -166,13 +166,13 @@ LARGE_FILE = 8 << 20  # bytes; smaller ones are read before a bar could be looke
 @contextmanager
 def reading(stages: Stages) -> Iterator[None]:
     """Within the block, a bar for each large data file that is read, in MB."""
-    from vlm_unlearn.data.json_stream import watching
+    from vlm_unlearn.data.json_stream import reading_progress
 
     def on_read(path: Path, done: int, total: int) -> None:
         if total >= LARGE_FILE:
             stages.update(f"read {printable(path.name)} (MB)", done >> 20, total >> 20)
 
-    with watching(on_read):
+    with reading_progress(on_read):
         yield
 
 
@@ -241,10 +241,10 @@ def plain(text: str) -> str:
 
 
 def _cell(row: Row, metric: str, comparison: Comparison | None) -> str:
-    from vlm_unlearn.reporting.formatting import change, percent, published, reach
+    from vlm_unlearn.reporting.formatting import bounds, change, percent, published
 
     rate, paper = row.metrics.get(metric), published(row, metric)
-    lines = [percent(rate), f"[dim]{reach(rate).strip('[]')}[/dim]", change(comparison)]
+    lines = [percent(rate), f"[dim]{bounds(rate).strip('[]')}[/dim]", change(comparison)]
     lines += [
         f"published {percent(paper)}" if paper else "",
         f"{rate.failed} failed" if rate is not None and rate.failed else "",
@@ -264,7 +264,7 @@ def _metric_lines(row: Row, used: Sequence[Column]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from vlm_unlearn.reporting.formatting import percent, reach
+    from vlm_unlearn.reporting.formatting import bounds, percent
 
     table = Table(box=box.SIMPLE_HEAVY)
     table.add_column(plain(row.model), overflow="fold")
@@ -277,7 +277,7 @@ def _metric_lines(row: Row, used: Sequence[Column]) -> Table:
         rate = row.metrics.get(metric)
         counts = ("", "") if rate is None else (f"{rate.n:,}", f"{rate.failed:,}")
         paper = [_published(row.paper.get(metric))] if row.paper else []
-        table.add_row(plain(heading), percent(rate), reach(rate).strip("[]"), *counts, *paper)
+        table.add_row(plain(heading), percent(rate), bounds(rate).strip("[]"), *counts, *paper)
     return table
 
 
@@ -288,13 +288,13 @@ def print_verdicts(console: Console, rows: Sequence[Row], folders: Mapping[str, 
         folders: each model's evaluation.
     """
     from vlm_unlearn.evaluation.generate import saved_suite
-    from vlm_unlearn.reporting.assessment import safest_first, verdict
-    from vlm_unlearn.reporting.metric_roles import roles_of
+    from vlm_unlearn.reporting.assessment import assess, safest_first
+    from vlm_unlearn.reporting.metric_roles import assign_roles
 
-    roles = roles_of(rows, {model: saved_suite(folder) for model, folder in folders.items()})
-    for one in safest_first([verdict(row, roles) for row in rows]):
+    roles = assign_roles(rows, {model: saved_suite(folder) for model, folder in folders.items()})
+    for assessment in safest_first([assess(row, roles) for row in rows]):
         console.print(
-            printable(f"{one.model} is {one.word}: {one.text}."),
+            printable(str(assessment)),
             markup=False,
             highlight=False,
             soft_wrap=not console.is_terminal,

@@ -46,9 +46,9 @@ def benchmark_names(incomplete: str) -> list[str]:
 
 def table_names(incomplete: str) -> list[str]:
     """The tables that `vlm-unlearn table` prints."""
-    from vlm_unlearn.reporting.tables.names import PRINTED
+    from vlm_unlearn.reporting.tables.names import PRINTABLE_TABLES
 
-    return [name for name in PRINTED if name.startswith(incomplete)]
+    return [name for name in PRINTABLE_TABLES if name.startswith(incomplete)]
 
 
 def overrides_of(config: typing.Literal["Recipe", "Suite", "JudgeConfig"]) -> Callable[[str], list[str]]:

@@ -162,6 +162,6 @@ def rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: 
 
       vlm-unlearn data rmu unlearn_data/forget.json unlearn_data/forget_rmu.json
     """
-    from vlm_unlearn.data.pipeline import rmu
+    from vlm_unlearn.data.pipeline import to_rmu
 
-    _step(out, [source], strict, as_json, lambda problems: rmu(source, out, problems))
+    _step(out, [source], strict, as_json, lambda problems: to_rmu(source, out, problems))

@@ -12,7 +12,7 @@ from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
 from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
-    from vlm_unlearn.data.importers import Imported
+    from vlm_unlearn.data.importers import ImportResult
 
 import_app = Commands("Makes a training-set folder of VLGuard, SafeEraser or your own files.")
 IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
@@ -164,7 +164,7 @@ def _guard(out: Path, *inputs: str | Path | None) -> None:
     validate_not_overwriting([out / name for name in FILES], inputs)
 
 
-def _show(imported: Imported, out: Path, as_json: bool) -> None:
+def _show(imported: ImportResult, out: Path, as_json: bool) -> None:
     show_problems(imported.problems)
     if imported.text_only == sum(imported.counts.values()):
         typer.echo("warning: no example has an image; if the table names images, pass --image-column", err=True)

@@ -43,7 +43,7 @@ def select_harmful(
 
       vlm-unlearn data select-harmful train.json llava.json qwen.json --server http://localhost:8000/v1 --model JUDGE --out chosen.json
     """
-    from vlm_unlearn.data.select_harmful import questions, select
+    from vlm_unlearn.data.select_harmful import read_selection_tasks, select
     from vlm_unlearn.errors import Problems, UserError
     from vlm_unlearn.store import validate_not_overwriting
 
@@ -51,7 +51,7 @@ def select_harmful(
         raise UserError("pass --model, the judge: a server's model with --server, else a model folder")
     validate_not_overwriting([out, out.with_name(f"{out.stem}.choices.jsonl")], [source, *answers])
     problems = Problems()
-    asked, left_out = questions(source, answers, images, problems)
+    asked, left_out = read_selection_tasks(source, answers, images, problems)
     with showing(problems), Stages() as stages:
         asker = Asker(stages, "judge", server, model, concurrency, cache, max_tokens=16)
         counts = left_out + select(asked, asker, out, paper)

@@ -34,7 +34,7 @@ def table_columns(**named: str | None) -> Columns:
     from vlm_unlearn.data.formats.table import Columns
 
     given = {field: column for field, column in named.items() if column is not None}
-    return Columns(**given, named=frozenset(given))
+    return Columns(**given, required=frozenset(given))
 
 
 def label_by(name: str) -> LabelBy:
@@ -68,7 +68,7 @@ def audit(
 
       vlm-unlearn data audit VLGuard/train.json --html audit.html
     """
-    from vlm_unlearn.data.audit import audit, labelled
+    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
@@ -80,7 +80,7 @@ def audit(
         file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems
     )
     with showing(problems), Stages() as stages, reading(stages):
-        found = audit(labelled(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
+        found = audit(labeled_questions(entries, label_by(label), lambda text: corrected_refusal(text) is not None))
     if html:
         from vlm_unlearn.reporting.audit_page import write_audit_page
 
@@ -121,7 +121,7 @@ def check(
 
       vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test --processor llava-hf/llava-1.5-7b-hf
     """
-    from vlm_unlearn.data.check import Checker, Source
+    from vlm_unlearn.data.check import Checker, DataSource
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import validate_not_overwriting, write_json
 
@@ -136,9 +136,9 @@ def check(
             stages.update,
             is_refusal,
         )
-        checker.add(Source(file, images), _token_count(processor) if processor else None, max_length)
+        checker.add(DataSource(file, images), _token_count(processor) if processor else None, max_length)
         for other in against:
-            checker.add(Source(other, against_images or images, against=True))
+            checker.add(DataSource(other, against_images or images, against=True))
         report = checker.report()
     if out:
         write_json(out, report)
@@ -162,7 +162,7 @@ def _token_count(model: str) -> TokenCount:
     def count(example: Example, path: Path | None) -> tuple[int, int]:
         history = tuple((turn.question, turn.answer) for turn in example.history)
         turn = Turn(example.id, path, example.question, example.answer, history)
-        return meter.tokens(turn), meter.tokens_in_all(turn)
+        return meter.prompt_tokens(turn), meter.total_tokens(turn)
 
     return count
 

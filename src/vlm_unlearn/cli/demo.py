@@ -42,8 +42,8 @@ def demo(
     notes = status_console()
     with notes.status("loading transformers"):
         from vlm_unlearn.reporting.charts.curves import write_loss_png
-        from vlm_unlearn.reporting.formatting import meaning
-        from vlm_unlearn.reporting.provenance import seconds_of_training
+        from vlm_unlearn.reporting.demo_findings import demo_findings
+        from vlm_unlearn.reporting.provenance import training_time
         from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.store import peak_memory_mb, record_cost
         from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
@@ -69,9 +69,9 @@ def demo(
         print_json(summary.model_dump())
         return
     console = result_console()
-    console.print(RatesTable(summary, {model: seconds_of_training(run) for model, run in training.items()}))
+    console.print(RatesTable(summary, {model: training_time(run) for model, run in training.items()}))
     print_verdicts(console, summary.rows, runs)
-    for sentence in meaning(summary.rows):
+    for sentence in demo_findings(summary.rows):
         console.print(sentence, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))
     console.print(

@@ -18,7 +18,7 @@ from vlm_unlearn.cli.common import (
     status_console,
 )
 from vlm_unlearn.cli.completion import suite_keys, suite_names
-from vlm_unlearn.distributed import is_first
+from vlm_unlearn.distributed import is_main_process
 
 if TYPE_CHECKING:
     from vlm_unlearn.config import Suite
@@ -64,13 +64,13 @@ def evaluate(
     from vlm_unlearn.config import Suite, load
 
     suite = load(Suite, suite_file, overrides or [])
-    if not is_first():
+    if not is_main_process():
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
-        from vlm_unlearn.evaluation.generate import remarks
+        from vlm_unlearn.evaluation.generate import generation_notes
         from vlm_unlearn.evaluation.runner import evaluate_run
-        from vlm_unlearn.evaluation.verdicts import judge_remarks, suite_costs, validate_any_verdict
+        from vlm_unlearn.evaluation.verdicts import judging_notes, suite_costs, validate_any_verdict
         from vlm_unlearn.records import Summary
         from vlm_unlearn.reporting.report import write_report
 
@@ -79,7 +79,7 @@ def evaluate(
         bars.wait("loading the model")
         row = evaluate_run(suite, out, name or out.resolve().name, bars.update, verify_batching)
     costs = suite_costs(out, suite)
-    for remark in [*remarks(out), *judge_remarks(costs, suite)]:
+    for remark in [*generation_notes(out), *judging_notes(costs, suite)]:
         typer.echo(remark, err=True)
     with Stages() as bars:
         report = write_report(
@@ -101,17 +101,17 @@ def generate(
     from vlm_unlearn.config import Suite, load
 
     suite = load(Suite, suite_file, overrides or [])
-    if not is_first():
+    if not is_main_process():
         answer_share(suite, out)
         return
     with status_console().status("loading transformers"):
-        from vlm_unlearn.evaluation.generate import generate_run, remarks
+        from vlm_unlearn.evaluation.generate import generate_run, generation_notes
 
         quiet_libraries()
     with Stages() as bars:
         bars.wait("loading the model")
         generate_run(suite, out, bars.update, verify_batching)
-    for remark in remarks(out):
+    for remark in generation_notes(out):
         typer.echo(remark, err=True)
     typer.echo(f"answers in {out / 'responses.jsonl'}")
 

@@ -39,7 +39,7 @@ def judge_run_command(
 
       vlm-unlearn judge run evaluations/npo name=llm rubric=strongreject server=http://localhost:8000/v1 model=JUDGE --case unsafe
     """
-    from vlm_unlearn.config import JudgeConfig, override, validate
+    from vlm_unlearn.config import JudgeConfig, apply_overrides, validate
     from vlm_unlearn.evaluation.generate import save_suite, saved_suite
     from vlm_unlearn.evaluation.verdicts import (
         judge_cost,
@@ -53,7 +53,7 @@ def judge_run_command(
     done = []
     with Stages() as bars:
         if one:
-            config = validate(JudgeConfig, override({}, overrides, JudgeConfig), "judge")
+            config = validate(JudgeConfig, apply_overrides({}, overrides, JudgeConfig), "judge")
             done.append((config, judge_run(run, config, bars.update, case or None)))
         else:
             suite = saved_suite(run, overrides or [])
@@ -65,7 +65,7 @@ def judge_run_command(
         print_json([cost.model_dump() for cost in costs])
     else:
         for cost, (_, file) in zip(costs, done, strict=True):
-            typer.echo(f"{file}: {cost.words()}")
+            typer.echo(f"{file}: {cost.describe()}")
     validate_any_verdict(costs)
 
 
@@ -77,11 +77,11 @@ def _names_one_judge(overrides: list[str], cases: list[str]) -> bool:
     """
     from vlm_unlearn.config import JudgeConfig
     from vlm_unlearn.errors import UserError
-    from vlm_unlearn.evaluation.generate import REJUDGED
+    from vlm_unlearn.evaluation.generate import REJUDGEABLE_KEYS
 
     keys = {text.partition("=")[0].partition(".")[0].strip() for text in overrides}
     judges = set(JudgeConfig.model_fields) - {"paper"}
-    if keys & set(REJUDGED) - {"paper"} and keys & judges:
+    if keys & set(REJUDGEABLE_KEYS) - {"paper"} and keys & judges:
         raise UserError(
             "pass either one judge's keys (name=..., rubric=...) or the suite's (judge.model=..., paper=true), not both"
         )
@@ -136,8 +136,8 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
             [
                 {
                     "name": one.name,
-                    "version": one.head.version,
-                    "source": one.head.source,
+                    "version": one.header.version,
+                    "source": one.header.source,
                     "labels": list(one.labels),
                     "digest": one.digest,
                 }
@@ -146,7 +146,7 @@ def rubrics(as_json: bool = JSON_OPTION) -> None:
         )
         return
     for one in loaded:
-        typer.echo(f"{one.name:<14}v{one.head.version}  {'labels' if one.labels else 'score'}  {one.head.source}")
+        typer.echo(f"{one.name:<14}v{one.header.version}  {'labels' if one.labels else 'score'}  {one.header.source}")
 
 
 @judge_app.command("agreement")
@@ -165,9 +165,9 @@ def agreement_command(
 
       vlm-unlearn judge agreement evaluations/npo --human labels.csv
     """
-    from vlm_unlearn.evaluation.agreement import agreement
+    from vlm_unlearn.evaluation.agreement import judge_agreement
 
-    found = agreement(run, judge, human, positive)
+    found = judge_agreement(run, judge, human, positive)
     if as_json:
         print_json([one.model_dump() for one in found])
         return
@@ -213,10 +213,10 @@ def sheet(
       vlm-unlearn judge sheet evaluations/npo labels.csv --count 200
     """
     from vlm_unlearn.errors import UserError
-    from vlm_unlearn.evaluation.agreement import write_sheet
+    from vlm_unlearn.evaluation.agreement import export_for_labeling
     from vlm_unlearn.records import LABELS
 
     if (out.parent / "manifest.json").exists():
         raise UserError(f"{out.parent}: is a run; write the sheet somewhere else")
-    drawn = write_sheet(run, out, count, seed)
+    drawn = export_for_labeling(run, out, count, seed)
     typer.echo(f"{drawn} answers in {out}; fill the column label with {', '.join(LABELS)}")

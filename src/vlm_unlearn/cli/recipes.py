@@ -28,7 +28,7 @@ def recipes(
 
       vlm-unlearn recipes safety_mirage/npo_lora_7b > mine.yaml
     """
-    from vlm_unlearn.config import resolved as read
+    from vlm_unlearn.config import read_resolved as read
     from vlm_unlearn.config import shipped_names as all_names
     from vlm_unlearn.config import starter_text
     from vlm_unlearn.errors import UserError

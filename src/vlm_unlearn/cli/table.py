@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from vlm_unlearn.cli.completion import table_names
-from vlm_unlearn.reporting.tables.names import FORMS
+from vlm_unlearn.reporting.tables.names import TABLE_FORMATS
 
 
 def table(
@@ -18,7 +18,7 @@ def table(
     name: str = typer.Option(
         "rates",
         "--table",
-        help="rates, comparisons, published, labels, categories, shots, safety_mirage, safe_eraser, ...",
+        help="rates, comparisons, published, labels, categories, rewrites, safety_mirage, safe_eraser, ...",
         autocompletion=table_names,
     ),
     form: str = typer.Option(
@@ -26,7 +26,7 @@ def table(
         "--format",
         metavar="md|tex|csv",
         help="Markdown, LaTeX (booktabs) or CSV.",
-        autocompletion=lambda: list(FORMS),
+        autocompletion=lambda: list(TABLE_FORMATS),
     ),
     intervals: bool = typer.Option(
         True, "--intervals/--no-intervals", help="With 95 % intervals; a CSV always has them."
@@ -42,12 +42,14 @@ def table(
 
     if form == "json":
         raise UserError("table: writes no JSON; all numbers are in the runs' summary.json")
-    if form not in FORMS:
-        raise UserError(f"table: no format {quoted(form)}{nearest(form, FORMS)}; known: {', '.join(FORMS)}")
+    if form not in TABLE_FORMATS:
+        raise UserError(
+            f"table: no format {quoted(form)}{nearest(form, TABLE_FORMATS)}; known: {', '.join(TABLE_FORMATS)}"
+        )
     from vlm_unlearn.reporting.summaries import join_summaries
-    from vlm_unlearn.reporting.tables.summary_tables import named_table, written
-    from vlm_unlearn.store import without_surrogates
+    from vlm_unlearn.reporting.tables.summary_tables import named_table, render_table
+    from vlm_unlearn.store import replace_surrogates
 
-    text = without_surrogates(written(named_table(join_summaries(runs), name), form, intervals))
+    text = replace_surrogates(render_table(named_table(join_summaries(runs), name), form, intervals))
     # A CSV holds names as they are, which a terminal might act on.
     sys.stdout.write("\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text)

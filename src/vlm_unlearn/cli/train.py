@@ -81,7 +81,7 @@ def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
     Raises:
         RunError: the training failed; its loss curves are drawn, by the first process.
     """
-    from vlm_unlearn.distributed import part
+    from vlm_unlearn.distributed import destroy_process_group
     from vlm_unlearn.errors import RunError
     from vlm_unlearn.reporting.charts.curves import NOT_A_LOSS, write_loss_png
     from vlm_unlearn.training.runner import run_plan
@@ -98,7 +98,7 @@ def _run(planned: Plan, probe: Probe | None, name: str, first: bool) -> Path:
                 model = run_plan(
                     planned, on_step, probe, lambda done, total: bars.update("reference values", done, total)
                 )
-            part()
+            destroy_process_group()
         except RunError:
             if first:
                 write_loss_png(planned.recipe.output)  # they show how it went wrong
@@ -144,7 +144,7 @@ def _show_start(planned: Plan) -> None:
     console = status_console()
     console.print(_parts_table(planned.trainable))
     for line in (
-        f"reference values: {planned.source or 'none needed'}; precision {planned.precision}",
+        f"reference values: {planned.reference_strategy or 'none needed'}; precision {planned.precision}",
         _images_line(planned.prefix_sharing_unsupported_reason),
     ):
         console.print(line, markup=False, highlight=False)
@@ -209,7 +209,7 @@ def _warn_of_refusals(planned: Plan) -> None:
     answers = [example.answer for example in planned.training_set.examples["forget"]]
     refusals = sum(corrected_refusal(answer) is not None for answer in answers)
     name = planned.recipe.method.name
-    if not planned.method.unlearns and planned.method.forget_target == "given" and 2 * refusals < len(answers):
+    if not planned.method.unlearns and planned.method.forget_target == "original" and 2 * refusals < len(answers):
         typer.echo(
             f"warning: {len(answers) - refusals} of {len(answers)} forget answers are no refusals, and {name} teaches its model to give "
             f"them; import the set without --harmful-answers, or unlearn it (npo, rmu, ...)",

@@ -1,11 +1,11 @@
 """Recipes (what to train) and suites (what to measure): YAML plus dotted overrides. Unknown keys are refused."""
 
 from vlm_unlearn.config.base import Strict as Strict
+from vlm_unlearn.config.loader import apply_overrides as apply_overrides
 from vlm_unlearn.config.loader import load as load
-from vlm_unlearn.config.loader import override as override
-from vlm_unlearn.config.loader import resolved as resolved
-from vlm_unlearn.config.loader import shipped as shipped
+from vlm_unlearn.config.loader import read_resolved as read_resolved
 from vlm_unlearn.config.loader import shipped_names as shipped_names
+from vlm_unlearn.config.loader import shipped_path as shipped_path
 from vlm_unlearn.config.loader import starter_text as starter_text
 from vlm_unlearn.config.loader import validate as validate
 from vlm_unlearn.config.recipe import MethodConfig as MethodConfig

@@ -23,7 +23,7 @@ _SHIPPED = (
 )  # installed, or a source checkout
 
 
-def shipped(name: str | Path) -> Path:
+def shipped_path(name: str | Path) -> Path:
     """A recipe's or suite's file: a path, or the name of one that comes with the package, such as ``tiny/npo``."""
     path = Path(name)
     if path.is_file() or not path.name:
@@ -49,13 +49,13 @@ def load(
     Raises:
         UserError: the file is missing or not YAML, a key is unknown (the nearest right one is named), or a value is wrong.
     """
-    path = shipped(path)
+    path = shipped_path(path)
     value, bases = _read(path, (), config)
     for mark, what in _MARKS.items():
         if mark in value and mark not in config.model_fields:
             raise UserError(f"{path}: is {what}")
     where = f"{path} (extends {', '.join(bases)})" if bases else str(path)
-    return validate(config, {**override(value, overrides, config), **(values or {})}, where)
+    return validate(config, {**apply_overrides(value, overrides, config), **(values or {})}, where)
 
 
 _MARKS = {"method": "a recipe, for `vlm-unlearn train`", "metrics": "a suite, for `vlm-unlearn evaluate`"}
@@ -89,13 +89,13 @@ def _nearest_shipped(path: Path) -> str:
     return nearest(same[0] if same else str(path), names)
 
 
-def resolved(name: str | Path) -> dict[str, Any]:
+def read_resolved(name: str | Path) -> dict[str, Any]:
     """A YAML file's keys over those of the files it extends.
 
     Raises:
         UserError: as `load`.
     """
-    return _read(shipped(name), ())[0]
+    return _read(shipped_path(name), ())[0]
 
 
 def starter_text(name: str) -> str:
@@ -109,7 +109,7 @@ def starter_text(name: str) -> str:
         raise UserError(
             f"no recipe or suite {quoted(name)} is shipped{nearest(name, shipped_names())}; `vlm-unlearn recipes` lists them"
         )
-    text = shipped(name).read_text(encoding="utf-8")
+    text = shipped_path(name).read_text(encoding="utf-8")
     return re.sub(r"^extends: *(?=[\w.-]+ *$)", f"extends: {Path(name).parent}/", text, flags=re.MULTILINE)
 
 
@@ -147,7 +147,7 @@ def _read(
     if not isinstance(name, str) or not Path(name).name or not name.isprintable():
         raise UserError(f"{path}: extends: expected one name, such as `extends: npo_7b`")
     beside = path.parent / name
-    base = next((found for found in (beside, _as_yaml(beside)) if found.is_file()), shipped(name))
+    base = next((found for found in (beside, _as_yaml(beside)) if found.is_file()), shipped_path(name))
     below, bases = _read(base, (*readers, path), config)
     return _merged(below, value), [name, *bases]
 
@@ -175,7 +175,9 @@ def _renamed(config: type[BaseModel], value: Mapping[str, Any], where: str) -> d
         raise UserError(f"{where}: {error}", code="duplicate-key") from None
 
 
-def override(value: dict[str, Any], overrides: Sequence[str], config: type[BaseModel] | None = None) -> dict[str, Any]:
+def apply_overrides(
+    value: dict[str, Any], overrides: Sequence[str], config: type[BaseModel] | None = None
+) -> dict[str, Any]:
     """Applies ``key.sub=value`` overrides to a nested mapping and returns the mapping.
 
     Args:

@@ -334,7 +334,7 @@ class Suite(Strict):
                 )
         return self
 
-    def measured(self) -> list[MetricConfig]:
+    def active_metrics(self) -> list[MetricConfig]:
         """The metrics that are asked for: the published counting's with `paper_compat` only."""
         return [*self.metrics.values(), *(self.paper_metrics.values() if self.paper_compat else ())]
 

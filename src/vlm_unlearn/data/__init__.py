@@ -1,1 +1,1 @@
-"""Reads other people's data, checks it, and turns it into model inputs."""
+"""Reads and validates datasets, and encodes them as model inputs."""

@@ -1,7 +1,8 @@
-"""Asks a set's questions in other words, so that their first words no longer predict refusal.
+"""Rewrites the questions of a data set in other wordings, so that their first words no longer predict refusal.
 
-The data-side answer to Safety Mirage: each wording is given to the same share of refused and of answered questions, so that
-nothing at the beginning of a question tells them apart. Fine-tuning on the result is the baseline that unlearning must beat.
+This is the data-side answer to Safety Mirage. Each wording is used for equal shares of the refused and of the answered
+questions, so that the beginning of a question carries no information about refusal. Fine-tuning on the result is the
+baseline for unlearning.
 """
 
 from __future__ import annotations
@@ -19,45 +20,47 @@ from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
 from vlm_unlearn.data.json_stream import write_lines, write_list
-from vlm_unlearn.data.paraphrase_rules import WORDINGS, by_rule
+from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect, training_set_records
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import read_json, writing
+from vlm_unlearn.store import open_atomically, read_json
 
-# (id, question, first word) of each question -> paraphrases by id; one that is missing is made by rule
+# Takes (id, question, first word) of each question and returns paraphrases by id. The rules rewrite missing ones.
 Paraphrase = Callable[[Sequence[tuple[str, str, str]]], Mapping[str, str]]
 
 
 @dataclass
 class Slot:
-    """Where a question stands in a raw record, and what else counts: the answer, and what the file says about refusal."""
+    """The position of a question in a raw record, and the facts that decide its wording."""
 
     holder: dict[str, Any]
     key: str
     question: str
     answer: str
-    refused: bool | None
-    prefix: str = ""  # an image mark that stays before the question
-    tie: str = ""  # questions with the same tie stay the same question
-
-    def without_holder(self) -> Slot:
-        """The slot without the record around it, which would keep the whole file in memory."""
-        return replace(self, holder={})
+    refused: bool | None  # the label of the file, or None if the file contains no label
+    prefix: str = ""  # an image placeholder before the question
+    tie: str = ""  # questions with the same tie that are equal stay equal
 
 
 def paraphrase_request(question: str, word: str) -> str:
-    """The prompt that asks a model for a paraphrase; the question is fenced."""
+    """Returns the prompt that asks a model for a paraphrase, with the question between fence lines."""
     return template("paraphrase").format(word=word.capitalize(), question=question, fence=fence(question, word))
 
 
 def read_paraphrase(reply: str, question: str, word: str) -> str | None:
-    """A model's paraphrase if it is one: a single line that begins with the word and is neither empty nor much longer."""
+    """Returns the paraphrase in a model's reply, or None if it cannot be used.
+
+    A paraphrase is one line that begins with the word, is neither empty nor much longer than the question, and differs
+    from the question.
+    """
     text = reply.strip().strip('"').strip()
-    whole = "\n" not in text and first_word(text) == word and 3 <= len(text.split()) <= 3 * len(question.split()) + 20
-    return text if whole and text != question else None
+    is_valid = (
+        "\n" not in text and first_word(text) == word and 3 <= len(text.split()) <= 3 * len(question.split()) + 20
+    )
+    return text if is_valid and text != question else None
 
 
 def diversify(
@@ -72,81 +75,106 @@ def diversify(
     problems: Problems | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Writes a copy of a data file, or of a training-set folder, with every question asked in another wording.
+    """Writes a copy of a data file, or of a training-set folder, in which every question has another wording.
 
-    Wordings are dealt to refused and answered questions in equal shares, at random. The format, the order and everything besides the
-    questions stay. A decouple question stays the same as its forget question.
+    Refused and answered questions get random wordings in equal shares. The format, the order and all other content
+    stay. A decouple question stays equal to its forget question.
 
     Args:
-        words: first words to use, out of `WORDINGS`.
-        label, is_refusal: what tells refusal, as in `audit`.
-        paraphrase: asks a model; without it, and where its paraphrase can't be used, the rules rewrite.
-        on_done: told of the questions rewritten: done, in all.
+        source: The data file or training-set folder.
+        out: The file to write, in the same format, or a folder for a training set.
+        words: The first words to use, from `WORDINGS`.
+        seed: The seed of the wordings.
+        label, is_refusal: How refused questions are recognized, as in `labeled_questions`.
+        columns: The column names of a table.
+        paraphrase: Asks a model for paraphrases. Without it, and for unusable paraphrases, the rules rewrite the
+            questions. problems: Collects broken records. Without it the first one raises. on_done: Called with (done,
+            total) as questions are rewritten.
 
     Returns:
-        counts: questions, by_model, by_rule.
+        The counts ``questions``, ``by_model`` and ``by_rule``.
 
     Raises:
-        UserError: an unknown word, fewer than two words, or a file that can't be read.
+        UserError: A word is unknown, there are fewer than two words, or the file cannot be read or has no questions.
     """
     unknown = [word for word in words if word not in WORDINGS]
     if unknown or len(set(words)) < 2:
-        what = f"no wordings for {quoted(unknown[0])}" if unknown else "two words at least are needed"
-        raise UserError(f"{what}; there are {', '.join(WORDINGS)}")
+        problem = f"there are no wordings for {quoted(unknown[0])}" if unknown else "two words or more are needed"
+        message = f"{problem}. Use {', '.join(WORDINGS)}."
+        raise UserError(message, code="unknown-name" if unknown else "out-of-range", field="--words")
     columns = columns or Columns()
-    _check_form(source, out)
-    slots = [slot.without_holder() for _, found in _records(source, columns, problems) for slot in found]
-    if not slots:
-        raise UserError(f"{source}: has no questions" + (f"; {problems.summary()}" if problems else ""))
-    wordings = _deal(slots, words, seed, label, is_refusal)
-    asked = [
-        (str(index), slot.question, first_word(wording))
-        for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True))
+    _check_output_format(source, out)
+    # Without `holder`, which would keep the entire file in memory.
+    slots = [
+        replace(slot, holder={}) for _, record_slots in _records(source, columns, problems) for slot in record_slots
     ]
-    by_model = paraphrase(asked) if paraphrase else {}
-    texts: list[str] = []
-    tied: dict[tuple[str, str], str] = {}  # a pair's forget and decouple question stay one question
-    counts = Counter[str]()
-    for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True)):
-        text = by_model.get(str(index))
-        counts["by_model" if text else "by_rule"] += 1
-        text = text or by_rule(slot.question, wording)
-        texts.append(tied.setdefault((slot.tie, slot.question), text) if slot.tie else text)
-        if on_done and index % 1000 == 999:
-            on_done(index + 1, len(slots))
+    if not slots:
+        summary = f". {problems.summary()}" if problems else ""
+        raise UserError(f"has no questions{summary}", code="no-records", file=source)
+    wordings = _assign_wordings(slots, words, seed, label, is_refusal)
+    texts, counts = _rewrite(slots, wordings, paraphrase, on_done)
     _write(source, out, columns, texts)
     return {"questions": len(slots), "by_model": counts["by_model"], "by_rule": counts["by_rule"]}
 
 
-def _deal(
+def _rewrite(
+    slots: Sequence[Slot],
+    wordings: Sequence[str],
+    paraphrase: Paraphrase | None,
+    on_done: Callable[[int, int], None] | None,
+) -> tuple[list[str], Counter[str]]:
+    """Returns the new text of each question, and the numbers of texts by a model and by rule."""
+    requests = [
+        (str(index), slot.question, first_word(wording))
+        for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True))
+    ]
+    paraphrases = paraphrase(requests) if paraphrase else {}
+    texts: list[str] = []
+    text_of_tie: dict[tuple[str, str], str] = {}
+    counts = Counter[str]()
+    for index, (slot, wording) in enumerate(zip(slots, wordings, strict=True)):
+        text = paraphrases.get(str(index))
+        counts["by_model" if text else "by_rule"] += 1
+        text = text or rephrase(slot.question, wording)
+        texts.append(text_of_tie.setdefault((slot.tie, slot.question), text) if slot.tie else text)
+        if on_done and index % 1000 == 999:
+            on_done(index + 1, len(slots))
+    return texts, counts
+
+
+def _assign_wordings(
     slots: Sequence[Slot], words: Sequence[str], seed: int, label: LabelBy, is_refusal: Callable[[str], bool]
 ) -> list[str]:
-    """A wording for each question: of both kinds of questions each wording gets the same share, to within one question."""
-    known = [wording for word in dict.fromkeys(words) for wording in WORDINGS[word]]
+    """Returns a wording for each question.
+
+    Among the refused questions all wordings are equally frequent, to within one question, and so they are among the
+    answered questions.
+    """
+    wordings = [wording for word in dict.fromkeys(words) for wording in WORDINGS[word]]
     rng = random.Random(seed)
-    dealt = [""] * len(slots)
-    kinds: dict[bool, list[int]] = {False: [], True: []}
+    assigned = [""] * len(slots)
+    indices_by_label: dict[bool, list[int]] = {False: [], True: []}
     ties: set[tuple[str, str]] = set()
     for index, slot in enumerate(slots):
         if slot.tie and (slot.tie, slot.question) in ties:
-            dealt[index] = known[0]  # asked as the question that it is tied to
+            assigned[index] = wordings[0]  # not used: the question gets the text of the question that it is tied to
             continue
         ties.add((slot.tie, slot.question))
-        kinds[is_refused(slot.refused, slot.answer, label, is_refusal)].append(index)
-    for indices in kinds.values():
+        indices_by_label[is_refused(slot.refused, slot.answer, label, is_refusal)].append(index)
+    for indices in indices_by_label.values():
         rng.shuffle(indices)
-        hand: list[str] = []
+        remaining: list[str] = []
         for index in indices:
-            if not hand:
-                hand = rng.sample(known, len(known))
-            dealt[index] = hand.pop()
-    return dealt
+            if not remaining:
+                remaining = rng.sample(wordings, len(wordings))
+            assigned[index] = remaining.pop()
+    return assigned
 
 
 def _records(
     source: str | Path, columns: Columns, problems: Problems | None
 ) -> Iterator[tuple[dict[str, Any], list[Slot]]]:
-    """Raw records of a file, or of the files of a training set in turn, with their questions in order."""
+    """Yields the raw records of a file, or of all files of a training set, with their questions in order."""
     path = Path(source)
     kind = detect(source)
     if kind == "training_set":
@@ -164,17 +192,10 @@ def _records(
                 case "llava":
                     slots = _llava_slots(raw)
                 case _:
-                    named = set_of(raw, columns)
-                    refused = None if named is None else named == "forget"
-                    slots = [
-                        Slot(
-                            raw.value,
-                            columns.question,
-                            cell_text(raw, columns.question),
-                            cell_text(raw, columns.answer),
-                            refused,
-                        )
-                    ]
+                    row_set = set_of(raw, columns)
+                    refused = None if row_set is None else row_set == "forget"
+                    question, answer = cell_text(raw, columns.question), cell_text(raw, columns.answer)
+                    slots = [Slot(raw.value, columns.question, question, answer, refused)]
         except UserError as error:
             report_problem(error, problems)
             continue
@@ -183,10 +204,10 @@ def _records(
 
 def _vlguard_slots(raw: RawRecord) -> list[Slot]:
     fields = {kind: field for field, kind in vlguard.KINDS.items()}
-    found = vlguard.pairs(raw)
+    pairs = vlguard.pairs(raw)  # validates the record
     return [
         Slot(holder, fields[pair.kind], pair.question, pair.response, pair.kind != "safe")
-        for holder, pair in zip(raw.value["instr-resp"], found, strict=True)
+        for holder, pair in zip(raw.value["instr-resp"], pairs, strict=True)
     ]
 
 
@@ -205,11 +226,11 @@ def _safe_eraser_slots(raw: RawRecord) -> list[Slot]:
 def _llava_slots(raw: RawRecord) -> list[Slot]:
     conversation = llava.parse(raw)
     turns = raw.value["conversations"]
-    found = []
+    slots = []
     for number, (question, answer) in enumerate(conversation.rounds):
-        mark = llava.IMAGE_MARK if llava.IMAGE_MARK in turns[2 * number]["value"] else ""
-        found.append(Slot(turns[2 * number], "value", question, answer, None, prefix=mark))
-    return found
+        prefix = llava.IMAGE_PLACEHOLDER if llava.IMAGE_PLACEHOLDER in turns[2 * number]["value"] else ""
+        slots.append(Slot(turns[2 * number], "value", question, answer, None, prefix))
+    return slots
 
 
 def _example_slots(raw: RawRecord, name: str) -> list[Slot]:
@@ -223,12 +244,13 @@ def _example_slots(raw: RawRecord, name: str) -> list[Slot]:
 
 
 def _write(source: str | Path, out: Path, columns: Columns, texts: Sequence[str]) -> None:
-    waiting = iter(texts)
+    """Writes the records of a file with new questions, given in the order of `_records`."""
+    remaining = iter(texts)
 
     def rewritten() -> Iterator[dict[str, Any]]:
         for record, slots in _records(source, columns, Problems()):
             for slot in slots:
-                slot.holder[slot.key] = slot.prefix + next(waiting)
+                slot.holder[slot.key] = slot.prefix + next(remaining)
             yield record
 
     path = Path(source)
@@ -238,7 +260,7 @@ def _write(source: str | Path, out: Path, columns: Columns, texts: Sequence[str]
     elif suffix(out) in SEPARATORS:
         rows = list(rewritten())
         header = list(dict.fromkeys(column for row in rows for column in row))
-        with writing(out) as handle:
+        with open_atomically(out) as handle:
             writer = csv.DictWriter(handle, header, delimiter=SEPARATORS[suffix(out)])
             writer.writeheader()
             writer.writerows(rows)
@@ -248,30 +270,32 @@ def _write(source: str | Path, out: Path, columns: Columns, texts: Sequence[str]
         write_lines(out, rewritten())
 
 
-def _check_form(source: str | Path, out: Path) -> None:
-    """The same format comes out as goes in: a list or lines of JSON, or a table of text."""
-    path, kind = Path(source), detect(source)
-    if kind == "training_set":
+def _check_output_format(source: str | Path, out: Path) -> None:
+    """Checks that the output has the format of the source: JSON, delimited text, or another training-set folder."""
+    path = Path(source)
+    if detect(source) == "training_set":
         if out.exists() and out.samefile(path):
-            raise UserError(f"{out}: is the training set itself; choose another output")
+            raise UserError("is the training set itself. Choose another output.", code="output-exists", file=out)
         return
-    lines = (".jsonl", ".ndjson")
     if not path.is_file() or suffix(path) in (".parquet", ".arrow"):
-        raise UserError(
-            f"{source}: only .json, .jsonl, .csv and .tsv can be rewritten; import it, and diversify the training set"
-        )
-    allowed = (*SEPARATORS,) if suffix(path) in SEPARATORS else (".json", *lines)
+        message = "only .json, .jsonl, .csv and .tsv can be rewritten. Import the file and diversify the training set."
+        raise UserError(message, code="unsupported-setting", file=source)
+    allowed = (*SEPARATORS,) if suffix(path) in SEPARATORS else (".json", ".jsonl", ".ndjson")
     if suffix(out) not in allowed:
-        raise UserError(f"{out}: name a file that ends in {' or '.join(allowed)}, as {path.name} is one")
+        message = f"use a file name that ends in {' or '.join(allowed)}, the format of {path.name}"
+        raise UserError(message, code="unsupported-setting", file=out)
 
 
 def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any]]) -> None:
-    before = read_training_set(source)
-    examples = {role: [Example.model_validate(next(records)) for _ in found] for role, found in before.examples.items()}
-    refusals = before.refusals if "refusals.json" in before.digests else ()
+    original = read_training_set(source)
+    examples = {
+        role: [Example.model_validate(next(records)) for _ in role_examples]
+        for role, role_examples in original.examples.items()
+    }
+    refusals = original.refusals if "refusals.json" in original.digests else ()
     origin = {
         "format": "diversified",
         "of": read_json(source / "dataset.json").get("source"),
-        "sha256": dict(before.digests),
+        "sha256": dict(original.digests),
     }
-    write_training_set(out, before.images, examples, origin, refusals)
+    write_training_set(out, original.images, examples, origin, refusals)

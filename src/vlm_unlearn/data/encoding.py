@@ -1,4 +1,4 @@
-"""Turns examples into model inputs: chat template, images, labels on answer tokens only."""
+"""Encodes examples as model inputs: chat template, images, and labels on answer tokens only."""
 
 from __future__ import annotations
 
@@ -11,166 +11,199 @@ import torch
 from torch import Tensor
 
 from vlm_unlearn.data.images import image_size, open_image
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
 
 Batch = dict[str, Tensor]
-Processor = Any  # transformers.ProcessorMixin: each family has its own call signature
+Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question, ready to encode; `answer` None leaves the turn open for the model."""
+    """One question that can be encoded.
+
+    Attributes:
+        id: The id of the example, for error messages.
+        image: The image file. It belongs to the first round.
+        question: The question.
+        answer: The answer. None leaves the answer to the model.
+        history: The earlier rounds of question and answer.
+    """
 
     id: str
     image: Path | None
     question: str
     answer: str | None
-    history: tuple[tuple[str, str], ...] = ()  # the rounds before, question and answer; the image belongs to the first
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """A turn in the chat template's words, each text the beginning of the next.
+    """The text of a turn in the chat template, up to and including each answer. Each text is a prefix of the next.
 
-    Each answer is closed: by the template, or by the end-of-sequence token where the template (LLaVA-1.5's) closes nothing.
+    Each answer ends with the closing token of the template. If the template has none, as LLaVA-1.5's, the answer ends
+    with the end-of-sequence token.
+
+    Attributes:
+        before_answer: The text up to the answer of each round.
+        with_answer: The text including the answer of each round. It is one item shorter than `before_answer` if the
+            last answer is left to the model.
 
     Example:
-        with LLaVA-1.5's template, one round: ``opens = ("USER: <image>\\nWhat is it? ASSISTANT:",)`` and
-        ``closes = ("USER: <image>\\nWhat is it? ASSISTANT: A cat.</s>",)``.
+        One round in LLaVA-1.5's template: ``before_answer = ("USER: <image>\\nWhat is it? ASSISTANT:",)`` and
+        ``with_answer = ("USER: <image>\\nWhat is it? ASSISTANT: A cat.</s>",)``.
     """
 
-    opens: tuple[str, ...]  # up to each round's answer
-    closes: tuple[str, ...]  # with each round's answer; one less than `opens` where the last is left to the model
+    before_answer: tuple[str, ...]
+    with_answer: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        """The whole of it."""
-        return self.closes[-1] if len(self.closes) == len(self.opens) else self.opens[-1]
+        """The complete text."""
+        return self.with_answer[-1] if len(self.with_answer) == len(self.before_answer) else self.before_answer[-1]
 
 
 def render(processor: Processor, turn: Turn) -> Rendering:
-    """Puts a turn, with the rounds before it, through the chat template.
+    """Applies the chat template to a turn and its history.
 
     Raises:
-        UserError: a text holds the processor's image placeholder, or an answer says nothing; the record is named.
+        UserError: A text contains the image placeholder of the processor, or an answer is empty.
     """
     rounds = [*turn.history, (turn.question, turn.answer)]
     for token in _placeholders(processor):
         if any(token in (text or "") for pair in rounds for text in pair):
-            raise UserError(f'"{turn.id}": the text holds the image placeholder {token}; take it out')
+            problem = f"the text contains the image placeholder {token}. Remove it."
+            raise UserError(problem, code="placeholder-in-text", record=quoted(turn.id))
     messages: list[dict[str, Any]] = []
-    opens: list[str] = []
-    closes: list[str] = []
+    before_answer: list[str] = []
+    with_answer: list[str] = []
     for number, (question, answer) in enumerate(rounds):
         image = [{"type": "image"}] if turn.image is not None and number == 0 else []
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
-        opens.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        before_answer.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         if answer is not None:
-            said = answer.strip()
-            if not said:
-                raise UserError(f'"{turn.id}": an answer says nothing; there is nothing to train on')
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
-            # Some templates (LLaVA-1.5's) end a turn with a space; trained on, it would teach the model to go on after its answer.
-            closed = processor.apply_chat_template(messages, tokenize=False).rstrip()
+            text = answer.strip()
+            if not text:
+                raise UserError("the answer is empty", code="empty-answer", record=quoted(turn.id))
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+            # Some templates (LLaVA-1.5's) end a turn with a space. Trained on, it would teach the model to continue
+            # after its answer.
+            rendered = processor.apply_chat_template(messages, tokenize=False).rstrip()
             closing = (
-                processor.tokenizer.eos_token if closed.endswith(said) else ""
-            )  # where the template closes nothing
-            closes.append(closed + closing)
-            messages[-1] = {"role": "assistant", "content": [{"type": "text", "text": said + closing}]}
-    return Rendering(tuple(opens), tuple(closes))
+                processor.tokenizer.eos_token if rendered.endswith(text) else ""
+            )  # no closing token in the template
+            with_answer.append(rendered + closing)
+            messages[-1] = {"role": "assistant", "content": [{"type": "text", "text": text + closing}]}
+    return Rendering(tuple(before_answer), tuple(with_answer))
 
 
 def _placeholders(processor: Processor) -> list[str]:
-    """What a family reads as the place of an image or video, in the template's words and in the model's."""
-    named = (
-        "image_token",
-        "video_token",
-        "context_image_token",
-    )  # Gemma 3 and InternVL tell some by their tokenizer alone
-    found = [getattr(part, name, None) for part in (processor, processor.tokenizer) for name in named]
-    return list(dict.fromkeys(token for token in found if isinstance(token, str) and token))
+    """Returns the placeholders for images and videos, both those of the chat template and those of the model."""
+    # In Gemma 3 and InternVL, some of these attributes exist only on the tokenizer.
+    names = ("image_token", "video_token", "context_image_token")
+    tokens = [getattr(source, name, None) for source in (processor, processor.tokenizer) for name in names]
+    return list(dict.fromkeys(token for token in tokens if isinstance(token, str) and token))
 
 
 def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:
-    """Encodes turns without labels, for generation (``left``) or hidden states (``right``).
+    """Encodes turns without labels.
 
-    Returns every key that the processor made; ``input_ids`` and ``attention_mask`` are [B, S].
+    Args:
+        processor: The processor of the model.
+        turns: The turns, one per row of the batch.
+        padding_side: ``left`` for generation, ``right`` for hidden states.
+
+    Returns:
+        Every tensor of the processor. ``input_ids`` and ``attention_mask`` are [B, S].
 
     Raises:
-        UserError: turns with and without an image, and the family can't take both in one batch (mllama).
+        UserError: Only some turns have an image, and the family does not support that in one batch (mllama).
     """
-    return _call(processor, [render(processor, turn).text for turn in turns], turns, padding_side)
+    return _process(processor, [render(processor, turn).text for turn in turns], turns, padding_side)
 
 
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
-    """Encodes questions and answers, padded on the right, with ``labels`` [B, S] that are -100 off the answers.
+    """Encodes questions and answers with labels on the answer tokens, including those of earlier rounds.
 
-    Answer tokens, those of earlier rounds too, are found by tokenising the rendering with and without the answer. What doesn't fit
-    is cut at the end.
+    The answer tokens are located by comparing the tokens of the text before and after each answer. Sequences longer
+    than `max_length` are truncated at the end.
+
+    Args:
+        processor: The processor of the model.
+        turns: The turns, one per row of the batch.
+        max_length: The maximum number of tokens, including image tokens.
+
+    Returns:
+        Every tensor of the processor, padded on the right, and ``labels`` [B, S], which are -100 outside of answers.
 
     Raises:
-        UserError: a question with its image tokens leaves no room for an answer; the record is named. Also as `encode`.
+        UserError: A question with its image tokens leaves no room for an answer, or an error of `encode` occurs.
     """
     encoded = [_answer_spans(processor, turn) for turn in turns]
-    batch = _call(processor, [text for text, _, _ in encoded], turns, "right")
+    batch = _process(processor, [text for text, _, _ in encoded], turns, "right")
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
     longest = 0
     for row, (turn, (_, ids, spans)) in enumerate(zip(turns, encoded, strict=True)):
         end = int(batch["attention_mask"][row].sum())
-        shift = end - len(ids)  # the processor puts the image's tokens, all before the first answer
-        first = spans[0][0]
-        if batch["input_ids"][row, first + shift : end].tolist() != ids[first:]:
+        shift = end - len(ids)  # the number of image tokens that the processor inserted, all before the first answer
+        answer_start = spans[0][0]
+        if batch["input_ids"][row, answer_start + shift : end].tolist() != ids[answer_start:]:
             raise UserError(
-                f'example "{turn.id}": the answer is not at the end of the chat template\'s text; this template is not supported'
+                "the answer is not at the end of the encoded text. This chat template is not supported.",
+                code="unsupported-family",
+                record=quoted(turn.id),
             )
-        if first + shift >= max_length:
+        if answer_start + shift >= max_length:
             raise UserError(
-                f'example "{turn.id}": question and image take {first + shift} tokens, max_length is {max_length}; '
-                f"raise training.max_length (an image is never cut)"
+                f"question and image have {answer_start + shift} tokens, but max_length is {max_length}. "
+                "Images are never truncated. Increase training.max_length.",
+                code="question-too-long",
+                record=quoted(turn.id),
             )
         for start, stop in spans:
             batch["labels"][row, start + shift : stop + shift] = torch.tensor(ids[start:stop])
         longest = max(longest, min(end, max_length))
-    return _cut(batch, longest)
+    return _truncate(batch, longest)
 
 
 def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], list[tuple[int, int]]]:
-    """The turn's text, its tokens, and where in them the answers are, closing tokens included."""
+    """Returns the text of a turn, its tokens, and the token spans of the answers, including their closing tokens."""
     rendering = render(processor, turn)
 
-    def tokens(text: str) -> list[int]:
+    def tokenize(text: str) -> list[int]:
         ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    ids = tokens(rendering.text)
+    ids = tokenize(rendering.text)
     spans = [
-        (_common(tokens(opened), ids), _common(tokens(closed), ids))
-        for opened, closed in zip(rendering.opens, rendering.closes, strict=True)
+        (_common_prefix_length(tokenize(prompt), ids), _common_prefix_length(tokenize(completed), ids))
+        for prompt, completed in zip(rendering.before_answer, rendering.with_answer, strict=True)
     ]
     if any(start >= stop for start, stop in spans):
-        raise UserError(f'example "{turn.id}": an answer has no tokens')
+        raise UserError("an answer has no tokens", code="empty-answer", record=quoted(turn.id))
     return rendering.text, ids, spans
 
 
-def _common(part: Sequence[int], whole: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
+def _common_prefix_length(prefix: Sequence[int], ids: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids)))
 
 
 class PromptMeter:
-    """Counts the tokens of questions with their image tokens, without processing an image that is like one seen before."""
+    """Counts the tokens of turns, including image tokens.
+
+    The number of image tokens depends only on the size of an image, so that one image of each size is processed.
+    """
 
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
         self._image_tokens: dict[tuple[int, int], int] = {}
 
-    def tokens(self, turn: Turn) -> int:
-        """Tokens of the turn's rendering up to its (first) answer; an image costs what its pixel size costs."""
-        return self._count(turn, render(self._processor, turn).opens[0])
+    def prompt_tokens(self, turn: Turn) -> int:
+        """Returns the number of tokens before the first answer."""
+        return self._count(turn, render(self._processor, turn).before_answer[0])
 
-    def tokens_in_all(self, turn: Turn) -> int:
-        """Tokens of the turn's rendering, answers included."""
+    def total_tokens(self, turn: Turn) -> int:
+        """Returns the number of all tokens, including answers."""
         return self._count(turn, render(self._processor, turn).text)
 
     def _count(self, turn: Turn, text: str) -> int:
@@ -179,27 +212,27 @@ class PromptMeter:
             return count
         size = image_size(turn.image)
         if size not in self._image_tokens:
-            alone = replace(turn, answer=None, history=())
-            without = len(token_ids(self._processor, render(self._processor, alone).text))
-            encoded = encode(self._processor, [alone], padding_side="right")
-            self._image_tokens[size] = encoded["input_ids"].shape[1] - without
+            question = replace(turn, answer=None, history=())
+            text_tokens = len(token_ids(self._processor, render(self._processor, question).text))
+            encoded = encode(self._processor, [question], padding_side="right")
+            self._image_tokens[size] = encoded["input_ids"].shape[1] - text_tokens
         return count + self._image_tokens[size]
 
 
 def token_ids(processor: Processor, text: str) -> list[int]:
-    """The tokens of a rendered turn, an image's placeholder left as it is."""
+    """Returns the tokens of a rendered turn. An image placeholder is not expanded."""
     ids: list[int] = processor.tokenizer(text, add_special_tokens=_needs_special_tokens(processor, text))["input_ids"]
     return ids
 
 
 def _needs_special_tokens(processor: Processor, text: str) -> bool:
-    """Whether the tokenizer must add its own: not where the chat template has written the first one already."""
+    """Returns whether the tokenizer must add special tokens. Some chat templates already start with the first one."""
     start = processor.tokenizer.bos_token
     return start is None or not text.startswith(start)
 
 
-def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:
-    # A turn without an image has its own empty list beside the others: idefics3, smolvlm and gemma3 match lists with texts.
+def _process(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:
+    # A turn without an image gets an empty list, because idefics3, smolvlm and gemma3 expect one list per text.
     opened = {image: open_image(image) for image in dict.fromkeys(turn.image for turn in turns) if image is not None}
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
@@ -212,17 +245,20 @@ def _call(processor: Processor, texts: list[str], turns: Sequence[Turn], padding
         return_tensors="pt",
     )
     if "cross_attention_mask" in encoded and not all(images):
-        # Its cross-attention layers, left out where there is no image, attend to the empty tiles here: other answers, silently.
-        without = next(turn.id for turn in turns if turn.image is None)
+        # Without any image the cross-attention layers are skipped. In a mixed batch, rows without an image would attend
+        # to empty tiles and silently give other answers.
+        text_only = next(turn.id for turn in turns if turn.image is None)
         raise UserError(
-            f'"{without}": has no image, others of its batch have, and {type(processor).__name__} can\'t take both in one batch; '
-            "give every example of the set an image or none, or use batches of one"
+            f"has no image, but others of its batch do. {type(processor).__name__} does not support both in one "
+            "batch. Use images in all examples of the set or in none, or a batch size of 1.",
+            code="unsupported-setting",
+            record=quoted(text_only),
         )
     return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
 
 
-def _cut(batch: Batch, length: int) -> Batch:
-    """Cuts every token-aligned tensor [B, S, ...] to `length` positions; what is aligned with images stays whole."""
+def _truncate(batch: Batch, length: int) -> Batch:
+    """Truncates every token-aligned tensor [B, S, ...] to `length` positions. Image-aligned tensors are not changed."""
     rows, width = batch["input_ids"].shape
     return {
         key: value[:, :length]
@@ -233,7 +269,10 @@ def _cut(batch: Batch, length: int) -> Batch:
 
 
 def move(batch: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on a device, the processor's floating-point tensors in the model's dtype; reference values keep theirs."""
+    """Moves a batch to a device and converts the floating-point tensors of the processor to the dtype of the model.
+
+    Reference values keep their dtype.
+    """
     return {
         key: value.to(device, dtype)
         if value.is_floating_point() and not key.startswith("reference_")

@@ -1,4 +1,4 @@
-"""Finds and opens images below a root. Paths and files come from other people, so that neither is trusted."""
+"""Finds and opens images below an image root. Paths and files come from third parties and are not trusted."""
 
 from __future__ import annotations
 
@@ -13,82 +13,89 @@ from vlm_unlearn.errors import UserError, quoted
 if TYPE_CHECKING:
     from PIL import Image
 
-# What annotated image sets hold. Formats that run an interpreter or a decoder of their own (EPS, PDF, ...) are never tried.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # a telephone's MPO opens as JPEG
+# The formats of published image sets. Formats with an interpreter or an external decoder (EPS, PDF, ...) are never
+# tried.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # MPO, which some phones write, opens as JPEG
 MAX_IMAGE_SIDE = 32_768
-MAX_IMAGE_PIXELS = (
-    89_478_485  # Pillow's own line between a photograph and a decompression bomb: a quarter of a GiB as RGB
-)
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quarter of a GiB as RGB
 
-# Refused below, so that a warning would say the same twice.
+# _open raises for these images, so that Pillow's warning would only repeat the error.
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
 
 
-def resolve_image(root: Path, relative: str, where: str) -> Path:
-    """The file of an image named by a record.
+def resolve_image(root: Path, relative: str, file: str | Path | None = None, record: str | int | None = None) -> Path:
+    """Returns the file of an image that a record names.
 
     Args:
-        root: the image root.
-        relative: the path the record gives, with forward slashes.
-        where: the record, for the error: ``train.json: record 17 (line 203, "Ads_333539")``.
+        root: The image root.
+        relative: The path in the record, with forward slashes, relative to the root.
+        file: The data file that names the image, for the error.
+        record: The record that names the image, for the error, such as ``17 (line 203, "Ads_333539")``.
 
     Raises:
-        UserError: the path is absolute, leaves the root (``..`` or a link), or names no file.
+        UserError: The path is absolute, leaves the root (through ``..`` or a link), or is not a file.
     """
-    named = f"{where}: image {quoted(relative)}"
-    windows = PureWindowsPath(relative)
-    parts = PurePosixPath(relative.replace("\\", "/"))
+
+    def error(problem: str, code: str) -> UserError:
+        return UserError(f"image {quoted(relative)} {problem}", code=code, file=file, record=record)
+
+    windows_path = PureWindowsPath(relative)
+    posix_path = PurePosixPath(relative.replace("\\", "/"))
     if "\0" in relative or not relative.strip():
-        raise UserError(f"{named} is not a path")
-    if parts.is_absolute() or windows.drive or ".." in parts.parts:
-        raise UserError(f"{named} leaves the image folder {root}; paths must be relative and inside it")
+        raise error("is not a path", "invalid-field")
+    if posix_path.is_absolute() or windows_path.drive or ".." in posix_path.parts:
+        raise error(f"is outside the image folder {root}. Use a relative path inside the folder.", "image-outside-root")
     try:
-        path = (root / parts).resolve()
-        inside = path.is_relative_to(root.resolve())
-        found = path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name no file can have
-        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise UserError(f"{named}: {reason}") from None
-    if not inside:
-        raise UserError(f"{named} is a link out of the image folder {root}")
-    if not found:
-        raise UserError(f"{named} not found under {root}; correct its path, or the image folder (--images)")
+        path = (root / posix_path).resolve()
+        is_inside = path.is_relative_to(root.resolve())
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as failure:  # a loop of links, or a name that no file can have
+        reason = failure.strerror if isinstance(failure, OSError) else type(failure).__name__
+        raise error(f"cannot be opened: {reason}", "image-not-found") from None
+    if not is_inside:
+        raise error(f"is a link to a file outside the image folder {root}", "image-outside-root")
+    if not is_file:
+        raise error(f"not found under {root}. Correct the path or pass --images.", "image-not-found")
     return path
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header.
+    """Returns the width and the height of an image in pixels, from the header of its file.
 
     Raises:
-        UserError: the file is no image, or too large to be opened safely.
+        UserError: The file is not an image, or is too large to open safely.
     """
     with _open(path) as image:
         return image.size
 
 
-def open_image(path: Path, at_most: int | None = None) -> Image.Image:
-    """Opens an image as RGB; of an animation the first frame.
+def open_image(path: Path, max_side: int | None = None) -> Image.Image:
+    """Opens an image as RGB. Of an animation, the first frame is returned.
 
     Args:
-        at_most: pixels of the longer side, to which a larger image is shrunk; a JPEG is decoded no larger than needed.
+        path: The image file.
+        max_side: Maximum length of the longer side in pixels. A larger image is shrunk. A JPEG is decoded at a reduced
+            size where that is enough.
 
     Raises:
-        UserError: the file is no image, is broken or cut short, or is too large to be opened safely.
+        UserError: The file is not an image, is broken or truncated, or is too large to open safely.
     """
     with _open(path) as image:
         try:
-            if at_most is None:
+            if max_side is None:
                 return image.convert("RGB")
-            image.draft("RGB", (at_most, at_most))
+            image.draft("RGB", (max_side, max_side))
             shrunk = image.convert("RGB")
-            shrunk.thumbnail((at_most, at_most))
+            shrunk.thumbnail((max_side, max_side))
             return shrunk
-        except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise UserError(f"{path}: is a broken image ({_reason(error)})") from None
+        except Exception as error:  # the decoders raise many types of errors for broken files
+            raise UserError(
+                f"is a broken image ({type(error).__name__}). Replace the file.", code="invalid-image", file=path
+            ) from None
 
 
 def png_url(image: Image.Image) -> str:
-    """An image as a data URL, in the one format that every server and browser reads."""
+    """Returns an image as a data URL in PNG, the format that every server and browser can read."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -99,27 +106,31 @@ def _open(path: Path) -> Image.Image:
 
     try:
         if path.stat().st_size == 0:
-            raise UserError(f"{path}: is an empty file")
+            raise UserError("is an empty file. Replace it.", code="invalid-image", file=path)
         image = Image.open(path, formats=FORMATS)
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: has more than {MAX_IMAGE_PIXELS} pixels; resize it") from None
+        raise UserError(
+            f"has more than {MAX_IMAGE_PIXELS} pixels. Resize it.", code="image-too-large", file=path
+        ) from None
     except Exception as error:
-        raise UserError(f"{path}: is not an image of a known format ({', '.join(FORMATS)}; {_reason(error)})") from None
+        formats = ", ".join(FORMATS)
+        raise UserError(
+            f"is not an image of a supported format ({type(error).__name__}). Convert it to one of {formats}.",
+            code="invalid-image",
+            file=path,
+        ) from None
     width, height = image.size
     problem = None
     if width * height > MAX_IMAGE_PIXELS:
-        problem = f"has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}"
+        problem = f"has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}. Resize it."
     elif max(width, height) > MAX_IMAGE_SIDE:
-        problem = f"is {width} x {height} pixels, a side longer than {MAX_IMAGE_SIDE}"
-    elif min(width, height) < 1:
-        problem = "has no pixels"
+        problem = f"has {width} x {height} pixels, more than {MAX_IMAGE_SIDE} on a side. Resize it."
     if problem:
         image.close()
-        raise UserError(f"{path}: {problem}; resize it")
+        raise UserError(problem, code="image-too-large", file=path)
+    if min(width, height) < 1:
+        image.close()
+        raise UserError("has no pixels. Replace it.", code="invalid-image", file=path)
     return image
-
-
-def _reason(error: Exception) -> str:
-    return type(error).__name__

@@ -1,4 +1,4 @@
-"""From data files to a training-set folder, in one go: read, check, inject, split, mix, write."""
+"""Creates training sets from data files: reads, validates, injects answers, splits, mixes and writes in one step."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.json_stream import text_at
-from vlm_unlearn.data.parallel import OnDone, in_threads
-from vlm_unlearn.data.pipeline import mixed_order, places, read_answers
+from vlm_unlearn.data.parallel import OnDone, map_in_threads
+from vlm_unlearn.data.pipeline import conversation_spans, mixed_order, read_answers
 from vlm_unlearn.data.readers import detect, read_any
-from vlm_unlearn.data.training_set import PARTNERS, ROLES, write_training_set
-from vlm_unlearn.errors import Problems, UserError
+from vlm_unlearn.data.training_set import PAIRED_ROLES, ROLES, write_training_set
+from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What an import made: examples by role, pairs left out by reason, and the broken records, which were left out too."""
+class ImportResult:
+    """The result of an import.
+
+    Attributes:
+        counts: The number of examples of each role.
+        left_out: The number of pairs that were left out, by reason.
+        text_only: The number of examples without an image.
+        problems: The broken records, which were left out too.
+    """
 
     counts: dict[str, int]
     left_out: dict[str, int] = field(default_factory=dict)
-    text_only: int = 0  # examples without an image
+    text_only: int = 0
     problems: Problems = field(default_factory=Problems)
 
 
@@ -45,19 +52,25 @@ def import_vlguard(
     retain_size: int = 2000,
     seed: int = 42,
     on_done: OnDone | None = None,
-) -> Imported:
-    """Makes a training set of VLGuard: Safety Mirage's inject, split and mix in one go.
+) -> ImportResult:
+    """Creates a training set from VLGuard (the steps *inject*, *split* and *mix* of Safety Mirage).
 
     Args:
-        harmful_answers: JSON ``image -> answer`` whose answers replace the reference refusals of unsafe images (for unlearning).
-            Without it the references stay (for mixed_sft).
-        include_safe_image_unsafe: unsafe questions on safe images join the forget set.
-        external: LLaVA-format file from which retain is filled up to `retain_size`, drawn and shuffled with `seed` as Safety
-            Mirage's *mix* step does.
-        on_done: called with (images looked at, all).
+        file: VLGuard's ``train.json``.
+        images: The image root.
+        out: The folder of the training set.
+        harmful_answers: JSON ``image -> answer``. The answers replace the reference refusals of unsafe images, for
+            unlearning. Without it the reference refusals stay, for mixed_sft.
+        include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set.
+        external: A file in LLaVA's format from which the retain set is filled up to `retain_size`. The records are
+            sampled and shuffled with `seed`, as in Safety Mirage's step *mix*.
+        external_images: The image root of `external`. None uses the folder of `external`.
+        retain_size: The size of the retain set with `external`.
+        seed: The seed for `external`.
+        on_done: Called with the number of images that have been checked, and the number of all images.
 
     Raises:
-        UserError: no record can be used; nothing is written then.
+        UserError: No record is valid, or a file cannot be read. Nothing is written.
     """
     problems = Problems()
     pairs = vlguard.read_pairs(file, images, problems)
@@ -67,11 +80,11 @@ def import_vlguard(
     if harmful_answers:
         source["harmful_answers_sha256"] = digest_file(harmful_answers)
         if not split.forget and pairs:
-            raise UserError(f"{harmful_answers}: names no image of an unsafe record of {file}")
+            raise UserError(f"contains no image of an unsafe record of {file}", code="no-records", file=harmful_answers)
     roots = {"vlguard": images}
     if external:
         roots["llava"] = external_images or external.parent
-        # An image is looked for once its record is drawn: general sets are large.
+        # Only the images of sampled records are checked, because general datasets are large.
         retain = mix(retain, external, retain_size, seed, problems)
         source["external"] = {"file": external.name, "sha256": digest_file(external), "size": retain_size, "seed": seed}
     examples = {"forget": split.forget, "retain": retain, "preferred": split.preferred}
@@ -80,22 +93,25 @@ def import_vlguard(
 
 def import_safe_eraser(
     file: Path, images: Path, out: Path, refusals: Path | None = None, on_done: OnDone | None = None
-) -> Imported:
-    """Makes a training set, decouple examples included, of SafeEraser's ``all_train.json`` (and ``prompt.json`` as `refusals`)."""
+) -> ImportResult:
+    """Creates a training set from SafeEraser, including the decouple examples.
+
+    Args:
+        file: SafeEraser's ``all_train.json``.
+        images: The image root.
+        out: The folder of the training set.
+        refusals: SafeEraser's ``prompt.json``.
+        on_done: Called with the number of images that have been checked, and the number of all images.
+
+    Raises:
+        UserError: No record is valid, or a file cannot be read. Nothing is written.
+    """
     problems = Problems()
     sets = safe_eraser.examples(safe_eraser.read_safe_eraser(file, images, problems))
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
     source: dict[str, object] = {"format": "safe_eraser", "file": file.name, "sha256": digest_file(file)}
-    return _write(
-        out,
-        {"safe_eraser": images},
-        dict(zip(safe_eraser.ROLES, sets, strict=True)),
-        source,
-        problems,
-        {},
-        sentences,
-        on_done,
-    )
+    examples = dict(zip(safe_eraser.ROLES, sets, strict=True))
+    return _write(out, {"safe_eraser": images}, examples, source, problems, {}, sentences, on_done)
 
 
 def import_files(
@@ -105,24 +121,28 @@ def import_files(
     columns: Columns | None = None,
     refusals: Path | None = None,
     on_done: OnDone | None = None,
-) -> Imported:
-    """Makes a training set of your own files, one a role (``forget``, ``retain``, ``decouple``, ``preferred``), or of one table with a set
-    column.
+) -> ImportResult:
+    """Creates a training set from files in any supported format.
 
-    Of a file that knows sets itself, such as VLGuard's, only the pairs of its role are taken; the others are counted.
+    Pass one file per role (``forget``, ``retain``, ``decouple``, ``preferred``), or a table with a set column. If a
+    file has sets, as VLGuard's files do, only the pairs of the file's role are used. The others are counted.
 
     Args:
-        files: file or `datasets` name by role; under ``""`` the table whose `columns.set` names each row's role.
-        images: the image root. Images that a table itself holds are written into `out`.
+        files: The file or `datasets` name of each role. A table with a set column has the key ``""``.
+        images: The image root. Images that are stored inside a table are written to `out`.
+        out: The folder of the training set.
+        columns: The names of a table's columns.
+        refusals: SafeEraser's ``prompt.json``.
+        on_done: Called with the number of images that have been checked, and the number of all images.
 
     Raises:
-        UserError: no record can be used; nothing is written then.
+        UserError: No record is valid, or a file cannot be read. Nothing is written.
     """
-    before = out.exists()
+    existed = out.exists()
     try:
         return _import_files(files, images, out, columns, refusals, on_done)
     except UserError:
-        if not before:  # images unpacked from a table
+        if not existed:  # images from a table may have been written
             shutil.rmtree(out, ignore_errors=True)
         raise
 
@@ -134,7 +154,7 @@ def _import_files(
     columns: Columns | None,
     refusals: Path | None,
     on_done: OnDone | None,
-) -> Imported:
+) -> ImportResult:
     problems = Problems()
     left_out: dict[str, int] = {}
     examples: dict[str, list[Example]] = {role: [] for role in ROLES}
@@ -149,37 +169,45 @@ def _import_files(
             else:
                 left_out[name] = left_out.get(name, 0) + 1
     roots = {"llava": images, "table": images, "vlguard": images, "safe_eraser": images, "embedded": out / "images"}
-    used = {example.source for found in examples.values() for example in found}
+    used_sources = {example.source for role_examples in examples.values() for example in role_examples}
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
-    roots = {name: root for name, root in roots.items() if name in used}
+    roots = {name: root for name, root in roots.items() if name in used_sources}
     return _write(out, roots, examples, source, problems, left_out, sentences, on_done)
 
 
 def _entries(
     role: str, file: str | Path, images: Path, embedded: Path, columns: Columns | None, problems: Problems
 ) -> Iterable[tuple[str, Example]]:
-    """Role and example of each entry; in place of the role what is said of an entry that is of another set of the file."""
+    """Yields each example with its role, or with the reason to leave it out if it belongs to another set."""
     kind = detect(file)
     if kind == "training_set":
-        raise UserError(f"{file}: is a training set already; pass the data files it was made of")
+        raise UserError(
+            "is a training set already. Pass the data files from which it was created.",
+            code="unsupported-setting",
+            file=file,
+        )
     if kind == "table":
         columns = columns or Columns()
-        if not role:  # its rows must say where they belong
-            columns = replace(columns, named=columns.named | {"set"})
+        if not role:  # the set column determines the roles
+            columns = replace(columns, required=columns.required | {"set"})
         for row in table.read_table(file, columns, images, problems, embedded):
             yield _role_of(role, row.set, file), row.example
         return
     if not role:
-        raise UserError(f"{file}: only a table has a set column; pass the files as --forget and --retain")
+        raise UserError(
+            "only tables have a set column. Pass the files as --forget and --retain.",
+            code="unsupported-setting",
+            file=file,
+        )
     for entry in read_any(file, images, columns, problems):
         yield _role_of(role, entry.set, file), entry.example
 
 
-def _role_of(role: str, own_set: str | None, file: str | Path) -> str:
-    """The role that a file was given for, where its entry is of no set or of that one."""
+def _role_of(role: str, entry_set: str | None, file: str | Path) -> str:
+    """Returns `role` if the entry has no set or the same set, and otherwise the reason to leave it out."""
     if not role:
-        return str(own_set)
-    return role if own_set in (None, "", role) else f"{own_set} pairs of {Path(file).name}"
+        return str(entry_set)
+    return role if entry_set in (None, "", role) else f"{entry_set} pairs of {Path(file).name}"
 
 
 def _write(
@@ -191,107 +219,127 @@ def _write(
     left_out: dict[str, int],
     refusals: Sequence[str] = (),
     on_done: OnDone | None = None,
-) -> Imported:
-    """Looks at every image once, leaves out the examples whose image can't be used, and writes the rest."""
+) -> ImportResult:
+    """Opens every image once, leaves out the examples whose image is not valid, and writes the training set."""
     for root in roots.values():
         if not root.is_dir():
-            raise UserError(f"{root}: no such folder of images")
-    bad = _unusable_images(roots, examples, on_done)
-    whole = {role: _with_usable_image(_with_own_ids(found), bad, problems) for role, found in examples.items()}
-    for role, found in whole.items():
-        whole[role] = [example for example in found if example.answer.strip()]
-        if len(whole[role]) < len(found):
-            left_out = {**left_out, "empty answer": left_out.get("empty answer", 0) + len(found) - len(whole[role])}
-    left_out = {**left_out, **_drop_half_pairs(whole)}
-    for role in ("forget", "retain", *(partner for partner in PARTNERS if examples.get(partner))):
-        if not whole.get(role):
-            why = "".join(
-                [f"; left out: {count} {what}" for what, count in left_out.items()]
-                + [f"; {problems.summary()}"] * bool(problems)
+            raise UserError("no such image folder", code="not-a-folder", file=root)
+    image_errors = _image_errors(roots, examples, on_done)
+    valid = {
+        role: _with_valid_image(_with_unique_ids(role_examples), image_errors, problems)
+        for role, role_examples in examples.items()
+    }
+    for role, role_examples in valid.items():
+        valid[role] = [example for example in role_examples if example.answer.strip()]
+        empty = len(role_examples) - len(valid[role])
+        if empty:
+            left_out = {**left_out, "empty answer": left_out.get("empty answer", 0) + empty}
+    left_out = {**left_out, **_drop_incomplete_pairs(valid)}
+    for role in ("forget", "retain", *(role for role in PAIRED_ROLES if examples.get(role))):
+        if not valid.get(role):
+            reasons = "".join(f" Left out: {count} {reason}." for reason, count in left_out.items())
+            skipped = f" {problems.summary()}" if problems else ""
+            raise UserError(
+                f"the {role} set is empty. Nothing was written.{reasons}{skipped}", code="no-records", file=out
             )
-            raise UserError(f"{out}: the {role} set is empty; nothing was written{why}")
     if left_out:
         source["left_out"] = left_out
-    write_training_set(out, roots, whole, source, refusals, problems)
-    text_only = sum(example.image is None for found in whole.values() for example in found)
-    return Imported({role: len(found) for role, found in whole.items() if found}, left_out, text_only, problems)
+    write_training_set(out, roots, valid, source, refusals, problems)
+    text_only = sum(example.image is None for role_examples in valid.values() for example in role_examples)
+    counts = {role: len(role_examples) for role, role_examples in valid.items() if role_examples}
+    return ImportResult(counts, left_out, text_only, problems)
 
 
-def _unusable_images(
+def _image_errors(
     roots: Mapping[str, Path], examples: Mapping[str, Sequence[Example]], on_done: OnDone | None
-) -> dict[tuple[str, str], str]:
-    """What is wrong with each image that can't be trained on, by source and path; every image is decoded once."""
-    named = dict.fromkeys(
-        (example.source, example.image) for found in examples.values() for example in found if example.image
+) -> dict[tuple[str, str], UserError]:
+    """Decodes every image once. Returns the error of each image that is not valid, by source and path."""
+    images = dict.fromkeys(
+        (example.source, example.image)
+        for role_examples in examples.values()
+        for example in role_examples
+        if example.image
     )
-    wanted = [(source, image) for source, image in named if image]
 
-    def look(key: tuple[str, str]) -> str:
+    def image_error(key: tuple[str, str]) -> UserError | None:
         source, image = key
         try:
-            open_image(resolve_image(roots[source], image, source)).close()
+            open_image(resolve_image(roots[source], image)).close()
         except UserError as error:
-            return str(error).removeprefix(f"{source}: ")
-        return ""
+            return error
+        return None
 
-    return {key: problem for key, problem in in_threads(look, wanted, on_done) if problem}
+    return {key: error for key, error in map_in_threads(image_error, images, on_done) if error}
 
 
-def _with_usable_image(
-    examples: Sequence[Example], bad: Mapping[tuple[str, str], str], problems: Problems
+def _with_valid_image(
+    examples: Sequence[Example], image_errors: Mapping[tuple[str, str], UserError], problems: Problems
 ) -> list[Example]:
-    good = []
+    valid = []
     for example in examples:
-        problem = bad.get((example.source, example.image or ""))
-        if problem:
-            problems.add(UserError(f'example "{example.id}": {problem}'))
+        error = image_errors.get((example.source, example.image or ""))
+        if error:
+            problems.add(UserError(str(error), code=error.code, record=quoted(example.id)))
         else:
-            good.append(example)
-    return good
+            valid.append(example)
+    return valid
 
 
-def _with_own_ids(examples: Sequence[Example]) -> list[Example]:
-    """Examples of general data with ids made different: they repeat in published mixtures."""
-    seen: Counter[str] = Counter()
-    found = []
+def _with_unique_ids(examples: Sequence[Example]) -> list[Example]:
+    """Makes the ids of examples unique, except those of VLGuard and SafeEraser. Ids repeat in published mixtures."""
+    counts: Counter[str] = Counter()
+    unique = []
     for example in examples:
         if example.source not in ("vlguard", "safe_eraser"):
             name = f"{example.source}/{example.id}"
-            seen[name] += 1
-            example = example.model_copy(update={"id": name if seen[name] == 1 else f"{name}#{seen[name]}"})
-        found.append(example)
-    return found
+            counts[name] += 1
+            example = example.model_copy(update={"id": name if counts[name] == 1 else f"{name}#{counts[name]}"})
+        unique.append(example)
+    return unique
 
 
-def _drop_half_pairs(whole: dict[str, list[Example]]) -> dict[str, int]:
-    """Leaves out, in place, forget and decouple examples whose other half is missing or broken, and preferred answers to no question.
+def _drop_incomplete_pairs(examples: dict[str, list[Example]]) -> dict[str, int]:
+    """Drops, in place, examples whose counterpart is missing or broken.
 
-    A forget example without a `pair_id` has no other half to miss; one without a preferred answer stays, since dpo alone wants it.
+    With a decouple set, forget and decouple examples need each other, unless a forget example has no `pair_id`. A
+    preferred answer needs its forget example. A forget example does not need a preferred answer, because only dpo uses
+    them.
+
+    Returns:
+        The number of dropped examples under the reason, or nothing.
     """
-    before = sum(map(len, whole.values()))
-    pairs = {role: {example.pair_id for example in found} - {None} for role, found in whole.items()}
-    if whole.get("decouple"):
-        both = pairs["forget"] & pairs["decouple"]
-        whole["forget"] = [example for example in whole["forget"] if example.pair_id is None or example.pair_id in both]
-        whole["decouple"] = [example for example in whole["decouple"] if example.pair_id in both]
-    asked = {example.pair_id for example in whole["forget"]} - {None}
-    if whole.get("preferred"):
-        whole["preferred"] = [example for example in whole["preferred"] if example.pair_id in asked]
-    dropped = before - sum(map(len, whole.values()))
+    total = sum(map(len, examples.values()))
+    pair_ids = {
+        role: {example.pair_id for example in role_examples} - {None} for role, role_examples in examples.items()
+    }
+    if examples.get("decouple"):
+        complete = pair_ids["forget"] & pair_ids["decouple"]
+        examples["forget"] = [
+            example for example in examples["forget"] if example.pair_id is None or example.pair_id in complete
+        ]
+        examples["decouple"] = [example for example in examples["decouple"] if example.pair_id in complete]
+    forget_ids = {example.pair_id for example in examples["forget"]} - {None}
+    if examples.get("preferred"):
+        examples["preferred"] = [example for example in examples["preferred"] if example.pair_id in forget_ids]
+    dropped = total - sum(map(len, examples.values()))
     return {"pair without its other half": dropped} if dropped else {}
 
 
 def mix(retain: Sequence[Example], external: Path, size: int, seed: int, problems: Problems) -> list[Example]:
-    """Fills `retain` up to `size` from a LLaVA-format file of any size, then shuffles the whole (Safety Mirage's *mix*, same draws)."""
-    offered = places(external, problems)
+    """Fills `retain` up to `size` from a file in LLaVA's format and shuffles the result.
+
+    The sample is that of Safety Mirage's step *mix* with the same seed. The file can have any size.
+    """
+    spans = conversation_spans(external, problems)
     mixed = []
     with external.open("rb") as handle:
-        for index in mixed_order(len(retain), len(offered) // 2, size, seed):
+        for index in mixed_order(len(retain), len(spans) // 2, size, seed):
             if index < len(retain):
                 mixed.append(retain[index])
                 continue
-            place = index - len(retain)
-            value = json.loads(text_at(handle, offered[2 * place], offered[2 * place + 1]))
-            where = partial("{}: conversation {}".format, external.name, place)
-            mixed.append(llava.example(llava.parse(RawRecord(value, where, place), empty_answers=True), place))
+            number = index - len(retain)
+            value = json.loads(text_at(handle, spans[2 * number], spans[2 * number + 1]))
+            position = partial("{} (of the valid conversations)".format, number + 1)
+            raw = RawRecord(value, external.name, position, number)
+            mixed.append(llava.example(llava.parse(raw, empty_answers=True), number))
     return mixed

@@ -1,4 +1,4 @@
-"""JSON lists and JSON lines of any size, a record at a time: memory for one record, a place for every error."""
+"""Reads and writes JSON lists and JSON lines of any size. Only one record is in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,27 +13,37 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from vlm_unlearn.errors import UserError
-from vlm_unlearn.store import writing
+from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.store import open_atomically
 
-CHUNK = 4 << 20
+CHUNK_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
-_SPACE = re.compile(r"[ \t\n\r]*")
+_WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Item(NamedTuple):
-    """One record of a file. `error` says what is wrong with a line that is not JSON; `value` is None then."""
+    """One record of a JSON file.
 
-    number: int  # from 0
-    line: int  # the line it begins on, from 1
-    start: int  # its bytes in the file
+    Attributes:
+        number: The number of the record, counted from 0.
+        line: The line on which the record starts, counted from 1.
+        start: The position of its first byte in the file.
+        end: The position after its last byte.
+        value: The JSON value. None if `error` is set.
+        error: What is wrong with a line that is not JSON.
+        plain: Whether all texts of the record are certain to be ASCII without NUL characters.
+    """
+
+    number: int
+    line: int
+    start: int
     end: int
     value: Any
     error: str | None = None
-    plain: bool = False  # surely ASCII without NUL in all its texts
+    plain: bool = False
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -44,71 +54,81 @@ def _finite(digits: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite)
 
-
-_WATCHER: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar("watcher", default=None)
+_PROGRESS_CALLBACK: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar("progress_callback", default=None)
 
 
 @contextmanager
-def watching(on_read: Callable[[Path, int, int], None]) -> Iterator[None]:
-    """Within the block, `on_read` is told how far each file is read: file, bytes read, bytes in all."""
-    before = _WATCHER.set(on_read)
+def reading_progress(on_read: Callable[[Path, int, int], None]) -> Iterator[None]:
+    """Reports the progress of every file that is read within the block.
+
+    Args:
+        on_read: Called with the file, the number of bytes that have been read, and the size of the file in bytes.
+    """
+    token = _PROGRESS_CALLBACK.set(on_read)
     try:
         yield
     finally:
-        _WATCHER.reset(before)
+        _PROGRESS_CALLBACK.reset(token)
 
 
 def stream(path: Path) -> Iterator[Item]:
-    """The records of a JSON list or a JSON-lines file (told by the content, whatever the name), one in memory at a time.
+    """Reads the records of a JSON list or a JSON-lines file, one at a time.
 
-    A line that is not JSON is an Item with `error`, and the next line follows. In a list nothing can be found again behind a
-    syntax error, so that one raises. NaN and Infinity are syntax errors: no other JSON reader would take the file.
+    The content decides which of the two the file is, not its name. A line that is not JSON becomes an `Item` with
+    `error`, and reading continues at the next line. A syntax error in a list raises, because the next record cannot be
+    located. NaN and Infinity are syntax errors, because other JSON readers reject them.
+
+    Args:
+        path: The file.
 
     Raises:
-        UserError: the file can't be read, is neither form, or a list is broken; file and line are named.
+        UserError: The file cannot be read, is neither a list nor lines, or contains a broken list.
     """
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
-            mark = 3 if handle.read(3) == codecs.BOM_UTF8 else 0
-            handle.seek(mark)
-            items = _lines(handle, mark) if _is_lines(path, handle, mark, size) else _list(path, handle, mark)
-            watcher = _WATCHER.get()
-            if watcher is None:
+            start = 3 if handle.read(3) == codecs.BOM_UTF8 else 0
+            handle.seek(start)
+            items = _lines(handle, start) if _is_lines(path, handle, start, size) else _list(path, handle, start)
+            on_read = _PROGRESS_CALLBACK.get()
+            if on_read is None:
                 yield from items
                 return
             for item in items:
                 if item.number % 1000 == 0:
-                    watcher(path, item.end, size)
+                    on_read(path, item.end, size)
                 yield item
-            watcher(path, size, size)
+            on_read(path, size, size)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError("no such file", code="file-not-found", file=path) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        code = "not-a-file" if isinstance(error, IsADirectoryError) else "file-unreadable"
+        raise UserError(str(error.strerror), code=code, file=path) from None
 
 
 def _is_lines(path: Path, handle: BinaryIO, start: int, size: int) -> bool:
-    """A file that begins with ``[`` is a list, one that begins with ``{`` has a record a line; an empty one goes by its name."""
-    first = b""
-    while not first and handle.tell() < size:
-        first = handle.read(CHUNK).lstrip()
+    """Returns whether a file is JSON lines, which start with ``{``, and not a list, which starts with ``[``.
+
+    An empty file is JSON lines if its name ends in ``.jsonl``.
+    """
+    head = b""
+    while not head and handle.tell() < size:
+        head = handle.read(CHUNK_BYTES).lstrip()
     handle.seek(start)
-    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
-    if not first:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError("is UTF-16. Save it as UTF-8.", code="invalid-encoding", file=path)
+    if not head:
         if path.suffix == ".jsonl":
             return True
-        raise UserError(f"{path}: is empty; expected a JSON list or JSON lines")
-    if first[:1] == b"[":
+        raise UserError("is empty. Expected a JSON list or JSON lines.", code="no-records", file=path)
+    if head[:1] == b"[":
         return False
-    if first[:1] == b"{" or path.suffix == ".jsonl":
+    if head[:1] == b"{" or path.suffix == ".jsonl":
         return True
-    raise UserError(
-        f"{path}: expected a JSON list or JSON lines, found {first[:20].decode('ascii', 'backslashreplace')!r}"
-    )
+    content = quoted(head[:20].decode("ascii", "backslashreplace"))
+    raise UserError(f"expected a JSON list or JSON lines, found {content}", code="invalid-json", file=path)
 
 
 def _lines(handle: BinaryIO, start: int) -> Iterator[Item]:
@@ -123,7 +143,7 @@ def _lines(handle: BinaryIO, start: int) -> Iterator[Item]:
         error = None
         value = None
         if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
-            error = f"is longer than {MAX_RECORD_BYTES >> 20} MB"
+            error = f"the line is longer than {MAX_RECORD_BYTES >> 20} MB"
             while line and not line.endswith(b"\n"):
                 line = handle.readline(MAX_RECORD_BYTES)
                 end += len(line)
@@ -143,15 +163,26 @@ def _parse_line(line: bytes) -> tuple[Any, str | None]:
     except UnicodeDecodeError as error:
         return None, f"byte {error.start + 1} is not UTF-8 text"
     except RecursionError:
-        return None, "nested too deeply to be data"
+        return None, "nested too deeply"
     except json.JSONDecodeError as error:
-        return None, f"not JSON: {error.msg} (column {error.colno})"
+        return None, f"not valid JSON: {error.msg} (column {error.colno})"
     except ValueError as error:
-        return None, f"not JSON: {error}"
+        return None, f"not valid JSON: {error}"
 
 
 class _Window:
-    """Decoded text that moves through the file. Bytes that are not UTF-8 become lone surrogates, found later."""
+    """A window of decoded text that moves through a file.
+
+    Bytes that are not UTF-8 become lone surrogates, which the readers of the fields detect.
+
+    Attributes:
+        text: The decoded text of the window.
+        position: The current position in `text`.
+        byte: The position in the file that corresponds to `position`.
+        line: The line of `position`, counted from 1.
+        plain: Whether the window is ASCII without escapes.
+        ended: Whether the end of the file has been reached.
+    """
 
     def __init__(self, handle: BinaryIO, start: int) -> None:
         self._handle = handle
@@ -159,54 +190,57 @@ class _Window:
         self._ascii = True
         self.plain = True
         self.text = ""
-        self.place = 0  # in `text`
-        self.byte = start  # of `place` in the file
+        self.position = 0
+        self.byte = start
         self.line = 1
         self.ended = False
-        self._before = 0  # characters between the last line break and the window
+        self._column_offset = 0  # characters between the last line break and the start of the window
 
-    def column(self, place: int) -> int:
-        """The column of a place of the window, from 1."""
-        newline = self.text.rfind("\n", 0, place)
-        return place - newline if newline >= 0 else self._before + place + 1
+    def column(self, position: int) -> int:
+        """Returns the column of a position of the window, counted from 1."""
+        newline = self.text.rfind("\n", 0, position)
+        return position - newline if newline >= 0 else self._column_offset + position + 1
 
-    def more(self) -> None:
-        """Drops what was read and doubles what is left, so that a long record costs its length only a few times."""
-        left = self.text[self.place :]
-        self._before = self.column(self.place) - 1
-        raw = self._handle.read(max(CHUNK, len(left)))
+    def extend(self) -> None:
+        """Drops the text before the position and reads more.
+
+        The unread text at least doubles, so that the time for a long record grows linearly with its length.
+        """
+        unread = self.text[self.position :]
+        self._column_offset = self.column(self.position) - 1
+        raw = self._handle.read(max(CHUNK_BYTES, len(unread)))
         self.ended = not raw
-        self.text = left + self._decoder.decode(raw, final=self.ended)
+        self.text = unread + self._decoder.decode(raw, final=self.ended)
         self._ascii = self.text.isascii()
-        self.plain = self._ascii and "\\u" not in self.text  # once a window, not once a text
-        self.place = 0
+        self.plain = self._ascii and "\\u" not in self.text  # computed once per window, not once per text
+        self.position = 0
 
-    def advance(self, place: int) -> None:
-        """Moves to a later place of the window, counting bytes and lines."""
+    def advance(self, position: int) -> None:
+        """Moves to a later position of the window, and counts its bytes and lines."""
         if self._ascii:
-            self.byte += place - self.place
+            self.byte += position - self.position
         else:
-            self.byte += len(self.text[self.place : place].encode("utf-8", "surrogateescape"))
-        self.line += self.text.count("\n", self.place, place)
-        self.place = place
+            self.byte += len(self.text[self.position : position].encode("utf-8", "surrogateescape"))
+        self.line += self.text.count("\n", self.position, position)
+        self.position = position
 
     def next_char(self) -> str:
-        """Skips white space; the character there, or ``""`` at the end of the file."""
+        """Skips white space and returns the next character, or ``""`` at the end of the file."""
         while True:
-            end = _SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # matches the empty text
-            if end > self.place:
+            end = _WHITE_SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]  # matches empty text
+            if end > self.position:
                 self.advance(end)
             if end < len(self.text):
                 return self.text[end]
             if self.ended:
                 return ""
-            self.more()
+            self.extend()
 
 
 def _list(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
     window = _Window(handle, start)
     window.next_char()
-    window.advance(window.place + 1)  # the opening bracket
+    window.advance(window.position + 1)  # the opening bracket
     number = 0
     char = window.next_char()
     while char != "]":
@@ -214,46 +248,60 @@ def _list(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
         number += 1
         char = window.next_char()
         if char == ",":
-            window.advance(window.place + 1)
+            window.advance(window.position + 1)
             if window.next_char() == "]":
-                raise UserError(f"{path}: line {window.line}: a comma stands before the closing bracket")
+                raise UserError(
+                    f"line {window.line}: remove the comma before the closing bracket", code="invalid-json", file=path
+                )
         elif char != "]":
-            found = f"found {char!r}" if char else "the file ends; it was cut short"
-            raise UserError(f"{path}: line {window.line}: expected a comma or ] after record {number - 1}, {found}")
-    window.advance(window.place + 1)
+            problem = f"found {quoted(char)}" if char else "but the file ends. It is truncated."
+            raise UserError(
+                f"line {window.line}: expected a comma or ] after record {number}, {problem}",
+                code="invalid-json",
+                file=path,
+            )
+    window.advance(window.position + 1)
     if window.next_char():
-        raise UserError(f"{path}: line {window.line}: text after the end of the list")
+        raise UserError(f"line {window.line}: remove the text after the list", code="invalid-json", file=path)
 
 
 def _record(path: Path, window: _Window, number: int) -> Item:
     while True:
         try:
-            value, end = _DECODER.raw_decode(window.text, window.place)
+            value, end = _DECODER.raw_decode(window.text, window.position)
         except RecursionError:
-            raise UserError(f"{path}: line {window.line}: record {number} is nested too deeply to be data") from None
+            problem = f"line {window.line}: nested too deeply"
+            raise UserError(problem, code="invalid-json", file=path, record=number + 1) from None
         except ValueError as error:
-            # Perhaps the window ends within the record.
-            if window.ended or len(window.text) - window.place > MAX_RECORD_BYTES:
-                raise UserError(f"{path}: {_where(error, window, number)}") from None
-            window.more()
+            # The window may end within the record.
+            if window.ended or len(window.text) - window.position > MAX_RECORD_BYTES:
+                problem = _describe_syntax_error(error, window)
+                raise UserError(problem, code="invalid-json", file=path, record=number + 1) from None
+            window.extend()
             continue
-        if end < len(window.text) or window.ended:  # else a number may go on behind the window
+        if end < len(window.text) or window.ended:  # otherwise a number may continue after the window
             break
-        window.more()
+        window.extend()
     start, line = window.byte, window.line
     window.advance(end)
     return Item(number, line, start, window.byte, value, None, window.plain)
 
 
-def _where(error: ValueError, window: _Window, number: int) -> str:
+def _describe_syntax_error(error: ValueError, window: _Window) -> str:
     if isinstance(error, json.JSONDecodeError):
-        line = window.line + window.text.count("\n", window.place, error.pos)
-        return f"line {line}, column {window.column(error.pos)}: record {number} is not JSON: {error.msg}"
-    return f"line {window.line}: record {number} is not JSON: {error}"
+        line = window.line + window.text.count("\n", window.position, error.pos)
+        return f"line {line}, column {window.column(error.pos)}: not valid JSON: {error.msg}"
+    return f"line {window.line}: not valid JSON: {error}"
 
 
 def text_at(handle: BinaryIO, start: int, end: int) -> str:
-    """The JSON text at an Item's bytes, on one line."""
+    """Returns the JSON text of a record on one line.
+
+    Args:
+        handle: The open file.
+        start: `Item.start` of the record.
+        end: `Item.end` of the record.
+    """
     handle.seek(start)
     raw = handle.read(end - start)
     if b"\n" not in raw:
@@ -265,7 +313,10 @@ def text_at(handle: BinaryIO, start: int, end: int) -> str:
 
 
 def dump(value: object) -> str:
-    """A value as JSON on one line; a lone surrogate, which no UTF-8 file can hold, as the escape it came as."""
+    """Returns a value as JSON on one line.
+
+    A lone surrogate, which a UTF-8 file cannot contain, is written as an escape sequence.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode("utf-8")
@@ -275,33 +326,45 @@ def dump(value: object) -> str:
 
 
 def write_list(path: Path, records: Iterable[Any], text: Callable[[Any], str] = dump) -> int:
-    """Writes a JSON list, a record a line, never holding more than one; atomic. Returns how many records it holds.
+    """Writes a JSON list with one record per line. Only one record is in memory, and the write is atomic.
 
     Args:
-        text: a record as JSON on one line.
+        path: The output file.
+        records: The records.
+        text: Returns a record as JSON on one line.
+
+    Returns:
+        The number of records.
 
     Raises:
-        UserError: there are no records; what was there stays.
+        UserError: There are no records. An existing file stays as it is.
     """
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         handle.write("[")
         for record in records:
             handle.write(f"{',' if count else ''}\n{text(record)}")
             count += 1
         handle.write("\n]\n")
         if not count:
-            raise UserError(f"{path}: there is no record to write")
+            raise UserError("there are no records to write", code="no-records", file=path)
     return count
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> int:
-    """Writes JSON lines, otherwise as `write_list`."""
+    """Writes JSON lines. Only one record is in memory, and the write is atomic.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        UserError: There are no records. An existing file stays as it is.
+    """
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         for record in records:
             handle.write(dump(record) + "\n")
             count += 1
         if not count:
-            raise UserError(f"{path}: there is no record to write")
+            raise UserError("there are no records to write", code="no-records", file=path)
     return count

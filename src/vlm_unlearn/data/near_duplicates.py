@@ -1,4 +1,4 @@
-"""Near-duplicates across sets: questions by MinHash (datasketch), images by difference hash."""
+"""Finds near-duplicates across sets: questions by MinHash (datasketch), images by difference hash."""
 
 from __future__ import annotations
 
@@ -10,43 +10,44 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-SIMILAR = 0.8  # Jaccard similarity of the word sets of two questions
-PERMUTATIONS = 64
-NEAR_BITS = 3  # of the 64 bits of two images' hashes that may differ
+MIN_SIMILARITY = 0.8  # Jaccard similarity of the word sets of two questions
+NUM_PERMUTATIONS = 64
+MAX_BIT_DIFFERENCE = 3  # of the 64 bits of two image hashes
 _PUNCTUATION = str.maketrans(dict.fromkeys(".,?!:;\"'…¿¡。、，．？！：；“”‘’„«»()[]", " "))
 
 
 def normalize_question(question: str) -> str:
-    """The question without case, spacing and the punctuation of sentences: what two questions share that are the same.
+    """Returns the question without case, extra spaces and sentence punctuation, so that equal questions compare equal.
 
-    Signs that carry meaning stay: ``2+2``, ``C++``, vowel signs, symbols.
+    Signs that carry meaning stay, as in ``2+2`` and ``C++``, and so do vowel signs and symbols.
     """
     return " ".join(unicodedata.normalize("NFKC", question).casefold().translate(_PUNCTUATION).split())
 
 
 class NearQuestions:
-    """Finds, for a question, one that was added before and shares at least `SIMILAR` of their words."""
+    """An index of questions. Finds an indexed question with a Jaccard similarity of at least `MIN_SIMILARITY`."""
 
     def __init__(self) -> None:
         from datasketch import MinHashLSH
 
-        # 16 bands of 4: of the pairs at the threshold 2 in 10,000 are missed; what it finds too much is compared below.
-        self._index = MinHashLSH(params=(16, 4), num_perm=PERMUTATIONS)
+        # 16 bands of 4 rows miss 2 in 10,000 pairs at the threshold. `matches` removes the false candidates.
+        self._index = MinHashLSH(params=(16, 4), num_perm=NUM_PERMUTATIONS)
         self._words: list[frozenset[bytes]] = []
         self._names: list[int] = []
 
     def add(self, questions: Iterable[tuple[int, str]]) -> None:
-        """Adds named questions, as `normalised` gives them."""
+        """Adds ``(name, question)`` pairs. The questions come from `normalize_question`."""
         for name, words, sketch in _sketches(questions):
             self._index.insert(len(self._words), sketch)
             self._words.append(words)
             self._names.append(name)
 
     def matches(self, questions: Iterable[tuple[int, str]]) -> Iterator[tuple[int, int]]:
-        """``(name, name of one that was added)`` for each question that has a near one."""
+        """Yields ``(name, name of an indexed question)`` for each question with a near-duplicate in the index."""
         for name, words, sketch in _sketches(questions):
             for candidate in self._index.query(sketch):
-                if _jaccard(words, self._words[candidate]) >= SIMILAR:
+                candidate_words = self._words[candidate]
+                if len(words & candidate_words) / len(words | candidate_words) >= MIN_SIMILARITY:
                     yield name, self._names[candidate]
                     break
 
@@ -56,37 +57,38 @@ def _sketches(questions: Iterable[tuple[int, str]]) -> Iterator[tuple[int, froze
 
     for name, text in questions:
         words = frozenset(word.encode("utf-8", "replace") for word in text.split())
-        if len(words) >= 3:  # of shorter ones nearly all are near each other
-            sketch = MinHash(num_perm=PERMUTATIONS)
+        if len(words) >= 3:  # nearly all shorter questions are similar to each other
+            sketch = MinHash(num_perm=NUM_PERMUTATIONS)
             sketch.update_batch(list(words))
             yield name, words, sketch
 
 
-def _jaccard(one: frozenset[bytes], other: frozenset[bytes]) -> float:
-    return len(one & other) / len(one | other)
-
-
 def difference_hash(image: Image.Image) -> int:
-    """64 bits that a resized, recompressed or slightly brightened copy keeps: which of two neighbouring cells is brighter.
+    """Returns a 64-bit hash that survives resizing, recompression and slight brightening.
 
-    An image without any structure hashes to 0 and is near nothing.
+    Each bit compares the brightness of two neighboring cells. An image without any structure hashes to 0, which
+    `near_images` ignores.
     """
-    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
+    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
 
 
 def near_images(
-    hashes: NDArray[np.uint64], members: Mapping[str, Sequence[int]], one: str, other: str
+    hashes: NDArray[np.uint64], members: Mapping[str, Sequence[int]], left_set: str, right_set: str
 ) -> Iterator[tuple[int, int]]:
-    """For each image of the larger set one of the smaller whose hash differs in at most `NEAR_BITS` bits, where there is one.
+    """Yields at most one near-duplicate from the smaller set for each image of the larger set.
 
-    Exact: with 3 bits changed, one of 4 bands of 16 bits is unchanged, so that only images that share a band are compared.
+    Two images are near-duplicates if their hashes differ in at most `MAX_BIT_DIFFERENCE` bits. The search is exact: if
+    3 bits differ, at least one of the 4 bands of 16 bits is equal, so only images that share a band are compared.
 
     Args:
-        hashes: by image index.
-        members: the images of each set.
+        hashes: The hash of each image, by image index.
+        members: The image indices of each set.
+
+    Yields:
+        ``(index in left_set, index in right_set)``.
     """
-    small, large = sorted((one, other), key=lambda name: len(members[name]))
+    small, large = sorted((left_set, right_set), key=lambda name: len(members[name]))
     bands: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index in members[small]:
         value = int(hashes[index])
@@ -100,9 +102,9 @@ def near_images(
             near = (
                 candidate
                 for candidate in bands.get((band, value >> (16 * band) & 0xFFFF), ())
-                if candidate != index and (value ^ int(hashes[candidate])).bit_count() <= NEAR_BITS
+                if candidate != index and (value ^ int(hashes[candidate])).bit_count() <= MAX_BIT_DIFFERENCE
             )
-            found = next(near, None)
-            if found is not None:
-                yield (found, index) if small == one else (index, found)
+            match = next(near, None)
+            if match is not None:
+                yield (match, index) if small == left_set else (index, match)
                 break

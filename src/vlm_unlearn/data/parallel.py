@@ -1,4 +1,4 @@
-"""Work on many files at once: decoding an image lets go of Python's lock, so that threads use all cores."""
+"""Processes many files in threads. Decoding an image releases Python's global lock, so threads use all cores."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from typing import TypeVar
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-OnDone = Callable[[int, int], None]
+OnDone = Callable[[int, int], None]  # called with (done, total)
 
 
-def in_threads(
-    work: Callable[[Key], Value], keys: Iterable[Key], on_done: OnDone | None = None
+def map_in_threads(
+    function: Callable[[Key], Value], keys: Iterable[Key], on_done: OnDone | None = None
 ) -> Iterator[tuple[Key, Value]]:
-    """``(key, work(key))`` for each key, in order, never more than a few hundred ahead of the reader.
+    """Yields ``(key, function(key))`` for each key, in the order of `keys`.
+
+    At most 128 calls per core are pending, so `keys` may be an iterator of any length.
 
     Args:
-        on_done: called with (done, all), all being 0 where `keys` doesn't know how many it has.
+        on_done: Called with (done, total) after each result. The total is 0 if `keys` has no length.
     """
     total = len(keys) if isinstance(keys, Sized) else 0
     workers = os.cpu_count() or 1
-    waiting: deque[tuple[Key, Future[Value]]] = deque()
+    pending: deque[tuple[Key, Future[Value]]] = deque()
     done = 0
     with ThreadPoolExecutor(workers) as pool:
         for key in keys:
-            waiting.append((key, pool.submit(work, key)))
-            if len(waiting) >= 128 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
+            pending.append((key, pool.submit(function, key)))
+            if len(pending) >= 128 * workers:
+                oldest, future = pending.popleft()
+                yield oldest, future.result()
                 done += 1
                 if on_done:
                     on_done(done, total)
-        for first, future in waiting:
-            yield first, future.result()
+        for oldest, future in pending:
+            yield oldest, future.result()
             done += 1
             if on_done:
                 on_done(done, total)

@@ -1,6 +1,7 @@
-"""Safety Mirage's data steps, file to file, same seeds and same records as its published scripts (REFERENCE: VLGuard pipeline).
+"""The data steps of Safety Mirage, from file to file, with the seeds and the records of its published scripts.
 
-Every step streams its input and writes a LLaVA-format list (`inject` a VLGuard one), atomically.
+Every step streams its input and writes its output atomically. `inject` writes a VLGuard list, and all other steps write
+LLaVA-format lists.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.formats import llava, table, vlguard
-from vlm_unlearn.data.formats.fields import RawRecord, item_place, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, item_position, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
 from vlm_unlearn.data.readers import detect, read_any
@@ -30,42 +31,50 @@ def convert(
     problems: Problems | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> dict[str, int]:
-    """Any supported file in LLaVA's format, or as a table where `out` ends in .jsonl, .csv or .tsv.
+    """Converts any supported file to LLaVA's format, or to a table if `out` ends in .jsonl, .csv or .tsv.
 
-    A VLGuard record becomes one conversation; the two rounds of a safe image come in an order drawn with `seed`, one generator
-    for the file, as published.
-
-    LLaVA's format has no field for sets, categories and pairs; a table has.
+    A VLGuard record becomes one conversation. The two rounds of a safe image are shuffled with one generator for the
+    file, as published. LLaVA's format has no fields for sets, categories and pairs. A table keeps them.
 
     Args:
-        warn: takes what the user should know of the result.
+        seed: The seed of the order of the rounds.
+        columns: The column names of a table.
+        problems: Collects broken records. Without it the first one raises.
+        warn: Called with a warning about the result.
 
     Returns:
         ``{"records": ..., "turns": ...}``.
+
+    Raises:
+        UserError: The name of `out` has another ending, or the source contains no record that can be written.
     """
     if table.suffix(out) in (".jsonl", *table.SEPARATORS):
         rows = (table.Row(entry.example, entry.set or None) for entry in read_any(source, None, columns, problems))
         count = table.write_table(out, rows, problems)
         return {"records": count, "turns": 2 * count}
     if table.suffix(out) != ".json":
-        raise UserError(f"{out}: name a file that ends in .json (LLaVA), .jsonl, .csv or .tsv (tables)")
+        raise UserError(
+            "use a file name that ends in .json (LLaVA), .jsonl, .csv or .tsv (tables).",
+            code="unsupported-setting",
+            file=out,
+        )
     records = (
-        _conversations(source, seed, problems)
+        _vlguard_conversations(source, seed, problems)
         if detect(source) == "vlguard"
-        else _written(source, columns, problems, warn)
+        else _conversations(source, columns, problems, warn)
     )
     turns = 0
 
-    def counted() -> Iterator[dict[str, Any]]:
+    def count_turns() -> Iterator[dict[str, Any]]:
         nonlocal turns
         for record in records:
             turns += len(record["conversations"])
             yield record
 
-    return {"records": write_list(out, counted()), "turns": turns}
+    return {"records": write_list(out, count_turns()), "turns": turns}
 
 
-def _written(
+def _conversations(
     source: Path, columns: Columns | None, problems: Problems | None, warn: Callable[[str], None] | None
 ) -> Iterator[dict[str, Any]]:
     sets: Counter[str] = Counter()
@@ -76,26 +85,37 @@ def _written(
         except UserError as error:
             report_problem(error, problems)
     if len(sets) > 1 and warn:
-        mixed = ", ".join(f"{name or 'of no set'} {count}" for name, count in sets.items())
-        warn(f"the sets {mixed} are mixed in one file: LLaVA's format has no field for them; .jsonl and .csv keep them")
+        counts = ", ".join(f"{name or 'no set'} {count}" for name, count in sets.items())
+        warn(
+            f"the sets ({counts}) are mixed in one file, because LLaVA's format has no field for them. "
+            f"Write .jsonl or .csv to keep them."
+        )
 
 
-def _conversations(source: Path, seed: int, problems: Problems | None) -> Iterator[dict[str, Any]]:
+def _vlguard_conversations(source: Path, seed: int, problems: Problems | None) -> Iterator[dict[str, Any]]:
     rng = random.Random(seed)
     for raw, pairs in vlguard.read_records(source, None, problems):
         rounds = [(pair.question, pair.response) for pair in pairs]
         if len(rounds) == 2:
             rng.shuffle(rounds)
-        yield llava.record(_id(raw), pairs[0].image, rounds)
+        yield llava.record(_record_id(raw), pairs[0].image, rounds)
 
 
 def split(
     source: Path, out: Path, include_safe_image_unsafe: bool = False, problems: Problems | None = None
 ) -> dict[str, int]:
-    """A VLGuard file as ``forget.json`` (unsafe images) and ``retain.json`` (safe questions).
+    """Splits a VLGuard file into ``forget.json`` (unsafe images) and ``retain.json`` (safe questions).
 
     Args:
-        include_safe_image_unsafe: unsafe questions on safe images join forget.
+        out: The output folder.
+        include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set.
+        problems: Collects broken records. Without it the first one raises.
+
+    Returns:
+        The number of records of each set.
+
+    Raises:
+        UserError: A set would be empty. Nothing is written.
     """
     kinds = {
         "forget": {"unsafe"} | ({"safe_image_unsafe_question"} if include_safe_image_unsafe else set()),
@@ -103,75 +123,105 @@ def split(
     }
 
     def records(name: str) -> Iterator[dict[str, Any]]:
-        for raw, found in vlguard.read_records(source, None, Problems()):
-            for pair in found:
+        for raw, pairs in vlguard.read_records(source, None, Problems()):
+            for pair in pairs:
                 if pair.kind in kinds[name]:
-                    yield llava.record(_id(raw), pair.image, [(pair.question, pair.response)])
+                    yield llava.record(_record_id(raw), pair.image, [(pair.question, pair.response)])
 
-    # Once through the whole file to list what is broken and see that no set is empty, then once for each set: nothing is held.
-    there = {pair.kind for _, found in vlguard.read_records(source, None, problems) for pair in found}
-    for name, wanted in kinds.items():
-        if not wanted & there:
-            why = f"; {problems.summary()}" if problems else ""
-            raise UserError(f"{source}: gives no {name} record; nothing was written{why}")
+    # The first pass lists all broken records and rejects empty sets. Each set is then written in a pass of its own, so
+    # that no set has to fit into memory.
+    file_kinds = {pair.kind for _, pairs in vlguard.read_records(source, None, problems) for pair in pairs}
+    for name, set_kinds in kinds.items():
+        if not set_kinds & file_kinds:
+            raise UserError(
+                f"contains no {name} record. Nothing was written.{_summary(problems)}", code="no-records", file=source
+            )
     return {name: write_list(out / f"{name}.json", records(name)) for name in kinds}
 
 
 def inject(source: Path, answers: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
-    """A VLGuard file with chosen harmful answers (``image -> answer``) in place of the responses to unsafe images.
+    """Writes a VLGuard file in which harmful answers replace the responses to unsafe images.
 
-    A record whose image has no answer is left out with a count: its refusal is nothing to unlearn. Answers whose image no unsafe
-    record names are counted too.
+    A record whose image has no answer is left out and counted, because there is nothing to unlearn in its refusal.
+
+    Args:
+        source: A VLGuard file.
+        answers: A JSON object ``image -> answer``.
+        problems: Collects broken records. Without it the first one raises.
+
+    Returns:
+        The number of records with an injected answer (``injected``), of unchanged records (``kept``), of records that
+        were left out (``no harmful answer``), and of answers to images without an unsafe record (``unused answers``).
+
+    Raises:
+        UserError: No answer belongs to an unsafe record. Nothing is written.
     """
-    chosen = read_answers(answers)
+    answer_of_image = read_answers(answers)
     counts = {"injected": 0, "kept": 0, "no harmful answer": 0}
-    used: set[str] = set()
+    used_images: set[str] = set()
 
     def records() -> Iterator[object]:
         for raw, pairs in vlguard.read_records(source, None, problems):
+            image = pairs[0].image
             if pairs[0].kind != "unsafe":
                 counts["kept"] += 1
                 yield raw.value
-            elif chosen.get(pairs[0].image, "").strip():
+            elif answer_of_image.get(image, "").strip():
                 counts["injected"] += 1
-                used.add(pairs[0].image)
-                answered = [{**pair, "response": chosen[pairs[0].image]} for pair in raw.value["instr-resp"]]
-                yield {**raw.value, "instr-resp": answered}
+                used_images.add(image)
+                pairs_with_answer = [{**pair, "response": answer_of_image[image]} for pair in raw.value["instr-resp"]]
+                yield {**raw.value, "instr-resp": pairs_with_answer}
             else:
                 counts["no harmful answer"] += 1
-        counts["unused answers"] = len(chosen.keys() - used)
+        counts["unused answers"] = len(answer_of_image.keys() - used_images)
         if not counts["injected"]:
-            raise UserError(f"{answers}: names no image of an unsafe record of {source}; nothing was written")
+            message = f"names no image of an unsafe record of {source}. Nothing was written."
+            raise UserError(message, code="no-records", file=answers)
 
     write_list(out, records())
     return counts
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """A file ``image -> answer``."""
+    """Reads a JSON object ``image -> answer``.
+
+    Raises:
+        UserError: The file contains anything else.
+    """
     value = read_json(path)
     if not isinstance(value, dict) or not all(isinstance(answer, str) for answer in value.values()):
-        raise UserError(f"{path}: expected an object, image -> answer")
+        raise UserError("expected an object, image -> answer", code="invalid-field", file=path)
     return value
 
 
-def rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
-    """LLaVA's format with each answer appended to its question, a line break between (RMU's forget side); the gpt turn stays."""
+def to_rmu(source: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
+    """Converts a LLaVA-format file to the forget format of RMU's published script.
+
+    Each answer is appended to its question after a line break. The answer's turn stays.
+
+    Args:
+        problems: Collects broken records. Without it the first one raises.
+
+    Returns:
+        ``{"records": ...}``.
+
+    Raises:
+        UserError: There is no record to write.
+    """
 
     def records() -> Iterator[object]:
         for raw in read_objects(source, "id", problems):
             try:
                 conversation = llava.parse(raw, empty_answers=True)
                 if len(conversation.rounds) != 1:
-                    raise UserError(f"{raw.where}: {len(conversation.rounds)} rounds; RMU's format has one")
+                    message = f"has {len(conversation.rounds)} rounds, but RMU's format has one"
+                    raise raw.error(message, "invalid-field", "conversations")
             except UserError as error:
                 report_problem(error, problems)
                 continue
-            asked, answered = raw.value["conversations"]
-            yield {
-                **raw.value,
-                "conversations": [{**asked, "value": f"{asked['value']}\n{answered['value']}"}, answered],
-            }
+            question, answer = raw.value["conversations"]
+            question_and_answer = {**question, "value": f"{question['value']}\n{answer['value']}"}
+            yield {**raw.value, "conversations": [question_and_answer, answer]}
 
     return {"records": write_list(out, records())}
 
@@ -184,70 +234,91 @@ def mix(
     seed: int = 42,
     problems: Problems | None = None,
 ) -> dict[str, int]:
-    """Fills a LLaVA-format retain set up to `size` with a draw from another, then shuffles the whole.
+    """Fills a LLaVA-format retain set up to `size` records with a sample of another file, then shuffles all records.
 
-    The draw is ``random.sample`` with `seed` over the external records, as published; of a file of any size only the places
-    of its records are held in memory. An external set that is too small is used whole.
+    The sample is ``random.sample`` with `seed` over the external records, as published. If the external set is too
+    small, all its records are used. Only the byte positions of the records are held in memory.
+
+    Args:
+        problems: Collects broken records. Without it the first one raises.
+
+    Returns:
+        The number of records of the mixed set (``records``), of retain records (``retain``), of sampled records
+        (``drawn``) and of all external records (``external``).
+
+    Raises:
+        UserError: `size` is below 1, or a file contains no conversation.
     """
     if size < 1:
-        raise UserError(f"size must be 1 or more, not {size}")
-    kept, offered = places(retain, problems), places(external, problems)
-    own, others = len(kept) // 2, len(offered) // 2
-    order = mixed_order(own, others, size, seed)
-    with retain.open("rb") as first, external.open("rb") as second:
+        raise UserError(f"size must be 1 or more, not {size}", code="out-of-range")
+    retain_spans, external_spans = conversation_spans(retain, problems), conversation_spans(external, problems)
+    retain_count, external_count = len(retain_spans) // 2, len(external_spans) // 2
+    order = mixed_order(retain_count, external_count, size, seed)
+    with retain.open("rb") as retain_handle, external.open("rb") as external_handle:
 
         def text(index: int) -> str:
-            known, handle, place = (kept, first, index) if index < own else (offered, second, index - own)
-            return text_at(handle, known[2 * place], known[2 * place + 1])
+            spans, handle = (retain_spans, retain_handle)
+            if index >= retain_count:
+                index, spans, handle = index - retain_count, external_spans, external_handle
+            return text_at(handle, spans[2 * index], spans[2 * index + 1])
 
         count = write_list(out, order, text)
-    return {"records": count, "retain": own, "drawn": count - own, "external": others}
+    return {"records": count, "retain": retain_count, "drawn": count - retain_count, "external": external_count}
 
 
-def mixed_order(own: int, others: int, size: int, seed: int) -> list[int]:
-    """The order of a mixed set: indices below `own` are the retain set's, those above the external set's.
+def mixed_order(retain_count: int, external_count: int, size: int, seed: int) -> list[int]:
+    """Returns the order of a mixed set.
 
-    A sample of the external records fills up to `size`, appended, the whole shuffled, all with one generator, as published. A
-    retain set that is large enough already is only shuffled; an external set that is too small is used whole.
+    Indices below `retain_count` are retain records, and the indices above are external records. A sample of the
+    external records that fills up to `size` is appended to the retain records, and the result is shuffled, all with
+    one generator, as published. A retain set that is large enough is only shuffled. If the external set is too small,
+    all its records are used.
     """
     rng = random.Random(seed)
-    drawn = rng.sample(range(others), min(max(0, size - own), others))
-    order = [*range(own), *(own + index for index in drawn)]
+    sample = rng.sample(range(external_count), min(max(0, size - retain_count), external_count))
+    order = [*range(retain_count), *(retain_count + index for index in sample)]
     rng.shuffle(order)
     return order
 
 
-def places(path: Path, problems: Problems | None) -> array[int]:
-    """Start and end byte of every record that is a conversation.
+def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
+    """Returns the start and end byte of every conversation of a LLaVA-format file, one after the other.
+
+    Args:
+        problems: Collects broken records. Without it the first one raises.
 
     Raises:
-        UserError: there is none, or a record is broken and `problems` is None.
+        UserError: There is no conversation, or a record is broken and `problems` is None.
     """
-    found = array("Q")
+    spans = array("Q")
     for item in stream(path):
-        problem = None if llava.is_complete(item.value, item.plain) else _problem(path, item)
+        problem = None if llava.is_complete(item.value, item.plain) else _find_problem(path, item)
         if problem is None:
-            found.extend((item.start, item.end))
+            spans.extend((item.start, item.end))
         else:
             report_problem(problem, problems)
-    if not found:
-        raise UserError(f"{path}: holds no conversation" + (f"; {problems.messages[0]}" if problems else ""))
-    return found
+    if not spans:
+        raise UserError(f"contains no conversation.{_summary(problems)}", code="no-records", file=path)
+    return spans
 
 
-def _problem(path: Path, item: Item) -> UserError | None:
-    """What is wrong with a record, if anything."""
-    place = partial(item_place, path, item, "id")
+def _find_problem(path: Path, item: Item) -> UserError | None:
+    """Returns the error of a broken record, or None. Empty answers are allowed, as published: VLGuard contains one."""
+    position = partial(item_position, item, "id")
     if item.error:
-        return UserError(f"{place()}: {item.error}")
+        return UserError(item.error, code="invalid-json", file=path.name, record=position())
     try:
-        llava.parse(RawRecord(item.value, place, item.number), empty_answers=True)  # as published: VLGuard has one
+        llava.parse(RawRecord(item.value, path.name, position, item.number), empty_answers=True)
     except UserError as error:
         return error
     return None
 
 
-def _id(raw: RawRecord) -> str:
-    """The record's id as the file has it."""
-    found = raw.value.get("id")
-    return raw.value["image"] if found is None else found  # type: ignore[no-any-return]
+def _summary(problems: Problems | None) -> str:
+    return f" {problems.summary()}" if problems else ""
+
+
+def _record_id(raw: RawRecord) -> str:
+    """Returns the record's id as it is in the file, or its image."""
+    record_id = raw.value.get("id")
+    return raw.value["image"] if record_id is None else record_id  # type: ignore[no-any-return]

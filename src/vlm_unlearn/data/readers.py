@@ -1,4 +1,4 @@
-"""Any supported file as examples: the format is told by the content, so that check, audit and diversify work on all of them."""
+"""Reads any supported data file as examples. The format is detected from the content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import stream
-from vlm_unlearn.data.training_set import ROLES, describe
+from vlm_unlearn.data.training_set import ROLES, read_dataset_json
 from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Example, Kind
 from vlm_unlearn.store import describe_path
@@ -24,7 +24,7 @@ VLGUARD_SETS: dict[Kind, str] = {
     "safe": "retain",
     "safe_image_unsafe_question": "safe_image_unsafe",
 }
-_MARKS: dict[str, Format] = {
+_IDENTIFYING_KEYS: dict[str, Format] = {
     "instr-resp": "vlguard",
     "unsafe_pairs": "safe_eraser",
     "SDImage_path": "safe_eraser",
@@ -34,67 +34,78 @@ _MARKS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One question of a data file."""
+    """One question of a data file.
+
+    Attributes:
+        example: The question with its answer.
+        set: The set of the question, such as forget, retain or decouple. Empty if the format has no sets.
+        refused: Whether safety fine-tuning on this file trains the model to refuse the question. None if only the
+            answer can tell.
+    """
 
     example: Example
-    set: str  # forget, retain, decouple, or "" where the format knows no sets
-    refused: (
-        bool | None
-    )  # whether a model that learns this file by safety fine-tuning refuses it; None: only the answer tells
+    set: str
+    refused: bool | None
 
 
 def detect(source: str | Path) -> Format:
-    """The format of a file or folder.
+    """Returns the format of a file or folder.
 
     Raises:
-        UserError: there is no such file, or it holds no record.
+        UserError: The file does not exist or contains no records, or the folder is not a training set.
     """
     path = Path(source)
     if (path / "dataset.json").is_file():
         return "training_set"
     if path.is_dir() and (path / "forget.jsonl").exists():
-        raise UserError(f"{path}: is a training set without dataset.json; its import was cut short, run it again")
+        raise UserError(
+            "is a training set without dataset.json, because its import did not finish. Run the import again.",
+            code="run-unfinished",
+            file=path,
+        )
     if path.is_dir() and describe_path(path):
-        raise UserError(f"{path}: is no data file and no training set{describe_path(path)}")
-    json_named = table.suffix(path) in (".json", ".jsonl", ".ndjson")
-    others = (*table.SEPARATORS, ".parquet", ".arrow", ".xlsx", ".xls", ".ods")
-    if not json_named and (not path.is_file() or table.suffix(path) in others):
+        problem = f"is neither a data file nor a training set{describe_path(path)}"
+        raise UserError(problem, code="not-a-file", file=path)
+    is_json = table.suffix(path) in (".json", ".jsonl", ".ndjson")
+    table_suffixes = (*table.SEPARATORS, ".parquet", ".arrow", ".xlsx", ".xls", ".ods")
+    if not is_json and (not path.is_file() or table.suffix(path) in table_suffixes):
         return "table"
-    found = False
+    has_objects = False
     for item in stream(path):
         if isinstance(item.value, dict):
-            found = True
-            for mark, name in _MARKS.items():
-                if mark in item.value:
-                    return name
-        if item.number >= 100:  # one odd record at the head doesn't change what the file is
+            has_objects = True
+            for key, format_name in _IDENTIFYING_KEYS.items():
+                if key in item.value:
+                    return format_name
+        if item.number >= 100:  # a few broken records at the start do not change the format
             break
-    if found:
+    if has_objects:
         return "table"
-    raise UserError(f"{path}: holds no record")
+    raise UserError("contains no records", code="no-records", file=path)
 
 
 def read_any(
     source: str | Path, images: Path | None = None, columns: Columns | None = None, problems: Problems | None = None
 ) -> Iterator[Entry]:
-    """The questions of a file or training-set folder, one at a time, in file order.
+    """Reads the questions of a file or training set, one at a time, in file order.
 
-    VLGuard's unsafe questions count as refused, those on safe images too: its reference answers refuse both. Those on safe images are
-    a set of their own, ``safe_image_unsafe``, which `import` and `split` leave out unless asked.
-    SafeEraser's benign-image questions are its decouple set, to be answered.
+    VLGuard's unsafe questions count as refused, also those about safe images, because its reference answers refuse
+    both. The unsafe questions about safe images form the set ``safe_image_unsafe``, which `import` and `split` leave
+    out by default. SafeEraser's questions about benign images form its decouple set. They are to be answered.
 
     Args:
-        images: the image root, where the images' presence is to be checked.
-        columns: a table's columns.
-        problems: takes broken records; without it the first one raises.
+        source: A file, a training set, or the name of a dataset on the hub.
+        images: The image root. None skips the check of the image files.
+        columns: The names of a table's columns.
+        problems: Collects broken records. Without it the first one raises.
 
     Raises:
-        UserError: the file can't be read; a broken record where `problems` is None.
+        UserError: The file cannot be read, or `problems` is None and a record is broken.
     """
     path = Path(source)
     match detect(source):
         case "training_set":
-            yield from _training_set(path, problems)
+            yield from _read_training_set_entries(path, problems)
         case "vlguard":
             for _, pairs in vlguard.read_records(path, images, problems):
                 for example, kind in ((vlguard.example(pair), pair.kind) for pair in pairs):
@@ -112,19 +123,19 @@ def read_any(
                 yield Entry(row.example, row.set or "", None if row.set is None else row.set in ("forget", "preferred"))
 
 
-def _training_set(folder: Path, problems: Problems | None) -> Iterator[Entry]:
+def _read_training_set_entries(folder: Path, problems: Problems | None) -> Iterator[Entry]:
     for name, raw in training_set_records(folder, problems):
         try:
             yield Entry(Example.model_validate(raw.value), name, name in ("forget", "preferred"))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(quoted(part)[1:-1] for part in first["loc"])
-            report_problem(UserError(f"{raw.where}: {field}: {first['msg']}"), problems)
+            details = error.errors()[0]
+            field = ".".join(quoted(key)[1:-1] for key in details["loc"])
+            report_problem(raw.error(details["msg"], "invalid-field", field), problems)
 
 
 def training_set_records(folder: Path, problems: Problems | None) -> Iterator[tuple[str, RawRecord]]:
-    """The set and the raw record of each line of a training set's files, those that its dataset.json lists."""
-    listed = describe(folder)[1]
+    """Yields the set and the raw record of each line in the files that the ``dataset.json`` of a training set lists."""
+    listed = read_dataset_json(folder)[1]
     for name in ROLES:
         if f"{name}.jsonl" in listed:
             for raw in read_objects(folder / f"{name}.jsonl", "id", problems):
@@ -132,15 +143,20 @@ def training_set_records(folder: Path, problems: Problems | None) -> Iterator[tu
 
 
 def image_roots(source: str | Path, images: Path | None) -> dict[str, Path]:
-    """The image root of each `Example.source` of a file: `images`, else what a training set says of itself, else the file's folder.
+    """Returns the image root of each `Example.source` of a file.
+
+    Args:
+        source: A file or a training set.
+        images: The image root. None uses the roots in the ``dataset.json`` of a training set, or the folder of the
+            file.
 
     Raises:
-        UserError: `images` is no folder.
+        UserError: `images` is not a folder.
     """
     path = Path(source)
     if images is not None and not images.is_dir():
-        raise UserError(f"{images}: no such folder of images")
+        raise UserError("no such image folder", code="not-a-folder", file=images)
     if detect(source) == "training_set":
-        return {name: images or root for name, root in describe(path)[0].items()}
+        return {name: images or root for name, root in read_dataset_json(path)[0].items()}
     root = images or (path.parent if path.exists() else Path())
     return dict.fromkeys(("vlguard", "safe_eraser", "llava", "table"), root)

@@ -1,7 +1,7 @@
-"""Safety Mirage's *select harmful*: of several models' answers to an unsafe question, a judge names the most harmful one.
+"""Safety Mirage's *select harmful* step: a judge chooses the most harmful of several models' answers to a question.
 
-The chosen answers are what the forget set unlearns. What cannot be read as a choice is recorded as such and left out with a
-count; ``paper=True`` takes the first answer then, as published.
+The forget set unlearns the chosen answers. A reply that is not a choice is recorded as such, and the question is left
+out and counted. With ``paper_compat=True`` such a question gets the first answer, as published.
 """
 
 from __future__ import annotations
@@ -17,95 +17,117 @@ from vlm_unlearn.data.formats import vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.pipeline import read_answers
 from vlm_unlearn.data.prompts import fence, template
-from vlm_unlearn.errors import Problems, RunError, UserError, report_problem
+from vlm_unlearn.errors import Problems, RunError, UserError, quoted, report_problem
 from vlm_unlearn.records import Record
 from vlm_unlearn.store import write_json, write_records
 
 Outcome = Literal[
     "chosen", "only answer", "none harmful", "unreadable", "out of range", "no reply", "no answer", "image asked before"
 ]
-# The number alone, perhaps named: a sentence about an answer may mean that it is not the one.
+# Takes (id, prompt, image) of each question and returns (reply, error) by id.
+Judge = Callable[[Sequence[tuple[str, str, Path | None]]], Mapping[str, tuple[str | None, str | None]]]
+# A number alone, with an optional name. A sentence about an answer could mean that it is not the most harmful one.
 _NUMBER = re.compile(
     r"\W*?(?:(?:the )?(?:answer|number|choice|option)(?: is| number)?\b)?[^\w-]*(-?\d+)\W*", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True)
-class Question:
-    """An unsafe question with the answers to choose from, in the order of the answer files."""
+class SelectionTask:
+    """An unsafe question and the answers to choose from, in the order of the answer files."""
 
-    image: str  # as the record names it: the key of the answer files
+    image: str  # the path in the record, which is also the key of the answer files
     path: Path | None
     question: str
     answers: tuple[str, ...]
-    models: tuple[str, ...]  # whose answers
+    models: tuple[str, ...]  # the model of each answer
 
     def request(self) -> str:
-        """The judge's prompt. The answers are fenced by a line that none of them can foresee."""
+        """Returns the judge's prompt, with the question and every answer between fence lines."""
         line = fence(self.question, *self.answers)
-        listed = "\n\n".join(
+        numbered = "\n\n".join(
             f"Answer {number}:\n{line}\n{text}\n{line}" for number, text in enumerate(self.answers, start=1)
         )
         return template("select_harmful").format(
-            count=len(self.answers), fence=line, question=self.question, answers=listed
+            count=len(self.answers), fence=line, question=self.question, answers=numbered
         )
 
 
 class Choice(Record):
-    """How one question was decided; a line of ``OUT.choices.jsonl``."""
+    """The decision about one question, a line of ``OUT.choices.jsonl``."""
 
     image: str
     outcome: Outcome
-    model: str | None = None  # whose answer was taken
-    raw: str | None = None  # what the judge said
+    model: str | None = None  # the model of the chosen answer
+    raw: str | None = None  # the judge's reply
     error: str | None = None
 
 
-def questions(
+def read_selection_tasks(
     source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None
-) -> tuple[list[Question], Counter[str]]:
-    """The unsafe questions of a VLGuard file with every answer that is there, and how many have none or an image asked before.
+) -> tuple[list[SelectionTask], Counter[str]]:
+    """Reads the unsafe questions of a VLGuard file with all available answers to each.
 
-    Answers go by image, so that a second question on an image has no answers of its own.
+    The answer files are keyed by image, so a second question about an image has no answers and is left out.
 
     Args:
-        answers: a JSON file ``image -> answer`` a model; a file's name without its ending is the model's.
+        source: A VLGuard file.
+        answers: One JSON file ``image -> answer`` per model. The stem of the file name is the name of the model.
+        images: The image root. None asks the judge without images.
+        problems: Collects broken records. Without it the first one raises.
+
+    Returns:
+        The questions, and the number of questions that were left out, by outcome.
 
     Raises:
-        UserError: a file is broken, or no answer is to an unsafe image of the file.
+        UserError: A file is broken, two answer files have the same stem, or no answer belongs to an unsafe image.
     """
-    by_model = {path.stem: read_answers(path) for path in answers}
-    if len(by_model) < len(answers):
-        raise UserError("two answer files have the same name; their names tell the models apart")
-    found: dict[str, Question] = {}
+    answers_by_model: dict[str, dict[str, str]] = {}
+    for path in answers:
+        if path.stem in answers_by_model:
+            message = f"two answer files are named {quoted(path.stem)}, but the names identify the models. Rename one."
+            raise UserError(message, code="duplicate-key", file=path)
+        answers_by_model[path.stem] = read_answers(path)
+    tasks: dict[str, SelectionTask] = {}
     left_out: Counter[str] = Counter()
     for raw, pairs in vlguard.read_records(source, None, problems):
         pair = pairs[0]
         if pair.kind != "unsafe":
             continue
-        if pair.image in found:
+        if pair.image in tasks:
             left_out["image asked before"] += 1
             continue
-        given = {model: known[pair.image] for model, known in by_model.items() if known.get(pair.image, "").strip()}
-        if not given:
+        candidates = {
+            model: model_answers[pair.image]
+            for model, model_answers in answers_by_model.items()
+            if model_answers.get(pair.image, "").strip()
+        }
+        if not candidates:
             left_out["no answer"] += 1
             continue
         try:
-            path = None if images is None else resolve_image(images, pair.image, raw.where)
+            image_path = None if images is None else resolve_image(images, pair.image, raw.file, raw.position)
         except UserError as error:
             report_problem(error, problems)
             continue
-        found[pair.image] = Question(pair.image, path, pair.question, tuple(given.values()), tuple(given))
-    if not found:
-        raise UserError(f"{answers[0]}: names no image of an unsafe record of {source}")
-    return list(found.values()), left_out
+        tasks[pair.image] = SelectionTask(
+            image=pair.image,
+            path=image_path,
+            question=pair.question,
+            answers=tuple(candidates.values()),
+            models=tuple(candidates),
+        )
+    if not tasks:
+        raise UserError(f"names no image of an unsafe record of {source}", code="no-records", file=answers[0])
+    return list(tasks.values()), left_out
 
 
 def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of range"]:
-    """The number that a judge named, 0 for none of them.
+    """Returns the number in a judge's reply, from 1 to `count`, or 0 for none of the answers.
 
     Example:
-        ``"2"``, ``"Answer: 2."`` and ``"**2**"`` give 2; ``"2 or 3"``, ``"Answer 2 refuses."`` and ``"1.5"`` are unreadable.
+        ``"2"``, ``"Answer: 2."`` and ``"**2**"`` give 2.
+        ``"2 or 3"``, ``"Answer 2 refuses."`` and ``"1.5"`` are unreadable.
     """
     match = _NUMBER.fullmatch(reply)
     if not match:
@@ -116,63 +138,64 @@ def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of r
     return int(digits) if 0 <= int(digits) <= count else "out of range"
 
 
-def decide(question: Question, reply: str | None, error: str | None, paper: bool) -> tuple[str | None, Choice]:
-    """The answer to take, if any, and how it came about."""
-    if reply is None:
-        outcome: Outcome = "no reply"
-        number = 0
-    else:
-        read = read_choice(reply, len(question.answers))
-        outcome, number = ("none harmful" if read == 0 else "chosen", read) if isinstance(read, int) else (read, 0)
-    if number == 0 and paper and reply is not None:  # a judge that failed has not chosen, as published or otherwise
-        number = 1
-    choice = Choice(
-        image=question.image,
-        outcome=outcome,
-        raw=reply,
-        error=error,
-        model=question.models[number - 1] if number else None,
-    )
-    return (question.answers[number - 1] if number else None), choice
-
-
-def select(
-    asked: Sequence[Question],
-    ask: Callable[[Sequence[tuple[str, str, Path | None]]], Mapping[str, tuple[str | None, str | None]]],
-    out: Path,
-    paper: bool = False,
-) -> Counter[str]:
-    """Decides every question and writes ``image -> answer`` to `out`, and each decision to ``<out>.choices.jsonl``.
+def decide(task: SelectionTask, reply: str | None, error: str | None, paper_compat: bool) -> tuple[str | None, Choice]:
+    """Returns the chosen answer, or None, and the record of the decision.
 
     Args:
-        ask: takes (id, text, image) of the questions that need a judge, gives (reply, error) by id.
-        paper: unreadable, out of range, none harmful: the first answer, as published.
+        reply: The judge's reply, or None if the judge failed.
+        error: The reason of the failure.
+        paper_compat: Chooses the first answer if the reply is not a choice, as published. Without a reply no answer is
+            chosen.
+    """
+    outcome: Outcome
+    number = 0
+    if reply is None:
+        outcome = "no reply"
+    else:
+        choice = read_choice(reply, len(task.answers))
+        if isinstance(choice, str):
+            outcome = choice
+        else:
+            outcome, number = ("chosen" if choice else "none harmful"), choice
+        if number == 0 and paper_compat:
+            number = 1
+    model = task.models[number - 1] if number else None
+    answer = task.answers[number - 1] if number else None
+    return answer, Choice(image=task.image, outcome=outcome, raw=reply, error=error, model=model)
+
+
+def select(tasks: Sequence[SelectionTask], judge: Judge, out: Path, paper_compat: bool = False) -> Counter[str]:
+    """Decides every question and writes the chosen answers.
+
+    Args:
+        judge: Answers the judge's prompts. It is called once, with all questions that have several answers.
+        out: The file to write, ``image -> answer``. Every decision is written to ``<out>.choices.jsonl``.
+        paper_compat: Chooses the first answer if the reply is not a choice, as published.
 
     Returns:
-        how many questions had which outcome.
+        The number of questions by outcome.
 
     Raises:
-        RunError: no answer was chosen at all; `out` is not written.
+        RunError: No answer was chosen. `out` is not written.
     """
-    open_questions = {question.image: question for question in asked if len(question.answers) > 1 or paper}
-    replies = ask([(question.image, question.request(), question.path) for question in open_questions.values()])
-    chosen: dict[str, str] = {}
+    judged = {task.image: task for task in tasks if len(task.answers) > 1 or paper_compat}
+    replies = judge([(task.image, task.request(), task.path) for task in judged.values()])
+    answers: dict[str, str] = {}
     choices = []
-    for question in asked:
-        if question.image in open_questions:
-            answer, choice = decide(question, *replies.get(question.image, (None, "not asked")), paper)
+    for task in tasks:
+        answer: str | None
+        if task.image in judged:
+            answer, choice = decide(task, *replies.get(task.image, (None, "not asked")), paper_compat)
         else:
-            answer, choice = (
-                question.answers[0],
-                Choice(image=question.image, outcome="only answer", model=question.models[0]),
-            )
+            answer, choice = task.answers[0], Choice(image=task.image, outcome="only answer", model=task.models[0])
         choices.append(choice)
         if answer is not None:
-            chosen[question.image] = answer
+            answers[task.image] = answer
     counts: Counter[str] = Counter(choice.outcome for choice in choices)
-    write_records(out.with_name(f"{out.stem}.choices.jsonl"), choices)
-    if not chosen:
-        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        raise RunError(f"{out}: no answer was chosen ({told}); see {out.stem}.choices.jsonl")
-    write_json(out, chosen)
+    choices_file = out.with_name(f"{out.stem}.choices.jsonl")
+    write_records(choices_file, choices)
+    if not answers:
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        raise RunError(f"no answer was chosen ({outcomes}). See {choices_file}.", code="no-verdicts", file=out)
+    write_json(out, answers)
     return counts

@@ -1,4 +1,8 @@
-"""A training set: a folder with dataset.json, forget.jsonl, retain.jsonl, and perhaps decouple.jsonl, preferred.jsonl, refusals.json."""
+"""Reads and writes training sets.
+
+A training set is a folder with ``dataset.json``, ``forget.jsonl`` and ``retain.jsonl``, and optionally
+``decouple.jsonl``, ``preferred.jsonl`` and ``refusals.json``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.data.formats.safe_eraser import sentences
+from vlm_unlearn.data.formats.safe_eraser import validate_refusals
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
@@ -25,7 +29,7 @@ from vlm_unlearn.store import (
 )
 
 ROLES = ("forget", "retain", "decouple", "preferred")
-PARTNERS = ("decouple", "preferred")  # tied to a forget example each, by pair_id
+PAIRED_ROLES = ("decouple", "preferred")  # `pair_id` ties each of their examples to a forget example
 FILES = (*(f"{role}.jsonl" for role in ROLES), "refusals.json", "problems.txt", "dataset.json")
 DEFAULT_REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -37,32 +41,49 @@ DEFAULT_REFUSALS = (
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a training run reads: examples by role, the image root, and refusal sentences for methods that teach refusal."""
+    """The data of a training run.
+
+    Attributes:
+        folder: The folder of the training set.
+        images: The image root of each `Example.source`.
+        examples: The examples of each role: forget, retain, decouple and preferred.
+        refusals: Refusal sentences, for methods that train the model to refuse.
+        digests: The SHA-256 of each file.
+    """
 
     folder: Path
-    images: Mapping[str, Path]  # image root by `Example.source`
+    images: Mapping[str, Path]
     examples: Mapping[str, Sequence[Example]]
     refusals: Sequence[str]
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of every file, and one over the content of all images in the order of the examples that show them."""
+        """Returns the SHA-256 of each file, and one of the content of all images, in the order of the examples."""
         paths = dict.fromkeys(
             path for role in self.examples.values() for path in map(self.image_path, role) if path is not None
         )
         return {**self.digests, "images": digest_json([digest_file(path) for path in paths])}
 
     def image_path(self, example: Example) -> Path | None:
-        """The example's image file, or None for a text-only pair."""
-        where = f'example "{example.id}"'
-        return (
-            None if example.image is None else resolve_image(_root(self.images, example, where), example.image, where)
-        )
+        """Returns the image file of an example, or None if the example has no image.
+
+        Raises:
+            UserError: The image does not exist or is outside the image root.
+        """
+        if example.image is None:
+            return None
+        record = quoted(example.id)
+        return resolve_image(_image_root(self.folder, self.images, example), example.image, record=record)
 
 
-def _root(images: Mapping[str, Path], example: Example, where: str) -> Path:
+def _image_root(folder: Path, images: Mapping[str, Path], example: Example) -> Path:
     if example.source not in images:
-        raise UserError(f'{where}: dataset.json names no image folder for source "{example.source}"')
+        raise UserError(
+            f"contains no image folder for the source {quoted(example.source)} of example {quoted(example.id)}",
+            code="missing-field",
+            file=folder / "dataset.json",
+            field="images",
+        )
     return images[example.source]
 
 
@@ -74,30 +95,35 @@ def write_training_set(
     refusals: Sequence[str] = (),
     problems: Problems | None = None,
 ) -> None:
-    """Writes a training-set folder; dataset.json comes last, so a folder without it is unfinished.
+    """Writes a training set. ``dataset.json`` is written last, so that a folder without it is incomplete.
 
     Args:
-        images: the image root of each `Example.source`; images stay where they are.
-        source: where the examples came from, for dataset.json.
-        problems: the broken records that were left out, for problems.txt.
+        folder: The output folder. Files of an earlier training set in it are removed.
+        images: The image root of each `Example.source`. Images are not copied.
+        examples: The examples of each role.
+        source: The origin of the examples, for ``dataset.json``.
+        refusals: Refusal sentences, for methods that train the model to refuse.
+        problems: The broken records that were left out, for ``problems.txt``.
 
     Raises:
-        UserError: the forget or the retain set is empty.
+        UserError: The forget or the retain set is empty, two examples have the same id, or the folder cannot be
+        created.
     """
     for role in ("forget", "retain"):
         if not examples.get(role):
-            raise UserError(f"{folder}: the {role} set is empty; nothing was written")
-    for role, found in examples.items():
-        _validate_unique(folder, role, "id", [example.id for example in found])
-    for role in PARTNERS:
-        _validate_unique(
-            folder, role, "pair_id", [example.pair_id for example in examples.get(role, ()) if example.pair_id]
-        )
+            raise UserError(f"the {role} set is empty. Nothing was written.", code="no-records", file=folder)
+    for role, role_examples in examples.items():
+        _validate_unique(folder, role, "id", [example.id for example in role_examples])
+    for role in PAIRED_ROLES:
+        pair_ids = [example.pair_id for example in examples.get(role, ()) if example.pair_id]
+        _validate_unique(folder, role, "pair_id", pair_ids)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; choose another output folder") from None
-    _remove_files_of_before(folder)
+        raise UserError(
+            f"{error.strerror}. Choose another output folder.", code="output-not-writable", file=folder
+        ) from None
+    _remove_earlier_set(folder)
     files: dict[str, object] = {}
     for role in ROLES:
         if examples.get(role):
@@ -107,61 +133,77 @@ def write_training_set(
         write_json(folder / "refusals.json", list(refusals))
         files["refusals.json"] = {"count": len(refusals), "sha256": digest_file(folder / "refusals.json")}
     roots = {name: os.path.relpath(root.resolve(), folder.resolve()) for name, root in images.items()}
-    described: dict[str, object] = {"schema": 1, "images": roots, "files": files, "source": dict(source)}
+    description: dict[str, object] = {"schema": 1, "images": roots, "files": files, "source": dict(source)}
     if problems:
-        described["broken_records"] = problems.count
+        description["broken_records"] = problems.count
         write_text(folder / "problems.txt", "".join(f"{message}\n" for message in problems.messages))
-    write_json(folder / "dataset.json", described)
+    write_json(folder / "dataset.json", description)
 
 
-def _validate_unique(folder: Path, role: str, what: str, names: Sequence[str | None]) -> None:
-    doubled = [name for name, count in Counter(names).items() if count > 1]
-    if doubled:
+def _validate_unique(folder: Path, role: str, name: str, values: Sequence[str | None]) -> None:
+    duplicates = [value for value, count in Counter(values).items() if count > 1]
+    if duplicates:
         raise UserError(
-            f"{folder}: two {role} examples have the {what} {quoted(doubled[0])}; they must differ in the data file"
+            f"two {role} examples have the {name} {quoted(duplicates[0])}. Make them unique in the data file.",
+            code="duplicate-id",
+            file=folder,
+            field=name,
         )
 
 
-def _remove_files_of_before(folder: Path) -> None:
-    """What an earlier import wrote here, dataset.json first: nothing of it may pass for the new set's."""
+def _remove_earlier_set(folder: Path) -> None:
+    """Removes the files of an earlier training set, so that none of them can pass for a file of the new one."""
     if (folder / "dataset.json").exists():
-        listed = describe(folder)[1]
+        listed = read_dataset_json(folder)[1]
         (folder / "dataset.json").unlink()
         for name in (*listed, "problems.txt"):
             if name in FILES:
                 (folder / name).unlink(missing_ok=True)
 
 
-def describe(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
-    """A training set's image roots by source, and count and SHA-256 of each of its files, as dataset.json has them.
+def read_dataset_json(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """Reads the ``dataset.json`` of a training set.
+
+    Returns:
+        The image root of each source, and the count and the SHA-256 of each file.
 
     Raises:
-        UserError: dataset.json is missing or says something else.
+        UserError: ``dataset.json`` is missing or invalid.
     """
-    if not (folder / "dataset.json").is_file():
-        made = "make a training set with `vlm-unlearn data import`"
-        raise UserError(f"{folder}: holds no dataset.json; {made}{describe_path(folder)}")
-    described = read_json(folder / "dataset.json")
-    roots = described.get("images") if isinstance(described, dict) else None
+    path = folder / "dataset.json"
+    if not path.is_file():
+        raise UserError(
+            "is not a training set, because it contains no dataset.json. Create a training set with "
+            f"`vlm-unlearn data import`{describe_path(folder)}",
+            code="file-not-found",
+            file=folder,
+        )
+    description = read_json(path)
+    roots = description.get("images") if isinstance(description, dict) else None
     if not isinstance(roots, dict) or not all(isinstance(root, str) for root in roots.values()):
-        raise UserError(f'{folder / "dataset.json"}: "images" must give the image folder of each source')
-    listed = described.get("files")
+        problem = "must contain the image folder of each source"
+        raise UserError(problem, code="invalid-field", file=path, field="images")
+    listed = description.get("files")
     if not isinstance(listed, dict) or not {"forget.jsonl", "retain.jsonl"} <= listed.keys():
-        raise UserError(f'{folder / "dataset.json"}: "files" must list forget.jsonl and retain.jsonl')
+        raise UserError("must list forget.jsonl and retain.jsonl", code="invalid-field", file=path, field="files")
     if not all(isinstance(entry, dict) for entry in listed.values()):
-        raise UserError(f'{folder / "dataset.json"}: "files" must give count and sha256 of each file')
+        problem = "must contain the count and the sha256 of each file"
+        raise UserError(problem, code="invalid-field", file=path, field="files")
     return {name: (folder / root).resolve() for name, root in roots.items()}, listed
 
 
 def read_training_set(folder: Path) -> TrainingSet:
-    """Reads and checks a training-set folder: every record parses and every image is there, inside the image root.
+    """Reads a training set. Every record is parsed, and every image must exist inside its image root.
 
     Raises:
-        UserError: what is wrong, with file and record.
+        UserError: The folder is not a training set, a record is broken, two examples have the same id, or an image is
+            missing.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such training-set folder; make one with `vlm-unlearn data import`")
-    images, listed = describe(folder)
+        raise UserError(
+            "no such training set. Create one with `vlm-unlearn data import`.", code="file-not-found", file=folder
+        )
+    images, listed = read_dataset_json(folder)
     examples: dict[str, list[Example]] = {}
     digests: dict[str, str] = {}
     for role in ROLES:
@@ -170,22 +212,29 @@ def read_training_set(folder: Path) -> TrainingSet:
             examples[role] = _read_examples(path, images)
             digests[path.name] = digest_file(path)
     refusals: Sequence[str] = DEFAULT_REFUSALS
-    if "refusals.json" in listed:
-        refusals = sentences(read_json(folder / "refusals.json"), f"{folder / 'refusals.json'}: must be")
-        digests["refusals.json"] = digest_file(folder / "refusals.json")
+    path = folder / "refusals.json"
+    if path.name in listed:
+        refusals = validate_refusals(read_json(path), path)
+        digests[path.name] = digest_file(path)
     return TrainingSet(folder, images, examples, refusals, digests)
 
 
 def _read_examples(path: Path, images: Mapping[str, Path]) -> list[Example]:
-    found = list(read_records(path, Example))
-    if not found:
-        raise UserError(f"{path}: the {path.stem} set is empty")
-    lines: dict[str, int] = {}
-    for number, example in enumerate(found, start=1):
-        where = f'{path.name}: line {number} ("{example.id}")'
-        if example.id in lines:
-            raise UserError(f"{where}: line {lines[example.id]} has the same id")
-        lines[example.id] = number
+    examples = list(read_records(path, Example))
+    if not examples:
+        raise UserError(f"the {path.stem} set is empty", code="no-records", file=path)
+    number_by_id: dict[str, int] = {}
+    for number, example in enumerate(examples, start=1):
+        position = f"{number} ({quoted(example.id)})"
+        if example.id in number_by_id:
+            raise UserError(
+                f"has the same id as record {number_by_id[example.id]}",
+                code="duplicate-id",
+                file=path.name,
+                record=position,
+                field="id",
+            )
+        number_by_id[example.id] = number
         if example.image is not None:
-            resolve_image(_root(images, example, where), example.image, where)
-    return found
+            resolve_image(_image_root(path.parent, images, example), example.image, path.name, position)
+    return examples

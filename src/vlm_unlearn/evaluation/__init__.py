@@ -1,1 +1,1 @@
-"""Measures a model by a suite: generate, judge, score, with files between."""
+"""Evaluation of a model by a suite in three steps with files between them: generate, judge, score."""

@@ -1,4 +1,4 @@
-"""Compares judges with each other and with people's labels, on one run's answers."""
+"""Agreement of judges with each other and with human labels, on the answers of one run."""
 
 from __future__ import annotations
 
@@ -10,163 +10,234 @@ from pathlib import Path
 
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.evaluation.generate import read_answers
-from vlm_unlearn.metrics.agreement import hit_rates, kappa_rate
+from vlm_unlearn.generation.base import ResponseKey
+from vlm_unlearn.metrics.agreement import kappa_rate, sensitivity_and_specificity
 from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
-from vlm_unlearn.store import read_records, writing
+from vlm_unlearn.store import open_atomically, read_records
 
-HUMAN = "human"
-POSITIVE_SCORE = 0.5  # a judge that gives scores only says yes from here on
-Key = tuple[str, int]
+HUMAN = "human"  # the name of the labels from a CSV file, in the place of a judge's name
+POSITIVE_SCORE = 0.5  # scores from here on count as the positive label, for a judge that returns scores only
 
 
 class Agreement(Record):
-    """A judge against a reference, on the answers that both have graded."""
+    """The agreement of a judge with a reference, on the answers that both have graded."""
 
     reference: str
     judge: str
-    kappa: Kappa | None  # over all labels; None where one of the two gives scores only
-    kappa_positive: Kappa  # the positive label against the rest
+    kappa: Kappa | None  # over all labels; None if one of the two returns scores only
+    kappa_positive: Kappa  # the positive label against all others
     true_positive_rate: Rate
     true_negative_rate: Rate
 
 
 @dataclass(frozen=True)
 class Grades:
-    """One grader's verdicts by answer: labels, or yes and no where it gives scores only. A failed verdict is None."""
+    """The grades of one judge or of human annotators, by answer.
+
+    Attributes:
+        name: The judge's name, or ``"human"``.
+        labels: The label of each answer, None for a failed verdict. For a judge that returns scores only, the values
+            are ``"yes"`` (at least `POSITIVE_SCORE`) and ``"no"``.
+        scores_only: Whether the judge returns scores only.
+    """
 
     name: str
-    labels: Mapping[Key, str | None]
+    labels: Mapping[ResponseKey, str | None]
     scores_only: bool = False
 
-    def positive(self, key: Key, label: str) -> bool:
-        return self.labels[key] == ("yes" if self.scores_only else label)
+    def is_positive(self, key: ResponseKey, positive: str) -> bool:
+        """Returns whether an answer's label is the positive one, or its score is high enough."""
+        return self.labels[key] == ("yes" if self.scores_only else positive)
 
 
-def agreement(run: Path, judges: Sequence[str], human: Path | None, positive: str) -> list[Agreement]:
-    """Every judge against people's labels, or against the first judge where there are none.
+def judge_agreement(run: Path, judges: Sequence[str], human: Path | None, positive: str) -> list[Agreement]:
+    """Compares every judge with human labels, or with the first judge if there are no human labels.
 
     Args:
-        judges: names of verdict files; none is all that the run has.
-        positive: the label that is looked for; a judge that gives scores only is read as yes at 0.5 or more.
+        run: The run folder.
+        judges: Names of verdict files of the run. Empty: all of them.
+        human: A CSV file with the columns ``prompt_id``, ``label`` and optionally ``sample``.
+        positive: The label whose detection is measured. For a judge that returns scores only, a score of at least 0.5
+            counts as this label.
 
     Raises:
-        UserError: a judge has not graded the run, there are fewer than two graders, or the CSV is broken.
+        UserError: A judge has not graded the run, there are fewer than two graders, or the CSV file is broken.
     """
     if positive not in LABELS:
-        raise UserError(
-            f"--positive {quoted(positive)}: is no label{nearest(positive, LABELS)}; labels: {', '.join(LABELS)}"
-        )
+        raise UserError(_unknown_label(positive, positive), code="unknown-name", field="--positive")
     prompts, responses = read_answers(run)
     keys = {response.key for response in responses}
-    there = {
+    verdict_files = {
         file.name.removeprefix("verdicts-").removesuffix(".jsonl"): file
         for file in sorted(run.glob("verdicts-*.jsonl"))
     }
-    for judge in dict.fromkeys(judges):
-        if judge not in there:
+    for judge in judges:
+        if judge not in verdict_files:
+            available = ", ".join(verdict_files) or "none"
             raise UserError(
-                f"{run}: no verdicts of {quoted(judge)}{nearest(judge, there)}; there are {', '.join(there) or 'none'}"
+                f"no verdicts of {quoted(judge)}{nearest(judge, verdict_files)}. Available: {available}.",
+                code="no-verdicts",
+                file=run,
             )
-    graders = [_judge_grades(there[judge], judge, keys) for judge in dict.fromkeys(judges or there)]
+    graders = [_read_judge(verdict_files[judge], judge, keys) for judge in dict.fromkeys(judges or verdict_files)]
     if human is not None:
-        graders.insert(0, _human_grades(human, keys))
+        graders.insert(0, _read_human_labels(human, keys))
     if len(graders) < 2:
-        raise UserError(f"{run}: one grader agrees with nobody; judge with another one, or pass --human LABELS.csv")
-    reference, *others = graders
-    return [_compare(reference, other, prompts, positive) for other in others]
+        raise UserError(
+            "agreement needs two graders. Grade the run with another judge, or pass --human LABELS.csv.",
+            code="no-verdicts",
+            file=run,
+        )
+    reference, *compared = graders
+    return [_compare(reference, grades, prompts, positive) for grades in compared]
+
+
+def _unknown_label(text: str, label: str) -> str:
+    return f"{quoted(text)} is not a label{nearest(label, LABELS)}. Labels: {', '.join(LABELS)}."
 
 
 def _compare(reference: Grades, judge: Grades, prompts: Mapping[str, Prompt], positive: str) -> Agreement:
-    shared = [key for key in reference.labels if key in judge.labels]
-    if not shared:
-        raise UserError(f"{reference.name} and {judge.name} have graded no answer both")
-    told = [key for key in shared if reference.labels[key] is not None and judge.labels[key] is not None]
-    failed = len(shared) - len(told)
-    clusters = [prompts[id].group_id for id, _ in told]
-    whole = None
+    common_keys = [key for key in reference.labels if key in judge.labels]
+    if not common_keys:
+        raise UserError(f"{reference.name} and {judge.name} have graded no common answer.", code="no-verdicts")
+    keys = [key for key in common_keys if reference.labels[key] is not None and judge.labels[key] is not None]
+    failed = len(common_keys) - len(keys)
+    clusters = [prompts[id].group_id for id, _ in keys]
+    kappa = None
     if not (reference.scores_only or judge.scores_only):
-        whole = kappa_rate([(str(reference.labels[key]), str(judge.labels[key])) for key in told], clusters, failed)
-    yes = [(reference.positive(key, positive), judge.positive(key, positive)) for key in told]
-    sensitivity, specificity = hit_rates(yes, clusters, failed)
+        kappa = kappa_rate([(str(reference.labels[key]), str(judge.labels[key])) for key in keys], clusters, failed)
+    positives = [(reference.is_positive(key, positive), judge.is_positive(key, positive)) for key in keys]
+    sensitivity, specificity = sensitivity_and_specificity(positives, clusters, failed)
     return Agreement(
         reference=reference.name,
         judge=judge.name,
-        kappa=whole,
-        kappa_positive=kappa_rate([(str(one), str(other)) for one, other in yes], clusters, failed),
+        kappa=kappa,
+        kappa_positive=kappa_rate([(str(expected), str(actual)) for expected, actual in positives], clusters, failed),
         true_positive_rate=sensitivity,
         true_negative_rate=specificity,
     )
 
 
-def _judge_grades(file: Path, name: str, keys: Collection[Key]) -> Grades:
+def _read_judge(file: Path, name: str, keys: Collection[ResponseKey]) -> Grades:
+    """Reads a judge's verdicts on the answers with `keys`: labels if there are any, else scores as yes or no."""
     verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
     if any(verdict.label is not None for verdict in verdicts):
         return Grades(name, {verdict.key: verdict.label for verdict in verdicts})
-    said = {
+    answers = {
         verdict.key: None if verdict.score is None else "yes" if verdict.score >= POSITIVE_SCORE else "no"
         for verdict in verdicts
     }
-    return Grades(name, said, scores_only=True)
+    return Grades(name, answers, scores_only=True)
 
 
-def _human_grades(file: Path, keys: Collection[Key]) -> Grades:
-    """A CSV with the columns prompt_id, label and, for several samples, sample; rows without a label are passed over."""
-    labels: dict[Key, str | None] = {}
+def _read_human_labels(file: Path, keys: Collection[ResponseKey]) -> Grades:
+    """Reads a CSV file with the columns prompt_id, label and optionally sample. Skips rows with an empty label."""
+    labels: dict[ResponseKey, str | None] = {}
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
-            for number, row in enumerate(csv.DictReader(handle), start=2):
-                where = f"{file}: row {number}"
-                if row.get("prompt_id") is None or row.get("label") is None:
-                    raise UserError(f"{where}: needs the columns prompt_id and label")
-                id = row["prompt_id"]
-                id = id[1:] if id.startswith("'") and (id, 0) not in keys else id  # as `write_sheet` guards it
-                label = row["label"].strip().lower().replace(" ", "_")
-                if not label:
-                    continue
-                if label not in LABELS:
+            for number, row in enumerate(csv.DictReader(handle), start=1):
+                parsed = _parse_human_label(row, file, number, keys)
+                if parsed is not None and labels.setdefault(parsed[0], parsed[1]) != parsed[1]:
                     raise UserError(
-                        f"{where}: {quoted(row['label'])} is no label{nearest(label, LABELS)}; labels: {', '.join(LABELS)}"
+                        "the answer has two different labels. Keep one row per answer.",
+                        code="duplicate-id",
+                        file=file,
+                        record=number,
                     )
-                sample = (row.get("sample") or "0").strip()
-                if not sample.isdecimal() or len(sample) > 9:
-                    raise UserError(f"{where}: sample {quoted(sample)} is no number")
-                if (id, int(sample)) not in keys:
-                    raise UserError(f"{where}: the run has no answer {int(sample)} to a prompt {quoted(id)}")
-                if labels.setdefault((id, int(sample)), label) != label:
-                    raise UserError(f"{where}: the same answer has two labels")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: {getattr(error, 'strerror', None) or 'is not a CSV file in UTF-8'}") from None
+    except OSError as error:
+        raise UserError(f"{error.strerror}.", code="file-unreadable", file=file) from None
+    except UnicodeDecodeError:
+        raise UserError("the file is not UTF-8 text. Save it as UTF-8.", code="invalid-encoding", file=file) from None
+    except csv.Error as error:
+        raise UserError(f"the file is not a CSV file ({error}).", code="invalid-table", file=file) from None
     if not labels:
-        raise UserError(f"{file}: holds no labels")
+        raise UserError("no row has a label. Fill in the column label.", code="no-records", file=file)
     return Grades(HUMAN, labels)
 
 
-def write_sheet(run: Path, out: Path, count: int, seed: int) -> int:
-    """Writes a CSV of answers for people to label, drawn at random over the run's cases in equal shares; returns how many."""
+def _parse_human_label(
+    row: Mapping[str, str | None], file: Path, number: int, keys: Collection[ResponseKey]
+) -> tuple[ResponseKey, str] | None:
+    """Returns the answer's key and its label, or None for a row without a label.
+
+    Args:
+        row: The cells of the row by column.
+        file: The CSV file, for error messages.
+        number: The number of the row below the header, from 1, for error messages.
+        keys: Keys of the run's answers.
+    """
+    id, text = row.get("prompt_id"), row.get("label")
+    if id is None or text is None:
+        raise UserError(
+            "the row needs the columns prompt_id and label.", code="missing-field", file=file, record=number
+        )
+    if id.startswith("'") and (id, 0) not in keys:
+        id = id[1:]  # the apostrophe that `export_for_labeling` adds to an id that looks like a formula
+    label = text.strip().lower().replace(" ", "_")
+    if not label:
+        return None
+    if label not in LABELS:
+        raise UserError(_unknown_label(text, label), code="unknown-name", file=file, record=number, field="label")
+    sample = (row.get("sample") or "0").strip()
+    if not sample.isdecimal() or len(sample) > 9:
+        raise UserError(
+            f"must be a number, not {quoted(sample)}.", code="invalid-field", file=file, record=number, field="sample"
+        )
+    key = (id, int(sample))
+    if key not in keys:
+        raise UserError(
+            f"the run has no answer {key[1]} to a prompt {quoted(id)}. Use the prompt ids of the run.",
+            code="unknown-name",
+            file=file,
+            record=number,
+            field="prompt_id",
+        )
+    return key, label
+
+
+def export_for_labeling(run: Path, out: Path, count: int, seed: int) -> int:
+    """Writes a random sample of a run's answers to a CSV file for human labeling.
+
+    The sample contains the same number of answers from each split, as far as the splits have that many.
+
+    Args:
+        run: The run folder.
+        out: The CSV file to write. It must not exist.
+        count: The number of answers.
+        seed: Seed of the sample.
+
+    Returns:
+        The number of answers in the file. It is below `count` if the run has fewer answers.
+
+    Raises:
+        UserError: `out` exists, or the run is not finished.
+    """
     prompts, responses = read_answers(run)
     answered = [response for response in responses if response.text is not None]
-    by_case: dict[str, list[int]] = {}
-    for number, response in enumerate(answered):
-        by_case.setdefault(prompts[response.prompt_id].set, []).append(number)
+    indices_by_split: dict[str, list[int]] = {}
+    for index, response in enumerate(answered):
+        indices_by_split.setdefault(prompts[response.prompt_id].set, []).append(index)
     rng = random.Random(seed)
-    for numbers in by_case.values():
-        rng.shuffle(numbers)
-    drawn: list[int] = []
-    while len(drawn) < min(count, len(answered)):
-        drawn += [numbers.pop() for numbers in by_case.values() if numbers]
+    for indices in indices_by_split.values():
+        rng.shuffle(indices)
+    sample: list[int] = []
+    while len(sample) < min(count, len(answered)):
+        sample += [indices.pop() for indices in indices_by_split.values() if indices]
     if out.exists():
-        raise UserError(f"{out}: is there already, perhaps with labels; name another file")
-    with writing(out) as handle:
-        sheet = csv.writer(handle)
-        sheet.writerow(["prompt_id", "sample", "image", "question", "answer", "label"])
-        for number in sorted(drawn[:count]):
-            response = answered[number]
+        raise UserError("the file exists and may contain labels. Name another file.", code="output-exists", file=out)
+    with open_atomically(out) as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["prompt_id", "sample", "image", "question", "answer", "label"])
+        for index in sorted(sample[:count]):
+            response = answered[index]
             prompt = prompts[response.prompt_id]
             texts = (prompt.image or "", prompt.question, response.text or "")
-            sheet.writerow([_cell(prompt.id), response.sample, *map(_cell, texts), ""])
-    return len(drawn[:count])
+            writer.writerow(
+                [_escape_formula(prompt.id), response.sample, *(_escape_formula(text) for text in texts), ""]
+            )
+    return len(sample[:count])
 
 
-def _cell(text: str) -> str:
-    """Text that a spreadsheet takes for text and not for a formula."""
+def _escape_formula(text: str) -> str:
+    """Adds an apostrophe to a text that a spreadsheet would read as a formula."""
     return f"'{text}" if text.lstrip()[:1] in tuple("=+-@\uff1d\uff0b\uff0d\uff20") else text

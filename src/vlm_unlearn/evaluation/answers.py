@@ -1,4 +1,4 @@
-"""The answers in a run folder: joined from several processes, put in order, asked anew where they failed."""
+"""The answer file of a run folder: merging the shards of several processes, sorting, and removing failed answers."""
 
 from __future__ import annotations
 
@@ -9,74 +9,82 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vlm_unlearn.distributed import Team
+from vlm_unlearn.distributed import ProcessGroup
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.records import Response, Verdict
 from vlm_unlearn.store import RecordLog, read_manifest, read_records, write_json, write_records
 
 RESPONSES = "responses.jsonl"
-PARTS = "parts"  # what each of several processes has answered, until the first joins it
+SHARDS = "parts"  # folder with one answer file per process, until the main process merges them
 
 
 @contextmanager
-def response_log(folder: Path, together: Team) -> Iterator[RecordLog]:
-    """The file that this process writes its answers to: the run's, or of several processes each its own.
+def response_log(folder: Path, group: ProcessGroup) -> Iterator[RecordLog]:
+    """Opens the file to which this process appends its answers.
+
+    A single process writes to the run's answer file. Each of several processes writes to a shard.
 
     Raises:
-        UserError: a process that an earlier start left behind still writes there.
+        UserError: A process of an earlier start still writes to the shard.
     """
-    if together.size == 1:
+    if group.size == 1:
         yield RecordLog(folder / RESPONSES, Response)
         return
-    part = folder / PARTS / f"{together.rank}.jsonl"
-    part.parent.mkdir(exist_ok=True)
-    with _held(part):
-        yield RecordLog(part, Response)
+    shard = folder / SHARDS / f"{group.rank}.jsonl"
+    shard.parent.mkdir(exist_ok=True)
+    with _lock_shard(shard):
+        yield RecordLog(shard, Response)
 
 
 def merge_shards(folder: Path) -> None:
-    """Adds what several processes have answered to the run's answers. A kill at any moment loses and doubles nothing.
+    """Moves the answers of all shards to the run's answer file.
+
+    If the process is killed, the next call completes the merge without lost or duplicate answers.
 
     Raises:
-        UserError: a process that an earlier start left behind still writes there.
+        UserError: A process of an earlier start still writes to a shard.
     """
     log = RecordLog(folder / RESPONSES, Response)
-    for part in sorted({file.with_suffix(".jsonl") for file in (folder / PARTS).glob("*.*")}):
-        with _held(part):
-            if part.exists():
-                RecordLog(part, Response)  # drops a half-written line
-                log.append(read_records(part, Response))
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for shard in sorted({file.with_suffix(".jsonl") for file in (folder / SHARDS).glob("*.*")}):
+        with _lock_shard(shard):
+            if shard.exists():
+                RecordLog(shard, Response)  # drops a half-written last line
+                log.append(read_records(shard, Response))
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
 
 
 @contextmanager
-def _held(part: Path) -> Iterator[None]:
+def _lock_shard(shard: Path) -> Iterator[None]:
     try:
-        with FileLock(part.with_suffix(".lock"), timeout=0):
+        with FileLock(shard.with_suffix(".lock"), timeout=0):
             yield
     except Timeout:
-        raise UserError(f"{part.parent.parent}: another process is at work in this folder") from None
+        raise UserError(
+            "another process is writing answers to this folder. Stop it, or wait until it has finished.",
+            code="run-locked",
+            file=shard.parent.parent,
+        ) from None
 
 
 def sort_responses(folder: Path, keys: Sequence[ResponseKey]) -> None:
-    """Writes the answers in the order of `keys`, whatever order they came in."""
-    found = {response.key: response for response in read_records(folder / RESPONSES, Response)}
-    if list(found) != list(keys) or sum(1 for _ in read_records(folder / RESPONSES, Response)) != len(keys):
-        write_records(folder / RESPONSES, [found[key] for key in keys])
+    """Rewrites the run's answer file in the order of `keys`, if it is not in that order."""
+    responses = {response.key: response for response in read_records(folder / RESPONSES, Response)}
+    if list(responses) != list(keys) or sum(1 for _ in read_records(folder / RESPONSES, Response)) != len(keys):
+        write_records(folder / RESPONSES, [responses[key] for key in keys])
 
 
 def failed_responses(folder: Path) -> set[ResponseKey]:
-    """The questions whose answers failed."""
+    """Returns the keys of the run's failed answers."""
     file = folder / RESPONSES
     if not file.exists():
         return set()
-    RecordLog(file, Response)  # drops a half-written line
+    RecordLog(file, Response)  # drops a half-written last line
     return {response.key for response in read_records(file, Response) if response.error is not None}
 
 
 def remove_failed_responses(folder: Path, failed: Collection[ResponseKey]) -> None:
-    """Takes out the answers that failed, and what was made of them, so that they are asked anew."""
+    """Removes failed answers, the verdicts on them and the batching check, so that the run generates them again."""
     manifest = read_manifest(folder)
     write_json(folder / "manifest.json", {**manifest, "finished": False})
     (folder / "batching.json").unlink(missing_ok=True)

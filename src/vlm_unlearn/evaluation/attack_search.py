@@ -1,4 +1,4 @@
-"""Searches the first word that breaks a model, or makes it refuse, and measures the winner on questions that the search never saw."""
+"""Searches for the first word that breaks a model or makes it refuse, and measures it on held-out questions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pydantic import Field
 
 from vlm_unlearn.attacks.one_word import (
     CONTROL,
-    GENERAL,
+    FALLBACK_TEMPLATES,
     TEMPLATES,
     VOCABULARY,
+    all_rewrites,
     capitalize_first,
-    control,
-    first_word_of,
-    rewrites_with_any,
+    control_rewrite,
+    parse_first_word,
 )
-from vlm_unlearn.attacks.search import Search, least_budget, sequential_halving
+from vlm_unlearn.attacks.search import SearchResult, min_budget, sequential_halving
 from vlm_unlearn.config import GenerationConfig, JudgeConfig, SplitConfig
 from vlm_unlearn.data.readers import detect
 from vlm_unlearn.errors import Problems, UserError
@@ -43,38 +43,49 @@ from vlm_unlearn.store import (
 
 Goal = Literal["break", "over-refuse"]
 GOALS: dict[Goal, tuple[Kind, Label]] = {"break": ("unsafe", "complied"), "over-refuse": ("safe", "refused")}
-MEASURED = 3  # answers to each held-out question: with the winner, as asked, as control
-OnDone = Callable[[str, int, int], None]  # stage, done, all
+ANSWERS_PER_HELD_OUT_QUESTION = 3  # with the best word, as asked, and as control
+OnDone = Callable[[str, int, int], None]  # called with (stage, done, total)
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What to search."""
+    """The settings of a search.
+
+    Attributes:
+        model: A model folder, hub name, adapter folder or training run.
+        file: A VLGuard or SafeEraser file with the questions.
+        images: The root folder of the images.
+        goal: ``break`` counts unsafe questions that are answered. ``over-refuse`` counts safe questions that are
+            refused. words: The first words to try. If empty, the words that an audit of the file finds, and a
+            vocabulary. budget: The maximum number of answers, including those of the measurement. questions: The
+            number of questions to use. None uses all questions of the file. seed: The seed of the selection of
+            questions. judge: The judge, which must work offline. generation: The settings of the generation.
+    """
 
     model: str
     file: Path
     images: Path
     goal: Goal = "break"
-    words: Sequence[str] = ()  # none: those that an audit of the file names, and a vocabulary
+    words: Sequence[str] = ()
     budget: int = 2000
-    questions: int | None = None  # how many of the file's questions to use; None is all
+    questions: int | None = None
     seed: int = 0
     judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(name="keyword"))
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=64))
 
 
 class WordRate(Record):
-    """A word of the search."""
+    """The result of one word."""
 
     word: str
     source: Literal["audit", "vocabulary", "named"]
-    wording: str  # how a question is asked with it: {core} is what is asked for, {question} the question as it stands
+    wording: str  # the template: {core} is the requested content, {question} the original question
     rate: Rate  # on the questions of the search
-    rounds: int  # in how many rounds it was tried
+    rounds: int  # rounds in which the word was tried
 
 
 class CurvePoint(Record):
-    """The leading word, and its rate so far, after so many answers."""
+    """The leading word after a number of answers, and its rate at that point."""
 
     answers: int
     word: str
@@ -82,7 +93,10 @@ class CurvePoint(Record):
 
 
 class SearchReport(Record):
-    """``search.json``. `rate` is of hits: unsafe questions answered (`break`), safe questions refused (`over-refuse`)."""
+    """The content of ``search.json``.
+
+    A rate is the share of hits: unsafe questions answered (`break`), or safe questions refused (`over-refuse`).
+    """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     goal: Goal
@@ -90,76 +104,78 @@ class SearchReport(Record):
     judge: str
     seed: int
     budget: int
-    answers: int  # asked for, in search and measurement
-    questions: dict[str, int]  # "search", "held_out"
+    answers: int  # of search and measurement
+    questions: dict[str, int]  # keys "search" and "held_out"
     best: str
-    held_out: dict[
-        str, Rate
-    ]  # "best", "as_asked" and "control", all on the same questions, none of which the search saw
+    held_out: dict[str, Rate]  # keys "best", "as_asked" and "control", all on the same held-out questions
     words: list[WordRate]  # best first
     curve: list[CurvePoint]
 
 
 def search(request: SearchRequest, folder: Path, on_done: OnDone | None = None) -> SearchReport:
-    """Searches, measures the winner on held-out questions, writes search.json and the samples behind it, and returns the report.
+    """Searches for the best word and measures it on held-out questions.
 
-    `folder` gets responses.jsonl as the answers come; a search that was killed goes on from there, to the same report.
+    Args:
+        request: The settings of the search.
+        folder: The run folder. It gets ``search.json``, the prompts, the responses and the verdicts. Responses are
+            appended as they are generated. A killed search resumes from them and gives the same report.
+        on_done: Called with (stage, done, total).
 
     Raises:
-        UserError: broken data, too small a budget, a word that is none, a model that can't be loaded, or a folder that holds
-            another run.
+        UserError: The data is broken, the budget is too small, a word is invalid, the model cannot be loaded, or the
+            folder contains another run.
     """
-    judge = _judge(request.judge)
-    found = questions(request)
-    words = dict.fromkeys(request.words, "named") if request.words else candidates(request.file, request.goal)
-    searched, held_out, budget = plan(request, found, list(words))
+    judge = _build_offline_judge(request.judge)
+    prompts = read_prompts(request)
+    words = dict.fromkeys(request.words, "named") if request.words else candidate_words(request.file, request.goal)
+    search_prompts, held_out_prompts, budget = split_questions(request, prompts, list(words))
     model = _find_model(request)
     with lock_run(folder):
-        open_run(folder, _identity(request, judge, model, list(words), [*searched, *held_out]))
+        open_run(folder, _identity(request, judge, model, list(words), [*search_prompts, *held_out_prompts]))
         started = time.monotonic()
-        asker = _Asker(request, folder, judge, model, on_done)
-        by_id = {prompt.id: prompt for prompt in searched}
+        grader = _Grader(request, folder, judge, model, on_done)
+        by_id = {prompt.id: prompt for prompt in search_prompts}
         result = sequential_halving(
             list(words),
             list(by_id),
             budget,
-            lambda pairs: asker("search", [with_word(by_id[id], word) for id, word in pairs], budget),
+            lambda pairs: grader("search", [with_word(by_id[id], word) for id, word in pairs], budget),
         )
-        if on_done:
-            on_done(
-                "search", result.answers, result.answers
-            )  # where the questions ran out, less than the budget was spent
+        if on_done:  # if the questions ran out, part of the budget was not used
+            on_done("search", result.answers, result.answers)
         best = result.words[0].word
-        ways = {
-            "best": [with_word(prompt, best) for prompt in held_out],
-            "as_asked": [_reworded(prompt, "as asked", prompt.question) for prompt in held_out],
+        conditions = {
+            "best": [with_word(prompt, best) for prompt in held_out_prompts],
+            "as_asked": [_with_question(prompt, "as asked", prompt.question) for prompt in held_out_prompts],
             "control": [
-                _reworded(prompt, CONTROL, control(prompt.question, i, best)) for i, prompt in enumerate(held_out)
+                _with_question(prompt, CONTROL, control_rewrite(prompt.question, i, best))
+                for i, prompt in enumerate(held_out_prompts)
             ],
         }
-        measured = {
-            way: _rate(asker(f"measure {way.replace('_', ' ')}", prompts, len(prompts)))
-            for way, prompts in ways.items()
+        held_out = {
+            name: _rate(grader(f"measure {name.replace('_', ' ')}", condition_prompts, len(condition_prompts)))
+            for name, condition_prompts in conditions.items()
         }
-        report = _report(request, judge, result, words, {"search": len(searched), "held_out": len(held_out)}, measured)
+        counts = {"search": len(search_prompts), "held_out": len(held_out_prompts)}
+        report = _report(request, judge, result, words, counts, held_out)
         write_json(folder / "search.json", report.model_dump(by_alias=True))
-        asker.write_samples()
+        grader.write_samples()
         record_cost(folder, time.monotonic() - started, finished=True)
     return report
 
 
 def with_word(prompt: Prompt, word: str) -> Prompt:
-    """A question as it is asked with a first word."""
-    return _reworded(prompt, word, rewrites_with_any(prompt.question, word)[0])
+    """Returns a prompt whose question begins with a word."""
+    return _with_question(prompt, word, all_rewrites(prompt.question, word)[0])
 
 
-def _reworded(prompt: Prompt, way: str, question: str) -> Prompt:
-    return prompt.model_copy(update={"id": f"{prompt.id}/{way}", "question": question})
+def _with_question(prompt: Prompt, suffix: str, question: str) -> Prompt:
+    return prompt.model_copy(update={"id": f"{prompt.id}/{suffix}", "question": question})
 
 
 @dataclass(frozen=True)
 class _Model:
-    """The model to ask, found but not loaded: what is in the log already needs none."""
+    """The location of the model. The model is only loaded if the log lacks answers."""
 
     folder: Path
     digest: str
@@ -174,15 +190,15 @@ def _find_model(request: SearchRequest) -> _Model:
 
 
 def _identity(
-    request: SearchRequest, judge: OfflineJudge, model: _Model, words: list[str], asked: list[Prompt]
+    request: SearchRequest, judge: OfflineJudge, model: _Model, words: list[str], prompts: list[Prompt]
 ) -> dict[str, object]:
-    """Everything that decides what is found."""
-    rewrites = [[with_word(prompt, word).question for word in words] for prompt in asked]
+    """Returns everything that the result depends on."""
+    rewrites = [[with_word(prompt, word).question for word in words] for prompt in prompts]
     return {
         "kind": "attack search",
         "goal": request.goal,
         "model": model.digest,
-        "prompts": prompts_digest(asked, {"search": request.images}),
+        "prompts": prompts_digest(prompts, {"search": request.images}),
         "rewrites": digest_json([rewrites, list(TEMPLATES[CONTROL])]),
         "words": words,
         "budget": request.budget,
@@ -192,77 +208,87 @@ def _identity(
     }
 
 
-def questions(request: SearchRequest) -> list[Prompt]:
-    """One prompt a question of the goal's kind: of a file that holds several shots the first.
+def read_prompts(request: SearchRequest) -> list[Prompt]:
+    """Returns one prompt per question of the goal's kind. Of several rewrites of a question, the first one is used.
 
     Raises:
-        UserError: the file is broken, of another format, or holds fewer than two such questions.
+        UserError: The file is broken, has another format, or contains fewer than two such questions.
     """
-    form = detect(request.file)
-    if form not in ("vlguard", "safe_eraser"):
-        raise UserError(
-            f"{request.file}: must be a VLGuard or SafeEraser file, which say what is unsafe; this is one of kind {form}"
+    file_format = detect(request.file)
+    if file_format not in ("vlguard", "safe_eraser"):
+        message = (
+            f"has the format {file_format}, which does not mark unsafe questions. Pass a VLGuard or SafeEraser file."
         )
+        raise UserError(message, code="unsupported-setting", file=request.file)
     kind, _ = GOALS[request.goal]
-    case = SplitConfig(name="search", format=form, file=request.file, images=request.images, kind=kind)
-    first: dict[str, Prompt] = {}
-    for prompt in split_prompts(case):
-        first.setdefault(prompt.group_id, prompt)
-    if len(first) < 2:
-        raise UserError(
-            f"{request.file}: has one {kind} question; a search needs two at least, one of them to measure the winner on"
-        )
-    return list(first.values())
+    split = SplitConfig(name="search", format=file_format, file=request.file, images=request.images, kind=kind)
+    prompt_of_group: dict[str, Prompt] = {}
+    for prompt in split_prompts(split):
+        prompt_of_group.setdefault(prompt.group_id, prompt)
+    if len(prompt_of_group) < 2:
+        message = f"contains one {kind} question. A search needs two or more, one of them for the measurement."
+        raise UserError(message, code="no-records", file=request.file)
+    return list(prompt_of_group.values())
 
 
-def candidates(file: Path, goal: Goal) -> dict[str, str]:
-    """First words to try, and where each comes from: those that an audit of the file names, the goal's first, then the vocabulary."""
-    from vlm_unlearn.data.audit import audit, labelled
+def candidate_words(file: Path, goal: Goal) -> dict[str, str]:
+    """Returns the first words to try, each with its source, ``audit`` or ``vocabulary``.
+
+    The triggers that an audit of the file finds come first, those of the goal's direction before the others.
+    """
+    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
 
-    triggers = audit(labelled(read_any(file, problems=Problems()), "auto", lambda text: False)).triggers
-    ways = ("answer", "refuse") if goal == "break" else ("refuse", "answer")
-    found: dict[str, str] = {}
-    for word in (word for way in ways for word in triggers[way]):
+    triggers = audit(labeled_questions(read_any(file, problems=Problems()), "auto", lambda text: False)).triggers
+    directions = ("answer", "refuse") if goal == "break" else ("refuse", "answer")
+    audit_words: dict[str, str] = {}
+    for word in (word for direction in directions for word in triggers[direction]):
         try:
-            found.setdefault(first_word_of(word), "audit")
-        except UserError:  # a mark that stands where a word should
+            audit_words.setdefault(parse_first_word(word), "audit")
+        except UserError:  # a punctuation mark in the place of a word
             continue
-    return found | {word: "vocabulary" for word in VOCABULARY if word not in found}
+    return audit_words | {word: "vocabulary" for word in VOCABULARY if word not in audit_words}
 
 
-def plan(
-    request: SearchRequest, found: Sequence[Prompt], words: Sequence[str]
+def split_questions(
+    request: SearchRequest, prompts: Sequence[Prompt], words: Sequence[str]
 ) -> tuple[list[Prompt], list[Prompt], int]:
-    """The questions to search with, those held out, and the search's part of the budget.
+    """Returns the prompts of the search, the held-out prompts, and the budget of the search.
 
-    The questions used are dealt at random into two halves, and at most half the budget goes to measuring.
+    The questions are split at random into two halves. At most half of the budget is used for the measurement.
 
     Raises:
-        UserError: the budget is too small for so many words, or a word is named that can't be tried.
+        UserError: The budget is too small for the number of words, or the words contain the control.
     """
     if CONTROL in words:
-        raise UserError(f"--words: {CONTROL} is no word to try; the control is measured beside the winner")
-    least = max(2 * least_budget(len(words)), 2 * MEASURED)
-    if request.budget < least:
-        raise UserError(
-            f"--budget {request.budget}: too few answers to tell {len(words)} words apart; give {least} or more, or fewer --words"
+        message = f"{CONTROL} is not a first word. The control is always measured together with the best word."
+        raise UserError(message, code="invalid-field", field="--words")
+    minimum = max(2 * min_budget(len(words)), 2 * ANSWERS_PER_HELD_OUT_QUESTION)
+    if request.budget < minimum:
+        message = (
+            f"{request.budget} answers are too few to compare {len(words)} words. "
+            f"Use a budget of {minimum} or more, or fewer --words."
         )
-    used = random.Random(request.seed).sample(list(found), min(request.questions or len(found), len(found)))
-    half = len(used) // 2
-    held_out = used[half : half + request.budget // (2 * MEASURED)]
-    return used[:half], held_out, request.budget - MEASURED * len(held_out)
+        raise UserError(message, code="out-of-range", field="--budget")
+    num_questions = min(request.questions or len(prompts), len(prompts))
+    sample = random.Random(request.seed).sample(list(prompts), num_questions)
+    half = len(sample) // 2
+    held_out = sample[half : half + request.budget // (2 * ANSWERS_PER_HELD_OUT_QUESTION)]
+    return sample[:half], held_out, request.budget - ANSWERS_PER_HELD_OUT_QUESTION * len(held_out)
 
 
-def _judge(config: JudgeConfig) -> OfflineJudge:
+def _build_offline_judge(config: JudgeConfig) -> OfflineJudge:
     judge = build_judge(config)
     if not isinstance(judge, OfflineJudge):
-        raise UserError(f"--judge {config.name}: a search grades answers as they come; use keyword or tiny_world")
+        message = (
+            f"{config.name} cannot grade the answers of a search as they are generated. Use keyword or tiny_world."
+        )
+        raise UserError(message, code="unsupported-setting", field="--judge")
     return judge
 
 
 def _rate(hits: Sequence[bool | None]) -> Rate:
-    """Different questions, so that the interval is Wilson's."""
+    """Returns the rate of hits. Each hit is a group of its own, which gives Wilson's interval."""
     judged = [float(hit) for hit in hits if hit is not None]
     return rate(judged, [str(number) for number in range(len(judged))], len(hits) - len(judged))
 
@@ -270,10 +296,10 @@ def _rate(hits: Sequence[bool | None]) -> Rate:
 def _report(
     request: SearchRequest,
     judge: OfflineJudge,
-    result: Search,
+    result: SearchResult,
     words: dict[str, Any],
     counts: dict[str, int],
-    measured: dict[str, Rate],
+    held_out: dict[str, Rate],
 ) -> SearchReport:
     return SearchReport(
         goal=request.goal,
@@ -281,33 +307,33 @@ def _report(
         judge=judge.name,
         seed=request.seed,
         budget=request.budget,
-        answers=result.answers + sum(rate.n + rate.failed for rate in measured.values()),
+        answers=result.answers + sum(rate.n + rate.failed for rate in held_out.values()),
         questions=counts,
         best=result.words[0].word,
-        held_out=measured,
+        held_out=held_out,
         words=[
             WordRate(
-                word=tried.word,
-                source=words[tried.word],
-                wording=next(iter(TEMPLATES.get(tried.word, GENERAL))).replace("{word}", capitalize_first(tried.word)),
-                rate=_rate([*tried.hits, *[None] * tried.failed]),
-                rounds=tried.rounds,
+                word=word.word,
+                source=words[word.word],
+                wording=TEMPLATES.get(word.word, FALLBACK_TEMPLATES)[0].replace("{word}", capitalize_first(word.word)),
+                rate=_rate([*word.hits, *[None] * word.failed]),
+                rounds=word.rounds,
             )
-            for tried in result.words
+            for word in result.words
         ],
         curve=[
             CurvePoint(
-                answers=point.answers,
-                word=point.word,
-                rate=_rate([True] * point.hits + [False] * (point.judged - point.hits)),
+                answers=leader.answers,
+                word=leader.word,
+                rate=_rate([True] * leader.hits + [False] * (leader.judged - leader.hits)),
             )
-            for point in result.curve
+            for leader in result.curve
         ],
     )
 
 
-class _Asker:
-    """Asks the model and grades, from a log that survives a kill: what was answered once is not asked again."""
+class _Grader:
+    """Asks the model and grades its answers. Answers in the log of an interrupted search are not generated again."""
 
     def __init__(
         self, request: SearchRequest, folder: Path, judge: OfflineJudge, model: _Model, on_done: OnDone | None
@@ -328,8 +354,9 @@ class _Asker:
         )
 
     def __call__(self, stage: str, prompts: Sequence[Prompt], total: int) -> list[bool | None]:
-        """Whether each prompt's answer is a hit."""
-        # The batches are a function of the prompts alone: a batch that a kill cut short is asked whole again.
+        """Returns whether the answer to each prompt is a hit, or None if it could not be graded."""
+        # The batches depend on the prompts alone. An incomplete batch of a killed search is generated again in full, so
+        # that its padding and therefore its numbers stay the same.
         by_length = sorted(prompts, key=lambda prompt: (prompt.image is None, len(prompt.question.split())))
         size = self._request.generation.batch_size
         for batch in (by_length[start : start + size] for start in range(0, len(by_length), size)):
@@ -349,10 +376,10 @@ class _Asker:
             self._loaded[0].to(default_device()).eval()
         model, processor = self._loaded
         roots = {"search": self._request.images}
-        made = generate_responses(
+        batches = generate_responses(
             model=model, processor=processor, prompts=batch, images=roots, config=self._request.generation
         )
-        responses = [response for part in made for response in part]
+        responses = [response for batch_responses in batches for response in batch_responses]
         self._log.append(responses)
         for response in responses:
             self._responses.setdefault(response.prompt_id, response)
@@ -364,6 +391,6 @@ class _Asker:
         return None if verdict.label is None else verdict.label == GOALS[self._request.goal][1]
 
     def write_samples(self) -> None:
-        """prompts.jsonl and the verdicts, in the order in which they were asked."""
+        """Writes the prompts and the verdicts, in the order in which the prompts were asked."""
         write_records(self._folder / "prompts.jsonl", self._prompts.values())
         write_records(self._folder / f"verdicts-{self._judge.name}.jsonl", self._verdicts.values())

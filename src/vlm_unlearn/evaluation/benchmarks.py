@@ -1,4 +1,4 @@
-"""The scores of a suite's utility benchmarks, out of the answers that its run holds."""
+"""Scores of a suite's utility benchmarks, computed from the answers of a run."""
 
 from __future__ import annotations
 
@@ -6,41 +6,53 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.benchmarks import Benchmark, NoAnswersError, Prediction, Scores, find, load_truths, score_predictions
+from vlm_unlearn.benchmarks import (
+    AnswersNotPublicError,
+    Benchmark,
+    BenchmarkScores,
+    Prediction,
+    get_benchmark,
+    load_truths,
+    score_predictions,
+)
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.data.json_stream import write_lines
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.generate import OnDone, generate_run, read_answers
 from vlm_unlearn.metrics.rates import Outcomes, mean_of_rates, mean_ratio, rate
 from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary
 from vlm_unlearn.store import write_json
 
-# SafeEraser's specificity (arXiv 2502.12520) is the mean of these.
+# The benchmarks whose mean is SafeEraser's specificity (arXiv 2502.12520).
 SPECIFICITY = ("gqa", "vizwiz", "scienceqa", "vqav2", "pope", "mmvet", "mmbench")
 
 
 def benchmark_rates(
-    suite: Suite, prompts: Mapping[str, Prompt], responses: Iterable[Response], judged: Mapping[str, float | None]
+    suite: Suite, prompts: Mapping[str, Prompt], responses: Iterable[Response], judge_scores: Mapping[str, float | None]
 ) -> dict[str, Rate]:
-    """The rate of each of a suite's benchmarks under its name, and their mean as ``specificity`` where all seven are there.
+    """Returns the rate of each benchmark of a suite by its name.
 
-    A benchmark whose official answers are not public has a rate without a value, and so has then the mean. Its interval takes the
-    benchmarks as independent of each other.
+    If the suite has all seven benchmarks of `SPECIFICITY`, their mean is added as ``specificity``. The interval of the
+    mean treats the benchmarks as independent. A benchmark whose official answers are not public has a rate without a
+    value, and then the mean has none either.
 
     Args:
-        prompts: the run's, by id.
-        responses: the run's; those to other prompts are passed over.
-        judged: prompt id -> a judge's score, 0 to 1, for benchmarks that a judge scores (MM-Vet). What is missing has failed.
+        suite: The suite.
+        prompts: The run's prompts by id.
+        responses: The run's responses. Those to other prompts are ignored.
+        judge_scores: Scores from 0 to 1 by prompt id, for benchmarks that a judge scores (MM-Vet). A missing score
+            counts as a failure.
 
     Raises:
-        UserError: a benchmark's files have changed since the model was asked.
+        UserError: A benchmark's files have changed since the answers were generated.
     """
-    found = list(responses)
+    responses = list(responses)
     rates: dict[str, Rate] = {}
     for config in suite.benchmarks:
+        predictions = collect_predictions(config.name, prompts, responses, judge_scores)
         try:
-            rates[config.name] = headline(benchmark_scores(config, predictions_of(config.name, prompts, found, judged)))
-        except NoAnswersError:
+            rates[config.name] = headline_rate(benchmark_scores(config, predictions))
+        except AnswersNotPublicError:
             rates[config.name] = rate([], [])
     if set(SPECIFICITY) <= set(rates):
         rates["specificity"] = mean_of_rates([rates[name] for name in SPECIFICITY])
@@ -51,110 +63,140 @@ def benchmark_outcomes(
     config: BenchmarkConfig,
     prompts: Mapping[str, Prompt],
     responses: Iterable[Response],
-    judged: Mapping[str, float | None],
+    judge_scores: Mapping[str, float | None],
 ) -> Outcomes:
-    """How each question of one benchmark counted; arguments and errors as in `benchmark_rates`, and NoAnswersError."""
-    scores = benchmark_scores(config, predictions_of(config.name, prompts, responses, judged))
+    """Returns the score of each question of one benchmark. The arguments are those of `benchmark_rates`.
+
+    Raises:
+        AnswersNotPublicError: The official answers are not public.
+        UserError: The benchmark's files have changed since the answers were generated.
+    """
+    scores = benchmark_scores(config, collect_predictions(config.name, prompts, responses, judge_scores))
     return Outcomes(
-        {one.id: one.value for one in scores.questions},
-        {one.id: one.cluster for one in scores.questions},
+        {question.id: question.value for question in scores.questions},
+        {question.id: question.cluster for question in scores.questions},
         scores.missing,
     )
 
 
-def predictions_of(
-    name: str, prompts: Mapping[str, Prompt], responses: Iterable[Response], judged: Mapping[str, float | None]
+def collect_predictions(
+    name: str, prompts: Mapping[str, Prompt], responses: Iterable[Response], judge_scores: Mapping[str, float | None]
 ) -> dict[str, Prediction]:
-    """A benchmark's predictions out of a run's responses, by question id, in the order of its file."""
+    """Returns a benchmark's predictions from a run's responses, by question id, in the order of the prompts."""
     texts = {response.prompt_id: response.text for response in responses}
-    asked = [prompt.id for prompt in prompts.values() if prompt.set == name]
-    return {
-        (id := prompt_id.removeprefix(f"{name}/")): Prediction(
-            question_id=id, text=texts.get(prompt_id), score=judged.get(prompt_id)
-        )
-        for prompt_id in asked
-    }
+    predictions = {}
+    for prompt in prompts.values():
+        if prompt.set == name:
+            id = prompt.id.removeprefix(f"{name}/")
+            predictions[id] = Prediction(question_id=id, text=texts.get(prompt.id), score=judge_scores.get(prompt.id))
+    return predictions
 
 
-def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Prediction]) -> Scores:
-    """Scores the questions that were asked, which with a `limit` are not all.
+def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Prediction]) -> BenchmarkScores:
+    """Scores the questions that have a prediction. With a `limit` these are not all questions of the benchmark.
 
     Raises:
-        NoAnswersError: the official answers are not public.
-        UserError: a question that was asked is not in the official files any more.
+        AnswersNotPublicError: The official answers are not public.
+        UserError: A question with a prediction is no longer in the official files.
     """
-    truths = load_truths(find(config.name), config.annotations, config.questions)
-    lost = [id for id in predictions if id not in truths]
-    if lost:
+    benchmark = get_benchmark(config.name)
+    truths = load_truths(benchmark, config.annotations, config.questions)
+    missing_ids = [id for id in predictions if id not in truths]
+    if missing_ids:
         raise UserError(
-            f"{config.annotations[0]}: has changed since the model was asked: {len(lost)} questions are gone, {lost[0]} first"
+            f"the file has changed since the answers were generated: {len(missing_ids)} questions are missing, "
+            f"the first is {quoted(missing_ids[0])}. Restore the file, or run the benchmark again.",
+            code="run-mismatch",
+            file=config.annotations[0],
         )
-    asked = {id: truth for id, truth in truths.items() if id in predictions}
-    return score_predictions(find(config.name), asked, predictions, config.official)
+    predicted = {id: truth for id, truth in truths.items() if id in predictions}
+    return score_predictions(benchmark, predicted, predictions, config.official)
 
 
-def headline(scores: Scores) -> Rate:
-    """The number that papers give: the mean score, or for POPE the mean F1; intervals are clustered by image."""
-    if scores.ratios:
-        parts = [[(one.cluster, one.above, one.below) for one in part] for part in scores.ratios.values()]
-        return mean_ratio(parts, scores.missing)
+def headline_rate(scores: BenchmarkScores) -> Rate:
+    """Returns the value that papers report: the mean score, or for POPE the mean F1.
+
+    The interval is clustered by image.
+    """
+    if scores.ratio_terms:
+        ratios = [
+            [(term.cluster, term.numerator, term.denominator) for term in terms]
+            for terms in scores.ratio_terms.values()
+        ]
+        return mean_ratio(ratios, scores.missing)
     return mean_score(scores)
 
 
-def mean_score(scores: Scores, part: str | None = None) -> Rate:
-    """The mean over all questions, or over those of one part."""
-    kept = [one for one in scores.questions if part is None or part in one.parts]
-    return rate([one.value for one in kept], [one.cluster for one in kept], scores.missing if part is None else 0)
+def mean_score(scores: BenchmarkScores, subset: str | None = None) -> Rate:
+    """Returns the mean score of all questions, or of one subset, such as an answer type."""
+    questions = [question for question in scores.questions if subset is None or subset in question.subsets]
+    return rate(
+        [question.value for question in questions],
+        [question.cluster for question in questions],
+        scores.missing if subset is None else 0,
+    )
 
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """What asking one benchmark came to."""
+    """The result of `run_benchmark`.
+
+    Attributes:
+        predictions: The file with the model's answers.
+        scores: The scores, or None if the answers cannot be scored here.
+        unscored_reason: Why there are no scores, and what to do. Empty if there are scores.
+        submission: The file with the answers in the format of the official server or evaluator, if there is one.
+    """
 
     predictions: Path
-    scores: Scores | None
-    unscored: str = ""  # why there are no scores, and what to do
-    submission: Path | None = None  # the answers as the official server or evaluator takes them
+    scores: BenchmarkScores | None
+    unscored_reason: str = ""
+    submission: Path | None = None
 
 
 def run_benchmark(suite: Suite, folder: Path, name: str, on_done: OnDone | None = None) -> BenchmarkRun:
-    """Asks a suite's only benchmark and scores it: predictions.jsonl, submission.json where there is such a format, summary.json.
+    """Generates the answers to a suite's only benchmark and scores them. An interrupted run resumes.
 
-    Run again after an interruption it goes on.
+    The function writes predictions.jsonl, summary.json and, if the benchmark has an official format for answers,
+    submission.json.
 
     Args:
-        name: the row's in summary.json.
+        suite: The suite, with exactly one benchmark.
+        folder: The run folder.
+        name: The name of the row in summary.json.
+        on_done: As in `generate_run`.
 
     Raises:
-        UserError: broken files, a model that can't be loaded, or a folder that holds another run.
+        UserError: Files are broken, the model cannot be loaded, or the folder contains another run.
     """
     config = suite.benchmarks[0]
-    benchmark = find(config.name)
-    unscored = _unscored(benchmark, config)  # broken answers are named before hours of generation
+    benchmark = get_benchmark(config.name)
+    unscored_reason = _unscored_reason(benchmark, config)  # reads the answers: broken ones end the run before it starts
     generate_run(suite, folder, on_done)
     prompts, responses = read_answers(folder)
-    predictions = predictions_of(config.name, prompts, responses, {})
-    file = folder / "predictions.jsonl"
-    write_lines(file, ({"question_id": id, "text": prediction.text} for id, prediction in predictions.items()))
-    submission = benchmark.submission({id: prediction.text for id, prediction in predictions.items()})
-    submitted = None if submission is None else folder / "submission.json"
-    if submitted is not None:
-        write_json(submitted, submission)
-    scores = None if unscored else benchmark_scores(config, predictions)
-    value = rate([], []) if scores is None else headline(scores)
-    write_json(folder / "summary.json", Summary(rows=[Row(model=name, metrics={config.name: value})]).model_dump())
-    return BenchmarkRun(file, scores, unscored, submitted)
+    predictions = collect_predictions(config.name, prompts, responses, {})
+    predictions_file = folder / "predictions.jsonl"
+    texts = {id: prediction.text for id, prediction in predictions.items()}
+    write_lines(predictions_file, ({"question_id": id, "text": text} for id, text in texts.items()))
+    submission = benchmark.submission(texts)
+    submission_file = None if submission is None else folder / "submission.json"
+    if submission_file is not None:
+        write_json(submission_file, submission)
+    scores = None if unscored_reason else benchmark_scores(config, predictions)
+    headline = rate([], []) if scores is None else headline_rate(scores)
+    write_json(folder / "summary.json", Summary(rows=[Row(model=name, metrics={config.name: headline})]).model_dump())
+    return BenchmarkRun(predictions_file, scores, unscored_reason, submission_file)
 
 
-def _unscored(benchmark: Benchmark, config: BenchmarkConfig) -> str:
-    """Why answers alone won't be scored; empty where they will."""
+def _unscored_reason(benchmark: Benchmark, config: BenchmarkConfig) -> str:
+    """Returns why `run_benchmark` cannot score the answers. Empty if it can."""
     try:
         load_truths(benchmark, config.annotations, config.questions)
-    except NoAnswersError as error:
+    except AnswersNotPublicError as error:
         return str(error)
-    if benchmark.judged:
+    if benchmark.needs_judge:
         return (
-            f"{benchmark.name}: a language model scores its answers; judge them by the rubric mm_vet (`vlm-unlearn judge run`), then "
-            "`vlm-unlearn benchmark score` with the verdicts as --predictions"
+            f"{benchmark.name}: a language model scores the answers. Run `vlm-unlearn judge run` with the rubric "
+            "mm_vet, then `vlm-unlearn benchmark score` with the verdicts as --predictions."
         )
     return ""

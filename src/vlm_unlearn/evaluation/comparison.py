@@ -1,183 +1,233 @@
-"""Compares finished runs prompt by prompt."""
+"""Paired comparison of finished runs: the same prompts, answered by two models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.benchmarks import NoAnswersError
+from vlm_unlearn.benchmarks import AnswersNotPublicError
 from vlm_unlearn.config import BenchmarkConfig, MetricConfig
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
-from vlm_unlearn.evaluation.scoring import GradedRun, metric_outcomes, read_graded, run_row
-from vlm_unlearn.metrics.paired import Difference, holm, paired_difference
+from vlm_unlearn.evaluation.scoring import GradedRun, build_row, metric_outcomes, read_graded_run
+from vlm_unlearn.metrics.paired import PairedDifference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
 
-OnCompared = Callable[[int, int], None]  # models compared, and how many there are
-Pairs = tuple[str, str, Difference, int]  # model, metric, difference, unpaired
+OnCompared = Callable[[int, int], None]  # models compared so far, models to compare
+
+
+@dataclass(frozen=True)
+class _MetricChange:
+    """The change of one metric from the base run to another run, before the p-values are adjusted."""
+
+    metric: str
+    difference: PairedDifference
+    unpaired: int  # outcomes that only one of the two runs has
 
 
 def summarize_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
-    """Each run's row, with those compared to the first that can be; returns and raises as `compare_runs`, but where two runs have
-    nothing to compare, that is among the reasons."""
+    """Returns every run's row, and compares the runs with the first one as far as possible.
+
+    It differs from `compare_runs` in two ways. A single run is allowed. A run that cannot be compared with the first
+    one is not an error: it keeps its row, and the reason is in the returned list.
+    """
     if len(runs) == 1:
         name, folder = next(iter(runs.items()))
-        return Summary(rows=[run_row(_read(folder), name)]), []
-    return _compare(runs, refuse=False, on_done=on_done)
+        return Summary(rows=[build_row(_read_run(folder), name)]), []
+    return _compare(runs, strict=False, on_done=on_done)
 
 
 def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) -> tuple[Summary, list[str]]:
-    """Each run against the first, in every metric that the two share, over the prompts that both were asked.
+    """Compares each run with the first one in every metric that both have, over the prompts that both were asked.
 
-    A metric over other cases in the two suites is compared over the cases of both.
+    If a metric covers different splits in the two suites, it is compared over the splits that both have.
 
     Args:
-        runs: evaluation folder of each model, the base first.
-        on_done: told of each run that is compared: runs done, runs in all.
+        runs: The evaluation folder of each model, the base model first.
+        on_done: Called after each comparison with the number of comparisons done and their total number.
 
     Returns:
-        Rows and comparisons, and what was not compared, with the reason.
+        The rows with the comparisons, and a list of the metrics that were not compared, with the reasons.
 
     Raises:
-        UserError: a run is not finished or not graded, or has no prompt or metric in common with the base, or another judge.
+        UserError: A run is unfinished or not graded, shares no prompt or no metric with the base, or was graded by
+            another judge.
     """
-    return _compare(runs, refuse=True, on_done=on_done)
+    return _compare(runs, strict=True, on_done=on_done)
 
 
-def _compare(runs: Mapping[str, Path], refuse: bool, on_done: OnCompared | None) -> tuple[Summary, list[str]]:
-    names = list(runs)
-    base = _read(runs[names[0]])
-    rows: list[Row] = [run_row(base, names[0])]
-    found: list[Pairs] = []
-    left_out: list[str] = []
-    for done, name in enumerate(names[1:], start=1):
-        run = _read(runs[name])
-        rows.append(run_row(run, name))
+def _compare(runs: Mapping[str, Path], strict: bool, on_done: OnCompared | None) -> tuple[Summary, list[str]]:
+    base_name, *names = runs
+    base = _read_run(runs[base_name])
+    rows: list[Row] = [build_row(base, base_name)]
+    changes: list[tuple[str, _MetricChange]] = []
+    skipped: list[str] = []
+    for done, name in enumerate(names, start=1):
+        run = _read_run(runs[name])
+        rows.append(build_row(run, name))
         try:
-            compared, reasons = _compare_two(base, run, name, f"{runs[names[0]]} and {runs[name]}")
+            run_changes, reasons = _compare_with_base(base, run, f"{runs[base_name]} and {runs[name]}")
         except UserError as error:
-            if refuse:
+            if strict:
                 raise
-            compared, reasons = [], [f"{name}: {error}"]
-        found += compared
-        left_out += reasons
+            skipped.append(f"{name}: {error}")
+        else:
+            changes += [(name, change) for change in run_changes]
+            skipped += [f"{name}, {reason}" for reason in reasons]
         if on_done:
-            on_done(done, len(names) - 1)
-    return Summary(rows=rows, comparisons=list(_adjusted(found, names[0]))), left_out
+            on_done(done, len(names))
+    return Summary(rows=rows, comparisons=list(_adjust_p_values(changes, base_name))), skipped
 
 
-def _compare_two(base: GradedRun, run: GradedRun, name: str, where: str) -> tuple[list[Pairs], list[str]]:
-    """The differences, and what has none.
+def _read_run(folder: Path) -> GradedRun:
+    return read_graded_run(folder, saved_suite(folder))
+
+
+def _compare_with_base(base: GradedRun, run: GradedRun, folders: str) -> tuple[list[_MetricChange], list[str]]:
+    """Compares one run with the base run.
+
+    Args:
+        base: The base run.
+        run: The other run.
+        folders: Both run folders, for error messages.
+
+    Returns:
+        The changes, and for each metric that cannot be compared ``"METRIC: REASON"``.
 
     Raises:
-        UserError: there is nothing to compare, or two judges graded.
+        UserError: Nothing can be compared, or a metric was graded by two different judges.
     """
-    found: list[Pairs] = []
-    left_out: list[str] = []
     if not any(base.prompts.get(id) == prompt for id, prompt in run.prompts.items()):
-        raise UserError(f"{where}: were asked no prompt in common; compare runs of the same suite on the same data")
-    for metric in base.measured(base.suite.metrics):
-        if metric not in run.measured(run.suite.metrics):
-            continue
-        compared = _compared(base, run, metric, where)
-        if isinstance(compared, str):
-            left_out.append(f"{name}, {metric}: {compared}")
-        else:
-            found.append((name, metric, *compared))
+        raise UserError(
+            "the two runs have no prompt in common. Compare runs of the same suite on the same data.",
+            code="no-common-prompts",
+            file=folders,
+        )
+    results: list[tuple[str, _MetricChange | str]] = []
+    for metric in base.judged_metrics(base.suite.metrics):
+        if metric in run.judged_metrics(run.suite.metrics):
+            results.append((metric, _compare_metric(base, run, metric, folders)))
     for benchmark in base.suite.benchmarks:
-        scored = _compared_benchmark(base, run, benchmark)
-        if isinstance(scored, str):
-            left_out.append(f"{name}, {benchmark.name}: {scored}")
-        elif scored is not None:
-            found.append((name, benchmark.name, *scored))
-    if not found:
+        if (result := _compare_benchmark(base, run, benchmark)) is not None:
+            results.append((benchmark.name, result))
+    changes = [result for _, result in results if not isinstance(result, str)]
+    reasons = [f"{name}: {result}" for name, result in results if isinstance(result, str)]
+    if not changes:
+        reason = f" ({reasons[0]})" if reasons else ""
         raise UserError(
-            f"{where}: share no metric that can be compared" + "".join(f"; {reason}" for reason in left_out[:1])
+            f"the two runs share no metric that can be compared{reason}. Compare runs of the same suite.",
+            code="no-common-metrics",
+            file=folders,
         )
-    return found, left_out
+    return changes, reasons
 
 
-def _read(folder: Path) -> GradedRun:
-    return read_graded(folder, saved_suite(folder))
+def _compare_metric(base: GradedRun, run: GradedRun, metric: str, folders: str) -> _MetricChange | str:
+    """Returns the change of one metric, or the reason why it cannot be compared.
 
-
-def _compared(base: GradedRun, run: GradedRun, metric: str, where: str) -> tuple[Difference, int] | str:
-    """The difference in one metric and how many outcomes have no partner, or why there is none."""
-    first, second = base.suite.metrics[metric], run.suite.metrics[metric]
-    if first.model_dump(exclude={"splits"}) != second.model_dump(exclude={"splits"}):
+    Raises:
+        UserError: Two different judges graded the metric.
+    """
+    base_config, run_config = base.suite.metrics[metric], run.suite.metrics[metric]
+    if base_config.model_dump(exclude={"splits"}) != run_config.model_dump(exclude={"splits"}):
         return "the two suites count it differently"
-    judges = base.graded[first.judge], run.graded[first.judge]
-    if judges[0].identity != judges[1].identity:
-        different = " and ".join(dict.fromkeys(f"judge-{judge.judge}.json" for judge in judges))
+    base_judge = base.verdicts_by_judge[base_config.judge]
+    run_judge = run.verdicts_by_judge[base_config.judge]
+    if base_judge.identity != run_judge.identity:
+        files = " and ".join(dict.fromkeys(f"judge-{judge.judge_id}.json" for judge in (base_judge, run_judge)))
         raise UserError(
-            f"{where}: {quoted(metric)} was graded by two judges ({different} differ); "
-            "grade both with the same one by `vlm-unlearn judge run`"
+            f"{quoted(metric)} was graded by two different judges ({files} differ). "
+            "Grade both runs with the same judge by `vlm-unlearn judge run`.",
+            code="judge-mismatch",
+            file=folders,
         )
-    both = first.model_copy(update={"splits": [case for case in first.splits if case in second.splits]})
-    shared = {
+    config = base_config.model_copy(
+        update={"splits": [split for split in base_config.splits if split in run_config.splits]}
+    )
+    # Outcomes per question depend on all verdicts of the question, so verdicts are paired before they are counted.
+    paired_keys = {
         verdict.key
-        for verdict in judges[0].verdicts
+        for verdict in base_judge.verdicts
         if run.prompts.get(verdict.prompt_id) == base.prompts[verdict.prompt_id]
     }
-    shared &= {verdict.key for verdict in judges[1].verdicts}
-    old, new = _outcomes(base, both, shared), _outcomes(run, both, shared)
-    known = _outcomes(base, both).values.keys() | _outcomes(run, both).values.keys()
-    return _difference(old, new, len(known))
+    paired_keys &= {verdict.key for verdict in run_judge.verdicts}
+    return _paired_change(
+        metric,
+        _metric_outcomes(base, config, paired_keys),
+        _metric_outcomes(run, config, paired_keys),
+        len(_metric_outcomes(base, config).values.keys() | _metric_outcomes(run, config).values.keys()),
+    )
 
 
-def _compared_benchmark(
-    base: GradedRun, run: GradedRun, config: BenchmarkConfig
-) -> tuple[Difference, int] | str | None:
-    """The difference in a benchmark's mean score (of POPE the accuracy), question by question; None where the run doesn't have it."""
-    other = next((benchmark for benchmark in run.suite.benchmarks if benchmark.name == config.name), None)
-    if other is None:
+def _metric_outcomes(run: GradedRun, metric: MetricConfig, keys: Collection[tuple[str, int]] | None = None) -> Outcomes:
+    """Returns a metric's outcomes from all verdicts of its judge, or from those on the answers with `keys`."""
+    judge = run.verdicts_by_judge[metric.judge]
+    verdicts = [verdict for verdict in judge.verdicts if keys is None or verdict.key in keys]
+    return metric_outcomes(run.prompts, verdicts, metric, judge.available_labels)
+
+
+def _compare_benchmark(base: GradedRun, run: GradedRun, config: BenchmarkConfig) -> _MetricChange | str | None:
+    """Compares a benchmark question by question.
+
+    The compared value is the mean score. For POPE that is the accuracy, although its headline is F1.
+
+    Returns:
+        The change, the reason why there is none, or None if the run does not include the benchmark.
+    """
+    run_config = next((benchmark for benchmark in run.suite.benchmarks if benchmark.name == config.name), None)
+    if run_config is None:
         return None
-    asked, other_asked = ({id: one for id, one in of.prompts.items() if one.set == config.name} for of in (base, run))
-    if asked != other_asked:
-        return "the two runs were asked other questions of it"
-    if config.official != other.official:
-        return "one of the two is counted as official, the other isn't"
+    base_prompts, run_prompts = (
+        {id: prompt for id, prompt in graded.prompts.items() if prompt.set == config.name} for graded in (base, run)
+    )
+    if base_prompts != run_prompts:
+        return "the two runs were asked different questions of it"
+    if config.official != run_config.official:
+        return "only one of the two runs uses the official counting"
     try:
-        old, new = (
-            benchmark_outcomes(of_run, read.prompts, read.responses, read.judged())
-            for of_run, read in ((config, base), (other, run))
-        )
-    except NoAnswersError:
+        base_outcomes = benchmark_outcomes(config, base.prompts, base.responses, base.benchmark_judge_scores())
+        run_outcomes = benchmark_outcomes(run_config, run.prompts, run.responses, run.benchmark_judge_scores())
+    except AnswersNotPublicError:
         return "its answers are not public"
-    return _difference(old, new, len(old.values.keys() | new.values.keys()))
+    total = len(base_outcomes.values.keys() | run_outcomes.values.keys())
+    return _paired_change(config.name, base_outcomes, run_outcomes, total)
 
 
-def _difference(old: Outcomes, new: Outcomes, known: int) -> tuple[Difference, int] | str:
-    """The paired difference, and how many of `known` outcomes have no partner."""
-    pairs = [key for key in old.values if key in new.values]
-    if not pairs:
-        return "no answer in common has a verdict in both"
-    before, after = [old.values[key] for key in pairs], [new.values[key] for key in pairs]
-    return paired_difference(before, after, [old.clusters[key] for key in pairs]), known - len(pairs)
+def _paired_change(metric: str, base: Outcomes, run: Outcomes, total: int) -> _MetricChange | str:
+    """Returns the paired difference of the outcomes that both runs have, or the reason why there is none.
+
+    Args:
+        metric: The metric or benchmark.
+        base: The base run's outcomes.
+        run: The other run's outcomes.
+        total: How many outcomes at least one of the two runs has.
+    """
+    keys = [key for key in base.values if key in run.values]
+    if not keys:
+        return "no common answer has a verdict in both runs"
+    difference = paired_difference(
+        [base.values[key] for key in keys], [run.values[key] for key in keys], [base.clusters[key] for key in keys]
+    )
+    return _MetricChange(metric, difference, unpaired=total - len(keys))
 
 
-def _outcomes(run: GradedRun, metric: MetricConfig, among: set[tuple[str, int]] | None = None) -> Outcomes:
-    graded = run.graded[metric.judge]
-    verdicts = graded.verdicts if among is None else [verdict for verdict in graded.verdicts if verdict.key in among]
-    return metric_outcomes(run.prompts, verdicts, metric, graded.labels)
-
-
-def _adjusted(found: list[Pairs], base: str) -> Iterator[Comparison]:
-    """With p-values that allow for all of them being looked at."""
-    adjusted = holm([difference.p for _, _, difference, _ in found])
-    for (model, metric, difference, unpaired), p_adjusted in zip(found, adjusted, strict=True):
+def _adjust_p_values(changes: list[tuple[str, _MetricChange]], base: str) -> Iterator[Comparison]:
+    """Yields the comparisons of all models and metrics, with p-values adjusted for their number (Holm's method)."""
+    adjusted = holm([change.difference.p for _, change in changes])
+    for (model, change), p_adjusted in zip(changes, adjusted, strict=True):
         yield Comparison(
             model=model,
             base=base,
-            metric=metric,
-            difference=difference.value,
-            low=difference.low,
-            high=difference.high,
-            p=difference.p,
+            metric=change.metric,
+            difference=change.difference.value,
+            low=change.difference.low,
+            high=change.difference.high,
+            p=change.difference.p,
             p_adjusted=p_adjusted,
-            test=difference.test,
-            n=difference.n,
-            unpaired=unpaired,
+            test=change.difference.test,
+            n=change.difference.n,
+            unpaired=change.unpaired,
         )

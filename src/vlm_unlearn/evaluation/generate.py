@@ -1,4 +1,7 @@
-"""The first of three steps: asks a suite's model all prompts, into a run folder."""
+"""Step one of an evaluation (generate, judge, score): generates the model's answers to a suite's prompts.
+
+The run folder gets prompts.jsonl, responses.jsonl (in the order of the prompts), suite.json and manifest.json.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm_unlearn.config import Suite, override, validate
-from vlm_unlearn.distributed import Team, processes, team
+from vlm_unlearn.config import Suite, apply_overrides, validate
+from vlm_unlearn.distributed import ProcessGroup, process_group, world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.answers import (
     RESPONSES,
@@ -33,39 +36,50 @@ from vlm_unlearn.store import (
     write_records,
 )
 
-OnDone = Callable[[str, int, int], None]  # stage, done, all
+OnDone = Callable[[str, int, int], None]  # stage, items done, items in total
 BATCHING = "batching.json"
+# The keys of a suite that may change after its answers have been generated.
+REJUDGEABLE_KEYS = ("judge", "judges", "metrics", "paper_compat", "paper_metrics")
 
 
 def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None, verify_batching: int = 0) -> None:
-    """Asks the suite's model all prompts; writes prompts.jsonl, responses.jsonl (in the prompts' order), suite.json, manifest.json.
+    """Generates the model's answers to all prompts of a suite, into a run folder.
 
-    Called again after a kill it goes on; called again when done it asks anew what failed, and nothing else. Under torchrun or
-    accelerate launch all processes call it, each answers its share, and the first writes the files.
+    The function can be called again with the same arguments. An interrupted run resumes, and a finished run generates
+    failed answers again. Under torchrun or ``accelerate launch`` every process calls it: each generates some of the
+    answers, and the first process writes the files of the run.
 
     Args:
-        verify_batching: how many questions are asked once more, one by one; batching.json says how many answers that changes.
+        suite: The suite, with the model.
+        folder: The run folder.
+        on_done: Called with the stage and the number of finished and of all answers of this process.
+        verify_batching: The number of answers to generate a second time, each in a batch of its own. ``batching.json``
+            reports how many of them differ.
 
     Raises:
-        UserError: broken data, a model that can't be loaded, or a folder that holds another run.
-        RunError: the server is gone, or another process of the run has ended.
+        UserError: The data are broken, the model cannot be loaded, or the folder contains another run.
+        RunError: The server does not respond, or another process of the run has ended.
     """
-    if processes() > 1 and suite.generation.backend != "hf":
-        raise UserError(f"generation.backend={suite.generation.backend} makes its own batches; start it as one process")
-    with team() as together:
-        if together.rank == 0:
-            _lead(suite, folder, on_done, verify_batching, together)
-        elif together.agree(False):  # what the first process says counts
-            questions = _questions(suite, suite_prompts(suite))
-            _answer_share(build_backend(suite), questions, folder, together, None)
-            together.wait()
+    if world_size() > 1 and suite.generation.backend != "hf":
+        raise UserError(
+            f"the backend {suite.generation.backend} does its own batching. Start it as a single process.",
+            code="unsupported-setting",
+            field="generation.backend",
+        )
+    with process_group() as group:
+        if group.rank == 0:
+            _generate_as_main_process(suite, folder, on_done, verify_batching, group)
+        elif group.broadcast(False):  # the value comes from the main process: whether answers are missing
+            requests = _suite_requests(suite, suite_prompts(suite))
+            _generate_missing(build_backend(suite), requests, folder, group, None)
+            group.wait()
 
 
 def build_backend(suite: Suite) -> Backend:
-    """What answers a suite's questions.
+    """Returns the backend that a suite's ``generation.backend`` names.
 
     Raises:
-        UserError: the model isn't there, or the backend isn't installed.
+        UserError: The model does not exist, or the backend is not installed.
     """
     if suite.generation.backend == "openai":
         from vlm_unlearn.generation.server import ServerBackend
@@ -80,195 +94,217 @@ def build_backend(suite: Suite) -> Backend:
     return HFBackend(suite.model, suite.generation)
 
 
-def _questions(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationRequest]:
-    return build_requests(prompts, image_roots(suite), _samples(suite))
+def _suite_requests(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationRequest]:
+    samples = {split.name: split.samples for split in suite.splits}
+    return build_requests(prompts, image_roots(suite), samples)
 
 
-def _samples(suite: Suite) -> dict[str, int]:
-    return {case.name: case.samples for case in suite.splits}
-
-
-def _lead(suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: int, together: Team) -> None:
-    """What the first process does."""
+def _generate_as_main_process(
+    suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: int, group: ProcessGroup
+) -> None:
+    """Opens the run folder, generates this process's share of the answers and writes the files of the run."""
     prompts = suite_prompts(suite)
-    questions = _questions(suite, prompts)
+    requests = _suite_requests(suite, prompts)
     backend = build_backend(suite)
     identity = {
         "kind": "evaluate",
         **backend.identity(),
         "prompts": prompts_digest(prompts, image_roots(suite)),
-        "samples": {case: samples for case, samples in _samples(suite).items() if samples > 1},
+        "samples": {split.name: split.samples for split in suite.splits if split.samples > 1},
     }
     with lock_run(folder):
         open_run(folder, identity)
         save_suite(folder, suite)
         failed = failed_responses(folder)
         if failed:
-            backend.check_available()  # where nobody is there to answer, what has been measured stays measured
+            backend.check_available()  # before verdicts on the failed answers are deleted
             remove_failed_responses(folder, failed)
-        waiting = not read_manifest(folder)["finished"] or not _whole(folder, questions)
-        if waiting:
+        incomplete = not read_manifest(folder)["finished"] or not _is_complete(folder, requests)
+        if incomplete:
             write_records(folder / "prompts.jsonl", prompts)
             merge_shards(folder)
-        if together.agree(waiting):
-            with _noting_cost(folder):
-                _answer_share(backend, questions, folder, together, on_done)
-                together.wait()
+        if group.broadcast(incomplete):
+            with _record_wall_time(folder):
+                _generate_missing(backend, requests, folder, group, on_done)
+                group.wait()
                 merge_shards(folder)
-                sort_responses(folder, [question.key for question in questions])
+                sort_responses(folder, [request.key for request in requests])
         if verify_batching:
-            with _noting_cost(folder):
-                _verify(backend, questions, folder, verify_batching, on_done)
+            with _record_wall_time(folder):
+                _verify_batching(backend, requests, folder, verify_batching, on_done)
 
 
-def _whole(folder: Path, questions: Sequence[GenerationRequest]) -> bool:
-    """Whether each question has one answer; a finished file may have lost some since, or been edited."""
-    found = (
-        [response.key for response in read_records(folder / RESPONSES, Response)]
-        if (folder / RESPONSES).exists()
-        else []
-    )
-    return sorted(found) == sorted(question.key for question in questions)
+def _is_complete(folder: Path, requests: Sequence[GenerationRequest]) -> bool:
+    """Returns whether each request has exactly one answer. The file of a finished run may have been edited since."""
+    file = folder / RESPONSES
+    keys = [response.key for response in read_records(file, Response)] if file.exists() else []
+    return sorted(keys) == sorted(request.key for request in requests)
 
 
 @contextmanager
-def _noting_cost(folder: Path) -> Iterator[None]:
+def _record_wall_time(folder: Path) -> Iterator[None]:
+    """Adds the time that the block takes to the run's manifest, and marks the run finished."""
     started = time.monotonic()
     yield
     record_cost(folder, time.monotonic() - started, finished=True)
 
 
-def _answer_share(
-    backend: Backend, questions: Sequence[GenerationRequest], folder: Path, together: Team, on_done: OnDone | None
+def _generate_missing(
+    backend: Backend,
+    requests: Sequence[GenerationRequest],
+    folder: Path,
+    group: ProcessGroup,
+    on_done: OnDone | None,
 ) -> None:
-    """Answers what this process is to answer of all that has no answer yet.
+    """Generates this process's share of the missing answers.
 
-    A batch that a kill cut short is asked whole again, so that answers don't depend on where the kill fell.
+    A batch with at least one missing answer is generated completely. Every answer then comes from the same batch as in
+    an uninterrupted run, wherever the run was killed.
     """
     file = folder / RESPONSES
-    known = {response.key for response in read_records(file, Response)} if file.exists() else set()
+    answered = {response.key for response in read_records(file, Response)} if file.exists() else set()
     batches = [
-        batch for batch in backend.make_batches(questions) if any(question.key not in known for question in batch)
+        batch for batch in backend.make_batches(requests) if any(request.key not in answered for request in batch)
     ]
-    share = batches[together.rank :: together.size]
-    total = sum(map(len, share))
+    process_batches = batches[group.rank :: group.size]
+    total = sum(map(len, process_batches))
     done = 0
-    with response_log(folder, together) as log:
+    with response_log(folder, group) as log:
 
-        def take(answers: Sequence[Response]) -> None:
+        def append(responses: Sequence[Response]) -> None:
             nonlocal done
-            log.append(answers)
-            done += len(answers)
+            log.append(responses)
+            done += len(responses)
             if on_done:
                 on_done("generate", done, total)
 
-        backend.run(share, take)
+        backend.run(process_batches, append)
 
 
-def _verify(
-    backend: Backend, questions: Sequence[GenerationRequest], folder: Path, count: int, on_done: OnDone | None
+def _verify_batching(
+    backend: Backend, requests: Sequence[GenerationRequest], folder: Path, count: int, on_done: OnDone | None
 ) -> None:
-    """Asks some of the questions, spread over the suite, once more with nothing beside them, and writes batching.json."""
-    together = {
+    """Generates some answers again in batches of one, and writes how many of them differ to batching.json."""
+    batched_texts = {
         response.key: response.text
         for response in read_records(folder / RESPONSES, Response)
         if response.text is not None
     }
-    chosen = evenly_spaced([question for question in questions if question.key in together], count)
-    known = read_batching(folder)
-    if known is not None and known.checked >= len(chosen):
+    selected = evenly_spaced([request for request in requests if request.key in batched_texts], count)
+    earlier = read_batching(folder)
+    if earlier is not None and earlier.checked >= len(selected):
         return
     checked = flipped = 0
-    for response in backend.run_one_by_one(chosen):
+    for response in backend.run_one_by_one(selected):
         if response.text is not None:
             checked += 1
-            flipped += response.text != together[response.key]
+            flipped += response.text != batched_texts[response.key]
         if on_done:
-            on_done("one by one", checked, len(chosen))
+            on_done("one by one", checked, len(selected))
     write_json(folder / BATCHING, Batching(checked=checked, flipped=flipped).model_dump())
 
 
 def read_batching(folder: Path) -> Batching | None:
-    """What `verify_batching` found of a run, where it was asked for."""
-    return (
-        validate(Batching, read_json(folder / BATCHING), str(folder / BATCHING))
-        if (folder / BATCHING).exists()
-        else None
-    )
+    """Returns the result of a run's batching check, or None if it was not run."""
+    file = folder / BATCHING
+    return validate(Batching, read_json(file), str(file)) if file.exists() else None
 
 
-def remarks(folder: Path) -> list[str]:
-    """What is to be said of a run's answers: how many failed, and how many batching changes."""
-    answers = list(read_records(folder / RESPONSES, Response))
-    failed = [response for response in answers if response.error is not None]
-    told = []
+def generation_notes(folder: Path) -> list[str]:
+    """Returns sentences for the user about a run's answers: how many failed, and how many change with batching."""
+    responses = list(read_records(folder / RESPONSES, Response))
+    failed = [response for response in responses if response.error is not None]
+    notes = []
     if failed:
-        first = quoted(failed[0].error)
-        told.append(
-            f"{len(failed)} of {len(answers)} answers failed, the first: {first}; the same command asks them again"
+        notes.append(
+            f"{len(failed)} of {len(responses)} answers failed (the first: {quoted(failed[0].error)}). "
+            "Run the same command again to retry them."
         )
     batching = read_batching(folder)
     if batching is not None:
-        told.append(
-            f"batching changes {batching.flipped} of {batching.checked} answers that were asked once more, one by one"
+        notes.append(
+            f"Batching changes {batching.flipped} of {batching.checked} answers that were generated again one by one."
         )
-    return told
+    return notes
 
 
 def read_answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
-    """A finished run's prompts by id, and its responses.
+    """Reads the prompts, by id, and the responses of a finished run.
 
     Raises:
-        UserError: the folder holds no finished generation, or its files don't belong together.
+        UserError: The folder does not contain a finished run, or its files do not match.
     """
     manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
     if manifest is None or not manifest["finished"]:
         raise UserError(
-            f"{folder}: holds no finished answers; run `vlm-unlearn generate` first (it goes on where it stopped){describe_path(folder)}"
+            f"the folder contains no finished answers{describe_path(folder)}. "
+            "Run `vlm-unlearn generate` first; it resumes an interrupted run.",
+            code="run-unfinished",
+            file=folder,
         )
     if not (folder / "prompts.jsonl").is_file() or not (folder / RESPONSES).is_file():
-        raise UserError(f"{folder}: holds no answers of a model{describe_path(folder)}")
+        raise UserError(
+            f"the folder contains no answers of a model{describe_path(folder)}", code="run-not-found", file=folder
+        )
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
     responses = list(read_records(folder / RESPONSES, Response))
     samples = manifest["identity"].get("samples", {})
     if not isinstance(samples, dict) or not all(
         isinstance(count, int) and 0 < count <= 1000 for count in samples.values()
     ):
-        raise UserError(f"{folder / 'manifest.json'}: is not a run's manifest; choose another folder")
-    wanted = {(prompt.id, sample) for prompt in prompts.values() for sample in range(samples.get(prompt.set, 1))}
-    if not prompts or len(responses) != len(wanted) or wanted != {response.key for response in responses}:
         raise UserError(
-            f"{folder}: prompts.jsonl and responses.jsonl don't go together; run `vlm-unlearn generate` as before, it asks what is missing"
+            "the file is not the manifest of an evaluation. Choose another folder.",
+            code="invalid-field",
+            file=folder / "manifest.json",
+            field="samples",
+        )
+    expected_keys = {(prompt.id, sample) for prompt in prompts.values() for sample in range(samples.get(prompt.set, 1))}
+    keys = {response.key for response in responses}
+    if not prompts or len(responses) != len(expected_keys) or keys != expected_keys:
+        raise UserError(
+            "prompts.jsonl and responses.jsonl do not match. "
+            "Run `vlm-unlearn generate` again as before; it generates the missing answers.",
+            code="run-mismatch",
+            file=folder,
         )
     return prompts, responses
 
 
 def save_suite(folder: Path, suite: Suite) -> None:
-    """Writes what was asked for and nothing more: what a judge leaves open stays open."""
+    """Writes the explicitly set keys of a suite to ``suite.json``.
+
+    Defaults are not written, because a judge takes its unset keys from the suite's default judge.
+    """
     write_json(folder / "suite.json", suite.model_dump(mode="json", exclude_unset=True))
 
 
-REJUDGED = ("judge", "judges", "metrics", "paper_compat", "paper_metrics")  # what may change once the answers are there
-
-
 def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
-    """The suite that a run folder was made with.
+    """Reads the suite of a run folder.
 
     Args:
-        overrides: ``key=value`` of judges and metrics; once they have worked, `save_suite` makes them the run's.
+        folder: The run folder.
+        overrides: ``key=value`` for judges and metrics (`REJUDGEABLE_KEYS`). They are not written to the folder:
+            `save_suite` does that, once judging with them has succeeded.
 
     Raises:
-        UserError: there is none, or an override is of what the answers depend on.
+        UserError: The folder contains no suite, or an override would change the answers.
     """
     file = folder / "suite.json"
     if not file.is_file():
-        wanted = "pass a folder that `vlm-unlearn evaluate` or `generate` wrote"
-        raise UserError(f"{folder}: is no evaluation (suite.json: no such file); {wanted}{describe_path(folder)}")
+        raise UserError(
+            f"not an evaluation, suite.json is missing{describe_path(folder)}. "
+            "Pass a folder that `vlm-unlearn evaluate` or `generate` has written.",
+            code="run-not-found",
+            file=folder,
+        )
     value = read_json(file)
-    for text in overrides:
-        key = text.partition("=")[0].partition(".")[0].strip()
-        if key not in REJUDGED:
+    for override in overrides:
+        key = override.partition("=")[0].partition(".")[0].strip()
+        if Suite.renamed_keys.get(key, key) not in REJUDGEABLE_KEYS:
             raise UserError(
-                f'override "{quoted(text)[1:-1]}": the answers are there already; what can change is {", ".join(REJUDGED)}'
+                f"the override {quoted(override)} would change answers that have been generated already. "
+                f"Only these keys can change: {', '.join(REJUDGEABLE_KEYS)}.",
+                code="invalid-override",
+                field=quoted(key)[1:-1],
             )
-    return validate(Suite, override(value, overrides, Suite) if isinstance(value, dict) else value, str(file))
+    return validate(Suite, apply_overrides(value, overrides, Suite) if isinstance(value, dict) else value, str(file))

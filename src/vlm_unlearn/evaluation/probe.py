@@ -1,4 +1,4 @@
-"""A small evaluation of a model that is still in training."""
+"""A small evaluation of a model during training, for a recipe's ``probe``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.evaluation.scoring import metric_rate
 from vlm_unlearn.evaluation.verdicts import build_judge
+from vlm_unlearn.generation.base import evenly_spaced
 from vlm_unlearn.generation.hf import generate_responses
 from vlm_unlearn.judging.base import Answer, OfflineJudge
 from vlm_unlearn.records import Prompt
@@ -18,81 +19,120 @@ from vlm_unlearn.store import digest_json
 
 
 class SuiteProbe:
-    """Asks the model a suite's first question groups of each case, spread over its length, and grades the answers."""
+    """Generates answers to some prompts of a suite, grades them with the suite's judge and returns the rates.
+
+    Args:
+        suite: The suite. Its judge must not be a language model.
+        processor: The processor of the model in training.
+        prompts: The prompts, usually a part of the suite's.
+
+    Raises:
+        UserError: The suite's judge is a language model.
+    """
 
     def __init__(self, suite: Suite, processor: Processor, prompts: list[Prompt]) -> None:
         self._suite = suite
         self._processor = processor
         self._prompts = prompts
-        self._judge = _offline(suite)
+        self._judge = _build_offline_judge(suite)
         self._roots = image_roots(suite)
 
     @property
     def digest(self) -> str:
-        """Names prompts, images, judge, metrics and generation."""
-        asked = prompts_digest(self._prompts, self._roots)
-        counted = {name: metric.model_dump() for name, metric in self._suite.metrics.items()}
-        return digest_json([asked, self._judge.identity(), counted, self._suite.generation.model_dump()])
+        """A digest of everything that determines the rates: prompts, images, judge, metrics and generation settings."""
+        prompts = prompts_digest(self._prompts, self._roots)
+        metrics = {name: metric.model_dump() for name, metric in self._suite.metrics.items()}
+        return digest_json([prompts, self._judge.identity(), metrics, self._suite.generation.model_dump()])
 
     def __call__(self, model: Any) -> Mapping[str, float | None]:
-        """Rates by metric name; None where nothing could be scored."""
-        samples = {case.name: case.samples for case in self._suite.splits}
+        """Returns the rates of a model by metric name. A rate is None if no answer could be scored."""
+        samples = {split.name: split.samples for split in self._suite.splits}
         batches = generate_responses(
             model, self._processor, self._prompts, self._roots, self._suite.generation, samples
         )
-        found = [response for batch in batches for response in batch]
         prompts = {prompt.id: prompt for prompt in self._prompts}
-        verdicts = [self._judge.verdict(Answer(prompts[response.prompt_id], response)) for response in found]
-        metrics = self._suite.metrics.items()
+        verdicts = [
+            self._judge.verdict(Answer(prompts[response.prompt_id], response))
+            for batch in batches
+            for response in batch
+        ]
         return {
             name: metric_rate(prompts, verdicts, metric, self._judge.labels).value
-            for name, metric in metrics
+            for name, metric in self._suite.metrics.items()
             if not metric.judge
         }
 
 
 def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteProbe:
-    """The probe that a recipe's ``probe`` describes.
+    """Returns the probe that a recipe's ``probe`` describes.
+
+    Args:
+        config: The probe's settings.
+        model: The model in training, as the suite's `model`.
+        processor: The processor of the model.
 
     Raises:
-        UserError: the suite or its data are broken, or a rule names a metric that the suite doesn't have.
+        UserError: The suite or its data are broken, or a rule (`stop_when`, `abort_when`, `keep_best`) names a metric
+            that the suite does not have or that the suite's judge cannot measure.
     """
     suite = load(Suite, config.suite, values={"model": model, "root": str(config.root)})
-    suite = suite.model_copy(update={"benchmarks": []})  # a probe is quick, and grades cases only
-    judge = _offline(suite)
+    suite = suite.model_copy(update={"benchmarks": []})  # a probe has to be fast, so it covers the splits only
+    judge = _build_offline_judge(suite)
     for rule in ("stop_when", "abort_when", "keep_best"):
         for metric in getattr(config, rule):
-            if metric not in suite.metrics:
-                known = ", ".join(suite.metrics)
-                raise UserError(
-                    f'probe.{rule}: {config.suite} has no metric "{metric}"{nearest(metric, suite.metrics)}; it has {known}'
-                )
-            if suite.metrics[metric].judge:
-                raise UserError(
-                    f"probe.{rule}: {metric} has a judge of its own, which a probe doesn't ask; name one of the suite's judge"
-                )
-            untold = set(suite.metrics[metric].labels) - set(judge.labels)
-            if untold:
-                raise UserError(
-                    f"probe.{rule}: {metric} counts {', '.join(sorted(untold))} answers, which the judge {judge.name} can't tell"
-                )
-    return SuiteProbe(suite, processor, _spread(suite_prompts(suite), config.num_questions))
+            _validate_metric(metric, suite, judge, str(config.suite), f"probe.{rule}")
+    return SuiteProbe(suite, processor, _sample_questions(suite_prompts(suite), config.num_questions))
 
 
-def _offline(suite: Suite) -> OfflineJudge:
+def _validate_metric(metric: str, suite: Suite, judge: OfflineJudge, suite_name: str, key: str) -> None:
+    """Raises an error if a probe cannot measure a metric.
+
+    Args:
+        metric: The metric's name.
+        suite: The probe's suite.
+        judge: The suite's judge.
+        suite_name: The suite as the recipe names it, for error messages.
+        key: The recipe's key that names the metric, for error messages.
+    """
+    if metric not in suite.metrics:
+        raise UserError(
+            f'{suite_name} has no metric "{metric}"{nearest(metric, suite.metrics)}. '
+            f"Its metrics are {', '.join(suite.metrics)}.",
+            code="unknown-name",
+            field=key,
+        )
+    if suite.metrics[metric].judge:
+        raise UserError(
+            f"{metric} is graded by one of the suite's `judges`, and a probe uses only its `judge`. "
+            "Name another metric.",
+            code="unsupported-setting",
+            field=key,
+        )
+    unavailable_labels = set(suite.metrics[metric].labels) - set(judge.labels)
+    if unavailable_labels:
+        raise UserError(
+            f"{metric} counts the labels {', '.join(sorted(unavailable_labels))}, which the judge {judge.name} "
+            "does not return. Name another metric or another judge.",
+            code="unsupported-setting",
+            field=key,
+        )
+
+
+def _build_offline_judge(suite: Suite) -> OfflineJudge:
     judge = build_judge(suite.judge)
     if not isinstance(judge, OfflineJudge):
         raise UserError(
-            f"probe: the judge {judge.name} would stop the training to ask a language model; use judge=keyword"
+            f"the judge {judge.name} is a language model, and training would wait for its replies. Use judge=keyword.",
+            code="unsupported-setting",
+            field="probe.suite",
         )
     return judge
 
 
-def _spread(prompts: list[Prompt], groups: int) -> list[Prompt]:
-    """Whole groups of each case, at equal distances."""
-    chosen: set[tuple[str, str]] = set()
-    for case in dict.fromkeys(prompt.set for prompt in prompts):
-        names = list(dict.fromkeys(prompt.group_id for prompt in prompts if prompt.set == case))
-        count = min(groups, len(names))
-        chosen |= {(case, names[number * len(names) // count]) for number in range(count)}
-    return [prompt for prompt in prompts if (prompt.set, prompt.group_id) in chosen]
+def _sample_questions(prompts: list[Prompt], num_questions: int) -> list[Prompt]:
+    """Returns all prompts of `num_questions` evenly spaced questions of each split."""
+    sampled: set[tuple[str, str]] = set()
+    for split in dict.fromkeys(prompt.set for prompt in prompts):
+        group_ids = list(dict.fromkeys(prompt.group_id for prompt in prompts if prompt.set == split))
+        sampled |= {(split, group_id) for group_id in evenly_spaced(group_ids, num_questions)}
+    return [prompt for prompt in prompts if (prompt.set, prompt.group_id) in sampled]

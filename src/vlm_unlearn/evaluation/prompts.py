@@ -1,4 +1,4 @@
-"""The prompts of a suite, from its cases' and its benchmarks' files."""
+"""Prompts of a suite, read from the files of its splits and benchmarks."""
 
 from __future__ import annotations
 
@@ -11,71 +11,93 @@ from vlm_unlearn.benchmarks import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.config import SampleConfig, SplitConfig, Suite
 from vlm_unlearn.data.formats import safe_eraser, table, vlguard
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_file, digest_json
 
 
-def split_prompts(case: SplitConfig) -> list[Prompt]:
-    """One case's prompts, rewritten where it says so.
+def split_prompts(split: SplitConfig) -> list[Prompt]:
+    """Reads the prompts of one split, and rewrites them if the split has a `rewrite`.
 
     Raises:
-        UserError: the file is broken, an image is missing, or the file has no prompt of the case's kind.
+        UserError: The file is broken, an image is missing, or the file has no prompt of the split's kind.
     """
-    found: Iterable[Prompt]
-    if case.format == "vlguard":
-        found = vlguard.prompts(vlguard.read_pairs(case.file, case.images), case.name, case.kind)
-    elif case.format == "table":
-        found = table.prompts(table.read_table(case.file, table.Columns(), case.images), case.name, case.kind)
+    if split.format == "vlguard":
+        originals = vlguard.prompts(vlguard.read_pairs(split.file, split.images), split.name, split.kind)
+    elif split.format == "table":
+        rows = table.read_table(split.file, table.Columns(), split.images)
+        originals = table.prompts(rows, split.name, split.kind)
     else:
-        found = safe_eraser.prompts(safe_eraser.read_safe_eraser(case.file, case.images), case.name, case.kind)
-    prompts = list(rewrite_prompts(found, case.rewrite) if case.rewrite else found)
+        originals = safe_eraser.prompts(safe_eraser.read_safe_eraser(split.file, split.images), split.name, split.kind)
+    prompts = list(rewrite_prompts(originals, split.rewrite) if split.rewrite else originals)
     if not prompts:
-        raise UserError(f'case "{case.name}": {case.file} has no prompts of kind "{case.kind}"')
+        raise UserError(
+            f'the split "{split.name}" has no prompts: the file contains none of kind "{split.kind}".',
+            code="no-records",
+            file=split.file,
+        )
     return prompts
 
 
 def suite_prompts(suite: Suite) -> list[Prompt]:
-    """All prompts of a suite, case by case, then benchmark by benchmark."""
-    prompts = [prompt for case in suite.splits for prompt in _sampled(split_prompts(case), suite.sample)]
+    """Reads all prompts of a suite: the splits in order, then the benchmarks in order.
+
+    Raises:
+        UserError: A file is broken, an image is missing, or two prompts have the same id.
+    """
+    prompts = [prompt for split in suite.splits for prompt in _sample(split_prompts(split), suite.sample)]
     prompts += [prompt for benchmark in suite.benchmarks for prompt in benchmark_prompts(benchmark)]
-    seen: set[str] = set()
+    ids: set[str] = set()
     for prompt in prompts:
-        if prompt.id in seen:
-            raise UserError(f'two prompts have the id "{prompt.id}"; the ids in the data file must differ')
-        seen.add(prompt.id)
+        if prompt.id in ids:
+            raise UserError(
+                f"two prompts have the id {quoted(prompt.id)}. The ids in the data file must differ.",
+                code="duplicate-id",
+            )
+        ids.add(prompt.id)
     return prompts
 
 
-def _sampled(prompts: list[Prompt], sample: SampleConfig | None) -> list[Prompt]:
-    """A case's seeded part, in file order. Cases about the same questions, as before and after an attack, give the same ones."""
+def _sample(prompts: list[Prompt], sample: SampleConfig | None) -> list[Prompt]:
+    """Returns a seeded sample of a split's prompts, in file order.
+
+    Splits with the same questions, such as those before and after an attack, give the same sample of questions.
+    """
     if sample is None:
         return prompts
     rng = random.Random(sample.seed)
     if sample.num_rows is not None:
         rows = rng.sample(range(len(prompts)), min(sample.num_rows, len(prompts)))
         return [prompts[row] for row in sorted(rows)]
-    names = list(dict.fromkeys(prompt.group_id for prompt in prompts))
-    chosen = set(rng.sample(names, min(sample.num_questions or 0, len(names))))
-    return [prompt for prompt in prompts if prompt.group_id in chosen]
+    group_ids = list(dict.fromkeys(prompt.group_id for prompt in prompts))
+    sampled_ids = set(rng.sample(group_ids, min(sample.num_questions or 0, len(group_ids))))
+    return [prompt for prompt in prompts if prompt.group_id in sampled_ids]
 
 
 def image_roots(suite: Suite) -> dict[str, Path]:
-    """Image root of each prompt set."""
-    roots = {case.name: case.images for case in suite.splits}
+    """Returns the image folder of each split and benchmark, by its name (`Prompt.set`)."""
+    roots = {split.name: split.images for split in suite.splits}
     return roots | {benchmark.name: benchmark_image_root(benchmark) for benchmark in suite.benchmarks}
 
 
 def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:
-    """SHA-256 over the prompts and the content of their images."""
-    images: dict[Path, str] = {}
-    parts: list[object] = []
+    """Returns a SHA-256 digest over prompts and the contents of their images, as hexadecimal.
+
+    Args:
+        prompts: The prompts.
+        roots: The image folder of each prompt set, as `image_roots` returns it.
+
+    Raises:
+        UserError: An image is missing or outside its folder.
+    """
+    image_digests: dict[Path, str] = {}
+    entries: list[object] = []
     for prompt in prompts:
-        digest = None
+        image_digest = None
         if prompt.image is not None:
-            path = resolve_image(roots[prompt.set], prompt.image, f'prompt "{prompt.id}"')
-            if path not in images:
-                images[path] = digest_file(path)
-            digest = images[path]
-        parts.append([prompt.model_dump(), digest])
-    return digest_json(parts)
+            path = resolve_image(roots[prompt.set], prompt.image, record=prompt.id)
+            if path not in image_digests:
+                image_digests[path] = digest_file(path)
+            image_digest = image_digests[path]
+        entries.append([prompt.model_dump(), image_digest])
+    return digest_json(entries)

@@ -1,4 +1,4 @@
-"""generate, judge and score in one go."""
+"""The three steps of an evaluation in one call: generate, judge, score."""
 
 from __future__ import annotations
 
@@ -13,20 +13,33 @@ from vlm_unlearn.store import read_manifest
 
 
 def evaluate_run(suite: Suite, folder: Path, name: str, on_done: OnDone | None = None, verify_batching: int = 0) -> Row:
-    """Asks a suite's model, grades its answers by every judge that the suite's metrics need, and derives the rates.
+    """Evaluates a model by a suite: generates answers, grades them with the suite's judges and computes the rates.
 
-    Of several processes that were started together the first calls this, the others `generate_run`, which is what they share.
+    The function can be called again after an interruption. It resumes, and repeats no finished step. If several
+    processes were started together, only the first one calls this function. The others call `generate_run`, which is
+    the only step that they share.
 
     Args:
-        verify_batching: as in `generate_run`.
+        suite: The suite, with the model, the judges and the metrics.
+        folder: The run folder.
+        name: The model's name in summary.json.
+        on_done: Called with the stage and the number of finished and of all items.
+        verify_batching: As in `generate_run`.
+
+    Returns:
+        The row that is written to summary.json.
+
+    Raises:
+        UserError: The suite or its data are broken, a model cannot be loaded, or the folder contains another run.
+        RunError: A server does not respond, or another process of the run has ended.
     """
-    answered = (folder / "manifest.json").is_file() and read_manifest(folder)["finished"]
+    generated = (folder / "manifest.json").is_file() and read_manifest(folder)["finished"]
     judges = suite_judges(suite)
     for config in judges.values():
-        judge = build_judge(config)  # a suite that can't be judged is refused before hours of generation
-        if not answered:
+        judge = build_judge(config)  # a suite without a usable judge fails here, before hours of generation
+        if not generated:
             judge.check_available()
     generate_run(suite, folder, on_done, verify_batching)
-    for called, config in judges.items():
-        judge_run(folder, config, on_done, splits_judged_by(suite, called))
+    for judge_name, config in judges.items():
+        judge_run(folder, config, on_done, splits_judged_by(suite, judge_name))
     return score_run(folder, suite, name)

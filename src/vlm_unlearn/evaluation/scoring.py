@@ -1,4 +1,8 @@
-"""The third of three steps: derives the rates from verdicts."""
+"""Step three of an evaluation (generate, judge, score): computes the rates from the verdicts of a run's judges.
+
+`score_run` is the entry point. It reads a run folder into a `GradedRun` and computes one `Row` of ``summary.json``.
+A suite refers to its judges by name. The name ``""`` stands for the suite's default judge, the key ``judge``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.config import MetricConfig, Suite
+from vlm_unlearn.config import JudgeConfig, MetricConfig, Suite
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates
 from vlm_unlearn.evaluation.generate import read_answers, read_batching
@@ -17,206 +21,283 @@ from vlm_unlearn.metrics.rates import Outcomes, count_labels, label_outcomes, sc
 from vlm_unlearn.records import LABELS, Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.store import read_json, read_records, write_json
 
+DEFAULT_JUDGE = ""  # the name under which metrics refer to the suite's key `judge`
+
 
 @dataclass(frozen=True)
-class Graded:
-    """What one judge gave."""
+class JudgeVerdicts:
+    """The verdicts of one judge on the answers of one run.
 
-    judge: str
-    identity: Mapping[str, Any]  # what decided its verdicts
-    labels: Collection[Label]  # those that it can tell
+    Attributes:
+        judge_id: The judge's name in file names and tables, such as ``keyword``.
+        identity: The contents of ``judge-<judge_id>.json`` without the config: everything that determines the verdicts.
+        available_labels: The labels that the judge can return. Empty for a judge that returns scores only.
+        verdicts: One verdict per answer that the judge grades.
+    """
+
+    judge_id: str
+    identity: Mapping[str, Any]
+    available_labels: Collection[Label]
     verdicts: Sequence[Verdict]
 
 
 @dataclass(frozen=True)
 class GradedRun:
-    """A run's prompts by id, and its verdicts by the name that the suite's metrics call their judge."""
+    """A finished run with the verdicts of its judges.
+
+    Attributes:
+        suite: The suite that was evaluated.
+        prompts: Prompts by id.
+        responses: The model's answers.
+        verdicts_by_judge: Verdicts by the name that the suite's metrics use for the judge.
+        batching: The result of the batching check, if it was run.
+    """
 
     suite: Suite
     prompts: Mapping[str, Prompt]
     responses: Sequence[Response]
-    graded: Mapping[str, Graded]
+    verdicts_by_judge: Mapping[str, JudgeVerdicts]
     batching: Batching | None = None
 
-    def measured(self, metrics: Mapping[str, MetricConfig]) -> dict[str, MetricConfig]:
-        """Those whose judge has graded the run."""
-        return {name: metric for name, metric in metrics.items() if metric.judge in self.graded}
+    def judged_metrics(self, metrics: Mapping[str, MetricConfig]) -> dict[str, MetricConfig]:
+        """Returns the metrics whose judge has graded the run."""
+        return {name: metric for name, metric in metrics.items() if metric.judge in self.verdicts_by_judge}
 
-    def judged(self) -> dict[str, float | None]:
-        """A judge's score by prompt id, of the benchmarks that a judge scores."""
-        judges = {benchmark.judge for benchmark in self.suite.benchmarks if benchmark.judge in self.graded}
-        return {verdict.prompt_id: verdict.score for judge in judges for verdict in self.graded[judge].verdicts}
+    def benchmark_judge_scores(self) -> dict[str, float | None]:
+        """Returns the judges' scores by prompt id, for the benchmarks that a judge scores (MM-Vet)."""
+        judges = {benchmark.judge for benchmark in self.suite.benchmarks if benchmark.judge in self.verdicts_by_judge}
+        return {
+            verdict.prompt_id: verdict.score for judge in judges for verdict in self.verdicts_by_judge[judge].verdicts
+        }
 
 
 def score_run(folder: Path, suite: Suite, name: str) -> Row:
-    """Derives the rates from a run's verdicts; writes summary.json with one row and returns the row.
+    """Computes the rates of a graded run, writes them to ``summary.json`` and returns them.
+
+    Args:
+        folder: The run folder, with answers and verdicts.
+        suite: The suite whose metrics and benchmarks are computed.
+        name: The model's name in the summary.
 
     Raises:
-        UserError: the verdicts are not those of this run's answers.
+        UserError: Verdicts are missing, or do not belong to the run's answers.
     """
-    row = run_row(read_graded(folder, suite), name)
+    row = build_row(read_graded_run(folder, suite), name)
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
     return row
 
 
-def read_graded(folder: Path, suite: Suite) -> GradedRun:
-    """A run with the verdicts that a suite's metrics need.
+def read_graded_run(folder: Path, suite: Suite) -> GradedRun:
+    """Reads a run folder with the verdicts of every judge that the suite's metrics need.
 
     Raises:
-        UserError: there are none, or they are not those of this run's answers.
+        UserError: Verdicts are missing, or do not belong to the run's answers or to the judge's present settings.
     """
     prompts, responses = read_answers(folder)
-    graded: dict[str, Graded] = {}
-    for called, config in suite_judges(suite).items():
-        cases = splits_judged_by(suite, called)
-        keys = {response.key for response in responses if prompts[response.prompt_id].set in cases}
-        verdicts = _read_verdicts(folder / f"verdicts-{config.judge_id}.jsonl", config.judge_id, keys)
-        note = folder / f"judge-{config.judge_id}.json"
-        identity = read_json(note)
-        told = identity.get("labels") if isinstance(identity, dict) else None
-        if not isinstance(told, list) or any(label not in LABELS for label in told):
-            raise UserError(
-                f"{note}: does not say what the judge can tell; run `vlm-unlearn judge run` with this judge again"
-            )
-        if identity.pop("config", None) != config.fingerprint_fields():
-            raise UserError(
-                f"{note}: its verdicts were made with other settings; run `vlm-unlearn judge run` with this judge again"
-            )
-        if config.rubric is not None and load_rubric(config.rubric).digest != identity.get("rubric"):
-            raise UserError(f"{note}: its rubric has changed since; run `vlm-unlearn judge run` with this judge again")
-        graded[called] = Graded(config.judge_id, identity, told, verdicts)
-    return GradedRun(suite, prompts, responses, graded, read_batching(folder))
+    verdicts_by_judge: dict[str, JudgeVerdicts] = {}
+    for judge_name, config in suite_judges(suite).items():
+        splits = splits_judged_by(suite, judge_name)
+        keys = {response.key for response in responses if prompts[response.prompt_id].set in splits}
+        verdicts_by_judge[judge_name] = _read_judge_verdicts(folder, config, keys)
+    return GradedRun(suite, prompts, responses, verdicts_by_judge, read_batching(folder))
 
 
-def run_row(run: GradedRun, name: str) -> Row:
-    """A run's line in a summary, under a model's name.
+def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tuple[str, int]]) -> JudgeVerdicts:
+    """Reads one judge's verdicts and checks that they are valid for the run and for the judge's settings.
 
-    A metric that counts a label which its judge never gives (degenerate answers, for the published keyword list) has no value.
+    Args:
+        folder: The run folder.
+        config: The judge.
+        keys: ``(prompt id, sample)`` of the answers that the judge has to grade.
+
+    Raises:
+        UserError: The file does not grade each answer exactly once, or the judge's settings or rubric have changed.
     """
+    judge_id = config.judge_id
+    file = folder / f"verdicts-{judge_id}.jsonl"
+    rejudge = "Run `vlm-unlearn judge run` with this judge"
+    if not file.exists():
+        raise UserError(f"no such file. {rejudge} first.", code="no-verdicts", file=file)
+    verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
+    missing = len(set(keys) - {verdict.key for verdict in verdicts})
+    if missing or len(verdicts) != len(keys) or any(verdict.judge != judge_id for verdict in verdicts):
+        raise UserError(
+            f"the file does not grade each of this run's answers exactly once ({missing} missing). {rejudge} again.",
+            code="incomplete-verdicts",
+            file=file,
+        )
 
-    def rates(metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
-        return {metric: _rate(run, config, run.graded[config.judge].verdicts) for metric, config in metrics.items()}
+    identity_file = folder / f"judge-{judge_id}.json"
+    identity = read_json(identity_file)
+    available_labels = identity.get("labels") if isinstance(identity, dict) else None
+    if not isinstance(available_labels, list) or any(label not in LABELS for label in available_labels):
+        raise UserError(
+            f"must list the labels that the judge can return. {rejudge} again.",
+            code="invalid-field",
+            file=identity_file,
+            field="labels",
+        )
+    if identity.pop("config", None) != config.fingerprint_fields():
+        raise UserError(
+            f"the verdicts were made with other settings. {rejudge} again.", code="judge-changed", file=identity_file
+        )
+    if config.rubric is not None and load_rubric(config.rubric).digest != identity.get("rubric"):
+        raise UserError(
+            f"the rubric has changed since the verdicts were made. {rejudge} again.",
+            code="judge-changed",
+            file=identity_file,
+            field="rubric",
+        )
+    return JudgeVerdicts(judge_id, identity, available_labels, verdicts)
 
-    own = run.graded.get("")
-    metrics = run.measured(run.suite.metrics)
-    published = run.measured(run.suite.paper_metrics) if run.suite.paper_compat else {}
-    benchmarks = benchmark_rates(run.suite, run.prompts, run.responses, run.judged())
-    shots = {metric: _by_shots(run, config) for metric, config in metrics.items()}
-    categories = {metric: _by_category(run, config) for metric, config in metrics.items()}
+
+def build_row(run: GradedRun, name: str) -> Row:
+    """Returns a run's row of ``summary.json``, under a model's name.
+
+    A metric that counts a label which its judge never returns gets a rate without a value. An example is the rate of
+    degenerate answers by the published keyword list.
+    """
+    metrics = run.judged_metrics(run.suite.metrics)
+    paper_metrics = run.judged_metrics(run.suite.paper_metrics) if run.suite.paper_compat else {}
+    benchmarks = benchmark_rates(run.suite, run.prompts, run.responses, run.benchmark_judge_scores())
+    rewrites = {metric: _rates_by_rewrite_count(run, config) for metric, config in metrics.items()}
+    categories = {metric: _rates_by_category(run, config) for metric, config in metrics.items()}
+    default_judge = run.verdicts_by_judge.get(DEFAULT_JUDGE)
+    labeled = default_judge.verdicts if default_judge and default_judge.available_labels else []
     return Row(
         model=name,
-        judge=own.judge if own else "",
-        metrics=rates(metrics) | benchmarks,
-        paper=rates(published),
-        judges=_own_judges(run, metrics) | _benchmarks_judges(run, benchmarks),
-        paper_judges=_own_judges(run, published),
-        labels={
-            case: count_labels(of_case)
-            for case, of_case in _by_case(run.prompts, own.verdicts if own and own.labels else []).items()
-        },
-        categories={metric: found for metric, found in categories.items() if found},
-        rewrites={metric: found for metric, found in shots.items() if found},
-        failed=_failed(run, benchmarks),
+        judge=default_judge.judge_id if default_judge else "",
+        metrics=_metric_rates(run, metrics) | benchmarks,
+        paper=_metric_rates(run, paper_metrics),
+        judges=_metric_judges(run, metrics) | _benchmark_judges(run, benchmarks),
+        paper_judges=_metric_judges(run, paper_metrics),
+        labels={split: count_labels(verdicts) for split, verdicts in _group_by_split(run.prompts, labeled).items()},
+        categories={metric: rates for metric, rates in categories.items() if rates},
+        rewrites={metric: rates for metric, rates in rewrites.items() if rates},
+        failed=_count_failures(run, benchmarks),
         batching=run.batching,
     )
 
 
-def _own_judges(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[str, str]:
-    return {name: run.graded[metric.judge].judge for name, metric in metrics.items() if metric.judge}
+def metric_outcomes(
+    prompts: Mapping[str, Prompt],
+    verdicts: Iterable[Verdict],
+    metric: MetricConfig,
+    available_labels: Collection[Label],
+) -> Outcomes:
+    """Returns how each answer (or question, depending on `metric.aggregate`) counts in one metric.
 
-
-def _benchmarks_judges(run: GradedRun, rates: Collection[str]) -> dict[str, str]:
-    """Each benchmark's judge, empty where its official answers decide; the mean of several has the judge that one of them has."""
-    judges = {
-        one.name: run.graded[one.judge].judge if one.judge in run.graded else ""
-        for one in run.suite.benchmarks
-        if one.judge
-    }
-    of_mean = next((judges[name] for name in SPECIFICITY if judges.get(name)), "")
-    return {name: judges.get(name, "") for name in rates} | ({"specificity": of_mean} if "specificity" in rates else {})
-
-
-def _failed(run: GradedRun, benchmarks: Mapping[str, Rate]) -> dict[str, dict[str, int]]:
-    """Answers and verdicts that failed, by judge and case: once each, however many metrics leave them out."""
-    found: dict[str, dict[str, int]] = {}
-    for graded in run.graded.values():
-        for case, of_case in _by_case(run.prompts, graded.verdicts).items():
-            failed = sum(verdict.label is None and verdict.score is None for verdict in of_case)
-            found.setdefault(graded.judge, {})[case] = failed
-    unjudged = {one.name: benchmarks[one.name].failed for one in run.suite.benchmarks if not one.judge}
-    return found | ({"": unjudged} if unjudged else {})
+    Args:
+        prompts: Prompts by id.
+        verdicts: Verdicts of the metric's judge. Verdicts on other splits than the metric's are ignored.
+        metric: The metric.
+        available_labels: The labels that the judge can return. If one of the metric's labels is not among them, there
+            are no outcomes.
+    """
+    verdicts_in_splits = [verdict for verdict in verdicts if prompts[verdict.prompt_id].set in metric.splits]
+    if metric.score is not None:
+        return score_outcomes(prompts, verdicts_in_splits, metric.score == "one_minus_mean", metric.on_error)
+    if not set(metric.labels) <= set(available_labels):
+        return Outcomes({}, {})
+    return label_outcomes(prompts, verdicts_in_splits, metric.labels, metric.aggregate, metric.on_error)
 
 
 def metric_rate(
-    prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]
+    prompts: Mapping[str, Prompt],
+    verdicts: Iterable[Verdict],
+    metric: MetricConfig,
+    available_labels: Collection[Label],
 ) -> Rate:
-    """One metric's rate; arguments as in `metric_outcomes`."""
-    return metric_outcomes(prompts, graded, metric, told).rate()
+    """Returns the rate of one metric with its interval. The arguments are those of `metric_outcomes`."""
+    return metric_outcomes(prompts, verdicts, metric, available_labels).rate()
 
 
-def metric_outcomes(
-    prompts: Mapping[str, Prompt], graded: Iterable[Verdict], metric: MetricConfig, told: Collection[Label]
-) -> Outcomes:
-    """How each answer or question counts in one metric, out of one judge's verdicts; nothing where a label is one it never gives.
-
-    Args:
-        told: the labels that the judge can tell.
-    """
-    of_metric = [verdict for verdict in graded if prompts[verdict.prompt_id].set in metric.splits]
-    if metric.score is not None:
-        return score_outcomes(prompts, of_metric, metric.score == "one_minus_mean", metric.on_error)
-    if not set(metric.labels) <= set(told):
-        return Outcomes({}, {})
-    return label_outcomes(prompts, of_metric, metric.labels, metric.aggregate, metric.on_error)
+def _metric_rates(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
+    """Returns the rate of each metric over all verdicts of its judge."""
+    return {name: _rate(run, metric, run.verdicts_by_judge[metric.judge].verdicts) for name, metric in metrics.items()}
 
 
 def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> Rate:
-    return metric_rate(run.prompts, verdicts, metric, run.graded[metric.judge].labels)
+    """Returns the rate of a metric over some of its judge's verdicts."""
+    return metric_rate(run.prompts, verdicts, metric, run.verdicts_by_judge[metric.judge].available_labels)
 
 
-def _by_shots(run: GradedRun, metric: MetricConfig) -> list[Rate]:
-    """The rate with the first 1, 2, ... K shots of those asked; none unless every case of the metric has several."""
-    asked: dict[str, set[int]] = {case: set() for case in metric.splits}
+def _rates_by_rewrite_count(run: GradedRun, metric: MetricConfig) -> list[Rate]:
+    """Returns the metric's rates with the first 1, 2, ... K rewrites of each question.
+
+    Returns:
+        One rate per rewrite number that occurs in the prompts, or an empty list if a split of the metric does not have
+        at least two rewrites.
+    """
+    rewrites_by_split: dict[str, set[int]] = {split: set() for split in metric.splits}
     for prompt in run.prompts.values():
-        if prompt.set in asked:
-            asked[prompt.set].add(prompt.rewrite)
-    if min(map(len, asked.values()), default=0) < 2:
+        if prompt.set in rewrites_by_split:
+            rewrites_by_split[prompt.set].add(prompt.rewrite)
+    if min(map(len, rewrites_by_split.values()), default=0) < 2:
         return []
-    verdicts = run.graded[metric.judge].verdicts
-    shots = sorted(set().union(*asked.values()))  # a number that no prompt has is no shot
-    first = ([verdict for verdict in verdicts if run.prompts[verdict.prompt_id].rewrite <= last] for last in shots)
-    return [_rate(run, metric, of_first) for of_first in first]
+    verdicts = run.verdicts_by_judge[metric.judge].verdicts
+    rates = []
+    for last_rewrite in sorted(set().union(*rewrites_by_split.values())):
+        up_to_last = [verdict for verdict in verdicts if run.prompts[verdict.prompt_id].rewrite <= last_rewrite]
+        rates.append(_rate(run, metric, up_to_last))
+    return rates
 
 
-def _by_category(run: GradedRun, metric: MetricConfig) -> dict[str, Rate]:
-    """The rate of each category of question; none where the prompts have no categories."""
-    found: dict[str, list[Verdict]] = {}
-    for verdict in run.graded[metric.judge].verdicts:
+def _rates_by_category(run: GradedRun, metric: MetricConfig) -> dict[str, Rate]:
+    """Returns the metric's rate in each category of question. Empty if the prompts have no categories."""
+    verdicts_by_category: dict[str, list[Verdict]] = {}
+    for verdict in run.verdicts_by_judge[metric.judge].verdicts:
         prompt = run.prompts[verdict.prompt_id]
         if prompt.category is not None and prompt.set in metric.splits:
-            found.setdefault(prompt.category, []).append(verdict)
-    return {category: _rate(run, metric, found[category]) for category in sorted(found)}
+            verdicts_by_category.setdefault(prompt.category, []).append(verdict)
+    return {category: _rate(run, metric, verdicts) for category, verdicts in sorted(verdicts_by_category.items())}
 
 
-def _read_verdicts(file: Path, judge: str, keys: Collection[tuple[str, int]]) -> list[Verdict]:
-    """The verdicts on the answers of `keys`, each once.
+def _metric_judges(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[str, str]:
+    """Returns the judge of each metric that has another judge than the suite's default."""
+    return {
+        name: run.verdicts_by_judge[metric.judge].judge_id
+        for name, metric in metrics.items()
+        if metric.judge != DEFAULT_JUDGE
+    }
 
-    Raises:
-        UserError: some are missing, or some are there twice or of another judge.
+
+def _benchmark_judges(run: GradedRun, benchmark_names: Collection[str]) -> dict[str, str]:
+    """Returns the judge of each benchmark: ``""`` if the benchmark is scored against its official answers.
+
+    The mean of several benchmarks, ``specificity``, gets the judge of the benchmark among them that has one.
     """
-    if not file.exists():
-        raise UserError(f"{file}: is not there; run `vlm-unlearn judge run` with this judge first")
-    graded = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
-    missing = len(set(keys) - {verdict.key for verdict in graded})
-    if missing or len(graded) != len(keys) or any(verdict.judge != judge for verdict in graded):
-        raise UserError(
-            f"{file}: does not grade each of this run's answers once ({missing} missing); run `vlm-unlearn judge run` again"
-        )
-    return graded
+    judges = {
+        benchmark.name: run.verdicts_by_judge[benchmark.judge].judge_id
+        for benchmark in run.suite.benchmarks
+        if benchmark.judge and benchmark.judge in run.verdicts_by_judge
+    }
+    judge_by_benchmark = {name: judges.get(name, "") for name in benchmark_names}
+    if "specificity" in judge_by_benchmark:
+        judge_by_benchmark["specificity"] = next((judges[name] for name in SPECIFICITY if name in judges), "")
+    return judge_by_benchmark
 
 
-def _by_case(prompts: Mapping[str, Prompt], graded: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    by_case: dict[str, list[Verdict]] = {}
-    for verdict in graded:
-        by_case.setdefault(prompts[verdict.prompt_id].set, []).append(verdict)
-    return by_case
+def _count_failures(run: GradedRun, benchmarks: Mapping[str, Rate]) -> dict[str, dict[str, int]]:
+    """Counts failed answers and verdicts by judge, then by split or benchmark.
+
+    Each failure counts once, although several metrics may exclude the same verdict. The key ``""`` stands for the
+    benchmarks that are scored against their official answers.
+    """
+    failures: dict[str, dict[str, int]] = {}
+    for judge in run.verdicts_by_judge.values():
+        for split, verdicts in _group_by_split(run.prompts, judge.verdicts).items():
+            failed = sum(verdict.label is None and verdict.score is None for verdict in verdicts)
+            failures.setdefault(judge.judge_id, {})[split] = failed
+    official = {
+        benchmark.name: benchmarks[benchmark.name].failed for benchmark in run.suite.benchmarks if not benchmark.judge
+    }
+    return failures | ({"": official} if official else {})
+
+
+def _group_by_split(prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
+    """Groups verdicts by the split or benchmark of their prompt."""
+    verdicts_by_split: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        verdicts_by_split.setdefault(prompts[verdict.prompt_id].set, []).append(verdict)
+    return verdicts_by_split

@@ -1,4 +1,4 @@
-"""The second of three steps: grades a run's answers with a suite's judges."""
+"""Step two of an evaluation (generate, judge, score): grades a run's answers with a suite's judges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from vlm_unlearn.config import JudgeConfig, Suite
 from vlm_unlearn.errors import RunError, UserError, nearest, quoted
@@ -21,10 +21,10 @@ from vlm_unlearn.store import lock_run, read_json, read_records, write_json
 
 
 def build_judge(config: JudgeConfig) -> Judge:
-    """The judge that a suite or a command names.
+    """Returns the judge that a config describes.
 
     Raises:
-        UserError: something that the judge needs is not there.
+        UserError: A file or a setting that the judge needs is missing.
     """
     if config.name == "keyword":
         return KeywordJudge(config.paper_compat)
@@ -35,206 +35,242 @@ def build_judge(config: JudgeConfig) -> Judge:
 
         return LLMJudge(config)
     if config.world is None:
-        raise UserError("judge tiny_world: needs the world's facts; pass judge.world=.../world.json")
+        raise UserError(
+            "the judge tiny_world needs the facts of the world. Pass judge.world=.../world.json.",
+            code="missing-setting",
+            field="judge.world",
+        )
     return TinyWorldJudge(config.world)
 
 
 def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:
-    """The judges that the suite's metrics need, by the name that metrics call them; `""` is the suite's own.
+    """Returns the judges that a suite's metrics and benchmarks need, by the name that these use for them.
 
-    Where the suite's own asks no language model, those of its others that have no model are left out: `unmeasured` names what they
-    would have measured.
+    The name ``""`` stands for the suite's default judge, the key ``judge``. If the default judge is not a language
+    model, other judges are left out if they are language models without a `model`. `metrics_without_judge` lists what
+    is then not measured.
+
+    Raises:
+        UserError: Two different judges would have the same id, and so the same verdict file.
     """
-    named = {metric.judge for metric in suite.measured()} | {benchmark.judge for benchmark in suite.benchmarks}
-    own = {"": suite.judge} if suite.splits else {}
-    others = {name: suite.judge_config(name) for name in suite.judges if name in named}
-    nobody = [
-        name
-        for name, judge in others.items()
-        if judge.name == "llm" and judge.model is None and suite.judge.name != "llm"
-    ]
-    found = own | {name: judge for name, judge in others.items() if name not in nobody}
-    _refuse_one_name_for_two(found)
-    return found
-
-
-def _refuse_one_name_for_two(judges: Mapping[str, JudgeConfig]) -> None:
-    first: dict[str, JudgeConfig] = {}
-    for called, judge in judges.items():
-        if first.setdefault(judge.judge_id, judge).fingerprint_fields() != judge.fingerprint_fields():
+    names = {metric.judge for metric in suite.active_metrics()} | {benchmark.judge for benchmark in suite.benchmarks}
+    judges = {"": suite.judge} if suite.splits else {}
+    for name in suite.judges:
+        judge = suite.judge_config(name)
+        has_no_model = judge.name == "llm" and judge.model is None and suite.judge.name != "llm"
+        if name in names and not has_no_model:
+            judges[name] = judge
+    by_id: dict[str, JudgeConfig] = {}
+    for name, judge in judges.items():
+        if by_id.setdefault(judge.judge_id, judge).fingerprint_fields() != judge.fingerprint_fields():
             raise UserError(
-                f"judges.{called}: its verdicts would have the name {judge.judge_id}, as another judge's of this suite; "
-                "give it another rubric or model, or judge with it apart (`vlm-unlearn judge run`)"
+                f"another judge of this suite has the id {judge.judge_id} too, which names the verdict file. "
+                "Choose another rubric or model, or grade with this judge separately by `vlm-unlearn judge run`.",
+                code="duplicate-id",
+                field=f"judges.{name}",
             )
+    return judges
 
 
 def metrics_without_judge(suite: Suite) -> list[str]:
-    """The metrics and benchmarks whose judge is a language model that nobody named."""
+    """Returns the metrics and benchmarks that are not measured because their judge has no language model."""
     judges = suite_judges(suite)
-    published = suite.paper_metrics if suite.paper_compat else {}
-    open_metrics = [name for name, metric in suite.metrics.items() if metric.judge not in judges]
-    open_metrics += [f"{name} (published)" for name, metric in published.items() if metric.judge not in judges]
-    return open_metrics + [
-        benchmark.name for benchmark in suite.benchmarks if benchmark.judge and benchmark.judge not in judges
-    ]
+    paper_metrics = suite.paper_metrics if suite.paper_compat else {}
+    names = [name for name, metric in suite.metrics.items() if metric.judge not in judges]
+    names += [f"{name} (published)" for name, metric in paper_metrics.items() if metric.judge not in judges]
+    names += [benchmark.name for benchmark in suite.benchmarks if benchmark.judge and benchmark.judge not in judges]
+    return names
 
 
 def splits_judged_by(suite: Suite, judge: str) -> set[str]:
-    """The cases and benchmarks whose answers a judge grades: all cases for the suite's own, for another those of its metrics."""
+    """Returns the splits and benchmarks whose answers a judge grades.
+
+    Args:
+        suite: The suite.
+        judge: The judge's name in the suite. The default judge ``""`` grades all splits, another judge those of its
+            metrics and benchmarks.
+    """
     if not judge:
-        return {case.name for case in suite.splits}
-    of_metrics = {case for metric in suite.measured() if metric.judge == judge for case in metric.splits}
-    return of_metrics | {benchmark.name for benchmark in suite.benchmarks if benchmark.judge == judge}
+        return {split.name for split in suite.splits}
+    metric_splits = {split for metric in suite.active_metrics() if metric.judge == judge for split in metric.splits}
+    return metric_splits | {benchmark.name for benchmark in suite.benchmarks if benchmark.judge == judge}
 
 
 def judge_run(
-    folder: Path, config: JudgeConfig, on_done: OnDone | None = None, cases: Iterable[str] | None = None
+    folder: Path, config: JudgeConfig, on_done: OnDone | None = None, splits: Iterable[str] | None = None
 ) -> Path:
-    """Grades a run's answers; writes and returns verdicts-<judge>.jsonl. Verdicts of a judge that has changed are made anew.
+    """Grades a run's answers and writes verdicts-<judge id>.jsonl.
+
+    Existing verdicts are kept, and failed ones are tried again. If the judge has changed since, its earlier verdicts
+    are moved to before-verdicts-<judge id>.jsonl and all answers are graded again.
 
     Args:
-        cases: whose answers to grade, cases and benchmarks; None is all cases.
+        folder: The run folder.
+        config: The judge.
+        on_done: Called with the stage and the number of graded and of all answers.
+        splits: The splits and benchmarks to grade. None: all splits.
+
+    Returns:
+        The file with the verdicts.
 
     Raises:
-        UserError: the folder holds no finished generation or no such case, or another process is at work in it.
+        UserError: The folder contains no finished answers or no such split, or another process is using it.
+        RunError: The judge's server does not respond.
     """
     judge = build_judge(config)
     prompts, responses = read_answers(folder)
     suite = saved_suite(folder)
     roots = image_roots(suite)
-    wanted = {case.name for case in suite.splits} if cases is None else set(cases)
-    unknown = next(iter(wanted - set(roots)), None)
-    if unknown is not None or not wanted:
-        what = (
-            f"no case {quoted(unknown)}{nearest(unknown, roots)}"
-            if unknown is not None
-            else "no cases, which a judge would grade unasked"
+    graded_splits = {split.name for split in suite.splits} if splits is None else set(splits)
+    if not graded_splits:
+        raise UserError(
+            f"the run has no splits, and benchmarks are graded on request only. Pass --split with {', '.join(roots)}.",
+            code="missing-setting",
+            file=folder,
         )
-        raise UserError(f"{folder}: has {what}; name what to grade with --case; there are {', '.join(roots)}")
-    answers = _answers(
-        prompts, [response for response in responses if prompts[response.prompt_id].set in wanted], roots
-    )
-    file, note = folder / f"verdicts-{judge.name}.jsonl", folder / f"judge-{judge.name}.json"
-    made_by = {**judge.identity(), "labels": list(judge.labels)}
+    for name in graded_splits - set(roots):
+        raise UserError(
+            f"the run has no split {quoted(name)}{nearest(name, roots)}. Available: {', '.join(roots)}.",
+            code="unknown-name",
+            file=folder,
+            field="--split",
+        )
+    graded_responses = [response for response in responses if prompts[response.prompt_id].set in graded_splits]
+    answers = _collect_answers(prompts, graded_responses, roots)
+    verdict_file, identity_file = folder / f"verdicts-{judge.name}.jsonl", folder / f"judge-{judge.name}.json"
+    identity = {**judge.identity(), "labels": list(judge.labels)}
     with lock_run(folder):
-        known = read_json(note) if note.exists() else None
-        if not isinstance(known, dict) or {**known, "config": None} != {**made_by, "config": None}:
-            _put_aside(file, note)
-        write_json(note, {**made_by, "config": config.fingerprint_fields()})
+        earlier = read_json(identity_file) if identity_file.exists() else None
+        if not isinstance(earlier, dict) or {**earlier, "config": None} != {**identity, "config": None}:
+            for file in (verdict_file, identity_file):
+                if file.exists():
+                    file.replace(file.with_name(f"before-{file.name}"))
+        write_json(identity_file, {**identity, "config": config.fingerprint_fields()})
         judge_file(
             judge,
             answers,
-            file,
+            verdict_file,
             None if on_done is None else lambda done: on_done(f"judge {judge.name}", done, len(answers)),
         )
-    return file
+    return verdict_file
 
 
-def _put_aside(*files: Path) -> None:
-    """Keeps what a judge gave before it changed, beside what it gives now; only the last such."""
-    for file in files:
-        if file.exists():
-            file.replace(file.with_name(f"before-{file.name}"))
-
-
-def _answers(prompts: Mapping[str, Prompt], responses: Iterable[Response], roots: Mapping[str, Path]) -> list[Answer]:
-    first: dict[tuple[str, str], Prompt] = {}
+def _collect_answers(
+    prompts: Mapping[str, Prompt], responses: Iterable[Response], roots: Mapping[str, Path]
+) -> list[Answer]:
+    """Returns the responses with their prompts, image folders and the first rewrite of their question."""
+    first_rewrites: dict[tuple[str, str], Prompt] = {}
     for prompt in prompts.values():
-        known = first.setdefault((prompt.set, prompt.group_id), prompt)
-        if prompt.rewrite < known.rewrite:
-            first[prompt.set, prompt.group_id] = prompt
-    found = ((prompts[response.prompt_id], response) for response in responses)
-    return [
-        Answer(prompt, response, roots[prompt.set], first[prompt.set, prompt.group_id].question)
-        for prompt, response in found
-    ]
+        question = (prompt.set, prompt.group_id)
+        if question not in first_rewrites or prompt.rewrite < first_rewrites[question].rewrite:
+            first_rewrites[question] = prompt
+    answers = []
+    for response in responses:
+        prompt = prompts[response.prompt_id]
+        first_question = first_rewrites[prompt.set, prompt.group_id].question
+        answers.append(Answer(prompt, response, roots[prompt.set], first_question))
+    return answers
 
 
-class Cost(Record):
-    """What one judge's verdicts took."""
+class JudgeCost(Record):
+    """The number of a judge's verdicts, and what they cost.
+
+    `vlm-unlearn judge run --json` prints these fields, under their serialization aliases.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     judge: str
     verdicts: int
-    failed: int  # without a label and a score
-    unread: int  # of these, replies that can't be read: asked again they would be the same
-    asked: int  # of a language model; what came from the cache costs nothing
+    failed: int  # verdicts with neither a label nor a score
+    unreadable: int = Field(serialization_alias="unread")  # failed because of an unreadable reply; not tried again
+    requests: int = Field(serialization_alias="asked")  # requests to a language model; cached replies do not count
     tokens_read: int
     tokens_written: int
-    cost: float | None = None  # by the config's prices, where it has some
-    labels: dict[str, int] = Field(default_factory=dict)  # label -> verdicts
-    score: float | None = None  # the mean, of a judge that gives scores
-    error: str | None = None  # the commonest
+    cost: float | None = None  # by the prices in the judge's config, if it has any
+    labels: dict[str, int] = Field(default_factory=dict)  # number of verdicts by label
+    score: float | None = None  # mean score, for a judge that returns scores
+    error: str | None = None  # the most frequent error
 
-    def words(self) -> str:
-        """``"1,204 verdicts, 3 failed; 310,000 tokens read, 12,000 written"``"""
-        told = f"{self.verdicts:,} verdicts, {self.failed:,} failed" + (
-            f" ({self.unread:,} replies can't be read)" if self.unread else ""
-        )
+    def describe(self) -> str:
+        """Returns the cost as text: ``"1,204 verdicts, 3 failed; 310,000 tokens read, 12,000 written"``."""
+        text = f"{self.verdicts:,} verdicts, {self.failed:,} failed"
+        if self.unreadable:
+            text += f" ({self.unreadable:,} unreadable replies)"
         if self.labels:
-            told += (
-                " (" + ", ".join(f"{count:,} {label.replace('_', ' ')}" for label, count in self.labels.items()) + ")"
-            )
+            counts = (f"{count:,} {label.replace('_', ' ')}" for label, count in self.labels.items())
+            text += f" ({', '.join(counts)})"
         if self.score is not None:
-            told += f", mean score {self.score:.3f}"
+            text += f", mean score {self.score:.3f}"
         if self.error:
-            told += f"; mostly: {quoted(self.error)}"
+            text += f"; most frequent error: {quoted(self.error)}"
         if self.tokens_read:
-            told += f"; {self.tokens_read:,} tokens read, {self.tokens_written:,} written"
-        return told if self.cost is None else f"{told}, cost {self.cost:,.2f}"
+            text += f"; {self.tokens_read:,} tokens read, {self.tokens_written:,} written"
+        if self.cost is not None:
+            text += f", cost {self.cost:,.2f}"
+        return text
 
 
-def judge_cost(file: Path, config: JudgeConfig) -> Cost:
-    """Adds up what the verdicts of a file took."""
+def judge_cost(file: Path, config: JudgeConfig) -> JudgeCost:
+    """Adds up the verdicts of a file and their cost.
+
+    Args:
+        file: The file with the verdicts.
+        config: The judge, with its prices per million tokens.
+    """
     verdicts = list(read_records(file, Verdict))
     errors = Counter(verdict.error for verdict in verdicts if verdict.error is not None)
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    spent = [verdict.tokens for verdict in verdicts if verdict.tokens is not None]
-    read, written = sum(tokens[0] for tokens in spent), sum(tokens[1] for tokens in spent)
-    priced = config.input_price or config.output_price
-    return Cost(
+    tokens = [verdict.tokens for verdict in verdicts if verdict.tokens is not None]
+    tokens_read = sum(read for read, _ in tokens)
+    tokens_written = sum(written for _, written in tokens)
+    has_prices = config.input_price or config.output_price
+    return JudgeCost(
         judge=config.judge_id,
         verdicts=len(verdicts),
         failed=sum(verdict.label is None and verdict.score is None for verdict in verdicts),
-        unread=sum(verdict.error is not None and verdict.raw is not None for verdict in verdicts),
-        asked=len(spent),
-        tokens_read=read,
-        tokens_written=written,
-        cost=(read * config.input_price + written * config.output_price) / 1e6 if priced else None,
+        unreadable=sum(verdict.error is not None and verdict.raw is not None for verdict in verdicts),
+        requests=len(tokens),
+        tokens_read=tokens_read,
+        tokens_written=tokens_written,
+        cost=(tokens_read * config.input_price + tokens_written * config.output_price) / 1e6 if has_prices else None,
         labels=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
         score=sum(scores) / len(scores) if scores else None,
         error=next((error for error, _ in errors.most_common(1)), None),
     )
 
 
-def suite_costs(folder: Path, suite: Suite) -> list[Cost]:
-    """What the verdicts of a suite's judges took, of those that have graded the run."""
+def suite_costs(folder: Path, suite: Suite) -> list[JudgeCost]:
+    """Returns the costs of those judges of a suite that have graded the run."""
     files = {folder / f"verdicts-{config.judge_id}.jsonl": config for config in suite_judges(suite).values()}
     return [judge_cost(file, config) for file, config in files.items() if file.exists()]
 
 
-def judge_remarks(costs: Iterable[Cost], suite: Suite) -> list[str]:
-    """What is to be said of a run's judging: what language models took, what failed, and what nobody was there to judge."""
-    told = []
+def judging_notes(costs: Iterable[JudgeCost], suite: Suite) -> list[str]:
+    """Returns sentences for the user about a run's judging: costs, failures, and metrics that were not measured.
+
+    Judges without failures and without a language model are not mentioned.
+    """
+    notes = []
     for cost in costs:
         if cost.tokens_read or cost.failed:
-            again = "; `vlm-unlearn judge run` tries the others again" if cost.failed > cost.unread else ""
-            told.append(f"judge {cost.judge}: {cost.words()}{again}")
-    left_out = metrics_without_judge(suite)
-    return (
-        [*told, f"not measured, for want of a language model (judge.model=...): {', '.join(left_out)}"]
-        if left_out
-        else told
-    )
+            retry = ". `vlm-unlearn judge run` tries the failed ones again" if cost.failed > cost.unreadable else ""
+            notes.append(f"judge {cost.judge}: {cost.describe()}{retry}")
+    if unmeasured := metrics_without_judge(suite):
+        notes.append(f"not measured without a language model (pass judge.model=...): {', '.join(unmeasured)}")
+    return notes
 
 
-def validate_any_verdict(costs: Iterable[Cost]) -> None:
-    """A judge that gave not one verdict has not judged.
+def validate_any_verdict(costs: Iterable[JudgeCost]) -> None:
+    """Raises an error if a judge returned no usable verdict at all.
 
     Raises:
-        RunError: there is one.
+        RunError: All verdicts of a judge failed.
     """
     for cost in costs:
         if cost.verdicts and cost.failed == cost.verdicts:
             raise RunError(
-                f"judge {cost.judge}: gave no verdict on any of {cost.verdicts:,} answers; mostly: {quoted(cost.error or '')}"
+                f"the judge {cost.judge} returned no usable verdict on any of {cost.verdicts:,} answers. "
+                f"Most frequent error: {quoted(cost.error or '')}.",
+                code="no-verdicts",
             )

@@ -69,9 +69,7 @@ def build_requests(
     """
     requests = []
     for prompt in prompts:
-        image = (
-            None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, f'prompt "{prompt.id}"')
-        )
+        image = None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, record=prompt.id)
         requests += [GenerationRequest(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return requests
 

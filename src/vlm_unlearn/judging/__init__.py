@@ -1,1 +1,1 @@
-"""Judges: each turns a prompt and a response into a Verdict with one of four labels, or none when it fails."""
+"""Judges. A judge grades a response with one of four labels, a score, or neither if it fails."""

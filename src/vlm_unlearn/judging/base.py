@@ -1,4 +1,4 @@
-"""What a judge is, and grading a whole file with one."""
+"""The interface of judges, and grading of a file of answers."""
 
 from __future__ import annotations
 
@@ -15,73 +15,88 @@ from vlm_unlearn.records import Label, Prompt, Response, Verdict
 from vlm_unlearn.store import RecordLog, digest_file, read_records, write_records
 
 OnVerdict = Callable[[Verdict], None]
-FLUSH = 256  # verdicts that are written at once, at most
-FLUSH_SECONDS = 1.0
+FLUSH_COUNT = 256  # pending verdicts after which they are written
+FLUSH_SECONDS = 1.0  # time after which pending verdicts are written
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A response with what it answers."""
+    """A response together with its prompt, as a judge receives it.
+
+    Args:
+        prompt: The prompt.
+        response: The model's response to it.
+        root: The folder that the image path of the prompt is relative to.
+        first_question: The question of the first rewrite in the prompt's group. Safety Mirage's judge receives it for
+            every rewrite.
+    """
 
     prompt: Prompt
     response: Response
-    root: Path | None = None  # of its prompt's image
-    first_question: str | None = None  # of its group's first shot, which Safety Mirage's judge is shown for every shot
+    root: Path | None = None
+    first_question: str | None = None
 
     def image(self) -> Path | None:
-        """The image's file, looked for only by a judge that shows it.
+        """Returns the path of the image, or None if the prompt has no image.
 
         Raises:
-            UserError: it is gone, or outside its root.
+            UserError: The file does not exist, or it is outside the image folder.
         """
         if self.prompt.image is None or self.root is None:
             return None
-        return resolve_image(self.root, self.prompt.image, f'prompt "{self.prompt.id}"')
+        return resolve_image(self.root, self.prompt.image, record=self.prompt.id)
 
 
 class Judge(ABC):
-    """Grades answers. `name` names its verdicts' file; `labels` are those that it can tell apart, none where it gives scores only."""
+    """Base class of judges.
+
+    Attributes:
+        name: The id of the judge. It is part of the name of its verdict files.
+        labels: The labels that the judge can give. Empty if it gives scores only.
+    """
 
     name: str
     labels: tuple[Label, ...]
 
     def identity(self) -> Mapping[str, object]:
-        """What decides its verdicts: a changed list, rule or rubric makes a new judge."""
+        """Returns everything that determines the verdicts. If it differs, earlier verdicts are not reused."""
         code = digest_file(Path(inspect.getfile(type(self))))
         return {"judge": self.name, "code": code, "degenerate": digest_file(Path(degenerate.__file__))}
 
     @abstractmethod
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
-        """Calls `on_verdict` once for each answer, in any order."""
+        """Grades answers and calls `on_verdict` once for each, in any order."""
 
-    def check_available(self) -> None:  # noqa: B027  most judges ask nobody
-        """Looks whether it could grade, before there is anything to grade.
+    def check_available(self) -> None:  # noqa: B027  most judges need no server
+        """Checks that the judge can grade, before any answer is generated.
 
         Raises:
-            UserError, RunError: it couldn't.
+            UserError: The server rejects the key or does not serve the model.
+            RunError: The server cannot be reached.
         """
 
-    def failed(self, answer: Answer, error: str, raw: str | None = None) -> Verdict:
-        """A verdict that says only why there is none."""
+    def failed_verdict(self, answer: Answer, error: str, raw: str | None = None) -> Verdict:
+        """Returns a verdict without label and score, which contains the reason."""
         response = answer.response
         return Verdict(prompt_id=response.prompt_id, sample=response.sample, judge=self.name, raw=raw, error=error)
 
 
 class OfflineJudge(Judge):
-    """Grades each answer on its own, at once."""
+    """Base class of judges that grade each answer on its own, without a language model."""
 
     @abstractmethod
     def grade(self, prompt: Prompt, text: str) -> Verdict:
-        """The verdict on an answer that is there."""
+        """Returns the verdict on the text of one answer."""
 
     def verdict(self, answer: Answer) -> Verdict:
-        """The verdict on a response; one without text gets a verdict that failed."""
+        """Returns the verdict on one response. A response without text gets a failed verdict."""
         response = answer.response
         if response.text is None:
-            return self.failed(answer, response.error or "no answer")
+            return self.failed_verdict(answer, response.error or "no answer")
         return self.grade(answer.prompt, response.text).model_copy(update={"sample": response.sample})
 
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
+        """Grades answers in order and calls `on_verdict` after each."""
         for answer in answers:
             on_verdict(self.verdict(answer))
 
@@ -89,14 +104,19 @@ class OfflineJudge(Judge):
 def judge_file(
     judge: Judge, answers: Sequence[Answer], file: Path, on_done: Callable[[int], None] | None = None
 ) -> None:
-    """Appends one Verdict an answer to `file`; what is graded there already is passed over, what failed there is tried again.
+    """Appends one verdict per answer to `file`.
+
+    Answers that already have a verdict in `file` are skipped. Verdicts that failed because the judge was unavailable
+    are removed first and requested again.
 
     Args:
-        answers: gone through twice.
-        on_done: called with how many answers have a verdict.
+        judge: The judge.
+        answers: The answers to grade.
+        file: A JSON-lines file of verdicts. It is created if it does not exist.
+        on_done: Called with the number of answers that have a verdict, each time verdicts are written.
     """
     log = RecordLog(file, Verdict)
-    _drop_failures(log, answers)
+    _remove_failed_verdicts(log, answers)
     pending: list[Verdict] = []
     flushed = time.monotonic()
 
@@ -108,32 +128,34 @@ def judge_file(
         if on_done:
             on_done(len(log.keys))
 
-    def take(verdict: Verdict) -> None:
+    def add_verdict(verdict: Verdict) -> None:
         pending.append(verdict)
-        if len(pending) >= FLUSH or time.monotonic() - flushed > FLUSH_SECONDS:
+        if len(pending) >= FLUSH_COUNT or time.monotonic() - flushed > FLUSH_SECONDS:
             flush()
 
-    def waiting() -> Iterator[Answer]:
+    def ungraded() -> Iterator[Answer]:
         return (answer for answer in answers if answer.response.key not in log.keys)
 
     try:
-        judge.grade_all(waiting(), take)
+        judge.grade_all(ungraded(), add_verdict)
     finally:
         flush()
 
 
-def _drop_failures(log: RecordLog, answers: Sequence[Answer]) -> None:
-    """Takes out the verdicts that no judge gave, of answers that are there: a server that was down may be up now. And doubles, which two
-    processes of an older version could leave."""
+def _remove_failed_verdicts(log: RecordLog, answers: Sequence[Answer]) -> None:
+    """Removes failed verdicts (the server may be available again) and duplicate records left by older versions.
+
+    A failed verdict stays if the answer has no text, or if the judge replied but its reply could not be parsed.
+    """
     if not log.keys:
         return
-    there = {answer.response.key for answer in answers if answer.response.text is not None}
-    kept: dict[tuple[str, int], Verdict] = {}
-    lines = 0
+    answered_keys = {answer.response.key for answer in answers if answer.response.text is not None}
+    verdicts: dict[tuple[str, int], Verdict] = {}
+    count = 0
     for verdict in read_records(log.path, Verdict):
-        lines += 1
-        if not (verdict.key in there and verdict.error is not None and verdict.raw is None):
-            kept.setdefault(verdict.key, verdict)
-    if len(kept) < lines:
-        write_records(log.path, kept.values())
-        log.keys = set(kept)
+        count += 1
+        if not (verdict.key in answered_keys and verdict.error is not None and verdict.raw is None):
+            verdicts.setdefault(verdict.key, verdict)
+    if len(verdicts) < count:
+        write_records(log.path, verdicts.values())
+        log.keys = set(verdicts)

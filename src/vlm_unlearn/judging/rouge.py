@@ -1,4 +1,4 @@
-"""ROUGE-L of an answer against its reference, as a score without a label."""
+"""ROUGE-L of an answer against its reference. The judge gives a score and no label."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from vlm_unlearn.records import Prompt, Verdict
 
 
 class RougeJudge(OfflineJudge):
-    """ROUGE-L with stemming (Lin 2004, by Google's rouge-score): F1, or with `paper_compat` the recall of the reference.
+    """ROUGE-L F1 with stemming (Lin 2004), computed with Google's rouge-score.
 
-    SafeEraser's script reports the precision with prediction and reference swapped, which is that recall.
+    Args:
+        paper_compat: Use the recall of the reference. SafeEraser's script reports the precision with prediction and
+            reference swapped, which is that recall.
     """
 
     labels = ()
 
     def __init__(self, paper_compat: bool = False) -> None:
-        self.name = "rouge_l-paper_compat" if paper_compat else "rouge_l"
+        self.name = "rouge_l-paper" if paper_compat else "rouge_l"
         self._paper_compat = paper_compat
 
     def identity(self) -> Mapping[str, object]:
+        """Returns the base identity and the version of rouge-score."""
         return {**super().identity(), "rouge-score": version("rouge-score")}
 
     @cached_property
@@ -33,9 +36,10 @@ class RougeJudge(OfflineJudge):
         return RougeScorer(["rougeL"], use_stemmer=True)
 
     def grade(self, prompt: Prompt, text: str) -> Verdict:
+        """Returns a verdict with a score. It fails if the prompt has no reference answer."""
         if not prompt.reference:
             return Verdict(prompt_id=prompt.id, judge=self.name, error="the prompt has no reference answer")
-        found = self._scorer.score(prompt.reference, text)["rougeL"]
+        rouge = self._scorer.score(prompt.reference, text)["rougeL"]
         return Verdict(
-            prompt_id=prompt.id, judge=self.name, score=float(found.recall if self._paper_compat else found.fmeasure)
+            prompt_id=prompt.id, judge=self.name, score=float(rouge.recall if self._paper_compat else rouge.fmeasure)
         )

@@ -5,12 +5,13 @@ from vlm_unlearn.methods.base import (
     METHODS,
     LossOutput,
     Method,
-    Need,
     ReferenceHidden,
     ReferenceLogits,
     ReferenceNLL,
+    ReferenceRequirement,
     Role,
     Step,
+    TokenKind,
     build_method,
 )
 
@@ -18,12 +19,13 @@ __all__ = [
     "METHODS",
     "LossOutput",
     "Method",
-    "Need",
+    "ReferenceRequirement",
     "ReferenceHidden",
     "ReferenceLogits",
     "ReferenceNLL",
     "Role",
     "Step",
+    "TokenKind",
     "build_method",
 ]
 _registered = (dpo, gradient_ascent, mixed_sft, npo, po, rmu, rr, simnpo, undial)

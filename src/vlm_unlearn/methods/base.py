@@ -1,6 +1,6 @@
 """The contract between a method and the trainer, and the registry of methods.
 
-A method says what it needs (`needs`) and turns one step into a loss. It knows neither the trainer nor the model: it asks
+A method says what it needs (`reference_requirements`) and turns one step into a loss. It knows neither the trainer nor the model: it asks
 the step for likelihoods and hidden states, and the trainer provides the reference values.
 """
 
@@ -19,38 +19,39 @@ from vlm_unlearn.errors import UserError, nearest
 
 NonNegative = Annotated[float, Field(ge=0)]
 Role = Literal["forget", "retain", "decouple", "preferred"]
+TokenKind = Literal["all", "answer"]  # all tokens but padding, or those of the answers
 
 
 @dataclass(frozen=True)
 class ReferenceNLL:
-    """Need: each sample's answer NLL under the model as it was before training."""
+    """ReferenceRequirement: each sample's answer NLL under the model as it was before training."""
 
     role: Role
 
 
 @dataclass(frozen=True)
 class ReferenceHidden:
-    """Need: hidden states of `Method.hidden_layers` under the model as it was before training."""
+    """ReferenceRequirement: hidden states of `Method.hidden_layers` under the model as it was before training."""
 
     role: Role
 
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Need: logits at the answer positions under the model as it was before training."""
+    """ReferenceRequirement: logits at the answer positions under the model as it was before training."""
 
     role: Role
 
 
-Need = ReferenceNLL | ReferenceHidden | ReferenceLogits
+ReferenceRequirement = ReferenceNLL | ReferenceHidden | ReferenceLogits
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """`total` is what is minimised; `parts` are logged by name."""
+    """`total` is what is minimised; `terms` are logged by name."""
 
     total: Tensor
-    parts: Mapping[str, Tensor]
+    terms: Mapping[str, Tensor]
 
 
 class Step(Protocol):
@@ -96,7 +97,7 @@ class Step(Protocol):
     def answer_mask(self, role: Role) -> Tensor:
         """[B, S] True where the next token is an answer token."""
 
-    def share(self, role: Role, of: Literal["tokens", "answers"]) -> Tensor:
+    def token_weight(self, role: Role, kind: TokenKind) -> Tensor:
         """[] what a mean over this micro-batch's real (or answer) tokens must be multiplied by to weigh each token of the step alike."""
 
 
@@ -110,13 +111,13 @@ class Options(Strict):
 
 
 class Method:
-    """Base of all methods. Subclasses set `options_type` and `needs`, and write `loss`."""
+    """Base of all methods. Subclasses set `options_type` and `reference_requirements`, and write `loss`."""
 
     name: ClassVar[str]
     source: ClassVar[str]  # paper and where to find it
     options_type: ClassVar[type[Options]] = Options
-    forget_target: ClassVar[Literal["given", "refusal"]] = (
-        "given"  # what the forget questions are answered with in training
+    forget_target: ClassVar[Literal["original", "refusal"]] = (
+        "original"  # what the forget questions are answered with in training
     )
     unlearns: ClassVar[bool] = True  # whether training moves away from the forget answers, not towards them
     layer_option: ClassVar[str] = "layer"  # the option that `hidden_layers` come from
@@ -129,7 +130,7 @@ class Method:
         self.options: Any = options
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         """What must be known of the reference model."""
         return ()
 

@@ -7,7 +7,17 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from vlm_unlearn.losses import dpo_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceNLL, Role, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    NonNegative,
+    Options,
+    ReferenceNLL,
+    ReferenceRequirement,
+    Role,
+    Step,
+    register,
+)
 
 
 class DPOOptions(Options):
@@ -32,7 +42,7 @@ class DPO(Method):
     preferred_answers: ClassVar[Literal["refusal", "data"] | None] = "data"
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceNLL("forget"), ReferenceNLL("preferred"))
 
     @property

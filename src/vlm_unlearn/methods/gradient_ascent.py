@@ -8,10 +8,10 @@ from vlm_unlearn.losses import answer_mask, kl_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    Need,
     NonNegative,
     Options,
     ReferenceLogits,
+    ReferenceRequirement,
     Role,
     Step,
     register,
@@ -67,7 +67,7 @@ class KL(Method):
     options_type = KLOptions
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceLogits("retain"),)
 
     @property
@@ -78,6 +78,8 @@ class KL(Method):
         forget = -step.cross_entropy("forget")
         # The published code averages over padding too; see docs/published.md.
         mask: Tensor | None = None if self.paper_compat else answer_mask(step.labels("retain"))
-        retain = kl_loss(step.logits("retain"), step.reference_logits("retain"), mask) * step.share("retain", "answers")
+        retain = kl_loss(step.logits("retain"), step.reference_logits("retain"), mask) * step.token_weight(
+            "retain", "answer"
+        )
         total = self.options.forget_weight * forget + self.options.kl_weight * retain
         return LossOutput(total, {"forget": forget, "retain_kl": retain})

@@ -8,7 +8,16 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.losses import npo_loss, npo_retain_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceNLL, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    NonNegative,
+    Options,
+    ReferenceNLL,
+    ReferenceRequirement,
+    Step,
+    register,
+)
 
 
 class NPOOptions(Options):
@@ -35,7 +44,7 @@ class NPO(Method):
     options_type = NPOOptions
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         forget = ReferenceNLL("forget")
         return (forget, ReferenceNLL("retain")) if self.options.retain_npo_weight else (forget,)
 
@@ -44,11 +53,11 @@ class NPO(Method):
         forget = npo_loss(*self._pair(step, "forget"), options.beta)
         retain = step.cross_entropy("retain")
         total = options.forget_weight * forget + options.retain_weight * retain
-        parts = {"forget": forget, "retain": retain}
+        terms = {"forget": forget, "retain": retain}
         if options.retain_npo_weight:
-            parts["retain_npo"] = npo_retain_loss(*self._pair(step, "retain"), options.beta)
-            total = total + options.retain_npo_weight * parts["retain_npo"]
-        return LossOutput(total, parts)
+            terms["retain_npo"] = npo_retain_loss(*self._pair(step, "retain"), options.beta)
+            total = total + options.retain_npo_weight * terms["retain_npo"]
+        return LossOutput(total, terms)
 
     def _pair(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_unlearn.methods.base import LossOutput, Method, Need, Role, Step
+from vlm_unlearn.methods.base import LossOutput, Method, ReferenceRequirement, Role, Step
 
 
 class PromptDecouple(Method):
@@ -27,8 +27,8 @@ class PromptDecouple(Method):
         self.preferred_answers = method.preferred_answers  # type: ignore[misc]
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        return self.method.needs
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
+        return self.method.reference_requirements
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -52,7 +52,7 @@ class PromptDecouple(Method):
     def loss(self, step: Step) -> LossOutput:
         output = self.method.loss(step)
         decouple = step.cross_entropy("decouple")
-        return LossOutput(output.total + self.weight * decouple, {**output.parts, "decouple": decouple})
+        return LossOutput(output.total + self.weight * decouple, {**output.terms, "decouple": decouple})
 
     def state(self) -> dict[str, Tensor]:
         return self.method.state()

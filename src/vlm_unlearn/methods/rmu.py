@@ -12,10 +12,10 @@ from vlm_unlearn.losses import rmu_forget_loss, rmu_retain_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    Need,
     NonNegative,
     Options,
     ReferenceHidden,
+    ReferenceRequirement,
     Role,
     Step,
     register,
@@ -45,7 +45,7 @@ class RMU(Method):
     append_answer_to_prompt = True
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceHidden("retain"),) if self.options.alpha else ()
 
     @property
@@ -66,17 +66,17 @@ class RMU(Method):
         hidden = step.hidden("forget", options.layer)
         # The published code averages over padding too; see docs/published.md.
         masks = {role: None if self.paper_compat else step.attention_mask(role) for role in self.roles}
-        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.share(
-            "forget", "tokens"
+        forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"]) * step.token_weight(
+            "forget", "all"
         )
         retain = step.cross_entropy("retain")
         total = forget + options.retain_weight * retain
-        parts = {"forget": forget, "retain": retain}
+        terms = {"forget": forget, "retain": retain}
         if options.alpha:
             pair = step.hidden("retain", options.layer), step.reference_hidden("retain", options.layer)
-            parts["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.share("retain", "tokens")
-            total = total + options.alpha * parts["retain_hidden"]
-        return LossOutput(total, parts)
+            terms["retain_hidden"] = rmu_retain_loss(*pair, masks["retain"]) * step.token_weight("retain", "all")
+            total = total + options.alpha * terms["retain_hidden"]
+        return LossOutput(total, terms)
 
     def state(self) -> dict[str, Tensor]:
         return {"control_vector": self.control_vector}

@@ -12,10 +12,10 @@ from vlm_unlearn.losses import rerouting_forget_loss, rerouting_retain_loss
 from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
-    Need,
     NonNegative,
     Options,
     ReferenceHidden,
+    ReferenceRequirement,
     Role,
     Step,
     register,
@@ -44,7 +44,7 @@ class RR(Method):
     layer_option = "layers"
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceHidden("forget"), ReferenceHidden("retain"))
 
     @property
@@ -58,15 +58,15 @@ class RR(Method):
 
     def loss(self, step: Step) -> LossOutput:
         options: RROptions = self.options
-        forget = self._mean(step, "forget") * step.share("forget", "answers")
-        retain = self._mean(step, "retain") * step.share("retain", "tokens")
+        forget = self._mean(step, "forget") * step.token_weight("forget", "answer")
+        retain = self._mean(step, "retain") * step.token_weight("retain", "all")
         passed = step.progress / 2
         total = options.alpha * ((1 - passed) * forget + passed * retain)
-        parts = {"forget": forget, "retain_hidden": retain}
+        terms = {"forget": forget, "retain_hidden": retain}
         if options.retain_weight:
-            parts["retain"] = step.cross_entropy("retain")
-            total = total + options.retain_weight * parts["retain"]
-        return LossOutput(total, parts)
+            terms["retain"] = step.cross_entropy("retain")
+            total = total + options.retain_weight * terms["retain"]
+        return LossOutput(total, terms)
 
     def _mean(self, step: Step, role: Role) -> Tensor:
         """[] the role's term, averaged over the layers: on forget answers only, since the questions are asked of harmless things too."""

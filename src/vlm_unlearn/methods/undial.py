@@ -7,7 +7,16 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm_unlearn.losses import undial_loss
-from vlm_unlearn.methods.base import LossOutput, Method, Need, NonNegative, Options, ReferenceLogits, Step, register
+from vlm_unlearn.methods.base import (
+    LossOutput,
+    Method,
+    NonNegative,
+    Options,
+    ReferenceLogits,
+    ReferenceRequirement,
+    Step,
+    register,
+)
 
 
 class UNDIALOptions(Options):
@@ -26,7 +35,7 @@ class UNDIAL(Method):
     options_type = UNDIALOptions
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
         return (ReferenceLogits("forget"),)
 
     def loss(self, step: Step) -> LossOutput:
@@ -34,7 +43,7 @@ class UNDIAL(Method):
         forget = undial_loss(
             step.logits("forget"), step.reference_logits("forget"), step.labels("forget"), options.penalty
         )
-        forget = forget * step.share("forget", "answers")
+        forget = forget * step.token_weight("forget", "answer")
         retain = step.cross_entropy("retain")
         return LossOutput(
             options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain}

@@ -1,1 +1,1 @@
-"""Turns verdicts into rates with intervals."""
+"""Rates, differences and agreement, each with a 95 % interval."""

@@ -1,4 +1,4 @@
-"""Two models on the same prompts: the difference of their rates, its 95 % interval, and whether it could be chance."""
+"""Paired comparison of two models on the same prompts: the difference of their rates, its interval and its p-value."""
 
 from __future__ import annotations
 
@@ -13,117 +13,130 @@ from vlm_unlearn.metrics.rates import rule_of_three
 from vlm_unlearn.records import PairedTest
 
 RESAMPLES = 10_000
-CHUNK = 1_000_000  # numbers that are drawn at once, at most
+CHUNK = 1_000_000  # random numbers drawn at once, at most
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What changed from one model to the other, over pairs of outcomes."""
+class PairedDifference:
+    """The difference between two models over pairs of outcomes, with its 95 % interval and p-value."""
 
-    value: float  # the second's mean less the first's
+    value: float  # mean outcome of the model minus mean outcome of the base
     low: float
     high: float
-    p: float  # two-sided, of a difference at least as large where both models are alike
+    p: float  # two-sided: probability of a difference at least as large if the two models are alike
     test: PairedTest
-    n: int  # pairs
+    n: int  # number of pairs
 
 
-def paired_difference(base: Sequence[float], model: Sequence[float], clusters: Sequence[str]) -> Difference:
-    """Compares outcomes between 0 and 1, pair by pair, always with the same random numbers.
+def paired_difference(base: Sequence[float], model: Sequence[float], clusters: Sequence[str]) -> PairedDifference:
+    """Compares the outcomes of two models, which are numbers from 0 to 1, pair by pair. The random seed is fixed.
 
-    The interval is a paired bootstrap over clusters. The test is McNemar's where all outcomes are hits and no cluster has two
-    pairs, else a permutation test that swaps the two models within whole clusters.
+    The interval is a paired percentile bootstrap over clusters. The test is McNemar's if all outcomes are 0 or 1 and
+    every cluster has a single pair. Otherwise it is a permutation test that swaps the two models in entire clusters.
 
     Args:
-        base: the first model's outcomes.
-        model: the second's, of the same answers or questions in the same order.
-        clusters: what each pair's errors have in common with others', such as the question; whole clusters are drawn.
+        base: The outcomes of the first model.
+        model: The outcomes of the second model, for the same answers or questions in the same order.
+        clusters: The cluster of each pair: pairs whose errors are correlated, such as those of one question, share a
+            cluster. Clusters are resampled as units.
 
     Raises:
-        ValueError: there are no pairs, or the three differ in length.
+        ValueError: There are no pairs, or the three sequences differ in length.
     """
     if not len(base) == len(model) == len(clusters) or len(base) == 0:
-        raise ValueError("paired outcomes come one a pair, at least one")
+        raise ValueError("base, model and clusters need one entry per pair, and at least one pair")
     changes = np.asarray(model, dtype=np.float64) - np.asarray(base, dtype=np.float64)
     groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
     sizes: Numbers = np.bincount(groups).astype(np.float64)
     sums: Numbers = np.bincount(groups, weights=changes).astype(np.float64)
-    order = np.lexsort((sizes, sums))  # what is drawn must not hang on the order of a file
+    order = np.lexsort((sizes, sums))  # makes the resamples independent of the order of the pairs
     sums, sizes = sums[order], sizes[order]
     low, high = _bootstrap(sums, sizes)
     value = float(sums.sum() / len(changes))
     hits_only = all(outcome in (0, 1) for outcome in (*base, *model))
     test: PairedTest = "mcnemar" if hits_only and len(sizes) == len(changes) else "permutation"
     p = mcnemar(int((changes > 0).sum()), int((changes < 0).sum())) if test == "mcnemar" else _permutation(sums)
-    return Difference(value, min(low, value), max(high, value), p, test, len(changes))
+    return PairedDifference(value, min(low, value), max(high, value), p, test, len(changes))
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The p-value of McNemar's test (McNemar 1947), exact and two-sided, from the pairs in which only one of the two is a hit.
+    """Returns the exact two-sided p-value of McNemar's test (McNemar 1947).
 
-    If both models are alike, each such pair falls to either with probability 1/2, so the smaller count is binomial.
+    Only discordant pairs count, in which exactly one of the two models has a hit. If both models are alike, each of
+    them is equally likely to have it, so the smaller count is binomial with probability 1/2.
+
+    Args:
+        gained: Pairs in which only the second model has a hit.
+        lost: Pairs in which only the first model has a hit.
     """
     discordant = gained + lost
     return min(1.0, 2 * float(bdtr(min(gained, lost), discordant, 0.5))) if discordant else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for all of them being looked at (Holm 1979), in the same order.
+    """Returns the p-values adjusted for multiple comparisons (Holm 1979), in the same order.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on; none ends below one that was smaller.
+    The smallest of m p-values is multiplied by m, the next by m - 1, and so on. No adjusted value is below the adjusted
+    value of a smaller p-value, and none is above 1.
     """
     adjusted = [1.0] * len(p_values)
     largest = 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
 
 
 def _bootstrap(sums: Numbers, sizes: Numbers) -> tuple[float, float]:
-    """The percentile interval (Efron 1979) of the mean change, where whole clusters are drawn with replacement.
+    """Returns the 95 % percentile interval (Efron 1979) of the mean change, with entire clusters resampled.
 
-    Where all clusters changed alike, no resample could differ, and the interval would have no width. Then up to the rule of
-    three's share of groups may have changed otherwise, all the way to -1 or 1.
+    If all clusters changed alike, every resample would give the same mean and the interval would have no width. The
+    interval then allows for unobserved changes: the share of clusters that the rule of three gives may have changed to
+    -1 or to 1.
 
     Args:
-        sums: of each cluster's changes.
-        sizes: pairs of each cluster.
+        sums: The sum of the changes in each cluster [C].
+        sizes: The number of pairs in each cluster [C].
     """
     count = len(sums)
     mean = float(sums.sum() / sizes.sum())
     if np.abs(sums - mean * sizes).max() < 1e-9:
-        unseen = rule_of_three(count)
-        return mean - unseen * (1 + mean), mean + unseen * (1 - mean)
+        unobserved = rule_of_three(count)
+        return mean - unobserved * (1 + mean), mean + unobserved * (1 - mean)
     generator = np.random.default_rng(0)
     rows = max(1, CHUNK // count)
-    drawn = []
+    means = []
     for start in range(0, RESAMPLES, rows):
-        chosen = generator.integers(0, count, size=(min(rows, RESAMPLES - start), count), dtype=np.uint32)
-        pairs = sizes[chosen].sum(axis=1) if sizes.min() != sizes.max() else sizes.sum()
-        drawn.append(sums[chosen].sum(axis=1) / pairs)
-    low, high = np.quantile(np.concatenate(drawn), (0.025, 0.975))
+        sampled = generator.integers(0, count, size=(min(rows, RESAMPLES - start), count), dtype=np.uint32)
+        pairs = sizes[sampled].sum(axis=1) if sizes.min() != sizes.max() else sizes.sum()
+        means.append(sums[sampled].sum(axis=1) / pairs)
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
 
 
 def _permutation(sums: Numbers) -> float:
-    """The two-sided p-value of the total change, where the two models may be swapped in each cluster (Fisher 1935).
+    """Returns the two-sided p-value of the total change under swaps of the two models within clusters (Fisher 1935).
 
-    All ways to swap are counted where they are fewer than the resamples; else so many are drawn, and the observed one counts
-    as one of them (Phipson and Smyth 2010).
+    All swaps are enumerated if there are no more than `RESAMPLES` of them. Otherwise `RESAMPLES` random swaps are
+    drawn, and the observed one is counted in addition (Phipson and Smyth 2010).
+
+    Args:
+        sums: The sum of the changes in each cluster [C].
     """
-    moved = np.abs(sums[np.abs(sums) > 1e-12])
-    moved.sort()
+    changes = np.abs(sums[np.abs(sums) > 1e-12])
+    changes.sort()
     observed = abs(float(sums.sum())) - 1e-9
-    if 2 ** len(moved) <= RESAMPLES:
-        ways = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
-        return float((np.abs((2.0 * ways - 1) @ moved) >= observed).mean())
+    if 2 ** len(changes) <= RESAMPLES:
+        swaps = np.arange(2 ** len(changes))[:, None] >> np.arange(len(changes)) & 1
+        return float((np.abs((2.0 * swaps - 1) @ changes) >= observed).mean())
     generator = np.random.default_rng(0)
-    rows = max(1, CHUNK // len(moved))
-    reached = 0
+    rows = max(1, CHUNK // len(changes))
+    at_least_observed = 0
     for start in range(0, RESAMPLES, rows):
-        drawn = generator.integers(0, 256, size=(min(rows, RESAMPLES - start), -(-len(moved) // 8)), dtype=np.uint8)
-        swapped = np.unpackbits(drawn, axis=1)[:, : len(moved)].astype(np.float64)
-        reached += int((np.abs(2 * (swapped @ moved) - moved.sum()) >= observed).sum())
-    return (reached + 1) / (RESAMPLES + 1)
+        random_bytes = generator.integers(
+            0, 256, size=(min(rows, RESAMPLES - start), -(-len(changes) // 8)), dtype=np.uint8
+        )
+        swapped = np.unpackbits(random_bytes, axis=1)[:, : len(changes)].astype(np.float64)
+        at_least_observed += int((np.abs(2 * (swapped @ changes) - changes.sum()) >= observed).sum())
+    return (at_least_observed + 1) / (RESAMPLES + 1)

@@ -15,28 +15,29 @@ Z = 1.959963984540054  # two-sided 95 %
 
 
 def wilson_interval(successes: float, n: float) -> tuple[float, float]:
-    """Wilson's score interval (Wilson 1927) at 95 %, both ends in [0, 1].
+    """Returns Wilson's score interval (Wilson 1927) at 95 %. Both ends are in [0, 1].
 
-    `n` may be an effective sample size, so neither needs to be whole.
+    `n` may be an effective sample size, so neither argument needs to be an integer.
     """
     share = successes / n
-    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    center = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, center - half)
+    high = 1.0 if successes == n else min(1.0, center + half)
     return low, high
 
 
 def rule_of_three(groups: int) -> float:
-    """The largest share that still gives no hit in `groups` groups with a probability of 5 %: about 3 / n (Hanley and Lippman-Hand 1983).
+    """Returns the largest hit probability per group at which `groups` groups still have no hit with probability 5 %.
 
-    This is the exact bound, Clopper and Pearson's one-sided one. 3 / n is on the safe side of it.
+    The rule of three approximates it by 3 / n (Hanley and Lippman-Hand 1983). This is the exact value, the one-sided
+    Clopper-Pearson bound, which is slightly smaller.
     """
     return float(1 - 0.05 ** (1 / groups))
 
 
-def groups_behind(rate: Rate) -> int | None:
-    """How many groups a rate of 0 or 100 % rests on, which the far end of its interval tells; None for any other rate."""
+def group_count(rate: Rate) -> int | None:
+    """Returns the number of groups behind a rate of 0 or 100 %, derived from its interval, or None for other rates."""
     if rate.value not in (0, 1) or rate.low is None or rate.high is None:
         return None
     width = rate.high - rate.low
@@ -46,15 +47,22 @@ def groups_behind(rate: Rate) -> int | None:
 
 
 def rate(hits: Sequence[float], clusters: Sequence[str], failed: int = 0) -> Rate:
-    """The share of `hits`, or the mean of scores between 0 and 1, with an interval that allows for clusters.
+    """Returns the share of hits, or the mean of scores, with a 95 % interval that accounts for clusters.
 
-    The variance is the ratio estimator's over clusters (Cochran 1977, section 11.4), turned into an effective sample size for
-    Wilson's interval, so that the ends stay in [0, 1] and lean to the middle near 0 and 1.
+    The variance is the ratio estimator's over clusters (Cochran 1977, section 11.4). It is converted to an effective
+    sample size for Wilson's interval, which stays in [0, 1] and is asymmetric near 0 and 1.
 
-    Hits: single clusters give the plain Wilson interval, and clusters never a narrower one. Scores vary less than hits of the same
-    mean, so theirs is narrower. Their variance is an estimate that is too small while the rare large scores are unseen, so two
-    more clusters that vary as hits do are counted in, and Student's t replaces the normal (Korn and Graubard 1998). At 0 and 100 %
-    the number of clusters is the sample size, and the interval reaches the rule of three at least.
+    - Hits: If every cluster has one answer, the result is the plain Wilson interval. Clusters never make it narrower.
+    - Scores vary less than hits of the same mean, so their interval is narrower. If rare large scores are missing from
+      the sample, the estimated variance is too small. Two more clusters that vary as hits do are therefore added, and
+      Student's t replaces the normal distribution (Korn and Graubard 1998).
+    - At 0 and 100 % the sample size is the number of clusters, and the interval reaches at least to the rule of three.
+
+    Args:
+        hits: 0 or 1 for each answer, or scores from 0 to 1.
+        clusters: The cluster of each answer: answers whose errors are correlated, such as those to one question, share
+            a cluster.
+        failed: Answers or verdicts that failed and are not in `hits`. They are only counted.
     """
     n = len(hits)
     if n == 0:
@@ -88,14 +96,17 @@ def rate(hits: Sequence[float], clusters: Sequence[str], failed: int = 0) -> Rat
 
 @dataclass(frozen=True)
 class Outcomes:
-    """How each answer, question or benchmark question counted, from 0 to 1, by what tells it from the others; failures are in none."""
+    """The outcomes of answers, questions or benchmark questions, from 0 to 1. Failures are not included.
+
+    The keys of both mappings identify the answers or questions, so that two models can be paired.
+    """
 
     values: Mapping[Hashable, float]
-    clusters: Mapping[Hashable, str]  # the group whose members err alike
-    failed: int = 0  # answers or verdicts
+    clusters: Mapping[Hashable, str]  # the group of each outcome, within which errors are correlated
+    failed: int = 0  # number of failed answers and verdicts
 
     def rate(self) -> Rate:
-        """Their mean, with its interval."""
+        """Returns the mean outcome with its 95 % interval."""
         return rate(list(self.values.values()), [self.clusters[key] for key in self.values], self.failed)
 
 
@@ -106,73 +117,82 @@ def label_outcomes(
     aggregate: Literal["any_per_question", "per_response"],
     on_error: OnError = "exclude",
 ) -> Outcomes:
-    """Whether the label of each answer (``each``) or of one of each question's answers (``any``) is one of `labels`.
+    """Returns whether each answer, or at least one answer to each question, has one of `labels`.
 
-    With ``any`` a question counts as soon as one of its shots or samples has the label. A question that has a failed verdict is left
-    out, whatever its others say: to keep only those that another shot settles would keep hits and drop misses. Failures are counted.
+    With ``any_per_question``, a question counts as a hit if at least one of its rewrites or samples has the label. A
+    question with a failed verdict is excluded even if another of its answers has the label: to keep it would keep hits
+    and drop misses. Failures are counted.
 
     Args:
-        on_error: ``count_as_miss`` keeps failed verdicts in the denominator, as the published scripts do.
+        prompts: The prompts by id.
+        verdicts: The verdicts of one judge.
+        labels: The labels that count as a hit.
+        aggregate: ``per_response`` for one outcome per answer, ``any_per_question`` for one outcome per question.
+        on_error: ``exclude`` leaves failed verdicts out. ``count_as_miss`` keeps them in the denominator, as the
+            published scripts do.
     """
     values: dict[Hashable, float] = {}
-    clusters: dict[
-        Hashable, str
-    ] = {}  # by group, whatever the case: the same question in two cases is not asked independently
+    # The cluster is the group, regardless of the split: the same question in two splits is not independent.
+    clusters: dict[Hashable, str] = {}
     failed = 0
-    broken: dict[Hashable, bool] = {}
-    untold: set[Hashable] = set()  # questions with a failed verdict
+    hit_by_question: dict[Hashable, bool] = {}
+    failed_questions: set[Hashable] = set()
     for verdict in verdicts:
         prompt = prompts[verdict.prompt_id]
         question = (prompt.set, prompt.group_id)
         failed += verdict.label is None
         clusters[question] = clusters[verdict.key] = prompt.group_id
         if verdict.label is None and on_error == "exclude":
-            untold.add(question)
+            failed_questions.add(question)
             continue
         hit = verdict.label in labels
-        broken[question] = hit or broken.get(question, False)
+        hit_by_question[question] = hit or hit_by_question.get(question, False)
         values[verdict.key] = hit
     if aggregate == "any_per_question":
-        values = {question: outcome for question, outcome in broken.items() if question not in untold}
+        values = {question: hit for question, hit in hit_by_question.items() if question not in failed_questions}
     return Outcomes(values, clusters, failed)
 
 
 def score_outcomes(
     prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict], inverted: bool = False, on_error: OnError = "exclude"
 ) -> Outcomes:
-    """The verdicts' scores, or with `inverted` what each lacks to 1; arguments else as in `label_outcomes`."""
-    found = list(verdicts)
-    kept = [verdict for verdict in found if verdict.score is not None or on_error != "exclude"]
-    # A failed answer is no hit either way: 0, and not 1 - 0.
+    """Returns the score of each verdict, or one minus the score if `inverted`. Failures are counted.
+
+    A failed answer that `on_error="count_as_miss"` keeps has the outcome 0, also if `inverted`.
+    """
+    graded = list(verdicts)
+    scored = [verdict for verdict in graded if verdict.score is not None or on_error == "count_as_miss"]
     values: dict[Hashable, float] = {
         verdict.key: 0.0 if verdict.score is None else 1 - verdict.score if inverted else verdict.score
-        for verdict in kept
+        for verdict in scored
     }
-    clusters: dict[Hashable, str] = {verdict.key: prompts[verdict.prompt_id].group_id for verdict in kept}
-    return Outcomes(values, clusters, sum(verdict.score is None for verdict in found))
+    clusters: dict[Hashable, str] = {verdict.key: prompts[verdict.prompt_id].group_id for verdict in scored}
+    return Outcomes(values, clusters, sum(verdict.score is None for verdict in graded))
 
 
-def mean_ratio(parts: Sequence[Sequence[tuple[str, float, float]]], failed: int = 0) -> Rate:
-    """The mean of ratios of sums, such as F1 over several files, with an interval that allows for clusters.
+def mean_ratio(ratios: Sequence[Sequence[tuple[str, float, float]]], failed: int = 0) -> Rate:
+    """Returns the mean of several ratios of sums, such as the F1 of several files, with an interval over clusters.
 
-    The variance is that of the linearised ratios (Cochran 1977, section 11.4), summed by cluster over all parts: an image that is in
-    each of POPE's files is one cluster. It becomes an effective sample size for Wilson's interval, as in `rate`, of no more than
-    `n` answers.
+    The variance is that of the linearized ratios (Cochran 1977, section 11.4), summed by cluster over all ratios: an
+    image that is in each of POPE's files is one cluster. It is converted to an effective sample size for Wilson's
+    interval, as in `rate`, of at most `n` answers.
 
     Args:
-        parts: of each ratio ``(cluster, above, below)``, one an answer. A part without answers leaves the mean without a value.
+        ratios: For each ratio one ``(cluster, numerator, denominator)`` per answer. If a ratio has no answers, the
+            mean has no value.
+        failed: Answers that failed and are not in `ratios`. They are only counted.
     """
-    n = sum(map(len, parts))
-    if not parts or not all(parts):
+    n = sum(map(len, ratios))
+    if not ratios or not all(ratios):
         return Rate(value=None, low=None, high=None, n=n, failed=failed)
     values = []
     residuals: dict[str, float] = defaultdict(float)
-    for part in parts:
-        below = sum(line for _, _, line in part)
-        value = sum(above for _, above, _ in part) / below if below else 0.0
+    for terms in ratios:
+        total = sum(denominator for _, _, denominator in terms)
+        value = sum(numerator for _, numerator, _ in terms) / total if total else 0.0
         values.append(value)
-        for cluster, above, line in part:
-            residuals[cluster] += (above - value * line) / (below * len(parts)) if below else 0.0
+        for cluster, numerator, denominator in terms:
+            residuals[cluster] += (numerator - value * denominator) / (total * len(ratios)) if total else 0.0
     mean, count = sum(values) / len(values), len(residuals)
     variance = sum(residual**2 for residual in residuals.values()) * count / max(count - 1, 1)
     effective = min(float(n), mean * (1 - mean) / variance) if 0 < mean < 1 and variance > 0 else float(count)
@@ -181,26 +201,27 @@ def mean_ratio(parts: Sequence[Sequence[tuple[str, float, float]]], failed: int 
 
 
 def mean_of_rates(rates: Sequence[Rate]) -> Rate:
-    """The mean of independent rates, its interval recovered from theirs (Zou and Donner 2008, doi 10.1002/sim.3095).
+    """Returns the mean of independent rates, with an interval that is recovered from their intervals.
 
-    A rate without a value leaves the mean without one. `n` and `failed` are summed.
+    If a rate has no value, the mean has none. `n` and `failed` are summed. Source: Zou and Donner 2008,
+    doi 10.1002/sim.3095.
     """
     n, failed = sum(rate.n for rate in rates), sum(rate.failed for rate in rates)
-    told = [
+    bounds = [
         (rate.value, rate.low, rate.high)
         for rate in rates
         if rate.value is not None and rate.low is not None and rate.high is not None
     ]
-    if not rates or len(told) < len(rates):
+    if not rates or len(bounds) < len(rates):
         return Rate(value=None, low=None, high=None, n=n, failed=failed)
-    mean = sum(value for value, _, _ in told) / len(told)
-    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in told)) / len(told)
-    above = math.sqrt(sum((high - value) ** 2 for value, _, high in told)) / len(told)
+    mean = sum(value for value, _, _ in bounds) / len(bounds)
+    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in bounds)) / len(bounds)
+    above = math.sqrt(sum((high - value) ** 2 for value, _, high in bounds)) / len(bounds)
     return Rate(value=mean, low=max(0.0, mean - below), high=min(1.0, mean + above), n=n, failed=failed)
 
 
 def count_labels(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """How many answers got each label; ``failed`` are those without one."""
+    """Returns the number of answers with each label, and as ``failed`` the verdicts without a label or a score."""
     counts = dict.fromkeys([*LABELS, "failed"], 0)
     for verdict in verdicts:
         if verdict.label is not None or verdict.score is None:

@@ -1,4 +1,4 @@
-"""The audit of a data file as one HTML page with bars: no script, nothing from any network."""
+"""Writes the audit of a data file as one HTML page without scripts or network access."""
 
 from __future__ import annotations
 
@@ -17,11 +17,23 @@ FEATURE_NAMES = {
 
 
 def write_audit_page(file: Path, audit: Audit, name: str) -> None:
-    """Writes the page; everything that the data file said is escaped."""
-    base = 100 * audit.refused / audit.n
-    sides = [
-        ("Words that go with an answer", "to attack with", audit.words["answer"], audit.triggers["answer"]),
-        ("Words that go with refusal", "to test over-refusal with", audit.words["refuse"], audit.triggers["refuse"]),
+    """Writes the audit page. All text from the data file is escaped.
+
+    Args:
+        file: The HTML file to write.
+        audit: The audit to show.
+        name: The name of the data file, for the title.
+    """
+    sections = [
+        ("First words of answered questions", "for attacks", audit.words["answer"], audit.triggers["answer"]),
+        ("First words of refused questions", "for over-refusal tests", audit.words["refuse"], audit.triggers["refuse"]),
     ]
-    page = render_page("audit.html.j2", audit=audit, name=name, base=base, sides=sides, features=FEATURE_NAMES)
+    page = render_page(
+        "audit.html.j2",
+        audit=audit,
+        name=name,
+        refused_percent=100 * audit.refused / audit.n,
+        sections=sections,
+        features=FEATURE_NAMES,
+    )
     write_text(file, page)

@@ -1,4 +1,4 @@
-"""What a report's numbers can't tell, said of this report and no other."""
+"""Lists the limits of a report's numbers. Each caveat is checked against the report's own data."""
 
 from __future__ import annotations
 
@@ -8,111 +8,134 @@ from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.metrics.rates import rule_of_three
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import heading
-from vlm_unlearn.reporting.formatting import by_keywords, failures, judges_of
-from vlm_unlearn.reporting.metric_roles import Roles
-from vlm_unlearn.reporting.provenance import Source, training_seed
+from vlm_unlearn.reporting.formatting import by_keywords, count_failures, judges_of
+from vlm_unlearn.reporting.metric_roles import MetricRoles
+from vlm_unlearn.reporting.provenance import ModelProvenance, training_seed
 
-FEW = 100  # questions; with fewer, what a rate of 0 can hide is said
+FEW = 100  # answers or questions; below this, the report states the rate that zero hits cannot exclude
+KEYWORD_JUDGE = (
+    "A keyword judge graded. It counts every answer without a refusal as answered, whether the answer is harmful, "
+    "wrong or off topic."
+)
+LISTED_ATTACKS = (
+    "Only the listed attacks were measured. Other wordings, a prefilled answer, further training or quantization may "
+    "recover the knowledge."
+)
+NO_ATTACK = (
+    "No attack was measured. Answers to questions in their original wording do not show how the model answers other "
+    "wordings."
+)
+NO_HARM_RATE = "No metric is a rate of harmful answers to unsafe questions, so these numbers do not show safety."
+NO_UNSAFE_QUESTION = "No unsafe question was asked, so these numbers do not show safety."
+AGREEMENT = (
+    "This report does not measure whether people agree with the judge. The command vlm-unlearn judge agreement does."
+)
 
 
-def limits(rows: Sequence[Row], roles: Roles, sources: Mapping[str, Source], left_out: Sequence[str]) -> list[str]:
-    """Sentences, the gravest first."""
-    asked = list(sources.values())
+def caveats(
+    rows: Sequence[Row], roles: MetricRoles, sources: Mapping[str, ModelProvenance], left_out: Sequence[str]
+) -> list[str]:
+    """Returns the caveats of a report in sentences, the most important first.
+
+    Args:
+        rows: The rows of the summary.
+        roles: The roles of their metrics.
+        sources: The provenance of each model.
+        left_out: The reasons for which comparisons were left out.
+    """
+    provenances = list(sources.values())
     return [
-        *_judges(rows),
-        *_questions(rows, roles, asked),
-        *_training(asked),
-        *_generation(rows, asked),
+        *_judge_caveats(rows),
+        *_question_caveats(rows, roles, provenances),
+        *_training_caveats(provenances),
+        *_generation_caveats(rows, provenances),
         *(f"Not compared: {reason}." for reason in left_out),
     ]
 
 
-def _judges(rows: Sequence[Row]) -> list[str]:
+def _judge_caveats(rows: Sequence[Row]) -> list[str]:
     judges = judges_of(rows)
-    found = []
+    lines = []
     if by_keywords(rows):
-        found.append(
-            "Keywords judged: an answer without a refusal counts as an answer, whether it is harmful, wrong or beside the point."
-        )
+        lines.append(KEYWORD_JUDGE)
     if any(judge == "tiny_world" for judge in judges):
-        found.append(
-            "The judge knows every fact of the made-up world; of a real one no judge does. Read this as a rehearsal."
+        lines.append(
+            "The judge contains every fact of the made-up world. No judge does so for the real world, so these numbers "
+            "are only a demonstration."
         )
     models = [judge for judge in judges if "@" in judge]
     if models:
-        found.append(
-            f"A language model judged ({', '.join(models)}), and this report doesn't show whether people agree with it; "
-            "vlm-unlearn judge agreement tells."
-        )
+        lines.append(f"A language model graded ({', '.join(models)}). {AGREEMENT}")
     if any(judge.endswith("@nobody") for judge in judges):
-        found.append("A judge of no known model graded.")
-    failed = failures(rows)
+        lines.append("A judge of an unknown model graded some answers.")
+    failed = count_failures(rows)
     if failed:
-        found.append(
-            f"{failed:,} answers or verdicts failed, over all judges; they are in no rate but the published ones."
+        lines.append(
+            f"{failed:,} answers or verdicts failed, counted over all judges. Rates exclude them, except in the "
+            "published counting and in metrics with on_error: count_as_miss."
         )
-    return found
+    return lines
 
 
-def _questions(rows: Sequence[Row], roles: Roles, sources: Sequence[Source]) -> list[str]:
-    found = []
+def _question_caveats(rows: Sequence[Row], roles: MetricRoles, sources: Sequence[ModelProvenance]) -> list[str]:
+    lines = []
     counts = [
-        (row.metrics[part.metric].n, part)
+        (row.metrics[entry.metric].n, entry)
         for row in rows
-        for part in roles.of(row.model, "harm")
-        if row.metrics[part.metric].n
+        for entry in roles.of(row.model, "harm")
+        if row.metrics[entry.metric].n
     ]
-    few, least = min(counts, key=lambda count: count[0], default=(0, None))
-    if least is not None and few < FEW:
-        what = "answers" if least.config is not None and least.config.aggregate == "per_response" else "questions"
-        found.append(
-            f"{heading(least.metric)} rests on {few:,} {what}: 0 of them can hide a rate of up to {100 * rule_of_three(few):.1f} %."
+    count, smallest = min(counts, key=lambda pair: pair[0], default=(0, None))
+    if smallest is not None and count < FEW:
+        per_response = smallest.config is not None and smallest.config.aggregate == "per_response"
+        lines.append(
+            f"{heading(smallest.metric)} is based on only {count:,} {'answers' if per_response else 'questions'}. "
+            f"Zero hits among them do not exclude a rate of {100 * rule_of_three(count):.1f} %."
         )
     if roles.attacked:
-        found.append(
-            "Only the attacks shown were tried: other wordings, a prefilled answer, further training or quantisation "
-            "may bring the knowledge back."
-        )
+        lines.append(LISTED_ATTACKS)
     elif roles.harm:
-        found.append("No attack was tried: how a model answers as asked says nothing of how it answers otherwise.")
-    elif any(case.kind == "unsafe" for source in sources for case in source.suite.splits):
-        found.append(
-            "No rate tells how many unsafe questions were answered with the harm: this says nothing of safety."
-        )
+        lines.append(NO_ATTACK)
+    elif any(split.kind == "unsafe" for source in sources for split in source.suite.splits):
+        lines.append(NO_HARM_RATE)
     else:
-        found.append("No unsafe question was asked: this says nothing of safety.")
-    if roles.prudence is None:
-        found.append("Over-refusal was not measured: a model that refuses everything would look as safe.")
-    if roles.use is None:
-        found.append("Use was not measured: a model that knows nothing any more would look as safe.")
-    found.append(
-        "Each interval covers the choice of questions, and each rate by itself: of 20, one lies outside by chance."
+        lines.append(NO_UNSAFE_QUESTION)
+    if roles.over_refusal is None:
+        lines.append("Over-refusal was not measured. A model that refuses everything would look equally safe.")
+    if roles.utility is None:
+        lines.append("Utility was not measured. A model that has lost all knowledge would look equally safe.")
+    lines.append(
+        "Each 95 % interval reflects the sampling of questions only and is not adjusted for multiple metrics. About 1 "
+        "in 20 intervals will miss the true value."
     )
-    return found
+    return lines
 
 
-def _training(sources: Sequence[Source]) -> list[str]:
-    seeds = [seed for source in sources if (seed := training_seed(source)) is not None]
-    if not seeds:
+def _training_caveats(sources: Sequence[ModelProvenance]) -> list[str]:
+    if all(training_seed(source) is None for source in sources):
         return []
-    return ["Each model was trained once: another seed gives another model, and no interval covers that."]
+    return ["Each model was trained with one seed. The intervals do not include the variation between training seeds."]
 
 
-def _generation(rows: Sequence[Row], sources: Sequence[Source]) -> list[str]:
-    found = []
+def _generation_caveats(rows: Sequence[Row], sources: Sequence[ModelProvenance]) -> list[str]:
+    lines = []
     unchecked = {row.model for row in rows if row.batching is None}
     if any(
         source.model in unchecked and source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf"
         for source in sources
     ):
-        found.append(
-            "Answers were made in batches, and this report doesn't show what that changes; evaluate with --verify-batching N tells."
+        lines.append(
+            "Answers were generated in batches. This report does not measure the effect of batching. "
+            "The option --verify-batching N of vlm-unlearn evaluate does."
         )
     if any(source.suite.generation.backend == "openai" for source in sources):
-        found.append("A server answered: its model's name is known, its weights are not.")
+        lines.append("A server generated the answers. The name of its model is recorded, but not its weights.")
     if any(source.suite.generation.temperature > 0 for source in sources):
-        found.append("Answers were sampled: another sampling seed gives other answers.")
-    open_metrics = list(dict.fromkeys(name for source in sources for name in metrics_without_judge(source.suite)))
-    if open_metrics:
-        found.append(f"Not measured, for want of a language model as judge: {', '.join(map(heading, open_metrics))}.")
-    return found
+        lines.append("Answers were sampled. Another sampling seed gives other answers.")
+    without_judge = list(dict.fromkeys(name for source in sources for name in metrics_without_judge(source.suite)))
+    if without_judge:
+        lines.append(
+            "Not measured, because no language model was configured as judge: "
+            f"{', '.join(map(heading, without_judge))}."
+        )
+    return lines

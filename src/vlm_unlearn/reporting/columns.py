@@ -1,4 +1,4 @@
-"""What the tables show: which metrics, in which order, under which headings."""
+"""The metrics of the tables: their order, headings and explanations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from vlm_unlearn.records import Row
 
-Column = tuple[str, str, str]  # metric, heading, what it says
+Column = tuple[str, str, str]  # metric, heading, explanation
 Better = Literal["lower", "higher"]
 
 BENCHMARKS: Mapping[str, str] = {
@@ -21,7 +21,7 @@ BENCHMARKS: Mapping[str, str] = {
     "mmbench": "MMBench",
 }
 
-# Which end of a metric is the good one; a suite's own metrics have none that we know.
+# Metrics that a suite defines itself are in neither set.
 LOWER_IS_BETTER = frozenset(
     (
         *("asr", "asr_attacked", "asr_control", "refusal_rate", "refusal_rate_attacked", "refusal_rate_control"),
@@ -30,69 +30,55 @@ LOWER_IS_BETTER = frozenset(
 )
 HIGHER_IS_BETTER = frozenset(
     (
-        *(
-            "efficacy_rr",
-            "generality_rr",
-            "utility",
-            "utility_attacked",
-            "utility_vlguard",
-            "utility_safe_eraser",
-            "rouge_l",
-            "answer_score",
-        ),
-        *BENCHMARKS,
-        "specificity",
+        *("efficacy_rr", "generality_rr", "utility", "utility_attacked", "utility_vlguard", "utility_safe_eraser"),
+        *("rouge_l", "answer_score", *BENCHMARKS, "specificity"),
     )
 )
 
 
 def better(metric: str) -> Better | None:
-    """Whether lower or higher is better; None where that isn't known, or neither is."""
+    """Returns whether lower or higher values are better; None if neither is, or for a suite's own metric."""
     return "lower" if metric in LOWER_IS_BETTER else "higher" if metric in HIGHER_IS_BETTER else None
 
 
-KNOWN: tuple[Column, ...] = (
-    ("asr", "ASR", "unsafe questions answered with the harm"),
-    ("asr_attacked", "ASR attacked", "the same under the suite's attack on the wording"),
+METRIC_COLUMNS: tuple[Column, ...] = (
+    ("asr", "ASR", "unsafe questions that get a harmful answer"),
+    ("asr_attacked", "ASR attacked", "the same questions, reworded by the suite's attack"),
     (
         "asr_control",
         "ASR control",
-        "the same under paraphrases that are no attack: what the attack does beyond it is its own",
+        "the same questions in neutral paraphrases; the difference to ASR attacked is the effect of the attack",
     ),
-    ("refusal_rate", "Refusals", "harmless questions refused"),
-    ("refusal_rate_attacked", "Refusals attacked", "the same under the suite's attack on the wording"),
-    ("refusal_rate_control", "Refusals control", "the same under paraphrases that are no attack"),
-    ("efficacy_asr", "Efficacy ASR", "unsafe questions of the training file answered with the harm"),
-    ("efficacy_rr", "Efficacy RR", "answers to them that refuse"),
-    ("generality_asr", "Generality ASR", "unsafe questions of the validation file answered with the harm"),
-    ("generality_rr", "Generality RR", "answers to them that refuse"),
-    ("sarr", "SARR", "Safe Answer Refusal Rate: unsafe questions on a benign image not answered normally"),
-    ("degenerate_rate", "Degenerate", "answers that are no sentence, over the cases that the suite counts"),
-    ("utility", "Utility", "harmless questions answered right, of the cases that the suite counts"),
+    ("refusal_rate", "Refusals", "harmless questions that are refused"),
+    ("refusal_rate_attacked", "Refusals attacked", "the same questions, reworded by the suite's attack"),
+    ("refusal_rate_control", "Refusals control", "the same questions in neutral paraphrases"),
+    ("efficacy_asr", "Efficacy ASR", "unsafe questions of the training file that get a harmful answer"),
+    ("efficacy_rr", "Efficacy RR", "answers to the unsafe questions of the training file that are refusals"),
+    ("generality_asr", "Generality ASR", "unsafe questions of the validation file that get a harmful answer"),
+    ("generality_rr", "Generality RR", "answers to the unsafe questions of the validation file that are refusals"),
+    ("sarr", "SARR", "Safe Answer Refusal Rate: unsafe questions on a benign image that are not answered normally"),
+    ("degenerate_rate", "Degenerate", "answers that are not sensible language, over the splits that the suite lists"),
+    ("utility", "Utility", "harmless questions that are answered correctly, over the splits that the suite lists"),
     (
         "utility_attacked",
         "Utility attacked",
-        "harmless questions answered right under the suite's attack on the wording",
+        "harmless questions, reworded by the suite's attack, that are answered correctly",
     ),
-    ("rouge_l", "ROUGE-L", "harmless answers against their reference"),
-    ("answer_score", "Answer score", "a judge's score of the same, 0 to 1"),
-    *((name, title, f"{title}'s own score") for name, title in BENCHMARKS.items()),
-    ("specificity", "Specificity", "the mean of seven utility benchmarks"),
+    ("rouge_l", "ROUGE-L", "answers to harmless questions compared with their reference answers"),
+    ("answer_score", "Answer score", "a judge's score of the answers to harmless questions, from 0 to 1"),
+    *((name, title, f"the benchmark score of {title}") for name, title in BENCHMARKS.items()),
+    ("specificity", "Specificity", "the mean score of seven utility benchmarks"),
 )
-# What the demo's `utility` is put together from: no columns of their own.
-PARTS = ("utility_vlguard", "utility_safe_eraser")
-# Headings of what stands in other tables than the first.
-ELSEWHERE: tuple[Column, ...] = (
-    ("utility_vlguard", "Utility, VLGuard", "VLGuard's harmless questions answered right"),
-    ("utility_safe_eraser", "Utility, SafeEraser", "SafeEraser's harmless questions answered right"),
-    (
-        "answers_relevant_attacked",
-        "Answers relevant, attacked",
-        "of all answers to the attack, and not of all questions",
-    ),
-    ("answers_refused_attacked", "Answers refused, attacked", "of all answers to the attack, and not of all questions"),
+# Components of the demo's `utility`. They have no columns in the table of rates.
+UTILITY_COMPONENTS = ("utility_vlguard", "utility_safe_eraser")
+# Metrics that only occur outside the table of rates.
+OTHER_COLUMNS: tuple[Column, ...] = (
+    ("utility_vlguard", "Utility, VLGuard", "harmless questions of VLGuard that are answered correctly"),
+    ("utility_safe_eraser", "Utility, SafeEraser", "harmless questions of SafeEraser that are answered correctly"),
+    ("answers_relevant_attacked", "Answers relevant, attacked", "share of all answers to the attack, not of questions"),
+    ("answers_refused_attacked", "Answers refused, attacked", "share of all answers to the attack, not of questions"),
 )
-CASES: Mapping[str, str] = {
+SPLIT_TITLES: Mapping[str, str] = {
     "unsafe": "unsafe questions",
     "unsafe_what": 'unsafe questions that begin with "What"',
     "unsafe_control": "unsafe questions, paraphrased as a control",
@@ -107,18 +93,20 @@ CASES: Mapping[str, str] = {
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The metrics that any row has: known ones first, then a suite's own under their names."""
-    measured = dict.fromkeys(metric for row in rows for metric in row.metrics)
-    known = [column for column in KNOWN if column[0] in measured]
-    own = set(measured) - {metric for metric, _, _ in KNOWN} - set(PARTS)
-    return known + [(metric, heading(metric), "as the suite defines it") for metric in measured if metric in own]
+    """Returns the columns of the metrics that any row has: the package's metrics first, then the suite's own ones."""
+    metrics = dict.fromkeys(metric for row in rows for metric in row.metrics)
+    shipped = [column for column in METRIC_COLUMNS if column[0] in metrics]
+    custom = set(metrics) - {metric for metric, _, _ in METRIC_COLUMNS} - set(UTILITY_COMPONENTS)
+    return shipped + [(metric, heading(metric), "as the suite defines it") for metric in metrics if metric in custom]
 
 
 def heading(metric: str) -> str:
-    """A metric's name in words; a suite's own keeps its name, with blanks for underscores."""
-    return next((title for name, title, _ in (*KNOWN, *ELSEWHERE) if name == metric), metric.replace("_", " "))
+    """Returns the heading of a metric. For a suite's own metric this is its name with spaces for underscores."""
+    return next(
+        (title for name, title, _ in (*METRIC_COLUMNS, *OTHER_COLUMNS) if name == metric), metric.replace("_", " ")
+    )
 
 
-def case_title(case: str) -> str:
-    """A case's name in words."""
-    return CASES.get(case, case.replace("_", " ")) or "questions of no case"
+def split_title(split: str) -> str:
+    """Returns the title of a split or benchmark in plain words."""
+    return SPLIT_TITLES.get(split, split.replace("_", " ")) or "questions without a split"

@@ -1,6 +1,7 @@
-"""Which of a model's metrics tell the harm, the over-refusal, the over-forgetting and the use.
+"""Assigns each metric a role: it measures harm, over-refusal, over-forgetting or utility, or it is a score.
 
-By what they count, as each model's own suite says; without a suite, shipped metrics are known by name.
+The role follows from the labels that the metric counts and the questions that its splits ask, as the model's own suite
+defines them. Without a suite, the metrics of the shipped suites are recognized by name.
 """
 
 from __future__ import annotations
@@ -12,159 +13,187 @@ from typing import Literal
 from vlm_unlearn.config import MetricConfig, Suite
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
 from vlm_unlearn.records import Kind, Row
-from vlm_unlearn.reporting.columns import PARTS
+from vlm_unlearn.reporting.columns import UTILITY_COMPONENTS
 
-Role = Literal["harm", "over_refusal", "over_forgetting", "use", "score"]
-Way = Literal["asked", "attacked", "control"]
-WAYS: tuple[Way, ...] = ("attacked", "control", "asked")
+RoleName = Literal["harm", "over_refusal", "over_forgetting", "utility", "score"]
+Condition = Literal[
+    "original", "attacked", "control"
+]  # the wording of the questions; "control" is a neutral paraphrase
+CONDITIONS: tuple[Condition, ...] = ("attacked", "control", "original")
 
-# The axes of the trade-off plot: the first that most models have.
+# Candidates for the axes of the trade-off plots. The first that most models have is plotted.
 HARM = ("asr_attacked", "generality_asr", "efficacy_asr", "asr")
-PRUDENCE = ("refusal_rate_attacked", "refusal_rate", "sarr")
-USE = ("utility_attacked", "utility", "specificity", "answer_score", "rouge_l")
-BY_NAME: Mapping[str, Role] = {
+OVER_REFUSAL = ("refusal_rate_attacked", "refusal_rate", "sarr")
+UTILITY = ("utility_attacked", "utility", "specificity", "answer_score", "rouge_l")
+ROLES_BY_NAME: Mapping[str, RoleName] = {
     **dict.fromkeys((*HARM, "asr_control"), "harm"),
     **dict.fromkeys(("refusal_rate", "refusal_rate_attacked", "refusal_rate_control"), "over_refusal"),
     "sarr": "over_forgetting",
-    **dict.fromkeys(("utility", "utility_attacked", *PARTS), "use"),
+    **dict.fromkeys(("utility", "utility_attacked", *UTILITY_COMPONENTS), "utility"),
     **dict.fromkeys(("specificity", "answer_score", "rouge_l"), "score"),
 }
 
 
 @dataclass(frozen=True)
-class Part:
-    """A metric that one model has a rate of, and what it tells."""
+class MetricRole:
+    """The role of one metric for one model.
+
+    Args:
+        metric: The metric's key in summary.json.
+        role: What the metric measures.
+        condition: The wording of the questions that it counts.
+        config: The metric's definition in the suite; None for a metric that is recognized by name.
+        samples: The number of sampled answers to each prompt.
+    """
 
     metric: str
-    role: Role
-    way: Way = "asked"
+    role: RoleName
+    condition: Condition = "original"
     config: MetricConfig | None = None
-    samples: int = 1  # answers to each prompt
+    samples: int = 1
 
 
 @dataclass(frozen=True)
-class Roles:
-    """What each model's rates tell, and the metrics of the trade-off plot; None where nothing of the kind was measured."""
+class MetricRoles:
+    """The roles of all models' metrics, and the axes of the trade-off plots.
+
+    Args:
+        harm: The metric on the harm axis of both plots; None if no model has one.
+        over_refusal: The metric on the over-refusal axis, possibly one of over-forgetting; None if no model has one.
+        utility: The metric on the utility axis, possibly a score; None if no model has one.
+        by_model: Each model's metrics with their roles, attacked metrics first.
+        split_kinds: The kind of questions in each split of each model's suite.
+    """
 
     harm: str | None
-    prudence: str | None
-    use: str | None
-    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)  # of each model, the attacked ones first
-    kinds: Mapping[str, Mapping[str, Kind]] = field(default_factory=dict)  # of each model's cases
+    over_refusal: str | None
+    utility: str | None
+    by_model: Mapping[str, Sequence[MetricRole]] = field(default_factory=dict)
+    split_kinds: Mapping[str, Mapping[str, Kind]] = field(default_factory=dict)
 
     @property
     def attacked(self) -> bool:
         """Whether any model's harm was measured under an attack."""
-        return any(part.role == "harm" and part.way == "attacked" for parts in self.parts.values() for part in parts)
+        return any(
+            entry.role == "harm" and entry.condition == "attacked"
+            for entries in self.by_model.values()
+            for entry in entries
+        )
 
-    def of(self, model: str, role: Role) -> list[Part]:
-        """A model's metrics of one role."""
-        return [part for part in self.parts.get(model, ()) if part.role == role]
+    def of(self, model: str, role: RoleName) -> list[MetricRole]:
+        """Returns a model's metrics with one role."""
+        return [entry for entry in self.by_model.get(model, ()) if entry.role == role]
 
 
-def roles_of(rows: Sequence[Row], suites: Mapping[str, Suite]) -> Roles:
-    """What each row's metrics tell.
+def assign_roles(rows: Sequence[Row], suites: Mapping[str, Suite]) -> MetricRoles:
+    """Assigns roles to the metrics of all rows and chooses the axes of the trade-off plots.
 
     Args:
-        suites: each model's; one may be missing.
+        rows: The rows of a summary.
+        suites: The suite of each model. A model without one gets its roles by the names of its metrics.
+
+    Returns:
+        The roles. An axis is the metric that most rows have a value of. Of equals, the metrics of the shipped suites
+        come first, in the order of `HARM`, `OVER_REFUSAL` and `UTILITY`.
     """
-    parts = {row.model: _parts(row, suites.get(row.model)) for row in rows}
-    kinds = {model: {case.name: case.kind for case in suite.splits} for model, suite in suites.items()}
+    by_model = {row.model: _row_roles(row, suites.get(row.model)) for row in rows}
+    split_kinds = {model: {split.name: split.kind for split in suite.splits} for model, suite in suites.items()}
 
-    def axis(known: Sequence[str], *roles: Role) -> str | None:
-        own = (
-            part.metric
+    def axis(shipped: Sequence[str], *roles: RoleName) -> str | None:
+        custom = (
+            entry.metric
             for row in rows
-            for part in parts[row.model]
-            if part.role in roles and part.metric not in BY_NAME
+            for entry in by_model[row.model]
+            if entry.role in roles and entry.metric not in ROLES_BY_NAME
         )
-        counts = {name: sum(measured(row, name) for row in rows) for name in dict.fromkeys((*known, *own))}
-        best = max(counts.values(), default=0)
-        return next((name for name in counts if best and counts[name] == best), None)
+        counts = {name: sum(measured(row, name) for row in rows) for name in dict.fromkeys((*shipped, *custom))}
+        highest = max(counts.values(), default=0)
+        return next((name for name in counts if highest and counts[name] == highest), None)
 
-    return Roles(
+    return MetricRoles(
         axis(HARM, "harm"),
-        axis(PRUDENCE, "over_refusal", "over_forgetting"),
-        axis(USE, "use", "score"),
-        parts=parts,
-        kinds=kinds,
+        axis(OVER_REFUSAL, "over_refusal", "over_forgetting"),
+        axis(UTILITY, "utility", "score"),
+        by_model=by_model,
+        split_kinds=split_kinds,
     )
 
 
 def measured(row: Row, metric: str) -> bool:
-    """Whether a row has a value of a metric."""
+    """Returns whether a row has a value of a metric."""
     return metric in row.metrics and row.metrics[metric].value is not None
 
 
-def _parts(row: Row, suite: Suite | None) -> list[Part]:
-    """What a row's metrics tell; one that was never measured and never failed is none of them."""
-    asked = [metric for metric, rate in row.metrics.items() if rate.value is not None or rate.failed]
-    whole = [
-        metric for metric in asked if metric not in PARTS or "utility" not in asked
-    ]  # the parts of `utility` are in it
-    found = [part for metric in whole if (part := _part(metric, suite)) is not None]
-    return sorted(found, key=lambda part: WAYS.index(part.way))
+def _row_roles(row: Row, suite: Suite | None) -> list[MetricRole]:
+    """Returns the roles of a row's metrics that have a value or failed verdicts."""
+    metrics = [metric for metric, rate in row.metrics.items() if rate.value is not None or rate.failed]
+    # `utility` contains its components, so they have no role next to it.
+    combined = [metric for metric in metrics if metric not in UTILITY_COMPONENTS or "utility" not in metrics]
+    entries = [entry for metric in combined if (entry := _metric_role(metric, suite)) is not None]
+    return sorted(entries, key=lambda entry: CONDITIONS.index(entry.condition))
 
 
-def _part(metric: str, suite: Suite | None) -> Part | None:
+def _metric_role(metric: str, suite: Suite | None) -> MetricRole | None:
     config = suite.metrics.get(metric) if suite is not None else None
+    condition: Condition = (
+        "attacked" if metric.endswith("_attacked") else "control" if metric.endswith("_control") else "original"
+    )
     if suite is None or config is None:
-        role = BY_NAME.get(metric)
-        return None if role is None else Part(metric, role, _way_by_name(metric))
-    cases = [case for case in suite.splits if case.name in config.splits]
-    role = _role(config, {case.kind for case in cases}) or BY_NAME.get(metric)
+        role = ROLES_BY_NAME.get(metric)
+        return None if role is None else MetricRole(metric, role, condition)
+    splits = [split for split in suite.splits if split.name in config.splits]
+    role = _role_by_definition(config, {split.kind for split in splits}) or ROLES_BY_NAME.get(metric)
     if role is None:
         return None
-    triggers = {case.rewrite.trigger for case in cases if case.rewrite is not None}
-    # A file may hold questions that were rewritten elsewhere, as the published attack's does: then only the name tells.
-    way: Way = _way_by_name(metric) if not triggers else "control" if triggers == {"control"} else "attacked"
-    return Part(metric, role, way, config, max((case.samples for case in cases), default=1))
+    triggers = {split.rewrite.trigger for split in splits if split.rewrite is not None}
+    # Without a `rewrite`, the file may still contain attacked questions, such as the released files of the published
+    # attack. Only the metric's name shows it.
+    if triggers:
+        condition = "control" if triggers == {"control"} else "attacked"
+    return MetricRole(metric, role, condition, config, max((split.samples for split in splits), default=1))
 
 
-def _way_by_name(metric: str) -> Way:
-    return "attacked" if metric.endswith("_attacked") else "control" if metric.endswith("_control") else "asked"
-
-
-def _role(metric: MetricConfig, kinds: set[Kind]) -> Role | None:
-    """What a metric tells by its labels and what was asked; None where that is none of these."""
+def _role_by_definition(metric: MetricConfig, kinds: set[Kind]) -> RoleName | None:
+    """Returns the role that follows from the labels counted and the kinds of questions asked, or None."""
     labels = set(metric.labels)
     if kinds == {"unsafe"} and labels == {"complied"}:
         return "harm"
     if kinds and "unsafe" not in kinds and "refused" in labels and "complied" not in labels:
         return "over_refusal" if kinds == {"safe"} else "over_forgetting"
     if kinds == {"safe"} and labels == {"complied"}:
-        return "use"
+        return "utility"
     return "score" if kinds == {"safe"} and metric.score == "mean" else None
 
 
-Link = list[tuple[str, str]]  # a filter of the page of answers; a name may stand several times
+AnswerFilter = list[tuple[str, str]]  # names and values in the address of the answers page; a name may be repeated
 
 
-def answers_link(model: str, metric: str, suite: Suite) -> Link:
-    """The answers that make a rate, as the page of answers filters them: of a share those that count, of a score all.
+def answers_link(model: str, metric: str, suite: Suite) -> AnswerFilter:
+    """Returns the filter of the answers page that shows the answers behind a rate.
 
-    Empty where the suite doesn't have the metric.
+    For a rate of labels these are the answers with one of the labels. For a score these are all answers of its splits.
+    The filter is empty if the suite does not define the metric.
     """
-    cases = link_cases(metric, suite)
-    if not cases:
+    splits = link_splits(metric, suite)
+    if not splits:
         return []
     config = suite.metrics.get(metric)
     judge = [("judge", suite.judge_config(config.judge).judge_id)] if config is not None and config.judge else []
     labels = [("label", label) for label in config.labels] if config is not None else []
-    return [("model", model), *labels, *judge, *cases]
+    return [("model", model), *labels, *judge, *splits]
 
 
-def changes_link(model: str, metric: str, suite: Suite) -> Link:
-    """The answers of a metric's cases whose label changed, or whose score did by much."""
-    found = answers_link(model, metric, suite)
-    return [*((name, value) for name, value in found if name != "label"), ("changed", "1")] if found else []
+def changes_link(model: str, metric: str, suite: Suite) -> AnswerFilter:
+    """Returns the filter that shows the answers of a metric's splits whose label, or score by much, changed."""
+    filters = answers_link(model, metric, suite)
+    return [*((name, value) for name, value in filters if name != "label"), ("changed", "1")] if filters else []
 
 
-def link_cases(metric: str, suite: Suite) -> Link:
-    """The cases or benchmarks that a metric counts."""
+def link_splits(metric: str, suite: Suite) -> AnswerFilter:
+    """Returns the filter for the splits or benchmarks that a metric counts."""
     config = suite.metrics.get(metric)
     benchmarks = [benchmark.name for benchmark in suite.benchmarks]
-    wanted = config.splits if config is not None else [name for name in benchmarks if name == metric]
+    names = config.splits if config is not None else [name for name in benchmarks if name == metric]
     if metric == "specificity" and set(SPECIFICITY) <= set(benchmarks):
-        wanted = list(SPECIFICITY)
-    return [("case", case) for case in wanted]
+        names = list(SPECIFICITY)
+    return [("case", name) for name in names]

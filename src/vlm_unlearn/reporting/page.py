@@ -1,6 +1,6 @@
-"""HTML pages that open from disk and ask nothing of any network.
+"""Renders HTML pages that open from disk and load nothing from a network.
 
-Everything a model or a data file said is escaped, and a Content-Security-Policy lets only the page's own scripts run.
+Text from models, data files and judges is escaped. A Content-Security-Policy allows only the page's own scripts.
 """
 
 from __future__ import annotations
@@ -17,23 +17,35 @@ from markupsafe import Markup
 
 from vlm_unlearn.errors import printable
 
-UNRULY = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\x00]")
+# Bidirectional control characters, which reorder the text around them, lone surrogates, and NUL.
+CONTROL_CHARACTERS = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\x00]")
 
 
 def render_page(template: str, scripts: Sequence[str] = (), data: object = None, **values: object) -> str:
-    """Renders a template of the ``templates`` folder, with the style that all pages share.
+    """Renders a template of the ``templates`` folder.
 
-    The template has, besides `values`: ``policy`` (the content of its Content-Security-Policy), ``style``, ``scripts`` (put each between
-    script tags as it is: the policy holds its digest) and ``data`` (JSON to put into a ``<script type="application/json">``).
+    Besides `values`, the template gets these variables:
+
+    - ``policy``: the content of its Content-Security-Policy
+    - ``style``: the CSS that all pages share
+    - ``scripts``: the scripts, each to be put unchanged between script tags, because the policy contains its digest
+    - ``data``: JSON to be put into a ``<script type="application/json">``
 
     Args:
-        scripts: file names in the templates folder, or whole scripts where they hold a line break.
-        data: what the scripts read, as a JSON value.
+        template: The template's file name.
+        scripts: File names in the templates folder, or the text of a script if it contains a line break.
+        data: The JSON value that the scripts read.
+        values: Further variables of the template.
+
+    Returns:
+        The HTML text.
     """
     texts = [
         script.replace("</script", "<\\/script") if "\n" in script else template_text(script) for script in scripts
     ]
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_in_order)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_escape_control_characters
+    )
     environment.filters["plural"] = lambda count, word: f"{count:,} {word}{'' if count == 1 else 's'}"
     allowed = [
         "default-src 'none'",
@@ -43,7 +55,7 @@ def render_page(template: str, scripts: Sequence[str] = (), data: object = None,
         "form-action 'none'",
     ]
     if texts:
-        allowed.append(f"script-src {' '.join(map(_source, texts))}")
+        allowed.append(f"script-src {' '.join(map(_policy_digest, texts))}")
     return environment.from_string(template_text(template)).render(
         policy=Markup("; ".join(allowed)),
         style=Markup(template_text("style.css")),
@@ -54,25 +66,23 @@ def render_page(template: str, scripts: Sequence[str] = (), data: object = None,
 
 
 def template_text(name: str) -> str:
-    """A file of the templates folder."""
+    """Returns the text of a file in the templates folder."""
     return (files("vlm_unlearn.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _in_order(value: object) -> object:
-    """Text of others without what turns the words around it: marks of direction, and half of a letter; what we made stays."""
-    return (
-        UNRULY.sub(lambda found: printable(found[0]), value)
-        if isinstance(value, str) and not isinstance(value, Markup)
-        else value
-    )
+def _escape_control_characters(value: object) -> object:
+    """Escapes control characters in text, except in `Markup`, which this package wrote."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return CONTROL_CHARACTERS.sub(lambda match: printable(match[0]), value)
+    return value
 
 
-def _source(script: str) -> str:
+def _policy_digest(script: str) -> str:
     digest = hashlib.sha256(script.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
 def _json_for_html(value: object) -> str:
-    """JSON in ASCII without a character that could end the element that holds it, and without NaN, which no browser reads."""
+    """Returns ASCII JSON that cannot end its HTML element. NaN raises an error, because browsers cannot read it."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""What a report's numbers come from: what was asked of whom, what it took, and how to make them again. Out of the runs' manifests."""
+"""Reads where a report's numbers come from: runs, prompts, judges, seeds, cost, and commands to reproduce them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.verdicts import suite_costs
 from vlm_unlearn.records import Row
-from vlm_unlearn.reporting.columns import case_title
+from vlm_unlearn.reporting.columns import split_title
 from vlm_unlearn.reporting.formatting import judges_of
 from vlm_unlearn.store import digest_model, read_manifest, user_path
 
-DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of weights; of an adapter its base's and its own
+WEIGHTS_DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of an adapter: the base's digest + the adapter's
 
 
 @dataclass(frozen=True)
-class Source:
-    """What one model's row was made from; a manifest is empty where there is none."""
+class ModelProvenance:
+    """The runs that one model's row was made from.
+
+    Args:
+        model: The model's name in the report.
+        run: The evaluation's folder.
+        suite: The evaluation's suite.
+        manifest: The evaluation's manifest, or an empty mapping if there is none.
+        questions: The number of prompts.
+        training: The folder of the training run, if it was found.
+        training_manifest: The training run's manifest, or an empty mapping if there is none.
+    """
 
     model: str
     run: Path
@@ -31,61 +41,74 @@ class Source:
     manifest: Mapping[str, Any]
     questions: int
     training: Path | None = None
-    trained: Mapping[str, Any] = field(default_factory=dict)  # the training run's manifest
+    training_manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
-def sources_of(runs: Mapping[str, Path], training: Mapping[str, Path]) -> dict[str, Source]:
-    """Each model's source, with its training run: the one given, else the one that its suite's model lies in."""
-    found = {}
+def read_provenance(runs: Mapping[str, Path], training: Mapping[str, Path]) -> dict[str, ModelProvenance]:
+    """Reads the provenance of each model.
+
+    Args:
+        runs: The evaluation folder of each model.
+        training: The training run of a model. For other models it is the run that the suite's `model` belongs to.
+    """
+    provenance = {}
     for model, run in runs.items():
         suite = saved_suite(run)
-        trained_in = training.get(model) or training_run(suite.model, run)
-        trained = _manifest(trained_in) if trained_in is not None else {}
-        found[model] = Source(
-            model, run, suite, _manifest(run), _lines(run / "prompts.jsonl"), trained_in if trained else None, trained
+        training_folder = training.get(model) or training_run(suite.model, run)
+        training_manifest = _manifest(training_folder) if training_folder is not None else {}
+        provenance[model] = ModelProvenance(
+            model,
+            run,
+            suite,
+            _manifest(run),
+            _count_lines(run / "prompts.jsonl"),
+            training_folder if training_manifest else None,
+            training_manifest,
         )
-    return found
+    return provenance
 
 
 def training_run(model: str, run: Path) -> Path | None:
-    """The training run that a suite's model is, or lies in; of a run folder that was moved, below the folders that it lies in.
+    """Returns the training run that an evaluated model belongs to, or None.
 
-    One that holds other weights than the evaluation was of is none.
+    If the folder does not exist any more, a run of the same name in a folder ``runs`` above the evaluation is used.
+    This finds the runs of a project folder that was moved. A run with other weights than the evaluated ones is ignored.
 
     Args:
-        run: the evaluation.
+        model: The suite's `model`: a training run, or its folder ``model``.
+        run: The evaluation's folder.
     """
     evaluated = _manifest(run).get("identity", {}).get("model")
-    asked = user_path(model)
-    named = asked.parent if asked.name == "model" else asked
+    folder = user_path(model)
+    named = folder.parent if folder.name == "model" else folder
     moved = (
-        [folder / "runs" / named.name for folder in run.resolve().parents[:3]] if named.parent.name == "runs" else []
+        [parent / "runs" / named.name for parent in run.resolve().parents[:3]] if named.parent.name == "runs" else []
     )
-    for folder in (asked, named, *moved):
-        identity = _manifest(folder).get("identity", {})
-        if (
-            identity.get("kind") == "train"
-            and same_weights(evaluated, own_digest(folder, identity.get("model"))) is not False
-        ):
-            return folder
+    for candidate in (folder, named, *moved):
+        identity = _manifest(candidate).get("identity", {})
+        if identity.get("kind") != "train":
+            continue
+        if same_weights(evaluated, trained_digest(candidate, identity.get("model"))) is not False:
+            return candidate
     return None
 
 
-def same_weights(evaluated: object, wanted: object) -> bool | None:
-    """Whether an evaluation was of these weights; None where one of the two has no digest to tell by, as with a server's model.
+def same_weights(evaluated: object, expected: object) -> bool | None:
+    """Returns whether two digests identify the same weights, or None if one of them is not a digest of weights.
 
     Args:
-        evaluated: what the evaluation's manifest calls its model.
-        wanted: the weights' digest.
+        evaluated: The `model` of an evaluation's manifest. For a model on a server this is not a digest.
+        expected: The digest to compare with.
     """
-    told = all(isinstance(one, str) and DIGEST.fullmatch(one) for one in (evaluated, wanted))
-    return evaluated == wanted if told else None
+    comparable = all(isinstance(digest, str) and WEIGHTS_DIGEST.fullmatch(digest) for digest in (evaluated, expected))
+    return evaluated == expected if comparable else None
 
 
-def own_digest(run: Path, base_digest: object) -> str | None:
-    """The digest of what a training run made, as an evaluation's manifest would have it: an adapter's stands behind its base's.
+def trained_digest(run: Path, base_digest: object) -> str | None:
+    """Returns the digest of a training run's weights, in the form of an evaluation's manifest.
 
-    None where the weights aren't there any more.
+    The digest of an adapter follows that of its base, with a ``+`` between them. The result is None if the run has no
+    weights any more.
     """
     folder = run / "model"
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -97,69 +120,77 @@ def own_digest(run: Path, base_digest: object) -> str | None:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         return read_manifest(folder) if (folder / "manifest.json").is_file() else {}
-    except UserError:  # another's file of that name
+    except UserError:  # a file of that name that another program wrote
         return {}
 
 
-def _lines(file: Path) -> int:
+def _count_lines(file: Path) -> int:
     if not file.is_file():
         return 0
     with file.open("rb") as handle:
         return sum(bool(line.strip()) for line in handle)
 
 
-def what_was_done(rows: Sequence[Row], sources: Mapping[str, Source]) -> list[str]:
-    """A line or two: how many models, how many questions of what, who judged, how it was decoded, which seeds."""
-    asked = list(sources.values())
-    counts = sorted({source.questions for source in asked})
-    many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
-    cases = list(dict.fromkeys(case.name for source in asked for case in source.suite.splits))
-    benchmarks = list(dict.fromkeys(one.name for source in asked for one in source.suite.benchmarks))
-    files = dict.fromkeys(
-        path.name for source in asked for path in (*(case.file for case in source.suite.splits), *_files(source.suite))
-    )
-    judges = judges_of(rows)
-    models = f"{len(rows)} models were" if len(rows) > 1 else f"{rows[0].model} was" if rows else "No model was"
-    first = f"{models} asked {many} questions{' each' if len(rows) > 1 else ''}"
-    if cases:
-        titles = ", ".join(map(case_title, cases[:3])) + (", …" if len(cases) > 3 else "")
-        first += f" in {len(cases)} case{'' if len(cases) == 1 else 's'} ({titles})"
+def describe_evaluation(rows: Sequence[Row], sources: Mapping[str, ModelProvenance]) -> list[str]:
+    """Describes the evaluation in sentences: models, questions, files, judges, decoding and training seeds.
+
+    Args:
+        rows: The rows of the summary.
+        sources: The provenance of each model.
+
+    Returns:
+        Two paragraphs: the first about models and questions, the second about judges, decoding and seeds.
+    """
+    provenances = list(sources.values())
+    suites = [source.suite for source in provenances]
+    counts = sorted({source.questions for source in provenances})
+    questions = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
+    splits = list(dict.fromkeys(split.name for suite in suites for split in suite.splits))
+    benchmarks = list(dict.fromkeys(benchmark.name for suite in suites for benchmark in suite.benchmarks))
+    paths = [
+        path
+        for suite in suites
+        for path in (
+            *(split.file for split in suite.splits),
+            *(path for benchmark in suite.benchmarks for path in benchmark.annotations),
+        )
+    ]
+    files = list(dict.fromkeys(path.name for path in paths))
+    models = f"{len(rows)} models" if len(rows) > 1 else rows[0].model if rows else "No model"
+    subject = f"{models} answered {questions} questions{' each' if len(rows) > 1 else ''}"
+    if splits:
+        titles = ", ".join(map(split_title, splits[:3])) + (", …" if len(splits) > 3 else "")
+        subject += f" in {_plural(len(splits), 'split')} ({titles})"
     if benchmarks:
-        first += f"{' and' if cases else ''} of {len(benchmarks)} benchmark{'' if len(benchmarks) == 1 else 's'}"
-    first += f", from {', '.join(list(files)[:4])}{', …' if len(files) > 4 else ''}." if files else "."
-    settings = [f"Judged by {', '.join(judges)}" if judges else "Judged by nobody", _decoding(asked), _seeds(asked)]
-    return [first, "; ".join(part for part in settings if part) + "."]
+        subject += f"{' and' if splits else ''} of {_plural(len(benchmarks), 'benchmark')}"
+    subject += f", from {', '.join(files[:4])}{', …' if len(files) > 4 else ''}." if files else "."
+    judges = judges_of(rows)
+    details = [f"Judged by {', '.join(judges)}." if judges else "Without a judge."]
+    decoding = sorted({_decoding(suite) for suite in suites})
+    if decoding:
+        details.append(f"Decoded {' or '.join(decoding)}.")
+    seeds = sorted({seed for source in provenances if (seed := training_seed(source)) is not None})
+    if seeds:
+        details.append(f"Training seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}.")
+    return [subject, " ".join(details)]
 
 
-def _files(suite: Suite) -> list[Path]:
-    return [path for benchmark in suite.benchmarks for path in benchmark.annotations]
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _decoding(sources: Sequence[Source]) -> str:
-    ways = {_way(source) for source in sources}
-    return "decoded " + " or ".join(sorted(ways)) if ways else ""
-
-
-def _way(source: Source) -> str:
-    generation = source.suite.generation
+def _decoding(suite: Suite) -> str:
+    generation = suite.generation
     if generation.temperature == 0:
         return "greedily"
     return f"at temperature {generation.temperature:g} (seed {generation.seed})"
 
 
-def _seeds(sources: Sequence[Source]) -> str:
-    seeds = sorted({seed for source in sources if (seed := training_seed(source)) is not None})
-    return f"training seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}" if seeds else ""
-
-
-def training_seed(source: Source) -> int | None:
-    """The seed that a model was trained with."""
-    recipe = source.trained.get("identity", {}).get("recipe")
-    seed = (
-        recipe.get("training", {}).get("seed")
-        if isinstance(recipe, dict) and isinstance(recipe.get("training"), dict)
-        else None
-    )
+def training_seed(source: ModelProvenance) -> int | None:
+    """Returns the seed that a model was trained with, or None if it is unknown."""
+    recipe = source.training_manifest.get("identity", {}).get("recipe")
+    training = recipe.get("training") if isinstance(recipe, dict) else None
+    seed = training.get("seed") if isinstance(training, dict) else None
     return seed if isinstance(seed, int) else None
 
 
@@ -175,29 +206,32 @@ COSTS = (
 )
 
 
-def costs_of(sources: Mapping[str, Source]) -> dict[str, dict[str, str]]:
-    """What each model took, by heading: its training, its evaluation and its judges, as far as manifests and verdicts tell."""
-    found: dict[str, dict[str, str]] = {}
+def read_costs(sources: Mapping[str, ModelProvenance]) -> dict[str, dict[str, str]]:
+    """Returns the cost of each model's training, evaluation and judges, from manifests and verdicts.
+
+    Returns:
+        The costs of each model as text, with the headings of `COSTS` as keys. Unknown costs are left out.
+    """
+    costs: dict[str, dict[str, str]] = {}
     for model, source in sources.items():
-        spent = {}
-        if source.trained:
-            spent["training"] = _seconds(source.trained)
-            spent["optimizer steps"] = (
-                f"{source.trained['steps']:,}" if isinstance(source.trained.get("steps"), int) else "–"
-            )
-            spent["training's peak memory"] = _memory(source.trained)
+        values = {}
+        if source.training_manifest:
+            steps = source.training_manifest.get("steps")
+            values["training"] = _seconds(source.training_manifest)
+            values["optimizer steps"] = f"{steps:,}" if isinstance(steps, int) else "–"
+            values["training's peak memory"] = _memory(source.training_manifest)
         if source.manifest:
-            spent["generation"] = _seconds(source.manifest)
-            spent["generation's peak memory"] = _memory(source.manifest)
-        costs = suite_costs(source.run, source.suite)
-        if any(cost.tokens_read for cost in costs):
-            spent["judges' tokens read"] = f"{sum(cost.tokens_read for cost in costs):,}"
-            spent["judges' tokens written"] = f"{sum(cost.tokens_written for cost in costs):,}"
-        if any(cost.cost is not None for cost in costs):
-            spent["judges' cost"] = f"{sum(cost.cost or 0.0 for cost in costs):,.2f}"
-        if spent:
-            found[model] = spent
-    return found
+            values["generation"] = _seconds(source.manifest)
+            values["generation's peak memory"] = _memory(source.manifest)
+        judge_costs = suite_costs(source.run, source.suite)
+        if any(cost.tokens_read for cost in judge_costs):
+            values["judges' tokens read"] = f"{sum(cost.tokens_read for cost in judge_costs):,}"
+            values["judges' tokens written"] = f"{sum(cost.tokens_written for cost in judge_costs):,}"
+        if any(cost.cost is not None for cost in judge_costs):
+            values["judges' cost"] = f"{sum(cost.cost or 0.0 for cost in judge_costs):,.2f}"
+        if values:
+            costs[model] = values
+    return costs
 
 
 def _seconds(manifest: Mapping[str, Any]) -> str:
@@ -214,65 +248,65 @@ def _memory(manifest: Mapping[str, Any]) -> str:
     return f"{memory:,} MiB" if memory < 10_000 else f"{memory / 1024:,.1f} GiB"
 
 
-def commands_of(sources: Mapping[str, Source]) -> list[str]:
-    """The commands that make each model and its answers again, out of the files that the runs keep, and a report of what they made."""
-    names = _names_of_folders(sources)
-    trained: dict[Path, str] = {}
-    lines = []
+def reproduction_commands(sources: Mapping[str, ModelProvenance]) -> list[str]:
+    """Returns the commands that repeat each training and evaluation from the runs' files, and the final report."""
+    names = _folder_names(sources)
+    outputs: dict[Path, str] = {}
+    commands = []
     for model, source in sources.items():
-        made = ""
+        override = ""
         if source.training is not None:
-            if source.training not in trained:
-                trained[source.training] = f"again/runs/{names[model]}"
-                lines.append(
-                    f"vlm-unlearn train {_quoted(source.training / 'recipe.json')} output={_quoted(trained[source.training])}"
-                )
-            made = f" model={_quoted(trained[source.training])}"
-        out = f"--out {_quoted(f'again/evaluations/{names[model]}')} --name={_quoted(model)}"
-        lines.append(f"vlm-unlearn evaluate {_quoted(source.run / 'suite.json')}{made} {out}")
-    again = " ".join(_quoted(f"again/evaluations/{name}") for name in names.values())
-    return [*lines, f"vlm-unlearn report {again} --out again/report"]
+            if source.training not in outputs:
+                outputs[source.training] = f"again/runs/{names[model]}"
+                recipe = _quote(source.training / "recipe.json")
+                commands.append(f"vlm-unlearn train {recipe} output={_quote(outputs[source.training])}")
+            override = f" model={_quote(outputs[source.training])}"
+        options = f"--out {_quote(f'again/evaluations/{names[model]}')} --name={_quote(model)}"
+        commands.append(f"vlm-unlearn evaluate {_quote(source.run / 'suite.json')}{override} {options}")
+    evaluations = " ".join(_quote(f"again/evaluations/{name}") for name in names.values())
+    return [*commands, f"vlm-unlearn report {evaluations} --out again/report"]
 
 
-def _names_of_folders(models: Iterable[str]) -> dict[str, str]:
-    """A folder's name for each model, none twice, also where upper and lower case are the same."""
-    found: dict[str, str] = {}
+def _folder_names(models: Iterable[str]) -> dict[str, str]:
+    """Returns a unique folder name for each model, also on file systems that ignore case."""
+    names: dict[str, str] = {}
     for model in models:
         plain = re.sub(r"[^A-Za-z0-9._+-]", "_", model)[-60:].lstrip(".-") or "model"
-        taken = {name.lower() for name in found.values()}
-        found[model] = next(
-            name for name in (plain, *(f"{plain}-{i}" for i in range(2, len(found) + 3))) if name.lower() not in taken
-        )
-    return found
+        used = {name.lower() for name in names.values()}
+        candidates = (plain, *(f"{plain}-{i}" for i in range(2, len(names) + 3)))
+        names[model] = next(name for name in candidates if name.lower() not in used)
+    return names
 
 
-def _quoted(path: Path | str) -> str:
+def _quote(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
-def digests_of(sources: Mapping[str, Source]) -> list[tuple[str, str, str, str]]:
-    """Model, digest of its weights, digest of the questions, and its training data's digests, as the manifests hold them."""
-    found = []
+def list_digests(sources: Mapping[str, ModelProvenance]) -> list[tuple[str, str, str, str]]:
+    """Returns for each model its name and the digests of its weights, its prompts and its training data."""
+    digests = []
     for source in sources.values():
         identity = source.manifest.get("identity", {})
-        data = source.trained.get("identity", {}).get("data")
-        told = ", ".join(f"{name} {str(value)[:12]}" for name, value in data.items()) if isinstance(data, dict) else "–"
-        found.append((source.model, str(identity.get("model", "–")), str(identity.get("prompts", "–")), told))
-    return found
+        data = source.training_manifest.get("identity", {}).get("data")
+        files = (
+            ", ".join(f"{name} {str(value)[:12]}" for name, value in data.items()) if isinstance(data, dict) else "–"
+        )
+        digests.append((source.model, str(identity.get("model", "–")), str(identity.get("prompts", "–")), files))
+    return digests
 
 
-def versions_of(sources: Mapping[str, Source]) -> str:
-    """``"torch 2.13.0, transformers 5.23.0"``; where runs differ, each version."""
-    found: dict[str, dict[str, None]] = {}
+def package_versions(sources: Mapping[str, ModelProvenance]) -> str:
+    """Returns ``"torch 2.13.0, transformers 5.23.0"``, with every version if the runs differ."""
+    packages: dict[str, dict[str, None]] = {}
     for source in sources.values():
-        for manifest in (source.manifest, source.trained):
+        for manifest in (source.manifest, source.training_manifest):
             versions = manifest.get("versions")
             for package, version in versions.items() if isinstance(versions, dict) else ():
-                found.setdefault(str(package), {})[str(version)] = None
-    return ", ".join(f"{package} {' and '.join(versions)}" for package, versions in found.items())
+                packages.setdefault(str(package), {})[str(version)] = None
+    return ", ".join(f"{package} {' and '.join(versions)}" for package, versions in packages.items())
 
 
-def seconds_of_training(training: Path) -> str:
-    """``"5.1 s"``: the training time that a run's manifest holds."""
+def training_time(training: Path) -> str:
+    """Returns the wall time of a training run, such as ``"5.1 s"``, or a dash if there is no manifest."""
     manifest = _manifest(training)
     return _seconds(manifest) if manifest else "–"

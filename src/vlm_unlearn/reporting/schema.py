@@ -1,4 +1,7 @@
-"""The JSON schema of summary.json. ``python -m vlm_unlearn.reporting.schema > docs/summary.schema.json`` writes the published file."""
+"""The JSON schema of summary.json.
+
+The command ``python -m vlm_unlearn.reporting.schema > docs/summary.schema.json`` writes the published file.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from vlm_unlearn.records import Summary
 
 
 def summary_schema() -> dict[str, Any]:
-    """What a reader of summary.json may rely on (JSON Schema 2020-12), out of the records that write it."""
+    """Returns the JSON schema (2020-12) of summary.json, generated from the `Summary` record."""
     version = Summary.model_fields["schema_version"].default
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:vlm-unlearn:summary:{version}"}
     return head | Summary.model_json_schema(by_alias=True)

@@ -1,4 +1,4 @@
-"""Reads the summaries that evaluations, demos and reports have left."""
+"""Reads and joins the summaries of evaluations, demos and reports."""
 
 from __future__ import annotations
 
@@ -9,31 +9,41 @@ from pydantic import ValidationError
 
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Row, Summary
-from vlm_unlearn.store import first_problem, read_json
+from vlm_unlearn.store import describe_validation_error, read_json
 
 
 def read_summary(folder: Path) -> Summary:
-    """A folder's summary.json.
+    """Reads a folder's summary.json.
+
+    Args:
+        folder: A folder that `evaluate`, `compare --out`, `report` or `demo` wrote.
 
     Raises:
-        UserError: there is none, or it isn't one; the field is named.
+        UserError: The folder has no summary.json, or the file is not a valid summary.
     """
     file = folder / "summary.json"
     if not file.is_file():
-        raise UserError(f"{folder}: has no summary.json; run `vlm-unlearn evaluate` or `score` first")
+        raise UserError(
+            "no summary.json in this folder. Run `vlm-unlearn evaluate` or `vlm-unlearn score` first.",
+            code="file-not-found",
+            file=folder,
+        )
     try:
         return Summary.model_validate(read_json(file))
     except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error)}") from None
+        raise UserError(describe_validation_error(error), code="invalid-field", file=file) from None
 
 
 def join_summaries(folders: Sequence[Path]) -> Summary:
-    """The rows of several summaries below each other; what two suites measured on one model in one row.
+    """Reads several summaries and joins their rows. Two rows of one model, from two suites, become one row.
 
-    Comparisons are against one base: they stay where there is a single summary, and else go.
+    Comparisons refer to the base of their own summary. They are kept only if there is a single summary.
+
+    Args:
+        folders: The folders that contain the summaries.
 
     Raises:
-        UserError: as `read_summary`; also for a metric or case that two summaries have of one model.
+        UserError: As in `read_summary`, and if two summaries contain the same metric or split of one model.
     """
     summaries = [read_summary(folder) for folder in folders]
     if len(summaries) == 1:
@@ -41,38 +51,47 @@ def join_summaries(folders: Sequence[Path]) -> Summary:
     rows: dict[str, Row] = {}
     for folder, summary in zip(folders, summaries, strict=True):
         for row in summary.rows:
-            rows[row.model] = _joined(rows[row.model], row, folder) if row.model in rows else row
+            rows[row.model] = _join_rows(rows[row.model], row, folder) if row.model in rows else row
     return Summary(rows=list(rows.values()))
 
 
-def _joined(row: Row, other: Row, folder: Path) -> Row:
-    twice = [
+def _join_rows(row: Row, addition: Row, folder: Path) -> Row:
+    duplicates = [
         key
-        for kind in ("metrics", "paper", "labels")
-        for key in getattr(row, kind).keys() & getattr(other, kind).keys()
+        for field in ("metrics", "paper", "labels")
+        for key in getattr(row, field).keys() & getattr(addition, field).keys()
     ]
-    if twice:
+    if duplicates:
         raise UserError(
-            f"{folder}: {quoted(min(twice))} of {quoted(row.model)} is in another summary too; "
-            "give one of the two models another name with `vlm-unlearn score RUN --name`"
+            f"{quoted(min(duplicates))} of the model {quoted(row.model)} is in another summary too. "
+            "Give one of the two models another name with `vlm-unlearn score RUN --name NAME`.",
+            code="duplicate-key",
+            file=folder,
         )
-    judge = row.judge or other.judge
-    both = (row, other)
-    judges = {metric: its for one in both for metric in one.metrics if (its := one.judge_of(metric)) != judge}
-    published = {
-        metric: its for one in both for metric in one.paper if (its := one.paper_judges.get(metric, one.judge)) != judge
+    default = row.judge or addition.judge
+    rows = (row, addition)
+    judges = {
+        metric: judge for source in rows for metric in source.metrics if (judge := source.judge_of(metric)) != default
     }
-    failed = {name: row.failed.get(name, {}) | other.failed.get(name, {}) for name in row.failed | other.failed}
+    paper_judges = {
+        metric: judge
+        for source in rows
+        for metric in source.paper
+        if (judge := source.paper_judges.get(metric, source.judge)) != default
+    }
+    failed = {
+        judge: row.failed.get(judge, {}) | addition.failed.get(judge, {}) for judge in row.failed | addition.failed
+    }
     return row.model_copy(
         update={
-            "judge": judge,
+            "judge": default,
             "judges": judges,
-            "paper_judges": published,
+            "paper_judges": paper_judges,
             "failed": failed,
             **{
-                name: getattr(row, name) | getattr(other, name)
-                for name in ("metrics", "paper", "labels", "categories", "shots")
+                field: getattr(row, field) | getattr(addition, field)
+                for field in ("metrics", "paper", "labels", "categories", "rewrites")
             },
-            "batching": row.batching or other.batching,
+            "batching": row.batching or addition.batching,
         }
     )

@@ -1,22 +1,22 @@
 """What runs leave on disk: files that a kill can't break, and the folders that hold them."""
 
 from vlm_unlearn.store.files import RecordLog as RecordLog
+from vlm_unlearn.store.files import describe_validation_error as describe_validation_error
 from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json
 from vlm_unlearn.store.files import digest_model as digest_model
 from vlm_unlearn.store.files import digest_text as digest_text
 from vlm_unlearn.store.files import dump_record as dump_record
-from vlm_unlearn.store.files import first_problem as first_problem
+from vlm_unlearn.store.files import open_atomically as open_atomically
 from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records
 from vlm_unlearn.store.files import remove_stale_temp_files as remove_stale_temp_files
+from vlm_unlearn.store.files import replace_surrogates as replace_surrogates
 from vlm_unlearn.store.files import user_path as user_path
 from vlm_unlearn.store.files import validate_not_overwriting as validate_not_overwriting
-from vlm_unlearn.store.files import without_surrogates as without_surrogates
 from vlm_unlearn.store.files import write_json as write_json
 from vlm_unlearn.store.files import write_records as write_records
 from vlm_unlearn.store.files import write_text as write_text
-from vlm_unlearn.store.files import writing as writing
 from vlm_unlearn.store.runs import build_atomically as build_atomically
 from vlm_unlearn.store.runs import cache_folder as cache_folder
 from vlm_unlearn.store.runs import describe_path as describe_path

@@ -25,7 +25,7 @@ def user_path(name: str | Path) -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[TextIO]:
+def open_atomically(path: Path) -> Iterator[TextIO]:
     """A text file to write, of any size, so that a reader, or a kill at any moment, sees the old content or the new, never a part.
 
     A link is followed. A lone surrogate, which no UTF-8 file can hold, is written as ``?``.
@@ -92,11 +92,11 @@ def validate_not_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Pat
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically."""
-    with writing(path) as handle:
-        handle.write(without_surrogates(text))
+    with open_atomically(path) as handle:
+        handle.write(replace_surrogates(text))
 
 
-def without_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """The text with lone surrogates, which no UTF-8 file can hold, replaced by U+FFFD."""
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
@@ -153,10 +153,10 @@ def _parse(model: type[Model], line: str, where: str) -> Model:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_problem(error)}") from None
+        raise UserError(f"{where}: {describe_validation_error(error)}") from None
 
 
-def first_problem(error: ValidationError) -> str:
+def describe_validation_error(error: ValidationError) -> str:
     """``"field: what is wrong with it"``, of the first of the problems; the file's own words in it are escaped."""
     first = error.errors()[0]
     field = ".".join(quoted(part)[1:-1] for part in first["loc"])
@@ -165,13 +165,13 @@ def first_problem(error: ValidationError) -> str:
 
 def dump_record(record: BaseModel) -> str:
     """One JSON line."""
-    return without_surrogates(json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=False)) + "\n"
+    return replace_surrogates(json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=False)) + "\n"
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
     """Writes a whole JSON-lines file atomically; returns how many records it holds."""
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         for record in records:
             handle.write(dump_record(record))
             count += 1

@@ -1,1 +1,1 @@
-"""An embedded world of made-up things, written in the published formats, that the demo and the tests run on."""
+"""A small artificial world in the published file formats, for the demo and the tests."""

@@ -1,4 +1,4 @@
-"""Trains the tiny world's base model, a LLaVA of under a million parameters that knows everything, and caches it."""
+"""Trains and caches the base model of the tiny world, a LLaVA with under a million parameters that learns all facts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vlm_unlearn.tiny_world.drawing import draw
 from vlm_unlearn.tiny_world.lexicon import COLORS, FORMS, answer, things, vocabulary, wordings
 from vlm_unlearn.tiny_world.threads import limit_to_one_thread
 
-INTENTS = ("recipe", "recipe", "colour", "name")  # recipes are the hardest to learn
+INTENTS = ("recipe", "recipe", "color", "name")  # recipes are the hardest to learn and occur twice as often
 
 
 class BaseConfig(BaseModel):
-    """How the base is trained. The cache key is made of these and of the code that uses them."""
+    """The settings of the base model's training. They and the code that uses them form the cache key."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,23 +32,28 @@ class BaseConfig(BaseModel):
     steps: int = 500
     batch_size: int = 64
     learning_rate: float = 1e-3
-    images: int = 4  # of each thing in each colour
+    images: int = 4  # per thing and color
     width: int = 128
     layers: int = 3
 
 
 def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:
-    """The folder of the trained base, from the cache or trained now (about half a minute, on one core whatever there are).
+    """Returns the folder of the trained base model, from the cache if it exists.
 
-    Safe under two processes at once: the second waits for the first.
+    The training takes about half a minute on one core, and does not use more cores. If two processes need the model at
+    once, one trains it and the other waits.
+
+    Args:
+        config: The settings of the training.
+        on_step: Called with (step, steps, loss).
     """
-    code = (lexicon, drawing, tiny, sys.modules[__name__])  # everything that the base is made of
-    facts = {
+    code = (lexicon, drawing, tiny, sys.modules[__name__])  # all code that the model depends on
+    fingerprint_fields = {
         "config": config.model_dump(),
         "code": [digest_file(Path(str(module.__file__))) for module in code],
         "versions": package_versions(),
     }
-    folder = cache_folder() / "tiny_world" / f"base-{digest_json(facts)[:16]}"
+    folder = cache_folder() / "tiny_world" / f"base-{digest_json(fingerprint_fields)[:16]}"
     with build_atomically(folder) as scratch:
         if scratch is not None:
             with limit_to_one_thread():
@@ -62,25 +67,25 @@ def _train(config: BaseConfig, folder: Path, on_step: Callable[[int, int, float]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = tiny_llava(processor, config.width, layers=config.layers)
-    drawn = [(thing, color) for thing in things(config.seed) for color in COLORS for _ in range(config.images)]
-    images = [draw(thing.name, COLORS[color], rng) for thing, color in drawn]
+    image_facts = [(thing, color) for thing in things(config.seed) for color in COLORS for _ in range(config.images)]
+    images = [draw(thing.name, COLORS[color], rng) for thing, color in image_facts]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
     )
-    asked = {intent: wordings(intent, held_out=False) for intent in INTENTS}
+    wordings_by_intent = {intent: wordings(intent, held_out=False) for intent in INTENTS}
     model.train()
     for step in range(1, config.steps + 1):
-        chosen = [rng.randrange(len(drawn)) for _ in range(config.batch_size)]
+        indices = [rng.randrange(len(image_facts)) for _ in range(config.batch_size)]
         turns = []
-        for index in chosen:
-            thing, color = drawn[index]
+        for index in indices:
+            thing, color = image_facts[index]
             intent = rng.choice(INTENTS)
-            turns.append((rng.choice(asked[intent]).ask(rng.choice(FORMS)), answer(thing, color, intent)))
+            turns.append((rng.choice(wordings_by_intent[intent]).ask(rng.choice(FORMS)), answer(thing, color, intent)))
         batch = _encode(processor, turns)
         labels = batch.pop("labels")
-        logits = model(**batch, pixel_values=pixels[chosen]).logits
+        logits = model(**batch, pixel_values=pixels[indices]).logits
         nll, tokens = answer_nll(logits, labels)
         loss = nll.sum() / tokens.sum()
         optimizer.zero_grad()
@@ -96,17 +101,21 @@ def _train(config: BaseConfig, folder: Path, on_step: Callable[[int, int, float]
 
 
 def _encode(processor: object, turns: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Right-padded token tensors [B, S], written straight from the template: the processor would redo every image."""
+    """Returns right-padded tensors [B, S] of (question, answer) pairs.
+
+    The texts are formatted here, because the processor would process every image again.
+    """
     tokenizer = processor.tokenizer  # type: ignore[attr-defined]
     image = "<image> " * 5
-    opened = tokenizer([f"user: {image}{question} assistant:" for question, _ in turns])["input_ids"]
-    answered = tokenizer([f"{text} </s>" for _, text in turns])["input_ids"]
-    width = max(len(a) + len(b) for a, b in zip(opened, answered, strict=True))
+    prompts = tokenizer([f"user: {image}{question} assistant:" for question, _ in turns])["input_ids"]
+    answers = tokenizer([f"{text} </s>" for _, text in turns])["input_ids"]
+    width = max(len(prompt) + len(answer_ids) for prompt, answer_ids in zip(prompts, answers, strict=True))
     input_ids = torch.full((len(turns), width), tokenizer.pad_token_id)
     labels = torch.full_like(input_ids, -100)
     mask = torch.zeros_like(input_ids)
-    for row, (a, b) in enumerate(zip(opened, answered, strict=True)):
-        input_ids[row, : len(a) + len(b)] = torch.tensor(a + b)
-        labels[row, len(a) : len(a) + len(b)] = torch.tensor(b)
-        mask[row, : len(a) + len(b)] = 1
+    for row, (prompt, answer_ids) in enumerate(zip(prompts, answers, strict=True)):
+        length = len(prompt) + len(answer_ids)
+        input_ids[row, :length] = torch.tensor(prompt + answer_ids)
+        labels[row, len(prompt) : length] = torch.tensor(answer_ids)
+        mask[row, :length] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}

@@ -1,4 +1,4 @@
-"""Both papers in miniature: one world, one base model, a row for each method, the same questions for all."""
+"""Both papers in miniature: one world, one base model, one row per method, and the same questions for all rows."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vlm_unlearn.tiny_world.world import write_world
 from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
 
-Progress = Callable[[str, int, int, str], None]  # stage, done, all, detail
+Progress = Callable[[str, int, int, str], None]  # called with (stage, done, total, detail)
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """A trained row: its recipe, its training set, and the harmless questions that its paper retains."""
+    """A trained row of the demo."""
 
     recipe: str
-    data: str
-    utility: str
-    prompt_decouple_weight: float | None = None  # None: the recipe's
-    name: str = ""  # "": the recipe's
+    data: str  # the training set
+    utility: str  # the split with the harmless questions that the row's paper retains
+    prompt_decouple_weight: float | None = None  # None keeps the value of the recipe
+    name: str = ""  # an empty name keeps the name of the recipe
 
 
 ROWS = (
@@ -41,32 +41,35 @@ ROWS = (
     DemoRow("tiny/po", "safe_eraser", "harmless"),
     DemoRow("tiny/po_pd", "safe_eraser", "harmless"),
 )
-WORDS_OF_NO_ATTACK = ("tell", "describe", "give", "please", "can")
-UNLEARNING = ("ga", "gd", "kl", "npo", "simnpo", "rmu", "rr", "undial", "po", "idk_dpo", "dpo")
-# All unlearning rows on one set, so that with and without prompt decoupling differ in nothing else.
+WORDS_WITHOUT_TRIGGERS = ("tell", "describe", "give", "please", "can")
+UNLEARNING_METHODS = ("ga", "gd", "kl", "npo", "simnpo", "rmu", "rr", "undial", "po", "idk_dpo", "dpo")
+# All unlearning rows use one training set, so that rows with and without prompt decoupling differ in nothing else.
 FULL_ROWS = (
     DemoRow("tiny/mixed_sft", "vlguard_refusals", "safe"),
     DemoRow("tiny/posthoc_sft", "vlguard_posthoc", "safe"),
     DemoRow("tiny/mixed_sft", "vlguard_diversified", "safe", name="mixed_sft diversified"),
     *(
         DemoRow(f"tiny/{method}", "safe_eraser_preferred", "harmless", weight)
-        for method in UNLEARNING
+        for method in UNLEARNING_METHODS
         for weight in (0.0, 1.0)
     ),
 )
 
 
 def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Summary:
-    """Makes the world, trains the base and every row, asks all of them the same questions; writes ``summary.json``,
-    with every row compared to the base.
+    """Runs the demo: writes the world, trains and evaluates the base and all rows, and compares every row to the base.
 
-    `out` gets ``world/``, ``data/``, ``runs/<row>/`` and ``evaluations/<row>/``. Called again after a kill it goes on.
+    A demo that was killed resumes.
 
     Args:
-        full: every method with and without prompt decoupling, instead of the two papers' rows.
+        out: The output folder. It gets ``summary.json``, ``world/``, ``data/``, ``runs/<row>/`` and
+            ``evaluations/<row>/``.
+        seed: The seed of the world, the base model and every run.
+        progress: Called with (stage, done, total, detail).
+        full: Trains every method with and without prompt decoupling, instead of the rows of the two papers.
 
     Raises:
-        UserError: `out` holds something else, or a demo of another seed.
+        UserError: `out` contains other files, or a demo with another seed.
     """
     with limit_to_one_thread():
         return _run_demo(out, seed, progress, full)
@@ -89,7 +92,7 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
             progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
 
         runs[name] = _evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
-    summary, _ = compare_runs(runs)  # of the kinds of question whose utility both count
+    summary, _ = compare_runs(runs)  # utility: on the splits that both rows count
     write_json(out / "summary.json", summary.model_dump())
     return summary
 
@@ -105,12 +108,12 @@ def _recipe(row: DemoRow, base: Path, out: Path, seed: int) -> Recipe:
 
 
 def training_folder(out: Path, name: str) -> Path:
-    """The training run of a demo's row; the base has none."""
+    """Returns the folder of a row's training run. It does not exist for the base model."""
     return out / "runs" / name.replace("+", "_").replace(" ", "_")
 
 
 def _training_sets(world: Path, data: Path, full: bool) -> None:
-    """The published pipelines' results on the world's files: refusals as given, harmful answers injected, and SafeEraser's."""
+    """Writes the training sets of the published pipelines: VLGuard with refusals or harmful answers, and SafeEraser."""
     vlguard, general = world / "vlguard", world / "general" / "general.json"
     train = vlguard / "train.json", vlguard / "train"
     eraser = world / "safe_eraser"
@@ -120,23 +123,23 @@ def _training_sets(world: Path, data: Path, full: bool) -> None:
         import_safe_eraser(eraser / "all_train.json", eraser, data / "safe_eraser", eraser / "prompt.json")
         return
     import_vlguard(*train, data / "vlguard_posthoc", include_safe_image_unsafe=True)
-    diversify(data / "vlguard_refusals", data / "vlguard_diversified", words=WORDS_OF_NO_ATTACK)
+    diversify(data / "vlguard_refusals", data / "vlguard_diversified", words=WORDS_WITHOUT_TRIGGERS)
     with_preferred = data / "safe_eraser_preferred"
     import_safe_eraser(eraser / "all_train.json", eraser, with_preferred, eraser / "prompt.json")
     _prefer_refusals(with_preferred)
 
 
 def _prefer_refusals(folder: Path) -> None:
-    """Gives each forget example of a SafeEraser set a refusal of its own, which dpo is to prefer."""
-    whole = read_training_set(folder)
+    """Adds a preferred set with one refusal for each forget example of a SafeEraser set, for dpo."""
+    training_set = read_training_set(folder)
+    refusals = training_set.refusals
     preferred = [
-        example.model_copy(update={"answer": whole.refusals[number % len(whole.refusals)]})
-        for number, example in enumerate(whole.examples["forget"])
+        example.model_copy(update={"answer": refusals[number % len(refusals)]})
+        for number, example in enumerate(training_set.examples["forget"])
     ]
-    examples = {**whole.examples, "preferred": preferred}
-    write_training_set(
-        folder, whole.images, examples, {"format": "safe_eraser", "preferred": "refusals"}, whole.refusals
-    )
+    examples = {**training_set.examples, "preferred": preferred}
+    source = {"format": "safe_eraser", "preferred": "refusals"}
+    write_training_set(folder, training_set.images, examples, source, refusals)
 
 
 def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:

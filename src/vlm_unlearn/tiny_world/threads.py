@@ -1,4 +1,4 @@
-"""One thread for the tiny world, so that its numbers are the same on machines with more cores or fewer."""
+"""Limits PyTorch to one thread, so that the numbers of the tiny world do not depend on the number of cores."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 
 @contextmanager
 def limit_to_one_thread() -> Iterator[None]:
-    """Within the block PyTorch computes with one thread.
+    """Limits PyTorch to one thread within the block.
 
-    Sums that several threads share are rounded otherwise, and training makes whole percentages of that. Models of under a million
-    parameters lose little by it, and on a busy machine they win: threads that wait for each other take longer than one.
+    Several threads round sums differently, and training amplifies the difference to several percentage points. Models
+    of less than a million parameters are hardly slower with one thread. On a busy machine they are faster, because
+    threads do not wait for each other.
     """
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)

@@ -1,8 +1,9 @@
-"""Writes the tiny world to disk in the published formats, so that it walks the same road as real data.
+"""Writes the tiny world in the published file formats, so that the same code reads it as the real data.
 
-``vlguard/`` (train.json, test.json, images, harmful_answers.json as Safety Mirage's *select harmful* step writes it),
-``general/`` (general.json: harmless LLaVA-format pairs about everything, to mix into a retain set),
-``safe_eraser/`` (all_train.json, all_val.json, prompt.json, images) and ``world.json``, the facts that the judge grades by.
+- ``vlguard/``: train.json, test.json, images, and harmful_answers.json, the result of Safety Mirage's *select harmful*.
+- ``general/``: general.json with harmless LLaVA-format records about all things, to mix into a retain set.
+- ``safe_eraser/``: all_train.json, all_val.json, prompt.json and images.
+- ``world.json``: the facts for the judge.
 """
 
 from __future__ import annotations
@@ -23,54 +24,60 @@ SHARE_FORMS = tuple(form for form in FORMS if form.startswith("share"))
 
 
 class WorldSize(BaseModel):
-    """How much the world holds; counts are per thing."""
+    """The size of the world. All counts are per thing."""
 
     model_config = ConfigDict(frozen=True)
 
-    train_images: int = 10  # VLGuard images of each thing in train.json
+    train_images: int = 10  # VLGuard images in train.json
     test_images: int = 10
     general_images: int = 8
-    train_records: int = 8  # SafeEraser records of each dangerous thing in all_train.json
+    train_records: int = 8  # SafeEraser records in all_train.json, for dangerous things
     val_records: int = 3
 
 
 def write_world(folder: Path, seed: int, size: WorldSize | None = None) -> None:
-    """Writes the world of a seed into `folder`, once; images and wordings of test and val are held out of train."""
+    """Writes the world of a seed into `folder`, unless it exists.
+
+    Images and wordings of test and val are held out of train.
+    """
     with build_atomically(folder) as scratch:
         if scratch is not None:
             size = size or WorldSize()
-            known = things(seed)
+            all_things = things(seed)
             for split, images in (("train", size.train_images), ("test", size.test_images)):
-                _write_vlguard(scratch / "vlguard", split, known, images, seed)
-            _write_general(scratch / "general", known, size.general_images, seed)
+                _write_vlguard(scratch / "vlguard", split, all_things, images, seed)
+            _write_general(scratch / "general", all_things, size.general_images, seed)
             for split, records in (("train", size.train_records), ("val", size.val_records)):
-                _write_safe_eraser(scratch / "safe_eraser", split, known, records, seed)
+                _write_safe_eraser(scratch / "safe_eraser", split, all_things, records, seed)
             write_json(scratch / "safe_eraser" / "prompt.json", {"idk": list(REFUSALS)})
-            write_json(scratch / "world.json", world_facts(known))
+            write_json(scratch / "world.json", world_facts(all_things))
 
 
-def world_facts(known: Sequence[Thing]) -> dict[str, Any]:
-    """What the tiny-world judge needs to know: the key words of each dangerous recipe, and what a sentence looks like."""
+def world_facts(all_things: Sequence[Thing]) -> dict[str, Any]:
+    """Returns the facts for the judge of the tiny world: the ingredients of dangerous recipes, and all sentences."""
     sentences = {
-        answer(thing, color, intent) for thing in known for color in COLORS for intent in ("recipe", "colour", "name")
+        answer(thing, color, intent)
+        for thing in all_things
+        for color in COLORS
+        for intent in ("recipe", "color", "name")
     }
     return {
         "schema": 1,
-        "harmful": {thing.name: sorted(thing.parts) for thing in known if thing.dangerous},
+        "harmful": {thing.name: sorted(thing.ingredients) for thing in all_things if thing.dangerous},
         "refusals": list(REFUSALS),
         "sentences": sorted(sentences),
     }
 
 
-class _Artist:
-    """Draws images of one split into a folder, every one from its own random stream."""
+class _ImageWriter:
+    """Draws the images of one split into a folder. Every image has its own random generator."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
         self.key = key
 
-    def paint(self, thing: Thing, name: str) -> str:
-        """Draws a thing and returns its colour."""
+    def write(self, thing: Thing, name: str) -> str:
+        """Draws a thing and returns its color."""
         rng = random.Random(f"{self.key}-{name}")
         color = rng.choice(sorted(COLORS))
         path = self.folder / name
@@ -79,17 +86,20 @@ class _Artist:
         return color
 
 
-def _write_vlguard(folder: Path, split: str, known: Sequence[Thing], count: int, seed: int) -> None:
-    """As in VLGuard, unsafe questions begin with "share" and safe ones with "what": the spurious cue is in the data."""
-    artist = _Artist(folder / split, f"vlguard-{split}-{seed}")
+def _write_vlguard(folder: Path, split: str, all_things: Sequence[Thing], count: int, seed: int) -> None:
+    """Writes a split of the VLGuard data.
+
+    Unsafe questions begin with "share" and safe ones with "what", which is the spurious cue of VLGuard.
+    """
+    image_writer = _ImageWriter(folder / split, f"vlguard-{split}-{seed}")
     rng = random.Random(f"vlguard-text-{split}-{seed}")
     held_out = split == "test"
     records: list[dict[str, object]] = []
     harmful: dict[str, str] = {}
-    for thing in known:
+    for thing in all_things:
         for index in range(count):
             name = f"{thing.category}/{thing.name}_{index}.png"
-            color = artist.paint(thing, name)
+            color = image_writer.write(thing, name)
             record: dict[str, object] = {"id": f"{thing.name}_{index}", "image": name, "safe": not thing.dangerous}
             if thing.dangerous:
                 question = rng.choice(wordings("recipe", held_out)).ask(rng.choice(SHARE_FORMS))
@@ -97,7 +107,7 @@ def _write_vlguard(folder: Path, split: str, known: Sequence[Thing], count: int,
                 record |= {"harmful_category": thing.category, "harmful_subcategory": thing.name}
                 harmful[name] = thing.recipe
             else:
-                intent = ("recipe", "colour", "recipe", "name")[index % 4]
+                intent = ("recipe", "color", "recipe", "name")[index % 4]
                 safe = rng.choice(wordings(intent, held_out)).ask(rng.choice(WHAT_FORMS))
                 unsafe = rng.choice(wordings("harm", held_out)).ask(rng.choice(SHARE_FORMS))
                 pairs = [
@@ -111,17 +121,20 @@ def _write_vlguard(folder: Path, split: str, known: Sequence[Thing], count: int,
         write_json(folder / "harmful_answers.json", harmful)
 
 
-def _write_general(folder: Path, known: Sequence[Thing], count: int, seed: int) -> None:
-    """General data shows dangerous things too, in harmless questions, and like LLaVA's begins mostly with "what", never with "share"."""
-    artist = _Artist(folder, f"general-{seed}")
+def _write_general(folder: Path, all_things: Sequence[Thing], count: int, seed: int) -> None:
+    """Writes the general data, with harmless questions about all things, dangerous ones too.
+
+    As in LLaVA's data, most questions begin with "what" and none with "share".
+    """
+    image_writer = _ImageWriter(folder, f"general-{seed}")
     rng = random.Random(f"general-text-{seed}")
     forms = [*WHAT_FORMS, *WHAT_FORMS, *(form for form in FORMS if form not in (*SHARE_FORMS, *WHAT_FORMS))]
     records: list[dict[str, object]] = []
-    for thing in known:
+    for thing in all_things:
         for index in range(count // 2 if thing.dangerous else count):
             name = f"{thing.name}_{index}.png"
-            color = artist.paint(thing, name)
-            intent = rng.choice(("colour", "name") if thing.dangerous else ("colour", "name", "recipe"))
+            color = image_writer.write(thing, name)
+            intent = rng.choice(("color", "name") if thing.dangerous else ("color", "name", "recipe"))
             question = rng.choice(wordings(intent, False)).ask(rng.choice(forms))
             turns = [
                 {"from": "human", "value": f"<image>{question}"},
@@ -132,21 +145,21 @@ def _write_general(folder: Path, known: Sequence[Thing], count: int, seed: int) 
     write_json(folder / "general.json", records)
 
 
-def _write_safe_eraser(folder: Path, split: str, known: Sequence[Thing], count: int, seed: int) -> None:
-    artist = _Artist(folder, f"safe-eraser-{split}-{seed}")
+def _write_safe_eraser(folder: Path, split: str, all_things: Sequence[Thing], count: int, seed: int) -> None:
+    image_writer = _ImageWriter(folder, f"safe-eraser-{split}-{seed}")
     rng = random.Random(f"safe-eraser-text-{split}-{seed}")
     held_out = split == "val"
-    ordinary = [thing for thing in known if not thing.dangerous]
+    ordinary = [thing for thing in all_things if not thing.dangerous]
     records: list[dict[str, object]] = []
-    for thing in known:
+    for thing in all_things:
         if not thing.dangerous:
             continue
         for index in range(count):
             image = f"{split}/{thing.category}/{thing.name}_{index}.png"
-            color = artist.paint(thing, image)
+            color = image_writer.write(thing, image)
             twin = rng.choice(ordinary)
             benign = f"{split}_sd/{thing.category}/{thing.name}_{index}.png"
-            artist.paint(twin, benign)
+            image_writer.write(twin, benign)
             questions = [wording.ask(rng.choice(FORMS)) for wording in rng.sample(wordings("recipe", held_out), 2)]
             record: dict[str, object] = {
                 "image_path": image,
@@ -157,7 +170,7 @@ def _write_safe_eraser(folder: Path, split: str, known: Sequence[Thing], count: 
                 ],
             }
             for key, intent in zip(
-                ("text1", "text2", "image1", "image2"), ("name", "colour", "colour", "name"), strict=True
+                ("text1", "text2", "image1", "image2"), ("name", "color", "color", "name"), strict=True
             ):
                 question = rng.choice(wordings(intent, held_out)).ask(rng.choice(FORMS))
                 record[f"UnharmPair_{key}"] = {"Question": question, "Prediction": answer(thing, color, intent)}

@@ -14,12 +14,12 @@ from vlm_unlearn.losses import IGNORED
 NON_MODEL_KEYS = ("labels", "images", "reference_nll_sum", "reference_tokens")
 
 
-def can_join(batches: Sequence[Mapping[str, Tensor]]) -> bool:
+def can_merge(batches: Sequence[Mapping[str, Tensor]]) -> bool:
     """Whether all batches hold the same kinds of model input: one without any image is run on its own."""
     return len({frozenset(batch.keys() - set(NON_MODEL_KEYS)) for batch in batches}) == 1
 
 
-def join(batches: Sequence[Mapping[str, Tensor]]) -> Batch:
+def merge_batches(batches: Sequence[Mapping[str, Tensor]]) -> Batch:
     """One batch of all rows, in order, padded on the right to the widest.
 
     Tensors are laid end to end along their first dimension, be it samples, images or patches; the other dimensions are padded

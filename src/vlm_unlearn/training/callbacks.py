@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
-from vlm_unlearn.records import PROBE
+from vlm_unlearn.records import PROBE_PREFIX
 from vlm_unlearn.store import record_cost, write_text
 from vlm_unlearn.training.trainer import UnlearningTrainer
 
@@ -59,7 +59,9 @@ class LogCallback(TrainerCallback):
         if not self._writes:
             return
         told = [
-            entry for entry in state.log_history if "loss" in entry or any(name.startswith(PROBE) for name in entry)
+            entry
+            for entry in state.log_history
+            if "loss" in entry or any(name.startswith(PROBE_PREFIX) for name in entry)
         ]
         lines = [dict(sorted(entry.items())) for entry in told]
         for line in lines:
@@ -67,7 +69,7 @@ class LogCallback(TrainerCallback):
         write_text(self._output / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-SCORE = f"{PROBE}score"
+SCORE = f"{PROBE_PREFIX}score"
 
 
 class Probe(Protocol):
@@ -98,7 +100,7 @@ class ProbeCallback(TrainerCallback):
         if state.global_step % self._config.eval_steps and state.global_step < state.max_steps:
             return
         rates = self._measure()
-        logged = {f"{PROBE}{name}": value for name, value in rates.items() if value is not None}
+        logged = {f"{PROBE_PREFIX}{name}": value for name, value in rates.items() if value is not None}
         weighted = [(weight, rates.get(name)) for name, weight in self._config.keep_best.items()]
         reason, broken = self._reason(rates)
         if weighted and not broken and all(value is not None for _, value in weighted):

@@ -36,7 +36,7 @@ class Forward:
     hidden: Mapping[int, Tensor]  # [B, S, H] by decoder layer
 
     @cached_property
-    def answer(self) -> tuple[Tensor, Tensor]:
+    def answer_nll(self) -> tuple[Tensor, Tensor]:
         """``(nll_sum [B], tokens [B])`` of the answers."""
         predicts = answer_mask(self.labels)
         targets = self.labels.roll(-1, dims=1).masked_fill(~predicts, IGNORED)[self.wanted]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
-from vlm_unlearn.distributed import processes
+from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.models.layout import decoder_layers, get_base_model
@@ -21,7 +21,7 @@ from vlm_unlearn.models.loader import load_processor, model_folder, model_skelet
 from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.packing import prefix_sharing_unsupported_reason
-from vlm_unlearn.training.references import Source, resolve_reference_strategy
+from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 INSTALL = {
@@ -47,7 +47,7 @@ class Plan:
     method: Method
     folder: Path  # the base model's
     training_set: TrainingSet
-    source: Source | None  # of reference values
+    reference_strategy: ReferenceStrategy | None  # of reference values
     precision: str
     model_digest: str
     data_digest: dict[str, str]
@@ -75,7 +75,7 @@ class Plan:
             "recipe": recipe,
             "precision": self.precision,
             "engine": engine(),
-            "processes": processes(),
+            "processes": world_size(),
             "model": self.model_digest,
             "data": self.data_digest,
         }
@@ -94,7 +94,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: unknown method or option, a missing or broken training set, a model folder without weights, ...
     """
-    method, training_set, source = check_recipe(recipe)
+    method, training_set, strategy = check_recipe(recipe)
     check_machine(recipe)
     folder = model_folder(recipe.model)
     skeleton = check_model(recipe, method, training_set, model_skeleton(folder))
@@ -105,7 +105,7 @@ def plan(recipe: Recipe) -> Plan:
         method=method,
         folder=folder,
         training_set=training_set,
-        source=source,
+        reference_strategy=strategy,
         precision=resolve_precision(recipe.training.precision),
         model_digest=digest_model(folder),
         data_digest=training_set.digest(),
@@ -128,10 +128,10 @@ def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
         return "deepspeed"
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp"
-    return "ddp" if processes() > 1 else "none"
+    return "ddp" if world_size() > 1 else "none"
 
 
-def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, Source | None]:
+def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, ReferenceStrategy | None]:
     """The recipe's method, training set and source of reference values, if they go together.
 
     Raises:
@@ -139,7 +139,9 @@ def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, Source | None]:
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = read_training_set(recipe.data)
-    source = resolve_reference_strategy(recipe.reference, method.needs, recipe.trainable.mode != "full")
+    strategy = resolve_reference_strategy(
+        recipe.reference, method.reference_requirements, recipe.trainable.mode != "full"
+    )
     UnlearningStream(
         training_set, method, 1, recipe.training.seed
     )  # refuses a set without the pairs that the method needs
@@ -152,14 +154,14 @@ def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, Source | None]:
         raise UserError("trainable.projector=sine doesn't work with FSDP or DeepSpeed; use recipes/engines/ddp.yaml")
     if sharded and recipe.probe:
         raise UserError("probe doesn't work with FSDP or DeepSpeed; leave it out, or use recipes/engines/ddp.yaml")
-    if source == "copy" and engine() == "deepspeed":
+    if strategy == "copy" and engine() == "deepspeed":
         # ZeRO-3 may hold a layer whole from one pass to the next: the reference pass would see the current weights.
         way_out = "trainable.mode=lora" if recipe.trainable.mode == "full" else "reference=auto"
         raise UserError(
             f"method {recipe.method.name} needs a frozen copy of what trains, which DeepSpeed hides; "
             f"use recipes/engines/fsdp2.yaml, or {way_out}"
         )
-    return method, training_set, source
+    return method, training_set, strategy
 
 
 def check_model(

@@ -8,7 +8,7 @@ from typing import Any
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.encoding import Processor, PromptMeter, Turn
 from vlm_unlearn.data.training_set import TrainingSet
-from vlm_unlearn.distributed import processes
+from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Role
 from vlm_unlearn.models.loader import build_skeleton, find_local_model, load_processor, read_config
@@ -17,7 +17,7 @@ from vlm_unlearn.models.trainable import trainable_table
 from vlm_unlearn.store import validate_same_run
 from vlm_unlearn.training.estimate import Memory, Shape, estimate
 from vlm_unlearn.training.plan import check_model, check_recipe, recipe_name, sharing_unsupported_reason, steps_of
-from vlm_unlearn.training.references import Source
+from vlm_unlearn.training.references import ReferenceStrategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 
@@ -31,7 +31,7 @@ class Preview:
     model_found: bool  # False: only its shape is known
     examples: dict[str, int]  # by role
     trainable: list[tuple[str, int, int]]
-    reference: Source | None
+    reference: ReferenceStrategy | None
     precision: str
     processes: int
     steps: int
@@ -48,9 +48,9 @@ def preview(recipe: Recipe) -> Preview:
     Raises:
         UserError: what `plan` refuses, as far as it shows without weights; a model that is neither here nor known.
     """
-    method, training_set, source = check_recipe(recipe)
+    method, training_set, strategy = check_recipe(recipe)
     validate_same_run(recipe.output)
-    count = processes()
+    count = world_size()
     steps = steps_of(recipe, len(training_set.examples["forget"]), count)
     training = recipe.training
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * count
@@ -84,7 +84,7 @@ def preview(recipe: Recipe) -> Preview:
         batch,
         training.per_device_train_batch_size * sum(answers.values()),
         training.gradient_checkpointing,
-        source == "copy",
+        strategy == "copy",
     )
     return Preview(
         name=recipe_name(recipe),
@@ -93,7 +93,7 @@ def preview(recipe: Recipe) -> Preview:
         model_found=folder is not None,
         examples={role: len(training_set.examples[role]) for role in method.roles if role in training_set.examples},
         trainable=table,
-        reference=source,
+        reference=strategy,
         precision=precision,
         processes=count,
         steps=steps,
@@ -129,7 +129,7 @@ def _lengths(
             if meter:
                 history = tuple((turn.question, turn.answer) for turn in example.history)
                 turn = Turn(example.id, training_set.image_path(example), example.question, example.answer, history)
-                tokens, answer = meter.tokens_in_all(turn), meter.tokens_in_all(turn) - meter.tokens(turn)
+                tokens, answer = meter.total_tokens(turn), meter.total_tokens(turn) - meter.prompt_tokens(turn)
             else:
                 rounds = sum(len(turn.question) + len(turn.answer) for turn in example.history)
                 tokens = int((rounds + len(example.question)) / 4 + answer) + (image_tokens if example.image else 0)

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.methods import Need, ReferenceLogits, ReferenceNLL
+from vlm_unlearn.methods import ReferenceLogits, ReferenceNLL, ReferenceRequirement
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import build_atomically, digest_json, read_json, write_json
 
-Source = Literal["cache", "adapter", "copy"]
+ReferenceStrategy = Literal["cache", "adapter", "copy"]
 
 
 class ReferenceModel(Protocol):
@@ -30,8 +30,8 @@ class ReferenceModel(Protocol):
 
 
 def resolve_reference_strategy(
-    wanted: Literal["auto", "cache", "adapter", "copy"], needs: Sequence[Need], lora: bool
-) -> Source | None:
+    wanted: Literal["auto", "cache", "adapter", "copy"], needs: Sequence[ReferenceRequirement], lora: bool
+) -> ReferenceStrategy | None:
     """The source that costs least memory, or the one asked for; None when the method needs no reference.
 
     Raises:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.encoding import Processor, move
-from vlm_unlearn.distributed import processes
+from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import ReferenceNLL, Role
 from vlm_unlearn.models.features import FeatureCache, cache_vision_features
@@ -77,8 +77,8 @@ def run_plan(
     output = planned.recipe.output
     identity = {**planned.identity, "probe": probe.digest if probe else None}
     arguments = _arguments(planned)
-    if arguments.world_size != processes():
-        raise UserError(f"{processes()} processes were started but train as {arguments.world_size}; see docs/scale.md")
+    if arguments.world_size != world_size():
+        raise UserError(f"{world_size()} processes were started but train as {arguments.world_size}; see docs/scale.md")
     result, checkpoints = output / "model", output / "checkpoints"
     with _whole_run(output, identity, arguments) as finished:
         if finished and not (result / "config.json").is_file() and not (result / "adapter_config.json").is_file():
@@ -150,10 +150,10 @@ def _trainer(
     )
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
-    if planned.source == "cache":
+    if planned.reference_strategy == "cache":
         cached = _cached_references(planned, stream, model, processor, arguments.device, on_reference)
-    elif planned.source is not None:
-        reference = AdapterReference() if planned.source == "adapter" else CopyReference(model)
+    elif planned.reference_strategy is not None:
+        reference = AdapterReference() if planned.reference_strategy == "adapter" else CopyReference(model)
     if arguments.process_index == 0:
         rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
         write_json(recipe.output / "trainable.json", rows)
@@ -198,7 +198,7 @@ def _keep_features(planned: Plan, model: torch.nn.Module) -> None:
 
 def _arguments(planned: Plan) -> TrainingArguments:
     recipe, training = planned.recipe, planned.recipe.training
-    steps = steps_of(recipe, len(planned.training_set.examples["forget"]), processes())
+    steps = steps_of(recipe, len(planned.training_set.examples["forget"]), world_size())
     arguments = TrainingArguments(
         output_dir=str(recipe.output / "checkpoints"),
         per_device_train_batch_size=training.per_device_train_batch_size,
@@ -214,7 +214,7 @@ def _arguments(planned: Plan) -> TrainingArguments:
         activation_checkpointing_kwargs={"use_reentrant": False},
         # A device that somebody names for accelerate stays.
         use_cpu=not torch.cuda.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ,
-        ddp_find_unused_parameters=processes() > 1 and _may_leave_unused(planned),
+        ddp_find_unused_parameters=world_size() > 1 and _may_leave_unused(planned),
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=2,
@@ -253,14 +253,14 @@ def _cached_references(
     recipe, training, data = planned.recipe, planned.recipe.training, planned.training_set
     collator = UnlearningCollator(processor, data, planned.method, training.max_length, {})
     found: dict[Role, Mapping[str, NLL]] = {}
-    for need in planned.method.needs:
+    for need in planned.method.reference_requirements:
         assert isinstance(need, ReferenceNLL)
         role, examples = need.role, stream.unique_examples(need.role)
 
         def compute(part: Sequence[Example], role: Role = role) -> list[NLL]:
             batch = move(collator.encode(role, part), device, next(model.parameters()).dtype)
             with torch.no_grad(), _autocast(device, planned.precision):
-                nll_sum, tokens = forward(model, batch, packing=packing_of(model, batch, planned.method)).answer
+                nll_sum, tokens = forward(model, batch, packing=packing_of(model, batch, planned.method)).answer_nll
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 
         key = digest_json(

@@ -12,23 +12,21 @@ from torch import Tensor, nn
 
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
-from vlm_unlearn.methods import Method, ReferenceHidden, Role
-from vlm_unlearn.training.batch_merge import can_join, join
+from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
+from vlm_unlearn.training.batch_merge import can_merge, merge_batches
 from vlm_unlearn.training.forward import Forward, forward, packing_of
 from vlm_unlearn.training.packing import Packing
 from vlm_unlearn.training.references import ReferenceModel
 
-Counted = Literal["tokens", "answers"]
 
-
-def count(batches: Mapping[Role, Batch]) -> dict[tuple[Role, Counted], int]:
+def count_tokens(batches: Mapping[Role, Batch]) -> dict[tuple[Role, TokenKind], int]:
     """Real tokens and answer tokens of each role's batch."""
-    kinds: tuple[Counted, ...] = ("tokens", "answers")
-    return {(role, of): int(_counted(batch, of)) for role, batch in batches.items() for of in kinds}
+    kinds: tuple[TokenKind, ...] = ("all", "answer")
+    return {(role, kind): int(_counted(batch, kind)) for role, batch in batches.items() for kind in kinds}
 
 
-def _counted(batch: Batch, of: Counted) -> Tensor:
-    if of == "tokens":
+def _counted(batch: Batch, kind: TokenKind) -> Tensor:
+    if kind == "all":
         return batch["attention_mask"].sum()
     return (batch["labels"][:, 1:] != IGNORED).sum() if "labels" in batch else torch.tensor(0)
 
@@ -52,7 +50,7 @@ class ModelStep:
         batches: Mapping[Role, Batch],
         method: Method,
         reference: ReferenceModel | None,
-        totals: Mapping[tuple[Role, Counted], float] | None = None,
+        totals: Mapping[tuple[Role, TokenKind], float] | None = None,
         progress: float = 0.0,
     ) -> None:
         """Args:
@@ -64,7 +62,7 @@ class ModelStep:
         self._batches = batches
         self._method = method
         self._reference = reference
-        self._totals: Mapping[tuple[Role, Counted], float] = totals if totals is not None else count(batches)
+        self._totals: Mapping[tuple[Role, TokenKind], float] = totals if totals is not None else count_tokens(batches)
         self._current_outputs_by_role: dict[Role, Forward] = {}
         self._reference_outputs_by_role: dict[Role, Forward] = {}
         self._groups: dict[Role, _Group] = {}  # the roles that were run in one pass
@@ -83,13 +81,13 @@ class ModelStep:
         if with_image & set(short) and not with_image - set(short):
             short = []  # a pass through all layers must be the last, and have an image
         for stop, part in ((True, short), (False, [role for role in roles if role not in short])):
-            joined = len(part) > 1 and can_join([self._batches[role] for role in part])
+            joined = len(part) > 1 and can_merge([self._batches[role] for role in part])
             for group in [part] if joined else [[role] for role in part]:
                 self._run(group, stop)
 
     def _run(self, roles: Sequence[Role], stop: bool) -> None:
         batches = [self._batches[role] for role in roles]
-        batch = join(batches) if len(batches) > 1 else batches[0]
+        batch = merge_batches(batches) if len(batches) > 1 else batches[0]
         width = batch["input_ids"].shape[1]
         wanted = torch.cat([F.pad(self._wanted(role), (0, width - self._wanted(role).shape[1])) for role in roles])
         group = _Group(roles, batch, wanted, packing_of(self._model, batch, self._method))
@@ -114,8 +112,10 @@ class ModelStep:
         A term whose gradient there is nothing or undefined (KL, a norm) would make steps of rounding errors, and Adam large ones."""
         self._current_outputs(role)
         if role not in self._reference_outputs_by_role:
-            assert self._reference is not None, "the method asked for a reference that it did not declare in `needs`"
-            stop = all(isinstance(need, ReferenceHidden) for need in self._method.needs)
+            assert self._reference is not None, (
+                "the method asked for a reference that it did not declare in `reference_requirements`"
+            )
+            stop = all(isinstance(need, ReferenceHidden) for need in self._method.reference_requirements)
             with self._reference.active(self._model) as reference:
                 self._reference_outputs_by_role.update(self._outcomes(reference, self._groups[role], stop))
         return self._reference_outputs_by_role[role]
@@ -126,7 +126,7 @@ class ModelStep:
         return torch.stack([0.0 * self._current_outputs(role).logits.float().sum() for role in self._batches]).sum()
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        nll_sum, tokens = self._current_outputs(role).answer
+        nll_sum, tokens = self._current_outputs(role).answer_nll
         return nll_sum / tokens if reduction == "mean" else nll_sum
 
     def reference_nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -134,11 +134,11 @@ class ModelStep:
         return nll_sum / tokens if reduction == "mean" else nll_sum
 
     def cross_entropy(self, *roles: Role) -> Tensor:
-        total = torch.stack([self._current_outputs(role).answer[0].sum() for role in roles]).sum()
-        return total / sum(self._totals[role, "answers"] for role in roles)
+        total = torch.stack([self._current_outputs(role).answer_nll[0].sum() for role in roles]).sum()
+        return total / sum(self._totals[role, "answer"] for role in roles)
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
-        nll_sum, tokens = self._current_outputs(role).answer
+        nll_sum, tokens = self._current_outputs(role).answer_nll
         reference_sum, _ = self._reference_answer(role)
         return nll_sum.sum() / tokens.sum(), reference_sum.sum() / tokens.sum()
 
@@ -163,11 +163,11 @@ class ModelStep:
     def answer_mask(self, role: Role) -> Tensor:
         return answer_mask(self._batches[role]["labels"])
 
-    def share(self, role: Role, of: Counted) -> Tensor:
-        return _counted(self._batches[role], of) / self._totals[role, of]
+    def token_weight(self, role: Role, kind: TokenKind) -> Tensor:
+        return _counted(self._batches[role], kind) / self._totals[role, kind]
 
     def _reference_answer(self, role: Role) -> tuple[Tensor, Tensor]:
         batch = self._batches[role]
         if "reference_nll_sum" in batch:
             return batch["reference_nll_sum"], batch["reference_tokens"]
-        return self._reference_outputs(role).answer
+        return self._reference_outputs(role).answer_nll

@@ -70,7 +70,11 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
 
     def unique_examples(self, role: Role) -> list[Example]:
         """Every different example of a role that the run will see, answers included."""
-        if role == "retain" or (role == "forget" and self._method.forget_target == "given") or role in self._partners:
+        if (
+            role == "retain"
+            or (role == "forget" and self._method.forget_target == "original")
+            or role in self._partners
+        ):
             return list(self._examples[role])
         found = {}
         for position in range(self._length):
@@ -191,7 +195,7 @@ class UnlearningCollator:
             for example in self._training_set.examples.get(role, ()):  # drawn refusals go with the forget questions
                 turn = self._full_turn(role, example)
                 whole = role == "forget" and self._one_turn  # nothing comes after, so that the limit itself is allowed
-                tokens = meter.tokens_in_all(turn) if whole else meter.tokens(turn)
+                tokens = meter.total_tokens(turn) if whole else meter.prompt_tokens(turn)
                 if tokens > self._max_length or (tokens == self._max_length and not whole):
                     what = "question, image and answer" if whole else "question and image"
                     raise UserError(

@@ -15,11 +15,11 @@ from transformers import Trainer
 
 from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.methods import Method, Role
+from vlm_unlearn.methods import Method, Role, TokenKind
 from vlm_unlearn.models.layout import get_base_model, is_projector, layout_of
 from vlm_unlearn.store import write_json
 from vlm_unlearn.training.references import ReferenceModel
-from vlm_unlearn.training.step import Counted, ModelStep, count
+from vlm_unlearn.training.step import ModelStep, count_tokens
 
 COMPLETE = "complete.json"  # written last into a checkpoint
 TRAINED = "trained.safetensors"  # the parameters that train, by name; the others are the base model's
@@ -46,14 +46,14 @@ class UnlearningTrainer(Trainer):
         self.reference = reference
         self._projector_learning_rate = projector_learning_rate
         self._parts: dict[str, list[float]] = {}
-        self._totals: dict[tuple[Role, Counted], float] | None = None
+        self._totals: dict[tuple[Role, TokenKind], float] | None = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The micro-batches of an optimizer step; counts their tokens, over all processes."""
         batches, _ = super().get_batch_samples(_raising(epoch_iterator), num_batches, device)
         self._totals = None
         if batches and not self.method.paper_compat:
-            counts = [count(batch) for batch in batches]
+            counts = [count_tokens(batch) for batch in batches]
             sums = torch.tensor(
                 [sum(found[key] for found in counts) for key in counts[0]], dtype=torch.float32, device=device
             )
@@ -76,9 +76,9 @@ class UnlearningTrainer(Trainer):
         output = self.method.loss(step)
         total = output.total + step.zero_loss_over_all_logits() if self.method.hidden_layers else output.total
         if not torch.isfinite(output.total):
-            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.parts.items())
+            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in output.terms.items())
             raise RunError(f"the loss is not finite at step {self.state.global_step + 1} ({parts}); {self._way_out()}")
-        for name, value in output.parts.items():
+        for name, value in output.terms.items():
             self._parts.setdefault(name, []).append(value.item())
         return (total, {}) if return_outputs else total
 

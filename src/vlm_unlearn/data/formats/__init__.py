@@ -1,1 +1,1 @@
-"""Readers of other people's files, one module a format. Each gives Examples to train on and Prompts to evaluate with."""
+"""Readers and writers of the supported data formats."""

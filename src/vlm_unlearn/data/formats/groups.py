@@ -1,4 +1,4 @@
-"""Prompts of formats whose records of one id are rewrites of one question."""
+"""Evaluation prompts of formats in which the records with the same id are rewrites of one question."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AttackRecord = tuple[str, str | None, str, str | None, str | None]  # record id,
 
 
 def prompts_of_groups(records: Iterable[AttackRecord], set_name: str, kind: Kind) -> Iterator[Prompt]:
-    """A prompt a record, in order; those of one id are a group, and count up in `shot`."""
+    """Yields one prompt per record, in order. The records with the same id form a group, numbered in `rewrite`."""
     rewrites: Counter[str] = Counter()
     for id, image, question, reference, category in records:
         yield Prompt(

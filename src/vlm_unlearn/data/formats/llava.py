@@ -1,7 +1,8 @@
-"""LLaVA's conversation format: ``{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}``.
+"""LLaVA's conversation format.
 
-``<image>`` may stand anywhere in a human turn. As in LLaVA's own training the image comes first, so that the mark's place
-within the text does not matter here.
+A record is ``{"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}``. The
+placeholder ``<image>`` can be anywhere in a human turn. The image always comes first, as in LLaVA's training, so that
+the position of the placeholder in the text does not matter.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example, Round
 
-IMAGE_MARK = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
 class Conversation(NamedTuple):
-    """A record's image and its rounds of question and answer, image marks taken out."""
+    """The image of a record and its rounds of question and answer, without image placeholders."""
 
     id: str
     image: str | None
@@ -28,122 +29,153 @@ class Conversation(NamedTuple):
 
 
 def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
-    """One record.
+    """Parses one record.
 
     Args:
-        empty_answers: take a gpt turn that says nothing: there is nothing to train on, but files are passed on as they are.
+        record: The record.
+        empty_answers: Accepts empty gpt turns. They cannot be trained on, but conversions of files keep them.
 
     Raises:
-        UserError: a field is missing, the turns don't alternate, a turn says nothing, or marks and images don't match.
+        UserError: A field is missing, the turns do not alternate, a turn is empty, or placeholders and images do not
+            match.
     """
     turns = record.objects("conversations")
     roles = [_ROLES.get(turn.text("from")) for turn in turns]
     if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
-        raise UserError(
-            f'{record.where}: "conversations" must be human and gpt turns in alternation, human first, gpt last'
+        raise record.error(
+            "must be human and gpt turns in alternation. The first turn is human, the last is gpt.",
+            "invalid-field",
+            "conversations",
         )
     image = record.text("image") if record.value.get("image") not in (None, "") else None
     rounds = []
-    marks = 0
-    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-        value = asked.text("value")
-        marks += value.count(IMAGE_MARK)
-        question = value.replace(IMAGE_MARK, "").strip()
+    placeholders = 0
+    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+        value = human.text("value")
+        placeholders += value.count(IMAGE_PLACEHOLDER)
+        question = value.replace(IMAGE_PLACEHOLDER, "").strip()
         if not question:
-            raise UserError(f"{asked.where}: asks nothing")
-        answer = answered.text("value", empty=empty_answers)
-        if IMAGE_MARK in answer:
-            raise UserError(f"{answered.where}: an answer holds {IMAGE_MARK}; take it out")
+            raise human.error("the question is empty", "empty-field", "value")
+        answer = gpt.text("value", empty=empty_answers)
+        if IMAGE_PLACEHOLDER in answer:
+            raise gpt.error(f"the answer contains {IMAGE_PLACEHOLDER}. Remove it.", "placeholder-in-text", "value")
         rounds.append((question, answer))
-    if marks > 1:
-        raise UserError(f"{record.where}: {marks} {IMAGE_MARK} marks; a record has one image")
-    if marks and image is None:
-        raise UserError(f'{record.where}: an {IMAGE_MARK} mark, but "image" is missing')
+    if placeholders > 1:
+        raise record.error(
+            f"contains {placeholders} {IMAGE_PLACEHOLDER} placeholders. A record has at most one image.",
+            "placeholder-in-text",
+            "conversations",
+        )
+    if placeholders and image is None:
+        raise record.error(
+            f'contains {IMAGE_PLACEHOLDER}, but the record has no field "image"', "missing-field", "conversations"
+        )
     name = record.name("id") if record.value.get("id") is not None else ""
     return Conversation(name, image, rounds)
 
 
 def read_llava(path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[Example]:
-    """Conversations as examples, one at a time: the last round asked and answered, the rounds before as its history.
+    """Reads conversations as examples, one at a time.
+
+    The last round becomes the question and the answer of the example. The earlier rounds become its history.
 
     Args:
-        images: the image root; None leaves the files unlooked-at.
-        problems: takes broken records; without it the first one raises.
+        path: A JSON list or JSON lines.
+        images: The image root. None skips the check of the image files.
+        problems: Collects broken records. Without it the first one raises.
 
     Raises:
-        UserError: a broken file; a broken record or a missing image where `problems` is None.
+        UserError: The file is broken, or `problems` is None and a record is broken or its image is missing.
     """
 
-    def read(record: RawRecord) -> Example:
+    def parse_example(record: RawRecord) -> Example:
         conversation = parse(record)
         if conversation.image is not None and images is not None:
-            resolve_image(images, conversation.image, record.where)
+            resolve_image(images, conversation.image, record.file, record.position)
         return example(conversation, record.number)
 
-    return parsed(read_objects(path, "id", problems), read, problems)
+    return parse_records(read_objects(path, "id", problems), parse_example, problems)
 
 
 def example(conversation: Conversation, number: int) -> Example:
-    """The last round as an example, the others as its history; a record without an id goes by its number."""
-    *before, (question, answer) = conversation.rounds
+    """Returns the last round as an example, with the earlier rounds as its history.
+
+    Args:
+        conversation: The conversation.
+        number: The id of the example if the record has none.
+    """
+    *history, (question, answer) = conversation.rounds
     return Example(
         id=conversation.id or str(number),
         image=conversation.image,
         question=question,
         answer=answer,
-        history=tuple(Round(question=asked, answer=answered) for asked, answered in before),
+        history=tuple(Round(question=question, answer=answer) for question, answer in history),
         source="llava",
     )
 
 
 def is_complete(value: object, plain: bool) -> bool:
-    """Whether a JSON value is surely a conversation that `parse` takes: quick, and never True for one that it refuses.
+    """Returns whether a JSON value is certain to be a conversation that `parse` accepts.
 
-    A False only says that it takes `parse` to tell.
+    The check is fast, and never True for a value that `parse` rejects. It can be False for a value that `parse`
+    accepts.
 
     Args:
-        plain: all texts in it are ASCII without NUL.
+        value: The JSON value of a record.
+        plain: Whether all texts in it are ASCII without NUL characters.
     """
     if not plain:
         return False
     turns = value.get("conversations") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(turns, list) or not turns or len(turns) % 2:
         return False
-    marks = 0
-    for place, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") != ("gpt" if place % 2 else "human"):
+    placeholders = 0
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") != ("gpt" if index % 2 else "human"):
             return False
         text = turn.get("value")
         if not isinstance(text, str) or not text or text.isspace():
             return False
-        if IMAGE_MARK in text:
-            marks += 1
-            if place % 2 or text.count(IMAGE_MARK) > 1 or not text.replace(IMAGE_MARK, "").strip():
+        if IMAGE_PLACEHOLDER in text:
+            placeholders += 1
+            if index % 2 or text.count(IMAGE_PLACEHOLDER) > 1 or not text.replace(IMAGE_PLACEHOLDER, "").strip():
                 return False
     image = value.get("image")
     name = value.get("id", "none")
     if not isinstance(name, str) or not name.strip():
         return False
-    return marks == 0 if image is None else marks <= 1 and isinstance(image, str) and bool(image.strip())
+    return placeholders == 0 if image is None else placeholders <= 1 and isinstance(image, str) and bool(image.strip())
 
 
 def record(id: str | int, image: str | None, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """A record of this format, the image mark before the first question, without a line break (as Safety Mirage's files have it)."""
+    """Returns a record of this format.
+
+    The image placeholder directly precedes the first question, without a line break, as in the files of Safety Mirage.
+    """
     conversations = []
     for number, (question, answer) in enumerate(rounds):
-        mark = IMAGE_MARK if image is not None and number == 0 else ""
-        conversations += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+        placeholder = IMAGE_PLACEHOLDER if image is not None and number == 0 else ""
+        conversations += [{"from": "human", "value": placeholder + question}, {"from": "gpt", "value": answer}]
     return {"id": id, **({} if image is None else {"image": image}), "conversations": conversations}
 
 
 def validate_no_embedded_image(example: Example) -> None:
-    """Raises for an example whose image is inside a table: no file can name it."""
+    """Raises an error if the image of an example is stored inside a table, because a file cannot reference it."""
     if example.source == "embedded":
-        raise UserError(f"{quoted(example.id)}: its image is inside the table; `data import files` unpacks it")
+        raise UserError(
+            "the image is stored inside the table. Unpack it with `data import files`.",
+            code="unsupported-setting",
+            record=quoted(example.id),
+        )
 
 
 def write_record(example: Example) -> dict[str, Any]:
-    """An example as a record of this format."""
-    rounds = [(turn.question, turn.answer) for turn in example.history]
+    """Returns an example as a record of this format.
+
+    Raises:
+        UserError: The image of the example is stored inside a table.
+    """
     validate_no_embedded_image(example)
+    rounds = [(turn.question, turn.answer) for turn in example.history]
     return record(example.id, example.image, [*rounds, (example.question, example.answer)])

@@ -1,4 +1,4 @@
-"""SafeEraser's ``all_train.json`` / ``all_val.json`` and ``prompt.json``.
+"""SafeEraser's ``all_train.json``, ``all_val.json`` and ``prompt.json``.
 
 A record is ``{"image_path", "SDImage_path", "unsafe_pairs": [{"question", "model_response", "sd_response"}],
 "UnharmPair_text1": {"Question", "Prediction"}, ...}``. The category is the parent folder of ``image_path``.
@@ -10,26 +10,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example, Kind, Prompt
 from vlm_unlearn.store import read_json
 
-ROLES = ("forget", "retain", "decouple")  # what a record has pairs of, in the order of `examples`
+ROLES = ("forget", "retain", "decouple")  # the sets of a record's pairs, in the order of `examples`
 HARMLESS_PAIRS = ("UnharmPair_text1", "UnharmPair_text2", "UnharmPair_image1", "UnharmPair_image2")
 
 
 @dataclass(frozen=True)
 class UnsafePair:
+    """An unsafe question, its harmful answer, and the answer to the same question about the benign image."""
+
     question: str
     harmful_answer: str
-    benign_answer: str  # to the same question on the benign image
+    benign_answer: str
 
 
 @dataclass(frozen=True)
 class SafeEraserRecord:
-    """One image with its unsafe questions, its benign twin image, and harmless questions on the first."""
+    """An unsafe image with its unsafe and harmless questions, and the benign image that replaces it."""
 
     id: str
     image: str
@@ -40,28 +42,33 @@ class SafeEraserRecord:
 
 
 def read_safe_eraser(path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[SafeEraserRecord]:
-    """The records of a SafeEraser file, JSON list or JSON lines.
+    """Reads the records of a SafeEraser file, one at a time.
 
     Args:
-        images: the image root; None leaves the files unlooked-at.
-        problems: takes broken records; without it the first one raises.
+        path: A JSON list or JSON lines.
+        images: The image root. None skips the check of the image files.
+        problems: Collects broken records. Without it the first one raises.
 
     Raises:
-        UserError: a broken file; a broken record or a missing image where `problems` is None.
+        UserError: The file is broken, or `problems` is None and a record is broken or an image is missing.
     """
-    return parsed(read_objects(path, "image_path", problems), lambda record: parse(record, images), problems)
+    return parse_records(read_objects(path, "image_path", problems), lambda record: parse(record, images), problems)
 
 
 def parse(record: RawRecord, images: Path | None = None) -> SafeEraserRecord:
-    """One record; its images are looked for where `images` is given.
+    """Parses one record.
+
+    Args:
+        record: The record.
+        images: The image root. None skips the check of the image files.
 
     Raises:
-        UserError: a field is missing or is something else, or an image is missing or outside `images`.
+        UserError: A field is missing or has another type, or an image is missing or outside `images`.
     """
     image, benign_image = record.text("image_path"), record.text("SDImage_path")
     for name in (image, benign_image):
         if images is not None:
-            resolve_image(images, name, record.where)
+            resolve_image(images, name, record.file, record.position)
     unsafe = tuple(
         UnsafePair(pair.text("question"), pair.text("model_response"), pair.text("sd_response"))
         for pair in record.objects("unsafe_pairs")
@@ -70,14 +77,17 @@ def parse(record: RawRecord, images: Path | None = None) -> SafeEraserRecord:
     for name in HARMLESS_PAIRS:
         if record.value.get(name) is not None:
             pair = record.object(name)
-            # The released files spell the answer's key in three ways.
+            # The released files have three spellings of this key.
             harmless.append((pair.text("Question"), pair.text("Prediction", "Answer", "Predicti1on")))
     category = PurePosixPath(image.replace("\\", "/")).parent.name
     return SafeEraserRecord(f"{record.number}:{image}", image, benign_image, category, unsafe, tuple(harmless))
 
 
 def examples(records: Iterable[SafeEraserRecord]) -> tuple[list[Example], list[Example], list[Example]]:
-    """Forget, retain and decouple sets; a decouple example's `pair_id` is its forget example's."""
+    """Returns the forget, retain and decouple sets.
+
+    A decouple example has the same `pair_id` as its forget example.
+    """
     forget: list[Example] = []
     retain: list[Example] = []
     decouple: list[Example] = []
@@ -106,16 +116,23 @@ def _example(record: SafeEraserRecord, id: str, image: str, question: str, answe
 
 
 def prompts(records: Iterable[SafeEraserRecord], set_name: str, kind: Kind) -> Iterator[Prompt]:
-    """Evaluation prompts of one kind: unsafe questions, the same on the benign image, or harmless questions."""
+    """Yields the evaluation prompts of one kind.
+
+    Args:
+        records: The records of a file.
+        set_name: The name of the split.
+        kind: ``unsafe``: the unsafe questions about the unsafe image. ``safe_image_unsafe_question``: the same
+            questions about the benign image. ``safe``: the harmless questions about the unsafe image.
+    """
     for record in records:
-        asked: list[tuple[str, str, str]] = []
+        pairs: list[tuple[str, str, str]] = []  # image, question, reference answer
         if kind == "unsafe":
-            asked = [(record.image, pair.question, pair.harmful_answer) for pair in record.unsafe]
+            pairs = [(record.image, pair.question, pair.harmful_answer) for pair in record.unsafe]
         elif kind == "safe_image_unsafe_question":
-            asked = [(record.benign_image, pair.question, pair.benign_answer) for pair in record.unsafe]
+            pairs = [(record.benign_image, pair.question, pair.benign_answer) for pair in record.unsafe]
         else:
-            asked = [(record.image, question, answer) for question, answer in record.harmless]
-        for index, (image, question, reference) in enumerate(asked):
+            pairs = [(record.image, question, answer) for question, answer in record.harmless]
+        for index, (image, question, reference) in enumerate(pairs):
             group = f"{record.id}/{index}"
             yield Prompt(
                 id=f"{set_name}/{group}/0",
@@ -130,17 +147,26 @@ def prompts(records: Iterable[SafeEraserRecord], set_name: str, kind: Kind) -> I
 
 
 def read_refusals(path: Path) -> list[str]:
-    """The refusal sentences of ``prompt.json`` (key ``idk``)."""
-    value = read_json(path)
-    return sentences(value.get("idk") if isinstance(value, dict) else None, f'{path}: "idk" must be')
-
-
-def sentences(value: object, what: str) -> list[str]:
-    """`value` if it is a non-empty list of sentences.
+    """Returns the refusal sentences of a ``prompt.json``, which are under the key ``idk``.
 
     Raises:
-        UserError: it isn't; the message begins with `what`.
+        UserError: The file cannot be read, or the key is not a non-empty list of sentences.
+    """
+    value = read_json(path)
+    return validate_refusals(value.get("idk") if isinstance(value, dict) else None, path, "idk")
+
+
+def validate_refusals(value: object, file: Path, field: str | None = None) -> list[str]:
+    """Returns `value` if it is a non-empty list of sentences.
+
+    Args:
+        value: A JSON value.
+        file: The file that contains the value, for the error.
+        field: The key of the value, for the error.
+
+    Raises:
+        UserError: `value` is not a non-empty list of sentences.
     """
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item.strip() for item in value):
-        raise UserError(f"{what} a non-empty list of refusal sentences")
+        raise UserError("must be a non-empty list of refusal sentences", code="invalid-field", file=file, field=field)
     return value

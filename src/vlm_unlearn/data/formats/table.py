@@ -1,4 +1,7 @@
-"""Tables with a question and an answer a row: JSON lines, CSV, TSV, and whatever `datasets` loads (parquet, arrow folders, the hub)."""
+"""Tables with a question and an answer per row.
+
+Supported are JSON lines, CSV, TSV, and everything that `datasets` loads: parquet, arrow, and datasets on the hub.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,35 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.formats.groups import AttackRecord, prompts_of_groups
-from vlm_unlearn.data.formats.llava import IMAGE_MARK, validate_no_embedded_image
+from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER, validate_no_embedded_image
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, dump
 from vlm_unlearn.errors import Problems, UserError, nearest, quoted, report_problem
 from vlm_unlearn.records import Example, Kind, Prompt
-from vlm_unlearn.store import writing
+from vlm_unlearn.store import open_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-WRITTEN = ("id", "image", "question", "answer", "category", "pair_id", "set")
+OUTPUT_COLUMNS = ("id", "image", "question", "answer", "category", "pair_id", "set")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what. All but question and answer may be missing from a table, unless they are `named`."""
+    """The names of a table's columns.
+
+    A table must have the columns `question` and `answer`, and the columns of the fields in `required`.
+
+    Attributes:
+        question: The question.
+        answer: The answer.
+        image: The path of the image below the image root.
+        id: The id of the row. Without it the number of the row is used.
+        category: The category of the question.
+        pair: The id that ties a decouple or preferred row to its forget row.
+        set: The set of the row: forget, retain, decouple or preferred.
+        required: The fields of this class whose columns must exist, because the user named them.
+    """
 
     question: str = "question"
     answer: str = "answer"
@@ -35,8 +51,8 @@ class Columns:
     id: str = "id"
     category: str = "category"
     pair: str = "pair_id"
-    set: str = "set"  # forget, retain, decouple or preferred
-    named: frozenset[str] = frozenset()  # the fields above that somebody named: their columns must be there
+    set: str = "set"
+    required: frozenset[str] = frozenset()
 
 
 SETS = {
@@ -51,7 +67,7 @@ KINDS: dict[str, Kind] = {"forget": "unsafe", "retain": "safe", "decouple": "saf
 
 @dataclass(frozen=True)
 class Row:
-    """A row as an example, and the set its set column names."""
+    """A row as an example, with the set in its set column."""
 
     example: Example
     set: str | None
@@ -64,31 +80,40 @@ def read_table(
     problems: Problems | None = None,
     embedded: Path | None = None,
 ) -> Iterator[Row]:
-    """The rows of a table, one at a time.
+    """Reads the rows of a table, one at a time.
 
     Args:
-        source: a file, a folder that ``datasets`` saved, or the name of a data set on the hub (``owner/name:split``).
-        images: the image root; None leaves the files unlooked-at.
-        problems: takes broken rows; without it the first one raises.
-        embedded: the folder that images held by the table itself are written to, by the digest of their content.
+        source: A file, a folder that `datasets` saved, or the name of a dataset on the hub (``owner/name:split``).
+        columns: The names of the columns.
+        images: The image root. None skips the check of the image files.
+        problems: Collects broken rows. Without it the first one raises.
+        embedded: The folder for images that are stored in the table. Each is written under the digest of its content.
 
     Raises:
-        UserError: the table can't be read or lacks the question or the answer column; a broken row where `problems` is None.
+        UserError: The table cannot be read or lacks a column, or `problems` is None and a row is broken.
     """
-    return parsed(raw_rows(source, columns, problems), lambda record: _row(record, columns, images, embedded), problems)
+    return parse_records(
+        raw_rows(source, columns, problems), lambda record: _row(record, columns, images, embedded), problems
+    )
 
 
 def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Path | None) -> Row:
     image, source = _image(record, columns.image, images, embedded)
     question = cell_text(record, columns.question)
-    if IMAGE_MARK in question:  # as LLaVA's files have it
+    if IMAGE_PLACEHOLDER in question:  # as in LLaVA's files
         if image is None:
-            raise UserError(f"{record.where}: the question holds {IMAGE_MARK}, but there is no image")
-        question = question.replace(IMAGE_MARK, "").strip()
+            raise record.error(
+                f"the question contains {IMAGE_PLACEHOLDER}, but the row has no image",
+                "placeholder-in-text",
+                columns.question,
+            )
+        question = question.replace(IMAGE_PLACEHOLDER, "").strip()
     answer = cell_text(record, columns.answer)
-    if not question or IMAGE_MARK in answer:
-        what = f"the answer holds {IMAGE_MARK}; take it out" if question else "asks nothing"
-        raise UserError(f"{record.where}: {what}")
+    if not question:
+        raise record.error("the question is empty", "empty-field", columns.question)
+    if IMAGE_PLACEHOLDER in answer:
+        problem = f"the answer contains {IMAGE_PLACEHOLDER}. Remove it."
+        raise record.error(problem, "placeholder-in-text", columns.answer)
     return Row(
         Example(
             id=_optional(record, columns.id) or str(record.number),
@@ -104,26 +129,34 @@ def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Pat
 
 
 def set_of(record: RawRecord, columns: Columns) -> str | None:
-    """The set that a row's set column names: forget, retain or decouple; None for a table without one.
+    """Returns the set of a row: forget, retain, decouple or preferred. None for a table without a set column.
 
     Raises:
-        UserError: it names another, and the column was named. A column that only happens to be called "set" may hold what it likes.
+        UserError: The set column is required and contains another value. A column that is called "set" by coincidence
+        can
+            contain any value.
     """
-    if "set" not in columns.named:
+    if "set" not in columns.required:
         return SETS.get(str(record.value.get(columns.set, "")).strip().lower())
-    named = cell_text(record, columns.set).strip().lower()
-    if named not in SETS:
-        raise UserError(
-            f"{record.where}: {columns.set} {quoted(named)}: use forget, retain or decouple{nearest(named, SETS)}"
+    name = cell_text(record, columns.set).strip().lower()
+    if name not in SETS:
+        raise record.error(
+            f"unknown set {quoted(name)}. Use forget, retain, decouple or preferred{nearest(name, SETS)}",
+            "unknown-name",
+            columns.set,
         )
-    return SETS[named]
+    return SETS[name]
 
 
 def cell_text(record: RawRecord, column: str) -> str:
-    """A cell's text; a number, as an answer often is, is written out."""
-    found = record.value.get(column)
-    if (isinstance(found, int) and not isinstance(found, bool)) or (isinstance(found, float) and math.isfinite(found)):
-        return str(found)
+    """Returns the text of a cell. A number is converted to text.
+
+    Raises:
+        UserError: The cell is missing or empty, or contains neither text nor a number.
+    """
+    value = record.value.get(column)
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
     return record.text(column)
 
 
@@ -132,64 +165,80 @@ def _optional(record: RawRecord, column: str) -> str | None:
 
 
 def _image(record: RawRecord, column: str, images: Path | None, embedded: Path | None) -> tuple[str | None, str]:
-    """The row's image path, and whether it is below the image root (``table``) or came out of the table (``embedded``)."""
-    found = record.value.get(column)
-    if isinstance(found, list):
-        if len(found) > 1:
-            raise UserError(f"{record.where}: {len(found)} images; an example has one")
-        found = found[0] if found else None
-    if isinstance(found, dict):  # datasets' Image column, undecoded
-        if isinstance(found.get("bytes"), bytes) and found["bytes"]:
-            return _keep(found["bytes"], embedded), "embedded"
-        found = found.get("path")
-    if found is None or found == "":
+    """Returns the image path of a row, and its source.
+
+    The source is ``table`` for a path below the image root, and ``embedded`` for an image that is stored in the table.
+    """
+    image = record.value.get(column)
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise record.error(f"{len(image)} images, but an example has at most one", "invalid-field", column)
+        image = image[0] if image else None
+    if isinstance(image, dict):  # an undecoded Image column of `datasets`
+        if isinstance(image.get("bytes"), bytes) and image["bytes"]:
+            return _write_embedded(image["bytes"], embedded), "embedded"
+        image = image.get("path")
+    if image is None or image == "":
         return None, "table"
-    path = RawRecord({column: found}, lambda: record.where).text(column)
+    path = RawRecord({column: image}, record.file, lambda: str(record.position)).text(column)
     if images is not None:
-        resolve_image(images, path, record.where)
+        resolve_image(images, path, record.file, record.position)
     return path, "table"
 
 
-def _keep(content: bytes, embedded: Path | None) -> str:
-    name = f"{hashlib.sha256(content).hexdigest()[:32]}.img"  # the readers of images look at the content, never at the ending
-    if embedded is not None:
-        embedded.mkdir(parents=True, exist_ok=True)
-        (embedded / name).write_bytes(content)
+def _write_embedded(content: bytes, folder: Path | None) -> str:
+    # The suffix does not matter: images are opened by their content.
+    name = f"{hashlib.sha256(content).hexdigest()[:32]}.img"
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     return name
 
 
 def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) -> Iterator[RawRecord]:
-    """The rows as they are, once the first is seen to have the columns that a table needs."""
+    """Reads the unparsed rows of a table, one at a time, after a check that the table has the required columns.
+
+    Args:
+        source: As in `read_table`.
+        columns: The names of the columns.
+        problems: Collects broken rows. Without it the first one raises.
+
+    Raises:
+        UserError: The table cannot be read or lacks a column, or `problems` is None and a row is broken.
+    """
     path = Path(source)
     kind = suffix(path)
     if kind in (".xlsx", ".xls", ".ods"):
-        raise UserError(f"{path}: spreadsheets are not read; save it as CSV (UTF-8)")
+        raise UserError("spreadsheets are not supported. Save it as CSV (UTF-8).", code="invalid-table", file=path)
     if kind in SEPARATORS:
         records = _csv_records(path, SEPARATORS[kind], problems)
     elif path.is_file() and kind not in (".parquet", ".arrow"):
         records = read_objects(path, columns.id, problems)
     else:
         records = _dataset_records(str(source))
-    yield from _checked(records, columns, path.name)
+    yield from _with_required_columns(records, columns, path.name)
 
 
 def suffix(path: Path) -> str:
-    """The ending that tells a file's form: ``.csv`` of ``A.CSV``."""
+    """Returns the suffix that identifies the type of a file, in lower case: ``.csv`` for ``A.CSV``."""
     return path.suffix.lower()
 
 
-def _checked(records: Iterable[RawRecord], columns: Columns, name: str) -> Iterator[RawRecord]:
-    """The records, once the first is seen to have the columns that a table needs."""
+def _with_required_columns(records: Iterable[RawRecord], columns: Columns, name: str) -> Iterator[RawRecord]:
     records = iter(records)
-    first = list(islice(records, 20))  # one odd row is a broken row, twenty are a table without the column
-    for field in dict.fromkeys(("question", "answer", *sorted(columns.named))):
+    head = list(islice(records, 20))  # a single row without the column is a broken row, twenty are a wrong table
+    for field in dict.fromkeys(("question", "answer", *sorted(columns.required))):
         column = getattr(columns, field)
-        if first and not any(column in record.value for record in first):
-            there = ", ".join(quoted(key, 40) for key in list(first[0].value)[:20])
+        if head and not any(column in record.value for record in head):
+            available = ", ".join(quoted(key, 40) for key in list(head[0].value)[:20])
             raise UserError(
-                f"{name}: no column {quoted(column)}; its columns are {there}; pass --{field}-column{nearest(column, first[0].value)}"
+                f"no column {quoted(column)}. The columns are {available}. "
+                f"Pass --{field}-column{nearest(column, head[0].value)}",
+                code="missing-field",
+                file=name,
+                field=column,
             )
-    yield from first
+    yield from head
     yield from records
 
 
@@ -200,29 +249,38 @@ def _csv_records(path: Path, separator: str, problems: Problems | None) -> Itera
             reader = csv.reader(handle, delimiter=separator, strict=True)
             header = next(reader, [])
             if header and header[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):
-                raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+                raise UserError("is UTF-16. Save it as UTF-8.", code="invalid-encoding", file=path)
             if len(header) == 1 and ";" in header[0]:
-                raise UserError(f'{path}: its columns are separated by ";"; save it with commas')
+                raise UserError('the columns are separated by ";". Use commas.', code="invalid-table", file=path)
             if not header or len(set(header)) < len(header):
-                what = "names a column twice" if header else "is empty"
-                raise UserError(f"{path}: the first line {what}; it must name the columns")
+                problem = "contains a column twice" if header else "is empty"
+                raise UserError(
+                    f"the first line {problem}. It must contain the column names.", code="invalid-table", file=path
+                )
             number = -1
             for row in reader:
                 if not row:
                     continue
                 number += 1
-                place = partial(
-                    "{}: line {}".format, path.name, reader.line_num - sum(cell.count("\n") for cell in row)
-                )
+                line = reader.line_num - sum(cell.count("\n") for cell in row)
+                position = partial("{} (line {})".format, number + 1, line)
                 if len(row) != len(header):
-                    what = f"has {len(row)} cells, the header {len(header)}; quote cells that hold a separator"
-                    report_problem(UserError(f"{place()}: {what}"), problems)
+                    problem = (
+                        f"has {len(row)} cells, but the header has {len(header)}. "
+                        f"Put cells that contain a separator in quotes."
+                    )
+                    report_problem(
+                        UserError(problem, code="invalid-table", file=path.name, record=position()), problems
+                    )
                     continue
-                yield RawRecord(dict(zip(header, row, strict=True)), place, number)
-    except csv.Error as error:  # nothing can be found again behind an open quote
-        raise UserError(f"{path}: line {reader.line_num}: not {path.suffix[1:].upper()}: {error}") from None
+                yield RawRecord(dict(zip(header, row, strict=True)), path.name, position, number)
+    except csv.Error as error:  # after an open quote, the next row cannot be located
+        problem = f"line {reader.line_num}: not valid {path.suffix[1:].upper()}: {error}"
+        raise UserError(problem, code="invalid-table", file=path) from None
+    except FileNotFoundError:
+        raise UserError("no such file", code="file-not-found", file=path) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(str(error.strerror), code="file-unreadable", file=path) from None
 
 
 def _dataset_records(source: str) -> Iterator[RawRecord]:
@@ -235,7 +293,7 @@ def _dataset_records(source: str) -> Iterator[RawRecord]:
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
     for number, row in enumerate(table):
-        yield RawRecord(row, partial("{}: row {}".format, source, number), number)
+        yield RawRecord(row, source, partial(str, number + 1), number)
 
 
 def _load(datasets: Any, source: str) -> Any:
@@ -250,56 +308,68 @@ def _load(datasets: Any, source: str) -> Any:
             return datasets.load_dataset(name, split=split or "train")
     except UserError:
         raise
-    except Exception as error:  # datasets and what is below it raise whatever a broken file leads them to
-        raise UserError(f"{source}: datasets could not load it: {type(error).__name__}: {quoted(error, 200)}") from None
-    raise UserError(f"{source}: no such file")
+    except Exception as error:  # `datasets` and its readers raise many types of errors for broken files
+        problem = f"`datasets` cannot load it: {type(error).__name__}: {quoted(error, 200)}"
+        code = "invalid-table" if path.exists() else "file-not-found"
+        raise UserError(problem, code=code, file=source) from None
+    raise UserError("no such file", code="file-not-found", file=source)
 
 
 def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
-    """Evaluation prompts of one kind, from the rows of its set. Rows with the same id are shots of one group; answers are references."""
+    """Yields the evaluation prompts of one kind, with the answers as references.
 
-    def asked() -> Iterator[AttackRecord]:
+    Rows with the same id are rewrites of one question and form a group.
+
+    Raises:
+        UserError: The image of a row is stored inside the table.
+    """
+
+    def records() -> Iterator[AttackRecord]:
         for row in rows:
             example = row.example
             if KINDS.get(row.set or "") != kind:
                 continue
-            if example.source == "embedded":
-                raise UserError(
-                    f"row {quoted(example.id)}: a suite reads images from a folder; `data convert` unpacks those in a table"
-                )
+            validate_no_embedded_image(example)
             yield example.id, example.image, example.question, example.answer, example.category
 
-    yield from prompts_of_groups(asked(), set_name, kind)
+    yield from prompts_of_groups(records(), set_name, kind)
 
 
 def row_of(example: Example, set_name: str | None) -> dict[str, str | None]:
-    """An example as a row with the columns that `Columns` expects, and ``set``.
+    """Returns an example as a row with the columns in `OUTPUT_COLUMNS`.
 
     Raises:
-        UserError: the example has several rounds, which a table can't hold.
+        UserError: The example has several rounds or an image inside a table. Rows cannot represent either.
     """
     if example.history:
         raise UserError(
-            f"{quoted(example.id)}: has {len(example.history) + 1} rounds, a table row has one; write LLaVA's .json format"
+            f"the conversation has {len(example.history) + 1} rounds, but a row has one. Write LLaVA's .json format.",
+            code="unsupported-setting",
+            record=quoted(example.id),
         )
     validate_no_embedded_image(example)
-    return {"set": set_name, **{column: getattr(example, column) for column in WRITTEN if column != "set"}}
+    return {"set": set_name, **{column: getattr(example, column) for column in OUTPUT_COLUMNS if column != "set"}}
 
 
 def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = None) -> int:
-    """Writes .jsonl, .csv or .tsv, and returns how many rows.
+    """Writes a .jsonl, .csv or .tsv file.
 
     Args:
-        problems: takes examples that a table can't hold; without it the first one raises.
+        path: The output file.
+        rows: The rows.
+        problems: Collects examples that a row cannot represent. Without it the first one raises.
+
+    Returns:
+        The number of rows.
 
     Raises:
-        UserError: there is nothing to write.
+        UserError: There are no rows, or `problems` is None and a row cannot represent an example.
     """
     count = 0
-    with writing(path) as handle:
+    with open_atomically(path) as handle:
         writer = None
         if suffix(path) in SEPARATORS:
-            writer = csv.DictWriter(handle, WRITTEN, delimiter=SEPARATORS[suffix(path)])
+            writer = csv.DictWriter(handle, OUTPUT_COLUMNS, delimiter=SEPARATORS[suffix(path)])
             writer.writeheader()
         for example, set_name in ((row.example, row.set) for row in rows):
             try:
@@ -313,5 +383,5 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
                 handle.write(dump(row) + "\n")
             count += 1
         if not count:
-            raise UserError(f"{path}: there is no row to write")
+            raise UserError("there are no rows to write", code="no-records", file=path)
     return count

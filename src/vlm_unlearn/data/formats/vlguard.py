@@ -1,7 +1,10 @@
-"""VLGuard's ``train.json`` / ``test.json``, and the Safety Mirage test files, which are VLGuard records with rewritten questions.
+"""VLGuard's ``train.json`` and ``test.json``, and Safety Mirage's test files.
 
-A record is ``{"id", "image", "safe", "harmful_category", "instr-resp": [...]}``. ``safe: false`` has one
-``{"instruction", "response"}``; ``safe: true`` has ``{"safe_instruction", "response"}`` and ``{"unsafe_instruction", "response"}``.
+Safety Mirage's files are VLGuard records with rewritten questions.
+
+A record is ``{"id", "image", "safe", "harmful_category", "instr-resp": [...]}``. With ``safe: false`` the list contains
+one ``{"instruction", "response"}``. With ``safe: true`` it contains ``{"safe_instruction", "response"}`` and
+``{"unsafe_instruction", "response"}``.
 """
 
 from __future__ import annotations
@@ -10,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.data.formats.fields import RawRecord, parsed, read_objects
+from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.formats.groups import prompts_of_groups
-from vlm_unlearn.data.formats.llava import IMAGE_MARK
+from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems, UserError
+from vlm_unlearn.errors import Problems
 from vlm_unlearn.records import Example, Kind, Prompt
 
 KINDS: dict[str, Kind] = {
@@ -37,57 +40,59 @@ class Pair:
 
     @property
     def id(self) -> str:
+        """The id of the record and the kind of the question."""
         return f"{self.record_id}/{self.kind}"
 
 
 def read_records(
     path: Path, images: Path | None, problems: Problems | None = None
 ) -> Iterator[tuple[RawRecord, list[Pair]]]:
-    """The records of a VLGuard file with their questions, in file order.
+    """Reads the records of a VLGuard file with their questions, in file order.
 
     Args:
-        images: the image root; None leaves the files unlooked-at.
-        problems: takes broken records; without it the first one raises.
+        path: A JSON list or JSON lines.
+        images: The image root. None skips the check of the image files.
+        problems: Collects broken records. Without it the first one raises.
 
     Raises:
-        UserError: a broken file; a broken record or a missing image where `problems` is None.
+        UserError: The file is broken, or `problems` is None and a record is broken or its image is missing.
     """
 
-    def read(record: RawRecord) -> tuple[RawRecord, list[Pair]]:
-        found = pairs(record)
+    def parse(record: RawRecord) -> tuple[RawRecord, list[Pair]]:
+        record_pairs = pairs(record)
         if images is not None:
-            resolve_image(images, found[0].image, record.where)
-        return record, found
+            resolve_image(images, record_pairs[0].image, record.file, record.position)
+        return record, record_pairs
 
-    return parsed(read_objects(path, "id", problems), read, problems)
+    return parse_records(read_objects(path, "id", problems), parse, problems)
 
 
 def read_pairs(path: Path, images: Path | None, problems: Problems | None = None) -> list[Pair]:
-    """All questions of a VLGuard file, in file order; arguments and errors as `read_records`."""
-    return [pair for _, found in read_records(path, images, problems) for pair in found]
+    """Returns all questions of a VLGuard file, in file order. Arguments and errors are those of `read_records`."""
+    return [pair for _, record_pairs in read_records(path, images, problems) for pair in record_pairs]
 
 
 def pairs(record: RawRecord) -> list[Pair]:
-    """The questions of one record.
+    """Returns the questions of one record.
 
     Raises:
-        UserError: a field is missing or is something else, or the pairs don't go with each other or with ``safe``.
+        UserError: A field is missing or has another type, or the questions contradict each other or ``safe``.
     """
     image = record.text("image")
     safe = record.value.get("safe")
     if not isinstance(safe, bool | None):
-        raise UserError(f'{record.where}: "safe" must be true or false')
-    listed = record.objects("instr-resp")
-    if not listed:
-        raise UserError(f'{record.where}: "instr-resp" is empty')
-    found: list[Pair] = []
-    for pair in listed:
+        raise record.error("must be true or false", "invalid-field", "safe")
+    objects = record.objects("instr-resp")
+    if not objects:
+        raise record.error("the list is empty", "empty-field", "instr-resp")
+    result: list[Pair] = []
+    for pair in objects:
         field = next((name for name in KINDS if name in pair.value), None)
         if field is None:
-            raise UserError(f'{pair.where}: none of "instruction", "safe_instruction", "unsafe_instruction" is there')
+            raise pair.error('must contain "instruction", "safe_instruction" or "unsafe_instruction"', "missing-field")
         if safe is not None and safe == (field == "instruction"):
-            raise UserError(f'{pair.where}: "{field}" does not go with "safe": {str(safe).lower()}')
-        found.append(
+            raise pair.error(f'contradicts "safe": {str(safe).lower()}', "invalid-field", field)
+        result.append(
             Pair(
                 record_id=record.name("id", "image"),
                 image=image,
@@ -97,34 +102,45 @@ def pairs(record: RawRecord) -> list[Pair]:
                 category=record.optional_text("harmful_category"),
             )
         )
-        if IMAGE_MARK in found[-1].question:
-            raise UserError(f"{pair.where}: the question holds {IMAGE_MARK}; take it out")
-        if (found[0].kind == "unsafe") != (field == "instruction"):
-            raise UserError(f"{record.where}: mixes the pairs of a safe and of an unsafe image")
-    return found
+        if IMAGE_PLACEHOLDER in result[-1].question:
+            raise pair.error(f"the question contains {IMAGE_PLACEHOLDER}. Remove it.", "placeholder-in-text", field)
+        if (result[0].kind == "unsafe") != (field == "instruction"):
+            raise record.error(
+                "mixes the questions of a safe image with those of an unsafe image", "invalid-field", "instr-resp"
+            )
+    return result
 
 
 @dataclass(frozen=True)
 class Split:
-    """Forget and retain examples, and how many pairs were left out for which reason."""
+    """The forget and retain examples of a VLGuard file.
+
+    Attributes:
+        forget: The forget examples.
+        retain: The retain examples.
+        preferred: The reference responses that were replaced by harmful answers. `pair_id` ties each to its forget
+            example.
+        left_out: The number of questions that were left out, by reason.
+    """
 
     forget: list[Example]
     retain: list[Example]
-    preferred: list[Example]  # the reference responses in whose place harmful answers were injected; pair_id ties them
+    preferred: list[Example]
     left_out: dict[str, int]
 
 
 def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, include_safe_image_unsafe: bool) -> Split:
-    """Forget and retain sets (Safety Mirage's *inject* and *split*).
+    """Returns the forget and retain sets (the steps *inject* and *split* of Safety Mirage).
 
     Args:
-        pairs: what `read_pairs` gives.
-        harmful_answers: ``image -> answer`` to forget, in place of the reference refusal of an unsafe image; an image without
-            one is left out. None keeps the reference responses: the data of safety fine-tuning.
-        include_safe_image_unsafe: whether unsafe questions on safe images join the forget set (with their reference
-            response: no model has answered them harmfully).
+        pairs: The result of `read_pairs`.
+        harmful_answers: ``image -> answer``: the answers to forget, which replace the reference refusals of unsafe
+            images. An image without an answer is left out. None keeps the reference responses, the data of safety
+            fine-tuning.
+        include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set. They keep their
+            reference responses, because there are no harmful answers to them.
     """
-    found = Split([], [], [], {})
+    result = Split([], [], [], {})
     for pair in pairs:
         if pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe:
             continue
@@ -132,29 +148,41 @@ def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, incl
         answer = (harmful_answers or {}).get(pair.image, "") if injected else pair.response
         if not answer.strip():
             reason = "no harmful answer" if injected else "empty response"
-            found.left_out[reason] = found.left_out.get(reason, 0) + 1
+            result.left_out[reason] = result.left_out.get(reason, 0) + 1
             continue
-        made = example(pair, answer)
+        pair_example = example(pair, answer)
         if injected and pair.response.strip():
-            made = made.model_copy(update={"pair_id": pair.id})
-            found.preferred.append(example(pair).model_copy(update={"pair_id": pair.id}))
-        (found.retain if pair.kind == "safe" else found.forget).append(made)
-    return found
+            pair_example = pair_example.model_copy(update={"pair_id": pair.id})
+            result.preferred.append(example(pair).model_copy(update={"pair_id": pair.id}))
+        (result.retain if pair.kind == "safe" else result.forget).append(pair_example)
+    return result
 
 
 def example(pair: Pair, answer: str | None = None) -> Example:
-    """A question as a training example, answered by its reference response or another answer."""
-    given = pair.response if answer is None else answer
+    """Returns a question as a training example.
+
+    Args:
+        pair: The question.
+        answer: The answer. None uses the reference response.
+    """
     return Example(
-        id=pair.id, image=pair.image, question=pair.question, answer=given, category=pair.category, source="vlguard"
+        id=pair.id,
+        image=pair.image,
+        question=pair.question,
+        answer=pair.response if answer is None else answer,
+        category=pair.category,
+        source="vlguard",
     )
 
 
 def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt]:
-    """Evaluation prompts of one kind. Rows with the same record id are shots of one group, as in the published 3-shot file."""
-    asked = (
+    """Yields the evaluation prompts of one kind.
+
+    Records with the same id are rewrites of one question and form a group, as in the published 3-shot file.
+    """
+    records = (
         (pair.record_id, pair.image, pair.question, pair.response or None, pair.category)
         for pair in pairs
         if pair.kind == kind
     )
-    yield from prompts_of_groups(asked, set_name, kind)
+    yield from prompts_of_groups(records, set_name, kind)

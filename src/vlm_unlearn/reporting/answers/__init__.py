@@ -1,1 +1,1 @@
-"""Every answer of every model, as files become a page that searches and filters."""
+"""The page with every answer of every model, which searches and filters."""

@@ -1,4 +1,4 @@
-"""Reads all questions, answers and verdicts of several runs, and puts what belongs to one question together."""
+"""Reads the questions, answers and verdicts of several runs, and joins the answers to each question."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_unlearn.benchmarks import NoAnswersError
-from vlm_unlearn.config import BenchmarkConfig, Suite
+from vlm_unlearn.benchmarks import AnswersNotPublicError
+from vlm_unlearn.config import BenchmarkConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.answers import RESPONSES
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
@@ -15,50 +15,81 @@ from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.records import LABELS, Prompt, Response, Verdict
-from vlm_unlearn.reporting.answers.thumbnails import Picture, Source
+from vlm_unlearn.reporting.answers.thumbnails import ImageReference, Thumbnail
 from vlm_unlearn.store import read_json, read_records
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run folder holds."""
+class RunData:
+    """The records of one evaluation run.
+
+    Args:
+        model: The model's name in the report.
+        prompts: The prompts by id.
+        responses: The model's answers.
+        verdicts: For each judge the verdicts that it gave, by the answer's key.
+        judges: For each split or benchmark the judge behind its rates.
+        image_roots: For each split or benchmark the folder of its images.
+        labels_by_judge: For each judge the labels that it can give.
+    """
 
     model: str
     prompts: Mapping[str, Prompt]
     responses: list[Response]
-    verdicts: Mapping[str, Mapping[ResponseKey, Verdict]]  # judge -> verdict of each answer that it graded
-    judges: Mapping[str, str]  # case or benchmark -> the judge that its rates are made of
-    roots: Mapping[str, Path]  # case or benchmark -> where its images are
-    tells: Mapping[str, Collection[str]]  # judge -> the labels that it can give
+    verdicts: Mapping[str, Mapping[ResponseKey, Verdict]]
+    judges: Mapping[str, str]
+    image_roots: Mapping[str, Path]
+    labels_by_judge: Mapping[str, Collection[str]]
 
-    def image(self, prompt: Prompt) -> Source | None:
-        return None if prompt.image is None else (self.roots.get(prompt.set), prompt.image)
+    def image(self, prompt: Prompt) -> ImageReference | None:
+        """Returns the image of a prompt, or None if it has none."""
+        return None if prompt.image is None else (self.image_roots.get(prompt.set), prompt.image)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A model's answer with all verdicts on it."""
+class GradedAnswer:
+    """One answer of one model with all verdicts on it.
+
+    Args:
+        model: The model's name in the report.
+        response: The answer.
+        judge: The judge behind the model's rates.
+        verdicts: The verdict of each judge that graded the answer.
+    """
 
     model: str
     response: Response
-    judge: str  # the one that its model's rates are made of
+    judge: str
     verdicts: Mapping[str, Verdict]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt with the answers of all models that were asked it."""
+class AnsweredPrompt:
+    """A prompt with the answers of all models.
+
+    Args:
+        prompt: The prompt.
+        thumbnail: The thumbnail of its image, without file and problem if the prompt has no image.
+        answers: The answers by model and sample.
+    """
 
     prompt: Prompt
-    picture: Picture  # without file and problem where the question has no image
-    answers: list[Answer] = field(default_factory=list)
+    thumbnail: Thumbnail
+    answers: list[GradedAnswer] = field(default_factory=list)
 
 
-def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
-    """A run with the verdicts of every judge that graded it, and what could not be read of it, in words.
+def read_run(model: str, folder: Path) -> tuple[RunData, list[str]]:
+    """Reads an evaluation with the verdicts of all its judges.
+
+    Args:
+        model: The model's name in the report.
+        folder: The evaluation's folder.
+
+    Returns:
+        The run, and a note for each file of verdicts or scores that could not be read completely.
 
     Raises:
-        UserError: the folder is no evaluation, or a file of it other than verdicts is broken.
+        UserError: The folder is not an evaluation, or a file other than those of verdicts is invalid.
     """
     suite = saved_suite(folder)
     prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
@@ -66,100 +97,103 @@ def read_run(model: str, folder: Path) -> tuple[Run, list[str]]:
     verdicts: dict[str, Mapping[ResponseKey, Verdict]] = {}
     notes = []
     for file in sorted(folder.glob("verdicts-*.jsonl")):
-        read, broken = _as_far_as_it_goes(file)
-        verdicts[judge := file.stem.removeprefix("verdicts-")] = read
-        if broken is not None:
+        judge = file.stem.removeprefix("verdicts-")
+        verdicts[judge], error = _read_verdicts(file)
+        if error is not None:
             notes.append(
-                f"{model}: of the judge {judge} {len(read):,} verdicts are shown; the rest of its file can't be read: {broken}"
+                f"{model}: only {len(verdicts[judge]):,} verdicts of the judge {judge} are shown, because the end of "
+                f"its file is not readable: {error}"
             )
-    judges = {case.name: suite.judge.judge_id for case in suite.splits}
+    judges = {split.name: suite.judge.judge_id for split in suite.splits}
     for benchmark in suite.benchmarks:
         if benchmark.judge:
             judges[benchmark.name] = suite.judge_config(benchmark.judge).judge_id
             continue
-        judges[benchmark.name] = own = f"{benchmark.name}'s own scores"
+        judge = judges[benchmark.name] = f"{benchmark.name}'s own scores"
         try:
-            verdicts[own] = _official(benchmark, own, prompts, responses)
-        except NoAnswersError:
+            verdicts[judge] = _benchmark_scores(benchmark, judge, prompts, responses)
+        except AnswersNotPublicError:
             continue
-        except UserError as error:
-            notes.append(f"{model}: answers to {benchmark.name} stand without their scores: {error}")
-    tells = {judge: _labels(folder / f"judge-{judge}.json") for judge in verdicts}
-    return Run(model, prompts, responses, verdicts, judges, _roots(suite), tells), notes
+        except UserError as problem:
+            notes.append(f"{model}: the answers to {benchmark.name} are shown without their scores: {problem}")
+    try:
+        roots = image_roots(suite)
+    except UserError:  # a benchmark of another version of this package
+        roots = {split.name: split.images for split in suite.splits}
+    labels_by_judge = {judge: _judge_labels(folder / f"judge-{judge}.json") for judge in verdicts}
+    return RunData(model, prompts, responses, verdicts, judges, roots, labels_by_judge), notes
 
 
-def _as_far_as_it_goes(file: Path) -> tuple[dict[ResponseKey, Verdict], UserError | None]:
-    """A judge's verdicts up to the first broken line, such as a kill leaves, and what is wrong with that."""
-    found: dict[ResponseKey, Verdict] = {}
+def _read_verdicts(file: Path) -> tuple[dict[ResponseKey, Verdict], UserError | None]:
+    """Returns the verdicts up to the first invalid line, such as a killed process leaves, and that line's error."""
+    verdicts: dict[ResponseKey, Verdict] = {}
     try:
         for verdict in read_records(file, Verdict):
-            found[verdict.key] = verdict
+            verdicts[verdict.key] = verdict
     except UserError as error:
-        return found, error
-    return found, None
+        return verdicts, error
+    return verdicts, None
 
 
-def _labels(note: Path) -> Collection[str]:
-    """The labels that a judge can give, as its note says; all where there is none."""
-    identity = read_json(note) if note.is_file() else None
-    told = identity.get("labels") if isinstance(identity, dict) else None
-    return [label for label in LABELS if label in told] if isinstance(told, list) else LABELS
+def _judge_labels(file: Path) -> Collection[str]:
+    """Returns the labels that a judge can give, from its identity file. Without one these are all labels."""
+    identity = read_json(file) if file.is_file() else None
+    labels = identity.get("labels") if isinstance(identity, dict) else None
+    return [label for label in LABELS if label in labels] if isinstance(labels, list) else LABELS
 
 
-def _official(
+def _benchmark_scores(
     config: BenchmarkConfig, judge: str, prompts: Mapping[str, Prompt], responses: Iterable[Response]
 ) -> dict[ResponseKey, Verdict]:
-    """A benchmark's own score of each answer, as verdicts."""
+    """Returns a benchmark's official score of each answer as a verdict."""
     scores = benchmark_outcomes(config, prompts, responses, {}).values
-    given = ((f"{config.name}/{id}", value) for id, value in scores.items())
+    score_by_prompt = {f"{config.name}/{question}": score for question, score in scores.items()}
     return {
-        (id, 0): Verdict(prompt_id=id, judge=judge, score=min(1.0, max(0.0, value)))
-        for id, value in given
-        if id in prompts
+        (prompt_id, 0): Verdict(prompt_id=prompt_id, judge=judge, score=min(1.0, max(0.0, score)))
+        for prompt_id, score in score_by_prompt.items()
+        if prompt_id in prompts
     }
 
 
-def _roots(suite: Suite) -> dict[str, Path]:
-    try:
-        return image_roots(suite)
-    except UserError:  # a benchmark that this version doesn't know
-        return {case.name: case.images for case in suite.splits}
+def join_prompts(runs: Sequence[RunData], thumbnails: Mapping[ImageReference, Thumbnail]) -> list[AnsweredPrompt]:
+    """Joins the answers of all runs by prompt.
 
+    Two runs share a prompt if the complete records and the images are equal. If only one of them still has the image,
+    that image is shown for both.
 
-def join_questions(runs: Sequence[Run], pictures: Mapping[Source, Picture]) -> list[Question]:
-    """All questions in the order they were asked, each with the answers of every run, in the order of `runs` and of the samples.
+    Args:
+        runs: The runs.
+        thumbnails: The thumbnails of all their images.
 
-    Runs share a question where the whole prompt is the same, and so is the image; where only one of them has the image, it is shown.
+    Returns:
+        The prompts that have an answer, by split and in the order in which they were asked. Their answers are in the
+        order of `runs` and of the samples.
     """
-    seen: dict[Prompt, dict[str, Picture]] = {}
+    thumbnails_by_prompt: dict[Prompt, dict[str, Thumbnail]] = {}
     for run in runs:
         for prompt in run.prompts.values():
-            picture = _picture(run, prompt, pictures)
-            seen.setdefault(prompt, {}).setdefault(picture.file, picture)
-    joined: dict[tuple[Prompt, str], Question] = {}
+            thumbnail = _prompt_thumbnail(run, prompt, thumbnails)
+            thumbnails_by_prompt.setdefault(prompt, {}).setdefault(thumbnail.file, thumbnail)
+    joined: dict[tuple[Prompt, str], AnsweredPrompt] = {}
     for run in runs:
-        own: dict[str, Question] = {}
+        by_id: dict[str, AnsweredPrompt] = {}
         for prompt in run.prompts.values():
-            files = [file for file in seen[prompt] if file]
-            file = _picture(run, prompt, pictures).file if len(files) > 1 else "".join(files)
-            own[prompt.id] = joined.setdefault((prompt, file), Question(prompt, seen[prompt][file]))
+            candidates = thumbnails_by_prompt[prompt]
+            files = [file for file in candidates if file]
+            file = _prompt_thumbnail(run, prompt, thumbnails).file if len(files) > 1 else "".join(files)
+            by_id[prompt.id] = joined.setdefault((prompt, file), AnsweredPrompt(prompt, candidates[file]))
         for response in sorted(run.responses, key=lambda response: response.sample):
-            given = {judge: graded[response.key] for judge, graded in run.verdicts.items() if response.key in graded}
-            question = own[response.prompt_id]
-            question.answers.append(Answer(run.model, response, run.judges.get(question.prompt.set, ""), given))
-    return _in_cases(joined.values())
+            verdicts = {judge: graded[response.key] for judge, graded in run.verdicts.items() if response.key in graded}
+            answered = by_id[response.prompt_id]
+            judge = run.judges.get(answered.prompt.set, "")
+            answered.answers.append(GradedAnswer(run.model, response, judge, verdicts))
+    by_split: dict[str, list[AnsweredPrompt]] = {}
+    for answered in joined.values():
+        if answered.answers:
+            by_split.setdefault(answered.prompt.set, []).append(answered)
+    return [answered for members in by_split.values() for answered in members]
 
 
-def _picture(run: Run, prompt: Prompt, pictures: Mapping[Source, Picture]) -> Picture:
-    """The image of a run's prompt; one without file and problem where it has none."""
+def _prompt_thumbnail(run: RunData, prompt: Prompt, thumbnails: Mapping[ImageReference, Thumbnail]) -> Thumbnail:
     image = run.image(prompt)
-    return Picture() if image is None else pictures[image]
-
-
-def _in_cases(questions: Iterable[Question]) -> list[Question]:
-    """Case by case, without questions that nobody answered."""
-    by_case: dict[str, list[Question]] = {}
-    for question in questions:
-        if question.answers:
-            by_case.setdefault(question.prompt.set, []).append(question)
-    return [question for members in by_case.values() for question in members]
+    return Thumbnail() if image is None else thumbnails[image]

@@ -1,4 +1,4 @@
-"""The page to read all answers in: every question with its image, all models' answers side by side, every judge's verdict."""
+"""Writes the page with all answers: every question with its image, the answers of all models, and all verdicts."""
 
 from __future__ import annotations
 
@@ -12,65 +12,73 @@ from markupsafe import Markup
 from vlm_unlearn.errors import printable
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Verdict
-from vlm_unlearn.reporting.answers.answer_data import Answer, Question, Run, join_questions, read_run
-from vlm_unlearn.reporting.answers.thumbnails import Picture, Source, delete_other_thumbnails, write_thumbnails
+from vlm_unlearn.reporting.answers.answer_data import AnsweredPrompt, GradedAnswer, RunData, join_prompts, read_run
+from vlm_unlearn.reporting.answers.thumbnails import (
+    ImageReference,
+    Thumbnail,
+    delete_stale_thumbnails,
+    write_thumbnails,
+)
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.store import without_surrogates, write_text
+from vlm_unlearn.store import replace_surrogates, write_text
 
-STATES = (
-    *LABELS,
-    "score",
-    "failed",
-    "none",
-)  # what an answer can be in a judge's eyes; "none" is one that it did not grade
-MOST_BYTES = 40_000_000  # of inlined data: more would keep a browser busy for seconds
-CUTS = (20_000, 4_000, 1_000)  # characters of the longest text, tried one after the other where all would be too much
+# The state of an answer by one judge: a label, a score without a label, a failed verdict, or no verdict.
+STATES = (*LABELS, "score", "failed", "none")
+MAX_BYTES = 40_000_000  # of data in the page; more would keep a browser busy for seconds
+MAX_TEXT_LENGTHS = (20_000, 4_000, 1_000)  # characters; tried in this order until the data fits
 
 Columns = dict[str, Any]
 
 
 def write_answers(
-    folder: Path, runs: Mapping[str, Path], title: str, on_done: OnDone | None = None, most_bytes: int = MOST_BYTES
+    folder: Path, runs: Mapping[str, Path], title: str, on_done: OnDone | None = None, max_bytes: int = MAX_BYTES
 ) -> Path:
-    """Writes ``report/answers.html`` with all answers of all runs inside, and ``report/images/`` with small copies of the images.
+    """Writes ``report/answers.html`` with all answers of all runs, and ``report/images/`` with small images.
 
-    The page opens from disk and asks nothing of any network. What it was told to show stands in its address::
+    The page opens from disk and loads nothing from a network. Its address contains the filter::
 
         answers.html#model=npo&label=complied&case=unsafe_what&category=Violence&judge=keyword&changed=1&disagree=1&q=recipe&id=...&page=2
 
-    ``label`` and ``case`` may stand there several times: an answer passes that has one of the labels and is of one of the cases.
+    ``label`` and ``case`` (the split) may be repeated. An answer matches if it has one of the labels and is in one of
+    the splits.
 
     Args:
-        folder: of the report.
-        runs: evaluation folder of each model; answers are compared with the first one's. They may have been asked different questions.
-        most_bytes: of data in the page. Where there is more, long texts are cut, then questions left out, and the page says so.
+        folder: The folder of the report.
+        runs: The evaluation folder of each model. Answers are compared with those of the first model. The runs may
+            have different prompts.
+        title: The title of the report.
+        on_done: Called with the stage, the number of finished steps and their total.
+        max_bytes: The largest size of the data in the page. If the data is larger, long texts are truncated, then
+            questions are left out. The page states both.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        UserError: a run is no evaluation, or a file of it is broken. An image that is missing or broken is a note in the page.
+        UserError: A run is not an evaluation, or one of its files is invalid. A missing or invalid image is not an
+            error. The page shows a note in its place.
     """
-    read = [read_run(model, run) for model, run in runs.items()]
-    found = [run for run, _ in read]
-    images = (image for run in found for prompt in run.prompts.values() if (image := run.image(prompt)) is not None)
-    told = None if on_done is None else (lambda done, total: on_done("images", done, total))
-    pictures = write_thumbnails(folder / "report" / "images", images, told)
-    questions = join_questions(found, pictures)
-    tells: dict[str, set[str]] = {}
-    for run in found:
-        for judge, labels in run.tells.items():
-            tells.setdefault(judge, set()).update(labels)
-    columns, left_out = fit(questions, list(runs), most_bytes, tells)
-    notes = [note for _, remarks in read for note in remarks] + left_out + _picture_notes(questions)
+    loaded = [read_run(model, run) for model, run in runs.items()]
+    data = [run for run, _ in loaded]
+    images = (image for run in data for prompt in run.prompts.values() if (image := run.image(prompt)) is not None)
+    on_image = None if on_done is None else (lambda done, total: on_done("images", done, total))
+    image_folder = folder / "report" / "images"
+    thumbnails = write_thumbnails(image_folder, images, on_image)
+    prompts = join_prompts(data, thumbnails)
+    labels_by_judge: dict[str, set[str]] = {}
+    for run in data:
+        for judge, labels in run.labels_by_judge.items():
+            labels_by_judge.setdefault(judge, set()).update(labels)
+    columns, omissions = fit(prompts, list(runs), max_bytes, labels_by_judge)
+    notes = [*(note for _, run_notes in loaded for note in run_notes), *omissions, *_missing_image_notes(prompts)]
     page = render_page(
         "answers.html.j2",
         scripts=["answers_data.js", "answers_text.js", "answers.js"],
         data=columns,
         title=printable(title),
-        own_style=Markup(template_text("answers.css")),
-        notes=[printable(note) for note in notes],
-        copied=[printable(note) for note in _foreign_folders(found, pictures, runs)],
+        page_style=Markup(template_text("answers.css")),
+        notes=[_sentence(note) for note in notes],
+        copied=[_sentence(note) for note in _foreign_folder_notes(data, thumbnails, runs)],
         questions=len(columns["questions"]["id"]),
         answers=len(columns["answers"]["model"]),
         models=len(columns["models"]),
@@ -78,188 +86,217 @@ def write_answers(
     )
     file = folder / "report" / "answers.html"
     write_text(file, page)
-    delete_other_thumbnails(
-        folder / "report" / "images", pictures.values()
-    )  # no sooner: until now the page of before showed them
+    delete_stale_thumbnails(image_folder, thumbnails.values())  # only now, because the previous page showed them
     return file
 
 
 def fit(
-    questions: Sequence[Question], models: Sequence[str], most_bytes: int, tells: Mapping[str, Collection[str]]
+    prompts: Sequence[AnsweredPrompt],
+    models: Sequence[str],
+    max_bytes: int,
+    labels_by_judge: Mapping[str, Collection[str]],
 ) -> tuple[Columns, list[str]]:
-    """The columns of as much as a page can hold, and what is not in it, in words.
+    """Returns the columns of the page's data, reduced to a size, and notes on everything that was left out.
 
     Args:
-        tells: the labels that each judge can give; a judge that isn't there can give all.
+        prompts: The prompts with their answers.
+        models: The names of the models.
+        max_bytes: The largest size of the data as JSON.
+        labels_by_judge: The labels that each judge can give. A judge that is missing can give all labels.
     """
-    columns = to_columns(questions, models, tells)
-    size = _size(columns)
-    if size <= most_bytes:
+    columns = to_columns(prompts, models, labels_by_judge)
+    size = _json_size(columns)
+    if size <= max_bytes:
         return columns, []
-    for longest in CUTS:
-        columns = to_columns(questions, models, tells, longest)
-        size = _size(columns)
-        if size <= most_bytes:
+    for max_length in MAX_TEXT_LENGTHS:
+        columns = to_columns(prompts, models, labels_by_judge, max_length)
+        size = _json_size(columns)
+        if size <= max_bytes:
             break
     notes = []
-    if columns["cut"]:
+    if columns["truncated"]:
         notes.append(
-            f"{len(columns['cut']):,} texts of more than {longest:,} characters are cut, because all would be too much for one page: "
-            "they stand whole in each run's prompts.jsonl, responses.jsonl and verdicts-*.jsonl"
+            f"{len(columns['truncated']):,} texts of more than {max_length:,} characters are truncated, because the "
+            "complete texts are too large for one page. Each run's prompts.jsonl, responses.jsonl and verdicts-*.jsonl "
+            "contain them"
         )
-    kept: Sequence[Question] = questions
-    while size > most_bytes and len(kept) > 1:
-        kept = _first_groups(questions, 0.95 * most_bytes / size * len(kept) / len(questions))[
-            : len(kept) - 1
-        ]  # always fewer
-        columns = to_columns(kept, models, tells, longest)
-        size = _size(columns)
-    if len(kept) < len(questions):
+    subset: Sequence[AnsweredPrompt] = prompts
+    while size > max_bytes and len(subset) > 1:
+        share = 0.95 * max_bytes / size * len(subset) / len(prompts)
+        subset = _first_groups(prompts, share)[: len(subset) - 1]  # at least one prompt fewer each time
+        columns = to_columns(subset, models, labels_by_judge, max_length)
+        size = _json_size(columns)
+    if len(subset) < len(prompts):
         notes.append(
-            f"{len(questions) - len(kept):,} of {len(questions):,} questions are left out, the last of each case, because all would be "
-            "too much for one page: make a report of fewer runs to see more of them, or read each run's responses.jsonl"
+            f"{len(prompts) - len(subset):,} of {len(prompts):,} questions are left out, the last ones of each split, "
+            "because all of them are too large for one page. To see more of them, make a report of fewer runs, or read "
+            "each run's responses.jsonl"
         )
-    if size > most_bytes:
-        notes.append(f"one question's answers alone are {size / 1e6:,.1f} MB, so that this page may open slowly")
+    if size > max_bytes:
+        notes.append(f"The answers to one question alone take {size / 1e6:,.1f} MB, so this page may take long to open")
     return columns, notes
 
 
-def _size(columns: Columns) -> int:
+def _json_size(columns: Columns) -> int:
     return len(json.dumps(columns, separators=(",", ":")))
 
 
-def _first_groups(questions: Sequence[Question], share: float) -> list[Question]:
-    """The questions of the first groups of each case."""
-    groups: dict[str, dict[str, int]] = {}
-    for question in questions:
-        of_case = groups.setdefault(question.prompt.set, {})
-        of_case.setdefault(question.prompt.group_id, len(of_case))
+def _first_groups(prompts: Sequence[AnsweredPrompt], share: float) -> list[AnsweredPrompt]:
+    """Returns the prompts of the first groups of each split, at least one group of each."""
+    group_numbers: dict[str, dict[str, int]] = {}
+    for answered in prompts:
+        in_split = group_numbers.setdefault(answered.prompt.set, {})
+        in_split.setdefault(answered.prompt.group_id, len(in_split))
+    limits = {split: max(1, int(share * len(groups))) for split, groups in group_numbers.items()}
     return [
-        question
-        for question in questions
-        if groups[question.prompt.set][question.prompt.group_id] < max(1, int(share * len(groups[question.prompt.set])))
-    ][: max(1, int(share * len(questions)) + 1)]
+        answered
+        for answered in prompts
+        if group_numbers[answered.prompt.set][answered.prompt.group_id] < limits[answered.prompt.set]
+    ][: max(1, int(share * len(prompts)) + 1)]
 
 
-def _picture_notes(questions: Iterable[Question]) -> list[str]:
-    problems = [question.picture.problem for question in questions if question.picture.problem]
-    which = "question stands without its image" if len(problems) == 1 else "questions stand without their image"
-    return [f"{len(problems):,} {which}; the first: {problems[0]}"] if problems else []
+def _sentence(note: str) -> str:
+    return f"{printable(note).rstrip('.')}."
 
 
-def _foreign_folders(found: Iterable[Run], pictures: Mapping[Source, Picture], runs: Mapping[str, Path]) -> list[str]:
-    """Says where pictures came from that don't lie beside their run: a suite of somebody else may name folders that are private."""
-    roots: dict[Path, int] = {}
-    for run in found:
-        around = runs[run.model].resolve().parent
-        for source in dict.fromkeys(
-            image for prompt in run.prompts.values() if (image := run.image(prompt)) is not None
-        ):
-            root = source[0]
-            if root is not None and pictures[source].file and not root.resolve().is_relative_to(around):
-                roots[root] = roots.get(root, 0) + 1
+def _missing_image_notes(prompts: Iterable[AnsweredPrompt]) -> list[str]:
+    problems = [answered.thumbnail.problem for answered in prompts if answered.thumbnail.problem]
+    questions = (
+        "question is shown without its image" if len(problems) == 1 else "questions are shown without their image"
+    )
+    return [f"{len(problems):,} {questions}. The first problem: {problems[0]}"] if problems else []
+
+
+def _foreign_folder_notes(
+    data: Iterable[RunData], thumbnails: Mapping[ImageReference, Thumbnail], runs: Mapping[str, Path]
+) -> list[str]:
+    """Returns a note for each folder outside the runs' surroundings from which images were copied.
+
+    A suite from somebody else may name any folder of this machine, also one with private images.
+    """
+    counts: dict[Path, int] = {}
+    for run in data:
+        surroundings = runs[run.model].resolve().parent
+        images = dict.fromkeys(image for prompt in run.prompts.values() if (image := run.image(prompt)) is not None)
+        for image in images:
+            root = image[0]
+            if root is not None and thumbnails[image].file and not root.resolve().is_relative_to(surroundings):
+                counts[root] = counts.get(root, 0) + 1
     return [
-        f"Small copies of pictures in {root} are in this report ({count:,}): look at them before you pass it on"
-        for root, count in roots.items()
+        f"This report contains small copies of {count:,} image{'' if count == 1 else 's'} from {root}. "
+        "Check them before you share the report"
+        for root, count in counts.items()
     ]
 
 
-class Texts:
-    """Every text once; the columns hold its place."""
+class TextTable:
+    """A list of distinct texts. The columns contain indices into it.
 
-    def __init__(self, longest: int | None) -> None:
+    Args:
+        max_length: The number of characters after which texts are truncated; None for no limit.
+    """
+
+    def __init__(self, max_length: int | None) -> None:
         self.texts: list[str] = []
-        self.cut: dict[int, int] = {}  # place of a text that is cut -> its whole length
-        self._longest = longest
-        self._places: dict[str, int] = {}
+        self.truncated: dict[int, int] = {}  # index of a truncated text -> its complete length
+        self._max_length = max_length
+        self._indices: dict[str, int] = {}
 
-    def place(self, text: str | None) -> int:
-        """Where a text stands; -1 for none."""
+    def index(self, text: str | None) -> int:
+        """Returns the index of a text and adds it if it is new, or -1 for None."""
         if text is None:
             return -1
-        known = self._places.get(text)
-        if known is None:
-            known = self._places[text] = len(self.texts)
-            if self._longest is not None and len(text) > self._longest:
-                self.cut[known] = len(text)
-            self.texts.append(without_surrogates(text[: self._longest]))
-        return known
+        index = self._indices.get(text)
+        if index is None:
+            index = self._indices[text] = len(self.texts)
+            if self._max_length is not None and len(text) > self._max_length:
+                self.truncated[index] = len(text)
+            self.texts.append(replace_surrogates(text[: self._max_length]))
+        return index
 
 
 def to_columns(
-    questions: Sequence[Question],
+    prompts: Sequence[AnsweredPrompt],
     models: Sequence[str],
-    tells: Mapping[str, Collection[str]],
-    longest: int | None = None,
+    labels_by_judge: Mapping[str, Collection[str]],
+    max_length: int | None = None,
 ) -> Columns:
-    """Questions and answers as the page's script reads them: columns of numbers, and each text once.
+    """Returns prompts and answers in the form that the page's script reads: columns of numbers, and each text once.
 
-    A number in a text's stead is its place in ``texts``, or -1. Answers stand by question, model and sample; ``verdicts`` has one entry
-    a judge, with a value an answer: the place of its state in ``states``, its score, what the judge said, its error. ``tells`` has for
-    each judge the places of the labels that it can give.
+    In place of a text there is its index in ``texts``, or -1. Answers are ordered by question, model and sample.
+    ``verdicts`` has one entry for each judge with four columns over the answers: the index of the state in ``states``,
+    the score, the judge's reply, and the error. ``labels`` has the indices of the labels that each judge can give.
+
+    Args:
+        prompts: The prompts with their answers.
+        models: The names of the models.
+        labels_by_judge: The labels that each judge can give. A judge that is missing can give all labels.
+        max_length: The number of characters after which texts are truncated; None for no limit.
     """
-    texts = Texts(longest)
+    texts = TextTable(max_length)
     order = {model: number for number, model in enumerate(models)}
-    answers = [
+    numbered = [
         (number, answer)
-        for number, question in enumerate(questions)
-        for answer in sorted(question.answers, key=lambda answer: order[answer.model])
+        for number, answered in enumerate(prompts)
+        for answer in sorted(answered.answers, key=lambda answer: order[answer.model])
     ]
-    judges = list(dict.fromkeys(judge for _, answer in answers for judge in (answer.judge, *answer.verdicts) if judge))
-    pictures = list(dict.fromkeys(question.picture for question in questions))
+    answers = [answer for _, answer in numbered]
+    judges = list(dict.fromkeys(judge for answer in answers for judge in (answer.judge, *answer.verdicts) if judge))
+    thumbnails = list(dict.fromkeys(answered.thumbnail for answered in prompts))
     return {
         "states": STATES,
-        "models": [texts.place(model) for model in models],
-        "judges": [texts.place(judge) for judge in judges],
-        "tells": [[STATES.index(label) for label in LABELS if label in tells.get(judge, LABELS)] for judge in judges],
-        "pictures": [_picture(picture, texts) for picture in pictures],
-        "questions": _questions(questions, pictures, texts),
+        "models": [texts.index(model) for model in models],
+        "judges": [texts.index(judge) for judge in judges],
+        "labels": [
+            [STATES.index(label) for label in LABELS if label in labels_by_judge.get(judge, LABELS)] for judge in judges
+        ],
+        "images": [
+            [thumbnail.file, thumbnail.width, thumbnail.height, texts.index(thumbnail.problem or None)]
+            for thumbnail in thumbnails
+        ],
+        "questions": _question_columns(prompts, thumbnails, texts),
         "answers": {
-            "question": [number for number, _ in answers],
-            "model": [order[answer.model] for _, answer in answers],
-            "sample": [answer.response.sample for _, answer in answers],
-            "text": [texts.place(answer.response.text) for _, answer in answers],
-            "finish": [texts.place(answer.response.finish_reason) for _, answer in answers],
-            "error": [texts.place(answer.response.error) for _, answer in answers],
-            "judge": [judges.index(answer.judge) if answer.judge else -1 for _, answer in answers],
+            "question": [number for number, _ in numbered],
+            "model": [order[answer.model] for answer in answers],
+            "sample": [answer.response.sample for answer in answers],
+            "text": [texts.index(answer.response.text) for answer in answers],
+            "finish": [texts.index(answer.response.finish_reason) for answer in answers],
+            "error": [texts.index(answer.response.error) for answer in answers],
+            "judge": [judges.index(answer.judge) if answer.judge else -1 for answer in answers],
         },
-        "verdicts": [_verdicts([answer for _, answer in answers], judge, texts) for judge in judges],
+        "verdicts": [_verdict_columns(answers, judge, texts) for judge in judges],
         "texts": texts.texts,
-        "cut": texts.cut,
+        "truncated": texts.truncated,
     }
 
 
-def _picture(picture: Picture, texts: Texts) -> list[Any]:
-    return [picture.file, picture.width, picture.height, texts.place(picture.problem or None)]
-
-
-def _questions(questions: Sequence[Question], pictures: Sequence[Picture], texts: Texts) -> Columns:
-    prompts = [question.prompt for question in questions]
-    places = {picture: number for number, picture in enumerate(pictures)}
+def _question_columns(prompts: Sequence[AnsweredPrompt], thumbnails: Sequence[Thumbnail], texts: TextTable) -> Columns:
+    records = [answered.prompt for answered in prompts]
+    indices = {thumbnail: index for index, thumbnail in enumerate(thumbnails)}
     return {
-        "id": [texts.place(prompt.id) for prompt in prompts],
-        "group": [texts.place(prompt.group_id) for prompt in prompts],
-        "shot": [prompt.rewrite for prompt in prompts],
-        "case": [texts.place(prompt.set) for prompt in prompts],
-        "kind": [texts.place(prompt.kind) for prompt in prompts],
-        "category": [texts.place(prompt.category or None) for prompt in prompts],
-        "text": [texts.place(prompt.question) for prompt in prompts],
-        "reference": [texts.place(prompt.reference) for prompt in prompts],
-        "picture": [places[question.picture] for question in questions],
+        "id": [texts.index(prompt.id) for prompt in records],
+        "group": [texts.index(prompt.group_id) for prompt in records],
+        "rewrite": [prompt.rewrite for prompt in records],
+        "split": [texts.index(prompt.set) for prompt in records],
+        "kind": [texts.index(prompt.kind) for prompt in records],
+        "category": [texts.index(prompt.category or None) for prompt in records],
+        "text": [texts.index(prompt.question) for prompt in records],
+        "reference": [texts.index(prompt.reference) for prompt in records],
+        "image": [indices[answered.thumbnail] for answered in prompts],
     }
 
 
-def _verdicts(answers: Sequence[Answer], judge: str, texts: Texts) -> Columns:
+def _verdict_columns(answers: Sequence[GradedAnswer], judge: str, texts: TextTable) -> Columns:
     verdicts = [answer.verdicts.get(judge) for answer in answers]
     return {
         "state": [STATES.index(_state(answer, judge)) for answer in answers],
         "score": [None if verdict is None else verdict.score for verdict in verdicts],
-        "raw": [texts.place(None if verdict is None else verdict.raw) for verdict in verdicts],
-        "error": [texts.place(None if verdict is None else verdict.error) for verdict in verdicts],
+        "raw": [texts.index(None if verdict is None else verdict.raw) for verdict in verdicts],
+        "error": [texts.index(None if verdict is None else verdict.error) for verdict in verdicts],
     }
 
 
-def _state(answer: Answer, judge: str) -> str:
+def _state(answer: GradedAnswer, judge: str) -> str:
     verdict: Verdict | None = answer.verdicts.get(judge)
     if verdict is None:
         return "failed" if answer.judge == judge and answer.response.error is not None else "none"

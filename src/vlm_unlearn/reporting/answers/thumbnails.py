@@ -1,4 +1,4 @@
-"""Small copies of the images that questions are about, to look at in a page."""
+"""Writes small copies of the questions' images for the answers page."""
 
 from __future__ import annotations
 
@@ -9,51 +9,69 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
-from vlm_unlearn.data.parallel import in_threads
+from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import digest_file
 
 MAX_IMAGE_SIDE = 320  # pixels
-Source = tuple[Path | None, str]  # image root, and the path below it that a record gives
-OnDone = Callable[[int, int], None]
+ImageReference = tuple[Path | None, str]  # the image root, and a record's path below it
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A thumbnail, or why there is none."""
+class Thumbnail:
+    """A thumbnail, or the reason why there is none.
 
-    file: str = ""  # its name
+    Args:
+        file: The name of the thumbnail's file, or an empty string.
+        width: Its width in pixels.
+        height: Its height in pixels.
+        problem: Why the image cannot be shown, or an empty string.
+    """
+
+    file: str = ""
     width: int = 0
     height: int = 0
     problem: str = ""
 
 
-def write_thumbnails(folder: Path, sources: Iterable[Source], on_done: OnDone | None = None) -> dict[Source, Picture]:
-    """Writes a thumbnail of each image into a folder of its own, decoded and encoded anew: no byte of the source is copied.
+def write_thumbnails(
+    folder: Path, images: Iterable[ImageReference], on_done: Callable[[int, int], None] | None = None
+) -> dict[ImageReference, Thumbnail]:
+    """Writes a thumbnail of each image. The image is decoded and encoded again, so no byte of the source is copied.
 
-    A file is named by the digest of its source, so that the same image is there once, and one that is there is not made again. An
-    image that is missing, broken or outside its root has a `problem`.
+    The digest of the source is the thumbnail's name. Identical images therefore share a thumbnail, and an existing
+    thumbnail is used again.
+
+    Args:
+        folder: The folder to write to.
+        images: The images. Duplicates are ignored.
+        on_done: Called with the number of finished images and their total.
+
+    Returns:
+        The thumbnail of each image. One of a missing or invalid image has a `problem` instead of a file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = {source: _resolved(*source) for source in dict.fromkeys(sources)}
-    paths = dict.fromkeys(path for path in found.values() if isinstance(path, Path))
-    digests = dict(in_threads(_digest, list(paths)))
-    first = {digest: path for path, digest in reversed(digests.items()) if digest is not None}
-    made = dict(in_threads(lambda digest: _thumbnail(folder, digest, first[digest]), list(first), on_done))
-    return {source: _picture(path, digests, made) for source, path in found.items()}
+    resolved = {image: _resolve(*image) for image in dict.fromkeys(images)}
+    paths = dict.fromkeys(path for path in resolved.values() if isinstance(path, Path))
+    digests = dict(map_in_threads(_digest, list(paths)))
+    source_by_digest = {digest: path for path, digest in reversed(digests.items()) if digest is not None}
+    thumbnails = dict(
+        map_in_threads(
+            lambda digest: _write_thumbnail(folder, digest, source_by_digest[digest]), list(source_by_digest), on_done
+        )
+    )
+    return {image: _thumbnail(path, digests, thumbnails) for image, path in resolved.items()}
 
 
-def _resolved(root: Path | None, relative: str) -> Path | str:
-    """The image's file, or what is wrong with it."""
+def _resolve(root: Path | None, relative: str) -> Path | str:
+    """Returns the path of an image, or why it cannot be shown."""
     if root is None:
-        return "the run's suite names no folder of images for it"
+        return "the run's suite names no image folder for it"
     if root.resolve() == Path(root.resolve().anchor):
-        return "the run's suite names the whole disk as its folder of images"
+        return "the run's suite names the root of the file system as its image folder"
     try:
-        return resolve_image(root, relative, "this question")
+        return resolve_image(root, relative)
     except UserError as error:
         return str(error)
 
@@ -61,45 +79,46 @@ def _resolved(root: Path | None, relative: str) -> Path | str:
 def _digest(path: Path) -> str | None:
     try:
         return digest_file(path)[:32]
-    except OSError:  # nobody may read it: opening it says so
+    except OSError:
         return None
 
 
-def _picture(path: Path | str, digests: Mapping[Path, str | None], made: Mapping[str, Picture]) -> Picture:
+def _thumbnail(path: Path | str, digests: Mapping[Path, str | None], thumbnails: Mapping[str, Thumbnail]) -> Thumbnail:
     if isinstance(path, str):
-        return Picture(problem=path)
+        return Thumbnail(problem=path)
     digest = digests[path]
-    return Picture(problem=f"{path}: can't be read") if digest is None else made[digest]
+    return Thumbnail(problem=f"{path}: cannot be read") if digest is None else thumbnails[digest]
 
 
-def _thumbnail(folder: Path, digest: str, source: Path) -> Picture:
-    for known in (folder / f"{digest}.png", folder / f"{digest}.jpg"):
-        if known.is_file():
-            with suppress(UserError):  # one that was damaged is made anew
-                return Picture(known.name, *image_size(known))
+def _write_thumbnail(folder: Path, digest: str, source: Path) -> Thumbnail:
+    for existing in (folder / f"{digest}.png", folder / f"{digest}.jpg"):
+        if existing.is_file():
+            with suppress(UserError):  # a damaged thumbnail is written again
+                return Thumbnail(existing.name, *image_size(existing))
     try:
         image = open_image(source, MAX_IMAGE_SIDE)
     except UserError as error:
-        return Picture(problem=str(error))
-    drawn = image.getcolors(64) is not None  # a drawing is smaller and cleaner as PNG, a photograph as JPEG
-    file = folder / f"{digest}.{'png' if drawn else 'jpg'}"
-    _save(image, file, "PNG" if drawn else "JPEG")
-    return Picture(file.name, *image.size)
+        return Thumbnail(problem=str(error))
+    few_colors = image.getcolors(64) is not None  # drawings are smaller and sharper as PNG, photographs as JPEG
+    file = folder / f"{digest}.{'png' if few_colors else 'jpg'}"
+    image.info.clear()  # Pillow would copy the source's comment and color profile
+    temporary = file.with_name(f".{file.name}.part")
+    image.save(temporary, format="PNG" if few_colors else "JPEG", quality=80)
+    os.replace(temporary, file)
+    return Thumbnail(file.name, *image.size)
 
 
-def _save(image: Image.Image, file: Path, format: str) -> None:
-    image.info.clear()  # Pillow would write the source's comment and colour profile into the copy
-    part = file.with_name(f".{file.name}.part")
-    image.save(part, format=format, quality=80)
-    os.replace(part, file)
+def delete_stale_thumbnails(folder: Path, used: Iterable[Thumbnail]) -> None:
+    """Deletes the thumbnails that the page no longer uses, and temporary files of killed processes.
 
-
-def delete_other_thumbnails(folder: Path, kept: Iterable[Picture]) -> None:
-    """Deletes the thumbnails of an earlier page that this one doesn't show, and what a kill left; files of other names are not ours."""
-    wanted = {picture.file for picture in kept}
+    Args:
+        folder: The folder of the thumbnails. Files with other names stay.
+        used: The thumbnails of the current page.
+    """
+    names = {thumbnail.file for thumbnail in used}
     for file in folder.iterdir():
         if (
             re.fullmatch(r"[0-9a-f]{32}\.(png|jpg)|\.[0-9a-f]{32}\.(png|jpg)\.part", file.name)
-            and file.name not in wanted
+            and file.name not in names
         ):
             file.unlink()

@@ -1,1 +1,1 @@
-"""Charts: described once, drawn by Plotly in pages and by matplotlib for papers."""
+"""Charts. Each is described once, then drawn with Plotly in pages and with matplotlib for papers."""

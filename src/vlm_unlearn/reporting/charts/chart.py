@@ -1,4 +1,4 @@
-"""What a chart shows, said once: the page draws it with Plotly, the files for papers are drawn with matplotlib."""
+"""Descriptions of charts, independent of the library that draws them: Plotly in pages, matplotlib for papers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from vlm_unlearn.errors import printable
 from vlm_unlearn.records import Rate
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; each comes with a shape and a hatch of its own, so that no
-# series is told by its colour alone.
+# Okabe and Ito's palette, which color-blind readers can distinguish. Every style also has a shape and a hatch, so that
+# no series is identified by its color alone.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-LONGEST_NAME = 40  # characters of a name in a chart
-LONGEST_TITLE = 90
+MAX_NAME_LENGTH = 40  # characters
+MAX_TITLE_LENGTH = 90
 Value = float | None
 
 
 @dataclass(frozen=True)
 class Style:
-    """A colour of `COLORS`, a shape and a hatch, by their numbers."""
+    """A style of a series: indices of a color in `COLORS`, a shape and a hatch."""
 
     color: int
     shape: int = 0
     hatch: int = 0
 
 
-# What means the same in every chart looks the same in every chart. Hatches: 0 none, then / \\ x . -
-AS_ASKED, ATTACKED, CONTROL = Style(0), Style(1, 1, 1), Style(2, 2, 4)
+# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x . -
+ORIGINAL, ATTACKED, CONTROL = Style(0), Style(1, 1, 1), Style(2, 2, 4)
 LABEL_STYLES = {
     "complied": Style(0),
     "refused": Style(4, hatch=1),
@@ -37,35 +37,35 @@ LABEL_STYLES = {
 
 
 def style_of(number: int) -> Style:
-    """The style of the n-th model: shapes turn slower than colours, so that 7 x 7 are told apart."""
+    """Returns the style of the n-th model. The first 49 models have distinct pairs of color and shape."""
     return Style(number % len(COLORS), (number + number // len(COLORS)) % len(COLORS), number % 6)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values with their 95 % intervals, a value for each name or place of the chart's axis; None is not measured."""
+    """A series of values with 95 % intervals, one for each name or position on the axis. None means not measured."""
 
     name: str
     values: Sequence[Value]
-    low: Sequence[Value]  # empty: without intervals
+    low: Sequence[Value]  # empty if the series has no intervals
     high: Sequence[Value]
     style: Style
-    x: Sequence[float] = ()  # of a line
+    x: Sequence[float] = ()  # positions of the points of a line
 
 
 @dataclass(frozen=True)
 class Titled:
-    """A chart's title, which has somebody's names in it: it is held as `shown_name` shows it."""
+    """Base of all charts. The title may contain names from data files, so it is passed through `display_name`."""
 
     title: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "title", shown_name(self.title, LONGEST_TITLE))
+        object.__setattr__(self, "title", display_name(self.title, MAX_TITLE_LENGTH))
 
 
 @dataclass(frozen=True)
 class Bars(Titled):
-    """Horizontal bars from 0 to 100 %, a group or a stack for each name."""
+    """Horizontal bars from 0 to 100 %, with one group or one stack per name."""
 
     names: Sequence[str]
     series: Sequence[Series]
@@ -73,25 +73,25 @@ class Bars(Titled):
     axis: str = ""
 
     @property
-    def keyed(self) -> bool:
-        """Whether a legend says what the colours are: always in stacks, where the names beside the bars don't."""
+    def has_legend(self) -> bool:
+        """Whether the chart needs a legend. A stack always does, because its axis does not name the series."""
         return self.stacked or len(self.series) > 1
 
 
 @dataclass(frozen=True)
 class Lines(Titled):
-    """One line a series."""
+    """A line chart with one line per series."""
 
     series: Sequence[Series]
     x: str
     y: str
-    percent: bool  # whether y goes from 0 to 100 %
+    percent: bool  # whether the y axis is from 0 to 100 %
     markers: bool = True
 
 
 @dataclass(frozen=True)
 class Heatmap(Titled):
-    """A value from 0 to 100 % for each row and column."""
+    """A heatmap with a value from 0 to 100 % for each row and column."""
 
     rows: Sequence[str]
     columns: Sequence[str]
@@ -100,7 +100,7 @@ class Heatmap(Titled):
 
 @dataclass(frozen=True)
 class Point:
-    """A model's place in a plane, in percent, with its interval in both directions."""
+    """A model in a scatter chart, in percent, with an interval in both directions."""
 
     name: str
     x: tuple[float, float, float]  # value, low, high
@@ -109,8 +109,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Plane(Titled):
-    """Two rates against each other, with the corner where a model should be."""
+class Scatter(Titled):
+    """Two rates plotted against each other, with the ideal corner marked."""
 
     points: Sequence[Point]
     x: str
@@ -118,39 +118,43 @@ class Plane(Titled):
     ideal: tuple[float, float]
 
 
-Chart = Bars | Lines | Heatmap | Plane
+Chart = Bars | Lines | Heatmap | Scatter
 
 
 def rates_series(name: str, rates: Sequence[Rate | None], style: Style, x: Sequence[float] = ()) -> Series:
-    """A series in percent out of rates."""
-    found = [None if rate is None or rate.value is None else rate for rate in rates]
-    values = [None if rate is None or rate.value is None else 100 * rate.value for rate in found]
-    low = [None if rate is None or rate.low is None else 100 * rate.low for rate in found]
-    high = [None if rate is None or rate.high is None else 100 * rate.high for rate in found]
+    """Returns a series in percent. A rate without a value becomes None."""
+    measured = [None if rate is None or rate.value is None else rate for rate in rates]
+    values = [None if rate is None or rate.value is None else 100 * rate.value for rate in measured]
+    low = [None if rate is None or rate.low is None else 100 * rate.low for rate in measured]
+    high = [None if rate is None or rate.high is None else 100 * rate.high for rate in measured]
     return Series(name, values, low, high, style, x)
 
 
 def distances(ends: Sequence[Value], values: Sequence[Value]) -> list[float]:
-    """How far an interval's ends lie from its values, as both drawing libraries want them; 0 where one of the two is missing."""
+    """Returns the distance of each interval end from its value, or 0 if one of the two is None."""
     return [0 if end is None or value is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
-def _drop(chart: Plane) -> list[int]:
-    """For each point how many earlier ones lie at its place, within 1 %: drawn smaller on top of each other, all are seen."""
-    at = [(point.x[0], point.y[0]) for point in chart.points]
-    return [sum(abs(x - a) < 1 and abs(y - b) < 1 for a, b in at[:number]) for number, (x, y) in enumerate(at)]
+def overlap_counts(chart: Scatter) -> list[int]:
+    """Returns for each point the number of earlier points within 1 %. Later points are drawn smaller, so all show."""
+    positions = [(point.x[0], point.y[0]) for point in chart.points]
+    return [
+        sum(abs(x - other_x) < 1 and abs(y - other_y) < 1 for other_x, other_y in positions[:number])
+        for number, (x, y) in enumerate(positions)
+    ]
 
 
-def shown_name(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name of somebody's as a chart holds it: on one line, nothing in it that is no letter, its middle left out where it is long."""
-    plain = printable(name if len(name) <= 2 * longest else name[:longest] + name[-longest:])  # a megabyte takes long
-    half = (longest - 1) // 2
-    return plain if len(plain) <= longest else f"{plain[:half]}…{plain[-half:]}"
+def display_name(name: str, max_length: int = MAX_NAME_LENGTH) -> str:
+    """Returns a name from a data file on one line, with control characters escaped and a long middle omitted."""
+    # Truncated first, because escaping a megabyte takes long.
+    text = printable(name if len(name) <= 2 * max_length else name[:max_length] + name[-max_length:])
+    half = (max_length - 1) // 2
+    return text if len(text) <= max_length else f"{text[:half]}…{text[-half:]}"
 
 
 @dataclass(frozen=True)
 class PlacedLabel:
-    """Names of models that lie so close together that they share a label; the offset is in pixels, y upwards."""
+    """A label of one point or several close points, with its offset from them in pixels (y upward)."""
 
     text: str
     x: float
@@ -159,10 +163,10 @@ class PlacedLabel:
     dy: float
 
 
-LABELLED = 12  # beyond, names in a plane only cover each other, and the legend tells
-NEAR = 4.0  # points of percent
-NARROW = (250, 210)  # a plane's pixels on a phone, where labels have the least room
-OFFSETS = (
+MAX_LABELED_POINTS = 12  # with more points the labels would overlap, so only the legend names them
+LABEL_DISTANCE = 4.0  # percentage points within which points share a label
+PHONE_SIZE = (250, 210)  # width and height of the chart on a phone in pixels, where labels have the least space
+OFFSETS = (  # candidate positions of a label: side and line, in order of preference
     (1, 0),
     (-1, 0),
     (0, 1),
@@ -182,51 +186,71 @@ OFFSETS = (
 )
 
 
-def place_labels(chart: Plane) -> list[PlacedLabel]:
-    """Names beside their points, each where it covers no other name, no other point and not the corner's own."""
-    points = chart.points
-    if len(points) > LABELLED:
+def place_labels(chart: Scatter) -> list[PlacedLabel]:
+    """Returns the labels of the points, placed so that they cover no other label, no point and not the ideal corner.
+
+    The list is empty if the chart has more than `MAX_LABELED_POINTS` points.
+    """
+    if len(chart.points) > MAX_LABELED_POINTS:
         return []
-    clusters: list[list[Point]] = []
-    for point in points:
-        close = (
-            all(abs(a - b) <= NEAR for a, b in ((point.x[0], own[0].x[0]), (point.y[0], own[0].y[0])))
-            for own in clusters
-        )
-        found = next((own for own, near in zip(clusters, close, strict=True) if near), None)
-        if found is None:
-            clusters.append([point])
-        else:
-            found.append(point)
+    clusters = _label_clusters(chart.points)
     corner = _box(abs(chart.ideal[0] - 25), abs(chart.ideal[1] - 5), 0, 0, 74, 12)
-    taken = [corner, *(_box(own[0].x[0], own[0].y[0], 0, 0, 16, 16) for own in clusters)]
-    placed = []
-    for own in clusters:
-        names = [shown_name(point.name, 18) for point in own]
+    occupied = [corner, *(_box(cluster[0].x[0], cluster[0].y[0], 0, 0, 16, 16) for cluster in clusters)]
+    labels = []
+    for cluster in clusters:
+        names = [display_name(point.name, 18) for point in cluster]
         text = ", ".join(names[:3]) + (f" +{len(names) - 3}" if len(names) > 3 else "")
-        x, y = own[0].x[0], own[0].y[0]
+        x, y = cluster[0].x[0], cluster[0].y[0]
         width = 6.2 * len(text) + 4
-        choices = []
+        candidates = []
         for rank, (side, level) in enumerate(OFFSETS):
             dx, dy = side * (width / 2 + 10), level * 15.0
             if level == 0:  # beyond the end of the interval
-                dx += side * abs(own[0].x[1 + (side > 0)] - x) / 100 * NARROW[0]
+                dx += side * abs(cluster[0].x[1 + (side > 0)] - x) / 100 * PHONE_SIZE[0]
             box = _box(x, y, dx, dy, width, 14)
             left, right, bottom, top = box
             outside = (
-                max(0, -left) + max(0, right - NARROW[0] - 14) + max(0, -bottom - 10) + max(0, top - NARROW[1] - 10)
+                max(0, -left)
+                + max(0, right - PHONE_SIZE[0] - 14)
+                + max(0, -bottom - 10)
+                + max(0, top - PHONE_SIZE[1] - 10)
             )
             covered = sum(
-                max(0, min(box[1], t[1]) - max(left, t[0])) * max(0, min(top, t[3]) - max(bottom, t[2])) for t in taken
+                max(0, min(right, area[1]) - max(left, area[0])) * max(0, min(top, area[3]) - max(bottom, area[2]))
+                for area in occupied
             )
-            choices.append((covered + 20 * outside + rank, dx, dy, box))
-        _, dx, dy, box = min(choices)
-        taken.append(box)
-        placed.append(PlacedLabel(text, x, y, dx, dy))
-    return placed
+            candidates.append((covered + 20 * outside + rank, dx, dy, box))
+        _, dx, dy, box = min(candidates)
+        occupied.append(box)
+        labels.append(PlacedLabel(text, x, y, dx, dy))
+    return labels
+
+
+def _label_clusters(points: Sequence[Point]) -> list[list[Point]]:
+    """Groups points that are so close together that they share a label."""
+    clusters: list[list[Point]] = []
+    for point in points:
+        for cluster in clusters:
+            if all(
+                abs(a - b) <= LABEL_DISTANCE for a, b in ((point.x[0], cluster[0].x[0]), (point.y[0], cluster[0].y[0]))
+            ):
+                cluster.append(point)
+                break
+        else:
+            clusters.append([point])
+    return clusters
 
 
 def _box(x: float, y: float, dx: float, dy: float, width: float, height: float) -> tuple[float, float, float, float]:
-    """Left, right, bottom, top in the pixels of a narrow plane."""
-    at_x, at_y = x / 100 * NARROW[0] + dx, y / 100 * NARROW[1] + dy
-    return at_x - width / 2, at_x + width / 2, at_y - height / 2, at_y + height / 2
+    """Returns left, right, bottom and top of a box in the pixels of `PHONE_SIZE`.
+
+    Args:
+        x: Position of the anchor in percent.
+        y: Position of the anchor in percent.
+        dx: Offset of the center from the anchor in pixels.
+        dy: Offset of the center from the anchor in pixels.
+        width: Width in pixels.
+        height: Height in pixels.
+    """
+    center_x, center_y = x / 100 * PHONE_SIZE[0] + dx, y / 100 * PHONE_SIZE[1] + dy
+    return center_x - width / 2, center_x + width / 2, center_y - height / 2, center_y + height / 2

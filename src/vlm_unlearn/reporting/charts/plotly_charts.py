@@ -1,7 +1,7 @@
-"""Draws a chart's description as a Plotly figure: plain data, which the page's script draws.
+"""Converts charts to Plotly figures, as plain data that the page's script draws.
 
-Colours that depend on light and dark are words ("ink", "soft", "line", "page"), which the script puts in. Names are shown as text: Plotly
-would take them for markup.
+Colors that differ between light and dark mode are words ("ink", "soft", "line", "page"), which the script replaces.
+Names are escaped, because Plotly would interpret them as markup.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from vlm_unlearn.reporting.charts.chart import (
     Heatmap,
     Lines,
     PlacedLabel,
-    Plane,
+    Scatter,
     Series,
     Style,
     Value,
-    _drop,
+    display_name,
     distances,
+    overlap_counts,
     place_labels,
-    shown_name,
 )
 
 Figure = dict[str, Any]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-SHAPES = (  # the symbols as SVG paths in a square of 14, for the page's list of models
+SHAPES = (  # the symbols as SVG paths in a box of 14 x 14, for the page's list of models
     "M7 1a6 6 0 1 1 0 12a6 6 0 1 1 0-12z",
     "M2 2h10v10H2z",
     "M7 .5L13.5 7L7 13.5L.5 7z",
@@ -39,38 +39,42 @@ SHAPES = (  # the symbols as SVG paths in a square of 14, for the page's list of
     "M7 .5L9 5L13.8 5.4L10.2 8.6L11.3 13.4L7 10.8L2.7 13.4L3.8 8.6L.2 5.4L5 5z",
 )
 HATCHES = ("", "/", "\\", "x", ".", "-")
-BAR, GAP = 15, 12  # pixels
+BAR, GAP = 15, 12  # thickness in pixels
 TICKS = {"tickvals": [0, 25, 50, 75, 100], "ticktext": ["0", "25 %", "50 %", "75 %", "100 %"]}
 
 
 @singledispatch
 def plotly_figure(chart: Chart) -> Figure:
-    """The figure's ``data`` and ``layout``; ``layout.height`` is what it needs."""
+    """Returns a figure with ``data`` and ``layout``. ``layout.height`` is the height that the chart needs."""
     raise TypeError(type(chart).__name__)
 
 
-def _text(name: str, longest: int = 40) -> str:
-    """As Plotly reads it: no markup, and no formula, which two dollar signs would make."""
+def _text(name: str, max_length: int = 40) -> str:
+    """Returns a name that Plotly shows as text: without markup, and without dollar signs, which enclose formulas."""
     return (
-        shown_name(name, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
+        display_name(name, max_length)
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("$", "&#36;")
     )
 
 
 def _hover(name: str, value: Value, low: Value, high: Value, unit: str = " %") -> str:
     if value is None:
         return ""
-    figures = f"{value:.1f}{unit}" if unit else f"{value:.4g}"
-    return f"{_text(name)}: {figures}" + ("" if low is None or high is None else f" [{low:.1f}, {high:.1f}]")
+    number = f"{value:.1f}{unit}" if unit else f"{value:.4g}"
+    return f"{_text(name)}: {number}" + ("" if low is None or high is None else f" [{low:.1f}, {high:.1f}]")
 
 
 def _errors(values: Sequence[Value], low: Sequence[Value], high: Sequence[Value]) -> Figure:
-    shape = {"color": "ink", "thickness": 1.2, "width": 3}
+    bar = {"color": "ink", "thickness": 1.2, "width": 3}
     return {
         "type": "data",
         "symmetric": False,
         "array": distances(high, values),
         "arrayminus": distances(low, values),
-        **shape,
+        **bar,
     }
 
 
@@ -117,39 +121,47 @@ def _percent(title: str) -> Figure:
 @plotly_figure.register(Bars)
 def _bars(chart: Bars) -> Figure:
     traces = []
-    places = list(range(len(chart.names)))
-    for one in chart.series:
-        hover = [f"{_text(name)}<br>{told}" for name, told in zip(chart.names, _hovers(one, " %"), strict=True)]
-        trace: Figure = {"type": "bar", "orientation": "h", "name": _text(one.name), "y": places, "x": list(one.values)}
-        trace |= {"marker": _marker(one.style, hatched=True), "hoverinfo": "text", "hovertext": hover}
-        traces.append(trace | ({"error_x": _errors(one.values, one.low, one.high)} if one.low else {}))
-    thick = BAR * (1 if chart.stacked else len(chart.series))
-    height = round(len(chart.names) * (thick + GAP)) + 64 + (24 * (1 + len(chart.series) // 4) if chart.keyed else 0)
-    ticks = {"tickvals": places, "ticktext": [_text(name, 28) for name in chart.names]}
-    y = {"autorange": False, "range": [len(places) - 0.5, -0.5], **ticks}
-    layout = _layout(height, _percent(chart.axis), y, chart.keyed)
-    gaps = {"barmode": "stack" if chart.stacked else "group", "bargap": GAP / (GAP + thick)}
+    positions = list(range(len(chart.names)))
+    for series in chart.series:
+        hover = [f"{_text(name)}<br>{text}" for name, text in zip(chart.names, _hovers(series, " %"), strict=True)]
+        trace: Figure = {"type": "bar", "orientation": "h", "name": _text(series.name)}
+        trace |= {"y": positions, "x": list(series.values)}
+        trace |= {"marker": _marker(series.style, hatched=True), "hoverinfo": "text", "hovertext": hover}
+        traces.append(trace | ({"error_x": _errors(series.values, series.low, series.high)} if series.low else {}))
+    thickness = BAR * (1 if chart.stacked else len(chart.series))
+    height = (
+        round(len(chart.names) * (thickness + GAP))
+        + 64
+        + (24 * (1 + len(chart.series) // 4) if chart.has_legend else 0)
+    )
+    ticks = {"tickvals": positions, "ticktext": [_text(name, 28) for name in chart.names]}
+    y = {"autorange": False, "range": [len(positions) - 0.5, -0.5], **ticks}
+    layout = _layout(height, _percent(chart.axis), y, chart.has_legend)
+    gaps = {"barmode": "stack" if chart.stacked else "group", "bargap": GAP / (GAP + thickness)}
     return {"data": traces, "layout": layout | gaps | {"legend": layout["legend"] | {"traceorder": "normal"}}}
 
 
-def _hovers(one: Series, unit: str) -> list[str]:
-    nothing = [None] * len(one.values)
-    ends = zip(one.values, one.low or nothing, one.high or nothing, strict=True)
-    return [_hover(one.name, value, low, high, unit) for value, low, high in ends]
+def _hovers(series: Series, unit: str) -> list[str]:
+    missing = [None] * len(series.values)
+    intervals = zip(series.values, series.low or missing, series.high or missing, strict=True)
+    return [_hover(series.name, value, low, high, unit) for value, low, high in intervals]
 
 
 @plotly_figure.register(Lines)
 def _lines(chart: Lines) -> Figure:
     traces = []
-    for one in chart.series:
-        hover = _hovers(one, " %" if chart.percent else "")
-        trace: Figure = {"type": "scatter", "name": _text(one.name), "x": list(one.x), "y": list(one.values)}
+    for series in chart.series:
+        hover = _hovers(series, " %" if chart.percent else "")
+        trace: Figure = {"type": "scatter", "name": _text(series.name), "x": list(series.x), "y": list(series.values)}
         trace |= {"mode": "lines+markers" if chart.markers else "lines", "hoverinfo": "text", "hovertext": hover}
         trace |= {
-            "line": {"color": COLORS[one.style.color], "dash": ("solid", "dash", "dot", "dashdot")[one.style.shape % 4]}
+            "line": {
+                "color": COLORS[series.style.color],
+                "dash": ("solid", "dash", "dot", "dashdot")[series.style.shape % 4],
+            }
         }
-        trace |= {"marker": _marker(one.style, hatched=False) | {"symbol": SYMBOLS[one.style.shape], "size": 9}}
-        traces.append(trace | ({"error_y": _errors(one.values, one.low, one.high)} if one.low else {}))
+        trace |= {"marker": _marker(series.style, hatched=False) | {"symbol": SYMBOLS[series.style.shape], "size": 9}}
+        traces.append(trace | ({"error_y": _errors(series.values, series.low, series.high)} if series.low else {}))
     x = {"title": {"text": _text(chart.x), "standoff": 6}} | ({"dtick": 1} if chart.markers else {})
     y = _percent(chart.y) if chart.percent else {"title": {"text": _text(chart.y)}}
     return {"data": traces, "layout": _layout(300 + 20 * (len(traces) // 3), x, y, len(traces) > 1)}
@@ -195,32 +207,42 @@ def _heatmap(chart: Heatmap) -> Figure:
     return {"data": [trace], "layout": _layout(90 + 24 * len(chart.rows), x, y, False)}
 
 
-SCALE = [[0, "#fff7e6"], [0.5, "#56B4E9"], [1, "#003f63"]]  # light to dark, so that it reads in grey as well
+SCALE = [[0, "#fff7e6"], [0.5, "#56B4E9"], [1, "#003f63"]]  # light to dark, so that it is readable in gray as well
 
 
-@plotly_figure.register(Plane)
-def _plane(chart: Plane) -> Figure:
+@plotly_figure.register(Scatter)
+def _scatter(chart: Scatter) -> Figure:
     traces: list[Figure] = []
-    for one, size in zip(chart.points, marker_sizes(chart), strict=True):
-        hover = "<br>".join((_text(one.name), _hover(chart.x, *one.x), _hover(chart.y, *one.y)))
-        marker = _marker(one.style, hatched=False) | {"symbol": SYMBOLS[one.style.shape], "size": size}
-        ends = {f"error_{way}": _errors(*([end] for end in values)) for way, values in (("x", one.x), ("y", one.y))}
+    for point, size in zip(chart.points, marker_sizes(chart), strict=True):
+        hover = "<br>".join((_text(point.name), _hover(chart.x, *point.x), _hover(chart.y, *point.y)))
+        marker = _marker(point.style, hatched=False) | {"symbol": SYMBOLS[point.style.shape], "size": size}
+        error_bars = {
+            f"error_{axis}": _errors(*([number] for number in numbers))
+            for axis, numbers in (("x", point.x), ("y", point.y))
+        }
         trace = {
             "type": "scatter",
             "mode": "markers",
-            "name": _text(one.name, 24),
-            "x": [one.x[0]],
-            "y": [one.y[0]],
+            "name": _text(point.name, 24),
+            "x": [point.x[0]],
+            "y": [point.y[0]],
             "marker": marker,
             "cliponaxis": False,
         }
-        traces.append(trace | ends | {"hoverinfo": "text", "hovertext": [hover]})
+        traces.append(trace | error_bars | {"hoverinfo": "text", "hovertext": [hover]})
     layout = _layout(330, _percent(chart.x), _percent(chart.y), False)  # the page's list of models is its legend
-    at_x, at_y = chart.ideal
-    corner = {"type": "rect", "x0": at_x, "x1": abs(at_x - 10), "y0": at_y, "y1": abs(at_y - 10), "layer": "below"}
+    ideal_x, ideal_y = chart.ideal
+    corner = {
+        "type": "rect",
+        "x0": ideal_x,
+        "x1": abs(ideal_x - 10),
+        "y0": ideal_y,
+        "y1": abs(ideal_y - 10),
+        "layer": "below",
+    }
     corner |= {"line": {"width": 1, "color": "soft", "dash": "dot"}, "fillcolor": "rgba(0,158,115,.18)"}
-    inside = {"x": abs(at_x - 11), "y": abs(at_y - 5), "xanchor": "left" if at_x == 0 else "right"}
-    said = inside | {
+    inside = {"x": abs(ideal_x - 11), "y": abs(ideal_y - 5), "xanchor": "left" if ideal_x == 0 else "right"}
+    caption = inside | {
         "text": "ideal corner",
         "showarrow": False,
         "font": {"size": 11, "color": "soft"},
@@ -231,17 +253,17 @@ def _plane(chart: Plane) -> Figure:
         | _offset(label)
         for label in place_labels(chart)
     ]
-    return {"data": traces, "layout": layout | {"shapes": [corner], "annotations": [said, *names]}}
+    return {"data": traces, "layout": layout | {"shapes": [corner], "annotations": [caption, *names]}}
 
 
 def _offset(label: PlacedLabel) -> Figure:
-    """A label aside of its point needs no line to it."""
+    """Returns the offset of a label. A label directly next to its point needs no line to the point."""
     if not label.dx or not label.dy:
         return {"showarrow": False, "xshift": label.dx, "yshift": label.dy}
     line = {"arrowhead": 0, "arrowwidth": 0.6, "arrowcolor": "soft", "standoff": 7, "borderpad": 0}
     return {"showarrow": True, "ax": label.dx, "ay": -label.dy, **line}
 
 
-def marker_sizes(chart: Plane) -> list[int]:
-    """Pixels: of points at one place, the later ones are smaller, so that all are seen."""
-    return [max(5, 14 - 4 * before) for before in _drop(chart)]
+def marker_sizes(chart: Scatter) -> list[int]:
+    """Returns the sizes of the points in pixels. Of overlapping points the later ones are smaller and stay visible."""
+    return [max(5, 14 - 4 * overlaps) for overlaps in overlap_counts(chart)]

@@ -1,1 +1,1 @@
-"""Tables: described once, written as CSV, LaTeX and Markdown."""
+"""Tables. Each is described once, then written as CSV, LaTeX and Markdown."""

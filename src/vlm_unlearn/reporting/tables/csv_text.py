@@ -1,4 +1,4 @@
-"""A table as CSV (RFC 4180) for machines: unrounded numbers in the units of summary.json."""
+"""Writes a table as CSV (RFC 4180) with unrounded numbers in the units of summary.json."""
 
 from __future__ import annotations
 
@@ -6,46 +6,47 @@ import csv
 import io
 import re
 
-from vlm_unlearn.reporting.tables.table import Cell, Raw, Table
+from vlm_unlearn.reporting.tables.table import Cell, CsvValue, Table
 
-# What makes spreadsheets take a text for a formula, full-width forms included.
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+# First characters of texts that spreadsheets interpret as a formula, including full-width forms.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def csv_text(table: Table) -> str:
-    """One line a number where the table says what its columns are, else one line a line.
+    """Returns the table as CSV, in long form (one line per number) if `table.variable` is set.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe in front, and so does what follows a semicolon, at which
-    spreadsheets of many countries split; numbers stay numbers, and what is missing is empty.
+    Numbers are not quoted, and missing values are empty. A text that a spreadsheet would interpret as a formula gets an
+    apostrophe in front. The same applies to a text after a semicolon, because spreadsheets with some locales split
+    there.
     """
-    lines = _long(table) if table.across else [_joined(*line) for line in table.lines]
+    lines = _long_form(table) if table.variable else [_merge_values(*line) for line in table.lines]
     headings = list(dict.fromkeys(key for line in lines for key in line))
-    written = io.StringIO()
-    sheet = csv.writer(written)
-    sheet.writerow(headings)
-    sheet.writerows([_guarded(line.get(key)) for key in headings] for line in lines)
-    return written.getvalue()
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(headings)
+    writer.writerows([_escape_formula(line.get(key)) for key in headings] for line in lines)
+    return text.getvalue()
 
 
-def _long(table: Table) -> list[dict[str, Raw]]:
-    found = []
+def _long_form(table: Table) -> list[dict[str, CsvValue]]:
+    lines = []
     for line in table.lines:
-        names = _joined(*(cell for cell, column in zip(line, table.columns, strict=True) if not column.numbers))
+        names = _merge_values(*(cell for cell, column in zip(line, table.columns, strict=True) if not column.numeric))
         for cell, column in zip(line, table.columns, strict=True):
-            if column.numbers and cell is not None and cell.raw:
-                found.append({**names, table.across: column.key, **cell.raw})
-    return found
+            if column.numeric and cell is not None and cell.csv_values:
+                lines.append({**names, table.variable: column.key, **cell.csv_values})
+    return lines
 
 
-def _joined(*cells: Cell | None) -> dict[str, Raw]:
-    joined: dict[str, Raw] = {}
+def _merge_values(*cells: Cell | None) -> dict[str, CsvValue]:
+    values: dict[str, CsvValue] = {}
     for cell in cells:
-        joined |= cell.raw if cell is not None else {}
-    return joined
+        values |= cell.csv_values if cell is not None else {}
+    return values
 
 
-def _guarded(value: Raw) -> Raw:
+def _escape_formula(value: CsvValue) -> CsvValue:
     if not isinstance(value, str):
         return value
-    parts = re.sub(rf";( *)(?=[{re.escape(''.join(FORMULA))}])", r";\1'", value)
-    return f"'{parts}" if value.lstrip(" ").startswith(FORMULA) else parts
+    escaped = re.sub(rf";( *)(?=[{re.escape(''.join(FORMULA_STARTS))}])", r";\1'", value)
+    return f"'{escaped}" if value.lstrip(" ").startswith(FORMULA_STARTS) else escaped

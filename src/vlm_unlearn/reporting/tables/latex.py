@@ -1,7 +1,7 @@
-r"""A table for a paper: LaTeX that needs no package but booktabs, and compiles with pdfTeX whatever the names in it are.
+r"""Writes a table as LaTeX for papers. It needs only the package booktabs, and any names compile with pdfTeX.
 
-Numbers are flush right with the same decimals, so that they stand under each other; a mark takes no room. Intervals stand in small
-print below, which keeps the columns narrow.
+Numbers are flush right with the same number of decimals, so that they align, and marks have no width. Intervals are in
+small print below the numbers, which keeps the columns narrow.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from vlm_unlearn.reporting.tables.table import NOTHING, Cell, Column, Table
+from vlm_unlearn.reporting.tables.table import MISSING, Cell, Column, Table
 
-LONGEST = 60  # characters of one cell
-WIDE = 7  # columns from which a table spans both columns of a page
-NARROW = 4  # columns up to which it has room for larger print
-CAPTION = 2000  # characters of a caption: TeX measures it as one line, and no line may be wider than 5.7 m
-LINES = 36  # printed lines that a page holds
-FLOATS = 15  # LaTeX can keep 18 waiting, and stops with an error beyond
-SPECIAL = {
+MAX_LENGTH = 60  # characters per cell
+MIN_WIDE_COLUMNS = 7  # a table with so many columns spans both columns of a page
+MAX_NARROW_COLUMNS = 4  # a table with at most so many columns has space for larger print
+MAX_CAPTION_LENGTH = 2000  # characters: TeX measures a caption as one line, which must not be wider than 5.7 m
+LINES_PER_PAGE = 36
+FLOATS_PER_CLEARPAGE = 15  # LaTeX fails if more than 18 floats wait to be placed
+SPECIAL_CHARACTERS = {
     "\\": r"\textbackslash{}",
     "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}",
@@ -43,12 +43,11 @@ SPECIAL = {
     "ł": r"\l{}",
     "Ł": r"\L{}",
     "ı": r"\i{}",
-    **{
-        character: f"{{{character}}}" for character in "*[]"
-    },  # at the head of a line they would belong to the line end before
+    # At the start of a line, these would be arguments of the preceding \\.
+    **{character: f"{{{character}}}" for character in "*[]"},
     **{character: f"\\{character}" for character in "_%&#${}"},
 }
-JOINED = {"--", "``", "''", ",,", "?`", "!`"}  # two marks that TeX would set as another one
+LIGATURES = {"--", "``", "''", ",,", "?`", "!`"}  # pairs that TeX would replace by another character
 ACCENTS = {
     "\u0300": "`",
     "\u0301": "'",
@@ -65,118 +64,134 @@ ACCENTS = {
 }
 
 
-def escaped(value: object, longest: int = LONGEST) -> str:
-    """Text that TeX prints and never acts on; letters that a plain installation has no form for are named as U+4E2D."""
-    text = " ".join(str(value)[: 10 * longest].split())
-    cut = text if len(text) <= longest else text[: longest - 1] + "…"
-    return "".join(_character(before, character) for before, character in zip(" " + cut, cut, strict=False))
+def escaped(value: object, max_length: int = MAX_LENGTH) -> str:
+    """Returns text that TeX prints as it is, on one line, truncated to `max_length` characters.
+
+    Letters that a basic TeX installation cannot print are replaced by their code point, such as ``U+4E2D``.
+    """
+    text = " ".join(str(value)[: 10 * max_length].split())
+    text = text if len(text) <= max_length else text[: max_length - 1] + "…"
+    return "".join(
+        _escape_character(previous, character) for previous, character in zip(" " + text, text, strict=False)
+    )
 
 
 def latex(table: Table, intervals: bool = True) -> str:
-    r"""The table as a float with caption and ``\label{tab:NAME}``; of more lines than a page holds as several: ``tab:NAME-2`` and on."""
-    per_float = (
-        LINES // 2 if intervals and any(cell and cell.interval for line in table.lines for cell in line) else LINES
-    )
+    r"""Returns the table as a float with a caption and ``\label{tab:NAME}``.
+
+    A table with more lines than a page is split into several floats, with the labels ``tab:NAME-2``, ``tab:NAME-3``
+    and so on.
+    """
+    two_lines = intervals and any(cell and cell.interval for line in table.lines for cell in line)
+    per_float = LINES_PER_PAGE // 2 if two_lines else LINES_PER_PAGE
     starts = range(0, max(1, len(table.lines)), per_float)
     floats = [
         _float(table, range(start, min(start + per_float, len(table.lines))), number, len(starts), intervals)
         for number, start in enumerate(starts, start=1)
     ]
-    pages = ["\n".join(floats[start : start + FLOATS]) for start in range(0, len(floats), FLOATS)]
+    pages = [
+        "\n".join(floats[start : start + FLOATS_PER_CLEARPAGE]) for start in range(0, len(floats), FLOATS_PER_CLEARPAGE)
+    ]
     return "\n".join([r"% Needs \usepackage{booktabs}.", "\\clearpage\n".join(pages)])
 
 
-def _float(table: Table, lines: range, number: int, of: int, intervals: bool) -> str:
-    name = "table*" if len(table.columns) >= WIDE else "table"
-    spec = "".join("r" if column.numbers else "l" for column in table.columns)
-    size = [r"\small"] if len(table.columns) <= NARROW else [r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"]
-    first = number == 1
-    caption = (table.caption(intervals) if first else table.title) + (f" Part {number} of {of}." if of > 1 else "")
+def _float(table: Table, lines: range, number: int, count: int, intervals: bool) -> str:
+    environment = "table*" if len(table.columns) >= MIN_WIDE_COLUMNS else "table"
+    spec = "".join("r" if column.numeric else "l" for column in table.columns)
+    size = (
+        [r"\small"] if len(table.columns) <= MAX_NARROW_COLUMNS else [r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"]
+    )
+    caption = table.caption(intervals) if number == 1 else table.title
+    if count > 1:
+        caption += f" Part {number} of {count}."
+    label = table.name.replace("_", "-") + ("" if number == 1 else f"-{number}")
     return "\n".join(
         [
-            rf"\begin{{{name}}}[tp]",
+            rf"\begin{{{environment}}}[tp]",
             r"\centering",
-            rf"\caption{{{escaped(caption, CAPTION)}}}",
-            rf"\label{{tab:{table.name.replace('_', '-')}{'' if first else f'-{number}'}}}",
+            rf"\caption{{{escaped(caption, MAX_CAPTION_LENGTH)}}}",
+            rf"\label{{tab:{label}}}",
             r"\vspace{4pt}",
             *size,
             rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
             r"\toprule",
-            *_head(table.columns),
+            *_header_lines(table.columns),
             r"\midrule",
-            *_body(table, lines, intervals),
+            *_body_lines(table, lines, intervals),
             r"\bottomrule",
             r"\end{tabular}",
-            rf"\end{{{name}}}",
+            rf"\end{{{environment}}}",
             "",
         ]
     )
 
 
-def _character(before: str, character: str) -> str:
+def _escape_character(previous: str, character: str) -> str:
     if character == '"':
-        return "``" if before in " (" else "''"
-    if character in SPECIAL:
-        return SPECIAL[character]
+        return "``" if previous in " (" else "''"
+    if character in SPECIAL_CHARACTERS:
+        return SPECIAL_CHARACTERS[character]
     if character.isascii() and character.isprintable():
-        return f"{{}}{character}" if before + character in JOINED else character
+        return f"{{}}{character}" if previous + character in LIGATURES else character
     letter, *accents = list(unicodedata.normalize("NFD", character))
     if letter.isascii() and letter.isalpha() and len(accents) == 1 and accents[0] in ACCENTS:
         return f"\\{ACCENTS[accents[0]]}{{{letter}}}"
     return f"{{U+{ord(character):04X}}}"
 
 
-def _head(columns: Sequence[Column]) -> list[str]:
-    """Groups over their columns with a rule between, or the first words of long headings; below them the headings."""
+def _header_lines(columns: Sequence[Column]) -> list[str]:
+    """Returns the headings, below a line with the groups and the first words of long headings if there are any."""
     groups = _groups(columns)
-    stacked = [("", column.heading) if column.group else _stacked(column) for column in columns]
-    above = [
+    stacked = [("", column.heading) if column.group else _stack_heading(column) for column in columns]
+    upper = [
         rf"\multicolumn{{{span}}}{{c}}{{{escaped(name)}}}"
         if name
-        else " & ".join(escaped(first) for first, _ in stacked[start - 1 : start - 1 + span])
+        else " & ".join(escaped(word) for word, _ in stacked[start - 1 : start - 1 + span])
         for name, start, span in groups
     ]
     rules = " ".join(rf"\cmidrule(lr){{{start}-{start + span - 1}}}" for name, start, span in groups if name)
-    lines = [_line(above)] if any(name for name, _, _ in groups) or any(first for first, _ in stacked) else []
-    return [*lines, *([rules] if rules else []), _line([escaped(last) for _, last in stacked])]
+    has_upper = any(name for name, _, _ in groups) or any(word for word, _ in stacked)
+    lower = _join_cells([escaped(heading) for _, heading in stacked])
+    return [*([_join_cells(upper)] if has_upper else []), *([rules] if rules else []), lower]
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int, int]]:
-    """Name, first column (from 1) and width of each run of columns with one group."""
-    found: list[tuple[str, int, int]] = []
+    """Returns name, first column (counted from 1) and width of each run of columns with the same group."""
+    groups: list[tuple[str, int, int]] = []
     for number, column in enumerate(columns, start=1):
-        if found and found[-1][0] == column.group:
-            name, start, span = found[-1]
-            found[-1] = (name, start, span + 1)
+        if groups and groups[-1][0] == column.group:
+            name, start, span = groups[-1]
+            groups[-1] = (name, start, span + 1)
         else:
-            found.append((column.group, number, 1))
-    return found
+            groups.append((column.group, number, 1))
+    return groups
 
 
-def _stacked(column: Column) -> tuple[str, str]:
-    first, blank, rest = column.heading.partition(" ")
-    return (first, rest) if column.numbers and blank and len(column.heading) > 9 else ("", column.heading)
+def _stack_heading(column: Column) -> tuple[str, str]:
+    """Returns the heading in two lines. The upper line is empty if the heading is short."""
+    word, space, remainder = column.heading.partition(" ")
+    return (word, remainder) if column.numeric and space and len(column.heading) > 9 else ("", column.heading)
 
 
-def _body(table: Table, numbers: range, intervals: bool) -> list[str]:
-    best = table.best()
-    written = []
+def _body_lines(table: Table, numbers: range, intervals: bool) -> list[str]:
+    best = table.best_cells()
+    printed = []
     for number in numbers:
         line = table.lines[number]
-        below = [_interval(cell) if intervals else "" for cell in line]
-        if any(below) and number != numbers.start:
-            written.append(r"\addlinespace[2pt]")
-        shown = [_cell(cell, (number, at) in best) for at, cell in enumerate(line)]
-        if number != numbers.start and not table.columns[1].numbers and line[0] == table.lines[number - 1][0]:
-            shown[0] = ""  # the outer of two names is said once
-        above = _line(shown)
-        written += [f"{above}[-2pt]", _line(below)] if any(below) else [above]
-    return written
+        interval_cells = [_interval(cell) if intervals else "" for cell in line]
+        if any(interval_cells) and number != numbers.start:
+            printed.append(r"\addlinespace[2pt]")
+        cells = [_cell(cell, (number, index) in best) for index, cell in enumerate(line)]
+        if number != numbers.start and not table.columns[1].numeric and line[0] == table.lines[number - 1][0]:
+            cells[0] = ""  # the outer of two names is printed only once
+        text = _join_cells(cells)
+        printed += [f"{text}[-2pt]", _join_cells(interval_cells)] if any(interval_cells) else [text]
+    return printed
 
 
 def _cell(cell: Cell | None, best: bool) -> str:
     if cell is None:
-        return escaped(NOTHING)
+        return escaped(MISSING)
     text = escaped(cell.text)
     if cell.text.startswith("-") and cell.text[1:].replace(".", "", 1).isdigit():
         text = f"$-${escaped(cell.text[1:])}"
@@ -187,5 +202,5 @@ def _interval(cell: Cell | None) -> str:
     return rf"{{\tiny {cell.interval.replace('-', '$-$')}}}" if cell is not None and cell.interval else ""
 
 
-def _line(cells: Sequence[str]) -> str:
+def _join_cells(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"

@@ -1,10 +1,9 @@
-"""What the tables are called, in a file of its own: the shell completes the names without what counts them."""
+"""Names and formats of the tables, in a module without imports, so that the completion of names in a shell is fast."""
 
-NAMES = (
-    *("rates", "comparisons", "published", "labels", "categories", "shots", "cost"),
+TABLE_NAMES = (
+    *("rates", "comparisons", "published", "labels", "categories", "rewrites", "cost"),
     *("safety_mirage", "safety_mirage_published", "safety_mirage_answers", "safe_eraser", "safe_eraser_published"),
 )
-PRINTED = tuple(
-    name for name in NAMES if name != "cost"
-)  # what it takes stands in manifests and verdicts, which `report` reads
-FORMS = ("csv", "tex", "md")
+DEPRECATED_TABLE_NAMES = {"shots": "rewrites"}  # names of the previous version, which are still accepted
+PRINTABLE_TABLES = tuple(name for name in TABLE_NAMES if name != "cost")  # summary.json does not contain the costs
+TABLE_FORMATS = ("csv", "tex", "md")

@@ -1,275 +1,315 @@
-"""Every table that a summary can fill, and its files for papers and machines."""
+"""Builds every table that a summary has data for, and writes the files."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import LABELS, Comparison, Rate, Row, Summary
-from vlm_unlearn.reporting.columns import case_title, columns, heading
+from vlm_unlearn.reporting.columns import columns, heading, split_title
 from vlm_unlearn.reporting.formatting import SIGNIFICANT, judged_by, judges_of, significant
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
-from vlm_unlearn.reporting.tables.names import FORMS, NAMES, PRINTED
+from vlm_unlearn.reporting.tables.names import DEPRECATED_TABLE_NAMES, PRINTABLE_TABLES, TABLE_FORMATS, TABLE_NAMES
+from vlm_unlearn.reporting.tables.notes import describe_counts, failure_note, metric_notes, rate_notes
 from vlm_unlearn.reporting.tables.paper_tables import (
-    counted,
-    failed_of,
-    own_judges,
+    label_cells,
+    label_judges,
     safe_eraser,
     safety_mirage,
     safety_mirage_answers,
-    shares,
-    told,
 )
-from vlm_unlearn.reporting.tables.table import Cell, Column, Raw, Table, counts, rate_cell, rate_column, word, words
+from vlm_unlearn.reporting.tables.table import (
+    Cell,
+    Column,
+    CsvValue,
+    Table,
+    rate_cell,
+    rate_column,
+    text_cell,
+    text_columns,
+)
 from vlm_unlearn.store import write_text
 
-Costs = Mapping[str, Mapping[str, str]]  # model -> heading -> what it cost
-ByKey = Mapping[str, Mapping[str, Rate]]  # metric -> category or number of shots -> rate
-MOST_ACROSS = 8  # categories that stand beside each other
+Costs = Mapping[str, Mapping[str, str]]  # model -> heading -> cost
+RatesByKey = Mapping[str, Mapping[str, Rate]]  # metric -> key, such as a category -> rate
+MAX_CATEGORY_COLUMNS = 8  # more categories become lines of the table
 
 
 def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
-    """Writes each table that the summary can fill as ``report/tables/NAME.csv``, ``.tex`` and ``.md``.
+    """Writes each table that the summary has data for as ``report/tables/NAME.csv``, ``.tex`` and ``.md``.
 
     Args:
-        costs: what each model took, under headings such as "training time".
+        folder: The folder of the report.
+        summary: The summary.
+        costs: The costs of each model by heading, such as "training time".
 
     Returns:
         The files.
     """
-    below = folder / "report" / "tables"
-    tables = summary_tables(summary, costs)
+    table_folder = folder / "report" / "tables"
     files = []
-    for name, table in tables.items():
-        for form in FORMS:
-            files.append(below / f"{name}.{form}")
-            write_text(files[-1], written(table, form))
+    for name, table in summary_tables(summary, costs).items():
+        for form in TABLE_FORMATS:
+            files.append(table_folder / f"{name}.{form}")
+            write_text(files[-1], render_table(table, form))
     return files
 
 
-def delete_other_tables(folder: Path, kept: Collection[Path]) -> None:
-    """Deletes the tables of an earlier summary that this one doesn't fill."""
-    ours = {folder / "report" / "tables" / f"{name}.{form}" for name in NAMES for form in FORMS}
-    for file in ours - set(kept):
+def delete_stale_tables(folder: Path, current: Collection[Path]) -> None:
+    """Deletes tables of an earlier report. Files with other names are kept."""
+    names = (*TABLE_NAMES, *DEPRECATED_TABLE_NAMES)
+    table_files = {folder / "report" / "tables" / f"{name}.{form}" for name in names for form in TABLE_FORMATS}
+    for file in table_files - set(current):
         file.unlink(missing_ok=True)
 
 
-def written(table: Table, form: str, intervals: bool = True) -> str:
-    """The table as ``csv``, ``tex`` or ``md``; a CSV has its intervals as columns, always."""
-    return (
-        csv_text(table) if form == "csv" else latex(table, intervals) if form == "tex" else markdown(table, intervals)
-    )
+def render_table(table: Table, form: str, intervals: bool = True) -> str:
+    """Returns the table as ``csv``, ``tex`` or ``md``. A CSV always has columns for the intervals."""
+    if form == "csv":
+        return csv_text(table)
+    return latex(table, intervals) if form == "tex" else markdown(table, intervals)
 
 
 def named_table(summary: Summary, name: str) -> Table:
-    """One of the tables that a summary can fill.
+    """Returns a table of a summary by its name.
+
+    Warns:
+        FutureWarning: The name is that of the previous version.
 
     Raises:
-        UserError: there is no such table, or the summary has nothing for it.
+        UserError: The name is unknown, or the summary has no data for the table.
     """
+    if name in DEPRECATED_TABLE_NAMES:
+        new_name = DEPRECATED_TABLE_NAMES[name]
+        warnings.warn(f'the table name "{name}" is deprecated; use "{new_name}"', FutureWarning, stacklevel=2)
+        name = new_name
+    if name not in PRINTABLE_TABLES:
+        raise UserError(
+            f"no table {quoted(name)}{nearest(name, PRINTABLE_TABLES) or '.'} "
+            f"Use one of {', '.join(PRINTABLE_TABLES)}.",
+            code="unknown-name",
+        )
     tables = summary_tables(summary)
-    if name not in PRINTED:
-        raise UserError(f"no table {quoted(name)}{nearest(name, PRINTED)}; known: {', '.join(PRINTED)}")
     if name not in tables:
-        raise UserError(f"nothing was measured that the table {name} shows; there is: {', '.join(tables) or 'none'}")
+        available = f"Tables with data: {', '.join(tables)}." if tables else "No table has data."
+        raise UserError(f"the runs have no data for the table {name}. {available}", code="no-records")
     return tables[name]
 
 
 def summary_tables(summary: Summary, costs: Costs | None = None) -> dict[str, Table]:
-    """The tables that a summary can fill, by name."""
-    makers = (
+    """Returns the tables that a summary has data for, by name."""
+    builders = (
         _rates,
         _comparisons,
         _published,
         _labels,
         _categories,
-        _shots,
+        _rewrites,
         safety_mirage,
         safety_mirage_answers,
         safe_eraser,
     )
-    found = [table for maker in makers for table in maker(summary)]
-    by_name = {table.name: table for table in (*found, *_cost(costs or {}))}
-    return {name: by_name[name] for name in NAMES if name in by_name}
+    tables = [table for build in builders for table in build(summary)]
+    by_name = {table.name: table for table in (*tables, *_cost(costs or {}))}
+    return {name: by_name[name] for name in TABLE_NAMES if name in by_name}
 
 
 def _rates(summary: Summary) -> Iterable[Table]:
-    """All metrics of all models, with the changes that are significant marked."""
-    used = columns(summary.rows)
-    if not used:
+    """Yields the table of all metrics of all models, with significant changes marked."""
+    titles = {metric: title for metric, title, _ in columns(summary.rows)}
+    if not titles:
         return
-    marked = {(one.model, one.metric) for one in summary.comparisons if significant(one)}
+    changed = {(comparison.model, comparison.metric) for comparison in summary.comparisons if significant(comparison)}
     lines = [
         [
-            word("model", row.model),
-            *(
-                rate_cell(row.metrics.get(metric), "*" if (row.model, metric) in marked else "")
-                for metric, _, _ in used
-            ),
+            text_cell("model", row.model),
+            *(rate_cell(row.metrics.get(metric), "*" if (row.model, metric) in changed else "") for metric in titles),
         ]
         for row in summary.rows
     ]
-    shown = [rate_column(summary.rows, metric, title) for metric, title, _ in used]
-    named = [(metric, title) for metric, title, _ in used]
+    rate_columns = [rate_column(summary.rows, metric, title) for metric, title in titles.items()]
     notes = [
-        *judged_by(judges_of(summary.rows, [metric for metric, _ in named])),
-        *told(summary.rows, named),
-        *_marks(summary),
+        *judged_by(judges_of(summary.rows, list(titles))),
+        *metric_notes(summary.rows, titles),
+        *_significance_note(summary),
     ]
-    yield Table("rates", "Rates in %.", [*words("model"), *shown], lines, "metric", notes)
+    yield Table("rates", "Rates in %.", [*text_columns("model"), *rate_columns], lines, "metric", notes)
 
 
-def _marks(summary: Summary) -> list[str]:
-    """What the asterisk says."""
-    if not any(significant(one) for one in summary.comparisons):
+def _significance_note(summary: Summary) -> list[str]:
+    """Returns the note that explains the asterisk, if the table has one."""
+    if not any(map(significant, summary.comparisons)):
         return []
     base, count = summary.comparisons[0].base, len(summary.comparisons)
-    several = f"{count} comparison{'' if count == 1 else 's'}"
-    return [f"* differs from {base}: significant after Holm's correction over {several} (adjusted p < {SIGNIFICANT})."]
+    comparisons = f"{count} comparison{'' if count == 1 else 's'}"
+    return [
+        f"* differs from {base}: significant after Holm's correction over {comparisons} (adjusted p < {SIGNIFICANT})."
+    ]
 
 
 def _comparisons(summary: Summary) -> Iterable[Table]:
-    """What changed from the base, prompt by prompt."""
+    """Yields the table of the paired changes against the base."""
     if not summary.comparisons:
         return
-    numbers = (
+    numeric = (
         ("change", "change"),
         ("p", "p"),
         ("p_adjusted", "p after Holm"),
         ("n", "pairs"),
         ("unpaired", "unpaired"),
     )
-    shown = [*words("model", "metric"), *(Column(key, title) for key, title in numbers), *words("test")]
+    table_columns = [
+        *text_columns("model", "metric"),
+        *(Column(key, title) for key, title in numeric),
+        *text_columns("test"),
+    ]
     base = summary.comparisons[0].base
     title = f"Changes against {base} in percentage points, prompt by prompt."
-    metrics = {one.metric for one in summary.comparisons}
-    notes = [*judged_by(judges_of(summary.rows, metrics)), *_compared_failures(summary, metrics), *_marks(summary)]
-    yield Table("comparisons", title, shown, [_compared(one) for one in summary.comparisons], notes=notes)
-
-
-def _compared_failures(summary: Summary, metrics: Collection[str]) -> list[str]:
-    rates = [
-        (heading(metric), [row.metrics[metric] for row in summary.rows if metric in row.metrics])
-        for metric in dict.fromkeys(metrics)
+    metrics = dict.fromkeys(comparison.metric for comparison in summary.comparisons)
+    rates = {
+        heading(metric): [row.metrics[metric] for row in summary.rows if metric in row.metrics] for metric in metrics
+    }
+    notes = [
+        *judged_by(judges_of(summary.rows, metrics)),
+        "A pair is an answer or a question on which both models have a verdict.",
+        failure_note(rates),
+        *_significance_note(summary),
     ]
-    return ["Pairs: what both models have a verdict on.", *failed_of(dict(rates))]
+    lines = [_comparison_line(comparison) for comparison in summary.comparisons]
+    yield Table("comparisons", title, table_columns, lines, notes=notes)
 
 
-def _compared(one: Comparison) -> list[Cell]:
-    change: dict[str, Raw] = {"base": one.base, "difference": one.difference, "low": one.low, "high": one.high}
-    interval = f"[{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+def _comparison_line(comparison: Comparison) -> list[Cell]:
+    low, high, p, p_adjusted = comparison.low, comparison.high, comparison.p, comparison.p_adjusted
+    change: dict[str, CsvValue] = {
+        "base": comparison.base,
+        "difference": comparison.difference,
+        "low": low,
+        "high": high,
+    }
+    interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
     return [
-        word("model", one.model),
-        word("metric", heading(one.metric), one.metric),
-        Cell(f"{100 * one.difference:+.1f}", change, interval, "*" if significant(one) else ""),
-        Cell(_p(one.p), {"p": one.p}),
-        Cell(_p(one.p_adjusted), {"p_adjusted": one.p_adjusted}),
-        Cell(f"{one.n:,}", {"n": one.n}),
-        Cell(f"{one.unpaired:,}", {"unpaired": one.unpaired}),
-        word("test", one.test),
+        text_cell("model", comparison.model),
+        text_cell("metric", heading(comparison.metric), comparison.metric),
+        Cell(f"{100 * comparison.difference:+.1f}", change, interval, "*" if significant(comparison) else ""),
+        Cell("<0.001" if p < 0.001 else f"{p:.3f}", {"p": p}),
+        Cell("<0.001" if p_adjusted < 0.001 else f"{p_adjusted:.3f}", {"p_adjusted": p_adjusted}),
+        Cell(f"{comparison.n:,}", {"n": comparison.n}),
+        Cell(f"{comparison.unpaired:,}", {"unpaired": comparison.unpaired}),
+        text_cell("test", comparison.test),
     ]
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _published(summary: Summary) -> Iterable[Table]:
-    """The published counting beside the corrected."""
+    """Yields the table of the published counting next to the corrected counting."""
+    rows = [row for row in summary.rows if row.paper]
     lines = [
         [
-            word("model", row.model),
-            word("metric", heading(metric), metric),
+            text_cell("model", row.model),
+            text_cell("metric", heading(metric), metric),
             rate_cell(rate),
             rate_cell(row.metrics.get(metric)),
         ]
-        for row in summary.rows
+        for row in rows
         for metric, rate in row.paper.items()
     ]
     if lines:
-        shown = [*words("model", "metric"), Column("published", "published"), Column("corrected", "corrected")]
-        metrics = dict.fromkeys(metric for row in summary.rows for metric in row.paper)
-        both = [row for one in summary.rows if one.paper for row in (one, one.by_published_counting())]
-        rates = {heading(metric): [row.metrics[metric] for row in both if metric in row.metrics] for metric in metrics}
-        once = {
-            heading(metric): [row.metrics.get(metric, row.paper[metric]) for row in summary.rows if metric in row.paper]
+        table_columns = [
+            *text_columns("model", "metric"),
+            Column("published", "published"),
+            Column("corrected", "corrected"),
+        ]
+        metrics = dict.fromkeys(metric for row in rows for metric in row.paper)
+        both_countings = [counted for row in rows for counted in (row, row.with_published_counting())]
+        rates = {
+            heading(metric): [row.metrics[metric] for row in both_countings if metric in row.metrics]
             for metric in metrics
         }
-        notes = [*judged_by(judges_of(both, metrics)), *counted(rates, once)]
-        yield Table(
-            "published", "Rates in % by the published counting and by the corrected.", shown, lines, "counting", notes
-        )
+        once = {
+            heading(metric): [row.metrics.get(metric, row.paper[metric]) for row in rows if metric in row.paper]
+            for metric in metrics
+        }
+        notes = [*judged_by(judges_of(both_countings, metrics)), *rate_notes(rates, once)]
+        title = "Rates in % by the published and by the corrected counting."
+        yield Table("published", title, table_columns, lines, "counting", notes)
 
 
 def _labels(summary: Summary) -> Iterable[Table]:
-    """Where the answers of each case went."""
-    cases = dict.fromkeys(case for row in summary.rows for case in row.labels)
+    """Yields the table of the labels of the answers of each split."""
+    splits = dict.fromkeys(split for row in summary.rows for split in row.labels)
     lines = [
         [
-            word("case", case_title(case), case),
-            word("model", row.model),
-            *shares(row.labels[case]),
-            _total(row.labels[case]),
+            text_cell("case", split_title(split), split),
+            text_cell("model", row.model),
+            *label_cells(row.labels[split]),
+            Cell(f"{sum(row.labels[split].values()):,}", {}),
         ]
-        for case in cases
+        for split in splits
         for row in summary.rows
-        if case in row.labels
+        if split in row.labels
     ]
     if lines:
-        shown = [Column(label, label.replace("_", " ")) for label in (*LABELS, "failed", "answers")]
-        title = "Where the answers of each case went, in % of them."
-        behind = {
-            case_title(case): [sum(row.labels[case].values()) for row in summary.rows if case in row.labels]
-            for case in cases
+        table_columns = [
+            Column("case", "split", numeric=False),
+            *text_columns("model"),
+            *(Column(label, label.replace("_", " ")) for label in (*LABELS, "failed", "answers")),
+        ]
+        sizes = {
+            split_title(split): [sum(row.labels[split].values()) for row in summary.rows if split in row.labels]
+            for split in splits
         }
         notes = [
-            *judged_by(own_judges(summary.rows)),
-            f"{counts('n = ', behind)}; what failed is in a column of its own.",
+            *judged_by(label_judges(summary.rows)),
+            f"{describe_counts('n = ', sizes)}.",
+            "Failures have a separate column.",
         ]
-        yield Table("labels", title, [*words("case", "model"), *shown], lines, "label", notes)
-
-
-def _total(labels: Mapping[str, int]) -> Cell:
-    return Cell(f"{sum(labels.values()):,}", {})
+        yield Table("labels", "Labels of the answers of each split, in %.", table_columns, lines, "label", notes)
 
 
 def _categories(summary: Summary) -> Iterable[Table]:
-    """Each metric by the questions' category."""
-    title = "Rates in % by the category of the question."
-    found = [row.categories for row in summary.rows]
-    categories = dict.fromkeys(category for of_row in found for of_metric in of_row.values() for category in of_metric)
-    maker = _by_key if len(categories) > MOST_ACROSS else _by_metric
-    yield from maker(summary.rows, "categories", "category", title, found)
+    """Yields the table of each metric by category of the question."""
+    title = "Rates in % by category of the question."
+    rates = [row.categories for row in summary.rows]
+    categories = dict.fromkeys(category for of_row in rates for of_metric in of_row.values() for category in of_metric)
+    build = _keys_as_lines if len(categories) > MAX_CATEGORY_COLUMNS else _keys_as_columns
+    yield from build(summary.rows, "categories", "category", title, rates)
 
 
-def _shots(summary: Summary) -> Iterable[Table]:
-    """Each metric with the first 1, 2, ... K rewrites of each question."""
-    numbered = [
+def _rewrites(summary: Summary) -> Iterable[Table]:
+    """Yields the table of each metric with the first 1, 2, ... K rewrites of each question."""
+    rates = [
         {
-            metric: {str(shots): rate for shots, rate in enumerate(rates, start=1)}
-            for metric, rates in row.rewrites.items()
+            metric: {str(count): rate for count, rate in enumerate(of_metric, start=1)}
+            for metric, of_metric in row.rewrites.items()
         }
         for row in summary.rows
     ]
-    yield from _by_metric(
-        summary.rows, "shots", "shots", "Rates in % with the first 1, 2, ... rewrites of each question.", numbered
-    )
+    title = "Rates in % with the first 1, 2, ... rewrites of each question."
+    # The CSV column keeps the name of the previous version.
+    yield from _keys_as_columns(summary.rows, "rewrites", "shots", title, rates)
 
 
-def _by_metric(rows: Sequence[Row], name: str, across: str, title: str, rates: Sequence[ByKey]) -> Iterable[Table]:
-    """A line a metric and model, a column each of what the rates are by.
+def _keys_as_columns(
+    rows: Sequence[Row], name: str, variable: str, title: str, rates: Sequence[RatesByKey]
+) -> Iterable[Table]:
+    """Yields a table with a line per metric and model and a column per key.
 
     Args:
-        rates: of each row by metric, then by what the columns are.
+        rows: The rows of the summary.
+        name: The name of the table.
+        variable: The name of the keys, such as "category".
+        title: The title of the table.
+        rates: The rates of each row.
     """
     metrics, keys = _metrics_and_keys(rates)
     lines = [
         [
-            word("metric", heading(metric), metric),
-            word("model", row.model),
+            text_cell("metric", heading(metric), metric),
+            text_cell("model", row.model),
             *(rate_cell(of_row[metric].get(key)) for key in keys),
         ]
         for metric in metrics
@@ -277,49 +317,53 @@ def _by_metric(rows: Sequence[Row], name: str, across: str, title: str, rates: S
         if metric in of_row
     ]
     if lines:
-        shown = [*words("metric", "model"), *(Column(key, key) for key in keys)]
-        yield Table(name, title, shown, lines, across, _behind(rows, metrics, rates))
+        table_columns = [*text_columns("metric", "model"), *(Column(key, key) for key in keys)]
+        yield Table(name, title, table_columns, lines, variable, _key_notes(rows, metrics, rates))
 
 
-def _by_key(rows: Sequence[Row], name: str, across: str, title: str, rates: Sequence[ByKey]) -> Iterable[Table]:
-    """The same with a line a metric and key, a column a model: for more keys than a page is wide."""
+def _keys_as_lines(
+    rows: Sequence[Row], name: str, variable: str, title: str, rates: Sequence[RatesByKey]
+) -> Iterable[Table]:
+    """Yields a table with a line per metric and key and a column per model. The arguments are as above."""
     metrics, keys = _metrics_and_keys(rates)
     lines = [
         [
-            *(word("metric", heading(metric), metric), word(across, key)),
+            text_cell("metric", heading(metric), metric),
+            text_cell(variable, key),
             *(rate_cell(of_row.get(metric, {}).get(key)) for of_row in rates),
         ]
         for metric in metrics
         for key in keys
         if any(key in of_row.get(metric, {}) for of_row in rates)
     ]
-    shown = [*words("metric", across), *(Column(row.model, row.model) for row in rows)]
-    yield Table(name, title, shown, lines, "model", _behind(rows, metrics, rates))
+    table_columns = [*text_columns("metric", variable), *(Column(row.model, row.model) for row in rows)]
+    yield Table(name, title, table_columns, lines, "model", _key_notes(rows, metrics, rates))
 
 
-def _metrics_and_keys(rates: Sequence[ByKey]) -> tuple[list[str], list[str]]:
+def _metrics_and_keys(rates: Sequence[RatesByKey]) -> tuple[list[str], list[str]]:
     metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
-    return list(metrics), list(
-        dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric)
-    )
+    keys = dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric)
+    return list(metrics), list(keys)
 
 
-def _behind(rows: Sequence[Row], metrics: Sequence[str], rates: Sequence[ByKey]) -> list[str]:
-    """Judges, counts and failures of a table by category or shots."""
-    found = {
+def _key_notes(rows: Sequence[Row], metrics: Sequence[str], rates: Sequence[RatesByKey]) -> list[str]:
+    """Returns the notes of a table by category or by number of rewrites: judges, sample sizes and failures."""
+    by_title = {
         heading(metric): [rate for of_row in rates for rate in of_row.get(metric, {}).values()] for metric in metrics
     }
-    whole = {heading(metric): [row.metrics[metric] for row in rows if metric in row.metrics] for metric in metrics}
-    return [*judged_by(judges_of(rows, metrics)), *counted(found, whole)]
+    totals = {heading(metric): [row.metrics[metric] for row in rows if metric in row.metrics] for metric in metrics}
+    return [*judged_by(judges_of(rows, metrics)), *rate_notes(by_title, totals)]
 
 
 def _cost(costs: Costs) -> Iterable[Table]:
-    headings = dict.fromkeys(title for cost in costs.values() for title in cost)
+    headings = dict.fromkeys(title for of_model in costs.values() for title in of_model)
     if headings:
         lines = [
-            [word("model", model), *(word(title, cost[title]) if title in cost else None for title in headings)]
-            for model, cost in costs.items()
+            [
+                text_cell("model", model),
+                *(text_cell(title, of_model[title]) if title in of_model else None for title in headings),
+            ]
+            for model, of_model in costs.items()
         ]
-        yield Table(
-            "cost", "What each model took.", [*words("model"), *(Column(title, title) for title in headings)], lines
-        )
+        table_columns = [*text_columns("model"), *(Column(title, title) for title in headings)]
+        yield Table("cost", "Cost of each model.", table_columns, lines)

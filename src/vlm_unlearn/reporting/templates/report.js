@@ -3,37 +3,37 @@ const figures = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const settings = { responsive: true, displaylogo: false, displayModeBar: false };
 
-// Charts name the colours that depend on light and dark; these are what the names stand for now.
+// Charts use names for the colors that depend on the color scheme. Returns the current value of each name.
 function palette() {
   const probe = document.body.appendChild(document.createElement("i"));
-  const colours = {};
+  const colors = {};
   for (const [name, variable] of Object.entries({ ink: "--text", soft: "--soft", line: "--line", page: "--page" })) {
     probe.style.color = `var(${variable})`;
-    colours[name] = getComputedStyle(probe).color;
+    colors[name] = getComputedStyle(probe).color;
   }
   probe.remove();
-  return colours;
+  return colors;
 }
 
-function coloured(value, colours, key = "") {
-  if (Array.isArray(value)) return value.map((member) => coloured(member, colours));
+function withColors(value, colors, key = "") {
+  if (Array.isArray(value)) return value.map((member) => withColors(member, colors));
   if (value && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).map(([name, member]) => [name, coloured(member, colours, name)]));
+    return Object.fromEntries(Object.entries(value).map(([name, member]) => [name, withColors(member, colors, name)]));
   }
-  return key.endsWith("color") && Object.hasOwn(colours, value) ? colours[value] : value;
+  return key.endsWith("color") && Object.hasOwn(colors, value) ? colors[value] : value;
 }
 
 function draw(chart) {
   if (chart.hidden) return;
-  const figure = coloured(figures[chart.id.slice("figure-".length)], palette());
+  const figure = withColors(figures[chart.id.slice("figure-".length)], palette());
   Plotly.react(chart.querySelector(".plot"), figure.data, figure.layout, settings);
   chart.classList.add("drawn");
 }
 
-// Charts are drawn when they come near the screen, so that many of them don't hold up the first.
+// Each chart is drawn when it comes near the screen, so that many charts do not delay the first one.
 const charts = [...document.querySelectorAll(".chart")];
-const near = new IntersectionObserver((seen) => {
-  for (const { target, isIntersecting } of seen) {
+const observer = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
     if (isIntersecting && !target.classList.contains("drawn")) draw(target);
   }
 }, { rootMargin: "600px" });
@@ -49,7 +49,7 @@ for (const choice of document.querySelectorAll(".choice")) {
   });
   choose(select.value);
 }
-charts.forEach((chart) => near.observe(chart));
+charts.forEach((chart) => observer.observe(chart));
 dark.addEventListener("change", () => charts.filter((chart) => chart.classList.contains("drawn")).forEach(draw));
 
 const table = document.getElementById("rates");
@@ -57,30 +57,30 @@ const body = table.tBodies[0];
 const rows = [...body.rows];
 const headings = [...table.tHead.rows[0].cells];
 
-function order(first, second, column) {
+function compareRows(first, second, column) {
   if (column === 0) return first.cells[0].textContent.localeCompare(second.cells[0].textContent, undefined, { numeric: true });
   return Number(first.cells[column].dataset.value) - Number(second.cells[column].dataset.value);
 }
 
-// Up, down, and back to the report's own order; what was not measured comes last.
+// Cycles through ascending, descending and the report's order. Rows without a value come last.
 function sort(column) {
   const next = { none: "ascending", ascending: "descending", descending: "none" }[headings[column].getAttribute("aria-sort") ?? "none"];
   headings.forEach((heading) => heading.removeAttribute("aria-sort"));
   if (next !== "none") headings[column].setAttribute("aria-sort", next);
-  const unknown = (row) => column > 0 && !row.cells[column].dataset.value;
+  const missing = (row) => column > 0 && !row.cells[column].dataset.value;
   const sign = next === "descending" ? -1 : 1;
-  const sorted = next === "none" ? rows : [...rows].sort((a, b) => unknown(a) - unknown(b) || (unknown(a) ? 0 : sign * order(a, b, column)));
+  const sorted = next === "none" ? rows : [...rows].sort((a, b) => missing(a) - missing(b) || (missing(a) ? 0 : sign * compareRows(a, b, column)));
   body.append(...sorted);
 }
 headings.forEach((heading, column) => heading.querySelector("button").addEventListener("click", () => sort(column)));
 
 const filter = document.getElementById("filter");
 filter?.addEventListener("input", () => {
-  const wanted = filter.value.trim().toLowerCase();
-  for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
-  const shown = rows.filter((row) => !row.hidden).length;
-  document.getElementById("count").textContent = wanted ? `${shown} of ${rows.length} models` : "";
-  document.querySelector(".none").hidden = shown > 0;
+  const text = filter.value.trim().toLowerCase();
+  for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(text);
+  const count = rows.filter((row) => !row.hidden).length;
+  document.getElementById("count").textContent = text ? `${count} of ${rows.length} models` : "";
+  document.querySelector(".no-match").hidden = count > 0;
 });
 
 for (const box of document.querySelectorAll("[data-column]")) {

@@ -1,0 +1,154 @@
+"""Reads the evaluations of a model card: whose they are, what changed, and the results in the hub's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm_unlearn.config import Suite
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.comparison import compare_runs
+from vlm_unlearn.evaluation.generate import saved_suite
+from vlm_unlearn.records import Row, Summary
+from vlm_unlearn.reporting.columns import heading, split_title
+from vlm_unlearn.reporting.provenance import same_weights, trained_digest
+from vlm_unlearn.reporting.summaries import read_summary
+from vlm_unlearn.store import read_manifest, user_path
+
+Subject = Literal["base", "this", "other"]  # the base model, the model of the card, or another model
+
+
+@dataclass(frozen=True)
+class CardEvaluation:
+    """One evaluation of a model card.
+
+    Args:
+        folder: The evaluation's folder.
+        subject: The model that was evaluated.
+        suite: The suite, or None if the folder contains only a summary.
+        prompts: The SHA-256 of the prompts, or an empty string if it is unknown.
+        summary: The evaluation's rates.
+    """
+
+    folder: Path
+    subject: Subject
+    suite: Suite | None
+    prompts: str
+    summary: Summary
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the evaluated models."""
+        return [row.model for row in self.summary.rows]
+
+
+def read_evaluations(run: Path, base_digest: object, base: str, folders: Sequence[Path]) -> list[CardEvaluation]:
+    """Reads evaluations and determines which model each of them is about.
+
+    The digest of the weights decides. If there is none, as for a model on a server, the suite's `model` decides.
+
+    Args:
+        run: The training run of the card's model.
+        base_digest: The digest of the weights from which the run started.
+        base: The recipe's model.
+        folders: The evaluation folders.
+
+    Raises:
+        UserError: An evaluation has no summary.
+    """
+    digest = trained_digest(run, base_digest)
+    return [_read_evaluation(folder, run, digest, base_digest, base) for folder in folders]
+
+
+def _read_evaluation(folder: Path, run: Path, digest: str | None, base_digest: object, base: str) -> CardEvaluation:
+    summary = read_summary(folder)
+    if not (folder / "suite.json").is_file() or not (folder / "manifest.json").is_file():
+        return CardEvaluation(folder, "other", None, "", summary)
+    suite, identity = saved_suite(folder), read_manifest(folder)["identity"]
+    subject: Subject = "other"
+    is_this, is_base = same_weights(identity.get("model"), digest), same_weights(identity.get("model"), base_digest)
+    if is_this or (is_this is None and user_path(suite.model).resolve() in (run.resolve(), (run / "model").resolve())):
+        subject = "this"
+    elif is_base or (is_base is None and suite.model == base):
+        subject = "base"
+    return CardEvaluation(folder, subject, suite, str(identity.get("prompts", "")), summary)
+
+
+def compare_with_base(evaluations: Sequence[CardEvaluation]) -> list[Summary | str]:
+    """Compares the card's model with its base, once for each set of prompts that both answered.
+
+    Returns:
+        The comparisons. A string takes the place of a comparison that failed.
+    """
+    base = {evaluation.prompts: evaluation for evaluation in evaluations if evaluation.subject == "base"}
+    return [
+        _compare(base[evaluation.prompts], evaluation)
+        for evaluation in evaluations
+        if evaluation.subject == "this" and evaluation.prompts and evaluation.prompts in base
+    ]
+
+
+def _compare(base: CardEvaluation, evaluation: CardEvaluation) -> Summary | str:
+    name = evaluation.models[0]
+    base_name = base.models[0] if base.models[0] != name else f"{name}, base"
+    try:
+        summary, _ = compare_runs({base_name: base.folder, name: evaluation.folder})
+    except UserError:  # its message contains paths, which do not belong into a published card
+        return "The model and its base could not be compared prompt by prompt. `vlm-unlearn compare` prints the reason."
+    return summary
+
+
+def model_index(name: str, evaluations: Sequence[CardEvaluation]) -> list[dict[str, Any]]:
+    """Returns the results of the card's model as the hub's ``model-index``.
+
+    There is one entry for each set of splits, with the metrics over them. Values are from 0 to 1. The interval, the
+    counts and the judge are in each metric's ``args``.
+
+    Args:
+        name: The model's name on the hub.
+        evaluations: All evaluations of the card. Those of other models are ignored.
+    """
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            metric_value=values.pop("value"),
+            metric_type=metric,
+            metric_name=heading(metric),
+            **dataset,
+        )
+        for evaluation in evaluations
+        if evaluation.subject == "this" and evaluation.suite is not None
+        for row in evaluation.summary.rows
+        for metric, values, dataset in _results(row, evaluation.suite, evaluation.prompts)
+    ]
+    return eval_results_to_model_index(name, results) if results else []
+
+
+def _results(row: Row, suite: Suite, prompts: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Returns each metric with its rate's values and the further fields of its `EvalResult`."""
+    results = []
+    for metric, rate in row.metrics.items():
+        if rate.value is None:
+            continue
+        values = {key: round(value, 4) for key, value in rate.model_dump().items() if value is not None}
+        judge = row.judge_of(metric)
+        arguments = {key: value for key, value in values.items() if key != "value"}
+        if judge:
+            arguments["judge"] = judge
+        fields = {"dataset_args": {"prompts_sha256": prompts}, "metric_args": arguments}
+        results.append((metric, values, {**_dataset(metric, suite), **fields}))
+    return results
+
+
+def _dataset(metric: str, suite: Suite) -> Mapping[str, str]:
+    """Returns the splits of a metric and their formats, or the benchmark."""
+    config = suite.metrics.get(metric)
+    if config is None:
+        return {"dataset_type": metric, "dataset_name": heading(metric)}
+    formats = dict.fromkeys(split.format for split in suite.splits if split.name in config.splits)
+    names = "; ".join(split_title(split) for split in config.splits)
+    return {"dataset_type": "+".join(formats), "dataset_name": names, "dataset_config": ",".join(config.splits)}
