@@ -204,7 +204,6 @@ def test_text_without_image_in_batch_with_images(loaded: Loaded, turns: list[Tur
     if loaded.family == "mllama":
         with raises_code("unsupported-setting", record='"text"') as caught:
             loaded.nll(mixed, side)
-        assert '"text"' in str(caught.value)
         assert "MllamaProcessor" in str(caught.value)
         return
     singles = torch.cat([loaded.nll([turn]) for turn in mixed])
