@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import run
+from helpers import raises_code, run
 from vlm_unlearn.data.encoding import IGNORED, Turn, encode_with_labels
 from vlm_unlearn.models.loader import load_processor
 
