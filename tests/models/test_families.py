@@ -25,7 +25,7 @@ from vlm_unlearn.models.trainable import prepare_trainable
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.forward import forward
-from vlm_unlearn.training.references import CopyReference
+from vlm_unlearn.training.references import FrozenCopyReference
 from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.training.step import ModelStep
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
@@ -292,7 +292,7 @@ def test_step_of_method_reaches_layers_and_projector(
     """One training step, with gradient checkpointing as in a real run."""
     model = prepare_trainable(load_model(loaded.folder, "fp32"), TrainableConfig(projector=True))
     layout = layout_of(model)
-    reference = CopyReference(model)
+    reference = FrozenCopyReference(model)
     with torch.no_grad():  # away from the reference, where some losses have no gradient
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -280,7 +280,7 @@ def test_run_caches_features_of_frozen_tower_only(
     towers: list[object] = []
     monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
     planned = plan(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "ga", **changes))
-    runner._keep_features(planned, load_model(tiny_model, "fp32"))
+    runner._cache_features(planned, load_model(tiny_model, "fp32"))
     assert bool(towers) == is_cached
 
 
@@ -294,5 +294,5 @@ def test_run_does_not_cache_tower_that_contains_projector(
     planned = plan(recipe(folder, training_sets["harmful"], tmp_path / "run", "ga"))
     towers: list[object] = []
     monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
-    runner._keep_features(planned, load_model(folder, "fp32"))
+    runner._cache_features(planned, load_model(folder, "fp32"))
     assert not towers, "its features would not change while the projector is trained"
