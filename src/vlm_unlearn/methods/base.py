@@ -233,7 +233,7 @@ def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
 
     if config.name not in METHODS:
         raise UserError(
-            f"unknown method {quoted(config.name)}{nearest(config.name, METHODS)}. "
+            f"unknown method {quoted(config.name)}{nearest(config.name, METHODS) or '.'} "
             f"Methods: {', '.join(sorted(METHODS))}.",
             code="unknown-name",
             field="method",
