@@ -70,8 +70,8 @@ def test_failed_requests_are_sent_again_and_their_verdicts_replaced(stub: Stub, 
     failed = {response.key: response for response in read_responses(folder) if response.error}
     assert len(failed) == 2
     assert all(response.text is None and "HTTP 400" in str(response.error) for response in failed.values())
-    (remark,) = generation_notes(folder)
-    assert "2 of 12" in remark
+    (note,) = generation_notes(folder)
+    assert "2 of 12" in note
     verdicts = judge_run(folder, JudgeConfig(name="keyword"))
     assert sum(verdict.error is not None for verdict in read_records(verdicts, Verdict)) == 2
     answered, calls = [response for response in read_responses(folder) if not response.error], stub.calls

@@ -204,7 +204,6 @@ def test_text_without_image_in_batch_with_images(loaded: Loaded, turns: list[Tur
     if loaded.family == "mllama":
         with raises_code("unsupported-setting", record='"text"') as caught:
             loaded.nll(mixed, side)
-        assert '"text"' in str(caught.value)
         assert "MllamaProcessor" in str(caught.value)
         return
     singles = torch.cat([loaded.nll([turn]) for turn in mixed])
@@ -356,7 +355,7 @@ def test_joined_roles_give_same_values_as_separate_roles(
     with torch.no_grad():
         joined = ModelStep(loaded.model, batches, method, None)
         values = [(joined.nll(role), joined.hidden(role, 0), joined.cross_entropy(role)) for role in batches]
-        monkeypatch.setattr("vlm_unlearn.training.step.can_join", lambda batches: False)
+        monkeypatch.setattr("vlm_unlearn.training.step.can_merge", lambda batches: False)
         separate = ModelStep(loaded.model, batches, method, None)
         for role, (nll, hidden, cross_entropy) in zip(batches, values, strict=True):
             torch.testing.assert_close(separate.nll(role), nll, atol=1e-4, rtol=1e-4)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import run
+from helpers import raises_code, run
 from vlm_unlearn.data.encoding import IGNORED, Turn, encode_with_labels
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.models.loader import load_processor
 
 # Renders the same text as llava-hf/llava-1.5-7b-hf, with its trailing space and without an end token.
@@ -129,9 +128,8 @@ def test_labels_cover_answer_and_end_token(llava: Path, vlguard: Path) -> None:
 
 def test_encode_with_too_many_image_tokens_raises(llava: Path, vlguard: Path) -> None:
     turn = Turn("ads", vlguard / "train" / "ads" / "0.jpg", "What is it?", "A cat.")
-    with pytest.raises(UserError) as caught:
+    with raises_code("question-too-long", record='"ads"') as caught:
         encode_with_labels(load_processor(llava), [turn], max_length=576)
-    assert "ads" in str(caught.value)
     assert "576" in str(caught.value)
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 import families
 from helpers import raises_code
 from vlm_unlearn.data.encoding import Processor, Turn, encode
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.models.loader import load_model, load_processor, model_skeleton
 
 WITH_VIDEOS = ["qwen2_5_vl", "smolvlm", "internvl"]
@@ -79,7 +78,7 @@ def test_placeholder_in_text_raises(placeholder: str, tmp_path: Path, tmp_path_f
     processor = load_processor(families.shared_folder("internvl", tmp_path_factory))
     Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
     turn = Turn("x", tmp_path / "image.png", f"What of {placeholder}?", "A cat.")
-    with pytest.raises(UserError) as caught:
+    with raises_code("placeholder-in-text", record='"x"') as caught:
         encode(processor, [turn], "right")
     assert placeholder in str(caught.value)
 

@@ -48,7 +48,7 @@ ZERO3 = {
 }
 COMMAND = ["-m", "vlm_unlearn.cli.main"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 
 def train_in_one_process(keys: list[str]) -> None:

@@ -22,7 +22,7 @@ STEPS = {"max_steps": 8, "save_steps": 2}
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("trainable", ["{}", "{mode: lora, lora: {r: 4, lora_dropout: 0.1}}"], ids=["full", "lora"])
 def test_run_killed_at_each_stage_ends_with_the_same_weights(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, trainable: str
@@ -61,7 +61,7 @@ def test_run_killed_at_each_stage_ends_with_the_same_weights(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_run_killed_at_random_moments_ends_with_the_same_weights(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:

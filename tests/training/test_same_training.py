@@ -245,14 +245,14 @@ def test_step_with_gradient_checkpointing_has_the_same_gradients(
     reference = FrozenCopyReference(scene.model)
     scene.perturb()
     batches = scene.micro_batches(rows=4)
+    passes: list[torch.Tensor] = []
+    norm = scene.model.model.language_model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda module, inputs, output: passes.append(output))
     plain = scene.step(batches, reference)
+    plain_passes = len(passes)
     scene.model.activation_checkpointing_enable({"use_reentrant": False})
-    layer_runs: list[bool] = []
-    layer = scene.model.model.language_model.layers[0].mlp
-    hook = layer.register_forward_hook(lambda *_: layer_runs.append(torch.is_grad_enabled()))
     checkpointed = scene.step(batches, reference)
-    hook.remove()
-    assert len(layer_runs) > len(scene.method.reference_requirements) + 1  # some layer was computed again
+    assert len(passes) - plain_passes > plain_passes  # the backward pass ran the layer again
     assert checkpointed.terms == pytest.approx(plain.terms, abs=1e-6)
     assert max_difference(checkpointed.gradients, plain.gradients) < 1e-6
 

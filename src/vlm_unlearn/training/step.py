@@ -127,7 +127,7 @@ class ModelStep:
             For each pass, in order: its roles, and whether it stops after the last layer whose hidden states are used.
         """
         roles_with_images = {role for role, batch in self._batches.items() if "pixel_values" in batch}
-        roles = sorted(self._batches, key=lambda role: role in roles_with_images)
+        roles = sorted(self._batches, key=lambda role: role in roles_with_images)  # those with images last
         truncated = [role for role in roles if role in self._method.truncated_forward_roles]
         if roles_with_images and roles_with_images <= set(truncated):
             truncated = []  # otherwise the last pass would be without images
