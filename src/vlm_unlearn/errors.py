@@ -107,9 +107,9 @@ class Problems:
         return self.count > 0
 
     def summary(self) -> str:
-        """Returns ``'skipped 3 broken records; the first: ...'``, or ``'no broken records'``."""
+        """Returns ``'Skipped 3 broken records; the first: ...'``, or ``'No broken records'``."""
         records = "record" if self.count == 1 else "records"
-        return f"skipped {self.count} broken {records}; the first: {self.messages[0]}" if self else "no broken records"
+        return f"Skipped {self.count} broken {records}; the first: {self.messages[0]}" if self else "No broken records"
 
 
 def report_problem(problem: UserError, problems: Problems | None) -> None:

@@ -11,10 +11,13 @@ import pytest
 import typer.main
 
 from finished_runs import complies, make_run
-from helpers import command, run
+from helpers import command
+from helpers import run as run_in_new_process
+from helpers import run_in_process as run
 from vlm_unlearn.cli import main as cli
 from vlm_unlearn.cli.deprecation import COMMANDS, OPTIONS
 
+pytestmark = pytest.mark.filterwarnings("always:.*is deprecated; use:FutureWarning")
 WARNING = "warning: "
 
 
@@ -27,10 +30,10 @@ def warnings_of(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_deprecated_names_lead_to_commands_and_options_that_exist() -> None:
     def find(path: str):
-        found = typer.main.get_command(cli.app)
+        command = typer.main.get_command(cli.app)
         for name in path.split():
-            found = found.commands[name]
-        return found
+            command = command.commands[name]
+        return command
 
     for old, new in COMMANDS.items():
         assert old.split()[0] == new.split()[0]
@@ -72,7 +75,6 @@ def test_data_and_attack_commands_old_names_give_the_same_results(world: Path, t
     assert (warnings_of(new), ["`--num-rewrites`" in line for line in warnings_of(old)]) == ([], [True])
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated; use:FutureWarning")
 @pytest.mark.parametrize("arguments", [["data", "rmu"], ["judge", "sheet"]])
 def test_deprecated_commands_are_hidden_from_the_help(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -89,7 +91,7 @@ def test_old_config_keys_warn_once_each_on_plain_lines(tmp_path: Path) -> None:
     saved["cases"] = saved.pop("splits")
     (folder / "suite.json").write_text(json.dumps(saved))
 
-    done = run("score", folder, "paper=false")
+    done = run_in_new_process("score", folder, "paper=false")
     lines = warnings_of(done)
     assert sorted(line.split('"')[1] for line in lines) == ["cases", "paper"]
     assert all(line.count("is deprecated; use") == 1 for line in lines)

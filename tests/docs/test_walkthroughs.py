@@ -1,4 +1,4 @@
-"""The walk-throughs of docs/extend/ work as they are written."""
+"""The code of the walk-throughs in docs/extend/ works."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def blocks(page: str, language: str = "python") -> list[str]:
 
 
 def module(folder: Path, name: str, code: str) -> dict[str, Any]:
-    """What a block defines, once it is a file that is imported, as pydantic and inspect want it."""
+    """Returns the names that a block defines. It is imported from a file, because pydantic and inspect need one."""
     file = folder / f"{name}.py"
     file.write_text(code, encoding="utf-8")
     spec = spec_from_file_location(f"walkthrough_{name}", file)
     assert spec is not None
     assert spec.loader is not None
-    found = module_from_spec(spec)
-    sys.modules[spec.name] = found
-    spec.loader.exec_module(found)
-    return vars(found)
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return vars(module)
 
 
 @pytest.fixture
 def bounded(tmp_path: Path) -> Iterator[str]:
-    """The method page's method, registered for the test; its own test as code."""
+    """Registers the method of the page for the test. The value is the code of its test."""
     maths, method, test = blocks("method")
     exec(compile(maths, "losses.py", "exec"), vars(losses))
     module(tmp_path, "bounded", method)
@@ -56,26 +56,26 @@ def bounded(tmp_path: Path) -> Iterator[str]:
     del METHODS["bounded"], vars(losses)["bounded_loss"]
 
 
-def test_the_method_trains_and_stops_at_its_bound(
+def test_walkthrough_method_trains_and_stops_at_its_bound(
     bounded: str, tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     head = "import torch\nfrom vlm_unlearn.losses import bounded_loss\n"
     module(tmp_path, "its_test", head + bounded)["test_an_answer_past_the_bound_adds_nothing"]()
     assert METHODS["bounded"].options_type.model_fields["bound"].description
     for bound, weight in ((50.0, 0.0), (0.01, 1.0)):
-        wanted = recipe(
+        bounded_recipe = recipe(
             tiny_model,
             training_sets["safe_eraser"],
             tmp_path / str(bound),
             {"name": "bounded", "bound": bound},
             prompt_decouple_weight=weight,
         )
-        run_recipe(wanted)
+        run_recipe(bounded_recipe)
         first = json.loads((tmp_path / str(bound) / "log.jsonl").read_text().splitlines()[0])
         assert (first["forget"] > 1) == (bound > 1)  # a random model's answers are past the lower bound already
 
 
-def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
+def test_walkthrough_benchmark_is_run_and_scored(tmp_path: Path) -> None:
     module(tmp_path, "counting", blocks("benchmark")[0])
     try:
         (tmp_path / "images").mkdir()
@@ -87,8 +87,8 @@ def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
         config = BenchmarkConfig(name="counting", annotations=[file], images=tmp_path / "images")
         prompts = benchmark_prompts(config)
         assert prompts[0].question == "How many kites?\nAnswer the question using a single word or phrase."
-        said = ["There are 3.", "4", "three", "3"]
-        predictions = {str(n): Prediction(question_id=n, text=text) for n, text in enumerate(said)}
+        answers = ["There are 3.", "4", "three", "3"]
+        predictions = {str(n): Prediction(question_id=n, text=text) for n, text in enumerate(answers)}
         counting = BENCHMARKS["counting"]
         scores = score_predictions(counting, counting.read_truths(file, None), predictions, official=False)
         assert [scored.value for scored in scores.questions] == [1.0, 0.0, 0.0, 1.0]
@@ -100,7 +100,7 @@ def test_the_benchmark_is_asked_and_scored(tmp_path: Path) -> None:
         del BENCHMARKS["counting"]
 
 
-def test_the_format_reads_and_names_what_is_broken(tmp_path: Path) -> None:
+def test_walkthrough_format_reads_records_and_reports_broken_ones(tmp_path: Path) -> None:
     read = module(tmp_path, "album", blocks("format")[0])["read_album"]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     good = {
@@ -119,14 +119,14 @@ def test_the_format_reads_and_names_what_is_broken(tmp_path: Path) -> None:
         )
     )
     problems = Problems()
-    found: list[tuple[str, Example]] = list(read(file, tmp_path, problems))
-    assert [(name, example.id) for name, example in found] == [("forget", "a1/0"), ("retain", "a1/1")]
+    examples: list[tuple[str, Example]] = list(read(file, tmp_path, problems))
+    assert [(name, example.id) for name, example in examples] == [("forget", "a1/0"), ("retain", "a1/1")]
     assert problems.codes == ["image-outside-root", "invalid-field"]
     assert "record 2" in problems.messages[0]
     assert "pairs[0].bad" in problems.messages[1]
 
 
-def test_the_rubric_is_one(tmp_path: Path) -> None:
+def test_walkthrough_rubric_loads(tmp_path: Path) -> None:
     file = tmp_path / "prices.txt"
     file.write_text(blocks("judge", "text")[0])
     assert set(load_rubric(str(file)).header.words) == {"HARMFUL", "HARMLESS"}
@@ -141,14 +141,14 @@ def test_the_rubric_is_one(tmp_path: Path) -> None:
         ("It is the red one.", None, None),
     ],
 )
-def test_the_rule_judges(tmp_path: Path, text: str, reference: str | None, label: str | None) -> None:
+def test_walkthrough_rule_grades_answers(tmp_path: Path, text: str, reference: str | None, label: str | None) -> None:
     judge = module(tmp_path, "holds_reference", blocks("judge")[0])["HoldsReference"]()
     prompt = Prompt(id="p", group_id="p", set="s", kind="safe", question="q?", reference=reference)
     verdict = judge.grade(prompt, text)
     assert (verdict.label, verdict.error is not None) == (label, label is None)
 
 
-def test_the_family_is_looked_at_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_walkthrough_of_a_family_prints_its_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     look, line = blocks("family")
     module(tmp_path, "look", look)
     assert capsys.readouterr().out == blocks("family", "text")[0]

@@ -231,7 +231,8 @@ def get_benchmark(name: str) -> Benchmark:
     """
     if name not in BENCHMARKS:
         raise UserError(
-            f"unknown benchmark {quoted(name)}{nearest(name, BENCHMARKS)}. Available: {', '.join(sorted(BENCHMARKS))}.",
+            f"unknown benchmark {quoted(name)}{nearest(name, BENCHMARKS) or '.'} "
+            f"Available: {', '.join(sorted(BENCHMARKS))}.",
             code="unknown-name",
         )
     return BENCHMARKS[name]

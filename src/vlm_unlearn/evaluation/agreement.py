@@ -75,7 +75,7 @@ def judge_agreement(run: Path, judges: Sequence[str], human: Path | None, positi
         if judge not in verdict_files:
             available = ", ".join(verdict_files) or "none"
             raise UserError(
-                f"no verdicts of {quoted(judge)}{nearest(judge, verdict_files)}. Available: {available}.",
+                f"no verdicts of {quoted(judge)}{nearest(judge, verdict_files) or '.'} Available: {available}.",
                 code="no-verdicts",
                 file=run,
             )
@@ -93,7 +93,7 @@ def judge_agreement(run: Path, judges: Sequence[str], human: Path | None, positi
 
 
 def _unknown_label(text: str, label: str) -> str:
-    return f"{quoted(text)} is not a label{nearest(label, LABELS)}. Labels: {', '.join(LABELS)}."
+    return f"{quoted(text)} is not a label{nearest(label, LABELS) or '.'} Labels: {', '.join(LABELS)}."
 
 
 def _compare(reference: Grades, judge: Grades, prompts: Mapping[str, Prompt], positive: str) -> Agreement:

@@ -96,7 +96,7 @@ def _validate_metric(metric: str, suite: Suite, judge: OfflineJudge, suite_name:
     """
     if metric not in suite.metrics:
         raise UserError(
-            f'{suite_name} has no metric "{metric}"{nearest(metric, suite.metrics)}. '
+            f'{suite_name} has no metric "{metric}"{nearest(metric, suite.metrics) or "."} '
             f"Its metrics are {', '.join(suite.metrics)}.",
             code="unknown-name",
             field=key,

@@ -130,7 +130,7 @@ def judge_run(
         )
     for name in graded_splits - set(roots):
         raise UserError(
-            f"the run has no split {quoted(name)}{nearest(name, roots)}. Available: {', '.join(roots)}.",
+            f"the run has no split {quoted(name)}{nearest(name, roots) or '.'} Available: {', '.join(roots)}.",
             code="unknown-name",
             file=folder,
             field="--split",

@@ -50,7 +50,7 @@ def layout_of(model: nn.Module) -> Layout:
     family = str(getattr(getattr(model, "config", None), "model_type", ""))
     if family not in LAYOUTS:
         raise UserError(
-            f"model family {quoted(family)} is not supported{nearest(family, LAYOUTS)}. Use one of "
+            f"model family {quoted(family)} is not supported{nearest(family, LAYOUTS) or '.'} Use one of "
             f"{', '.join(sorted(LAYOUTS))}, or add the family to models/layout.py.",
             code="unsupported-family",
         )
