@@ -1,16 +1,13 @@
-"""Helpers for tests of training: single optimizer steps on a tiny model, commands in this process, comparisons."""
+"""Helpers for tests of training: single optimizer steps on a tiny model, and comparisons."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -46,20 +43,6 @@ def max_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> f
     """Returns the largest absolute difference between two sets of weights or gradients."""
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
-
-
-def run_in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command in this process, without the start-up time of `helpers.run`."""
-    from vlm_unlearn.cli.main import main
-
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vlm-unlearn", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-    output = capsys.readouterr()
-    code = exit_info.value.code
-    return subprocess.CompletedProcess(sys.argv, code if isinstance(code, int) else 0, output.out, output.err)
 
 
 @dataclass

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers import error_code, raises_code, recipe
-from trained import run_in_process
+from helpers import error_code, raises_code, recipe, run_in_process
 from vlm_unlearn.config import ProbeConfig, Recipe, load
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.probe import build_probe
@@ -23,8 +22,6 @@ from vlm_unlearn.models.loader import load_model, load_processor, load_run_model
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.preview import preview
 from vlm_unlearn.training.runner import run_plan, run_recipe
-
-Capture = pytest.CaptureFixture[str]
 
 
 class ScriptedProbe:
@@ -156,7 +153,7 @@ def test_run_with_a_probe_trains_the_weights_of_a_run_without(
 
 @pytest.mark.slow
 def test_train_command_writes_curves_tensorboard_and_recipe(
-    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, capsys: Capture
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     keys = [
         f"model={tiny_model}",
@@ -166,7 +163,7 @@ def test_train_command_writes_curves_tensorboard_and_recipe(
         "training.max_steps=3",
         "training.per_device_train_batch_size=2",
     ]
-    done = run_in_process(capsys, "train", "tiny/npo", *keys, "--json")
+    done = run_in_process("train", "tiny/npo", *keys, "--json")
     assert done.returncode == 0, done.stderr
     assert "projector" in done.stderr  # the trainable parameters are printed before the first step
     with Image.open(json.loads(done.stdout)["loss"]) as curves:
@@ -179,10 +176,10 @@ def test_train_command_writes_curves_tensorboard_and_recipe(
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["method"]["name"] == "npo"
 
 
-def test_plan_of_a_7b_recipe_needs_no_weights(training_sets: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+def test_plan_of_a_7b_recipe_needs_no_weights(training_sets: dict[str, Path], tmp_path: Path) -> None:
     """By hand: full training holds 4 bytes for each of 7.06e9 weights and 8 for each of 6.76e9 trained ones (AdamW)."""
     keys = [f"data={training_sets['harmful']}", f"output={tmp_path / 'run'}"]
-    done = run_in_process(capsys, "train", "safety_mirage/npo_full_7b", *keys, "--plan", "--json")
+    done = run_in_process("train", "safety_mirage/npo_full_7b", *keys, "--plan", "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed["steps"] == printed["examples"]["forget"]  # one epoch with a batch size of 1
@@ -191,7 +188,7 @@ def test_plan_of_a_7b_recipe_needs_no_weights(training_sets: dict[str, Path], tm
     assert printed["tokens_per_sample"]["forget"] > 576
     assert printed["gpus"]["80 GB"] == 2
     assert not (tmp_path / "run").exists()
-    done = run_in_process(capsys, "train", "tiny/npo", "model=nobody/unknown", *keys, "--plan")
+    done = run_in_process("train", "tiny/npo", "model=nobody/unknown", *keys, "--plan")
     assert (done.returncode, error_code(done)) == (2, "model-not-found")
     assert "nobody/unknown" in done.stderr
 
@@ -225,16 +222,10 @@ def test_preview_agrees_with_the_run(tiny_model: Path, training_sets: dict[str, 
 )
 @pytest.mark.slow
 def test_train_command_warns_if_the_forget_answers_do_not_fit_the_method(
-    method: str,
-    data: str,
-    tokens: list[str],
-    tiny_model: Path,
-    training_sets: dict[str, Path],
-    tmp_path: Path,
-    capsys: Capture,
+    method: str, data: str, tokens: list[str], tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     keys = [f"model={tiny_model}", f"data={training_sets[data]}", f"output={tmp_path / 'run'}", "training.max_steps=1"]
-    done = run_in_process(capsys, "train", f"tiny/{method}", *keys, "training.per_device_train_batch_size=1")
+    done = run_in_process("train", f"tiny/{method}", *keys, "training.per_device_train_batch_size=1")
     assert done.returncode == 0, done.stderr
     assert ("warning: " in done.stderr) == bool(tokens)
     assert all(token in " ".join(done.stderr.split()) for token in tokens), done.stderr
@@ -255,7 +246,7 @@ def test_finished_run_without_its_model_folder_is_rejected(
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_exported_model_has_the_merged_weights_of_the_run(
-    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, mode: str, capsys: Capture
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, mode: str
 ) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -269,7 +260,7 @@ def test_exported_model_has_the_merged_weights_of_the_run(
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "summary.json").write_text(json.dumps(summary))
     arguments = ["--evaluation", tmp_path / "evaluation", "--out", tmp_path / "exported", "--json"]
-    done = run_in_process(capsys, "export", tmp_path / "run", *arguments)
+    done = run_in_process("export", tmp_path / "run", *arguments)
     assert done.returncode == 0, done.stderr
     exported = Path(json.loads(done.stdout)["model"])
     loaded = AutoModelForImageTextToText.from_pretrained(exported).state_dict()
@@ -284,19 +275,19 @@ def test_exported_model_has_the_merged_weights_of_the_run(
     assert "po &#124; &#60;b&#62;" in card
     assert str(tmp_path) not in card
     assert json.loads((exported / "unlearning_manifest.json").read_text())["finished"]
-    done = run_in_process(capsys, "export", tmp_path / "run", "--out", tmp_path / "exported")
+    done = run_in_process("export", tmp_path / "run", "--out", tmp_path / "exported")
     assert (done.returncode, error_code(done)) == (2, "output-exists")
 
 
 @pytest.mark.slow
 def test_export_of_adapters_after_their_base_has_changed_is_rejected(
-    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, capsys: Capture
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     run_recipe(recipe(base, training_sets["harmful"], tmp_path / "run", "npo", trainable={"mode": "lora"}))
     weights = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    done = run_in_process(capsys, "export", tmp_path / "run", "--out", tmp_path / "exported")
+    done = run_in_process("export", tmp_path / "run", "--out", tmp_path / "exported")
     assert (done.returncode, error_code(done)) == (2, "run-mismatch")
     with raises_code("run-mismatch"):
         run_digest(run_model_folder(str(tmp_path / "run")))
@@ -314,7 +305,7 @@ def test_export_of_adapters_after_their_base_has_changed_is_rejected(
     ],
 )
 def test_export_with_invalid_input_or_output_is_rejected(
-    broken: str, code: str | None, token: str, finished_run: Path, tmp_path: Path, capsys: Capture
+    broken: str, code: str | None, token: str, finished_run: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     out, options = tmp_path / "out", []
@@ -334,7 +325,7 @@ def test_export_with_invalid_input_or_output_is_rejected(
             out = tmp_path / "shortcut" / "exported"
         case "no run":
             run = tmp_path / "nothing"
-    done = run_in_process(capsys, "export", run, "--out", out, *options)
+    done = run_in_process("export", run, "--out", out, *options)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert token in done.stderr
