@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
 
-.PHONY: setup demo test lint docs bench bench-quick clean
+.PHONY: setup demo test test-fast lint docs bench bench-quick clean
 
 setup: .venv/.done
 
@@ -19,6 +19,10 @@ demo: setup
 test: setup
 	# Two processes with one thread each take a third of the time of one process with two threads.
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-fast: setup
+	# The unmarked tests: no browser, no other processes, nothing slow.
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not browser and not multiprocess and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -87,3 +87,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llava(processor, width=32, vision_layers=1, layers=2).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves plots as empty files. Drawing takes seconds, and tests/reporting does it."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())

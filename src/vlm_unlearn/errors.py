@@ -25,7 +25,7 @@ class _CodedError(Exception):
         self,
         message: str,
         *,
-        code: str = "",
+        code: str,
         file: str | PathLike[str] | None = None,
         record: int | str | None = None,
         field: str | None = None,

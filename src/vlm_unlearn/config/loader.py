@@ -354,22 +354,8 @@ _METHOD_OPTIONS = (
 )  # options of methods, which are not fields of the recipe's class
 
 
-_ABBREVIATIONS = {
-    "lr": "learning_rate",
-    "bf16": "precision",
-    "dtype": "precision",
-    "lora_r": "lora.r",
-    "rank": "lora.r",
-    "output_dir": "output",
-    "model_name_or_path": "model",
-}  # names in other tools that no similarity leads to
-
-
 def _suggested_key(config: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
     """Returns a suggestion for an unknown key: the same key elsewhere in the config, or the nearest valid one."""
-    key = _ABBREVIATIONS.get(key, key)
-    if key in siblings:
-        return f"; did you mean {quoted(key)}?"
     options = [f"method.{option}" for option in _METHOD_OPTIONS] if "method" in config.model_fields else []
     same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{key}")]
     if same:
