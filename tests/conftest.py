@@ -16,6 +16,16 @@ from browser import browser  # noqa: F401
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the files with the longest tests first, so that no process waits for another one at the end."""
+    seconds: dict[Path, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        if marker is not None:
+            seconds[item.path] = max(seconds.get(item.path, 0.0), float(marker.args[0]))
+    items.sort(key=lambda item: -seconds.get(item.path, 0.0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A separate cache for the session, so that no test reads files of an earlier run."""

@@ -117,7 +117,7 @@ def test_write_list_failure_keeps_existing_file(tmp_path: Path) -> None:
 
     def failing() -> object:
         yield 2
-        raise UserError("broken")
+        raise UserError("broken", code="invalid-json")
 
     with pytest.raises(UserError):
         write_list(file, failing())

@@ -229,7 +229,7 @@ def test_run_benchmark_that_cannot_score_writes_a_submission_and_gives_the_reaso
     ("arguments", "tokens"),
     [
         (("gqb", "model=m", "--annotations", "a.json"), ('did you mean "gqa"', "[unknown-name]")),
-        (("gqa", "--annotations", "a.json"), ('"model"',)),
+        (("gqa", "--annotations", "a.json"), ("model: ", "[missing-field]")),
         (("gqa", "model=m", "--annotations", "a.json"), ("a.json",)),
     ],
     ids=["benchmark", "model", "file"],

@@ -355,12 +355,27 @@ _METHOD_OPTIONS = (
 
 
 def _suggested_key(config: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
-    """Returns a suggestion for an unknown key: the same key elsewhere in the config, or the nearest valid one."""
+    """Returns a suggestion for an unknown key, or the list of valid keys.
+
+    The candidates are, in this order: the same key elsewhere in the config, a key that it abbreviates (``lr`` for
+    ``learning_rate``), and the most similar key at the same place.
+    """
     options = [f"method.{option}" for option in _METHOD_OPTIONS] if "method" in config.model_fields else []
-    same = [path for path in (*_paths(config), *options) if f".{path}".endswith(f".{key}")]
-    if same:
-        return f"; did you mean {' or '.join(map(quoted, same[:3]))}?"
+    paths = [*_paths(config), *options]
+    matches = [path for path in paths if f".{path}".endswith(f".{key}")]
+    if not matches:
+        matches = [name for name in siblings if _initials(name) == key]
+    if not matches:
+        matches = [path for path in paths if _initials(path.rpartition(".")[2]) == key]
+    if matches:
+        return f"; did you mean {' or '.join(map(quoted, matches[:3]))}?"
     return nearest(key, siblings) or f"; valid keys: {', '.join(siblings)}"
+
+
+def _initials(name: str) -> str:
+    """Returns the first letters of a key's words. A key of one word has none."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
 def _paths(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
