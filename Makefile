@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
 
-.PHONY: setup demo test test-fast lint docs bench bench-quick clean
+.PHONY: setup demo test test-fast mutation lint docs bench bench-quick clean
 
 setup: .venv/.done
 
@@ -23,6 +23,9 @@ test: setup
 test-fast: setup
 	# The unmarked tests: no browser, no other processes, nothing slow.
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not browser and not multiprocess and not gpu"
+
+mutation: setup
+	$(BIN)/python tests/mutation.py
 
 lint: setup
 	$(BIN)/ruff check .

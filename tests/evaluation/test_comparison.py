@@ -62,6 +62,17 @@ def test_score_run_counts_only_rewrites_that_occur(tmp_path: Path) -> None:
     assert [rate.value for rate in row.rewrites["asr_attacked"]] == [0.0, 0.0, 1.0]
 
 
+def test_score_run_gives_no_rate_for_a_category_of_another_split(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run",
+        unlearned,
+        edit=lambda prompt: prompt.model_copy(update={"category": "C"}) if prompt.set == "safe" else prompt,
+    )
+    row = score_run(run, validate(Suite, json.loads((run / "suite.json").read_text()), "suite"), "m")
+    assert row.categories["asr_attacked"].keys() == {"A", "B"}
+    assert row.categories["refusal_rate"].keys() == {"C"}
+
+
 def test_score_run_without_categories_and_rewrites_gives_neither(tmp_path: Path) -> None:
     folder = make_run(
         tmp_path / "run",
