@@ -18,11 +18,11 @@ demo: setup
 
 test: setup
 	# Two processes with one thread each take a third of the time of one process with two threads.
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
 	# The unmarked tests: no browser, no other processes, nothing slow.
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not browser and not multiprocess and not gpu"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not multiprocess and not gpu"
 
 mutation: setup
 	$(BIN)/python tests/mutation.py
