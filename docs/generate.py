@@ -27,7 +27,7 @@ from vlm_unlearn.cli.main import app
 from vlm_unlearn.cli.terminal import EXAMPLE
 from vlm_unlearn.config import Recipe, Suite, load
 from vlm_unlearn.config.base import nested_configs
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
 from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
@@ -329,8 +329,8 @@ def _benchmarks(suite: Suite) -> list[list[str]]:
         name = code(benchmark.name)
         judge = _judge(suite, benchmark.judge) if benchmark.judge else "the official answers"
         rows.append([name, "the benchmark's score", "questions", name, judge])
-    if set(SPECIFICITY) <= {benchmark.name for benchmark in suite.benchmarks}:
-        names = ", ".join(map(code, SPECIFICITY))
+    if set(SPECIFICITY_BENCHMARKS) <= {benchmark.name for benchmark in suite.benchmarks}:
+        names = ", ".join(map(code, SPECIFICITY_BENCHMARKS))
         rows.append([code("specificity"), "the mean of the scores", "questions", names, "those of the benchmarks"])
     return rows
 

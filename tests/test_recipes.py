@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vlm_unlearn.config import Recipe, Suite, load, shipped_path
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.methods import build_method
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -75,7 +75,7 @@ def test_suite_loads_with_all_metrics(file: Path) -> None:
 def test_specificity_has_its_seven_benchmarks() -> None:
     suite = load(Suite, Path("suites/specificity"), ["model=m", "root=/data"])
     assert {benchmark.name: len(benchmark.annotations) for benchmark in suite.benchmarks} == {
-        **dict.fromkeys(SPECIFICITY, 1),
+        **dict.fromkeys(SPECIFICITY_BENCHMARKS, 1),
         "pope": 3,
     }
     assert suite.judges["mm_vet"].rubric == "mm_vet"

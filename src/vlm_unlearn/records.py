@@ -100,8 +100,14 @@ class Rate(Record):
     value: Fraction | None = Field(description="The rate, or the mean of scores, from 0 to 1.")
     low: Fraction | None = Field(description="Lower end of the 95 % interval, clustered by question group.")
     high: Fraction | None = Field(description="Upper end of the 95 % interval.")
-    n: Count = Field(description="The denominator: questions if any answer to a question counts, otherwise answers.")
-    failed: Count = Field(default=0, description="Failed answers or verdicts, which `n` does not include.")
+    n: Count = Field(
+        description="The denominator: answers, or questions with `aggregate: any_per_question` (once per split)."
+    )
+    failed: Count = Field(
+        default=0,
+        description="Number of failed answers or verdicts, also if `n` counts questions. `n` leaves out the affected "
+        "answers or questions, unless the metric has `on_error: count_as_miss`.",
+    )
 
 
 class Kappa(Rate):
@@ -129,10 +135,13 @@ class Row(Record):
     """A model's row in ``summary.json``."""
 
     model: str = Field(description="Name of the model.")
-    judge: str = Field(default="", description="The judge of the metrics that `judges` does not contain.")
+    judge: str = Field(
+        default="", description="The judge of the metrics that `judges` does not contain. Empty without one."
+    )
     judges: dict[str, str] = Field(
         default_factory=dict,
-        description="Metric -> its judge. Empty if the metric uses official answers instead of a judge.",
+        description="Metric or benchmark -> its judge, if it is not `judge`. Empty for a benchmark that is scored by "
+        "its official answers, or whose judge has no model.",
     )
     metrics: dict[str, Rate] = Field(
         description="Metric, such as `asr` or a benchmark's name -> its rate. docs/numbers.md defines each metric."
@@ -146,7 +155,8 @@ class Row(Record):
     )
     labels: dict[str, dict[str, Count]] = Field(
         default_factory=dict,
-        description="Split -> complied, refused, degenerate, off_topic or failed -> number of answers.",
+        description="Split -> complied, refused, degenerate, off_topic or failed -> number of answers with this label "
+        "from `judge`. Empty if that judge returns no labels.",
     )
     categories: dict[str, dict[str, Rate]] = Field(
         default_factory=dict, description="Metric -> category of the question -> its rate."
@@ -154,11 +164,12 @@ class Row(Record):
     rewrites: dict[str, list[Rate]] = Field(
         validation_alias=AliasChoices("rewrites", "shots"),
         default_factory=dict,
-        description="Metric -> its rates with the first 1, 2, ... K rewrites of each question.",
+        description="Metric -> its rates over the rewrites up to each rewrite number that occurs, in ascending order.",
     )
     failed: dict[str, dict[str, Count]] = Field(
         default_factory=dict,
-        description="Judge (empty: official answers) -> split or benchmark -> number of failed answers or verdicts.",
+        description="Judge (empty: official answers) -> split or benchmark -> number of failed answers or verdicts. A "
+        "missing answer counts once for each judge that grades the split.",
     )
     batching: Batching | None = Field(
         default=None, description="The effect of batching, if the run was checked for it."
@@ -186,13 +197,15 @@ class Comparison(Record):
     low: SignedFraction = Field(description="Lower end of the 95 % interval: paired bootstrap over groups.")
     high: SignedFraction = Field(description="Upper end of the 95 % interval.")
     p: Fraction = Field(
-        description="p-value: the probability of a difference at least this large if the models do not differ."
+        description="Two-sided p-value: the probability of a difference at least this large, in either direction, if "
+        "the models do not differ."
     )
     p_adjusted: Fraction = Field(description="p-value with Holm's correction over all comparisons of the summary.")
     test: PairedTest = Field(description="The test that gave `p`.")
     n: Count = Field(description="Number of pairs.")
     unpaired: Count = Field(
-        default=0, description="Answers or questions for which only one of the models has a verdict."
+        default=0,
+        description="Answers or questions without a partner: only one model has a verdict, or the prompts differ.",
     )
 
 

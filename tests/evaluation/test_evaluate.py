@@ -252,11 +252,17 @@ def test_score_run_needs_exactly_one_verdict_per_answer(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", complies, groups=2)
     file = folder / "verdicts-keyword.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    for changed, missing in ((lines[:-1], "1 missing"), ([*lines, lines[0]], "0 missing")):
+    other_judge = lines[0].replace('"judge": "keyword"', '"judge": "other"')
+    assert other_judge != lines[0]
+    for changed, problem in (
+        (lines[:-1], "(1 missing)"),
+        ([*lines, lines[0]], "(1 duplicate)"),
+        ([other_judge, *lines[1:]], "(1 by another judge)"),
+    ):
         file.write_text("".join(changed))
         with raises_code("incomplete-verdicts", file=file) as caught:
             score_run(folder, saved_suite(folder), "random")
-        assert missing in str(caught.value)
+        assert problem in str(caught.value)
 
 
 def test_score_run_after_a_change_of_the_judge_is_an_error(tmp_path: Path) -> None:

@@ -17,23 +17,23 @@ from vlm_unlearn.benchmarks import BENCHMARKS, AnswersNotPublicError, Prediction
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.benchmarks import (
-    SPECIFICITY,
+    SPECIFICITY_BENCHMARKS,
     benchmark_rates,
     benchmark_scores,
     headline_rate,
     run_benchmark,
 )
-from vlm_unlearn.evaluation.comparison import compare_runs
+from vlm_unlearn.evaluation.comparison import compare_runs, summarize_runs
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row
-from vlm_unlearn.evaluation.verdicts import metrics_without_judge
+from vlm_unlearn.evaluation.verdicts import judge_run, metrics_without_judge
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
 from vlm_unlearn.reporting.caveats import caveats
 from vlm_unlearn.reporting.formatting import count_failures, judges_of
 from vlm_unlearn.reporting.metric_roles import assign_roles
 from vlm_unlearn.reporting.provenance import describe_evaluation
-from vlm_unlearn.store import read_json, write_json, write_records
+from vlm_unlearn.store import open_run, read_json, record_cost, write_json, write_records
 
 RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
 
@@ -59,7 +59,7 @@ def test_benchmark_rates_are_1_for_right_and_0_for_wrong_answers(official: bool,
     best = benchmark_rates(suite, by_id, answered(prompts), scores)
     assert best.keys() == {*WRITERS, "specificity"}
     assert {name: rate.value for name, rate in best.items()} == pytest.approx(dict.fromkeys(best, 1.0))
-    assert best["specificity"].n == sum(best[name].n for name in SPECIFICITY)
+    assert best["specificity"].n == sum(best[name].n for name in SPECIFICITY_BENCHMARKS)
     assert (best["mmbench"].n, best["pope"].n, best["scienceqa"].n) == (2, 8, 2)
     worst = benchmark_rates(suite, by_id, answered(prompts, "no idea"), {})
     assert {worst[name].value for name in ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "mmbench", "pope")} == {
@@ -69,13 +69,13 @@ def test_benchmark_rates_are_1_for_right_and_0_for_wrong_answers(official: bool,
 
 
 def test_benchmark_rates_have_no_specificity_of_fewer_benchmarks(tmp_path: Path) -> None:
-    suite = suite_of(tmp_path, *[name for name in SPECIFICITY if name != "gqa"], "textvqa")
+    suite = suite_of(tmp_path, *[name for name in SPECIFICITY_BENCHMARKS if name != "gqa"], "textvqa")
     prompts = suite_prompts(suite)
     assert "specificity" not in benchmark_rates(suite, {prompt.id: prompt for prompt in prompts}, answered(prompts), {})
 
 
 def test_benchmark_rates_without_public_answers_have_no_value_and_no_specificity(tmp_path: Path) -> None:
-    suite = suite_of(tmp_path, *SPECIFICITY)
+    suite = suite_of(tmp_path, *SPECIFICITY_BENCHMARKS)
     put_json(tmp_path / "vizwiz" / "val.json", [{"image": "V_0.jpg", "question": "What?"}])
     prompts = suite_prompts(suite)
     rates = benchmark_rates(suite, {prompt.id: prompt for prompt in prompts}, answered(prompts, "yes"), {})
@@ -283,7 +283,7 @@ def test_evaluate_run_of_seven_benchmarks_with_a_judge_for_mmvet(tiny_model: Pat
         judges = {"mm_vet": {"name": "llm", "rubric": "mm_vet", "model": "j", "server": stub.url}}
         benchmarks = [
             {"name": name, **WRITERS[name](tmp_path), **({"judge": "mm_vet"} if name == "mmvet" else {})}
-            for name in SPECIFICITY
+            for name in SPECIFICITY_BENCHMARKS
         ]
         fields = {
             "model": str(tiny_model),
@@ -299,10 +299,10 @@ def test_evaluate_run_of_seven_benchmarks_with_a_judge_for_mmvet(tiny_model: Pat
         suite = Suite.model_validate(fields)
         row = evaluate_run(suite, tmp_path / "run", "random")
         assert stub.calls == row.metrics["mmvet"].n == 2
-    assert row.metrics.keys() == {"refusals", *SPECIFICITY, "specificity"}
+    assert row.metrics.keys() == {"refusals", *SPECIFICITY_BENCHMARKS, "specificity"}
     assert row.metrics["mmvet"].value == pytest.approx(0.4)
     assert row.metrics["specificity"].value == pytest.approx(
-        sum(row.metrics[name].value or 0 for name in SPECIFICITY) / 7
+        sum(row.metrics[name].value or 0 for name in SPECIFICITY_BENCHMARKS) / 7
     )
     assert (row.judge, set(row.labels)) == ("keyword", {"safe"})
     without = Suite.model_validate({**fields, "judges": {"mm_vet": {"name": "llm", "rubric": "mm_vet"}}})
@@ -315,7 +315,7 @@ def test_build_row_names_the_judge_of_each_benchmark_and_counts_a_failure_once(t
     split = {"name": "safe", "format": "vlguard", "file": "t.json", "images": "i", "kind": "safe"}
     benchmarks = [
         {"name": name, **WRITERS[name](tmp_path), **({"judge": "mm"} if name == "mmvet" else {})}
-        for name in SPECIFICITY
+        for name in SPECIFICITY_BENCHMARKS
     ]
     judges = {"mm": {"name": "llm", "rubric": "mm_vet", "model": "j"}, "score": {"name": "rouge_l"}}
     means = {
@@ -393,6 +393,46 @@ def test_compare_runs_compares_benchmarks_by_question(tiny_model: Path, tmp_path
     with raises_code("no-common-metrics") as caught:
         compare_runs({"random": runs["random"], "fewer": tmp_path / "fewer"})
     assert "pope" in str(caught.value)
+
+
+def judged_benchmark_run(folder: Path, server: str, judge_model: str) -> Path:
+    """Writes a finished run of MM-Vet whose answers a judge on a server has graded."""
+    benchmark = {"name": "mmvet", **WRITERS["mmvet"](folder.parent), "judge": "mm_vet"}
+    judge = {"name": "llm", "rubric": "mm_vet", "model": judge_model, "server": server, "cache": False}
+    suite = Suite.model_validate(
+        {"model": folder.name, "root": folder.parent, "benchmarks": [benchmark], "judges": {"mm_vet": judge}}
+    )
+    prompts = suite_prompts(suite)
+    open_run(folder, {"model": folder.name})
+    write_json(folder / "suite.json", suite.model_dump(mode="json"))
+    write_records(folder / "prompts.jsonl", prompts)
+    write_records(folder / "responses.jsonl", answered(prompts))
+    record_cost(folder, 0.0, finished=True)
+    judge_run(folder, suite.judges["mm_vet"], splits=["mmvet"])
+    return folder
+
+
+def test_compare_runs_benchmark_graded_by_two_judges_is_an_error(tmp_path: Path) -> None:
+    with stub_server(lambda text: "Score: 0.4") as stub:
+        base, same, other = (
+            judged_benchmark_run(tmp_path / name, stub.url, judge_model)
+            for name, judge_model in (("base", "j"), ("same", "j"), ("other", "k"))
+        )
+    summary, skipped = compare_runs({"base": base, "same": same})
+    assert [(change.metric, change.difference, change.n) for change in summary.comparisons] == [("mmvet", 0.0, 2)]
+    assert not skipped
+    with raises_code("judge-mismatch", file=f"{base} and {other}") as caught:
+        compare_runs({"base": base, "other": other})
+    assert '"mmvet"' in str(caught.value)
+    assert "judge-mm_vet@j.json and judge-mm_vet@k.json" in str(caught.value)
+    summary, skipped = summarize_runs({"base": base, "other": other})
+    assert not summary.comparisons
+    assert "two different judges" in skipped[0]
+    # The same judge name, but the code that reads the judge's replies has changed since the base was graded.
+    judge_file = same / "judge-mm_vet@j.json"
+    write_json(judge_file, {**read_json(judge_file), "reading": "0"})
+    with raises_code("judge-mismatch"):
+        compare_runs({"base": base, "same": same})
 
 
 def test_evaluate_command_of_benchmarks_alone_needs_no_judge(tiny_model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from answer_visits import Open, go
 from browser import open_page, wait_until
 from finished_runs import REFUSAL, complies, make_run, number, plot_formats, unlearned
 from vlm_unlearn.config import JudgeConfig, Suite, load
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.verdicts import judge_run
@@ -264,6 +264,8 @@ def test_link_of_a_rate_selects_the_answers_that_it_counts(visit: Open, tmp_path
 def test_answers_link_of_a_benchmark_selects_its_answers() -> None:
     suite = load(Suite, "suites/specificity", ["model=m", "root=."])
     assert answers_link("m", "gqa", suite) == [("model", "m"), ("case", "gqa")]
-    assert [value for name, value in answers_link("m", "specificity", suite) if name == "case"] == list(SPECIFICITY)
+    assert [value for name, value in answers_link("m", "specificity", suite) if name == "case"] == list(
+        SPECIFICITY_BENCHMARKS
+    )
     assert changes_link("m", "gqa", suite) == [("model", "m"), ("case", "gqa"), ("changed", "1")]
     assert answers_link("m", "not_a_metric", suite) == []

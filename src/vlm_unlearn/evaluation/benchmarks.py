@@ -24,7 +24,7 @@ from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary
 from vlm_unlearn.store import write_json
 
 # The benchmarks whose mean is SafeEraser's specificity (arXiv 2502.12520).
-SPECIFICITY = ("gqa", "vizwiz", "scienceqa", "vqav2", "pope", "mmvet", "mmbench")
+SPECIFICITY_BENCHMARKS = ("gqa", "vizwiz", "scienceqa", "vqav2", "pope", "mmvet", "mmbench")
 
 
 def benchmark_rates(
@@ -32,7 +32,7 @@ def benchmark_rates(
 ) -> dict[str, Rate]:
     """Returns the rate of each benchmark of a suite by its name.
 
-    If the suite has all seven benchmarks of `SPECIFICITY`, their mean is added as ``specificity``. The interval of the
+    If the suite has all seven `SPECIFICITY_BENCHMARKS`, their mean is added as ``specificity``. The interval of the
     mean treats the benchmarks as independent. A benchmark whose official answers are not public has a rate without a
     value, and then the mean has none either.
 
@@ -54,8 +54,8 @@ def benchmark_rates(
             rates[config.name] = headline_rate(benchmark_scores(config, predictions))
         except AnswersNotPublicError:
             rates[config.name] = rate([], [])
-    if set(SPECIFICITY) <= set(rates):
-        rates["specificity"] = mean_of_rates([rates[name] for name in SPECIFICITY])
+    if set(SPECIFICITY_BENCHMARKS) <= set(rates):
+        rates["specificity"] = mean_of_rates([rates[name] for name in SPECIFICITY_BENCHMARKS])
     return rates
 
 
@@ -116,7 +116,7 @@ def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Predicti
 def headline_rate(scores: BenchmarkScores) -> Rate:
     """Returns the value that papers report: the mean score, or for POPE the mean F1.
 
-    The interval is clustered by image.
+    The interval is clustered by image, or by question for MMBench and ScienceQA.
     """
     if scores.ratio_terms:
         ratios = [

@@ -11,7 +11,7 @@ from vlm_unlearn.config import BenchmarkConfig, MetricConfig
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
-from vlm_unlearn.evaluation.scoring import GradedRun, build_row, metric_outcomes, read_graded_run
+from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row, metric_outcomes, read_graded_run
 from vlm_unlearn.metrics.paired import PairedDifference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
@@ -53,8 +53,8 @@ def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) ->
         The rows with the comparisons, and a list of the metrics that were not compared, with the reasons.
 
     Raises:
-        UserError: A run is unfinished or not graded, shares no prompt or no metric with the base, or was graded by
-            another judge.
+        UserError: A run is unfinished or not graded, shares no prompt or no metric with the base, or a metric or
+            benchmark of it was graded by another judge.
     """
     return _compare(runs, strict=True, on_done=on_done)
 
@@ -98,7 +98,7 @@ def _compare_with_base(base: GradedRun, run: GradedRun, folders: str) -> tuple[l
         The changes, and for each metric that cannot be compared ``"METRIC: REASON"``.
 
     Raises:
-        UserError: Nothing can be compared, or a metric was graded by two different judges.
+        UserError: Nothing can be compared, or a metric or benchmark was graded by two different judges.
     """
     if not any(base.prompts.get(id) == prompt for id, prompt in run.prompts.items()):
         raise UserError(
@@ -111,7 +111,7 @@ def _compare_with_base(base: GradedRun, run: GradedRun, folders: str) -> tuple[l
         if metric in run.judged_metrics(run.suite.metrics):
             results.append((metric, _compare_metric(base, run, metric, folders)))
     for benchmark in base.suite.benchmarks:
-        if (result := _compare_benchmark(base, run, benchmark)) is not None:
+        if (result := _compare_benchmark(base, run, benchmark, folders)) is not None:
             results.append((benchmark.name, result))
     changes = [result for _, result in results if not isinstance(result, str)]
     reasons = [f"{name}: {result}" for name, result in results if isinstance(result, str)]
@@ -136,14 +136,7 @@ def _compare_metric(base: GradedRun, run: GradedRun, metric: str, folders: str) 
         return "the two suites count it differently"
     base_judge = base.verdicts_by_judge[base_config.judge]
     run_judge = run.verdicts_by_judge[base_config.judge]
-    if base_judge.identity != run_judge.identity:
-        files = " and ".join(dict.fromkeys(f"judge-{judge.judge_id}.json" for judge in (base_judge, run_judge)))
-        raise UserError(
-            f"{quoted(metric)} was graded by two different judges ({files} differ). "
-            "Grade both runs with the same judge by `vlm-unlearn judge run`.",
-            code="judge-mismatch",
-            file=folders,
-        )
+    _validate_same_judge(metric, base_judge, run_judge, folders)
     config = base_config.model_copy(
         update={"splits": [split for split in base_config.splits if split in run_config.splits]}
     )
@@ -162,6 +155,22 @@ def _compare_metric(base: GradedRun, run: GradedRun, metric: str, folders: str) 
     )
 
 
+def _validate_same_judge(metric: str, base_judge: JudgeVerdicts, run_judge: JudgeVerdicts, folders: str) -> None:
+    """Raises an error if a metric or benchmark was graded by two different judges, or by two versions of one judge.
+
+    Raises:
+        UserError: The judges differ.
+    """
+    if base_judge.identity != run_judge.identity:
+        files = " and ".join(dict.fromkeys(f"judge-{judge.judge_id}.json" for judge in (base_judge, run_judge)))
+        raise UserError(
+            f"{quoted(metric)} was graded by two different judges ({files} differ). "
+            "Grade both runs with the same judge by `vlm-unlearn judge run`.",
+            code="judge-mismatch",
+            file=folders,
+        )
+
+
 def _metric_outcomes(run: GradedRun, metric: MetricConfig, keys: Collection[tuple[str, int]] | None = None) -> Outcomes:
     """Returns a metric's outcomes from all verdicts of its judge, or from those on the answers with `keys`."""
     judge = run.verdicts_by_judge[metric.judge]
@@ -169,13 +178,18 @@ def _metric_outcomes(run: GradedRun, metric: MetricConfig, keys: Collection[tupl
     return metric_outcomes(run.prompts, verdicts, metric, judge.available_labels)
 
 
-def _compare_benchmark(base: GradedRun, run: GradedRun, config: BenchmarkConfig) -> _MetricChange | str | None:
+def _compare_benchmark(
+    base: GradedRun, run: GradedRun, config: BenchmarkConfig, folders: str
+) -> _MetricChange | str | None:
     """Compares a benchmark question by question.
 
     The compared value is the mean score. For POPE that is the accuracy, although its headline is F1.
 
     Returns:
         The change, the reason why there is none, or None if the run does not include the benchmark.
+
+    Raises:
+        UserError: Two different judges graded the benchmark.
     """
     run_config = next((benchmark for benchmark in run.suite.benchmarks if benchmark.name == config.name), None)
     if run_config is None:
@@ -187,6 +201,9 @@ def _compare_benchmark(base: GradedRun, run: GradedRun, config: BenchmarkConfig)
         return "the two runs were asked different questions of it"
     if config.official != run_config.official:
         return "only one of the two runs uses the official counting"
+    base_judge, run_judge = base.benchmark_judge(config), run.benchmark_judge(run_config)
+    if base_judge is not None and run_judge is not None:
+        _validate_same_judge(config.name, base_judge, run_judge, folders)
     try:
         base_outcomes = benchmark_outcomes(config, base.prompts, base.responses, base.benchmark_judge_scores())
         run_outcomes = benchmark_outcomes(run_config, run.prompts, run.responses, run.benchmark_judge_scores())

@@ -1,7 +1,8 @@
 """Step three of an evaluation (generate, judge, score): computes the rates from the verdicts of a run's judges.
 
 `score_run` is the entry point. It reads a run folder into a `GradedRun` and computes one `Row` of ``summary.json``.
-A suite refers to its judges by name. The name ``""`` stands for the suite's default judge, the key ``judge``.
+A suite refers to its judges by name. For a metric, the name ``""`` stands for the suite's default judge, the key
+``judge``. For a benchmark, the name ``""`` means that no judge scores it: its official answers do.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.config import JudgeConfig, MetricConfig, Suite
+from vlm_unlearn.config import BenchmarkConfig, JudgeConfig, MetricConfig, Suite
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY, benchmark_rates
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS, benchmark_rates
 from vlm_unlearn.evaluation.generate import read_answers, read_batching
 from vlm_unlearn.evaluation.verdicts import splits_judged_by, suite_judges
 from vlm_unlearn.judging.rubric import load_rubric
@@ -22,6 +23,7 @@ from vlm_unlearn.records import LABELS, Batching, Label, Prompt, Rate, Response,
 from vlm_unlearn.store import read_json, read_records, write_json
 
 DEFAULT_JUDGE = ""  # the name under which metrics refer to the suite's key `judge`
+OFFICIAL_ANSWERS = ""  # stands in the place of a judge for a benchmark that is scored against its official answers
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class JudgeVerdicts:
 
     Attributes:
         judge_id: The judge's name in file names and tables, such as ``keyword``.
-        identity: The contents of ``judge-<judge_id>.json`` without the config: everything that determines the verdicts.
+        identity: The contents of ``judge-<judge_id>.json`` without the config: everything that determines the verdicts,
+            such as the digests of the judge's code and rubric. The config is left out so that two runs graded by equal
+            judges compare equal, such as with the same rubric file in two folders.
         available_labels: The labels that the judge can return. Empty for a judge that returns scores only.
         verdicts: One verdict per answer that the judge grades.
     """
@@ -60,15 +64,24 @@ class GradedRun:
     batching: Batching | None = None
 
     def judged_metrics(self, metrics: Mapping[str, MetricConfig]) -> dict[str, MetricConfig]:
-        """Returns the metrics whose judge has graded the run."""
+        """Returns the metrics that can be computed.
+
+        Left out are the metrics whose judge is a language model without a `model`, as `suite_judges` describes.
+        """
         return {name: metric for name, metric in metrics.items() if metric.judge in self.verdicts_by_judge}
+
+    def benchmark_judge(self, benchmark: BenchmarkConfig) -> JudgeVerdicts | None:
+        """Returns the verdicts on a benchmark that a judge scores (MM-Vet).
+
+        None if the benchmark is scored against its official answers, or if its judge is a language model without a
+        `model`.
+        """
+        return None if benchmark.judge == OFFICIAL_ANSWERS else self.verdicts_by_judge.get(benchmark.judge)
 
     def benchmark_judge_scores(self) -> dict[str, float | None]:
         """Returns the judges' scores by prompt id, for the benchmarks that a judge scores (MM-Vet)."""
-        judges = {benchmark.judge for benchmark in self.suite.benchmarks if benchmark.judge in self.verdicts_by_judge}
-        return {
-            verdict.prompt_id: verdict.score for judge in judges for verdict in self.verdicts_by_judge[judge].verdicts
-        }
+        judges = [self.benchmark_judge(benchmark) for benchmark in self.suite.benchmarks]
+        return {verdict.prompt_id: verdict.score for judge in judges if judge is not None for verdict in judge.verdicts}
 
 
 def score_run(folder: Path, suite: Suite, name: str) -> Row:
@@ -80,7 +93,8 @@ def score_run(folder: Path, suite: Suite, name: str) -> Row:
         name: The model's name in the summary.
 
     Raises:
-        UserError: Verdicts are missing, or do not belong to the run's answers.
+        UserError: As `read_graded_run`. A benchmark's official files are broken or have changed since the answers were
+            generated.
     """
     row = build_row(read_graded_run(folder, suite), name)
     write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
@@ -88,15 +102,16 @@ def score_run(folder: Path, suite: Suite, name: str) -> Row:
 
 
 def read_graded_run(folder: Path, suite: Suite) -> GradedRun:
-    """Reads a run folder with the verdicts of every judge that the suite's metrics need.
+    """Reads a run folder with the verdicts of every judge that the suite's metrics and benchmarks need.
 
     Raises:
-        UserError: Verdicts are missing, or do not belong to the run's answers or to the judge's present settings.
+        UserError: The run is unfinished, verdicts are missing or do not belong to the run's answers, or a judge's
+            settings or rubric have changed since it graded.
     """
     prompts, responses = read_answers(folder)
     verdicts_by_judge: dict[str, JudgeVerdicts] = {}
     for judge_name, config in suite_judges(suite).items():
-        splits = splits_judged_by(suite, judge_name)
+        splits = splits_judged_by(suite, judge_name)  # `Prompt.set` is the name of a split or of a benchmark
         keys = {response.key for response in responses if prompts[response.prompt_id].set in splits}
         verdicts_by_judge[judge_name] = _read_judge_verdicts(folder, config, keys)
     return GradedRun(suite, prompts, responses, verdicts_by_judge, read_batching(folder))
@@ -118,11 +133,18 @@ def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tup
     rejudge = "Run `vlm-unlearn judge run` with this judge"
     if not file.exists():
         raise UserError(f"no such file. {rejudge} first.", code="no-verdicts", file=file)
+    # The file may also contain verdicts on splits that the judge does not have to grade in this suite.
     verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
-    missing = len(set(keys) - {verdict.key for verdict in verdicts})
-    if missing or len(verdicts) != len(keys) or any(verdict.judge != judge_id for verdict in verdicts):
+    graded_keys = {verdict.key for verdict in verdicts}
+    problems = {
+        "missing": len(set(keys) - graded_keys),
+        "duplicate": len(verdicts) - len(graded_keys),
+        "by another judge": sum(verdict.judge != judge_id for verdict in verdicts),
+    }
+    if any(problems.values()):
+        counts = ", ".join(f"{count} {problem}" for problem, count in problems.items() if count)
         raise UserError(
-            f"the file does not grade each of this run's answers exactly once ({missing} missing). {rejudge} again.",
+            f"the file does not grade each of this run's answers exactly once ({counts}). {rejudge} again.",
             code="incomplete-verdicts",
             file=file,
         )
@@ -137,7 +159,8 @@ def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tup
             file=identity_file,
             field="labels",
         )
-    if identity.pop("config", None) != config.fingerprint_fields():
+    saved_config = identity.pop("config", None)
+    if saved_config != config.fingerprint_fields():
         raise UserError(
             f"the verdicts were made with other settings. {rejudge} again.", code="judge-changed", file=identity_file
         )
@@ -154,16 +177,21 @@ def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tup
 def build_row(run: GradedRun, name: str) -> Row:
     """Returns a run's row of ``summary.json``, under a model's name.
 
-    A metric that counts a label which its judge never returns gets a rate without a value. An example is the rate of
-    degenerate answers by the published keyword list.
+    A metric may need something that its judge never returns. Its rate then has no value.
+
+    - A metric counts a label that the judge cannot return, such as degenerate answers by the published keyword list.
+      The metric does not apply, so its `failed` is 0.
+    - A metric is the mean score of a judge that returns labels only. All verdicts lack a score, and `failed` counts
+      them.
     """
     metrics = run.judged_metrics(run.suite.metrics)
     paper_metrics = run.judged_metrics(run.suite.paper_metrics) if run.suite.paper_compat else {}
     benchmarks = benchmark_rates(run.suite, run.prompts, run.responses, run.benchmark_judge_scores())
-    rewrites = {metric: _rates_by_rewrite_count(run, config) for metric, config in metrics.items()}
+    rewrites = {metric: _rates_up_to_rewrite(run, config) for metric, config in metrics.items()}
     categories = {metric: _rates_by_category(run, config) for metric, config in metrics.items()}
     default_judge = run.verdicts_by_judge.get(DEFAULT_JUDGE)
-    labeled = default_judge.verdicts if default_judge and default_judge.available_labels else []
+    # Labels are counted for the default judge only, because it is the only one that grades all splits.
+    default_verdicts = default_judge.verdicts if default_judge and default_judge.available_labels else []
     return Row(
         model=name,
         judge=default_judge.judge_id if default_judge else "",
@@ -171,7 +199,9 @@ def build_row(run: GradedRun, name: str) -> Row:
         paper=_metric_rates(run, paper_metrics),
         judges=_metric_judges(run, metrics) | _benchmark_judges(run, benchmarks),
         paper_judges=_metric_judges(run, paper_metrics),
-        labels={split: count_labels(verdicts) for split, verdicts in _group_by_split(run.prompts, labeled).items()},
+        labels={
+            split: count_labels(verdicts) for split, verdicts in _group_by_split(run.prompts, default_verdicts).items()
+        },
         categories={metric: rates for metric, rates in categories.items() if rates},
         rewrites={metric: rates for metric, rates in rewrites.items() if rates},
         failed=_count_failures(run, benchmarks),
@@ -196,7 +226,8 @@ def metric_outcomes(
     """
     verdicts_in_splits = [verdict for verdict in verdicts if prompts[verdict.prompt_id].set in metric.splits]
     if metric.score is not None:
-        return score_outcomes(prompts, verdicts_in_splits, metric.score == "one_minus_mean", metric.on_error)
+        inverted = metric.score == "one_minus_mean"
+        return score_outcomes(prompts, verdicts_in_splits, inverted=inverted, on_error=metric.on_error)
     if not set(metric.labels) <= set(available_labels):
         return Outcomes({}, {})
     return label_outcomes(prompts, verdicts_in_splits, metric.labels, metric.aggregate, metric.on_error)
@@ -208,26 +239,34 @@ def metric_rate(
     metric: MetricConfig,
     available_labels: Collection[Label],
 ) -> Rate:
-    """Returns the rate of one metric with its interval. The arguments are those of `metric_outcomes`."""
+    """Returns the rate of one metric with its interval. The arguments are those of `metric_outcomes`.
+
+    It needs no `GradedRun`, because the probe during training (`evaluation.probe`) has verdicts without a run folder.
+    """
     return metric_outcomes(prompts, verdicts, metric, available_labels).rate()
 
 
 def _metric_rates(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[str, Rate]:
     """Returns the rate of each metric over all verdicts of its judge."""
-    return {name: _rate(run, metric, run.verdicts_by_judge[metric.judge].verdicts) for name, metric in metrics.items()}
+    return {
+        name: _rate_over(run, metric, run.verdicts_by_judge[metric.judge].verdicts) for name, metric in metrics.items()
+    }
 
 
-def _rate(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> Rate:
+def _rate_over(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]) -> Rate:
     """Returns the rate of a metric over some of its judge's verdicts."""
     return metric_rate(run.prompts, verdicts, metric, run.verdicts_by_judge[metric.judge].available_labels)
 
 
-def _rates_by_rewrite_count(run: GradedRun, metric: MetricConfig) -> list[Rate]:
-    """Returns the metric's rates with the first 1, 2, ... K rewrites of each question.
+def _rates_up_to_rewrite(run: GradedRun, metric: MetricConfig) -> list[Rate]:
+    """Returns the metric's rates over the first rewrites of each question, for a growing number of rewrites.
+
+    Each rate counts the answers to the rewrites up to one number. Numbers start at 0 and may have gaps. A question may
+    lack some of them if the suite samples rows.
 
     Returns:
-        One rate per rewrite number that occurs in the prompts, or an empty list if a split of the metric does not have
-        at least two rewrites.
+        One rate per rewrite number that occurs in the metric's splits, in ascending order. The list is empty if a split
+        of the metric does not have at least two rewrites.
     """
     rewrites_by_split: dict[str, set[int]] = {split: set() for split in metric.splits}
     for prompt in run.prompts.values():
@@ -239,7 +278,7 @@ def _rates_by_rewrite_count(run: GradedRun, metric: MetricConfig) -> list[Rate]:
     rates = []
     for last_rewrite in sorted(set().union(*rewrites_by_split.values())):
         up_to_last = [verdict for verdict in verdicts if run.prompts[verdict.prompt_id].rewrite <= last_rewrite]
-        rates.append(_rate(run, metric, up_to_last))
+        rates.append(_rate_over(run, metric, up_to_last))
     return rates
 
 
@@ -250,7 +289,7 @@ def _rates_by_category(run: GradedRun, metric: MetricConfig) -> dict[str, Rate]:
         prompt = run.prompts[verdict.prompt_id]
         if prompt.category is not None and prompt.set in metric.splits:
             verdicts_by_category.setdefault(prompt.category, []).append(verdict)
-    return {category: _rate(run, metric, verdicts) for category, verdicts in sorted(verdicts_by_category.items())}
+    return {category: _rate_over(run, metric, verdicts) for category, verdicts in sorted(verdicts_by_category.items())}
 
 
 def _metric_judges(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[str, str]:
@@ -263,26 +302,31 @@ def _metric_judges(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[
 
 
 def _benchmark_judges(run: GradedRun, benchmark_names: Collection[str]) -> dict[str, str]:
-    """Returns the judge of each benchmark: ``""`` if the benchmark is scored against its official answers.
+    """Returns the judge of each benchmark.
 
-    The mean of several benchmarks, ``specificity``, gets the judge of the benchmark among them that has one.
+    It is `OFFICIAL_ANSWERS` if the benchmark is scored against its official answers, and also if the judge is a
+    language model without a `model`: nothing has then scored the benchmark. The mean of several benchmarks,
+    ``specificity``, gets the judge of the benchmark among them that has one.
     """
     judges = {
-        benchmark.name: run.verdicts_by_judge[benchmark.judge].judge_id
+        benchmark.name: judge.judge_id
         for benchmark in run.suite.benchmarks
-        if benchmark.judge and benchmark.judge in run.verdicts_by_judge
+        if (judge := run.benchmark_judge(benchmark)) is not None
     }
-    judge_by_benchmark = {name: judges.get(name, "") for name in benchmark_names}
+    judge_by_benchmark = {name: judges.get(name, OFFICIAL_ANSWERS) for name in benchmark_names}
     if "specificity" in judge_by_benchmark:
-        judge_by_benchmark["specificity"] = next((judges[name] for name in SPECIFICITY if name in judges), "")
+        judge_by_benchmark["specificity"] = next(
+            (judges[name] for name in SPECIFICITY_BENCHMARKS if name in judges), OFFICIAL_ANSWERS
+        )
     return judge_by_benchmark
 
 
 def _count_failures(run: GradedRun, benchmarks: Mapping[str, Rate]) -> dict[str, dict[str, int]]:
     """Counts failed answers and verdicts by judge, then by split or benchmark.
 
-    Each failure counts once, although several metrics may exclude the same verdict. The key ``""`` stands for the
-    benchmarks that are scored against their official answers.
+    Each failure counts once per judge, although several metrics may exclude the same verdict. A missing answer is a
+    failure of every judge that should have graded it. The key `OFFICIAL_ANSWERS` stands for the benchmarks that are
+    scored against their official answers.
     """
     failures: dict[str, dict[str, int]] = {}
     for judge in run.verdicts_by_judge.values():
@@ -290,9 +334,11 @@ def _count_failures(run: GradedRun, benchmarks: Mapping[str, Rate]) -> dict[str,
             failed = sum(verdict.label is None and verdict.score is None for verdict in verdicts)
             failures.setdefault(judge.judge_id, {})[split] = failed
     official = {
-        benchmark.name: benchmarks[benchmark.name].failed for benchmark in run.suite.benchmarks if not benchmark.judge
+        benchmark.name: benchmarks[benchmark.name].failed
+        for benchmark in run.suite.benchmarks
+        if benchmark.judge == OFFICIAL_ANSWERS
     }
-    return failures | ({"": official} if official else {})
+    return failures | ({OFFICIAL_ANSWERS: official} if official else {})
 
 
 def _group_by_split(prompts: Mapping[str, Prompt], verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlm_unlearn.config import MetricConfig, Suite
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.records import Kind, Row
 from vlm_unlearn.reporting.columns import UTILITY_COMPONENTS
 
@@ -194,6 +194,6 @@ def link_splits(metric: str, suite: Suite) -> AnswerFilter:
     config = suite.metrics.get(metric)
     benchmarks = [benchmark.name for benchmark in suite.benchmarks]
     names = config.splits if config is not None else [name for name in benchmarks if name == metric]
-    if metric == "specificity" and set(SPECIFICITY) <= set(benchmarks):
-        names = list(SPECIFICITY)
+    if metric == "specificity" and set(SPECIFICITY_BENCHMARKS) <= set(benchmarks):
+        names = list(SPECIFICITY_BENCHMARKS)
     return [("case", name) for name in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vlm_unlearn.evaluation.benchmarks import SPECIFICITY
+from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.records import LABELS, Row, Summary
 from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.formatting import judged_by, judges_of
@@ -31,7 +31,7 @@ SAFE_ERASER: MetricLayout = (
     ("rouge_l", "ROUGE-L", ""),
     ("answer_score", "Score", ""),
     ("specificity", "mean", "Specificity"),
-    *((metric, heading(metric), "Specificity") for metric in BENCHMARKS if metric in SPECIFICITY),
+    *((metric, heading(metric), "Specificity") for metric in BENCHMARKS if metric in SPECIFICITY_BENCHMARKS),
 )
 
 
