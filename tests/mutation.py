@@ -188,7 +188,7 @@ MUTATIONS = (
     Mutation(
         "escaping: JSON can end its script element",
         "reporting/page.py",
-        '.replace("<", "\\\\u003c")',
+        '.replace("<", "\\\\u003c").replace(">", "\\\\u003e").replace("&", "\\\\u0026")',
         "",
         "tests/reporting/test_report.py tests/reporting/test_answers_page.py tests/reporting/test_answers_hostile.py",
     ),

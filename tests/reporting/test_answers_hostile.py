@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ HOSTILE = [
     "<script>window.hacked = 1</script>",
     "</script><script>window.hacked = 1</script>",
     "<!--<script>",
+    "<!-- <script src=x",
     "<img src=x onerror='window.hacked = 1'>",
     "javascript:window.hacked=1",
     "\u202egnisrever \u2066isolated",
@@ -57,6 +59,14 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         judges = {"keyword": verdicts, "<script>window.hacked = 1<": verdicts}
         runs[name] = put_run(folder / f"run{len(runs)}", prompts, responses, judges)
     return write_answers(folder, runs, "</title><script>window.hacked = 1</script>\u202e")
+
+
+def test_data_of_the_page_contains_no_markup(hostile: Path) -> None:
+    """`<!--<script ` in a script element would hide the end tag of that element from the HTML parser."""
+    page = hostile.read_text(encoding="utf-8")
+    blocks = re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, flags=re.DOTALL)
+    assert blocks
+    assert not [block for block in blocks if set(block) & set("<>&")]
 
 
 def test_hostile_texts_are_shown_as_text(visit: Open, hostile: Path) -> None:
