@@ -62,6 +62,13 @@ def test_score_run_counts_only_rewrites_that_occur(tmp_path: Path) -> None:
     assert [rate.value for rate in row.rewrites["asr_attacked"]] == [0.0, 0.0, 1.0]
 
 
+def test_score_run_counts_earlier_rewrites_in_the_rates_by_rewrite_count(tmp_path: Path) -> None:
+    """Only the first rewrite breaks questions, so that the rate with two or three rewrites is the rate with one."""
+    run = make_run(tmp_path / "run", lambda prompt: ANSWER if prompt.rewrite == 0 else REFUSAL)
+    row = score_run(run, validate(Suite, json.loads((run / "suite.json").read_text()), "suite"), "m")
+    assert [rate.value for rate in row.rewrites["asr_attacked"]] == [1.0, 1.0, 1.0]
+
+
 def test_score_run_gives_no_rate_for_a_category_of_another_split(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "run",
