@@ -79,7 +79,7 @@ class GradedRun:
         return None if benchmark.judge == OFFICIAL_ANSWERS else self.verdicts_by_judge.get(benchmark.judge)
 
     def benchmark_judge_scores(self) -> dict[str, float | None]:
-        """Returns the judges' scores by prompt id, for the benchmarks that a judge scores (MM-Vet)."""
+        """Returns the scores of the judges that score a benchmark (MM-Vet), by prompt id."""
         judges = [self.benchmark_judge(benchmark) for benchmark in self.suite.benchmarks]
         return {verdict.prompt_id: verdict.score for judge in judges if judge is not None for verdict in judge.verdicts}
 
@@ -105,13 +105,14 @@ def read_graded_run(folder: Path, suite: Suite) -> GradedRun:
     """Reads a run folder with the verdicts of every judge that the suite's metrics and benchmarks need.
 
     Raises:
-        UserError: The run is unfinished, verdicts are missing or do not belong to the run's answers, or a judge's
-            settings or rubric have changed since it graded.
+        UserError: The run is unfinished, verdicts are missing, duplicate or by another judge, or a judge's settings or
+            rubric have changed since it graded.
     """
     prompts, responses = read_answers(folder)
     verdicts_by_judge: dict[str, JudgeVerdicts] = {}
     for judge_name, config in suite_judges(suite).items():
-        splits = splits_judged_by(suite, judge_name)  # `Prompt.set` is the name of a split or of a benchmark
+        splits = splits_judged_by(suite, judge_name)
+        # `Prompt.set` is the name of a split or of a benchmark.
         keys = {response.key for response in responses if prompts[response.prompt_id].set in splits}
         verdicts_by_judge[judge_name] = _read_judge_verdicts(folder, config, keys)
     return GradedRun(suite, prompts, responses, verdicts_by_judge, read_batching(folder))
@@ -181,8 +182,8 @@ def build_row(run: GradedRun, name: str) -> Row:
 
     - A metric counts a label that the judge cannot return, such as degenerate answers by the published keyword list.
       The metric does not apply, so its `failed` is 0.
-    - A metric is the mean score of a judge that returns labels only. All verdicts lack a score, and `failed` counts
-      them.
+    - A metric is the mean score of a judge that returns labels only. All verdicts lack a score, and the rate's
+      `failed` counts them. The row's `failed` does not. With `on_error: count_as_miss` the value is 0 instead.
     """
     metrics = run.judged_metrics(run.suite.metrics)
     paper_metrics = run.judged_metrics(run.suite.paper_metrics) if run.suite.paper_compat else {}
@@ -261,8 +262,8 @@ def _rate_over(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]
 def _rates_up_to_rewrite(run: GradedRun, metric: MetricConfig) -> list[Rate]:
     """Returns the metric's rates over the first rewrites of each question, for a growing number of rewrites.
 
-    Each rate counts the answers to the rewrites up to one number. Numbers start at 0 and may have gaps. A question may
-    lack some of them if the suite samples rows.
+    Entry i counts the answers whose rewrite number is at most the i-th number that occurs in the metric's splits.
+    Numbers start at 0. With `sample.num_rows`, some numbers or a question's rewrites may be missing.
 
     Returns:
         One rate per rewrite number that occurs in the metric's splits, in ascending order. The list is empty if a split
