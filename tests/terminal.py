@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -16,6 +17,12 @@ from collections.abc import Mapping
 from helpers import command
 
 CTRL_C = b"\x03"
+
+
+def _take_terminal() -> None:
+    """Makes the pseudo terminal the controlling one, and Ctrl-C effective if the caller of the tests ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def at_terminal(
@@ -38,7 +45,7 @@ def at_terminal(
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
         # Without COLUMNS and LINES, which a library of this process may have set.
         env={
             **{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")},
