@@ -1,4 +1,4 @@
-"""Prefix sharing for generation: prompts about the same image run the image through the model once.
+"""Prefix sharing for generation: prompts with the same image and the same text before it run both only once.
 
 A batch often contains several questions about one image, or several samples of one prompt. Without sharing, each row
 runs all image tokens again. :func:`prefill` fills the key-value cache in two passes instead:
@@ -12,10 +12,12 @@ runs all image tokens again. :func:`prefill` fills the key-value cache in two pa
 
 For example, three prompts about two images I and J occupy these columns (``.`` is padding)::
 
-    prefix   suffix
-    IIIIab   cde       prompt 0, image I
-    IIIIab   ..f       prompt 1, image I
-    .JJJkl   ..m       prompt 2, image J: alone in its group, so its prefix is all but the last token
+    prefix    suffix
+    sIIIIab   cde       prompt 0, image I after the start token s
+    sIIIIab   ..f       prompt 1, image I
+    .sJJJkl   ..m       prompt 2, image J: alone in its group, so its prefix is all but the last token
+
+The prefix pass runs rows 0 and 2. The suffix pass runs ``cd`` and padding. ``generate`` runs the last column.
 
 Prefixes and suffixes are both padded on the left. The attention mask hides the padding, and position ids do not count
 it. Each prompt therefore gets the same result as in a batch of its own, up to rounding.
@@ -41,15 +43,17 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 @dataclass(frozen=True)
 class Prefilled:
-    """B prompts whose tokens are in the cache, except for the last token of each prompt."""
+    """B rows whose tokens are in the cache, except for the last token of each row. A prompt has one row per sample."""
 
     input_ids: Tensor  # [B, S]
     attention_mask: Tensor  # [B, S], 0 on padding
-    position_ids: Tensor  # [B, S], or [3, B, S] in families with multi-axis rotary embeddings (Qwen2.5-VL)
+    position_ids: Tensor  # [B, S], or [3, B, S] with images and multi-axis rotary embeddings (Qwen2.5-VL)
     cache: DynamicCache  # B rows of S - 1 positions
 
     def append_tokens(self, new_ids: Tensor, rows: Tensor) -> Prefilled:
-        """Returns the selected rows with their generated tokens appended. The cache drops all other rows in place.
+        """Returns the selected rows with their generated tokens appended.
+
+        The cache drops all other rows in place, so that this object must not be used afterwards.
 
         Args:
             new_ids: Tokens generated for every row, [B, N]. All but the last column are in the cache already.
@@ -71,14 +75,14 @@ def prefill(
     Args:
         model: The model, with or without PEFT adapters.
         processor: The model's processor.
-        turns: P prompts, no two alike.
+        turns: P prompts. Equal prompts would run twice.
         turn_indices: The index into `turns` of each of the B rows to return. A prompt has one row per sample.
         max_new_tokens: The number of tokens that will be generated at most.
 
     Returns:
-        The prefilled prompts, or None if the batch cannot share prefixes. The family must support prefix sharing, and
-        the processor must leave the text after the image as it is. A sliding attention window must be at least as long
-        as prompt and answer, because it counts the padding between prefix and suffix.
+        The prefilled prompts. None if the family does not support prefix sharing, if the processor changes the text
+        after the image, or if a sliding attention window is shorter than the padded prompt plus `max_new_tokens` (the
+        window counts the padding between prefix and suffix).
 
     Raises:
         UserError: A prompt cannot be encoded. The error contains its id.
@@ -107,12 +111,12 @@ def prefill(
             position_ids=position_ids[..., rows, start:end],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1,  # the logits are not used; 0 would compute all of them
             **image_inputs,
         )
 
     num_groups = max(groups) + 1
-    if prefix_width:
+    if prefix_width:  # contains every image, since the template puts text after it
         run_columns([groups.index(group) for group in range(num_groups)], 0, prefix_width, **images)
         _select_cache_rows(cache, torch.tensor(groups, device=inner.device), num_groups)
     if width - 1 > prefix_width:
@@ -123,7 +127,7 @@ def prefill(
 
 
 def _select_cache_rows(cache: DynamicCache, rows: Tensor, num_rows: int) -> None:
-    """Makes row `rows[n]` of a cache with `num_rows` rows its row n. Copies nothing if no row changes."""
+    """Replaces row n of the cache by its current row `rows[n]`, for all n. Copies nothing if no row changes."""
     if rows.tolist() != list(range(num_rows)):
         cache.batch_select_indices(rows)
 
@@ -142,24 +146,28 @@ def _encode_prompts(processor: Processor, turns: Sequence[Turn], image_token_id:
     without an image form one group.
 
     Returns:
-        None if the processor changes the text after an image, since the expanded tokens cannot be told from the text
-        then.
+        None if the processor changes the text after an image, because then the tokens of the image cannot be separated
+        from the text.
     """
     templated = [token_ids(processor, render(processor, turn).text) for turn in turns]  # an image is one token here
-    text_starts = [_end_of_last_image(ids, image_token_id) for ids in templated]
+    text_starts = [_end_of_image(ids, image_token_id) for ids in templated]
     group_numbers: dict[tuple[object, ...], int] = {}
     groups = [
         group_numbers.setdefault((turn.image, *ids[:start]), len(group_numbers))
         for turn, ids, start in zip(turns, templated, text_starts, strict=True)
     ]
     representatives = [groups.index(group) for group in range(len(group_numbers))]
-    encoded = encode(processor, [turns[row] for row in representatives], padding_side="right")
+    encoded = encode(
+        processor, [turns[row] for row in representatives], padding_side="right"
+    )  # either side: the mask removes the padding
     expanded = []  # of each group: the tokens up to the end of the image
     for row, padded_ids, mask in zip(
         representatives, encoded["input_ids"], encoded["attention_mask"].bool(), strict=True
     ):
         ids, text = padded_ids[mask].tolist(), templated[row][text_starts[row] :]
-        start = len(ids) - len(text)  # some processors close an image with further tokens, which belong to the image
+        start = len(ids) - len(
+            text
+        )  # counted from the end: some processors add tokens after the image, which belong to it
         if ids[start:] != text:
             return None
         expanded.append(ids[:start])
@@ -167,8 +175,8 @@ def _encode_prompts(processor: Processor, turns: Sequence[Turn], image_token_id:
     return _EncodedPrompts(prompts, groups, {name: value for name, value in encoded.items() if name not in TEXT_INPUTS})
 
 
-def _end_of_last_image(ids: Sequence[int], image_token_id: int) -> int:
-    """Returns the index after the last image token, or 0 if there is none."""
+def _end_of_image(ids: Sequence[int], image_token_id: int) -> int:
+    """Returns the index after the image (its last token), or 0 if the prompt has none."""
     return next((end for end in range(len(ids), 0, -1) if ids[end - 1] == image_token_id), 0)
 
 
@@ -218,9 +226,9 @@ def _common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
 def _position_ids(
     model: Any, input_ids: Tensor, attention_mask: Tensor, groups: Sequence[int], images: Batch
 ) -> Tensor:
-    """Returns position ids [P, S], or [3, P, S] in families with several axes. They do not count padding."""
+    """Returns position ids [P, S], or [3, P, S] with images and several axes. They do not count padding."""
     if "image_grid_thw" not in images:
-        return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding on the left would get -1
     is_image = input_ids == model.config.image_token_id
     groups_with_image = [group for group in range(max(groups) + 1) if is_image[groups.index(group)].any()]
     # `images` contains the grid of each group once; `get_rope_index` expects one per prompt with an image.

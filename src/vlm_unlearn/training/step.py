@@ -2,9 +2,12 @@
 
 A method's loss receives a `ModelStep` and requests values from it, for example ``step.nll("forget")``:
 
-1. The first request runs the batches of all roles through the current model, in as few forward passes as possible.
-2. The first request for a reference value of a role runs the same merged batch through the reference model.
+1. The first request that needs the current model runs the batches of all roles through it, in one pass per group of
+   roles that can be merged (see `_plan_passes`).
+2. The first request for a reference value of a role runs the merged batch of that pass through the reference model.
 3. Both give one `ForwardOutput` per role. The public methods read likelihoods, logits and hidden states from it.
+
+Masks, token weights and cached reference likelihoods need no pass.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ def _token_count(batch: Batch, kind: TokenKind) -> Tensor:
     """Returns the number of tokens of one kind as a scalar tensor."""
     if kind == "all":
         return batch["attention_mask"].sum()
+    # Token 0 is never predicted. A batch whose answer is part of its prompt (RMU) has no labels.
     return (batch["labels"][:, 1:] != IGNORED).sum() if "labels" in batch else torch.tensor(0)
 
 
@@ -47,8 +51,9 @@ class _MergedBatch:
 
     roles: Sequence[Role]
     batch: Batch  # the rows of all roles, in the order of `roles`
-    logit_mask: Tensor  # [B, S] bool, the positions whose logits the loss uses
-    packing: Packing | None  # how rows on one image share its tokens, None if they do not
+    # [B, S] bool, where the loss uses logits. Position s predicts token s + 1. Truncated passes ignore it.
+    logit_mask: Tensor
+    packing: Packing | None  # which rows share the tokens of one image, None if each row runs its own
 
 
 class ModelStep:
@@ -58,10 +63,12 @@ class ModelStep:
         model: The model in training. DDP, FSDP or DeepSpeed may wrap it.
         batches: The batch of each role, on the model's device.
         method: Declares which layers, logits and reference values its loss uses.
-        reference: Gives the reference model, None if no value needs a reference forward pass.
+        reference: Gives the reference model. None if the method needs none, or if its reference values are in the
+            batches.
         token_totals: The denominators of means over tokens, by role and kind: the tokens of the entire optimizer
-            step, divided by its number of micro-batches over all processes. Every token of the step then has the
-            same weight. None takes the tokens of `batches`, so that every micro-batch has the same weight.
+            step, divided by its number of micro-batches over all processes, since the Trainer and DDP average over
+            both. Every token of the step then has the same weight. None (with `paper_compat`) takes the tokens of
+            `batches`, so that every micro-batch has the same weight.
         progress: Fraction of the run's optimizer steps that are complete, 0 at the first step.
     """
 
@@ -88,7 +95,7 @@ class ModelStep:
 
     # Forward passes
 
-    def _current_outputs(self, role: Role) -> ForwardOutput:
+    def _current_output(self, role: Role) -> ForwardOutput:
         """Returns the current model's output for a role. The first call runs all roles."""
         if not self._current_outputs_by_role:
             for roles, stop_after_last_hidden_layer in self._plan_passes():
@@ -97,14 +104,15 @@ class ModelStep:
                 self._current_outputs_by_role.update(self._run(self._model, merged, stop_after_last_hidden_layer))
         return self._current_outputs_by_role[role]
 
-    def _reference_outputs(self, role: Role) -> ForwardOutput:
+    def _reference_output(self, role: Role) -> ForwardOutput:
         """Returns the reference model's output for a role.
 
-        Runs the reference on exactly the batch that `_current_outputs` used, with all merged roles. Before the
-        first update the two outputs are then bitwise equal. Otherwise, terms with zero or undefined gradient at
-        equality (KL, norms) would produce rounding noise that Adam turns into full-size steps.
+        Runs the reference on exactly the batch of the role's pass, with the other roles of that pass. Before the first
+        update, and without dropout, the two outputs are then bitwise equal. With a different batch, rounding would make
+        them differ, and terms whose gradient at equality is zero or undefined (KL, norms) would give noise that Adam
+        scales up to full-size steps.
         """
-        self._current_outputs(role)
+        self._current_output(role)
         if role not in self._reference_outputs_by_role:
             assert self._reference is not None, "the loss uses a value that is not in Method.reference_requirements"
             requirements = self._method.reference_requirements
@@ -117,14 +125,16 @@ class ModelStep:
     def _plan_passes(self) -> list[tuple[list[Role], bool]]:
         """Groups the roles into forward passes of the current model.
 
-        Roles whose batches can be merged run in one pass, so that its overhead occurs once.
+        If all roles of a group have the same model inputs, they run in one pass, so that its overhead occurs once.
+        Otherwise each role of the group runs alone.
 
-        DDP searches the outputs of the last pass for unused parameters. The last pass must therefore use all of
-        them: it runs all decoder layers and, if any batch contains images, contains images, since text alone does
-        not use the projector.
+        With `find_unused_parameters`, DDP searches the outputs of the last pass for unused parameters. The last pass
+        must therefore use all of them: it runs all decoder layers and, if any batch contains images, contains images,
+        since text alone does not use the projector.
 
         Returns:
-            For each pass, in order: its roles, and whether it stops after the last layer whose hidden states are used.
+            For each pass, in order: its roles, and whether it stops after the last layer whose hidden states are used
+            and computes no logits. A method leaves at least one role complete.
         """
         roles_with_images = {role for role, batch in self._batches.items() if "pixel_values" in batch}
         roles = sorted(self._batches, key=lambda role: role in roles_with_images)  # those with images last
@@ -146,7 +156,7 @@ class ModelStep:
         batches = [self._batches[role] for role in roles]
         batch = merge_batches(batches) if len(batches) > 1 else batches[0]
         width = batch["input_ids"].shape[1]
-        masks = [self._logit_mask(role) for role in roles]
+        masks = [self._logit_mask(role) for role in roles]  # merge_batches pads on the right, and so do the masks
         logit_mask = torch.cat([F.pad(mask, (0, width - mask.shape[1])) for mask in masks])
         return _MergedBatch(roles, batch, logit_mask, packing_of(self._model, batch, self._method))
 
@@ -176,34 +186,36 @@ class ModelStep:
     # Values for the loss, documented in `vlm_unlearn.methods.Step`
 
     def nll(self, role: Role, reduction: Reduction = "mean") -> Tensor:
-        return _reduce(self._current_outputs(role).answer_nll, reduction)
+        return _reduce(self._current_output(role).answer_nll, reduction)
 
     def reference_nll(self, role: Role, reduction: Reduction = "mean") -> Tensor:
         return _reduce(self._reference_answer_nll(role), reduction)
 
     def cross_entropy(self, *roles: Role) -> Tensor:
-        total = torch.stack([self._current_outputs(role).answer_nll[0].sum() for role in roles]).sum()
+        total = torch.stack([self._current_output(role).answer_nll[0].sum() for role in roles]).sum()
         return total / sum(self._token_totals[role, "answer"] for role in roles)
 
     def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
-        nll_sum, tokens = self._current_outputs(role).answer_nll
+        # Unlike `cross_entropy`, a mean over this micro-batch (`paper_compat`). Both models predict the same tokens.
+        nll_sum, tokens = self._current_output(role).answer_nll
         reference_sum, _ = self._reference_answer_nll(role)
         return nll_sum.sum() / tokens.sum(), reference_sum.sum() / tokens.sum()
 
     def logits(self, role: Role) -> Tensor:
-        return self._current_outputs(role).padded_logits()
+        return self._current_output(role).padded_logits()
 
     def reference_logits(self, role: Role) -> Tensor:
-        return self._reference_outputs(role).padded_logits()
+        return self._reference_output(role).padded_logits()
 
     def labels(self, role: Role) -> Tensor:
-        return self._batches[role]["labels"][:, self._current_outputs(role).columns]
+        # The columns of `padded_logits`: those with logits, and one more, so that the labels can be shifted.
+        return self._batches[role]["labels"][:, self._current_output(role).columns]
 
     def hidden(self, role: Role, layer: int) -> Tensor:
-        return self._current_outputs(role).hidden[layer]
+        return self._current_output(role).hidden[layer]
 
     def reference_hidden(self, role: Role, layer: int) -> Tensor:
-        return self._reference_outputs(role).hidden[layer]
+        return self._reference_output(role).hidden[layer]
 
     def attention_mask(self, role: Role) -> Tensor:
         return self._batches[role]["attention_mask"]
@@ -215,19 +227,19 @@ class ModelStep:
         return _token_count(self._batches[role], kind) / self._token_totals[role, kind]
 
     def zero_loss_over_all_logits(self) -> Tensor:
-        """Returns a scalar 0 that depends on every logit.
+        """Returns a scalar 0 that depends on every computed logit, for methods that use hidden states.
 
         A loss on hidden states alone leaves the upper layers out of the graph, and DDP would hang waiting for their
         gradients.
         """
-        return torch.stack([0.0 * self._current_outputs(role).logits.float().sum() for role in self._batches]).sum()
+        return torch.stack([0.0 * self._current_output(role).logits.float().sum() for role in self._batches]).sum()
 
     def _reference_answer_nll(self, role: Role) -> tuple[Tensor, Tensor]:
         """Returns ``(nll_sum [B], tokens [B])`` under the reference model, from the batch if the values were cached."""
         batch = self._batches[role]
         if "reference_nll_sum" in batch:
             return batch["reference_nll_sum"], batch["reference_tokens"]
-        return self._reference_outputs(role).answer_nll
+        return self._reference_output(role).answer_nll
 
 
 def _reduce(answer_nll: tuple[Tensor, Tensor], reduction: Reduction) -> Tensor:
