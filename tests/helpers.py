@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
+from fork_server import ForkedProcess
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.errors import RunError, UserError
 
@@ -63,16 +63,15 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a new process to its end."""
-    # Passed by name: readline, which pytest loads, sets COLUMNS where os.environ doesn't see it.
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    return subprocess.run(
-        command(*arguments), env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    """Runs the command in a forked process to its end."""
+    # Removed by name: readline, which pytest loads, sets COLUMNS where os.environ doesn't see it.
+    process = ForkedProcess(arguments, {name: value for name, value in os.environ.items() if name != "COLUMNS"})
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 
 def run_in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command in this process, which saves the seconds that a new process spends on its imports."""
+    """Runs the command in this process."""
     from vlm_unlearn.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -96,12 +95,10 @@ def run_killing(arguments: Sequence[object], points: Sequence[Callable[[], bool]
         AssertionError: The command ended before a point was reached, or its last run failed.
     """
     for number, reached in enumerate(points):
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = ForkedProcess(arguments)
         while not reached():
-            assert process.poll() is None, f"ended before kill point {number}: {process.stderr.read()!r}"
+            assert process.poll() is None, f"ended before kill point {number}: {process.communicate()}"
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        process.kill()
     done = run(*arguments)
     assert done.returncode == 0, done.stderr

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from helpers import command, raises_code, run, run_in_process
+from fork_server import ForkedProcess
+from helpers import raises_code, run, run_in_process
 from stub_server import stub_server
 from vlm_unlearn.data.select_harmful import SelectionTask, read_choice, read_selection_tasks, select
 from vlm_unlearn.errors import RunError
@@ -204,12 +202,11 @@ def test_a_killed_command_keeps_its_replies(
     with stub_server(lambda text: (time.sleep(0.05), harmful_number(text))[1]) as stub:
         arguments = ["data", "select-harmful", source, *files, "--out", out, "--server", stub.url]
         arguments += ["--model", "killed", "--concurrency", "1", "--json"]
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL)
+        process = ForkedProcess(arguments)
         while stub.calls < 6:
             assert process.poll() is None
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
         assert not out.exists()
         done = run(*arguments)
         assert done.returncode == 0, done.stderr

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from fork_server import start_processes
 from helpers import raises_code, run_killing
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.distributed import ProcessGroup
@@ -44,24 +43,6 @@ def sampling_suite(model: Path, world: Path, *overrides: str) -> Suite:
 
 def texts(folder: Path) -> dict[tuple[str, int], str | None]:
     return {response.key: response.text for response in read_records(folder / RESPONSES, Response)}
-
-
-def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    """Starts the command under torchrun."""
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--rdzv_backend",
-        "c10d",
-    ]
-    start += ["--rdzv_endpoint", "localhost:0", "-m", "vlm_unlearn.cli.main", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +111,10 @@ def test_two_processes_resume_and_write_the_same_answers(
     (folder / "parts").mkdir()
     for rank in range(3):
         (folder / "parts" / f"{rank}.jsonl").write_text("".join(lines[8 + 4 * rank : 11 + 4 * rank]))
-    two = launch(2, "evaluate", "suites/tiny", *settings(tiny_model, world), "--json", "--out", folder)
-    out, err = two.communicate(timeout=200)
-    assert two.returncode == 0, err
+    two = start_processes(2, ["evaluate", "suites/tiny", *settings(tiny_model, world), "--json", "--out", folder])
+    texts_of_ranks = [process.communicate(timeout=200) for process in two]
+    out, err = map("".join, zip(*texts_of_ranks, strict=True))
+    assert [process.wait() for process in two] == [0, 0], err
     (row,) = json.loads(out)["rows"]  # one document
     assert row["metrics"]["asr"]["n"] == 12
     assert (folder / RESPONSES).read_bytes() == (complete / RESPONSES).read_bytes()
@@ -148,12 +130,14 @@ def test_two_processes_resume_and_write_the_same_answers(
 @pytest.mark.timeout(240)
 def test_two_killed_processes_lose_no_answers(tiny_model: Path, world: Path, complete: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    two = launch(2, "generate", "suites/tiny", *settings(tiny_model, world, "generation.batch_size=1"), "--out", folder)
+    arguments = ["generate", "suites/tiny", *settings(tiny_model, world, "generation.batch_size=1"), "--out", folder]
+    two = start_processes(2, arguments)
     shards = [folder / "parts" / f"{rank}.jsonl" for rank in (0, 1)]
     while not all(shard.exists() for shard in shards):
-        assert two.poll() is None, two.communicate()
+        assert all(process.poll() is None for process in two), [process.communicate() for process in two]
         time.sleep(0.002)
-    _kill(two, folder)
+    for process in two:
+        process.kill()
     answered = {response.key: response for shard in shards for response in _complete_lines(shard)}
     assert len(answered) >= 2
     generate_run(sampling_suite(tiny_model, world, "generation.batch_size=1"), folder)
@@ -168,24 +152,6 @@ def _complete_lines(shard: Path) -> list[Response]:
         for line in shard.read_text().splitlines(keepends=True)
         if line.endswith("\n")
     ]
-
-
-def _kill(launcher: subprocess.Popen[str], folder: Path) -> None:
-    """Kills the launcher and the processes that write to the folder, which have separate sessions."""
-    launcher.kill()
-    while alive := [process for process in Path("/proc").glob("[0-9]*") if str(folder).encode() in _command(process)]:
-        for process in alive:
-            with suppress(ProcessLookupError):
-                os.kill(int(process.name), signal.SIGKILL)
-        time.sleep(0.01)
-    launcher.communicate()
-
-
-def _command(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 @pytest.mark.slow
@@ -204,10 +170,21 @@ def test_error_in_one_process_ends_all(tiny_model: Path, world: Path, tmp_path: 
     assert images[3] not in images[::2]
     images[3].write_bytes(b"no image")
     started = time.monotonic()
-    two = launch(2, "generate", "suites/tiny", *shared, "--out", tmp_path / "run")
-    _, err = two.communicate(timeout=120)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    launcher += ["--rdzv_endpoint", "localhost:0", "-m", "vlm_unlearn.cli.main"]
+    two = subprocess.run(
+        [sys.executable, *launcher, "generate", "suites/tiny", *shared, "--out", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert two.returncode != 0
-    assert sum(line.startswith("vlm-unlearn:") and line.endswith("[invalid-image]") for line in err.splitlines()) == 1
+    assert (
+        sum(line.startswith("vlm-unlearn:") and line.endswith("[invalid-image]") for line in two.stderr.splitlines())
+        == 1
+    )
     assert time.monotonic() - started < 60
 
 

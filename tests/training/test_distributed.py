@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fork_server import start_processes
 from trained import max_difference
 from vlm_unlearn.config import Recipe, load
 from vlm_unlearn.models.layout import decoder_layers
@@ -46,7 +47,6 @@ ZERO3 = {
         "auto",
     ),
 }
-COMMAND = ["-m", "vlm_unlearn.cli.main"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
@@ -55,14 +55,22 @@ def train_in_one_process(keys: list[str]) -> None:
     run_recipe(load(Recipe, Path("tiny/npo"), keys))
 
 
-def train_in_two_processes(keys: list[str], program: list[str] = COMMAND, **environment: str) -> None:
+def train_in_two_processes(keys: list[str], program: Path | None = None, **environment: str) -> None:
+    processes = start_processes(2, ["train", "tiny/npo", *keys], program, **environment)
+    for process in processes:
+        _, err = process.communicate()
+        assert process.wait() == 0, err[-3000:]
+
+
+def train_under_torchrun(keys: list[str]) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+    launcher += ["--rdzv_endpoint", "localhost:0", "-m", "vlm_unlearn.cli.main"]
     done = subprocess.run(
-        [sys.executable, *launcher, "--rdzv_endpoint", "localhost:0", *program, "train", "tiny/npo", *keys],
+        [sys.executable, *launcher, "train", "tiny/npo", *keys],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -106,22 +114,22 @@ def test_ddp_with_images_in_truncated_passes_only_trains_the_same_weights(
 @pytest.mark.parametrize(
     ("engine", "method"),
     [
-        ("ddp", ["method=npo", "trainable.vision_tower=true"]),
+        ("torchrun", ["method=npo", "trainable.vision_tower=true"]),
         ("ddp", RR_RETAIN),
         ("ddp", [*RMU, "trainable.mode=lora"]),
         ("fsdp2", RMU),
         ("fsdp2", ["method=kl", "trainable.mode=lora"]),
         ("zero3", ["method=npo"]),
     ],
-    ids=["ddp-npo-vision", "ddp-rr", "ddp-rmu-lora", "fsdp2-rmu-full", "fsdp2-kl-lora", "zero3-npo"],
+    ids=["torchrun-npo-vision", "ddp-rr", "ddp-rmu-lora", "fsdp2-rmu-full", "fsdp2-kl-lora", "zero3-npo"],
 )
 def test_two_processes_train_the_weights_of_one(
     engine: str, method: list[str], tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     """A step has 8 samples with answers of different lengths: one batch of 8, or 2 processes x 2 micro-batches x 2."""
-    program, environment = COMMAND, {}
+    program, environment = None, {}
     if engine == "fsdp2":
-        program, environment = [str(Path(__file__).parents[1] / "fsdp_on_cpu.py")], FSDP
+        program, environment = Path(__file__).parents[1] / "fsdp_on_cpu.py", FSDP
     elif engine == "zero3":
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("needs deepspeed (pip install '.[deepspeed]')")
@@ -136,7 +144,10 @@ def test_two_processes_train_the_weights_of_one(
     keys = [f"model={tiny_model}", f"data={data}", "prompt_decouple_weight=0.5", *STEPS, *method]
     train_in_one_process([*keys, "training.per_device_train_batch_size=8", f"output={tmp_path / 'one'}"])
     split = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
-    train_in_two_processes([*keys, *split, f"output={tmp_path / 'two'}"], program, **environment)
+    if engine == "torchrun":
+        train_under_torchrun([*keys, *split, f"output={tmp_path / 'two'}"])
+    else:
+        train_in_two_processes([*keys, *split, f"output={tmp_path / 'two'}"], program, **environment)
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["identity"]["processes"] == 2
     assert max_difference(state(tmp_path / "one"), state(tmp_path / "two")) < 1e-4
     assert max_difference(state(tiny_model), state(tmp_path / "two")) > 1e-4
