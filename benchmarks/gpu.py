@@ -8,10 +8,15 @@ projector and the language model, with weights, gradients and AdamW's states in 
 Float32 states (16 bytes, 108 GB) would leave too little memory for activations. Without adapters or a copy there is
 no reference model, so `full` covers only methods that need none in a step.
 
+The published side runs with gradient checkpointing, as its scripts do, only where it needs more memory than the device
+has. Neither side uses cuDNN's attention: its preparation for new shapes would dominate the few steps of a case, and the
+PyTorch versions of the published code did not have it.
+
 Utilization is FLOPs per second divided by the device's peak for dense bf16 (`PEAKS`). torch counts the FLOPs
-(`FlopCounterMode`): two for each multiplication in a matrix product, convolution or attention, forward and
-backward. Masked attention counts in full. The FLOPs are those that each side runs, so redundant work raises the
-published side's utilization, but not its tokens per second, which count the tokens of the batches without padding.
+(`FlopCounterMode`): two for each multiplication in a matrix product, convolution or attention, forward and backward.
+Ours counts no masked scores between a prefix and its suffixes, whether computed or not. The published side's redundant
+work counts, and raises its utilization but not its tokens per second: these count the tokens of the batches without
+padding, once.
 
 Rows are written to benchmarks/results/gpu.json one by one, with the cases that lacked time or memory.
 """
@@ -28,9 +33,10 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from steps import IMAGE_TOKEN, Batches, Ours, Published, build_prepared_method, make_batches, moved
@@ -38,8 +44,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from vlm_unlearn.config import TrainableConfig
+from vlm_unlearn.models.attention import without_cudnn_attention
 from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.store import package_versions, write_json
+from vlm_unlearn.training import packing
+from vlm_unlearn.training.shared_attention import SegmentedAttention
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 DTYPE = torch.bfloat16
@@ -53,14 +62,33 @@ PEAKS = {
 }  # by the start of the device's name
 TINY_VOCABULARY = 500
 SIDES = ("ours", "published")
-CASES = [  # training mode, method, questions per image; the most important first
-    ("lora", "npo", 4),
-    ("lora", "gd+pd", 4),
-    ("lora", "kl", 4),
-    ("lora", "rmu", 4),
-    ("full", "npo", 4),
-    ("full", "gd+pd", 4),
-    ("lora", "npo", 1),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison of both sides, or of ours only with another attention implementation."""
+
+    training: str
+    method: str
+    questions_per_image: int
+    rows: int = 16  # questions of each role in a step
+    attention: str = "sdpa"
+
+    @property
+    def sides(self) -> Sequence[str]:
+        return SIDES if self.attention == "sdpa" else SIDES[:1]
+
+
+CASES = [  # the most important first
+    Case("lora", "npo", 4),
+    Case("lora", "npo", 4, attention="flex_attention"),
+    Case("lora", "npo", 4, rows=4),
+    Case("lora", "gd+pd", 4, rows=4),
+    Case("full", "npo", 4, rows=4),
+    Case("lora", "kl", 4, rows=4),
+    Case("lora", "rmu", 4, rows=4),
+    Case("lora", "npo", 1, rows=4),
+    Case("full", "gd+pd", 4, rows=4),
 ]
 
 
@@ -140,18 +168,21 @@ def config_of(shape: str) -> Any:
     return config
 
 
-def build(machine: Machine) -> Any:
+def build(machine: Machine, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
+    implementations = {"text_config": attention, "vision_config": "sdpa"}
     with machine.device:
         return AutoModelForImageTextToText.from_config(
-            config_of(machine.shape), dtype=DTYPE, attn_implementation="sdpa"
+            config_of(machine.shape), dtype=DTYPE, attn_implementation=implementations
         )
 
 
-def batches_of(machine: Machine, questions: int) -> list[Batches]:
+def batches_of(machine: Machine, questions: int, rows: int) -> list[Batches]:
     """Returns the batches of each step, with token ids of the shape's vocabulary."""
     tokens = config_of(machine.shape).image_seq_length
-    steps = [moved(make_batches(number, questions, tokens), machine.device, DTYPE) for number in range(machine.steps)]
+    steps = [
+        moved(make_batches(number, questions, tokens, rows), machine.device, DTYPE) for number in range(machine.steps)
+    ]
     if machine.shape == "tiny":
         for batch in (batch for batches in steps for batch in batches.values()):
             for name in ("input_ids", "labels"):
@@ -165,7 +196,7 @@ def tokens_of(batches: Batches, roles: Sequence[str]) -> int:
     return sum(int(batches[role]["attention_mask"].sum()) for role in roles)
 
 
-def measure(machine: Machine, side: str, training: str, method: str, questions: int) -> Measured:
+def measure(machine: Machine, side: str, case: Case, checkpointing: bool = False) -> Measured:
     """Measures the steps of one side. The first step is not timed, and the last batches run again to count FLOPs.
 
     Raises:
@@ -176,19 +207,23 @@ def measure(machine: Machine, side: str, training: str, method: str, questions: 
     if machine.cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(machine.device)
-    steps = batches_of(machine, questions)
-    base = build(machine)
-    roles = build_prepared_method(method, base).roles
+    steps = batches_of(machine, case.questions_per_image, case.rows)
+    base = build(machine, case.attention)
+    roles = build_prepared_method(case.method, base).roles
     measured = Measured()
     torch.manual_seed(1)
     with machine.computing():
         runner: Any = (
-            Ours(base, method, steps, TRAINABLE[training])
+            Ours(base, case.method, steps, TRAINABLE[case.training])
             if side == "ours"
-            else Published(base, method, TRAINABLE[training])
+            else Published(base, case.method, TRAINABLE[case.training])
         )
-    if training == "full":
+    if case.training == "full":
         runner.model.to(DTYPE)
+    if checkpointing:
+        runner.model.train()
+        runner.model.enable_input_require_grads()
+        runner.model.activation_checkpointing_enable({"use_reentrant": False})
     for number, batches in enumerate(steps):
         if time.monotonic() > machine.end:
             raise OutOfTimeError
@@ -199,38 +234,59 @@ def measure(machine: Machine, side: str, training: str, method: str, questions: 
         if number:
             measured.tokens_per_second.append(tokens_of(batches, roles) / seconds)
     measured.memory = torch.cuda.max_memory_allocated(machine.device) if machine.cuda else None
-    with machine.computing(), FlopCounterMode(display=False) as counter:
-        runner.step(steps[-1])
-    measured.flops_per_token = counter.get_total_flops() / tokens_of(steps[-1], roles)
+    if case.attention == "sdpa":
+        build_segmented = patch.object(packing, "describe_packed_sequence", segmented)
+        with build_segmented, machine.computing(), FlopCounterMode(display=False) as counter:
+            runner.step(steps[-1])
+        measured.flops_per_token = counter.get_total_flops() / tokens_of(steps[-1], roles)
     return measured
 
 
-def compare(machine: Machine, training: str, method: str, questions: int) -> dict[str, Any]:
-    """Returns the row of a case. A side that runs out of memory is listed under ``out_of_memory``.
+def segmented(segment_ids: torch.Tensor, device: torch.device) -> SegmentedAttention:
+    """Returns the attention that computes no masked scores, for counting FLOPs."""
+    return SegmentedAttention.build(segment_ids).to(device)
+
+
+def measure_with_enough_memory(machine: Machine, side: str, case: Case, row: dict[str, Any]) -> Measured | None:
+    """Measures a side. One that needs too much memory is measured again with gradient checkpointing.
+
+    Returns:
+        None if the device has too little memory for both. What ran out of memory is added to the row.
 
     Raises:
         OutOfTimeError: The time limit is reached.
     """
-    row: dict[str, Any] = {
-        "training": training,
-        "method": method,
-        "questions_per_image": questions,
-        "image_tokens": config_of(machine.shape).image_seq_length,
-        "steps": machine.steps,
-    }
-    sides: dict[str, Measured] = {}
-    for side in SIDES:
+    for checkpointing in (False, True):
         try:
-            sides[side] = measure(machine, side, training, method, questions)
+            measured = measure(machine, side, case, checkpointing)
+            row[side] = {"gradient_checkpointing": checkpointing}
+            return measured
         except torch.OutOfMemoryError:
-            row["out_of_memory"] = [*row.get("out_of_memory", []), side]
+            row.setdefault("out_of_memory", []).append(f"{side}, checkpointing" if checkpointing else side)
+    return None
+
+
+def compare(machine: Machine, case: Case) -> dict[str, Any]:
+    """Returns the row of a case.
+
+    Raises:
+        OutOfTimeError: The time limit is reached.
+    """
+    tokens = config_of(machine.shape).image_seq_length
+    row: dict[str, Any] = {**asdict(case), "image_tokens": tokens, "steps": machine.steps}
+    sides: dict[str, Measured] = {}
+    for side in case.sides:
+        measured = measure_with_enough_memory(machine, side, case, row)
+        if measured is not None:
+            sides[side] = measured
     peak = machine.peak()
     for side, measured in sides.items():
         rate = statistics.median(measured.tokens_per_second)
-        row[side] = {
+        counted = measured.flops_per_token > 0
+        row[side] |= {
             "tokens_per_second": rate,
-            "flops_per_token": measured.flops_per_token,
-            "utilisation": rate * measured.flops_per_token / peak if peak else None,
+            "flops_per_token": measured.flops_per_token if counted else None,
+            "utilisation": rate * measured.flops_per_token / peak if peak and counted else None,
             "memory_gib": measured.memory / 2**30 if measured.memory else None,
         }
     if len(sides) == len(SIDES):
@@ -239,25 +295,28 @@ def compare(machine: Machine, training: str, method: str, questions: int) -> dic
         row["speedup"] = statistics.median(ratios)
         row["work_ratio"] = published.flops_per_token / ours.flops_per_token
         row["memory_ratio"] = ours.memory / published.memory if ours.memory and published.memory else None
-        row["max_loss_difference"] = max(abs(a - b) for a, b in zip(ours.losses, published.losses, strict=True))
+        differences = [abs(a - b) for a, b in zip(ours.losses, published.losses, strict=True)]
+        row["first_loss"] = ours.losses[0]
+        row["first_loss_difference"], row["max_loss_difference"] = differences[0], max(differences)
     return row
 
 
 def show(row: dict[str, Any]) -> None:
-    print(f"{row['training']:<5}{row['method']:<7}{row['questions_per_image']} questions", end="")
+    print(
+        f"{row['training']:<5}{row['method']:<7}{row['rows']:>2} rows, {row['questions_per_image']} an image, "
+        f"{row['attention']}:",
+        end="",
+    )
     for side in SIDES:
-        if side in row.get("out_of_memory", []):
-            print(f"  {side}: out of memory", end="")
+        if "tokens_per_second" not in row.get(side, {}):
             continue
         utilization, memory = row[side]["utilisation"], row[side]["memory_gib"]
         print(f"  {side}: {row[side]['tokens_per_second']:,.0f} tokens/s", end="")
-        print(
-            f", {utilization:.0%} of the peak" if utilization else "",
-            f", {memory:.0f} GiB" if memory else "",
-            sep="",
-            end="",
-        )
-    print(f"  {row['speedup']:.2f}x" if "speedup" in row else "", flush=True)
+        print(f", {utilization:.0%} of the peak" if utilization else "", end="")
+        print(f", {memory:.0f} GiB" if memory else "", end="")
+        print(" with checkpointing" if row[side]["gradient_checkpointing"] else "", end="")
+    print(f"  {row['speedup']:.2f}x" if "speedup" in row else "", end="")
+    print(f"  out of memory: {', '.join(row['out_of_memory'])}" if "out_of_memory" in row else "", flush=True)
 
 
 def main() -> None:
@@ -274,17 +333,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     longest = 0.0
-    for training, method, questions in CASES:
+    for case in CASES:
         started = time.monotonic()
         try:
             if started + longest > machine.end:
                 raise OutOfTimeError
-            rows.append(compare(machine, training, method, questions))
+            with without_cudnn_attention():
+                rows.append(compare(machine, case))
             show(rows[-1])
         except OutOfTimeError:
-            left_out.append(
-                {"training": training, "method": method, "questions_per_image": questions, "reason": "out of time"}
-            )
+            left_out.append({**asdict(case), "reason": "out of time"})
         longest = max(longest, time.monotonic() - started)
         results = {
             "machine": machine.description(),
@@ -294,10 +352,8 @@ def main() -> None:
             "left_out": left_out,
         }
         write_json(options.out, results)
-    for case in left_out:
-        print(
-            f"left out, {case['reason']}: {case['training']} {case['method']}, {case['questions_per_image']} questions"
-        )
+    for left in left_out:
+        print(f"left out: {left}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,13 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.models.features import FeatureCache, cache_vision_features
 from vlm_unlearn.models.layout import vision_tower
-from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.models.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.training.forward import forward, packing_of
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
 IMAGE_TOKEN, PATCH, VOCABULARY = 5, 14, 32_000
-ROWS = 4  # minimum number of questions of a role in a step
+ROWS = 4  # questions of a role in a step
 Batch = dict[str, torch.Tensor]
 Batches = dict[str, Batch]
 
@@ -115,14 +116,14 @@ def make_batch(seed: int, images: int, questions: int, image_tokens: int) -> Bat
     }
 
 
-def make_batches(seed: int, questions: int, image_tokens: int) -> Batches:
-    """Returns the batches of a step.
+def make_batches(seed: int, questions: int, image_tokens: int, rows: int = ROWS) -> Batches:
+    """Returns the batches of a step, with `rows` questions of each role, more if an image has more questions.
 
     With several questions per image, as in SafeEraser's data, forget and retain questions are on the same images.
     With one question per image, as in VLGuard's data, they are on different ones. Decouple questions are on further
     images.
     """
-    images = max(1, ROWS // questions)
+    images = max(1, rows // questions)
     roles = ("forget", "retain", "preferred", "decouple")
     batches = {
         role: make_batch(10 * seed + number, images, questions, image_tokens) for number, role in enumerate(roles)
@@ -183,8 +184,11 @@ class Ours:
         roles: Any = {role: batches[role] for role in self.method.roles}
         if self.method.append_answer_to_prompt:
             roles["forget"] = {name: value for name, value in roles["forget"].items() if name != "labels"}
-        loss = self.method.loss(ModelStep(self.model, roles, self.method, AdapterReference())).total
-        return update(self.optimizer, loss)
+        with (
+            without_lora_input_casts(self.model) if torch.is_autocast_enabled(self.model.device.type) else nullcontext()
+        ):
+            loss = self.method.loss(ModelStep(self.model, roles, self.method, AdapterReference())).total
+            return update(self.optimizer, loss)
 
 
 class Published:
@@ -207,7 +211,9 @@ class Published:
 
 
 def optimizer(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+    """Returns the Trainer's default optimizer: AdamW, fused on a GPU."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=parameters[0].is_cuda)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:

@@ -32,9 +32,14 @@ def run_script(gpu: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: s
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_gpu_script_both_sides_have_equal_losses(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CASES", [("lora", "npo", 4), ("lora", "rmu", 4), ("full", "gd+pd", 4)])
+    cases = [gpu.Case("lora", "npo", 4, rows=8), gpu.Case("lora", "rmu", 4, rows=4), gpu.Case("full", "gd+pd", 4, 4)]
+    monkeypatch.setattr(gpu, "CASES", cases)
     results = run_script(gpu, tmp_path / "gpu.json", monkeypatch)
-    assert [(row["training"], row["method"], row["questions_per_image"]) for row in results["rows"]] == gpu.CASES
+    assert [(row["training"], row["method"], row["rows"]) for row in results["rows"]] == [
+        ("lora", "npo", 8),
+        ("lora", "rmu", 4),
+        ("full", "gd+pd", 4),
+    ]
     assert results["left_out"] == []
     assert results["machine"]["device"] == "cpu"
     for row in results["rows"]:
@@ -47,17 +52,24 @@ def test_gpu_script_both_sides_have_equal_losses(gpu: Any, tmp_path: Path, monke
 def test_gpu_script_lists_cases_out_of_time_or_memory(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(machine: Any, side: str, training: str, method: str, questions: int) -> Any:
-        if training == "full" or method == "kl":
+    def measure(machine: Any, side: str, case: Any, checkpointing: bool) -> Any:
+        if case.training == "full" or case.method == "kl":
             raise gpu.OutOfTimeError
-        if side == "published":
+        if side == "published" and (case.method == "rmu" or not checkpointing):
             raise torch.OutOfMemoryError
         return gpu.Measured([100.0], [1.0], 2.0, None)
 
     monkeypatch.setattr(gpu, "measure", measure)
     results = run_script(gpu, tmp_path / "gpu.json", monkeypatch)
-    assert [row["out_of_memory"] for row in results["rows"]] == [["published"]] * 4
-    assert "speedup" not in results["rows"][0]
+    by_method = {(row["method"], row["attention"]): row for row in results["rows"]}
+    npo, rmu = by_method["npo", "sdpa"], by_method["rmu", "sdpa"]
+    assert npo["out_of_memory"] == ["published"]
+    assert npo["published"]["gradient_checkpointing"]
+    assert not npo["ours"]["gradient_checkpointing"]
+    assert npo["speedup"] == 1.0
+    assert rmu["out_of_memory"] == ["published", "published, checkpointing"]
+    assert "speedup" not in rmu
+    assert "published" not in by_method["npo", "flex_attention"]
     assert {case["method"] for case in results["left_out"]} == {"kl", "npo", "gd+pd"}
     late = run_script(gpu, tmp_path / "late.json", monkeypatch, "--seconds", "-1")
     assert len(late["left_out"]) == len(gpu.CASES)

@@ -18,10 +18,16 @@ from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.models.layout import LAYOUTS
 from vlm_unlearn.models.loader import load_model, load_processor, model_skeleton
 from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.training import packing as packing_module
 from vlm_unlearn.training.forward import forward, packing_of
 from vlm_unlearn.training.packing import NO_IMAGE, find_packing, prefix_sharing_unsupported_reason
 from vlm_unlearn.training.references import AdapterReference
-from vlm_unlearn.training.shared_attention import shared_attention
+from vlm_unlearn.training.shared_attention import (
+    GroupedAttention,
+    PackedAttention,
+    SegmentedAttention,
+    shared_attention,
+)
 from vlm_unlearn.training.step import ModelStep
 
 FAMILIES = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]
@@ -81,15 +87,30 @@ def step_of(
     }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    "options",
-    [{"name": "npo"}, {"name": "kl"}, {"name": "rmu", "layer": 0}, {"name": "undial"}],
-    ids=lambda options: options["name"],
+    ("kind", "options", "checkpointing"),
+    [
+        *(
+            (SegmentedAttention, options, checkpointing)
+            for options in ({"name": "npo"}, {"name": "kl"}, {"name": "rmu", "layer": 0}, {"name": "undial"})
+            for checkpointing in (False, True)
+        ),
+        (GroupedAttention, {"name": "npo"}, False),
+        (GroupedAttention, {"name": "kl"}, True),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or (value["name"] if isinstance(value, dict) else str(value)),
 )
 def test_packed_step_has_the_loss_and_gradients_of_separate_questions(
-    folder: Path, images: list[Path], options: dict[str, Any], checkpointing: bool
+    folder: Path,
+    images: list[Path],
+    kind: type[PackedAttention],
+    options: dict[str, Any],
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(
+        packing_module, "describe_packed_sequence", lambda segment_ids, _device: kind.build(segment_ids)
+    )
     torch.manual_seed(0)
     model = load_model(folder, "fp32")
     with torch.no_grad():  # otherwise the losses are in the thousands, with few float32 digits after the point
@@ -155,7 +176,8 @@ def test_find_packing_without_shared_images_packs_only_batches_with_much_padding
     assert find_packing(ids[:2], is_token[:2], torch.tensor([5, 7]), 9) is None
 
 
-def test_packed_attention_restricts_suffixes_to_their_prefix_and_themselves() -> None:
+@pytest.mark.parametrize("kind", [SegmentedAttention, GroupedAttention])
+def test_packed_attention_restricts_suffixes_to_their_prefix_and_themselves(kind: type[PackedAttention]) -> None:
     """Rows 0 and 1 share the prefix at positions 0 to 2. Their suffixes are at 3 and 4 to 5, and row 2 is at 6 to 7."""
     ids = torch.tensor([[1, 9, 2, 3, 0], [1, 9, 2, 4, 5], [1, 8, 0, 0, 0]])
     packing = find_packing(ids, ids != 0, torch.tensor([5, 5, NO_IMAGE]), 9)
@@ -172,17 +194,21 @@ def test_packed_attention_restricts_suffixes_to_their_prefix_and_themselves() ->
         [6],
         [6, 7],
     ]
-    query, key, value = torch.randn(3, 1, 2, len(index), 4, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(3, 1, 2, len(index), 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    query, key, value = inputs
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
-    segments = packing.attention_segments
-    attended, _ = shared_attention(nn.Module(), query, key, value, None, attention_segments=segments)
+    packed = kind.build(packing.segment_ids).to(torch.device("cpu"))
+    attended, _ = shared_attention(nn.Module(), query, key, value, None, packed_attention=packed)
     torch.testing.assert_close(attended, expected)
+    weights = torch.randn(attended.shape, generator=torch.Generator().manual_seed(1))
+    gradient, expected_gradient = (
+        torch.autograd.grad((output * weights).sum(), inputs, retain_graph=True)[0] for output in (attended, expected)
+    )
+    torch.testing.assert_close(gradient, expected_gradient)
     module = nn.Module()
     module.num_key_value_groups = 2  # two query heads per key head
-    grouped, _ = shared_attention(module, query, key[:, :1], value[:, :1], None, attention_segments=segments)
-    repeated, _ = shared_attention(
-        nn.Module(), query, key[:, [0, 0]], value[:, [0, 0]], None, attention_segments=segments
-    )
+    grouped, _ = shared_attention(module, query, key[:, :1], value[:, :1], None, packed_attention=packed)
+    repeated, _ = shared_attention(nn.Module(), query, key[:, [0, 0]], value[:, [0, 0]], None, packed_attention=packed)
     assert grouped.equal(repeated)
 
 

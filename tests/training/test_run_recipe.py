@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ from vlm_unlearn.errors import RunError
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.models.loader import load_model, load_run_model, run_model_folder
 from vlm_unlearn.store import lock_run
+from vlm_unlearn.training import trainer
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.references import FrozenCopyReference
 from vlm_unlearn.training.runner import run_plan, run_recipe
-from vlm_unlearn.training.trainer import last_complete_checkpoint
+from vlm_unlearn.training.trainer import UnlearningTrainer, last_complete_checkpoint
 
 VISION, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
 SUPERVISED = [name for name, method in METHODS.items() if not method.unlearns]
@@ -275,3 +278,40 @@ def test_run_in_bf16_trains_and_saves_finite_weights(
     assert float(log[0][reference]) == pytest.approx(
         at_reference, abs=0.05
     )  # the model equals the reference at the first step
+
+
+@pytest.mark.slow
+def test_lora_in_bf16_trains_the_same_weights_as_with_pefts_casts(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(name: str) -> dict[str, torch.Tensor]:
+        training = {"precision": "bf16", "gradient_checkpointing": True, "max_steps": 2}
+        trainable = {"mode": "lora", "lora": {"r": 4}}
+        result = run_recipe(
+            recipe(tiny_model, training_sets["harmful"], tmp_path / name, "npo", trainable=trainable, training=training)
+        )
+        return load_file(result / "adapter_model.safetensors")
+
+    without_casts = train("fast")
+    monkeypatch.setattr(trainer, "without_lora_input_casts", lambda _model: nullcontext())
+    with_casts = train("casts")
+    assert without_casts.keys() == with_casts.keys()
+    assert all(without_casts[name].equal(with_casts[name]) for name in without_casts)
+
+
+def test_training_does_not_use_cudnn_attention(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled_in_steps = []
+    compute_loss = UnlearningTrainer.compute_loss
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        enabled_in_steps.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(UnlearningTrainer, "compute_loss", record)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    training = {"max_steps": 1}
+    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "mixed_sft", training=training))
+    assert enabled_in_steps == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == enabled

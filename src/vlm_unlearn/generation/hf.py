@@ -23,6 +23,7 @@ from vlm_unlearn.generation.base import (
 )
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.sharing import Prefilled, prefill
+from vlm_unlearn.models.attention import without_cudnn_attention
 from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
 
@@ -135,6 +136,7 @@ def generate_batch(
 
 
 @torch.no_grad()
+@without_cudnn_attention()
 def generate_texts(
     model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, sampler: SeededSampling | None = None
 ) -> list[tuple[str, str]]:

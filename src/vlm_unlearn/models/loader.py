@@ -137,7 +137,13 @@ def load_model(
     from transformers import AutoModelForImageTextToText
 
     skeleton = model_skeleton(folder)  # detects within moments what would fill the memory with random weights
-    options: dict[str, Any] = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
+    options: dict[str, Any] = {}
+    if attn_implementation == "flex_attention":  # of benefit only to the language model, which has the masks
+        options["attn_implementation"] = {
+            name: "flex_attention" if name == "text_config" else "sdpa" for name in skeleton.config.sub_configs
+        }
+    elif attn_implementation != "auto":
+        options["attn_implementation"] = attn_implementation
     if in_4_bits:
         options["quantization_config"] = _nf4_config(layout_of(skeleton), precision)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -79,6 +80,19 @@ def _select_parameters(model: PreTrainedModel, config: TrainableConfig) -> PreTr
                 config.parameter_patterns is None or any(pattern in name for pattern in config.parameter_patterns)
             )
     return model
+
+
+def without_lora_input_casts(model: nn.Module) -> AbstractContextManager[None]:
+    """Keeps PEFT from converting inputs to the float32 of LoRA's weights for the duration of the block.
+
+    Under autocast that conversion is undone at once. Results are the same without it.
+    """
+    if not hasattr(model, "peft_config"):
+        return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+
+    context: AbstractContextManager[None] = disable_input_dtype_casting(model)
+    return context
 
 
 def _add_lora(model: PreTrainedModel, config: TrainableConfig) -> Any:

@@ -188,7 +188,7 @@ def _attention_inputs(base: Any, packing: Packing) -> dict[str, Any]:
     base.config.get_text_config()._attn_implementation = ATTENTION_IMPLEMENTATION
     # transformers passes a mask of four dimensions on unchanged, and `shared_attention` ignores it.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=base.dtype, device=base.device)
-    return {"attention_mask": unused_mask, "attention_segments": packing.attention_segments}
+    return {"attention_mask": unused_mask, "packed_attention": packing.attention}
 
 
 def _attention_implementation(base: Any) -> str:

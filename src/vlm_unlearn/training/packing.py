@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.methods import Method
 from vlm_unlearn.models.layout import layout_of
-from vlm_unlearn.training.shared_attention import ATTENTION_IMPLEMENTATION, AttentionSegments
+from vlm_unlearn.training.shared_attention import (
+    ATTENTION_IMPLEMENTATION,
+    PackedAttention,
+    describe_packed_sequence,
+)
 
 NO_IMAGE = -1  # the image key of a row without an image
 MAX_PACKED_FRACTION = 0.9  # pack only if the packed sequence is at most 90 % of the padded batch
@@ -59,7 +62,7 @@ class Packing:
     packed_index: Tensor  # [B, S] the packed position of each position, arbitrary for padding
     image_rows: Tensor  # [G] the row whose image each prefix uses
     segment_ids: Tensor  # [2, N] the number of the prefix, and 0 within the prefix or 1, 2, ... within its suffixes
-    attention_segments: AttentionSegments  # the same segments as `shared_attention` uses them
+    attention: PackedAttention  # the same segments as `shared_attention` uses them
 
     def pack(self, values: Tensor, is_token: Tensor) -> Tensor:
         """Packs a tensor [B, S, ...] into [1, N, ...].
@@ -148,40 +151,8 @@ def _build_packing(
             segment_ids[1, end : end + suffix_length] = suffix_number
             end += suffix_length
     image_rows = torch.tensor([group.rows[0] for group in groups])
-    segments = _attention_segments(segment_ids)
-    return Packing(packed_index.to(device), image_rows.to(device), segment_ids.to(device), segments.to(device))
-
-
-def _attention_segments(segment_ids: Tensor) -> AttentionSegments:
-    """Computes the padded index tensors of `AttentionSegments` from segment ids [2, N]."""
-    prefix, suffix = segment_ids.unbind()
-    is_start = torch.ones_like(suffix, dtype=torch.bool)
-    is_start[1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]).any(dim=0)
-    starts = is_start.nonzero()[:, 0]
-    lengths = starts.diff(append=starts.new_tensor([len(suffix)])).tolist()
-    is_suffix = suffix[starts] > 0
-    segments = list(zip(torch.split(torch.arange(len(suffix)), lengths), is_suffix.tolist(), strict=True))
-    prefixes = pad_sequence(
-        [indices for indices, of_suffix in segments if not of_suffix], batch_first=True, padding_value=-1
-    )
-    suffix_list = [indices for indices, of_suffix in segments if of_suffix]
-    suffixes = (
-        pad_sequence(suffix_list, batch_first=True, padding_value=-1) if suffix_list else prefixes.new_zeros(0, 0)
-    )
-    prefix_of_suffix = prefix[starts[is_suffix]]
-    width = suffixes.shape[1]
-    prefix_mask = (prefixes >= 0)[prefix_of_suffix][:, None, :].expand(-1, width, -1)
-    causal_mask = torch.ones(width, width, dtype=torch.bool).tril().expand(len(suffixes), -1, -1)
-    concatenated = torch.cat([prefixes.flatten(), suffixes.flatten()])
-    inverse_index = torch.empty_like(suffix)
-    inverse_index[concatenated[concatenated >= 0]] = (concatenated >= 0).nonzero()[:, 0]
-    return AttentionSegments(
-        prefixes=prefixes.clamp(min=0),
-        suffixes=suffixes.clamp(min=0),
-        prefix_of_suffix=prefix_of_suffix,
-        attention_mask=torch.cat([prefix_mask, causal_mask], dim=2)[:, None],
-        inverse_index=inverse_index,
-    )
+    attention = describe_packed_sequence(segment_ids, device)
+    return Packing(packed_index.to(device), image_rows.to(device), segment_ids.to(device), attention)
 
 
 def packed_batch(batch: Batch, packing: Packing, images: Tensor, position_ids: Tensor) -> Batch:

@@ -19,6 +19,7 @@ from vlm_unlearn.data.encoding import Processor, move
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import ReferenceNLL, Role
+from vlm_unlearn.models.attention import without_cudnn_attention
 from vlm_unlearn.models.features import FeatureCache, cache_vision_features
 from vlm_unlearn.models.layout import get_base_model, layout_of, vision_tower
 from vlm_unlearn.models.loader import BASE_MODEL_FILE, load_model, load_processor, model_skeleton
@@ -298,7 +299,7 @@ def _cached_references(
 
         def compute(batch_examples: Sequence[Example], role: Role = role) -> list[NLL]:
             batch = move(collator.encode(role, batch_examples), device, next(model.parameters()).dtype)
-            with torch.no_grad(), _autocast(device, planned.precision):
+            with torch.no_grad(), without_cudnn_attention(), _autocast(device, planned.precision):
                 output = forward(model, batch, packing=packing_of(model, batch, planned.method))
             nll_sum, tokens = output.answer_nll
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import Trainer
 from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Method, Role, TokenKind
+from vlm_unlearn.models.attention import without_cudnn_attention
 from vlm_unlearn.models.layout import get_base_model, is_projector, layout_of
+from vlm_unlearn.models.trainable import without_lora_input_casts
 from vlm_unlearn.store import write_json
 from vlm_unlearn.training.references import ReferenceModel
 from vlm_unlearn.training.step import ModelStep, count_tokens
@@ -101,6 +104,13 @@ class UnlearningTrainer(Trainer):
         for name, value in output.terms.items():
             self._loss_terms.setdefault(name, []).append(value.item())
         return (total, {}) if return_outputs else total
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs forward and backward pass of a micro-batch and returns its loss."""
+        casts_inputs = self.accelerator.native_amp  # autocast
+        with without_cudnn_attention(), without_lora_input_casts(self.model) if casts_inputs else nullcontext():
+            loss: Tensor = super().training_step(model, *args, **kwargs)
+        return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Returns the inputs unchanged. `compute_loss` moves them: reference values must not get DeepSpeed's dtype."""
