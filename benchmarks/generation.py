@@ -19,7 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,24 @@ def batching(repetitions: int) -> dict[str, Any]:
 
 
 def k_shot(repetitions: int) -> dict[str, Any]:
+    """Runs `compare_k_shot` for a small model."""
+    from steps import SIZES, build
+
+    return compare_k_shot(build(SIZES["53M"], IMAGE_TOKENS).eval(), IMAGE_TOKENS, repetitions)
+
+
+def compare_k_shot(
+    model: Any, image_tokens: int, repetitions: int, temperatures: Sequence[float] = (0.0, 1.0)
+) -> dict[str, Any]:
     """Compares this package with `generate` for one answer at a time, on rewrites and samples of one image."""
     import torch
-    from steps import SIZES, build
     from transformers import LogitsProcessorList
 
-    from vlm_unlearn.data.encoding import Turn, encode
+    from vlm_unlearn.data.encoding import Turn, encode, move
     from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
     from vlm_unlearn.generation.hf import generate_texts
 
-    model, processor = build(SIZES["53M"], IMAGE_TOKENS).eval(), word_processor()
+    processor = word_processor(image_tokens)
     model.generation_config.eos_token_id = None  # every answer has its full length
     with tempfile.TemporaryDirectory() as scratch:
         image = Path(scratch) / "noise.png"
@@ -118,7 +126,7 @@ def k_shot(repetitions: int) -> dict[str, Any]:
         def one_by_one(temperature: float) -> list[str]:
             texts = []
             for number, turn in enumerate(turns):
-                inputs = encode(processor, [turn], padding_side="left")
+                inputs = move(encode(processor, [turn], padding_side="left"), model.device, model.dtype)
                 sampler = sampling(range(number, number + 1), temperature)
                 with neutral_generation_config(model):
                     processors = LogitsProcessorList([sampler] if sampler else [])
@@ -129,10 +137,10 @@ def k_shot(repetitions: int) -> dict[str, Any]:
             return texts
 
         results = {
-            name: compare_in_turn(together, one_by_one, value, repetitions)
-            for name, value in (("greedy", 0.0), ("temperature_1", 1.0))
+            f"temperature_{value:g}" if value else "greedy": compare_in_turn(together, one_by_one, value, repetitions)
+            for value in temperatures
         }
-    return {"rewrites": REWRITES, "samples": SAMPLES, "image_tokens": IMAGE_TOKENS, "new_tokens": NEW_TOKENS, **results}
+    return {"rewrites": REWRITES, "samples": SAMPLES, "image_tokens": image_tokens, "new_tokens": NEW_TOKENS, **results}
 
 
 def compare_in_turn(
@@ -169,7 +177,7 @@ def compare_in_turn(
     }
 
 
-def word_processor() -> Any:
+def word_processor(image_tokens: int) -> Any:
     """Returns a processor for the models of steps.py: one token per word, and a system prompt of 35 tokens."""
     from steps import IMAGE_TOKEN, PATCH, VOCABULARY
     from tokenizers import Tokenizer, pre_tokenizers
@@ -186,7 +194,7 @@ def word_processor() -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"}
     )
-    side = PATCH * round(IMAGE_TOKENS**0.5)
+    side = PATCH * round(image_tokens**0.5)
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer,

@@ -43,6 +43,7 @@ from steps import IMAGE_TOKEN, Batches, Ours, Published, build_prepared_method, 
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
+from generation import compare_k_shot
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.models.attention import without_cudnn_attention
 from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
@@ -90,6 +91,7 @@ CASES = [  # the most important first
     Case("lora", "npo", 1, rows=4),
     Case("full", "gd+pd", 4, rows=4),
 ]
+GENERATION_AFTER = 3  # cases
 
 
 class OutOfTimeError(Exception):
@@ -319,6 +321,12 @@ def show(row: dict[str, Any]) -> None:
     print(f"  out of memory: {', '.join(row['out_of_memory'])}" if "out_of_memory" in row else "", flush=True)
 
 
+def generate(machine: Machine) -> dict[str, Any]:
+    """Compares generation with prefix sharing and answer by answer, for rewrites and samples of one question."""
+    model = build(machine).eval()
+    return compare_k_shot(model, config_of(machine.shape).image_seq_length, repetitions=2, temperatures=[0.0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
@@ -331,9 +339,13 @@ def main() -> None:
     options = parser.parse_args()
     machine = Machine(torch.device(options.device), options.shape, options.steps, time.monotonic() + options.seconds)
     rows: list[dict[str, Any]] = []
+    generation: dict[str, Any] | None = None
     left_out: list[dict[str, Any]] = []
     longest = 0.0
     for case in CASES:
+        if case.attention == "flex_attention" and not machine.cuda:
+            left_out.append({**asdict(case), "reason": "FlexAttention computes no gradients on a CPU"})
+            continue
         started = time.monotonic()
         try:
             if started + longest > machine.end:
@@ -344,11 +356,15 @@ def main() -> None:
         except OutOfTimeError:
             left_out.append({**asdict(case), "reason": "out of time"})
         longest = max(longest, time.monotonic() - started)
+        if case == CASES[GENERATION_AFTER - 1] and time.monotonic() < machine.end:
+            gc.collect()
+            generation = generate(machine)
         results = {
             "machine": machine.description(),
             "shape": machine.shape,
             "versions": package_versions(),
             "rows": rows,
+            "generation": generation,
             "left_out": left_out,
         }
         write_json(options.out, results)

@@ -41,6 +41,7 @@ def test_gpu_script_both_sides_have_equal_losses(gpu: Any, tmp_path: Path, monke
         ("full", "gd+pd", 4),
     ]
     assert results["left_out"] == []
+    assert results["generation"]["greedy"]["times_faster_than_one_by_one"] > 1
     assert results["machine"]["device"] == "cpu"
     for row in results["rows"]:
         assert row["max_loss_difference"] < 0.02  # of about 6, in bf16
@@ -60,6 +61,10 @@ def test_gpu_script_lists_cases_out_of_time_or_memory(
         return gpu.Measured([100.0], [1.0], 2.0, None)
 
     monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "generate", lambda _machine: {})
+    monkeypatch.setattr(gpu.Machine, "cuda", True)
+    monkeypatch.setattr(gpu.Machine, "description", lambda _machine: {})
+    monkeypatch.setattr(gpu.Machine, "peak", lambda _machine: None)
     results = run_script(gpu, tmp_path / "gpu.json", monkeypatch)
     by_method = {(row["method"], row["attention"]): row for row in results["rows"]}
     npo, rmu = by_method["npo", "sdpa"], by_method["rmu", "sdpa"]

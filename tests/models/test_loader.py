@@ -29,6 +29,15 @@ def test_tied_weights_are_not_missing(family: str, tmp_path: Path) -> None:
     assert torch.equal(reloaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_flex_attention_is_for_the_language_model_only(
+    family: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model: Any = load_model(families.shared_folder(family, tmp_path_factory), "fp32", "flex_attention")
+    assert model.config.get_text_config()._attn_implementation == "flex_attention"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("family", WITH_VIDEOS)
 @pytest.mark.parametrize("location", ["separate file", "nested", "none"])
 def test_settings_of_video_processor_are_saved_unchanged(family: str, location: str, tmp_path: Path) -> None:
