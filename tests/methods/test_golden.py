@@ -42,7 +42,7 @@ class GoldenStep:
         answers = [self._answer(role) for role in roles]
         return sum(nll.sum() for nll, _ in answers) / sum(tokens.sum() for _, tokens in answers)
 
-    def batch_nll(self, role: str) -> tuple[Tensor, Tensor]:
+    def micro_batch_nll(self, role: str) -> tuple[Tensor, Tensor]:
         nll, tokens = self._answer(role, "reference_logits")
         return self.cross_entropy(role), nll.sum() / tokens.sum()
 

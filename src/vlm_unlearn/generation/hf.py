@@ -203,7 +203,7 @@ def _generate_in_chunks(
         unfinished = (~torch.isin(new_tokens, eos_token_ids).any(dim=1)).nonzero()[:, 0]
         if not len(unfinished):
             break
-        prefilled = prefilled.append_tokens(new_tokens, unfinished)
+        prefilled = prefilled.continue_rows(new_tokens, unfinished)
         rows = rows[unfinished.cpu()]
         if sampler is not None:
             sampler.select_rows(unfinished.tolist())

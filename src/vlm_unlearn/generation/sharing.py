@@ -50,7 +50,7 @@ class Prefilled:
     position_ids: Tensor  # [B, S], or [3, B, S] with images and multi-axis rotary embeddings (Qwen2.5-VL)
     cache: DynamicCache  # B rows of S - 1 positions
 
-    def append_tokens(self, new_ids: Tensor, rows: Tensor) -> Prefilled:
+    def continue_rows(self, new_ids: Tensor, rows: Tensor) -> Prefilled:
         """Returns the selected rows with their generated tokens appended.
 
         The cache drops all other rows in place, so that this object must not be used afterwards.
@@ -117,7 +117,7 @@ def prefill(
 
     num_groups = max(groups) + 1
     if prefix_width:  # contains every image, since the template puts text after it
-        run_columns([groups.index(group) for group in range(num_groups)], 0, prefix_width, **images)
+        run_columns(_first_rows(groups), 0, prefix_width, **images)
         _select_cache_rows(cache, torch.tensor(groups, device=inner.device), num_groups)
     if width - 1 > prefix_width:
         run_columns(range(len(turns)), prefix_width, width - 1)
@@ -150,28 +150,26 @@ def _encode_prompts(processor: Processor, turns: Sequence[Turn], image_token_id:
         from the text.
     """
     templated = [token_ids(processor, render(processor, turn).text) for turn in turns]  # an image is one token here
-    text_starts = [_end_of_image(ids, image_token_id) for ids in templated]
+    image_ends = [_end_of_image(ids, image_token_id) for ids in templated]
     group_numbers: dict[tuple[object, ...], int] = {}
     groups = [
-        group_numbers.setdefault((turn.image, *ids[:start]), len(group_numbers))
-        for turn, ids, start in zip(turns, templated, text_starts, strict=True)
+        group_numbers.setdefault((turn.image, *ids[:end]), len(group_numbers))
+        for turn, ids, end in zip(turns, templated, image_ends, strict=True)
     ]
-    representatives = [groups.index(group) for group in range(len(group_numbers))]
-    encoded = encode(
-        processor, [turns[row] for row in representatives], padding_side="right"
-    )  # either side: the mask removes the padding
-    expanded = []  # of each group: the tokens up to the end of the image
-    for row, padded_ids, mask in zip(
-        representatives, encoded["input_ids"], encoded["attention_mask"].bool(), strict=True
-    ):
-        ids, text = padded_ids[mask].tolist(), templated[row][text_starts[row] :]
-        start = len(ids) - len(
-            text
-        )  # counted from the end: some processors add tokens after the image, which belong to it
-        if ids[start:] != text:
+    first_rows = _first_rows(groups)
+    # Padding is on either side: the mask removes it.
+    encoded = encode(processor, [turns[row] for row in first_rows], padding_side="right")
+    expanded_prefixes = []  # of each group: the tokens up to the end of the image, with all tokens of the image
+    for row, padded_ids, mask in zip(first_rows, encoded["input_ids"], encoded["attention_mask"].bool(), strict=True):
+        expanded_ids, text = padded_ids[mask].tolist(), templated[row][image_ends[row] :]
+        # Counted from the end: some processors add tokens after the image, which belong to it.
+        prefix_length = len(expanded_ids) - len(text)
+        if expanded_ids[prefix_length:] != text:
             return None
-        expanded.append(ids[:start])
-    prompts = [expanded[group] + ids[start:] for group, ids, start in zip(groups, templated, text_starts, strict=True)]
+        expanded_prefixes.append(expanded_ids[:prefix_length])
+    prompts = [
+        expanded_prefixes[group] + ids[end:] for group, ids, end in zip(groups, templated, image_ends, strict=True)
+    ]
     return _EncodedPrompts(prompts, groups, {name: value for name, value in encoded.items() if name not in TEXT_INPUTS})
 
 
@@ -223,6 +221,11 @@ def _common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return next((index for index in range(limit) if len({prompt[index] for prompt in prompts}) > 1), limit)
 
 
+def _first_rows(groups: Sequence[int]) -> list[int]:
+    """Returns the index of each group's first prompt."""
+    return [groups.index(group) for group in range(max(groups) + 1)]
+
+
 def _position_ids(
     model: Any, input_ids: Tensor, attention_mask: Tensor, groups: Sequence[int], images: Batch
 ) -> Tensor:
@@ -230,7 +233,7 @@ def _position_ids(
     if "image_grid_thw" not in images:
         return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding on the left would get -1
     is_image = input_ids == model.config.image_token_id
-    groups_with_image = [group for group in range(max(groups) + 1) if is_image[groups.index(group)].any()]
+    groups_with_image = [group for group, row in enumerate(_first_rows(groups)) if is_image[row].any()]
     # `images` contains the grid of each group once; `get_rope_index` expects one per prompt with an image.
     grid_indices = [groups_with_image.index(group) for group in groups if group in groups_with_image]
     grids = images["image_grid_thw"][grid_indices]

@@ -77,7 +77,7 @@ class Step(Protocol):
     def reference_nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """Returns [B], `nll` under the reference model."""
 
-    def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
+    def micro_batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
         """Returns ([], []), the token mean over the entire batch under the current and the reference model."""
 
     def logits(self, role: Role) -> Tensor:

@@ -63,6 +63,6 @@ class NPO(Method):
     def _current_and_reference_nll(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options
         if self.paper_compat:  # see docs/published.md
-            current, reference = step.batch_nll(role)
+            current, reference = step.micro_batch_nll(role)
             return current[None], reference[None]
         return step.nll(role, options.reduction), step.reference_nll(role, options.reduction)

@@ -116,9 +116,11 @@ class ModelStep:
         if role not in self._reference_outputs_by_role:
             assert self._reference is not None, "the loss uses a value that is not in Method.reference_requirements"
             requirements = self._method.reference_requirements
-            only_hidden = all(isinstance(requirement, ReferenceHidden) for requirement in requirements)
+            needs_only_hidden = all(isinstance(requirement, ReferenceHidden) for requirement in requirements)
             with self._reference.active(self._model) as reference:
-                outputs = self._run(reference, self._merged_batches[role], stop_after_last_hidden_layer=only_hidden)
+                outputs = self._run(
+                    reference, self._merged_batches[role], stop_after_last_hidden_layer=needs_only_hidden
+                )
             self._reference_outputs_by_role.update(outputs)
         return self._reference_outputs_by_role[role]
 
@@ -195,7 +197,7 @@ class ModelStep:
         total = torch.stack([self._current_output(role).answer_nll[0].sum() for role in roles]).sum()
         return total / sum(self._token_totals[role, "answer"] for role in roles)
 
-    def batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
+    def micro_batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
         # Unlike `cross_entropy`, a mean over this micro-batch (`paper_compat`). Both models predict the same tokens.
         nll_sum, tokens = self._current_output(role).answer_nll
         reference_sum, _ = self._reference_answer_nll(role)
