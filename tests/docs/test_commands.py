@@ -203,9 +203,7 @@ def test_commands_of_the_readme_are_run() -> None:
         ),
     ],
 )
-def test_failing_command_fails_its_page(
-    kind: str, text: str, token: str, empty_scene: Scene, tmp_path: Path
-) -> None:
+def test_failing_command_fails_its_page(kind: str, text: str, token: str, empty_scene: Scene, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=rf"(?s)page\.md:11: .*{token}"):
         run(Block("page.md", 10, kind, text), empty_scene, empty_scene.copy(tmp_path / "reader"))
 
