@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,6 +52,10 @@ class Stub:
     def leave(self) -> None:
         with self._lock:
             self.at_once -= 1
+
+
+# Clients read the root certificates in 40 ms, although the stub server does not encrypt.
+_ssl_context = functools.cache(ssl.create_default_context)
 
 
 def send_json(handler: BaseHTTPRequestHandler, status: int, raw: bytes, retry_after: str) -> None:
@@ -128,6 +134,7 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
     stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     try:
         with (
+            patch("ssl.create_default_context", _ssl_context),
             patch("openai._base_client.INITIAL_RETRY_DELAY", 0.005),
             patch("vlm_unlearn.generation.openai_chat.FIRST_RETRY_SECONDS", 0.005),
         ):
