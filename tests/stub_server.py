@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import patch
 
 
 class Stub:
@@ -51,6 +54,10 @@ class Stub:
             self.at_once -= 1
 
 
+# Clients read the root certificates in 40 ms, although the stub server does not encrypt.
+_ssl_context = functools.cache(ssl.create_default_context)
+
+
 def send_json(handler: BaseHTTPRequestHandler, status: int, raw: bytes, retry_after: str) -> None:
     """Sends a JSON response. Status 429 gets a Retry-After header."""
     handler.send_response(status)
@@ -64,7 +71,7 @@ def send_json(handler: BaseHTTPRequestHandler, status: int, raw: bytes, retry_af
 
 @contextmanager
 def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
-    """Runs the server until the block ends."""
+    """Runs the server until the block ends. Clients in this process retry after milliseconds, not half a second."""
     stub = Stub(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -121,11 +128,17 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # tests kill clients
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # With the default interval, each shutdown would wait for half a second.
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     try:
-        yield stub
+        with (
+            patch("ssl.create_default_context", _ssl_context),
+            patch("openai._base_client.INITIAL_RETRY_DELAY", 0.005),
+            patch("vlm_unlearn.generation.openai_chat.FIRST_RETRY_SECONDS", 0.005),
+        ):
+            yield stub
     finally:
         server.shutdown()
         server.server_close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def parsed(module: Path) -> ast.Module:
+    return ast.parse(module.read_text(encoding="utf-8"))
+
+
 def defined_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """The names that a module defines: variables, attributes, parameters, functions and classes."""
     for node in ast.walk(tree):
@@ -43,7 +49,7 @@ def defined_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_names_describe_the_values_that_they_hold(module: Path) -> None:
-    names = defined_names(ast.parse(module.read_text(encoding="utf-8")))
+    names = defined_names(parsed(module))
     banned = [f"line {line}: {name}" for name, line in names if name.strip("_") in BANNED]
     assert not banned, f"{relative(module)}: name these after their values: {', '.join(banned)}"
 
@@ -67,7 +73,7 @@ def codes_of(node: ast.expr | None) -> list[str] | None:
 @pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_every_error_has_a_code_in_kebab_case(module: Path) -> None:
     problems = []
-    for call in error_calls(ast.parse(module.read_text(encoding="utf-8"))):
+    for call in error_calls(parsed(module)):
         code = next((keyword.value for keyword in call.keywords if keyword.arg == "code"), None)
         if code is None:
             problems.append(f"line {call.lineno}: no code")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +47,17 @@ def max_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> f
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
+@functools.cache
+def _load_once(folder: Path) -> tuple[Any, Any]:
+    """Returns the model and processor of a folder that no test changes."""
+    return load_model(folder, "fp32"), load_processor(folder)
+
+
+@functools.cache
+def _read_once(data: Path) -> TrainingSet:
+    return read_training_set(data)
+
+
 @dataclass
 class StepResult:
     """The values of one optimizer step."""
@@ -74,12 +87,10 @@ class StepScene:
     ) -> None:
         config = {"name": method} if isinstance(method, str) else method
         self.method: Method = build_method(MethodConfig.model_validate(config), weight)
-        self.training_set: TrainingSet = read_training_set(data)
-        self.processor = load_processor(model_folder)
+        self.training_set = _read_once(data)
+        model, self.processor = _load_once(model_folder)
         torch.manual_seed(0)
-        self.model: Any = prepare_trainable(
-            load_model(model_folder, "fp32"), TrainableConfig.model_validate(trainable or {})
-        )
+        self.model: Any = prepare_trainable(copy.deepcopy(model), TrainableConfig.model_validate(trainable or {}))
         prepare_method(self.method, self.model, 0)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

@@ -124,7 +124,7 @@ def test_held_out_questions_remove_the_bias_of_the_selection() -> None:
 # --- a request
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small_search(tiny_model: Path, world: Path) -> SearchRequest:
     """A small search with a random model."""
     vlguard = world / "vlguard"
@@ -138,6 +138,23 @@ def small_search(tiny_model: Path, world: Path) -> SearchRequest:
         judge=judge,
     )
     return changed(request, generation=request.generation.model_copy(update={"max_new_tokens": 3, "batch_size": 4}))
+
+
+@pytest.fixture(scope="module")
+def searched(small_search: SearchRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small search, after its end. Tests that change it copy it."""
+    folder = tmp_path_factory.mktemp("searched") / "run"
+    search(small_search, folder)
+    return folder
+
+
+@pytest.fixture
+def run_copy(searched: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(searched, tmp_path / "run"))
+
+
+def report_of(folder: Path) -> SearchReport:
+    return SearchReport.model_validate_json((folder / "search.json").read_text())
 
 
 def changed(request: SearchRequest, **fields: object) -> SearchRequest:
@@ -236,23 +253,21 @@ def test_search_plot_draws_odd_words(
 
 
 def test_finished_search_does_not_load_the_model(
-    small_search: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_search: SearchRequest, run_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = search(small_search, tmp_path / "run")
 
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("vlm_unlearn.models.loader.load_run_model", load)
-    assert search(small_search, tmp_path / "run") == report
+    assert search(small_search, run_copy) == report_of(run_copy)
 
 
-def test_search_depends_on_its_seed(small_search: SearchRequest, tmp_path: Path) -> None:
-    report, repeated, other = (
-        search(changed(small_search, seed=seed), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
-    )
-    assert report == repeated
-    ids = [[prompt.id for prompt in read_records(tmp_path / name / "prompts.jsonl", Prompt)] for name in "abc"]
+def test_search_depends_on_its_seed(small_search: SearchRequest, searched: Path, tmp_path: Path) -> None:
+    repeated, other = (search(changed(small_search, seed=seed), tmp_path / name) for name, seed in (("b", 0), ("c", 1)))
+    assert repeated == report_of(searched)
+    folders = (searched, tmp_path / "b", tmp_path / "c")
+    ids = [[prompt.id for prompt in read_records(folder / "prompts.jsonl", Prompt)] for folder in folders]
     assert ids[0] == ids[1] != ids[2]
     assert other.seed == 1
 
@@ -271,18 +286,19 @@ def test_killed_search_ends_with_the_same_files(small_search: SearchRequest, tmp
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "complete" / name).read_bytes(), name
 
 
-def test_search_with_a_truncated_log_ends_with_the_same_files(small_search: SearchRequest, tmp_path: Path) -> None:
-    report = search(small_search, tmp_path / "run")
-    log = tmp_path / "run" / "responses.jsonl"
+def test_search_with_a_truncated_log_ends_with_the_same_files(small_search: SearchRequest, run_copy: Path) -> None:
+    report = report_of(run_copy)
+    log = run_copy / "responses.jsonl"
     content = log.read_bytes()
     for size in range(0, len(content), len(content) // 5):
         log.write_bytes(content[:size])
-        assert search(small_search, tmp_path / "run") == report
+        assert search(small_search, run_copy) == report
         assert log.read_bytes() == content
 
 
-def test_search_into_the_folder_of_another_search_raises(small_search: SearchRequest, tmp_path: Path) -> None:
-    search(small_search, tmp_path / "run")
+def test_search_into_the_folder_of_another_search_raises(
+    small_search: SearchRequest, run_copy: Path, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(small_search.model, tmp_path / "model"))
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -296,7 +312,7 @@ def test_search_into_the_folder_of_another_search_raises(small_search: SearchReq
         ("judge.judge", changed(small_search, judge=JudgeConfig(name="keyword"))),
     ):
         with pytest.raises(UserError) as caught:
-            search(other, tmp_path / "run")
+            search(other, run_copy)
         assert name in str(caught.value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,13 +86,17 @@ def test_deprecated_commands_are_hidden_from_the_help(
     assert f"\n  {arguments[1]} " not in capsys.readouterr().out
 
 
-def test_old_config_keys_warn_once_each_on_plain_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run_command", [run, pytest.param(run_in_new_process, marks=pytest.mark.multiprocess)])
+def test_old_config_keys_warn_once_each_on_plain_lines(
+    run_command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """In a new process, imports of the command change the warning filters between the warnings."""
     folder = make_run(tmp_path / "run", complies, groups=2)
     saved = json.loads((folder / "suite.json").read_text())
     saved["cases"] = saved.pop("splits")
     (folder / "suite.json").write_text(json.dumps(saved))
 
-    done = run_in_new_process("score", folder, "paper=false")
+    done = run_command("score", folder, "paper=false")
     lines = warnings_of(done)
     assert sorted(line.split('"')[1] for line in lines) == ["cases", "paper"]
     assert all(line.count("is deprecated; use") == 1 for line in lines)

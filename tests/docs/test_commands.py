@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,23 @@ def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
         make_scene(store, world, base_model(BaseConfig(steps=60, width=32)))
         make_the_demo_small(patch)
         leave_the_plots_empty(patch)
-        scene = Scene(store, stub.url)
-        with shell(scene.programs()) as opened:
-            scene.use(opened)
+        with open_scene(store, stub.url) as scene:
             yield scene
+
+
+@pytest.fixture(scope="module")
+def empty_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """The programs of a scene without its files, for commands that fail before they read any."""
+    with open_scene(tmp_path_factory.mktemp("empty"), "http://localhost:8000/v1") as scene:
+        yield scene
+
+
+@contextmanager
+def open_scene(store: Path, server: str) -> Iterator[Scene]:
+    scene = Scene(store, server)
+    with shell(scene.programs()) as opened:
+        scene.use(opened)
+        yield scene
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -189,9 +203,9 @@ def test_commands_of_the_readme_are_run() -> None:
         ),
     ],
 )
-def test_failing_command_fails_its_page(kind: str, text: str, token: str, scene: Scene, tmp_path: Path) -> None:
+def test_failing_command_fails_its_page(kind: str, text: str, token: str, empty_scene: Scene, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=rf"(?s)page\.md:11: .*{token}"):
-        run(Block("page.md", 10, kind, text), scene, scene.copy(tmp_path / "reader"))
+        run(Block("page.md", 10, kind, text), empty_scene, empty_scene.copy(tmp_path / "reader"))
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_walkthrough_method_trains_and_stops_at_its_bound(
             tmp_path / str(bound),
             {"name": "bounded", "bound": bound},
             prompt_decouple_weight=weight,
+            training={"max_steps": 1},
         )
         run_recipe(bounded_recipe)
         first = json.loads((tmp_path / str(bound) / "log.jsonl").read_text().splitlines()[0])

@@ -25,7 +25,7 @@ from vlm_unlearn.store import open_run, read_json, read_records, record_cost, wr
 
 
 def tiny_suite(model: Path, world: Path, *overrides: str) -> Suite:
-    settings = [f"model={model}", f"root={world}", "generation.batch_size=4"]
+    settings = [f"model={model}", f"root={world}", "generation.batch_size=16"]
     return load(Suite, Path("suites/tiny"), [*settings, *overrides])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,9 +82,14 @@ class RecordingGreedy(SeededSampling):
         return scores
 
 
+@functools.cache
+def load_once(folder: Path, attention: str) -> tuple[Any, Any]:
+    return load_model(folder, "fp32", attention).eval(), load_processor(folder)
+
+
 def load_with_numbers(folder: Path, attention: str = "auto") -> tuple[Any, Any]:
     """Returns model and processor. The processor decodes tokens to numbers, since random bytes are rarely text."""
-    model, processor = load_model(folder, "fp32", attention).eval(), load_processor(folder)
+    model, processor = copy.deepcopy(load_once(folder, attention))
     processor.batch_decode = lambda rows, **_: [" ".join(str(token) for token in row.tolist() if token) for row in rows]
     return model, processor
 
@@ -115,7 +122,19 @@ def shapes(tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors]
 
 
-@pytest.mark.parametrize(("attention", "chunk_tokens"), [("sdpa", 32), ("eager", 3)])
+SDPA, EAGER = ("sdpa", 32), ("eager", 3)
+FAST_ATTENTION = {("llava", SDPA), ("llava_next", EAGER), ("qwen2_5_vl", SDPA), ("qwen2_5_vl", EAGER)}
+
+
+@pytest.mark.parametrize(
+    ("folder", "attention", "chunk_tokens"),
+    [
+        pytest.param(family, *settings, marks=() if (family, settings) in FAST_ATTENTION else pytest.mark.slow)
+        for family in SHARING_FAMILIES
+        for settings in (SDPA, EAGER)
+    ],
+    indirect=["folder"],
+)
 def test_shared_answers_and_scores_equal_those_alone(
     folder: Path, images: list[Path], attention: Any, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +179,7 @@ def test_each_image_and_each_prompt_runs_once(
     folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three questions about one image with three samples each, and one question about another image."""
-    model, processor = load_model(folder, "fp32").eval(), load_processor(folder)
+    model, processor = copy.deepcopy(load_once(folder, "auto"))
     opened = []
     monkeypatch.setattr(encoding, "open_image", lambda path: (opened.append(path), open_image(path))[1])
     turns = make_turns(images, [0, 0, 0, 2, 2, 2, 8, 8, 8, 4])

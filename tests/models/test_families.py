@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -275,22 +276,37 @@ def test_saved_and_loaded_model_is_bitwise_the_same(loaded: Loaded, turns: list[
     assert digest_model(tmp_path / "copy") == digest_model(tmp_path / "saved")
 
 
+STEP_METHODS: dict[str, tuple[dict[str, object], str, float]] = {
+    "dpo": ({"name": "dpo"}, "harmful", 0.0),  # reference NLLs, and two answers to one question
+    "kl+pd": ({"name": "kl"}, "safe_eraser", 0.5),  # reference logits
+    "rmu+pd": ({"name": "rmu", "layer": 0}, "safe_eraser", 0.5),  # hidden states, question and answer in one turn
+    "rr": ({"name": "rr", "layers": [0, 1]}, "harmful", 0.0),  # hidden states of several layers and both sets
+    "po+pd": ({"name": "po"}, "safe_eraser", 0.5),  # no reference
+}
+# In test-fast, two families run all methods: the layers of mllama differ most from those of llava. The other families
+# run one method with two forward passes and one with hidden states.
+ALL_METHODS_FAMILIES, FAST_METHODS = ("llava", "mllama"), ("kl+pd", "rr")
+
+
 @pytest.mark.parametrize(
-    ("method", "data", "decouple_weight"),
+    ("loaded", "method", "data", "decouple_weight"),
     [
-        ({"name": "dpo"}, "harmful", 0.0),  # reference NLLs, and two answers to one question
-        ({"name": "kl"}, "safe_eraser", 0.5),  # reference logits
-        ({"name": "rmu", "layer": 0}, "safe_eraser", 0.5),  # hidden states, question and answer in one turn
-        ({"name": "rr", "layers": [0, 1]}, "harmful", 0.0),  # hidden states of several layers and both sets
-        ({"name": "po"}, "safe_eraser", 0.5),  # no reference
+        pytest.param(
+            family,
+            *settings,
+            id=f"{family}-{name}",
+            marks=() if family in ALL_METHODS_FAMILIES or name in FAST_METHODS else pytest.mark.slow,
+        )
+        for family in families.FAMILIES
+        for name, settings in STEP_METHODS.items()
     ],
-    ids=["dpo", "kl+pd", "rmu+pd", "rr", "po+pd"],
+    indirect=["loaded"],
 )
 def test_step_of_method_reaches_layers_and_projector(
     loaded: Loaded, training_sets: dict[str, Path], method: dict[str, object], data: str, decouple_weight: float
 ) -> None:
     """One training step, with gradient checkpointing as in a real run."""
-    model = prepare_trainable(load_model(loaded.folder, "fp32"), TrainableConfig(projector=True))
+    model = prepare_trainable(copy.deepcopy(loaded.model), TrainableConfig(projector=True))
     layout = layout_of(model)
     reference = FrozenCopyReference(model)
     with torch.no_grad():  # away from the reference, where some losses have no gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ def test_flex_attention_is_for_the_language_model_only(
 
 @pytest.mark.parametrize("family", WITH_VIDEOS)
 @pytest.mark.parametrize("location", ["separate file", "nested", "none"])
-def test_settings_of_video_processor_are_saved_unchanged(family: str, location: str, tmp_path: Path) -> None:
-    families.build(family, tmp_path / "hub")
+def test_settings_of_video_processor_are_saved_unchanged(
+    family: str, location: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shutil.copytree(families.shared_folder(family, tmp_path_factory), tmp_path / "hub")
     separate, nested = tmp_path / "hub" / "video_preprocessor_config.json", tmp_path / "hub" / "processor_config.json"
     settings = json.loads(separate.read_text())
     if location != "separate file":

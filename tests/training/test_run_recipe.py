@@ -115,7 +115,14 @@ def test_full_training_with_layers_and_patterns_changes_only_these_parameters(
 ) -> None:
     trainable = TrainableConfig(layers=[1], parameter_patterns=["mlp.down_proj"], projector=False)
     result = run_recipe(
-        recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", trainable=trainable.model_dump())
+        recipe(
+            tiny_model,
+            training_sets["harmful"],
+            tmp_path / "run",
+            "npo",
+            trainable=trainable.model_dump(),
+            training={"max_steps": 2},
+        )
     )
     assert {name.split("layers.")[1] for name in changed_names(weights(tiny_model), weights(result))} == {
         "1.mlp.down_proj.weight"
@@ -125,7 +132,7 @@ def test_full_training_with_layers_and_patterns_changes_only_these_parameters(
 def test_adapters_when_merged_change_language_model_and_projector(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    training = {"max_steps": 8, "learning_rate": 1e-2}
+    training = {"max_steps": 2, "learning_rate": 1e-2}
     lora_recipe = recipe(
         tiny_model, training_sets["safe_eraser"], tmp_path / "run", "po", trainable={"mode": "lora"}, training=training
     )
@@ -143,7 +150,10 @@ def test_lora_with_layers_adapts_only_these_layers(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     trainable = {"mode": "lora", "layers": [1], "projector": False, "lora": {"r": 4, "lora_alpha": 8}}
-    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", trainable=trainable))
+    training = {"max_steps": 1}
+    run_recipe(
+        recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", trainable=trainable, training=training)
+    )
     adapters = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert {name.split("layers.")[1].split(".")[0] for name in adapters} == {"1"}
     table = {row["part"]: row for row in json.loads((tmp_path / "run" / "trainable.json").read_text())}
@@ -160,7 +170,7 @@ def test_run_resumed_with_swapped_images_is_rejected(tiny_model: Path, world: Pa
     copy = Path(shutil.copytree(world, tmp_path / "world"))
     vlguard = copy / "vlguard"
     import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "data")
-    sft_recipe = recipe(tiny_model, tmp_path / "data", tmp_path / "run", "mixed_sft")
+    sft_recipe = recipe(tiny_model, tmp_path / "data", tmp_path / "run", "mixed_sft", training={"max_steps": 1})
     run_recipe(sft_recipe)
     first, *_, last = sorted((vlguard / "train").rglob("*.png"))
     first_image, last_image = first.read_bytes(), last.read_bytes()
@@ -211,7 +221,7 @@ def test_sine_projector_changes_weights_by_at_most_one(
 
 
 def test_finished_run_is_not_repeated(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    npo_recipe = recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo")
+    npo_recipe = recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", training={"max_steps": 1})
     result = run_recipe(npo_recipe)
     modified = (result / "model.safetensors").stat().st_mtime_ns
     assert run_recipe(npo_recipe) == result

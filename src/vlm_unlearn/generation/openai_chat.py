@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
+FIRST_RETRY_SECONDS = 0.5  # delay before the first retry of a malformed response, as in the client. It doubles up to 8.
 MAX_FAILURES_IN_A_ROW = 8  # a run stops after so many failed requests in a row (or `concurrency`, if that is more)
 
 
@@ -180,7 +181,7 @@ class OpenAIChat:
                 return ChatResponse(request.id, None, str(error))
         for attempt in range(self._retries + 1):
             if attempt:
-                await asyncio.sleep(min(0.5 * 2 ** (attempt - 1), 8.0) * random.uniform(0.75, 1.0))
+                await asyncio.sleep(min(FIRST_RETRY_SECONDS * 2 ** (attempt - 1), 8.0) * random.uniform(0.75, 1.0))
             try:
                 return await self._send(client, request, content)
             except _MalformedResponseError as error:

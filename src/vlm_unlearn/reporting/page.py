@@ -6,13 +6,14 @@ Text from models, data files and judges is escaped. A Content-Security-Policy al
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from vlm_unlearn.errors import printable
@@ -43,10 +44,6 @@ def render_page(template: str, scripts: Sequence[str] = (), data: object = None,
     texts = [
         script.replace("</script", "<\\/script") if "\n" in script else template_text(script) for script in scripts
     ]
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_escape_control_characters
-    )
-    environment.filters["plural"] = lambda count, word: f"{count:,} {word}{'' if count == 1 else 's'}"
     allowed = [
         "default-src 'none'",
         "img-src 'self' file: data: blob:",
@@ -56,13 +53,22 @@ def render_page(template: str, scripts: Sequence[str] = (), data: object = None,
     ]
     if texts:
         allowed.append(f"script-src {' '.join(map(_policy_digest, texts))}")
-    return environment.from_string(template_text(template)).render(
+    return _compiled_template(template).render(
         policy=Markup("; ".join(allowed)),
         style=Markup(template_text("style.css")),
         scripts=[Markup(text) for text in texts],
         data=Markup(_json_for_html(data)),
         **values,
     )
+
+
+@functools.cache
+def _compiled_template(name: str) -> Template:
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_escape_control_characters
+    )
+    environment.filters["plural"] = lambda count, word: f"{count:,} {word}{'' if count == 1 else 's'}"
+    return environment.from_string(template_text(name))
 
 
 def template_text(name: str) -> str:

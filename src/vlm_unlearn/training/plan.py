@@ -179,7 +179,8 @@ def check_model(
     Raises:
         UserError: The recipe or the data does not fit the model.
     """
-    prepared = prepare_trainable(skeleton, recipe.trainable)
+    with torch.device("meta"):  # PEFT would draw random adapters on the CPU, hundreds of megabytes for a 7B model
+        prepared = prepare_trainable(skeleton, recipe.trainable)
     prepare_method(method, prepared, recipe.training.seed)
     _check_examples_without_image(recipe, method, training_set, prepared)
     return prepared
