@@ -22,7 +22,7 @@ from vlm_unlearn.training.trainer import last_complete_checkpoint
 
 pytestmark = pytest.mark.gpu
 
-LORA = {"mode": "lora", "lora": {"r": 4}}
+LORA = {"mode": "lora", "lora": {"r": 4, "lora_dropout": 0.1}}  # dropout: the random state of the device is resumed too
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -93,16 +93,16 @@ def test_answers_with_shared_prefixes_equal_those_alone_and_on_the_cpu(
     ]
     processor = load_processor(folder)
     model = load_model(folder, "fp32").eval()
-    on_cpu = generate_texts(model, processor, turns, 12)
+    on_cpu = generate_texts(model, processor, turns, 40)
     model.to(device)  # type: ignore[arg-type]
-    assert generate_texts(model, processor, turns, 12) == on_cpu
-    assert [generate_texts(model, processor, [turn], 12)[0] for turn in turns] == on_cpu
+    assert generate_texts(model, processor, turns, 40) == on_cpu
+    assert [generate_texts(model, processor, [turn], 40)[0] for turn in turns] == on_cpu
 
     def sample(chosen: Sequence[int]) -> list[tuple[str, str]]:
         sampler = SeededSampling([100 + number for number in chosen], 2.0, 0.9, model.device)
-        return generate_texts(model, processor, [turns[number] for number in chosen], 12, sampler)
+        return generate_texts(model, processor, [turns[number] for number in chosen], 40, sampler)
 
     together = sample(range(3))
     assert together == sample(range(3))
     assert together == [sample([number])[0] for number in range(3)]
-    assert hf.CHUNK_TOKENS > 12
+    assert hf.CHUNK_TOKENS < 40  # ended rows are dropped

@@ -178,7 +178,7 @@ def test_host_does_not_wait_for_the_device_per_token_or_row(cuda: torch.device) 
         for rows, answer in ((4, 10), (16, 10), (4, 100))
     ]
     assert counts[0] == counts[1] == counts[2], counts
-    assert counts[0] <= 40
+    assert 0 < counts[0] <= 40
 
 
 def peak_memory(cuda: torch.device, hidden_size: int, layers: int, mode: str, checkpointing: bool) -> dict[str, Any]:
