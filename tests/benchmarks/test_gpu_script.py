@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,23 @@ def run_script(gpu: Any, out: Path, monkeypatch: pytest.MonkeyPatch, *options: s
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_gpu_script_both_sides_have_equal_losses(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [gpu.Case("lora", "npo", 4, rows=8), gpu.Case("lora", "rmu", 4, rows=4), gpu.Case("full", "gd+pd", 4, 4)]
+    generation = importlib.import_module("generation")
+    cases = [gpu.Case("lora", "npo", 4, rows=8), gpu.Case("full", "gd+pd", 4, rows=4)]
     monkeypatch.setattr(gpu, "CASES", cases)
+    monkeypatch.setattr(gpu, "GENERATION_AFTER", 1)
+    monkeypatch.setattr(gpu, "DTYPE", torch.float32)  # a CPU can be slow in bf16
+    monkeypatch.setattr(gpu.Machine, "computing", lambda _machine: nullcontext())
+    monkeypatch.setattr(generation, "NEW_TOKENS", 4)
     results = run_script(gpu, tmp_path / "gpu.json", monkeypatch)
     assert [(row["training"], row["method"], row["rows"]) for row in results["rows"]] == [
         ("lora", "npo", 8),
-        ("lora", "rmu", 4),
         ("full", "gd+pd", 4),
     ]
     assert results["left_out"] == []
     assert results["generation"]["greedy"]["times_faster_than_one_by_one"] > 1
     assert results["machine"]["device"] == "cpu"
     for row in results["rows"]:
-        assert row["max_loss_difference"] < 0.02  # of about 6, in bf16
+        assert row["max_loss_difference"] < 1e-4  # of about 6
         assert row["work_ratio"] > 1.2
         assert row["ours"]["utilisation"] is None  # the peak of this device is unknown
         assert row["ours"]["tokens_per_second"] > 0

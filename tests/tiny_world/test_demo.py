@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run
+from helpers import run, run_in_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(420)]
 
@@ -72,12 +72,13 @@ def test_report_assesses_every_row(demo: Path) -> None:
     assert {file.suffix for file in (demo / "report" / "plots").glob("tradeoff-*")} == {".png", ".svg", ".pdf"}
 
 
+@pytest.mark.usefixtures("empty_plots")
 def test_finished_demo_is_not_run_again(demo: Path) -> None:
     stamp = (demo / "runs" / "npo" / "model" / "model.safetensors").stat().st_mtime_ns
     summary = (demo / "summary.json").read_bytes()
-    assert run("demo", "--out", demo, "--json").returncode == 0
+    assert run_in_process("demo", "--out", demo, "--json").returncode == 0
     assert (demo / "runs" / "npo" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
     assert (demo / "summary.json").read_bytes() == summary
-    done = run("demo", "--out", demo, "--seed", "1")
+    done = run_in_process("demo", "--out", demo, "--seed", "1")
     assert done.returncode == 2
     assert "seed" in done.stderr.splitlines()[-1]
