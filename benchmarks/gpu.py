@@ -25,15 +25,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -237,11 +239,19 @@ def measure(machine: Machine, side: str, case: Case, checkpointing: bool = False
             measured.tokens_per_second.append(tokens_of(batches, roles) / seconds)
     measured.memory = torch.cuda.max_memory_allocated(machine.device) if machine.cuda else None
     if case.attention == "sdpa":
-        build_segmented = patch.object(packing, "describe_packed_sequence", segmented)
-        with build_segmented, machine.computing(), FlopCounterMode(display=False) as counter:
-            runner.step(steps[-1])
-        measured.flops_per_token = counter.get_total_flops() / tokens_of(steps[-1], roles)
+        measured.flops_per_token = count_flops(machine, runner, steps[-1]) / tokens_of(steps[-1], roles)
     return measured
+
+
+def count_flops(machine: Machine, runner: Ours | Published, batches: Batches) -> int:
+    """Runs a step and counts its FLOPs. Returns 0 if the device has too little memory for that."""
+    build_segmented = patch.object(packing, "describe_packed_sequence", segmented)
+    try:
+        with build_segmented, machine.computing(), FlopCounterMode(display=False) as counter:
+            runner.step(batches)
+    except torch.OutOfMemoryError:
+        return 0  # seen on the published side with gradient checkpointing
+    return counter.get_total_flops()
 
 
 def segmented(segment_ids: torch.Tensor, device: torch.device) -> SegmentedAttention:
@@ -263,7 +273,8 @@ def measure_with_enough_memory(machine: Machine, side: str, case: Case, row: dic
             measured = measure(machine, side, case, checkpointing)
             row[side] = {"gradient_checkpointing": checkpointing}
             return measured
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)
             row.setdefault("out_of_memory", []).append(f"{side}, checkpointing" if checkpointing else side)
     return None
 
@@ -295,7 +306,8 @@ def compare(machine: Machine, case: Case) -> dict[str, Any]:
         ours, published = (sides[side] for side in SIDES)
         ratios = [fast / slow for fast, slow in zip(ours.tokens_per_second, published.tokens_per_second, strict=True)]
         row["speedup"] = statistics.median(ratios)
-        row["work_ratio"] = published.flops_per_token / ours.flops_per_token
+        counted = ours.flops_per_token and published.flops_per_token
+        row["work_ratio"] = published.flops_per_token / ours.flops_per_token if counted else None
         row["memory_ratio"] = ours.memory / published.memory if ours.memory and published.memory else None
         differences = [abs(a - b) for a, b in zip(ours.losses, published.losses, strict=True)]
         row["first_loss"] = ours.losses[0]
@@ -324,7 +336,41 @@ def show(row: dict[str, Any]) -> None:
 def generate(machine: Machine) -> dict[str, Any]:
     """Compares generation with prefix sharing and answer by answer, for rewrites and samples of one question."""
     model = build(machine).eval()
-    return compare_k_shot(model, config_of(machine.shape).image_seq_length, repetitions=2, temperatures=[0.0])
+    with without_cudnn_attention():
+        return compare_k_shot(model, config_of(machine.shape).image_seq_length, repetitions=2, temperatures=[0.0])
+
+
+def conditions(machine: Machine) -> dict[str, Any]:
+    return {"machine": machine.description(), "shape": machine.shape, "versions": package_versions()}
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    return Case(**{name.name: row[name.name] for name in fields(Case)})
+
+
+def earlier_results(
+    machine: Machine, file: Path, cases: Sequence[Case]
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None, list[dict[str, Any]]]:
+    """Returns the file's rows, generation and cases left out, without the cases to measure now.
+
+    All are empty if there is no file or it is from other conditions.
+    """
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    if any(earlier.get(name) != value for name, value in conditions(machine).items()):
+        return [], None, []
+    rows, left_out = ([row for row in earlier[name] if case_of(row) not in cases] for name in ("rows", "left_out"))
+    return rows, earlier["generation"], left_out
+
+
+def save(
+    machine: Machine,
+    file: Path,
+    rows: list[dict[str, Any]],
+    generation: dict[str, Any] | None,
+    left_out: list[dict[str, Any]],
+) -> None:
+    ordered = sorted(rows, key=lambda row: CASES.index(case_of(row)))
+    write_json(file, {**conditions(machine), "rows": ordered, "generation": generation, "left_out": left_out})
 
 
 def main() -> None:
@@ -334,15 +380,23 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=6, help="steps per side of a case, at least 2; the first is not timed"
     )
+    parser.add_argument(
+        "--cases",
+        type=int,
+        nargs="+",
+        choices=range(len(CASES)),
+        default=range(len(CASES)),
+        metavar="N",
+        help="the cases to measure, from 0; the rows of others in a file of the same device and versions are kept",
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="no case starts after this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     machine = Machine(torch.device(options.device), options.shape, options.steps, time.monotonic() + options.seconds)
-    rows: list[dict[str, Any]] = []
-    generation: dict[str, Any] | None = None
-    left_out: list[dict[str, Any]] = []
+    cases = [CASES[number] for number in options.cases]
+    rows, generation, left_out = earlier_results(machine, options.out, cases)
     longest = 0.0
-    for case in CASES:
+    for case in cases:
         if case.attention == "flex_attention" and not machine.cuda:
             left_out.append({**asdict(case), "reason": "FlexAttention computes no gradients on a CPU"})
             continue
@@ -356,18 +410,11 @@ def main() -> None:
         except OutOfTimeError:
             left_out.append({**asdict(case), "reason": "out of time"})
         longest = max(longest, time.monotonic() - started)
-        if case == CASES[GENERATION_AFTER - 1] and time.monotonic() < machine.end:
+        save(machine, options.out, rows, generation, left_out)
+        if case == CASES[GENERATION_AFTER - 1] and generation is None and time.monotonic() < machine.end:
             gc.collect()
             generation = generate(machine)
-        results = {
-            "machine": machine.description(),
-            "shape": machine.shape,
-            "versions": package_versions(),
-            "rows": rows,
-            "generation": generation,
-            "left_out": left_out,
-        }
-        write_json(options.out, results)
+            save(machine, options.out, rows, generation, left_out)
     for left in left_out:
         print(f"left out: {left}")
 

@@ -75,9 +75,9 @@ MUTATIONS = (
     ),
     Mutation(
         "mask: packed suffixes attend to later tokens",
-        "training/packing.py",
-        "torch.ones(width, width, dtype=torch.bool).tril()",
-        "torch.ones(width, width, dtype=torch.bool)",
+        "training/shared_attention.py",
+        "torch.ones(width, width, dtype=torch.bool).tril().expand",
+        "torch.ones(width, width, dtype=torch.bool).expand",
         "tests/training/test_packing.py",
     ),
     Mutation(

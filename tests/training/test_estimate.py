@@ -26,8 +26,8 @@ def estimate_row(row: dict[str, Any]) -> Memory:
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(str(value) for value in list(row.values())[:4]))
-def test_estimate_is_within_5_percent_of_the_measured_peak(row: dict[str, Any]) -> None:
-    assert estimate_row(row).total / 2**20 == pytest.approx(row["measured_mib"], rel=0.05)
+def test_estimate_is_within_5_percent_or_100_mib_of_the_measured_peak(row: dict[str, Any]) -> None:
+    assert estimate_row(row).total / 2**20 == pytest.approx(row["measured_mib"], rel=0.05, abs=100)
 
 
 def test_checkpointing_takes_less_and_states_are_sharded() -> None:

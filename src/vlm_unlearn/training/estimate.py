@@ -1,7 +1,8 @@
 """Estimates the memory of a training run by arithmetic.
 
 The estimate leaves out library overhead and fragmentation. It is meant for choosing a machine. Peaks that PyTorch
-reported on an H100 for LoRA and full training in three sizes were 0 to 4 % higher (benchmarks/results/gpu_memory.json).
+reported on an H100 for LoRA and full training in three sizes were up to 3 % higher and up to 8 % lower
+(benchmarks/results/gpu_memory.json).
 """
 
 from __future__ import annotations

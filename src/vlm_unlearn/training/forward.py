@@ -41,8 +41,8 @@ class ForwardOutput:
         mask = answer_mask(self.labels)
         targets = self.labels.roll(-1, dims=1).masked_fill(~mask, IGNORED)[self.logit_mask]
         nll: Tensor = _TokenNLL.apply(self.logits, targets)  # type: ignore[no-untyped-call]
-        rows = self.logit_mask.nonzero()[:, 0]
-        return nll.new_zeros(len(self.labels)).index_add(0, rows, nll), mask.sum(dim=1)
+        # Unlike index_add, segment_reduce adds in the same order every time on a GPU too.
+        return torch.segment_reduce(nll, "sum", lengths=self.logit_mask.sum(dim=1), unsafe=True), mask.sum(dim=1)
 
     @cached_property
     def columns(self) -> Tensor:
