@@ -106,7 +106,7 @@ MUTATIONS = (
         "training/trainer.py",
         ".stat().st_size == size for name",
         ".exists() or size for name",
-        "tests/training/test_run_recipe.py",
+        "tests/training/test_kill.py",
     ),
     Mutation(
         "resume: the order of samples ignores the epoch",

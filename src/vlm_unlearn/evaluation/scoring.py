@@ -53,7 +53,8 @@ class GradedRun:
         suite: The suite that was evaluated.
         prompts: Prompts by id.
         responses: The model's answers.
-        verdicts_by_judge: Verdicts by the name that the suite's metrics use for the judge.
+        verdicts_by_judge: Verdicts by the name that the suite's metrics and benchmarks use for the judge. The default
+            judge's name is `DEFAULT_JUDGE`.
         batching: The result of the batching check, if it was run.
     """
 
@@ -66,15 +67,15 @@ class GradedRun:
     def judged_metrics(self, metrics: Mapping[str, MetricConfig]) -> dict[str, MetricConfig]:
         """Returns the metrics that can be computed.
 
-        Left out are the metrics whose judge is a language model without a `model`, as `suite_judges` describes.
+        Left out are the metrics whose judge `suite_judges` leaves out: a language model without a `model`, if the
+        suite's default judge is not a language model.
         """
         return {name: metric for name, metric in metrics.items() if metric.judge in self.verdicts_by_judge}
 
     def benchmark_judge(self, benchmark: BenchmarkConfig) -> JudgeVerdicts | None:
         """Returns the verdicts on a benchmark that a judge scores (MM-Vet).
 
-        None if the benchmark is scored against its official answers, or if its judge is a language model without a
-        `model`.
+        None if the benchmark is scored against its official answers, or if `suite_judges` leaves its judge out.
         """
         return None if benchmark.judge == OFFICIAL_ANSWERS else self.verdicts_by_judge.get(benchmark.judge)
 
@@ -180,10 +181,11 @@ def build_row(run: GradedRun, name: str) -> Row:
 
     A metric may need something that its judge never returns. Its rate then has no value.
 
-    - A metric counts a label that the judge cannot return, such as degenerate answers by the published keyword list.
-      The metric does not apply, so its `failed` is 0.
-    - A metric is the mean score of a judge that returns labels only. All verdicts lack a score, and the rate's
-      `failed` counts them. The row's `failed` does not. With `on_error: count_as_miss` the value is 0 instead.
+    - A metric counts a label that the judge cannot return, such as `degenerate` with the published keyword judge,
+      which returns only `complied` and `refused`. The metric does not apply, so its `failed` is 0.
+    - A metric is the mean score of a judge that returns labels only. The `failed` of its rate counts all verdicts,
+      because none has a score. The `failed` of the row does not count them, because each has a label. With
+      `on_error: count_as_miss` the value is 0 instead.
     """
     metrics = run.judged_metrics(run.suite.metrics)
     paper_metrics = run.judged_metrics(run.suite.paper_metrics) if run.suite.paper_compat else {}
@@ -262,12 +264,12 @@ def _rate_over(run: GradedRun, metric: MetricConfig, verdicts: Iterable[Verdict]
 def _rates_up_to_rewrite(run: GradedRun, metric: MetricConfig) -> list[Rate]:
     """Returns the metric's rates over the first rewrites of each question, for a growing number of rewrites.
 
-    Entry i counts the answers whose rewrite number is at most the i-th number that occurs in the metric's splits.
-    Numbers start at 0. With `sample.num_rows`, some numbers or a question's rewrites may be missing.
+    Each rewrite of a question has a number, from 0. The numbers can have gaps, and a question can lack some of them,
+    because `sample.num_rows` draws rows and not questions.
 
     Returns:
-        One rate per rewrite number that occurs in the metric's splits, in ascending order. The list is empty if a split
-        of the metric does not have at least two rewrites.
+        One rate per rewrite number that occurs in the metric's splits, in ascending order. Each covers the rewrites up
+        to this number. The list is empty if a split of the metric has fewer than two rewrites.
     """
     rewrites_by_split: dict[str, set[int]] = {split: set() for split in metric.splits}
     for prompt in run.prompts.values():
@@ -305,8 +307,8 @@ def _metric_judges(run: GradedRun, metrics: Mapping[str, MetricConfig]) -> dict[
 def _benchmark_judges(run: GradedRun, benchmark_names: Collection[str]) -> dict[str, str]:
     """Returns the judge of each benchmark.
 
-    It is `OFFICIAL_ANSWERS` if the benchmark is scored against its official answers, and also if the judge is a
-    language model without a `model`: nothing has then scored the benchmark. The mean of several benchmarks,
+    It is `OFFICIAL_ANSWERS` if the benchmark is scored against its official answers, and also if `suite_judges` leaves
+    its judge out: nothing has then scored the benchmark. The mean of several benchmarks,
     ``specificity``, gets the judge of the benchmark among them that has one.
     """
     judges = {
