@@ -35,7 +35,7 @@ def batching(repetitions: int) -> dict[str, Any]:
     from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
     from vlm_unlearn.generation.base import evenly_spaced
     from vlm_unlearn.generation.hf import generate_responses
-    from vlm_unlearn.models.loader import load_model, load_processor
+    from vlm_unlearn.modeling.loader import load_model, load_processor
     from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
     from vlm_unlearn.tiny_world.world import write_world
 

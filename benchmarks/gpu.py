@@ -47,11 +47,11 @@ from transformers import AutoModelForImageTextToText
 
 from generation import compare_k_shot
 from vlm_unlearn.config import TrainableConfig
-from vlm_unlearn.models.attention import without_cudnn_attention
-from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
+from vlm_unlearn.modeling import packing
+from vlm_unlearn.modeling.attention import without_cudnn_attention
+from vlm_unlearn.modeling.shapes import PUBLISHED_CONFIGS
+from vlm_unlearn.modeling.shared_attention import SegmentedAttention
 from vlm_unlearn.store import package_versions, write_json
-from vlm_unlearn.training import packing
-from vlm_unlearn.training.shared_attention import SegmentedAttention
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 DTYPE = torch.bfloat16

@@ -14,10 +14,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
-from vlm_unlearn.models.features import FeatureCache, cache_vision_features
-from vlm_unlearn.models.layout import vision_tower
-from vlm_unlearn.models.trainable import prepare_trainable, without_lora_input_casts
-from vlm_unlearn.training.forward import forward, packing_of
+from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
+from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.layout import vision_tower
+from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 

@@ -27,7 +27,7 @@ def build(folder: Path) -> None:
     import torch
 
     from vlm_unlearn.data.importers import import_vlguard
-    from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
+    from vlm_unlearn.modeling.tiny import tiny_llava, tiny_processor
     from vlm_unlearn.tiny_world.lexicon import vocabulary
     from vlm_unlearn.tiny_world.world import WorldSize, write_world
 
@@ -47,7 +47,7 @@ def train(folder: Path, method: str, second: bool) -> None:
     import torch
 
     from vlm_unlearn.config import Recipe
-    from vlm_unlearn.models.loader import load_model
+    from vlm_unlearn.modeling.loader import load_model
     from vlm_unlearn.store import peak_memory_mb
     from vlm_unlearn.training.runner import run_recipe
 

@@ -107,7 +107,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA with random weights, whose vocabulary contains the words of the tiny world."""
     import torch
 
-    from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
+    from vlm_unlearn.modeling.tiny import tiny_llava, tiny_processor
     from vlm_unlearn.tiny_world.lexicon import vocabulary
 
     folder = tmp_path_factory.mktemp("tiny-model")

@@ -12,7 +12,7 @@ import pytest
 from helpers import raises_code
 from vlm_unlearn.config import Suite, validate
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.models.loader import model_folder
+from vlm_unlearn.modeling.loader import model_folder
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import (
     RecordLog,

@@ -18,8 +18,8 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.methods import METHODS, Method, Role, build_method
-from vlm_unlearn.models.loader import load_model, load_processor
-from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.modeling.loader import load_model, load_processor
+from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.training.plan import prepare_method
 from vlm_unlearn.training.references import ReferenceModel
 from vlm_unlearn.training.step import ModelStep, count_tokens

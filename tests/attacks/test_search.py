@@ -259,7 +259,7 @@ def test_finished_search_does_not_load_the_model(
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("vlm_unlearn.models.loader.load_run_model", load)
+    monkeypatch.setattr("vlm_unlearn.modeling.loader.load_run_model", load)
     assert search(small_search, run_copy) == report_of(run_copy)
 
 

@@ -258,7 +258,7 @@ def test_published_keyword_counts_on_real_answers(
 
 def test_tiny_vocabulary_contains_all_words_of_the_attack() -> None:
     from vlm_unlearn.attacks.one_word import rewrite
-    from vlm_unlearn.models.tiny import tiny_processor
+    from vlm_unlearn.modeling.tiny import tiny_processor
     from vlm_unlearn.tiny_world.lexicon import FORMS, HEADS, wordings
 
     tokenizer = tiny_processor(vocabulary()).tokenizer

@@ -118,7 +118,7 @@ def test_token_counts_equal_those_of_training(world: Path, tiny_model: Path) -> 
     from vlm_unlearn.cli.data_quality import _token_count
     from vlm_unlearn.data.encoding import Turn, encode_with_labels
     from vlm_unlearn.data.readers import read_any
-    from vlm_unlearn.models.loader import load_processor
+    from vlm_unlearn.modeling.loader import load_processor
 
     entry = next(read_any(world / "vlguard" / "train.json"))
     path = world / "vlguard" / "train" / str(entry.example.image)

@@ -16,7 +16,7 @@ from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.importers import import_files
 from vlm_unlearn.errors import Problems
 from vlm_unlearn.losses import IGNORED, answer_nll
-from vlm_unlearn.models.loader import load_processor
+from vlm_unlearn.modeling.loader import load_processor
 
 
 def turns(*texts: str) -> list[dict[str, str]]:

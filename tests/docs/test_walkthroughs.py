@@ -20,7 +20,7 @@ from vlm_unlearn.config import BenchmarkConfig
 from vlm_unlearn.errors import Problems
 from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.methods import METHODS
-from vlm_unlearn.models.layout import LAYOUTS
+from vlm_unlearn.modeling.layout import LAYOUTS
 from vlm_unlearn.records import Example, Prompt
 from vlm_unlearn.training.runner import run_recipe
 
@@ -153,5 +153,5 @@ def test_walkthrough_of_a_family_prints_its_layout(tmp_path: Path, capsys: pytes
     look, line = blocks("family")
     module(tmp_path, "look", look)
     assert capsys.readouterr().out == blocks("family", "text")[0]
-    head = "from vlm_unlearn.models.layout import Layout\n"
+    head = "from vlm_unlearn.modeling.layout import Layout\n"
     assert module(tmp_path, "line", f"{head}found = {{{line}}}")["found"]["llava"] == LAYOUTS["llava"]

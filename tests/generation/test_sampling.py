@@ -13,7 +13,7 @@ from vlm_unlearn.config import GenerationConfig, Suite, load
 from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_batch, generate_responses, make_batches
-from vlm_unlearn.models.loader import load_model, load_processor
+from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.records import Prompt
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])

@@ -24,9 +24,9 @@ from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_texts, make_batches
 from vlm_unlearn.generation.sharing import align_prefixes, prefill
-from vlm_unlearn.models.layout import LAYOUTS
-from vlm_unlearn.models.loader import load_model, load_processor
-from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.modeling.layout import LAYOUTS
+from vlm_unlearn.modeling.loader import load_model, load_processor
+from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.records import Prompt
 
 SHARING_FAMILIES = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]

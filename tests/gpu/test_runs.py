@@ -16,7 +16,7 @@ from vlm_unlearn.data.encoding import Turn
 from vlm_unlearn.generation import hf
 from vlm_unlearn.generation.decoding import SeededSampling
 from vlm_unlearn.generation.hf import generate_texts
-from vlm_unlearn.models.loader import load_model, load_processor
+from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.training.trainer import last_complete_checkpoint
 

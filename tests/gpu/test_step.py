@@ -20,8 +20,8 @@ from trained import METHOD_CONFIGS, StepScene
 from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.methods import Role, build_method
-from vlm_unlearn.models.attention import without_cudnn_attention
-from vlm_unlearn.models.trainable import prepare_trainable, without_lora_input_casts
+from vlm_unlearn.modeling.attention import without_cudnn_attention
+from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.training.estimate import ModelSize, estimate
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep

@@ -17,8 +17,8 @@ from helpers import error_code, raises_code, recipe, run_in_process
 from vlm_unlearn.config import ProbeConfig, Recipe, load
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.probe import build_probe
-from vlm_unlearn.models import export
-from vlm_unlearn.models.loader import load_model, load_processor, load_run_model, run_digest, run_model_folder
+from vlm_unlearn.modeling import export
+from vlm_unlearn.modeling.loader import load_model, load_processor, load_run_model, run_digest, run_model_folder
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.preview import preview
 from vlm_unlearn.training.runner import run_plan, run_recipe

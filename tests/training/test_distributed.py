@@ -16,8 +16,8 @@ import torch
 from fork_server import start_processes
 from trained import max_difference
 from vlm_unlearn.config import Recipe, load
-from vlm_unlearn.models.layout import decoder_layers
-from vlm_unlearn.models.loader import load_run_model, run_model_folder
+from vlm_unlearn.modeling.layout import decoder_layers
+from vlm_unlearn.modeling.loader import load_run_model, run_model_folder
 from vlm_unlearn.training.runner import run_recipe
 
 STEPS = ["training.max_steps=4", "training.learning_rate=1e-3", "training.precision=fp32", "training.save_steps=100"]

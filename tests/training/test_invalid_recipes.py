@@ -11,7 +11,7 @@ from helpers import raises_code, recipe
 from trained import RMU
 from vlm_unlearn.data.training_set import read_training_set, write_training_set
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.models.loader import load_model
+from vlm_unlearn.modeling.loader import load_model
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
 

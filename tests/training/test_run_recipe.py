@@ -19,7 +19,7 @@ from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.data.importers import import_vlguard
 from vlm_unlearn.errors import RunError
 from vlm_unlearn.methods import METHODS
-from vlm_unlearn.models.loader import load_model, load_run_model, run_model_folder
+from vlm_unlearn.modeling.loader import load_model, load_run_model, run_model_folder
 from vlm_unlearn.store import lock_run
 from vlm_unlearn.training import trainer
 from vlm_unlearn.training.plan import plan

@@ -16,7 +16,7 @@ from helpers import raises_code, recipe
 from trained import METHOD_CONFIGS, RMU, RR, StepScene, changed_names, max_difference, weights
 from vlm_unlearn.data.importers import import_vlguard
 from vlm_unlearn.methods import METHODS, ReferenceNLL, Role
-from vlm_unlearn.training.forward import forward
+from vlm_unlearn.modeling.forward import forward
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.references import (
     AdapterReference,

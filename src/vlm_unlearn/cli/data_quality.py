@@ -174,7 +174,7 @@ def _token_count(model: str) -> TokenCount:
 
     quiet_libraries()
     from vlm_unlearn.data.encoding import PromptMeter, Turn
-    from vlm_unlearn.models.loader import load_processor, model_folder
+    from vlm_unlearn.modeling.loader import load_processor, model_folder
 
     meter = PromptMeter(load_processor(model_folder(model)))
 

@@ -51,7 +51,7 @@ def export(
             f"is not a run folder of `vlm-unlearn train`{describe_path(run)}", code="run-not-found", file=run
         )
     with status_console().status("loading transformers"):
-        from vlm_unlearn.models.export import export_run
+        from vlm_unlearn.modeling.export import export_run
         from vlm_unlearn.reporting.model_card import model_card
 
         quiet_libraries()

@@ -131,7 +131,7 @@ def _probe(planned: Plan) -> Probe | None:
     if planned.recipe.probe is None:
         return None
     from vlm_unlearn.evaluation.probe import build_probe
-    from vlm_unlearn.models.loader import load_processor
+    from vlm_unlearn.modeling.loader import load_processor
 
     return build_probe(
         planned.recipe.probe, str(planned.folder), load_processor(planned.folder, planned.recipe.image_aspect_ratio)

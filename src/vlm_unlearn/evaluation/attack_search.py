@@ -183,7 +183,7 @@ class _Model:
 
 
 def _find_model(request: SearchRequest) -> _Model:
-    from vlm_unlearn.models.loader import resolve_precision, run_digest, run_model_folder
+    from vlm_unlearn.modeling.loader import resolve_precision, run_digest, run_model_folder
 
     folder = run_model_folder(request.model)
     return _Model(folder, run_digest(folder), resolve_precision(request.generation.precision))
@@ -369,7 +369,7 @@ class _Grader:
 
     def _answer(self, batch: Sequence[Prompt]) -> None:
         from vlm_unlearn.generation.hf import generate_responses
-        from vlm_unlearn.models.loader import default_device, load_run_model
+        from vlm_unlearn.modeling.loader import default_device, load_run_model
 
         if self._loaded is None:
             self._loaded = load_run_model(self._model.folder, self._model.precision)

@@ -23,8 +23,8 @@ from vlm_unlearn.generation.base import (
 )
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.sharing import Prefilled, prefill
-from vlm_unlearn.models.attention import without_cudnn_attention
-from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.modeling.attention import without_cudnn_attention
+from vlm_unlearn.modeling.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Prompt, Response
 
 CHUNK_TOKENS = 32  # generated tokens between two checks for rows that have ended

@@ -12,7 +12,7 @@ from vlm_unlearn.data.encoding import Processor, Turn
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
 from vlm_unlearn.generation.hf import generate_texts
-from vlm_unlearn.models.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.modeling.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.store import package_versions
 
 

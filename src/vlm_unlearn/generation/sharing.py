@@ -35,7 +35,7 @@ from transformers import DynamicCache
 
 from vlm_unlearn.data.encoding import Batch, Processor, Turn, encode, move, render, token_ids
 from vlm_unlearn.generation.cache import preallocated_cache
-from vlm_unlearn.models.layout import LAYOUTS, get_base_model
+from vlm_unlearn.modeling.layout import LAYOUTS, get_base_model
 
 # The processor's outputs for text. Its other outputs belong to the images.
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")

@@ -13,7 +13,7 @@ from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
-from vlm_unlearn.models.loader import read_config, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 
 BATCH_SIZE_FACTOR = 16  # requests per call, as a multiple of batch_size: vLLM schedules best with many requests

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vlm_unlearn.losses import answer_nll
-from vlm_unlearn.models import tiny
-from vlm_unlearn.models.tiny import tiny_llava, tiny_processor
+from vlm_unlearn.modeling import tiny
+from vlm_unlearn.modeling.tiny import tiny_llava, tiny_processor
 from vlm_unlearn.store import build_atomically, cache_folder, digest_file, digest_json, package_versions
 from vlm_unlearn.tiny_world import drawing, lexicon
 from vlm_unlearn.tiny_world.drawing import draw

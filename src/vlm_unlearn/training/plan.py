@@ -16,11 +16,11 @@ from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Method, build_method
-from vlm_unlearn.models.layout import decoder_layers, get_base_model
-from vlm_unlearn.models.loader import load_processor, model_folder, model_skeleton, resolve_precision
-from vlm_unlearn.models.trainable import prepare_trainable, trainable_table
+from vlm_unlearn.modeling.layout import decoder_layers, get_base_model
+from vlm_unlearn.modeling.loader import load_processor, model_folder, model_skeleton, resolve_precision
+from vlm_unlearn.modeling.packing import prefix_sharing_unsupported_reason
+from vlm_unlearn.modeling.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.store import digest_model
-from vlm_unlearn.training.packing import prefix_sharing_unsupported_reason
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 

@@ -11,9 +11,9 @@ from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Role
-from vlm_unlearn.models.loader import build_skeleton, find_local_model, load_processor, read_config
-from vlm_unlearn.models.shapes import PUBLISHED_CONFIGS
-from vlm_unlearn.models.trainable import trainable_table
+from vlm_unlearn.modeling.loader import build_skeleton, find_local_model, load_processor, read_config
+from vlm_unlearn.modeling.shapes import PUBLISHED_CONFIGS
+from vlm_unlearn.modeling.trainable import trainable_table
 from vlm_unlearn.store import validate_same_run
 from vlm_unlearn.training.estimate import Memory, ModelSize, estimate
 from vlm_unlearn.training.plan import check_model, check_recipe, recipe_name, sharing_unsupported_reason, steps_of

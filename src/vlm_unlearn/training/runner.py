@@ -19,12 +19,13 @@ from vlm_unlearn.data.encoding import Processor, move
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import ReferenceNLL, Role
-from vlm_unlearn.models.attention import without_cudnn_attention
-from vlm_unlearn.models.features import FeatureCache, cache_vision_features
-from vlm_unlearn.models.layout import get_base_model, layout_of, vision_tower
-from vlm_unlearn.models.loader import BASE_MODEL_FILE, load_model, load_processor, model_skeleton
-from vlm_unlearn.models.sine import merge_sine
-from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.modeling.attention import without_cudnn_attention
+from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
+from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.layout import get_base_model, layout_of, vision_tower
+from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model, load_processor, model_skeleton
+from vlm_unlearn.modeling.sine import merge_sine
+from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import (
     cache_folder,
@@ -46,7 +47,6 @@ from vlm_unlearn.training.callbacks import (
     stop_reason,
     tensorboard_callback,
 )
-from vlm_unlearn.training.forward import forward, packing_of
 from vlm_unlearn.training.plan import Plan, plan, prepare_method, steps_of
 from vlm_unlearn.training.references import AdapterReference, FrozenCopyReference, ReferenceModel, cached_nll
 from vlm_unlearn.training.stream import NLL, UnlearningCollator, UnlearningStream

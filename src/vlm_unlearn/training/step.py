@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
-from vlm_unlearn.training.batch_merge import can_merge, merge_batches
-from vlm_unlearn.training.forward import ForwardOutput, forward, packing_of
-from vlm_unlearn.training.packing import Packing
+from vlm_unlearn.modeling.batch_merge import can_merge, merge_batches
+from vlm_unlearn.modeling.forward import ForwardOutput, forward, packing_of
+from vlm_unlearn.modeling.packing import Packing
 from vlm_unlearn.training.references import ReferenceModel
 
 Reduction = Literal["mean", "sum"]

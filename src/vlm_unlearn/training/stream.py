@@ -16,9 +16,9 @@ from vlm_unlearn.data.encoding import Batch, Processor, PromptMeter, Turn, encod
 from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, Role
+from vlm_unlearn.modeling.packing import NO_IMAGE
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_text
-from vlm_unlearn.training.packing import NO_IMAGE
 from vlm_unlearn.training.references import answer_key
 
 NLL = tuple[float, int]  # an answer's NLL sum and its number of tokens

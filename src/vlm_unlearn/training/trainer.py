@@ -20,9 +20,9 @@ from transformers import Trainer
 from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Method, Role, TokenKind
-from vlm_unlearn.models.attention import without_cudnn_attention
-from vlm_unlearn.models.layout import get_base_model, is_projector, layout_of
-from vlm_unlearn.models.trainable import without_lora_input_casts
+from vlm_unlearn.modeling.attention import without_cudnn_attention
+from vlm_unlearn.modeling.layout import get_base_model, is_projector, layout_of
+from vlm_unlearn.modeling.trainable import without_lora_input_casts
 from vlm_unlearn.store import write_json
 from vlm_unlearn.training.references import ReferenceModel
 from vlm_unlearn.training.step import ModelStep, count_tokens

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.models.layout import Layout, layout_of
+from vlm_unlearn.modeling.layout import Layout, layout_of
 from vlm_unlearn.store import describe_path, digest_model, read_json, read_manifest, user_path
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"]
     Raises:
         UserError: The processor cannot be loaded, has no chat template, or does not support padding.
     """
-    from vlm_unlearn.models.processors import auto_processor, pad_to_squares
+    from vlm_unlearn.modeling.processors import auto_processor, pad_to_squares
 
     try:
         processor = auto_processor(folder)

@@ -21,10 +21,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import families
 from helpers import raises_code, recipe
 from vlm_unlearn.data.encoding import Turn, encode_with_labels
-from vlm_unlearn.models import features as module
-from vlm_unlearn.models.features import FeatureCache, Features, cache_vision_features
-from vlm_unlearn.models.layout import vision_tower
-from vlm_unlearn.models.loader import load_model, load_processor
+from vlm_unlearn.modeling import features as module
+from vlm_unlearn.modeling.features import FeatureCache, Features, cache_vision_features
+from vlm_unlearn.modeling.layout import vision_tower
+from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.training import runner
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe

@@ -20,12 +20,12 @@ from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Tu
 from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.generation.hf import generate_responses
 from vlm_unlearn.methods import build_method
-from vlm_unlearn.models.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
-from vlm_unlearn.models.loader import load_model, load_processor, load_run_model, model_skeleton
-from vlm_unlearn.models.trainable import prepare_trainable
+from vlm_unlearn.modeling.forward import forward
+from vlm_unlearn.modeling.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
+from vlm_unlearn.modeling.loader import load_model, load_processor, load_run_model, model_skeleton
+from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
-from vlm_unlearn.training.forward import forward
 from vlm_unlearn.training.references import FrozenCopyReference
 from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.training.step import ModelStep

@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.models.loader import (
+from vlm_unlearn.modeling.loader import (
     DTYPES,
     load_processor,
     load_run_model,

@@ -13,7 +13,7 @@ from vlm_unlearn.errors import UserError, nearest, quoted
 class Layout:
     """Dotted module paths inside a model that ``AutoModelForImageTextToText`` loads.
 
-    Prefix sharing (see `vlm_unlearn.training.packing` and `vlm_unlearn.generation.sharing`) requires that the family
+    Prefix sharing (see `vlm_unlearn.modeling.packing` and `vlm_unlearn.generation.sharing`) requires that the family
     accepts position ids and that its attention accepts a custom mask.
     """
 
@@ -51,7 +51,7 @@ def layout_of(model: nn.Module) -> Layout:
     if family not in LAYOUTS:
         raise UserError(
             f"model family {quoted(family)} is not supported{nearest(family, LAYOUTS) or '.'} Use one of "
-            f"{', '.join(sorted(LAYOUTS))}, or add the family to models/layout.py.",
+            f"{', '.join(sorted(LAYOUTS))}, or add the family to modeling/layout.py.",
             code="unsupported-family",
         )
     return LAYOUTS[family]

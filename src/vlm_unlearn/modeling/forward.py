@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method
-from vlm_unlearn.models.layout import decoder_layers, get_base_model, layout_of
-from vlm_unlearn.training.batch_merge import NON_MODEL_KEYS
-from vlm_unlearn.training.packing import Packing, find_packing, packed_batch, prefix_sharing_unsupported_reason
-from vlm_unlearn.training.shared_attention import ATTENTION_IMPLEMENTATION
+from vlm_unlearn.modeling.batch_merge import NON_MODEL_KEYS
+from vlm_unlearn.modeling.layout import decoder_layers, get_base_model, layout_of
+from vlm_unlearn.modeling.packing import Packing, find_packing, packed_batch, prefix_sharing_unsupported_reason
+from vlm_unlearn.modeling.shared_attention import ATTENTION_IMPLEMENTATION
 
 CHUNK = 1024  # number of positions whose logits are held in float32 at a time
 

@@ -14,7 +14,7 @@ from PIL import Image
 import families
 from helpers import raises_code
 from vlm_unlearn.data.encoding import Processor, Turn, encode
-from vlm_unlearn.models.loader import load_model, load_processor, model_skeleton
+from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
 
 WITH_VIDEOS = ["qwen2_5_vl", "smolvlm", "internvl"]
 
@@ -67,7 +67,7 @@ def test_processor_class_is_plain_with_torchvision(
     """torchvision is not a dependency of the tests. The calls that would be made are checked instead."""
     from transformers import AutoProcessor
 
-    from vlm_unlearn.models import processors
+    from vlm_unlearn.modeling import processors
 
     folder = families.shared_folder(family, tmp_path_factory)
     stub = load_processor(folder)

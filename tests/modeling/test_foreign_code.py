@@ -12,7 +12,7 @@ import pytest
 
 from helpers import raises_code
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.models.loader import load_model, load_processor, read_config
+from vlm_unlearn.modeling.loader import load_model, load_processor, read_config
 
 MODULE = (
     "from pathlib import Path\nPath({!r}).touch()\n"

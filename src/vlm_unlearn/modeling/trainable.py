@@ -11,8 +11,8 @@ from torch import nn
 
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.errors import UserError, nearest, quoted
-from vlm_unlearn.models.layout import decoder_layers, get_base_model, is_projector, is_vision, layout_of
-from vlm_unlearn.models.sine import add_sine
+from vlm_unlearn.modeling.layout import decoder_layers, get_base_model, is_projector, is_vision, layout_of
+from vlm_unlearn.modeling.sine import add_sine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.methods import Method
-from vlm_unlearn.models.layout import layout_of
-from vlm_unlearn.training.shared_attention import (
+from vlm_unlearn.modeling.layout import layout_of
+from vlm_unlearn.modeling.shared_attention import (
     ATTENTION_IMPLEMENTATION,
     PackedAttention,
     describe_packed_sequence,

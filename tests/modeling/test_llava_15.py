@@ -11,7 +11,7 @@ from PIL import Image
 
 from helpers import raises_code, run
 from vlm_unlearn.data.encoding import IGNORED, Turn, encode_with_labels
-from vlm_unlearn.models.loader import load_processor
+from vlm_unlearn.modeling.loader import load_processor
 
 # Renders the same text as llava-hf/llava-1.5-7b-hf, with its trailing space and without an end token.
 TEMPLATE = (

@@ -15,19 +15,19 @@ import families
 from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.data.encoding import Batch, Turn, encode, encode_with_labels
 from vlm_unlearn.methods import Role, build_method
-from vlm_unlearn.models.layout import LAYOUTS
-from vlm_unlearn.models.loader import load_model, load_processor, model_skeleton
-from vlm_unlearn.models.trainable import prepare_trainable
-from vlm_unlearn.training import packing as packing_module
-from vlm_unlearn.training.forward import forward, packing_of
-from vlm_unlearn.training.packing import NO_IMAGE, find_packing, prefix_sharing_unsupported_reason
-from vlm_unlearn.training.references import AdapterReference
-from vlm_unlearn.training.shared_attention import (
+from vlm_unlearn.modeling import packing as packing_module
+from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.layout import LAYOUTS
+from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
+from vlm_unlearn.modeling.packing import NO_IMAGE, find_packing, prefix_sharing_unsupported_reason
+from vlm_unlearn.modeling.shared_attention import (
     GroupedAttention,
     PackedAttention,
     SegmentedAttention,
     shared_attention,
 )
+from vlm_unlearn.modeling.trainable import prepare_trainable
+from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
 FAMILIES = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]

@@ -11,7 +11,7 @@ from PIL import Image
 import families
 from helpers import raises_code
 from vlm_unlearn.data.encoding import Processor
-from vlm_unlearn.models.loader import load_processor
+from vlm_unlearn.modeling.loader import load_processor
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
