@@ -16,8 +16,8 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
 from vlm_unlearn.modeling.forward import forward, packing_of
-from vlm_unlearn.modeling.layout import vision_tower
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
@@ -164,8 +164,8 @@ class Ours:
 
     def __init__(self, base: Any, name: str, steps: list[Batches], trainable: TrainableConfig = LORA) -> None:
         self.method = build_prepared_method(name, base)
-        self.model = prepare_trainable(base, trainable)
-        cache_vision_features(vision_tower(self.model), FeatureCache(2**31))
+        self.model = prepare_trainable(VisionLanguageModel(base), trainable).model
+        cache_vision_features(VisionLanguageModel(self.model).vision_tower, FeatureCache(2**31))
         self.optimizer = optimizer(self.model)
         started = time.perf_counter()
         if self.method.reference_requirements and name in ("npo", "dpo"):
@@ -173,9 +173,9 @@ class Ours:
                 for need in self.method.reference_requirements:
                     with torch.no_grad():
                         total, tokens = forward(
-                            self.model,
+                            VisionLanguageModel(self.model),
                             batches[need.role],
-                            packing=packing_of(self.model, batches[need.role], self.method),
+                            packing=packing_of(VisionLanguageModel(self.model), batches[need.role], self.method),
                         ).answer_nll
                     batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
         self.preparation_seconds = time.perf_counter() - started
@@ -187,7 +187,9 @@ class Ours:
         with (
             without_lora_input_casts(self.model) if torch.is_autocast_enabled(self.model.device.type) else nullcontext()
         ):
-            loss = self.method.loss(ModelStep(self.model, roles, self.method, AdapterReference())).total
+            loss = self.method.loss(
+                ModelStep(VisionLanguageModel(self.model), roles, self.method, AdapterReference())
+            ).total
             return update(self.optimizer, loss)
 
 
@@ -197,7 +199,7 @@ class Published:
     def __init__(self, base: Any, name: str, trainable: TrainableConfig = LORA) -> None:
         self.reference = copy.deepcopy(base).eval() if name in NEEDS_REFERENCE else None
         self.control = build_prepared_method(name, base).state().get("control_vector")
-        self.model = prepare_trainable(base, trainable)
+        self.model = prepare_trainable(VisionLanguageModel(base), trainable).model
         self.optimizer = optimizer(self.model)
         self.loss = PUBLISHED[name]
 

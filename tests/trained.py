@@ -20,6 +20,7 @@ from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.methods import METHODS, Method, Role, build_method
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.plan import prepare_method
 from vlm_unlearn.training.references import ReferenceModel
 from vlm_unlearn.training.step import ModelStep, count_tokens
@@ -90,8 +91,10 @@ class StepScene:
         self.training_set = _read_once(data)
         model, self.processor = _load_once(model_folder)
         torch.manual_seed(0)
-        self.model: Any = prepare_trainable(copy.deepcopy(model), TrainableConfig.model_validate(trainable or {}))
-        prepare_method(self.method, self.model, 0)
+        self.model: Any = prepare_trainable(
+            VisionLanguageModel(copy.deepcopy(model)), TrainableConfig.model_validate(trainable or {})
+        ).model
+        prepare_method(self.method, VisionLanguageModel(self.model), 0)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -130,7 +133,7 @@ class StepScene:
         terms: dict[str, float] = defaultdict(float)
         torch.manual_seed(0)  # of dropout
         for batches in micro_batches:
-            step = ModelStep(self.model, batches, self.method, reference, totals, progress=0.25)
+            step = ModelStep(VisionLanguageModel(self.model), batches, self.method, reference, totals, progress=0.25)
             output = self.method.loss(step)
             assert output.total.isfinite()
             (output.total / len(micro_batches)).backward()

@@ -24,12 +24,13 @@ from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_texts, make_batches
 from vlm_unlearn.generation.sharing import align_prefixes, prefill
-from vlm_unlearn.modeling.layout import LAYOUTS
 from vlm_unlearn.modeling.loader import load_model, load_processor
+from vlm_unlearn.modeling.structure import PREFIX_SHARING_FAMILIES
 from vlm_unlearn.modeling.trainable import prepare_trainable
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt
 
-SHARING_FAMILIES = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]
+SHARING_FAMILIES = sorted(PREFIX_SHARING_FAMILIES)
 MAX_NEW_TOKENS = 12
 QUESTIONS = [  # index of the image, and question
     (0, "What is this ?"),
@@ -239,7 +240,9 @@ def test_model_with_adapters_shares_prefixes(folder: Path, images: list[Path]) -
     model, processor = load_with_numbers(folder)
     turns = make_turns(images)
     base_outputs = generate_texts(model, processor, turns, MAX_NEW_TOKENS)
-    model = prepare_trainable(model, TrainableConfig.model_validate({"mode": "lora", "lora": {"r": 2}})).eval()
+    model = prepare_trainable(
+        VisionLanguageModel(model), TrainableConfig.model_validate({"mode": "lora", "lora": {"r": 2}})
+    ).model.eval()
     assert generate_texts(model, processor, turns, MAX_NEW_TOKENS) == base_outputs
     with torch.no_grad():
         for name, parameter in model.named_parameters():

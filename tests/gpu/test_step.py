@@ -22,6 +22,7 @@ from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.estimate import ModelSize, estimate
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
@@ -113,7 +114,9 @@ def random_batch(rows: int, question: int, answer: int, device: torch.device, wi
 
 
 def lora(model: Any, rank: int = 8) -> Any:
-    return prepare_trainable(model, TrainableConfig.model_validate({"mode": "lora", "lora": {"r": rank}}))
+    return prepare_trainable(
+        VisionLanguageModel(model), TrainableConfig.model_validate({"mode": "lora", "lora": {"r": rank}})
+    ).model
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
@@ -143,7 +146,7 @@ def test_packed_step_has_the_loss_and_gradients_of_separate_questions(attention:
             }
         )
         with without_cudnn_attention():
-            loss = method.loss(ModelStep(model, chosen, method, None)).total
+            loss = method.loss(ModelStep(VisionLanguageModel(model), chosen, method, None)).total
             loss.backward()
         gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
         results.append((loss.detach(), {name: value.clone() for name, value in gradients.items()}))
@@ -160,7 +163,7 @@ def synchronizations(model: Any, batches: Mapping[Role, Batch]) -> int:
 
     def step() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16), without_cudnn_attention():
-            method.loss(ModelStep(model, batches, method, None)).total.backward()
+            method.loss(ModelStep(VisionLanguageModel(model), batches, method, None)).total.backward()
 
     step()  # warm-up
     torch.cuda.synchronize()
@@ -189,7 +192,7 @@ def peak_memory(cuda: torch.device, hidden_size: int, layers: int, mode: str, ch
         model = small_llava(hidden_size, layers)
         model = lora(model.to(torch.bfloat16), rank=64) if mode == "lora" else model
     if mode == "full":
-        model = prepare_trainable(model, TrainableConfig(mode="full"))
+        model = prepare_trainable(VisionLanguageModel(model), TrainableConfig(mode="full")).model
     if checkpointing:
         model.train()
         model.enable_input_require_grads()
@@ -202,7 +205,7 @@ def peak_memory(cuda: torch.device, hidden_size: int, layers: int, mode: str, ch
     for _ in range(2):
         with without_cudnn_attention(), without_lora_input_casts(model):
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = method.loss(ModelStep(model, {"forget": batch}, method, None)).total
+                loss = method.loss(ModelStep(VisionLanguageModel(model), {"forget": batch}, method, None)).total
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -21,9 +21,10 @@ from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.generation.hf import generate_responses
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.modeling.forward import forward
-from vlm_unlearn.modeling.layout import LAYOUTS, decoder_layers, is_projector, is_vision, layout_of
 from vlm_unlearn.modeling.loader import load_model, load_processor, load_run_model, model_skeleton
+from vlm_unlearn.modeling.structure import find_structure
 from vlm_unlearn.modeling.trainable import prepare_trainable
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.references import FrozenCopyReference
@@ -54,7 +55,7 @@ class Loaded:
 
 def answer_nll(model: Any, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return forward(model, batch).answer_nll[0]
+        return forward(VisionLanguageModel(model), batch).answer_nll[0]
 
 
 def encode_padded(processor: Processor, turns: Sequence[Turn], side: str) -> Batch:
@@ -111,18 +112,14 @@ def turns(images: Path) -> list[Turn]:
 TEXT_ONLY = Turn("text", None, "Say it now, will you?", "Yes, I will.")
 
 
-def test_every_supported_family_has_a_tiny_model() -> None:
-    assert set(families.FAMILIES) == set(LAYOUTS)
-
-
 def test_layout_covers_all_parameters(loaded: Loaded) -> None:
-    layout = layout_of(loaded.model)
+    structure = find_structure(loaded.model)
     names: dict[str, list[str]] = {"vision": [], "projector": [], "layers": [], "remaining": []}
     for name, _ in loaded.model.named_parameters():
         belongs_to = {
-            "vision": is_vision(name, layout),
-            "projector": is_projector(name, layout),
-            "layers": name.startswith(layout.layers + "."),
+            "vision": structure.component(name) == "vision tower",
+            "projector": structure.component(name) == "projector",
+            "layers": name.startswith(structure.layers + "."),
         }
         assert sum(belongs_to.values()) <= 1
         names[next((component for component, belongs in belongs_to.items() if belongs), "remaining")].append(name)
@@ -131,9 +128,9 @@ def test_layout_covers_all_parameters(loaded: Loaded) -> None:
         *("embed_tokens.weight", "norm.weight", "lm_head.weight"),
         "model.image_newline",  # llava_next's learned end of an image row
     }
-    assert len(decoder_layers(loaded.model)) == (3 if loaded.family == "mllama" else 2)
+    assert len(VisionLanguageModel(loaded.model).decoder_layers) == (3 if loaded.family == "mllama" else 2)
     skeleton = model_skeleton(loaded.folder)
-    assert len(decoder_layers(skeleton)) == len(decoder_layers(loaded.model))
+    assert len(VisionLanguageModel(skeleton).decoder_layers) == len(VisionLanguageModel(loaded.model).decoder_layers)
     assert [name for name, _ in skeleton.named_parameters()] == [name for name, _ in loaded.model.named_parameters()]
 
 
@@ -215,16 +212,18 @@ def test_text_without_image_in_batch_with_images(loaded: Loaded, turns: list[Tur
 
 def test_gradients_reach_every_component(loaded: Loaded, turns: list[Turn]) -> None:
     loaded.model.train()
-    nll_sum, _ = forward(loaded.model, encode_with_labels(loaded.processor, turns, LENGTH)).answer_nll
+    nll_sum, _ = forward(
+        VisionLanguageModel(loaded.model), encode_with_labels(loaded.processor, turns, LENGTH)
+    ).answer_nll
     nll_sum.sum().backward()
-    layout = layout_of(loaded.model)
+    structure = find_structure(loaded.model)
     names = names_with_gradient(loaded.model)
     loaded.model.zero_grad(set_to_none=True)
     loaded.model.eval()
-    for layer in range(len(decoder_layers(loaded.model))):
-        assert any(name.startswith(f"{layout.layers}.{layer}.") for name in names)
-    assert any(is_projector(name, layout) for name in names)
-    assert any(is_vision(name, layout) for name in names)
+    for layer in range(len(VisionLanguageModel(loaded.model).decoder_layers)):
+        assert any(name.startswith(f"{structure.layers}.{layer}.") for name in names)
+    assert any(structure.component(name) == "projector" for name in names)
+    assert any(structure.component(name) == "vision tower" for name in names)
 
 
 def names_with_gradient(model: Any) -> set[str]:
@@ -306,8 +305,8 @@ def test_step_of_method_reaches_layers_and_projector(
     loaded: Loaded, training_sets: dict[str, Path], method: dict[str, object], data: str, decouple_weight: float
 ) -> None:
     """One training step, with gradient checkpointing as in a real run."""
-    model = prepare_trainable(copy.deepcopy(loaded.model), TrainableConfig(projector=True))
-    layout = layout_of(model)
+    model = prepare_trainable(VisionLanguageModel(copy.deepcopy(loaded.model)), TrainableConfig(projector=True)).model
+    structure = find_structure(model)
     reference = FrozenCopyReference(model)
     with torch.no_grad():  # away from the reference, where some losses have no gradient
         for parameter in model.parameters():
@@ -316,17 +315,17 @@ def test_step_of_method_reaches_layers_and_projector(
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     unlearning = build_method(MethodConfig.model_validate(method), decouple_weight)
-    unlearning.prepare(families.WIDTH, len(decoder_layers(model)), torch.Generator().manual_seed(0))
+    unlearning.prepare(families.WIDTH, len(VisionLanguageModel(model).decoder_layers), torch.Generator().manual_seed(0))
     training_set = read_training_set(training_sets[data])
     stream = UnlearningStream(training_set, unlearning, 2, seed=0)
     batches: Any = UnlearningCollator(loaded.processor, training_set, unlearning, LENGTH, {})([stream[0], stream[1]])
-    loss = unlearning.loss(ModelStep(model, batches, unlearning, reference)).total
+    loss = unlearning.loss(ModelStep(VisionLanguageModel(model), batches, unlearning, reference)).total
     loss.backward()
     names = names_with_gradient(model)
     assert loss.isfinite()
-    assert any(name.startswith(layout.layers) for name in names)
-    assert any(is_projector(name, layout) for name in names)
-    assert not any(is_vision(name, layout) for name in names)
+    assert any(name.startswith(structure.layers) for name in names)
+    assert any(structure.component(name) == "projector" for name in names)
+    assert not any(structure.component(name) == "vision tower" for name in names)
 
 
 @pytest.mark.slow
@@ -345,12 +344,12 @@ def test_lora_run_trains_and_merges_layers_and_projector(
     )
     model, processor = load_run_model(run_recipe(run), "fp32")
     assert type(processor).__name__ == type(loaded.processor).__name__
-    layout, original = layout_of(loaded.model), dict(loaded.model.named_parameters())
+    structure, original = find_structure(loaded.model), dict(loaded.model.named_parameters())
     assert dict(model.named_parameters()).keys() == original.keys()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, original[name])}
-    assert any(name.startswith(layout.layers) for name in changed)
-    assert any(is_projector(name, layout) for name in changed)
-    assert not any(is_vision(name, layout) for name in changed)
+    assert any(name.startswith(structure.layers) for name in changed)
+    assert any(structure.component(name) == "projector" for name in changed)
+    assert not any(structure.component(name) == "vision tower" for name in changed)
 
 
 def test_joined_roles_give_same_values_as_separate_roles(
@@ -369,10 +368,10 @@ def test_joined_roles_give_same_values_as_separate_roles(
     batches: Any = {role: encode_with_labels(loaded.processor, role_turns, 2048) for role, role_turns in turns.items()}
     method = build_method(MethodConfig.model_validate({"name": "rr", "layers": [0]}), 0.0)
     with torch.no_grad():
-        joined = ModelStep(loaded.model, batches, method, None)
+        joined = ModelStep(VisionLanguageModel(loaded.model), batches, method, None)
         values = [(joined.nll(role), joined.hidden(role, 0), joined.cross_entropy(role)) for role in batches]
         monkeypatch.setattr("vlm_unlearn.training.step.can_merge", lambda batches: False)
-        separate = ModelStep(loaded.model, batches, method, None)
+        separate = ModelStep(VisionLanguageModel(loaded.model), batches, method, None)
         for role, (nll, hidden, cross_entropy) in zip(batches, values, strict=True):
             torch.testing.assert_close(separate.nll(role), nll, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(separate.cross_entropy(role), cross_entropy, atol=1e-4, rtol=1e-4)

@@ -23,8 +23,8 @@ from helpers import raises_code, recipe
 from vlm_unlearn.data.encoding import Turn, encode_with_labels
 from vlm_unlearn.modeling import features as module
 from vlm_unlearn.modeling.features import FeatureCache, Features, cache_vision_features
-from vlm_unlearn.modeling.layout import vision_tower
 from vlm_unlearn.modeling.loader import load_model, load_processor
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training import runner
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
@@ -120,7 +120,7 @@ def test_cache_keeps_logits_of_family(family: str, tmp_path: Path, tmp_path_fact
     batch = encode_with_labels(processor, turns, 2048)
     with torch.no_grad():
         expected = model(**batch).logits
-        cache_vision_features(vision_tower(model), FeatureCache(2**20))
+        cache_vision_features(VisionLanguageModel(model).vision_tower, FeatureCache(2**20))
         for _ in range(2):
             torch.testing.assert_close(model(**batch).logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -280,7 +280,7 @@ def test_run_caches_features_of_frozen_tower_only(
     towers: list[object] = []
     monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
     planned = plan(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "ga", **changes))
-    runner._cache_features(planned, load_model(tiny_model, "fp32"))
+    runner._cache_features(planned, VisionLanguageModel(load_model(tiny_model, "fp32")))
     assert bool(towers) == is_cached
 
 
@@ -294,5 +294,5 @@ def test_run_does_not_cache_tower_that_contains_projector(
     planned = plan(recipe(folder, training_sets["harmful"], tmp_path / "run", "ga"))
     towers: list[object] = []
     monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
-    runner._cache_features(planned, load_model(folder, "fp32"))
+    runner._cache_features(planned, VisionLanguageModel(load_model(folder, "fp32")))
     assert not towers, "its features would not change while the projector is trained"

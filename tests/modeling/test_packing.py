@@ -17,7 +17,6 @@ from vlm_unlearn.data.encoding import Batch, Turn, encode, encode_with_labels
 from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.modeling import packing as packing_module
 from vlm_unlearn.modeling.forward import forward, packing_of
-from vlm_unlearn.modeling.layout import LAYOUTS
 from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
 from vlm_unlearn.modeling.packing import NO_IMAGE, find_packing, prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.shared_attention import (
@@ -26,11 +25,13 @@ from vlm_unlearn.modeling.shared_attention import (
     SegmentedAttention,
     shared_attention,
 )
+from vlm_unlearn.modeling.structure import PREFIX_SHARING_FAMILIES
 from vlm_unlearn.modeling.trainable import prepare_trainable
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
-FAMILIES = [family for family, layout in LAYOUTS.items() if layout.supports_prefix_sharing]
+FAMILIES = sorted(PREFIX_SHARING_FAMILIES)
 QUESTIONS = [
     ("what is this ?", "a cat ."),
     ("what is this , and what is that beside it ?", "a dog and a bird ."),
@@ -79,7 +80,7 @@ def step_of(
     model.zero_grad()
     if not pack:
         batches = {role: {k: v for k, v in batch.items() if k != "images"} for role, batch in batches.items()}
-    step = ModelStep(model, batches, method, AdapterReference())
+    step = ModelStep(VisionLanguageModel(model), batches, method, AdapterReference())
     loss = method.loss(step).total
     loss.backward()
     return loss.detach(), {
@@ -116,7 +117,9 @@ def test_packed_step_has_the_loss_and_gradients_of_separate_questions(
     with torch.no_grad():  # otherwise the losses are in the thousands, with few float32 digits after the point
         for parameter in model.parameters():
             parameter.mul_(0.25)
-    model = prepare_trainable(model, TrainableConfig.model_validate({"mode": "lora", "lora": {"r": 2}}))
+    model = prepare_trainable(
+        VisionLanguageModel(model), TrainableConfig.model_validate({"mode": "lora", "lora": {"r": 2}})
+    ).model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -147,7 +150,11 @@ def test_packed_forward_runs_a_shared_image_once(folder: Path, images: list[Path
     )
     with torch.no_grad():
         for pack in (False, True):
-            forward(model, batch, packing=packing_of(model, batch, method) if pack else None)
+            forward(
+                VisionLanguageModel(model),
+                batch,
+                packing=packing_of(VisionLanguageModel(model), batch, method) if pack else None,
+            )
     hook.remove()
     separate, packed = (rows * width for rows, width in shapes)
     assert shapes[0][0] == 4
@@ -217,21 +224,23 @@ def test_unsupported_attention_or_method_gives_the_reason(folder: Path) -> None:
         build_method(MethodConfig.model_validate({"name": name, "paper_compat": True}), 0.5) for name in ("npo", "kl")
     )
     skeleton = model_skeleton(folder)
-    assert prefix_sharing_unsupported_reason(skeleton, npo, "sdpa") is None
+    assert prefix_sharing_unsupported_reason(VisionLanguageModel(skeleton), npo, "sdpa") is None
     for attention in ("eager", "flash_attention_2"):
-        assert attention in str(prefix_sharing_unsupported_reason(skeleton, npo, attention))
-    assert "paper_compat" in str(prefix_sharing_unsupported_reason(skeleton, kl, "sdpa"))
+        assert attention in str(prefix_sharing_unsupported_reason(VisionLanguageModel(skeleton), npo, attention))
+    assert "paper_compat" in str(prefix_sharing_unsupported_reason(VisionLanguageModel(skeleton), kl, "sdpa"))
 
 
 def test_batch_longer_than_the_sliding_window_is_not_packed(folder: Path, images: list[Path]) -> None:
     method = build_method(MethodConfig.model_validate({"name": "gd"}), 0.0)
     model, batch = load_model(folder, "fp32"), batches(load_processor(folder), images, method)["retain"]
-    assert packing_of(model, batch, method) is not None
+    assert packing_of(VisionLanguageModel(model), batch, method) is not None
     model.config.get_text_config().sliding_window = batch["input_ids"].shape[1] - 1
-    assert packing_of(model, batch, method) is None
+    assert packing_of(VisionLanguageModel(model), batch, method) is None
 
 
 def test_unsupported_family_gives_the_reason(tmp_path: Path) -> None:
     families.build("idefics3", tmp_path)
     method = build_method(MethodConfig.model_validate({"name": "npo"}), 0.0)
-    assert "idefics3" in str(prefix_sharing_unsupported_reason(model_skeleton(tmp_path), method, "sdpa"))
+    assert "idefics3" in str(
+        prefix_sharing_unsupported_reason(VisionLanguageModel(model_skeleton(tmp_path)), method, "sdpa")
+    )

@@ -16,8 +16,8 @@ import torch
 from fork_server import start_processes
 from trained import max_difference
 from vlm_unlearn.config import Recipe, load
-from vlm_unlearn.modeling.layout import decoder_layers
 from vlm_unlearn.modeling.loader import load_run_model, run_model_folder
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.runner import run_recipe
 
 STEPS = ["training.max_steps=4", "training.learning_rate=1e-3", "training.precision=fp32", "training.save_steps=100"]
@@ -91,7 +91,9 @@ def test_ddp_with_a_loss_on_an_early_layer_trains_only_up_to_this_layer(
     base, trained = (load_run_model(run_model_folder(str(folder)), "fp32")[0] for folder in (tiny_model, output))
     changes = [
         max_difference(dict(layer.named_parameters()), dict(trained_layer.named_parameters()))
-        for layer, trained_layer in zip(decoder_layers(base), decoder_layers(trained), strict=True)
+        for layer, trained_layer in zip(
+            VisionLanguageModel(base).decoder_layers, VisionLanguageModel(trained).decoder_layers, strict=True
+        )
     ]
     assert changes[0] > 1e-4
     assert not any(changes[1:])

@@ -35,7 +35,7 @@ from transformers import DynamicCache
 
 from vlm_unlearn.data.encoding import Batch, Processor, Turn, encode, move, render, token_ids
 from vlm_unlearn.generation.cache import preallocated_cache
-from vlm_unlearn.modeling.layout import LAYOUTS, get_base_model
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 
 # The processor's outputs for text. Its other outputs belong to the images.
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -87,10 +87,10 @@ def prefill(
     Raises:
         UserError: A prompt cannot be encoded. The error contains its id.
     """
-    inner: Any = get_base_model(model)
-    layout = LAYOUTS.get(str(inner.config.model_type))
-    if layout is None or not layout.supports_prefix_sharing:
+    vlm = VisionLanguageModel(model, processor)
+    if not vlm.supports_prefix_sharing:
         return None
+    inner = vlm.base_model
     encoded = _encode_prompts(processor, turns, inner.config.image_token_id)
     if encoded is None:
         return None

@@ -19,9 +19,9 @@ from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method
 from vlm_unlearn.modeling.batch_merge import NON_MODEL_KEYS
-from vlm_unlearn.modeling.layout import decoder_layers, get_base_model, layout_of
 from vlm_unlearn.modeling.packing import Packing, find_packing, packed_batch, prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.shared_attention import ATTENTION_IMPLEMENTATION
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 
 CHUNK = 1024  # number of positions whose logits are held in float32 at a time
 
@@ -112,17 +112,18 @@ class _TokenNLL(torch.autograd.Function):
 
 
 def forward(
-    model: nn.Module,
+    vlm: VisionLanguageModel,
     batch: Batch,
     hidden_layers: Sequence[int] = (),
     logit_mask: Tensor | None = None,
     packing: Packing | None = None,
     stop_after_last_hidden_layer: bool = False,
+    wrapped: nn.Module | None = None,
 ) -> ForwardOutput:
     """Runs a batch of B samples and S positions through the model.
 
     Args:
-        model: The model, which DDP, FSDP, DeepSpeed or PEFT may wrap.
+        vlm: The model.
         batch: As `UnlearningCollator.encode` returns it.
         hidden_layers: The decoder layers whose outputs are returned, by number, 0 the first.
         logit_mask: [B, S] bool, the positions whose logits are computed. None selects the positions before an
@@ -130,75 +131,58 @@ def forward(
         packing: The batch's packing from `packing_of`. None runs each question with its image.
         stop_after_last_hidden_layer: Computes no logits and skips the decoder layers above the last of `hidden_layers`.
             Layers are not skipped if FSDP or ZeRO-3 shards them.
+        wrapped: The model inside the wrapper of DDP, FSDP or DeepSpeed, which is called instead. None calls the model.
     """
     labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORED))
     logit_mask = answer_mask(labels) if logit_mask is None else logit_mask
     if stop_after_last_hidden_layer:
         logit_mask = torch.zeros_like(logit_mask)
-    base = get_base_model(getattr(model, "module", model))
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
     positions = logit_mask.flatten().nonzero()[:, 0]
     if packing is not None:
-        packed = packed_batch(inputs, packing, batch["images"], _position_ids(base, inputs))
-        inputs = {**packed, **_attention_inputs(base, packing)}
+        packed = packed_batch(inputs, packing, batch["images"], vlm.position_ids(inputs))
+        inputs = {**packed, **_attention_inputs(vlm, packing)}
         positions = packing.packed_index[logit_mask]
     with (
-        _capture_hidden_states(base, hidden_layers, stop_after_last_hidden_layer) as captured,
-        _logits_at(base, positions),
+        _capture_hidden_states(vlm, hidden_layers, stop_after_last_hidden_layer) as captured,
+        _logits_at(vlm, positions),
     ):
-        logits = model(**inputs, use_cache=False).logits[0]
+        logits = (vlm.model if wrapped is None else wrapped)(**inputs, use_cache=False).logits[0]
     hidden = {layer: states if packing is None else packing.unpack(states) for layer, states in captured.items()}
     return ForwardOutput(logit_mask, logits, labels, hidden)
 
 
-def packing_of(model: nn.Module, batch: Batch, method: Method) -> Packing | None:
+def packing_of(vlm: VisionLanguageModel, batch: Batch, method: Method) -> Packing | None:
     """Returns how the questions of a batch share their images, or None if they do not.
 
     Args:
-        model: The model, which may be wrapped.
+        vlm: The model.
         batch: A batch padded on the right. Its ``images`` [B] contains a key for each image.
         method: Some methods do not support prefix sharing.
     """
-    base: Any = get_base_model(getattr(model, "module", model))
     if "images" not in batch or "pixel_values" not in batch:
         return None
-    if prefix_sharing_unsupported_reason(base, method, _attention_implementation(base)) is not None:
+    if prefix_sharing_unsupported_reason(vlm, method, vlm.attn_implementation) is not None:
         return None
-    window = getattr(base.config.get_text_config(), "sliding_window", None)
-    if window and batch["input_ids"].shape[1] > window:
+    if vlm.sliding_window and batch["input_ids"].shape[1] > vlm.sliding_window:
         return None  # a sliding window would count the positions of the packed sequence
-    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], base.config.image_token_id)
+    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], vlm.image_token_id)
 
 
-def _position_ids(base: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Returns the position ids of the unpacked batch: [B, S], or [3, B, S] for families with three position axes."""
-    if "image_grid_thw" in inputs:
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        positions: Tensor = base.model.get_rope_index(**{name: inputs[name] for name in names})[0]
-        return positions
-    rows, width = inputs["input_ids"].shape
-    return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
-
-
-def _attention_inputs(base: Any, packing: Packing) -> dict[str, Any]:
+def _attention_inputs(vlm: VisionLanguageModel, packing: Packing) -> dict[str, Any]:
     """Returns the model inputs that restrict attention within a packed sequence."""
-    if _attention_implementation(base) == "flex_attention":
+    if vlm.attn_implementation == "flex_attention":
         return {"attention_mask": packing.block_mask()}
     # Not reset afterwards: gradient checkpointing re-runs attention in backward. Unpacked batches fall through to SDPA.
-    base.config.get_text_config()._attn_implementation = ATTENTION_IMPLEMENTATION
+    vlm.attn_implementation = ATTENTION_IMPLEMENTATION
     # transformers passes a mask of four dimensions on unchanged, and `shared_attention` ignores it.
-    unused_mask = torch.zeros(1, 1, 1, 1, dtype=base.dtype, device=base.device)
+    unused_mask = torch.zeros(1, 1, 1, 1, dtype=vlm.base_model.dtype, device=vlm.base_model.device)
     return {"attention_mask": unused_mask, "packed_attention": packing.attention}
-
-
-def _attention_implementation(base: Any) -> str:
-    name: str = base.config.get_text_config()._attn_implementation
-    return name
 
 
 @contextmanager
 def _capture_hidden_states(
-    base: nn.Module, layers: Sequence[int], stop_after_last_hidden_layer: bool
+    vlm: VisionLanguageModel, layers: Sequence[int], stop_after_last_hidden_layer: bool
 ) -> Iterator[dict[int, Tensor]]:
     """Yields a dict that the forward pass fills with the outputs of the selected decoder layers."""
     captured: dict[int, Tensor] = {}
@@ -211,37 +195,20 @@ def _capture_hidden_states(
 
     with ExitStack() as cleanup:
         for layer in layers:
-            cleanup.callback(decoder_layers(base)[layer].register_forward_hook(capture_as(layer)).remove)
+            cleanup.callback(vlm.decoder_layers[layer].register_forward_hook(capture_as(layer)).remove)
         if stop_after_last_hidden_layer:
-            cleanup.enter_context(_truncated_decoder(base, max(layers) + 1))
+            cleanup.enter_context(vlm.truncated_decoder(max(layers) + 1))
         yield captured
 
 
 @contextmanager
-def _truncated_decoder(base: nn.Module, count: int) -> Iterator[None]:
-    """Removes all but the first `count` decoder layers for the duration of the block.
-
-    Keeps all layers if FSDP or ZeRO-3 shards them, since each prefetches the parameters of the next layer.
-    """
-    path, _, name = layout_of(base).layers.rpartition(".")
-    parent, layers = base.get_submodule(path), decoder_layers(base)
-    fsdp = hasattr(layers[0], "set_requires_gradient_sync")
-    zero3 = any(hasattr(parameter, "ds_id") for parameter in layers.parameters())
-    setattr(parent, name, layers if fsdp or zero3 else layers[:count])
-    try:
-        yield
-    finally:
-        setattr(parent, name, layers)
-
-
-@contextmanager
-def _logits_at(base: Any, positions: Tensor) -> Iterator[None]:
+def _logits_at(vlm: VisionLanguageModel, positions: Tensor) -> Iterator[None]:
     """Makes the model return logits [1, N, V] at N positions of the flattened batch instead of all [B, S, V]."""
 
     def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (inputs[0].flatten(0, 1)[positions][None],)
 
-    hook = base.get_output_embeddings().register_forward_pre_hook(select)
+    hook = vlm.base_model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:

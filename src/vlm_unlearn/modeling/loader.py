@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.modeling.layout import Layout, layout_of
+from vlm_unlearn.modeling.structure import Structure, find_structure
 from vlm_unlearn.store import describe_path, digest_model, read_json, read_manifest, user_path
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def load_model(
     elif attn_implementation != "auto":
         options["attn_implementation"] = attn_implementation
     if in_4_bits:
-        options["quantization_config"] = _nf4_config(layout_of(skeleton), precision)
+        options["quantization_config"] = _nf4_config(find_structure(skeleton), precision)
     try:
         model: Any
         model, loading_info = AutoModelForImageTextToText.from_pretrained(
@@ -169,7 +169,7 @@ def load_model(
     return model
 
 
-def _nf4_config(layout: Layout, precision: str) -> Any:
+def _nf4_config(structure: Structure, precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -178,7 +178,7 @@ def _nf4_config(layout: Layout, precision: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[precision],
         # The option applies to 4 bits as well.
-        llm_int8_skip_modules=[layout.vision_tower, layout.projector, "lm_head"],
+        llm_int8_skip_modules=[*structure.vision, *structure.projectors, "lm_head"],
     )
 
 

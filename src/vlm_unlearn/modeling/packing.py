@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.methods import Method
-from vlm_unlearn.modeling.layout import layout_of
 from vlm_unlearn.modeling.shared_attention import (
     ATTENTION_IMPLEMENTATION,
     PackedAttention,
     describe_packed_sequence,
 )
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 
 NO_IMAGE = -1  # the image key of a row without an image
 MAX_PACKED_FRACTION = 0.9  # pack only if the packed sequence is at most 90 % of the padded batch
@@ -38,16 +38,16 @@ class _PrefixGroup:
     prefix_length: int  # the length of the only row if there is one
 
 
-def prefix_sharing_unsupported_reason(model: nn.Module, method: Method, attention: str) -> str | None:
+def prefix_sharing_unsupported_reason(vlm: VisionLanguageModel, method: Method, attention: str) -> str | None:
     """Returns in a few words why questions on one image cannot share it, or None if they can.
 
     Args:
-        model: A transformers model without a wrapper.
+        vlm: The model.
         method: The unlearning method.
         attention: transformers' name of the attention implementation.
     """
-    if not layout_of(model).supports_prefix_sharing:
-        return f"not with models of the family {model.config.model_type}"  # type: ignore[union-attr]
+    if not vlm.supports_prefix_sharing:
+        return f"not with models of the family {vlm.family}"
     if attention not in SUPPORTED_ATTENTION:
         return f"not with {attention}"
     if method.paper_compat and (method.hidden_layers or method.full_logit_roles):

@@ -5,26 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.errors import UserError, nearest, quoted
-from vlm_unlearn.modeling.layout import decoder_layers, get_base_model, is_projector, is_vision, layout_of
 from vlm_unlearn.modeling.sine import add_sine
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 
 
-def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
+def prepare_trainable(vlm: VisionLanguageModel, config: TrainableConfig) -> VisionLanguageModel:
     """Freezes all parameters but those that `config` selects.
 
     Trainable parameters are converted to float32. Frozen parameters keep their precision.
 
     Args:
-        model: The model, changed in place.
+        vlm: The model, changed in place.
         config: The selection.
 
     Returns:
@@ -33,7 +30,7 @@ def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTra
     Raises:
         UserError: A layer is out of range, a name matches no parameter, or no parameter is trainable.
     """
-    num_layers = len(decoder_layers(model))
+    num_layers = len(vlm.decoder_layers)
     invalid_layers = [layer for layer in config.layers or [] if not 0 <= layer < num_layers]
     if invalid_layers:
         raise UserError(
@@ -41,26 +38,28 @@ def prepare_trainable(model: PreTrainedModel, config: TrainableConfig) -> PreTra
             code="out-of-range",
             field="trainable.layers",
         )
-    prepared: Any = _select_parameters(model, config) if config.mode == "full" else _add_lora(model, config)
-    if config.projector:
-        trainable_projector(prepared).float()  # includes the frozen weights that SineProject adds a sine to
-    if config.projector == "sine":
-        add_sine(trainable_projector(prepared))
-    for parameter in prepared.parameters():
+    if config.mode == "full":
+        _select_parameters(vlm, config)
+    else:
+        vlm = vlm.with_model(_add_lora(vlm, config))
+    for projector in vlm.projectors if config.projector else ():
+        projector.float()  # includes the frozen weights that SineProject adds a sine to
+        if config.projector == "sine":
+            add_sine(projector)
+    for parameter in vlm.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if not any(parameter.requires_grad for parameter in prepared.parameters()):
+    if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
         raise UserError(
             f"no parameter is trainable: no parameter name contains any of {config.parameter_patterns}.",
             code="conflicting-settings",
             field="trainable",
         )
-    return prepared
+    return vlm
 
 
-def _select_parameters(model: PreTrainedModel, config: TrainableConfig) -> PreTrainedModel:
-    layout = layout_of(model)
-    names = [name for name, _ in model.named_parameters()]
+def _select_parameters(vlm: VisionLanguageModel, config: TrainableConfig) -> None:
+    names = [name for name, _ in vlm.model.named_parameters()]
     for pattern in config.parameter_patterns or []:
         if not any(pattern in name for name in names):
             raise UserError(
@@ -68,18 +67,19 @@ def _select_parameters(model: PreTrainedModel, config: TrainableConfig) -> PreTr
                 code="unknown-name",
                 field="trainable.parameter_patterns",
             )
-    layer_prefixes = None if config.layers is None else tuple(f"{layout.layers}.{layer}." for layer in config.layers)
-    for name, parameter in model.named_parameters():
-        if is_vision(name, layout):
+    path = vlm.structure.layers
+    layer_prefixes = None if config.layers is None else tuple(f"{path}.{layer}." for layer in config.layers)
+    for name, parameter in vlm.model.named_parameters():
+        component = vlm.component(name)
+        if component == "vision tower":
             parameter.requires_grad = config.vision_tower
-        elif is_projector(name, layout):
+        elif component == "projector":
             parameter.requires_grad = bool(config.projector)
         else:
             in_layers = layer_prefixes is None or name.startswith(layer_prefixes)
             parameter.requires_grad = in_layers and (
                 config.parameter_patterns is None or any(pattern in name for pattern in config.parameter_patterns)
             )
-    return model
 
 
 def without_lora_input_casts(model: nn.Module) -> AbstractContextManager[None]:
@@ -95,7 +95,7 @@ def without_lora_input_casts(model: nn.Module) -> AbstractContextManager[None]:
     return context
 
 
-def _add_lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
+def _add_lora(vlm: VisionLanguageModel, config: TrainableConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     if config.parameter_patterns is not None or config.vision_tower:
@@ -105,9 +105,9 @@ def _add_lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
             code="conflicting-settings",
             field="trainable",
         )
-    layout = layout_of(model)
+    path = vlm.structure.layers
     module_names = sorted(
-        {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name.startswith(layout.layers + ".")}
+        {name.rsplit(".", 1)[-1] for name, _ in vlm.model.named_modules() if name.startswith(f"{path}.")}
     )
     for target in config.lora.target_modules:
         if target not in module_names:
@@ -122,13 +122,13 @@ def _add_lora(model: PreTrainedModel, config: TrainableConfig) -> Any:
         r=config.lora.r,
         lora_alpha=config.lora.lora_alpha,
         lora_dropout=config.lora.lora_dropout,
-        target_modules=rf"{re.escape(layout.layers)}\.({layers})\..*\.({targets})",
+        target_modules=rf"{re.escape(path)}\.({layers})\..*\.({targets})",
         # The projector has no adapter: all its weights are trained and saved next to the adapters.
-        modules_to_save=[layout.projector.rsplit(".", 1)[-1]] if config.projector else None,
+        modules_to_save=_names_for_peft(vlm.structure.projectors) if config.projector else None,
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        return get_peft_model(vlm.model, lora)
     except ValueError as error:
         raise UserError(
             str(error).splitlines()[0][:200], code="invalid-field", field="trainable.lora.target_modules"
@@ -140,33 +140,23 @@ def _short_names(names: Iterable[str]) -> list[str]:
     return sorted({".".join(name.split(".")[-3:-1]) for name in names})
 
 
-def trainable_projector(model: nn.Module) -> nn.Module:
-    """Returns the projector to train: the model's own, or the copy that PEFT trains next to it."""
-    inner = get_base_model(model)
-    projector = inner.get_submodule(layout_of(inner).projector)
-    copies = getattr(projector, "modules_to_save", None)
-    return projector if copies is None else next(iter(copies.values()))
+def _names_for_peft(paths: Iterable[str]) -> list[str]:
+    """Returns the names by which PEFT selects modules: the last component of a path, two for an item of a list."""
+    return [".".join(path.split(".")[-2 if path.rpartition(".")[2].isdigit() else -1 :]) for path in paths]
 
 
-def trainable_table(model: PreTrainedModel) -> list[tuple[str, int, int]]:
+def trainable_table(vlm: VisionLanguageModel) -> list[tuple[str, int, int]]:
     """Returns ``(component, trainable parameters, all parameters)`` of each component of the model.
 
     The components are the vision tower, the projector, the language model and the adapters.
     """
-    inner = get_base_model(model)
-    layout = layout_of(inner)
     counts = {"vision tower": [0, 0], "projector": [0, 0], "language model": [0, 0], "adapters": [0, 0]}
-    for name, parameter in inner.named_parameters():
+    for name, parameter in vlm.base_model.named_parameters():
         if ".original_module." in name:  # the frozen copy that PEFT keeps of a module in `modules_to_save`
             continue
         if ".parametrizations." in name and name.endswith(".original"):  # the frozen weight of SineProject
             continue
-        if ".lora_" in name:
-            component = "adapters"
-        elif is_vision(name, layout):
-            component = "vision tower"
-        else:
-            component = "projector" if is_projector(name, layout) else "language model"
+        component = "adapters" if ".lora_" in name else vlm.component(name)
         counts[component][0] += parameter.numel() if parameter.requires_grad else 0
         counts[component][1] += parameter.numel()
     return [(component, trainable, total) for component, (trainable, total) in counts.items()]

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Method, build_method
-from vlm_unlearn.modeling.layout import decoder_layers, get_base_model
 from vlm_unlearn.modeling.loader import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.modeling.packing import prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.trainable import prepare_trainable, trainable_table
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
@@ -95,8 +94,8 @@ def plan(recipe: Recipe) -> Plan:
     method, training_set, strategy = check_recipe(recipe)
     check_machine(recipe)
     folder = model_folder(recipe.model)
-    skeleton = check_model(recipe, method, training_set, model_skeleton(folder))
     processor = load_processor(folder, recipe.image_aspect_ratio)
+    skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(folder), processor))
     UnlearningCollator(processor, training_set, method, recipe.training.max_length, {}).check_lengths()
     return Plan(
         recipe=recipe,
@@ -112,12 +111,10 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def sharing_unsupported_reason(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> str | None:
+def sharing_unsupported_reason(recipe: Recipe, method: Method, skeleton: VisionLanguageModel) -> str | None:
     """Returns why questions on one image will not share it, or None if they will."""
     attention = recipe.training.attn_implementation
-    return prefix_sharing_unsupported_reason(
-        get_base_model(skeleton), method, "sdpa" if attention == "auto" else attention
-    )
+    return prefix_sharing_unsupported_reason(skeleton, method, "sdpa" if attention == "auto" else attention)
 
 
 def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
@@ -172,8 +169,8 @@ def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, ReferenceStrategy
 
 
 def check_model(
-    recipe: Recipe, method: Method, training_set: TrainingSet, skeleton: PreTrainedModel
-) -> PreTrainedModel:
+    recipe: Recipe, method: Method, training_set: TrainingSet, skeleton: VisionLanguageModel
+) -> VisionLanguageModel:
     """Returns the skeleton with its trainable parameters marked and adapters added, and prepares the method for it.
 
     Raises:
@@ -226,14 +223,14 @@ def _require_package(package: str, field: str, value: str) -> None:
 
 
 def _check_examples_without_image(
-    recipe: Recipe, method: Method, training_set: TrainingSet, model: PreTrainedModel
+    recipe: Recipe, method: Method, training_set: TrainingSet, vlm: VisionLanguageModel
 ) -> None:
     """Validates the data for families with cross-attention layers (mllama), which skip these layers without an image.
 
     Raises:
         UserError: A batch could mix examples with and without image, or the loss uses a layer that may be skipped.
     """
-    cross_attention = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
+    cross_attention = vlm.cross_attention_layers
     if not cross_attention:
         return
     skipped_layers = sorted(set(cross_attention) & set(method.hidden_layers))
@@ -263,7 +260,7 @@ def _check_examples_without_image(
             )
 
 
-def prepare_method(method: Method, model: PreTrainedModel, seed: int) -> None:
+def prepare_method(method: Method, vlm: VisionLanguageModel, seed: int) -> None:
     """Passes the model's sizes to the method, which draws its random values."""
     generator = torch.Generator().manual_seed(seed)
-    method.prepare(model.config.get_text_config().hidden_size, len(decoder_layers(model)), generator)
+    method.prepare(vlm.hidden_size, len(vlm.decoder_layers), generator)

@@ -14,6 +14,7 @@ from vlm_unlearn.methods import Role
 from vlm_unlearn.modeling.loader import build_skeleton, find_local_model, load_processor, read_config
 from vlm_unlearn.modeling.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.modeling.trainable import trainable_table
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import validate_same_run
 from vlm_unlearn.training.estimate import Memory, ModelSize, estimate
 from vlm_unlearn.training.plan import check_model, check_recipe, recipe_name, sharing_unsupported_reason, steps_of
@@ -65,16 +66,17 @@ def preview(recipe: Recipe) -> Preview:
             code="model-not-found",
             field="model",
         )
-    skeleton = build_skeleton(read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model](), recipe.model)
+    config: Any = read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model]()
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
         UnlearningCollator(processor, training_set, method, training.max_length, {}).check_lengths()
+    skeleton = VisionLanguageModel(build_skeleton(config, recipe.model), processor)
     prepared = check_model(recipe, method, training_set, skeleton)
     table = trainable_table(prepared)
-    tokens, answer_tokens = _mean_lengths(recipe, stream, training_set, processor, skeleton.config)
+    tokens, answer_tokens = _mean_lengths(recipe, stream, training_set, processor, config)
     precision = "bf16" if training.precision == "auto" else training.precision  # bf16 is the default of a GPU
     memory = estimate(
-        size=_model_size(table, skeleton.config.get_text_config()),
+        size=_model_size(table, config.get_text_config()),
         mode=recipe.trainable.mode,
         precision=precision,
         tokens=batch_size * sum(tokens.values()),

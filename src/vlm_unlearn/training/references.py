@@ -29,11 +29,11 @@ ReferenceStrategy = Literal["cache", "adapter", "copy"]
 class ReferenceModel(Protocol):
     """Gives access to the reference model, which has the weights from before training."""
 
-    def active(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Returns a context manager that yields the reference model, without gradient and without dropout.
+    def active(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Returns a context manager in which a model is the reference model, without gradient and without dropout.
 
         Args:
-            model: The model in training, which may be wrapped.
+            model: The model in training, without the wrapper of DDP, FSDP or DeepSpeed.
         """
 
 
@@ -74,13 +74,12 @@ class AdapterReference:
     """Uses the model in training with its adapters disabled."""
 
     @contextmanager
-    def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        unwrapped: Any = getattr(model, "module", model)
-        requires_grad = {parameter: parameter.requires_grad for parameter in unwrapped.parameters()}
-        with _eval_without_grad(unwrapped):
+    def active(self, model: Any) -> Iterator[None]:
+        requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        with _eval_without_grad(model):
             try:
-                with unwrapped.disable_adapter():
-                    yield unwrapped
+                with model.disable_adapter():
+                    yield
             finally:
                 # PEFT makes every parameter of `modules_to_save` trainable again, even the frozen weights of a sine
                 # projector.
@@ -104,18 +103,17 @@ class FrozenCopyReference:
         self._sharded = False
 
     @contextmanager
-    def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        unwrapped: nn.Module = getattr(model, "module", model)
-        trainable = {name: value for name, value in unwrapped.named_parameters() if value.requires_grad}
+    def active(self, model: nn.Module) -> Iterator[None]:
+        trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self._sharded:
             self._frozen_copies = {
                 name: _shard_like(value, trainable[name]) for name, value in self._frozen_copies.items()
             }
             self._sharded = True
-        with _eval_without_grad(unwrapped):
+        with _eval_without_grad(model):
             self._swap_parameters(trainable)
             try:
-                yield unwrapped
+                yield
             finally:
                 self._swap_parameters(trainable)
 

@@ -22,10 +22,10 @@ from vlm_unlearn.methods import ReferenceNLL, Role
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
 from vlm_unlearn.modeling.forward import forward, packing_of
-from vlm_unlearn.modeling.layout import get_base_model, layout_of, vision_tower
 from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model, load_processor, model_skeleton
 from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.trainable import prepare_trainable
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import (
     cache_folder,
@@ -172,11 +172,11 @@ def _build_trainer(
     precision = "fp32" if mode == "full" else planned.precision
     model = load_model(planned.folder, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
     set_seed(recipe.training.seed)  # after loading, which uses random numbers under some engines
-    model = prepare_trainable(model, recipe.trainable)
+    vlm = prepare_trainable(VisionLanguageModel(model, processor), recipe.trainable)
     if mode != "qlora":  # 4-bit weights are already on their device
-        model = model.to(arguments.device)
-    _cache_features(planned, model)
-    prepare_method(method, model, recipe.training.seed)
+        vlm.model.to(arguments.device)
+    _cache_features(planned, vlm)
+    prepare_method(method, vlm, recipe.training.seed)
     samples_per_step = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
@@ -190,18 +190,18 @@ def _build_trainer(
     reference: ReferenceModel | None = None
     cached: dict[Role, Mapping[str, NLL]] = {}
     if planned.reference_strategy == "cache":
-        cached = _cached_references(planned, stream, model, processor, arguments.device, on_reference)
+        cached = _cached_references(planned, stream, vlm, arguments.device, on_reference)
     elif planned.reference_strategy is not None:
-        reference = AdapterReference() if planned.reference_strategy == "adapter" else FrozenCopyReference(model)
+        reference = AdapterReference() if planned.reference_strategy == "adapter" else FrozenCopyReference(vlm.model)
     if arguments.process_index == 0:
         rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
         write_json(recipe.output / "trainable.json", rows)
         write_json(recipe.output / "recipe.json", recipe.model_dump(mode="json"))
     trainer = UnlearningTrainer(
+        vlm=vlm,
         method=method,
         reference=reference,
         projector_learning_rate=recipe.training.projector_learning_rate,
-        model=model,
         args=arguments,
         train_dataset=stream,
         data_collator=UnlearningCollator(processor, planned.training_set, method, recipe.training.max_length, cached),
@@ -210,14 +210,14 @@ def _build_trainer(
     return trainer, processor
 
 
-def _cache_features(planned: Plan, model: torch.nn.Module) -> None:
+def _cache_features(planned: Plan, vlm: VisionLanguageModel) -> None:
     """Caches the vision tower's features if the tower is frozen, is not sharded and does not contain the projector."""
-    training, layout = planned.recipe.training, layout_of(get_base_model(model))
+    training = planned.recipe.training
     sharded = any(os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true" for engine in ("FSDP", "DEEPSPEED"))
-    trainable = planned.recipe.trainable.vision_tower or layout.projector.startswith(layout.vision_tower)
+    trainable = planned.recipe.trainable.vision_tower or vlm.projector_is_in_vision_tower
     if training.feature_cache == "off" or trainable or sharded:
         return
-    parameter = next(model.parameters())
+    parameter = next(vlm.model.parameters())
     key = digest_json(
         [
             planned.model_digest,
@@ -230,7 +230,7 @@ def _cache_features(planned: Plan, model: torch.nn.Module) -> None:
         ]
     )
     folder = cache_folder() / "features" / key if training.feature_cache == "disk" else None
-    cache_vision_features(vision_tower(model), FeatureCache(training.feature_cache_gb * 2**30, folder))
+    cache_vision_features(vlm.vision_tower, FeatureCache(training.feature_cache_gb * 2**30, folder))
 
 
 def _training_arguments(planned: Plan) -> TrainingArguments:
@@ -284,23 +284,23 @@ def _may_have_unused_parameters(planned: Plan) -> bool:
 def _cached_references(
     planned: Plan,
     stream: UnlearningStream,
-    model: torch.nn.Module,
-    processor: Processor,
+    vlm: VisionLanguageModel,
     device: torch.device,
     on_done: Callable[[int, int], None] | None,
 ) -> dict[Role, Mapping[str, NLL]]:
     """Returns the reference NLLs that the method needs, by role, from the cache folder or computed now."""
     recipe, training, data = planned.recipe, planned.recipe.training, planned.training_set
-    collator = UnlearningCollator(processor, data, planned.method, training.max_length, {})
+    collator = UnlearningCollator(vlm.processor, data, planned.method, training.max_length, {})
+    dtype = next(vlm.model.parameters()).dtype
     reference_nll: dict[Role, Mapping[str, NLL]] = {}
     for requirement in planned.method.reference_requirements:
         assert isinstance(requirement, ReferenceNLL)
         role, examples = requirement.role, stream.unique_examples(requirement.role)
 
         def compute(batch_examples: Sequence[Example], role: Role = role) -> list[NLL]:
-            batch = move(collator.encode(role, batch_examples), device, next(model.parameters()).dtype)
+            batch = move(collator.encode(role, batch_examples), device, dtype)
             with torch.no_grad(), without_cudnn_attention(), _autocast(device, planned.precision):
-                output = forward(model, batch, packing=packing_of(model, batch, planned.method))
+                output = forward(vlm, batch, packing=packing_of(vlm, batch, planned.method))
             nll_sum, tokens = output.answer_nll
             return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 
@@ -308,7 +308,7 @@ def _cached_references(
             {
                 "model": planned.model_digest,
                 "versions": package_versions(),
-                "weights": str(next(model.parameters()).dtype),
+                "weights": str(dtype),
                 "quantized": recipe.trainable.mode == "qlora",
                 "precision": planned.precision,
                 "attention": training.attn_implementation,
@@ -320,8 +320,8 @@ def _cached_references(
                 "examples": [[example.id, example.answer] for example in examples],
             }
         )
-        model.eval()
-        with _gathered_parameters(model):
+        vlm.model.eval()
+        with _gathered_parameters(vlm.model):
             reference_nll[role] = cached_nll(
                 cache_folder() / "reference" / f"{key}.json",
                 examples,

@@ -26,6 +26,7 @@ from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
 from vlm_unlearn.modeling.batch_merge import can_merge, merge_batches
 from vlm_unlearn.modeling.forward import ForwardOutput, forward, packing_of
 from vlm_unlearn.modeling.packing import Packing
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import ReferenceModel
 
 Reduction = Literal["mean", "sum"]
@@ -60,7 +61,7 @@ class ModelStep:
     """Implements `vlm_unlearn.methods.Step` for one micro-batch.
 
     Args:
-        model: The model in training. DDP, FSDP or DeepSpeed may wrap it.
+        vlm: The model in training.
         batches: The batch of each role, on the model's device.
         method: Declares which layers, logits and reference values its loss uses.
         reference: Gives the reference model. None if the method needs none, or if its reference values are in the
@@ -70,19 +71,22 @@ class ModelStep:
             both. Every token of the step then has the same weight. None (with `paper_compat`) takes the tokens of
             `batches`, so that every micro-batch has the same weight.
         progress: Fraction of the run's optimizer steps that are complete, 0 at the first step.
+        wrapped: The model inside the wrapper of DDP, FSDP or DeepSpeed. None if it has none.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        vlm: VisionLanguageModel,
         batches: Mapping[Role, Batch],
         method: Method,
         reference: ReferenceModel | None,
         token_totals: Mapping[tuple[Role, TokenKind], float] | None = None,
         progress: float = 0.0,
+        wrapped: nn.Module | None = None,
     ) -> None:
         self.progress = progress
-        self._model = model
+        self._vlm = vlm
+        self._wrapped = wrapped
         self._batches = batches
         self._method = method
         self._reference = reference
@@ -101,7 +105,7 @@ class ModelStep:
             for roles, stop_after_last_hidden_layer in self._plan_passes():
                 merged = self._merge(roles)
                 self._merged_batches.update(dict.fromkeys(roles, merged))
-                self._current_outputs_by_role.update(self._run(self._model, merged, stop_after_last_hidden_layer))
+                self._current_outputs_by_role.update(self._run(merged, stop_after_last_hidden_layer, self._wrapped))
         return self._current_outputs_by_role[role]
 
     def _reference_output(self, role: Role) -> ForwardOutput:
@@ -117,10 +121,8 @@ class ModelStep:
             assert self._reference is not None, "the loss uses a value that is not in Method.reference_requirements"
             requirements = self._method.reference_requirements
             needs_only_hidden = all(isinstance(requirement, ReferenceHidden) for requirement in requirements)
-            with self._reference.active(self._model) as reference:
-                outputs = self._run(
-                    reference, self._merged_batches[role], stop_after_last_hidden_layer=needs_only_hidden
-                )
+            with self._reference.active(self._vlm.model):
+                outputs = self._run(self._merged_batches[role], stop_after_last_hidden_layer=needs_only_hidden)
             self._reference_outputs_by_role.update(outputs)
         return self._reference_outputs_by_role[role]
 
@@ -160,7 +162,7 @@ class ModelStep:
         width = batch["input_ids"].shape[1]
         masks = [self._logit_mask(role) for role in roles]  # merge_batches pads on the right, and so do the masks
         logit_mask = torch.cat([F.pad(mask, (0, width - mask.shape[1])) for mask in masks])
-        return _MergedBatch(roles, batch, logit_mask, packing_of(self._model, batch, self._method))
+        return _MergedBatch(roles, batch, logit_mask, packing_of(self._vlm, batch, self._method))
 
     def _logit_mask(self, role: Role) -> Tensor:
         """Returns [B, S] bool, True at the positions of the role's batch whose logits the loss uses."""
@@ -170,16 +172,17 @@ class ModelStep:
         return answer_mask(batch.get("labels", torch.full_like(batch["input_ids"], IGNORED)))
 
     def _run(
-        self, model: nn.Module, merged: _MergedBatch, stop_after_last_hidden_layer: bool
+        self, merged: _MergedBatch, stop_after_last_hidden_layer: bool, wrapped: nn.Module | None = None
     ) -> dict[Role, ForwardOutput]:
         """Runs one forward pass and splits its output by role."""
         output = forward(
-            model,
+            self._vlm,
             merged.batch,
             self._method.hidden_layers,
             merged.logit_mask,
             merged.packing,
             stop_after_last_hidden_layer,
+            wrapped,
         )
         token_ids = [self._batches[role]["input_ids"] for role in merged.roles]
         outputs = output.split([(len(ids), ids.shape[1]) for ids in token_ids])

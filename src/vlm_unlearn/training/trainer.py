@@ -21,8 +21,9 @@ from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Method, Role, TokenKind
 from vlm_unlearn.modeling.attention import without_cudnn_attention
-from vlm_unlearn.modeling.layout import get_base_model, is_projector, layout_of
+from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import write_json
 from vlm_unlearn.training.references import ReferenceModel
 from vlm_unlearn.training.step import ModelStep, count_tokens
@@ -37,6 +38,7 @@ class UnlearningTrainer(Trainer):
     Resuming, gradient accumulation, distribution, logging and saving of adapters are those of transformers.
 
     Args:
+        vlm: The model to train.
         method: Computes the loss of a step.
         reference: Gives the reference model, None if the method needs none or its reference values are in the batches.
         projector_learning_rate: The projector's learning rate. None uses the learning rate of the other parameters.
@@ -49,12 +51,14 @@ class UnlearningTrainer(Trainer):
 
     def __init__(
         self,
+        vlm: VisionLanguageModel,
         method: Method,
         reference: ReferenceModel | None,
         projector_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(model=vlm.model, **kwargs)
+        self.vlm = vlm
         self.method = method
         self.reference = reference
         self._projector_learning_rate = projector_learning_rate
@@ -89,10 +93,10 @@ class UnlearningTrainer(Trainer):
         Raises:
             RunError: The loss is NaN or infinite.
         """
-        unwrapped = self.accelerator.unwrap_model(model)
-        batches = {role: move(batch, self.args.device, unwrapped.dtype) for role, batch in inputs.items()}
+        dtype = self.vlm.base_model.dtype
+        batches = {role: move(batch, self.args.device, dtype) for role, batch in inputs.items()}
         progress = self.state.global_step / max(1, self.state.max_steps)
-        step = ModelStep(model, batches, self.method, self.reference, self._token_totals, progress)
+        step = ModelStep(self.vlm, batches, self.method, self.reference, self._token_totals, progress, model)
         output = self.method.loss(step)
         total = output.total + step.zero_loss_over_all_logits() if self.method.hidden_layers else output.total
         if not torch.isfinite(output.total):
@@ -147,9 +151,10 @@ class UnlearningTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self._projector_learning_rate is None:
             return optimizer
-        base = get_base_model(self.model if model is None else model)
-        layout = layout_of(base)
-        projector_ids = {id(parameter) for name, parameter in base.named_parameters() if is_projector(name, layout)}
+        base = self.vlm.base_model if model is None else get_base_model(model)
+        projector_ids = {
+            id(parameter) for name, parameter in base.named_parameters() if self.vlm.component(name) == "projector"
+        }
         for group in list(optimizer.param_groups):
             projector = [parameter for parameter in group["params"] if id(parameter) in projector_ids]
             if projector:

@@ -1,0 +1,150 @@
+"""A vision-language model: the model of transformers, its processor and its components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_unlearn.modeling.structure import (
+    PREFIX_SHARING_FAMILIES,
+    Component,
+    Structure,
+    family_of,
+    find_structure,
+    get_base_model,
+)
+
+
+class VisionLanguageModel:
+    """A model of transformers with its processor. It is built once, and all access to components goes through it.
+
+    Args:
+        model: A model that ``AutoModelForImageTextToText`` loads, or a PEFT model of it.
+        processor: Its processor. None if only the model is used.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        self.model: Any = model
+        self.processor = processor
+
+    def with_model(self, model: nn.Module) -> VisionLanguageModel:
+        """Returns the same with another object for the model, such as the PEFT model around it."""
+        return VisionLanguageModel(model, self.processor)
+
+    @property
+    def base_model(self) -> Any:
+        """The model of transformers, inside of PEFT's wrapper. Adapters stay in place."""
+        return get_base_model(self.model)
+
+    @property
+    def family(self) -> str:
+        """transformers' name of the model's family, such as ``llava``."""
+        return family_of(self.base_model)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The paths of the components. Raises a `UserError` if one is not found."""
+        return find_structure(self.base_model)
+
+    # Components
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder layers of the language model, from first to last."""
+        layers: nn.ModuleList = self.base_model.get_submodule(self.structure.layers)
+        return layers
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The module that encodes images. In some families it contains the projectors."""
+        tower: nn.Module = self.base_model.get_submodule(self.structure.vision_tower)
+        return tower
+
+    @property
+    def projectors(self) -> list[nn.Module]:
+        """The projectors, without PEFT's wrappers: the copies that PEFT trains if there are some."""
+        projectors = [self.base_model.get_submodule(path) for path in self.structure.projectors]
+        copies = [getattr(projector, "modules_to_save", None) for projector in projectors]
+        return [
+            projector if copy is None else next(iter(copy.values()))
+            for projector, copy in zip(projectors, copies, strict=True)
+        ]
+
+    def component(self, parameter_name: str) -> Component:
+        """Returns the component to which a parameter of `base_model` belongs."""
+        return self.structure.component(parameter_name)
+
+    @property
+    def projector_is_in_vision_tower(self) -> bool:
+        """Whether the features of the vision tower depend on the weights of a projector."""
+        return any(path.startswith(f"{self.structure.vision_tower}.") for path in self.structure.projectors)
+
+    # Facts of the family
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the language model's hidden states."""
+        return int(self.base_model.config.get_text_config().hidden_size)
+
+    @property
+    def attn_implementation(self) -> str:
+        """transformers' name of the language model's attention implementation."""
+        return str(self.base_model.config.get_text_config()._attn_implementation)
+
+    @attn_implementation.setter
+    def attn_implementation(self, name: str) -> None:
+        self.base_model.config.get_text_config()._attn_implementation = name
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of the tokens that stand for an image."""
+        return int(self.base_model.config.image_token_id)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The number of positions that a layer with a sliding window attends to, None if no layer has one."""
+        return getattr(self.base_model.config.get_text_config(), "sliding_window", None) or None
+
+    @property
+    def supports_prefix_sharing(self) -> bool:
+        """Whether questions on one image can share its tokens, with the same results up to rounding."""
+        return self.family in PREFIX_SHARING_FAMILIES
+
+    @property
+    def cross_attention_layers(self) -> Sequence[int]:
+        """The decoder layers that attend to an image and are skipped without one (Llama 3.2 Vision)."""
+        return getattr(self.base_model.config.get_text_config(), "cross_attention_layers", None) or []
+
+    def position_ids(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Returns the position ids of a batch: [B, S], or [3, B, S] for families with three position axes.
+
+        Args:
+            inputs: The processor's outputs, padded on the right.
+        """
+        if "image_grid_thw" in inputs:
+            names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+            positions: Tensor = self.base_model.model.get_rope_index(**{name: inputs[name] for name in names})[0]
+            return positions
+        rows, width = inputs["input_ids"].shape
+        return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
+
+    @contextmanager
+    def truncated_decoder(self, count: int) -> Iterator[None]:
+        """Removes all but the first `count` decoder layers for the duration of the block.
+
+        Keeps all layers if FSDP or ZeRO-3 shards them, since each prefetches the parameters of the next layer.
+        """
+        path, _, name = self.structure.layers.rpartition(".")
+        parent, layers = self.base_model.get_submodule(path), self.decoder_layers
+        fsdp = hasattr(layers[0], "set_requires_gradient_sync")
+        zero3 = any(hasattr(parameter, "ds_id") for parameter in layers.parameters())
+        setattr(parent, name, layers if fsdp or zero3 else layers[:count])
+        try:
+            yield
+        finally:
+            setattr(parent, name, layers)
