@@ -18,7 +18,7 @@ from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
 from vlm_unlearn.modeling.forward import forward, packing_of
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.training.references import AdapterReference
+from vlm_unlearn.training.references import NLL, AdapterReference, CachedReference, Reference
 from vlm_unlearn.training.step import ModelStep
 
 IMAGE_TOKEN, PATCH, VOCABULARY = 5, 14, 32_000
@@ -158,26 +158,31 @@ class Ours:
     Args:
         base: The model, which is modified.
         name: The method.
-        steps: The batches of all steps. Reference values are added to them.
+        steps: The batches of all steps. Keys of reference values are added to them.
         trainable: The trainable parameters.
     """
 
     def __init__(self, base: Any, name: str, steps: list[Batches], trainable: TrainableConfig = LORA) -> None:
         self.method = build_prepared_method(name, base)
-        self.model = prepare_trainable(VisionLanguageModel(base), trainable).model
-        cache_vision_features(VisionLanguageModel(self.model).vision_tower, FeatureCache(2**31))
+        self.vlm = prepare_trainable(VisionLanguageModel(base), trainable)
+        self.model = self.vlm.model
+        cache_vision_features(self.vlm.vision_tower, FeatureCache(2**31))
         self.optimizer = optimizer(self.model)
+        self.reference: Reference = AdapterReference()
         started = time.perf_counter()
         if self.method.reference_requirements and name in ("npo", "dpo"):
-            for batches in steps:
-                for need in self.method.reference_requirements:
-                    with torch.no_grad():
-                        total, tokens = forward(
-                            VisionLanguageModel(self.model),
-                            batches[need.role],
-                            packing=packing_of(VisionLanguageModel(self.model), batches[need.role], self.method),
-                        ).answer_nll
-                    batches[need.role] |= {"reference_nll_sum": total, "reference_tokens": tokens}
+            values: dict[Any, dict[int, NLL]] = {need.role: {} for need in self.method.reference_requirements}
+            for number, batches in enumerate(steps):
+                for role in self.method.roles:
+                    batch = batches[role]
+                    rows = len(batch["input_ids"])
+                    batch["answer_keys"] = torch.arange(number * rows, (number + 1) * rows)
+                    if role in values:
+                        with torch.no_grad():
+                            output = forward(self.vlm, batch, packing=packing_of(self.vlm, batch, self.method))
+                        columns = (column.tolist() for column in output.answer_nll)
+                        values[role].update(zip(batch["answer_keys"].tolist(), zip(*columns, strict=True), strict=True))
+            self.reference = CachedReference(values)
         self.preparation_seconds = time.perf_counter() - started
 
     def step(self, batches: Batches) -> float:
@@ -187,9 +192,7 @@ class Ours:
         with (
             without_lora_input_casts(self.model) if torch.is_autocast_enabled(self.model.device.type) else nullcontext()
         ):
-            loss = self.method.loss(
-                ModelStep(VisionLanguageModel(self.model), roles, self.method, AdapterReference())
-            ).total
+            loss = self.method.loss(ModelStep(self.vlm, roles, self.method, self.reference)).total
             return update(self.optimizer, loss)
 
 

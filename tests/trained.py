@@ -22,7 +22,7 @@ from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.plan import prepare_method
-from vlm_unlearn.training.references import ReferenceModel
+from vlm_unlearn.training.references import Reference
 from vlm_unlearn.training.step import ModelStep, count_tokens
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
@@ -109,12 +109,10 @@ class StepScene:
     def stream(self, length: int) -> UnlearningStream:
         return UnlearningStream(self.training_set, self.method, length, seed=0)
 
-    def micro_batches(
-        self, rows: int, count: int = 1, reference: Mapping[Role, Mapping[str, tuple[float, int]]] | None = None
-    ) -> list[dict[Role, Batch]]:
+    def micro_batches(self, rows: int, count: int = 1) -> list[dict[Role, Batch]]:
         """Returns `count` micro-batches with `rows` samples per role, from the start of the stream."""
         stream = self.stream(rows * count)
-        collator = UnlearningCollator(self.processor, self.training_set, self.method, 2048, reference or {})
+        collator = UnlearningCollator(self.processor, self.training_set, self.method, 2048)
         batches = []
         for start in range(0, rows * count, rows):
             batch = collator([stream[position] for position in range(start, start + rows)])
@@ -122,7 +120,7 @@ class StepScene:
             batches.append(batch)
         return batches
 
-    def step(self, micro_batches: Sequence[Mapping[Role, Batch]], reference: ReferenceModel | None) -> StepResult:
+    def step(self, micro_batches: Sequence[Mapping[Role, Batch]], reference: Reference | None) -> StepResult:
         """Runs the forward and backward passes of one optimizer step, a quarter through the run."""
         self.model.train()
         self.model.zero_grad()

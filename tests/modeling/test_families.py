@@ -318,7 +318,7 @@ def test_step_of_method_reaches_layers_and_projector(
     unlearning.prepare(families.WIDTH, len(VisionLanguageModel(model).decoder_layers), torch.Generator().manual_seed(0))
     training_set = read_training_set(training_sets[data])
     stream = UnlearningStream(training_set, unlearning, 2, seed=0)
-    batches: Any = UnlearningCollator(loaded.processor, training_set, unlearning, LENGTH, {})([stream[0], stream[1]])
+    batches: Any = UnlearningCollator(loaded.processor, training_set, unlearning, LENGTH)([stream[0], stream[1]])
     loss = unlearning.loss(ModelStep(VisionLanguageModel(model), batches, unlearning, reference)).total
     loss.backward()
     names = names_with_gradient(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,18 @@ from torch import nn
 
 from helpers import raises_code, recipe
 from trained import METHOD_CONFIGS, RMU, RR, StepScene, changed_names, max_difference, weights
+from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.data.importers import import_vlguard
 from vlm_unlearn.methods import METHODS, ReferenceNLL, Role
-from vlm_unlearn.modeling.forward import forward
+from vlm_unlearn.modeling.forward import ForwardOutput, forward
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.references import (
     AdapterReference,
+    CachedReference,
     FrozenCopyReference,
-    ReferenceModel,
+    Outputs,
+    Reference,
     answer_key,
     resolve_reference_strategy,
 )
@@ -44,8 +46,16 @@ def log_lines(run: Path) -> list[dict[str, float]]:
 class CurrentModel:
     """Uses the model in training, whose values differ from those of the reference model."""
 
-    def active(self, _model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
+    def outputs(self, _model: nn.Module, _batches: object, run: Callable[[], Outputs]) -> Outputs:
+        return run()
+
+
+def reference_output(reference: Reference, scene: StepScene, batch: Batch) -> ForwardOutput:
+    output = reference.outputs(
+        scene.model, {"retain": batch}, lambda: {"retain": forward(VisionLanguageModel(scene.model), batch)}
+    )["retain"]
+    assert isinstance(output, ForwardOutput)
+    return output
 
 
 @pytest.mark.parametrize(
@@ -65,13 +75,12 @@ def test_step_with_any_reference_strategy_has_the_same_gradients(
     frozen_copy = FrozenCopyReference(scene.model)
     requirements = scene.method.reference_requirements
     batches = scene.micro_batches(rows=4)
-    values: dict[Role, dict[str, tuple[float, int]]] = {}
+    values: dict[Role, dict[int, tuple[float, int]]] = {}
     if all(isinstance(requirement, ReferenceNLL) for requirement in requirements):
-        with frozen_copy.active(scene.model):
-            for role in (requirement.role for requirement in requirements):
-                nll_sum, tokens = forward(VisionLanguageModel(scene.model), batches[0][role]).answer_nll
-                keys = [answer_key(item[role]) for item in map(scene.stream(4).__getitem__, range(4))]
-                values[role] = dict(zip(keys, zip(nll_sum.tolist(), tokens.tolist(), strict=True), strict=True))
+        for role in (requirement.role for requirement in requirements):
+            nll_sum, tokens = reference_output(frozen_copy, scene, batches[0][role]).answer_nll
+            keys = [answer_key(item[role]) for item in map(scene.stream(4).__getitem__, range(4))]
+            values[role] = dict(zip(keys, zip(nll_sum.tolist(), tokens.tolist(), strict=True), strict=True))
     scene.perturb()
     names = scene.trainable_parameters().keys()
     results = {
@@ -79,7 +88,7 @@ def test_step_with_any_reference_strategy_has_the_same_gradients(
         "adapter": scene.step(batches, AdapterReference()),
     }
     if values:
-        results["cache"] = scene.step(scene.micro_batches(rows=4, reference=values), None)
+        results["cache"] = scene.step(batches, CachedReference(values))
     assert scene.trainable_parameters().keys() == names
     assert scene.step(batches, CurrentModel()).terms != pytest.approx(results["copy"].terms, rel=1e-4)
     for result in results.values():
@@ -96,7 +105,7 @@ def test_reference_model_runs_without_dropout_and_gradient_and_restores_the_weig
     for module in scene.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
-    reference: ReferenceModel = FrozenCopyReference(scene.model) if mode == "full" else AdapterReference()
+    reference: Reference = FrozenCopyReference(scene.model) if mode == "full" else AdapterReference()
     batch = scene.micro_batches(rows=4)[0]["retain"]
     scene.model.eval()
     expected = forward(VisionLanguageModel(scene.model), batch).logits.detach()
@@ -106,8 +115,7 @@ def test_reference_model_runs_without_dropout_and_gradient_and_restores_the_weig
         forward(VisionLanguageModel(scene.model), batch).logits, forward(VisionLanguageModel(scene.model), batch).logits
     )  # dropout
     weights_before = {name: value.detach().clone() for name, value in scene.trainable_parameters().items()}
-    with reference.active(scene.model):
-        logits = forward(VisionLanguageModel(scene.model), batch).logits
+    logits = reference_output(reference, scene, batch).logits
     assert not logits.requires_grad
     torch.testing.assert_close(logits, expected)
     assert scene.model.training
@@ -159,7 +167,7 @@ def test_rmu_in_full_and_lora_training_has_the_same_first_loss(
     terms = {}
     for mode in ("full", "lora"):
         scene = StepScene(tiny_model, training_sets["harmful"], RMU, trainable={"mode": mode})
-        reference: ReferenceModel = AdapterReference() if mode == "lora" else FrozenCopyReference(scene.model)
+        reference: Reference = AdapterReference() if mode == "lora" else FrozenCopyReference(scene.model)
         terms[mode] = scene.step(scene.micro_batches(rows=4), reference).terms
         assert terms[mode]["retain_hidden"] == pytest.approx(0.0, abs=1e-9)  # the model still equals the reference
     assert terms["full"]["forget"] == pytest.approx(terms["lora"]["forget"], abs=1e-5)

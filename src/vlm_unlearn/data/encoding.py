@@ -271,11 +271,9 @@ def _truncate(batch: Batch, length: int) -> Batch:
 def move(batch: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Batch:
     """Moves a batch to a device and converts the floating-point tensors of the processor to the dtype of the model.
 
-    Reference values keep their dtype.
+    The keys of answers stay where they are, since only the CPU looks them up.
     """
     return {
-        key: value.to(device, dtype)
-        if value.is_floating_point() and not key.startswith("reference_")
-        else value.to(device)
+        key: value if key == "answer_keys" else value.to(device, dtype if value.is_floating_point() else value.dtype)
         for key, value in batch.items()
     }

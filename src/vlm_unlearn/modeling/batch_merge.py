@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED
 
-NON_MODEL_KEYS = ("labels", "images", "reference_nll_sum", "reference_tokens")  # the model's forward takes none of them
+NON_MODEL_KEYS = ("labels", "images", "answer_keys")  # the model's forward takes none of them
 
 
 def can_merge(batches: Sequence[Mapping[str, Tensor]]) -> bool:
@@ -24,16 +24,15 @@ def merge_batches(batches: Sequence[Mapping[str, Tensor]]) -> Batch:
 
     Tensors are concatenated along their first dimension, which counts samples, images or image patches. Their other
     dimensions are padded with zeros (padding tokens that the attention mask excludes, or empty image tiles), and
-    labels with -100. Cached reference values are left out.
+    labels with -100.
     """
     labeled = [
         batch if "labels" in batch else {**batch, "labels": torch.full_like(batch["input_ids"], IGNORED)}
         for batch in batches
     ]
-    names = labeled[0].keys() - {"reference_nll_sum", "reference_tokens"}
     return {
         name: _pad_and_concatenate([batch[name] for batch in labeled], IGNORED if name == "labels" else 0)
-        for name in names
+        for name in labeled[0]
     }
 
 

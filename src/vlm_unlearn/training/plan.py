@@ -96,7 +96,7 @@ def plan(recipe: Recipe) -> Plan:
     folder = model_folder(recipe.model)
     processor = load_processor(folder, recipe.image_aspect_ratio)
     skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(folder), processor))
-    UnlearningCollator(processor, training_set, method, recipe.training.max_length, {}).check_lengths()
+    UnlearningCollator(processor, training_set, method, recipe.training.max_length).check_lengths()
     return Plan(
         recipe=recipe,
         method=method,

@@ -69,7 +69,7 @@ def preview(recipe: Recipe) -> Preview:
     config: Any = read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model]()
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
-        UnlearningCollator(processor, training_set, method, training.max_length, {}).check_lengths()
+        UnlearningCollator(processor, training_set, method, training.max_length).check_lengths()
     skeleton = VisionLanguageModel(build_skeleton(config, recipe.model), processor)
     prepared = check_model(recipe, method, training_set, skeleton)
     table = trainable_table(prepared)

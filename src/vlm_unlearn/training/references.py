@@ -1,6 +1,6 @@
-"""Reference values: likelihoods, logits and hidden states under the model before training, without a second model.
+"""The reference model, which has the weights from before training, without a second model in memory.
 
-There are three strategies:
+There are three strategies, with equal results:
 
 - ``cache``: computes each sample's answer NLL once before training and stores it on disk.
 - ``adapter``: disables the LoRA adapters of the model in training.
@@ -10,30 +10,48 @@ There are three strategies:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.methods import ReferenceLogits, ReferenceNLL, ReferenceRequirement
+from vlm_unlearn.methods import ReferenceLogits, ReferenceNLL, ReferenceRequirement, Role
+from vlm_unlearn.modeling.forward import ForwardOutput
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import build_atomically, digest_json, read_json, write_json
 
 ReferenceStrategy = Literal["cache", "adapter", "copy"]
 
 
-class ReferenceModel(Protocol):
-    """Gives access to the reference model, which has the weights from before training."""
+NLL = tuple[float, int]  # an answer's NLL sum and its number of tokens
 
-    def active(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Returns a context manager in which a model is the reference model, without gradient and without dropout.
+
+@dataclass(frozen=True)
+class CachedOutput:
+    """The cached part of a reference output: the answers' ``(nll_sum [B], tokens [B])``."""
+
+    answer_nll: tuple[Tensor, Tensor]
+
+
+Outputs = Mapping[Role, ForwardOutput | CachedOutput]
+
+
+class Reference(Protocol):
+    """Gives the outputs of the reference model."""
+
+    def outputs(self, model: nn.Module, batches: Mapping[Role, Batch], run: Callable[[], Outputs]) -> Outputs:
+        """Returns the reference model's output for the batch of each role, without gradient and without dropout.
 
         Args:
             model: The model in training, without the wrapper of DDP, FSDP or DeepSpeed.
+            batches: The batches of the roles that `run` computes.
+            run: Runs the batches through `model`.
         """
 
 
@@ -70,16 +88,36 @@ def resolve_reference_strategy(
     return setting
 
 
+class CachedReference:
+    """Returns NLLs that were computed before training.
+
+    Args:
+        values: The values of each role, by `answer_key`.
+    """
+
+    def __init__(self, values: Mapping[Role, Mapping[int, NLL]]) -> None:
+        self._values = values
+
+    def outputs(self, _model: nn.Module, batches: Mapping[Role, Batch], _run: Callable[[], Outputs]) -> Outputs:
+        outputs = {}
+        for role, values in self._values.items():
+            if role in batches:
+                rows = [values[key] for key in batches[role]["answer_keys"].tolist()]
+                device = batches[role]["input_ids"].device
+                nll_sum, tokens = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
+                outputs[role] = CachedOutput((nll_sum, tokens))
+        return outputs
+
+
 class AdapterReference:
     """Uses the model in training with its adapters disabled."""
 
-    @contextmanager
-    def active(self, model: Any) -> Iterator[None]:
+    def outputs(self, model: Any, _batches: Mapping[Role, Batch], run: Callable[[], Outputs]) -> Outputs:
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         with _eval_without_grad(model):
             try:
                 with model.disable_adapter():
-                    yield
+                    return run()
             finally:
                 # PEFT makes every parameter of `modules_to_save` trainable again, even the frozen weights of a sine
                 # projector.
@@ -102,8 +140,7 @@ class FrozenCopyReference:
         }
         self._sharded = False
 
-    @contextmanager
-    def active(self, model: nn.Module) -> Iterator[None]:
+    def outputs(self, model: nn.Module, _batches: Mapping[Role, Batch], run: Callable[[], Outputs]) -> Outputs:
         trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self._sharded:
             self._frozen_copies = {
@@ -113,7 +150,7 @@ class FrozenCopyReference:
         with _eval_without_grad(model):
             self._swap_parameters(trainable)
             try:
-                yield
+                return run()
             finally:
                 self._swap_parameters(trainable)
 
@@ -159,10 +196,10 @@ def _eval_without_grad(model: nn.Module) -> Iterator[None]:
 def cached_nll(
     file: Path,
     examples: Sequence[Example],
-    compute: Callable[[Sequence[Example]], list[tuple[float, int]]],
+    compute: Callable[[Sequence[Example]], list[NLL]],
     batch_size: int,
     on_done: Callable[[int, int], None] | None = None,
-) -> dict[str, tuple[float, int]]:
+) -> dict[int, NLL]:
     """Returns ``(NLL sum, tokens)`` of each example's answer under the reference model, by `answer_key`.
 
     Args:
@@ -182,12 +219,13 @@ def cached_nll(
             rows: list[list[object]] = []
             for start in range(0, len(examples), batch_size):
                 batch = examples[start : start + batch_size]
-                rows += [[answer_key(example), *values] for example, values in zip(batch, compute(batch), strict=True)]
+                rows += [[_digest(example), *values] for example, values in zip(batch, compute(batch), strict=True)]
                 if on_done:
                     on_done(len(rows), len(examples))
             write_json(scratch / file.name, rows)
     try:
-        cached = {str(key): (float(nll), int(tokens)) for key, nll, tokens in read_json(folder / file.name)}
+        saved = read_json(folder / file.name)
+        cached = {_key_of(digest): (float(nll), int(tokens)) for digest, nll, tokens in saved}
     except (TypeError, ValueError):
         cached = {}
     if not cached.keys() >= {answer_key(example) for example in examples}:
@@ -199,6 +237,14 @@ def cached_nll(
     return cached
 
 
-def answer_key(example: Example) -> str:
+def answer_key(example: Example) -> int:
     """Returns a key for an example and its answer, since a method may change the answer from epoch to epoch."""
+    return _key_of(_digest(example))
+
+
+def _digest(example: Example) -> str:
     return digest_json([example.id, example.answer])
+
+
+def _key_of(digest: str) -> int:
+    return int(digest[:15], 16)  # 60 bits

@@ -48,8 +48,15 @@ from vlm_unlearn.training.callbacks import (
     tensorboard_callback,
 )
 from vlm_unlearn.training.plan import Plan, plan, prepare_method, steps_of
-from vlm_unlearn.training.references import AdapterReference, FrozenCopyReference, ReferenceModel, cached_nll
-from vlm_unlearn.training.stream import NLL, UnlearningCollator, UnlearningStream
+from vlm_unlearn.training.references import (
+    NLL,
+    AdapterReference,
+    CachedReference,
+    FrozenCopyReference,
+    Reference,
+    cached_nll,
+)
+from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 from vlm_unlearn.training.trainer import UnlearningTrainer, last_complete_checkpoint
 
 
@@ -187,10 +194,9 @@ def _build_trainer(
         recipe.training.seed,
         recipe.training.group_by_image,
     )
-    reference: ReferenceModel | None = None
-    cached: dict[Role, Mapping[str, NLL]] = {}
+    reference: Reference | None = None
     if planned.reference_strategy == "cache":
-        cached = _cached_references(planned, stream, vlm, arguments.device, on_reference)
+        reference = _cached_reference(planned, stream, vlm, arguments.device, on_reference)
     elif planned.reference_strategy is not None:
         reference = AdapterReference() if planned.reference_strategy == "adapter" else FrozenCopyReference(vlm.model)
     if arguments.process_index == 0:
@@ -204,7 +210,7 @@ def _build_trainer(
         projector_learning_rate=recipe.training.projector_learning_rate,
         args=arguments,
         train_dataset=stream,
-        data_collator=UnlearningCollator(processor, planned.training_set, method, recipe.training.max_length, cached),
+        data_collator=UnlearningCollator(processor, planned.training_set, method, recipe.training.max_length),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, processor
@@ -281,18 +287,18 @@ def _may_have_unused_parameters(planned: Plan) -> bool:
     return planned.recipe.trainable.vision_tower or text_only
 
 
-def _cached_references(
+def _cached_reference(
     planned: Plan,
     stream: UnlearningStream,
     vlm: VisionLanguageModel,
     device: torch.device,
     on_done: Callable[[int, int], None] | None,
-) -> dict[Role, Mapping[str, NLL]]:
-    """Returns the reference NLLs that the method needs, by role, from the cache folder or computed now."""
+) -> CachedReference:
+    """Returns the reference NLLs that the method needs, from the cache folder or computed now."""
     recipe, training, data = planned.recipe, planned.recipe.training, planned.training_set
-    collator = UnlearningCollator(vlm.processor, data, planned.method, training.max_length, {})
+    collator = UnlearningCollator(vlm.processor, data, planned.method, training.max_length)
     dtype = next(vlm.model.parameters()).dtype
-    reference_nll: dict[Role, Mapping[str, NLL]] = {}
+    reference_nll: dict[Role, Mapping[int, NLL]] = {}
     for requirement in planned.method.reference_requirements:
         assert isinstance(requirement, ReferenceNLL)
         role, examples = requirement.role, stream.unique_examples(requirement.role)
@@ -329,7 +335,7 @@ def _cached_references(
                 training.per_device_train_batch_size,
                 on_done,
             )
-    return reference_nll
+    return CachedReference(reference_nll)
 
 
 def _gathered_parameters(model: torch.nn.Module) -> AbstractContextManager[object]:

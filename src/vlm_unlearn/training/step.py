@@ -4,10 +4,11 @@ A method's loss receives a `ModelStep` and requests values from it, for example 
 
 1. The first request that needs the current model runs the batches of all roles through it, in one pass per group of
    roles that can be merged (see `_plan_passes`).
-2. The first request for a reference value of a role runs the merged batch of that pass through the reference model.
-3. Both give one `ForwardOutput` per role. The public methods read likelihoods, logits and hidden states from it.
+2. The first request for a reference value of a role runs the merged batch of that pass through the reference model,
+   unless the value is cached.
+3. Both give one output per role. The public methods read likelihoods, logits and hidden states from it.
 
-Masks, token weights and cached reference likelihoods need no pass.
+Masks and token weights need no pass.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vlm_unlearn.modeling.batch_merge import can_merge, merge_batches
 from vlm_unlearn.modeling.forward import ForwardOutput, forward, packing_of
 from vlm_unlearn.modeling.packing import Packing
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.training.references import ReferenceModel
+from vlm_unlearn.training.references import CachedOutput, Reference
 
 Reduction = Literal["mean", "sum"]
 
@@ -64,8 +65,7 @@ class ModelStep:
         vlm: The model in training.
         batches: The batch of each role, on the model's device.
         method: Declares which layers, logits and reference values its loss uses.
-        reference: Gives the reference model. None if the method needs none, or if its reference values are in the
-            batches.
+        reference: Gives the outputs of the reference model. None if the method needs none.
         token_totals: The denominators of means over tokens, by role and kind: the tokens of the entire optimizer
             step, divided by its number of micro-batches over all processes, since the Trainer and DDP average over
             both. Every token of the step then has the same weight. None (with `paper_compat`) takes the tokens of
@@ -79,7 +79,7 @@ class ModelStep:
         vlm: VisionLanguageModel,
         batches: Mapping[Role, Batch],
         method: Method,
-        reference: ReferenceModel | None,
+        reference: Reference | None,
         token_totals: Mapping[tuple[Role, TokenKind], float] | None = None,
         progress: float = 0.0,
         wrapped: nn.Module | None = None,
@@ -95,7 +95,7 @@ class ModelStep:
         )
         self._merged_batches: dict[Role, _MergedBatch] = {}  # the merged batch that contains the role
         self._current_outputs_by_role: dict[Role, ForwardOutput] = {}
-        self._reference_outputs_by_role: dict[Role, ForwardOutput] = {}
+        self._reference_outputs_by_role: dict[Role, ForwardOutput | CachedOutput] = {}
 
     # Forward passes
 
@@ -108,7 +108,7 @@ class ModelStep:
                 self._current_outputs_by_role.update(self._run(merged, stop_after_last_hidden_layer, self._wrapped))
         return self._current_outputs_by_role[role]
 
-    def _reference_output(self, role: Role) -> ForwardOutput:
+    def _reference_output(self, role: Role) -> ForwardOutput | CachedOutput:
         """Returns the reference model's output for a role.
 
         Runs the reference on exactly the batch of the role's pass, with the other roles of that pass. Before the first
@@ -121,10 +121,22 @@ class ModelStep:
             assert self._reference is not None, "the loss uses a value that is not in Method.reference_requirements"
             requirements = self._method.reference_requirements
             needs_only_hidden = all(isinstance(requirement, ReferenceHidden) for requirement in requirements)
-            with self._reference.active(self._vlm.model):
-                outputs = self._run(self._merged_batches[role], stop_after_last_hidden_layer=needs_only_hidden)
-            self._reference_outputs_by_role.update(outputs)
+            merged = self._merged_batches[role]
+            batches = {merged_role: self._batches[merged_role] for merged_role in merged.roles}
+            self._reference_outputs_by_role.update(
+                self._reference.outputs(
+                    self._vlm.model,
+                    batches,
+                    lambda: self._run(merged, stop_after_last_hidden_layer=needs_only_hidden),
+                )
+            )
         return self._reference_outputs_by_role[role]
+
+    def _reference_states(self, role: Role) -> ForwardOutput:
+        """Returns the reference model's output for a role, which is not cached."""
+        output = self._reference_output(role)
+        assert isinstance(output, ForwardOutput), "only likelihoods are cached"
+        return output
 
     def _plan_passes(self) -> list[tuple[list[Role], bool]]:
         """Groups the roles into forward passes of the current model.
@@ -194,7 +206,7 @@ class ModelStep:
         return _reduce(self._current_output(role).answer_nll, reduction)
 
     def reference_nll(self, role: Role, reduction: Reduction = "mean") -> Tensor:
-        return _reduce(self._reference_answer_nll(role), reduction)
+        return _reduce(self._reference_output(role).answer_nll, reduction)
 
     def cross_entropy(self, *roles: Role) -> Tensor:
         total = torch.stack([self._current_output(role).answer_nll[0].sum() for role in roles]).sum()
@@ -203,14 +215,14 @@ class ModelStep:
     def micro_batch_nll(self, role: Role) -> tuple[Tensor, Tensor]:
         # Unlike `cross_entropy`, a mean over this micro-batch (`paper_compat`). Both models predict the same tokens.
         nll_sum, tokens = self._current_output(role).answer_nll
-        reference_sum, _ = self._reference_answer_nll(role)
+        reference_sum, _ = self._reference_output(role).answer_nll
         return nll_sum.sum() / tokens.sum(), reference_sum.sum() / tokens.sum()
 
     def logits(self, role: Role) -> Tensor:
         return self._current_output(role).padded_logits()
 
     def reference_logits(self, role: Role) -> Tensor:
-        return self._reference_output(role).padded_logits()
+        return self._reference_states(role).padded_logits()
 
     def labels(self, role: Role) -> Tensor:
         # The columns of `padded_logits`: those with logits, and one more, so that the labels can be shifted.
@@ -220,7 +232,7 @@ class ModelStep:
         return self._current_output(role).hidden[layer]
 
     def reference_hidden(self, role: Role, layer: int) -> Tensor:
-        return self._reference_output(role).hidden[layer]
+        return self._reference_states(role).hidden[layer]
 
     def attention_mask(self, role: Role) -> Tensor:
         return self._batches[role]["attention_mask"]
@@ -238,13 +250,6 @@ class ModelStep:
         gradients.
         """
         return torch.stack([0.0 * self._current_output(role).logits.float().sum() for role in self._batches]).sum()
-
-    def _reference_answer_nll(self, role: Role) -> tuple[Tensor, Tensor]:
-        """Returns ``(nll_sum [B], tokens [B])`` under the reference model, from the batch if the values were cached."""
-        batch = self._batches[role]
-        if "reference_nll_sum" in batch:
-            return batch["reference_nll_sum"], batch["reference_tokens"]
-        return self._reference_output(role).answer_nll
 
 
 def _reduce(answer_nll: tuple[Tensor, Tensor], reduction: Reduction) -> Tensor:

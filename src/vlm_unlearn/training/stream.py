@@ -21,8 +21,6 @@ from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_text
 from vlm_unlearn.training.references import answer_key
 
-NLL = tuple[float, int]  # an answer's NLL sum and its number of tokens
-
 
 class UnlearningStream(Dataset[dict[Role, Example]]):
     """A dataset whose item `k` is ``{"forget": Example, "retain": Example, ...}``.
@@ -164,15 +162,14 @@ def _examples_by_pair_id(training_set: TrainingSet, role: Role) -> dict[str, Exa
 class UnlearningCollator:
     """Encodes stream items into ``{"forget": {...}, "retain": {...}}``, with all tensors that the processor returns.
 
-    Each batch also contains ``images`` [B], a key for each image file. Batches of a role with cached reference
-    values contain ``reference_nll_sum`` [B] and ``reference_tokens`` [B].
+    Each batch also contains ``images`` [B], a key for each image file, and ``answer_keys`` [B], by which cached
+    reference values are found.
 
     Args:
         processor: The model's processor.
         training_set: Resolves the image paths of the examples.
         method: Determines the roles, and whether a forget answer is appended to its prompt.
         max_length: The maximum number of tokens of a sample. Longer answers are truncated.
-        reference: Cached reference values by role and `answer_key`.
     """
 
     def __init__(
@@ -181,13 +178,11 @@ class UnlearningCollator:
         training_set: TrainingSet,
         method: Method,
         max_length: int,
-        reference: Mapping[Role, Mapping[str, NLL]],
     ) -> None:
         self._processor = processor
         self._training_set = training_set
         self._method = method
         self._max_length = max_length
-        self._reference = reference
 
     def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch] | UserError:
         """Collates a batch.
@@ -205,14 +200,13 @@ class UnlearningCollator:
     def encode(self, role: Role, examples: Sequence[Example]) -> Batch:
         """Returns the batch of one role."""
         turns = [self._turn(role, example) for example in examples]
-        if self._answer_in_prompt(role):
-            return {**encode(self._processor, turns, padding_side="right"), "images": _image_keys(turns)}
-        batch = encode_with_labels(self._processor, turns, self._max_length)
+        batch = (
+            encode(self._processor, turns, padding_side="right")
+            if self._answer_in_prompt(role)
+            else encode_with_labels(self._processor, turns, self._max_length)
+        )
         batch["images"] = _image_keys(turns)
-        if role in self._reference:
-            values = [self._reference[role][answer_key(example)] for example in examples]
-            batch["reference_nll_sum"] = torch.tensor([nll for nll, _ in values])
-            batch["reference_tokens"] = torch.tensor([tokens for _, tokens in values])
+        batch["answer_keys"] = torch.tensor([answer_key(example) for example in examples])
         return batch
 
     def check_lengths(self) -> None:

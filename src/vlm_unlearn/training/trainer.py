@@ -25,7 +25,7 @@ from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import write_json
-from vlm_unlearn.training.references import ReferenceModel
+from vlm_unlearn.training.references import Reference
 from vlm_unlearn.training.step import ModelStep, count_tokens
 
 COMPLETE = "complete.json"  # the file that is written last into a checkpoint
@@ -40,7 +40,7 @@ class UnlearningTrainer(Trainer):
     Args:
         vlm: The model to train.
         method: Computes the loss of a step.
-        reference: Gives the reference model, None if the method needs none or its reference values are in the batches.
+        reference: Gives the outputs of the reference model. None if the method needs none.
         projector_learning_rate: The projector's learning rate. None uses the learning rate of the other parameters.
         kwargs: Arguments of transformers.Trainer.
     """
@@ -53,7 +53,7 @@ class UnlearningTrainer(Trainer):
         self,
         vlm: VisionLanguageModel,
         method: Method,
-        reference: ReferenceModel | None,
+        reference: Reference | None,
         projector_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -117,7 +117,7 @@ class UnlearningTrainer(Trainer):
         return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Returns the inputs unchanged. `compute_loss` moves them: reference values must not get DeepSpeed's dtype."""
+        """Returns the inputs unchanged. `compute_loss` moves them."""
         return inputs
 
     def _divergence_advice(self) -> str:
