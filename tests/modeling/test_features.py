@@ -6,7 +6,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer
 
 import families
 from helpers import raises_code, recipe
+from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.encoding import Turn, encode_with_labels
 from vlm_unlearn.modeling import features as module
 from vlm_unlearn.modeling.features import FeatureCache, Features, cache_vision_features
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training import runner
+from vlm_unlearn.training import trainer as trainer_module
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
 
@@ -261,6 +263,22 @@ def test_training_gives_same_weights_with_and_without_cache(
     assert all(weights[name].equal(uncached[name]) for weights in cached for name in uncached)
 
 
+def cached_towers(configured: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Returns the vision towers whose features a run caches, without training."""
+    towers: list[object] = []
+
+    def cache(tower: object, _cache: FeatureCache) -> Callable[[], None]:
+        towers.append(tower)
+        return lambda: None
+
+    monkeypatch.setattr(trainer_module, "cache_vision_features", cache)
+    monkeypatch.setattr(Trainer, "train", lambda *_args: None)
+    planned = plan(configured)
+    configured.output.mkdir()
+    runner._build_trainer(planned, runner._training_arguments(planned), None).train()
+    return towers
+
+
 @pytest.mark.parametrize(
     ("changes", "is_cached"),
     [
@@ -277,10 +295,7 @@ def test_run_caches_features_of_frozen_tower_only(
     is_cached: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    towers: list[object] = []
-    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
-    planned = plan(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "ga", **changes))
-    runner._cache_features(planned, VisionLanguageModel(load_model(tiny_model, "fp32")))
+    towers = cached_towers(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "ga", **changes), monkeypatch)
     assert bool(towers) == is_cached
 
 
@@ -291,8 +306,5 @@ def test_run_does_not_cache_tower_that_contains_projector(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = families.shared_folder("qwen2_5_vl", tmp_path_factory)
-    planned = plan(recipe(folder, training_sets["harmful"], tmp_path / "run", "ga"))
-    towers: list[object] = []
-    monkeypatch.setattr(runner, "cache_vision_features", lambda tower, _cache: towers.append(tower))
-    runner._cache_features(planned, VisionLanguageModel(load_model(folder, "fp32")))
+    towers = cached_towers(recipe(folder, training_sets["harmful"], tmp_path / "run", "ga"), monkeypatch)
     assert not towers, "its features would not change while the projector is trained"

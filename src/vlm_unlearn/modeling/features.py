@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,8 @@ def _write(file: Path, features: Features) -> bool:
     return True
 
 
-def cache_vision_features(tower: nn.Module, cache: FeatureCache) -> None:
-    """Monkey-patches the vision tower's forward to cache its features per image.
+def cache_vision_features(tower: nn.Module, cache: FeatureCache) -> Callable[[], None]:
+    """Monkey-patches the vision tower's forward to cache its features per image. Returns a function that undoes it.
 
     The tower must stay frozen, and must not be sharded: all processes have to run a sharded tower together. Calls that
     pass more tensors than one [images, channels, height, width] are not cached. The cache key contains the image, the
@@ -180,7 +180,11 @@ def cache_vision_features(tower: nn.Module, cache: FeatureCache) -> None:
             hidden_states={layer: stacked[str(layer)] for layer in layers} or None,
         )
 
+    def restore() -> None:
+        tower.forward = original_forward
+
     tower.forward = forward
+    return restore
 
 
 def _layer_list(layers: int | Sequence[int] | None) -> list[int]:

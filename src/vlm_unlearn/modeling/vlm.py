@@ -42,6 +42,11 @@ class VisionLanguageModel:
         return get_base_model(self.model)
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether PEFT wraps the model."""
+        return self.model is not self.base_model
+
+    @property
     def family(self) -> str:
         """transformers' name of the model's family, such as ``llava``."""
         return family_of(self.base_model)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
@@ -114,7 +113,7 @@ class ProbeCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._config.eval_steps and state.global_step < state.max_steps:
             return
-        rates = self._measure()
+        rates = self._trainer.measure(self._probe)
         logs = {f"{PROBE_PREFIX}{name}": value for name, value in rates.items() if value is not None}
         aborted = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
         score = self._score(rates)
@@ -138,20 +137,6 @@ class ProbeCallback(TrainerCallback):
         """Loads the best weights into the model of the process that saves it, if the recipe keeps them."""
         if self._trainer.args.should_save and self._config.keep_best and self._best_folder.is_dir():
             self._trainer.load_trained(self._best_folder)
-
-    def _measure(self) -> dict[str, float | None]:
-        """Returns the probe's rates, in all processes."""
-        rates: list[dict[str, float | None]] = [{}]
-        if self._trainer.is_world_process_zero():
-            model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-            was_training = model.training
-            model.eval()
-            try:
-                with self._trainer.accelerator.autocast():
-                    rates = [dict(self._probe(model))]
-            finally:
-                model.train(was_training)
-        return dict(broadcast_object_list(rates)[0])
 
     def _score(self, rates: Mapping[str, float | None]) -> float | None:
         """Returns the weighted sum of the ``keep_best`` metrics, None if there are none or one was not measured."""

@@ -56,7 +56,7 @@ class Reference(Protocol):
 
 
 def resolve_reference_strategy(
-    setting: Literal["auto", "cache", "adapter", "copy"], requirements: Sequence[ReferenceRequirement], lora: bool
+    setting: str, requirements: Sequence[ReferenceRequirement], lora: bool
 ) -> ReferenceStrategy | None:
     """Returns the strategy of a recipe. ``auto`` resolves to the one that needs the least memory.
 
@@ -85,7 +85,7 @@ def resolve_reference_strategy(
         raise UserError(
             "adapter needs trainable.mode=lora. Set reference=auto.", code="conflicting-settings", field="reference"
         )
-    return setting
+    return "cache" if setting == "cache" else "adapter" if setting == "adapter" else "copy"
 
 
 class CachedReference:
@@ -194,7 +194,7 @@ def _eval_without_grad(model: nn.Module) -> Iterator[None]:
 
 
 def cached_nll(
-    file: Path,
+    file: Path | None,
     examples: Sequence[Example],
     compute: Callable[[Sequence[Example]], list[NLL]],
     batch_size: int,
@@ -204,7 +204,7 @@ def cached_nll(
 
     Args:
         file: The cache file. Its name must be a digest of everything that the values depend on. If it does not exist,
-            the values are computed and written.
+            the values are computed and written. None always computes them.
         examples: The examples.
         compute: Computes the values of one batch of examples.
         batch_size: The number of examples per batch.
@@ -213,16 +213,21 @@ def cached_nll(
     Raises:
         UserError: The cache file is damaged.
     """
+
+    def rows() -> Iterator[tuple[str, float, int]]:
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            for example, (nll, tokens) in zip(batch, compute(batch), strict=True):
+                yield _digest(example), nll, tokens
+            if on_done:
+                on_done(start + len(batch), len(examples))
+
+    if file is None:
+        return {_key_of(digest): (nll, tokens) for digest, nll, tokens in rows()}
     folder = file.with_suffix("")
     with build_atomically(folder) as scratch:
         if scratch is not None:
-            rows: list[list[object]] = []
-            for start in range(0, len(examples), batch_size):
-                batch = examples[start : start + batch_size]
-                rows += [[_digest(example), *values] for example, values in zip(batch, compute(batch), strict=True)]
-                if on_done:
-                    on_done(len(rows), len(examples))
-            write_json(scratch / file.name, rows)
+            write_json(scratch / file.name, list(rows()))
     try:
         saved = read_json(folder / file.name)
         cached = {_key_of(digest): (float(nll), int(tokens)) for digest, nll, tokens in saved}

@@ -1,48 +1,102 @@
-"""The subclass of transformers.Trainer.
+"""The trainer: transformers.Trainer with an unlearning method as its loss.
 
-It trains on nested batches with a method's loss, logs the loss terms and writes checkpoints that resume exactly.
+It trains on nested batches, logs the loss terms and writes checkpoints that resume exactly.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
 
-from vlm_unlearn.data.encoding import Batch, move
+from vlm_unlearn.data.encoding import Batch, Processor, move
+from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.methods import Method, Role, TokenKind
+from vlm_unlearn.methods import Role, TokenKind
 from vlm_unlearn.modeling.attention import without_cudnn_attention
+from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
+from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.loader import build_skeleton
+from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.store import write_json
-from vlm_unlearn.training.references import Reference
+from vlm_unlearn.records import Example
+from vlm_unlearn.store import cache_folder, digest_json, package_versions, read_json, write_json
+from vlm_unlearn.training.arguments import UnlearningConfig
+from vlm_unlearn.training.references import (
+    NLL,
+    AdapterReference,
+    CachedReference,
+    FrozenCopyReference,
+    Reference,
+    cached_nll,
+    resolve_reference_strategy,
+)
 from vlm_unlearn.training.step import ModelStep, count_tokens
+from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
+
+EvalFunction = Callable[[Any], Mapping[str, float | None]]  # rates by name, None for a rate that was not measured
 
 COMPLETE = "complete.json"  # the file that is written last into a checkpoint
 TRAINED = "trained.safetensors"  # the trainable parameters by name; the base model has the others
 
 
-class UnlearningTrainer(Trainer):
-    """Trains a model with a `Method` on batches ``{"forget": {...}, "retain": {...}}``.
+@dataclass(frozen=True)
+class CacheKeys:
+    """What identifies the model and the data of a run in caches on disk, such as digests of their files."""
 
-    Resuming, gradient accumulation, distribution, logging and saving of adapters are those of transformers.
+    model: Mapping[str, object]
+    data: Mapping[str, object]
+
+
+class UnlearningTrainer(Trainer):
+    """Unlearns a forget set while it preserves a retain set.
+
+    Resuming, gradient accumulation, distribution and logging are those of transformers.
+
+    Example:
+        >>> trainer = UnlearningTrainer(
+        ...     model=model,
+        ...     args=UnlearningConfig(output_dir="runs/npo", method="npo", method_args={"beta": 0.5}),
+        ...     train_dataset="data/train",
+        ...     processing_class=processor,
+        ...     peft_config=LoraConfig(r=32, target_modules=["q_proj", "v_proj"]),
+        ... )
+        >>> trainer.train()
+        >>> trainer.save_model("models/npo")
 
     Args:
-        vlm: The model to train.
-        method: Computes the loss of a step.
-        reference: Gives the outputs of the reference model. None if the method needs none.
-        projector_learning_rate: The projector's learning rate. None uses the learning rate of the other parameters.
-        kwargs: Arguments of transformers.Trainer.
+        model: A model that ``AutoModelForImageTextToText`` loads, or a PEFT model of it.
+        args: The arguments.
+        train_dataset: The examples of each role.
+        processing_class: The model's processor, with a chat template.
+        peft_config: The adapters to train, of any kind that PEFT has. None trains the parameters of the model that
+            require gradients, without the vision tower unless ``args.freeze_vision_tower`` is False.
+        eval_fn: Called with the model in evaluation mode, every ``args.eval_steps`` steps if ``args.eval_strategy`` is
+            ``"steps"``. Its rates are logged as ``eval_<name>``.
+        callbacks: Callbacks of transformers.
+        optimizers: An optimizer and a scheduler instead of the default ones.
+        cache_keys: Identify model and data in the caches on disk. None caches in memory only.
+        on_reference: Called while reference values are computed before the first step, with the number of finished
+            examples and of all examples.
+        check_lengths: Whether to check the lengths of all examples before training.
+
+    Raises:
+        UserError: An argument does not fit the model, the data or the other arguments.
     """
 
     # The Trainer averages the losses of a step's micro-batches, and DDP averages their gradients over processes.
@@ -51,19 +105,193 @@ class UnlearningTrainer(Trainer):
 
     def __init__(
         self,
-        vlm: VisionLanguageModel,
-        method: Method,
-        reference: Reference | None,
-        projector_learning_rate: float | None = None,
-        **kwargs: Any,
+        model: nn.Module,
+        args: UnlearningConfig,
+        train_dataset: TrainingSet,
+        processing_class: Processor,
+        peft_config: PeftConfig | None = None,
+        *,
+        eval_fn: EvalFunction | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        cache_keys: CacheKeys | None = None,
+        on_reference: Callable[[int, int], None] | None = None,
+        check_lengths: bool = True,
     ) -> None:
-        super().__init__(model=vlm.model, **kwargs)
-        self.vlm = vlm
-        self.method = method
-        self.reference = reference
-        self._projector_learning_rate = projector_learning_rate
+        if not isinstance(args, UnlearningConfig):
+            raise UserError("must be an UnlearningConfig", code="invalid-field", field="args")
+        if args.eval_strategy != "no" and eval_fn is None:
+            raise UserError("eval_strategy needs an eval_fn", code="missing-setting", field="eval_fn")
+        if eval_fn is not None and args.eval_strategy == "no":
+            raise UserError(
+                'eval_fn is never called. Set eval_strategy="steps" and eval_steps.',
+                code="conflicting-settings",
+                field="eval_strategy",
+            )
+        self.vlm = _with_trainable_parameters(VisionLanguageModel(model, processing_class), args, peft_config)
+        self.method = args.build_method()
+        self.method.prepare(
+            self.vlm.hidden_size, len(self.vlm.decoder_layers), torch.Generator().manual_seed(args.seed)
+        )
+        # Adapters that were trained before are part of the reference model, which disabling them would not give.
+        may_disable_adapters = peft_config is not None or (args.reference == "adapter" and self.vlm.has_adapters)
+        strategy = resolve_reference_strategy(args.reference, self.method.reference_requirements, may_disable_adapters)
+        args = copy.copy(args)
+        args.max_steps = args.num_steps(len(train_dataset.examples["forget"]))
+        if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = _may_have_unused_parameters(self.vlm, train_dataset)
+        stream = UnlearningStream(
+            train_dataset, self.method, args.max_steps * args.samples_per_step(), args.seed, args.group_by_image
+        )
+        collator: Any = UnlearningCollator(processing_class, train_dataset, self.method, args.max_length)
+        if check_lengths:
+            collator.check_lengths()
+        super().__init__(
+            model=self.vlm.model,
+            args=args,
+            data_collator=collator,
+            train_dataset=stream,
+            eval_dataset=stream if eval_fn else None,  # not used, but required by the Trainer
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._stream = stream
+        self._collator = collator
+        self._train_data_digest = _digest_of_run(args, train_dataset)
+        self._eval_fn = eval_fn
+        self._cache_keys = cache_keys
+        self._on_reference = on_reference
+        self._reference_strategy = strategy
+        self._reference: Reference | None = None
         self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
         self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, and returns the outcome as transformers does.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the last complete one in ``args.output_dir``. With
+                True, training starts from the beginning if there is none. A resumed run trains the same weights as an
+                uninterrupted one, to the bit on a CPU.
+            args: Further arguments of transformers.
+            kwargs: Further arguments of transformers.
+
+        Raises:
+            UserError: The checkpoint belongs to another run: another method, seed, batch size or data.
+            RunError: The loss or the gradient became NaN or infinite. The last good checkpoint remains.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # type: ignore[assignment]
+        if resume_from_checkpoint:
+            self._validate_checkpoint(Path(str(resume_from_checkpoint)))
+        with self._cached_features():
+            if self._reference is None and self._reference_strategy is not None:
+                self._reference = self._create_reference()
+            output: TrainOutput = super().train(
+                str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs
+            )
+        return output
+
+    def _validate_checkpoint(self, folder: Path) -> None:
+        try:
+            digest = read_json(folder / COMPLETE).get("run")
+        except (UserError, AttributeError):
+            digest = None  # another program's checkpoint, or an older version's
+        if digest is not None and digest != self._train_data_digest:
+            raise UserError(
+                "belongs to another run: the method, the seed, the batch size, the number of steps or the data differ",
+                code="run-mismatch",
+                file=folder,
+            )
+
+    @contextmanager
+    def _cached_features(self) -> Iterator[None]:
+        """Caches the vision tower's features if the tower is frozen and not sharded."""
+        tower = self.vlm.vision_tower
+        frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+        if self.args.feature_cache == "off" or not frozen or self.sharded:
+            yield
+            return
+        folder = None
+        if self.args.feature_cache == "disk" and self._cache_keys is not None:
+            parameter = next(self.vlm.model.parameters())
+            key = [self._cache_keys.model, package_versions(), str(parameter.dtype), self._precision]
+            folder = cache_folder() / "features" / digest_json([*key, parameter.device.type])
+        restore = cache_vision_features(tower, FeatureCache(int(self.args.feature_cache_gb * 2**30), folder))
+        try:
+            yield
+        finally:
+            restore()
+
+    def _create_reference(self) -> Reference:
+        """Returns the reference model of the run, before its first step."""
+        if self._reference_strategy == "adapter":
+            return AdapterReference()
+        if self._reference_strategy == "copy":
+            return FrozenCopyReference(self.vlm.model)
+        roles = [requirement.role for requirement in self.method.reference_requirements]
+        self.vlm.model.eval()
+        with _gathered_parameters(self.vlm.model):
+            return CachedReference({role: self._cached_nll(role) for role in roles})
+
+    def _cached_nll(self, role: Role) -> Mapping[int, NLL]:
+        """Returns the reference NLLs of a role, from the cache folder or computed now."""
+        examples, batch_size = self._stream.unique_examples(role), self.args.per_device_train_batch_size
+        dtype, device = next(self.vlm.model.parameters()).dtype, self.args.device
+
+        def compute(batch_examples: Sequence[Example]) -> list[NLL]:
+            batch = move(self._collator.encode(role, batch_examples), device, dtype)
+            with torch.no_grad(), without_cudnn_attention(), self.accelerator.autocast():
+                output = forward(self.vlm, batch, packing=packing_of(self.vlm, batch, self.method))
+            nll_sum, tokens = output.answer_nll
+            return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
+
+        file = None
+        if self._cache_keys is not None:
+            key = {
+                **self._cache_keys.model,
+                "data": self._cache_keys.data,
+                "versions": package_versions(),
+                "weights": str(dtype),
+                "precision": self._precision,
+                "max_length": self.args.max_length,
+                "batch_size": batch_size,
+                "rendering": 2,  # version of the conversion of turns to tokens
+                "examples": [[example.id, example.answer] for example in examples],
+            }
+            file = cache_folder() / "reference" / f"{digest_json(key)}.json"
+        return cached_nll(file, examples, compute, batch_size, self._on_reference)
+
+    @property
+    def _precision(self) -> str:
+        return "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Calls `eval_fn` with the model, logs its rates and returns them as ``eval_<name>``.
+
+        In a distributed run, the main process evaluates and broadcasts the rates.
+        """
+        rates = {} if self._eval_fn is None else self.measure(self._eval_fn)
+        metrics = {f"{metric_key_prefix}_{name}": rate for name, rate in rates.items() if rate is not None}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, eval_fn: EvalFunction) -> dict[str, float | None]:
+        """Returns the rates of a function of the model in evaluation mode, in all processes."""
+        rates: list[dict[str, float | None]] = [{}]
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            was_training = model.training
+            model.eval()
+            try:
+                with self.accelerator.autocast():
+                    rates = [dict(eval_fn(model))]
+            finally:
+                model.train(was_training)
+        return dict(broadcast_object_list(rates)[0])
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """Returns the micro-batches of an optimizer step, and counts their tokens over all processes."""
@@ -96,7 +324,7 @@ class UnlearningTrainer(Trainer):
         dtype = self.vlm.base_model.dtype
         batches = {role: move(batch, self.args.device, dtype) for role, batch in inputs.items()}
         progress = self.state.global_step / max(1, self.state.max_steps)
-        step = ModelStep(self.vlm, batches, self.method, self.reference, self._token_totals, progress, model)
+        step = ModelStep(self.vlm, batches, self.method, self._reference, self._token_totals, progress, model)
         output = self.method.loss(step)
         total = output.total + step.zero_loss_over_all_logits() if self.method.hidden_layers else output.total
         if not torch.isfinite(output.total):
@@ -149,7 +377,7 @@ class UnlearningTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the Trainer's optimizer, with parameter groups for the projector if it has its own learning rate."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self._projector_learning_rate is None:
+        if self.args.projector_learning_rate is None:
             return optimizer
         base = self.vlm.base_model if model is None else get_base_model(model)
         projector_ids = {
@@ -159,7 +387,7 @@ class UnlearningTrainer(Trainer):
             projector = [parameter for parameter in group["params"] if id(parameter) in projector_ids]
             if projector:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector_ids]
-                optimizer.add_param_group({**group, "params": projector, "lr": self._projector_learning_rate})
+                optimizer.add_param_group({**group, "params": projector, "lr": self.args.projector_learning_rate})
         return optimizer
 
     @property
@@ -209,13 +437,113 @@ class UnlearningTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-            write_json(folder / COMPLETE, {"step": self.state.global_step, "files": files})
+            complete = {"step": self.state.global_step, "files": files, "run": self._train_data_digest}
+            write_json(folder / COMPLETE, complete)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model or its adapters, the processor and the method's state, to be loaded by `from_pretrained`.
+
+        Args:
+            output_dir: The folder. None saves to ``args.output_dir``.
+            _internal_call: Set by the Trainer for a checkpoint, which contains only the trainable parameters.
+
+        Raises:
+            RunError: A trained weight is NaN or infinite.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        # All processes gather the weights that FSDP or DeepSpeed sharded, and one of them writes.
+        gathered = self.accelerator.get_state_dict(self.model_wrapped) if self.sharded else None
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        model: Any = self.accelerator.unwrap_model(self.model)
+        for name, value in self._trainable_parameters().items():
+            # The loss of the last step was finite, but its update may not be.
+            if not (gathered or {}).get(name, value).isfinite().all():
+                raise RunError(
+                    f"the trained weights are not finite ({name}). Lower the learning_rate.", code="non-finite-weights"
+                )
+        merge_sine(model)
+        if gathered is None:
+            model.save_pretrained(str(folder))
+        elif self.vlm.has_adapters:
+            model.save_pretrained(str(folder), state_dict=gathered)
+        else:
+            # A model that DeepSpeed loaded would save its weights under names that no other library reads.
+            unsharded: Any = build_skeleton(self.vlm.base_model.config, "the trained model")
+            unsharded.load_state_dict(gathered, strict=True, assign=True)
+            unsharded.generation_config = model.generation_config
+            unsharded.save_pretrained(str(folder))
+        self.vlm.processor.save_pretrained(str(folder))
+        state = self.method.state()
+        if state:
+            save_file(state, folder / "method_state.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.load_trained(Path(resume_from_checkpoint))
+
+
+def _with_trainable_parameters(
+    vlm: VisionLanguageModel, args: UnlearningConfig, peft_config: PeftConfig | None
+) -> VisionLanguageModel:
+    """Adds adapters or freezes the vision tower, as the arguments say."""
+    if peft_config is not None:
+        if vlm.has_adapters:
+            raise UserError(
+                "the model has adapters already. Leave peft_config out to train them.",
+                code="conflicting-settings",
+                field="peft_config",
+            )
+        set_seed(args.seed)  # new adapters have random weights
+        try:
+            vlm = vlm.with_model(get_peft_model(vlm.model, peft_config))
+        except ValueError as error:
+            raise UserError(str(error).splitlines()[0][:200], code="invalid-field", field="peft_config") from None
+    elif not vlm.has_adapters and args.freeze_vision_tower:
+        for name, parameter in vlm.model.named_parameters():
+            if vlm.component(name) == "vision tower":
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
+        raise UserError(
+            "no parameter is trainable. Pass a peft_config, or a model whose parameters require gradients.",
+            code="conflicting-settings",
+            field="model",
+        )
+    return vlm
+
+
+def _may_have_unused_parameters(vlm: VisionLanguageModel, train_dataset: TrainingSet) -> bool:
+    """Returns whether some trainable parameters may get no gradient in a step.
+
+    These are the projector on text-only batches, and the vision layers above the one whose features the model uses.
+    """
+    trained = {vlm.component(name) for name, value in vlm.base_model.named_parameters() if value.requires_grad}
+    text_only = any(example.image is None for role in train_dataset.examples.values() for example in role)
+    return "vision tower" in trained or text_only
+
+
+def _digest_of_run(args: UnlearningConfig, train_dataset: TrainingSet) -> str:
+    """Returns a digest of the settings and examples that determine the batches of a run. It covers no image files."""
+    examples = {role: [example.model_dump() for example in rows] for role, rows in train_dataset.examples.items()}
+    settings = [args.method, args.method_args, args.prompt_decouple_weight, args.seed, args.max_steps]
+    return digest_json([*settings, args.samples_per_step(), args.group_by_image, args.max_length, examples])
+
+
+def _gathered_parameters(model: nn.Module) -> AbstractContextManager[object]:
+    """Gathers the parameters that ZeRO-3 sharded at loading. The DeepSpeed engine that does so does not exist yet."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(model.parameters()))
+    return gathered
 
 
 def _raise_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:

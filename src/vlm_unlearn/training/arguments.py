@@ -1,0 +1,102 @@
+"""The arguments of an unlearning run: those of transformers.TrainingArguments, and the method with its options."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from vlm_unlearn.config import MethodConfig
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.methods import Method, build_method
+
+REFERENCES = ("auto", "cache", "adapter", "copy")
+FEATURE_CACHES = ("memory", "disk", "off")
+
+
+@dataclass
+class UnlearningConfig(TrainingArguments):
+    """Arguments of `UnlearningTrainer`. All arguments of transformers.TrainingArguments keep their names.
+
+    Three arguments have fixed values. ``train_sampling_strategy="sequential"`` makes resumed runs exact, and the stream
+    of examples is shuffled already. ``remove_unused_columns=False`` keeps the roles of a batch, and
+    ``logging_nan_inf_filter=False`` keeps losses that are not finite visible.
+
+    Raises:
+        UserError: The method or one of its options is unknown, or an argument is invalid.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "method_args"]
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two log entries."})
+    method: str = field(
+        default="npo", metadata={"help": "The unlearning method. `vlm-unlearn methods` lists the methods."}
+    )
+    method_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the method, such as `{'beta': 0.5}`."}
+    )
+    prompt_decouple_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the Prompt Decouple loss (SafeEraser, arXiv 2502.12520). 0 turns it off."},
+    )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "How the reference model is provided: `cache` computes likelihoods before training, `adapter` "
+            "disables the adapters, `copy` keeps frozen copies of the trainable parameters. `auto` takes the one that "
+            "needs the least memory."
+        },
+    )
+    group_by_image: bool = field(
+        default=False, metadata={"help": "Whether to order the examples by image, so that a batch contains few images."}
+    )
+    feature_cache: str = field(
+        default="memory",
+        metadata={"help": "Where the features of a frozen vision tower are cached: `memory`, `disk` or `off`."},
+    )
+    feature_cache_gb: float = field(default=4, metadata={"help": "Maximum size of the feature cache in GB."})
+    max_length: int = field(
+        default=2048,
+        metadata={
+            "help": "Maximum length of a sample in tokens. A longer answer is truncated. A longer question is an error."
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the projector. None uses `learning_rate`."}
+    )
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={"help": "Whether to freeze the vision tower of a model without adapters, as both papers do."},
+    )
+
+    def __post_init__(self) -> None:
+        self.train_sampling_strategy = "sequential"
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False
+        self.label_names = ["forget", "retain"]
+        super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # nn.DataParallel supports neither nested batches nor hooks
+        for name, values in (("reference", REFERENCES), ("feature_cache", FEATURE_CACHES)):
+            if getattr(self, name) not in values:
+                raise UserError(f"must be one of {', '.join(values)}", code="invalid-field", field=name)
+        if not math.isfinite(self.prompt_decouple_weight) or self.prompt_decouple_weight < 0:
+            raise UserError("must be at least 0", code="invalid-field", field="prompt_decouple_weight")
+        self.build_method()
+
+    def build_method(self) -> Method:
+        """Returns a new object of the method, wrapped in prompt decoupling if its weight is above 0."""
+        options = {"name": self.method, **(self.method_args or {})}  # type: ignore[dict-item]
+        return build_method(MethodConfig.model_validate(options), self.prompt_decouple_weight)
+
+    def samples_per_step(self) -> int:
+        """Returns the number of forget samples of an optimizer step, over all processes."""
+        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size)
+
+    def num_steps(self, forget_examples: int) -> int:
+        """Returns the number of optimizer steps: ``max_steps``, or else those of the epochs over the forget set."""
+        if self.max_steps > 0:
+            return int(self.max_steps)
+        return max(1, math.ceil(int(self.num_train_epochs * forget_examples) / self.samples_per_step()))
