@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlm_unlearn.config import MethodConfig, TrainableConfig
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Batch
-from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.methods import METHODS, Method, Role, build_method
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
@@ -54,8 +54,8 @@ def _load_once(folder: Path) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _read_once(data: Path) -> TrainingSet:
-    return read_training_set(data)
+def _read_once(data: Path) -> UnlearningDataset:
+    return UnlearningDataset.from_folder(data)
 
 
 @dataclass

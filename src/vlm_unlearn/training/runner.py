@@ -235,7 +235,7 @@ def _cache_features(planned: Plan, model: torch.nn.Module) -> None:
 
 def _training_arguments(planned: Plan) -> TrainingArguments:
     recipe, training = planned.recipe, planned.recipe.training
-    steps = steps_of(recipe, len(planned.training_set.examples["forget"]), world_size())
+    steps = steps_of(recipe, len(planned.training_set["forget"]), world_size())
     arguments = TrainingArguments(
         output_dir=str(recipe.output / "checkpoints"),
         per_device_train_batch_size=training.per_device_train_batch_size,
@@ -277,7 +277,7 @@ def _may_have_unused_parameters(planned: Plan) -> bool:
 
     These are the projector on text-only batches, and the vision layers above the one whose features the model uses.
     """
-    text_only = any(example.image is None for role in planned.training_set.examples.values() for example in role)
+    text_only = any(example.image is None for role in planned.training_set.values() for example in role)
     return planned.recipe.trainable.vision_tower or text_only
 
 
