@@ -71,7 +71,7 @@ class StepScene:
 
     Args:
         model_folder: The tiny model.
-        data: The training set.
+        data: The training set, or its folder.
         method: A method config.
         weight: The weight of prompt decoupling.
         trainable: The trainable parameters.
@@ -80,14 +80,14 @@ class StepScene:
     def __init__(
         self,
         model_folder: Path,
-        data: Path,
+        data: Path | UnlearningDataset,
         method: object,
         weight: float = 0.0,
         trainable: Mapping[str, object] | None = None,
     ) -> None:
         config = {"name": method} if isinstance(method, str) else method
         self.method: Method = build_method(MethodConfig.model_validate(config), weight)
-        self.training_set = _read_once(data)
+        self.training_set = data if isinstance(data, UnlearningDataset) else _read_once(data)
         model, self.processor = _load_once(model_folder)
         torch.manual_seed(0)
         self.model: Any = prepare_trainable(copy.deepcopy(model), TrainableConfig.model_validate(trainable or {}))
@@ -105,6 +105,9 @@ class StepScene:
 
     def stream(self, length: int) -> UnlearningStream:
         return UnlearningStream(self.training_set, self.method, length, seed=0)
+
+    def collator(self) -> UnlearningCollator:
+        return UnlearningCollator(self.processor, self.training_set, self.method, 2048, {})
 
     def micro_batches(
         self, rows: int, count: int = 1, reference: Mapping[Role, Mapping[str, tuple[float, int]]] | None = None
