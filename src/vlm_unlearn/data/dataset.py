@@ -21,7 +21,7 @@ from vlm_unlearn.data.training_set import (
     image_root,
     read_folder,
 )
-from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn.errors import UserError, nearest, printable, quoted
 from vlm_unlearn.records import Example, Round
 from vlm_unlearn.store import (
     describe_validation_error,
@@ -285,7 +285,7 @@ def _question_fields(record: RawRecord) -> dict[str, Any]:
     missing = [name for name in ("question", "answer") if name not in record.value]
     if missing:
         columns = [str(name) for name in record.value]
-        listed = ", ".join(columns) or "none"
+        listed = printable(", ".join(columns)) or "none"
         raise record.error(
             f"the column is missing{nearest(missing[0], columns) or '.'} Rows need question and answer, or messages. "
             f"Found: {listed}",

@@ -110,8 +110,8 @@ def render(processor: Processor, turn: Turn) -> Rendering:
         content = [{"type": "text", "text": question}]
         if turn.image is not None and number == 0:
             texts = question[: turn.image_offset], question[turn.image_offset :]
-            before, after = ([{"type": "text", "text": text}] if text else [] for text in texts)
-            content = [*before, {"type": "image"}, *after]
+            prefix, suffix = ([{"type": "text", "text": text}] if text else [] for text in texts)
+            content = [*prefix, {"type": "image"}, *suffix]
         messages.append({"role": "user", "content": content})
         before_answer.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         if answer is not None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from vlm_unlearn.data.formats.fields import RawRecord, json_type
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
+from vlm_unlearn.errors import printable, quoted
 
 FIELDS = ("messages", "conversations")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -48,7 +49,7 @@ def parse(record: RawRecord) -> Chat:
     if start:
         system = _parse_content(messages[0]).text.strip() or None
     if len(roles) == start or roles[start:] != ["user", "assistant"] * ((len(roles) - start) // 2):
-        names = ", ".join(str(_role(message)) for message in messages[:8])
+        names = printable(", ".join(_role(message) for message in messages[:8]))
         raise record.error(
             "must be user and assistant messages in alternation, after an optional system message. The last message "
             f"is the assistant's. Found: {names or 'no messages'}",
@@ -100,21 +101,21 @@ def _parse_content(message: RawRecord) -> _Content:
                 if part.value.get("image") is not None:
                     image_key = number
             case other:
-                found = other if isinstance(other, str) else json_type(other)
-                raise part.error(f'must be "image" or "text", found {found}', "unsupported-setting", "type")
+                part_type = quoted(other) if isinstance(other, str) else json_type(other)
+                raise part.error(f'must be "image" or "text", found {part_type}', "unsupported-setting", "type")
     return _Content(text, images, image_offset, image_key)
 
 
 def _split_placeholders(value: str) -> _Content:
     """Removes image placeholders from a text, and the white space between a placeholder and the start or end."""
-    before, *others = value.split(IMAGE_PLACEHOLDER)
+    prefix, *others = value.split(IMAGE_PLACEHOLDER)
     if not others:
         return _Content(value, 0, 0, None)
-    after = "".join(others)
-    before, after = (before, after.rstrip()) if before.strip() else ("", after.strip())
-    if not after:
-        before = before.rstrip()
-    return _Content(before + after, len(others), len(before), None)
+    suffix = "".join(others)
+    prefix, suffix = (prefix, suffix.rstrip()) if prefix.strip() else ("", suffix.strip())
+    if not suffix:
+        prefix = prefix.rstrip()
+    return _Content(prefix + suffix, len(others), len(prefix), None)
 
 
 def value_at(value: Any, path: tuple[str | int, ...]) -> Any:
