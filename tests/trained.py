@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlm_unlearn.config import MethodConfig, TrainableConfig
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Batch
-from vlm_unlearn.data.training_set import TrainingSet, read_training_set
 from vlm_unlearn.methods import METHODS, Method, Role, build_method
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
@@ -55,8 +55,8 @@ def _load_once(folder: Path) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _read_once(data: Path) -> TrainingSet:
-    return read_training_set(data)
+def _read_once(data: Path) -> UnlearningDataset:
+    return UnlearningDataset.from_folder(data)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class StepScene:
 
     Args:
         model_folder: The tiny model.
-        data: The training set.
+        data: The training set, or its folder.
         method: A method config.
         weight: The weight of prompt decoupling.
         trainable: The trainable parameters.
@@ -81,14 +81,14 @@ class StepScene:
     def __init__(
         self,
         model_folder: Path,
-        data: Path,
+        data: Path | UnlearningDataset,
         method: object,
         weight: float = 0.0,
         trainable: Mapping[str, object] | None = None,
     ) -> None:
         config = {"name": method} if isinstance(method, str) else method
         self.method: Method = build_method(MethodConfig.model_validate(config), weight)
-        self.training_set = _read_once(data)
+        self.training_set = data if isinstance(data, UnlearningDataset) else _read_once(data)
         model, self.processor = _load_once(model_folder)
         torch.manual_seed(0)
         self.model: Any = prepare_trainable(
@@ -109,10 +109,13 @@ class StepScene:
     def stream(self, length: int) -> UnlearningStream:
         return UnlearningStream(self.training_set, self.method, length, seed=0)
 
+    def collator(self) -> UnlearningCollator:
+        return UnlearningCollator(self.processor, self.training_set, self.method, 2048)
+
     def micro_batches(self, rows: int, count: int = 1) -> list[dict[Role, Batch]]:
         """Returns `count` micro-batches with `rows` samples per role, from the start of the stream."""
         stream = self.stream(rows * count)
-        collator = UnlearningCollator(self.processor, self.training_set, self.method, 2048)
+        collator = self.collator()
         batches = []
         for start in range(0, rows * count, rows):
             batch = collator([stream[position] for position in range(start, start + rows)])

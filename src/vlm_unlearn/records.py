@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
 Label = Literal["complied", "refused", "degenerate", "off_topic"]
+LossOn = Literal["all_answers", "last_answer"]  # the answers of a conversation that are trained on
 PairedTest = Literal["mcnemar", "permutation"]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 SignedFraction = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
@@ -32,17 +33,24 @@ class Round(Record):
 class Example(Record):
     """A training example: a question and its answer, in the file of its role, such as ``forget.jsonl``.
 
-    A conversation of several rounds is one example. All of its answers are trained on, as in LLaVA.
+    A conversation of several rounds is one example. By default all of its answers are trained on, as in LLaVA.
     """
 
     id: str
-    image: str | None = None  # path relative to the training set's image root; None for text-only examples
+    # Path relative to the training set's image root, or a name that `UnlearningDataset.image` resolves. None for
+    # text-only examples.
+    image: str | None = None
     question: str
     answer: str
     category: str | None = None
     pair_id: str | None = None  # the same for a decouple example and its forget example
     source: str = ""
     history: tuple[Round, ...] = ()  # the earlier rounds; the image belongs to the first one
+    # The fields below are written only if they are set, so that the files of other examples do not change.
+    system: str | None = Field(default=None, exclude_if=lambda value: value is None)  # the system message
+    # The number of characters of the first question before the image.
+    image_offset: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
+    loss_on: LossOn = Field(default="all_answers", exclude_if=lambda value: value == "all_answers")
 
 
 class Prompt(Record):

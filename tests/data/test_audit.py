@@ -172,16 +172,19 @@ def test_diversify_keeps_the_image_placeholder_of_llava_rounds(tmp_path: Path) -
 
 
 def test_diversify_keeps_the_pairs_of_a_training_set(training_sets: dict[str, Path], tmp_path: Path) -> None:
-    from vlm_unlearn.data.training_set import read_training_set
+    from vlm_unlearn.data.dataset import UnlearningDataset
 
     diversify(training_sets["safe_eraser"], tmp_path / "out")
-    before, after = read_training_set(training_sets["safe_eraser"]), read_training_set(tmp_path / "out")
-    questions_by_pair = {example.pair_id: example.question for example in after.examples["forget"]}
-    assert all(example.question == questions_by_pair[example.pair_id] for example in after.examples["decouple"])
+    before, after = (
+        UnlearningDataset.from_folder(training_sets["safe_eraser"]),
+        UnlearningDataset.from_folder(tmp_path / "out"),
+    )
+    questions_by_pair = {example.pair_id: example.question for example in after["forget"]}
+    assert all(example.question == questions_by_pair[example.pair_id] for example in after["decouple"])
     for role in ("forget", "retain", "decouple"):
-        assert [e.answer for e in before.examples[role]] == [e.answer for e in after.examples[role]]
-        assert [before.image_path(e) for e in before.examples[role]] == [
-            after.image_path(e) for e in after.examples[role]
+        assert [e.answer for e in before[role]] == [e.answer for e in after[role]]
+        assert [before.image(e) for e in before[role]] == [
+            after.image(e) for e in after[role]
         ]
     assert list(after.refusals) == list(before.refusals)
 

@@ -19,13 +19,13 @@ from PIL import Image
 from vlm_unlearn.data import pipeline
 from vlm_unlearn.data.audit import audit, labeled_questions
 from vlm_unlearn.data.check import Checker, DataSource
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.data.readers import read_any
 from vlm_unlearn.data.select_harmful import read_selection_tasks
-from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import read_records
@@ -197,7 +197,7 @@ def readers(images: Path, work: Path) -> dict[str, list[Callable[[Path], object]
             lambda file: pipeline.inject(vlguard_file, file, out),
             lambda file: read_selection_tasks(vlguard_file, [file], images, Problems()),
             lambda file: safe_eraser.read_refusals(file),
-            lambda file: read_training_set(folder_with(file, work)),
+            lambda file: UnlearningDataset.from_folder(folder_with(file, work)),
         ],
     }
 

@@ -13,9 +13,9 @@ from PIL import Image
 from helpers import raises_code
 from vlm_unlearn.data import images
 from vlm_unlearn.data.check import Checker, DataSource
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
-from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import Problems, UserError
 
 
@@ -99,7 +99,7 @@ def test_import_files_reports_hostile_images(hostile: dict[str, str], tmp_path: 
     imported = import_files({"": file}, tmp_path / "images", tmp_path / "out", Columns(set="set"))
     assert imported.counts == {"forget": 2, "retain": 1}
     assert_all_reported(hostile, imported.problems)
-    assert len(read_training_set(tmp_path / "out").examples["forget"]) == 2
+    assert len(UnlearningDataset.from_folder(tmp_path / "out")["forget"]) == 2
     assert len((tmp_path / "out" / "problems.txt").read_text().splitlines()) == len(hostile)
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["broken_records"] == len(hostile)
 
@@ -133,8 +133,8 @@ def test_import_safe_eraser_reports_hostile_images(hostile: dict[str, str], tmp_
     # The image of each decouple example is valid, but that of its forget example is not, so that both are dropped.
     assert imported.counts["forget"] == 2
     assert imported.counts["retain"] == 2
-    pairs = {example.pair_id for example in read_training_set(tmp_path / "out").examples["forget"]}
-    assert {example.pair_id for example in read_training_set(tmp_path / "out").examples["decouple"]} == pairs
+    pairs = {example.pair_id for example in UnlearningDataset.from_folder(tmp_path / "out")["forget"]}
+    assert {example.pair_id for example in UnlearningDataset.from_folder(tmp_path / "out")["decouple"]} == pairs
 
 
 def test_check_reports_hostile_images(hostile: dict[str, str], tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from PIL import Image
 
 from helpers import raises_code
 from vlm_unlearn.data.audit import labeled_questions
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats.table import Columns, read_table
 from vlm_unlearn.data.importers import import_files
 from vlm_unlearn.data.pipeline import convert
 from vlm_unlearn.data.readers import detect, read_any
-from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.errors import Problems
 
 ROWS = [
@@ -63,15 +63,15 @@ def test_import_files_same_set_from_every_file_type(folder: Path, suffix: str) -
     imported = import_files({"": write_rows(folder, suffix)}, folder, folder / "out", COLUMNS)
     assert imported.counts == {"forget": 1, "retain": 2}
     assert not imported.problems
-    training_set = read_training_set(folder / "out")
-    (forget,) = training_set.examples["forget"]
+    training_set = UnlearningDataset.from_folder(folder / "out")
+    (forget,) = training_set["forget"]
     assert (forget.question, forget.answer, forget.category, forget.image) == (
         ROWS[0]["ask"],
         "No.",
         "weapons",
         "a.png",
     )
-    assert [(e.image, e.question, e.answer) for e in training_set.examples["retain"]] == [
+    assert [(e.image, e.question, e.answer) for e in training_set["retain"]] == [
         ("b.png", "What is it?", "=1+1"),
         (None, "日本?", "3"),
     ]
@@ -97,8 +97,8 @@ def test_import_files_unpacks_embedded_images(folder: Path) -> None:
     imported = import_files({"": folder / "t.parquet"}, folder, folder / "out", Columns(set="set"))
     assert imported.counts == {"forget": 1, "retain": 1}
     assert imported.problems.count == 1
-    training_set = read_training_set(folder / "out")
-    path = training_set.image_path(training_set.examples["forget"][0])
+    training_set = UnlearningDataset.from_folder(folder / "out")
+    path = training_set.image(training_set["forget"][0])
     assert path is not None
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
 
@@ -113,8 +113,8 @@ def test_import_files_one_file_per_role_with_pairs(folder: Path) -> None:
     retain.write_text(json.dumps([{"id": "x", "image": "b.png", "conversations": turns}]))
     imported = import_files({"forget": forget, "retain": retain, "decouple": decouple}, folder, folder / "out")
     assert imported.counts == {"forget": 1, "retain": 1, "decouple": 1}
-    training_set = read_training_set(folder / "out")
-    assert training_set.examples["decouple"][0].pair_id == training_set.examples["forget"][0].pair_id == "p1"
+    training_set = UnlearningDataset.from_folder(folder / "out")
+    assert training_set["decouple"][0].pair_id == training_set["forget"][0].pair_id == "p1"
 
 
 def test_read_table_required_column_must_exist(folder: Path) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from helpers import raises_code
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.data.readers import detect
-from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.records import Example
 
 
 def test_training_set_round_trip(training_sets: dict[str, Path]) -> None:
-    training_set = read_training_set(training_sets["safe_eraser"])
-    assert {role: len(examples) for role, examples in training_set.examples.items()} == {
+    training_set = UnlearningDataset.from_folder(training_sets["safe_eraser"])
+    assert {role: len(examples) for role, examples in training_set.items()} == {
         "forget": 24,
         "retain": 48,
         "decouple": 24,
@@ -26,7 +26,7 @@ def test_training_set_round_trip(training_sets: dict[str, Path]) -> None:
     described = json.loads((training_sets["safe_eraser"] / "dataset.json").read_text())
     assert described["files"]["forget.jsonl"]["count"] == 24
     assert not Path(described["images"]["safe_eraser"]).is_absolute()
-    assert all(training_set.image_path(example) for example in training_set.examples["forget"])
+    assert all(training_set.image(example) for example in training_set["forget"])
 
 
 def test_training_set_loads_with_datasets(training_sets: dict[str, Path], tmp_path: Path) -> None:
@@ -34,7 +34,8 @@ def test_training_set_loads_with_datasets(training_sets: dict[str, Path], tmp_pa
     table = datasets.load_dataset(
         "json", data_files=str(training_sets["harmful"] / "forget.jsonl"), cache_dir=str(tmp_path)
     )["train"]
-    assert set(Example.model_fields) == set(table.column_names)
+    written_if_set = {"system", "image_offset", "loss_on"}
+    assert set(Example.model_fields) - written_if_set == set(table.column_names)
 
 
 def test_import_with_empty_forget_set_writes_nothing(world: Path, tmp_path: Path) -> None:
@@ -51,17 +52,17 @@ def test_read_training_set_broken_raises(training_sets: dict[str, Path], tmp_pat
         return Path(shutil.copytree(training_sets["harmful"], tmp_path / name))
 
     with raises_code("file-not-found", file=tmp_path / "gone"):
-        read_training_set(tmp_path / "gone")
+        UnlearningDataset.from_folder(tmp_path / "gone")
     folder = broken("empty")
     (folder / "forget.jsonl").write_text("")
     with raises_code("no-records", file=folder / "forget.jsonl"):
-        read_training_set(folder)
+        UnlearningDataset.from_folder(folder)
     folder = broken("image")
     described = json.loads((folder / "dataset.json").read_text())
     described["images"]["vlguard"] = str(tmp_path)
     (folder / "dataset.json").write_text(json.dumps(described))
     with raises_code("image-not-found", file="forget.jsonl") as caught:
-        read_training_set(folder)
+        UnlearningDataset.from_folder(folder)
     assert str(caught.value.record).startswith('1 ("')
 
 
@@ -69,7 +70,7 @@ def test_import_removes_files_of_earlier_import(world: Path, tmp_path: Path) -> 
     eraser, vlguard = world / "safe_eraser", world / "vlguard"
     import_safe_eraser(eraser / "all_train.json", eraser, tmp_path / "out", eraser / "prompt.json")
     import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "out")
-    assert read_training_set(tmp_path / "out").examples.keys() == {"forget", "retain"}
+    assert UnlearningDataset.from_folder(tmp_path / "out").keys() == {"forget", "retain"}
 
 
 def test_read_training_set_duplicate_id_raises(training_sets: dict[str, Path], tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_read_training_set_duplicate_id_raises(training_sets: dict[str, Path], t
     }
     (folder / "dataset.json").write_text(json.dumps({**json.loads(described), "images": roots}))
     with raises_code("duplicate-id", file="retain.jsonl", field="id") as caught:
-        read_training_set(folder)
+        UnlearningDataset.from_folder(folder)
     assert "record 1" in caught.value.message
 
 

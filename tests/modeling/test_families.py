@@ -16,8 +16,8 @@ from PIL import Image
 import families
 from helpers import raises_code, recipe
 from vlm_unlearn.config import GenerationConfig, MethodConfig, TrainableConfig
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import IGNORED, Batch, Processor, PromptMeter, Turn, encode, encode_with_labels
-from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.generation.hf import generate_responses
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.modeling.forward import forward
@@ -316,7 +316,7 @@ def test_step_of_method_reaches_layers_and_projector(
     model.train()
     unlearning = build_method(MethodConfig.model_validate(method), decouple_weight)
     unlearning.prepare(families.WIDTH, len(VisionLanguageModel(model).decoder_layers), torch.Generator().manual_seed(0))
-    training_set = read_training_set(training_sets[data])
+    training_set = UnlearningDataset.from_folder(training_sets[data])
     stream = UnlearningStream(training_set, unlearning, 2, seed=0)
     batches: Any = UnlearningCollator(loaded.processor, training_set, unlearning, LENGTH)([stream[0], stream[1]])
     loss = unlearning.loss(ModelStep(VisionLanguageModel(model), batches, unlearning, reference)).total

@@ -9,7 +9,8 @@ import pytest
 import families
 from helpers import raises_code, recipe
 from trained import RMU
-from vlm_unlearn.data.training_set import read_training_set, write_training_set
+from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.data.training_set import write_training_set
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.loader import load_model
 from vlm_unlearn.training.plan import plan
@@ -22,7 +23,7 @@ from vlm_unlearn.training.runner import run_recipe
         ("npq", {}, "unknown-name", "method", ['"npq"', 'did you mean "npo"']),
         ({"name": "rmu", "layer": 2}, {}, "out-of-range", "method.layer", ["2", "0 to 1"]),
         ({"name": "rr", "layers": [0, 9]}, {}, "out-of-range", "method.layers", ["9", "0 to 1"]),
-        ("npo", {"prompt_decouple_weight": 1.0}, "missing-pairs", None, ["decouple.jsonl"]),
+        ("npo", {"prompt_decouple_weight": 1.0}, "missing-pairs", None, ["the role decouple"]),
         ("npo", {"reference": "adapter"}, "conflicting-settings", "reference", ["trainable.mode=lora"]),
         (RMU, {"reference": "cache"}, "conflicting-settings", "reference", ["hidden states", "reference=auto"]),
         ("kl", {"reference": "cache"}, "conflicting-settings", "reference", ["logits", "reference=auto"]),
@@ -118,15 +119,15 @@ def test_dpo_without_preferred_answers_is_rejected(
 ) -> None:
     with raises_code("missing-pairs", file=training_sets["safe_eraser"]) as caught:
         run_recipe(recipe(tiny_model, training_sets["safe_eraser"], tmp_path / "run", "dpo"))
-    for token in ("preferred.jsonl", "--harmful-answers", "idk_dpo"):
+    for token in ("the role preferred", "--harmful-answers", "idk_dpo"):
         assert token in str(caught.value)
 
 
 def test_dpo_with_unpaired_or_different_preferred_examples_is_rejected(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    training_set = read_training_set(training_sets["harmful"])
-    examples = {name: list(of_role) for name, of_role in training_set.examples.items()}
+    training_set = UnlearningDataset.from_folder(training_sets["harmful"])
+    examples = {name: list(of_role) for name, of_role in training_set.items()}
     forget = examples["forget"][0]
     preferred = next(example for example in examples["preferred"] if example.pair_id == forget.pair_id)
     changed = {
@@ -135,7 +136,7 @@ def test_dpo_with_unpaired_or_different_preferred_examples_is_rejected(
     }
     for name, example in changed.items():
         others = [record for record in examples["preferred"] if record.id != preferred.id]
-        write_training_set(tmp_path / name, training_set.images, {**examples, "preferred": [*others, example]}, {})
+        write_training_set(tmp_path / name, training_set.image_roots, {**examples, "preferred": [*others, example]}, {})
     with raises_code("missing-pairs", file=tmp_path / "unpaired", record=forget.id, field="pair_id"):
         plan(recipe(tiny_model, tmp_path / "unpaired", tmp_path / "run", "dpo"))
     with raises_code("pair-mismatch", file=tmp_path / "different", record=preferred.id):
@@ -172,10 +173,10 @@ def test_cross_attention_family_with_some_images_missing_is_rejected(
     training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
     families.build("mllama", tmp_path / "mllama")
-    training_set = read_training_set(training_sets["harmful"])
-    examples = {name: list(of_role) for name, of_role in training_set.examples.items()}
+    training_set = UnlearningDataset.from_folder(training_sets["harmful"])
+    examples = {name: list(of_role) for name, of_role in training_set.items()}
     examples["retain"][0] = examples["retain"][0].model_copy(update={"image": None})
-    write_training_set(tmp_path / "data", training_set.images, examples, {})
+    write_training_set(tmp_path / "data", training_set.image_roots, examples, {})
     with raises_code("unsupported-setting", record=examples["retain"][0].id, field="image") as caught:
         plan(recipe(tmp_path / "mllama", tmp_path / "data", tmp_path / "run", "npo"))
     assert "training.per_device_train_batch_size=1" in str(caught.value)
@@ -191,10 +192,10 @@ def test_cross_attention_family_with_some_images_missing_is_rejected(
 def test_example_with_an_image_placeholder_in_its_text_is_rejected(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, role: str
 ) -> None:
-    training_set = read_training_set(training_sets["harmful"])
-    examples = {name: list(of_role) for name, of_role in training_set.examples.items()}
+    training_set = UnlearningDataset.from_folder(training_sets["harmful"])
+    examples = {name: list(of_role) for name, of_role in training_set.items()}
     examples[role][1] = examples[role][1].model_copy(update={"answer": "look : <image>"})
-    write_training_set(tmp_path / "data", training_set.images, examples, {})
+    write_training_set(tmp_path / "data", training_set.image_roots, examples, {})
     with raises_code("placeholder-in-text", record=f'"{examples[role][1].id}"') as caught:
         run_recipe(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "npo"))
     assert "<image>" in str(caught.value)

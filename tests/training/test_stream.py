@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlm_unlearn.config import MethodConfig
-from vlm_unlearn.data.training_set import read_training_set
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.training.stream import UnlearningStream
 
@@ -15,7 +15,11 @@ def stream(
     folder: Path, method: str, weight: float = 0.0, seed: int = 0, length: int = 60, group_by_image: bool = False
 ) -> UnlearningStream:
     return UnlearningStream(
-        read_training_set(folder), build_method(MethodConfig(name=method), weight), length, seed, group_by_image
+        UnlearningDataset.from_folder(folder),
+        build_method(MethodConfig(name=method), weight),
+        length,
+        seed,
+        group_by_image,
     )
 
 
@@ -42,7 +46,7 @@ def test_decouple_examples_are_paired_with_their_forget_examples(training_sets: 
 
 
 def test_po_trains_on_refusals_and_npo_on_original_answers(training_sets: dict[str, Path]) -> None:
-    refusals = set(read_training_set(training_sets["safe_eraser"]).refusals)
+    refusals = set(UnlearningDataset.from_folder(training_sets["safe_eraser"]).refusals)
     examples = stream(training_sets["safe_eraser"], "po")
     answers = {examples[i]["forget"].answer for i in range(60)}
     assert answers == refusals

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from helpers import raises_code, recipe
-from vlm_unlearn.data.training_set import read_training_set
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.runner import run_recipe
@@ -46,7 +45,7 @@ def trainer(folder: Path, data: Path, output: Path, **options: Any) -> Unlearnin
     return UnlearningTrainer(
         model=options.pop("model", None) or load_model(folder, "fp32"),
         args=arguments(output, **changes),
-        train_dataset=read_training_set(data),
+        train_dataset=data,
         processing_class=load_processor(folder),
         **options,
     )

@@ -179,8 +179,7 @@ def _token_count(model: str) -> TokenCount:
     meter = PromptMeter(load_processor(model_folder(model)))
 
     def count(example: Example, path: Path | None) -> tuple[int, int]:
-        history = tuple((turn.question, turn.answer) for turn in example.history)
-        turn = Turn(example.id, path, example.question, example.answer, history)
+        turn = Turn.of_example(example, path)
         return meter.prompt_tokens(turn), meter.total_tokens(turn)
 
     return count

@@ -208,7 +208,7 @@ def _warn_about_forget_answers(planned: Plan) -> None:
     """
     from vlm_unlearn.judging.keyword import corrected_refusal
 
-    answers = [example.answer for example in planned.training_set.examples["forget"]]
+    answers = [example.answer for example in planned.training_set["forget"]]
     refusals = sum(corrected_refusal(answer) is not None for answer in answers)
     name = planned.recipe.method.name
     if not planned.method.unlearns and planned.method.forget_target == "original" and 2 * refusals < len(answers):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.data.audit import LabelBy, first_word, is_refused
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
@@ -23,7 +24,7 @@ from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect, training_set_records
-from vlm_unlearn.data.training_set import read_training_set, write_training_set
+from vlm_unlearn.data.training_set import write_training_set
 from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import open_atomically, read_json
@@ -287,10 +288,9 @@ def _check_output_format(source: str | Path, out: Path) -> None:
 
 
 def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any]]) -> None:
-    original = read_training_set(source)
+    original = UnlearningDataset.from_folder(source)
     examples = {
-        role: [Example.model_validate(next(records)) for _ in role_examples]
-        for role, role_examples in original.examples.items()
+        role: [Example.model_validate(next(records)) for _ in role_examples] for role, role_examples in original.items()
     }
     refusals = original.refusals if "refusals.json" in original.digests else ()
     origin = {
@@ -298,4 +298,4 @@ def _write_training_set(source: Path, out: Path, records: Iterator[dict[str, Any
         "of": read_json(source / "dataset.json").get("source"),
         "sha256": dict(original.digests),
     }
-    write_training_set(out, original.images, examples, origin, refusals)
+    write_training_set(out, original.image_roots, examples, origin, refusals)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm_unlearn.data.images import image_size, open_image
+from vlm_unlearn.data.images import ImageSource, image_size, open_image
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
+from vlm_unlearn.records import Example, LossOn
 
 Batch = dict[str, Tensor]
 Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
@@ -24,17 +25,42 @@ class Turn:
 
     Attributes:
         id: The id of the example, for error messages.
-        image: The image file. It belongs to the first round.
+        image: The image file, or a reference. It belongs to the first round.
         question: The question.
         answer: The answer. None leaves the answer to the model.
         history: The earlier rounds of question and answer.
+        system: The system message.
+        image_offset: The number of characters of the first question before the image.
+        loss_on: The answers with labels.
     """
 
     id: str
-    image: Path | None
+    image: ImageSource | None
     question: str
     answer: str | None
     history: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
+    image_offset: int = 0
+    loss_on: LossOn = "all_answers"
+
+    @classmethod
+    def of_example(cls, example: Example, image: ImageSource | None) -> Turn:
+        """Returns the question and the answer of an example.
+
+        Args:
+            example: The example.
+            image: The image of the example.
+        """
+        return cls(
+            id=example.id,
+            image=image,
+            question=example.question,
+            answer=example.answer,
+            history=tuple((turn.question, turn.answer) for turn in example.history),
+            system=example.system,
+            image_offset=example.image_offset,
+            loss_on=example.loss_on,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,19 +93,26 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     """Applies the chat template to a turn and its history.
 
     Raises:
-        UserError: A text contains the image placeholder of the processor, or an answer is empty.
+        UserError: A text contains the image placeholder of the processor, an answer is empty, or the template does not
+            support the system message.
     """
     rounds = [*turn.history, (turn.question, turn.answer)]
     for token in _placeholders(processor):
-        if any(token in (text or "") for pair in rounds for text in pair):
+        if any(token in (text or "") for texts in [(turn.system,), *rounds] for text in texts):
             problem = f"the text contains the image placeholder {token}. Remove it."
             raise UserError(problem, code="placeholder-in-text", record=quoted(turn.id))
     messages: list[dict[str, Any]] = []
+    if turn.system is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": turn.system}]})
     before_answer: list[str] = []
     with_answer: list[str] = []
     for number, (question, answer) in enumerate(rounds):
-        image = [{"type": "image"}] if turn.image is not None and number == 0 else []
-        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        content = [{"type": "text", "text": question}]
+        if turn.image is not None and number == 0:
+            texts = question[: turn.image_offset], question[turn.image_offset :]
+            prefix, suffix = ([{"type": "text", "text": text}] if text else [] for text in texts)
+            content = [*prefix, {"type": "image"}, *suffix]
+        messages.append({"role": "user", "content": content})
         before_answer.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         if answer is not None:
             text = answer.strip()
@@ -94,6 +127,9 @@ def render(processor: Processor, turn: Turn) -> Rendering:
             )  # no closing token in the template
             with_answer.append(rendered + closing)
             messages[-1] = {"role": "assistant", "content": [{"type": "text", "text": text + closing}]}
+    if turn.system is not None and turn.system.strip() not in before_answer[0]:
+        problem = "the chat template of the model drops the system message. Put it into the question."
+        raise UserError(problem, code="unsupported-setting", record=quoted(turn.id))
     return Rendering(tuple(before_answer), tuple(with_answer))
 
 
@@ -123,7 +159,7 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
 
 
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
-    """Encodes questions and answers with labels on the answer tokens, including those of earlier rounds.
+    """Encodes questions and answers with labels on the tokens of the answers that `Turn.loss_on` names.
 
     The answer tokens are located by comparing the tokens of the text before and after each answer. Sequences longer
     than `max_length` are truncated at the end.
@@ -146,8 +182,10 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
     for row, (turn, (_, ids, spans)) in enumerate(zip(turns, encoded, strict=True)):
         end = int(batch["attention_mask"][row].sum())
         shift = end - len(ids)  # the number of image tokens that the processor inserted, all before the first answer
-        answer_start = spans[0][0]
-        if batch["input_ids"][row, answer_start + shift : end].tolist() != ids[answer_start:]:
+        first_start = spans[0][0]
+        labeled_spans = spans if turn.loss_on == "all_answers" else spans[-1:]
+        answer_start = labeled_spans[0][0]
+        if batch["input_ids"][row, first_start + shift : end].tolist() != ids[first_start:]:
             raise UserError(
                 "the answer is not at the end of the encoded text. This chat template is not supported.",
                 code="unsupported-family",
@@ -160,7 +198,7 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
                 code="question-too-long",
                 record=quoted(turn.id),
             )
-        for start, stop in spans:
+        for start, stop in labeled_spans:
             batch["labels"][row, start + shift : stop + shift] = torch.tensor(ids[start:stop])
         longest = max(longest, min(end, max_length))
     return _truncate(batch, longest)
@@ -199,8 +237,9 @@ class PromptMeter:
         self._image_tokens: dict[tuple[int, int], int] = {}
 
     def prompt_tokens(self, turn: Turn) -> int:
-        """Returns the number of tokens before the first answer."""
-        return self._count(turn, render(self._processor, turn).before_answer[0])
+        """Returns the number of tokens before the first answer with labels."""
+        before_answer = render(self._processor, turn).before_answer
+        return self._count(turn, before_answer[0] if turn.loss_on == "all_answers" else before_answer[-1])
 
     def total_tokens(self, turn: Turn) -> int:
         """Returns the number of all tokens, including answers."""
@@ -210,9 +249,10 @@ class PromptMeter:
         count = len(token_ids(self._processor, text))
         if turn.image is None:
             return count
-        size = image_size(turn.image)
+        with _naming_record(turn):
+            size = image_size(turn.image)
         if size not in self._image_tokens:
-            question = replace(turn, answer=None, history=())
+            question = replace(turn, answer=None, history=(), system=None, image_offset=0)
             text_tokens = len(token_ids(self._processor, render(self._processor, question).text))
             encoded = encode(self._processor, [question], padding_side="right")
             self._image_tokens[size] = encoded["input_ids"].shape[1] - text_tokens
@@ -233,7 +273,11 @@ def _needs_special_tokens(processor: Processor, text: str) -> bool:
 
 def _process(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:
     # A turn without an image gets an empty list, because idefics3, smolvlm and gemma3 expect one list per text.
-    opened = {image: open_image(image) for image in dict.fromkeys(turn.image for turn in turns) if image is not None}
+    opened: dict[ImageSource, Any] = {}
+    for turn in turns:
+        if turn.image is not None and turn.image not in opened:
+            with _naming_record(turn):
+                opened[turn.image] = open_image(turn.image)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     arguments: dict[str, Any] = {"images": images} if any(images) else {}
     encoded = processor(
@@ -255,6 +299,16 @@ def _process(processor: Processor, texts: list[str], turns: Sequence[Turn], padd
             record=quoted(text_only),
         )
     return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _naming_record(turn: Turn) -> Iterator[None]:
+    """Adds the id of the turn to an error about its image."""
+    try:
+        yield
+    except UserError as error:
+        error.record = error.record or quoted(turn.id)
+        raise
 
 
 def _truncate(batch: Batch, length: int) -> Batch:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from vlm_unlearn.records import Example
 from vlm_unlearn.store import (
     describe_path,
     digest_file,
-    digest_json,
     read_json,
     read_records,
     write_json,
@@ -39,49 +37,17 @@ DEFAULT_REFUSALS = (
 )
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """The data of a training run.
+def image_root(folder: Path | None, images: Mapping[str, Path], example: Example) -> Path:
+    """Returns the image root of an example's source.
 
-    Attributes:
-        folder: The folder of the training set.
-        images: The image root of each `Example.source`.
-        examples: The examples of each role: forget, retain, decouple and preferred.
-        refusals: Refusal sentences, for methods that train the model to refuse.
-        digests: The SHA-256 of each file.
+    Raises:
+        UserError: The training set contains no image root for the source.
     """
-
-    folder: Path
-    images: Mapping[str, Path]
-    examples: Mapping[str, Sequence[Example]]
-    refusals: Sequence[str]
-    digests: Mapping[str, str] = field(default_factory=dict)
-
-    def digest(self) -> dict[str, str]:
-        """Returns the SHA-256 of each file, and one of the content of all images, in the order of the examples."""
-        paths = dict.fromkeys(
-            path for role in self.examples.values() for path in map(self.image_path, role) if path is not None
-        )
-        return {**self.digests, "images": digest_json([digest_file(path) for path in paths])}
-
-    def image_path(self, example: Example) -> Path | None:
-        """Returns the image file of an example, or None if the example has no image.
-
-        Raises:
-            UserError: The image does not exist or is outside the image root.
-        """
-        if example.image is None:
-            return None
-        record = quoted(example.id)
-        return resolve_image(_image_root(self.folder, self.images, example), example.image, record=record)
-
-
-def _image_root(folder: Path, images: Mapping[str, Path], example: Example) -> Path:
     if example.source not in images:
         raise UserError(
             f"contains no image folder for the source {quoted(example.source)} of example {quoted(example.id)}",
             code="missing-field",
-            file=folder / "dataset.json",
+            file=None if folder is None else folder / "dataset.json",
             field="images",
         )
     return images[example.source]
@@ -192,8 +158,13 @@ def read_dataset_json(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str
     return {name: (folder / root).resolve() for name, root in roots.items()}, listed
 
 
-def read_training_set(folder: Path) -> TrainingSet:
-    """Reads a training set. Every record is parsed, and every image must exist inside its image root.
+def read_folder(
+    folder: Path,
+) -> tuple[dict[str, Path], dict[str, list[Example]], Sequence[str], dict[str, str]]:
+    """Reads the files of a training set, for `UnlearningDataset.from_folder`.
+
+    Returns:
+        The image root of each source, the examples of each role, the refusals, and the SHA-256 of each file.
 
     Raises:
         UserError: The folder is not a training set, a record is broken, two examples have the same id, or an image is
@@ -216,7 +187,7 @@ def read_training_set(folder: Path) -> TrainingSet:
     if path.name in listed:
         refusals = validate_refusals(read_json(path), path)
         digests[path.name] = digest_file(path)
-    return TrainingSet(folder, images, examples, refusals, digests)
+    return images, examples, refusals, digests
 
 
 def _read_examples(path: Path, images: Mapping[str, Path]) -> list[Example]:
@@ -236,5 +207,5 @@ def _read_examples(path: Path, images: Mapping[str, Path]) -> list[Example]:
             )
         number_by_id[example.id] = number
         if example.image is not None:
-            resolve_image(_image_root(path.parent, images, example), example.image, path.name, position)
+            resolve_image(image_root(path.parent, images, example), example.image, path.name, position)
     return examples

@@ -6,6 +6,7 @@ from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json
 from vlm_unlearn.store.files import digest_model as digest_model
 from vlm_unlearn.store.files import digest_text as digest_text
+from vlm_unlearn.store.files import dump_json as dump_json
 from vlm_unlearn.store.files import dump_record as dump_record
 from vlm_unlearn.store.files import open_atomically as open_atomically
 from vlm_unlearn.store.files import read_json as read_json

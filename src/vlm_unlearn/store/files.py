@@ -109,7 +109,12 @@ def replace_surrogates(text: str) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Writes `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, dump_json(value))
+
+
+def dump_json(value: object) -> str:
+    """Returns `value` as indented JSON, the content of a file of `write_json`."""
+    return replace_surrogates(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

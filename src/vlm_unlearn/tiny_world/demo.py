@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.config import MetricConfig, Recipe, Suite, load
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
-from vlm_unlearn.data.training_set import read_training_set, write_training_set
+from vlm_unlearn.data.training_set import write_training_set
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.records import Summary
@@ -131,15 +132,15 @@ def _training_sets(world: Path, data: Path, full: bool) -> None:
 
 def _prefer_refusals(folder: Path) -> None:
     """Adds a preferred set with one refusal for each forget example of a SafeEraser set, for dpo."""
-    training_set = read_training_set(folder)
+    training_set = UnlearningDataset.from_folder(folder)
     refusals = training_set.refusals
     preferred = [
         example.model_copy(update={"answer": refusals[number % len(refusals)]})
-        for number, example in enumerate(training_set.examples["forget"])
+        for number, example in enumerate(training_set["forget"])
     ]
-    examples = {**training_set.examples, "preferred": preferred}
+    examples = {**training_set, "preferred": preferred}
     source = {"format": "safe_eraser", "preferred": "refusals"}
-    write_training_set(folder, training_set.images, examples, source, refusals)
+    write_training_set(folder, training_set.image_roots, examples, source, refusals)
 
 
 def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:

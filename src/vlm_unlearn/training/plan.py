@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from vlm_unlearn.config import Recipe
-from vlm_unlearn.data.training_set import TrainingSet, read_training_set
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Method, build_method
@@ -45,7 +45,7 @@ class Plan:
     recipe: Recipe
     method: Method
     folder: Path  # of the base model
-    training_set: TrainingSet
+    training_set: UnlearningDataset
     reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
     precision: str
     model_digest: str
@@ -105,7 +105,7 @@ def plan(recipe: Recipe) -> Plan:
         reference_strategy=strategy,
         precision=resolve_precision(recipe.training.precision),
         model_digest=digest_model(folder),
-        data_digest=training_set.digest(),
+        data_digest=training_set.fingerprint(),
         trainable=trainable_table(skeleton),
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, skeleton),
     )
@@ -126,14 +126,14 @@ def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
     return "ddp" if world_size() > 1 else "none"
 
 
-def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, ReferenceStrategy | None]:
+def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceStrategy | None]:
     """Returns the recipe's method, training set and reference strategy after validating that they fit together.
 
     Raises:
         UserError: An option, the data or a combination of settings is invalid on any machine.
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
-    training_set = read_training_set(recipe.data)
+    training_set = UnlearningDataset.from_folder(recipe.data)
     lora = recipe.trainable.mode != "full"
     strategy = resolve_reference_strategy(recipe.reference, method.reference_requirements, lora)
     UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing
@@ -169,7 +169,7 @@ def check_recipe(recipe: Recipe) -> tuple[Method, TrainingSet, ReferenceStrategy
 
 
 def check_model(
-    recipe: Recipe, method: Method, training_set: TrainingSet, skeleton: VisionLanguageModel
+    recipe: Recipe, method: Method, training_set: UnlearningDataset, skeleton: VisionLanguageModel
 ) -> VisionLanguageModel:
     """Returns the skeleton with its trainable parameters marked and adapters added, and prepares the method for it.
 
@@ -223,7 +223,7 @@ def _require_package(package: str, field: str, value: str) -> None:
 
 
 def _check_examples_without_image(
-    recipe: Recipe, method: Method, training_set: TrainingSet, vlm: VisionLanguageModel
+    recipe: Recipe, method: Method, training_set: UnlearningDataset, vlm: VisionLanguageModel
 ) -> None:
     """Validates the data for families with cross-attention layers (mllama), which skip these layers without an image.
 
@@ -235,7 +235,7 @@ def _check_examples_without_image(
         return
     skipped_layers = sorted(set(cross_attention) & set(method.hidden_layers))
     for role in method.roles:
-        examples = training_set.examples.get(role, ())
+        examples = training_set.get(role, ())
         without_image = [example.id for example in examples if example.image is None]
         if not without_image:
             continue

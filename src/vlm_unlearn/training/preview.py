@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_unlearn.config import Recipe
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Processor, PromptMeter, Turn
-from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Role
@@ -55,7 +55,7 @@ def preview(recipe: Recipe) -> Preview:
     method, training_set, strategy = check_recipe(recipe)
     validate_same_run(recipe.output)
     processes, training = world_size(), recipe.training
-    steps = steps_of(recipe, len(training_set.examples["forget"]), processes)
+    steps = steps_of(recipe, len(training_set["forget"]), processes)
     batch_size = training.per_device_train_batch_size
     samples_per_step = batch_size * training.gradient_accumulation_steps * processes
     stream = UnlearningStream(training_set, method, steps * samples_per_step, training.seed)
@@ -89,7 +89,7 @@ def preview(recipe: Recipe) -> Preview:
         method=recipe.method.name,
         model=recipe.model,
         model_found=folder is not None,
-        examples={role: len(training_set.examples[role]) for role in method.roles if role in training_set.examples},
+        examples={role: len(training_set[role]) for role in method.roles if role in training_set},
         trainable=table,
         reference=strategy,
         precision=precision,
@@ -116,7 +116,7 @@ def _model_size(table: list[tuple[str, int, int]], text_config: Any) -> ModelSiz
 def _mean_lengths(
     recipe: Recipe,
     stream: UnlearningStream,
-    training_set: TrainingSet,
+    training_set: UnlearningDataset,
     processor: Processor | None,
     config: Any,
     max_samples: int = 64,
@@ -136,8 +136,7 @@ def _mean_lengths(
         for role, example in stream[position].items():
             answer_tokens = len(example.answer) / 4
             if meter:
-                history = tuple((turn.question, turn.answer) for turn in example.history)
-                turn = Turn(example.id, training_set.image_path(example), example.question, example.answer, history)
+                turn = Turn.of_example(example, training_set.image(example))
                 tokens = meter.total_tokens(turn)
                 answer_tokens = tokens - meter.prompt_tokens(turn)
             else:

@@ -187,7 +187,7 @@ def _build_trainer(
 
 def _training_arguments(planned: Plan) -> UnlearningConfig:
     recipe, training = planned.recipe, planned.recipe.training
-    steps = steps_of(recipe, len(planned.training_set.examples["forget"]), world_size())
+    steps = steps_of(recipe, len(planned.training_set["forget"]), world_size())
     return UnlearningConfig(
         output_dir=str(recipe.output / "checkpoints"),
         method=recipe.method.name,

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels, render
-from vlm_unlearn.data.training_set import TrainingSet
+from vlm_unlearn.data.images import image_key
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.modeling.packing import NO_IMAGE
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import digest_text
 from vlm_unlearn.training.references import answer_key
 
 
@@ -43,9 +44,9 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
     """
 
     def __init__(
-        self, training_set: TrainingSet, method: Method, length: int, seed: int, group_by_image: bool = False
+        self, training_set: UnlearningDataset, method: Method, length: int, seed: int, group_by_image: bool = False
     ) -> None:
-        self._examples = training_set.examples
+        self._examples = training_set
         self._refusals = training_set.refusals
         self._method = method
         self._roles = method.roles
@@ -119,25 +120,25 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
 
 
 MISSING_PAIRS = {
-    "decouple": "prompt decoupling needs decouple.jsonl. Import SafeEraser or a table with decouple rows, "
+    "decouple": "prompt decoupling needs the role decouple. Import SafeEraser or a table with decouple rows, "
     "or set prompt_decouple_weight=0.",
-    "preferred": "dpo needs preferred.jsonl. Import VLGuard with --harmful-answers or a table with preferred rows, "
+    "preferred": "dpo needs the role preferred. Import VLGuard with --harmful-answers or a table with preferred rows, "
     "or use method=idk_dpo.",
 }
 
 
-def _examples_by_pair_id(training_set: TrainingSet, role: Role) -> dict[str, Example]:
+def _examples_by_pair_id(training_set: UnlearningDataset, role: Role) -> dict[str, Example]:
     """Returns the examples of a paired role by `pair_id`, one for each forget example.
 
     Raises:
         UserError: The set has no such examples, one is missing, or a preferred example has a different question
             than its forget example.
     """
-    folder, paired_examples = training_set.folder, training_set.examples.get(role)
+    folder, paired_examples = training_set.folder, training_set.get(role)
     if not paired_examples:
         raise UserError(MISSING_PAIRS[role], code="missing-pairs", file=folder)
     by_pair_id = {str(example.pair_id): example for example in paired_examples if example.pair_id}
-    for forget in training_set.examples["forget"]:
+    for forget in training_set["forget"]:
         if forget.pair_id is None or forget.pair_id not in by_pair_id:
             fix = "Import VLGuard without --include-safe-image-unsafe, or use method=idk_dpo."
             raise UserError(
@@ -162,12 +163,12 @@ def _examples_by_pair_id(training_set: TrainingSet, role: Role) -> dict[str, Exa
 class UnlearningCollator:
     """Encodes stream items into ``{"forget": {...}, "retain": {...}}``, with all tensors that the processor returns.
 
-    Each batch also contains ``images`` [B], a key for each image file, and ``answer_keys`` [B], by which cached
+    Each batch also contains ``images`` [B], a key for each image, and ``answer_keys`` [B], by which cached
     reference values are found.
 
     Args:
         processor: The model's processor.
-        training_set: Resolves the image paths of the examples.
+        training_set: Contains the images of the examples.
         method: Determines the roles, and whether a forget answer is appended to its prompt.
         max_length: The maximum number of tokens of a sample. Longer answers are truncated.
     """
@@ -175,7 +176,7 @@ class UnlearningCollator:
     def __init__(
         self,
         processor: Processor,
-        training_set: TrainingSet,
+        training_set: UnlearningDataset,
         method: Method,
         max_length: int,
     ) -> None:
@@ -220,7 +221,7 @@ class UnlearningCollator:
             for sentence in self._training_set.refusals:
                 render(self._processor, Turn(f"refusals.json: {sentence[:40]}", None, "question", sentence))
         for role in self._method.roles:
-            for example in self._training_set.examples.get(role, ()):  # none for refusals as preferred answers
+            for example in self._training_set.get(role, ()):  # none for refusals as preferred answers
                 turn = self._turn(role, example)
                 if self._answer_in_prompt(role):
                     content, tokens, limit = "question, image and answer", meter.total_tokens(turn), self._max_length
@@ -240,16 +241,12 @@ class UnlearningCollator:
 
     def _turn(self, role: Role, example: Example) -> Turn:
         """Returns the question and answer on which the role trains."""
-        question, answer = example.question, example.answer
-        history = tuple((turn.question, turn.answer) for turn in example.history)
-        image = self._training_set.image_path(example)
+        turn = Turn.of_example(example, self._training_set.image(example))
         if self._answer_in_prompt(role):
-            return Turn(example.id, image, f"{question}\n{answer}", None, history)
-        return Turn(example.id, image, question, answer, history)
+            return replace(turn, question=f"{example.question}\n{example.answer}", answer=None)
+        return turn
 
 
 def _image_keys(turns: Sequence[Turn]) -> Tensor:
-    """Returns [B], a number for each image file, `NO_IMAGE` for none."""
-    return torch.tensor(
-        [NO_IMAGE if turn.image is None else int(digest_text(str(turn.image))[:15], 16) for turn in turns]
-    )
+    """Returns [B], a number for each image, `NO_IMAGE` for none."""
+    return torch.tensor([NO_IMAGE if turn.image is None else int(image_key(turn.image)[:15], 16) for turn in turns])

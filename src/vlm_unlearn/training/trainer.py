@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Batch, Processor, move
-from vlm_unlearn.data.training_set import TrainingSet
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Role, TokenKind
 from vlm_unlearn.modeling.attention import without_cudnn_attention
@@ -82,7 +82,9 @@ class UnlearningTrainer(Trainer):
     Args:
         model: A model that ``AutoModelForImageTextToText`` loads, or a PEFT model of it.
         args: The arguments.
-        train_dataset: The examples of each role.
+        train_dataset: The examples of each role: an `UnlearningDataset`, the folder of a training set, a `DatasetDict`
+            with one split per role, a `Dataset` with a column ``role``, or a mapping of role to rows. See
+            `UnlearningDataset.from_datasets` for the columns.
         processing_class: The model's processor, with a chat template.
         peft_config: The adapters to train, of any kind that PEFT has. None trains the parameters of the model that
             require gradients, without the vision tower unless ``args.freeze_vision_tower`` is False.
@@ -107,7 +109,7 @@ class UnlearningTrainer(Trainer):
         self,
         model: nn.Module,
         args: UnlearningConfig,
-        train_dataset: TrainingSet,
+        train_dataset: Any,
         processing_class: Processor,
         peft_config: PeftConfig | None = None,
         *,
@@ -128,6 +130,7 @@ class UnlearningTrainer(Trainer):
                 code="conflicting-settings",
                 field="eval_strategy",
             )
+        data = UnlearningDataset.from_any(train_dataset)
         self.vlm = _with_trainable_parameters(VisionLanguageModel(model, processing_class), args, peft_config)
         self.method = args.build_method()
         self.method.prepare(
@@ -137,13 +140,13 @@ class UnlearningTrainer(Trainer):
         may_disable_adapters = peft_config is not None or (args.reference == "adapter" and self.vlm.has_adapters)
         strategy = resolve_reference_strategy(args.reference, self.method.reference_requirements, may_disable_adapters)
         args = copy.copy(args)
-        args.max_steps = args.num_steps(len(train_dataset.examples["forget"]))
+        args.max_steps = args.num_steps(len(data["forget"]))
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = _may_have_unused_parameters(self.vlm, train_dataset)
+            args.ddp_find_unused_parameters = _may_have_unused_parameters(self.vlm, data)
         stream = UnlearningStream(
-            train_dataset, self.method, args.max_steps * args.samples_per_step(), args.seed, args.group_by_image
+            data, self.method, args.max_steps * args.samples_per_step(), args.seed, args.group_by_image
         )
-        collator: Any = UnlearningCollator(processing_class, train_dataset, self.method, args.max_length)
+        collator: Any = UnlearningCollator(processing_class, data, self.method, args.max_length)
         if check_lengths:
             collator.check_lengths()
         super().__init__(
@@ -157,7 +160,7 @@ class UnlearningTrainer(Trainer):
         )
         self._stream = stream
         self._collator = collator
-        self._train_data_digest = _digest_of_run(args, train_dataset)
+        self._train_data_digest = _digest_of_run(args, data)
         self._eval_fn = eval_fn
         self._cache_keys = cache_keys
         self._on_reference = on_reference
@@ -517,19 +520,19 @@ def _with_trainable_parameters(
     return vlm
 
 
-def _may_have_unused_parameters(vlm: VisionLanguageModel, train_dataset: TrainingSet) -> bool:
+def _may_have_unused_parameters(vlm: VisionLanguageModel, data: UnlearningDataset) -> bool:
     """Returns whether some trainable parameters may get no gradient in a step.
 
     These are the projector on text-only batches, and the vision layers above the one whose features the model uses.
     """
     trained = {vlm.component(name) for name, value in vlm.base_model.named_parameters() if value.requires_grad}
-    text_only = any(example.image is None for role in train_dataset.examples.values() for example in role)
+    text_only = any(example.image is None for role in data.values() for example in role)
     return "vision tower" in trained or text_only
 
 
-def _digest_of_run(args: UnlearningConfig, train_dataset: TrainingSet) -> str:
+def _digest_of_run(args: UnlearningConfig, data: UnlearningDataset) -> str:
     """Returns a digest of the settings and examples that determine the batches of a run. It covers no image files."""
-    examples = {role: [example.model_dump() for example in rows] for role, rows in train_dataset.examples.items()}
+    examples = {role: [example.model_dump() for example in rows] for role, rows in data.items()}
     settings = [args.method, args.method_args, args.prompt_decouple_weight, args.seed, args.max_steps]
     return digest_json([*settings, args.samples_per_step(), args.group_by_image, args.max_length, examples])
 

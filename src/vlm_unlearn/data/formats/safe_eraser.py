@@ -156,12 +156,12 @@ def read_refusals(path: Path) -> list[str]:
     return validate_refusals(value.get("idk") if isinstance(value, dict) else None, path, "idk")
 
 
-def validate_refusals(value: object, file: Path, field: str | None = None) -> list[str]:
+def validate_refusals(value: object, file: Path | None, field: str | None = None) -> list[str]:
     """Returns `value` if it is a non-empty list of sentences.
 
     Args:
         value: A JSON value.
-        file: The file that contains the value, for the error.
+        file: The file that contains the value, for the error. None for a value in memory.
         field: The key of the value, for the error.
 
     Raises:
