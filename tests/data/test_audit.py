@@ -183,9 +183,7 @@ def test_diversify_keeps_the_pairs_of_a_training_set(training_sets: dict[str, Pa
     assert all(example.question == questions_by_pair[example.pair_id] for example in after["decouple"])
     for role in ("forget", "retain", "decouple"):
         assert [e.answer for e in before[role]] == [e.answer for e in after[role]]
-        assert [before.image(e) for e in before[role]] == [
-            after.image(e) for e in after[role]
-        ]
+        assert [before.image(e) for e in before[role]] == [after.image(e) for e in after[role]]
     assert list(after.refusals) == list(before.refusals)
 
 

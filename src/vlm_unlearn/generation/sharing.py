@@ -1,4 +1,4 @@
-"""Prefix sharing for generation: prompts with the same image and the same text before it run both only once.
+"""Prefix sharing for generation: prompts about the same image run their common prefix only once.
 
 A batch often contains several questions about one image, or several samples of one prompt. Without sharing, each row
 runs all image tokens again. :func:`prefill` fills the key-value cache in two passes instead:
@@ -57,7 +57,7 @@ class Prefilled:
 
         Args:
             new_ids: Tokens generated for every row, [B, N]. All but the last column are in the cache already.
-            rows: Indices of the selected rows.
+            rows: Indices of the selected rows. Their answers must not have ended, since padding is not masked.
         """
         offsets = torch.arange(1, new_ids.shape[1] + 1, device=new_ids.device)
         input_ids = torch.cat([self.input_ids, new_ids], dim=1)
@@ -75,7 +75,7 @@ def prefill(
     Args:
         model: The model, with or without PEFT adapters.
         processor: The model's processor.
-        turns: P prompts. Equal prompts would run twice.
+        turns: P turns without an answer, the prompts. The suffixes of equal prompts would run twice.
         turn_indices: The index into `turns` of each of the B rows to return. A prompt has one row per sample.
         max_new_tokens: The number of tokens that will be generated at most.
 
@@ -90,7 +90,7 @@ def prefill(
     vlm = VisionLanguageModel(model, processor)
     if not vlm.supports_prefix_sharing:
         return None
-    inner = vlm.base_model
+    inner = vlm.base_model  # without PEFT's wrapper, but with its adapters
     encoded = _encode_prompts(processor, turns, inner.config.image_token_id)
     if encoded is None:
         return None
@@ -116,7 +116,7 @@ def prefill(
         )
 
     num_groups = max(groups) + 1
-    if prefix_width:  # contains every image, since the template puts text after it
+    if prefix_width:  # every image is in the prefix columns, since the template puts text after each image
         run_columns(_first_rows(groups), 0, prefix_width, **images)
         _select_cache_rows(cache, torch.tensor(groups, device=inner.device), num_groups)
     if width - 1 > prefix_width:
@@ -127,7 +127,7 @@ def prefill(
 
 
 def _select_cache_rows(cache: DynamicCache, rows: Tensor, num_rows: int) -> None:
-    """Replaces row n of the cache by its current row `rows[n]`, for all n. Copies nothing if no row changes."""
+    """Makes the selected rows the rows of a cache, which has `num_rows` now. Rows can be repeated or dropped."""
     if rows.tolist() != list(range(num_rows)):
         cache.batch_select_indices(rows)
 
@@ -135,7 +135,7 @@ def _select_cache_rows(cache: DynamicCache, rows: Tensor, num_rows: int) -> None
 class _EncodedPrompts(NamedTuple):
     prompts: list[list[int]]  # the token ids of each prompt, with all tokens of its image
     groups: list[int]  # the group of each prompt, numbered from 0
-    images: Batch  # the processor's outputs for the image of each group, such as pixel values
+    images: Batch  # the processor's outputs, such as pixel values, for the image of each group that has one
 
 
 def _encode_prompts(processor: Processor, turns: Sequence[Turn], image_token_id: int) -> _EncodedPrompts | None:
@@ -153,37 +153,38 @@ def _encode_prompts(processor: Processor, turns: Sequence[Turn], image_token_id:
     image_ends = [_end_of_image(ids, image_token_id) for ids in templated]
     group_numbers: dict[tuple[object, ...], int] = {}
     groups = [
-        group_numbers.setdefault((turn.image, *ids[:end]), len(group_numbers))
+        group_numbers.setdefault((turn.image, *ids[:end]), len(group_numbers))  # images compare by path or content
         for turn, ids, end in zip(turns, templated, image_ends, strict=True)
     ]
     first_rows = _first_rows(groups)
-    # Padding is on either side: the mask removes it.
+    # The side of the padding does not matter, since the mask removes it.
     encoded = encode(processor, [turns[row] for row in first_rows], padding_side="right")
-    expanded_prefixes = []  # of each group: the tokens up to the end of the image, with all tokens of the image
+    expanded_images = []  # of each group: the tokens up to the end of the image, with all tokens of the image
     for row, padded_ids, mask in zip(first_rows, encoded["input_ids"], encoded["attention_mask"].bool(), strict=True):
-        expanded_ids, text = padded_ids[mask].tolist(), templated[row][image_ends[row] :]
+        expanded_ids, ids_after_image = padded_ids[mask].tolist(), templated[row][image_ends[row] :]
         # Counted from the end: some processors add tokens after the image, which belong to it.
-        prefix_length = len(expanded_ids) - len(text)
-        if expanded_ids[prefix_length:] != text:
+        image_end = len(expanded_ids) - len(ids_after_image)
+        if expanded_ids[image_end:] != ids_after_image:
             return None
-        expanded_prefixes.append(expanded_ids[:prefix_length])
+        expanded_images.append(expanded_ids[:image_end])
     prompts = [
-        expanded_prefixes[group] + ids[end:] for group, ids, end in zip(groups, templated, image_ends, strict=True)
+        expanded_images[group] + ids[end:] for group, ids, end in zip(groups, templated, image_ends, strict=True)
     ]
     return _EncodedPrompts(prompts, groups, {name: value for name, value in encoded.items() if name not in TEXT_INPUTS})
 
 
 def _end_of_image(ids: Sequence[int], image_token_id: int) -> int:
-    """Returns the index after the image (its last token), or 0 if the prompt has none."""
+    """Returns the index after the last token of the image, or 0 if the prompt has no image."""
     return next((end for end in range(len(ids), 0, -1) if ids[end - 1] == image_token_id), 0)
 
 
 def align_prefixes(
     prompts: Sequence[Sequence[int]], groups: Sequence[int], pad_token_id: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Pads prompts so that the common prefix of each group ends at the same column, and every prompt at the last one.
+    """Pads prompts on the left of their prefix and of their suffix.
 
-    The last token of a prompt always belongs to its suffix.
+    The prefixes of all groups end at the same column, and so do all prompts. The prefix of a group is the longest that
+    its prompts have in common. The last token of a prompt always belongs to its suffix.
 
     Args:
         prompts: The token ids of each prompt.
@@ -229,12 +230,12 @@ def _first_rows(groups: Sequence[int]) -> list[int]:
 def _position_ids(
     model: Any, input_ids: Tensor, attention_mask: Tensor, groups: Sequence[int], images: Batch
 ) -> Tensor:
-    """Returns position ids [P, S], or [3, P, S] with images and several axes. They do not count padding."""
+    """Returns position ids [P, S], or [3, P, S] with images and multi-axis rotary embeddings. They do not count padding."""
     if "image_grid_thw" not in images:
         return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding on the left would get -1
     is_image = input_ids == model.config.image_token_id
     groups_with_image = [group for group, row in enumerate(_first_rows(groups)) if is_image[row].any()]
-    # `images` contains the grid of each group once; `get_rope_index` expects one per prompt with an image.
+    # `images` contains one grid per group with an image. `get_rope_index` expects one per prompt with an image.
     grid_indices = [groups_with_image.index(group) for group in groups if group in groups_with_image]
     grids = images["image_grid_thw"][grid_indices]
     position_ids: Tensor
