@@ -37,6 +37,8 @@ def test_packages_import_only_from_earlier_layers() -> None:
     wrong = []
     for path in SOURCE.rglob("*.py"):
         layer = layer_of(path)
+        if layer == "__init__":  # offers the public names of all packages, lazily
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vlm_unlearn."):
                 imported = node.module.split(".")[1]
