@@ -230,7 +230,7 @@ def _first_rows(groups: Sequence[int]) -> list[int]:
 def _position_ids(
     model: Any, input_ids: Tensor, attention_mask: Tensor, groups: Sequence[int], images: Batch
 ) -> Tensor:
-    """Returns position ids [P, S], or [3, P, S] with images and multi-axis rotary embeddings. Padding is not counted."""
+    """Returns position ids [P, S], or [3, P, S] with images and multi-axis rotary embeddings. Padding not counted."""
     if "image_grid_thw" not in images:
         return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding on the left would get -1
     is_image = input_ids == model.config.image_token_id
