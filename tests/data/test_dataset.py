@@ -267,6 +267,13 @@ def test_invalid_data_is_a_user_error(data: Any, code: str, field: str | None) -
         UnlearningDataset.from_any(data)
 
 
+def test_missing_class_label_is_no_category() -> None:
+    features = Features({"question": Value("string"), "answer": Value("string"), "category": ClassLabel(names=["a"])})
+    table = Dataset.from_list([{**ROW, "category": 0}, {**ROW, "category": -1}, {**ROW, "category": None}], features)
+    data = UnlearningDataset.from_datasets({"forget": table, "retain": RETAIN})
+    assert [example.category for example in data["forget"]] == ["a", None, None]
+
+
 def test_refusals_are_validated() -> None:
     assert read(ROW, refusals=("No.",)).refusals == ["No."]
     assert len(read(ROW).refusals) == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from vlm_unlearn.data.formats import messages
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.safe_eraser import validate_refusals
 from vlm_unlearn.data.images import ImageReference, ImageSource, image_reference, resolve_image
+from vlm_unlearn.data.rows import Row, column_names, read_rows, validate_not_streamed, value_at
 from vlm_unlearn.data.training_set import (
     DEFAULT_REFUSALS,
     PAIRED_ROLES,
@@ -32,8 +32,6 @@ from vlm_unlearn.store import (
     dump_record,
     user_path,
 )
-
-_ROWS_AT_ONCE = 16  # read from a `datasets.Dataset` while its texts are read: a row may contain megabytes of image
 
 
 class UnlearningDataset(Mapping[str, Sequence[Example]]):
@@ -115,19 +113,19 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
                 row or its image is invalid. The error contains the role, the row (counted from 1) and the column.
         """
         for table in data.values() if isinstance(data, Mapping) else (data,):
-            _validate_not_streamed(table)
+            validate_not_streamed(table)
         reader = _RowReader(None if root is None else user_path(root).resolve())
-        if isinstance(data, Mapping) and list(data) == ["train"] and "role" in _columns(data["train"]):
+        if isinstance(data, Mapping) and list(data) == ["train"] and "role" in column_names(data["train"]):
             data = data["train"]  # `load_dataset` puts the rows of a single file into this split
         if isinstance(data, Mapping):
             for role, table in data.items():
                 _validate_role(role, "data")
-                for number, row in enumerate(_rows(table, role), start=1):
+                for number, row in enumerate(read_rows(table, role), start=1):
                     reader.add(str(role), row, number, str(role))
                 if not reader.examples.get(str(role)):
                     raise UserError(f"the {role} set is empty", code="no-records", field=str(role))
         else:
-            for number, row in enumerate(_rows(data, "data"), start=1):
+            for number, row in enumerate(read_rows(data, "data"), start=1):
                 role = _role_of(row, number)
                 reader.add(role, row, number, None)
         for role in ("forget", "retain"):
@@ -208,7 +206,7 @@ class _RowReader:
         self._by_path: dict[str, str] = {}  # names of the images that rows name by a path, so that each is read once
         self._numbers: dict[tuple[str, str, str], int] = {}  # of the row, by role, column and value
 
-    def add(self, role: str, row: _Row, number: int, table: str | None) -> None:
+    def add(self, role: str, row: Row, number: int, table: str | None) -> None:
         """Adds a row.
 
         Args:
@@ -240,9 +238,9 @@ class _RowReader:
             self._validate_unique(record, role, "pair_id", example.pair_id, number)
         examples.append(example)
 
-    def _add_image(self, record: RawRecord, row: _Row, path: tuple[str | int, ...]) -> str:
+    def _add_image(self, record: RawRecord, row: Row, path: tuple[str | int, ...]) -> str:
         field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
-        value = messages.value_at(row.value, path)
+        value = value_at(row.value, path)
         if isinstance(value, str | Path) and str(value) in self._by_path:
             return self._by_path[str(value)]
         try:
@@ -340,7 +338,7 @@ def _validate_role(role: object, field: str, record: str | None = None) -> None:
         )
 
 
-def _role_of(row: _Row, number: int) -> str:
+def _role_of(row: Row, number: int) -> str:
     value = row.value.get("role")
     position = _position(row.value, number)
     if value is None:
@@ -352,111 +350,3 @@ def _role_of(row: _Row, number: int) -> str:
         )
     _validate_role(value, "role", position)
     return str(value)
-
-
-class _Row:
-    """A row of a list, whose images are held by the caller's objects."""
-
-    def __init__(self, value: Mapping[str, Any]) -> None:
-        self.value = value if isinstance(value, dict) else dict(value)
-
-    def loader(self, path: tuple[str | int, ...]) -> partial[Any] | None:
-        """Returns a function that loads the image at the keys `path`, or None to hold the image itself."""
-        return None
-
-
-class _TableRow(_Row):
-    """A row of a `datasets.Dataset`, whose images are read again when they are used."""
-
-    def __init__(self, value: Mapping[str, Any], table: Any, number: int) -> None:
-        super().__init__(value)
-        self._table = table
-        self._number = number
-
-    def loader(self, path: tuple[str | int, ...]) -> partial[Any] | None:
-        return partial(_load_cell, self._table, self._number, path)
-
-
-def _load_cell(table: Any, number: int, path: tuple[str | int, ...]) -> Any:
-    """Returns the stored value of one cell, undecoded."""
-    column, *keys = path
-    return messages.value_at(table[number].column(column)[0].as_py(), tuple(keys))
-
-
-def _columns(table: Any) -> Sequence[str]:
-    """Returns the columns of a `datasets.Dataset` or of the first row of a list."""
-    columns = getattr(table, "column_names", None)
-    if columns is None and isinstance(table, list | tuple) and table and isinstance(table[0], Mapping):
-        columns = list(table[0])
-    return columns or ()
-
-
-def _validate_not_streamed(table: Any) -> None:
-    datasets: Any = sys.modules.get("datasets")
-    if datasets is not None and isinstance(table, datasets.IterableDataset):
-        raise UserError(
-            "a streaming data set has no length and no random access. Load it without streaming=True, or take its "
-            "first rows: Dataset.from_list(list(data.take(1000))).",
-            code="streaming-dataset",
-        )
-
-
-def _rows(table: Any, name: str) -> Iterator[_Row]:
-    """Yields the rows of a table.
-
-    Raises:
-        UserError: The table has a transform, or is no table.
-    """
-    datasets: Any = sys.modules.get("datasets")  # a value of this type exists only if the module has been imported
-    if datasets is not None and isinstance(table, datasets.Dataset):
-        yield from _dataset_rows(table, name)
-    elif isinstance(table, Sequence) and not isinstance(table, str | bytes):
-        for number, row in enumerate(table, start=1):
-            if not isinstance(row, Mapping):
-                problem = f"a row must be a dict, found {type(row).__name__}"
-                raise UserError(problem, code="invalid-field", record=number, field=name)
-            yield _Row(row)
-    else:
-        raise UserError(
-            f"is a {type(table).__name__}. Pass a datasets.Dataset or a list of dicts, such as "
-            "Dataset.from_pandas(frame) or list(rows).",
-            code="invalid-field",
-            field=name,
-        )
-
-
-def _dataset_rows(dataset: Any, name: str) -> Iterator[_Row]:
-    """Yields the rows of a `datasets.Dataset` with images as stored, which are bytes or paths."""
-    if dataset.format["type"] == "custom":
-        raise UserError(
-            "has a transform, which is applied to decoded rows only. Apply it with Dataset.map, or remove it with "
-            "with_format(None).",
-            code="unsupported-setting",
-            field=name,
-        )
-    table = dataset.with_format("arrow")
-    features = dataset.features
-    undecoded = type(features)({column: _undecoded(feature) for column, feature in features.items()})
-    names = {column: feature.int2str for column, feature in features.items() if hasattr(feature, "int2str")}
-    number = 0
-    for batch in table.iter(batch_size=_ROWS_AT_ONCE):
-        for stored in batch.to_pylist():
-            row = undecoded.decode_example(stored)
-            for column, int2str in names.items():  # a ClassLabel is stored as a number
-                if row[column] is not None:
-                    row[column] = int2str(row[column])
-            yield _TableRow(row, table, number)
-            number += 1
-
-
-def _undecoded(feature: Any) -> Any:
-    """Returns a feature of `datasets` in which images are not decoded."""
-    import datasets
-
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return type(feature)(_undecoded(feature.feature))
-    if isinstance(feature, dict):
-        return {name: _undecoded(value) for name, value in feature.items()}
-    return feature

@@ -7,7 +7,7 @@ The sharegpt form ``conversations``, a list of ``{"from": "system" | "human" | "
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vlm_unlearn.data.formats.fields import RawRecord, json_type
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
@@ -116,10 +116,3 @@ def _split_placeholders(value: str) -> _Content:
     if not suffix:
         prefix = prefix.rstrip()
     return _Content(prefix + suffix, len(others), len(prefix), None)
-
-
-def value_at(value: Any, path: tuple[str | int, ...]) -> Any:
-    """Returns the value at the keys of a nested value."""
-    for key in path:
-        value = value[key]
-    return value
