@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm_unlearn.data.images import image_size, open_image
+from vlm_unlearn.data.images import ImageSource, image_size, open_image
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
 
@@ -24,14 +23,14 @@ class Turn:
 
     Attributes:
         id: The id of the example, for error messages.
-        image: The image file. It belongs to the first round.
+        image: The image file, or a reference. It belongs to the first round.
         question: The question.
         answer: The answer. None leaves the answer to the model.
         history: The earlier rounds of question and answer.
     """
 
     id: str
-    image: Path | None
+    image: ImageSource | None
     question: str
     answer: str | None
     history: tuple[tuple[str, str], ...] = ()

@@ -1,14 +1,27 @@
-"""Finds and opens images below an image root. Paths and files come from third parties and are not trusted."""
+"""Finds and opens images: files below an image root, and images in memory or in a `datasets.Dataset`.
+
+Paths, files and bytes come from third parties and are not trusted.
+
+An image is opened from an `ImageSource`: the path of a file, or an `ImageReference`. `image_reference` makes a
+reference from a path, bytes, a PIL image, a numpy array or a ``{"bytes", "path"}`` value of `datasets.Image`.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import sys
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.store import digest_file, digest_text, user_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,8 +32,26 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # MPO, which some phone
 MAX_IMAGE_SIDE = 32_768
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quarter of a GiB as RGB
 
-# _open raises for these images, so that Pillow's warning would only repeat the error.
+# _check_size raises for these images, so that Pillow's warning would only repeat the error.
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+
+
+@dataclass(frozen=True)
+class ImageReference:
+    """An image that is opened when it is used. Two references are equal if their contents are.
+
+    Attributes:
+        digest: The SHA-256 of the image file's bytes. For a PIL image or an array: of its mode, size and pixels.
+        load: Returns a value that `image_reference` accepts, apart from relative paths.
+        name: The path below the image root, or ``sha256:`` and the digest.
+    """
+
+    digest: str
+    load: Callable[[], Any] = field(compare=False, repr=False)
+    name: str = field(compare=False)
+
+
+ImageSource = Path | ImageReference
 
 
 def resolve_image(root: Path, relative: str, file: str | Path | None = None, record: str | int | None = None) -> Path:
@@ -59,39 +90,48 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
     return path
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(image: ImageSource) -> tuple[int, int]:
     """Returns the width and the height of an image in pixels, from the header of its file.
 
     Raises:
-        UserError: The file is not an image, or is too large to open safely.
+        UserError: The content is not an image, or is too large to open safely.
     """
-    with _open(path) as image:
-        return image.size
+    with _opened(image) as opened:
+        return opened.size
 
 
-def open_image(path: Path, max_side: int | None = None) -> Image.Image:
-    """Opens an image as RGB. Of an animation, the first frame is returned.
+def open_image(image: ImageSource, max_side: int | None = None) -> Image.Image:
+    """Opens an image as RGB.
+
+    Of an animation, the first frame is returned. The EXIF orientation is not applied, as in the training of LLaVA.
 
     Args:
-        path: The image file.
+        image: A file, or a reference.
         max_side: Maximum length of the longer side in pixels. A larger image is shrunk. A JPEG is decoded at a reduced
             size where that is enough.
 
     Raises:
-        UserError: The file is not an image, is broken or truncated, or is too large to open safely.
+        UserError: The content is not an image, is broken or truncated, or is too large to open safely.
     """
-    with _open(path) as image:
+    with _opened(image) as opened:
         try:
             if max_side is None:
-                return image.convert("RGB")
-            image.draft("RGB", (max_side, max_side))
-            shrunk = image.convert("RGB")
+                return opened.convert("RGB")
+            opened.draft("RGB", (max_side, max_side))
+            shrunk = opened.convert("RGB")
             shrunk.thumbnail((max_side, max_side))
             return shrunk
         except Exception as error:  # the decoders raise many types of errors for broken files
             raise UserError(
-                f"is a broken image ({type(error).__name__}). Replace the file.", code="invalid-image", file=path
+                f"is a broken image ({type(error).__name__}). Replace it.",
+                code="invalid-image",
+                file=image if isinstance(image, Path) else None,
             ) from None
+
+
+def image_key(image: ImageSource) -> str:
+    """Returns a key of an image: of its path for a file of a training-set folder, of its content for a reference."""
+    return digest_text(str(image)) if isinstance(image, Path) else image.digest
 
 
 def png_url(image: Image.Image) -> str:
@@ -101,36 +141,161 @@ def png_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _opened(image: ImageSource) -> Iterator[Image.Image]:
+    """Opens an image without decoding it, and closes it if it was opened here."""
+    content = image if isinstance(image, Path) else _content(image.load())
+    if isinstance(content, Path | bytes):
+        with _open(content) as opened:
+            yield opened
+    else:
+        _check_size(content.size, None)
+        yield content
+
+
+def _open(content: Path | bytes) -> Image.Image:
     from PIL import Image
 
+    file = content if isinstance(content, Path) else None
     try:
-        if path.stat().st_size == 0:
-            raise UserError("is an empty file. Replace it.", code="invalid-image", file=path)
-        image = Image.open(path, formats=FORMATS)
+        if (content.stat().st_size if isinstance(content, Path) else len(content)) == 0:
+            raise UserError("is an empty file. Replace it.", code="invalid-image", file=file)
+        image = Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS)
     except UserError:
         raise
     except Image.DecompressionBombError:
         raise UserError(
-            f"has more than {MAX_IMAGE_PIXELS} pixels. Resize it.", code="image-too-large", file=path
+            f"has more than {MAX_IMAGE_PIXELS} pixels. Resize it.", code="image-too-large", file=file
         ) from None
     except Exception as error:
         formats = ", ".join(FORMATS)
         raise UserError(
             f"is not an image of a supported format ({type(error).__name__}). Convert it to one of {formats}.",
             code="invalid-image",
-            file=path,
+            file=file,
         ) from None
-    width, height = image.size
+    try:
+        _check_size(image.size, file)
+    except UserError:
+        image.close()
+        raise
+    return image
+
+
+def _check_size(size: tuple[int, int], file: Path | None) -> None:
+    width, height = size
     problem = None
     if width * height > MAX_IMAGE_PIXELS:
         problem = f"has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}. Resize it."
     elif max(width, height) > MAX_IMAGE_SIDE:
         problem = f"has {width} x {height} pixels, more than {MAX_IMAGE_SIDE} on a side. Resize it."
     if problem:
-        image.close()
-        raise UserError(problem, code="image-too-large", file=path)
+        raise UserError(problem, code="image-too-large", file=file)
     if min(width, height) < 1:
-        image.close()
-        raise UserError("has no pixels. Replace it.", code="invalid-image", file=path)
-    return image
+        raise UserError("has no pixels. Replace it.", code="invalid-image", file=file)
+
+
+def image_reference(value: Any, root: Path | None = None, load: Callable[[], Any] | None = None) -> ImageReference:
+    """Returns a reference to an image that a row of a data set contains. The image is not decoded.
+
+    Args:
+        value: A path, the bytes of an image file, a PIL image, a uint8 array [height, width] or [height, width, 3 or
+            4], or the ``{"bytes", "path"}`` value of an undecoded `datasets.Image`.
+        root: The folder of relative paths. A path must stay inside it. Without a root, paths must be absolute.
+        load: Returns the value again when the image is used, so that the reference does not hold its bytes. It must be
+            picklable. By default the reference holds `value`.
+
+    Raises:
+        UserError: The value is none of these, a path is invalid, or a PIL image is broken or too large.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str | Path):
+        name, path = _locate(value, root)
+        digest = digest_file(path)
+        return ImageReference(digest, partial(_identity, path), name or f"sha256:{digest}")
+    if isinstance(value, bytearray | memoryview):
+        value = bytes(value)
+    if isinstance(value, bytes):
+        digest = hashlib.sha256(value).hexdigest()
+    elif _is_array(value) or _is_pil(value):
+        image: Image.Image = _array_image(value) if _is_array(value) else value
+        _check_size(image.size, None)
+        if image is value:
+            image = value = _detached(image)
+        palette = image.getpalette() or []
+        digest = hashlib.sha256(f"{image.mode} {image.size} {palette} ".encode() + image.tobytes()).hexdigest()
+    else:
+        raise UserError(
+            f"is a {type(value).__name__}. Pass a path, bytes, a PIL image, or a uint8 array.", code="invalid-field"
+        )
+    return ImageReference(digest, load or partial(_identity, value), f"sha256:{digest}")
+
+
+def _locate(value: str | Path, root: Path | None) -> tuple[str | None, Path]:
+    """Returns the path of an image below the root, or None without a root, and the file of the image."""
+    if isinstance(value, str) and "://" in value:
+        problem = f"image {quoted(value)} is a URL. Download it, and pass the file or its bytes."
+        raise UserError(problem, code="unsupported-setting")
+    name = value if isinstance(value, str) else value.as_posix()
+    if root is not None:
+        if Path(name).is_absolute() and Path(name).is_relative_to(root):
+            name = Path(name).relative_to(root).as_posix()
+        return name, resolve_image(root, name)
+    path = user_path(value)
+    if not path.is_absolute():
+        raise UserError(f"image {quoted(name)} is a relative path. Pass its folder as root.", code="missing-root")
+    if "\0" in name or not path.is_file():
+        raise UserError(f"image {quoted(name)} not found. Correct the path.", code="image-not-found")
+    return None, path.resolve()
+
+
+def _is_pil(value: object) -> bool:
+    module = sys.modules.get("PIL.Image")  # a value of this type exists only if the module has been imported
+    return module is not None and isinstance(value, module.Image)
+
+
+def _is_array(value: object) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def _content(value: Any) -> Path | bytes | Image.Image:
+    """Returns the file, the bytes or the PIL image of an image value, whose type `image_reference` has checked."""
+    if isinstance(value, Mapping):
+        value = value["bytes"]
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    content: Path | bytes | Image.Image = _array_image(value) if _is_array(value) else value
+    return content
+
+
+def _array_image(value: Any) -> Image.Image:
+    from PIL import Image
+
+    if str(value.dtype) != "uint8" or not (value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3, 4))):
+        raise UserError(
+            f"is an array {value.dtype} {list(value.shape)}. Pass uint8 [height, width] or [height, width, channels].",
+            code="invalid-field",
+        )
+    if 0 in value.shape:
+        raise UserError("has no pixels. Replace it.", code="invalid-image")
+    return Image.fromarray(value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+
+
+def _detached(image: Image.Image) -> Image.Image:
+    """Returns a decoded PIL image without an open file, which processes must not share.
+
+    Raises:
+        UserError: The file of the image is broken or closed.
+    """
+    try:
+        image.load()
+        return image.copy() if getattr(image, "fp", None) is not None else image
+    except Exception as error:  # the decoders raise many types of errors for broken files
+        problem = f"is a broken image ({type(error).__name__}). Replace it."
+        raise UserError(problem, code="invalid-image") from None
+
+
+def _identity(value: Any) -> Any:
+    return value
