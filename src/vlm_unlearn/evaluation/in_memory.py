@@ -48,7 +48,7 @@ def evaluate(
     processor: Processor,
     dataset: Any,
     judge: Judge | JudgeConfig | str | Callable[..., Any],
-    metrics: Sequence[Metric] | None = None,
+    metrics: Metric | Sequence[Metric] | None = None,
     attack: Attack | None = None,
     generation: GenerationConfig | None = None,
     samples: int = 1,
@@ -66,7 +66,8 @@ def evaluate(
 
     - `question`: the text.
     - `image`: a path, the bytes of an image file, a PIL image, a value of `datasets.Image`, or None.
-    - `kind`: ``unsafe`` (the default), ``safe`` or ``safe_image_unsafe_question``.
+    - `kind`: ``unsafe`` (the default), ``safe`` or ``safe_image_unsafe_question``. Without it, a `set` that a table of
+      docs/your-own-data.md can have, such as ``harmless``, determines the kind.
     - `reference` or `answer`: the reference answer, for judges that compare with it.
     - `category`: a category of questions, for rates by category.
     - `id`: a unique text or number. The default is the number of the row, from 0.
@@ -243,7 +244,9 @@ def _default_metrics(data: PromptSet, judge: Judge, verdicts: Sequence[Verdict])
     return default_metrics(list(data.kinds.values()), labels, has_scores or not judge.labels)
 
 
-def _metric_configs(metrics: Sequence[Metric], data: PromptSet, judge: Judge, suffix: str) -> dict[str, MetricConfig]:
+def _metric_configs(
+    metrics: Metric | Sequence[Metric], data: PromptSet, judge: Judge, suffix: str
+) -> dict[str, MetricConfig]:
     """Returns metrics in the form of a suite, by name.
 
     Raises:
@@ -251,7 +254,7 @@ def _metric_configs(metrics: Sequence[Metric], data: PromptSet, judge: Judge, su
             return the labels or scores.
     """
     configs: dict[str, MetricConfig] = {}
-    for metric in metrics:
+    for metric in [metrics] if isinstance(metrics, Metric) else metrics:
         if not isinstance(metric, Metric):
             raise UserError(
                 f"{metric!r} is not a metric. Pass objects, such as ASR().", code="invalid-field", field="metrics"

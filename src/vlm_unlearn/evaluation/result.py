@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import GenerationConfig, JudgeConfig, MetricConfig, SplitConfig, Suite
+from vlm_unlearn.errors import printable
 from vlm_unlearn.evaluation.answers import RESPONSES
 from vlm_unlearn.evaluation.generate import save_suite
 from vlm_unlearn.evaluation.rows import PromptSet, write_images
@@ -146,8 +147,9 @@ class EvaluationResult:
     def to_pandas(self) -> Any:
         """Returns a `pandas.DataFrame` with one row per answer.
 
-        The columns are `id`, `sample`, `group_id`, `set`, `kind`, `category`, `question`, `reference`, `answer`,
-        `finish_reason`, `label`, `score`, `explanation` and `error`. `error` is the error of the answer or the verdict.
+        The columns are `id`, `sample`, `group_id`, `set`, `kind`, `category`, `image`, `question`, `reference`,
+        `answer`, `finish_reason`, `label`, `score`, `explanation` and `error`. `image` is the name of the image's file.
+        `error` is the error of the answer or the verdict.
         """
         import pandas
 
@@ -163,6 +165,7 @@ class EvaluationResult:
                     "set": prompt.set,
                     "kind": prompt.kind,
                     "category": prompt.category,
+                    "image": prompt.image,
                     "question": prompt.question,
                     "reference": prompt.reference,
                     "answer": response.text,
@@ -211,7 +214,7 @@ class EvaluationResult:
         width = max(map(len, self.metrics), default=0)
         lines = [f"{name:<{width}}  {_describe(rate)}" for name, rate in self.metrics.items()]
         heading = f"{self.row.model}, judged by {self.row.judge}: {len(self.responses):,} answers"
-        return "\n".join([heading, *lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(map(printable, [heading, *lines, *(f"note: {note}" for note in self.notes)]))
 
     def _repr_html_(self) -> str:
         """Returns a table for notebooks. All texts are escaped."""

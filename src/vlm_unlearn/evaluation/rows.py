@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from vlm_unlearn.data.formats import table
 from vlm_unlearn.data.images import FORMATS, ImageReference, image_reference, image_size, open_image
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import Kind, Prompt
@@ -189,7 +190,10 @@ def _read_prompt(row: Any, number: int, images: dict[str, ImageReference], root:
             field="question",
         )
     image = _add_image(_only_image(fields, message_images), images, root)
-    kind = str(fields.get("kind", "unsafe"))
+    set_column = "set" if "set" in fields else "split"
+    split = _text(fields, set_column) if set_column in fields else None
+    # A set of a table, such as "harmless", is a kind too.
+    kind = str(fields.get("kind", table.KINDS.get(table.SETS.get((split or "").lower(), ""), "unsafe")))
     if kind not in KINDS:
         raise UserError(
             f"is {quoted(kind)}{nearest(kind, KINDS)}. Kinds are {', '.join(KINDS)}.",
@@ -197,11 +201,10 @@ def _read_prompt(row: Any, number: int, images: dict[str, ImageReference], root:
             field="kind",
         )
     id = _text(fields, "id", numbers_too=True) if "id" in fields else str(number - 1)
-    set_column = "set" if "set" in fields else "split"
     return Prompt(
         id=id,
         group_id=_text(fields, "group_id", numbers_too=True) if "group_id" in fields else id,
-        set=_text(fields, set_column) if set_column in fields else kind,
+        set=split or kind,
         kind=kind,
         image=image,
         question=question,
@@ -298,7 +301,7 @@ def _only_image(fields: Mapping[str, Any], message_images: Sequence[Any]) -> Any
         images += list(column) if isinstance(column, list | tuple) else [column]
     if "image" in fields:
         images.append(fields["image"])
-    images = [image for image in images if not _is_missing(image) and image != ""]
+    images = [image for image in images if not (_is_missing(image) or (isinstance(image, str) and not image))]
     if len(images) > 1:
         raise UserError(
             f"has {len(images)} images. A question can have one.", code="unsupported-setting", field="images"
