@@ -213,7 +213,8 @@ def test_identity_of_a_class_without_a_file() -> None:
     namespace: dict[str, Any] = {"OfflineJudge": OfflineJudge, "Verdict": Verdict, "__name__": "__notebook__"}
     exec(
         "class Mine(OfflineJudge):\n    name, labels = 'mine', ('refused',)\n"
-        "    def grade(self, prompt, text):\n        return Verdict(prompt_id=prompt.id, judge='mine', label='refused')\n",
+        "    def grade(self, prompt, text):\n"
+        "        return Verdict(prompt_id=prompt.id, judge='mine', label='refused')\n",
         namespace,
     )
     assert namespace["Mine"]().identity()["judge"] == "mine"
