@@ -34,10 +34,10 @@ class SplitConfig(Strict):
 
     name: str
     """Name of the split, for metrics to refer to."""
-    format: Literal["vlguard", "safe_eraser", "table"]
+    format: Literal["vlguard", "safe_eraser", "table", "prompts"]
     """Format of the file. A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set.
 
-    docs/your-own-data.md describes tables.
+    docs/your-own-data.md describes tables. `prompts` is the file prompts.jsonl of an evaluation.
     """
     file: Path
     """File with the questions."""
@@ -86,13 +86,16 @@ class JudgeConfig(Strict):
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
-    name: Literal["keyword", "tiny_world", "llm", "rouge_l"]
+    name: Literal["keyword", "tiny_world", "llm", "rouge_l", "function"]
     """`keyword` detects refusals, `llm` is a language model, `rouge_l` compares answers with references.
 
-    `tiny_world` checks answers against the facts of the demo's world.
+    `tiny_world` checks answers against the facts of the demo's world. `function` is a Python function, with which
+    `vlm_unlearn.evaluation.evaluate` has graded answers.
     """
     paper_compat: bool = False
     """Count as the published implementation, for `keyword`, `rouge_l`, and the rubrics of the two papers."""
+    function: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = None
+    """For `function`: the name of the judge."""
     world: Path | None = None
     """For `tiny_world`: the file with the facts of the world."""
     rubric: str | None = None
@@ -134,6 +137,11 @@ class JudgeConfig(Strict):
                 "the judge llm needs a `rubric`, such as four_labels, and other judges have none",
                 code="conflicting-settings",
             )
+        if (self.name == "function") != (self.function is not None):
+            raise UserError(
+                "the judge function needs the key `function`, and other judges do not have it",
+                code="conflicting-settings",
+            )
         if self.name != "llm" and (self.model is not None or self.server is not None):
             raise UserError(
                 f"`model` and `server` are for the judge llm, but the judge is {self.name}",
@@ -147,6 +155,8 @@ class JudgeConfig(Strict):
     @property
     def judge_id(self) -> str:
         """The judge's name in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
+        if self.function is not None:
+            return self.function
         paper = "-paper" if self.paper_compat else ""
         if self.rubric is None:
             return f"{self.name}{paper}"
@@ -158,6 +168,8 @@ class JudgeConfig(Strict):
         """Returns the keys that influence the verdicts."""
         irrelevant = {"concurrency", "timeout", "retries", "batch_size", "cache"}
         irrelevant |= {"input_price", "output_price", "world"}
+        # Other judges do not have the key, so that verdicts of earlier versions stay valid.
+        irrelevant |= {"function"} if self.function is None else set()
         return self.model_dump(mode="json", exclude=irrelevant)
 
 

@@ -21,6 +21,7 @@ from vlm_unlearn.evaluation.answers import (
     response_log,
     sort_responses,
 )
+from vlm_unlearn.evaluation.core import generate_missing
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.generation.base import Backend, GenerationRequest, build_requests, evenly_spaced
 from vlm_unlearn.records import Batching, Prompt, Response
@@ -156,29 +157,19 @@ def _generate_missing(
     group: ProcessGroup,
     on_done: OnDone | None,
 ) -> None:
-    """Generates this process's share of the missing answers.
-
-    A batch with at least one missing answer is generated completely. Every answer then comes from the same batch as in
-    an uninterrupted run, wherever the run was killed.
-    """
+    """Generates this process's share of the missing answers."""
     file = folder / RESPONSES
     answered = {response.key for response in read_records(file, Response)} if file.exists() else set()
-    batches = [
-        batch for batch in backend.make_batches(requests) if any(request.key not in answered for request in batch)
-    ]
-    process_batches = batches[group.rank :: group.size]
-    total = sum(map(len, process_batches))
-    done = 0
     with response_log(folder, group) as log:
-
-        def append(responses: Sequence[Response]) -> None:
-            nonlocal done
-            log.append(responses)
-            done += len(responses)
-            if on_done:
-                on_done("generate", done, total)
-
-        backend.run(process_batches, append)
+        generate_missing(
+            backend,
+            requests,
+            log,
+            answered,
+            None if on_done is None else lambda done, total: on_done("generate", done, total),
+            group.rank,
+            group.size,
+        )
 
 
 def _verify_batching(

@@ -8,14 +8,15 @@ from typing import Any
 from vlm_unlearn.config import ProbeConfig, Suite, load
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError, nearest
+from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.evaluation.scoring import metric_rate
 from vlm_unlearn.evaluation.verdicts import build_judge
-from vlm_unlearn.generation.base import evenly_spaced
-from vlm_unlearn.generation.hf import generate_responses
-from vlm_unlearn.judging.base import Answer, OfflineJudge
-from vlm_unlearn.records import Prompt
-from vlm_unlearn.store import digest_json
+from vlm_unlearn.generation.base import build_requests, evenly_spaced
+from vlm_unlearn.generation.hf import ModelBackend
+from vlm_unlearn.judging.base import Answer, OfflineJudge, grade_missing
+from vlm_unlearn.records import Prompt, Response, Verdict
+from vlm_unlearn.store import RecordList, digest_json
 
 
 class SuiteProbe:
@@ -47,17 +48,18 @@ class SuiteProbe:
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Returns the rates of a model by metric name. A rate is None if no answer could be scored."""
         samples = {split.name: split.samples for split in self._suite.splits}
-        batches = generate_responses(
-            model, self._processor, self._prompts, self._roots, self._suite.generation, samples
-        )
+        requests = build_requests(self._prompts, self._roots, samples)
+        responses, verdicts = RecordList[Response](), RecordList[Verdict]()
+        generate_missing(ModelBackend(model, self._processor, self._suite.generation), requests, responses)
         prompts = {prompt.id: prompt for prompt in self._prompts}
-        verdicts = [
-            self._judge.verdict(Answer(prompts[response.prompt_id], response))
-            for batch in batches
-            for response in batch
-        ]
+        answers = pair_answers(
+            prompts,
+            responses.records,
+            lambda prompt, response, first_question: Answer(prompt, response, self._roots[prompt.set], first_question),
+        )
+        grade_missing(self._judge, answers, verdicts)
         return {
-            name: metric_rate(prompts, verdicts, metric, self._judge.labels).value
+            name: metric_rate(prompts, verdicts.records, metric, self._judge.labels).value
             for name, metric in self._suite.metrics.items()
             if not metric.judge
         }

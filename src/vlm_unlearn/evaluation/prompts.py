@@ -13,7 +13,7 @@ from vlm_unlearn.data.formats import safe_eraser, table, vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
-from vlm_unlearn.store import digest_file, digest_json
+from vlm_unlearn.store import digest_file, digest_json, read_records
 
 
 def split_prompts(split: SplitConfig) -> list[Prompt]:
@@ -22,7 +22,17 @@ def split_prompts(split: SplitConfig) -> list[Prompt]:
     Raises:
         UserError: The file is broken, an image is missing, or the file has no prompt of the split's kind.
     """
-    if split.format == "vlguard":
+    originals: Iterable[Prompt]
+    if split.format == "prompts":
+        originals = [
+            prompt
+            for prompt in read_records(split.file, Prompt)
+            if prompt.set == split.name and prompt.kind == split.kind
+        ]
+        for prompt in originals:
+            if prompt.image is not None:
+                resolve_image(split.images, prompt.image, split.file, quoted(prompt.id))
+    elif split.format == "vlguard":
         originals = vlguard.prompts(vlguard.read_pairs(split.file, split.images), split.name, split.kind)
     elif split.format == "table":
         rows = table.read_table(split.file, table.Columns(), split.images)

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from vlm_unlearn.config import JudgeConfig, Suite
 from vlm_unlearn.errors import RunError, UserError, nearest, quoted
+from vlm_unlearn.evaluation.core import pair_answers
 from vlm_unlearn.evaluation.generate import OnDone, read_answers, saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.judging.base import Answer, Judge, judge_file
@@ -34,6 +35,13 @@ def build_judge(config: JudgeConfig) -> Judge:
         from vlm_unlearn.judging.llm import LLMJudge
 
         return LLMJudge(config)
+    if config.name == "function":
+        raise UserError(
+            f"the judge {config.function} is a Python function. Grade with it by vlm_unlearn.evaluation.evaluate, or "
+            "pass another judge, such as judge=keyword.",
+            code="unsupported-setting",
+            field="judge.name",
+        )
     if config.world is None:
         raise UserError(
             "the judge tiny_world needs the facts of the world. Pass judge.world=.../world.json.",
@@ -137,15 +145,8 @@ def judge_run(
         )
     graded_responses = [response for response in responses if prompts[response.prompt_id].set in graded_splits]
     answers = _collect_answers(prompts, graded_responses, roots)
-    verdict_file, identity_file = folder / f"verdicts-{judge.name}.jsonl", folder / f"judge-{judge.name}.json"
-    identity = {**judge.identity(), "labels": list(judge.labels)}
     with lock_run(folder):
-        earlier = read_json(identity_file) if identity_file.exists() else None
-        if not isinstance(earlier, dict) or {**earlier, "config": None} != {**identity, "config": None}:
-            for file in (verdict_file, identity_file):
-                if file.exists():
-                    file.replace(file.with_name(f"before-{file.name}"))
-        write_json(identity_file, {**identity, "config": config.fingerprint_fields()})
+        verdict_file = open_verdicts(folder, judge, config)
         judge_file(
             judge,
             answers,
@@ -155,21 +156,41 @@ def judge_run(
     return verdict_file
 
 
+def open_verdicts(folder: Path, judge: Judge, config: JudgeConfig) -> Path:
+    """Writes a judge's identity file, and returns the file of its verdicts.
+
+    If the judge has changed since its earlier verdicts, they are moved to before-verdicts-<judge id>.jsonl.
+
+    Args:
+        folder: The run folder, which this process has locked.
+        judge: The judge.
+        config: The judge in the form of a suite.
+    """
+    verdict_file, identity_file = folder / f"verdicts-{judge.name}.jsonl", folder / f"judge-{judge.name}.json"
+    identity = judge_identity(judge)
+    earlier = read_json(identity_file) if identity_file.exists() else None
+    if not isinstance(earlier, dict) or {**earlier, "config": None} != {**identity, "config": None}:
+        for file in (verdict_file, identity_file):
+            if file.exists():
+                file.replace(file.with_name(f"before-{file.name}"))
+    write_json(identity_file, {**identity, "config": config.fingerprint_fields()})
+    return verdict_file
+
+
+def judge_identity(judge: Judge) -> dict[str, object]:
+    """Returns the contents of a judge's identity file without the config."""
+    return {**judge.identity(), "labels": list(judge.labels)}
+
+
 def _collect_answers(
     prompts: Mapping[str, Prompt], responses: Iterable[Response], roots: Mapping[str, Path]
 ) -> list[Answer]:
     """Returns the responses with their prompts, image folders and the first rewrite of their question."""
-    first_rewrites: dict[tuple[str, str], Prompt] = {}
-    for prompt in prompts.values():
-        question = (prompt.set, prompt.group_id)
-        if question not in first_rewrites or prompt.rewrite < first_rewrites[question].rewrite:
-            first_rewrites[question] = prompt
-    answers = []
-    for response in responses:
-        prompt = prompts[response.prompt_id]
-        first_question = first_rewrites[prompt.set, prompt.group_id].question
-        answers.append(Answer(prompt, response, roots[prompt.set], first_question))
-    return answers
+    return pair_answers(
+        prompts,
+        responses,
+        lambda prompt, response, first_question: Answer(prompt, response, roots[prompt.set], first_question),
+    )
 
 
 class JudgeCost(Record):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.data.images import ImageSource, resolve_image
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
 
@@ -18,11 +18,11 @@ OnResponses = Callable[[Sequence[Response]], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One generation request: a prompt, the sample index, and the image path."""
+    """One generation request: a prompt, the sample index, and the image."""
 
     prompt: Prompt
     sample: int = 0
-    image: Path | None = None
+    image: ImageSource | None = None
 
     @property
     def key(self) -> ResponseKey:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from vlm_unlearn.data.images import ImageReference, ImageSource
 from vlm_unlearn.errors import RunError, quoted
 from vlm_unlearn.store import digest_file, digest_json
 
@@ -18,7 +19,7 @@ class ChatRequest:
 
     id: str
     text: str
-    image: Path | None = None
+    image: ImageSource | None = None
     seed: int | None = None  # for sampling; None with greedy decoding
 
 
@@ -98,7 +99,7 @@ def complete_many(
         The number of requests sent to the model.
     """
     identity = model.identity()
-    image_digests: dict[Path, str] = {}
+    image_digests: dict[ImageSource, str] = {}
     duplicates: dict[str, list[str]] = {}  # key of a pending request -> ids of the identical requests that wait for it
     pending_keys: dict[str, str] = {}  # id of a pending request -> its key
     num_sent = 0
@@ -107,14 +108,15 @@ def complete_many(
         nonlocal num_sent
         for request in requests:
             try:
-                if request.image is not None and request.image not in image_digests:
-                    image_digests[request.image] = digest_file(request.image)
+                image = request.image
+                if image is not None and image not in image_digests:
+                    image_digests[image] = image.digest if isinstance(image, ImageReference) else digest_file(image)
             except OSError as error:
                 on_response(ChatResponse(request.id, None, f"{request.image}: {error.strerror}"))
                 continue
-            image = image_digests[request.image] if request.image else None
+            image_digest = image_digests[request.image] if request.image else None
             seed = {} if request.seed is None else {"seed": request.seed}
-            key = digest_json({"model": identity, "text": request.text, "image": image, **seed})
+            key = digest_json({"model": identity, "text": request.text, "image": image_digest, **seed})
             cached_text = cache.get(key) if cache else None
             if cached_text is not None:
                 on_response(ChatResponse(request.id, cached_text))

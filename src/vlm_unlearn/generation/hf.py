@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
@@ -25,9 +30,52 @@ from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_c
 from vlm_unlearn.generation.sharing import Prefilled, prefill
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.records import Prompt, Response
 
 CHUNK_TOKENS = 32  # generated tokens between two checks for rows that have ended
+
+
+class ModelBackend:
+    """Generates with a model in memory, on its device and in its dtype.
+
+    Args:
+        model: An image-text-to-text model of transformers, a PEFT model of one, or either wrapped in DDP. Each process
+            generates on its own.
+        processor: The model's processor.
+        config: The generation settings. `backend` and `precision` are not used.
+    """
+
+    def __init__(self, model: nn.Module, processor: Processor, config: GenerationConfig) -> None:
+        self._model: Any = model.module if isinstance(model, DistributedDataParallel) else model
+        self._processor = processor
+        self._config = config
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self._model, self._processor)
+
+    def identity(self) -> Mapping[str, object]:
+        """Returns the digest of the weights, which takes one pass over them, and the generation settings."""
+        precision = str(self._model.dtype).removeprefix("torch.")
+        return {"model": self._digest, "generation": _generation_identity(self._config, precision)}
+
+    def make_batches(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        return make_batches(requests, self._config.batch_size)
+
+    def check_available(self) -> None:
+        """Does nothing: the model is in memory."""
+
+    def run(self, batches: Iterable[Sequence[GenerationRequest]], on_responses: OnResponses) -> None:
+        with evaluation_mode(self._model):
+            for batch in batches:
+                on_responses(generate_batch(self._model, self._processor, batch, self._config))
+
+    def run_one_by_one(self, requests: Sequence[GenerationRequest]) -> Iterator[Response]:
+        for request in requests:
+            with evaluation_mode(self._model):
+                responses = generate_batch(self._model, self._processor, [request], self._config)
+            yield from responses
 
 
 class HFBackend:
@@ -43,19 +91,16 @@ class HFBackend:
         self._precision = resolve_precision(config.precision)
 
     def identity(self) -> Mapping[str, object]:
-        settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
-        generation = {
-            **self._config.model_dump(include=set(settings)),
-            "precision": self._precision,
-            "batches": "by image",
+        return {
+            "model": run_digest(self._folder),
+            "generation": _generation_identity(self._config, self._precision),
         }
-        return {"model": run_digest(self._folder), "generation": generation}
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Processor]:
+    def _loaded(self) -> ModelBackend:
         model, processor = load_run_model(self._folder, self._precision)
         model.to(default_device()).eval()
-        return model, processor
+        return ModelBackend(model, processor, self._config)
 
     def make_batches(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
         return make_batches(requests, self._config.batch_size)
@@ -64,12 +109,49 @@ class HFBackend:
         """Does nothing: the constructor has checked the model folder."""
 
     def run(self, batches: Iterable[Sequence[GenerationRequest]], on_responses: OnResponses) -> None:
-        for batch in batches:
-            on_responses(generate_batch(*self._loaded, batch, self._config))
+        first = next(iterator := iter(batches), None)
+        if first is not None:  # nothing to generate needs no model
+            self._loaded.run(chain([first], iterator), on_responses)
 
     def run_one_by_one(self, requests: Sequence[GenerationRequest]) -> Iterator[Response]:
-        for request in requests:
-            yield from generate_batch(*self._loaded, [request], self._config)
+        if requests:
+            yield from self._loaded.run_one_by_one(requests)
+
+
+def _generation_identity(config: GenerationConfig, precision: str) -> dict[str, object]:
+    settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
+    return {**config.model_dump(include=set(settings)), "precision": precision, "batches": "by image"}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Sets all modules to eval mode during the block, and then each to the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def weights_digest(model: nn.Module, processor: Processor) -> str:
+    """Returns the SHA-256 of a model in memory: its weights, buffers and config, and the processor's settings.
+
+    It differs from the digest of a model folder with the same weights, which covers the bytes of files.
+    """
+    config = getattr(get_base_model(model), "config", None)
+    templates = [getattr(processor, "chat_template", None), str(getattr(processor, "image_processor", None))]
+    adapters = [
+        (name, module.active_adapters, module.disable_adapters, module.merged)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    digest = hashlib.sha256(str([str(config), *templates, adapters]).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def generate_responses(

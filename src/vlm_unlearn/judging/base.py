@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.data.images import ImageReference, ImageSource, resolve_image
 from vlm_unlearn.judging import degenerate
 from vlm_unlearn.records import Label, Prompt, Response, Verdict
-from vlm_unlearn.store import RecordLog, digest_file, read_records, write_records
+from vlm_unlearn.store import RecordLog, RecordSink, digest_file, digest_text, read_records, write_records
 
 OnVerdict = Callable[[Verdict], None]
 FLUSH_COUNT = 256  # pending verdicts after which they are written
@@ -29,19 +30,23 @@ class Answer:
         root: The folder that the image path of the prompt is relative to.
         first_question: The question of the first rewrite in the prompt's group. Safety Mirage's judge receives it for
             every rewrite.
+        image_reference: The image, if it is in memory. `root` is then not used.
     """
 
     prompt: Prompt
     response: Response
     root: Path | None = None
     first_question: str | None = None
+    image_reference: ImageReference | None = None
 
-    def image(self) -> Path | None:
-        """Returns the path of the image, or None if the prompt has no image.
+    def image(self) -> ImageSource | None:
+        """Returns the image, or None if the prompt has none.
 
         Raises:
             UserError: The file does not exist, or it is outside the image folder.
         """
+        if self.image_reference is not None:
+            return self.image_reference
         if self.prompt.image is None or self.root is None:
             return None
         return resolve_image(self.root, self.prompt.image, record=self.prompt.id)
@@ -60,8 +65,11 @@ class Judge(ABC):
 
     def identity(self) -> Mapping[str, object]:
         """Returns everything that determines the verdicts. If it differs, earlier verdicts are not reused."""
-        code = digest_file(Path(inspect.getfile(type(self))))
-        return {"judge": self.name, "code": code, "degenerate": digest_file(Path(degenerate.__file__))}
+        return {
+            "judge": self.name,
+            "code": code_digest(type(self)),
+            "degenerate": digest_file(Path(degenerate.__file__)),
+        }
 
     @abstractmethod
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
@@ -101,6 +109,58 @@ class OfflineJudge(Judge):
             on_verdict(self.verdict(answer))
 
 
+def code_digest(target: type | Callable[..., object]) -> str:
+    """Returns a digest of the code of a class or a function. It never raises an error.
+
+    For a class it covers the file of the class, and in a notebook the source of the class alone. For a function it
+    covers the source of the function. If there is no source, such as for a function that `exec` has defined, the
+    result differs from every other result, so that no verdict is reused.
+    """
+    try:
+        if isinstance(target, type):
+            try:
+                return digest_file(Path(inspect.getfile(target)))
+            except (OSError, TypeError):  # a class of a notebook or of __main__ has no file
+                return digest_text(inspect.getsource(target))
+        return digest_text(inspect.getsource(target))
+    except Exception:  # inspect raises many types of errors for objects without a source
+        return f"unknown source, {uuid.uuid4()}"
+
+
+def grade_missing(
+    judge: Judge, answers: Iterable[Answer], sink: RecordSink, on_done: Callable[[int], None] | None = None
+) -> None:
+    """Grades the answers that have no verdict in `sink` yet, and appends their verdicts.
+
+    Args:
+        judge: The judge.
+        answers: The answers.
+        sink: The verdicts, in a file or in memory. Verdicts are appended about every second, also if the judge raises
+            an error.
+        on_done: Called with the number of verdicts in `sink`, each time verdicts are appended.
+    """
+    pending: list[Verdict] = []
+    flushed = time.monotonic()
+
+    def flush() -> None:
+        nonlocal flushed
+        sink.append(pending)
+        pending.clear()
+        flushed = time.monotonic()
+        if on_done:
+            on_done(len(sink.keys))
+
+    def add_verdict(verdict: Verdict) -> None:
+        pending.append(verdict)
+        if len(pending) >= FLUSH_COUNT or time.monotonic() - flushed > FLUSH_SECONDS:
+            flush()
+
+    try:
+        judge.grade_all((answer for answer in answers if answer.response.key not in sink.keys), add_verdict)
+    finally:
+        flush()
+
+
 def judge_file(
     judge: Judge, answers: Sequence[Answer], file: Path, on_done: Callable[[int], None] | None = None
 ) -> None:
@@ -117,29 +177,7 @@ def judge_file(
     """
     log = RecordLog(file, Verdict)
     _remove_failed_verdicts(log, answers)
-    pending: list[Verdict] = []
-    flushed = time.monotonic()
-
-    def flush() -> None:
-        nonlocal flushed
-        log.append(pending)
-        pending.clear()
-        flushed = time.monotonic()
-        if on_done:
-            on_done(len(log.keys))
-
-    def add_verdict(verdict: Verdict) -> None:
-        pending.append(verdict)
-        if len(pending) >= FLUSH_COUNT or time.monotonic() - flushed > FLUSH_SECONDS:
-            flush()
-
-    def ungraded() -> Iterator[Answer]:
-        return (answer for answer in answers if answer.response.key not in log.keys)
-
-    try:
-        judge.grade_all(ungraded(), add_verdict)
-    finally:
-        flush()
+    grade_missing(judge, answers, log, on_done)
 
 
 def _remove_failed_verdicts(log: RecordLog, answers: Sequence[Answer]) -> None:

@@ -1,6 +1,8 @@
 """Files and folders of runs. Files are written atomically, so that a killed process leaves no broken file."""
 
+from vlm_unlearn.store.files import RecordList as RecordList
 from vlm_unlearn.store.files import RecordLog as RecordLog
+from vlm_unlearn.store.files import RecordSink as RecordSink
 from vlm_unlearn.store.files import describe_validation_error as describe_validation_error
 from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json

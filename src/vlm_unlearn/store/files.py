@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, Generic, Protocol, TextIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,6 +17,7 @@ from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import AnswerRecord
 
 Model = TypeVar("Model", bound=BaseModel)
+AnswerType = TypeVar("AnswerType", bound=AnswerRecord)
 
 
 def user_path(name: str | Path) -> Path:
@@ -200,6 +201,15 @@ def write_records(path: Path, records: Iterable[BaseModel]) -> int:
     return count
 
 
+class RecordSink(Protocol):
+    """Collects records about answers, in a file (`RecordLog`) or in memory (`RecordList`). Keys are unique."""
+
+    keys: set[tuple[str, int]]
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Appends the records whose keys are new."""
+
+
 class RecordLog:
     """An append-only JSON-lines file of records with unique keys, with which a killed run can resume.
 
@@ -229,6 +239,26 @@ class RecordLog:
             handle.flush()
             os.fsync(handle.fileno())
         self.keys.update(record.key for record in new_records)
+
+
+class RecordList(Generic[AnswerType]):
+    """Records with unique keys in memory.
+
+    Attributes:
+        records: The records in the order in which they were appended.
+        keys: The keys of the records.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[AnswerType] = []
+        self.keys: set[tuple[str, int]] = set()
+
+    def append(self, records: Iterable[AnswerType]) -> None:
+        """Appends the records with new keys."""
+        for record in records:
+            if record.key not in self.keys:
+                self.records.append(record)
+                self.keys.add(record.key)
 
 
 def _drop_incomplete_line(path: Path) -> None:
