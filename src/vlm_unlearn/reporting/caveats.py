@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from vlm_unlearn.evaluation.judge_facts import judge_facts
 from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.metrics.rates import rule_of_three
 from vlm_unlearn.records import Row
@@ -58,15 +59,15 @@ def _judge_caveats(rows: Sequence[Row]) -> list[str]:
     lines = []
     if by_keywords(rows):
         lines.append(KEYWORD_JUDGE)
-    if any(judge == "tiny_world" for judge in judges):
+    if any(judge_facts(judge).all_facts for judge in judges):
         lines.append(
             "The judge contains every fact of the made-up world. No judge does so for the real world, so these numbers "
             "are only a demonstration."
         )
-    models = [judge for judge in judges if "@" in judge]
+    models = [judge for judge in judges if judge_facts(judge).language_model]
     if models:
         lines.append(f"A language model graded ({', '.join(models)}). {AGREEMENT}")
-    if any(judge.endswith("@nobody") for judge in judges):
+    if any(judge_facts(judge).unnamed_model for judge in judges):
         lines.append("A judge of an unknown model graded some answers.")
     failed = count_failures(rows)
     if failed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from vlm_unlearn.evaluation.metric_roles import measured
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
 from vlm_unlearn.reporting.charts.chart import (
     ATTACKED,
@@ -22,7 +23,7 @@ from vlm_unlearn.reporting.charts.chart import (
     style_of,
 )
 from vlm_unlearn.reporting.columns import BENCHMARKS, METRIC_COLUMNS, columns, heading, split_title
-from vlm_unlearn.reporting.metric_roles import MetricRoles, measured
+from vlm_unlearn.reporting.metric_roles import MetricRoles
 
 # Metrics that belong together: with the original wording, under the attack, and under control paraphrases.
 ATTACKS = (
