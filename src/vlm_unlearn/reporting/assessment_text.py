@@ -13,9 +13,9 @@ from vlm_unlearn.reporting.formatting import bounds, percent
 MARKS: Mapping[Level, str] = {"good": "✓", "mixed": "!", "bad": "✕", "unknown": "?"}  # the best level first
 SENTENCES: Mapping[RateKind | FactKind, str] = {
     "harm": "The {harm} is {rate} on {wording}unsafe questions{original}.",
-    "over_refusal": "Of the {wording}harmless questions, {value} are refused.",
-    "utility": "Of the {wording}harmless questions, {value} are {correct}.",
-    "over_forgetting": "Of the unsafe questions on a benign image, {value} are not answered (over-forgetting).",
+    "over_refusal": "It refuses {value} of the {wording}harmless questions.",
+    "utility": "It answers {value} of the {wording}harmless questions {correctly}.",
+    "over_forgetting": "It does not answer {value} of the unsafe questions on a benign image (over-forgetting).",
     "degenerate_harmless": "Of the answers to harmless questions, {value} are degenerate.",
     "degenerate_unsafe": "Of the answers to unsafe questions, {value} are degenerate.",
     "degenerate": "Of all answers, {value} are degenerate.",
@@ -40,7 +40,7 @@ def reason_text(reason: Reason) -> str:
     limits = bounds(reason)
     return SENTENCES[reason.kind].format(
         harm="non-refusal rate" if by_keywords else "harm rate",
-        correct="not refused" if by_keywords else "answered correctly",
+        correctly="without a refusal" if by_keywords else "correctly",
         wording=WORDINGS.get(reason.condition, ""),
         original=" in their original wording" if reason.condition == "original" else "",
         metric=heading(reason.metric),

@@ -12,6 +12,7 @@ from vlm_unlearn.errors import UserError, printable, quoted
 from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Comparison, Row, Summary
+from vlm_unlearn.reporting import formatting
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.reporting.assessment_text import MARKS, reason_text
 from vlm_unlearn.reporting.caveats import caveats
@@ -20,16 +21,6 @@ from vlm_unlearn.reporting.charts.inline_svg import inline_svg
 from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_stale_plots, write_plots
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import columns, heading, split_title
-from vlm_unlearn.reporting.formatting import (
-    bounds,
-    change,
-    count_failures,
-    notes,
-    percent,
-    published,
-    rule_of_three_note,
-    significant,
-)
 from vlm_unlearn.reporting.metric_roles import AnswerFilter, MetricRoles, answers_link, assign_roles, changes_link
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.reporting.provenance import (
@@ -129,17 +120,6 @@ def _template_values(
         suite = sources[comparison.model].suite
         return _answers_address(changes_link(comparison.model, comparison.metric, suite))
 
-    formatters = (
-        percent,
-        bounds,
-        rule_of_three_note,
-        change,
-        significant,
-        published,
-        heading,
-        split_title,
-        reason_text,
-    )
     return {
         "evaluation": describe_evaluation(rows, sources),
         "assessments": [
@@ -150,12 +130,12 @@ def _template_values(
         "columns": table_columns,
         "rows": rows,
         "comparisons": summary.comparisons,
-        "significant_changes": sum(map(significant, summary.comparisons)),
+        "significant_changes": sum(map(formatting.significant, summary.comparisons)),
         "comparison_of": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
         "counts": {metric: count for metric in metrics if (count := _common_count(rows, metric))},
-        "notes": notes(summary, metrics),
+        "notes": formatting.notes(summary, metrics),
         "caveats": caveats(rows, roles, sources, left_out),
-        "failed": count_failures(rows),
+        "failed": formatting.count_failures(rows),
         "commands": reproduction_commands(sources),
         "digests": list_digests(sources),
         "versions": package_versions(sources),
@@ -164,7 +144,10 @@ def _template_values(
         "answers": answers,
         "changes": changes,
         "answers_with": lambda **filters: _answers_address(list(filters.items())),
-        **{formatter.__name__: formatter for formatter in formatters},
+        "formatting": formatting,
+        "heading": heading,
+        "split_title": split_title,
+        "reason_text": reason_text,
     }
 
 

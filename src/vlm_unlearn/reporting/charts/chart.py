@@ -25,7 +25,7 @@ class Style:
     hatch: int = 0
 
 
-# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x . -
+# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x | -
 ORIGINAL, ATTACKED, CONTROL = Style(0), Style(1, 1, 1), Style(2, 2, 4)
 LABEL_STYLES = {
     "complied": Style(0),

@@ -33,7 +33,7 @@ PLOT_FILE = re.compile(
     r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|(categories|shots|labels|loss)-\d+)(\.part)?\.(png|svg|pdf)"
 )
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
-HATCHES = ("", "///", "\\\\\\", "xxx", "...", "---")
+HATCHES = ("", "///", "\\\\\\", "xxx", "|||", "---")
 LETTER_WIDTH = 0.078  # inches per letter at 9 points, a generous estimate
 TITLE_HEIGHT = 0.24  # inches at the top of a drawing
 # Names such as "$x$" are not formulas. Text stays text in SVG and PDF, so that readers can search it.

@@ -48,20 +48,10 @@ SPECIAL_CHARACTERS = {
     **{character: f"\\{character}" for character in "_%&#${}"},
 }
 LIGATURES = {"--", "``", "''", ",,", "?`", "!`"}  # pairs that TeX would replace by another character
-ACCENTS = {
-    "\u0300": "`",
-    "\u0301": "'",
-    "\u0302": "^",
-    "\u0303": "~",
-    "\u0304": "=",
-    "\u0306": "u",
-    "\u0307": ".",
-    "\u0308": '"',
-    "\u030a": "r",
-    "\u030b": "H",
-    "\u030c": "v",
-    "\u0327": "c",
-}
+# Combining characters, each with the TeX command of the same accent.
+ACCENTS = dict(
+    zip("\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327", "`'^~=u.\"rHvc", strict=True)
+)
 
 
 def escaped(value: object, max_length: int = MAX_LENGTH) -> str:

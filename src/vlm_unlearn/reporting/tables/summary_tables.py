@@ -272,11 +272,11 @@ def _labels(summary: Summary) -> Iterable[Table]:
 
 def _categories(summary: Summary) -> Iterable[Table]:
     """Yields the table of each metric by category of the question."""
-    title = "Rates in % by category of the question."
     rates = [row.categories for row in summary.rows]
-    categories = dict.fromkeys(category for of_row in rates for of_metric in of_row.values() for category in of_metric)
-    build = _keys_as_lines if len(categories) > MAX_CATEGORY_COLUMNS else _keys_as_columns
-    yield from build(summary.rows, "categories", "category", title, rates)
+    many = len({key for of_row in rates for of_metric in of_row.values() for key in of_metric}) > MAX_CATEGORY_COLUMNS
+    yield from _rates_by_key(
+        summary.rows, "categories", "category", "Rates in % by category of the question.", rates, keys_as_lines=many
+    )
 
 
 def _rewrites(summary: Summary) -> Iterable[Table]:
@@ -290,11 +290,16 @@ def _rewrites(summary: Summary) -> Iterable[Table]:
     ]
     title = "Rates in % with the first 1, 2, ... rewrites of each question."
     # The CSV column keeps the name of the previous version.
-    yield from _keys_as_columns(summary.rows, "rewrites", "shots", title, rates)
+    yield from _rates_by_key(summary.rows, "rewrites", "shots", title, rates)
 
 
-def _keys_as_columns(
-    rows: Sequence[Row], name: str, variable: str, title: str, rates: Sequence[RatesByKey]
+def _rates_by_key(
+    rows: Sequence[Row],
+    name: str,
+    variable: str,
+    title: str,
+    rates: Sequence[RatesByKey],
+    keys_as_lines: bool = False,
 ) -> Iterable[Table]:
     """Yields a table with a line per metric and model and a column per key.
 
@@ -304,55 +309,35 @@ def _keys_as_columns(
         variable: The name of the keys, such as "category".
         title: The title of the table.
         rates: The rates of each row.
+        keys_as_lines: Writes a line per metric and key and a column per model instead.
     """
-    metrics, keys = _metrics_and_keys(rates)
-    lines = [
-        [
-            text_cell("metric", heading(metric), metric),
-            text_cell("model", row.model),
-            *(rate_cell(of_row[metric].get(key)) for key in keys),
+    metrics = list(dict.fromkeys(metric for of_row in rates for metric in of_row))
+    keys = list(dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric))
+    models = [row.model for row in rows]
+    inner, outer = (keys, models) if keys_as_lines else (models, keys)
+    lines = []
+    for metric in metrics:
+        of_metric = [of_row.get(metric, {}) for of_row in rates]
+        table_cells = [[rate_cell(of_model.get(key)) for key in keys] for of_model in of_metric]
+        present = [bool(of_model) for of_model in of_metric]
+        if keys_as_lines:
+            table_cells = [list(cells) for cells in zip(*table_cells, strict=True)]
+            present = [any(key in of_model for of_model in of_metric) for key in keys]
+        label = variable if keys_as_lines else "model"
+        lines += [
+            [text_cell("metric", heading(metric), metric), text_cell(label, inner_name), *cells]
+            for inner_name, cells, measured in zip(inner, table_cells, present, strict=True)
+            if measured
         ]
-        for metric in metrics
-        for row, of_row in zip(rows, rates, strict=True)
-        if metric in of_row
-    ]
-    if lines:
-        table_columns = [*text_columns("metric", "model"), *(Column(key, key) for key in keys)]
-        yield Table(name, title, table_columns, lines, variable, _key_notes(rows, metrics, rates))
-
-
-def _keys_as_lines(
-    rows: Sequence[Row], name: str, variable: str, title: str, rates: Sequence[RatesByKey]
-) -> Iterable[Table]:
-    """Yields a table with a line per metric and key and a column per model. The arguments are as above."""
-    metrics, keys = _metrics_and_keys(rates)
-    lines = [
-        [
-            text_cell("metric", heading(metric), metric),
-            text_cell(variable, key),
-            *(rate_cell(of_row.get(metric, {}).get(key)) for of_row in rates),
-        ]
-        for metric in metrics
-        for key in keys
-        if any(key in of_row.get(metric, {}) for of_row in rates)
-    ]
-    table_columns = [*text_columns("metric", variable), *(Column(row.model, row.model) for row in rows)]
-    yield Table(name, title, table_columns, lines, "model", _key_notes(rows, metrics, rates))
-
-
-def _metrics_and_keys(rates: Sequence[RatesByKey]) -> tuple[list[str], list[str]]:
-    metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
-    keys = dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric)
-    return list(metrics), list(keys)
-
-
-def _key_notes(rows: Sequence[Row], metrics: Sequence[str], rates: Sequence[RatesByKey]) -> list[str]:
-    """Returns the notes of a table by category or by number of rewrites: judges, sample sizes and failures."""
     by_title = {
         heading(metric): [rate for of_row in rates for rate in of_row.get(metric, {}).values()] for metric in metrics
     }
     totals = {heading(metric): [row.metrics[metric] for row in rows if metric in row.metrics] for metric in metrics}
-    return [*judged_by(judges_of(rows, metrics)), *rate_notes(by_title, totals)]
+    notes = [*judged_by(judges_of(rows, metrics)), *rate_notes(by_title, totals)]
+    if lines:
+        table_columns = text_columns("metric", variable if keys_as_lines else "model")
+        table_columns += [Column(key, key) for key in outer]
+        yield Table(name, title, table_columns, lines, "model" if keys_as_lines else variable, notes)
 
 
 def _cost(costs: Costs) -> Iterable[Table]:
