@@ -25,7 +25,6 @@ from vlm_unlearn.reporting.tables.paper_tables import (
 from vlm_unlearn.reporting.tables.table import (
     Cell,
     Column,
-    CsvValue,
     Table,
     rate_cell,
     rate_column,
@@ -155,18 +154,9 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
     """Yields the table of the paired changes against the base."""
     if not summary.comparisons:
         return
-    numeric = (
-        ("change", "change"),
-        ("p", "p"),
-        ("p_adjusted", "p after Holm"),
-        ("n", "pairs"),
-        ("unpaired", "unpaired"),
-    )
-    table_columns = [
-        *text_columns("model", "metric"),
-        *(Column(key, title) for key, title in numeric),
-        *text_columns("test"),
-    ]
+    headings = {"change": "change", "p": "p", "p_adjusted": "p after Holm", "n": "pairs", "unpaired": "unpaired"}
+    numeric = [Column(key, title) for key, title in headings.items()]
+    table_columns = [*text_columns("model", "metric"), *numeric, *text_columns("test")]
     base = summary.comparisons[0].base
     title = f"Changes against {base} in percentage points, prompt by prompt."
     metrics = dict.fromkeys(comparison.metric for comparison in summary.comparisons)
@@ -184,14 +174,9 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
 
 
 def _comparison_line(comparison: Comparison) -> list[Cell]:
-    low, high, p, p_adjusted = comparison.low, comparison.high, comparison.p, comparison.p_adjusted
-    change: dict[str, CsvValue] = {
-        "base": comparison.base,
-        "difference": comparison.difference,
-        "low": low,
-        "high": high,
-    }
-    interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    p, p_adjusted = comparison.p, comparison.p_adjusted
+    change = comparison.model_dump(include={"base", "difference", "low", "high"})
+    interval = f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
     return [
         text_cell("model", comparison.model),
         text_cell("metric", heading(comparison.metric), comparison.metric),
@@ -218,11 +203,8 @@ def _published(summary: Summary) -> Iterable[Table]:
         for metric, rate in row.paper.items()
     ]
     if lines:
-        table_columns = [
-            *text_columns("model", "metric"),
-            Column("published", "published"),
-            Column("corrected", "corrected"),
-        ]
+        countings = [Column(counting, counting) for counting in ("published", "corrected")]
+        table_columns = [*text_columns("model", "metric"), *countings]
         metrics = dict.fromkeys(metric for row in rows for metric in row.paper)
         both_countings = [counted for row in rows for counted in (row, row.with_published_counting())]
         rates = {
