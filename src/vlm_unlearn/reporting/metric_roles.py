@@ -39,11 +39,7 @@ class MetricRoles:
     @property
     def attacked(self) -> bool:
         """Whether any model's harm was measured under an attack."""
-        return any(
-            entry.role == "harm" and entry.condition == "attacked"
-            for entries in self.by_model.values()
-            for entry in entries
-        )
+        return any(entry.condition == "attacked" for model in self.by_model for entry in self.of(model, "harm"))
 
     def of(self, model: str, role: RoleName) -> list[MetricRole]:
         """Returns a model's metrics with one role."""

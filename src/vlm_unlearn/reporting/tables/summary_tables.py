@@ -14,7 +14,7 @@ from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
 from vlm_unlearn.reporting.tables.names import DEPRECATED_TABLE_NAMES, PRINTABLE_TABLES, TABLE_FORMATS, TABLE_NAMES
-from vlm_unlearn.reporting.tables.notes import describe_counts, failure_note, metric_notes, rate_notes
+from vlm_unlearn.reporting.tables.notes import describe_counts, failure_note, metric_notes, rate_notes, rates_by_title
 from vlm_unlearn.reporting.tables.paper_tables import (
     label_cells,
     label_judges,
@@ -159,14 +159,11 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
     table_columns = [*text_columns("model", "metric"), *numeric, *text_columns("test")]
     base = summary.comparisons[0].base
     title = f"Changes against {base} in percentage points, prompt by prompt."
-    metrics = dict.fromkeys(comparison.metric for comparison in summary.comparisons)
-    rates = {
-        heading(metric): [row.metrics[metric] for row in summary.rows if metric in row.metrics] for metric in metrics
-    }
+    titles = {comparison.metric: heading(comparison.metric) for comparison in summary.comparisons}
     notes = [
-        *judged_by(judges_of(summary.rows, metrics)),
+        *judged_by(judges_of(summary.rows, titles)),
         "A pair is an answer or a question on which both models have a verdict.",
-        failure_note(rates),
+        failure_note(rates_by_title(summary.rows, titles)),
         *_significance_note(summary),
     ]
     lines = [_comparison_line(comparison) for comparison in summary.comparisons]
@@ -205,17 +202,14 @@ def _published(summary: Summary) -> Iterable[Table]:
     if lines:
         countings = [Column(counting, counting) for counting in ("published", "corrected")]
         table_columns = [*text_columns("model", "metric"), *countings]
-        metrics = dict.fromkeys(metric for row in rows for metric in row.paper)
+        titles = {metric: heading(metric) for row in rows for metric in row.paper}
         both_countings = [counted for row in rows for counted in (row, row.with_published_counting())]
-        rates = {
-            heading(metric): [row.metrics[metric] for row in both_countings if metric in row.metrics]
-            for metric in metrics
-        }
         once = {
-            heading(metric): [row.metrics.get(metric, row.paper[metric]) for row in rows if metric in row.paper]
-            for metric in metrics
+            title: [row.metrics.get(metric, row.paper[metric]) for row in rows if metric in row.paper]
+            for metric, title in titles.items()
         }
-        notes = [*judged_by(judges_of(both_countings, metrics)), *rate_notes(rates, once)]
+        rates = rates_by_title(both_countings, titles)
+        notes = [*judged_by(judges_of(both_countings, titles)), *rate_notes(rates, once)]
         title = "Rates in % by the published and by the corrected counting."
         yield Table("published", title, table_columns, lines, "counting", notes)
 
@@ -311,11 +305,12 @@ def _rates_by_key(
             for inner_name, cells, measured in zip(inner, table_cells, present, strict=True)
             if measured
         ]
-    by_title = {
-        heading(metric): [rate for of_row in rates for rate in of_row.get(metric, {}).values()] for metric in metrics
+    titles = {metric: heading(metric) for metric in metrics}
+    of_keys = {
+        title: [rate for of_row in rates for rate in of_row.get(metric, {}).values()]
+        for metric, title in titles.items()
     }
-    totals = {heading(metric): [row.metrics[metric] for row in rows if metric in row.metrics] for metric in metrics}
-    notes = [*judged_by(judges_of(rows, metrics)), *rate_notes(by_title, totals)]
+    notes = [*judged_by(judges_of(rows, metrics)), *rate_notes(of_keys, rates_by_title(rows, titles))]
     if lines:
         table_columns = text_columns("metric", variable if keys_as_lines else "model")
         table_columns += [Column(key, key) for key in outer]
