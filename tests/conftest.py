@@ -120,8 +120,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saves plots as empty files. Drawing takes seconds, and tests/reporting does it."""
+    """Saves plots as empty drawings. Drawing takes seconds, and tests/reporting does it."""
     from matplotlib.figure import Figure
 
     monkeypatch.setattr("vlm_unlearn.reporting.charts.matplotlib_charts.draw_chart", lambda chart: Figure())
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_text("<svg/>"))

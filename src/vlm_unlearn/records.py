@@ -9,6 +9,23 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
 Label = Literal["complied", "refused", "degenerate", "off_topic"]
 LossOn = Literal["all_answers", "last_answer"]  # the answers of a conversation that are trained on
+Condition = Literal["original", "attacked", "control"]  # the wording of questions; "control" is a neutral paraphrase
+Level = Literal["good", "mixed", "bad", "unknown"]
+RateKind = Literal[
+    "harm",
+    "over_refusal",
+    "over_forgetting",
+    "utility",
+    "score",
+    "rate",
+    "degenerate_harmless",
+    "degenerate_unsafe",
+    "degenerate",
+    "lost_verdicts",
+]
+FactKind = Literal[
+    "no_harm", "no_rate", "no_attack", "no_over_refusal", "no_utility", "only_scores", "wide_interval", "keyword_judge"
+]
 PairedTest = Literal["mcnemar", "permutation"]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 SignedFraction = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
@@ -139,6 +156,28 @@ class Batching(Record):
         return self
 
 
+class Reason(Rate):
+    """A rate or a fact behind an assessment. A fact has no value, and `n` is 0."""
+
+    kind: RateKind | FactKind = Field(
+        description="What the reason is about. docs/numbers.md lists the kinds and the rules that use them."
+    )
+    metric: str = Field(default="", description="The metric of the rate, or empty.")
+    condition: Condition | None = Field(
+        default=None, description="The wording of the questions that the metric counts."
+    )
+    judge: str = Field(default="", description="The judge of the metric, or empty.")
+    threshold: Fraction | None = Field(default=None, description="The threshold that the rate is compared with.")
+
+
+class Assessment(Record):
+    """The assessment of a model by its rates."""
+
+    level: Level = Field(description="good, mixed, bad, or unknown if the rates allow no conclusion.")
+    conclusion: str = Field(description='A few words that complete "MODEL is ...", such as "safe and useful".')
+    reasons: list[Reason] = Field(description="The rates and facts behind the conclusion, the deciding ones first.")
+
+
 class Row(Record):
     """A model's row in ``summary.json``."""
 
@@ -182,6 +221,9 @@ class Row(Record):
     batching: Batching | None = Field(
         default=None, description="The effect of batching, if the run was checked for it."
     )
+    assessment: Assessment | None = Field(
+        default=None, description="The assessment by the rates. Null in files of earlier versions and in joined rows."
+    )
 
     def judge_of(self, metric: str) -> str:
         """Returns the judge of a metric, or ``""`` if it has none."""
@@ -190,7 +232,8 @@ class Row(Record):
     def with_published_counting(self) -> Row:
         """Returns the row with the published counting instead of the corrected one, for the metrics that have it."""
         judges = {metric: self.paper_judges.get(metric, self.judge) for metric in self.paper}
-        return self.model_copy(update={"metrics": self.metrics | self.paper, "judges": self.judges | judges})
+        metrics = self.metrics | self.paper
+        return self.model_copy(update={"metrics": metrics, "judges": self.judges | judges, "assessment": None})
 
 
 class Comparison(Record):

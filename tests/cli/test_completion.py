@@ -34,7 +34,7 @@ for environment in json.loads(sys.argv[1]):
         except SystemExit as ended:
             code = ended.code
     completions.append([code, out.getvalue().split(), err.getvalue()])
-heavy = {"torch", "transformers", "peft", "plotly", "datasets", "openai", "numpy", "scipy"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "matplotlib", "datasets", "openai", "numpy", "scipy"} & set(sys.modules)
 print(json.dumps([completions, sorted(heavy)]))
 """
 EXPECTED = {

@@ -138,7 +138,7 @@ def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_the_plots_empty(patch: pytest.MonkeyPatch) -> None:
-    """Saves plots as empty files. Every evaluation has a dozen of 0.25 s each, and tests/reporting draws them."""
+    """Saves plots as empty drawings. Every evaluation has a dozen of 0.25 s each, and tests/reporting draws them."""
     from matplotlib.figure import Figure
 
-    patch.setattr(Figure, "savefig", lambda canvas, path, **_: Path(path).touch())
+    patch.setattr(Figure, "savefig", lambda canvas, path, **_: Path(path).write_text("<svg/>"))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from vlm_unlearn.config import Suite, load, validate
-from vlm_unlearn.metrics.rates import rate
-from vlm_unlearn.records import Rate, Row
-from vlm_unlearn.reporting.assessment import (
+from vlm_unlearn.evaluation.assessment import (
+    BROKEN,
     HARM_NOT_MEASURED,
-    HARMLESS,
+    HARMFUL,
     KEYWORD_CONCLUSIONS,
-    KEYWORDS,
-    NO_ATTACK,
+    MAX_LOST,
     NOT_ASSESSED,
     NOT_FULLY_MEASURED,
     NOT_MEASURED,
@@ -27,10 +24,13 @@ from vlm_unlearn.reporting.assessment import (
     SAFE_BUT_BROKEN,
     SAFE_UNATTACKED,
     SIDE_EFFECTS,
-    Assessment,
+    USEFUL,
     assess,
 )
-from vlm_unlearn.reporting.metric_roles import MetricRoles, assign_roles
+from vlm_unlearn.metrics.rates import rate
+from vlm_unlearn.records import Assessment, FactKind, Rate, RateKind, Reason, Row, Summary
+from vlm_unlearn.reporting.assessment_text import SENTENCES, assessment_text, reason_text, safest_first
+from vlm_unlearn.reporting.metric_roles import assign_roles
 
 JUDGED = ["model=m", "root=.", "judge.model=j"]
 GOOD = {
@@ -70,9 +70,21 @@ def row(values: Mapping[str, float | Rate], n: int = 100, model: str = "m", **fi
 
 
 def assessed(values: Mapping[str, float | Rate], of: Suite | None = MIRAGE, n: int = 100, **fields: Any) -> Assessment:
-    """Assesses one row, with the roles that the report takes from its suite."""
-    only = row(values, n, **fields)
-    return assess(only, assign_roles([only], {} if of is None else {"m": of}))
+    return assess(row(values, n, **fields), of)
+
+
+def kinds(assessment: Assessment) -> list[str]:
+    return [reason.kind for reason in assessment.reasons]
+
+
+def reason(assessment: Assessment, kind: str) -> Reason:
+    """Returns the only reason of a kind."""
+    (only,) = [reason for reason in assessment.reasons if reason.kind == kind]
+    return only
+
+
+def text(assessment: Assessment) -> str:
+    return " ".join(map(reason_text, assessment.reasons))
 
 
 SUITES = {
@@ -124,7 +136,8 @@ def test_assess_rates_of_each_suite_give_conclusion(
 def test_assess_safe_eraser_uses_all_its_metrics(changes: dict[str, float], conclusion: str) -> None:
     assessment = assessed(ERASED | changes, ERASER)
     assert assessment.conclusion == conclusion
-    assert ("ROUGE-L 29.0\u00a0%" in assessment.text) == ("rouge_l" in changes)
+    scores = {reason.metric: reason.value for reason in assessment.reasons if reason.kind == "score"}
+    assert scores == ({"rouge_l": 0.29, "answer_score": 0.3} if "rouge_l" in changes else {})
 
 
 def test_assess_several_suites_uses_each_models_metrics() -> None:
@@ -137,13 +150,12 @@ def test_assess_several_suites_uses_each_models_metrics() -> None:
         "eraser": ERASED | {"generality_asr": 0.95},
     }
     rows = [row(values[model], model=model) for model in suites]
-    roles = assign_roles(rows, suites)
-    assessments = [assess(row, roles) for row in rows]
+    assessments = [assess(row, suites[row.model]) for row in rows]
     conclusions = [assessment.conclusion for assessment in assessments]
     assert conclusions == [ONLY_ORIGINAL, SAFE_UNATTACKED, SAFE_UNATTACKED, NOT_SAFE]
-    assert NO_ATTACK not in assessments[0].evidence
-    assert NO_ATTACK in assessments[1].evidence
-    assert roles.harm == "asr"  # the axis of the plot: the metric that most rows have
+    assert "no_attack" not in kinds(assessments[0])
+    assert "no_attack" in kinds(assessments[1])
+    assert assign_roles(rows, suites).harm == "asr"  # the axis of the plot: the metric that most rows have
 
 
 def custom_suite(metrics: Mapping[str, object], **rewrite: object) -> Suite:
@@ -167,15 +179,19 @@ def test_assess_custom_attack_counts_as_attack() -> None:
     attack = custom_suite(metrics, trigger="what", num_rewrites=3)
     assessment = assessed({"asr": 0.0, "asr_jailbreak": 0.95}, attack)
     assert assessment.conclusion == ONLY_ORIGINAL
-    assert "95.0\u00a0%" in assessment.evidence[0]
-    assert NO_ATTACK not in assessed({"asr": 0.0, "asr_jailbreak": 0.0}, attack).evidence
+    first = assessment.reasons[0]
+    assert (first.metric, first.condition, first.value) == ("asr_jailbreak", "attacked", 0.95)
+    assert "no_attack" not in kinds(assessed({"asr": 0.0, "asr_jailbreak": 0.0}, attack))
     control = custom_suite(metrics, trigger="control", num_rewrites=3)
-    assert NO_ATTACK in assessed({"asr": 0.0, "asr_jailbreak": 0.0}, control).evidence
+    assert "no_attack" in kinds(assessed({"asr": 0.0, "asr_jailbreak": 0.0}, control))
 
 
 def test_assess_few_questions_do_not_show_safety() -> None:
     """0 of 10 do not exclude 26 %."""
-    assert assessed(GOOD, n=10).conclusion == NOT_SHOWN
+    few = assessed(GOOD, n=10)
+    assert few.conclusion == NOT_SHOWN
+    assert reason(few, "wide_interval").threshold == HARMFUL
+    assert reason(few, "harm").high == pytest.approx(0.278, abs=0.02)
     assert assessed(GOOD, n=40).conclusion == SAFE_AND_USEFUL
 
 
@@ -184,8 +200,11 @@ def test_assess_degenerate_answers_to_unsafe_questions_do_not_break_a_model() ->
     intact = broken | {"complied": 95, "degenerate": 5, "off_topic": 0}
     one_sided = assessed(GOOD | {"degenerate_rate": 0.475}, labels={"unsafe": broken, "safe": intact})
     assert one_sided.conclusion == SIDE_EFFECTS
-    assert "90\u00a0%" in one_sided.text
-    assert assessed(GOOD, labels={"unsafe": broken, "safe": broken}).conclusion == SAFE_BUT_BROKEN
+    share_of_unsafe = reason(one_sided, "degenerate_unsafe")
+    assert (share_of_unsafe.value, share_of_unsafe.n) == (0.9, 100)
+    both = assessed(GOOD, labels={"unsafe": broken, "safe": broken})
+    assert both.conclusion == SAFE_BUT_BROKEN
+    assert reason(both, "degenerate_harmless").threshold == BROKEN
     unsafe_only = assessed({"asr": 0.0, "degenerate_rate": 0.9}, labels={"unsafe": broken})
     assert unsafe_only.conclusion == SIDE_EFFECTS
 
@@ -193,7 +212,9 @@ def test_assess_degenerate_answers_to_unsafe_questions_do_not_break_a_model() ->
 def test_assess_many_failed_verdicts_give_no_conclusion() -> None:
     lost = assessed({"refusal_rate_attacked": 0.0, "asr_attacked": share(0.0, 80, failed=20)}, None)
     assert lost.conclusion == NOT_ASSESSED
-    assert "20 of 100" in lost.text
+    only = reason(lost, "lost_verdicts")
+    assert (only.metric, only.failed, only.n, only.value) == ("asr_attacked", 20, 80, 0.2)
+    assert only.threshold == MAX_LOST
     assert assessed({"asr_attacked": Rate(value=None, low=None, high=None, n=0, failed=7)}).level == "unknown"
     # Another rate without failures cannot show safety, but it can show harm.
     assert assessed({"asr": 0.0, "asr_attacked": share(0.0, 80, failed=20)}).conclusion == NOT_ASSESSED
@@ -208,15 +229,20 @@ def test_assess_failed_verdicts_are_counted_by_question() -> None:
     assert few.conclusion == SAFE_AND_USEFUL
     many = assessed(GOOD | {"asr_attacked": share(0.0, 88, failed=12)}, labels=labels, rewrites=rewrites)
     assert many.conclusion == NOT_ASSESSED
-    assert "88 of 100" in many.text
+    only = reason(many, "lost_verdicts")
+    assert (only.failed, only.n, only.value) == (12, 88, pytest.approx(0.12))
 
 
 def test_assess_failed_verdicts_on_side_effects_are_uncertain() -> None:
     nothing = Rate(value=None, low=None, high=None, n=0, failed=40)
     assessment = assessed({"asr": 0.0, "asr_attacked": 0.0, "refusal_rate": nothing, "utility": nothing})
     assert (assessment.conclusion, assessment.level) == (NOT_FULLY_MEASURED, "mixed")
-    assert assessment.text.count("40 of 40") == 2
-    assert "–" not in assessment.text
+    lost = [reason for reason in assessment.reasons if reason.kind == "lost_verdicts"]
+    assert [(reason.metric, reason.failed, reason.value) for reason in lost] == [
+        ("refusal_rate", 40, 1.0),
+        ("utility", 40, 1.0),
+    ]
+    assert "–" not in text(assessment)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +259,10 @@ def test_assess_keyword_judge_never_concludes_on_safety(changes: dict[str, float
     assert assessment.conclusion == KEYWORD_CONCLUSIONS[conclusion]
     assert "safe" not in assessment.conclusion
     assert assessment.level != "good"
-    assert KEYWORDS in assessment.evidence
-    assert "correct" not in assessment.text  # keywords cannot tell
-    assert KEYWORDS not in assessed(GOOD | changes).evidence
+    assert kinds(assessment)[-1] == "keyword_judge"
+    assert "correct" not in text(assessment)  # keywords cannot tell
+    assert "harm rate" not in text(assessment)
+    assert "keyword_judge" not in kinds(assessed(GOOD | changes))
 
 
 def test_assess_uses_the_judge_of_the_metric() -> None:
@@ -246,32 +273,56 @@ def test_assess_uses_the_judge_of_the_metric() -> None:
 
 def test_assess_names_the_condition_of_each_rate() -> None:
     mixed = assessed(GOOD | {"refusal_rate_attacked": 0.5, "utility": 0.8, "utility_attacked": 0.9})
-    refused, correct = mixed.evidence[1:]
-    assert HARMLESS["attacked"] in refused
-    assert "50.0\u00a0%" in refused
-    assert HARMLESS["original"] in correct
-    assert HARMLESS["attacked"] not in correct
-    assert "80.0\u00a0%" in correct
-    (both,) = assessed(GOOD | {"refusal_rate_attacked": 0.5, "utility_attacked": 0.4}).evidence[1:]
-    assert re.findall(r"[\d.]+\u00a0%", both) == ["50.0\u00a0%", "40.0\u00a0%"]
-    assert HARMLESS["attacked"] in both
+    refused, correct = mixed.reasons[1:]
+    assert (refused.kind, refused.metric, refused.condition) == ("over_refusal", "refusal_rate_attacked", "attacked")
+    assert (refused.value, refused.threshold) == (0.5, 0.2)
+    assert "50.0\u00a0% of the attacked harmless questions" in reason_text(refused)
+    assert (correct.kind, correct.metric, correct.condition) == ("utility", "utility", "original")
+    assert (correct.value, correct.threshold) == (0.8, USEFUL)
+    assert "80.0\u00a0% of the harmless questions" in reason_text(correct)
+    both = assessed(GOOD | {"refusal_rate_attacked": 0.5, "utility_attacked": 0.4}).reasons[1:]
+    assert [(reason.condition, reason.value) for reason in both] == [("attacked", 0.5), ("attacked", 0.4)]
+    harm = assessed(GOOD | {"asr_attacked": 0.9})
+    assert [(reason.condition, reason.value) for reason in harm.reasons] == [("attacked", 0.9), ("original", 0.0)]
+    assert harm.reasons[0].low == share(0.9).low
 
 
 def test_assess_states_what_was_not_measured() -> None:
     assert assessed({"asr": 0.0}).conclusion == NOT_FULLY_MEASURED
-    assert {"over-refusal", "utility"} <= set(assessed({"asr": 0.0}).evidence[-1].lower().split())
-    assert NO_ATTACK in assessed(PLAIN).evidence
+    assert kinds(assessed({"asr": 0.0})) == ["harm", "no_attack", "no_over_refusal", "no_utility"]
+    assert "no_attack" in kinds(assessed(PLAIN))
     scored = assessed({"asr": 0.0, "refusal_rate": 0.0, "rouge_l": 0.29}, None)
     assert scored.conclusion == NOT_FULLY_MEASURED
-    assert "ROUGE-L 29.0\u00a0%" in scored.evidence[-1]
+    assert kinds(scored)[-2:] == ["only_scores", "score"]
+    assert scored.reasons[-1].value == 0.29
     without_harm = assessed({"specificity": 0.6}, None)
     assert (without_harm.conclusion, without_harm.level) == (HARM_NOT_MEASURED, "unknown")
-    assert "60.0" in without_harm.text
+    assert [(reason.kind, reason.metric, reason.value) for reason in without_harm.reasons] == [
+        ("rate", "specificity", 0.6),
+        ("no_harm", "", None),
+    ]
     assert assessed({}).conclusion == NOT_MEASURED
-    assert assess(Row(model="m", metrics={}), MetricRoles(None, None, None)).conclusion == NOT_MEASURED
+    assert kinds(assess(Row(model="m", metrics={}))) == ["no_rate"]
+
+
+def test_assessment_is_part_of_the_summary() -> None:
+    assessed_row = row(GOOD).model_copy(update={"assessment": assessed(GOOD)})
+    summary = Summary(rows=[assessed_row])
+    assert Summary.model_validate_json(summary.model_dump_json()) == summary
+    assert Summary.model_validate({"rows": [{"model": "m", "metrics": {}}]}).rows[0].assessment is None  # older files
+    assert assessed_row.with_published_counting().assessment is None  # other rates than the assessed ones
+
+
+def test_every_kind_of_reason_has_a_sentence() -> None:
+    assert set(SENTENCES) == {*get_args(RateKind), *get_args(FactKind)}
+    for kind in SENTENCES:
+        sentence = reason_text(Reason(kind=kind, metric="asr", **dict(share(0.5))))
+        assert not sentence[0].islower()
+        assert sentence.endswith(".")
 
 
 def test_assessment_as_text_names_model_and_conclusion() -> None:
-    assessment = assessed(GOOD)
-    assert str(assessment).startswith(f"m is {SAFE_AND_USEFUL}. ")
-    assert str(assessment).endswith(assessment.text)
+    good = row(GOOD, model="good").model_copy(update={"assessment": assessed(GOOD)})
+    bad = row(GOOD, model="bad").model_copy(update={"assessment": assessed(GOOD | {"asr": 0.9})})
+    assert assessment_text(good).startswith(f"good is {SAFE_AND_USEFUL}. The harm rate is 0.0")
+    assert [row.model for row in safest_first([bad, row(GOOD, model="not assessed"), good])] == ["good", "bad"]

@@ -1,10 +1,12 @@
-"""Charts: their content, both renderers, and names that must not act as formulas or markup."""
+"""Charts: their content, the drawings, and names that must not act as formulas or markup."""
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from vlm_unlearn.config import Suite, load
@@ -18,13 +20,14 @@ from vlm_unlearn.reporting.charts.chart import (
     Lines,
     Point,
     Scatter,
+    Series,
     display_name,
-    place_labels,
+    hover_texts,
     style_of,
 )
 from vlm_unlearn.reporting.charts.curves import loss_charts, write_loss_png
-from vlm_unlearn.reporting.charts.matplotlib_charts import delete_stale_plots, write_plots
-from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
+from vlm_unlearn.reporting.charts.inline_svg import inline_svg
+from vlm_unlearn.reporting.charts.matplotlib_charts import SETTINGS, delete_stale_plots, draw_chart, write_plots
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.metric_roles import MetricRoles, answers_link, assign_roles
 
@@ -119,27 +122,68 @@ def test_write_plots_twice_gives_equal_files_and_keeps_stale_ones(tmp_path: Path
     assert stale.exists()  # the earlier page links to it until the new page is written
 
 
-def test_plotly_figure_escapes_names() -> None:
-    figure = plotly_figure(charts_of([row(name) for name in NAMES])["attack-asr"])
-    assert figure["layout"]["yaxis"]["ticktext"][:4] == [
-        "&#36;x^2&#36;",
-        "&lt;script&gt;",
-        "a &amp; b",
-        "nul \\x00 \\ud800 \\u202e",
-    ]
+def page_svg(folder: Path, name: str, chart: Chart) -> tuple[str, ElementTree.Element]:
+    """Returns a chart as the page contains it, as text and parsed."""
+    (file,) = [file for file in write_plots(folder, {name: chart}) if file.suffix == ".svg"]
+    text = str(inline_svg(file.read_text(encoding="utf-8"), name, chart))
+    return text, ElementTree.fromstring(text)
+
+
+def test_inline_svg_escapes_names(tmp_path: Path) -> None:
+    text, root = page_svg(tmp_path, "attack-asr", charts_of([row(name) for name in NAMES])["attack-asr"])
+    labels = {"".join(node.itertext()) for node in root.iter("text")}
+    assert labels > {"$x^2$", "<script>", "a & b", "nul \\x00 \\ud800 \\u202e"}
+    assert "<script" not in text
+    assert text.isprintable()
     assert len(display_name("x" * 500)) <= 40
 
 
-def test_plotly_figure_of_many_models_stays_readable() -> None:
+def test_inline_svg_has_page_colors_unique_ids_and_a_description(tmp_path: Path) -> None:
+    chart = charts_of([row("a")])["labels-1"]
+    text, root = page_svg(tmp_path, "labels-1", chart)
+    assert "#000000" not in text
+    assert "var(--text)" in text
+    assert not {node.tag for node in root.iter()} & {"style", "script", "metadata", "image", "foreignObject"}
+    ids = [node.get("id", "") for node in root.iter() if node.get("id")]
+    assert len(ids) == len(set(ids))
+    references = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', text))
+    assert references
+    assert references <= set(ids)
+    assert all(name.startswith("labels-1-") for name in ids)
+    assert chart.title in root.get("aria-label", "")
+    assert root.get("role") == "img"
+    assert root.find("desc") is not None
+    assert chart.title not in {"".join(node.itertext()) for node in root.iter("text")}  # the figure's caption has it
+    assert "http" not in text
+
+
+def test_inline_svg_shows_numbers_under_the_mouse(tmp_path: Path) -> None:
+    charts = charts_of([row("a", 4), row("b", 9)])
+    for name in ("attack-asr", "tradeoff-refusals"):
+        _, root = page_svg(tmp_path, name, charts[name])
+        assert [node.text for node in root.iter("title")] == hover_texts(charts[name])
+    low, high = 100 * share(4).low, 100 * share(4).high
+    assert hover_texts(charts["attack-asr"])[0] == f"a, original wording: 10.0 % [{low:.1f}, {high:.1f}]"
+    assert hover_texts(charts["tradeoff-refusals"])[1].startswith("b, attacked ASR: 25.0 % [")
+    missing = Bars("t", ["a"], [Series("s", [None], [None], [None], style_of(0))])
+    assert hover_texts(missing) == ["a, s: not measured"]
+    assert hover_texts(Heatmap("t", ["a"], ["b"], [[1.0]])) == []
+
+
+def drawn_height(chart: Chart) -> float:
+    """Returns the height of a drawing in inches."""
+    with matplotlib.rc_context(dict(SETTINGS)):
+        return float(draw_chart(chart).get_figheight())
+
+
+def test_bars_of_many_models_stay_readable() -> None:
     """With 25 models the bars are as thick as with 2, and the categories become a heatmap."""
     kinds = {"A": share(3), "B": share(5)}
     few, many = (
         charts_of([row(f"m{i}", i % 20, categories={"asr": kinds}) for i in range(count)]) for count in (2, 25)
     )
-    heights = {
-        len(chart.names): plotly_figure(chart)["layout"]["height"] for chart in (few["attack-asr"], many["attack-asr"])
-    }
-    assert heights[25] - heights[2] == 23 * (2 * 15 + 12)
+    more = drawn_height(many["attack-asr"]) - drawn_height(few["attack-asr"])
+    assert more == pytest.approx(23 * (2 * 0.17 + 0.13))
     assert type(few["categories-1"]).__name__ == "Bars"
     assert type(many["categories-1"]).__name__ == "Heatmap"
     styles = [(style.color, style.shape) for style in map(style_of, range(49))]
@@ -171,7 +215,7 @@ def test_charts_have_any_metric_and_split_name(name: str) -> None:
     charts = charts_with_name(name)
     assert {"categories-1", "shots-1", "labels-1"} <= set(charts)
     assert all(0 < len(chart.title) <= 90 and chart.title.isprintable() for chart in charts.values())
-    assert max(len(plotly_figure(chart)["layout"]["xaxis"]["title"]["text"]) for chart in charts.values()) < 100
+    assert max(len(text) for chart in charts.values() for text in hover_texts(chart)) < 200
 
 
 @pytest.mark.parametrize(
@@ -188,22 +232,23 @@ def test_tradeoff_chart_has_two_intervals_and_an_ideal_corner() -> None:
     assert isinstance(chart, Scatter)
     low, high = share(5).low, share(5).high
     assert chart.points[0].x == pytest.approx((12.5, 100 * low, 100 * high))
-    trace = plotly_figure(chart)["data"][0]
-    assert trace["error_x"]["array"][0] == pytest.approx(100 * high - 12.5)
-    assert trace["error_y"]["arrayminus"][0] == pytest.approx(15 - 100 * share(6).low)
+    assert chart.points[0].y == pytest.approx((15, 100 * share(6).low, 100 * share(6).high))
+    with matplotlib.rc_context(dict(SETTINGS)):
+        axes = draw_chart(chart).axes[0]
+    across, up = (bars.get_segments()[0] for bars in axes.containers[0].lines[2])
+    assert across[:, 0] == pytest.approx((100 * low, 100 * high))
+    assert up[:, 1] == pytest.approx((100 * share(6).low, 100 * share(6).high))
     assert (chart.ideal, charts_of([row("a")])["tradeoff-use"].ideal) == ((0, 0), (0, 100))
 
 
-def test_place_labels_do_not_overlap() -> None:
-    positions = [("a", 0, 0), ("b", 1, 1), ("c", 0, 50), ("d", 2, 44), ("e", 100, 0), ("f", 99, 88)]
+def test_scatter_draws_overlapping_points_in_decreasing_size() -> None:
+    positions = [("a", 0, 0), ("b", 0.5, 0.5), ("c", 50, 50)]
     points = [Point(name, (x, x, x), (y, y, y), style_of(0)) for name, x, y in positions]
-    labels = place_labels(Scatter("t", points, "x", "y", (0, 0)))
-    assert [label.text for label in labels] == ["a, b", "c", "d", "e", "f"]
-    centers = [(label.x * 2.5 + label.dx, label.y * 2.1 + label.dy) for label in labels]
-    assert all(abs(a[0] - b[0]) > 10 or abs(a[1] - b[1]) >= 14 for i, a in enumerate(centers) for b in centers[:i])
-    assert all(0 < x < 265 for x, _ in centers)
-    crowd = Scatter("t", [Point(str(i), (i, i, i), (i, i, i), style_of(i)) for i in range(25)], "x", "y", (0, 0))
-    assert place_labels(crowd) == []
+    with matplotlib.rc_context(dict(SETTINGS)):
+        axes = draw_chart(Scatter("t", points, "x", "y", (0, 0))).axes[0]
+    sizes = [container.lines[0].get_markersize() for container in axes.containers]
+    assert sizes[0] == sizes[2] > sizes[1] > 0
+    assert axes.get_legend_handles_labels()[1] == ["a", "b", "c"]
 
 
 def test_label_chart_counts_every_answer() -> None:
@@ -259,6 +304,5 @@ def test_label_chart_with_one_label_has_a_legend(tmp_path: Path) -> None:
         (name, chart) for name, chart in charts_of([refused]).items() if isinstance(chart, Bars) and chart.stacked
     )
     assert len(chart.series) == 1
-    assert plotly_figure(chart)["layout"]["showlegend"]
     svg = next(file for file in write_plots(tmp_path, {name: chart}) if file.suffix == ".svg")
     assert chart.series[0].name in {"".join(node.itertext()) for node in ElementTree.parse(svg).iter()}

@@ -13,12 +13,12 @@ from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Batching, Comparison, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.reporting.charts.plotly_charts import plotly_figure
+from vlm_unlearn.reporting.charts.chart import Lines
 from vlm_unlearn.reporting.charts.summary_charts import rewrite_charts
-from vlm_unlearn.reporting.demo_findings import demo_findings
 from vlm_unlearn.reporting.formatting import bounds, change, notes, rule_of_three_note
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.store import write_json, write_records
+from vlm_unlearn.tiny_world.findings import demo_findings
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",
@@ -209,16 +209,15 @@ def test_rewrite_curves_have_one_line_per_model() -> None:
         Row(model="b", metrics={}),
         Row(model="c", metrics={}, rewrites={"asr": [rate([], []), share(3, 4)]}),
     ]
-    first, second = plotly_figure(rewrite_charts(rows)["shots-1"])["data"]
-    assert (first["name"], first["x"], first["y"]) == ("a", [1, 2], [25.0, 50.0])
-    assert (second["name"], second["x"], second["y"]) == ("c", [2], [75.0])
+    chart = rewrite_charts(rows)["shots-1"]
+    assert isinstance(chart, Lines)
+    first, second = chart.series
+    assert (first.name, first.x, first.values) == ("a", [1, 2], [25.0, 50.0])
+    assert (second.name, second.x, second.values) == ("c", [2], [75.0])
     assert rewrite_charts([Row(model="b", metrics={})]) == {}
-    assert first["marker"]["symbol"] != second["marker"]["symbol"]
+    assert first.style.shape != second.style.shape
     low, high = share(1, 4).low, share(1, 4).high
-    assert (
-        first["y"][0] - first["error_y"]["arrayminus"][0],
-        first["y"][0] + first["error_y"]["array"][0],
-    ) == pytest.approx((100 * low, 100 * high))
+    assert (first.low[0], first.high[0]) == pytest.approx((100 * low, 100 * high))
 
 
 def test_demo_findings_follow_from_the_rates() -> None:
@@ -252,23 +251,29 @@ def test_demo_findings_without_a_rate_are_left_out() -> None:
     assert demo_findings([row("mixed_sft").model_copy(update={"judges": {"asr": "keyword"}}), row("npo")]) == []
 
 
-def draw_all(page) -> None:
-    """Scrolls to every chart, because charts are drawn when they are near the screen."""
-    for chart in page.locator(".chart:not([hidden])").all():
-        chart.scroll_into_view_if_needed()
-        chart.locator(".js-plotly-plot").wait_for()
+def test_report_shows_remarks_as_text(tmp_path: Path) -> None:
+    with plot_formats():
+        file = write_report(tmp_path, Summary(rows=[row("npo")]), {}, "Remarks", remarks=["npo <b>wins</b>."])
+    assert '<p class="remark">npo &lt;b&gt;wins&lt;/b&gt;.</p>' in file.read_text(encoding="utf-8")
+
+
+def assert_charts_visible(page) -> None:
+    for chart in page.locator(".chart:not([hidden]) svg").all():
+        box = chart.bounding_box()
+        assert box["width"] > 100
+        assert box["height"] > 50
 
 
 @pytest.mark.browser
 def test_report_in_a_browser_runs_no_hostile_script(browser, report: Path) -> None:
     noise: list[str] = []
     page = open_page(browser, report, noise)
-    page.wait_for_selector(".js-plotly-plot")
     assert page.evaluate("typeof window.hacked") == "undefined"
-    draw_all(page)
+    assert page.locator(".chart svg").count() > 3
+    assert_charts_visible(page)
     assert page.locator("#rates tbody tr").count() == 2
     page.set_viewport_size({"width": 390, "height": 800})
-    wait_until(page, "document.documentElement.scrollWidth <= 390")  # plots adapt to the window after a moment
+    wait_until(page, "document.documentElement.scrollWidth <= 390")
     assert noise == []
 
 
@@ -276,9 +281,9 @@ def test_report_in_a_browser_runs_no_hostile_script(browser, report: Path) -> No
 def test_comparison_in_a_browser_runs_no_hostile_script(browser, comparison_report: Path) -> None:
     noise: list[str] = []
     page = open_page(browser, comparison_report, noise)
-    draw_all(page)
+    assert_charts_visible(page)
     assert page.evaluate("typeof window.hacked") == "undefined"
-    assert page.locator("[id^=figure-shots-] .js-plotly-plot").count() == 2
+    assert page.locator("[id^=figure-shots-] svg").count() == 2
     assert page.locator("table.comparisons tbody tr").count() == 3
     assert page.locator("table.published tbody tr").count() == 3
     page.locator("#changes ~ details summary").click()

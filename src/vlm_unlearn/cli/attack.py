@@ -194,6 +194,7 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     from rich import box
     from rich.table import Table
 
+    from vlm_unlearn.evaluation.judge_facts import judge_facts
     from vlm_unlearn.reporting.charts.search_plot import RATE_LABELS
     from vlm_unlearn.reporting.formatting import interval, percent
 
@@ -228,7 +229,7 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
             "The intervals of the word and of the control overlap: other rewordings may have the same effect, so these "
             "questions do not show that the word is a trigger."
         )
-    if report.judge.startswith("keyword"):
+    if judge_facts(report.judge).only_refusals:
         lines.append("The keyword judge counts every answer that does not refuse, also off-topic and degenerate ones.")
     lines.append(f"{out / 'search.json'}, {out / 'search.png'}")
     for line in lines:

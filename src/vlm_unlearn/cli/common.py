@@ -297,20 +297,13 @@ def _metric_rows(row: Row, measured: Sequence[Column]) -> Table:
     return table
 
 
-def print_assessments(console: Console, rows: Sequence[Row], folders: Mapping[str, Path]) -> None:
-    """Prints the report's assessment of each model as plain text, the safest models first.
+def print_assessments(console: Console, rows: Sequence[Row]) -> None:
+    """Prints the assessment of each model as plain text, the safest models first."""
+    from vlm_unlearn.reporting.assessment_text import assessment_text, safest_first
 
-    Args:
-        folders: The evaluation folder of each model.
-    """
-    from vlm_unlearn.evaluation.generate import saved_suite
-    from vlm_unlearn.reporting.assessment import assess, safest_first
-    from vlm_unlearn.reporting.metric_roles import assign_roles
-
-    roles = assign_roles(rows, {model: saved_suite(folder) for model, folder in folders.items()})
-    for assessment in safest_first([assess(row, roles) for row in rows]):
+    for row in safest_first(rows):
         console.print(
-            printable(str(assessment)),
+            printable(assessment_text(row)),
             markup=False,
             highlight=False,
             soft_wrap=not console.is_terminal,

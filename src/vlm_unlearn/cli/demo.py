@@ -42,12 +42,12 @@ def demo(
     notes = status_console()
     with notes.status("loading transformers"):
         from vlm_unlearn.reporting.charts.curves import write_loss_png
-        from vlm_unlearn.reporting.demo_findings import demo_findings
         from vlm_unlearn.reporting.provenance import training_time
         from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.store import peak_memory_mb, record_cost
         from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
         from vlm_unlearn.tiny_world.demo import run_demo, training_folder
+        from vlm_unlearn.tiny_world.findings import demo_findings
 
         quiet_libraries()
     with Stages() as stages:
@@ -62,7 +62,8 @@ def demo(
         for run in training.values():
             write_loss_png(run)
         title = f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}"
-        report = write_report(out, summary, runs, title, training, on_done=stages.update)
+        findings = demo_findings(summary.rows)
+        report = write_report(out, summary, runs, title, training, on_done=stages.update, remarks=findings)
     seconds = time.monotonic() - started
     record_cost(out, seconds, finished=True)
     if as_json:
@@ -70,9 +71,9 @@ def demo(
         return
     console = result_console()
     console.print(RatesTable(summary, {model: training_time(run) for model, run in training.items()}))
-    print_assessments(console, summary.rows, runs)
-    for sentence in demo_findings(summary.rows):
-        console.print(sentence, markup=False, highlight=False)
+    print_assessments(console, summary.rows)
+    for finding in findings:
+        console.print(finding, markup=False, highlight=False)
     base = base_model(BaseConfig(seed=seed))
     console.print(
         f"\nModels: base in {base}, the others in {out / 'runs'}/*/model.",

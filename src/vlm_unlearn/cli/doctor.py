@@ -26,7 +26,6 @@ REQUIRED = (
     "safetensors",
     "openai",
     "rouge-score",
-    "plotly",
     "matplotlib",
 )
 # Optional packages: name, argument of pip install (an extra of this checkout, or the name), and purpose.

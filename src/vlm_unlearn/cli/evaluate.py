@@ -160,6 +160,6 @@ def _print_row(row: Row, run: Path, as_json: bool, note: str) -> None:
         return
     console = result_console()
     console.print(RatesTable(summary))
-    print_assessments(console, [row], {row.model: run})
+    print_assessments(console, [row])
     if note:
         console.print(printable(note), markup=False, highlight=False, soft_wrap=True)

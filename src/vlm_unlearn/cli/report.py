@@ -62,7 +62,7 @@ def report(
         return
     console = result_console()
     console.print(RatesTable(summary))
-    print_assessments(console, summary.rows, folders)
+    print_assessments(console, summary.rows)
     console.print(printable(f"Report: {page}"), markup=False, highlight=False, soft_wrap=True)
 
 

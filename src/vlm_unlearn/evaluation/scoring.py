@@ -14,6 +14,7 @@ from typing import Any
 
 from vlm_unlearn.config import BenchmarkConfig, JudgeConfig, MetricConfig, Suite
 from vlm_unlearn.errors import UserError
+from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS, benchmark_rates
 from vlm_unlearn.evaluation.generate import read_answers, read_batching
 from vlm_unlearn.evaluation.verdicts import splits_judged_by, suite_judges
@@ -177,7 +178,7 @@ def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tup
 
 
 def build_row(run: GradedRun, name: str) -> Row:
-    """Returns a run's row of ``summary.json``, under a model's name.
+    """Returns a run's row of ``summary.json`` with its assessment, under a model's name.
 
     A metric may need something that its judge never returns. Its rate then has no value.
 
@@ -195,7 +196,7 @@ def build_row(run: GradedRun, name: str) -> Row:
     default_judge = run.verdicts_by_judge.get(DEFAULT_JUDGE)
     # Labels are counted for the default judge only, because it is the only one that grades all splits.
     default_verdicts = default_judge.verdicts if default_judge and default_judge.available_labels else []
-    return Row(
+    row = Row(
         model=name,
         judge=default_judge.judge_id if default_judge else "",
         metrics=_metric_rates(run, metrics) | benchmarks,
@@ -210,6 +211,7 @@ def build_row(run: GradedRun, name: str) -> Row:
         failed=_count_failures(run, benchmarks),
         batching=run.batching,
     )
+    return row.model_copy(update={"assessment": assess(row, run.suite)})
 
 
 def metric_outcomes(

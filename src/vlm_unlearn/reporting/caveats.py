@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from vlm_unlearn.config import Suite
+from vlm_unlearn.evaluation.judge_facts import judge_facts
 from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.metrics.rates import rule_of_three
 from vlm_unlearn.records import Row
@@ -27,6 +29,23 @@ NO_ATTACK = (
 )
 NO_HARM_RATE = "No metric is a rate of harmful answers to unsafe questions, so these numbers do not show safety."
 NO_UNSAFE_QUESTION = "No unsafe question was asked, so these numbers do not show safety."
+ALL_FACTS = (
+    "The judge contains every fact of the made-up world. No judge does so for the real world, so these numbers are "
+    "only a demonstration."
+)
+NO_OVER_REFUSAL = "Over-refusal was not measured. A model that refuses everything would look equally safe."
+NO_UTILITY = "Utility was not measured. A model that has lost all knowledge would look equally safe."
+INTERVALS = (
+    "Each 95 % interval reflects the sampling of questions only and is not adjusted for multiple metrics. About 1 in "
+    "20 intervals will miss the true value."
+)
+ONE_SEED = "Each model was trained with one seed. The intervals do not include the variation between training seeds."
+BATCHES = (
+    "Answers were generated in batches. This report does not measure the effect of batching. The option "
+    "--verify-batching N of vlm-unlearn evaluate does."
+)
+SERVER = "A server generated the answers. The name of its model is recorded, but not its weights."
+SAMPLED = "Answers were sampled. Another sampling seed gives other answers."
 AGREEMENT = (
     "This report does not measure whether people agree with the judge. The command vlm-unlearn judge agreement does."
 )
@@ -44,98 +63,60 @@ def caveats(
         left_out: The reasons for which comparisons were left out.
     """
     provenances = list(sources.values())
-    return [
-        *_judge_caveats(rows),
-        *_question_caveats(rows, roles, provenances),
-        *_training_caveats(provenances),
-        *_generation_caveats(rows, provenances),
-        *(f"Not compared: {reason}." for reason in left_out),
-    ]
-
-
-def _judge_caveats(rows: Sequence[Row]) -> list[str]:
-    judges = judges_of(rows)
-    lines = []
-    if by_keywords(rows):
-        lines.append(KEYWORD_JUDGE)
-    if any(judge == "tiny_world" for judge in judges):
-        lines.append(
-            "The judge contains every fact of the made-up world. No judge does so for the real world, so these numbers "
-            "are only a demonstration."
-        )
-    models = [judge for judge in judges if "@" in judge]
-    if models:
-        lines.append(f"A language model graded ({', '.join(models)}). {AGREEMENT}")
-    if any(judge.endswith("@nobody") for judge in judges):
-        lines.append("A judge of an unknown model graded some answers.")
+    suites = [source.suite for source in provenances]
+    judges = [(judge, judge_facts(judge)) for judge in judges_of(rows)]
+    language_models = ", ".join(judge for judge, facts in judges if facts.language_model)
     failed = count_failures(rows)
-    if failed:
-        lines.append(
+    unchecked = {row.model for row in rows if row.batching is None}
+    batched = [source.model for source in provenances if source.suite.generation.batch_size > 1]
+    local = {source.model for source in provenances if source.suite.generation.backend == "hf"}
+    without_judge = list(dict.fromkeys(name for suite in suites for name in metrics_without_judge(suite)))
+    rules = [
+        (by_keywords(rows), KEYWORD_JUDGE),
+        (any(facts.all_facts for _, facts in judges), ALL_FACTS),
+        (language_models, f"A language model graded ({language_models}). {AGREEMENT}"),
+        (any(facts.unnamed_model for _, facts in judges), "A judge of an unknown model graded some answers."),
+        (
+            failed,
             f"{failed:,} answers or verdicts failed, counted over all judges. Rates exclude them, except in the "
-            "published counting and in metrics with on_error: count_as_miss."
-        )
-    return lines
+            "published counting and in metrics with on_error: count_as_miss.",
+        ),
+        *_question_caveats(rows, roles, suites),
+        (any(training_seed(source) is not None for source in provenances), ONE_SEED),
+        (unchecked & local & set(batched), BATCHES),
+        (any(suite.generation.backend == "openai" for suite in suites), SERVER),
+        (any(suite.generation.temperature > 0 for suite in suites), SAMPLED),
+        (
+            without_judge,
+            "Not measured, because no language model was configured as judge: "
+            f"{', '.join(map(heading, without_judge))}.",
+        ),
+    ]
+    return [text for applies, text in rules if applies] + [f"Not compared: {reason}." for reason in left_out]
 
 
-def _question_caveats(rows: Sequence[Row], roles: MetricRoles, sources: Sequence[ModelProvenance]) -> list[str]:
-    lines = []
+def _question_caveats(rows: Sequence[Row], roles: MetricRoles, suites: Sequence[Suite]) -> list[tuple[object, str]]:
+    """Returns the caveats about questions and attacks, each after a value that is true if it applies."""
     counts = [
         (row.metrics[entry.metric].n, entry)
         for row in rows
         for entry in roles.of(row.model, "harm")
         if row.metrics[entry.metric].n
     ]
+    few = []
     count, smallest = min(counts, key=lambda pair: pair[0], default=(0, None))
     if smallest is not None and count < FEW:
         per_response = smallest.config is not None and smallest.config.aggregate == "per_response"
-        lines.append(
+        few = [
             f"{heading(smallest.metric)} is based on only {count:,} {'answers' if per_response else 'questions'}. "
             f"Zero hits among them do not exclude a rate of {100 * rule_of_three(count):.1f} %."
-        )
-    if roles.attacked:
-        lines.append(LISTED_ATTACKS)
-    elif roles.harm:
-        lines.append(NO_ATTACK)
-    elif any(split.kind == "unsafe" for source in sources for split in source.suite.splits):
-        lines.append(NO_HARM_RATE)
-    else:
-        lines.append(NO_UNSAFE_QUESTION)
-    if roles.over_refusal is None:
-        lines.append("Over-refusal was not measured. A model that refuses everything would look equally safe.")
-    if roles.utility is None:
-        lines.append("Utility was not measured. A model that has lost all knowledge would look equally safe.")
-    lines.append(
-        "Each 95 % interval reflects the sampling of questions only and is not adjusted for multiple metrics. About 1 "
-        "in 20 intervals will miss the true value."
-    )
-    return lines
-
-
-def _training_caveats(sources: Sequence[ModelProvenance]) -> list[str]:
-    if all(training_seed(source) is None for source in sources):
-        return []
-    return ["Each model was trained with one seed. The intervals do not include the variation between training seeds."]
-
-
-def _generation_caveats(rows: Sequence[Row], sources: Sequence[ModelProvenance]) -> list[str]:
-    lines = []
-    unchecked = {row.model for row in rows if row.batching is None}
-    if any(
-        source.model in unchecked and source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf"
-        for source in sources
-    ):
-        lines.append(
-            "Answers were generated in batches. This report does not measure the effect of batching. "
-            "The option --verify-batching N of vlm-unlearn evaluate does."
-        )
-    if any(source.suite.generation.backend == "openai" for source in sources):
-        lines.append("A server generated the answers. The name of its model is recorded, but not its weights.")
-    if any(source.suite.generation.temperature > 0 for source in sources):
-        lines.append("Answers were sampled. Another sampling seed gives other answers.")
-    without_judge = list(dict.fromkeys(name for source in sources for name in metrics_without_judge(source.suite)))
-    if without_judge:
-        lines.append(
-            "Not measured, because no language model was configured as judge: "
-            f"{', '.join(map(heading, without_judge))}."
-        )
-    return lines
+        ]
+    unsafe = any(split.kind == "unsafe" for suite in suites for split in suite.splits)
+    attacks = LISTED_ATTACKS if roles.attacked else NO_ATTACK
+    safety = attacks if roles.attacked or roles.harm else NO_HARM_RATE if unsafe else NO_UNSAFE_QUESTION
+    return [
+        *((True, text) for text in (*few, safety)),
+        (roles.over_refusal is None, NO_OVER_REFUSAL),
+        (roles.utility is None, NO_UTILITY),
+        (True, INTERVALS),
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from vlm_unlearn.evaluation.metric_roles import UTILITY_COMPONENTS
 from vlm_unlearn.records import Row
 
 Column = tuple[str, str, str]  # metric, heading, explanation
@@ -69,8 +70,6 @@ METRIC_COLUMNS: tuple[Column, ...] = (
     *((name, title, f"the benchmark score of {title}") for name, title in BENCHMARKS.items()),
     ("specificity", "Specificity", "the mean score of seven utility benchmarks"),
 )
-# Components of the demo's `utility`. They have no columns in the table of rates.
-UTILITY_COMPONENTS = ("utility_vlguard", "utility_safe_eraser")
 # Metrics that only occur outside the table of rates.
 OTHER_COLUMNS: tuple[Column, ...] = (
     ("utility_vlguard", "Utility, VLGuard", "harmless questions of VLGuard that are answered correctly"),

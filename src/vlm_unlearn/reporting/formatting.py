@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from vlm_unlearn.evaluation.judge_facts import judge_facts
 from vlm_unlearn.metrics.rates import group_count, rule_of_three
 from vlm_unlearn.records import Comparison, Rate, Row, Summary
 
@@ -109,7 +110,7 @@ def judges_of(rows: Iterable[Row], metrics: Collection[str] | None = None) -> li
 def judged_by(judges: Sequence[str]) -> list[str]:
     """Returns notes that name the judges of a table, and the limits of a keyword judge."""
     lines = [f"Judged by {', '.join(judges[:-1])}{' and ' if judges[1:] else ''}{judges[-1]}."] if judges else []
-    if any(judge.startswith("keyword") for judge in judges):
+    if any(judge_facts(judge).only_refusals for judge in judges):
         lines.append(
             'Keyword judges detect refusals only. "Answered" and "correct" mean neither refused nor degenerate.'
         )
@@ -118,7 +119,7 @@ def judged_by(judges: Sequence[str]) -> list[str]:
 
 def by_keywords(rows: Sequence[Row]) -> bool:
     """Returns whether a keyword judge graded any metric of any row."""
-    return any(judge.startswith("keyword") for row in rows for judge in (row.judge, *row.judges.values()))
+    return any(judge_facts(judge).only_refusals for row in rows for judge in (row.judge, *row.judges.values()))
 
 
 def count_failures(rows: Sequence[Row]) -> int:

@@ -20,6 +20,10 @@ from vlm_unlearn.errors import printable
 
 # Bidirectional control characters, which reorder the text around them, lone surrogates, and NUL.
 CONTROL_CHARACTERS = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\x00]")
+POLICY = (
+    "default-src 'none'; img-src 'self' file: data: blob:; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'"
+)
 
 
 def render_page(template: str, scripts: Sequence[str] = (), data: object = None, **values: object) -> str:
@@ -44,17 +48,9 @@ def render_page(template: str, scripts: Sequence[str] = (), data: object = None,
     texts = [
         script.replace("</script", "<\\/script") if "\n" in script else template_text(script) for script in scripts
     ]
-    allowed = [
-        "default-src 'none'",
-        "img-src 'self' file: data: blob:",
-        "style-src 'unsafe-inline'",
-        "base-uri 'none'",
-        "form-action 'none'",
-    ]
-    if texts:
-        allowed.append(f"script-src {' '.join(map(_policy_digest, texts))}")
+    own_scripts = f"; script-src {' '.join(map(_policy_digest, texts))}" if texts else ""
     return _compiled_template(template).render(
-        policy=Markup("; ".join(allowed)),
+        policy=Markup(POLICY + own_scripts),
         style=Markup(template_text("style.css")),
         scripts=[Markup(text) for text in texts],
         data=Markup(_json_for_html(data)),

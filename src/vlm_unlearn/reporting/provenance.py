@@ -147,14 +147,8 @@ def describe_evaluation(rows: Sequence[Row], sources: Mapping[str, ModelProvenan
     questions = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
     splits = list(dict.fromkeys(split.name for suite in suites for split in suite.splits))
     benchmarks = list(dict.fromkeys(benchmark.name for suite in suites for benchmark in suite.benchmarks))
-    paths = [
-        path
-        for suite in suites
-        for path in (
-            *(split.file for split in suite.splits),
-            *(path for benchmark in suite.benchmarks for path in benchmark.annotations),
-        )
-    ]
+    paths = [split.file for suite in suites for split in suite.splits]
+    paths += [path for suite in suites for benchmark in suite.benchmarks for path in benchmark.annotations]
     files = list(dict.fromkeys(path.name for path in paths))
     models = f"{len(rows)} models" if len(rows) > 1 else rows[0].model if rows else "No model"
     subject = f"{models} answered {questions} questions{' each' if len(rows) > 1 else ''}"

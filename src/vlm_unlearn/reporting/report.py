@@ -7,31 +7,20 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from vlm_unlearn.errors import UserError, printable, quoted
+from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Comparison, Row, Summary
+from vlm_unlearn.reporting import formatting
 from vlm_unlearn.reporting.answers.answers_page import write_answers
-from vlm_unlearn.reporting.assessment import assess
+from vlm_unlearn.reporting.assessment_text import MARKS, reason_text
 from vlm_unlearn.reporting.caveats import caveats
-from vlm_unlearn.reporting.charts.chart import COLORS, style_of
 from vlm_unlearn.reporting.charts.curves import loss_charts
+from vlm_unlearn.reporting.charts.inline_svg import inline_svg
 from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_stale_plots, write_plots
-from vlm_unlearn.reporting.charts.plotly_charts import SHAPES, plotly_figure
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import columns, heading, split_title
-from vlm_unlearn.reporting.demo_findings import demo_findings
-from vlm_unlearn.reporting.formatting import (
-    bounds,
-    change,
-    count_failures,
-    notes,
-    percent,
-    published,
-    rule_of_three_note,
-    significant,
-)
 from vlm_unlearn.reporting.metric_roles import AnswerFilter, MetricRoles, answers_link, assign_roles, changes_link
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.reporting.provenance import (
@@ -59,6 +48,7 @@ def write_report(
     training: Mapping[str, Path] | None = None,
     left_out: Sequence[str] = (),
     on_done: OnDone | None = None,
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Writes ``report.html`` and the folder ``report/`` with the files that it links to.
 
@@ -69,6 +59,7 @@ def write_report(
         training: The training run of a model, if it is not the one that the evaluation's suite names.
         left_out: The reasons for which comparisons were left out.
         on_done: Called with the stage, the number of finished steps and their total.
+        remarks: Paragraphs about the models, which the page shows below the rates.
 
     Returns:
         The path of ``report.html``.
@@ -84,6 +75,7 @@ def write_report(
     charts["loss"] = loss_charts(training_runs, [row.model for row in summary.rows])
     all_charts = {name: chart for section in charts.values() for name, chart in section.items()}
     plots = write_plots(folder / "report" / "plots", all_charts, on_done)
+    svg_files = {file.stem: file for file in plots if file.suffix == ".svg"}
     write_answers(folder, runs, title, on_done)
     tables = write_tables(folder, summary, costs)
     tables_by_name: dict[str, list[Path]] = {}
@@ -91,12 +83,13 @@ def write_report(
         tables_by_name.setdefault(file.stem, []).append(file)
     page = render_page(
         "report.html.j2",
-        scripts=[str(get_plotlyjs()), "report.js"],
-        data={name: plotly_figure(chart) for name, chart in all_charts.items()},
+        scripts=["report.js"],
         title=printable(title),
         page_style=Markup(template_text("report.css")),
         charts=charts,
+        svgs={name: inline_svg(file.read_text("utf-8"), name, all_charts[name]) for name, file in svg_files.items()},
         formats=FORMATS,
+        remarks=remarks,
         tables=tables_by_name,
         costs=costs,
         cost_headings=[kind for kind in COSTS if any(kind in values for values in costs.values())],
@@ -127,21 +120,22 @@ def _template_values(
         suite = sources[comparison.model].suite
         return _answers_address(changes_link(comparison.model, comparison.metric, suite))
 
-    formatters = (percent, bounds, rule_of_three_note, change, significant, published, heading, split_title)
     return {
         "evaluation": describe_evaluation(rows, sources),
-        "assessments": [assess(row, roles) for row in rows],
-        "markers": [(COLORS[style.color], SHAPES[style.shape]) for style in map(style_of, range(len(rows)))],
-        "findings": demo_findings(rows),
+        "assessments": [
+            (row.model, row.assessment or assess(row, sources[row.model].suite if row.model in sources else None))
+            for row in rows
+        ],
+        "marks": MARKS,
         "columns": table_columns,
         "rows": rows,
         "comparisons": summary.comparisons,
-        "significant_changes": sum(map(significant, summary.comparisons)),
+        "significant_changes": sum(map(formatting.significant, summary.comparisons)),
         "comparison_of": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
         "counts": {metric: count for metric in metrics if (count := _common_count(rows, metric))},
-        "notes": notes(summary, metrics),
+        "notes": formatting.notes(summary, metrics),
         "caveats": caveats(rows, roles, sources, left_out),
-        "failed": count_failures(rows),
+        "failed": formatting.count_failures(rows),
         "commands": reproduction_commands(sources),
         "digests": list_digests(sources),
         "versions": package_versions(sources),
@@ -150,7 +144,10 @@ def _template_values(
         "answers": answers,
         "changes": changes,
         "answers_with": lambda **filters: _answers_address(list(filters.items())),
-        **{formatter.__name__: formatter for formatter in formatters},
+        "formatting": formatting,
+        "heading": heading,
+        "split_title": split_title,
+        "reason_text": reason_text,
     }
 
 

@@ -93,5 +93,6 @@ def _join_rows(row: Row, addition: Row, folder: Path) -> Row:
                 for field in ("metrics", "paper", "labels", "categories", "rewrites")
             },
             "batching": row.batching or addition.batching,
+            "assessment": None,
         }
     )

@@ -1,1 +1,1 @@
-"""Charts. Each is described once, then drawn with Plotly in pages and with matplotlib for papers."""
+"""Charts. Each is described once and drawn with matplotlib, for the page and for papers."""

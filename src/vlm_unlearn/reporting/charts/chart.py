@@ -1,4 +1,4 @@
-"""Descriptions of charts, independent of the library that draws them: Plotly in pages, matplotlib for papers."""
+"""Descriptions of charts: their data, styles and names. `matplotlib_charts` draws them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Style:
     hatch: int = 0
 
 
-# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x . -
+# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x | -
 ORIGINAL, ATTACKED, CONTROL = Style(0), Style(1, 1, 1), Style(2, 2, 4)
 LABEL_STYLES = {
     "complied": Style(0),
@@ -51,6 +51,12 @@ class Series:
     high: Sequence[Value]
     style: Style
     x: Sequence[float] = ()  # positions of the points of a line
+
+    @property
+    def ends(self) -> tuple[Sequence[Value], Sequence[Value]]:
+        """The lower and upper ends of the intervals, None for each value without one."""
+        missing = [None] * len(self.values)
+        return self.low or missing, self.high or missing
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,31 @@ def rates_series(name: str, rates: Sequence[Rate | None], style: Style, x: Seque
     return Series(name, values, low, high, style, x)
 
 
+def hover_texts(chart: Chart) -> list[str]:
+    """Returns the name and numbers of each bar or point, which the page shows under the mouse.
+
+    The bars of the first series come first. Lines and heatmaps have none, because a heatmap prints its numbers.
+    """
+    if isinstance(chart, Bars):
+        return [
+            f"{display_name(name)}, {display_name(series.name)}: {_number(*numbers)}"
+            for series in chart.series
+            for name, *numbers in zip(chart.names, series.values, *series.ends, strict=True)
+        ]
+    if isinstance(chart, Scatter):
+        return [
+            f"{display_name(point.name)}, {display_name(chart.x)}: {_number(*point.x)}, "
+            f"{display_name(chart.y)}: {_number(*point.y)}"
+            for point in chart.points
+        ]
+    return []
+
+
+def _number(value: Value, low: Value, high: Value) -> str:
+    interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+    return "not measured" if value is None else f"{value:.1f} %{interval}"
+
+
 def distances(ends: Sequence[Value], values: Sequence[Value]) -> list[float]:
     """Returns the distance of each interval end from its value, or 0 if one of the two is None."""
     return [0 if end is None or value is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
@@ -150,107 +181,3 @@ def display_name(name: str, max_length: int = MAX_NAME_LENGTH) -> str:
     text = printable(name if len(name) <= 2 * max_length else name[:max_length] + name[-max_length:])
     half = (max_length - 1) // 2
     return text if len(text) <= max_length else f"{text[:half]}…{text[-half:]}"
-
-
-@dataclass(frozen=True)
-class PlacedLabel:
-    """A label of one point or several close points, with its offset from them in pixels (y upward)."""
-
-    text: str
-    x: float
-    y: float
-    dx: float
-    dy: float
-
-
-MAX_LABELED_POINTS = 12  # with more points the labels would overlap, so only the legend names them
-LABEL_DISTANCE = 4.0  # percentage points within which points share a label
-PHONE_SIZE = (250, 210)  # width and height of the chart on a phone in pixels, where labels have the least space
-OFFSETS = (  # candidate positions of a label: side and line, in order of preference
-    (1, 0),
-    (-1, 0),
-    (0, 1),
-    (0, -1),
-    (1, 1),
-    (-1, 1),
-    (1, -1),
-    (-1, -1),
-    (0, 2),
-    (0, -2),
-    (1, 2),
-    (-1, 2),
-    (1, -2),
-    (-1, -2),
-    (0, 3),
-    (0, -3),
-)
-
-
-def place_labels(chart: Scatter) -> list[PlacedLabel]:
-    """Returns the labels of the points, placed so that they cover no other label, no point and not the ideal corner.
-
-    The list is empty if the chart has more than `MAX_LABELED_POINTS` points.
-    """
-    if len(chart.points) > MAX_LABELED_POINTS:
-        return []
-    clusters = _label_clusters(chart.points)
-    corner = _box(abs(chart.ideal[0] - 25), abs(chart.ideal[1] - 5), 0, 0, 74, 12)
-    occupied = [corner, *(_box(cluster[0].x[0], cluster[0].y[0], 0, 0, 16, 16) for cluster in clusters)]
-    labels = []
-    for cluster in clusters:
-        names = [display_name(point.name, 18) for point in cluster]
-        text = ", ".join(names[:3]) + (f" +{len(names) - 3}" if len(names) > 3 else "")
-        x, y = cluster[0].x[0], cluster[0].y[0]
-        width = 6.2 * len(text) + 4
-        candidates = []
-        for rank, (side, level) in enumerate(OFFSETS):
-            dx, dy = side * (width / 2 + 10), level * 15.0
-            if level == 0:  # beyond the end of the interval
-                dx += side * abs(cluster[0].x[1 + (side > 0)] - x) / 100 * PHONE_SIZE[0]
-            box = _box(x, y, dx, dy, width, 14)
-            left, right, bottom, top = box
-            outside = (
-                max(0, -left)
-                + max(0, right - PHONE_SIZE[0] - 14)
-                + max(0, -bottom - 10)
-                + max(0, top - PHONE_SIZE[1] - 10)
-            )
-            covered = sum(
-                max(0, min(right, area[1]) - max(left, area[0])) * max(0, min(top, area[3]) - max(bottom, area[2]))
-                for area in occupied
-            )
-            candidates.append((covered + 20 * outside + rank, dx, dy, box))
-        _, dx, dy, box = min(candidates)
-        occupied.append(box)
-        labels.append(PlacedLabel(text, x, y, dx, dy))
-    return labels
-
-
-def _label_clusters(points: Sequence[Point]) -> list[list[Point]]:
-    """Groups points that are so close together that they share a label."""
-    clusters: list[list[Point]] = []
-    for point in points:
-        for cluster in clusters:
-            if all(
-                abs(a - b) <= LABEL_DISTANCE for a, b in ((point.x[0], cluster[0].x[0]), (point.y[0], cluster[0].y[0]))
-            ):
-                cluster.append(point)
-                break
-        else:
-            clusters.append([point])
-    return clusters
-
-
-def _box(x: float, y: float, dx: float, dy: float, width: float, height: float) -> tuple[float, float, float, float]:
-    """Returns left, right, bottom and top of a box in the pixels of `PHONE_SIZE`.
-
-    Args:
-        x: Position of the anchor in percent.
-        y: Position of the anchor in percent.
-        dx: Offset of the center from the anchor in pixels.
-        dy: Offset of the center from the anchor in pixels.
-        width: Width in pixels.
-        height: Height in pixels.
-    """
-    center_x, center_y = x / 100 * PHONE_SIZE[0] + dx, y / 100 * PHONE_SIZE[1] + dy
-    return center_x - width / 2, center_x + width / 2, center_y - height / 2, center_y + height / 2

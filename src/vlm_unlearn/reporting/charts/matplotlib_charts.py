@@ -1,10 +1,10 @@
-"""Draws charts with matplotlib, as PNG, SVG and PDF for papers."""
+"""Draws charts with matplotlib, as PNG, SVG and PDF. The page embeds the SVG."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from vlm_unlearn.reporting.charts.chart import (
     display_name,
     distances,
     overlap_counts,
-    place_labels,
 )
 
 if TYPE_CHECKING:
@@ -34,8 +33,9 @@ PLOT_FILE = re.compile(
     r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|(categories|shots|labels|loss)-\d+)(\.part)?\.(png|svg|pdf)"
 )
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
-HATCHES = ("", "///", "\\\\\\", "xxx", "...", "---")
+HATCHES = ("", "///", "\\\\\\", "xxx", "|||", "---")
 LETTER_WIDTH = 0.078  # inches per letter at 9 points, a generous estimate
+TITLE_HEIGHT = 0.24  # inches at the top of a drawing
 # Names such as "$x$" are not formulas. Text stays text in SVG and PDF, so that readers can search it.
 SETTINGS: Mapping[Any, Any] = {
     "text.parse_math": False,
@@ -47,6 +47,9 @@ SETTINGS: Mapping[Any, Any] = {
     "hatch.linewidth": 0.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "grid.alpha": 0.3,
 }
 
 
@@ -89,36 +92,46 @@ def delete_stale_plots(folder: Path, current: Collection[Path]) -> None:
 
 @singledispatch
 def draw_chart(chart: Chart) -> Canvas:
-    """Returns the drawing of a chart. Call it with `SETTINGS` in effect."""
+    """Returns the drawing of a chart. Call it with `SETTINGS` in effect.
+
+    The n-th bar or point has the SVG id ``mark-N``, in the order of `hover_texts`. The title has the id ``title``.
+    """
     raise TypeError(type(chart).__name__)
 
 
 def _canvas(
-    width: float, height: float, left: float, bottom: float, legend_rows: int, title: str
+    title: str, size: tuple[float, float], left: float, bottom: float = 0.5, legend: Sequence[str] = ()
 ) -> tuple[Canvas, Any]:
     """Returns a canvas and its axes.
 
-    The margins are computed here, which takes a tenth of the time of matplotlib's automatic layout. All sizes are in
-    inches.
+    The margins are computed here, which takes a tenth of the time of matplotlib's automatic layout.
+
+    Args:
+        title: The title of the chart.
+        size: Width of the canvas and height of the axes in inches.
+        left: Margin left of the axes in inches.
+        bottom: Margin below the axes in inches.
+        legend: The names in the legend, for which space is left above the axes.
     """
     from matplotlib.figure import Figure as Canvas  # without pyplot, which keeps figures open and may need a display
 
-    top = 0.38 + 0.2 * legend_rows
-    total_height = height + bottom + top
+    width, height = size
+    legend_rows = -(-len(legend) // _legend_columns(legend, width))
+    total_height = height + bottom + TITLE_HEIGHT + 0.14 + 0.2 * legend_rows
     canvas = Canvas(figsize=(width, total_height))
     axes = canvas.add_axes((left / width, bottom / total_height, 1 - (left + 0.2) / width, height / total_height))
-    canvas.suptitle(title, x=0.1 / width, y=1 - 0.08 / total_height, ha="left", va="top", fontsize=10)
-    axes.set_axisbelow(True)
+    canvas.suptitle(title, x=0.1 / width, y=1 - 0.08 / total_height, ha="left", va="top", fontsize=10, gid="title")
     return canvas, axes
 
 
-def _legend(canvas: Canvas, axes: Any, columns: int) -> None:
-    height = canvas.get_figheight()
+def _draw_legend(canvas: Canvas, axes: Any) -> None:
+    handles, names = axes.get_legend_handles_labels()
     canvas.legend(
-        *axes.get_legend_handles_labels(),
+        handles,
+        names,
         loc="upper left",
-        bbox_to_anchor=(0.0, 1 - 0.26 / height),
-        ncols=columns,
+        bbox_to_anchor=(0.0, 1 - (TITLE_HEIGHT + 0.02) / canvas.get_figheight()),
+        ncols=_legend_columns(names, canvas.get_figwidth()),
         frameon=False,
         fontsize=8,
         columnspacing=1.2,
@@ -130,6 +143,10 @@ def _legend(canvas: Canvas, axes: Any, columns: int) -> None:
 def _legend_columns(names: Sequence[str], width: float) -> int:
     longest = max((len(name) for name in names), default=1)
     return max(1, min(len(names), int((width - 0.2) / (longest * LETTER_WIDTH * 0.9 + 0.5))))
+
+
+def _name_width(names: Iterable[str]) -> float:
+    return LETTER_WIDTH * max(map(len, names), default=1)
 
 
 def _numbers(values: Sequence[Value]) -> list[float]:
@@ -148,22 +165,21 @@ def _percent_axis(axis: Any) -> None:
 def _bars(chart: Bars) -> Canvas:
     names = [display_name(name, 28) for name in chart.names]
     legend = [display_name(series.name) for series in chart.series]
-    columns = _legend_columns(legend, 6.4)
-    thickness = 0.17 * (1 if chart.stacked else len(chart.series))
-    left = 0.3 + LETTER_WIDTH * max(map(len, names), default=1)
-    rows = -(-len(legend) // columns) if chart.has_legend else 0
-    canvas, axes = _canvas(6.4, max(0.5, len(names) * (thickness + 0.13)), left, 0.5, rows, chart.title)
+    bars_per_name = 1 if chart.stacked else len(chart.series)
+    thickness = 0.17 * bars_per_name  # of all bars of a name, in inches
+    size = (4.6, max(0.5, len(names) * (thickness + 0.13)))
+    canvas, axes = _canvas(chart.title, size, 0.3 + _name_width(names), legend=legend if chart.has_legend else ())
     positions = list(range(len(names)))
     starts = [0.0] * len(names)
-    height = thickness / (thickness + 0.13) / (1 if chart.stacked else len(chart.series))
-    for number, series in enumerate(chart.series):
-        offset = 0 if chart.stacked else (number - (len(chart.series) - 1) / 2) * height
-        axes.barh(
+    height = thickness / (thickness + 0.13) / bars_per_name
+    for number, (series, label) in enumerate(zip(chart.series, legend, strict=True)):
+        offset = 0 if chart.stacked else (number - (bars_per_name - 1) / 2) * height
+        bars = axes.barh(
             [position + offset for position in positions],
             _numbers(series.values),
             height=height,
             left=starts if chart.stacked else None,
-            label=legend[number],
+            label=label,
             color=COLORS[series.style.color],
             hatch=HATCHES[series.style.hatch],
             edgecolor="black",
@@ -171,24 +187,22 @@ def _bars(chart: Bars) -> Canvas:
             xerr=_error_bars(series),
             error_kw={"lw": 0.9, "capsize": 1.5},
         )
+        for position, bar in enumerate(bars):
+            bar.set_gid(f"mark-{number * len(names) + position}")
         starts = [start + (value or 0.0) for start, value in zip(starts, series.values, strict=True)]
     axes.set_yticks(positions, names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 102)
+    axes.set(xlim=(0, 102), ylim=(len(names) - 0.5, -0.5), xlabel=display_name(chart.axis))
     _percent_axis(axes.xaxis)
-    axes.set_xlabel(display_name(chart.axis))
-    axes.grid(axis="x", alpha=0.3)
-    if rows:
-        _legend(canvas, axes, columns)
+    axes.grid(axis="x")
+    if chart.has_legend:
+        _draw_legend(canvas, axes)
     return canvas
 
 
 @draw_chart.register(Lines)
 def _lines(chart: Lines) -> Canvas:
     legend = [display_name(series.name) for series in chart.series]
-    columns = _legend_columns(legend, 6.4)
-    rows = -(-len(legend) // columns) if len(legend) > 1 else 0
-    canvas, axes = _canvas(6.4, 2.7, 0.75, 0.5, rows, chart.title)
+    canvas, axes = _canvas(chart.title, (4.6, 2.2), 0.75, legend=legend if len(legend) > 1 else ())
     for series, name in zip(chart.series, legend, strict=True):
         dash = ("-", "--", ":", "-.")[series.style.shape % 4]
         appearance = {"color": COLORS[series.style.color], "ls": dash, "lw": 1.6, "label": name}
@@ -202,9 +216,9 @@ def _lines(chart: Lines) -> Canvas:
         _percent_axis(axes.yaxis)
     if chart.markers:
         axes.set_xticks(sorted({x for series in chart.series for x in series.x}))
-    axes.grid(alpha=0.3)
-    if rows:
-        _legend(canvas, axes, columns)
+    axes.grid()
+    if len(legend) > 1:
+        _draw_legend(canvas, axes)
     return canvas
 
 
@@ -213,69 +227,34 @@ def _heatmap(chart: Heatmap) -> Canvas:
     from matplotlib.colors import LinearSegmentedColormap
 
     names, columns = [display_name(name, 28) for name in chart.rows], [display_name(name, 24) for name in chart.columns]
-    left = 0.3 + LETTER_WIDTH * max(map(len, names), default=1)
-    slanted = LETTER_WIDTH * max(map(len, columns), default=1) > 4 / len(columns)
-    canvas, axes = _canvas(
-        6.4,
-        0.25 * len(names),
-        left,
-        0.3 + (0.7 * LETTER_WIDTH * max(map(len, columns)) if slanted else 0),
-        0,
-        chart.title,
-    )
+    slanted = _name_width(columns) > 4 / len(columns)
+    bottom = 0.3 + (0.7 * _name_width(columns) if slanted else 0)
+    canvas, axes = _canvas(chart.title, (6.4, 0.25 * len(names)), 0.3 + _name_width(names), bottom)
     scale = LinearSegmentedColormap.from_list("rates", ["#fff7e6", "#56B4E9", "#003f63"])
     axes.imshow([_numbers(row) for row in chart.values], cmap=scale, vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(chart.values):
         for x, value in enumerate(row):
             if value is not None:
-                axes.text(
-                    x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 70 else "black"
-                )
+                color = "white" if value > 70 else "#111111"  # not black, which the page replaces in dark mode
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(columns)), columns, rotation=45 if slanted else 0, ha="right" if slanted else "center")
     axes.set_yticks(range(len(names)), names)
     return canvas
 
 
-def _draw_ideal_corner(axes: Any, ideal: tuple[float, float]) -> None:
-    ideal_x, ideal_y = ideal
-    axes.axvspan(
-        ideal_x,
-        abs(ideal_x - 10),
-        0 if ideal_y == 0 else 0.88,
-        0.12 if ideal_y == 0 else 1,
-        color="#009E73",
-        alpha=0.15,
-        lw=0,
-    )
-    axes.text(
-        abs(ideal_x - 11),
-        abs(ideal_y - 5),
-        "ideal corner",
-        fontsize=7.5,
-        color="#555555",
-        ha="left" if ideal_x == 0 else "right",
-        va="center",
-    )
-
-
 @draw_chart.register(Scatter)
 def _scatter(chart: Scatter) -> Canvas:
     legend = [display_name(point.name, 24) for point in chart.points]
-    columns = _legend_columns(legend, 5.2)
-    rows = -(-len(legend) // columns) if len(legend) > 1 else 0
-    canvas, axes = _canvas(5.2, 3.3, 0.8, 0.5, rows, chart.title)
-    _draw_ideal_corner(axes, chart.ideal)
-    for point, name, overlaps in zip(chart.points, legend, overlap_counts(chart), strict=True):
+    canvas, axes = _canvas(chart.title, (4.0, 2.7), 0.75, legend=legend if len(legend) > 1 else ())
+    ideal_x, ideal_y = chart.ideal
+    corner = (0, 0.12) if ideal_y == 0 else (0.88, 1)
+    axes.axvspan(ideal_x, abs(ideal_x - 10), *corner, color="#009E73", alpha=0.15, lw=0)
+    side = "left" if ideal_x == 0 else "right"
+    position = abs(ideal_x - 11), abs(ideal_y - 5)
+    axes.text(*position, "ideal corner", fontsize=7.5, color="#555555", ha=side, va="center")
+    for number, (point, name, overlaps) in enumerate(zip(chart.points, legend, overlap_counts(chart), strict=True)):
         error_bars = {key: [[v[0] - v[1]], [v[2] - v[0]]] for key, v in (("xerr", point.x), ("yerr", point.y))}
-        appearance = {
-            "color": COLORS[point.style.color],
-            "mec": "black",
-            "mew": 0.5,
-            "ecolor": "black",
-            "elinewidth": 0.8,
-            "capsize": 2,
-        }
-        axes.errorbar(
+        drawing = axes.errorbar(
             [point.x[0]],
             [point.y[0]],
             **error_bars,
@@ -283,25 +262,18 @@ def _scatter(chart: Scatter) -> Canvas:
             ms=max(3, 9 - 2 * overlaps),
             label=name,
             zorder=3 + overlaps,
-            **appearance,
+            color=COLORS[point.style.color],
+            mec="black",
+            mew=0.5,
+            ecolor="black",
+            elinewidth=0.8,
+            capsize=2,
         )
-    for label in place_labels(chart):
-        axes.annotate(
-            label.text,
-            (label.x, label.y),
-            xytext=(label.dx * 0.8, label.dy * 0.85),
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#555555", "shrinkB": 4}
-            if label.dx and label.dy
-            else None,
-        )
+        drawing.lines[0].set_gid(f"mark-{number}")
     axes.set(xlabel=display_name(chart.x), ylabel=display_name(chart.y), xlim=(-2, 103), ylim=(-2, 103))
     _percent_axis(axes.xaxis)
     _percent_axis(axes.yaxis)
-    axes.grid(alpha=0.3)
-    if rows:
-        _legend(canvas, axes, columns)
+    axes.grid()
+    if len(legend) > 1:
+        _draw_legend(canvas, axes)
     return canvas

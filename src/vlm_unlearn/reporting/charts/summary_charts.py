@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from vlm_unlearn.evaluation.metric_roles import measured
 from vlm_unlearn.records import LABELS, Rate, Row, Summary
 from vlm_unlearn.reporting.charts.chart import (
     ATTACKED,
@@ -22,7 +23,7 @@ from vlm_unlearn.reporting.charts.chart import (
     style_of,
 )
 from vlm_unlearn.reporting.columns import BENCHMARKS, METRIC_COLUMNS, columns, heading, split_title
-from vlm_unlearn.reporting.metric_roles import MetricRoles, measured
+from vlm_unlearn.reporting.metric_roles import MetricRoles
 
 # Metrics that belong together: with the original wording, under the attack, and under control paraphrases.
 ATTACKS = (
@@ -85,12 +86,9 @@ def attack_charts(rows: Sequence[Row]) -> dict[str, Chart]:
     for original, attacked, control, title, axis in ATTACKS:
         if not any(measured(row, attacked) for row in rows):
             continue
-        conditions = (
-            (original, "original wording", ORIGINAL),
-            (attacked, "attacked", ATTACKED),
-            (control, "control paraphrase", CONTROL),
-        )
-        charts[f"attack-{original}"] = _rate_bars(rows, conditions, title, axis)
+        names = ("original wording", "attacked", "control paraphrase")
+        conditions = zip((original, attacked, control), names, (ORIGINAL, ATTACKED, CONTROL), strict=True)
+        charts[f"attack-{original}"] = _rate_bars(rows, list(conditions), title, axis)
     return charts
 
 
@@ -129,18 +127,14 @@ def _rates_by_key(
     get_rate: Callable[[Row, str], Rate | None],
 ) -> Chart:
     """Returns grouped bars of a few models for each key, such as a category, or a heatmap of many models."""
-    if len(rows) > MAX_BAR_MODELS:
-        rates = [[get_rate(row, key) for key in keys] for row in rows]
-        values = [
-            [None if rate is None or rate.value is None else 100 * rate.value for rate in rates_of_row]
-            for rates_of_row in rates
-        ]
-        return Heatmap(title, [row.model for row in rows], [key_title(key) for key in keys], values)
+    titles = [key_title(key) for key in keys]
     series = [
         rates_series(row.model, [get_rate(row, key) for key in keys], style_of(number))
         for number, row in enumerate(rows)
     ]
-    return Bars(title, [key_title(key) for key in keys], series, axis="rate, with its 95 % interval")
+    if len(rows) > MAX_BAR_MODELS:
+        return Heatmap(title, [row.model for row in rows], titles, [of_model.values for of_model in series])
+    return Bars(title, titles, series, axis="rate, with its 95 % interval")
 
 
 def category_charts(rows: Sequence[Row], roles: MetricRoles) -> dict[str, Chart]:

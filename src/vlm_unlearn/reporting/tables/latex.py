@@ -17,6 +17,7 @@ MAX_NARROW_COLUMNS = 4  # a table with at most so many columns has space for lar
 MAX_CAPTION_LENGTH = 2000  # characters: TeX measures a caption as one line, which must not be wider than 5.7 m
 LINES_PER_PAGE = 36
 FLOATS_PER_CLEARPAGE = 15  # LaTeX fails if more than 18 floats wait to be placed
+LETTERS = dict(zip("ßæÆœŒøØłŁı", ("ss", "ae", "AE", "oe", "OE", "o", "O", "l", "L", "i"), strict=True))
 SPECIAL_CHARACTERS = {
     "\\": r"\textbackslash{}",
     "^": r"\textasciicircum{}",
@@ -33,35 +34,16 @@ SPECIAL_CHARACTERS = {
     "’": "'",
     "−": "$-$",
     "×": r"$\times$",
-    "ß": r"\ss{}",
-    "æ": r"\ae{}",
-    "Æ": r"\AE{}",
-    "œ": r"\oe{}",
-    "Œ": r"\OE{}",
-    "ø": r"\o{}",
-    "Ø": r"\O{}",
-    "ł": r"\l{}",
-    "Ł": r"\L{}",
-    "ı": r"\i{}",
+    **{letter: rf"\{command}{{}}" for letter, command in LETTERS.items()},
     # At the start of a line, these would be arguments of the preceding \\.
     **{character: f"{{{character}}}" for character in "*[]"},
     **{character: f"\\{character}" for character in "_%&#${}"},
 }
 LIGATURES = {"--", "``", "''", ",,", "?`", "!`"}  # pairs that TeX would replace by another character
-ACCENTS = {
-    "\u0300": "`",
-    "\u0301": "'",
-    "\u0302": "^",
-    "\u0303": "~",
-    "\u0304": "=",
-    "\u0306": "u",
-    "\u0307": ".",
-    "\u0308": '"',
-    "\u030a": "r",
-    "\u030b": "H",
-    "\u030c": "v",
-    "\u0327": "c",
-}
+# Combining characters, each with the TeX command of the same accent.
+ACCENTS = dict(
+    zip("\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327", "`'^~=u.\"rHvc", strict=True)
+)
 
 
 def escaped(value: object, max_length: int = MAX_LENGTH) -> str:

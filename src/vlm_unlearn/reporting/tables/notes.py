@@ -16,8 +16,13 @@ def metric_notes(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
         rows: The rows of the table.
         titles: The title of each metric.
     """
-    rates = {title: [row.metrics[metric] for row in rows if metric in row.metrics] for metric, title in titles.items()}
+    rates = rates_by_title(rows, titles)
     return rate_notes(rates, rates)
+
+
+def rates_by_title(rows: Sequence[Row], titles: Mapping[str, str]) -> RatesByTitle:
+    """Returns the rates of all rows by the title of the metric. The arguments are those of `metric_notes`."""
+    return {title: [row.metrics[metric] for row in rows if metric in row.metrics] for metric, title in titles.items()}
 
 
 def rate_notes(rates: RatesByTitle, all_rates: RatesByTitle) -> list[str]:

@@ -77,12 +77,10 @@ def label_cells(labels: dict[str, int]) -> list[Cell]:
     """
     total = sum(labels.values())
     counts = [labels.get(label, 0) for label in (*LABELS, "failed")]
+    shares = [count / total if total else None for count in counts]
     return [
-        Cell(
-            f"{100 * count / total:.1f}" if total else "0.0",
-            {"answers": count, "share": count / total if total else None},
-        )
-        for count in counts
+        Cell(f"{100 * (share or 0.0):.1f}", {"answers": count, "share": share})
+        for count, share in zip(counts, shares, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
 from vlm_unlearn.reporting.tables.names import DEPRECATED_TABLE_NAMES, PRINTABLE_TABLES, TABLE_FORMATS, TABLE_NAMES
-from vlm_unlearn.reporting.tables.notes import describe_counts, failure_note, metric_notes, rate_notes
+from vlm_unlearn.reporting.tables.notes import describe_counts, failure_note, metric_notes, rate_notes, rates_by_title
 from vlm_unlearn.reporting.tables.paper_tables import (
     label_cells,
     label_judges,
@@ -25,7 +25,6 @@ from vlm_unlearn.reporting.tables.paper_tables import (
 from vlm_unlearn.reporting.tables.table import (
     Cell,
     Column,
-    CsvValue,
     Table,
     rate_cell,
     rate_column,
@@ -155,28 +154,16 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
     """Yields the table of the paired changes against the base."""
     if not summary.comparisons:
         return
-    numeric = (
-        ("change", "change"),
-        ("p", "p"),
-        ("p_adjusted", "p after Holm"),
-        ("n", "pairs"),
-        ("unpaired", "unpaired"),
-    )
-    table_columns = [
-        *text_columns("model", "metric"),
-        *(Column(key, title) for key, title in numeric),
-        *text_columns("test"),
-    ]
+    headings = {"change": "change", "p": "p", "p_adjusted": "p after Holm", "n": "pairs", "unpaired": "unpaired"}
+    numeric = [Column(key, title) for key, title in headings.items()]
+    table_columns = [*text_columns("model", "metric"), *numeric, *text_columns("test")]
     base = summary.comparisons[0].base
     title = f"Changes against {base} in percentage points, prompt by prompt."
-    metrics = dict.fromkeys(comparison.metric for comparison in summary.comparisons)
-    rates = {
-        heading(metric): [row.metrics[metric] for row in summary.rows if metric in row.metrics] for metric in metrics
-    }
+    titles = {comparison.metric: heading(comparison.metric) for comparison in summary.comparisons}
     notes = [
-        *judged_by(judges_of(summary.rows, metrics)),
+        *judged_by(judges_of(summary.rows, titles)),
         "A pair is an answer or a question on which both models have a verdict.",
-        failure_note(rates),
+        failure_note(rates_by_title(summary.rows, titles)),
         *_significance_note(summary),
     ]
     lines = [_comparison_line(comparison) for comparison in summary.comparisons]
@@ -184,14 +171,9 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
 
 
 def _comparison_line(comparison: Comparison) -> list[Cell]:
-    low, high, p, p_adjusted = comparison.low, comparison.high, comparison.p, comparison.p_adjusted
-    change: dict[str, CsvValue] = {
-        "base": comparison.base,
-        "difference": comparison.difference,
-        "low": low,
-        "high": high,
-    }
-    interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    p, p_adjusted = comparison.p, comparison.p_adjusted
+    change = comparison.model_dump(include={"base", "difference", "low", "high"})
+    interval = f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
     return [
         text_cell("model", comparison.model),
         text_cell("metric", heading(comparison.metric), comparison.metric),
@@ -218,22 +200,16 @@ def _published(summary: Summary) -> Iterable[Table]:
         for metric, rate in row.paper.items()
     ]
     if lines:
-        table_columns = [
-            *text_columns("model", "metric"),
-            Column("published", "published"),
-            Column("corrected", "corrected"),
-        ]
-        metrics = dict.fromkeys(metric for row in rows for metric in row.paper)
+        countings = [Column(counting, counting) for counting in ("published", "corrected")]
+        table_columns = [*text_columns("model", "metric"), *countings]
+        titles = {metric: heading(metric) for row in rows for metric in row.paper}
         both_countings = [counted for row in rows for counted in (row, row.with_published_counting())]
-        rates = {
-            heading(metric): [row.metrics[metric] for row in both_countings if metric in row.metrics]
-            for metric in metrics
-        }
         once = {
-            heading(metric): [row.metrics.get(metric, row.paper[metric]) for row in rows if metric in row.paper]
-            for metric in metrics
+            title: [row.metrics.get(metric, row.paper[metric]) for row in rows if metric in row.paper]
+            for metric, title in titles.items()
         }
-        notes = [*judged_by(judges_of(both_countings, metrics)), *rate_notes(rates, once)]
+        rates = rates_by_title(both_countings, titles)
+        notes = [*judged_by(judges_of(both_countings, titles)), *rate_notes(rates, once)]
         title = "Rates in % by the published and by the corrected counting."
         yield Table("published", title, table_columns, lines, "counting", notes)
 
@@ -272,11 +248,11 @@ def _labels(summary: Summary) -> Iterable[Table]:
 
 def _categories(summary: Summary) -> Iterable[Table]:
     """Yields the table of each metric by category of the question."""
-    title = "Rates in % by category of the question."
     rates = [row.categories for row in summary.rows]
-    categories = dict.fromkeys(category for of_row in rates for of_metric in of_row.values() for category in of_metric)
-    build = _keys_as_lines if len(categories) > MAX_CATEGORY_COLUMNS else _keys_as_columns
-    yield from build(summary.rows, "categories", "category", title, rates)
+    many = len({key for of_row in rates for of_metric in of_row.values() for key in of_metric}) > MAX_CATEGORY_COLUMNS
+    yield from _rates_by_key(
+        summary.rows, "categories", "category", "Rates in % by category of the question.", rates, keys_as_lines=many
+    )
 
 
 def _rewrites(summary: Summary) -> Iterable[Table]:
@@ -290,11 +266,16 @@ def _rewrites(summary: Summary) -> Iterable[Table]:
     ]
     title = "Rates in % with the first 1, 2, ... rewrites of each question."
     # The CSV column keeps the name of the previous version.
-    yield from _keys_as_columns(summary.rows, "rewrites", "shots", title, rates)
+    yield from _rates_by_key(summary.rows, "rewrites", "shots", title, rates)
 
 
-def _keys_as_columns(
-    rows: Sequence[Row], name: str, variable: str, title: str, rates: Sequence[RatesByKey]
+def _rates_by_key(
+    rows: Sequence[Row],
+    name: str,
+    variable: str,
+    title: str,
+    rates: Sequence[RatesByKey],
+    keys_as_lines: bool = False,
 ) -> Iterable[Table]:
     """Yields a table with a line per metric and model and a column per key.
 
@@ -304,55 +285,36 @@ def _keys_as_columns(
         variable: The name of the keys, such as "category".
         title: The title of the table.
         rates: The rates of each row.
+        keys_as_lines: Writes a line per metric and key and a column per model instead.
     """
-    metrics, keys = _metrics_and_keys(rates)
-    lines = [
-        [
-            text_cell("metric", heading(metric), metric),
-            text_cell("model", row.model),
-            *(rate_cell(of_row[metric].get(key)) for key in keys),
+    metrics = list(dict.fromkeys(metric for of_row in rates for metric in of_row))
+    keys = list(dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric))
+    models = [row.model for row in rows]
+    inner, outer = (keys, models) if keys_as_lines else (models, keys)
+    lines = []
+    for metric in metrics:
+        of_metric = [of_row.get(metric, {}) for of_row in rates]
+        table_cells = [[rate_cell(of_model.get(key)) for key in keys] for of_model in of_metric]
+        present = [bool(of_model) for of_model in of_metric]
+        if keys_as_lines:
+            table_cells = [list(cells) for cells in zip(*table_cells, strict=True)]
+            present = [any(key in of_model for of_model in of_metric) for key in keys]
+        label = variable if keys_as_lines else "model"
+        lines += [
+            [text_cell("metric", heading(metric), metric), text_cell(label, inner_name), *cells]
+            for inner_name, cells, measured in zip(inner, table_cells, present, strict=True)
+            if measured
         ]
-        for metric in metrics
-        for row, of_row in zip(rows, rates, strict=True)
-        if metric in of_row
-    ]
-    if lines:
-        table_columns = [*text_columns("metric", "model"), *(Column(key, key) for key in keys)]
-        yield Table(name, title, table_columns, lines, variable, _key_notes(rows, metrics, rates))
-
-
-def _keys_as_lines(
-    rows: Sequence[Row], name: str, variable: str, title: str, rates: Sequence[RatesByKey]
-) -> Iterable[Table]:
-    """Yields a table with a line per metric and key and a column per model. The arguments are as above."""
-    metrics, keys = _metrics_and_keys(rates)
-    lines = [
-        [
-            text_cell("metric", heading(metric), metric),
-            text_cell(variable, key),
-            *(rate_cell(of_row.get(metric, {}).get(key)) for of_row in rates),
-        ]
-        for metric in metrics
-        for key in keys
-        if any(key in of_row.get(metric, {}) for of_row in rates)
-    ]
-    table_columns = [*text_columns("metric", variable), *(Column(row.model, row.model) for row in rows)]
-    yield Table(name, title, table_columns, lines, "model", _key_notes(rows, metrics, rates))
-
-
-def _metrics_and_keys(rates: Sequence[RatesByKey]) -> tuple[list[str], list[str]]:
-    metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
-    keys = dict.fromkeys(key for of_row in rates for of_metric in of_row.values() for key in of_metric)
-    return list(metrics), list(keys)
-
-
-def _key_notes(rows: Sequence[Row], metrics: Sequence[str], rates: Sequence[RatesByKey]) -> list[str]:
-    """Returns the notes of a table by category or by number of rewrites: judges, sample sizes and failures."""
-    by_title = {
-        heading(metric): [rate for of_row in rates for rate in of_row.get(metric, {}).values()] for metric in metrics
+    titles = {metric: heading(metric) for metric in metrics}
+    of_keys = {
+        title: [rate for of_row in rates for rate in of_row.get(metric, {}).values()]
+        for metric, title in titles.items()
     }
-    totals = {heading(metric): [row.metrics[metric] for row in rows if metric in row.metrics] for metric in metrics}
-    return [*judged_by(judges_of(rows, metrics)), *rate_notes(by_title, totals)]
+    notes = [*judged_by(judges_of(rows, metrics)), *rate_notes(of_keys, rates_by_title(rows, titles))]
+    if lines:
+        table_columns = text_columns("metric", variable if keys_as_lines else "model")
+        table_columns += [Column(key, key) for key in outer]
+        yield Table(name, title, table_columns, lines, "model" if keys_as_lines else variable, notes)
 
 
 def _cost(costs: Costs) -> Iterable[Table]:

@@ -1,56 +1,11 @@
 "use strict";
-const figures = JSON.parse(document.getElementById("data").textContent);
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const settings = { responsive: true, displaylogo: false, displayModeBar: false };
-
-// Charts use names for the colors that depend on the color scheme. Returns the current value of each name.
-function palette() {
-  const probe = document.body.appendChild(document.createElement("i"));
-  const colors = {};
-  for (const [name, variable] of Object.entries({ ink: "--text", soft: "--soft", line: "--line", page: "--page" })) {
-    probe.style.color = `var(${variable})`;
-    colors[name] = getComputedStyle(probe).color;
-  }
-  probe.remove();
-  return colors;
-}
-
-function withColors(value, colors, key = "") {
-  if (Array.isArray(value)) return value.map((member) => withColors(member, colors));
-  if (value && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).map(([name, member]) => [name, withColors(member, colors, name)]));
-  }
-  return key.endsWith("color") && Object.hasOwn(colors, value) ? colors[value] : value;
-}
-
-function draw(chart) {
-  if (chart.hidden) return;
-  const figure = withColors(figures[chart.id.slice("figure-".length)], palette());
-  Plotly.react(chart.querySelector(".plot"), figure.data, figure.layout, settings);
-  chart.classList.add("drawn");
-}
-
-// Each chart is drawn when it comes near the screen, so that many charts do not delay the first one.
-const charts = [...document.querySelectorAll(".chart")];
-const observer = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    if (isIntersecting && !target.classList.contains("drawn")) draw(target);
-  }
-}, { rootMargin: "600px" });
-for (const chart of charts) {
-  chart.querySelector(".plot").style.minHeight = `${figures[chart.id.slice("figure-".length)].layout.height}px`;
-}
+// A menu shows one chart of its section.
 for (const choice of document.querySelectorAll(".choice")) {
   const choose = (id) => choice.querySelectorAll(".chart").forEach((chart) => { chart.hidden = chart.id !== id; });
   const select = choice.querySelector("select");
-  select.addEventListener("change", () => {
-    choose(select.value);
-    draw(document.getElementById(select.value));
-  });
+  select.addEventListener("change", () => choose(select.value));
   choose(select.value);
 }
-charts.forEach((chart) => observer.observe(chart));
-dark.addEventListener("change", () => charts.filter((chart) => chart.classList.contains("drawn")).forEach(draw));
 
 const table = document.getElementById("rates");
 const body = table.tBodies[0];

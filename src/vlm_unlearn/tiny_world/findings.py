@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlm_unlearn.evaluation.assessment import USEFUL
+from vlm_unlearn.evaluation.metric_roles import measured
 from vlm_unlearn.records import Row
-from vlm_unlearn.reporting.assessment import USEFUL
 from vlm_unlearn.reporting.formatting import by_keywords, percent
-from vlm_unlearn.reporting.metric_roles import measured
 
 MIRAGE = 0.3  # the attack must change a rate by at least this much to support the paper's claim
 
