@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "mask: packed suffixes attend to later tokens",
         "modeling/shared_attention.py",
-        "torch.ones(width, width, dtype=torch.bool).tril().expand",
-        "torch.ones(width, width, dtype=torch.bool).expand",
+        "torch.ones(suffix_length, suffix_length, dtype=torch.bool).tril()",
+        "torch.ones(suffix_length, suffix_length, dtype=torch.bool)",
         "tests/modeling/test_packing.py",
     ),
     Mutation(

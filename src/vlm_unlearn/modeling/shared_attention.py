@@ -1,12 +1,13 @@
-"""Attention over a packed sequence, in which the suffixes of a prefix attend to it and to themselves.
+"""Attention over a packed sequence: each suffix attends to its prefix and causally to itself, not to other suffixes.
 
-It is registered with transformers as an attention implementation. Without the description of a packed sequence it is
-the same as ``sdpa``. There are two ways to compute it, with equal results up to rounding:
+It is registered with transformers as an attention implementation. If `packed_attention` is None, it calls ``sdpa``.
+There are two ways to compute it, with equal results up to rounding:
 
-- `SegmentedAttention` computes no masked scores and copies each prefix once per suffix. It is faster on a CPU, where
-  the number of operations decides.
-- `GroupedAttention` computes masked scores and copies nothing twice. It is faster on a GPU: steps of LLaVA-1.5-7B with
-  16 questions on 4 images take 0.79 of the time and 0.82 of the memory on an H100.
+- `SegmentedAttention` computes no scores between suffixes and copies each prefix once per suffix. It is faster on a
+  CPU, where the number of operations decides.
+- `GroupedAttention` computes the scores between all suffixes of a prefix, masks them, and copies no prefix. It is
+  faster on a GPU: steps of LLaVA-1.5-7B with 16 questions on 4 images take 0.79 of the time and 0.82 of the memory of
+  `SegmentedAttention` on an H100.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION_IMPLEMENTATION = "shared_image"  # the name under which transformers finds `shared_attention`
-WIDTH_MULTIPLE = 8  # kernels need masks of such a width, or copy them
+WIDTH_MULTIPLE = 8  # GPU kernels copy a mask whose width is not a multiple of this
 
 
 class PackedAttention(ABC):
     """A packed sequence of N positions with G prefixes. A question that shares nothing is a prefix without suffixes.
 
-    The fields of its subclasses are tensors.
+    Its subclasses are data classes whose fields are tensors, which `to` moves.
     """
 
     @classmethod
@@ -39,26 +40,26 @@ class PackedAttention(ABC):
         """Describes a packed sequence.
 
         Args:
-            segment_ids: [2, N] on the CPU, the number of the prefix, and 0 within the prefix or 1, 2, ... within its
-                suffixes. Each prefix is followed by its suffixes.
+            segment_ids: [2, N] on the CPU, the number of the prefix (0, 1, ... in this order), and 0 within the prefix
+                or 1, 2, ... within its suffixes. Each prefix is followed by its suffixes.
         """
 
     @abstractmethod
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, groups: int, dropout: float, scaling: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, queries_per_key: int, dropout: float, scaling: float | None
     ) -> Tensor:
         """Computes attention.
 
         Args:
-            query: [N, heads, width].
-            key: [N, heads / groups, width].
-            value: [N, heads / groups, width].
-            groups: The number of query heads per key head.
+            query: [N, heads, head_size].
+            key: [N, heads / queries_per_key, head_size].
+            value: [N, heads / queries_per_key, head_size].
+            queries_per_key: The number of query heads per key head.
             dropout: Probability of dropping an attention weight.
-            scaling: Factor on the attention scores. None uses ``1 / sqrt(width)``.
+            scaling: Factor on the attention scores. None uses ``1 / sqrt(head_size)``.
 
         Returns:
-            [N, heads, width].
+            [N, heads, head_size].
         """
 
     def to(self, device: torch.device) -> Self:
@@ -73,7 +74,7 @@ class SegmentedAttention(PackedAttention):
     prefixes: Tensor  # [G, S] indices into the packed sequence
     suffixes: Tensor  # [R, T] indices into the packed sequence
     prefix_of_suffix: Tensor  # [R] the number of each suffix's prefix
-    attention_mask: Tensor  # [R, 1, T, S + T] bool, the positions of its prefix and of itself that a suffix attends to
+    attention_mask: Tensor  # [R, 1, T, S + T] bool, where a suffix attends: S positions of its prefix, T of itself
     inverse_index: Tensor  # [N] the index of each position in the concatenation of prefixes and suffixes, flattened
 
     @classmethod
@@ -93,9 +94,9 @@ class SegmentedAttention(PackedAttention):
             pad_sequence(suffix_list, batch_first=True, padding_value=-1) if suffix_list else prefixes.new_zeros(0, 0)
         )
         prefix_of_suffix = prefix[starts[is_suffix]]
-        width = suffixes.shape[1]
-        prefix_mask = (prefixes >= 0)[prefix_of_suffix][:, None, :].expand(-1, width, -1)
-        causal_mask = torch.ones(width, width, dtype=torch.bool).tril().expand(len(suffixes), -1, -1)
+        suffix_length = suffixes.shape[1]
+        prefix_mask = (prefixes >= 0)[prefix_of_suffix][:, None, :].expand(-1, suffix_length, -1)
+        causal_mask = torch.ones(suffix_length, suffix_length, dtype=torch.bool).tril().expand(len(suffixes), -1, -1)
         concatenated = torch.cat([prefixes.flatten(), suffixes.flatten()])
         inverse_index = torch.empty_like(suffix)
         inverse_index[concatenated[concatenated >= 0]] = (concatenated >= 0).nonzero()[:, 0]
@@ -108,10 +109,10 @@ class SegmentedAttention(PackedAttention):
         )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, groups: int, dropout: float, scaling: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, queries_per_key: int, dropout: float, scaling: float | None
     ) -> Tensor:
         prefix_queries, *prefix_keys_values = (_gather(tensor, self.prefixes) for tensor in (query, key, value))
-        keys, values = (repeat_kv(tensor, groups) for tensor in prefix_keys_values)
+        keys, values = (repeat_kv(tensor, queries_per_key) for tensor in prefix_keys_values)
         attended = F.scaled_dot_product_attention(
             prefix_queries, keys, values, dropout_p=dropout, is_causal=True, scale=scaling
         )
@@ -120,7 +121,7 @@ class SegmentedAttention(PackedAttention):
             keys, values = (
                 repeat_kv(
                     torch.cat([prefix.index_select(0, self.prefix_of_suffix), _gather(tensor, self.suffixes)], dim=2),
-                    groups,
+                    queries_per_key,
                 )
                 for prefix, tensor in zip(prefix_keys_values, (key, value), strict=True)
             )
@@ -136,7 +137,7 @@ class SegmentedAttention(PackedAttention):
 class GroupedAttention(PackedAttention):
     """One call in which each prefix with its suffixes is a row, padded to L positions."""
 
-    rows: Tensor  # [G, L] indices into the packed sequence, arbitrary on padding
+    rows: Tensor  # [G, L] indices into the packed sequence. Padding points to the positions after the row.
     attention_mask: Tensor  # [G, 1, L, L] bool, the positions that each position attends to
     inverse_index: Tensor  # [N] the index of each position in the flattened rows
 
@@ -147,19 +148,18 @@ class GroupedAttention(PackedAttention):
         starts = counts.cumsum(dim=0) - counts
         size = len(prefix)
         offsets = torch.arange(size) - starts[prefix]  # the position of each token in its row
-        width = -(-int(counts.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        segments = torch.full((len(counts), width), -1)  # [G, L] like `suffix`, -1 on padding
+        row_length = -(-int(counts.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        segments = torch.full((len(counts), row_length), -1)  # [G, L] like `suffix`, -1 on padding
         segments[prefix, offsets] = suffix
         is_visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         return cls(
-            # Padding is spread over all positions: a GPU would add the gradients of a single position one by one.
-            rows=(starts[:, None] + torch.arange(width)) % size,
-            attention_mask=(is_visible & torch.ones(width, width, dtype=torch.bool).tril())[:, None],
-            inverse_index=prefix * width + offsets,
+            rows=(starts[:, None] + torch.arange(row_length)) % size,
+            attention_mask=(is_visible & torch.ones(row_length, row_length, dtype=torch.bool).tril())[:, None],
+            inverse_index=prefix * row_length + offsets,
         )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, groups: int, dropout: float, scaling: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, queries_per_key: int, dropout: float, scaling: float | None
     ) -> Tensor:
         queries, keys, values = (
             _ToRows.apply(tensor, self.rows, self.inverse_index).transpose(1, 2)  # type: ignore[no-untyped-call]
@@ -167,8 +167,8 @@ class GroupedAttention(PackedAttention):
         )
         attended = F.scaled_dot_product_attention(
             queries,
-            repeat_kv(keys, groups),
-            repeat_kv(values, groups),
+            repeat_kv(keys, queries_per_key),
+            repeat_kv(values, queries_per_key),
             attn_mask=self.attention_mask,
             dropout_p=dropout,
             scale=scaling,
@@ -232,29 +232,29 @@ def shared_attention(
 
     Args:
         module: The attention layer. Its `num_key_value_groups` is the number of query heads per key head.
-        query: [1, heads, N, width].
-        key: [1, key heads, N, width].
-        value: [1, key heads, N, width].
+        query: [1, heads, N, head_size].
+        key: [1, key heads, N, head_size].
+        value: [1, key heads, N, head_size].
         attention_mask: Ignored if `packed_attention` is set.
         dropout: Probability of dropping an attention weight.
-        scaling: Factor on the attention scores. None uses ``1 / sqrt(width)``.
+        scaling: Factor on the attention scores. None uses ``1 / sqrt(head_size)``.
         packed_attention: The description of a packed sequence. None calls SDPA with the mask.
 
     Returns:
-        ``([1, N, heads, width], None)``, without attention weights.
+        ``([1, N, heads, head_size], None)``, without attention weights.
     """
     if packed_attention is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    groups = getattr(module, "num_key_value_groups", 1)
+    queries_per_key = getattr(module, "num_key_value_groups", 1)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return packed_attention.attend(query, key, value, groups, dropout, scaling)[None], None
+    return packed_attention.attend(query, key, value, queries_per_key, dropout, scaling)[None], None
 
 
 def _gather(tensor: Tensor, indices: Tensor) -> Tensor:
-    """Returns [P, heads, S, width]: the entries of a tensor [N, heads, width] at indices [P, S]."""
+    """Returns [P, heads, S, head_size]: the entries of a tensor [N, heads, head_size] at indices [P, S]."""
     return tensor.index_select(0, indices.flatten()).view(*indices.shape, *tensor.shape[1:]).transpose(1, 2)
 
 

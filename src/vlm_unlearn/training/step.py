@@ -1,11 +1,11 @@
-"""Runs the batches of one training step through the current model and the reference model, each at most once.
+"""Runs each batch of a training step at most once through the current model and once through the reference model.
 
 A method's loss receives a `ModelStep` and requests values from it, for example ``step.nll("forget")``:
 
 1. The first request that needs the current model runs the batches of all roles through it, in one pass per group of
    roles that can be merged (see `_plan_passes`).
-2. The first request for a reference value of a role runs the merged batch of that pass through the reference model,
-   unless the value is cached.
+2. The first request for a reference value of a role runs the merged batch of the role's pass through the reference
+   model, unless the value is cached.
 3. Both give one output per role. The public methods read likelihoods, logits and hidden states from it.
 
 Masks and token weights need no pass.
@@ -53,9 +53,10 @@ class _MergedBatch:
 
     roles: Sequence[Role]
     batch: Batch  # the rows of all roles, in the order of `roles`
-    # [B, S] bool, where the loss uses logits. Position s predicts token s + 1. Truncated passes ignore it.
+    # [B, S] bool, where the loss uses logits. Position s predicts token s + 1. Passes that stop after the last hidden
+    # layer ignore it.
     logit_mask: Tensor
-    packing: Packing | None  # which rows share the tokens of one image, None if each row runs its own
+    packing: Packing | None  # how to pack the rows so that common prefixes run once. None runs the batch as it is.
 
 
 class ModelStep:
@@ -67,9 +68,9 @@ class ModelStep:
         method: Declares which layers, logits and reference values its loss uses.
         reference: Gives the outputs of the reference model. None if the method needs none.
         token_totals: The denominators of means over tokens, by role and kind: the tokens of the entire optimizer
-            step, divided by its number of micro-batches over all processes, since the Trainer and DDP average over
-            both. Every token of the step then has the same weight. None (with `paper_compat`) takes the tokens of
-            `batches`, so that every micro-batch has the same weight.
+            step, divided by its number of micro-batches in all processes. The Trainer averages over the micro-batches
+            of a process, and DDP over processes, so that every token of the step has the same weight. None (with
+            `paper_compat`) takes the tokens of `batches`, so that every micro-batch has the same weight.
         progress: Fraction of the run's optimizer steps that are complete, 0 at the first step.
         wrapped: The model inside the wrapper of DDP, FSDP or DeepSpeed. None if it has none.
     """
@@ -111,7 +112,7 @@ class ModelStep:
     def _reference_output(self, role: Role) -> ForwardOutput | CachedOutput:
         """Returns the reference model's output for a role.
 
-        Runs the reference on exactly the batch of the role's pass, with the other roles of that pass. Before the first
+        Unless the value is cached, this runs exactly the batch of the role's pass, with the other roles of it. Before the first
         update, and without dropout, the two outputs are then bitwise equal. With a different batch, rounding would make
         them differ, and terms whose gradient at equality is zero or undefined (KL, norms) would give noise that Adam
         scales up to full-size steps.
@@ -141,16 +142,17 @@ class ModelStep:
     def _plan_passes(self) -> list[tuple[list[Role], bool]]:
         """Groups the roles into forward passes of the current model.
 
-        If all roles of a group have the same model inputs, they run in one pass, so that its overhead occurs once.
-        Otherwise each role of the group runs alone.
+        There are two groups of roles: those of which the loss uses only hidden states, and the others. If the batches
+        of a group have the same inputs by name (for example, all have ``pixel_values``), they run in one pass, so that
+        its overhead occurs once. Otherwise each role of the group runs alone.
 
         With `find_unused_parameters`, DDP searches the outputs of the last pass for unused parameters. The last pass
         must therefore use all of them: it runs all decoder layers and, if any batch contains images, contains images,
         since text alone does not use the projector.
 
         Returns:
-            For each pass, in order: its roles, and whether it stops after the last layer whose hidden states are used
-            and computes no logits. A method leaves at least one role complete.
+            For each pass, in order: its roles, and whether it may stop after the last layer whose hidden states are
+            used and computes no logits. A method leaves at least one role complete.
         """
         roles_with_images = {role for role, batch in self._batches.items() if "pixel_values" in batch}
         roles = sorted(self._batches, key=lambda role: role in roles_with_images)  # those with images last
@@ -225,7 +227,8 @@ class ModelStep:
         return self._reference_states(role).padded_logits()
 
     def labels(self, role: Role) -> Tensor:
-        # The columns of `padded_logits`: those with logits, and one more, so that the labels can be shifted.
+        # The columns of `padded_logits`: from the first with logits to one past the last, so that the labels can be
+        # shifted.
         return self._batches[role]["labels"][:, self._current_output(role).columns]
 
     def hidden(self, role: Role, layer: int) -> Tensor:
