@@ -112,10 +112,10 @@ class ModelStep:
     def _reference_output(self, role: Role) -> ForwardOutput | CachedOutput:
         """Returns the reference model's output for a role.
 
-        Unless the value is cached, this runs exactly the batch of the role's pass, with the other roles of it. Before the first
-        update, and without dropout, the two outputs are then bitwise equal. With a different batch, rounding would make
-        them differ, and terms whose gradient at equality is zero or undefined (KL, norms) would give noise that Adam
-        scales up to full-size steps.
+        Unless the value is cached, this runs exactly the batch of the role's pass, with the other roles of it. Before
+        the first update, and without dropout, the two outputs are then bitwise equal. With a different batch, rounding
+        would make them differ, and terms whose gradient at equality is zero or undefined (KL, norms) would give noise
+        that Adam scales up to full-size steps.
         """
         self._current_output(role)
         if role not in self._reference_outputs_by_role:
