@@ -22,9 +22,9 @@ import typer
 from pydantic import BaseModel, Field
 
 from vlm_unlearn.cli.main import app
+from vlm_unlearn.evaluation import assessment
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.metrics.rates import rate
-from vlm_unlearn.reporting import assessment
 
 pytest.importorskip("mkdocs", reason="the site needs the extra docs")
 ROOT = Path(__file__).parents[2]
