@@ -67,6 +67,7 @@ def saved_weights(trained: UnlearningTrainer, folder: Path) -> dict[str, torch.T
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["npo", "kl"])
 def test_trainer_recipe_and_resumed_trainer_train_the_same_weights(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: str
