@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vlm_unlearn.config.base import Positive, Strict
+from vlm_unlearn import plugins
+from vlm_unlearn.config.base import PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.records import Kind, Label
-from vlm_unlearn.store import user_path
+from vlm_unlearn.store import digest_json, user_path
 
 
 class RewriteConfig(Strict):
@@ -86,16 +87,19 @@ class JudgeConfig(Strict):
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
-    name: Literal["keyword", "tiny_world", "llm", "rouge_l", "function"]
+    name: Annotated[str, PluginName(plugins.JUDGES)]
     """`keyword` detects refusals, `llm` is a language model, `rouge_l` compares answers with references.
 
     `tiny_world` checks answers against the facts of the demo's world. `function` is a Python function, with which
-    `vlm_unlearn.evaluation.evaluate` has graded answers.
+    `vlm_unlearn.evaluation.evaluate` has graded answers. Other names are those of plug-ins, and `FILE.py:NAME` is a
+    class or function of a file.
     """
     paper_compat: bool = False
     """Count as the published implementation, for `keyword`, `rouge_l`, and the rubrics of the two papers."""
     function: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = None
     """For `function`: the name of the judge."""
+    options: dict[str, Any] = {}
+    """For a plug-in: the arguments of its class."""
     world: Path | None = None
     """For `tiny_world`: the file with the facts of the world."""
     rubric: str | None = None
@@ -149,6 +153,10 @@ class JudgeConfig(Strict):
             )
         if self.rubric is not None and ("/" in self.rubric or self.rubric.endswith(".txt")):
             object.__setattr__(self, "rubric", str(user_path(self.rubric).absolute()))
+        if self.options and self.name in plugins.JUDGES.built_in:
+            raise UserError(
+                f"`options` are for plug-ins, and {self.name} is a built-in judge", code="conflicting-settings"
+            )
         _check_no_password(self.server)
         return self
 
@@ -157,6 +165,9 @@ class JudgeConfig(Strict):
         """The judge's name in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
         if self.function is not None:
             return self.function
+        if self.name not in plugins.JUDGES.built_in:
+            options = f"-{digest_json(self.options)[:8]}" if self.options else ""
+            return f"{_file_name(plugins.short_name(self.name))}{options}"
         paper = "-paper" if self.paper_compat else ""
         if self.rubric is None:
             return f"{self.name}{paper}"
@@ -168,8 +179,9 @@ class JudgeConfig(Strict):
         """Returns the keys that influence the verdicts."""
         irrelevant = {"concurrency", "timeout", "retries", "batch_size", "cache"}
         irrelevant |= {"input_price", "output_price", "world"}
-        # Other judges do not have the key, so that verdicts of earlier versions stay valid.
+        # Most judges do not have these keys, so that verdicts of earlier versions stay valid.
         irrelevant |= {"function"} if self.function is None else set()
+        irrelevant |= set() if self.options else {"options"}
         return self.model_dump(mode="json", exclude=irrelevant)
 
 

@@ -19,10 +19,10 @@ from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.evaluation.result import EvaluationPlan, EvaluationResult
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows
-from vlm_unlearn.evaluation.verdicts import build_judge, open_verdicts
+from vlm_unlearn.evaluation.verdicts import open_verdicts
 from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.hf import ModelBackend
-from vlm_unlearn.judging.base import Answer, Judge, grade_missing, judge_file
+from vlm_unlearn.judging.base import Answer, Judge, build_judge, grade_missing, judge_file
 from vlm_unlearn.judging.function import FunctionJudge
 from vlm_unlearn.judging.function import judge as make_judge
 from vlm_unlearn.metrics.named import Metric, default_metrics
