@@ -12,6 +12,7 @@ ORDER = [
         "losses",
         "records",
         "store",
+        "plugins",
         "distributed",
         "config",
         "data",

@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from vlm_unlearn.errors import DeprecatedNameWarning
-from vlm_unlearn.plugins import Registry, absolute_name
+from vlm_unlearn.errors import DeprecatedNameWarning, UserError
+from vlm_unlearn.plugins import Registry, absolute_name, is_file_name
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -42,9 +42,19 @@ class PluginName:
     """
 
     registry: Registry[Any]
+    files: bool = True  # whether the name may be FILE.py:OBJECT
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(absolute_name, handler(source))
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, name: str) -> str:
+        if not self.files and is_file_name(name):
+            raise UserError(
+                f"a {self.registry.kind} of a suite cannot be in a file. Install it as a package with an entry point "
+                f"in the group {self.registry.group}.",
+                code="unsupported-setting",
+            )
+        return absolute_name(name)
 
 
 class Strict(DeprecatedNames):
