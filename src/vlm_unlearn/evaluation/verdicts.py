@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,6 @@ from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.judging.base import Answer, Judge, judge_file
 from vlm_unlearn.judging.keyword import KeywordJudge
 from vlm_unlearn.judging.rouge import RougeJudge
-from vlm_unlearn.judging.tiny_world import TinyWorldJudge
 from vlm_unlearn.records import Prompt, Record, Response, Verdict
 from vlm_unlearn.store import lock_run, read_json, read_records, write_json
 
@@ -48,7 +48,9 @@ def build_judge(config: JudgeConfig) -> Judge:
             code="missing-setting",
             field="judge.world",
         )
-    return TinyWorldJudge(config.world)
+    # Worlds are a later layer than judges, so this judge is loaded by the path of its module.
+    judge: Judge = importlib.import_module("vlm_unlearn.worlds.tiny.judge").TinyWorldJudge(config.world)
+    return judge
 
 
 def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:
