@@ -298,6 +298,7 @@ JUDGES: Registry[Any] = Registry(
     "judge",
     "vlm_unlearn.judging",
     support=("base", "degenerate", "rubric"),
+    modules={"tiny_world": "vlm_unlearn.worlds.tiny.judge"},
 )
 ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "search"))
 BENCHMARKS: Registry[Any] = Registry(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from vlm_unlearn.attacks.base import Attack, register
 from vlm_unlearn.config import RewriteConfig
-from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
+from vlm_unlearn.data_tools.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
 

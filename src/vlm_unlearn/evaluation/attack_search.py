@@ -235,8 +235,8 @@ def candidate_words(file: Path, goal: Goal) -> dict[str, str]:
 
     The triggers that an audit of the file finds come first, those of the goal's direction before the others.
     """
-    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
+    from vlm_unlearn.data_tools.audit import audit, labeled_questions
 
     triggers = audit(labeled_questions(read_any(file, problems=Problems()), "auto", lambda text: False)).triggers
     directions = ("answer", "refuse") if goal == "break" else ("refuse", "answer")
