@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from vlm_unlearn.attacks.base import Attack
 from vlm_unlearn.data.formats import table
+from vlm_unlearn.data.formats.base import KINDS_OF_SETS
 from vlm_unlearn.data.images import FORMATS, ImageReference, image_reference, image_size, open_image
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import Kind, Prompt
@@ -185,7 +186,7 @@ def _read_prompt(row: Any, number: int, images: dict[str, ImageReference], root:
     set_column = "set" if "set" in fields else "split"
     split = _text(fields, set_column) if set_column in fields else None
     # A set of a table, such as "harmless", is a kind too.
-    kind = str(fields.get("kind", table.KINDS.get(table.SETS.get((split or "").lower(), ""), "unsafe")))
+    kind = str(fields.get("kind", KINDS_OF_SETS.get(table.SETS.get((split or "").lower(), ""), "unsafe")))
     if kind not in KINDS:
         raise UserError(
             f"is {quoted(kind)}{nearest(kind, KINDS)}. Kinds are {', '.join(KINDS)}.",
