@@ -83,6 +83,18 @@ class Prompt(Record):
     question: str
     reference: str | None = None
     category: str | None = None
+    # Written only if they are set, so that the files and digests of single questions do not change.
+    system: str | None = Field(default=None, exclude_if=lambda value: value is None)  # the system message
+    # The earlier rounds of a conversation. The image belongs to the first one.
+    history: tuple[Round, ...] = Field(default=(), exclude_if=lambda value: not value)
+
+    @property
+    def conversation(self) -> str:
+        """The question, for a judge. In a conversation of several rounds, all rounds up to the question."""
+        if not self.history:
+            return self.question
+        rounds = "".join(f"User: {turn.question}\nAssistant: {turn.answer}\n" for turn in self.history)
+        return f"{rounds}User: {self.question}"
 
 
 class AnswerRecord(Record):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from helpers import raises_code
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows, write_images
-from vlm_unlearn.records import Prompt
+from vlm_unlearn.records import Prompt, Round
 
 ROW = {"question": "What is this?"}
 
@@ -124,8 +124,13 @@ def test_read_rows_reads_messages_of_a_data_set() -> None:
     assert read_rows(data).prompts == read_rows([row]).prompts
 
 
-USER = {"role": "user", "content": "What is this?"}
-ASSISTANT = {"role": "assistant", "content": "A kite."}
+def test_read_rows_reads_several_rounds() -> None:
+    prompt = only({**ROW, "system": "Be brief.", "history": [{"question": "Who?", "answer": "Ann."}]})
+    assert (prompt.system, prompt.history) == ("Be brief.", (Round(question="Who?", answer="Ann."),))
+    assert only(ROW).model_dump().keys().isdisjoint({"system", "history"})  # files and digests stay as they were
+
+
+GONE = ("image-not-found", "images[0]")
 
 
 @pytest.mark.parametrize(
@@ -133,14 +138,14 @@ ASSISTANT = {"role": "assistant", "content": "A kite."}
     [
         ({"prompt": "What is this?"}, "missing-field", "question"),
         ({"question": None}, "missing-field", "question"),
-        ({"question": ""}, "invalid-field", "question"),
+        ({"question": ""}, "empty-field", "question"),
         ({"question": 3}, "invalid-field", "question"),
         ({"question": ["What?"]}, "invalid-field", "question"),
         ({**ROW, "answer": 3}, "invalid-field", "answer"),
         ({**ROW, "kind": "harmful"}, "invalid-field", "kind"),
         ({**ROW, "id": 1.5}, "invalid-field", "id"),
         ({**ROW, "id": True}, "invalid-field", "id"),
-        ({**ROW, "id": " "}, "invalid-field", "id"),
+        ({**ROW, "id": " "}, "empty-field", "id"),
         ({**ROW, "set": 3}, "invalid-field", "set"),
         ({**ROW, "image": "gone.png"}, "image-not-found", "image"),
         ({**ROW, "image": "/dev/zero"}, "image-not-found", "image"),
@@ -150,15 +155,8 @@ ASSISTANT = {"role": "assistant", "content": "A kite."}
         ({**ROW, "image": 3}, "invalid-field", "image"),
         ({**ROW, "image": np.zeros((2, 2), float)}, "invalid-field", "image"),
         ({**ROW, "images": [png(), png()]}, "unsupported-setting", "images"),
-        ({"messages": "What?"}, "invalid-field", "messages"),
-        ({"messages": []}, "invalid-field", "messages"),
-        ({"messages": [3]}, "invalid-field", "messages"),
-        ({"messages": [{"role": "user", "content": None}]}, "invalid-field", "messages"),
-        ({"messages": [{"role": "user", "content": "<image>"}]}, "invalid-field", "messages"),
-        ({"messages": [ASSISTANT]}, "invalid-field", "messages"),
-        ({"messages": [{"role": "system", "content": "Be kind."}, USER]}, "unsupported-setting", "messages"),
-        ({"messages": [USER, ASSISTANT, USER]}, "unsupported-setting", "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unsupported-setting", "messages"),
+        ({**ROW, "history": [{"question": "Who?"}]}, "missing-field", "history[0].answer"),
+        ({"messages": [{"role": "user", "content": "What?", "image": png()}], "images": ["gone.png"]}, *GONE),
         ("What is this?", "invalid-field", None),
     ],
 )

@@ -6,10 +6,11 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from vlm_unlearn.data.images import ImageReference, ImageSource
+from vlm_unlearn.data.images import ImageReference, ImageSource, open_image, png_url
 from vlm_unlearn.errors import RunError, quoted
+from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_file, digest_json
 
 
@@ -21,6 +22,35 @@ class ChatRequest:
     text: str
     image: ImageSource | None = None
     seed: int | None = None  # for sampling; None with greedy decoding
+    history: tuple[tuple[str, str], ...] = ()  # the earlier rounds of question and answer
+    system: str | None = None  # the system message
+
+    @classmethod
+    def of_prompt(cls, id: str, prompt: Prompt, image: ImageSource | None, seed: int | None = None) -> ChatRequest:
+        """Returns the request for the answer to a prompt."""
+        history = tuple((turn.question, turn.answer) for turn in prompt.history)
+        return cls(id, prompt.question, image, seed, history, prompt.system)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Returns the messages of the OpenAI API. The image precedes the first question, and is encoded as PNG.
+
+        Raises:
+            UserError: The image cannot be read.
+        """
+        questions = [question for question, _ in self.history] + [self.text]
+        answers = [answer for _, answer in self.history]
+        messages = [] if self.system is None else [_message("system", self.system)]
+        messages.append(_message("user", questions[0]))
+        if self.image is not None:
+            url = png_url(open_image(self.image))
+            messages[-1]["content"].insert(0, {"type": "image_url", "image_url": {"url": url}})
+        for answer, question in zip(answers, questions[1:], strict=True):
+            messages += [_message("assistant", answer), _message("user", question)]
+        return messages
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 @dataclass(frozen=True)
@@ -48,7 +78,7 @@ class ChatModel(Protocol):
 
 
 class ChatCache:
-    """Response texts in one SQLite file, by the digest of model, text and image.
+    """Response texts in one SQLite file, by the digest of the model and the content of the request.
 
     Several processes can share the file, and a killed process loses nothing.
 
@@ -116,7 +146,10 @@ def complete_many(
                 continue
             image_digest = image_digests[request.image] if request.image else None
             seed = {} if request.seed is None else {"seed": request.seed}
-            key = digest_json({"model": identity, "text": request.text, "image": image_digest, **seed})
+            chat = {"history": request.history} if request.history else {}
+            system = {} if request.system is None else {"system": request.system}
+            content = {"text": request.text, "image": image_digest, **chat, **system}
+            key = digest_json({"model": identity, **content, **seed})
             cached_text = cache.get(key) if cache else None
             if cached_text is not None:
                 on_response(ChatResponse(request.id, cached_text))
