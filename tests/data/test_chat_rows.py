@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.data.encoding import Turn
 from vlm_unlearn.data.images import open_image
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.rows import read_rows
@@ -91,6 +93,8 @@ def test_training_and_evaluation_read_the_same_conversation(
     assert (*history, (example.question, example.answer)) == tuple(rounds)
     assert (prompt.history, prompt.question, prompt.reference) == (example.history, example.question, example.answer)
     assert example.system == prompt.system == system
+    turns = Turn.of_prompt(prompt, None), replace(Turn.of_example(example, None), answer=None, loss_on="all_answers")
+    assert turns[0] == replace(turns[1], id="0")  # the place of the image too
     images = data.image(example), prompts.image(prompt)
     has_image = any(row.get(name) for name in ("image", "images")) or "image" in str(row)
     pixels = [None if image is None else open_image(image).tobytes() for image in images]

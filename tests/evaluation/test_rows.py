@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from helpers import raises_code
+from vlm_unlearn.attacks.one_word import rewrite_prompts
+from vlm_unlearn.config import RewriteConfig
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows, write_images
 from vlm_unlearn.records import Prompt, Round
 
@@ -127,7 +129,8 @@ def test_read_rows_reads_messages_of_a_data_set() -> None:
 def test_read_rows_reads_several_rounds() -> None:
     prompt = only({**ROW, "system": "Be brief.", "history": [{"question": "Who?", "answer": "Ann."}]})
     assert (prompt.system, prompt.history) == ("Be brief.", (Round(question="Who?", answer="Ann."),))
-    assert only(ROW).model_dump().keys().isdisjoint({"system", "history"})  # files and digests stay as they were
+    # Fields that are not set are not written, so that files and digests of single questions stay as they were.
+    assert not {"system", "history", "image_offset"} & only(ROW).model_dump().keys()
 
 
 GONE = ("image-not-found", "images[0]")
@@ -222,6 +225,19 @@ def test_attack_makes_prompts_of_prompts() -> None:
         ("0/What", "0", 1, "unsafe_attacked"),
     ]
     assert data.image(data.prompts[1]) is not None
+
+
+def test_attack_moves_the_image_before_a_rewritten_question() -> None:
+    chat = [{"role": "user", "content": "What is it? <image>"}]
+    rounds = [{"role": "assistant", "content": "A kite."}, {"role": "user", "content": "Why?"}]
+    data = read_rows([{"messages": chat, "images": [png()]}, {"messages": [*chat, *rounds], "images": [png()]}])
+    assert [prompt.image_offset for prompt in data.prompts] == [11, 11]
+    attacked = apply_attack(data, lambda prompts: [*rewrites(prompts), *prompts]).prompts
+    assert [prompt.image_offset for prompt in attacked] == [0, 0, 11, 11, 11, 11]
+    moved = apply_attack(data, lambda prompts: [prompts[0].model_copy(update={"image_offset": 4})])
+    assert moved.prompts[0].image_offset == 4
+    config = RewriteConfig(trigger="what", num_rewrites=1)
+    assert [prompt.image_offset for prompt in rewrite_prompts(data.prompts, config)] == [0, 11]
 
 
 @pytest.mark.parametrize(

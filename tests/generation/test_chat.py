@@ -238,7 +238,9 @@ def test_earlier_rounds_and_system_message_are_part_of_a_request(tiny_model: Pat
     """A conversation is another request than its last question. No other model gets the response from the cache."""
     prompt = Prompt(id="p", group_id="p", set="s", kind="safe", question="what ?")
     history = (Round(question="who ?", answer="ann"),)
-    changes = [{}, {"history": history}, {"system": "be brief"}, {"history": history, "system": "be brief"}]
+    changes: list[dict[str, object]] = [
+        *({}, {"history": history}, {"system": "be brief"}, {"history": history, "system": "be brief"}),
+    ]
     requests = [
         ChatRequest.of_prompt(str(number), prompt.model_copy(update=change), None)
         for number, change in enumerate(changes)

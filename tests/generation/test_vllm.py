@@ -113,7 +113,9 @@ def test_earlier_rounds_and_system_message_are_sent(
     history = (Round(question="who", answer="ann"),)
     prompt = requests[2].prompt.model_copy(update={"history": history, "system": "be brief"})
     run(tiny_model, [replace(requests[2], prompt=prompt)])
-    ((messages, _),) = engine.calls
+    run(tiny_model, [replace(requests[2], prompt=prompt.model_copy(update={"image_offset": 2}))])
+    (messages, _), (with_offset, _) = engine.calls
+    assert [part.get("text") for part in with_offset[0][1]["content"]] == ["wh", None, "o"]
     assert [message["role"] for message in messages[0]] == ["system", "user", "assistant", "user"]
     assert [part["type"] for message in messages[0] for part in message["content"]] == [
         *("text", "image_url", "text", "text", "text"),  # the image belongs to the first question

@@ -68,11 +68,16 @@ class Turn:
 
         Args:
             prompt: The prompt.
-            image: The image of the prompt. It precedes the first question.
+            image: The image of the prompt.
         """
-        history = tuple((turn.question, turn.answer) for turn in prompt.history)
         return cls(
-            id=prompt.id, image=image, question=prompt.question, answer=None, history=history, system=prompt.system
+            id=prompt.id,
+            image=image,
+            question=prompt.question,
+            answer=None,
+            history=tuple((turn.question, turn.answer) for turn in prompt.history),
+            system=prompt.system,
+            image_offset=prompt.image_offset,
         )
 
 

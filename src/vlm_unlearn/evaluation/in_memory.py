@@ -78,7 +78,8 @@ def evaluate(
 
     Instead of `question`, `answer` and `history`, a row can have `messages` (or `conversations`), as TRL and
     LLaMA-Factory have them. The last user message is the question, and a final assistant message the reference answer.
-    `images`, a list of at most one image, can replace `image`. The image always precedes the first question.
+    `images`, a list of at most one image, can replace `image`. The image is at its place in the first user message, and
+    otherwise precedes the first question.
 
     Args:
         model: An image-text-to-text model of transformers, a PEFT model of one, or either wrapped in DDP. Each process

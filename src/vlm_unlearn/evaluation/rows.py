@@ -110,7 +110,14 @@ def apply_attack(data: PromptSet, attack: Callable[[list[Prompt]], Iterable[Prom
     if not attacked or len(ids) < len(attacked):
         problem = f"several prompts with the id {quoted(ids.most_common(1)[0][0])}" if attacked else "no prompts"
         raise UserError(f"the attack returned {problem}.", code="invalid-attack", field="attack")
-    renamed = [prompt.model_copy(update={"set": f"{prompt.set}_attacked"}) for prompt in attacked]
+    questions = {(prompt.group_id, prompt.image_offset): prompt.question for prompt in data.prompts}
+    renamed = []
+    for prompt in attacked:
+        changes: dict[str, object] = {"set": f"{prompt.set}_attacked"}
+        original = questions.get((prompt.group_id, prompt.image_offset), prompt.question)
+        if original != prompt.question and not prompt.history:
+            changes["image_offset"] = 0  # the place of the image in the original question means nothing in a rewrite
+        renamed.append(prompt.model_copy(update=changes))
     return _by_split(renamed, data.images)
 
 
@@ -204,6 +211,7 @@ def _read_prompt(row: Any, number: int, images: dict[str, ImageReference], root:
         category=record.name("category") if "category" in record.value else None,
         system=chat.system,
         history=chat.history,
+        image_offset=chat.image_offset,
     )
 
 

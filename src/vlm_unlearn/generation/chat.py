@@ -24,15 +24,16 @@ class ChatRequest:
     seed: int | None = None  # for sampling; None with greedy decoding
     history: tuple[tuple[str, str], ...] = ()  # the earlier rounds of question and answer
     system: str | None = None  # the system message
+    image_offset: int = 0  # the number of characters of the first question before the image
 
     @classmethod
     def of_prompt(cls, id: str, prompt: Prompt, image: ImageSource | None, seed: int | None = None) -> ChatRequest:
         """Returns the request for the answer to a prompt."""
         history = tuple((turn.question, turn.answer) for turn in prompt.history)
-        return cls(id, prompt.question, image, seed, history, prompt.system)
+        return cls(id, prompt.question, image, seed, history, prompt.system, prompt.image_offset)
 
     def messages(self) -> list[dict[str, Any]]:
-        """Returns the messages of the OpenAI API. The image precedes the first question, and is encoded as PNG.
+        """Returns the messages of the OpenAI API. The image is encoded as PNG.
 
         Raises:
             UserError: The image cannot be read.
@@ -42,8 +43,9 @@ class ChatRequest:
         messages = [] if self.system is None else [_message("system", self.system)]
         messages.append(_message("user", questions[0]))
         if self.image is not None:
-            url = png_url(open_image(self.image))
-            messages[-1]["content"].insert(0, {"type": "image_url", "image_url": {"url": url}})
+            part = {"type": "image_url", "image_url": {"url": png_url(open_image(self.image))}}
+            prefix, suffix = questions[0][: self.image_offset], questions[0][self.image_offset :]
+            messages[-1]["content"] = [*_text_parts(prefix), part, *_text_parts(suffix)]
         for answer, question in zip(answers, questions[1:], strict=True):
             messages += [_message("assistant", answer), _message("user", question)]
         return messages
@@ -51,6 +53,10 @@ class ChatRequest:
 
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _text_parts(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}] if text else []
 
 
 @dataclass(frozen=True)
@@ -146,9 +152,10 @@ def complete_many(
                 continue
             image_digest = image_digests[request.image] if request.image else None
             seed = {} if request.seed is None else {"seed": request.seed}
-            chat = {"history": request.history} if request.history else {}
-            system = {} if request.system is None else {"system": request.system}
-            content = {"text": request.text, "image": image_digest, **chat, **system}
+            chat: dict[str, object] = {"history": request.history} if request.history else {}
+            chat |= {} if request.system is None else {"system": request.system}
+            chat |= {"image_offset": request.image_offset} if request.image_offset else {}
+            content = {"text": request.text, "image": image_digest, **chat}
             key = digest_json({"model": identity, **content, **seed})
             cached_text = cache.get(key) if cache else None
             if cached_text is not None:

@@ -56,7 +56,8 @@ class LocalChat:
         """Yields one response per request. If a batch cannot be encoded, each request runs alone and only the invalid
         ones fail."""
         turns = [
-            Turn(request.id, request.image, request.text, None, request.history, request.system) for request in batch
+            Turn(request.id, request.image, request.text, None, request.history, request.system, request.image_offset)
+            for request in batch
         ]
         try:
             outputs = generate_texts(model, processor, turns, self._max_tokens)
