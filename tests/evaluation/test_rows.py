@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers import raises_code
+from vlm_unlearn.attacks.base import FunctionAttack
 from vlm_unlearn.attacks.one_word import rewrite_prompts
 from vlm_unlearn.config import RewriteConfig
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows, write_images
@@ -219,7 +220,7 @@ def rewrites(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def test_attack_makes_prompts_of_prompts() -> None:
-    data = apply_attack(read_rows([{**ROW, "image": png()}]), rewrites)
+    data = apply_attack(read_rows([{**ROW, "image": png()}]), [FunctionAttack(rewrites, {})])
     assert [(prompt.id, prompt.group_id, prompt.rewrite, prompt.set) for prompt in data.prompts] == [
         ("0/Share", "0", 0, "unsafe_attacked"),
         ("0/What", "0", 1, "unsafe_attacked"),
@@ -232,9 +233,10 @@ def test_attack_moves_the_image_before_a_rewritten_question() -> None:
     rounds = [{"role": "assistant", "content": "A kite."}, {"role": "user", "content": "Why?"}]
     data = read_rows([{"messages": chat, "images": [png()]}, {"messages": [*chat, *rounds], "images": [png()]}])
     assert [prompt.image_offset for prompt in data.prompts] == [11, 11]
-    attacked = apply_attack(data, lambda prompts: [*rewrites(prompts), *prompts]).prompts
+    attacked = apply_attack(data, [FunctionAttack(lambda prompts: [*rewrites(prompts), *prompts], {})]).prompts
     assert [prompt.image_offset for prompt in attacked] == [0, 0, 11, 11, 11, 11]
-    moved = apply_attack(data, lambda prompts: [prompts[0].model_copy(update={"image_offset": 4})])
+    move = FunctionAttack(lambda prompts: [prompts[0].model_copy(update={"image_offset": 4})], {})
+    moved = apply_attack(data, [move])
     assert moved.prompts[0].image_offset == 4
     config = RewriteConfig(trigger="what", num_rewrites=1)
     assert [prompt.image_offset for prompt in rewrite_prompts(data.prompts, config)] == [0, 11]
@@ -252,4 +254,4 @@ def test_attack_moves_the_image_before_a_rewritten_question() -> None:
 def test_broken_attacks_are_errors(attack: Any) -> None:
     data: PromptSet = read_rows([ROW])
     with raises_code("invalid-attack", field="attack"):
-        apply_attack(data, attack)
+        apply_attack(data, [FunctionAttack(attack, {})])

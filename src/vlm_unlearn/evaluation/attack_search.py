@@ -26,8 +26,7 @@ from vlm_unlearn.config import GenerationConfig, JudgeConfig, SplitConfig
 from vlm_unlearn.data.readers import detect
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.evaluation.prompts import prompts_digest, split_prompts
-from vlm_unlearn.evaluation.verdicts import build_judge
-from vlm_unlearn.judging.base import Answer, OfflineJudge
+from vlm_unlearn.judging.base import Answer, OfflineJudge, build_judge
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Kind, Label, Prompt, Rate, Record, Response, Verdict
 from vlm_unlearn.store import (

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from vlm_unlearn.attacks.base import Attack
 from vlm_unlearn.data.formats import messages, table
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.images import FORMATS, ImageReference, image_reference, image_size, open_image
@@ -79,26 +80,21 @@ def read_rows(dataset: Any, image_root: str | Path | None = None) -> PromptSet:
     return _by_split(prompts, images)
 
 
-def apply_attack(data: PromptSet, attack: Callable[[list[Prompt]], Iterable[Prompt]]) -> PromptSet:
-    """Returns the prompts that an attack makes of prompts. Split names get the ending ``_attacked``.
+def apply_attack(data: PromptSet, attacks: Sequence[Attack]) -> PromptSet:
+    """Returns the prompts that attacks make of prompts. Split names get the ending ``_attacked``.
 
     Args:
         data: The prompts.
-        attack: Returns prompts for prompts, such as several rewrites of each.
+        attacks: The attacks, in their order.
 
     Raises:
-        UserError: The attack returns no prompts, something else than prompts, two prompts with the same id, or a prompt
-            with an image that the data do not have.
+        UserError: An attack returns invalid prompts (`checked_prompts`), or a prompt with an image that the data do not
+            have.
     """
-    attacked = list(attack(list(data.prompts)))
+    attacked = list(data.prompts)
+    for attack in attacks:
+        attacked = attack(attacked)
     for number, prompt in enumerate(attacked, start=1):
-        if not isinstance(prompt, Prompt):
-            raise UserError(
-                f"the attack returned a {type(prompt).__name__}, not a Prompt.",
-                code="invalid-attack",
-                record=number,
-                field="attack",
-            )
         if prompt.image is not None and prompt.image not in data.images:
             raise UserError(
                 f"the attack returned the unknown image {quoted(prompt.image)}.",
@@ -106,18 +102,7 @@ def apply_attack(data: PromptSet, attack: Callable[[list[Prompt]], Iterable[Prom
                 record=number,
                 field="attack",
             )
-    ids = Counter(prompt.id for prompt in attacked)
-    if not attacked or len(ids) < len(attacked):
-        problem = f"several prompts with the id {quoted(ids.most_common(1)[0][0])}" if attacked else "no prompts"
-        raise UserError(f"the attack returned {problem}.", code="invalid-attack", field="attack")
-    questions = {(prompt.group_id, prompt.image_offset): prompt.question for prompt in data.prompts}
-    renamed = []
-    for prompt in attacked:
-        changes: dict[str, object] = {"set": f"{prompt.set}_attacked"}
-        original = questions.get((prompt.group_id, prompt.image_offset), prompt.question)
-        if original != prompt.question and not prompt.history:
-            changes["image_offset"] = 0  # the place of the image in the original question means nothing in a rewrite
-        renamed.append(prompt.model_copy(update=changes))
+    renamed = [prompt.model_copy(update={"set": f"{prompt.set}_attacked"}) for prompt in attacked]
     return _by_split(renamed, data.images)
 
 
