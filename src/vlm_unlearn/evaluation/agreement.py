@@ -231,7 +231,7 @@ def export_for_labeling(run: Path, out: Path, count: int, seed: int) -> int:
         for index in sorted(sample[:count]):
             response = answered[index]
             prompt = prompts[response.prompt_id]
-            texts = (prompt.image or "", prompt.question, response.text or "")
+            texts = (prompt.image or "", prompt.conversation, response.text or "")
             writer.writerow(
                 [_escape_formula(prompt.id), response.sample, *(_escape_formula(text) for text in texts), ""]
             )

@@ -169,7 +169,7 @@ def with_word(prompt: Prompt, word: str) -> Prompt:
 
 
 def _with_question(prompt: Prompt, suffix: str, question: str) -> Prompt:
-    return prompt.model_copy(update={"id": f"{prompt.id}/{suffix}", "question": question})
+    return prompt.with_question(question, id=f"{prompt.id}/{suffix}")
 
 
 @dataclass(frozen=True)

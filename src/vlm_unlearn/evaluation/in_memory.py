@@ -74,10 +74,13 @@ def evaluate(
     - `id`: a unique text or number. The default is the number of the row, from 0.
     - `group_id`: the same for all rewrites of a question, on which intervals are clustered. The default is the id.
     - `set` or `split`: the name of a group of rows. The default is the kind.
+    - `history`: the earlier rounds, a list of ``{"question": ..., "answer": ...}``.
+    - `system`: a system message.
 
-    Instead of `question` and `answer`, a row can have `messages` (or `conversations`), as TRL and LLaMA-Factory have
-    them. The user message is the question, and a final assistant message the reference answer. `images` is then a list
-    with at most one image. The image always precedes the question.
+    Instead of `question`, `answer` and `history`, a row can have `messages` (or `conversations`), as TRL and
+    LLaMA-Factory have them. The last user message is the question, and a final assistant message the reference answer.
+    `images`, a list of at most one image, can replace `image`. The image is at its place in the first user message, and
+    otherwise precedes the first question.
 
     Args:
         model: An image-text-to-text model of transformers, a PEFT model of one, or either wrapped in DDP. Each process

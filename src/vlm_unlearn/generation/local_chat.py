@@ -55,7 +55,10 @@ class LocalChat:
     def _respond(self, model: Any, processor: Processor, batch: list[ChatRequest]) -> Iterator[ChatResponse]:
         """Yields one response per request. If a batch cannot be encoded, each request runs alone and only the invalid
         ones fail."""
-        turns = [Turn(request.id, request.image, request.text, None) for request in batch]
+        turns = [
+            Turn(request.id, request.image, request.text, None, request.history, request.system, request.image_offset)
+            for request in batch
+        ]
         try:
             outputs = generate_texts(model, processor, turns, self._max_tokens)
         except UserError as error:

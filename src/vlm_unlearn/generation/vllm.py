@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 
@@ -91,7 +91,10 @@ class VLLMBackend:
             )
             for request in requests
         ]
-        outputs = self._engine.chat([_messages(request) for request in requests], sampling_params, use_tqdm=False)
+        messages = [
+            ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image).messages() for request in requests
+        ]
+        outputs = self._engine.chat(messages, sampling_params, use_tqdm=False)
         return [
             Response(
                 prompt_id=request.prompt.id,
@@ -101,13 +104,6 @@ class VLLMBackend:
             )
             for request, output in zip(requests, outputs, strict=True)
         ]
-
-
-def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt.question}]
-    if request.image is not None:
-        content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(request.image))}})
-    return [{"role": "user", "content": content}]
 
 
 def tensor_parallel_size(folder: Path) -> int:
