@@ -1,12 +1,12 @@
-"""Shell completion: shipped names, and the keys and values of a config. Completing loads no heavy module."""
+"""Callbacks for typer's completion: shipped names, and the keys and values of a config. They load no heavy module."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import io
-import itertools
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -15,36 +15,33 @@ from pathlib import Path
 if typing.TYPE_CHECKING:
     from pydantic import BaseModel
 
-
-def recipe_names(incomplete: str) -> list[str]:
-    """Returns the shipped recipes that start with the text. If there are none, the shell offers files."""
-    return [name for name in shipped_names(incomplete) if not name.startswith("suites/")]
+PACKAGE = Path(__file__).parents[1]
 
 
-def suite_names(incomplete: str) -> list[str]:
-    """Returns the shipped suites that start with the text. If there are none, the shell offers files."""
-    return [name for name in shipped_names(incomplete) if name.startswith("suites/")]
+def names_of(kind: str) -> list[str]:
+    """Returns the sorted names that the modules of a package register, such as those of "methods" or "benchmarks".
+
+    The names are read from the source files, because importing the modules would load torch.
+    """
+    sources = (file.read_text("utf-8") for file in (PACKAGE / kind).glob("*.py"))
+    return sorted(name for source in sources for name in re.findall(r'^@register\(\s*"([^"]+)"', source, re.MULTILINE))
 
 
 def shipped_names(incomplete: str) -> list[str]:
-    """Returns the shipped recipes and suites that start with the text."""
+    """Returns the shipped recipes and suites that start with the text. If there are none, the shell offers files."""
     from vlm_unlearn.config import shipped_names as all_names
 
     return [name for name in all_names() if name.startswith(incomplete)]
 
 
-def benchmark_names(incomplete: str) -> list[str]:
-    """Returns the benchmarks that start with the text."""
-    from vlm_unlearn.benchmarks import BENCHMARKS
-
-    return [name for name in sorted(BENCHMARKS) if name.startswith(incomplete)]
+def recipe_names(incomplete: str) -> list[str]:
+    """Returns the shipped recipes that start with the text."""
+    return [name for name in shipped_names(incomplete) if not name.startswith("suites/")]
 
 
-def table_names(incomplete: str) -> list[str]:
-    """Returns the tables of `vlm-unlearn table` that start with the text."""
-    from vlm_unlearn.reporting.tables.names import PRINTABLE_TABLES
-
-    return [name for name in PRINTABLE_TABLES if name.startswith(incomplete)]
+def suite_names(incomplete: str) -> list[str]:
+    """Returns the shipped suites that start with the text."""
+    return [name for name in shipped_names(incomplete) if name.startswith("suites/")]
 
 
 def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"]) -> Callable[[str], list[str]]:
@@ -54,12 +51,15 @@ def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"
         from vlm_unlearn import config as configs
 
         keys = dict(_keys(getattr(configs, config)))
-        key, equals, value = incomplete.partition("=")
-        if not equals:
-            return [f"{name}=" for name in keys if name.startswith(incomplete)]
-        return [f"{key}={choice}" for choice in keys.get(key, ()) if choice.startswith(value)]
+        key, equals, _ = incomplete.partition("=")
+        return [f"{key}={choice}" for choice in keys.get(key, ())] if equals else [f"{name}=" for name in keys]
 
     return complete
+
+
+recipe_keys = override_completions("Recipe")
+suite_keys = override_completions("Suite")
+judge_keys = override_completions("JudgeConfig")
 
 
 def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -67,43 +67,30 @@ def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list
     from pydantic import BaseModel
 
     for name, field in config.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            if name == "method":
-                names, options = _methods()
-                yield from ((key, names) for key in (f"{prefix}{name}", f"{prefix}{name}.name"))
-                yield from ((f"{prefix}{name}.{option}", []) for option in options)
-                continue
-            if inner.model_fields.keys() & {"name"}:  # a judge may be given by its name alone
-                yield f"{prefix}{name}", _choices(inner.model_fields["name"].annotation, f"{prefix}{name}")
-            yield from _keys(inner, f"{prefix}{name}.")
+        key, inner = f"{prefix}{name}", field.annotation
+        if name == "method":
+            yield from dict.fromkeys((key, f"{key}.name"), names_of("methods")).items()
+            yield from ((f"{key}.{option}", []) for option in _method_options())
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            if "name" in inner.model_fields:  # a judge may be given by its name alone
+                yield key, _choices(inner.model_fields["name"].annotation, key)
+            yield from _keys(inner, f"{key}.")
         else:
-            yield f"{prefix}{name}", _choices(inner, f"{prefix}{name}")
+            yield key, _choices(inner, key)
 
 
-def _methods() -> tuple[list[str], list[str]]:
-    """Returns the names of the shipped methods, and all their options.
-
-    They are parsed from the source files, because importing the methods would load torch.
-    """
-    folder = Path(__file__).parents[1] / "methods"
-    classes = [
-        node
-        for file in sorted(folder.glob("*.py"))
-        for node in ast.parse(file.read_bytes()).body
-        if isinstance(node, ast.ClassDef)
-    ]
-    calls = [call for node in classes for call in node.decorator_list if isinstance(call, ast.Call)]
-    arguments = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "register"]
-    names = [name.value for name in arguments if isinstance(name, ast.Constant) and isinstance(name.value, str)]
-    fields = [
-        field
-        for node in classes
-        if node.name.endswith("Options")
-        for field in node.body
-        if isinstance(field, ast.AnnAssign)
-    ]
-    return sorted(names), sorted({field.target.id for field in fields if isinstance(field.target, ast.Name)})
+def _method_options() -> list[str]:
+    """Returns the options of all methods, read from their source files."""
+    return sorted(
+        {
+            field.target.id
+            for file in (PACKAGE / "methods").glob("*.py")
+            for node in ast.parse(file.read_bytes()).body
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Options")
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        }
+    )
 
 
 def _choices(annotation: object, key: str) -> list[str]:
@@ -119,11 +106,6 @@ def _choices(annotation: object, key: str) -> list[str]:
     return [choice for argument in typing.get_args(annotation) for choice in _choices(argument, key)]
 
 
-recipe_keys = override_completions("Recipe")
-suite_keys = override_completions("Suite")
-judge_keys = override_completions("JudgeConfig")
-
-
 @contextlib.contextmanager
 def bash_words() -> Iterator[None]:
     """Within the block, bash completes ``key=value`` as a single word, as every other shell does.
@@ -131,19 +113,13 @@ def bash_words() -> Iterator[None]:
     Bash passes ``key``, ``=`` and ``value`` as three words, one a line, and replaces only the last of them by a
     completion. The words are therefore joined for typer, and ``key=`` is removed from the completions.
     """
-    words = os.environ.get("COMP_WORDS", "").split("\n")
-    position = os.environ.get("COMP_CWORD", "")
-    if os.environ.get("_VLM_UNLEARN_COMPLETE") != "complete_bash" or not position.isdecimal() or len(words) < 2:
+    if os.environ.get("_VLM_UNLEARN_COMPLETE") != "complete_bash":
         yield
         return
-    joined = [words[0]]
-    for previous, word in itertools.pairwise(words[: int(position) + 1]):
-        if len(joined) > 1 and (word == "=" or (previous == "=" and word)):
-            joined[-1] += word
-        else:
-            joined.append(word)
-    os.environ.update(COMP_WORDS="\n".join(joined), COMP_CWORD=str(len(joined) - 1))
-    key = joined[-1].rpartition("=")[0]
+    words = os.environ["COMP_WORDS"].split("\n")[: int(os.environ["COMP_CWORD"]) + 1]
+    joined = re.sub("\n=\n?", "=", "\n".join(words))
+    os.environ.update(COMP_WORDS=joined, COMP_CWORD=str(joined.count("\n")))
+    key = joined.rpartition("\n")[2].rpartition("=")[0]
     completions = io.StringIO()
     try:
         with contextlib.redirect_stdout(completions):
