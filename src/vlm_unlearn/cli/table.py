@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.reporting.tables.names import PRINTABLE_TABLES, TABLE_FORMATS
+from vlm_unlearn.reporting.tables import PRINTABLE_TABLES, TABLE_FORMATS
 
 
 def table(
