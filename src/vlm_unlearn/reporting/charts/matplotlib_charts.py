@@ -17,10 +17,8 @@ from vlm_unlearn.reporting.charts.chart import (
     Heatmap,
     Lines,
     Scatter,
-    Series,
     Value,
     display_name,
-    distances,
     overlap_counts,
 )
 
@@ -153,10 +151,6 @@ def _numbers(values: Sequence[Value]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
-def _error_bars(series: Series) -> list[list[float]] | None:
-    return [distances(series.low, series.values), distances(series.high, series.values)] if series.low else None
-
-
 def _percent_axis(axis: Any) -> None:
     axis.set_ticks([0, 25, 50, 75, 100], [f"{tick} %" for tick in (0, 25, 50, 75, 100)])
 
@@ -184,7 +178,7 @@ def _bars(chart: Bars) -> Canvas:
             hatch=HATCHES[series.style.hatch],
             edgecolor="black",
             lw=0.5,
-            xerr=_error_bars(series),
+            xerr=series.error_bars,
             error_kw={"lw": 0.9, "capsize": 1.5},
         )
         for position, bar in enumerate(bars):
@@ -208,7 +202,7 @@ def _lines(chart: Lines) -> Canvas:
         appearance = {"color": COLORS[series.style.color], "ls": dash, "lw": 1.6, "label": name}
         appearance |= {"marker": SYMBOLS[series.style.shape], "ms": 5} if chart.markers else {}
         axes.errorbar(
-            list(series.x), _numbers(series.values), yerr=_error_bars(series), capsize=2, elinewidth=0.9, **appearance
+            list(series.x), _numbers(series.values), yerr=series.error_bars, capsize=2, elinewidth=0.9, **appearance
         )
     axes.set(xlabel=display_name(chart.x), ylabel=display_name(chart.y))
     if chart.percent:
