@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
-from vlm_unlearn.cli.completion import names_of
+from vlm_unlearn.cli.completion import benchmark_names
 from vlm_unlearn.cli.evaluate import generate_worker_share
 from vlm_unlearn.cli.terminal import Commands
 from vlm_unlearn.distributed import is_main_process
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 benchmark_app = Commands("Runs utility benchmarks from their official files, and scores answers to them.")
 NAME = typer.Argument(
-    ..., metavar="NAME", help="A benchmark. `benchmark list` lists them.", autocompletion=lambda: names_of("benchmarks")
+    ..., metavar="NAME", help="A benchmark. `benchmark list` lists them.", autocompletion=benchmark_names
 )
 ANNOTATIONS = typer.Option(
     ..., "--annotations", help="The benchmark's official annotation file. For POPE up to three times."

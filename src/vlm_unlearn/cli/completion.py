@@ -14,17 +14,9 @@ from pathlib import Path
 
 if typing.TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
-PACKAGE = Path(__file__).parents[1]
-
-
-def names_of(kind: str) -> list[str]:
-    """Returns the sorted names that the modules of a package register, such as those of "methods" or "benchmarks".
-
-    The names are read from the source files, because importing the modules would load torch.
-    """
-    sources = (file.read_text("utf-8") for file in (PACKAGE / kind).glob("*.py"))
-    return sorted(name for source in sources for name in re.findall(r'^@register\(\s*"([^"]+)"', source, re.MULTILINE))
+METHODS = Path(__file__).parents[1] / "methods"
 
 
 def shipped_names(incomplete: str) -> list[str]:
@@ -42,6 +34,13 @@ def recipe_names(incomplete: str) -> list[str]:
 def suite_names(incomplete: str) -> list[str]:
     """Returns the shipped suites that start with the text."""
     return [name for name in shipped_names(incomplete) if name.startswith("suites/")]
+
+
+def benchmark_names() -> list[str]:
+    """Returns the benchmarks, those of installed plug-ins included."""
+    from vlm_unlearn.plugins import BENCHMARKS
+
+    return list(BENCHMARKS)
 
 
 def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"]) -> Callable[[str], list[str]]:
@@ -68,42 +67,46 @@ def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list
 
     for name, field in config.model_fields.items():
         key, inner = f"{prefix}{name}", field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            yield key, _choices(field, key)
+            continue
+        if "name" in inner.model_fields:  # a method or a judge may be given by its name alone
+            yield key, _choices(inner.model_fields["name"], key)
+        yield from _keys(inner, f"{key}.")
         if name == "method":
-            yield from dict.fromkeys((key, f"{key}.name"), names_of("methods")).items()
             yield from ((f"{key}.{option}", []) for option in _method_options())
-        elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            if "name" in inner.model_fields:  # a judge may be given by its name alone
-                yield key, _choices(inner.model_fields["name"].annotation, key)
-            yield from _keys(inner, f"{key}.")
-        else:
-            yield key, _choices(inner, key)
 
 
 def _method_options() -> list[str]:
-    """Returns the options of all methods, read from their source files."""
-    return sorted(
-        {
-            field.target.id
-            for file in (PACKAGE / "methods").glob("*.py")
-            for node in ast.parse(file.read_bytes()).body
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Options")
-            for field in node.body
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        }
-    )
+    """Returns the options of all methods of this package.
+
+    They are read from the source files, because importing the methods would load torch.
+    """
+    nodes = (node for file in METHODS.glob("*.py") for node in ast.parse(file.read_bytes()).body)
+    options = (node.body for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Options"))
+    fields = (field.target for body in options for field in body if isinstance(field, ast.AnnAssign))
+    return sorted({target.id for target in fields if isinstance(target, ast.Name)})
 
 
-def _choices(annotation: object, key: str) -> list[str]:
-    """Returns the values that a type allows, or an empty list if it is open."""
+def _choices(field: FieldInfo, key: str) -> list[str]:
+    """Returns the values of a field, or an empty list if it is open."""
+    from vlm_unlearn.config.base import PluginName
+
     if key.rpartition(".")[2] == "rubric":
         from vlm_unlearn.judging.rubric import shipped_rubrics
 
         return list(shipped_rubrics())
+    plugins = [name for marker in field.metadata if isinstance(marker, PluginName) for name in marker.registry]
+    return plugins or _values(field.annotation)
+
+
+def _values(annotation: object) -> list[str]:
+    """Returns the values that a type allows, or an empty list if it is open."""
     if annotation is bool:
         return ["true", "false"]
     if typing.get_origin(annotation) is typing.Literal:
         return [str(choice) for choice in typing.get_args(annotation)]
-    return [choice for argument in typing.get_args(annotation) for choice in _choices(argument, key)]
+    return [choice for argument in typing.get_args(annotation) for choice in _values(argument)]
 
 
 @contextlib.contextmanager
