@@ -20,7 +20,8 @@ import pytest
 from vlm_unlearn.cli.completion import _method_options
 from vlm_unlearn.methods import METHODS
 
-# Completes each command line as bash would, which replaces only the text after an equals sign, all in one process, and reports the heavy modules.
+# Completes each command line as bash would, all in one process, and reports the heavy modules. Bash replaces only the
+# text after an equals sign.
 PROGRAM = """
 import contextlib, io, json, os, sys
 from vlm_unlearn.cli.main import main

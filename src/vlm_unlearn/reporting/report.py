@@ -170,25 +170,21 @@ def validate_report_folder(folder: Path) -> None:
             out of the folder.
     """
     fix = "Choose another folder for the report."
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"a file, not a folder. {fix}", code="not-a-folder", file=folder)
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=folder)
     if (folder / "manifest.json").exists():
         raise UserError(f"the folder contains a run. {fix}", code="output-exists", file=folder)
     for directory, names in ((folder, REPORT_FILES), (folder / "report", LINKED_FILES)):
-        entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-        link = next((name for name in entries if name in names and (directory / name).is_symlink()), None)
-        if link is not None:
-            raise UserError(
-                "a link in place of a report's file. Delete it, or choose another folder for the report.",
-                code="output-exists",
-                file=directory / link,
-            )
-        foreign = next((name for name in entries if name not in names and not name.startswith(".")), None)
-        if foreign is not None:
-            raise UserError(
-                f"the folder contains {quoted(foreign)}, which is not a report's file. {fix}",
-                code="output-exists",
-                file=directory,
-            )
+        for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if entry.name in names and entry.is_symlink():
+                raise UserError(
+                    f"a link in place of a report's file. Delete it, or c{fix[1:]}", code="output-exists", file=entry
+                )
+            if entry.name not in names and not entry.name.startswith("."):
+                raise UserError(
+                    f"the folder contains {quoted(entry.name)}, which is not a report's file. {fix}",
+                    code="output-exists",
+                    file=directory,
+                )
