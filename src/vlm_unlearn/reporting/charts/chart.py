@@ -75,6 +75,11 @@ class Titled:
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", display_name(self.title, MAX_TITLE_LENGTH))
 
+    @property
+    def legend(self) -> list[str]:
+        """The names in the legend, empty for a chart without one."""
+        return []
+
 
 @dataclass(frozen=True)
 class Bars(Titled):
@@ -86,9 +91,9 @@ class Bars(Titled):
     axis: str = ""
 
     @property
-    def has_legend(self) -> bool:
-        """Whether the chart needs a legend. A stack always does, because its axis does not name the series."""
-        return self.stacked or len(self.series) > 1
+    def legend(self) -> list[str]:
+        """A stack always has a legend, because its axis does not name the series."""
+        return [display_name(series.name) for series in self.series] if self.stacked or len(self.series) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,10 @@ class Lines(Titled):
     y: str
     percent: bool  # whether the y axis is from 0 to 100 %
     markers: bool = True
+
+    @property
+    def legend(self) -> list[str]:
+        return [display_name(series.name) for series in self.series] if len(self.series) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,10 @@ class Scatter(Titled):
     x: str
     y: str
     ideal: tuple[float, float]
+
+    @property
+    def legend(self) -> list[str]:
+        return [display_name(point.name, 24) for point in self.points] if len(self.points) > 1 else []
 
 
 Chart = Bars | Lines | Heatmap | Scatter
