@@ -343,7 +343,8 @@ def _rates_by_key(
         for metric, of_metric in of_row.items()
         for key, rate in of_metric.items()
     }
-    metrics, keys = (list(dict.fromkeys(index[axis] for index in cells)) for axis in (0, 2))
+    metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
+    keys = list(dict.fromkeys(key for _, _, key in cells))
     inner, outer = [row.model for row in rows], keys
     keys_as_lines = max_columns is not None and len(keys) > max_columns
     if keys_as_lines:
