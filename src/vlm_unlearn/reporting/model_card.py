@@ -17,7 +17,7 @@ from vlm_unlearn.reporting.columns import columns
 from vlm_unlearn.reporting.summaries import join_summaries
 from vlm_unlearn.reporting.tables.markdown import escaped, markdown, markdown_table
 from vlm_unlearn.reporting.tables.summary_tables import summary_tables
-from vlm_unlearn.reporting.tables.table import Table, text_cell, text_columns
+from vlm_unlearn.reporting.tables.table import Table, table_lines, text_columns
 from vlm_unlearn.store import read_json, read_manifest
 
 NOT_MEASURED = ["## Evaluation", "", "No evaluation yet: pass `--evaluation` to `vlm-unlearn export`.", ""]
@@ -161,8 +161,9 @@ def _training(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
 
 
 def _key_value_table(left: str, right: str, values: Mapping[str, object]) -> str:
-    lines = [[text_cell(left, key), text_cell(right, str(value))] for key, value in values.items()]
-    return markdown_table(Table(left, "", text_columns(left, right), lines))
+    table_columns = text_columns(left, right)
+    lines = table_lines(table_columns, [(key, str(value)) for key, value in values.items()])
+    return markdown_table(Table(left, "", table_columns, lines))
 
 
 def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, object]:

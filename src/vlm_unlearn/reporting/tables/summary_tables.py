@@ -19,13 +19,14 @@ from vlm_unlearn.reporting.tables.table import (
     Cell,
     Column,
     Table,
+    Value,
     describe_counts,
     failure_note,
     rate_cell,
     rate_column,
     rate_notes,
     rates_by_title,
-    text_cell,
+    table_lines,
     text_columns,
 )
 from vlm_unlearn.store import write_text
@@ -151,16 +152,18 @@ def _metric_table(
     notes: Sequence[str] = (),
 ) -> Table:
     """Returns a table with a line per row and a column per metric. The models and metrics in `changed` are marked."""
+    marks = dict.fromkeys(changed, "*")
     lines = [
         [
-            text_cell("model", row.model),
-            *(rate_cell(row.metrics.get(metric), "*" * ((row.model, metric) in changed)) for metric, _, _ in layout),
+            row.model,
+            *(rate_cell(row.metrics.get(metric), marks.get((row.model, metric), "")) for metric, _, _ in layout),
         ]
         for row in rows
     ]
     table_columns = [*text_columns("model"), *(rate_column(rows, *column) for column in layout)]
     titles = {metric: f"{group} {heading}".strip() for metric, heading, group in layout}
-    return Table(name, title, table_columns, lines, "metric", [*rate_notes(rows, titles), *notes])
+    notes = [*rate_notes(rows, titles), *notes]
+    return Table(name, title, table_columns, table_lines(table_columns, lines), "metric", notes)
 
 
 def _rates(summary: Summary) -> Iterable[Table]:
@@ -205,28 +208,24 @@ def _comparisons(summary: Summary) -> Iterable[Table]:
         failure_note(rates_by_title(summary.rows, titles)),
         *_significance_note(summary),
     ]
-    lines = [_comparison_line(comparison) for comparison in summary.comparisons]
+    lines = table_lines(table_columns, map(_comparison_line, summary.comparisons))
     base = summary.comparisons[0].base if lines else ""
     title = f"Changes against {base} in percentage points, prompt by prompt."
     yield Table("comparisons", title, table_columns, lines, notes=notes)
 
 
-def _comparison_line(comparison: Comparison) -> list[Cell]:
-    change = comparison.model_dump(include={"base", "difference", "low", "high"})
+def _comparison_line(comparison: Comparison) -> list[Value]:
+    values = comparison.model_dump(include={"base", "difference", "low", "high"})
+    mark = "*" if significant(comparison) else ""
     p_values = {"p": comparison.p, "p_adjusted": comparison.p_adjusted}
+    counts = {"n": comparison.n, "unpaired": comparison.unpaired}
     return [
-        text_cell("model", comparison.model),
-        text_cell("metric", heading(comparison.metric), comparison.metric),
-        Cell(
-            f"{100 * comparison.difference:+.1f}",
-            change,
-            change_interval(comparison),
-            "*" if significant(comparison) else "",
-        ),
+        comparison.model,
+        (heading(comparison.metric), comparison.metric),
+        Cell(f"{100 * comparison.difference:+.1f}", values, change_interval(comparison), mark),
         *(Cell("<0.001" if p < 0.001 else f"{p:.3f}", {key: p}) for key, p in p_values.items()),
-        Cell(f"{comparison.n:,}", {"n": comparison.n}),
-        Cell(f"{comparison.unpaired:,}", {"unpaired": comparison.unpaired}),
-        text_cell("test", comparison.test),
+        *(Cell(f"{count:,}", {key: count}) for key, count in counts.items()),
+        comparison.test,
     ]
 
 
@@ -234,12 +233,7 @@ def _published(summary: Summary) -> Iterable[Table]:
     """Yields the table of the published counting next to the corrected counting."""
     rows = [row for row in summary.rows if row.paper]
     lines = [
-        [
-            text_cell("model", row.model),
-            text_cell("metric", heading(metric), metric),
-            rate_cell(rate),
-            rate_cell(row.metrics.get(metric)),
-        ]
+        [row.model, (heading(metric), metric), rate, row.metrics.get(metric)]
         for row in rows
         for metric, rate in row.paper.items()
     ]
@@ -249,38 +243,43 @@ def _published(summary: Summary) -> Iterable[Table]:
         title: [row.metrics.get(metric, row.paper[metric]) for row in rows if metric in row.paper]
         for metric, title in titles.items()
     }
-    table_columns = [*text_columns("model", "metric"), *(Column(key, key) for key in ("published", "corrected"))]
+    table_columns = [
+        *text_columns("model", "metric"),
+        Column("published", "published"),
+        Column("corrected", "corrected"),
+    ]
     title = "Rates in % by the published and by the corrected counting."
-    yield Table(
-        "published", title, table_columns, lines, "counting", rate_notes(both_countings, titles, failures=failures)
-    )
+    notes = rate_notes(both_countings, titles, failures=failures)
+    yield Table("published", title, table_columns, table_lines(table_columns, lines), "counting", notes)
 
 
 def _labels(summary: Summary) -> Iterable[Table]:
     """Yields the table of the labels of the answers of each split."""
     sizes: dict[str, list[int]] = {}
-    lines = []
+    lines: list[list[Value]] = []
     for split in dict.fromkeys(split for row in summary.rows for split in row.labels):
         for row in summary.rows:
             if split in row.labels:
                 total = sum(row.labels[split].values())
                 sizes.setdefault(split_title(split), []).append(total)
-                names = [text_cell("case", split_title(split), split), text_cell("model", row.model)]
-                lines.append([*names, *_label_cells(row.labels[split]), Cell(f"{total:,}", {})])
-    table_columns = [Column("case", "split", numeric=False), *text_columns("model"), *LABEL_COLUMNS]
-    table_columns.append(Column("answers", "answers"))
+                cells = _label_cells(row.labels[split])
+                lines.append([(split_title(split), split), row.model, *cells, Cell(f"{total:,}", {})])
+    split_columns = [Column("case", "split", numeric=False), *text_columns("model")]
+    table_columns = [*split_columns, *LABEL_COLUMNS, Column("answers", "answers")]
+    title = "Labels of the answers of each split, in %."
     notes = [*_label_judges(summary.rows), f"{describe_counts('n = ', sizes)}.", "Failures have a separate column."]
-    yield Table("labels", "Labels of the answers of each split, in %.", table_columns, lines, "label", notes)
+    yield Table("labels", title, table_columns, table_lines(table_columns, lines), "label", notes)
 
 
 def _attack_labels(summary: Summary) -> Iterable[Table]:
     """Yields the distribution of the labels of all answers to the attack on unsafe questions."""
     rows = [row for row in summary.rows if sum(row.labels.get(ATTACKED_SPLIT, {}).values())]
-    lines = [[text_cell("model", row.model), *_label_cells(row.labels[ATTACKED_SPLIT])] for row in rows]
+    lines: list[list[Value]] = [[row.model, *_label_cells(row.labels[ATTACKED_SPLIT])] for row in rows]
     title = "Labels of the answers to the attacked unsafe questions, in % of all answers."
     sizes = {"each model": [sum(row.labels[ATTACKED_SPLIT].values()) for row in rows]} if rows else {}
     notes = [*_label_judges(rows), f"{describe_counts('Answers: ', sizes)}."]
-    yield Table("safety_mirage_answers", title, [*text_columns("model"), *LABEL_COLUMNS], lines, "label", notes)
+    table_columns = [*text_columns("model"), *LABEL_COLUMNS]
+    yield Table("safety_mirage_answers", title, table_columns, table_lines(table_columns, lines), "label", notes)
 
 
 def _label_judges(rows: Iterable[Row]) -> list[str]:
@@ -293,10 +292,12 @@ def _label_cells(labels: Mapping[str, int]) -> list[Cell]:
     The cells have no interval. The answers to a question are correlated, and the counts do not tell how strongly.
     """
     total = sum(labels.values())
-    shares = [
-        (count, count / total if total else None) for column in LABEL_COLUMNS for count in [labels.get(column.key, 0)]
+    counts = [labels.get(column.key, 0) for column in LABEL_COLUMNS]
+    shares = [count / total if total else None for count in counts]
+    return [
+        Cell(f"{100 * (share or 0.0):.1f}", {"answers": count, "share": share})
+        for count, share in zip(counts, shares, strict=True)
     ]
-    return [Cell(f"{100 * (share or 0.0):.1f}", {"answers": count, "share": share}) for count, share in shares]
 
 
 def _categories(summary: Summary) -> Iterable[Table]:
@@ -343,37 +344,30 @@ def _rates_by_key(
         for metric, of_metric in of_row.items()
         for key, rate in of_metric.items()
     }
-    metrics = dict.fromkeys(metric for of_row in rates for metric in of_row)
-    keys = list(dict.fromkeys(key for _, _, key in cells))
-    inner, outer = [row.model for row in rows], keys
-    keys_as_lines = max_columns is not None and len(keys) > max_columns
-    if keys_as_lines:
-        inner, outer = outer, inner
-    line_name, column_name = (variable, "model") if keys_as_lines else ("model", variable)
-    lines = []
-    for metric in metrics:
-        for label in inner:
-            line = [cells.get((metric, *((column, label) if keys_as_lines else (label, column)))) for column in outer]
-            if any(rate is not None for rate in line):
-                names = [text_cell("metric", heading(metric), metric), text_cell(line_name, label)]
-                lines.append([*names, *map(rate_cell, line)])
-    titles = {metric: heading(metric) for metric in metrics}
+    models, keys = [row.model for row in rows], list(dict.fromkeys(key for _, _, key in cells))
+    if max_columns is not None and len(keys) > max_columns:
+        cells = {(metric, key, model): rate for (metric, model, key), rate in cells.items()}
+        (line_name, labels), (column_name, headings) = (variable, keys), ("model", models)
+    else:
+        (line_name, labels), (column_name, headings) = ("model", models), (variable, keys)
+    titles = {metric: heading(metric) for of_row in rates for metric in of_row}
+    lines = [
+        [(title, metric), label, *(cells.get((metric, label, column)) for column in headings)]
+        for metric, title in titles.items()
+        for label in labels
+    ]
     sizes = {title: [rate for index, rate in cells.items() if index[0] == metric] for metric, title in titles.items()}
-    table_columns = [*text_columns("metric", line_name), *(Column(key, key) for key in outer)]
-    return Table(name, title, table_columns, lines, column_name, rate_notes(rows, titles, sizes))
+    table_columns = [*text_columns("metric", line_name), *(Column(key, key) for key in headings)]
+    measured = [line for line in lines if any(rate is not None for rate in line[2:])]
+    notes = rate_notes(rows, titles, sizes)
+    return Table(name, title, table_columns, table_lines(table_columns, measured), column_name, notes)
 
 
 def _cost(costs: Costs) -> Iterable[Table]:
     headings = dict.fromkeys(title for of_model in costs.values() for title in of_model)
-    lines = [
-        [
-            text_cell("model", model),
-            *(text_cell(title, of_model[title]) if title in of_model else None for title in headings),
-        ]
-        for model, of_model in costs.items()
-    ]
+    lines = [[model, *map(of_model.get, headings)] for model, of_model in costs.items()]
     table_columns = [*text_columns("model"), *(Column(title, title) for title in headings)]
-    yield Table("cost", "Cost of each model.", table_columns, lines)
+    yield Table("cost", "Cost of each model.", table_columns, table_lines(table_columns, lines))
 
 
 BUILDERS: Sequence[Callable[[Summary], Iterable[Table]]] = (

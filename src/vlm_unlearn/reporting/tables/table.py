@@ -72,16 +72,28 @@ class Table:
         return " ".join([self.title, *self.notes, *legend])
 
 
-def text_cell(key: str, text: str, csv_value: str | None = None) -> Cell:
-    """Returns a cell of text. `csv_value` is its value in the CSV if that differs from the text."""
-    return Cell(text, {key: text if csv_value is None else csv_value})
-
-
 def rate_cell(rate: Rate | None, mark: str = "") -> Cell | None:
     """Returns a rate in percent, with the fields of summary.json in the CSV. Returns None if the rate has no value."""
     if rate is None or rate.value is None:
         return None
     return Cell(f"{100 * rate.value:.1f}", rate.model_dump(), interval(rate), mark, rate.failed)
+
+
+# A cell, a rate, a text, a text with another text for the CSV, or None if nothing was measured.
+Value = Cell | Rate | str | tuple[str, str] | None
+
+
+def table_lines(columns: Sequence[Column], lines: Iterable[Sequence[Value]]) -> list[list[Cell | None]]:
+    """Returns the lines of a table from values for each column."""
+    return [[_cell(column, value) for column, value in zip(columns, line, strict=True)] for line in lines]
+
+
+def _cell(column: Column, value: Value) -> Cell | None:
+    if isinstance(value, str):
+        return Cell(value, {column.key: value})
+    if isinstance(value, tuple):
+        return Cell(value[0], {column.key: value[1]})
+    return rate_cell(value) if isinstance(value, Rate) else value
 
 
 def rate_column(rows: Sequence[Row], metric: str, heading: str, group: str = "") -> Column:
