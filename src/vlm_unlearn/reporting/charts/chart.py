@@ -26,17 +26,6 @@ class Style:
     hatch: int = 0
 
 
-# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x | -
-ORIGINAL, ATTACKED, CONTROL = Style(0), Style(1, 1, 1), Style(2, 2, 4)
-LABEL_STYLES = {
-    "complied": Style(0),
-    "refused": Style(4, hatch=1),
-    "degenerate": Style(3, hatch=3),
-    "off_topic": Style(6, hatch=4),
-    "failed": Style(6, hatch=5),
-}
-
-
 def style_of(number: int) -> Style:
     """Returns the style of the n-th model. The first 49 models have distinct pairs of color and shape."""
     return Style(number % len(COLORS), (number + number // len(COLORS)) % len(COLORS), number % 6)
@@ -75,11 +64,6 @@ class Titled:
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", display_name(self.title, MAX_TITLE_LENGTH))
 
-    @property
-    def legend(self) -> list[str]:
-        """The names in the legend, empty for a chart without one."""
-        return []
-
 
 @dataclass(frozen=True)
 class Bars(Titled):
@@ -89,11 +73,6 @@ class Bars(Titled):
     series: Sequence[Series]
     stacked: bool = False
     axis: str = ""
-
-    @property
-    def legend(self) -> list[str]:
-        """A stack always has a legend, because its axis does not name the series."""
-        return [display_name(series.name) for series in self.series] if self.stacked or len(self.series) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -105,10 +84,6 @@ class Lines(Titled):
     y: str
     percent: bool  # whether the y axis is from 0 to 100 %
     markers: bool = True
-
-    @property
-    def legend(self) -> list[str]:
-        return [display_name(series.name) for series in self.series] if len(self.series) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -138,10 +113,6 @@ class Scatter(Titled):
     x: str
     y: str
     ideal: tuple[float, float]
-
-    @property
-    def legend(self) -> list[str]:
-        return [display_name(point.name, 24) for point in self.points] if len(self.points) > 1 else []
 
 
 Chart = Bars | Lines | Heatmap | Scatter

@@ -94,14 +94,14 @@ def draw_chart(chart: Chart) -> Canvas:
     The n-th bar or point has the SVG id ``mark-N``, in the order of `hover_texts`. The title has the id ``title``.
     """
     canvas, axes = _draw(chart)
-    if chart.legend:
-        handles, _ = axes.get_legend_handles_labels()
+    if _legend(chart):
+        handles, names = axes.get_legend_handles_labels()
         canvas.legend(
             handles,
-            chart.legend,
+            names,
             loc="upper left",
             bbox_to_anchor=(0.0, 1 - (TITLE_HEIGHT + 0.02) / canvas.get_figheight()),
-            ncols=_legend_columns(chart.legend, canvas.get_figwidth()),
+            ncols=_legend_columns(names, canvas.get_figwidth()),
             frameon=False,
             fontsize=8,
             columnspacing=1.2,
@@ -125,13 +125,25 @@ def _canvas(chart: Chart, size: tuple[float, float], left: float, bottom: float 
     from matplotlib.figure import Figure as Canvas  # without pyplot, which keeps figures open and may need a display
 
     width, height = size
-    legend_rows = -(-len(chart.legend) // _legend_columns(chart.legend, width))
+    names = _legend(chart)
+    legend_rows = -(-len(names) // _legend_columns(names, width))
     total_height = height + bottom + TITLE_HEIGHT + 0.14 + 0.2 * legend_rows
     canvas = Canvas(figsize=(width, total_height))
     axes = canvas.add_axes((left / width, bottom / total_height, 1 - (left + 0.2) / width, height / total_height))
     top = 1 - 0.08 / total_height
     canvas.suptitle(chart.title, x=0.1 / width, y=top, ha="left", va="top", fontsize=10, gid="title")
     return canvas, axes
+
+
+def _legend(chart: Chart) -> list[str]:
+    """Returns the names in the legend. A stack always has one, because its axis does not name the series."""
+    if isinstance(chart, Heatmap):
+        return []
+    if isinstance(chart, Scatter):
+        names = [display_name(point.name, 24) for point in chart.points]
+    else:
+        names = [display_name(series.name) for series in chart.series]
+    return names if len(names) > 1 or (isinstance(chart, Bars) and chart.stacked) else []
 
 
 def _legend_columns(names: Sequence[str], width: float) -> int:

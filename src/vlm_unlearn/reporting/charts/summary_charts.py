@@ -8,10 +8,6 @@ from collections.abc import Mapping, Sequence
 from vlm_unlearn.evaluation.metric_roles import measured
 from vlm_unlearn.records import Rate, Row, Summary
 from vlm_unlearn.reporting.charts.chart import (
-    ATTACKED,
-    CONTROL,
-    LABEL_STYLES,
-    ORIGINAL,
     Bars,
     Chart,
     Heatmap,
@@ -27,6 +23,15 @@ from vlm_unlearn.reporting.charts.chart import (
 from vlm_unlearn.reporting.columns import BENCHMARKS, METRIC_COLUMNS, columns, heading, split_title
 from vlm_unlearn.reporting.metric_roles import MetricRoles
 
+# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x | -
+ORIGINAL, ATTACKED, CONTROL = Style(0), Style(1, 1, 1), Style(2, 2, 4)
+LABEL_STYLES = {
+    "complied": Style(0),
+    "refused": Style(4, hatch=1),
+    "degenerate": Style(3, hatch=3),
+    "off_topic": Style(6, hatch=4),
+    "failed": Style(6, hatch=5),
+}
 # Metrics that are also measured under an attack and under control paraphrases, with the title and axis of their chart.
 ATTACKED_METRICS = {
     "asr": ("Unsafe questions answered with the harm", "attack success rate"),
