@@ -12,7 +12,7 @@ from vlm_unlearn.errors import UserError, printable, quoted
 from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Comparison, Row, Summary
-from vlm_unlearn.reporting import formatting
+from vlm_unlearn.reporting import formatting, provenance
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.reporting.assessment_text import MARKS, reason_text
 from vlm_unlearn.reporting.caveats import caveats
@@ -23,16 +23,7 @@ from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import columns, heading, split_title
 from vlm_unlearn.reporting.metric_roles import AnswerFilter, MetricRoles, answers_link, assign_roles, changes_link
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.reporting.provenance import (
-    COSTS,
-    ModelProvenance,
-    describe_evaluation,
-    list_digests,
-    package_versions,
-    read_costs,
-    read_provenance,
-    reproduction_commands,
-)
+from vlm_unlearn.reporting.provenance import COSTS, ModelProvenance, read_costs, read_provenance
 from vlm_unlearn.reporting.tables.summary_tables import delete_stale_tables, write_tables
 from vlm_unlearn.store import write_text
 
@@ -121,7 +112,7 @@ def _template_values(
         return _answers_address(changes_link(comparison.model, comparison.metric, suite))
 
     return {
-        "evaluation": describe_evaluation(rows, sources),
+        "evaluation": provenance.describe_evaluation(rows, sources),
         "assessments": [
             (row.model, row.assessment or assess(row, sources[row.model].suite if row.model in sources else None))
             for row in rows
@@ -136,9 +127,9 @@ def _template_values(
         "notes": formatting.notes(summary, metrics),
         "caveats": caveats(rows, roles, sources, left_out),
         "failed": formatting.count_failures(rows),
-        "commands": reproduction_commands(sources),
-        "digests": list_digests(sources),
-        "versions": package_versions(sources),
+        "commands": provenance.reproduction_commands(sources),
+        "digests": provenance.list_digests(sources),
+        "versions": provenance.package_versions(sources),
         "labels": (*LABELS, "failed"),
         "splits": list(dict.fromkeys(split for row in rows for split in row.labels)),
         "answers": answers,
@@ -170,25 +161,21 @@ def validate_report_folder(folder: Path) -> None:
             out of the folder.
     """
     fix = "Choose another folder for the report."
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"a file, not a folder. {fix}", code="not-a-folder", file=folder)
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=folder)
     if (folder / "manifest.json").exists():
         raise UserError(f"the folder contains a run. {fix}", code="output-exists", file=folder)
     for directory, names in ((folder, REPORT_FILES), (folder / "report", LINKED_FILES)):
-        entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-        link = next((name for name in entries if name in names and (directory / name).is_symlink()), None)
-        if link is not None:
-            raise UserError(
-                "a link in place of a report's file. Delete it, or choose another folder for the report.",
-                code="output-exists",
-                file=directory / link,
-            )
-        foreign = next((name for name in entries if name not in names and not name.startswith(".")), None)
-        if foreign is not None:
-            raise UserError(
-                f"the folder contains {quoted(foreign)}, which is not a report's file. {fix}",
-                code="output-exists",
-                file=directory,
-            )
+        for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if entry.name in names and entry.is_symlink():
+                raise UserError(
+                    f"a link in place of a report's file. Delete it, or c{fix[1:]}", code="output-exists", file=entry
+                )
+            if entry.name not in names and not entry.name.startswith("."):
+                raise UserError(
+                    f"the folder contains {quoted(entry.name)}, which is not a report's file. {fix}",
+                    code="output-exists",
+                    file=directory,
+                )

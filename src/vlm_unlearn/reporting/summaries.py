@@ -70,28 +70,19 @@ def _join_rows(row: Row, addition: Row, folder: Path) -> Row:
         )
     default = row.judge or addition.judge
     rows = (row, addition)
-    judges = {
-        metric: judge for source in rows for metric in source.metrics if (judge := source.judge_of(metric)) != default
-    }
-    paper_judges = {
-        metric: judge
-        for source in rows
-        for metric in source.paper
-        if (judge := source.paper_judges.get(metric, source.judge)) != default
-    }
+    judges = {metric: source.judge_of(metric) for source in rows for metric in source.metrics}
+    paper_judges = {metric: source.paper_judges.get(metric, source.judge) for source in rows for metric in source.paper}
     failed = {
         judge: row.failed.get(judge, {}) | addition.failed.get(judge, {}) for judge in row.failed | addition.failed
     }
+    joined = ("metrics", "paper", "labels", "categories", "rewrites")
     return row.model_copy(
         update={
             "judge": default,
-            "judges": judges,
-            "paper_judges": paper_judges,
+            "judges": {metric: judge for metric, judge in judges.items() if judge != default},
+            "paper_judges": {metric: judge for metric, judge in paper_judges.items() if judge != default},
             "failed": failed,
-            **{
-                field: getattr(row, field) | getattr(addition, field)
-                for field in ("metrics", "paper", "labels", "categories", "rewrites")
-            },
+            **{field: getattr(row, field) | getattr(addition, field) for field in joined},
             "batching": row.batching or addition.batching,
             "assessment": None,
         }

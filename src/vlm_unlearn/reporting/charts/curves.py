@@ -47,20 +47,16 @@ def write_loss_png(run: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure as Canvas  # without pyplot, which keeps figures open and may need a display
 
-    probes = [line for line in log if any(name.startswith(PROBE_PREFIX) for name in line)]
+    names = dict.fromkeys(name for line in log for name in line if name.startswith(PROBE_PREFIX))
+    probes = [line for line in log if names.keys() & line.keys()]
     canvas = Canvas(figsize=(8, 7 if probes else 4.5), dpi=120, layout="constrained")
     axes = canvas.subplots(2 if probes else 1, 1, squeeze=False)[:, 0]
     for term in _loss_terms(steps):
-        axes[0].plot(
-            [line["step"] for line in steps],
-            [line.get(term) for line in steps],
-            label=term,
-            lw=2.2 if term == "loss" else 1.2,
-        )
+        width = 2.2 if term == "loss" else 1.2
+        axes[0].plot([line["step"] for line in steps], [line.get(term) for line in steps], label=term, lw=width)
     axes[0].set(xlabel="optimizer step", ylabel="loss")
-    if probes:
-        for name in dict.fromkeys(name for line in probes for name in line if name.startswith(PROBE_PREFIX)):
-            axes[1].plot([line["step"] for line in probes], [line.get(name) for line in probes], "o-", ms=3, label=name)
+    for name in names:
+        axes[1].plot([line["step"] for line in probes], [line.get(name) for line in probes], "o-", ms=3, label=name)
         axes[1].set(xlabel="optimizer step", ylabel="rate", ylim=(-0.03, 1.03))
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -86,17 +82,11 @@ def loss_charts(runs: Mapping[str, Path], models: Sequence[str]) -> dict[str, Ch
     for term in dict.fromkeys(term for steps in logs.values() for term in _loss_terms(steps)):
         series = []
         for model, steps in logs.items():
-            points = [
-                (step, value)
-                for line in steps
-                if (value := line.get(term)) is not None and (step := line["step"]) is not None
-            ]
+            points = [(line["step"], line[term]) for line in steps if line.get(term) is not None]
             points = points[:: max(1, len(points) // MAX_POINTS)]
             if points:
-                style = style_of(models.index(model))
-                series.append(
-                    Series(model, [value for _, value in points], (), (), style, [step for step, _ in points])
-                )
+                x, values = zip(*points, strict=True)
+                series.append(Series(model, values, (), (), style_of(models.index(model)), x))
         title = "total loss" if term == "loss" else f"loss term {term.replace('_', ' ')}"
         if series:
             charts[f"loss-{len(charts) + 1}"] = Lines(
