@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.structure import Structure, find_structure
-from vlm_unlearn.store import describe_path, digest_model, read_json, read_manifest, user_path
+from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,9 +46,10 @@ def model_folder(name: str) -> Path:
                 code="model-not-found",
                 file=name,
             ) from None
-    if not (folder / "config.json").is_file() and (folder / "model").is_dir():
+    trained_model = RunDirectory(folder).model
+    if not (folder / "config.json").is_file() and trained_model.is_dir():
         raise UserError(
-            f"is a training run, not a model. Pass {folder / 'model'}, or a folder written by `vlm-unlearn export`.",
+            f"is a training run, not a model. Pass {trained_model}, or a folder written by `vlm-unlearn export`.",
             code="invalid-model",
             file=folder,
         )
@@ -272,14 +273,15 @@ def run_model_folder(name: str) -> Path:
         UserError: The model is not found or invalid, or the training run is not finished.
     """
     folder = user_path(name)
-    if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
-        if read_manifest(folder)["identity"].get("kind") not in ("train", None):
+    run = RunDirectory(folder)
+    if run.exists() and not (folder / "config.json").is_file():
+        if run.read_manifest()["identity"].get("kind") not in ("train", None):
             raise UserError(
                 f"must be a model folder, a hub name, or the folder of a training run{describe_path(folder)}",
                 code="invalid-model",
                 file=name,
             )
-        folder = folder / "model"
+        folder = run.model
         if not folder.is_dir():
             raise UserError(
                 "this training run is not finished. Resume it by running the same `vlm-unlearn train` command again.",

@@ -34,9 +34,9 @@ from vlm_unlearn.reporting.provenance import (
     reproduction_commands,
 )
 from vlm_unlearn.reporting.tables.summary_tables import delete_stale_tables, write_tables
-from vlm_unlearn.store import write_text
+from vlm_unlearn.store import SUMMARY, RunDirectory, write_text
 
-REPORT_FILES = ("report.html", "report", "summary.json")  # the contents of a report's folder
+REPORT_FILES = ("report.html", "report", SUMMARY)  # the contents of a report's folder
 LINKED_FILES = ("answers.html", "images", "tables", "plots")  # the contents of its folder report/
 
 
@@ -174,7 +174,7 @@ def validate_report_folder(folder: Path) -> None:
         raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"a file, not a folder. {fix}", code="not-a-folder", file=folder)
-    if (folder / "manifest.json").exists():
+    if RunDirectory(folder).exists():
         raise UserError(f"the folder contains a run. {fix}", code="output-exists", file=folder)
     for directory, names in ((folder, REPORT_FILES), (folder / "report", LINKED_FILES)):
         entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
