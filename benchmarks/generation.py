@@ -36,8 +36,8 @@ def batching(repetitions: int) -> dict[str, Any]:
     from vlm_unlearn.generation.base import evenly_spaced
     from vlm_unlearn.generation.hf import generate_responses
     from vlm_unlearn.modeling.loader import load_model, load_processor
-    from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
-    from vlm_unlearn.tiny_world.world import write_world
+    from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
+    from vlm_unlearn.worlds.tiny.world import write_world
 
     base = base_model(BaseConfig())
     model, processor = load_model(base, "fp32").eval(), load_processor(base)

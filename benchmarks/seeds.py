@@ -17,7 +17,7 @@ from typing import Any
 from speed import markdown
 
 from vlm_unlearn.store import read_json
-from vlm_unlearn.tiny_world.demo import training_folder
+from vlm_unlearn.worlds.tiny.demo import training_folder
 
 METRICS = {
     "ASR attacked": "asr_attacked",

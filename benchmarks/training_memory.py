@@ -26,10 +26,10 @@ def build(folder: Path) -> None:
     """Writes the model and a training set of the tiny world."""
     import torch
 
-    from vlm_unlearn.data.importers import import_vlguard
-    from vlm_unlearn.modeling.tiny import tiny_llava, tiny_processor
-    from vlm_unlearn.tiny_world.lexicon import vocabulary
-    from vlm_unlearn.tiny_world.world import WorldSize, write_world
+    from vlm_unlearn.data_tools.importers import import_vlguard
+    from vlm_unlearn.worlds.tiny.lexicon import vocabulary
+    from vlm_unlearn.worlds.tiny.llava import tiny_llava, tiny_processor
+    from vlm_unlearn.worlds.tiny.world import WorldSize, write_world
 
     write_world(
         folder / "world", 0, WorldSize(train_images=1, test_images=1, general_images=1, train_records=1, val_records=1)

@@ -75,7 +75,7 @@ def golden_pipeline() -> dict[str, object]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world in a small size."""
-    from vlm_unlearn.tiny_world.world import WorldSize, write_world
+    from vlm_unlearn.worlds.tiny.world import WorldSize, write_world
 
     folder = tmp_path_factory.mktemp("world") / "world"
     write_world(folder, 0, WorldSize(train_images=2, test_images=1, general_images=2, train_records=1, val_records=1))
@@ -85,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def training_sets(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The training sets of the small tiny world, by name."""
-    from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
+    from vlm_unlearn.data_tools.importers import import_safe_eraser, import_vlguard
 
     folder = tmp_path_factory.mktemp("training-sets")
     vlguard, eraser = world / "vlguard", world / "safe_eraser"
@@ -107,8 +107,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA with random weights, whose vocabulary contains the words of the tiny world."""
     import torch
 
-    from vlm_unlearn.modeling.tiny import tiny_llava, tiny_processor
-    from vlm_unlearn.tiny_world.lexicon import vocabulary
+    from vlm_unlearn.worlds.tiny.lexicon import vocabulary
+    from vlm_unlearn.worlds.tiny.llava import tiny_llava, tiny_processor
 
     folder = tmp_path_factory.mktemp("tiny-model")
     processor = tiny_processor(vocabulary())

@@ -21,7 +21,7 @@ PRELOADED = [
     "vlm_unlearn.cli.main",
     "vlm_unlearn.evaluation.runner",
     "vlm_unlearn.generation.local_chat",
-    "vlm_unlearn.modeling.tiny",
+    "vlm_unlearn.worlds.tiny.llava",
     "vlm_unlearn.reporting.report",
     "vlm_unlearn.training.runner",
     "transformers.models.clip.modeling_clip",

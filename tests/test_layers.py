@@ -7,21 +7,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "vlm_unlearn"
 ORDER = [
-    *(
-        "errors",
-        "losses",
-        "records",
-        "store",
-        "distributed",
-        "config",
-        "data",
-        "methods",
-        "modeling",
-        "training",
-        "generation",
-        "attacks",
-    ),
-    *("judging", "benchmarks", "metrics", "evaluation", "reporting", "tiny_world", "cli"),
+    *("errors", "losses", "records", "store", "plugins", "distributed", "config", "metrics", "data", "data_tools"),
+    *("methods", "modeling", "attacks", "training", "generation", "judging", "benchmarks"),
+    *("evaluation", "reporting", "worlds", "cli"),
 ]
 
 

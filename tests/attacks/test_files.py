@@ -16,7 +16,7 @@ from helpers import error_code, raises_code, run_in_process
 from stub_server import stub_server
 from vlm_unlearn.attacks.files import read_rewrite, rewrite_request, write_attack
 from vlm_unlearn.config import SplitConfig
-from vlm_unlearn.data.audit import first_word
+from vlm_unlearn.data_tools.audit import first_word
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.evaluation.prompts import split_prompts
 from vlm_unlearn.records import Kind, Prompt

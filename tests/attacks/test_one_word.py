@@ -18,8 +18,8 @@ from vlm_unlearn.attacks.one_word import (
     rewrite_prompts,
 )
 from vlm_unlearn.config import RewriteConfig
-from vlm_unlearn.data.audit import first_word
-from vlm_unlearn.data.paraphrase_rules import requested_content
+from vlm_unlearn.data_tools.audit import first_word
+from vlm_unlearn.data_tools.paraphrase_rules import requested_content
 from vlm_unlearn.records import Prompt
 
 

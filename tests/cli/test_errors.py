@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import command, error_code, run_in_process
-from vlm_unlearn.tiny_world.lexicon import vocabulary
+from vlm_unlearn.worlds.tiny.lexicon import vocabulary
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -258,8 +258,8 @@ def test_published_keyword_counts_on_real_answers(
 
 def test_tiny_vocabulary_contains_all_words_of_the_attack() -> None:
     from vlm_unlearn.attacks.one_word import rewrite
-    from vlm_unlearn.modeling.tiny import tiny_processor
-    from vlm_unlearn.tiny_world.lexicon import FORMS, HEADS, wordings
+    from vlm_unlearn.worlds.tiny.lexicon import FORMS, HEADS, wordings
+    from vlm_unlearn.worlds.tiny.llava import tiny_processor
 
     tokenizer = tiny_processor(vocabulary()).tokenizer
     for intent in HEADS:

@@ -13,7 +13,7 @@ from helpers import raises_code, recipe
 from vlm_unlearn.data.encoding import PromptMeter, Turn, encode_with_labels, render
 from vlm_unlearn.data.formats import llava
 from vlm_unlearn.data.formats.fields import RawRecord
-from vlm_unlearn.data.importers import import_files
+from vlm_unlearn.data_tools.importers import import_files
 from vlm_unlearn.errors import Problems
 from vlm_unlearn.losses import IGNORED, answer_nll
 from vlm_unlearn.modeling.loader import load_processor

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlm_unlearn.data import pipeline
-from vlm_unlearn.data.audit import audit, labeled_questions
-from vlm_unlearn.data.check import Checker, DataSource
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats import llava, safe_eraser, table, vlguard
 from vlm_unlearn.data.formats.table import Columns
-from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.data.readers import read_any
-from vlm_unlearn.data.select_harmful import read_selection_tasks
+from vlm_unlearn.data_tools import pipeline
+from vlm_unlearn.data_tools.audit import audit, labeled_questions
+from vlm_unlearn.data_tools.check import Checker, DataSource
+from vlm_unlearn.data_tools.diversify import diversify
+from vlm_unlearn.data_tools.importers import import_files, import_safe_eraser, import_vlguard
+from vlm_unlearn.data_tools.select_harmful import read_selection_tasks
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import read_records
@@ -222,7 +222,7 @@ def folder_with(file: Path, work: Path) -> Path:
 def test_readers_of_mutated_files_raise_clean_errors_only(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_unlearn.data.audit.NUM_SHUFFLES", 5)  # of a test of significance, not of its input
+    monkeypatch.setattr("vlm_unlearn.data_tools.audit.NUM_SHUFFLES", 5)  # of a test of significance, not of its input
     (tmp_path / "answers-good.json").write_text(json.dumps(SEEDS["answers"]))
     functions = readers(images, tmp_path)
     outcomes = {"read": 0, "rejected": 0}

@@ -12,10 +12,10 @@ from PIL import Image
 
 from helpers import raises_code
 from vlm_unlearn.data import images
-from vlm_unlearn.data.check import Checker, DataSource
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.formats.table import Columns
-from vlm_unlearn.data.importers import import_files, import_safe_eraser, import_vlguard
+from vlm_unlearn.data_tools.check import Checker, DataSource
+from vlm_unlearn.data_tools.importers import import_files, import_safe_eraser, import_vlguard
 from vlm_unlearn.errors import Problems, UserError
 
 

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from helpers import raises_code
-from vlm_unlearn.data.audit import labeled_questions
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.diversify import diversify
 from vlm_unlearn.data.formats.table import Columns, read_table
-from vlm_unlearn.data.importers import import_files
-from vlm_unlearn.data.pipeline import convert
 from vlm_unlearn.data.readers import detect, read_any
+from vlm_unlearn.data_tools.audit import labeled_questions
+from vlm_unlearn.data_tools.diversify import diversify
+from vlm_unlearn.data_tools.importers import import_files
+from vlm_unlearn.data_tools.pipeline import convert
 from vlm_unlearn.errors import Problems
 
 ROWS = [

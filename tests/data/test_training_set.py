@@ -10,8 +10,8 @@ import pytest
 
 from helpers import raises_code
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.data.readers import detect
+from vlm_unlearn.data_tools.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.records import Example
 
 

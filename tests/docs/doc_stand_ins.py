@@ -121,7 +121,7 @@ AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
 
 def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
     """Shrinks the demo: a smaller world, a base model with little training, runs of two steps and few questions."""
-    from vlm_unlearn.tiny_world import base_model, demo, world
+    from vlm_unlearn.worlds.tiny import base_model, demo, world
 
     size = partial(world.WorldSize, train_images=2, test_images=7, general_images=2, train_records=1, val_records=1)
     base = partial(base_model.BaseConfig, steps=60, width=32)

@@ -25,7 +25,7 @@ FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # languages of bloc
 
 @pytest.fixture(scope="module")
 def scene(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
+    from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
 
     with pytest.MonkeyPatch.context() as patch, stub_server(judge_reply) as stub:
         store = tmp_path_factory.mktemp("docs") / "store"

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers import raises_code
+from vlm_unlearn.attacks.base import FunctionAttack
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows, write_images
 from vlm_unlearn.records import Prompt
 
@@ -218,7 +219,7 @@ def rewrites(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def test_attack_makes_prompts_of_prompts() -> None:
-    data = apply_attack(read_rows([{**ROW, "image": png()}]), rewrites)
+    data = apply_attack(read_rows([{**ROW, "image": png()}]), [FunctionAttack(rewrites, {})])
     assert [(prompt.id, prompt.group_id, prompt.rewrite, prompt.set) for prompt in data.prompts] == [
         ("0/Share", "0", 0, "unsafe_attacked"),
         ("0/What", "0", 1, "unsafe_attacked"),
@@ -238,4 +239,4 @@ def test_attack_makes_prompts_of_prompts() -> None:
 def test_broken_attacks_are_errors(attack: Any) -> None:
     data: PromptSet = read_rows([ROW])
     with raises_code("invalid-attack", field="attack"):
-        apply_attack(data, attack)
+        apply_attack(data, [FunctionAttack(attack, {})])

@@ -9,16 +9,15 @@ import pytest
 
 from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.verdicts import build_judge
-from vlm_unlearn.judging.base import Answer, judge_file
+from vlm_unlearn.judging.base import Answer, build_judge, judge_file
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.keyword import PUBLISHED, KeywordJudge, corrected_refusal, published_refusal
-from vlm_unlearn.judging.rouge import RougeJudge
-from vlm_unlearn.judging.tiny_world import TinyWorldJudge
+from vlm_unlearn.judging.rouge_l import RougeJudge
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import read_records, write_json
-from vlm_unlearn.tiny_world.lexicon import REFUSALS, things
-from vlm_unlearn.tiny_world.world import world_facts
+from vlm_unlearn.worlds.tiny.judge import TinyWorldJudge
+from vlm_unlearn.worlds.tiny.lexicon import REFUSALS, things
+from vlm_unlearn.worlds.tiny.world import world_facts
 
 
 def prompt(kind: str, reference: str | None = None) -> Prompt:

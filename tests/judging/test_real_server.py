@@ -127,8 +127,8 @@ def server(answers: list[Answer], rubric: str, tmp_path_factory: pytest.TempPath
 
 def _train(folder: Path, examples: list[Answer], rubric: str) -> None:
     """Trains a tiny LLaVA to name the color of an image with the rubric's prompt."""
-    from vlm_unlearn.modeling.tiny import tiny_llava, tiny_processor
-    from vlm_unlearn.tiny_world.lexicon import vocabulary
+    from vlm_unlearn.worlds.tiny.lexicon import vocabulary
+    from vlm_unlearn.worlds.tiny.llava import tiny_llava, tiny_processor
 
     torch.manual_seed(0)
     processor = tiny_processor(vocabulary())

@@ -18,7 +18,7 @@ from vlm_unlearn.reporting.charts.summary_charts import rewrite_charts
 from vlm_unlearn.reporting.formatting import bounds, change, notes, rule_of_three_note
 from vlm_unlearn.reporting.report import write_report
 from vlm_unlearn.store import write_json, write_records
-from vlm_unlearn.tiny_world.findings import demo_findings
+from vlm_unlearn.worlds.tiny.findings import demo_findings
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",

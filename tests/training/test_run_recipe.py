@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from helpers import raises_code, recipe
 from trained import METHOD_CONFIGS, RMU, StepScene, changed_names, weights
 from vlm_unlearn.config import TrainableConfig
-from vlm_unlearn.data.importers import import_vlguard
+from vlm_unlearn.data_tools.importers import import_vlguard
 from vlm_unlearn.errors import RunError
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.modeling.loader import load_model, load_run_model, run_model_folder

@@ -15,7 +15,7 @@ from torch import nn
 from helpers import raises_code, recipe
 from trained import METHOD_CONFIGS, RMU, RR, StepScene, changed_names, max_difference, weights
 from vlm_unlearn.data.encoding import Batch
-from vlm_unlearn.data.importers import import_vlguard
+from vlm_unlearn.data_tools.importers import import_vlguard
 from vlm_unlearn.methods import METHODS, ReferenceNLL, Role
 from vlm_unlearn.modeling.forward import ForwardOutput, forward
 from vlm_unlearn.modeling.vlm import VisionLanguageModel

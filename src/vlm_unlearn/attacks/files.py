@@ -21,12 +21,13 @@ from vlm_unlearn.attacks.one_word import (
     capitalize_first,
     parse_first_word,
 )
-from vlm_unlearn.data.audit import first_word
+from vlm_unlearn.data.fence import fence
 from vlm_unlearn.data.formats import safe_eraser, vlguard
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.json_stream import write_lines, write_list
-from vlm_unlearn.data.prompts import fence, template
 from vlm_unlearn.data.readers import detect
+from vlm_unlearn.data_tools.audit import first_word
+from vlm_unlearn.data_tools.prompts import template
 from vlm_unlearn.errors import Problems, UserError, quoted, report_problem
 from vlm_unlearn.records import Kind
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from vlm_unlearn.attacks.base import Attack, register
 from vlm_unlearn.config import RewriteConfig
-from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
+from vlm_unlearn.data_tools.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
 
@@ -146,6 +147,17 @@ def capitalize_first(word: str) -> str:
     """Returns the word with a capital, or unchanged if the capital would make another word (such as of a German ß)."""
     capitalized = word[:1].upper() + word[1:]
     return capitalized if capitalized.lower() == word else word
+
+
+@register("one_word")
+class OneWord(Attack):
+    """Rewrites each question so that it begins with a trigger (Safety Mirage, arXiv 2503.11832)."""
+
+    options_type = RewriteConfig
+
+    def apply(self, prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+        """Yields each prompt as `num_rewrites` prompts of the same group."""
+        return rewrite_prompts(prompts, self.options)
 
 
 def rewrite_prompts(prompts: Iterable[Prompt], config: RewriteConfig) -> Iterator[Prompt]:

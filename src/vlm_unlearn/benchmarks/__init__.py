@@ -1,6 +1,8 @@
-"""Utility benchmarks, one module each. A benchmark reads official files, returns questions and scores answers."""
+"""Utility benchmarks, one module each, with the name of the benchmark.
 
-from vlm_unlearn.benchmarks import gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2
+A benchmark reads official files, returns questions and scores answers.
+"""
+
 from vlm_unlearn.benchmarks.base import (
     BENCHMARKS,
     AnswersNotPublicError,
@@ -28,4 +30,3 @@ __all__ = [
     "score_file",
     "score_predictions",
 ]
-_registered = (gqa, mmbench, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2)

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn import plugins
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.plugins import Registry
 
 
 class AnswersNotPublicError(UserError):
@@ -107,10 +109,10 @@ class Benchmark(ABC):
         needs_judge: Whether a judge scores the answers. Then `Prediction.score` is used instead of the text.
     """
 
-    name: ClassVar[str]
-    annotation_file: ClassVar[str]
-    question_file: ClassVar[str]
-    image_folder: ClassVar[str]
+    name: ClassVar[str] = ""
+    annotation_file: ClassVar[str] = ""
+    question_file: ClassVar[str] = ""
+    image_folder: ClassVar[str] = ""
     multiple_files: ClassVar[bool] = False
     needs_judge: ClassVar[bool] = False
 
@@ -197,7 +199,7 @@ class Benchmark(ABC):
         return images
 
 
-BENCHMARKS: dict[str, Benchmark] = {}
+BENCHMARKS: Registry[Benchmark] = plugins.BENCHMARKS
 
 
 def register(
@@ -210,6 +212,9 @@ def register(
         annotation_file: A description of the official annotation file, and where it is from.
         image_folder: A description of the image folder.
         question_file: A description of the second official file, if there is one.
+
+    Raises:
+        UserError: Another module has registered a benchmark of that name.
     """
 
     def add(benchmark: type[Benchmark]) -> type[Benchmark]:
@@ -217,22 +222,25 @@ def register(
         benchmark.annotation_file = annotation_file
         benchmark.image_folder = image_folder
         benchmark.question_file = question_file
-        BENCHMARKS[name] = benchmark()
+        BENCHMARKS.register(name)(benchmark())
         return benchmark
 
     return add
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Returns a registered benchmark.
+    """Returns a benchmark.
+
+    Args:
+        name: The benchmark's name, or ``FILE.py:CLASS``.
 
     Raises:
-        UserError: There is no benchmark of that name.
+        UserError: There is no such benchmark, or the object is not a benchmark.
     """
-    if name not in BENCHMARKS:
-        raise UserError(
-            f"unknown benchmark {quoted(name)}{nearest(name, BENCHMARKS) or '.'} "
-            f"Available: {', '.join(sorted(BENCHMARKS))}.",
-            code="unknown-name",
-        )
-    return BENCHMARKS[name]
+    plugin: object = BENCHMARKS.load(name)
+    benchmark = plugin() if isinstance(plugin, type) and issubclass(plugin, Benchmark) else plugin
+    if not isinstance(benchmark, Benchmark):
+        raise plugins.invalid_plugin("benchmark", name, plugin, "a subclass of Benchmark", "benchmark")
+    if not benchmark.name:
+        type(benchmark).name = plugins.short_name(name)
+    return benchmark

@@ -85,7 +85,7 @@ def convert(
 
       vlm-unlearn data convert VLGuard/train.json train_llava.json
     """
-    from vlm_unlearn.data.pipeline import convert
+    from vlm_unlearn.data_tools.pipeline import convert
 
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     _step(out, [source], strict, as_json, lambda problems: convert(source, out, seed, columns, problems, warn))
@@ -107,7 +107,7 @@ def inject(
 
       vlm-unlearn data inject VLGuard/train.json chosen.json train_harmful.json
     """
-    from vlm_unlearn.data.pipeline import inject
+    from vlm_unlearn.data_tools.pipeline import inject
 
     _step(out, [source, answers], strict, as_json, lambda problems: inject(source, answers, out, problems))
 
@@ -132,7 +132,7 @@ def split(
 
       vlm-unlearn data split train_harmful.json unlearn_data/
     """
-    from vlm_unlearn.data.pipeline import split
+    from vlm_unlearn.data_tools.pipeline import split
 
     outputs = [out / "forget.json", out / "retain.json"]
     _step(out, [source], strict, as_json, lambda problems: split(source, out, include, problems), outputs)
@@ -156,7 +156,7 @@ def mix(
 
       vlm-unlearn data mix unlearn_data/retain.json llava_v1_5_mix665k.json unlearn_data/retain_mixed.json
     """
-    from vlm_unlearn.data.pipeline import mix
+    from vlm_unlearn.data_tools.pipeline import mix
 
     _step(out, [retain, external], strict, as_json, lambda problems: mix(retain, external, out, size, seed, problems))
 
@@ -171,6 +171,6 @@ def to_rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_jso
 
       vlm-unlearn data to-rmu unlearn_data/forget.json unlearn_data/forget_rmu.json
     """
-    from vlm_unlearn.data.pipeline import to_rmu
+    from vlm_unlearn.data_tools.pipeline import to_rmu
 
     _step(out, [source], strict, as_json, lambda problems: to_rmu(source, out, problems))

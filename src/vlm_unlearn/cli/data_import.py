@@ -12,7 +12,7 @@ from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
 from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
-    from vlm_unlearn.data.importers import ImportResult
+    from vlm_unlearn.data_tools.importers import ImportResult
 
 import_app = Commands("Writes a training-set folder from VLGuard, SafeEraser or your own files.")
 IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
@@ -50,7 +50,7 @@ def vlguard(
       vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train
       --harmful-answers harmful.json --out data/vlguard
     """
-    from vlm_unlearn.data.importers import import_vlguard
+    from vlm_unlearn.data_tools.importers import import_vlguard
 
     _check_outputs(out, file, harmful_answers, external)
     with Stages() as stages, file_progress(stages):
@@ -91,7 +91,7 @@ def safe_eraser(
       vlm-unlearn data import safe-eraser dataset/all_train.json --images dataset --refusals dataset/prompt.json
       --out data/safe_eraser
     """
-    from vlm_unlearn.data.importers import import_safe_eraser
+    from vlm_unlearn.data_tools.importers import import_safe_eraser
 
     _check_outputs(out, file, refusals)
     with Stages() as stages, file_progress(stages):
@@ -150,7 +150,7 @@ def files(
 
       vlm-unlearn data import files --forget harmful.json --retain retain_mixed.json --images images --out data/mine
     """
-    from vlm_unlearn.data.importers import import_files
+    from vlm_unlearn.data_tools.importers import import_files
     from vlm_unlearn.errors import UserError
 
     options = {"forget": forget, "retain": retain, "decouple": decouple, "preferred": preferred}

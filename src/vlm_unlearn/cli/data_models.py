@@ -46,7 +46,7 @@ def select_harmful(
       vlm-unlearn data select-harmful train.json llava.json qwen.json --server http://localhost:8000/v1
       --model JUDGE --out chosen.json
     """
-    from vlm_unlearn.data.select_harmful import read_selection_tasks, select
+    from vlm_unlearn.data_tools.select_harmful import read_selection_tasks, select
     from vlm_unlearn.errors import Problems, UserError
     from vlm_unlearn.store import validate_not_overwriting
 
@@ -99,8 +99,8 @@ def diversify(
 
       vlm-unlearn data audit train_diversified.json
     """
-    from vlm_unlearn.data.diversify import diversify
-    from vlm_unlearn.data.paraphrase_rules import WORDINGS
+    from vlm_unlearn.data_tools.diversify import diversify
+    from vlm_unlearn.data_tools.paraphrase_rules import WORDINGS
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import validate_not_overwriting
@@ -140,7 +140,7 @@ def _paraphrases(client: ChatClient, requests: Sequence[tuple[str, str, str]]) -
     Args:
         requests: The id, the question and the first word of each paraphrase.
     """
-    from vlm_unlearn.data.diversify import paraphrase_request, read_paraphrase
+    from vlm_unlearn.data_tools.diversify import paraphrase_request, read_paraphrase
 
     replies = client([(id, paraphrase_request(text, word), None) for id, text, word in requests])
     texts = {id: read_paraphrase(replies[id][0] or "", text, word) for id, text, word in requests if id in replies}

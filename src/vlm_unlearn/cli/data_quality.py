@@ -11,9 +11,9 @@ from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_jso
 from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
-    from vlm_unlearn.data.audit import Audit, LabelBy
-    from vlm_unlearn.data.check import TokenCount
     from vlm_unlearn.data.formats.table import Columns
+    from vlm_unlearn.data_tools.audit import Audit, LabelBy
+    from vlm_unlearn.data_tools.check import TokenCount
     from vlm_unlearn.records import Example
 
 FILE = typer.Argument(
@@ -78,8 +78,8 @@ def audit(
 
       vlm-unlearn data audit VLGuard/train.json --html audit.html
     """
-    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
+    from vlm_unlearn.data_tools.audit import audit, labeled_questions
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import validate_not_overwriting
@@ -139,7 +139,7 @@ def check(
       vlm-unlearn data check data/vlguard --against VLGuard/test.json --against-images VLGuard/test
       --processor llava-hf/llava-1.5-7b-hf
     """
-    from vlm_unlearn.data.check import Checker, DataSource
+    from vlm_unlearn.data_tools.check import Checker, DataSource
     from vlm_unlearn.judging.keyword import corrected_refusal
     from vlm_unlearn.store import validate_not_overwriting, write_json
 

@@ -45,9 +45,9 @@ def demo(
         from vlm_unlearn.reporting.provenance import training_time
         from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.store import RunDirectory, peak_memory_mb
-        from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
-        from vlm_unlearn.tiny_world.demo import run_demo, training_folder
-        from vlm_unlearn.tiny_world.findings import demo_findings
+        from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
+        from vlm_unlearn.worlds.tiny.demo import run_demo, training_folder
+        from vlm_unlearn.worlds.tiny.findings import demo_findings
 
         quiet_libraries()
     with Stages() as stages:

@@ -235,15 +235,16 @@ def methods(as_json: bool = JSON_OPTION) -> None:
     with status_console().status("loading torch"):
         from vlm_unlearn.methods import METHODS
 
+        available = dict(METHODS.working_items(lambda error: typer.echo(f"warning: {error}", err=True)))
     if as_json:
         print_json(
             [
                 {"name": name, "about": _about(method), "source": method.source, "options": _options(method)}
-                for name, method in sorted(METHODS.items())
+                for name, method in available.items()
             ]
         )
         return
-    for name, method in sorted(METHODS.items()):
+    for name, method in available.items():
         options = ", ".join(f"{key}={value}" for key, value in _options(method).items())
         typer.echo(f"{name:<12}{_about(method)}\n{'':<12}{method.source}\n{'':<12}{options or 'no options'}")
 

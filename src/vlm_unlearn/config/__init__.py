@@ -12,6 +12,7 @@ from vlm_unlearn.config.recipe import MethodConfig as MethodConfig
 from vlm_unlearn.config.recipe import ProbeConfig as ProbeConfig
 from vlm_unlearn.config.recipe import Recipe as Recipe
 from vlm_unlearn.config.recipe import TrainableConfig as TrainableConfig
+from vlm_unlearn.config.suite import AttackConfig as AttackConfig
 from vlm_unlearn.config.suite import BenchmarkConfig as BenchmarkConfig
 from vlm_unlearn.config.suite import GenerationConfig as GenerationConfig
 from vlm_unlearn.config.suite import JudgeConfig as JudgeConfig

@@ -6,11 +6,14 @@ import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
-from vlm_unlearn.errors import DeprecatedNameWarning
+from vlm_unlearn.errors import DeprecatedNameWarning, UserError
+from vlm_unlearn.plugins import Registry, absolute_name, is_file_name
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -28,6 +31,30 @@ class DeprecatedNames(BaseModel):
     @classmethod
     def _rename(cls, value: Any) -> Any:
         return rename_deprecated(cls, value) if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True)
+class PluginName:
+    """Marks a text field that contains the name of a plug-in, or ``FILE.py:OBJECT``, whose path becomes absolute.
+
+    Validation imports no plug-in. An unknown name is an error where the plug-in is used, so that the files of a run can
+    be read without its plug-ins.
+    """
+
+    registry: Registry[Any]
+    files: bool = True  # whether the name may be FILE.py:OBJECT
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, name: str) -> str:
+        if not self.files and is_file_name(name):
+            raise UserError(
+                f"a {self.registry.kind} of a suite cannot be in a file. Install it as a package with an entry point "
+                f"in the group {self.registry.group}.",
+                code="unsupported-setting",
+            )
+        return absolute_name(name)
 
 
 class Strict(DeprecatedNames):

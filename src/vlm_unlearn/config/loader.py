@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from vlm_unlearn.config.base import nested_configs, rename_deprecated
 from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn.plugins import METHODS
 from vlm_unlearn.store import describe_path
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -345,23 +346,13 @@ def validate(config: type[Config], value: object, source: str) -> Config:
     raise UserError(first["msg"].removeprefix("Value error, "), code=code, file=source, field=key or None)
 
 
-_METHOD_OPTIONS = (
-    "beta",
-    "gamma",
-    "forget_weight",
-    "retain_weight",
-    "paper_compat",
-)  # options of methods, which are not fields of the recipe's class
-
-
 def _suggested_key(config: type[BaseModel], key: str, siblings: Sequence[str]) -> str:
     """Returns a suggestion for an unknown key, or the list of valid keys.
 
     The candidates are, in this order: the same key elsewhere in the config, a key that it abbreviates (``lr`` for
     ``learning_rate``), and the most similar key at the same place.
     """
-    options = [f"method.{option}" for option in _METHOD_OPTIONS] if "method" in config.model_fields else []
-    paths = [*_paths(config), *options]
+    paths = [*_paths(config), *(_method_options() if "method" in config.model_fields else ())]
     matches = [path for path in paths if f".{path}".endswith(f".{key}")]
     if not matches:
         matches = [name for name in siblings if _initials(name) == key]
@@ -370,6 +361,12 @@ def _suggested_key(config: type[BaseModel], key: str, siblings: Sequence[str]) -
     if matches:
         return f"; did you mean {' or '.join(map(quoted, matches[:3]))}?"
     return nearest(key, siblings) or f"; valid keys: {', '.join(siblings)}"
+
+
+def _method_options() -> list[str]:
+    """Returns the dotted keys of the options of this package's methods. It imports the methods."""
+    options = {option for _, method in METHODS.built_in_items() for option in method.options_type.model_fields}
+    return [f"method.{option}" for option in sorted(options)]
 
 
 def _initials(name: str) -> str:

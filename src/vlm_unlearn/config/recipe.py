@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from vlm_unlearn.config.base import DeprecatedNames, Positive, Strict
+from vlm_unlearn import plugins
+from vlm_unlearn.config.base import DeprecatedNames, PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.records import Fraction
 from vlm_unlearn.store import user_path
@@ -21,8 +22,8 @@ class MethodConfig(DeprecatedNames):
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
-    name: str
-    """Name of the method. `vlm-unlearn methods` lists the methods with their options."""
+    name: Annotated[str, PluginName(plugins.METHODS)]
+    """Name of the method, or `FILE.py:CLASS`. `vlm-unlearn methods` lists the methods with their options."""
 
 
 class LoraConfig(Strict):

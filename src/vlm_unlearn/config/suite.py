@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from vlm_unlearn.config.base import Positive, Strict
+from vlm_unlearn import plugins
+from vlm_unlearn.config.base import DeprecatedNames, PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.records import Kind, Label
-from vlm_unlearn.store import user_path
+from vlm_unlearn.store import digest_json, user_path
 
 
 class RewriteConfig(Strict):
@@ -27,6 +28,15 @@ class RewriteConfig(Strict):
     """First word of the rewrites. `control` uses neither of the two."""
     num_rewrites: Annotated[int, Field(gt=0, le=5)] = 1
     """Number of different rewrites of each question."""
+
+
+class AttackConfig(DeprecatedNames):
+    """An attack on the prompts of a split. `name` selects it, and the other keys are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, PluginName(plugins.ATTACKS)]
+    """Name of the attack, or `FILE.py:NAME`. `one_word` has the options of `rewrite`."""
 
 
 class SplitConfig(Strict):
@@ -49,9 +59,30 @@ class SplitConfig(Strict):
     The sets forget, retain and decouple of a table are `unsafe`, `safe` and `safe_image_unsafe_question`.
     """
     rewrite: RewriteConfig | None = None
-    """Rewrites of the questions. Null leaves the questions unchanged."""
+    """Rewrites of the questions, as a short form of the attack `one_word`. Null leaves the questions unchanged."""
+    attack: list[AttackConfig] = []
+    """Attacks on the prompts, in their order. An attack can be given by its name alone."""
     samples: Annotated[int, Field(gt=0, le=1000)] = 1
     """Number of answers to each prompt. More than one needs `generation.temperature`."""
+
+    @field_validator("attack", mode="before")
+    @classmethod
+    def _expand_attacks(cls, value: Any) -> Any:
+        attacks = value if isinstance(value, list) else [value]
+        return [{"name": attack} if isinstance(attack, str) else attack for attack in attacks]
+
+    @property
+    def attacks(self) -> list[AttackConfig]:
+        """All attacks in their order. `rewrite` is the first."""
+        if self.rewrite is None:
+            return list(self.attack)
+        return [AttackConfig(name="one_word", **self.rewrite.model_dump()), *self.attack]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the only attack is the control of the one-word attack."""
+        options = [attack.model_extra or {} for attack in self.attacks if attack.name == "one_word"]
+        return len(self.attacks) == 1 and [option.get("trigger") for option in options] == ["control"]
 
 
 class SampleConfig(Strict):
@@ -86,16 +117,19 @@ class JudgeConfig(Strict):
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
-    name: Literal["keyword", "tiny_world", "llm", "rouge_l", "function"]
+    name: Annotated[str, PluginName(plugins.JUDGES)]
     """`keyword` detects refusals, `llm` is a language model, `rouge_l` compares answers with references.
 
     `tiny_world` checks answers against the facts of the demo's world. `function` is a Python function, with which
-    `vlm_unlearn.evaluation.evaluate` has graded answers.
+    `vlm_unlearn.evaluation.evaluate` has graded answers. Other names are those of plug-ins, and `FILE.py:NAME` is a
+    class or function of a file.
     """
     paper_compat: bool = False
     """Count as the published implementation, for `keyword`, `rouge_l`, and the rubrics of the two papers."""
     function: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = None
     """For `function`: the name of the judge."""
+    options: dict[str, Any] = {}
+    """For a plug-in: the arguments of its class."""
     world: Path | None = None
     """For `tiny_world`: the file with the facts of the world."""
     rubric: str | None = None
@@ -149,6 +183,10 @@ class JudgeConfig(Strict):
             )
         if self.rubric is not None and ("/" in self.rubric or self.rubric.endswith(".txt")):
             object.__setattr__(self, "rubric", str(user_path(self.rubric).absolute()))
+        if self.options and self.name in plugins.JUDGES.built_in:
+            raise UserError(
+                f"`options` are for plug-ins, and {self.name} is a built-in judge", code="conflicting-settings"
+            )
         _check_no_password(self.server)
         return self
 
@@ -157,6 +195,9 @@ class JudgeConfig(Strict):
         """The judge's name in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
         if self.function is not None:
             return self.function
+        if self.name not in plugins.JUDGES.built_in:
+            options = f"-{digest_json(self.options)[:8]}" if self.options else ""
+            return f"{_file_name(plugins.short_name(self.name))}{options}"
         paper = "-paper" if self.paper_compat else ""
         if self.rubric is None:
             return f"{self.name}{paper}"
@@ -168,8 +209,9 @@ class JudgeConfig(Strict):
         """Returns the keys that influence the verdicts."""
         irrelevant = {"concurrency", "timeout", "retries", "batch_size", "cache"}
         irrelevant |= {"input_price", "output_price", "world"}
-        # Other judges do not have the key, so that verdicts of earlier versions stay valid.
+        # Most judges do not have these keys, so that verdicts of earlier versions stay valid.
         irrelevant |= {"function"} if self.function is None else set()
+        irrelevant |= set() if self.options else {"options"}
         return self.model_dump(mode="json", exclude=irrelevant)
 
 
@@ -228,8 +270,11 @@ class MetricConfig(Strict):
 class GenerationConfig(Strict):
     """Generation of the model's answers."""
 
-    backend: Literal["hf", "openai", "vllm"] = "hf"
-    """`hf` runs transformers locally, `vllm` runs vLLM locally, and `openai` uses an OpenAI-compatible server."""
+    backend: Annotated[str, PluginName(plugins.BACKENDS)] = "hf"
+    """`hf` runs transformers locally, `vllm` runs vLLM locally, and `openai` uses an OpenAI-compatible server.
+
+    Other names are those of plug-ins, and `FILE.py:CLASS` is a class of a file.
+    """
     server: str | None = None
     """For `openai`: address of the server. The suite's `model` is the name of the model on it."""
     max_new_tokens: Positive = 256
@@ -249,11 +294,12 @@ class GenerationConfig(Strict):
     timeout: Annotated[float, Field(ge=0.1, le=3600)] = 300.0
     """For `openai`: timeout of an attempt in seconds."""
     request: dict[str, Any] = {}
-    """For `openai`: keys to add to each request. A null removes a key."""
+    """For `openai`: keys to add to each request. A null removes a key. For a plug-in: any settings."""
 
     @model_validator(mode="after")
     def _check_server(self) -> GenerationConfig:
-        if (self.backend == "openai") != (self.server is not None):
+        is_built_in = self.backend in plugins.BACKENDS.built_in
+        if is_built_in and (self.backend == "openai") != (self.server is not None):
             raise UserError(
                 "`backend: openai` needs a `server`, such as http://localhost:8000/v1, and other backends have none",
                 code="conflicting-settings",
@@ -265,7 +311,7 @@ class GenerationConfig(Strict):
 class BenchmarkConfig(Strict):
     """A utility benchmark with its official files. Its metric has the name of the benchmark."""
 
-    name: str
+    name: Annotated[str, PluginName(plugins.BENCHMARKS, files=False)]
     """Name of the benchmark. `vlm-unlearn benchmark list` lists them."""
     annotations: Annotated[list[Path], Field(min_length=1)]
     """The official annotation file. POPE's headline score is the mean over three files."""

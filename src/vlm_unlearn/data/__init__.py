@@ -1,1 +1,1 @@
-"""Reads and validates datasets, and encodes them as model inputs."""
+"""Reads and validates the data of training and evaluation, and encodes it as model inputs."""

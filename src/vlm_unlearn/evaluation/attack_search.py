@@ -27,8 +27,7 @@ from vlm_unlearn.config import GenerationConfig, JudgeConfig, SplitConfig
 from vlm_unlearn.data.readers import detect
 from vlm_unlearn.errors import Problems, UserError
 from vlm_unlearn.evaluation.prompts import prompts_digest, split_prompts
-from vlm_unlearn.evaluation.verdicts import build_judge
-from vlm_unlearn.judging.base import Answer, OfflineJudge
+from vlm_unlearn.judging.base import Answer, OfflineJudge, build_judge
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Kind, Label, Prompt, Rate, Record, Response, Verdict
 from vlm_unlearn.store import EvaluationRun, RecordLog, digest_json, write_json, write_records
@@ -229,8 +228,8 @@ def candidate_words(file: Path, goal: Goal) -> dict[str, str]:
 
     The triggers that an audit of the file finds come first, those of the goal's direction before the others.
     """
-    from vlm_unlearn.data.audit import audit, labeled_questions
     from vlm_unlearn.data.readers import read_any
+    from vlm_unlearn.data_tools.audit import audit, labeled_questions
 
     triggers = audit(labeled_questions(read_any(file, problems=Problems()), "auto", lambda text: False)).triggers
     directions = ("answer", "refuse") if goal == "break" else ("refuse", "answer")

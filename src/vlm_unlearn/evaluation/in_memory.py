@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,25 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm_unlearn.config import GenerationConfig, JudgeConfig, MetricConfig, validate
+from vlm_unlearn.attacks.base import Attack, AttackFunction, FunctionAttack, build_attack
+from vlm_unlearn.config import AttackConfig, GenerationConfig, JudgeConfig, MetricConfig, validate
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.evaluation.result import EvaluationPlan, EvaluationResult
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows
-from vlm_unlearn.evaluation.verdicts import build_judge
 from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.hf import ModelBackend
-from vlm_unlearn.judging.base import Answer, Judge, grade_missing, judge_file
+from vlm_unlearn.judging.base import Answer, Judge, build_judge, grade_missing, judge_file
 from vlm_unlearn.judging.function import FunctionJudge
 from vlm_unlearn.judging.function import judge as make_judge
 from vlm_unlearn.metrics.named import Metric, default_metrics
 from vlm_unlearn.modeling.structure import get_base_model
-from vlm_unlearn.records import Prompt, Response, Summary, Verdict
+from vlm_unlearn.records import Response, Summary, Verdict
 from vlm_unlearn.store import EvaluationRun, RecordList, RecordLog, RecordSink, read_records, user_path
 
-Attack = Callable[[list[Prompt]], Iterable[Prompt]]
+AttackArgument = Attack | AttackConfig | AttackFunction | str
 
 
 def evaluate(
@@ -38,7 +38,7 @@ def evaluate(
     dataset: Any,
     judge: Judge | JudgeConfig | str | Callable[..., Any],
     metrics: Metric | Sequence[Metric] | None = None,
-    attack: Attack | None = None,
+    attack: AttackArgument | Sequence[AttackArgument] | None = None,
     generation: GenerationConfig | None = None,
     samples: int = 1,
     output_dir: str | Path | None = None,
@@ -77,7 +77,8 @@ def evaluate(
         metrics: The metrics, such as ``[ASR(), RefusalRate()]``. By default, those that the kinds of rows and the
             judge's labels allow: `asr` over unsafe rows, `refusal_rate` over safe rows, `sarr`, `degenerate_rate` and
             `mean_score`.
-        attack: A function that takes and returns a list of `Prompt`, such as several rewrites of each question. The
+        attack: A function that takes and returns a list of `Prompt`, such as several rewrites of each question, an
+            `Attack`, an `AttackConfig`, the name of an attack, or a list of these, which are applied in order. The
             model answers the returned prompts, and the names of metrics get the ending ``_attacked``.
         generation: The generation settings. The default is greedy decoding with at most 256 tokens. `backend` and
             `precision` do not apply to a model in memory.
@@ -107,7 +108,7 @@ def evaluate(
     _validate_arguments(model, processor, generation, samples)
     data = read_rows(dataset, image_root)
     if attack is not None:
-        data = apply_attack(data, attack)
+        data = apply_attack(data, _resolve_attacks(attack))
     grader, judge_config = _resolve_judge(judge)
     suffix = "" if attack is None else "_attacked"
     metric_configs = None if metrics is None else _metric_configs(metrics, data, grader, suffix)
@@ -223,6 +224,22 @@ def _resolve_judge(judge: Judge | JudgeConfig | str | Callable[..., Any]) -> tup
         )
     grader = judge if isinstance(judge, Judge) else make_judge(judge)
     return grader, JudgeConfig(name="function", function=grader.name)
+
+
+def _resolve_attacks(attack: AttackArgument | Sequence[AttackArgument]) -> list[Attack]:
+    attacks: Sequence[Any] = attack if isinstance(attack, Sequence) and not isinstance(attack, str) else [attack]
+    resolved = []
+    for item in attacks:
+        config = AttackConfig(name=item) if isinstance(item, str) else item
+        if isinstance(config, AttackConfig):
+            resolved.append(build_attack(config))
+        elif isinstance(config, Attack):
+            resolved.append(config)
+        elif callable(config) and not isinstance(config, type):
+            resolved.append(FunctionAttack(config, {}))
+        else:
+            raise UserError(f"{config!r} is not an attack.", code="invalid-attack", field="attack")
+    return resolved
 
 
 def _default_metrics(data: PromptSet, judge: Judge, verdicts: Sequence[Verdict]) -> list[Metric]:

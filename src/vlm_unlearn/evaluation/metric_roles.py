@@ -76,11 +76,11 @@ def _metric_role(metric: str, suite: Suite | None) -> MetricRole | None:
     role = _role_by_definition(config, {split.kind for split in splits}) or ROLES_BY_NAME.get(metric)
     if role is None:
         return None
-    triggers = {split.rewrite.trigger for split in splits if split.rewrite is not None}
-    # Without a `rewrite`, the file may still contain attacked questions, such as the released files of the published
+    attacked = [split for split in splits if split.attacks]
+    # Without an attack, the file may still contain attacked questions, such as the released files of the published
     # attack. Only the metric's name shows it.
-    if triggers:
-        condition = "control" if triggers == {"control"} else "attacked"
+    if attacked:
+        condition = "control" if all(split.is_control for split in attacked) else "attacked"
     return MetricRole(metric, role, condition, config, max((split.samples for split in splits), default=1))
 
 

@@ -11,10 +11,9 @@ from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.evaluation.scoring import metric_rate
-from vlm_unlearn.evaluation.verdicts import build_judge
 from vlm_unlearn.generation.base import build_requests, evenly_spaced
 from vlm_unlearn.generation.hf import ModelBackend
-from vlm_unlearn.judging.base import Answer, OfflineJudge, grade_missing
+from vlm_unlearn.judging.base import Answer, OfflineJudge, build_judge, grade_missing
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import RecordList, digest_json
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlm_unlearn.attacks.one_word import rewrite_prompts
+from vlm_unlearn.attacks.base import apply_attacks
 from vlm_unlearn.benchmarks import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.config import SampleConfig, SplitConfig, Suite
 from vlm_unlearn.data.formats import safe_eraser, table, vlguard
@@ -17,7 +17,7 @@ from vlm_unlearn.store import digest_file, digest_json, read_records
 
 
 def split_prompts(split: SplitConfig) -> list[Prompt]:
-    """Reads the prompts of one split, and rewrites them if the split has a `rewrite`.
+    """Reads the prompts of one split, and applies its attacks.
 
     Raises:
         UserError: The file is broken, an image is missing, or the file has no prompt of the split's kind.
@@ -39,7 +39,7 @@ def split_prompts(split: SplitConfig) -> list[Prompt]:
         originals = table.prompts(rows, split.name, split.kind)
     else:
         originals = safe_eraser.prompts(safe_eraser.read_safe_eraser(split.file, split.images), split.name, split.kind)
-    prompts = list(rewrite_prompts(originals, split.rewrite) if split.rewrite else originals)
+    prompts = apply_attacks(originals, split.attacks)
     if not prompts:
         raise UserError(
             f'the split "{split.name}" has no prompts: the file contains none of kind "{split.kind}".',

@@ -6,11 +6,12 @@ import io
 import math
 import numbers
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from vlm_unlearn.attacks.base import Attack
 from vlm_unlearn.data.formats import table
 from vlm_unlearn.data.images import FORMATS, ImageReference, image_reference, image_size, open_image
 from vlm_unlearn.errors import UserError, nearest, quoted
@@ -82,26 +83,21 @@ def read_rows(dataset: Any, image_root: str | Path | None = None) -> PromptSet:
     return _by_split(prompts, images)
 
 
-def apply_attack(data: PromptSet, attack: Callable[[list[Prompt]], Iterable[Prompt]]) -> PromptSet:
-    """Returns the prompts that an attack makes of prompts. Split names get the ending ``_attacked``.
+def apply_attack(data: PromptSet, attacks: Sequence[Attack]) -> PromptSet:
+    """Returns the prompts that attacks make of prompts. Split names get the ending ``_attacked``.
 
     Args:
         data: The prompts.
-        attack: Returns prompts for prompts, such as several rewrites of each.
+        attacks: The attacks, in their order.
 
     Raises:
-        UserError: The attack returns no prompts, something else than prompts, two prompts with the same id, or a prompt
-            with an image that the data do not have.
+        UserError: An attack returns invalid prompts (`checked_prompts`), or a prompt with an image that the data do not
+            have.
     """
-    attacked = list(attack(list(data.prompts)))
+    attacked = list(data.prompts)
+    for attack in attacks:
+        attacked = attack(attacked)
     for number, prompt in enumerate(attacked, start=1):
-        if not isinstance(prompt, Prompt):
-            raise UserError(
-                f"the attack returned a {type(prompt).__name__}, not a Prompt.",
-                code="invalid-attack",
-                record=number,
-                field="attack",
-            )
         if prompt.image is not None and prompt.image not in data.images:
             raise UserError(
                 f"the attack returned the unknown image {quoted(prompt.image)}.",
@@ -109,10 +105,6 @@ def apply_attack(data: PromptSet, attack: Callable[[list[Prompt]], Iterable[Prom
                 record=number,
                 field="attack",
             )
-    ids = Counter(prompt.id for prompt in attacked)
-    if not attacked or len(ids) < len(attacked):
-        problem = f"several prompts with the id {quoted(ids.most_common(1)[0][0])}" if attacked else "no prompts"
-        raise UserError(f"the attack returned {problem}.", code="invalid-attack", field="attack")
     renamed = [prompt.model_copy(update={"set": f"{prompt.set}_attacked"}) for prompt in attacked]
     return _by_split(renamed, data.images)
 

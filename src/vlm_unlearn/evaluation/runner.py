@@ -7,7 +7,8 @@ from os import PathLike
 from vlm_unlearn.config import Suite
 from vlm_unlearn.evaluation.generate import OnDone, generate_run
 from vlm_unlearn.evaluation.scoring import score_run
-from vlm_unlearn.evaluation.verdicts import build_judge, judge_run, splits_judged_by, suite_judges
+from vlm_unlearn.evaluation.verdicts import judge_run, splits_judged_by, suite_judges
+from vlm_unlearn.judging.base import build_judge
 from vlm_unlearn.records import Row
 from vlm_unlearn.store import EvaluationRun
 

@@ -14,42 +14,9 @@ from vlm_unlearn.errors import RunError, UserError, nearest, quoted
 from vlm_unlearn.evaluation.core import pair_answers
 from vlm_unlearn.evaluation.generate import OnDone, saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
-from vlm_unlearn.judging.base import Answer, Judge, judge_file
-from vlm_unlearn.judging.keyword import KeywordJudge
-from vlm_unlearn.judging.rouge import RougeJudge
-from vlm_unlearn.judging.tiny_world import TinyWorldJudge
+from vlm_unlearn.judging.base import Answer, Judge, build_judge, judge_file
 from vlm_unlearn.records import Prompt, Record, Response, Verdict
 from vlm_unlearn.store import EvaluationRun, read_records
-
-
-def build_judge(config: JudgeConfig) -> Judge:
-    """Returns the judge that a config describes.
-
-    Raises:
-        UserError: A file or a setting that the judge needs is missing.
-    """
-    if config.name == "keyword":
-        return KeywordJudge(config.paper_compat)
-    if config.name == "rouge_l":
-        return RougeJudge(config.paper_compat)
-    if config.name == "llm":
-        from vlm_unlearn.judging.llm import LLMJudge
-
-        return LLMJudge(config)
-    if config.name == "function":
-        raise UserError(
-            f"the judge {config.function} is a Python function. Grade with it by vlm_unlearn.evaluation.evaluate, or "
-            "pass another judge, such as judge=keyword.",
-            code="unsupported-setting",
-            field="judge.name",
-        )
-    if config.world is None:
-        raise UserError(
-            "the judge tiny_world needs the facts of the world. Pass judge.world=.../world.json.",
-            code="missing-setting",
-            field="judge.world",
-        )
-    return TinyWorldJudge(config.world)
 
 
 def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from vlm_unlearn import plugins
+from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import ImageSource, resolve_image
+from vlm_unlearn.plugins import Registry
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
 
@@ -52,6 +55,10 @@ class Backend(Protocol):
 
     def run_one_by_one(self, requests: Sequence[GenerationRequest]) -> Iterator[Response]:
         """Yields the responses to requests that each run without any other request in the batch."""
+
+
+# A backend is a class, or a function, that takes the suite's `model` and a `GenerationConfig`.
+BACKENDS: Registry[Callable[[str, GenerationConfig], Backend]] = plugins.BACKENDS
 
 
 def build_requests(

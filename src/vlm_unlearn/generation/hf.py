@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Processor, Turn, encode, move
 from vlm_unlearn.generation.base import (
+    BACKENDS,
     GenerationRequest,
     OnResponses,
     build_requests,
@@ -78,6 +79,7 @@ class ModelBackend:
             yield from responses
 
 
+@BACKENDS.register("hf")
 class HFBackend:
     """Generates with a model folder, hub name, adapter folder or training run, loaded at the first request.
 

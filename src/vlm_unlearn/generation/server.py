@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse
 from vlm_unlearn.generation.openai_chat import OpenAIChat
 from vlm_unlearn.records import Response
 
 
+@BACKENDS.register("openai")
 class ServerBackend:
     """Generates with any OpenAI-compatible server. Responses arrive one at a time, in any order.
 

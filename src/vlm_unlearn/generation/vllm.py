@@ -12,7 +12,7 @@ from typing import Any
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import RunDirectory
@@ -21,6 +21,7 @@ BATCH_SIZE_FACTOR = 16  # requests per call, as a multiple of batch_size: vLLM s
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
+@BACKENDS.register("vllm")
 class VLLMBackend:
     """Generates with a model folder or hub name, using tensor parallelism over all GPUs visible to this process.
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from vlm_unlearn import plugins
+from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.data.images import ImageReference, ImageSource, resolve_image
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging import degenerate
+from vlm_unlearn.plugins import Registry, code_digest
 from vlm_unlearn.records import Label, Prompt, Response, Verdict
-from vlm_unlearn.store import RecordLog, RecordSink, digest_file, digest_text, read_records, write_records
+from vlm_unlearn.store import RecordLog, RecordSink, digest_file, read_records, write_records
 
 OnVerdict = Callable[[Verdict], None]
 FLUSH_COUNT = 256  # pending verdicts after which they are written
@@ -63,6 +67,20 @@ class Judge(ABC):
     name: str
     labels: tuple[Label, ...]
 
+    @classmethod
+    def from_config(cls, config: JudgeConfig) -> Judge:
+        """Returns the judge that a config describes. The default passes `config.options` to the constructor.
+
+        Raises:
+            UserError: An option is unknown or missing, or its value is invalid.
+        """
+        try:
+            return cls(**config.options)
+        except TypeError as error:
+            raise UserError(
+                f"the options do not fit the judge {config.name}: {error}", code="invalid-field", field="judge.options"
+            ) from error
+
     def identity(self) -> Mapping[str, object]:
         """Returns everything that determines the verdicts. If it differs, earlier verdicts are not reused."""
         return {
@@ -107,24 +125,6 @@ class OfflineJudge(Judge):
         """Grades answers in order and calls `on_verdict` after each."""
         for answer in answers:
             on_verdict(self.verdict(answer))
-
-
-def code_digest(target: type | Callable[..., object]) -> str:
-    """Returns a digest of the code of a class or a function. It never raises an error.
-
-    For a class it covers the file of the class, and in a notebook the source of the class alone. For a function it
-    covers the source of the function. If there is no source, such as for a function that `exec` has defined, the
-    result differs from every other result, so that no verdict is reused.
-    """
-    try:
-        if isinstance(target, type):
-            try:
-                return digest_file(Path(inspect.getfile(target)))
-            except (OSError, TypeError):  # a class of a notebook or of __main__ has no file
-                return digest_text(inspect.getsource(target))
-        return digest_text(inspect.getsource(target))
-    except Exception:  # inspect raises many types of errors for objects without a source
-        return f"unknown source, {uuid.uuid4()}"
 
 
 def grade_missing(
@@ -197,3 +197,33 @@ def _remove_failed_verdicts(log: RecordLog, answers: Sequence[Answer]) -> None:
     if len(verdicts) < count:
         write_records(log.path, verdicts.values())
         log.keys = set(verdicts)
+
+
+JUDGES: Registry[type[Judge] | Judge | Callable[..., Any]] = plugins.JUDGES
+register = JUDGES.register
+
+
+def build_judge(config: JudgeConfig) -> Judge:
+    """Returns the judge that a config describes.
+
+    A plug-in is a subclass of `Judge`, an object of one, or a function from which the decorator `judge` makes one.
+
+    Raises:
+        UserError: There is no such judge, or a file or a setting that it needs is missing.
+    """
+    plugin = JUDGES.load(config.name, "judge.name")
+    if isinstance(plugin, type) and issubclass(plugin, Judge):
+        judge = plugin.from_config(config)
+    elif isinstance(plugin, type) or not (isinstance(plugin, Judge) or callable(plugin)):
+        raise plugins.invalid_plugin("judge", config.name, plugin, "a Judge or a function", "judge.name")
+    elif config.options:
+        raise UserError(
+            f"the judge {config.name} is no class and has no options", code="unknown-key", field="judge.options"
+        )
+    else:
+        from vlm_unlearn.judging.function import judge as make_judge
+
+        judge = copy.copy(plugin if isinstance(plugin, Judge) else make_judge(plugin))
+    if JUDGES.origin(config.name) is not None:
+        judge.name = config.judge_id  # names the files of its verdicts
+    return judge

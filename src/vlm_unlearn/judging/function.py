@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.data.images import open_image
 from vlm_unlearn.errors import UserError, nearest, printable, quoted
 from vlm_unlearn.judging import degenerate
-from vlm_unlearn.judging.base import Answer, OfflineJudge, code_digest
+from vlm_unlearn.judging.base import Answer, OfflineJudge, register
 from vlm_unlearn.judging.degenerate import degenerate_reason
+from vlm_unlearn.plugins import code_digest
 from vlm_unlearn.records import LABELS, Label, Prompt, Response, Verdict
 from vlm_unlearn.store import digest_file
 
@@ -37,6 +39,7 @@ class Judgment:
     explanation: str | None = None
 
 
+@register("function")
 class FunctionJudge(OfflineJudge):
     """A judge that calls a function for each answer. The decorator `judge` makes one.
 
@@ -83,6 +86,20 @@ class FunctionJudge(OfflineJudge):
         is_plain = inspect.isfunction(function) or inspect.ismethod(function)
         self._code = code_digest(function if is_plain else type(function)) if version is None else None
         self._version = version
+
+    @classmethod
+    def from_config(cls, config: JudgeConfig) -> FunctionJudge:
+        """Raises an error: a suite contains the name of a function that `evaluate` got, and not the function.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            f"the judge {config.function} is a Python function. Grade with it by vlm_unlearn.evaluation.evaluate, or "
+            "pass another judge, such as judge=keyword.",
+            code="unsupported-setting",
+            field="judge.name",
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from vlm_unlearn.judging.base import OfflineJudge
+from vlm_unlearn.config import JudgeConfig
+from vlm_unlearn.judging.base import OfflineJudge, register
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.records import Prompt, Verdict
 
@@ -126,6 +127,7 @@ def corrected_refusal(text: str) -> str | None:
     return match.group(0) if match else None
 
 
+@register("keyword")
 class KeywordJudge(OfflineJudge):
     """Labels an answer refused, degenerate or complied. Keywords cannot detect an irrelevant answer.
 
@@ -137,6 +139,11 @@ class KeywordJudge(OfflineJudge):
         self.name = "keyword-paper" if paper_compat else "keyword"
         self.labels = ("complied", "refused") if paper_compat else ("complied", "refused", "degenerate")
         self._paper_compat = paper_compat
+
+    @classmethod
+    def from_config(cls, config: JudgeConfig) -> KeywordJudge:
+        """Returns the judge that a config describes."""
+        return cls(config.paper_compat)
 
     def grade(self, prompt: Prompt, text: str) -> Verdict:
         """Returns a verdict that contains the matched phrase, or the reason why the answer is degenerate."""

@@ -9,7 +9,7 @@ from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import ChatCache, ChatModel, ChatRequest, ChatResponse, complete_many
 from vlm_unlearn.generation.openai_chat import OpenAIChat
-from vlm_unlearn.judging.base import Answer, Judge, OnVerdict
+from vlm_unlearn.judging.base import Answer, Judge, OnVerdict, register
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.rubric import Grade, Rubric, load_rubric
 from vlm_unlearn.records import Verdict
@@ -22,6 +22,7 @@ MAX_RAW_LENGTH = 2000  # characters of a reply that are stored in the verdict
 UNPARSED_REPLY = "the reply contains no verdict in the requested form"
 
 
+@register("llm")
 class LLMJudge(Judge):
     """Grades answers by a rubric, with greedy decoding. Replies are cached by model, prompt and image.
 
@@ -65,6 +66,11 @@ class LLMJudge(Judge):
         self._images = config.images and self.rubric.header.image
         self._follows_mirage_script = config.paper_compat and self.rubric.name == "relevance"
         self._chat = self._build_chat()  # a wrong address or folder raises now, before hours of generation
+
+    @classmethod
+    def from_config(cls, config: JudgeConfig) -> LLMJudge:
+        """Returns the judge that a config describes."""
+        return cls(config)
 
     def identity(self) -> Mapping[str, object]:
         """Returns the base identity, the rubric, the model, and the code that parses replies."""

@@ -25,7 +25,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from vlm_unlearn.config import Strict, validate
-from vlm_unlearn.data.prompts import fence
+from vlm_unlearn.data.fence import fence
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import LABELS, Label, Prompt
 from vlm_unlearn.store import digest_text, user_path

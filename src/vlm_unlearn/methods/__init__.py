@@ -1,6 +1,5 @@
-"""The unlearning methods, one file each. Importing this package registers all of them."""
+"""The unlearning methods, one file each. A file has the name of its method and is imported when that is used."""
 
-from vlm_unlearn.methods import dpo, gradient_ascent, mixed_sft, npo, po, rmu, rr, simnpo, undial
 from vlm_unlearn.methods.base import (
     METHODS,
     LossOutput,
@@ -28,4 +27,3 @@ __all__ = [
     "TokenKind",
     "build_method",
 ]
-_registered = (dpo, gradient_ascent, mixed_sft, npo, po, rmu, rr, simnpo, undial)

@@ -15,8 +15,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vlm_unlearn import plugins
 from vlm_unlearn.config import MethodConfig, Strict, validate
-from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.plugins import Registry
 
 NonNegative = Annotated[float, Field(ge=0)]
 Role = Literal["forget", "retain", "decouple", "preferred"]
@@ -124,8 +126,8 @@ class Options(Strict):
 class Method:
     """Base class of all methods. Subclasses set `options_type` and `reference_requirements`, and implement `loss`."""
 
-    name: ClassVar[str]
-    source: ClassVar[str]
+    name: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     """The paper and its arXiv number."""
     options_type: ClassVar[type[Options]] = Options
     forget_target: ClassVar[Literal["original", "refusal"]] = "original"
@@ -203,7 +205,7 @@ class Method:
         return {}
 
 
-METHODS: dict[str, type[Method]] = {}
+METHODS: Registry[type[Method]] = plugins.METHODS
 
 
 def register(name: str, source: str) -> Callable[[type[Method]], type[Method]]:
@@ -212,15 +214,34 @@ def register(name: str, source: str) -> Callable[[type[Method]], type[Method]]:
     Args:
         name: The name of the method in recipes.
         source: The paper and its arXiv number.
+
+    Raises:
+        UserError: Another module has registered a method of that name.
     """
 
     def add(method: type[Method]) -> type[Method]:
         method.name = name
         method.source = source
-        METHODS[name] = method
-        return method
+        return METHODS.register(name)(method)
 
     return add
+
+
+def get_method(name: str) -> type[Method]:
+    """Returns the class of a method.
+
+    Args:
+        name: The name of the method, or ``FILE.py:CLASS``.
+
+    Raises:
+        UserError: There is no such method, or the object is not a method.
+    """
+    method = METHODS.load(name, "method")
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise plugins.invalid_plugin("method", name, method, "a subclass of Method", "method")
+    if not method.name:
+        method.name = plugins.short_name(name)
+    return method
 
 
 def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
@@ -229,15 +250,9 @@ def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
     Raises:
         UserError: The method or one of its options is unknown, or the value of an option is invalid.
     """
-    from vlm_unlearn.methods.prompt_decouple import PromptDecouple
+    from vlm_unlearn.methods.wrappers.prompt_decouple import PromptDecouple
 
-    if config.name not in METHODS:
-        raise UserError(
-            f"unknown method {quoted(config.name)}{nearest(config.name, METHODS) or '.'} "
-            f"Methods: {', '.join(sorted(METHODS))}.",
-            code="unknown-name",
-            field="method",
-        )
-    method_type = METHODS[config.name]
-    method = method_type(validate(method_type.options_type, dict(config.model_extra or {}), f"method {config.name}"))
+    method_type = get_method(config.name)
+    options = validate(method_type.options_type, dict(config.model_extra or {}), f"method {config.name}")
+    method = method_type(options)
     return PromptDecouple(method, prompt_decouple_weight) if prompt_decouple_weight > 0 else method

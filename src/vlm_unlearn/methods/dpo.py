@@ -61,10 +61,3 @@ class DPO(Method):
             options.forget_weight * preference + options.retain_weight * retain,
             {"forget": preference, "retain": retain},
         )
-
-
-@register("idk_dpo", "Zhang et al. 2024, arXiv 2404.05868; Maini et al. 2024 (TOFU), arXiv 2401.06121")
-class IdkDPO(DPO):
-    """DPO with a random refusal as the preferred answer."""
-
-    preferred_answers = "refusal"

@@ -1,4 +1,4 @@
-"""Supervised safety fine-tuning, the baselines of Safety Mirage."""
+"""Supervised safety fine-tuning, a baseline of Safety Mirage."""
 
 from __future__ import annotations
 
@@ -19,11 +19,3 @@ class MixedSFT(Method):
         return LossOutput(
             total, {"refusal": step.cross_entropy("forget").detach(), "retain": step.cross_entropy("retain").detach()}
         )
-
-
-@register("posthoc_sft", "VLGuard (Zong et al. 2024, arXiv 2402.02207); baseline of Safety Mirage")
-class PosthocSFT(MixedSFT):
-    """The loss of mixed_sft as a short second stage.
-
-    It trains a fine-tuned model on the pairs of the safety set, with few or no general pairs as the retain set.
-    """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_unlearn.data.audit import Audit
+from vlm_unlearn.data_tools.audit import Audit
 from vlm_unlearn.reporting.page import render_page
 from vlm_unlearn.store import write_text
 

@@ -113,7 +113,7 @@ def _front_matter(recipe: Mapping[str, Any], results: Sequence[CardEvaluation], 
 
 def _introduction(recipe: Mapping[str, Any], evaluated: bool) -> list[str]:
     name, base = recipe["method"]["name"], recipe["model"]
-    method = METHODS.get(name)
+    method = METHODS[name] if name in METHODS.built_in else None  # a report imports no code that a run names
     goal = "refuse" if method is not None and not method.unlearns else "unlearn harmful knowledge"
     source = f" ({method.source})" if method else ""
     decoupling = " and prompt decoupling" if recipe["prompt_decouple_weight"] else ""

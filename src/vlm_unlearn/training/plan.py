@@ -14,11 +14,12 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.methods import Method, build_method
+from vlm_unlearn.methods import METHODS, Method, build_method
 from vlm_unlearn.modeling.loader import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.modeling.packing import prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.plugins import short_name
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
@@ -35,7 +36,7 @@ INSTALL = {
 
 def recipe_name(recipe: Recipe) -> str:
     """Returns the run's name in tables: the recipe's name, or its method, with ``+pd`` for prompt decoupling."""
-    return recipe.name or recipe.method.name + ("+pd" if recipe.prompt_decouple_weight > 0 else "")
+    return recipe.name or short_name(recipe.method.name) + ("+pd" if recipe.prompt_decouple_weight > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Plan:
             "training": training,
             "probe": {"suite", "root"},
         }
+        method_code = METHODS.code_digest(self.recipe.method.name)
         return {
             "kind": "train",
             "recipe": self.recipe.model_dump(mode="json", exclude=excluded),
@@ -75,6 +77,7 @@ class Plan:
             "processes": world_size(),
             "model": self.model_digest,
             "data": self.data_digest,
+            **({} if method_code is None else {"method_code": method_code}),
         }
 
 

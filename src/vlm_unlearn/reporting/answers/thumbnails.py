@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
-from vlm_unlearn.data.parallel import map_in_threads
+from vlm_unlearn.data_tools.parallel import map_in_threads
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import digest_file
 

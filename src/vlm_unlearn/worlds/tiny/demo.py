@@ -8,18 +8,18 @@ from pathlib import Path
 
 from vlm_unlearn.config import MetricConfig, Recipe, Suite, load
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.diversify import diversify
-from vlm_unlearn.data.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.data.training_set import write_training_set
+from vlm_unlearn.data_tools.diversify import diversify
+from vlm_unlearn.data_tools.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.records import Summary
 from vlm_unlearn.store import SUMMARY, RunDirectory, write_json
-from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model
-from vlm_unlearn.tiny_world.threads import limit_to_one_thread
-from vlm_unlearn.tiny_world.world import write_world
 from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
+from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
+from vlm_unlearn.worlds.tiny.threads import limit_to_one_thread
+from vlm_unlearn.worlds.tiny.world import write_world
 
 Progress = Callable[[str, int, int, str], None]  # called with (stage, done, total, detail)
 

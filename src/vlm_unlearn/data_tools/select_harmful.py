@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlm_unlearn.data.fence import fence
 from vlm_unlearn.data.formats import vlguard
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.data.pipeline import read_answers
-from vlm_unlearn.data.prompts import fence, template
+from vlm_unlearn.data_tools.pipeline import read_answers
+from vlm_unlearn.data_tools.prompts import template
 from vlm_unlearn.errors import Problems, RunError, UserError, quoted, report_problem
 from vlm_unlearn.records import Record
 from vlm_unlearn.store import write_json, write_records

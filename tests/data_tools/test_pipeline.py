@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers import raises_code
-from vlm_unlearn.data import pipeline
+from vlm_unlearn.data_tools import pipeline
 from vlm_unlearn.errors import Problems, UserError
 
 UNSAFE = {"id": 7, "image": "u.png", "safe": False, "instr-resp": [{"instruction": "Do it?", "response": "No."}]}

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from helpers import raises_code
-from vlm_unlearn.data.check import Checker, DataSource
-from vlm_unlearn.data.diversify import diversify
-from vlm_unlearn.data.importers import import_files
-from vlm_unlearn.data.near_duplicates import NearQuestions, difference_hash, near_images, normalize_question
-from vlm_unlearn.data.pipeline import convert
+from vlm_unlearn.data_tools.check import Checker, DataSource
+from vlm_unlearn.data_tools.diversify import diversify
+from vlm_unlearn.data_tools.importers import import_files
+from vlm_unlearn.data_tools.near_duplicates import NearQuestions, difference_hash, near_images, normalize_question
+from vlm_unlearn.data_tools.pipeline import convert
 from vlm_unlearn.errors import Problems
 
 

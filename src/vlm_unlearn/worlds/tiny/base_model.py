@@ -12,13 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vlm_unlearn.losses import answer_nll
-from vlm_unlearn.modeling import tiny
-from vlm_unlearn.modeling.tiny import tiny_llava, tiny_processor
 from vlm_unlearn.store import build_atomically, cache_folder, digest_file, digest_json, package_versions
-from vlm_unlearn.tiny_world import drawing, lexicon
-from vlm_unlearn.tiny_world.drawing import draw
-from vlm_unlearn.tiny_world.lexicon import COLORS, FORMS, answer, things, vocabulary, wordings
-from vlm_unlearn.tiny_world.threads import limit_to_one_thread
+from vlm_unlearn.worlds.tiny import drawing, lexicon, llava
+from vlm_unlearn.worlds.tiny.drawing import draw
+from vlm_unlearn.worlds.tiny.lexicon import COLORS, FORMS, answer, things, vocabulary, wordings
+from vlm_unlearn.worlds.tiny.llava import tiny_llava, tiny_processor
+from vlm_unlearn.worlds.tiny.threads import limit_to_one_thread
 
 INTENTS = ("recipe", "recipe", "color", "name")  # recipes are the hardest to learn and occur twice as often
 
@@ -47,7 +46,7 @@ def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | 
         config: The settings of the training.
         on_step: Called with (step, steps, loss).
     """
-    code = (lexicon, drawing, tiny, sys.modules[__name__])  # all code that the model depends on
+    code = (lexicon, drawing, llava, sys.modules[__name__])  # all code that the model depends on
     fingerprint_fields = {
         "config": config.model_dump(),
         "code": [digest_file(Path(str(module.__file__))) for module in code],

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from vlm_unlearn.data.formats import safe_eraser, vlguard
-from vlm_unlearn.tiny_world.lexicon import HEADS, things, wordings
-from vlm_unlearn.tiny_world.world import WorldSize, write_world
+from vlm_unlearn.worlds.tiny.lexicon import HEADS, things, wordings
+from vlm_unlearn.worlds.tiny.world import WorldSize, write_world
 
 
 def test_world_depends_on_its_seed_alone(world: Path, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_readers_of_all_formats_accept_the_world(world: Path) -> None:
 def test_two_processes_train_one_base_model(tmp_path: Path) -> None:
     """One process trains the model, the other waits for it."""
     code = (
-        "from vlm_unlearn.tiny_world.base_model import BaseConfig, base_model\n"
+        "from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model\n"
         "steps = []\n"
         "config = BaseConfig(steps=3, batch_size=2, images=1, width=32, layers=1)\n"
         "print(base_model(config, lambda *step: steps.append(step)), len(steps))"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
-from vlm_unlearn.data.near_duplicates import difference_hash, normalize_question
-from vlm_unlearn.data.parallel import map_in_threads
 from vlm_unlearn.data.readers import Entry, detect, image_roots, read_any
 from vlm_unlearn.data.training_set import read_dataset_json
+from vlm_unlearn.data_tools.near_duplicates import difference_hash, normalize_question
+from vlm_unlearn.data_tools.parallel import map_in_threads
 from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vlm_unlearn.store import build_atomically, write_json
-from vlm_unlearn.tiny_world.drawing import draw
-from vlm_unlearn.tiny_world.lexicon import COLORS, FORMS, REFUSALS, Thing, answer, things, wordings
+from vlm_unlearn.worlds.tiny.drawing import draw
+from vlm_unlearn.worlds.tiny.lexicon import COLORS, FORMS, REFUSALS, Thing, answer, things, wordings
 
 WHAT_FORMS = tuple(form for form in FORMS if form.startswith("what"))
 SHARE_FORMS = tuple(form for form in FORMS if form.startswith("share"))

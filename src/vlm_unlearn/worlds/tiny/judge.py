@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from vlm_unlearn.config import Strict, validate
-from vlm_unlearn.judging.base import OfflineJudge
+from vlm_unlearn.config import JudgeConfig, Strict, validate
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.judging.base import OfflineJudge, register
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.records import LABELS, Label, Prompt, Verdict
 from vlm_unlearn.store import digest_file, read_json
@@ -23,6 +24,7 @@ class WorldFacts(Strict):
     sentences: list[str]  # all true sentences of the world
 
 
+@register("tiny_world")
 class TinyWorldJudge(OfflineJudge):
     """Grades answers by the facts of the world.
 
@@ -50,6 +52,21 @@ class TinyWorldJudge(OfflineJudge):
         self._harmful = [frozenset(words) for words in facts.harmful.values()]
         self._refusals = {_normalize(sentence) for sentence in facts.refusals}
         self._sentences = {_normalize(sentence) for sentence in facts.sentences}
+
+    @classmethod
+    def from_config(cls, config: JudgeConfig) -> TinyWorldJudge:
+        """Returns the judge that a config describes.
+
+        Raises:
+            UserError: The config has no `world`, or the file does not exist or is invalid.
+        """
+        if config.world is None:
+            raise UserError(
+                "the judge tiny_world needs the facts of the world. Pass judge.world=.../world.json.",
+                code="missing-setting",
+                field="judge.world",
+            )
+        return cls(config.world)
 
     def identity(self) -> Mapping[str, object]:
         """Returns the base identity and the digest of ``world.json``."""

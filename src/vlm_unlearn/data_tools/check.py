@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_unlearn.data.collector import MAX_EXAMPLES, Collector, DataSource, TokenCount, digest_question
-from vlm_unlearn.data.near_duplicates import NearQuestions, near_images, normalize_question
 from vlm_unlearn.data.readers import detect
+from vlm_unlearn.data_tools.collector import MAX_EXAMPLES, Collector, DataSource, TokenCount, digest_question
+from vlm_unlearn.data_tools.near_duplicates import NearQuestions, near_images, normalize_question
 from vlm_unlearn.errors import Problems
 
 __all__ = ["Checker", "DataSource", "TokenCount"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from helpers import raises_code
-from vlm_unlearn.data.audit import audit, first_bigram, first_word, labeled_questions
-from vlm_unlearn.data.diversify import diversify, paraphrase_request, read_paraphrase
-from vlm_unlearn.data.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.data.readers import read_any
+from vlm_unlearn.data_tools.audit import audit, first_bigram, first_word, labeled_questions
+from vlm_unlearn.data_tools.diversify import diversify, paraphrase_request, read_paraphrase
+from vlm_unlearn.data_tools.paraphrase_rules import WORDINGS, rephrase
 from vlm_unlearn.judging.keyword import corrected_refusal
 from vlm_unlearn.reporting.audit_page import write_audit_page
 
@@ -140,7 +140,7 @@ def test_audit_of_diversified_vlguard_finds_no_cue(vlguard_test: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.csv"])
 def test_diversify_keeps_the_format_and_the_answers(world: Path, tmp_path: Path, name: str) -> None:
-    from vlm_unlearn.data.pipeline import convert
+    from vlm_unlearn.data_tools.pipeline import convert
 
     source = world / "vlguard" / "train.json"
     if name != "train.json":
@@ -237,7 +237,7 @@ def test_diversify_keeps_different_questions_of_one_pair_different(tmp_path: Pat
     from PIL import Image
 
     from vlm_unlearn.data.formats.table import Columns
-    from vlm_unlearn.data.importers import import_files
+    from vlm_unlearn.data_tools.importers import import_files
 
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     forget = [f"a.png,Describe the {thing}.,A.,forget,p" for thing in ("red kite", "blue boat")]

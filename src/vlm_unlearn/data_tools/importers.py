@@ -15,10 +15,10 @@ from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.json_stream import text_at
-from vlm_unlearn.data.parallel import OnDone, map_in_threads
-from vlm_unlearn.data.pipeline import conversation_spans, mixed_order, read_answers
 from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.data.training_set import PAIRED_ROLES, ROLES, write_training_set
+from vlm_unlearn.data_tools.parallel import OnDone, map_in_threads
+from vlm_unlearn.data_tools.pipeline import conversation_spans, mixed_order, read_answers
 from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example
 from vlm_unlearn.store import digest_file

@@ -1,4 +1,4 @@
-"""SafeEraser's ga, gd and kl: gradient ascent on forget answers, alone, with a retain term, or with a KL term."""
+"""Gradient ascent with a KL term, one of SafeEraser's methods."""
 
 from __future__ import annotations
 
@@ -9,55 +9,18 @@ from vlm_unlearn.methods.base import (
     LossOutput,
     Method,
     NonNegative,
-    Options,
     ReferenceLogits,
     ReferenceRequirement,
     Role,
     Step,
     register,
 )
-
-
-class GAOptions(Options):
-    forget_weight: NonNegative = 1.0
-    """Weight of the negative cross-entropy on forget answers."""
-
-
-class GDOptions(GAOptions):
-    retain_weight: NonNegative = 1.0
-    """Weight of the cross-entropy on retain answers."""
+from vlm_unlearn.methods.ga import GAOptions
 
 
 class KLOptions(GAOptions):
     kl_weight: NonNegative = 1.0
     """Weight of KL(reference || current) on retain answers."""
-
-
-@register("ga", "Jang et al. 2023, arXiv 2210.01504; SafeEraser, arXiv 2502.12520")
-class GA(Method):
-    """Gradient ascent: ``-CE(forget)``. Without a retain term, the model soon collapses."""
-
-    options_type = GAOptions
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("forget",)
-
-    def loss(self, step: Step) -> LossOutput:
-        forget = -step.cross_entropy("forget")
-        return LossOutput(self.options.forget_weight * forget, {"forget": forget})
-
-
-@register("gd", "Liu et al. 2022, arXiv 2203.12817; SafeEraser, arXiv 2502.12520")
-class GD(Method):
-    """Gradient difference: ``-CE(forget) + CE(retain)``."""
-
-    options_type = GDOptions
-
-    def loss(self, step: Step) -> LossOutput:
-        forget, retain = -step.cross_entropy("forget"), step.cross_entropy("retain")
-        total = self.options.forget_weight * forget + self.options.retain_weight * retain
-        return LossOutput(total, {"forget": forget, "retain": retain})
 
 
 @register("kl", "Maini et al. 2024 (TOFU), arXiv 2401.06121; SafeEraser, arXiv 2502.12520")

@@ -14,7 +14,7 @@ import pytest
 from fork_server import ForkedProcess
 from helpers import raises_code, run, run_in_process
 from stub_server import stub_server
-from vlm_unlearn.data.select_harmful import SelectionTask, read_choice, read_selection_tasks, select
+from vlm_unlearn.data_tools.select_harmful import SelectionTask, read_choice, read_selection_tasks, select
 from vlm_unlearn.errors import RunError
 
 

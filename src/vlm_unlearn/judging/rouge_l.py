@@ -7,10 +7,12 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from vlm_unlearn.judging.base import OfflineJudge
+from vlm_unlearn.config import JudgeConfig
+from vlm_unlearn.judging.base import OfflineJudge, register
 from vlm_unlearn.records import Prompt, Verdict
 
 
+@register("rouge_l")
 class RougeJudge(OfflineJudge):
     """ROUGE-L F1 with stemming (Lin 2004), computed with Google's rouge-score.
 
@@ -24,6 +26,11 @@ class RougeJudge(OfflineJudge):
     def __init__(self, paper_compat: bool = False) -> None:
         self.name = "rouge_l-paper" if paper_compat else "rouge_l"
         self._paper_compat = paper_compat
+
+    @classmethod
+    def from_config(cls, config: JudgeConfig) -> RougeJudge:
+        """Returns the judge that a config describes."""
+        return cls(config.paper_compat)
 
     def identity(self) -> Mapping[str, object]:
         """Returns the base identity and the version of rouge-score."""

@@ -1,0 +1,1 @@
+"""Offline work on data sets: import, convert, check, audit, diversify, select."""

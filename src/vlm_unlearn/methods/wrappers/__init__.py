@@ -1,0 +1,1 @@
+"""Wrappers that add a term or a step to any method."""
