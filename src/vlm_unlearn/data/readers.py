@@ -123,8 +123,8 @@ def read_any(
                 yield Entry(row.example, row.set or "", None if row.set is None else row.set in ("forget", "preferred"))
 
 
-def _read_training_set_entries(folder: Path, problems: Problems | None) -> Iterator[Entry]:
-    for name, raw in training_set_records(folder, problems):
+def _read_training_set_entries(training_set_dir: Path, problems: Problems | None) -> Iterator[Entry]:
+    for name, raw in training_set_records(training_set_dir, problems):
         try:
             yield Entry(Example.model_validate(raw.value), name, name in ("forget", "preferred"))
         except ValidationError as error:
@@ -133,12 +133,12 @@ def _read_training_set_entries(folder: Path, problems: Problems | None) -> Itera
             report_problem(raw.error(details["msg"], "invalid-field", field), problems)
 
 
-def training_set_records(folder: Path, problems: Problems | None) -> Iterator[tuple[str, RawRecord]]:
+def training_set_records(training_set_dir: Path, problems: Problems | None) -> Iterator[tuple[str, RawRecord]]:
     """Yields the set and the raw record of each line in the files that the ``dataset.json`` of a training set lists."""
-    listed = read_dataset_json(folder)[1]
+    listed = read_dataset_json(training_set_dir)[1]
     for name in ROLES:
         if f"{name}.jsonl" in listed:
-            for raw in read_objects(folder / f"{name}.jsonl", "id", problems):
+            for raw in read_objects(training_set_dir / f"{name}.jsonl", "id", problems):
                 yield name, raw
 
 
