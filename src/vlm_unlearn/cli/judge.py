@@ -53,6 +53,7 @@ def judge_run_command(
         suite_judges,
         validate_any_verdict,
     )
+    from vlm_unlearn.store import EvaluationRun
 
     single_judge = _configures_one_judge(overrides or [], split)
     graded = []
@@ -64,7 +65,7 @@ def judge_run_command(
             suite = saved_suite(run, overrides or [])
             for name, config in suite_judges(suite).items():
                 graded.append((config, judge_run(run, config, stages.update, splits_judged_by(suite, name))))
-            save_suite(run, suite)
+            save_suite(EvaluationRun(run), suite)
     costs = [judge_cost(file, config) for config, file in graded]
     if as_json:
         print_json([cost.model_dump() for cost in costs])
@@ -231,8 +232,9 @@ def export_command(
     from vlm_unlearn.errors import UserError
     from vlm_unlearn.evaluation.agreement import export_for_labeling
     from vlm_unlearn.records import LABELS
+    from vlm_unlearn.store import RunDirectory
 
-    if (out.parent / "manifest.json").exists():
+    if RunDirectory(out.parent).exists():
         raise UserError("is a run folder. Write the CSV to another folder.", code="output-exists", file=out.parent)
     written = export_for_labeling(run, out, count, seed)
     typer.echo(f"{written} answers in {out}; fill the column label with {', '.join(LABELS)}")

@@ -207,10 +207,10 @@ class Collector:
         if not source.against:
             self._checked.add(name)
 
-    def _compare_with_description(self, folder: Path) -> None:
+    def _compare_with_description(self, training_set_dir: Path) -> None:
         """Checks that each file of a training set is the one that its dataset.json describes."""
-        for name, description in read_dataset_json(folder)[1].items():
-            path = folder / name
+        for name, description in read_dataset_json(training_set_dir)[1].items():
+            path = training_set_dir / name
             if not path.is_file():
                 message, code = "not found, but listed in dataset.json. Import the set again.", "file-not-found"
             elif digest_file(path) != description.get("sha256"):

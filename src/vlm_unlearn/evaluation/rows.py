@@ -262,14 +262,14 @@ def _extension(reference: ImageReference) -> str:
         return "png"
 
 
-def write_images(images: Mapping[str, ImageReference], folder: Path) -> None:
+def write_images(images: Mapping[str, ImageReference], image_root: Path) -> None:
     """Writes images into a folder, under their names. Existing files stay.
 
     The bytes of image files do not change. PIL images are written as PNG with the same pixels in RGB.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    image_root.mkdir(parents=True, exist_ok=True)
     for name, reference in images.items():
-        path, temporary = folder / name, folder / f".{name}.part"
+        path, temporary = image_root / name, image_root / f".{name}.part"
         if path.exists():
             continue
         content = reference.load()

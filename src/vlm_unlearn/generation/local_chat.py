@@ -73,8 +73,8 @@ class LocalChat:
 
 
 @lru_cache(maxsize=1)
-def _load(folder: Path, digest: str, precision: str) -> tuple[Any, Processor]:
+def _load(model_path: Path, digest: str, precision: str) -> tuple[Any, Processor]:
     """Loads a model and keeps it for the judges that follow. The digest tells apart weights in the same folder."""
-    model, processor = load_run_model(folder, precision)
+    model, processor = load_run_model(model_path, precision)
     model.to(default_device()).eval()
     return model, processor

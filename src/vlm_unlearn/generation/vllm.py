@@ -15,6 +15,7 @@ from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses
 from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
+from vlm_unlearn.store import RunDirectory
 
 BATCH_SIZE_FACTOR = 16  # requests per call, as a multiple of batch_size: vLLM schedules best with many requests
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -37,7 +38,7 @@ class VLLMBackend:
             )
         self._folder = run_model_folder(model)
         if (self._folder / "adapter_config.json").is_file():
-            run = self._folder.parent if (self._folder.parent / "manifest.json").is_file() else model
+            run = self._folder.parent if RunDirectory(self._folder.parent).exists() else model
             raise UserError(
                 f"the vLLM backend cannot load adapters. Merge them first: vlm-unlearn export {run} --out DIR.",
                 code="unsupported-setting",
@@ -106,12 +107,12 @@ class VLLMBackend:
         ]
 
 
-def tensor_parallel_size(folder: Path) -> int:
+def tensor_parallel_size(model_path: Path) -> int:
     """Returns the largest number of visible GPUs that evenly divides the model's attention heads."""
     import torch
 
     num_gpus = max(1, torch.cuda.device_count())
-    num_heads = int(getattr(read_config(folder).get_text_config(), "num_attention_heads", 1))
+    num_heads = int(getattr(read_config(model_path).get_text_config(), "num_attention_heads", 1))
     return next(count for count in range(num_gpus, 0, -1) if num_heads % count == 0)
 
 

@@ -15,7 +15,7 @@ from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.reporting.columns import heading, split_title
 from vlm_unlearn.reporting.provenance import same_weights, trained_digest
 from vlm_unlearn.reporting.summaries import read_summary
-from vlm_unlearn.store import read_manifest, user_path
+from vlm_unlearn.store import EvaluationRun, RunDirectory, user_path
 
 if TYPE_CHECKING:
     from huggingface_hub.repocard_data import EvalResult
@@ -27,7 +27,7 @@ Subject = Literal["base", "this", "other"]  # the base model, the model of the c
 class CardEvaluation:
     """One evaluation of a model card."""
 
-    folder: Path
+    path: Path
     subject: Subject
     suite: Suite | None  # None if the folder contains only a summary
     prompts: str  # the SHA-256 of the prompts, or empty if it is unknown
@@ -54,21 +54,24 @@ def read_evaluations(run: Path, base_digest: object, base: str, folders: Sequenc
         UserError: An evaluation has no summary.
     """
     digest = trained_digest(run, base_digest)
-    return [_read_evaluation(folder, run, digest, base_digest, base) for folder in folders]
+    return [_read_evaluation(path, RunDirectory(run), digest, base_digest, base) for path in folders]
 
 
-def _read_evaluation(folder: Path, run: Path, digest: str | None, base_digest: object, base: str) -> CardEvaluation:
-    summary = read_summary(folder)
-    if not (folder / "suite.json").is_file() or not (folder / "manifest.json").is_file():
-        return CardEvaluation(folder, "other", None, "", summary)
-    suite, identity = saved_suite(folder), read_manifest(folder)["identity"]
+def _read_evaluation(
+    path: Path, training: RunDirectory, digest: str | None, base_digest: object, base: str
+) -> CardEvaluation:
+    summary, run = read_summary(path), EvaluationRun(path)
+    if not run.suite_file.is_file() or not run.exists():
+        return CardEvaluation(path, "other", None, "", summary)
+    suite, identity = saved_suite(run), run.read_manifest()["identity"]
     subject: Subject = "other"
     is_this, is_base = same_weights(identity.get("model"), digest), same_weights(identity.get("model"), base_digest)
-    if is_this or (is_this is None and user_path(suite.model).resolve() in (run.resolve(), (run / "model").resolve())):
+    training_paths = (training.path.resolve(), training.model.resolve())
+    if is_this or (is_this is None and user_path(suite.model).resolve() in training_paths):
         subject = "this"
     elif is_base or (is_base is None and suite.model == base):
         subject = "base"
-    return CardEvaluation(folder, subject, suite, str(identity.get("prompts", "")), summary)
+    return CardEvaluation(path, subject, suite, str(identity.get("prompts", "")), summary)
 
 
 def compare_with_base(evaluations: Sequence[CardEvaluation]) -> list[Summary | str]:
@@ -89,7 +92,7 @@ def _compare(base: CardEvaluation, evaluation: CardEvaluation) -> Summary | str:
     name = evaluation.models[0]
     base_name = base.models[0] if base.models[0] != name else f"{name}, base"
     try:
-        summary, _ = compare_runs({base_name: base.folder, name: evaluation.folder})
+        summary, _ = compare_runs({base_name: base.path, name: evaluation.path})
     except UserError:  # its message contains paths, which do not belong into a published card
         return "The model and its base could not be compared prompt by prompt. `vlm-unlearn compare` prints the reason."
     return summary

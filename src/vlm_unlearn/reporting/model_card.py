@@ -18,7 +18,7 @@ from vlm_unlearn.reporting.summaries import join_summaries
 from vlm_unlearn.reporting.tables.markdown import escaped, markdown, markdown_table
 from vlm_unlearn.reporting.tables.summary_tables import summary_tables
 from vlm_unlearn.reporting.tables.table import Table, table_lines, text_columns
-from vlm_unlearn.store import read_json, read_manifest
+from vlm_unlearn.store import RunDirectory, read_json
 
 NOT_MEASURED = ["## Evaluation", "", "No evaluation yet: pass `--evaluation` to `vlm-unlearn export`.", ""]
 INTENDED_USE = """\
@@ -69,14 +69,15 @@ def model_card(run: Path, evaluations: Sequence[Path] = (), license: str | None 
     Raises:
         UserError: `run` is not a training run, or an evaluation has no summary.
     """
-    if not (run / "manifest.json").is_file():
+    training = RunDirectory(run)
+    if not training.exists():
         raise UserError("not a folder that `vlm-unlearn train` wrote.", code="run-not-found", file=run)
-    manifest = read_manifest(run)
+    manifest = training.read_manifest()
     if manifest["identity"].get("kind") != "train":
         raise UserError(
             "not a training run. Pass a folder that `vlm-unlearn train` wrote.", code="run-not-found", file=run
         )
-    recipe = validate(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json")).model_dump(mode="json")
+    recipe = validate(Recipe, read_json(training.recipe_file), str(training.recipe_file)).model_dump(mode="json")
     results = read_evaluations(run, manifest["identity"].get("model"), recipe["model"], evaluations)
     summary = join_summaries(evaluations) if evaluations else None
     evaluated = any(result.subject == "this" and row.metrics for result in results for row in result.summary.rows)

@@ -16,7 +16,7 @@ from vlm_unlearn.evaluation.verdicts import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import split_title
 from vlm_unlearn.reporting.formatting import judges_of
-from vlm_unlearn.store import digest_model, read_manifest, user_path
+from vlm_unlearn.store import EvaluationRun, RunDirectory, digest_model, user_path
 
 WEIGHTS_DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of an adapter: the base's digest + the adapter's
 
@@ -46,7 +46,7 @@ def read_provenance(runs: Mapping[str, Path], training: Mapping[str, Path]) -> d
         suite = saved_suite(run)
         folder = training.get(model) or training_run(suite.model, run)
         manifest = _manifest(folder) if folder is not None else {}
-        questions = _count_lines(run / "prompts.jsonl")
+        questions = _count_lines(EvaluationRun(run).prompts_file)
         provenance[model] = ModelProvenance(
             model, run, suite, _manifest(run), questions, folder if manifest else None, manifest
         )
@@ -92,16 +92,17 @@ def trained_digest(run: Path, base_digest: object) -> str | None:
     The digest of an adapter follows that of its base, with a ``+`` between them. The result is None if the run has no
     weights any more.
     """
-    folder = run / "model"
-    if not folder.is_dir() or not any(folder.iterdir()):
+    weights = RunDirectory(run).model
+    if not weights.is_dir() or not any(weights.iterdir()):
         return None
-    digest = digest_model(folder)
-    return f"{base_digest}+{digest}" if (folder / "adapter_config.json").is_file() else digest
+    digest = digest_model(weights)
+    return f"{base_digest}+{digest}" if (weights / "adapter_config.json").is_file() else digest
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> dict[str, Any]:
+    run = RunDirectory(path)
     try:
-        return read_manifest(folder) if (folder / "manifest.json").is_file() else {}
+        return run.read_manifest() if run.exists() else {}
     except UserError:  # a file of that name that another program wrote
         return {}
 
@@ -188,7 +189,7 @@ def read_costs(sources: Mapping[str, ModelProvenance]) -> dict[str, dict[str, st
         if source.manifest:
             values["generation"] = _seconds(source.manifest)
             values["generation's peak memory"] = _memory(source.manifest)
-        judges = suite_costs(source.run, source.suite)
+        judges = suite_costs(EvaluationRun(source.run), source.suite)
         if any(cost.tokens_read for cost in judges):
             values["judges' tokens read"] = f"{sum(cost.tokens_read for cost in judges):,}"
             values["judges' tokens written"] = f"{sum(cost.tokens_written for cost in judges):,}"
@@ -223,11 +224,11 @@ def reproduction_commands(sources: Mapping[str, ModelProvenance]) -> list[str]:
         if source.training is not None:
             if source.training not in outputs:
                 outputs[source.training] = f"again/runs/{names[model]}"
-                recipe = _quote(source.training / "recipe.json")
+                recipe = _quote(RunDirectory(source.training).recipe_file)
                 commands.append(f"vlm-unlearn train {recipe} output={_quote(outputs[source.training])}")
             override = f" model={_quote(outputs[source.training])}"
         options = f"--out {_quote(f'again/evaluations/{names[model]}')} --name={_quote(model)}"
-        commands.append(f"vlm-unlearn evaluate {_quote(source.run / 'suite.json')}{override} {options}")
+        commands.append(f"vlm-unlearn evaluate {_quote(EvaluationRun(source.run).suite_file)}{override} {options}")
     evaluations = " ".join(_quote(f"again/evaluations/{name}") for name in names.values())
     return [*commands, f"vlm-unlearn report {evaluations} --out again/report"]
 

@@ -185,12 +185,12 @@ def _image(record: RawRecord, column: str, images: Path | None, embedded: Path |
     return path, "table"
 
 
-def _write_embedded(content: bytes, folder: Path | None) -> str:
+def _write_embedded(content: bytes, image_root: Path | None) -> str:
     # The suffix does not matter: images are opened by their content.
     name = f"{hashlib.sha256(content).hexdigest()[:32]}.img"
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    if image_root is not None:
+        image_root.mkdir(parents=True, exist_ok=True)
+        (image_root / name).write_bytes(content)
     return name
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm_unlearn.records import PROBE_PREFIX
 from vlm_unlearn.reporting.charts.chart import Chart, Lines, Series, style_of
+from vlm_unlearn.store import RunDirectory
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")
 MAX_DRAWABLE = 1e30  # axes and ticks fail for larger numbers
@@ -20,7 +21,7 @@ def read_log(run: Path) -> list[dict[str, float | None]]:
     Invalid lines, such as a truncated last line, and lines without a step are skipped. A number that cannot be drawn,
     such as NaN, becomes None.
     """
-    file = run / "log.jsonl"
+    file = RunDirectory(run).log_file
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return [numbers for line in lines if (numbers := _numbers(line)).get("step") is not None]
 
@@ -61,8 +62,8 @@ def write_loss_png(run: Path) -> Path | None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    file = run / "loss.png"
-    temporary_file = run / ".loss.part.png"
+    file = RunDirectory(run).loss_plot_file
+    temporary_file = file.with_name(f".{file.stem}.part.png")
     canvas.savefig(temporary_file)
     temporary_file.replace(file)
     return file

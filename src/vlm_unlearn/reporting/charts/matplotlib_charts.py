@@ -51,11 +51,11 @@ SETTINGS: Mapping[Any, Any] = {
 }
 
 
-def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None) -> list[Path]:
+def write_plots(plot_dir: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None) -> list[Path]:
     """Draws each chart into ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``.
 
     Args:
-        folder: The folder for the files. It is created if it does not exist.
+        plot_dir: The folder for the files. It is created if it does not exist.
         charts: The charts by name.
         on_done: Called after each chart with "plots", the number of finished charts and the number of all charts.
 
@@ -64,7 +64,7 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
     """
     import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
+    plot_dir.mkdir(parents=True, exist_ok=True)
     with (
         matplotlib.rc_context(dict(SETTINGS)),
         warnings.catch_warnings(action="ignore", category=UserWarning),  # the font lacks the letters of a name
@@ -72,18 +72,18 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
         for done, (name, chart) in enumerate(charts.items(), start=1):
             canvas = draw_chart(chart)
             for kind in FORMATS:
-                temporary_file = folder / f".{name}.part.{kind}"
+                temporary_file = plot_dir / f".{name}.part.{kind}"
                 undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
                 canvas.savefig(temporary_file, dpi=150, metadata=undated.get(kind))
-                temporary_file.replace(folder / f"{name}.{kind}")
+                temporary_file.replace(plot_dir / f"{name}.{kind}")
             if on_done:
                 on_done("plots", done, len(charts))
-    return [folder / f"{name}.{kind}" for name in charts for kind in FORMATS]
+    return [plot_dir / f"{name}.{kind}" for name in charts for kind in FORMATS]
 
 
-def delete_stale_plots(folder: Path, current: Collection[Path]) -> None:
+def delete_stale_plots(plot_dir: Path, current: Collection[Path]) -> None:
     """Deletes plots of an earlier report and temporary files of a killed process. Files with other names are kept."""
-    for file in folder.iterdir():
+    for file in plot_dir.iterdir():
         if PLOT_FILE.fullmatch(file.name) and file not in current:
             file.unlink()
 

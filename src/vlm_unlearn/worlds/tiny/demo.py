@@ -14,7 +14,7 @@ from vlm_unlearn.data_tools.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.records import Summary
-from vlm_unlearn.store import open_run, write_json
+from vlm_unlearn.store import SUMMARY, RunDirectory, write_json
 from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
@@ -77,7 +77,7 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
 
 
 def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
-    open_run(out, {"kind": "demo", "seed": seed, "full": full} if full else {"kind": "demo", "seed": seed})
+    RunDirectory(out).open({"kind": "demo", "seed": seed, "full": full} if full else {"kind": "demo", "seed": seed})
     world = out / "world"
     write_world(world, seed)
     _training_sets(world, out / "data", full)
@@ -94,7 +94,7 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
 
         runs[name] = _evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
     summary, _ = compare_runs(runs)  # utility: on the splits that both rows count
-    write_json(out / "summary.json", summary.model_dump())
+    write_json(out / SUMMARY, summary.model_dump())
     return summary
 
 
@@ -130,9 +130,9 @@ def _training_sets(world: Path, data: Path, full: bool) -> None:
     _prefer_refusals(with_preferred)
 
 
-def _prefer_refusals(folder: Path) -> None:
+def _prefer_refusals(data: Path) -> None:
     """Adds a preferred set with one refusal for each forget example of a SafeEraser set, for dpo."""
-    training_set = UnlearningDataset.from_folder(folder)
+    training_set = UnlearningDataset.from_folder(data)
     refusals = training_set.refusals
     preferred = [
         example.model_copy(update={"answer": refusals[number % len(refusals)]})
@@ -140,7 +140,7 @@ def _prefer_refusals(folder: Path) -> None:
     ]
     examples = {**training_set, "preferred": preferred}
     source = {"format": "safe_eraser", "preferred": "refusals"}
-    write_training_set(folder, training_set.image_roots, examples, source, refusals)
+    write_training_set(data, training_set.image_roots, examples, source, refusals)
 
 
 def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:
