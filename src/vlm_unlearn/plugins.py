@@ -187,7 +187,7 @@ class Registry(Mapping[str, T], Generic[T]):
         origin = "an installed package" if entry.dist is None else entry.dist.name
         try:
             plugin: T = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _broken(f"{quoted(entry.name)} of {origin}", self.kind, error) from error
         return plugin
 
@@ -271,7 +271,7 @@ def _load_from_file(name: str, kind: str, field: str | None) -> Any:
         sys.modules[module_name] = module  # pydantic and pickle look the module up
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise _broken(path, kind, error) from error
     if not hasattr(module, attribute):
@@ -285,7 +285,7 @@ def _load_from_file(name: str, kind: str, field: str | None) -> Any:
     return getattr(module, attribute)
 
 
-def _broken(origin: str, kind: str, error: Exception) -> UserError:
+def _broken(origin: str, kind: str, error: BaseException) -> UserError:
     reason = str(error).strip().splitlines()
     return UserError(
         f"the {kind} {origin} cannot be imported: {type(error).__name__}{f': {reason[0]}' if reason else ''}",
