@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from helpers import raises_code, recipe, run_in_process
 from vlm_unlearn import plugins
@@ -19,6 +20,7 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging.base import build_judge
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.methods.base import LossOutput, Method, Step, get_method, register
+from vlm_unlearn.modeling.structure import described_family, find_structure
 from vlm_unlearn.plugins import Registry, absolute_name, is_file_name, short_name
 from vlm_unlearn.records import Prompt, Summary
 from vlm_unlearn.store import read_json, read_records
@@ -307,6 +309,18 @@ def test_judge_options_reach_the_class_and_its_id(installed: Path) -> None:
         build_judge(JudgeConfig(name="by_phrase", options={"letters": 2}))
     with pytest.raises(UserError):
         validate(JudgeConfig, {"name": "keyword", "options": {"a": 1}}, "judge")
+
+
+def test_installed_family_describes_its_structure(installed: Path) -> None:
+    class Config:
+        model_type = "example_vlm"
+
+    class Model(nn.Module):
+        config = Config()
+
+    assert find_structure(Model()).layers == "decoder.blocks"
+    assert not described_family("example_vlm").supports_prefix_sharing
+    assert described_family("llava").supports_prefix_sharing
 
 
 def test_file_names() -> None:

@@ -50,7 +50,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self, kind: str, package: str, support: tuple[str, ...] = (), modules: Mapping[str, str] | None = None
     ) -> None:
         self.kind = kind
-        self.group = f"vlm_unlearn.{kind.replace(' ', '_')}s" if kind != "family" else "vlm_unlearn.families"
+        self.group = f"vlm_unlearn.{f'{kind[:-1]}ies' if kind.endswith('y') else f'{kind}s'}"
         self._package = package
         self._support = support
         self._modules = dict(modules or {})
@@ -318,4 +318,4 @@ BACKENDS: Registry[Any] = Registry(
         "vllm": "vlm_unlearn.generation.vllm",
     },
 )
-FAMILIES: Registry[Any] = Registry("family", "vlm_unlearn.modeling.families", support=())
+FAMILIES: Registry[Any] = Registry("family", "")  # the families of this package are found by their structure
