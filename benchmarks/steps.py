@@ -170,10 +170,10 @@ class Ours:
         self.optimizer = optimizer(self.model)
         self.reference: Reference = AdapterReference()
         started = time.perf_counter()
-        if self.method.reference_requirements and name in ("npo", "dpo"):
-            values: dict[Any, dict[int, NLL]] = {need.role: {} for need in self.method.reference_requirements}
+        if self.method.requirements.references and name in ("npo", "dpo"):
+            values: dict[Any, dict[int, NLL]] = {need.role: {} for need in self.method.requirements.references}
             for number, batches in enumerate(steps):
-                for role in self.method.roles:
+                for role in self.method.requirements.roles:
                     batch = batches[role]
                     rows = len(batch["input_ids"])
                     batch["answer_keys"] = torch.arange(number * rows, (number + 1) * rows)
@@ -186,7 +186,7 @@ class Ours:
         self.preparation_seconds = time.perf_counter() - started
 
     def step(self, batches: Batches) -> float:
-        roles: Any = {role: batches[role] for role in self.method.roles}
+        roles: Any = {role: batches[role] for role in self.method.requirements.roles}
         if self.method.append_answer_to_prompt:
             roles["forget"] = {name: value for name, value in roles["forget"].items() if name != "labels"}
         with (

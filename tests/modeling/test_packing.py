@@ -61,7 +61,7 @@ def batches(processor: Any, images: list[Path], method: Any) -> dict[Role, Batch
     image_numbers: dict[Role, list[int]] = {"forget": [0, 1, 0, 1], "retain": [0, 0, 0], "decouple": [2, 2]}
     encoded: dict[Role, Batch] = {}
     for role, numbers in image_numbers.items():
-        if role not in method.roles:
+        if role not in method.requirements.roles:
             continue
         turns = [Turn(f"{role}{n}", images[number], *QUESTIONS[(n + number) % 4]) for n, number in enumerate(numbers)]
         if role == "forget" and method.append_answer_to_prompt:

@@ -50,7 +50,8 @@ def prefix_sharing_unsupported_reason(vlm: VisionLanguageModel, method: Method, 
         return f"not with models of the family {vlm.family}"
     if attention not in SUPPORTED_ATTENTION:
         return f"not with {attention}"
-    if method.paper_compat and (method.hidden_layers or method.full_logit_roles):
+    requirements = method.requirements
+    if method.paper_compat and (requirements.hidden_layers or requirements.full_logit_roles):
         return "not with paper_compat: true, which counts padding"  # packed sequences have no padding
     return None
 

@@ -138,7 +138,7 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = UnlearningDataset.from_folder(recipe.data)
     lora = recipe.trainable.mode != "full"
-    strategy = resolve_reference_strategy(recipe.reference, method.reference_requirements, lora)
+    strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
     UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
         raise UserError(
@@ -236,8 +236,8 @@ def _check_examples_without_image(
     cross_attention = vlm.cross_attention_layers
     if not cross_attention:
         return
-    skipped_layers = sorted(set(cross_attention) & set(method.hidden_layers))
-    for role in method.roles:
+    skipped_layers = sorted(set(cross_attention) & set(method.requirements.hidden_layers))
+    for role in method.requirements.roles:
         examples = training_set.get(role, ())
         without_image = [example.id for example in examples if example.image is None]
         if not without_image:

@@ -138,7 +138,7 @@ class UnlearningTrainer(Trainer):
         )
         # Adapters that were trained before are part of the reference model, which disabling them would not give.
         may_disable_adapters = peft_config is not None or (args.reference == "adapter" and self.vlm.has_adapters)
-        strategy = resolve_reference_strategy(args.reference, self.method.reference_requirements, may_disable_adapters)
+        strategy = resolve_reference_strategy(args.reference, self.method.requirements.references, may_disable_adapters)
         args = copy.copy(args)
         args.max_steps = args.num_steps(len(data["forget"]))
         if args.world_size > 1 and args.ddp_find_unused_parameters is None:
@@ -232,7 +232,7 @@ class UnlearningTrainer(Trainer):
             return AdapterReference()
         if self._reference_strategy == "copy":
             return FrozenCopyReference(self.vlm.model)
-        roles = [requirement.role for requirement in self.method.reference_requirements]
+        roles = [requirement.role for requirement in self.method.requirements.references]
         self.vlm.model.eval()
         with _gathered_parameters(self.vlm.model):
             return CachedReference({role: self._cached_nll(role) for role in roles})
@@ -329,7 +329,9 @@ class UnlearningTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         step = ModelStep(self.vlm, batches, self.method, self._reference, self._token_totals, progress, model)
         output = self.method.loss(step)
-        total = output.total + step.zero_loss_over_all_logits() if self.method.hidden_layers else output.total
+        total = (
+            output.total + step.zero_loss_over_all_logits() if self.method.requirements.hidden_layers else output.total
+        )
         if not torch.isfinite(output.total):
             terms = ", ".join(f"{name} {value.item():.4g}" for name, value in output.terms.items())
             raise RunError(
