@@ -15,7 +15,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
-from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.forward import forward
+from vlm_unlearn.modeling.packing import packing_of
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import NLL, AdapterReference, CachedReference, Reference

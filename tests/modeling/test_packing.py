@@ -16,9 +16,9 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.data.encoding import Batch, Turn, encode, encode_with_labels
 from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.modeling import packing as packing_module
-from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.forward import forward
 from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
-from vlm_unlearn.modeling.packing import NO_IMAGE, find_packing, prefix_sharing_unsupported_reason
+from vlm_unlearn.modeling.packing import NO_IMAGE, find_packing, packing_of, prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.shared_attention import (
     GroupedAttention,
     PackedAttention,

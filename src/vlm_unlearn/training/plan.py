@@ -12,6 +12,7 @@ import torch
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import METHODS, Method, build_method
@@ -22,6 +23,7 @@ from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.plugins import short_name
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
+from vlm_unlearn.training.setup import prepare_method
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 INSTALL = {
@@ -46,7 +48,9 @@ class Plan:
     recipe: Recipe
     method: Method
     folder: Path  # of the base model
+    processor: Processor
     training_set: UnlearningDataset
+    steps: int  # optimizer steps
     reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
     precision: str
     model_digest: str
@@ -104,7 +108,9 @@ def plan(recipe: Recipe) -> Plan:
         recipe=recipe,
         method=method,
         folder=folder,
+        processor=processor,
         training_set=training_set,
+        steps=steps_of(recipe, len(training_set["forget"]), world_size()),
         reference_strategy=strategy,
         precision=resolve_precision(recipe.training.precision),
         model_digest=digest_model(folder),
@@ -261,9 +267,3 @@ def _check_examples_without_image(
                 code="conflicting-settings",
                 field=f"method.{method.layer_option}",
             )
-
-
-def prepare_method(method: Method, vlm: VisionLanguageModel, seed: int) -> None:
-    """Passes the model's sizes to the method, which draws its random values."""
-    generator = torch.Generator().manual_seed(seed)
-    method.prepare(vlm.hidden_size, len(vlm.decoder_layers), generator)

@@ -25,8 +25,8 @@ from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
 from vlm_unlearn.modeling.batch_merge import can_merge, merge_batches
-from vlm_unlearn.modeling.forward import ForwardOutput, forward, packing_of
-from vlm_unlearn.modeling.packing import Packing
+from vlm_unlearn.modeling.forward import ForwardOutput, forward
+from vlm_unlearn.modeling.packing import Packing, packing_of
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import CachedOutput, Reference
 
