@@ -21,8 +21,8 @@ from vlm_unlearn.methods import METHODS, Method, Role, build_method
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.training.plan import prepare_method
 from vlm_unlearn.training.references import Reference
+from vlm_unlearn.training.setup import prepare_method
 from vlm_unlearn.training.step import ModelStep, count_tokens
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 

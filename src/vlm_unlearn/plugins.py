@@ -318,4 +318,6 @@ BACKENDS: Registry[Any] = Registry(
         "vllm": "vlm_unlearn.generation.vllm",
     },
 )
+# Training builds the probe of a recipe, and evaluation, which is built on training, has the code.
+PROBES: Registry[Any] = Registry("probe", "", modules={"suite": "vlm_unlearn.evaluation.probe"})
 FAMILIES: Registry[Any] = Registry("family", "")  # the families of this package are found by their structure

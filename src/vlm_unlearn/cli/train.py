@@ -59,13 +59,14 @@ def train(
     with status_console().status("loading transformers"):
         from vlm_unlearn.training.plan import plan, recipe_name
         from vlm_unlearn.training.preview import preview
+        from vlm_unlearn.training.runner import build_probe
 
         quiet_libraries()
         if plan_only:
             _print_preview(preview(recipe), as_json)
             return
         planned = plan(recipe)
-        probe = _probe(planned)
+        probe = build_probe(planned)
     if is_main:
         _warn_about_forget_answers(planned)
         _print_start(planned)
@@ -126,16 +127,6 @@ def _print_result(name: str, model: Path, output: Path, as_json: bool) -> None:
     else:
         reason = f"; stopped by the probe: {stopped}" if stopped else ""
         typer.echo(f"{name}: trained model in {model}; loss curves: {curves}{reason}")
-
-
-def _probe(planned: Plan) -> Probe | None:
-    if planned.recipe.probe is None:
-        return None
-    from vlm_unlearn.evaluation.probe import build_probe
-    from vlm_unlearn.modeling.loader import load_processor
-
-    processor = load_processor(planned.model_path, planned.recipe.image_aspect_ratio)
-    return build_probe(planned.recipe.probe, str(planned.model_path), processor)
 
 
 def _print_start(planned: Plan) -> None:

@@ -89,7 +89,7 @@ def preview(recipe: Recipe) -> Preview:
         method=recipe.method.name,
         model=recipe.model,
         model_found=folder is not None,
-        examples={role: len(training_set[role]) for role in method.roles if role in training_set},
+        examples={role: len(training_set[role]) for role in method.requirements.roles if role in training_set},
         trainable=table,
         reference=strategy,
         precision=precision,
