@@ -28,7 +28,7 @@ from vlm_unlearn.config import Strict, validate
 from vlm_unlearn.data.fence import fence
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import LABELS, Label, Prompt
-from vlm_unlearn.store import digest_text, user_path
+from vlm_unlearn.store import decode_text, digest_text, user_path
 
 _PLACEHOLDER = re.compile(r"\{(fence|question|answer|reference|criteria)\}")
 _FILE = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
@@ -238,11 +238,9 @@ def load_rubric(name: str) -> Rubric:
                 code="unknown-name",
             )
         try:
-            content = path.read_text(encoding="utf-8-sig")
+            content = decode_text(path.read_bytes(), path)
         except OSError as error:
             raise UserError(f"cannot be read ({error.strerror})", code="file-unreadable", file=file) from None
-        except UnicodeDecodeError:
-            raise UserError("is not UTF-8 text", code="invalid-encoding", file=file) from None
         if path.stem in shipped:
             raise UserError(f"{path.stem} is a shipped rubric. Rename the file.", code="duplicate-id", file=file)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)[:60]
