@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse
 from vlm_unlearn.generation.openai_chat import OpenAIChat
@@ -77,7 +78,7 @@ class ServerBackend:
             for number, request in enumerate(requests):
                 pending[str(number)] = request
                 seed = sampling_seed(self._config.seed, request)
-                yield ChatRequest(str(number), request.prompt.question, request.image, seed)
+                yield ChatRequest(str(number), break_special_tokens(request.prompt.question), request.image, seed)
 
         def on_chat_response(chat_response: ChatResponse) -> None:
             request = pending.pop(chat_response.id)

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import open_image, png_url
+from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
@@ -104,7 +105,7 @@ class VLLMBackend:
 
 
 def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt.question}]
+    content: list[dict[str, Any]] = [{"type": "text", "text": break_special_tokens(request.prompt.question)}]
     if request.image is not None:
         content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(request.image))}})
     return [{"role": "user", "content": content}]
