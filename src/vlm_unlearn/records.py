@@ -22,6 +22,7 @@ RateKind = Literal[
     "degenerate_unsafe",
     "degenerate",
     "lost_verdicts",
+    "failed_verdicts",
 ]
 FactKind = Literal[
     "no_harm", "no_rate", "no_attack", "no_over_refusal", "no_utility", "only_scores", "wide_interval", "keyword_judge"

@@ -13,6 +13,7 @@ from helpers import raises_code, recipe
 from vlm_unlearn.data.encoding import PromptMeter, Turn, encode_with_labels, render
 from vlm_unlearn.data.formats import llava
 from vlm_unlearn.data.formats.fields import RawRecord
+from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.data_tools.importers import import_files
 from vlm_unlearn.errors import Problems
 from vlm_unlearn.losses import IGNORED, answer_nll
@@ -178,6 +179,8 @@ def test_encode_labels_every_answer_with_its_closing_token(name: str, first: str
     turn = Turn("x", image, "What?", "So.\n", (("Which?", first), ("Why?", "B.")))
     batch = encode_with_labels(processor, [turn, Turn("y", None, "What?", "It.")], 4000)
     labeled = [answers(processor, row) for row in batch["labels"]]
+    if "<|im_end|>" in special:
+        first = first.replace("<|im_end|>", "< |im_end|>")  # in an answer, it is text
     expected = [[f"{text.strip()}{closing}" for text in (first, "B.", "So.")], [f"It.{closing}"]]
     # The space or line break that a template puts before an answer may be labeled too.
     assert [[text.strip() for text in row] for row in labeled] == expected
@@ -226,9 +229,33 @@ def test_encode_max_length_truncates_answers_not_the_image(processor: Any, world
     assert "training.max_length" in str(caught.value)
 
 
-def test_render_placeholder_in_history_raises(processor: Any) -> None:
-    with raises_code("placeholder-in-text", record='"x"'):
-        render(processor, Turn("x", None, "what ?", None, (("<image> what ?", "it ."),)))
+def test_render_neutralizes_special_tokens_in_every_text(processor: Any) -> None:
+    """The texts of people must not end a turn, start another one, or ask for an image."""
+    tokens = ("<image>", "</s>", "<s>", "<pad>")
+    hostile = "what is it ? " + " ".join(tokens)
+    turn = Turn("x", None, hostile, hostile, ((hostile, hostile),))
+    usual = render(processor, Turn("x", None, "what ?", "what", (("what ?", "what"),)))
+    rendering = render(processor, turn)
+    for token in tokens:
+        assert rendering.text.count(token) == usual.text.count(token), token
+        assert f"{token[0]} {token[1:]}" in rendering.text
+    ids = processor.tokenizer(rendering.text, add_special_tokens=False)["input_ids"]
+    usual_ids = processor.tokenizer(usual.text, add_special_tokens=False)["input_ids"]
+    special = set(processor.tokenizer.all_special_ids) - {processor.tokenizer.unk_token_id}
+    assert [id for id in ids if id in special] == [id for id in usual_ids if id in special]
+
+
+def test_render_neutralized_text_before_the_image_stays_before_it(processor: Any) -> None:
+    turn = Turn("x", "image.png", "</s> look and <image> tell", None, image_offset=len("</s> look"))
+    text = render(processor, turn).text
+    assert text.count("<image>") == 1
+    assert text.index("< /s> look") < text.index("<image>") < text.index("< image> tell")
+
+
+@pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<image>", "[INST]", "<end_of_turn>", "<\uff5cUser\uff5c>"])
+def test_break_special_tokens_for_a_server(token: str) -> None:
+    assert break_special_tokens(f"a {token} b") == f"a {token[0]} {token[1:]} b"
+    assert break_special_tokens("if a < s and [x] > 3 then <b>bold</b>") == "if a < s and [x] > 3 then <b>bold</b>"
 
 
 @pytest.mark.slow

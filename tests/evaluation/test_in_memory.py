@@ -17,6 +17,7 @@ from vlm_unlearn.config import GenerationConfig, JudgeConfig, load
 from vlm_unlearn.config import Suite as SuiteConfig
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Turn, render
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation import EvaluationResult, evaluate
 from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
@@ -149,11 +150,17 @@ def test_evaluate_restores_the_model(loaded: Loaded, wrap: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_evaluate_restores_the_model_after_an_error(loaded: Loaded) -> None:
+def test_evaluate_restores_the_model_after_an_error(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loaded
     model.train()
-    with raises_code("placeholder-in-text"):
-        evaluate(model, processor, [{"question": "what <image> ?"}], judge=by_words, generation=SHORT)
+
+    def fail(*args: object) -> None:
+        assert not model.training
+        raise UserError("no answer", code="test-error")
+
+    monkeypatch.setattr("vlm_unlearn.generation.hf.generate_batch", fail)
+    with raises_code("test-error"):
+        evaluate(model, processor, [{"question": "what ?"}], judge=by_words, generation=SHORT)
     assert model.training
 
 

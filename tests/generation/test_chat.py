@@ -274,7 +274,7 @@ def test_local_model_gets_earlier_rounds(tiny_model: Path, monkeypatch: pytest.M
 
 
 def test_local_model_answers_valid_requests_of_a_batch_with_invalid_ones(tiny_model: Path, tmp_path: Path) -> None:
-    """A broken image and a text with the image token are invalid."""
+    """A broken image is invalid. A text with the image token is valid: the token is neutralized."""
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
     requests = [
@@ -285,5 +285,5 @@ def test_local_model_answers_valid_requests_of_a_batch_with_invalid_ones(tiny_mo
     responses, _ = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), requests, None)
     assert set(responses) == {"1", "2", "3"}
     assert "broken.png" in str(responses["1"].error)
-    assert "<image>" in str(responses["2"].error)
-    assert responses["3"].error in (None, "empty answer") or "4 tokens" in str(responses["3"].error)
+    for id in ("2", "3"):
+        assert responses[id].error in (None, "empty answer") or "4 tokens" in str(responses[id].error)

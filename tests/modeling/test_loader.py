@@ -13,7 +13,7 @@ from PIL import Image
 
 import families
 from helpers import raises_code
-from vlm_unlearn.data.encoding import Processor, Turn, encode
+from vlm_unlearn.data.encoding import Processor, Turn, encode, render
 from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
 
 WITH_VIDEOS = ["qwen2_5_vl", "smolvlm", "internvl"]
@@ -86,13 +86,19 @@ def test_processor_class_is_plain_with_torchvision(
 
 
 @pytest.mark.parametrize("placeholder", ["<video>", "<IMG_CONTEXT>"])
-def test_placeholder_in_text_raises(placeholder: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_placeholder_in_text_is_neutralized(
+    placeholder: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     processor = load_processor(families.shared_folder("internvl", tmp_path_factory))
     Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
     turn = Turn("x", tmp_path / "image.png", f"What of {placeholder}?", "A cat.")
-    with raises_code("placeholder-in-text", record='"x"') as caught:
-        encode(processor, [turn], "right")
-    assert placeholder in str(caught.value)
+    usual = Turn("x", tmp_path / "image.png", "What of it?", "A cat.")
+    counts = [
+        int((encode(processor, [item], "right")["input_ids"] == processor.image_token_id).sum())
+        for item in (turn, usual)
+    ]
+    assert counts[0] == counts[1]
+    assert f"< {placeholder[1:]}" in render(processor, turn).text
 
 
 @pytest.mark.parametrize(

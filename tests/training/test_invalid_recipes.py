@@ -189,14 +189,12 @@ def test_cross_attention_family_with_some_images_missing_is_rejected(
 
 
 @pytest.mark.parametrize("role", ["forget", "retain"])
-def test_example_with_an_image_placeholder_in_its_text_is_rejected(
+def test_example_with_an_image_placeholder_in_its_text_is_trained_on_as_text(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, role: str
 ) -> None:
     training_set = UnlearningDataset.from_folder(training_sets["harmful"])
     examples = {name: list(of_role) for name, of_role in training_set.items()}
     examples[role][1] = examples[role][1].model_copy(update={"answer": "look : <image>"})
     write_training_set(tmp_path / "data", training_set.image_roots, examples, {})
-    with raises_code("placeholder-in-text", record=f'"{examples[role][1].id}"') as caught:
-        run_recipe(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "npo"))
-    assert "<image>" in str(caught.value)
-    assert not (tmp_path / "run").exists()
+    run_recipe(recipe(tiny_model, tmp_path / "data", tmp_path / "run", "npo"))
+    assert (tmp_path / "run" / "manifest.json").exists()

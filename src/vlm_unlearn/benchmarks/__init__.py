@@ -11,6 +11,7 @@ from vlm_unlearn.benchmarks.base import (
     Prediction,
     QuestionScore,
     get_benchmark,
+    same_question,
 )
 from vlm_unlearn.benchmarks.prompts import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.benchmarks.scoring import load_truths, read_predictions, score_file, score_predictions
@@ -27,6 +28,7 @@ __all__ = [
     "get_benchmark",
     "load_truths",
     "read_predictions",
+    "same_question",
     "score_file",
     "score_predictions",
 ]

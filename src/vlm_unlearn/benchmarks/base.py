@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,29 @@ class Prediction(BaseModel):
 
     question_id: str | int = Field(validation_alias=AliasChoices("question_id", "prompt_id"))
     text: str | None = None  # None: the model returned no answer
+    # The question as the model got it, if the file contains it: LLaVA's answer files have it as `prompt`.
+    question: Any = Field(default=None, validation_alias=AliasChoices("question", "prompt"))
     score: Any = None  # the score of a judge, 0 to 1, for a benchmark that a judge scores
+
+
+def same_question(asked_text: str, truth: Any) -> bool:
+    """Returns whether a question that a model got contains the question of a right answer.
+
+    A model gets the question with a format prompt and an image placeholder around it, so that white space, case and
+    further words do not matter.
+
+    Args:
+        asked_text: The question as the model got it.
+        truth: A value of `Benchmark.read_truths`. Without a text under ``question`` or ``text``, every question counts
+            as the same.
+    """
+    texts = [truth.get(key) for key in ("question", "text")] if isinstance(truth, Mapping) else []
+    question = next((text for text in texts if isinstance(text, str) and text.strip()), None)
+    return question is None or _words(question) in _words(asked_text)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
-from vlm_unlearn.benchmarks.official_files import SHORT, question_objects, record, require_answers
+from vlm_unlearn.benchmarks.official_files import SHORT, question_objects, record, require_answers, short_answer_score
 from vlm_unlearn.store import read_json
 
 
@@ -37,11 +37,15 @@ class GQA(Benchmark):
         return entries
 
     def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
-        answer = text if official else text.strip()
-        is_right = answer.rstrip(".").lower() == str(truth["answer"]).lower()
         structural_type = _structural_type(truth)
         subsets = (structural_type,) if structural_type else ()
-        return QuestionScore(id, float(is_right), str(truth.get("imageId", id)), subsets)
+
+        def score(answer: str) -> QuestionScore:
+            normalized = (answer if official else answer.strip()).rstrip(".").lower()
+            is_right = normalized == str(truth["answer"]).lower()
+            return QuestionScore(id, float(is_right), str(truth.get("imageId", id)), subsets)
+
+        return short_answer_score(text, official, score)
 
 
 def _read_entries(annotations: Path) -> dict[str, Any]:

@@ -10,18 +10,21 @@ import binascii
 import csv
 import hashlib
 import os
+import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import LETTER, answers_not_public
-from vlm_unlearn.benchmarks.scienceqa import parse_option
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.store import cache_folder
+from vlm_unlearn.metrics.option_reading import read_option
+from vlm_unlearn.store import cache_folder, not_utf8
 
+OPTION_LETTERS = tuple(string.ascii_uppercase)  # MMBench has A to D, other files in its layout have more
 ROTATION_OFFSET = 1_000_000  # added to a question's index for each further rotation of its options
 MAX_IMAGE_CHARS = 32 << 20  # characters of base64; the benchmark's images have about 100,000
 # An image field up to this length is the index of the row that has the image, as in VLMEvalKit, the official evaluator.
@@ -53,7 +56,7 @@ class _Row:
         index = self.cells.get("index") or ""
         if not (index.isascii() and index.isdigit() and len(index) <= 18):
             raise UserError(
-                f"must be a number, found {quoted(index)}",
+                f"the index of row {self.number} must be a number, found {quoted(index)}",
                 code="invalid-field",
                 file=self.file,
                 record=self.number,
@@ -68,8 +71,8 @@ class _Row:
 
     @property
     def options(self) -> dict[str, str]:
-        """The options by letter."""
-        return {letter: text for letter in "ABCD" if (text := self.text(letter))}
+        """The options by letter. Each column named by a capital letter is an option, unless its cell is empty."""
+        return {letter: text for letter in self.cells if letter in OPTION_LETTERS and (text := self.text(letter))}
 
     @property
     def category(self) -> str | None:
@@ -136,16 +139,23 @@ class MMBench(Benchmark):
         for row in _read_rows(annotations):
             if "answer" not in row.cells:
                 raise answers_not_public(annotations)
-            choices, answer = list(row.options.values()), row.cells["answer"] or ""
-            if len(answer) != 1 or answer not in "ABCD"[: len(choices)]:
+            if row.index in truths:
+                raise row.error("an earlier row has the same index", "duplicate-id", "index")
+            options, answer = row.options, row.text("answer")
+            if answer not in options:
                 raise row.error("must be the letter of an option", "invalid-field", "answer")
-            truths[row.index] = {"choices": choices, "answer": "ABCD".index(answer), "category": row.category}
+            truths[row.index] = {
+                "options": options,
+                "answer": answer,
+                "category": row.category,
+                "question": row.text("question"),
+            }
         return truths
 
     def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
-        option = parse_option(text, truth["choices"], official=False)
+        option = read_option(text, truth["options"])
         subsets = (truth["category"],) if truth["category"] else ()
-        return QuestionScore(id, float(option == truth["answer"]), _question_id(id), subsets, unparsed=option < 0)
+        return QuestionScore(id, float(option == truth["answer"]), _question_id(id), subsets, unparsed=option is None)
 
     def merge_scores(self, scores: Sequence[QuestionScore], truths: Mapping[str, Any]) -> list[QuestionScore]:
         """Returns one score per question. Questions with a missing answer to one of their rotations are left out."""
@@ -179,8 +189,14 @@ def _read_rows(annotations: Path) -> Iterator[_Row]:
     number = 0
     try:
         with annotations.open(encoding="utf-8-sig", newline="") as handle:
-            for number, cells in enumerate(csv.DictReader(handle, delimiter="\t"), start=1):
-                yield _Row(annotations, number, cells)
+            reader = csv.reader(handle, delimiter="\t")
+            header = next(reader, [])
+            _validate_header(header, annotations)
+            for number, cells in enumerate(filter(None, reader), start=1):
+                if len(cells) > len(header):
+                    problem = f"the row has {len(cells)} cells, but the header has {len(header)}"
+                    raise UserError(problem, code="invalid-table", file=annotations, record=number)
+                yield _Row(annotations, number, dict(zip_longest(header, cells)))
     except csv.Error as error:
         raise UserError(
             f"the row is not tab-separated text ({error})", code="invalid-table", file=annotations, record=number + 1
@@ -189,9 +205,18 @@ def _read_rows(annotations: Path) -> Iterator[_Row]:
         code = "file-not-found" if isinstance(error, FileNotFoundError) else "file-unreadable"
         raise UserError(str(error.strerror), code=code, file=annotations) from None
     except UnicodeDecodeError:
-        raise UserError("the file is not UTF-8 text", code="invalid-encoding", file=annotations) from None
+        raise not_utf8(annotations) from None
     if not number:
         raise UserError("the file has no questions", code="no-records", file=annotations)
+
+
+def _validate_header(header: Sequence[str], file: Path) -> None:
+    """Checks that no column is named twice, because only one of the two could be read."""
+    duplicate = next((column for column, count in Counter(header).items() if count > 1), None)
+    if duplicate is not None:
+        raise UserError(
+            f"the first line contains the column {quoted(duplicate)} twice", code="duplicate-key", file=file
+        )
 
 
 def _question_id(index: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, Prediction, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import question_objects, record, text_list
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.metrics.answer_reading import final_answer
 from vlm_unlearn.store import read_json
 
 
@@ -65,4 +66,4 @@ class MMVet(Benchmark):
         return QuestionScore(id, float(score), truth["imagename"], tuple(truth["capability"]))
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
-        return {id: text or "" for id, text in answers.items()}
+        return {id: final_answer(text or "") or "" for id, text in answers.items()}

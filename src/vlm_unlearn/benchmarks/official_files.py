@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import AnswersNotPublicError
+from vlm_unlearn.benchmarks.base import AnswersNotPublicError, QuestionScore
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.metrics.answer_reading import read_short_answer
 
 # LLaVA-1.5's format prompts (arXiv 2310.03744).
 SHORT = "Answer the question using a single word or phrase."
@@ -60,6 +62,32 @@ def entries(value: Any, file: Path, *keys: str) -> list[Mapping[str, Any]]:
             if not isinstance(entry, dict) or key not in entry:
                 raise UserError("the field is missing", code="missing-field", file=file, record=number, field=key)
     return value
+
+
+def entries_by_id(values: Sequence[Mapping[str, Any]], file: Path, key: str) -> dict[str, Mapping[str, Any]]:
+    """Returns objects by id.
+
+    Args:
+        values: The objects, which all have the key.
+        file: The official file, for error messages.
+        key: The key of the id.
+
+    Raises:
+        UserError: Two objects have the same id.
+    """
+    by_id: dict[str, Mapping[str, Any]] = {}
+    for number, value in enumerate(values, start=1):
+        id = str(value[key])
+        if id in by_id:
+            raise UserError(
+                f"an earlier record has the same {key}, {quoted(id)}. Give every question an id.",
+                code="duplicate-id",
+                file=file,
+                record=number,
+                field=key,
+            )
+        by_id[id] = value
+    return by_id
 
 
 def require_answers(questions: Sequence[Mapping[str, Any]], file: Path, key: str) -> None:
@@ -123,13 +151,15 @@ def annotated_questions(value: Any, file: Path, key: str) -> dict[str, Any]:
         raise UserError(
             f'expected {{"{key}": [...]}}. Pass the official annotation file.', code="invalid-field", file=file
         )
+    questions = entries_by_id(entries(value[key], file, "question_id", "answers"), file, "question_id")
     return {
-        str(entry["question_id"]): {
-            "answers": annotator_answers(record(file, entry["question_id"], entry)),
-            "image": str(entry.get("image_id", entry["question_id"])),
+        id: {
+            "answers": annotator_answers(record(file, id, entry)),
+            "image": str(entry.get("image_id", id)),
             "type": str(entry.get("answer_type", "")),
+            "question": entry.get("question"),
         }
-        for entry in entries(value[key], file, "question_id", "answers")
+        for id, entry in questions.items()
     }
 
 
@@ -146,3 +176,18 @@ def question_objects(value: Any, file: Path) -> dict[str, Any]:
             file=file,
         )
     return value
+
+
+def short_answer_score(text: str, official: bool, score: Callable[[str], QuestionScore]) -> QuestionScore:
+    """Scores a short answer after `read_short_answer` has removed its decoration.
+
+    Args:
+        text: The answer.
+        official: Score the text as it is, as published evaluators do.
+        score: Returns the score of a text.
+
+    Returns:
+        The score. It is 0 and unparsed if the text contains no answer.
+    """
+    answer = text if official else read_short_answer(text)
+    return score(answer) if answer is not None else replace(score(""), value=0.0, unparsed=True)

@@ -11,7 +11,11 @@ from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionSc
 from vlm_unlearn.benchmarks.official_files import SHORT, record
 from vlm_unlearn.data.json_stream import stream
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.judging.keyword import corrected_refusal
+from vlm_unlearn.metrics.answer_reading import read_yes_no
+
+_QUESTION = re.compile(
+    r"\s*(?:is|are) there (?:an?|any|some)\s+([\w -]+?) (?:in|on) the (?:image|picture|photo)", re.IGNORECASE
+)
 
 
 @register(
@@ -70,14 +74,14 @@ class POPE(Benchmark):
         return truths
 
     def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
-        answer = parse_yes_no(text, official)
+        answer = _answer(truth, text, official)
         cluster = str(truth.get("image", id))
         return QuestionScore(id, float(answer == truth["label"]), cluster, (truth["label"],), unparsed=answer is None)
 
     def extra_metrics(self, answers: Sequence[tuple[Any, str]], official: bool) -> dict[str, float]:
         pairs_by_file: dict[str, list[tuple[str, str | None]]] = {}
         for truth, text in answers:
-            pair = (truth["label"], parse_yes_no(text, official))
+            pair = (truth["label"], _answer(truth, text, official))
             pairs_by_file.setdefault(truth.get("file", ""), []).append(pair)
         metrics_by_file = {file: _yes_metrics(pairs) for file, pairs in pairs_by_file.items()} or {"": _yes_metrics([])}
         means = {
@@ -94,7 +98,7 @@ class POPE(Benchmark):
         """Returns the terms of F1 by file. F1 is the ratio of sums 2 TP / (answers "yes" + labels "yes")."""
         terms: dict[str, list[RatioTerm]] = {truth.get("file", ""): [] for truth in truths.values()}
         for truth, text in answers:
-            label, answer = truth["label"], parse_yes_no(text, official)
+            label, answer = truth["label"], _answer(truth, text, official)
             numerator = 2.0 * (answer == "yes" == label)
             denominator = float((answer == "yes") + (label == "yes"))
             terms[truth.get("file", "")].append(RatioTerm(str(truth.get("image", "")), numerator, denominator))
@@ -117,26 +121,21 @@ def _yes_metrics(pairs: Sequence[tuple[str, str | None]]) -> dict[str, float]:
     return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": yes_ratio}
 
 
-_UNSURE = re.compile(
-    r"\b(?:don't|do not|can't|cannot|can not|couldn't|unable to) (?:know|tell|say|determine|answer|be sure)\b"
-    r"|\bnot sure\b"
-)
-
-
-def parse_yes_no(text: str, official: bool) -> str | None:
+def parse_yes_no(text: str, official: bool, question: str = "") -> str | None:
     """Returns ``"yes"`` or ``"no"``, or None for an answer that is neither.
 
     Args:
-        text: The answer. Only its first sentence counts.
-        official: Read every answer without "no" or "not" as yes, as the official code does. Never returns None then.
+        text: The answer.
+        official: Read every answer whose first sentence has no "no" or "not" as yes, as the official code does. Never
+            returns None then. By default the answer is read by `read_yes_no`.
+        question: The question, which names the object that a statement must be about to mean yes.
     """
-    sentence = text.split(".")[0].replace(",", "")
     if official:
-        return "no" if {"No", "not", "no"} & set(sentence.split(" ")) else "yes"
-    lowered = sentence.lower().replace("\u2019", "'")
-    if corrected_refusal(text) or _UNSURE.search(lowered):
-        return None  # "I'm sorry, I can't help" contains a negation, but is not an answer
-    words = re.findall(r"[a-z']+", lowered)
-    if any(word in ("no", "not", "nope", "none") or word.endswith("n't") for word in words):
-        return "no"
-    return "yes" if any(word in ("yes", "yeah", "yep", "there") for word in words) else None
+        return "no" if {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" ")) else "yes"
+    match = _QUESTION.match(question)
+    return read_yes_no(text, match.group(1) if match else None)
+
+
+def _answer(truth: Mapping[str, Any], text: str, official: bool) -> str | None:
+    question = truth.get("text")
+    return parse_yes_no(text, official, question if isinstance(question, str) else "")

@@ -10,6 +10,7 @@ from typing import Any
 from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import LETTER, question_objects, record, text_list
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.metrics.option_reading import read_option
 from vlm_unlearn.store import read_json
 
 LETTERS = "ABCDE"
@@ -86,27 +87,18 @@ def parse_option(text: str, choices: list[Any] | int, official: bool) -> int:
         text: The answer.
         choices: The options, or their number.
         official: Accept only what the official code accepts: a letter alone, ``B. ...``, or a single ``The answer is
-            B.``. By default ``(B)``, ``B)``, ``b`` and the text of an option are accepted too.
+            B.``. By default the answer is read by `read_option`.
     """
-    count = choices if isinstance(choices, int) else len(choices)
-    answer = text if official else text.strip()
-    if answer in LETTERS and len(answer) == 1:
-        letter = answer
-    elif len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
-        letter = answer[0]
+    options = ["" for _ in range(choices)] if isinstance(choices, int) else [str(choice) for choice in choices]
+    letters = LETTERS[: len(options)]
+    if not official:
+        letter = read_option(text, dict(zip(letters, options, strict=False)))
+        return -1 if letter is None else letters.index(letter)
+    if text in LETTERS and len(text) == 1:
+        letter = text
+    elif len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
+        letter = text[0]
     else:
-        letters = re.findall(
-            r"The answer is ([A-Z])." if official else r"[Tt]he (?:correct )?answer is \(?([A-Z])\b", answer
-        )
-        letter = letters[0] if len(letters) == 1 else ""
-    if not letter and not official:
-        match = re.match(r"\(?([A-Ea-e])(?:[).:](?=\s|$)|$)", answer)
-        letter = match.group(1).upper() if match else ""
-        if not letter and not isinstance(choices, int):
-            indices = [
-                index
-                for index, choice in enumerate(choices)
-                if str(choice).strip().rstrip(".").lower() == answer.rstrip(".").lower()
-            ]
-            return indices[0] if len(indices) == 1 else -1
-    return LETTERS.index(letter) if letter and letter in LETTERS[:count] else -1
+        matches = re.findall(r"The answer is ([A-Z]).", text)
+        letter = matches[0] if len(matches) == 1 else ""
+    return LETTERS.index(letter) if letter and letter in letters else -1

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkScores, Prediction
+from pydantic import ValidationError
+
+from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkScores, Prediction, same_question
+from vlm_unlearn.data.json_stream import Item, stream
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.store import read_records
 
 
 def files_by_prefix(benchmark: Benchmark, annotations: Sequence[Path]) -> dict[str, Path]:
@@ -68,12 +70,24 @@ def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
         UserError: A line is not a prediction, or a question has two.
     """
     predictions: dict[str, Prediction] = {}
-    for prediction in read_records(file, Prediction):
+    for item in stream(file):
+        prediction = _parse_prediction(item, file)
         id = str(prediction.question_id).removeprefix(f"{name}/")
         if id in predictions:
             raise UserError(f"the question {quoted(id)} has two predictions", code="duplicate-id", file=file)
         predictions[id] = prediction
     return predictions
+
+
+def _parse_prediction(item: Item, file: Path) -> Prediction:
+    if item.error is not None:
+        raise UserError(item.error, code="invalid-json", file=file, record=item.number + 1)
+    try:
+        return Prediction.model_validate(item.value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(quoted(key)[1:-1] for key in first["loc"]) or None
+        raise UserError(first["msg"], code="invalid-field", file=file, record=item.number + 1, field=field) from None
 
 
 def score_predictions(
@@ -128,6 +142,15 @@ def score_file(
     files = [annotations] if isinstance(annotations, Path) else annotations
     truths = load_truths(benchmark, files, questions)
     predictions_by_id = read_predictions(predictions, benchmark.name)
+    for id, prediction in predictions_by_id.items():
+        if id in truths and isinstance(prediction.question, str) and not same_question(prediction.question, truths[id]):
+            raise UserError(
+                f"the prediction answers another question than {quoted(id)} of {', '.join(map(str, files))}: "
+                f"{quoted(prediction.question)}. Pass the annotations of the same split.",
+                code="run-mismatch",
+                file=predictions,
+                record=quoted(id),
+            )
     unknown_ids = [id for id in predictions_by_id if id not in truths]
     if unknown_ids:
         raise UserError(

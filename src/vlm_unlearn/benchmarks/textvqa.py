@@ -12,9 +12,11 @@ from vlm_unlearn.benchmarks.official_files import (
     annotated_questions,
     annotator_answers,
     entries,
+    entries_by_id,
     most_common_answer,
     record,
     require_answers,
+    short_answer_score,
     text_list,
 )
 from vlm_unlearn.benchmarks.vqa_text import leave_one_out, normalize_evalai, server_submission
@@ -55,7 +57,11 @@ class TextVQA(Benchmark):
 
     def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
         answers = [normalize_evalai(answer) for answer in truth["answers"]]
-        return QuestionScore(id, leave_one_out(normalize_evalai(text), answers), truth["image"])
+        return short_answer_score(
+            text,
+            official,
+            lambda answer: QuestionScore(id, leave_one_out(normalize_evalai(answer), answers), truth["image"]),
+        )
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
         return server_submission(answers, "question_id")
@@ -72,4 +78,5 @@ def _read_data(file: Path, description: str, *keys: str) -> list[Mapping[str, An
 def _read_ocr_words(file: Path) -> dict[str, list[str]]:
     """Reads the words that the OCR system Rosetta recognized in each image."""
     data = _read_data(file, "Rosetta OCR file", "image_id", "ocr_tokens")
-    return {str(value["image_id"]): text_list(record(file, value["image_id"], value), "ocr_tokens") for value in data}
+    by_image = entries_by_id(data, file, "image_id")
+    return {image: text_list(record(file, image, value), "ocr_tokens") for image, value in by_image.items()}

@@ -11,9 +11,11 @@ from vlm_unlearn.benchmarks.official_files import (
     SHORT,
     annotator_answers,
     entries,
+    entries_by_id,
     most_common_answer,
     record,
     require_answers,
+    short_answer_score,
 )
 from vlm_unlearn.benchmarks.vqa_text import leave_one_out, normalize_evalai, server_submission
 from vlm_unlearn.store import read_json
@@ -33,8 +35,9 @@ class VizWiz(Benchmark):
         self, annotations: Path, questions: Path | None, limit: int | None = None
     ) -> list[BenchmarkQuestion]:
         benchmark_questions = []
-        for value in entries(read_json(annotations), annotations, "image", "question")[:limit]:
-            entry = record(annotations, value["image"], value)
+        values = entries(read_json(annotations), annotations, "image", "question")
+        for id, value in list(entries_by_id(values, annotations, "image").items())[:limit]:
+            entry = record(annotations, id, value)
             image, text = entry.text("image"), f"{entry.text('question')}\n{UNANSWERABLE}\n{SHORT}"
             answer = most_common_answer(annotator_answers(entry)) if "answers" in value else None
             category = entry.optional_text("answer_type")
@@ -45,17 +48,22 @@ class VizWiz(Benchmark):
         values = entries(read_json(annotations), annotations, "image")
         require_answers(values, annotations, "answers")
         return {
-            str(value["image"]): {
-                "answers": annotator_answers(record(annotations, value["image"], value)),
+            id: {
+                "answers": annotator_answers(record(annotations, id, value)),
                 "type": str(value.get("answer_type", "")),
+                "question": value.get("question"),
             }
-            for value in entries(values, annotations, "answers")
+            for id, value in entries_by_id(entries(values, annotations, "answers"), annotations, "image").items()
         }
 
     def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
         answers = [normalize_evalai(answer) for answer in truth["answers"]]
         subsets = (truth["type"],) if truth["type"] else ()
-        return QuestionScore(id, leave_one_out(normalize_evalai(text), answers), id, subsets)
+        return short_answer_score(
+            text,
+            official,
+            lambda answer: QuestionScore(id, leave_one_out(normalize_evalai(answer), answers), id, subsets),
+        )
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
         return server_submission(answers, "image")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from vlm_unlearn.metrics.answer_reading import read_short_answer
+
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
 ARTICLES = ("a", "an", "the")
@@ -89,7 +91,7 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
 def server_submission(answers: Mapping[str, str | None], key: str) -> list[dict[str, str | int]]:
     """Returns answers in the format of the servers of VQAv2, TextVQA and VizWiz, ``[{key: id, "answer": ...}]``.
 
-    The answers are normalized, as those of LLaVA-1.5 were.
+    The answers are read by `read_short_answer` and normalized, as those of LLaVA-1.5 were.
 
     Args:
         answers: Texts by question id. None for a failed answer.
@@ -99,4 +101,7 @@ def server_submission(answers: Mapping[str, str | None], key: str) -> list[dict[
     def server_id(id: str) -> str | int:
         return int(id) if key == "question_id" and id.isdecimal() else id
 
-    return [{key: server_id(id), "answer": normalize_evalai(text or "")} for id, text in answers.items()]
+    return [
+        {key: server_id(id), "answer": normalize_evalai(read_short_answer(text or "") or "")}
+        for id, text in answers.items()
+    ]

@@ -13,8 +13,10 @@ from vlm_unlearn.benchmarks.official_files import (
     annotated_questions,
     answers_not_public,
     entries,
+    entries_by_id,
     most_common_answer,
     record,
+    short_answer_score,
 )
 from vlm_unlearn.benchmarks.vqa_text import (
     leave_one_out,
@@ -75,7 +77,11 @@ class VQAv2(Benchmark):
 
     def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
         subsets = (truth["type"],) if truth["type"] else ()
-        return QuestionScore(id, accuracy(text, truth["answers"], official), truth["image"], subsets)
+        return short_answer_score(
+            text,
+            official,
+            lambda answer: QuestionScore(id, accuracy(answer, truth["answers"], official), truth["image"], subsets),
+        )
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:
         return server_submission(answers, "question_id")
@@ -92,8 +98,8 @@ def _parse_questions(value: Any, file: Path) -> dict[str, BenchmarkQuestion]:
     split = str(value.get("data_subtype") or "val2014")
     folder = "test2015" if split.startswith("test") else split  # COCO has one image folder for all test splits
     questions = {}
-    for item in entries(value["questions"], file, "question_id", "image_id", "question"):
-        id = str(item["question_id"])
+    items = entries(value["questions"], file, "question_id", "image_id", "question")
+    for id, item in entries_by_id(items, file, "question_id").items():
         entry = record(file, id, item)
         image = entry.name("image_id")
         text = f"{entry.text('question')}\n{SHORT}"

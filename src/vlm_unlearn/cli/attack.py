@@ -18,6 +18,7 @@ from vlm_unlearn.cli.common import (
     problem_report,
     quiet_libraries,
     result_console,
+    skipped_note,
     status_console,
 )
 from vlm_unlearn.cli.terminal import Commands
@@ -92,7 +93,8 @@ def rewrite(
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
         origins = f"{counts['by_model']:,} by the model, {counts['by_rule']:,} by rule"
-        typer.echo(f"{out}: {counts['questions']:,} questions, {counts['records']:,} records; {origins}")
+        totals = f"{counts['questions']:,} questions, {counts['records']:,} records"
+        typer.echo(f"{out}: {totals}; {origins}{skipped_note(problems)}")
     if model and not counts["by_model"]:
         typer.echo("warning: none of the model's paraphrases is usable; all rewrites follow the rules", err=True)
 

@@ -319,6 +319,11 @@ def problem_report(problems: Problems) -> Iterator[None]:
         show_problems(problems)
 
 
+def skipped_note(problems: Problems) -> str:
+    """Returns the number of skipped records for the last line of a command, or an empty string if there is none."""
+    return f"; {problems.count:,} broken record{'' if problems.count == 1 else 's'} skipped" if problems else ""
+
+
 def show_problems(problems: Problems, at_most: int = 10) -> None:
     """Lists the first broken records on standard error, and prints their number."""
     if not problems:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
@@ -59,7 +59,9 @@ def _step(
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
-        typer.echo(f"{out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        typer.echo(
+            f"{out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()) + skipped_note(problems)
+        )
 
 
 @app.command("convert", rich_help_panel=STEPS)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, show_problems
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, show_problems, skipped_note
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
 from vlm_unlearn.cli.terminal import Commands
 
@@ -212,4 +212,4 @@ def _print_counts(imported: ImportResult, out: Path, as_json: bool) -> None:
     counts = [f"{role} {count:,}" for role, count in imported.counts.items()]
     text_only = [f"{imported.text_only:,} of them text only"] * bool(imported.text_only)
     skipped = [f"skipped ({reason}) {count:,}" for reason, count in imported.left_out.items()]
-    typer.echo(f"{out}: " + ", ".join([*counts, *text_only, *skipped]))
+    typer.echo(f"{out}: " + ", ".join([*counts, *text_only, *skipped]) + skipped_note(imported.problems))

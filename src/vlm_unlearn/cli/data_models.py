@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, ChatClient, require_model
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def select_harmful(
         print_json({"out": str(out), "outcomes": dict(counts), "asked": client.requests, "broken": problems.count})
     else:
         outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
-        typer.echo(f"{out}: {outcomes}; {client.requests:,} new requests")
+        typer.echo(f"{out}: {outcomes}; {client.requests:,} new requests{skipped_note(problems)}")
 
 
 def diversify(
@@ -132,6 +132,8 @@ def diversify(
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
         _print_diversified(file, out, columns, counts)
+        if problems:
+            typer.echo(skipped_note(problems).removeprefix("; "))
 
 
 def _paraphrases(client: ChatClient, requests: Sequence[tuple[str, str, str]]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report
+from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
 from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def audit(
         print_json({"file": Path(file).name, **result.as_json(), "broken": problems.count})
     else:
         _print_audit(result)
+        if problems:
+            typer.echo(skipped_note(problems).removeprefix("; "))
 
 
 def check(

@@ -146,6 +146,7 @@ def judge_keyword(
     """
     from vlm_unlearn.errors import UserError
     from vlm_unlearn.judging.keyword import corrected_refusal, published_refusal
+    from vlm_unlearn.metrics.answer_reading import final_answer
     from vlm_unlearn.metrics.rates import rate
     from vlm_unlearn.store import read_json
 
@@ -153,7 +154,7 @@ def judge_keyword(
     if not isinstance(texts, dict) or not texts or not all(isinstance(text, str) for text in texts.values()):
         raise UserError("expected a non-empty JSON object, id -> answer text", code="invalid-field", file=answers)
     refusal = published_refusal if paper_compat else corrected_refusal
-    hits = [refusal(text) is not None for text in texts.values()]
+    hits = [refusal(text if paper_compat else final_answer(text) or "") is not None for text in texts.values()]
     share = rate(hits, list(texts))
     result = {"n": len(hits), "refused": sum(hits), "rate": share.value, "low": share.low, "high": share.high}
     if as_json:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_unlearn.data.images import ImageSource, image_size, open_image
+from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
 from vlm_unlearn.records import Example, LossOn, Prompt
@@ -110,15 +111,13 @@ class Rendering:
 def render(processor: Processor, turn: Turn) -> Rendering:
     """Applies the chat template to a turn and its history.
 
+    Special tokens and image placeholders in its texts are neutralized: they become text.
+
     Raises:
-        UserError: A text contains the image placeholder of the processor, an answer is empty, or the template does not
-            support the system message.
+        UserError: An answer is empty, or the template does not support the system message.
     """
+    turn = _neutralized(turn, special_tokens(processor))
     rounds = [*turn.history, (turn.question, turn.answer)]
-    for token in _placeholders(processor):
-        if any(token in (text or "") for texts in [(turn.system,), *rounds] for text in texts):
-            problem = f"the text contains the image placeholder {token}. Remove it."
-            raise UserError(problem, code="placeholder-in-text", record=quoted(turn.id))
     messages: list[dict[str, Any]] = []
     if turn.system is not None:
         messages.append({"role": "system", "content": [{"type": "text", "text": turn.system}]})
@@ -151,12 +150,25 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     return Rendering(tuple(before_answer), tuple(with_answer))
 
 
-def _placeholders(processor: Processor) -> list[str]:
-    """Returns the placeholders for images and videos, both those of the chat template and those of the model."""
-    # In Gemma 3 and InternVL, some of these attributes exist only on the tokenizer.
-    names = ("image_token", "video_token", "context_image_token")
-    tokens = [getattr(source, name, None) for source in (processor, processor.tokenizer) for name in names]
-    return list(dict.fromkeys(token for token in tokens if isinstance(token, str) and token))
+def _neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
+    """Returns a turn whose texts contain none of certain tokens."""
+    texts = [turn.system or "", turn.question, turn.answer or "", *(text for texts in turn.history for text in texts)]
+    if not any(token in text for text in texts for token in tokens):
+        return turn
+    first_question = turn.history[0][0] if turn.history else turn.question
+    before_image = break_tokens(first_question[: turn.image_offset], tokens)
+    first_question = before_image + break_tokens(first_question[turn.image_offset :], tokens)
+    history = [(break_tokens(question, tokens), break_tokens(answer, tokens)) for question, answer in turn.history]
+    if history:
+        history[0] = (first_question, history[0][1])
+    return replace(
+        turn,
+        question=break_tokens(turn.question, tokens) if history else first_question,
+        answer=None if turn.answer is None else break_tokens(turn.answer, tokens),
+        history=tuple(history),
+        system=None if turn.system is None else break_tokens(turn.system, tokens),
+        image_offset=len(before_image),
+    )
 
 
 def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:

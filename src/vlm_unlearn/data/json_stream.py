@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.store import open_atomically
+from vlm_unlearn.store import (
+    DuplicateKeyError,
+    detect_encoding,
+    is_other_encoding,
+    not_utf8,
+    open_atomically,
+    unique_keys,
+)
 
 CHUNK_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
+UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, decoded with surrogateescape
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -30,7 +38,7 @@ class Item(NamedTuple):
         start: The position of its first byte in the file.
         end: The position after its last byte.
         value: The JSON value. None if `error` is set.
-        error: What is wrong with a line that is not JSON.
+        error: What is wrong with a line that is not JSON, or with an object that has a key twice.
         plain: Whether all texts of the record are certain to be ASCII without NUL characters.
     """
 
@@ -54,7 +62,8 @@ def _finite(digits: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite, object_pairs_hook=unique_keys)
+_LENIENT_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite)
 
 _PROGRESS_CALLBACK: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar("progress_callback", default=None)
 
@@ -91,7 +100,7 @@ def stream(path: Path) -> Iterator[Item]:
             size = os.fstat(handle.fileno()).st_size
             start = 3 if handle.read(3) == codecs.BOM_UTF8 else 0
             handle.seek(start)
-            items = _lines(handle, start) if _is_lines(path, handle, start, size) else _list(path, handle, start)
+            items = _lines(path, handle, start) if _is_lines(path, handle, start, size) else _list(path, handle, start)
             on_read = _PROGRESS_CALLBACK.get()
             if on_read is None:
                 yield from items
@@ -117,8 +126,8 @@ def _is_lines(path: Path, handle: BinaryIO, start: int, size: int) -> bool:
     while not head and handle.tell() < size:
         head = handle.read(CHUNK_BYTES).lstrip()
     handle.seek(start)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError("is UTF-16. Save it as UTF-8.", code="invalid-encoding", file=path)
+    if not detect_encoding(head[:16]).startswith("utf-8"):
+        raise not_utf8(path)
     if not head:
         if path.suffix == ".jsonl":
             return True
@@ -131,7 +140,7 @@ def _is_lines(path: Path, handle: BinaryIO, start: int, size: int) -> bool:
     raise UserError(f"expected a JSON list or JSON lines, found {content}", code="invalid-json", file=path)
 
 
-def _lines(handle: BinaryIO, start: int) -> Iterator[Item]:
+def _lines(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
     number = 0
     line_number = 0
     while True:
@@ -148,7 +157,7 @@ def _lines(handle: BinaryIO, start: int) -> Iterator[Item]:
                 line = handle.readline(MAX_RECORD_BYTES)
                 end += len(line)
         elif line.strip():
-            value, error = _parse_line(line)
+            value, error = _parse_line(path, line)
         else:
             start = end
             continue
@@ -157,15 +166,19 @@ def _lines(handle: BinaryIO, start: int) -> Iterator[Item]:
         start = end
 
 
-def _parse_line(line: bytes) -> tuple[Any, str | None]:
+def _parse_line(path: Path, line: bytes) -> tuple[Any, str | None]:
     try:
         return _DECODER.decode(line.decode("utf-8")), None
     except UnicodeDecodeError as error:
+        if is_other_encoding(path):
+            raise not_utf8(path) from None
         return None, f"byte {error.start + 1} is not UTF-8 text"
     except RecursionError:
         return None, "nested too deeply"
     except json.JSONDecodeError as error:
         return None, f"not valid JSON: {error.msg} (column {error.colno})"
+    except DuplicateKeyError as error:
+        return None, str(error)
     except ValueError as error:
         return None, f"not valid JSON: {error}"
 
@@ -173,7 +186,8 @@ def _parse_line(line: bytes) -> tuple[Any, str | None]:
 class _Window:
     """A window of decoded text that moves through a file.
 
-    Bytes that are not UTF-8 become lone surrogates, which the readers of the fields detect.
+    Bytes that are not UTF-8 become lone surrogates, which the readers of the fields detect. A file in another encoding
+    is an error.
 
     Attributes:
         text: The decoded text of the window.
@@ -210,7 +224,10 @@ class _Window:
         self._column_offset = self.column(self.position) - 1
         raw = self._handle.read(max(CHUNK_BYTES, len(unread)))
         self.ended = not raw
-        self.text = unread + self._decoder.decode(raw, final=self.ended)
+        decoded = self._decoder.decode(raw, final=self.ended)
+        if not decoded.isascii() and UNDECODED.search(decoded) and is_other_encoding(Path(self._handle.name)):
+            raise not_utf8(Path(self._handle.name))
+        self.text = unread + decoded
         self._ascii = self.text.isascii()
         self.plain = self._ascii and "\\u" not in self.text  # computed once per window, not once per text
         self.position = 0
@@ -268,7 +285,7 @@ def _list(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
 def _record(path: Path, window: _Window, number: int) -> Item:
     while True:
         try:
-            value, end = _DECODER.raw_decode(window.text, window.position)
+            value, end, duplicate_key = _decode(window)
         except RecursionError:
             problem = f"line {window.line}: nested too deeply"
             raise UserError(problem, code="invalid-json", file=path, record=number + 1) from None
@@ -284,7 +301,20 @@ def _record(path: Path, window: _Window, number: int) -> Item:
         window.extend()
     start, line = window.byte, window.line
     window.advance(end)
-    return Item(number, line, start, window.byte, value, None, window.plain)
+    return Item(number, line, start, window.byte, value, duplicate_key, window.plain)
+
+
+def _decode(window: _Window) -> tuple[Any, int, str | None]:
+    """Returns the value of the next record, its end, and what is wrong with it: an object has a key twice.
+
+    Raises:
+        ValueError: The text is not JSON, or the window ends within the record.
+    """
+    try:
+        value, end = _DECODER.raw_decode(window.text, window.position)
+    except DuplicateKeyError as error:
+        return None, _LENIENT_DECODER.raw_decode(window.text, window.position)[1], str(error)
+    return value, end, None
 
 
 def _describe_syntax_error(error: ValueError, window: _Window) -> str:

@@ -59,8 +59,8 @@ def import_vlguard(
         file: VLGuard's ``train.json``.
         images: The image root.
         out: The folder of the training set.
-        harmful_answers: JSON ``image -> answer``. The answers replace the reference refusals of unsafe images, for
-            unlearning. Without it the reference refusals stay, for mixed_sft.
+        harmful_answers: JSON ``image -> answer`` or ``record id -> answer``. The answers replace the reference
+            refusals of unsafe images, for unlearning. Without it the reference refusals stay, for mixed_sft.
         include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set.
         external: A file in LLaVA's format from which the retain set is filled up to `retain_size`. The records are
             sampled and shuffled with `seed`, as in Safety Mirage's step *mix*.
@@ -74,7 +74,12 @@ def import_vlguard(
     """
     problems = Problems()
     pairs = vlguard.read_pairs(file, images, problems)
-    split = vlguard.split(pairs, read_answers(harmful_answers) if harmful_answers else None, include_safe_image_unsafe)
+    try:
+        answers = read_answers(harmful_answers) if harmful_answers else None
+        split = vlguard.split(pairs, answers, include_safe_image_unsafe)
+    except UserError as error:
+        error.file = error.file or harmful_answers
+        raise
     retain = split.retain
     source: dict[str, object] = {"format": "vlguard", "file": file.name, "sha256": digest_file(file)}
     if harmful_answers:

@@ -146,7 +146,7 @@ def inject(source: Path, answers: Path, out: Path, problems: Problems | None = N
 
     Args:
         source: A VLGuard file.
-        answers: A JSON object ``image -> answer``.
+        answers: A JSON object ``image -> answer`` or ``record id -> answer``.
         problems: Collects broken records. Without it the first one raises.
 
     Returns:
@@ -154,26 +154,25 @@ def inject(source: Path, answers: Path, out: Path, problems: Problems | None = N
         were left out (``no harmful answer``), and of answers to images without an unsafe record (``unused answers``).
 
     Raises:
-        UserError: No answer belongs to an unsafe record. Nothing is written.
+        UserError: No answer belongs to an unsafe record, or one would be used for two questions. Nothing is written.
     """
-    answer_of_image = read_answers(answers)
+    harmful = vlguard.HarmfulAnswers(harmful_answers := read_answers(answers))
     counts = {"injected": 0, "kept": 0, "no harmful answer": 0}
-    used_images: set[str] = set()
 
     def records() -> Iterator[object]:
         for raw, pairs in vlguard.read_records(source, None, problems):
-            image = pairs[0].image
             if pairs[0].kind != "unsafe":
                 counts["kept"] += 1
                 yield raw.value
-            elif answer_of_image.get(image, "").strip():
+            elif texts := [text for pair in pairs if (text := harmful.answer(pair))]:
                 counts["injected"] += 1
-                used_images.add(image)
-                pairs_with_answer = [{**pair, "response": answer_of_image[image]} for pair in raw.value["instr-resp"]]
+                pairs_with_answer = [
+                    {**pair, "response": text} for pair, text in zip(raw.value["instr-resp"], texts, strict=True)
+                ]
                 yield {**raw.value, "instr-resp": pairs_with_answer}
             else:
                 counts["no harmful answer"] += 1
-        counts["unused answers"] = len(answer_of_image.keys() - used_images)
+        counts["unused answers"] = len(harmful_answers.keys() - harmful.used_keys)
         if not counts["injected"]:
             message = f"names no image of an unsafe record of {source}. Nothing was written."
             raise UserError(message, code="no-records", file=answers)
@@ -183,7 +182,7 @@ def inject(source: Path, answers: Path, out: Path, problems: Problems | None = N
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Reads a JSON object ``image -> answer``.
+    """Reads a JSON object ``image -> answer`` or ``record id -> answer``.
 
     Raises:
         UserError: The file contains anything else.

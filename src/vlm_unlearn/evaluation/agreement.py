@@ -13,7 +13,7 @@ from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.metrics.agreement import kappa_rate, sensitivity_and_specificity
 from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
-from vlm_unlearn.store import EvaluationRun, open_atomically, read_records
+from vlm_unlearn.store import EvaluationRun, not_utf8, open_atomically, read_records
 
 HUMAN = "human"  # the name of the labels from a CSV file, in the place of a judge's name
 POSITIVE_SCORE = 0.5  # scores from here on count as the positive label, for a judge that returns scores only
@@ -147,7 +147,7 @@ def _read_human_labels(file: Path, keys: Collection[ResponseKey]) -> Grades:
     except OSError as error:
         raise UserError(f"{error.strerror}.", code="file-unreadable", file=file) from None
     except UnicodeDecodeError:
-        raise UserError("the file is not UTF-8 text. Save it as UTF-8.", code="invalid-encoding", file=file) from None
+        raise not_utf8(file) from None
     except csv.Error as error:
         raise UserError(f"the file is not a CSV file ({error}).", code="invalid-table", file=file) from None
     if not labels:

@@ -14,6 +14,7 @@ from vlm_unlearn.benchmarks import (
     Prediction,
     get_benchmark,
     load_truths,
+    same_question,
     score_predictions,
 )
 from vlm_unlearn.config import BenchmarkConfig, Suite
@@ -89,7 +90,12 @@ def collect_predictions(
     for prompt in prompts.values():
         if prompt.set == name:
             id = prompt.id.removeprefix(f"{name}/")
-            predictions[id] = Prediction(question_id=id, text=texts.get(prompt.id), score=judge_scores.get(prompt.id))
+            predictions[id] = Prediction(
+                question_id=id,
+                text=texts.get(prompt.id),
+                score=judge_scores.get(prompt.id),
+                question=prompt.question,
+            )
     return predictions
 
 
@@ -102,10 +108,15 @@ def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Predicti
     """
     benchmark = get_benchmark(config.name)
     truths = load_truths(benchmark, config.annotations, config.questions)
-    missing_ids = [id for id in predictions if id not in truths]
+    missing_ids = [
+        id
+        for id, prediction in predictions.items()
+        if id not in truths or not same_question(prediction.question, truths[id])
+    ]
     if missing_ids:
         raise UserError(
-            f"the file has changed since the answers were generated: {len(missing_ids)} questions are missing, "
+            f"the file has changed since the answers were generated: {len(missing_ids)} questions are missing or "
+            "have another text, "
             f"the first is {quoted(missing_ids[0])}. Restore the file, or run the benchmark again.",
             code="run-mismatch",
             file=config.annotations[0],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm_unlearn.data.images import ImageReference, ImageSource, open_image, png_url
+from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import RunError, quoted
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_file, digest_json
@@ -52,11 +53,11 @@ class ChatRequest:
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+    return {"role": role, "content": [{"type": "text", "text": break_special_tokens(text)}]}
 
 
 def _text_parts(text: str) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": text}] if text else []
+    return [{"type": "text", "text": break_special_tokens(text)}] if text else []
 
 
 @dataclass(frozen=True)

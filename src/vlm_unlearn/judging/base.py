@@ -15,6 +15,8 @@ from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.data.images import ImageReference, ImageSource, resolve_image
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging import degenerate
+from vlm_unlearn.metrics import answer_reading
+from vlm_unlearn.metrics.answer_reading import UNFINISHED_REASONING, final_answer
 from vlm_unlearn.plugins import Registry, code_digest
 from vlm_unlearn.records import Label, Prompt, Response, Verdict
 from vlm_unlearn.store import RecordLog, RecordSink, digest_file, read_records, write_records
@@ -87,6 +89,7 @@ class Judge(ABC):
             "judge": self.name,
             "code": code_digest(type(self)),
             "degenerate": digest_file(Path(degenerate.__file__)),
+            "reading": digest_file(Path(answer_reading.__file__)),
         }
 
     @abstractmethod
@@ -108,18 +111,28 @@ class Judge(ABC):
 
 
 class OfflineJudge(Judge):
-    """Base class of judges that grade each answer on its own, without a language model."""
+    """Base class of judges that grade each answer on its own, without a language model.
+
+    Attributes:
+        grades_reasoning: Whether `grade` gets the complete text, as published scripts do. By default it gets the final
+            answer without the model's reasoning.
+    """
+
+    grades_reasoning = False
 
     @abstractmethod
     def grade(self, prompt: Prompt, text: str) -> Verdict:
         """Returns the verdict on the text of one answer."""
 
     def verdict(self, answer: Answer) -> Verdict:
-        """Returns the verdict on one response. A response without text gets a failed verdict."""
+        """Returns the verdict on one response. A response without text or final answer gets a failed verdict."""
         response = answer.response
         if response.text is None:
             return self.failed_verdict(answer, response.error or "no answer")
-        return self.grade(answer.prompt, response.text).model_copy(update={"sample": response.sample})
+        text = response.text if self.grades_reasoning else final_answer(response.text)
+        if text is None:
+            return self.failed_verdict(answer, UNFINISHED_REASONING)
+        return self.grade(answer.prompt, text).model_copy(update={"sample": response.sample})
 
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
         """Grades answers in order and calls `on_verdict` after each."""

@@ -16,6 +16,8 @@ from vlm_unlearn.errors import UserError, nearest, printable, quoted
 from vlm_unlearn.judging import degenerate
 from vlm_unlearn.judging.base import Answer, OfflineJudge, register
 from vlm_unlearn.judging.degenerate import degenerate_reason
+from vlm_unlearn.metrics import answer_reading
+from vlm_unlearn.metrics.answer_reading import UNFINISHED_REASONING, final_answer
 from vlm_unlearn.plugins import code_digest
 from vlm_unlearn.records import LABELS, Label, Prompt, Response, Verdict
 from vlm_unlearn.store import digest_file
@@ -122,6 +124,7 @@ class FunctionJudge(OfflineJudge):
             "scores": self.scores,
             "detect_degenerate": self._detect_degenerate,
             "degenerate": digest_file(Path(degenerate.__file__)),
+            "reading": digest_file(Path(answer_reading.__file__)),
         }
 
     def grade(self, prompt: Prompt, text: str) -> Verdict:
@@ -133,6 +136,9 @@ class FunctionJudge(OfflineJudge):
         text = answer.response.text
         if text is None:
             return self.failed_verdict(answer, answer.response.error or "no answer")
+        text = final_answer(text)
+        if text is None:
+            return self.failed_verdict(answer, UNFINISHED_REASONING)
         reason = degenerate_reason(text) if self._detect_degenerate else None if text.strip() else "empty"
         if reason is not None:
             if not self.labels:

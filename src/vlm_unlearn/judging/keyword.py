@@ -138,7 +138,7 @@ class KeywordJudge(OfflineJudge):
     def __init__(self, paper_compat: bool = False) -> None:
         self.name = "keyword-paper" if paper_compat else "keyword"
         self.labels = ("complied", "refused") if paper_compat else ("complied", "refused", "degenerate")
-        self._paper_compat = paper_compat
+        self._paper_compat = self.grades_reasoning = paper_compat
 
     @classmethod
     def from_config(cls, config: JudgeConfig) -> KeywordJudge:

@@ -9,9 +9,11 @@ from vlm_unlearn.config import JudgeConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import ChatCache, ChatModel, ChatRequest, ChatResponse, complete_many
 from vlm_unlearn.generation.openai_chat import OpenAIChat
+from vlm_unlearn.judging import replies, rubric
 from vlm_unlearn.judging.base import Answer, Judge, OnVerdict, register
 from vlm_unlearn.judging.degenerate import degenerate_reason
 from vlm_unlearn.judging.rubric import Grade, Rubric, load_rubric
+from vlm_unlearn.metrics.answer_reading import UNFINISHED_REASONING, final_answer
 from vlm_unlearn.records import Verdict
 from vlm_unlearn.store import cache_folder, digest_file
 
@@ -79,7 +81,7 @@ class LLMJudge(Judge):
             "rubric": self.rubric.digest,
             "model": dict(self._chat.identity()),
             "images": self._images,
-            "reading": digest_file(Path(__file__).with_name("rubric.py")),
+            "replies": [digest_file(Path(str(module.__file__))) for module in (rubric, replies)],
         }
 
     def _build_chat(self) -> ChatModel:
@@ -139,18 +141,20 @@ class LLMJudge(Judge):
             return self.rubric.build_prompt(prompt, text, answer.first_question)
         if self._config.paper_compat and self.rubric.name == "answer_score":
             return self.rubric.build_prompt(prompt.model_copy(update={"reference": text}), prompt.reference or "")
-        return self.rubric.build_prompt(prompt, text)
+        return self.rubric.build_prompt(prompt, text if self._config.paper_compat else final_answer(text) or "")
 
     def _verdict_without_call(self, answer: Answer) -> Verdict | None:
         """Returns the verdict on an answer that is not sent to the model, or None if it is sent."""
         text = answer.response.text
         if text is None:
             return self.failed_verdict(answer, answer.response.error or "no answer")
+        if not self._config.paper_compat and final_answer(text) is None:
+            return self.failed_verdict(answer, UNFINISHED_REASONING)
         if self._follows_mirage_script:
             word = next((word for word in IRRELEVANT_WORDS if word in text.lower()), None)
             return self._verdict(answer, Grade(label="off_topic", score=0), word) if word else None
         grade = None if self._config.paper_compat else self.rubric.header.degenerate
-        reason = degenerate_reason(text) if grade else None
+        reason = degenerate_reason(final_answer(text) or "") if grade else None
         return self._verdict(answer, grade, reason) if grade and reason else None
 
     def _parse_verdict(self, answer: Answer, reply: ChatResponse) -> Verdict:

@@ -25,7 +25,7 @@ class RougeJudge(OfflineJudge):
 
     def __init__(self, paper_compat: bool = False) -> None:
         self.name = "rouge_l-paper" if paper_compat else "rouge_l"
-        self._paper_compat = paper_compat
+        self._paper_compat = self.grades_reasoning = paper_compat
 
     @classmethod
     def from_config(cls, config: JudgeConfig) -> RougeJudge:

@@ -94,6 +94,29 @@ def rate(hits: Sequence[float], clusters: Sequence[str], failed: int = 0) -> Rat
     return Rate(value=value, low=min(low, value), high=max(high, value), n=n, failed=failed)
 
 
+def bound_with_failures(rate: Rate, failed: int, in_denominator: bool = False) -> float:
+    """Returns the upper bound of a rate if every failed verdict were a hit.
+
+    It is at least the mean of the interval's upper end over the graded answers and 1 over the failed ones. It is also
+    at least the upper end of Wilson's interval of the rate with these hits.
+
+    Args:
+        rate: The rate of the graded answers or questions.
+        failed: The number of answers or questions without a verdict.
+        in_denominator: Whether `Rate.n` contains the failed ones, as misses.
+    """
+    if not failed:
+        return 1.0 if rate.high is None else rate.high
+    total = rate.n if in_denominator else rate.n + failed
+    failed = min(failed, total)
+    if rate.value is None or rate.high is None:
+        return 1.0
+    hits = rate.value * (total if in_denominator else rate.n) + failed
+    graded = total if in_denominator else rate.n
+    bound = min(1.0, (rate.high * graded + failed) / total)
+    return max(bound, rate.high, wilson_interval(min(hits, total), total)[1])
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """The outcomes of answers, questions or benchmark questions, from 0 to 1. Failures are not included.

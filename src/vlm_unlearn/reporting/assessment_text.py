@@ -22,6 +22,8 @@ SENTENCES: Mapping[RateKind | FactKind, str] = {
     "score": "{metric} is {value}.",
     "rate": "{metric} is {rate}.",
     "lost_verdicts": "{failed} verdicts on {metric} failed, which affects {value} of its questions or answers.",
+    "failed_verdicts": "If the {failed} failed verdicts on {metric} were harm, it could be {value}, above "
+    "{threshold:.0f}\u00a0%.",
     "no_harm": "No metric measures harm.",
     "no_rate": "No metric has a rate.",
     "no_attack": "No attack was measured.",

@@ -1,7 +1,12 @@
 """Files and folders of runs. Files are written atomically, so that a killed process leaves no broken file."""
 
+from vlm_unlearn.store.encodings import decode_text as decode_text
+from vlm_unlearn.store.encodings import detect_encoding as detect_encoding
+from vlm_unlearn.store.encodings import is_other_encoding as is_other_encoding
+from vlm_unlearn.store.encodings import not_utf8 as not_utf8
 from vlm_unlearn.store.evaluation_run import SUMMARY as SUMMARY
 from vlm_unlearn.store.evaluation_run import EvaluationRun as EvaluationRun
+from vlm_unlearn.store.files import DuplicateKeyError as DuplicateKeyError
 from vlm_unlearn.store.files import RecordList as RecordList
 from vlm_unlearn.store.files import RecordLog as RecordLog
 from vlm_unlearn.store.files import RecordSink as RecordSink
@@ -17,6 +22,7 @@ from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records
 from vlm_unlearn.store.files import remove_stale_temp_files as remove_stale_temp_files
 from vlm_unlearn.store.files import replace_surrogates as replace_surrogates
+from vlm_unlearn.store.files import unique_keys as unique_keys
 from vlm_unlearn.store.files import user_path as user_path
 from vlm_unlearn.store.files import validate_not_overwriting as validate_not_overwriting
 from vlm_unlearn.store.files import write_json as write_json

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import AnswerRecord
+from vlm_unlearn.store.encodings import decode_text, not_utf8
 
 MANIFEST = "manifest.json"  # the file that makes a folder the folder of a run
 Model = TypeVar("Model", bound=BaseModel)
@@ -119,21 +120,40 @@ def dump_json(value: object) -> str:
     return replace_surrogates(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice. JSON readers would silently use the last value."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object of key-value pairs, as the `object_pairs_hook` of a JSON decoder.
 
     Raises:
-        UserError: The file is missing or not valid JSON. The message contains the line.
+        DuplicateKeyError: A key occurs twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise DuplicateKeyError(f"an object contains the key {quoted(duplicate)} twice. Keep one of the two.")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file in UTF-8 or UTF-16.
+
+    Raises:
+        UserError: The file is missing or not valid JSON, and then the message contains the line. It has another
+            encoding, or an object has a key twice.
     """
     _check_not_endless(path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(decode_text(path.read_bytes(), path), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise UserError("no such file", code="file-not-found", file=path) from None
     except OSError as error:
         raise UserError(str(error.strerror), code="file-unreadable", file=path) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"byte {error.start} is not UTF-8 text", code="invalid-encoding", file=path) from None
+    except DuplicateKeyError as error:
+        raise UserError(str(error), code="duplicate-key", file=path) from None
     except json.JSONDecodeError as error:
         message = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise UserError(message, code="invalid-json", file=path) from None
@@ -162,7 +182,7 @@ def read_records(path: Path, model: type[Model]) -> Iterator[Model]:
                 if line.strip():
                     yield _parse(model, line, path, number)
         except UnicodeDecodeError:
-            raise UserError("not UTF-8 text", code="invalid-encoding", file=path) from None
+            raise not_utf8(path) from None
 
 
 def _parse(model: type[Model], line: str, path: Path, number: int) -> Model:

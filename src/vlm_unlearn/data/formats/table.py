@@ -20,10 +20,10 @@ from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objec
 from vlm_unlearn.data.formats.groups import AttackRecord, prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER, validate_no_embedded_image
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, dump
+from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, UNDECODED, dump
 from vlm_unlearn.errors import Problems, UserError, nearest, quoted, report_problem
 from vlm_unlearn.records import Example, Kind, Prompt
-from vlm_unlearn.store import open_atomically
+from vlm_unlearn.store import detect_encoding, is_other_encoding, not_utf8, open_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 OUTPUT_COLUMNS = ("id", "image", "question", "answer", "category", "pair_id", "set")
@@ -244,11 +244,12 @@ def _with_required_columns(records: Iterable[RawRecord], columns: Columns, name:
 def _csv_records(path: Path, separator: str, problems: Problems | None) -> Iterator[RawRecord]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     try:
+        with path.open("rb") as raw:
+            if not detect_encoding(raw.read(16)).startswith("utf-8"):
+                raise not_utf8(path)
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
             reader = csv.reader(handle, delimiter=separator, strict=True)
             header = next(reader, [])
-            if header and header[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):
-                raise UserError("is UTF-16. Save it as UTF-8.", code="invalid-encoding", file=path)
             if len(header) == 1 and ";" in header[0]:
                 raise UserError('the columns are separated by ";". Use commas.', code="invalid-table", file=path)
             if not header or len(set(header)) < len(header):
@@ -256,10 +257,14 @@ def _csv_records(path: Path, separator: str, problems: Problems | None) -> Itera
                 raise UserError(
                     f"the first line {problem}. It must contain the column names.", code="invalid-table", file=path
                 )
-            number = -1
+            number, is_checked = -1, False
             for row in reader:
                 if not row:
                     continue
+                if not is_checked and UNDECODED.search("".join(row)):
+                    if is_other_encoding(path):
+                        raise not_utf8(path)
+                    is_checked = True
                 number += 1
                 line = reader.line_num - sum(cell.count("\n") for cell in row)
                 position = partial("{} (line {})".format, number + 1, line)

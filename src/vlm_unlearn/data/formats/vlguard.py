@@ -18,7 +18,7 @@ from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objec
 from vlm_unlearn.data.formats.groups import prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.images import resolve_image
-from vlm_unlearn.errors import Problems
+from vlm_unlearn.errors import Problems, UserError, quoted
 from vlm_unlearn.records import Example, Kind, Prompt
 
 KINDS: dict[str, Kind] = {
@@ -112,6 +112,40 @@ def pairs(record: RawRecord) -> list[Pair]:
     return result
 
 
+class HarmfulAnswers:
+    """Harmful answers by image or by record id. An answer belongs to one question.
+
+    Args:
+        answers: The answers. A record id counts before an image.
+    """
+
+    def __init__(self, answers: Mapping[str, str]) -> None:
+        self._answers = answers
+        self._questions: dict[str, str] = {}  # key of an answer -> its question
+        self.used_keys: set[str] = set()
+
+    def answer(self, pair: Pair) -> str:
+        """Returns the answer to a question, or ``""`` if there is none.
+
+        Raises:
+            UserError: The answer is for an image or a record with another question, so that one of the two would get
+                the answer to the other.
+        """
+        key = pair.record_id if pair.record_id in self._answers else pair.image
+        answer = self._answers.get(key, "")
+        if not answer.strip():
+            return ""
+        if self._questions.setdefault(key, pair.question) != pair.question:
+            raise UserError(
+                f"the answer under {quoted(key)} would be used for two questions, {quoted(self._questions[key])} and "
+                f"{quoted(pair.question)}. Give the answers by record id instead of image.",
+                code="duplicate-key",
+                record=quoted(pair.record_id),
+            )
+        self.used_keys.add(key)
+        return answer
+
+
 @dataclass(frozen=True)
 class Split:
     """The forget and retain examples of a VLGuard file.
@@ -135,18 +169,22 @@ def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, incl
 
     Args:
         pairs: The result of `read_pairs`.
-        harmful_answers: ``image -> answer``: the answers to forget, which replace the reference refusals of unsafe
-            images. An image without an answer is left out. None keeps the reference responses, the data of safety
-            fine-tuning.
+        harmful_answers: ``image -> answer`` or ``record id -> answer``: the answers to forget, which replace the
+            reference refusals of unsafe images. An image without an answer is left out. None keeps the reference
+            responses, the data of safety fine-tuning.
         include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set. They keep their
             reference responses, because there are no harmful answers to them.
+
+    Raises:
+        UserError: A harmful answer would be used for two questions.
     """
     result = Split([], [], [], {})
+    harmful = HarmfulAnswers(harmful_answers or {})
     for pair in pairs:
         if pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe:
             continue
         injected = pair.kind == "unsafe" and harmful_answers is not None
-        answer = (harmful_answers or {}).get(pair.image, "") if injected else pair.response
+        answer = harmful.answer(pair) if injected else pair.response
         if not answer.strip():
             reason = "no harmful answer" if injected else "empty response"
             result.left_out[reason] = result.left_out.get(reason, 0) + 1
