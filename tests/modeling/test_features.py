@@ -27,7 +27,7 @@ from vlm_unlearn.modeling.features import FeatureCache, Features, cache_vision_f
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training import runner
-from vlm_unlearn.training import trainer as trainer_module
+from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
 
@@ -271,11 +271,11 @@ def cached_towers(configured: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[o
         towers.append(tower)
         return lambda: None
 
-    monkeypatch.setattr(trainer_module, "cache_vision_features", cache)
+    monkeypatch.setattr(module, "cache_vision_features", cache)
     monkeypatch.setattr(Trainer, "train", lambda *_args: None)
     planned = plan(configured)
     configured.output.mkdir()
-    runner._build_trainer(planned, runner._training_arguments(planned), None).train()
+    MethodTrainer(runner._load_parts(planned, runner._training_arguments(planned))).train()
     return towers
 
 
