@@ -26,6 +26,7 @@ from vlm_unlearn.modeling import features as module
 from vlm_unlearn.modeling.features import FeatureCache, Features, cache_vision_features
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.store import RunDirectory
 from vlm_unlearn.training import runner
 from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import plan
@@ -275,7 +276,8 @@ def cached_towers(configured: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[o
     monkeypatch.setattr(Trainer, "train", lambda *_args: None)
     planned = plan(configured)
     configured.output.mkdir()
-    MethodTrainer(runner._load_parts(planned, runner._training_arguments(planned))).train()
+    run = RunDirectory(configured.output)
+    MethodTrainer(runner._load_parts(planned, run, runner._training_arguments(planned, run))).train()
     return towers
 
 

@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
@@ -15,36 +14,36 @@ from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
 from vlm_unlearn.records import PROBE_PREFIX
-from vlm_unlearn.store import record_cost, write_text
+from vlm_unlearn.store import RunDirectory, write_text
 from vlm_unlearn.training.checkpoints import load_trained, save_trained
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, number of steps, loss terms
 SCORE = "score"  # the name of the weighted sum of the `keep_best` metrics
 
 
-def tensorboard_callback(output: Path) -> TrainerCallback:
-    """Returns a callback that logs to ``<output>/tensorboard``.
+def tensorboard_callback(run: RunDirectory) -> TrainerCallback:
+    """Returns a callback that logs to the run's folder ``tensorboard``.
 
     The default of transformers is a folder next to the checkpoints, which are deleted at the end of the run.
     """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(log_dir=str(output / "tensorboard")))
+    return TensorBoardCallback(SummaryWriter(log_dir=str(run.tensorboard)))
 
 
 class LogCallback(TrainerCallback):
     """Writes log.jsonl and the manifest's cost into the run folder, and reports progress.
 
     Args:
-        output: The run folder.
+        run: The run.
         on_step: Called with the step, the number of steps and the loss terms of each optimizer step.
         is_main_process: The other processes of a distributed run do nothing.
         started: The value of `time.monotonic` from which the cost counts.
     """
 
-    def __init__(self, output: Path, on_step: OnStep | None, is_main_process: bool, started: float) -> None:
-        self._output = output
+    def __init__(self, run: RunDirectory, on_step: OnStep | None, is_main_process: bool, started: float) -> None:
+        self._run = run
         self._on_step = on_step
         self._is_main_process = is_main_process
         self._last_time = started
@@ -61,7 +60,7 @@ class LogCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_main_process:
             self.write_log(state)
-            record_cost(self._output, self.elapsed_seconds())
+            self._run.record_cost(self.elapsed_seconds())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write_log(state)
@@ -79,7 +78,7 @@ class LogCallback(TrainerCallback):
                 # The epoch counts passes over the concatenated stream, not over the data.
                 line = {name: value for name, value in sorted(entry.items()) if name != "epoch"}
                 lines.append(json.dumps(line) + "\n")
-        write_text(self._output / "log.jsonl", "".join(lines))
+        write_text(self._run.log_file, "".join(lines))
 
 
 class Probe(Protocol):
@@ -102,13 +101,13 @@ class ProbeCallback(TrainerCallback):
     Args:
         config: The recipe's ``probe``.
         probe: Measures the model.
-        output: The run folder. The best weights are stored in its subfolder ``best``.
+        run: The run. The best weights are stored in its folder ``best``.
     """
 
-    def __init__(self, config: ProbeConfig, probe: Probe, output: Path) -> None:
+    def __init__(self, config: ProbeConfig, probe: Probe, run: RunDirectory) -> None:
         self._config = config
         self._probe = probe
-        self._best_folder = output / "best"
+        self._best_weights = run.best_weights
 
     def measure(self, model: Any) -> dict[str, float | None]:
         """Returns the rates of a model, and its score if the recipe keeps the best weights."""
@@ -136,8 +135,8 @@ class ProbeCallback(TrainerCallback):
             control.should_save = False  # a run that resumes from a checkpoint of this step would run one more step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save and self._config.keep_best and self._best_folder.is_dir():
-            load_trained(kwargs["model"], self._best_folder)
+        if args.should_save and self._config.keep_best and self._best_weights.is_dir():
+            load_trained(kwargs["model"], self._best_weights)
 
     def _aborted(self, rates: Mapping[str, float | None]) -> list[str]:
         """Returns the metrics that meet an abort rule."""
@@ -160,11 +159,11 @@ class ProbeCallback(TrainerCallback):
         return name in last and last[name] > max((entry.get(name, -math.inf) for entry in previous), default=-math.inf)
 
     def _save_best(self, model: nn.Module) -> None:
-        scratch = self._best_folder.with_name("best.part")
+        scratch = self._best_weights.with_name(f"{self._best_weights.name}.part")
         shutil.rmtree(scratch, ignore_errors=True)
         save_trained(model, scratch)
-        shutil.rmtree(self._best_folder, ignore_errors=True)
-        scratch.rename(self._best_folder)
+        shutil.rmtree(self._best_weights, ignore_errors=True)
+        scratch.rename(self._best_weights)
 
 
 def stop_reason(history: Sequence[Mapping[str, Any]]) -> str | None:

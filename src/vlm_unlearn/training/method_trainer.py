@@ -27,7 +27,7 @@ from vlm_unlearn.modeling.loader import build_skeleton
 from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
-from vlm_unlearn.store import cache_folder, digest_json, package_versions
+from vlm_unlearn.store import RunDirectory, cache_folder, digest_json, package_versions
 from vlm_unlearn.training.checkpoints import (
     last_complete_checkpoint,
     load_trained,
@@ -323,7 +323,7 @@ class MethodTrainer(Trainer):
         self.vlm.processor.save_pretrained(str(folder))
         state = self.method.state()
         if state:
-            save_file(state, folder / "method_state.safetensors")
+            save_file(state, folder / RunDirectory.METHOD_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:

@@ -22,15 +22,7 @@ from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import PROBE_PREFIX
-from vlm_unlearn.store import (
-    lock_run,
-    open_run,
-    read_json,
-    read_manifest,
-    record_cost,
-    user_path,
-    write_json,
-)
+from vlm_unlearn.store import RunDirectory, read_json, user_path, write_json
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.callbacks import (
     LogCallback,
@@ -76,8 +68,8 @@ def run_plan(
         RunError: The loss, the gradient or the weights became NaN or infinite. The last good checkpoint remains.
     """
     probe = probe or build_probe(planned)
-    output = planned.recipe.output
-    arguments = _training_arguments(planned)
+    run = RunDirectory(planned.recipe.output)
+    arguments = _training_arguments(planned, run)
     if arguments.world_size != world_size():
         raise UserError(
             f"the environment variable is {world_size()}, but the Trainer initialized with {arguments.world_size} "
@@ -86,20 +78,19 @@ def run_plan(
             field="WORLD_SIZE",
         )
     identity = {**planned.identity, "probe": probe.digest if probe else None}
-    result = output / "model"
-    with _lock_run_folder(output, identity, arguments) as finished:
+    with _lock_and_open(run, identity, arguments) as finished:
         if not finished:
-            _train(planned, arguments, on_step, probe, on_reference)
-        elif not (result / "config.json").is_file() and not (result / "adapter_config.json").is_file():
+            _train(planned, run, arguments, on_step, probe, on_reference)
+        elif not any((run.model / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
-                f"the run is finished, but its model folder is missing. Delete {output} and train again.",
+                f"the run is finished, but its model folder is missing. Delete {run.path} and train again.",
                 code="model-not-found",
-                file=output,
+                file=run.path,
             )
         if arguments.process_index == 0:
-            for folder in (output / "checkpoints", output / "best"):  # until here, a killed run resumes from them
-                shutil.rmtree(folder, ignore_errors=True)
-    return result
+            for weights in (run.checkpoints, run.best_weights):  # until here, a killed run resumes from them
+                shutil.rmtree(weights, ignore_errors=True)
+    return run.model
 
 
 def build_probe(planned: Plan) -> Probe | None:
@@ -110,42 +101,43 @@ def build_probe(planned: Plan) -> Probe | None:
     """
     if planned.recipe.probe is None:
         return None
-    probe: Probe = plugins.PROBES["suite"](planned.recipe.probe, str(planned.folder), planned.processor)
+    probe: Probe = plugins.PROBES["suite"](planned.recipe.probe, str(planned.model_path), planned.processor)
     return probe
 
 
 @contextmanager
-def _lock_run_folder(output: Path, identity: Mapping[str, object], arguments: UnlearningConfig) -> Iterator[bool]:
-    """Locks the run folder for all processes of the run. Yields whether the run is already finished."""
+def _lock_and_open(run: RunDirectory, identity: Mapping[str, object], arguments: UnlearningConfig) -> Iterator[bool]:
+    """Locks and opens the run folder for all processes of the run. Yields whether the run is already finished."""
     state = PartialState()
     if arguments.process_index == 0:
-        with lock_run(output):
-            finished = open_run(output, identity)["finished"]
+        with run.lock():
+            finished = run.open(identity)["finished"]
             state.wait_for_everyone()
             yield finished
             state.wait_for_everyone()
     else:
         state.wait_for_everyone()
-        yield read_manifest(output)["finished"]
+        yield run.is_finished
         state.wait_for_everyone()
 
 
 def _train(
     planned: Plan,
+    run: RunDirectory,
     arguments: UnlearningConfig,
     on_step: OnStep | None,
     probe: Probe | None,
     on_reference: OnReference | None,
 ) -> None:
     """Trains from the last complete checkpoint, or from the base model, and saves the result."""
-    recipe, output = planned.recipe, planned.recipe.output
+    recipe = planned.recipe
     started, is_main_process = time.monotonic(), arguments.process_index == 0
-    parts = _load_parts(planned, arguments)
-    log_callback = LogCallback(output, on_step, is_main_process, started)
-    probe_callback = ProbeCallback(recipe.probe, probe, output) if recipe.probe and probe else None
+    parts = _load_parts(planned, run, arguments)
+    log_callback = LogCallback(run, on_step, is_main_process, started)
+    probe_callback = ProbeCallback(recipe.probe, probe, run) if recipe.probe and probe else None
     callbacks: list[TrainerCallback] = [log_callback, *([probe_callback] if probe_callback else [])]
     if "tensorboard" in recipe.training.report_to and is_main_process:
-        callbacks.append(tensorboard_callback(output))
+        callbacks.append(tensorboard_callback(run))
     trainer = MethodTrainer(
         parts,
         eval_fn=probe_callback.measure if probe_callback else None,
@@ -160,23 +152,23 @@ def _train(
     except RunError:
         log_callback.write_log(trainer.state)  # so that the loss curves show the divergence
         raise
-    _save_result(trainer, planned)
+    _save_result(trainer, planned, run)
     if is_main_process:
         outcome = {"steps": trainer.state.global_step, "stopped": stop_reason(trainer.state.log_history)}
-        record_cost(output, log_callback.elapsed_seconds(), finished=True, ended=outcome)
+        run.record_cost(log_callback.elapsed_seconds(), finished=True, ended=outcome)
 
 
-def _load_parts(planned: Plan, arguments: UnlearningConfig) -> TrainingParts:
+def _load_parts(planned: Plan, run: RunDirectory, arguments: UnlearningConfig) -> TrainingParts:
     """Loads the model and returns the parts of the run."""
     recipe, mode = planned.recipe, planned.recipe.trainable.mode
     if arguments.process_index == 0:
         rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
-        write_json(recipe.output / "trainable.json", rows)
-        write_json(recipe.output / "recipe.json", recipe.model_dump(mode="json"))
+        write_json(run.trainable_file, rows)
+        write_json(run.recipe_file, recipe.model_dump(mode="json"))
     # Full training keeps float32 master weights and computes under autocast. LoRA's frozen base has the compute
     # precision.
     precision = "fp32" if mode == "full" else planned.precision
-    model = load_model(planned.folder, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
+    model = load_model(planned.model_path, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
     set_seed(recipe.training.seed)  # after loading, which uses random numbers under some engines
     vlm = prepare_trainable(VisionLanguageModel(model, planned.processor), recipe.trainable)
     if mode != "qlora":  # 4-bit weights are already on their device
@@ -195,10 +187,10 @@ def _cache_keys(planned: Plan) -> CacheKeys:
     return CacheKeys(model_key, planned.data_digest)
 
 
-def _training_arguments(planned: Plan) -> UnlearningConfig:
+def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
     recipe, training = planned.recipe, planned.recipe.training
     return UnlearningConfig(
-        output_dir=str(recipe.output / "checkpoints"),
+        output_dir=str(run.checkpoints),
         method=recipe.method.name,
         method_args=dict(recipe.method.model_extra or {}),
         prompt_decouple_weight=recipe.prompt_decouple_weight,
@@ -232,15 +224,14 @@ def _training_arguments(planned: Plan) -> UnlearningConfig:
         dataloader_num_workers=training.dataloader_num_workers,
         report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
         project="vlm-unlearn",
-        run_name=recipe.output.resolve().name,
+        run_name=run.path.resolve().name,
         disable_tqdm=True,
     )
 
 
-def _save_result(trainer: MethodTrainer, planned: Plan) -> None:
+def _save_result(trainer: MethodTrainer, planned: Plan, run: RunDirectory) -> None:
     """Saves the trained model or adapters, the processor and the method's state, atomically."""
-    result = planned.recipe.output / "model"
-    scratch = result.with_name("model.part")
+    scratch = run.model.with_name(f"{run.model.name}.part")
     if trainer.args.should_save:
         shutil.rmtree(scratch, ignore_errors=True)
     trainer.save_model(str(scratch))
@@ -249,9 +240,9 @@ def _save_result(trainer: MethodTrainer, planned: Plan) -> None:
     if planned.recipe.trainable.mode != "full":
         adapter = read_json(scratch / "adapter_config.json")
         adapter["base_model_name_or_path"] = (
-            str(planned.folder.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
+            str(planned.model_path.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(scratch / "adapter_config.json", adapter)
         write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest})
-    shutil.rmtree(result, ignore_errors=True)
-    os.replace(scratch, result)
+    shutil.rmtree(run.model, ignore_errors=True)
+    os.replace(scratch, run.model)
