@@ -93,7 +93,8 @@ def rewrite(
     else:
         origins = f"{counts['by_model']:,} by the model, {counts['by_rule']:,} by rule"
         typer.echo(
-            f"{out}: {counts['questions']:,} questions, {counts['records']:,} records; {origins}{skipped_note(problems)}"
+            f"{out}: {counts['questions']:,} questions, {counts['records']:,} records; {origins}"
+            + skipped_note(problems)
         )
     if model and not counts["by_model"]:
         typer.echo("warning: none of the model's paraphrases is usable; all rewrites follow the rules", err=True)
