@@ -120,11 +120,11 @@ MUTATIONS = (
         "store/files.py",
         "            _drop_incomplete_line(path)\n",
         "            pass\n",
-        "tests/test_store.py",
+        "tests/store/test_store_files.py",
     ),
     Mutation(
         "resume: failed answers are not requested again",
-        "evaluation/answers.py",
+        "store/evaluation_run.py",
         "if response.key not in failed]",
         "]",
         "tests/generation/test_server.py tests/evaluation/test_evaluate.py",

@@ -20,7 +20,7 @@ from vlm_unlearn.data_tools.importers import import_vlguard
 from vlm_unlearn.errors import RunError
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.modeling.loader import load_model, load_run_model, run_model_folder
-from vlm_unlearn.store import lock_run
+from vlm_unlearn.store import RunDirectory
 from vlm_unlearn.training import trainer
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.references import FrozenCopyReference
@@ -162,7 +162,7 @@ def test_lora_with_layers_adapts_only_these_layers(
 
 
 def test_run_in_a_locked_folder_is_rejected(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    with lock_run(tmp_path / "run"), raises_code("run-locked"):
+    with RunDirectory(tmp_path / "run").lock(), raises_code("run-locked"):
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo"))
 
 

@@ -109,15 +109,16 @@ def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
 
 def _print_result(name: str, model: Path, output: Path, as_json: bool) -> None:
     from vlm_unlearn.reporting.charts.curves import write_loss_png
-    from vlm_unlearn.store import read_manifest
+    from vlm_unlearn.store import RunDirectory
 
-    curves, stopped = write_loss_png(output), read_manifest(output).get("stopped")
+    run = RunDirectory(output)
+    curves, stopped = write_loss_png(output), run.read_manifest().get("stopped")
     if as_json:
         print_json(
             {
                 "name": name,
                 "model": str(model),
-                "log": str(output / "log.jsonl"),
+                "log": str(run.log_file),
                 "loss": str(curves) if curves else None,
                 "stopped": stopped,
             }
@@ -133,9 +134,8 @@ def _probe(planned: Plan) -> Probe | None:
     from vlm_unlearn.evaluation.probe import build_probe
     from vlm_unlearn.modeling.loader import load_processor
 
-    return build_probe(
-        planned.recipe.probe, str(planned.folder), load_processor(planned.folder, planned.recipe.image_aspect_ratio)
-    )
+    processor = load_processor(planned.model_path, planned.recipe.image_aspect_ratio)
+    return build_probe(planned.recipe.probe, str(planned.model_path), processor)
 
 
 def _print_start(planned: Plan) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlm_unlearn.data.images import ImageSource, image_size, open_image
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
-from vlm_unlearn.records import Example, LossOn
+from vlm_unlearn.records import Example, LossOn, Prompt
 
 Batch = dict[str, Tensor]
 Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
@@ -60,6 +60,24 @@ class Turn:
             system=example.system,
             image_offset=example.image_offset,
             loss_on=example.loss_on,
+        )
+
+    @classmethod
+    def of_prompt(cls, prompt: Prompt, image: ImageSource | None) -> Turn:
+        """Returns the question of a prompt, without an answer.
+
+        Args:
+            prompt: The prompt.
+            image: The image of the prompt.
+        """
+        return cls(
+            id=prompt.id,
+            image=image,
+            question=prompt.question,
+            answer=None,
+            history=tuple((turn.question, turn.answer) for turn in prompt.history),
+            system=prompt.system,
+            image_offset=prompt.image_offset,
         )
 
 

@@ -77,7 +77,7 @@ class ServerBackend:
             for number, request in enumerate(requests):
                 pending[str(number)] = request
                 seed = sampling_seed(self._config.seed, request)
-                yield ChatRequest(str(number), request.prompt.question, request.image, seed)
+                yield ChatRequest.of_prompt(str(number), request.prompt, request.image, seed)
 
         def on_chat_response(chat_response: ChatResponse) -> None:
             request = pending.pop(chat_response.id)

@@ -134,6 +134,8 @@ class Method:
     """The answers to the forget questions in training: those of the data set, or random refusals."""
     unlearns: ClassVar[bool] = True
     """Whether training makes the forget answers less likely rather than more likely."""
+    tiny_options: ClassVar[Mapping[str, Any]] = {}
+    """Options that differ from the defaults for a model of two decoder layers, as tests and the full demo use."""
     layer_option: ClassVar[str] = "layer"
     """The name of the option that determines `hidden_layers`."""
     append_answer_to_prompt: ClassVar[bool] = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -43,6 +44,7 @@ class RMU(Method):
     """
 
     options_type = RMUOptions
+    tiny_options: ClassVar[Mapping[str, Any]] = {"layer": 0}
     append_answer_to_prompt = True
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -42,6 +43,7 @@ class RR(Method):
     """
 
     options_type = RROptions
+    tiny_options: ClassVar[Mapping[str, Any]] = {"layers": [0, 1]}
     layer_option = "layers"
 
     @property

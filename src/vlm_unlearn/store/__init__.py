@@ -1,5 +1,7 @@
 """Files and folders of runs. Files are written atomically, so that a killed process leaves no broken file."""
 
+from vlm_unlearn.store.evaluation_run import SUMMARY as SUMMARY
+from vlm_unlearn.store.evaluation_run import EvaluationRun as EvaluationRun
 from vlm_unlearn.store.files import RecordList as RecordList
 from vlm_unlearn.store.files import RecordLog as RecordLog
 from vlm_unlearn.store.files import RecordSink as RecordSink
@@ -20,14 +22,10 @@ from vlm_unlearn.store.files import validate_not_overwriting as validate_not_ove
 from vlm_unlearn.store.files import write_json as write_json
 from vlm_unlearn.store.files import write_records as write_records
 from vlm_unlearn.store.files import write_text as write_text
-from vlm_unlearn.store.runs import build_atomically as build_atomically
-from vlm_unlearn.store.runs import cache_folder as cache_folder
-from vlm_unlearn.store.runs import describe_path as describe_path
-from vlm_unlearn.store.runs import lock_folder as lock_folder
-from vlm_unlearn.store.runs import lock_run as lock_run
-from vlm_unlearn.store.runs import open_run as open_run
-from vlm_unlearn.store.runs import package_versions as package_versions
-from vlm_unlearn.store.runs import peak_memory_mb as peak_memory_mb
-from vlm_unlearn.store.runs import read_manifest as read_manifest
-from vlm_unlearn.store.runs import record_cost as record_cost
-from vlm_unlearn.store.runs import validate_same_run as validate_same_run
+from vlm_unlearn.store.folders import build_atomically as build_atomically
+from vlm_unlearn.store.folders import cache_folder as cache_folder
+from vlm_unlearn.store.folders import lock_folder as lock_folder
+from vlm_unlearn.store.run_directory import RunDirectory as RunDirectory
+from vlm_unlearn.store.run_directory import describe_path as describe_path
+from vlm_unlearn.store.run_directory import package_versions as package_versions
+from vlm_unlearn.store.run_directory import peak_memory_mb as peak_memory_mb

@@ -6,42 +6,41 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
 from vlm_unlearn.records import PROBE_PREFIX
-from vlm_unlearn.store import record_cost, write_text
+from vlm_unlearn.store import RunDirectory, write_text
 from vlm_unlearn.training.trainer import UnlearningTrainer
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, number of steps, loss terms
 SCORE = f"{PROBE_PREFIX}score"
 
 
-def tensorboard_callback(output: Path) -> TrainerCallback:
-    """Returns a callback that logs to ``<output>/tensorboard``.
+def tensorboard_callback(run: RunDirectory) -> TrainerCallback:
+    """Returns a callback that logs to the run's folder ``tensorboard``.
 
     The default of transformers is a folder next to the checkpoints, which are deleted at the end of the run.
     """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(log_dir=str(output / "tensorboard")))
+    return TensorBoardCallback(SummaryWriter(log_dir=str(run.tensorboard)))
 
 
 class LogCallback(TrainerCallback):
     """Writes log.jsonl and the manifest's cost into the run folder, and reports progress.
 
     Args:
-        output: The run folder.
+        run: The run.
         on_step: Called with the step, the number of steps and the loss terms of each optimizer step.
         is_main_process: The other processes of a distributed run do nothing.
     """
 
-    def __init__(self, output: Path, on_step: OnStep | None, is_main_process: bool) -> None:
-        self._output = output
+    def __init__(self, run: RunDirectory, on_step: OnStep | None, is_main_process: bool) -> None:
+        self._run = run
         self._on_step = on_step
         self._is_main_process = is_main_process
         self._last_time = time.monotonic()
@@ -58,7 +57,7 @@ class LogCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_main_process:
             self.write_log(state)
-            record_cost(self._output, self.elapsed_seconds())
+            self._run.record_cost(self.elapsed_seconds())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write_log(state)
@@ -76,7 +75,7 @@ class LogCallback(TrainerCallback):
                 # The epoch counts passes over the concatenated stream, not over the data.
                 line = {name: value for name, value in sorted(entry.items()) if name != "epoch"}
                 lines.append(json.dumps(line) + "\n")
-        write_text(self._output / "log.jsonl", "".join(lines))
+        write_text(self._run.log_file, "".join(lines))
 
 
 class Probe(Protocol):
@@ -101,14 +100,14 @@ class ProbeCallback(TrainerCallback):
         config: The recipe's ``probe``.
         probe: Measures the model.
         trainer: The trainer of the run.
-        output: The run folder. The best weights are stored in its subfolder ``best``.
+        run: The run. The best weights are stored in its folder ``best``.
     """
 
-    def __init__(self, config: ProbeConfig, probe: Probe, trainer: UnlearningTrainer, output: Path) -> None:
+    def __init__(self, config: ProbeConfig, probe: Probe, trainer: UnlearningTrainer, run: RunDirectory) -> None:
         self._config = config
         self._probe = probe
         self._trainer = trainer
-        self._best_folder = output / "best"
+        self._best_weights = run.best_weights
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._config.eval_steps and state.global_step < state.max_steps:
@@ -135,8 +134,8 @@ class ProbeCallback(TrainerCallback):
 
     def load_best(self) -> None:
         """Loads the best weights into the model of the process that saves it, if the recipe keeps them."""
-        if self._trainer.args.should_save and self._config.keep_best and self._best_folder.is_dir():
-            self._trainer.load_trained(self._best_folder)
+        if self._trainer.args.should_save and self._config.keep_best and self._best_weights.is_dir():
+            self._trainer.load_trained(self._best_weights)
 
     def _score(self, rates: Mapping[str, float | None]) -> float | None:
         """Returns the weighted sum of the ``keep_best`` metrics, None if there are none or one was not measured."""
@@ -147,11 +146,11 @@ class ProbeCallback(TrainerCallback):
 
     def _save_best(self) -> None:
         if self._trainer.args.should_save:
-            scratch = self._best_folder.with_name("best.part")
+            scratch = self._best_weights.with_name(f"{self._best_weights.name}.part")
             shutil.rmtree(scratch, ignore_errors=True)
             self._trainer.save_trained(scratch)
-            shutil.rmtree(self._best_folder, ignore_errors=True)
-            scratch.rename(self._best_folder)
+            shutil.rmtree(self._best_weights, ignore_errors=True)
+            scratch.rename(self._best_weights)
 
 
 def stop_reason(history: Sequence[Mapping[str, Any]]) -> str | None:

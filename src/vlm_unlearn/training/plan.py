@@ -45,7 +45,7 @@ class Plan:
 
     recipe: Recipe
     method: Method
-    folder: Path  # of the base model
+    model_path: Path  # of the base model
     training_set: UnlearningDataset
     reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
     precision: str
@@ -96,18 +96,18 @@ def plan(recipe: Recipe) -> Plan:
     """
     method, training_set, strategy = check_recipe(recipe)
     check_machine(recipe)
-    folder = model_folder(recipe.model)
-    processor = load_processor(folder, recipe.image_aspect_ratio)
-    skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(folder), processor))
+    model_path = model_folder(recipe.model)
+    processor = load_processor(model_path, recipe.image_aspect_ratio)
+    skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(model_path), processor))
     UnlearningCollator(processor, training_set, method, recipe.training.max_length).check_lengths()
     return Plan(
         recipe=recipe,
         method=method,
-        folder=folder,
+        model_path=model_path,
         training_set=training_set,
         reference_strategy=strategy,
         precision=resolve_precision(recipe.training.precision),
-        model_digest=digest_model(folder),
+        model_digest=digest_model(model_path),
         data_digest=training_set.fingerprint(),
         trainable=trainable_table(skeleton),
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, skeleton),

@@ -19,15 +19,7 @@ from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.store import (
-    lock_run,
-    open_run,
-    read_json,
-    read_manifest,
-    record_cost,
-    user_path,
-    write_json,
-)
+from vlm_unlearn.store import RunDirectory, read_json, user_path, write_json
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.callbacks import (
     LogCallback,
@@ -76,8 +68,8 @@ def run_plan(
             code="missing-setting",
             field="probe",
         )
-    output = planned.recipe.output
-    arguments = _training_arguments(planned)
+    run = RunDirectory(planned.recipe.output)
+    arguments = _training_arguments(planned, run)
     if arguments.world_size != world_size():
         raise UserError(
             f"the environment variable is {world_size()}, but the Trainer initialized with {arguments.world_size} "
@@ -86,53 +78,53 @@ def run_plan(
             field="WORLD_SIZE",
         )
     identity = {**planned.identity, "probe": probe.digest if probe else None}
-    result = output / "model"
-    with _lock_run_folder(output, identity, arguments) as finished:
+    with _lock_and_open(run, identity, arguments) as finished:
         if not finished:
-            _train(planned, arguments, on_step, probe, on_reference)
-        elif not (result / "config.json").is_file() and not (result / "adapter_config.json").is_file():
+            _train(planned, run, arguments, on_step, probe, on_reference)
+        elif not any((run.model / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
-                f"the run is finished, but its model folder is missing. Delete {output} and train again.",
+                f"the run is finished, but its model folder is missing. Delete {run.path} and train again.",
                 code="model-not-found",
-                file=output,
+                file=run.path,
             )
         if arguments.process_index == 0:
-            for folder in (output / "checkpoints", output / "best"):  # until here, a killed run resumes from them
-                shutil.rmtree(folder, ignore_errors=True)
-    return result
+            for weights in (run.checkpoints, run.best_weights):  # until here, a killed run resumes from them
+                shutil.rmtree(weights, ignore_errors=True)
+    return run.model
 
 
 @contextmanager
-def _lock_run_folder(output: Path, identity: Mapping[str, object], arguments: UnlearningConfig) -> Iterator[bool]:
-    """Locks the run folder for all processes of the run. Yields whether the run is already finished."""
+def _lock_and_open(run: RunDirectory, identity: Mapping[str, object], arguments: UnlearningConfig) -> Iterator[bool]:
+    """Locks and opens the run folder for all processes of the run. Yields whether the run is already finished."""
     state = PartialState()
     if arguments.process_index == 0:
-        with lock_run(output):
-            finished = open_run(output, identity)["finished"]
+        with run.lock():
+            finished = run.open(identity)["finished"]
             state.wait_for_everyone()
             yield finished
             state.wait_for_everyone()
     else:
         state.wait_for_everyone()
-        yield read_manifest(output)["finished"]
+        yield run.is_finished
         state.wait_for_everyone()
 
 
 def _train(
     planned: Plan,
+    run: RunDirectory,
     arguments: UnlearningConfig,
     on_step: OnStep | None,
     probe: Probe | None,
     on_reference: Callable[[int, int], None] | None,
 ) -> None:
     """Trains from the last complete checkpoint, or from the base model, and saves the result."""
-    recipe, output = planned.recipe, planned.recipe.output
-    log_callback = LogCallback(output, on_step, is_main_process=arguments.process_index == 0)
-    trainer = _build_trainer(planned, arguments, on_reference)
+    recipe = planned.recipe
+    log_callback = LogCallback(run, on_step, is_main_process=arguments.process_index == 0)
+    trainer = _build_trainer(planned, run, arguments, on_reference)
     trainer.add_callback(log_callback)
     if "tensorboard" in recipe.training.report_to and arguments.process_index == 0:
-        trainer.add_callback(tensorboard_callback(output))
-    probe_callback = ProbeCallback(recipe.probe, probe, trainer, output) if recipe.probe and probe else None
+        trainer.add_callback(tensorboard_callback(run))
+    probe_callback = ProbeCallback(recipe.probe, probe, trainer, run) if recipe.probe and probe else None
     if probe_callback:
         trainer.add_callback(probe_callback)
     try:
@@ -142,30 +134,33 @@ def _train(
         raise
     if probe_callback:
         probe_callback.load_best()
-    _save_result(trainer, planned)
+    _save_result(trainer, planned, run)
     if arguments.process_index == 0:
         outcome = {"steps": trainer.state.global_step, "stopped": stop_reason(trainer.state.log_history)}
-        record_cost(output, log_callback.elapsed_seconds(), finished=True, ended=outcome)
+        run.record_cost(log_callback.elapsed_seconds(), finished=True, ended=outcome)
 
 
 def _build_trainer(
-    planned: Plan, arguments: UnlearningConfig, on_reference: Callable[[int, int], None] | None
+    planned: Plan,
+    run: RunDirectory,
+    arguments: UnlearningConfig,
+    on_reference: Callable[[int, int], None] | None,
 ) -> UnlearningTrainer:
     """Loads the model and returns the trainer."""
     recipe, mode = planned.recipe, planned.recipe.trainable.mode
-    processor = load_processor(planned.folder, recipe.image_aspect_ratio)
+    processor = load_processor(planned.model_path, recipe.image_aspect_ratio)
     # Full training keeps float32 master weights and computes under autocast. LoRA's frozen base has the compute
     # precision.
     precision = "fp32" if mode == "full" else planned.precision
-    model = load_model(planned.folder, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
+    model = load_model(planned.model_path, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
     set_seed(recipe.training.seed)  # after loading, which uses random numbers under some engines
     vlm = prepare_trainable(VisionLanguageModel(model, processor), recipe.trainable)
     if mode != "qlora":  # 4-bit weights are already on their device
         vlm.model.to(arguments.device)
     if arguments.process_index == 0:
         rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
-        write_json(recipe.output / "trainable.json", rows)
-        write_json(recipe.output / "recipe.json", recipe.model_dump(mode="json"))
+        write_json(run.trainable_file, rows)
+        write_json(run.recipe_file, recipe.model_dump(mode="json"))
     model_key = {
         "model": planned.model_digest,
         "quantized": mode == "qlora",
@@ -185,11 +180,11 @@ def _build_trainer(
     return trainer
 
 
-def _training_arguments(planned: Plan) -> UnlearningConfig:
+def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
     recipe, training = planned.recipe, planned.recipe.training
     steps = steps_of(recipe, len(planned.training_set["forget"]), world_size())
     return UnlearningConfig(
-        output_dir=str(recipe.output / "checkpoints"),
+        output_dir=str(run.checkpoints),
         method=recipe.method.name,
         method_args=dict(recipe.method.model_extra or {}),
         prompt_decouple_weight=recipe.prompt_decouple_weight,
@@ -221,15 +216,14 @@ def _training_arguments(planned: Plan) -> UnlearningConfig:
         dataloader_num_workers=training.dataloader_num_workers,
         report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
         project="vlm-unlearn",
-        run_name=recipe.output.resolve().name,
+        run_name=run.path.resolve().name,
         disable_tqdm=True,
     )
 
 
-def _save_result(trainer: UnlearningTrainer, planned: Plan) -> None:
+def _save_result(trainer: UnlearningTrainer, planned: Plan, run: RunDirectory) -> None:
     """Saves the trained model or adapters, the processor and the method's state, atomically."""
-    result = planned.recipe.output / "model"
-    scratch = result.with_name("model.part")
+    scratch = run.model.with_name(f"{run.model.name}.part")
     if trainer.args.should_save:
         shutil.rmtree(scratch, ignore_errors=True)
     trainer.save_model(str(scratch))
@@ -238,9 +232,9 @@ def _save_result(trainer: UnlearningTrainer, planned: Plan) -> None:
     if planned.recipe.trainable.mode != "full":
         adapter = read_json(scratch / "adapter_config.json")
         adapter["base_model_name_or_path"] = (
-            str(planned.folder.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
+            str(planned.model_path.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(scratch / "adapter_config.json", adapter)
         write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest})
-    shutil.rmtree(result, ignore_errors=True)
-    os.replace(scratch, result)
+    shutil.rmtree(run.model, ignore_errors=True)
+    os.replace(scratch, run.model)

@@ -35,7 +35,7 @@ from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import cache_folder, digest_json, package_versions, read_json, write_json
+from vlm_unlearn.store import RunDirectory, cache_folder, digest_json, package_versions, read_json, write_json
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.references import (
     NLL,
@@ -50,9 +50,6 @@ from vlm_unlearn.training.step import ModelStep, count_tokens
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 EvalFunction = Callable[[Any], Mapping[str, float | None]]  # rates by name, None for a rate that was not measured
-
-COMPLETE = "complete.json"  # the file that is written last into a checkpoint
-TRAINED = "trained.safetensors"  # the trainable parameters by name; the base model has the others
 
 
 @dataclass(frozen=True)
@@ -195,16 +192,16 @@ class UnlearningTrainer(Trainer):
             )
         return output
 
-    def _validate_checkpoint(self, folder: Path) -> None:
+    def _validate_checkpoint(self, checkpoint: Path) -> None:
         try:
-            digest = read_json(folder / COMPLETE).get("run")
+            digest = read_json(checkpoint / RunDirectory.CHECKPOINT_COMPLETE).get("run")
         except (UserError, AttributeError):
             digest = None  # another program's checkpoint, or an older version's
         if digest is not None and digest != self._train_data_digest:
             raise UserError(
                 "belongs to another run: the method, the seed, the batch size, the number of steps or the data differ",
                 code="run-mismatch",
-                file=folder,
+                file=checkpoint,
             )
 
     @contextmanager
@@ -398,29 +395,30 @@ class UnlearningTrainer(Trainer):
         """Whether FSDP or DeepSpeed shards the parameters."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def save_trained(self, folder: Path) -> None:
+    def save_trained(self, directory: Path) -> None:
         """Writes the trainable parameters to ``trained.safetensors``.
 
         A checkpoint uses this file instead of `save_pretrained`: transformers 5.23 saves several VLM families under
         renamed keys and cannot load them back (its issue 43701).
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         trained = {name: value.detach().contiguous() for name, value in self._trainable_parameters().items()}
-        save_file(trained, folder / TRAINED)
+        save_file(trained, directory / RunDirectory.TRAINED_WEIGHTS)
 
-    def load_trained(self, folder: Path) -> None:
+    def load_trained(self, directory: Path) -> None:
         """Loads the parameters that `save_trained` wrote.
 
         Raises:
             RunError: The file contains other parameters than those of this run.
         """
-        trainable, saved = self._trainable_parameters(), load_file(folder / TRAINED)
+        trainable = self._trainable_parameters()
+        saved = load_file(directory / RunDirectory.TRAINED_WEIGHTS)
         if saved.keys() != trainable.keys():
             raise RunError(
                 "the checkpoint contains other parameters than this run trains. "
                 "Delete the run's folder and start again.",
                 code="checkpoint-mismatch",
-                file=folder,
+                file=directory,
             )
         with torch.no_grad():
             for name, value in saved.items():
@@ -441,7 +439,7 @@ class UnlearningTrainer(Trainer):
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
             complete = {"step": self.state.global_step, "files": files, "run": self._train_data_digest}
-            write_json(folder / COMPLETE, complete)
+            write_json(folder / RunDirectory.CHECKPOINT_COMPLETE, complete)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model or its adapters, the processor and the method's state, to be loaded by `from_pretrained`.
@@ -482,7 +480,7 @@ class UnlearningTrainer(Trainer):
         self.vlm.processor.save_pretrained(str(folder))
         state = self.method.state()
         if state:
-            save_file(state, folder / "method_state.safetensors")
+            save_file(state, folder / RunDirectory.METHOD_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:
@@ -557,10 +555,10 @@ def _raise_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
     """Returns the newest checkpoint whose files are complete, or None."""
     checkpoints = {}
-    for marker in folder.glob(f"checkpoint-*/{COMPLETE}"):
+    for marker in output_dir.glob(f"checkpoint-*/{RunDirectory.CHECKPOINT_COMPLETE}"):
         try:
             content = json.loads(marker.read_text(encoding="utf-8"))
             if all((marker.parent / name).stat().st_size == size for name, size in content["files"].items()):
