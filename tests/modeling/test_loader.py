@@ -16,7 +16,7 @@ from helpers import raises_code
 from vlm_unlearn.data.encoding import Processor, Turn, encode
 from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
 
-WITH_VIDEOS = ["qwen2_5_vl", "smolvlm", "internvl"]
+WITH_VIDEOS = ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm", "internvl"]
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
