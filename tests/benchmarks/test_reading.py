@@ -99,7 +99,7 @@ def test_an_id_twice_in_the_annotations_is_rejected(name: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "code"),
     [
-        ('{"question_id": 7, "text": "blue", "text": "red"}\n', "invalid-json"),
+        ('{"question_id": 7, "text": "blue", "text": "red"}\n', "duplicate-key"),
         ('{"question_id": 7, "text": "blue"}\n{"question_id": "7", "text": "red"}\n', "duplicate-id"),
         ('{"text": "blue"}\n', "invalid-field"),
         ('{"question_id": 7, "text": "bl\n', "invalid-json"),
@@ -152,10 +152,19 @@ def test_mmbench_unclear_file_is_rejected(rows: str, columns: str, code: str, tm
         mmbench(rows, "A", tmp_path, columns)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
-def test_files_in_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_predictions_in_unicode_encodings_are_read(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(FILES["gqa"]))
-    (tmp_path / "p.jsonl").write_bytes('{"question_id": 7, "text": "caf\u00e9"}\n'.encode(encoding))
-    with raises_code("invalid-encoding", file=tmp_path / "p.jsonl") as caught:
+    (tmp_path / "p.jsonl").write_bytes('{"question_id": 7, "text": "blue", "model": "caf\u00e9"}\n'.encode(encoding))
+    scores = score_file(get_benchmark("gqa"), tmp_path / "p.jsonl", tmp_path / "a.json")
+    assert scores.questions[0].value == 1.0
+
+
+@pytest.mark.parametrize("file", ["p.jsonl", "a.json"])
+def test_predictions_and_annotations_in_windows_1252_are_rejected(file: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(FILES["gqa"]))
+    (tmp_path / "p.jsonl").write_text('{"question_id": 7, "text": "blue"}\n')
+    (tmp_path / file).write_bytes('{"question_id": 7, "text": "caf\u00e9"}\n'.encode("cp1252"))
+    with raises_code("invalid-encoding", file=tmp_path / file) as caught:
         score_file(get_benchmark("gqa"), tmp_path / "p.jsonl", tmp_path / "a.json")
-    assert ("Windows-1252" if encoding == "cp1252" else "UTF-16") in str(caught.value)
+    assert "Windows-1252" in str(caught.value)
