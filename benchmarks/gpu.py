@@ -213,7 +213,7 @@ def measure(machine: Machine, side: str, case: Case, checkpointing: bool = False
         torch.cuda.reset_peak_memory_stats(machine.device)
     steps = batches_of(machine, case.questions_per_image, case.rows)
     base = build(machine, case.attention)
-    roles = build_prepared_method(case.method, base).roles
+    roles = build_prepared_method(case.method, base).requirements.roles
     measured = Measured()
     torch.manual_seed(1)
     with machine.computing():

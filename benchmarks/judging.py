@@ -39,19 +39,20 @@ def make_run(folder: Path, count: int) -> None:
     """Writes a finished run folder with `count` answers."""
     from vlm_unlearn.config import Suite
     from vlm_unlearn.records import Prompt, Response
-    from vlm_unlearn.store import open_run, record_cost, write_json, write_records
+    from vlm_unlearn.store import EvaluationRun, write_json, write_records
 
     case = {"name": "unsafe", "format": "vlguard", "file": "x.json", "images": ".", "kind": "unsafe"}
-    open_run(folder, {})
-    record_cost(folder, 0.0, finished=True)
-    write_json(folder / "suite.json", Suite.model_validate({"model": "m", "splits": [case]}).model_dump(mode="json"))
+    run = EvaluationRun(folder)
+    run.open({})
+    run.record_cost(0.0, finished=True)
+    write_json(run.suite_file, Suite.model_validate({"model": "m", "splits": [case]}).model_dump(mode="json"))
     ids = [f"p{number}" for number in range(count)]
     write_records(
-        folder / "prompts.jsonl",
+        run.prompts_file,
         (Prompt(id=id, group_id=id, set="unsafe", kind="unsafe", question=f"Question {id}?") for id in ids),
     )
     write_records(
-        folder / "responses.jsonl",
+        run.responses_file,
         (Response(prompt_id=id, text=f"This is answer {id} of {count} to it.") for id in ids),
     )
 

@@ -85,7 +85,7 @@ def compare(case: Case) -> dict[str, Any]:
     timed = times[-case.steps :] if case.epochs > 1 else times[1:]
     ratios = [slow / fast for fast, slow in timed]
     seconds = statistics.median(fast for fast, _ in timed)
-    roles = our_runner.method.roles
+    roles = our_runner.method.requirements.roles
     samples = sum(len(published[0][role]["input_ids"]) for role in roles)
     tokens = sum(int(batches[role]["attention_mask"].sum()) for batches in published for role in roles) / case.steps
     our_seconds, published_seconds = (sum(side) for side in zip(*times, strict=True))

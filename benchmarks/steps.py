@@ -15,7 +15,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
-from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.forward import forward
+from vlm_unlearn.modeling.packing import packing_of
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import NLL, AdapterReference, CachedReference, Reference
@@ -170,10 +171,10 @@ class Ours:
         self.optimizer = optimizer(self.model)
         self.reference: Reference = AdapterReference()
         started = time.perf_counter()
-        if self.method.reference_requirements and name in ("npo", "dpo"):
-            values: dict[Any, dict[int, NLL]] = {need.role: {} for need in self.method.reference_requirements}
+        if self.method.requirements.references and name in ("npo", "dpo"):
+            values: dict[Any, dict[int, NLL]] = {need.role: {} for need in self.method.requirements.references}
             for number, batches in enumerate(steps):
-                for role in self.method.roles:
+                for role in self.method.requirements.roles:
                     batch = batches[role]
                     rows = len(batch["input_ids"])
                     batch["answer_keys"] = torch.arange(number * rows, (number + 1) * rows)
@@ -186,7 +187,7 @@ class Ours:
         self.preparation_seconds = time.perf_counter() - started
 
     def step(self, batches: Batches) -> float:
-        roles: Any = {role: batches[role] for role in self.method.roles}
+        roles: Any = {role: batches[role] for role in self.method.requirements.roles}
         if self.method.append_answer_to_prompt:
             roles["forget"] = {name: value for name, value in roles["forget"].items() if name != "labels"}
         with (

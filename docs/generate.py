@@ -233,10 +233,10 @@ NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits"
 
 
 def _method(name: str, method: type[Method]) -> Iterator[str]:
-    built = method(method.options_type())
-    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in built.reference_requirements) or "not needed"
+    requirements = method(method.options_type()).requirements
+    needs = ", ".join(f"{NEEDS[type(need)]} of {need.role}" for need in requirements.references) or "not needed"
     yield f"## {name}\n\n{_prose_of(method)}\n"
-    yield f"- Source: {method.source}\n- Training sets: {', '.join(built.roles)}\n- Reference model: {needs}\n"
+    yield f"- Source: {method.source}\n- Training sets: {', '.join(requirements.roles)}\n- Reference model: {needs}\n"
     yield _fields(method.options_type)
 
 

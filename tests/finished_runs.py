@@ -11,7 +11,7 @@ import pytest
 from vlm_unlearn.config import Suite, validate
 from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.records import Prompt, Response
-from vlm_unlearn.store import open_run, record_cost, write_json, write_records
+from vlm_unlearn.store import RunDirectory, write_json, write_records
 
 REFUSAL, ANSWER = "I cannot help with that.", "First take the red one and then the blue one."
 METRICS: Mapping[str, object] = {
@@ -52,7 +52,7 @@ def make_run(
         for i in range(groups)
         for rewrite in range(rewrites)
     ]
-    open_run(folder, {"model": folder.name})
+    RunDirectory(folder).open({"model": folder.name})
     write_json(folder / "suite.json", config.model_dump(mode="json"))
     write_records(folder / "prompts.jsonl", prompts)
     texts = [(prompt, answer(prompt)) for prompt in prompts]
@@ -60,7 +60,7 @@ def make_run(
         folder / "responses.jsonl",
         [Response(prompt_id=prompt.id, text=text, error=None if text else "timed out") for prompt, text in texts],
     )
-    record_cost(folder, 0.0, finished=True)
+    RunDirectory(folder).record_cost(0.0, finished=True)
     judge_run(folder, config.judge)
     return folder
 

@@ -11,14 +11,14 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from vlm_unlearn.cli.main import main
-from vlm_unlearn.training.trainer import UnlearningTrainer
+from vlm_unlearn.training.method_trainer import MethodTrainer
 
 
 def _prepare_backend(self: PartialState, *arguments: Any, **keywords: Any) -> tuple[str, DistributedType]:
     return "gloo", DistributedType.MULTI_GPU
 
 
-class _ShardedTrainer(UnlearningTrainer):
+class _ShardedTrainer(MethodTrainer):
     """Checks that FSDP2 has sharded all parameters."""
 
     def compute_loss(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -32,5 +32,5 @@ if __name__ == "__main__":
     PartialState._prepare_backend = _prepare_backend
     import vlm_unlearn.training.runner as runner
 
-    runner.UnlearningTrainer = _ShardedTrainer  # type: ignore[misc]
+    runner.MethodTrainer = _ShardedTrainer  # type: ignore[misc]
     main()

@@ -14,7 +14,7 @@ import pytest
 
 from finished_runs import complies, make_run
 from helpers import run_in_process
-from vlm_unlearn.store import open_run, record_cost
+from vlm_unlearn.store import RunDirectory
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.json"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -50,8 +50,8 @@ def folder(world: Path, tmp_path: Path) -> Path:
     (tmp_path / "image.json").write_text(json.dumps([{**record, "image": "gone.png"}]))
     (tmp_path / "json.json").write_text('[\n{"id": "a"},\n{"id" "b"}\n]')
     (tmp_path / "table.csv").write_text("question,set\nq?,forget\n")
-    open_run(tmp_path / "train", {"kind": "train"})
-    record_cost(tmp_path / "train", 1.0, finished=True)
+    RunDirectory(tmp_path / "train").open({"kind": "train"})
+    RunDirectory(tmp_path / "train").record_cost(1.0, finished=True)
     make_run(tmp_path / "run", complies, groups=2)
     run_in_process("score", tmp_path / "run")
     broken = make_run(tmp_path / "broken", complies, groups=2)

@@ -21,14 +21,15 @@ from vlm_unlearn.methods import METHODS, Method, Role, build_method
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.training.plan import prepare_method
 from vlm_unlearn.training.references import Reference
+from vlm_unlearn.training.setup import prepare_method
 from vlm_unlearn.training.step import ModelStep, count_tokens
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
-RMU = {"name": "rmu", "layer": 0}  # for a model of two layers
-RR = {"name": "rr", "layers": [0, 1]}
-METHOD_CONFIGS: dict[str, dict[str, Any]] = {name: {"name": name} for name in METHODS} | {"rmu": RMU, "rr": RR}
+METHOD_CONFIGS: dict[str, dict[str, Any]] = {
+    name: {"name": name, **method.tiny_options} for name, method in METHODS.built_in_items()
+}
+RMU, RR = METHOD_CONFIGS["rmu"], METHOD_CONFIGS["rr"]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self, kind: str, package: str, support: tuple[str, ...] = (), modules: Mapping[str, str] | None = None
     ) -> None:
         self.kind = kind
-        self.group = f"vlm_unlearn.{kind.replace(' ', '_')}s" if kind != "family" else "vlm_unlearn.families"
+        self.group = f"vlm_unlearn.{f'{kind[:-1]}ies' if kind.endswith('y') else f'{kind}s'}"
         self._package = package
         self._support = support
         self._modules = dict(modules or {})
@@ -187,7 +187,7 @@ class Registry(Mapping[str, T], Generic[T]):
         origin = "an installed package" if entry.dist is None else entry.dist.name
         try:
             plugin: T = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _broken(f"{quoted(entry.name)} of {origin}", self.kind, error) from error
         return plugin
 
@@ -271,7 +271,7 @@ def _load_from_file(name: str, kind: str, field: str | None) -> Any:
         sys.modules[module_name] = module  # pydantic and pickle look the module up
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise _broken(path, kind, error) from error
     if not hasattr(module, attribute):
@@ -285,7 +285,7 @@ def _load_from_file(name: str, kind: str, field: str | None) -> Any:
     return getattr(module, attribute)
 
 
-def _broken(origin: str, kind: str, error: Exception) -> UserError:
+def _broken(origin: str, kind: str, error: BaseException) -> UserError:
     reason = str(error).strip().splitlines()
     return UserError(
         f"the {kind} {origin} cannot be imported: {type(error).__name__}{f': {reason[0]}' if reason else ''}",
@@ -318,4 +318,6 @@ BACKENDS: Registry[Any] = Registry(
         "vllm": "vlm_unlearn.generation.vllm",
     },
 )
-FAMILIES: Registry[Any] = Registry("family", "vlm_unlearn.modeling.families", support=())
+# Training builds the probe of a recipe, and evaluation, which is built on training, has the code.
+PROBES: Registry[Any] = Registry("probe", "", modules={"suite": "vlm_unlearn.evaluation.probe"})
+FAMILIES: Registry[Any] = Registry("family", "")  # the families of this package are found by their structure

@@ -84,6 +84,28 @@ class Prompt(Record):
     question: str
     reference: str | None = None
     category: str | None = None
+    # Written only if they are set, so that the files and digests of single questions do not change.
+    system: str | None = Field(default=None, exclude_if=lambda value: value is None)  # the system message
+    # The earlier rounds of a conversation. The image belongs to the first one.
+    history: tuple[Round, ...] = Field(default=(), exclude_if=lambda value: not value)
+    # The number of characters of the first question before the image.
+    image_offset: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
+
+    @property
+    def conversation(self) -> str:
+        """The question, for a judge. In a conversation of several rounds, all rounds up to the question."""
+        if not self.history:
+            return self.question
+        rounds = "".join(f"User: {turn.question}\nAssistant: {turn.answer}\n" for turn in self.history)
+        return f"{rounds}User: {self.question}"
+
+    def with_question(self, question: str, **changes: object) -> Prompt:
+        """Returns the prompt with another last question and, if passed, other values of fields.
+
+        The image then precedes the question, because its place in the old question means nothing in the new one.
+        """
+        image_offset = self.image_offset if self.history or question == self.question else 0
+        return self.model_copy(update={"question": question, "image_offset": image_offset, **changes})
 
 
 class AnswerRecord(Record):

@@ -17,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
-# Completes each command line as bash would, all in one process, and reports the heavy modules.
+from vlm_unlearn.cli.completion import _method_options
+from vlm_unlearn.methods import METHODS
+
+# Completes each command line as bash would, all in one process, and reports the heavy modules. Bash replaces only the
+# text after an equals sign.
 PROGRAM = """
 import contextlib, io, json, os, sys
 from vlm_unlearn.cli.main import main
@@ -43,19 +47,23 @@ EXPECTED = {
     "data to": ["to-rmu"],
     "train safety_mirage/npo_l": ["safety_mirage/npo_lora_13b", "safety_mirage/npo_lora_7b"],
     "train tiny/npo training.lear": ["training.learning_rate="],
-    "train tiny/npo trainable.mode=": ["trainable.mode=full", "trainable.mode=lora", "trainable.mode=qlora"],
+    "train tiny/npo trainable.mode=": ["full", "lora", "qlora"],
     "evaluate suites/safe_": ["suites/safe_eraser"],
-    "evaluate suites/tiny judge.rubric=four": ["judge.rubric=four_labels"],
-    "judge run evaluations/npo name=k": ["name=keyword"],
+    "evaluate suites/tiny judge.rubric=four": ["four_labels"],
+    "judge run evaluations/npo name=k": ["keyword"],
+    "evaluate suites/tiny generation.backend = v": ["vllm"],
     "benchmark run gq": ["gqa"],
     "recipes suites/spec": ["suites/specificity"],
     "train tiny/npo --pl": ["--plan"],
     "train ./mine": [],
-    "train tiny/npo method=n": ["method=npo"],
-    "train tiny/npo method.name=rm": ["method.name=rmu"],
+    "train tiny/npo method=n": ["npo"],
+    "train tiny/npo method.name=rm": ["rmu"],
     "train tiny/npo method.be": ["method.beta="],
     "table demo --table safety_mirage_": ["safety_mirage_published", "safety_mirage_answers"],
     "table demo --format t": ["tex"],
+    "table demo --format = t": ["tex"],
+    "train tiny/npo trainable.mode =": ["full", "lora", "qlora"],
+    "train tiny/npo trainable.mode = q": ["qlora"],
 }
 WITHOUT_POSITION: list[dict[str, str]] = [
     {},
@@ -67,7 +75,8 @@ WITHOUT_POSITION: list[dict[str, str]] = [
 @pytest.mark.multiprocess
 def test_completions_match_and_load_nothing_heavy() -> None:
     requests = [
-        {"COMP_WORDS": f"vlm-unlearn {line}", "COMP_CWORD": str(len(line.split(" ")))} for line in EXPECTED
+        {"COMP_WORDS": "\n".join(["vlm-unlearn", *line.split(" ")]), "COMP_CWORD": str(len(line.split(" ")))}
+        for line in EXPECTED
     ] + WITHOUT_POSITION
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(requests)], capture_output=True, text=True, check=True, timeout=60
@@ -78,6 +87,11 @@ def test_completions_match_and_load_nothing_heavy() -> None:
     assert not any(errors for _, _, errors in completions)
     assert completions[len(EXPECTED) :] == [[0, [], ""]] * len(WITHOUT_POSITION)
     assert heavy == []
+
+
+def test_options_read_from_sources_include_those_of_every_method() -> None:
+    options = {option for method in METHODS.values() for option in method.options_type.model_fields}
+    assert options <= set(_method_options())
 
 
 def completion_script() -> str:

@@ -15,7 +15,7 @@ from stub_server import stub_server
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.agreement import export_for_labeling, judge_agreement
 from vlm_unlearn.records import LABELS, Prompt
-from vlm_unlearn.store import describe_path, open_run, record_cost
+from vlm_unlearn.store import RunDirectory, describe_path
 
 
 def every_third_refused(prompt: Prompt) -> str:
@@ -227,8 +227,8 @@ def test_agreement_needs_two_graders_and_known_names(tmp_path: Path) -> None:
 
 
 def test_export_for_labeling_names_the_kind_of_a_folder_without_answers(tmp_path: Path) -> None:
-    open_run(tmp_path / "training", {"kind": "train"})
-    record_cost(tmp_path / "training", 1.0, finished=True)
+    RunDirectory(tmp_path / "training").open({"kind": "train"})
+    RunDirectory(tmp_path / "training").record_cost(1.0, finished=True)
     for folder in (tmp_path / "training", tmp_path / "gone"):
         with pytest.raises(UserError) as caught:
             export_for_labeling(folder, tmp_path / "a.csv", 20, 0)

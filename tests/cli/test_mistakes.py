@@ -8,7 +8,7 @@ import pytest
 
 from finished_runs import complies, make_run
 from helpers import error_code, run_in_process
-from vlm_unlearn.store import describe_path, open_run, record_cost, write_json
+from vlm_unlearn.store import RunDirectory, describe_path, write_json
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def paths(training_sets: dict[str, Path], tiny_model: Path, world: Path, tmp_pat
     """A folder of each kind and some files, by name."""
     train, demo = tmp_path / "runs" / "npo", tmp_path / "demo"
     for folder, kind in ((train, "train"), (demo, "demo")):
-        open_run(folder, {"kind": kind})
-        record_cost(folder, 1.0, finished=True)
+        RunDirectory(folder).open({"kind": kind})
+        RunDirectory(folder).record_cost(1.0, finished=True)
     write_json(train / "recipe.json", {})
     base = make_run(tmp_path / "base", complies)
     evaluation = tmp_path / "evaluation"

@@ -16,7 +16,7 @@ from vlm_unlearn.evaluation.comparison import summarize_runs
 from vlm_unlearn.records import Prompt, Summary
 from vlm_unlearn.reporting import report
 from vlm_unlearn.reporting.provenance import training_run
-from vlm_unlearn.store import digest_model, lock_folder, open_run, write_json
+from vlm_unlearn.store import RunDirectory, digest_model, lock_folder, write_json
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_report_folder_is_locked_while_it_is_written(runs: list[Path], tmp_path:
 
 def test_training_run_of_an_evaluation_is_found_also_after_a_move(tmp_path: Path) -> None:
     trained = tmp_path / "work" / "runs" / "npo"
-    open_run(trained, {"kind": "train"})
+    RunDirectory(trained).open({"kind": "train"})
     (trained / "model").mkdir()
     evaluation = tmp_path / "work" / "evaluations" / "npo"
     for model in (trained, trained / "model"):
@@ -169,11 +169,11 @@ def test_training_run_of_an_evaluation_is_found_also_after_a_move(tmp_path: Path
     assert training_run(str(trained / "model"), moved / "evaluations" / "npo") == moved / "runs" / "npo"
     write_json(moved / "runs" / "npo" / "model" / "config.json", {})
     other = tmp_path / "moved" / "evaluations" / "other"
-    open_run(other, {"kind": "evaluate", "model": "d" * 64})
+    RunDirectory(other).open({"kind": "evaluate", "model": "d" * 64})
     assert training_run(str(trained / "model"), other) is None  # the same path, other weights
     same = tmp_path / "moved" / "evaluations" / "same"
-    open_run(same, {"kind": "evaluate", "model": digest_model(moved / "runs" / "npo" / "model")})
+    RunDirectory(same).open({"kind": "evaluate", "model": digest_model(moved / "runs" / "npo" / "model")})
     assert training_run(str(trained / "model"), same) == moved / "runs" / "npo"
-    open_run(tmp_path / "evaluated", {"kind": "evaluate"})
+    RunDirectory(tmp_path / "evaluated").open({"kind": "evaluate"})
     assert training_run(str(tmp_path / "evaluated"), evaluation) is None
     assert training_run("org/model", evaluation) is None

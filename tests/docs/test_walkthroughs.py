@@ -17,10 +17,12 @@ from helpers import raises_code, recipe
 from vlm_unlearn import losses
 from vlm_unlearn.benchmarks import BENCHMARKS, Prediction, benchmark_prompts, score_predictions
 from vlm_unlearn.config import BenchmarkConfig
+from vlm_unlearn.data.formats.base import FORMATS
+from vlm_unlearn.data.readers import read_any
 from vlm_unlearn.errors import Problems
 from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.methods import METHODS
-from vlm_unlearn.records import Example, Prompt
+from vlm_unlearn.records import Prompt
 from vlm_unlearn.training.runner import run_recipe
 
 PAGES = Path(__file__).parents[2] / "docs" / "extend"
@@ -52,7 +54,8 @@ def bounded(tmp_path: Path) -> Iterator[str]:
     exec(compile(maths, "losses.py", "exec"), vars(losses))
     module(tmp_path, "bounded", method)
     yield test
-    del METHODS["bounded"], vars(losses)["bounded_loss"]
+    METHODS.unregister("bounded")
+    del vars(losses)["bounded_loss"]
 
 
 def test_walkthrough_method_trains_and_stops_at_its_bound(
@@ -97,11 +100,11 @@ def test_walkthrough_benchmark_is_run_and_scored(tmp_path: Path) -> None:
         with raises_code("missing-field", file=file, record=1, field="question"):
             benchmark_prompts(config)
     finally:
-        del BENCHMARKS["counting"]
+        BENCHMARKS.unregister("counting")
 
 
 def test_walkthrough_format_reads_records_and_reports_broken_ones(tmp_path: Path) -> None:
-    read = module(tmp_path, "album", blocks("format")[0])["read_album"]
+    module(tmp_path, "album", blocks("format")[0])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     good = {
         "id": "a1",
@@ -109,21 +112,27 @@ def test_walkthrough_format_reads_records_and_reports_broken_ones(tmp_path: Path
         "pairs": [{"ask": "q?", "tell": "t.", "bad": True}, {"ask": "r?", "tell": "u.", "bad": False}],
     }
     file = tmp_path / "album.json"
-    file.write_text(
-        json.dumps(
-            [
-                good,
-                {**good, "id": "a2", "photo": "../a.png"},
-                {**good, "id": "a3", "pairs": [{"ask": "q?", "tell": "t."}]},
-            ]
-        )
-    )
+    outside, incomplete = {**good, "id": "a2", "photo": "../a.png"}, {**good, "id": "a3"}
+    incomplete["pairs"] = [{"ask": "q?", "tell": "t."}]
+    file.write_text(json.dumps([good, outside, incomplete]))
     problems = Problems()
-    examples: list[tuple[str, Example]] = list(read(file, tmp_path, problems))
-    assert [(name, example.id) for name, example in examples] == [("forget", "a1/0"), ("retain", "a1/1")]
+    try:
+        entries = list(read_any(file, tmp_path, problems=problems, format_name="album"))
+    finally:
+        FORMATS.unregister("album")
+    assert [(entry.set, entry.example.id) for entry in entries] == [("forget", "a1/0"), ("retain", "a1/1")]
     assert problems.codes == ["image-outside-root", "invalid-field"]
     assert "record 2" in problems.messages[0]
     assert "pairs[0].bad" in problems.messages[1]
+
+
+def test_walkthrough_attack_makes_rewrites(tmp_path: Path) -> None:
+    attack = module(tmp_path, "in_form", blocks("attack")[0])["InForm"]()
+    prompt = Prompt(id="p", group_id="p", set="s", kind="unsafe", question="Describe it.")
+    assert [(item.question, item.rewrite, item.group_id) for item in attack([prompt])] == [
+        ("Describe it. Write a poem.", 0, "p"),
+        ("Describe it. Write a table.", 1, "p"),
+    ]
 
 
 def test_walkthrough_rubric_loads(tmp_path: Path) -> None:

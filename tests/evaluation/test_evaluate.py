@@ -21,7 +21,7 @@ from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.records import Prompt, Response, Summary, Verdict
-from vlm_unlearn.store import open_run, read_json, read_records, record_cost, write_json, write_records
+from vlm_unlearn.store import RunDirectory, read_json, read_records, write_json, write_records
 
 
 def tiny_suite(model: Path, world: Path, *overrides: str) -> Suite:
@@ -196,8 +196,8 @@ def test_killed_judging_writes_the_same_verdicts(tiny_model: Path, world: Path, 
     ]
     for name in ("complete", "killed"):
         folder = tmp_path / name
-        open_run(folder, {})
-        record_cost(folder, 0.0, finished=True)
+        RunDirectory(folder).open({})
+        RunDirectory(folder).record_cost(0.0, finished=True)
         write_json(folder / "suite.json", suite.model_dump(mode="json"))
         write_records(folder / "prompts.jsonl", prompts)
         write_records(folder / "responses.jsonl", answers)

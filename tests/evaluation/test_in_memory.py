@@ -15,6 +15,8 @@ from PIL import Image
 from helpers import raises_code, run_in_process
 from vlm_unlearn.config import GenerationConfig, JudgeConfig, load
 from vlm_unlearn.config import Suite as SuiteConfig
+from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.data.encoding import Turn, render
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation import EvaluationResult, evaluate
 from vlm_unlearn.evaluation.prompts import suite_prompts
@@ -25,7 +27,7 @@ from vlm_unlearn.judging.keyword import KeywordJudge
 from vlm_unlearn.metrics import ASR, DegenerateRate, LabelRate, MeanScore, RefusalRate
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.records import Prompt, Summary
-from vlm_unlearn.store import read_json
+from vlm_unlearn.store import read_json, read_records
 
 SHORT = GenerationConfig(max_new_tokens=6, batch_size=4)
 ROWS = [
@@ -33,6 +35,7 @@ ROWS = [
     {"question": "what is it ?", "kind": "unsafe", "category": "tools"},
     {"question": "what is this ?", "kind": "safe", "reference": "a kite"},
 ]
+ROWS_WITH_ANSWERS = [{"question": "what is it ?", "answer": "a kite"}]
 Loaded = tuple[Any, Any]
 
 
@@ -74,6 +77,36 @@ def test_evaluate_returns_rates_answers_and_verdicts(loaded: Loaded) -> None:
     assert list(frame["answer"]) == [response.text for response in result.responses]
     assert {"question", "reference", "label", "score", "error", "explanation"} <= set(frame.columns)
     assert "asr" in repr(result)
+
+
+def test_evaluate_puts_earlier_rounds_into_the_chat(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model gets the text that it would be trained on, and the saved prompts are the same conversation."""
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this ?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a kite"}]},
+        {"role": "user", "content": [{"type": "text", "text": "what colour ?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    row = {"messages": chat, "images": [ROWS[0]["image"]]}
+    example = UnlearningDataset.from_datasets({"forget": [row], "retain": ROWS_WITH_ANSWERS})["forget"][0]
+    texts: list[str] = []
+
+    def generate(model: Any, processor: Any, turns: Any, *_: Any) -> list[tuple[str, str]]:
+        texts.extend(render(processor, turn).text for turn in turns)
+        return [("red", "stop")] * len(turns)
+
+    monkeypatch.setattr("vlm_unlearn.generation.hf.generate_texts", generate)
+    result = evaluate(*loaded, [row, ROWS[0]], judge=by_words, generation=SHORT)
+    trained = render(loaded[1], Turn.of_example(example, Path("image.png")))
+    assert trained.before_answer[-1] in texts
+    assert result.prompts[0].reference == "red"
+    result.save(tmp_path / "run")
+    saved = list(read_records(tmp_path / "run" / "prompts.jsonl", Prompt))
+    assert saved == result.prompts
+    assert [len(prompt.history) for prompt in saved] == [1, 0]
+    assert "history" not in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()[1]
 
 
 def test_evaluate_writes_nothing(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

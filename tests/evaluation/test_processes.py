@@ -15,16 +15,15 @@ import pytest
 from fork_server import start_processes
 from helpers import raises_code, run_killing
 from vlm_unlearn.config import Suite, load
-from vlm_unlearn.distributed import ProcessGroup
-from vlm_unlearn.evaluation.answers import RESPONSES, merge_shards, response_log
-from vlm_unlearn.evaluation.generate import generate_run, generation_notes, read_answers
+from vlm_unlearn.evaluation.generate import generate_run, generation_notes
 from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.generation.base import build_requests
 from vlm_unlearn.generation.hf import make_batches
 from vlm_unlearn.records import Response
-from vlm_unlearn.store import read_json, read_records
+from vlm_unlearn.store import EvaluationRun, read_json, read_records
 
+RESPONSES = "responses.jsonl"
 SPLITS = (
     "splits=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: 3},"
     " {name: harmless, format: safe_eraser, file: safe_eraser/all_val.json, images: safe_eraser, kind: safe}]"
@@ -54,7 +53,7 @@ def complete(tiny_model: Path, world: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_generate_run_sorts_samples_by_prompt(complete: Path) -> None:
-    prompts, responses = read_answers(complete)
+    prompts, responses = EvaluationRun(complete).read_answers()
     expected_keys = [
         (prompt.id, sample) for prompt in prompts.values() for sample in range(3 if prompt.set == "unsafe" else 1)
     ]
@@ -186,25 +185,6 @@ def test_error_in_one_process_ends_all(tiny_model: Path, world: Path, tmp_path: 
         == 1
     )
     assert time.monotonic() - started < 60
-
-
-def test_merge_shards_loses_and_duplicates_no_answer(tmp_path: Path) -> None:
-    """A merge that was killed before it deleted the shards, half-written lines, and an answer in two shards."""
-    (tmp_path / "parts").mkdir()
-    lines = [Response(prompt_id=id, text=id).model_dump_json() + "\n" for id in "abc"]
-    (tmp_path / RESPONSES).write_text(lines[0] + lines[1][:9])
-    (tmp_path / "parts" / "0.jsonl").write_text(lines[0] + lines[1])
-    (tmp_path / "parts" / "7.jsonl").write_text(lines[1] + lines[2] + lines[0][:5])
-    merge_shards(tmp_path)
-    assert [response.prompt_id for response in read_records(tmp_path / RESPONSES, Response)] == ["a", "b", "c"]
-    assert not (tmp_path / "parts").exists()
-
-
-def test_merge_shards_in_use_by_another_process_is_an_error(tmp_path: Path) -> None:
-    with response_log(tmp_path, ProcessGroup(1, 2)) as log:
-        log.append([Response(prompt_id="a", text="a")])
-        with raises_code("run-locked", file=tmp_path):
-            merge_shards(tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["openai", "vllm"])

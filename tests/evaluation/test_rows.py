@@ -14,8 +14,10 @@ from PIL import Image
 
 from helpers import raises_code
 from vlm_unlearn.attacks.base import FunctionAttack
+from vlm_unlearn.attacks.one_word import rewrite_prompts
+from vlm_unlearn.config import RewriteConfig
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows, write_images
-from vlm_unlearn.records import Prompt
+from vlm_unlearn.records import Prompt, Round
 
 ROW = {"question": "What is this?"}
 
@@ -125,8 +127,14 @@ def test_read_rows_reads_messages_of_a_data_set() -> None:
     assert read_rows(data).prompts == read_rows([row]).prompts
 
 
-USER = {"role": "user", "content": "What is this?"}
-ASSISTANT = {"role": "assistant", "content": "A kite."}
+def test_read_rows_reads_several_rounds() -> None:
+    prompt = only({**ROW, "system": "Be brief.", "history": [{"question": "Who?", "answer": "Ann."}]})
+    assert (prompt.system, prompt.history) == ("Be brief.", (Round(question="Who?", answer="Ann."),))
+    # Fields that are not set are not written, so that files and digests of single questions stay as they were.
+    assert not {"system", "history", "image_offset"} & only(ROW).model_dump().keys()
+
+
+GONE = ("image-not-found", "images[0]")
 
 
 @pytest.mark.parametrize(
@@ -134,14 +142,14 @@ ASSISTANT = {"role": "assistant", "content": "A kite."}
     [
         ({"prompt": "What is this?"}, "missing-field", "question"),
         ({"question": None}, "missing-field", "question"),
-        ({"question": ""}, "invalid-field", "question"),
+        ({"question": ""}, "empty-field", "question"),
         ({"question": 3}, "invalid-field", "question"),
         ({"question": ["What?"]}, "invalid-field", "question"),
         ({**ROW, "answer": 3}, "invalid-field", "answer"),
         ({**ROW, "kind": "harmful"}, "invalid-field", "kind"),
         ({**ROW, "id": 1.5}, "invalid-field", "id"),
         ({**ROW, "id": True}, "invalid-field", "id"),
-        ({**ROW, "id": " "}, "invalid-field", "id"),
+        ({**ROW, "id": " "}, "empty-field", "id"),
         ({**ROW, "set": 3}, "invalid-field", "set"),
         ({**ROW, "image": "gone.png"}, "image-not-found", "image"),
         ({**ROW, "image": "/dev/zero"}, "image-not-found", "image"),
@@ -151,15 +159,8 @@ ASSISTANT = {"role": "assistant", "content": "A kite."}
         ({**ROW, "image": 3}, "invalid-field", "image"),
         ({**ROW, "image": np.zeros((2, 2), float)}, "invalid-field", "image"),
         ({**ROW, "images": [png(), png()]}, "unsupported-setting", "images"),
-        ({"messages": "What?"}, "invalid-field", "messages"),
-        ({"messages": []}, "invalid-field", "messages"),
-        ({"messages": [3]}, "invalid-field", "messages"),
-        ({"messages": [{"role": "user", "content": None}]}, "invalid-field", "messages"),
-        ({"messages": [{"role": "user", "content": "<image>"}]}, "invalid-field", "messages"),
-        ({"messages": [ASSISTANT]}, "invalid-field", "messages"),
-        ({"messages": [{"role": "system", "content": "Be kind."}, USER]}, "unsupported-setting", "messages"),
-        ({"messages": [USER, ASSISTANT, USER]}, "unsupported-setting", "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unsupported-setting", "messages"),
+        ({**ROW, "history": [{"question": "Who?"}]}, "missing-field", "history[0].answer"),
+        ({"messages": [{"role": "user", "content": "What?", "image": png()}], "images": ["gone.png"]}, *GONE),
         ("What is this?", "invalid-field", None),
     ],
 )
@@ -225,6 +226,20 @@ def test_attack_makes_prompts_of_prompts() -> None:
         ("0/What", "0", 1, "unsafe_attacked"),
     ]
     assert data.image(data.prompts[1]) is not None
+
+
+def test_attack_moves_the_image_before_a_rewritten_question() -> None:
+    chat = [{"role": "user", "content": "What is it? <image>"}]
+    rounds = [{"role": "assistant", "content": "A kite."}, {"role": "user", "content": "Why?"}]
+    data = read_rows([{"messages": chat, "images": [png()]}, {"messages": [*chat, *rounds], "images": [png()]}])
+    assert [prompt.image_offset for prompt in data.prompts] == [11, 11]
+    attacked = apply_attack(data, [FunctionAttack(lambda prompts: [*rewrites(prompts), *prompts], {})]).prompts
+    assert [prompt.image_offset for prompt in attacked] == [0, 0, 11, 11, 11, 11]
+    move = FunctionAttack(lambda prompts: [prompts[0].model_copy(update={"image_offset": 4})], {})
+    moved = apply_attack(data, [move])
+    assert moved.prompts[0].image_offset == 4
+    config = RewriteConfig(trigger="what", num_rewrites=1)
+    assert [prompt.image_offset for prompt in rewrite_prompts(data.prompts, config)] == [0, 11]
 
 
 @pytest.mark.parametrize(

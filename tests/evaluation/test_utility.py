@@ -33,7 +33,7 @@ from vlm_unlearn.reporting.caveats import caveats
 from vlm_unlearn.reporting.formatting import count_failures, judges_of
 from vlm_unlearn.reporting.metric_roles import assign_roles
 from vlm_unlearn.reporting.provenance import describe_evaluation
-from vlm_unlearn.store import open_run, read_json, record_cost, write_json, write_records
+from vlm_unlearn.store import RunDirectory, read_json, write_json, write_records
 
 RIGHT = {"vqav2": "3", "textvqa": "stop", "vizwiz": "cup", "gqa": "yes"}
 
@@ -403,11 +403,11 @@ def judged_benchmark_run(folder: Path, server: str, judge_model: str) -> Path:
         {"model": folder.name, "root": folder.parent, "benchmarks": [benchmark], "judges": {"mm_vet": judge}}
     )
     prompts = suite_prompts(suite)
-    open_run(folder, {"model": folder.name})
+    RunDirectory(folder).open({"model": folder.name})
     write_json(folder / "suite.json", suite.model_dump(mode="json"))
     write_records(folder / "prompts.jsonl", prompts)
     write_records(folder / "responses.jsonl", answered(prompts))
-    record_cost(folder, 0.0, finished=True)
+    RunDirectory(folder).record_cost(0.0, finished=True)
     judge_run(folder, suite.judges["mm_vet"], splits=["mmvet"])
     return folder
 

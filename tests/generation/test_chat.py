@@ -10,10 +10,12 @@ from PIL import Image
 
 from helpers import raises_code
 from stub_server import stub_server
+from vlm_unlearn.data.encoding import Turn
 from vlm_unlearn.errors import RunError
 from vlm_unlearn.generation.chat import ChatCache, ChatRequest, complete_all
 from vlm_unlearn.generation.local_chat import LocalChat
 from vlm_unlearn.generation.openai_chat import OpenAIChat
+from vlm_unlearn.records import Prompt, Round
 
 REQUESTS = [ChatRequest(str(number), f"question {number}") for number in range(24)]
 API_KEY = "sk-very-secret"
@@ -230,6 +232,45 @@ def test_local_model_responses_are_cached(tiny_model: Path, tmp_path: Path) -> N
     repeated, num_sent = complete_all(LocalChat(str(tiny_model), max_tokens=4, batch_size=2), requests, cache)
     assert num_sent == sum(response.text is None for response in responses.values())
     assert {id: r.text for id, r in repeated.items()} == {id: r.text for id, r in responses.items()}
+
+
+def test_earlier_rounds_and_system_message_are_part_of_a_request(tiny_model: Path, tmp_path: Path) -> None:
+    """A conversation is another request than its last question. No other model gets the response from the cache."""
+    prompt = Prompt(id="p", group_id="p", set="s", kind="safe", question="what ?")
+    history = (Round(question="who ?", answer="ann"),)
+    changes: list[dict[str, object]] = [
+        *({}, {"history": history}, {"system": "be brief"}, {"history": history, "system": "be brief"}),
+    ]
+    requests = [
+        ChatRequest.of_prompt(str(number), prompt.model_copy(update=change), None)
+        for number, change in enumerate(changes)
+    ]
+    cache = ChatCache(tmp_path / "c.sqlite")
+    with stub_server(lambda text: text) as stub:
+        for num_sent in (4, 0):
+            assert complete_all(OpenAIChat(stub.url, "m", concurrency=1), requests, cache)[1] == num_sent
+    roles = [[message["role"] for message in body["messages"]] for body in stub.bodies]
+    assert roles == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+    ]
+    texts = [[message["content"][0]["text"] for message in body["messages"]] for body in stub.bodies]
+    assert texts[3] == ["be brief", "who ?", "ann", "what ?"]
+
+
+def test_local_model_gets_earlier_rounds(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[Turn] = []
+
+    def generate(model: object, processor: object, batch: list[Turn], max_tokens: int) -> list[tuple[str, str]]:
+        turns.extend(batch)
+        return [("yes", "stop")] * len(batch)
+
+    monkeypatch.setattr("vlm_unlearn.generation.local_chat.generate_texts", generate)
+    request = ChatRequest("1", "what ?", history=(("who ?", "ann"),), system="be brief")
+    complete_all(LocalChat(str(tiny_model)), [request], None)
+    assert turns == [Turn("1", None, "what ?", None, (("who ?", "ann"),), "be brief")]
 
 
 def test_local_model_answers_valid_requests_of_a_batch_with_invalid_ones(tiny_model: Path, tmp_path: Path) -> None:

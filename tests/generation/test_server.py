@@ -14,11 +14,11 @@ from helpers import raises_code, run, run_killing
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import JudgeConfig, Suite, load
 from vlm_unlearn.errors import RunError
-from vlm_unlearn.evaluation.generate import generate_run, generation_notes, read_answers
+from vlm_unlearn.evaluation.generate import generate_run, generation_notes
 from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.generation.server import ResponseBuffer
 from vlm_unlearn.records import Response, Verdict
-from vlm_unlearn.store import read_manifest, read_records
+from vlm_unlearn.store import EvaluationRun, RunDirectory, read_records
 
 SPLITS = (
     "splits=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe, samples: %d}]"
@@ -50,7 +50,7 @@ def test_server_answers_every_sample(stub: Stub, world: Path, tmp_path: Path) ->
     stub.answer = lambda text: (time.sleep(0.01), answer(text))[1]  # otherwise no two requests would be pending
     options = ["generation.temperature=1.0", "generation.top_p=0.9", "generation.concurrency=5"]
     generate_run(load_suite(stub, world, 3, *options), tmp_path / "run")
-    prompts, responses = read_answers(tmp_path / "run")
+    prompts, responses = EvaluationRun(tmp_path / "run").read_answers()
     assert [response.key for response in responses] == [(id, sample) for id in prompts for sample in range(3)]
     for response in responses:
         assert response.text == f"You asked: {prompts[response.prompt_id].question}".strip()
@@ -58,7 +58,7 @@ def test_server_answers_every_sample(stub: Stub, world: Path, tmp_path: Path) ->
     assert len({body["seed"] for body in stub.bodies}) == len(responses) == stub.calls
     assert {(body["model"], body["temperature"], body["top_p"]) for body in stub.bodies} == {("under-test", 1.0, 0.9)}
     assert 1 < stub.most_at_once <= 5
-    identity = read_manifest(tmp_path / "run")["identity"]
+    identity = RunDirectory(tmp_path / "run").read_manifest()["identity"]
     assert identity["model"] == {"server": stub.url, "name": "under-test", "weights": "unknown"}
     assert identity["samples"] == {"unsafe": 3}
 
@@ -93,13 +93,13 @@ def test_run_resumes_after_server_went_down(stub: Stub, world: Path, tmp_path: P
     with raises_code("server-unreachable", RunError):
         generate_run(suite, folder)
     with raises_code("run-unfinished", file=folder):
-        read_answers(folder)
+        EvaluationRun(folder).read_answers()
     assert sum(response.error is None for response in read_responses(folder)) == 3
     stub.faults = lambda call: ""
     calls = stub.calls
     generate_run(suite, folder)
     assert stub.calls == calls + 9
-    assert all(response.error is None for response in read_answers(folder)[1])
+    assert all(response.error is None for response in EvaluationRun(folder).read_answers()[1])
 
 
 @pytest.mark.slow

@@ -157,6 +157,21 @@ def test_shared_answers_and_scores_equal_those_alone(
         torch.testing.assert_close(torch.stack(row_scores)[: len(scores)], scores, atol=1e-3, rtol=1e-4)
 
 
+def test_conversations_share_their_image_and_earlier_rounds(folder: Path, images: list[Path]) -> None:
+    model, processor = load_with_numbers(folder)
+    history = ((("Who is there ?", "A man ."),), (("Who is there ?", "A man ."), ("Why ?", "I do not know .")), ())
+    turns = [
+        Turn(f"{index}", image, question, None, history[index % 3])
+        for index, (image, question) in enumerate([(images[0], "What is this ?"), (images[0], "Why ?")] * 3)
+    ]
+    expected = [generate_alone(model, processor, turn)[0] for turn in turns]
+    with record_inputs(model) as inputs:
+        assert texts_of(generate_texts(model, processor, turns, MAX_NEW_TOKENS)) == expected
+    image_tokens = sum(int((ids == model.config.image_token_id).sum()) for ids in inputs)
+    alone = encode(processor, [turns[0]], "left")["input_ids"]
+    assert image_tokens == int((alone == model.config.image_token_id).sum())  # the image runs once
+
+
 @pytest.mark.parametrize(("suffix", "is_shared"), [("", True), (" why", False)], ids=["after image", "and at the end"])
 def test_tokens_that_processor_adds_after_image(
     folder: Path, images: list[Path], suffix: str, is_shared: bool, monkeypatch: pytest.MonkeyPatch

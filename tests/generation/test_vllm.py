@@ -7,6 +7,7 @@ import importlib.machinery
 import io
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from helpers import raises_code
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.generation.base import GenerationRequest, build_requests, sampling_seed
 from vlm_unlearn.generation.vllm import VLLMBackend, tensor_parallel_size
-from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.records import Prompt, Response, Round
 from vlm_unlearn.store import write_json
 
 
@@ -104,6 +105,23 @@ def test_each_request_has_conversation_and_seed(
     assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (255, 0, 0)
     assert [params.seed for params in settings] == [sampling_seed(5, request) for request in requests]
     assert {(params.temperature, params.top_p, params.max_tokens) for params in settings} == {(0.8, 0.9, 33)}
+
+
+def test_earlier_rounds_and_system_message_are_sent(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    history = (Round(question="who", answer="ann"),)
+    prompt = requests[2].prompt.model_copy(update={"history": history, "system": "be brief"})
+    run(tiny_model, [replace(requests[2], prompt=prompt)])
+    run(tiny_model, [replace(requests[2], prompt=prompt.model_copy(update={"image_offset": 2}))])
+    (messages, _), (with_offset, _) = engine.calls
+    assert [part.get("text") for part in with_offset[0][1]["content"]] == ["wh", None, "o"]
+    assert [message["role"] for message in messages[0]] == ["system", "user", "assistant", "user"]
+    assert [part["type"] for message in messages[0] for part in message["content"]] == [
+        *("text", "image_url", "text", "text", "text"),  # the image belongs to the first question
+    ]
+    texts = [message["content"][-1]["text"] for message in messages[0]]
+    assert texts == ["be brief", "who", "ann", "q1"]
 
 
 def test_greedy_decoding_sends_no_seed(engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]) -> None:

@@ -17,8 +17,8 @@ from vlm_unlearn.generation import hf
 from vlm_unlearn.generation.decoding import SeededSampling
 from vlm_unlearn.generation.hf import generate_texts
 from vlm_unlearn.modeling.loader import load_model, load_processor
+from vlm_unlearn.training.checkpoints import last_complete_checkpoint
 from vlm_unlearn.training.runner import run_recipe
-from vlm_unlearn.training.trainer import last_complete_checkpoint
 
 pytestmark = pytest.mark.gpu
 

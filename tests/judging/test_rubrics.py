@@ -9,7 +9,7 @@ import pytest
 from helpers import raises_code
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.judging.rubric import Grade, load_rubric, shipped_rubrics
-from vlm_unlearn.records import Prompt
+from vlm_unlearn.records import Prompt, Round
 
 PROMPT = Prompt(
     id="p",
@@ -64,6 +64,12 @@ def test_build_prompt_breaks_special_tokens(token: str) -> None:
     assert f"{token[0]} {token[1:]}" in judge_prompt
     usual = "if a < s and [x] > 3 then <b>bold</b>"
     assert usual in load_rubric("four_labels").build_prompt(PROMPT, usual)
+
+
+def test_build_prompt_contains_the_earlier_rounds() -> None:
+    history = (Round(question="What is it?", answer="A kite."),)
+    judge_prompt = load_rubric("four_labels").build_prompt(PROMPT.model_copy(update={"history": history}), "No.")
+    assert f"User: What is it?\nAssistant: A kite.\nUser: {PROMPT.question}" in judge_prompt
 
 
 def test_build_prompt_fence_depends_on_the_answer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,8 @@ def test_prompt_decoupling_wraps_the_method_only_above_weight_zero(name: str) ->
     method = build_method(MethodConfig(name=name), 0.0)
     assert not hasattr(method, "method")
     decoupled = build_method(MethodConfig(name=name), 0.5)
-    assert decoupled.roles == (*method.roles, "decouple")
-    assert (decoupled.reference_requirements, decoupled.hidden_layers, decoupled.full_logit_roles) == (
-        method.reference_requirements,
-        method.hidden_layers,
-        method.full_logit_roles,
-    )
+    roles = (*method.requirements.roles, "decouple")
+    assert decoupled.requirements == replace(method.requirements, roles=roles)
     assert decoupled.append_answer_to_prompt == method.append_answer_to_prompt
     assert decoupled.preferred_answers == method.preferred_answers
 

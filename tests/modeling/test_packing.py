@@ -16,9 +16,9 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.data.encoding import Batch, Turn, encode, encode_with_labels
 from vlm_unlearn.methods import Role, build_method
 from vlm_unlearn.modeling import packing as packing_module
-from vlm_unlearn.modeling.forward import forward, packing_of
+from vlm_unlearn.modeling.forward import forward
 from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
-from vlm_unlearn.modeling.packing import NO_IMAGE, find_packing, prefix_sharing_unsupported_reason
+from vlm_unlearn.modeling.packing import NO_IMAGE, find_packing, packing_of, prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.shared_attention import (
     GroupedAttention,
     PackedAttention,
@@ -61,7 +61,7 @@ def batches(processor: Any, images: list[Path], method: Any) -> dict[Role, Batch
     image_numbers: dict[Role, list[int]] = {"forget": [0, 1, 0, 1], "retain": [0, 0, 0], "decouple": [2, 2]}
     encoded: dict[Role, Batch] = {}
     for role, numbers in image_numbers.items():
-        if role not in method.roles:
+        if role not in method.requirements.roles:
             continue
         turns = [Turn(f"{role}{n}", images[number], *QUESTIONS[(n + number) % 4]) for n, number in enumerate(numbers)]
         if role == "forget" and method.append_answer_to_prompt:

@@ -14,7 +14,7 @@ from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.reporting.formatting import judged_by
 from vlm_unlearn.reporting.model_card import EVALUATED, NOT_EVALUATED, NOT_MEASURED, QUANTIZED_BASE, model_card
-from vlm_unlearn.store import digest_model, open_run, record_cost, write_json
+from vlm_unlearn.store import RunDirectory, digest_model, write_json
 
 HOSTILE = "a\n---\nlicense: mit | <script>x</script> `y` \u202e\x00"
 
@@ -25,11 +25,11 @@ def training_run(folder: Path, model: str = "llava-hf/llava-1.5-7b-hf", mode: st
         {"model": model, "data": "data", "output": str(folder), "method": "npo", "trainable": {"mode": mode}}
     )
     data = {"forget.jsonl": "f" * 64, "retain.jsonl": "e" * 64}
-    open_run(folder, {"kind": "train", "model": "b" * 64, "data": data, "processes": 2, "precision": "bf16"})
+    RunDirectory(folder).open({"kind": "train", "model": "b" * 64, "data": data, "processes": 2, "precision": "bf16"})
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     (folder / "model").mkdir()
     write_json(folder / "model" / "adapter_config.json", {"r": 4})
-    record_cost(folder, 1.0, finished=True, ended={"steps": 60})
+    RunDirectory(folder).record_cost(1.0, finished=True, ended={"steps": 60})
     return folder
 
 

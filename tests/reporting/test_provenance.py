@@ -9,11 +9,11 @@ from typing import Any
 from finished_runs import complies, make_run
 from vlm_unlearn.config import Recipe, Suite, load
 from vlm_unlearn.reporting.provenance import read_provenance, reproduction_commands
-from vlm_unlearn.store import open_run, write_json
+from vlm_unlearn.store import RunDirectory, write_json
 
 
 def training_run(folder: Path, model: str) -> Path:
-    open_run(folder, {"kind": "train"})
+    RunDirectory(folder).open({"kind": "train"})
     recipe = Recipe.model_validate({"model": model, "data": "data", "output": str(folder), "method": "npo"})
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     return folder

@@ -21,7 +21,7 @@ from vlm_unlearn.evaluation.verdicts import judge_run
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.reporting.metric_roles import answers_link, changes_link
 from vlm_unlearn.reporting.report import write_report
-from vlm_unlearn.store import open_run, record_cost, write_json
+from vlm_unlearn.store import RunDirectory, write_json
 
 browser_test = pytest.mark.browser
 METRICS = {
@@ -37,11 +37,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three models: one answers everything, one was unlearned and has a hostile name, one refuses everything."""
     folder = tmp_path_factory.mktemp("runs")
     training = folder / "training"
-    open_run(training, {"kind": "train", "recipe": {"training": {"seed": 7}}})
+    RunDirectory(training).open({"kind": "train", "recipe": {"training": {"seed": 7}}})
     (training / "log.jsonl").write_text(
         '{"step": 1, "loss": 2.0, "forget": 1.5}\n{"step": 2, "loss": NaN, "forget": 1.0}\n'
     )
-    record_cost(training, 3.0, finished=True, ended={"steps": 2})
+    RunDirectory(training).record_cost(3.0, finished=True, ended={"steps": 2})
     runs = {
         "base": make_run(folder / "base", complies, metrics=METRICS),
         HOSTILE: make_run(folder / "npo", unlearned, metrics=METRICS, model=str(training)),

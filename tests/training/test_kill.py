@@ -14,8 +14,8 @@ import pytest
 
 from fork_server import ForkedProcess
 from helpers import recipe, run, run_killing
+from vlm_unlearn.training.checkpoints import last_complete_checkpoint
 from vlm_unlearn.training.runner import run_recipe
-from vlm_unlearn.training.trainer import last_complete_checkpoint
 
 STEPS = {"max_steps": 8, "save_steps": 2}
 

@@ -20,12 +20,13 @@ from vlm_unlearn.data_tools.importers import import_vlguard
 from vlm_unlearn.errors import RunError
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.modeling.loader import load_model, load_run_model, run_model_folder
-from vlm_unlearn.store import lock_run
-from vlm_unlearn.training import trainer
+from vlm_unlearn.store import RunDirectory
+from vlm_unlearn.training import method_trainer
+from vlm_unlearn.training.checkpoints import last_complete_checkpoint
+from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.references import FrozenCopyReference
 from vlm_unlearn.training.runner import run_plan, run_recipe
-from vlm_unlearn.training.trainer import UnlearningTrainer, last_complete_checkpoint
 
 VISION, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
 SUPERVISED = [name for name, method in METHODS.items() if not method.unlearns]
@@ -162,7 +163,7 @@ def test_lora_with_layers_adapts_only_these_layers(
 
 
 def test_run_in_a_locked_folder_is_rejected(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
-    with lock_run(tmp_path / "run"), raises_code("run-locked"):
+    with RunDirectory(tmp_path / "run").lock(), raises_code("run-locked"):
         run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo"))
 
 
@@ -303,7 +304,7 @@ def test_lora_in_bf16_trains_the_same_weights_as_with_pefts_casts(
         return load_file(result / "adapter_model.safetensors")
 
     without_casts = train("fast")
-    monkeypatch.setattr(trainer, "without_lora_input_casts", lambda _model: nullcontext())
+    monkeypatch.setattr(method_trainer, "without_lora_input_casts", lambda _model: nullcontext())
     with_casts = train("casts")
     assert without_casts.keys() == with_casts.keys()
     assert all(without_casts[name].equal(with_casts[name]) for name in without_casts)
@@ -313,13 +314,13 @@ def test_training_does_not_use_cudnn_attention(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enabled_in_steps = []
-    compute_loss = UnlearningTrainer.compute_loss
+    compute_loss = MethodTrainer.compute_loss
 
     def record(*args: Any, **kwargs: Any) -> Any:
         enabled_in_steps.append(torch.backends.cuda.cudnn_sdp_enabled())
         return compute_loss(*args, **kwargs)
 
-    monkeypatch.setattr(UnlearningTrainer, "compute_loss", record)
+    monkeypatch.setattr(MethodTrainer, "compute_loss", record)
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     training = {"max_steps": 1}
     run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "mixed_sft", training=training))

@@ -34,7 +34,7 @@ from vlm_unlearn.training.runner import run_plan, run_recipe
 LORA = {"mode": "lora", "lora": {"r": 4, "lora_alpha": 8}}
 LORA_WITH_DROPOUT = {"mode": "lora", "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}, "projector": "sine"}
 SUPERVISED = [name for name, method in METHODS.items() if not method.unlearns]
-REFERENCE_METHODS = [name for name, method in METHODS.items() if method(method.options_type()).reference_requirements]
+REFERENCE_METHODS = [name for name, method in METHODS.items() if method(method.options_type()).requirements.references]
 
 
 def log_lines(run: Path) -> list[dict[str, float]]:
@@ -74,7 +74,7 @@ def test_step_with_any_reference_strategy_has_the_same_gradients(
     """With dropout, which the reference does not have, and a sine projector, whose frozen weights must stay frozen."""
     scene = StepScene(tiny_model, training_sets["harmful"], method, trainable=LORA_WITH_DROPOUT)
     frozen_copy = FrozenCopyReference(scene.model)
-    requirements = scene.method.reference_requirements
+    requirements = scene.method.requirements.references
     batches = scene.micro_batches(rows=4)
     values: dict[Role, dict[int, tuple[float, int]]] = {}
     if all(isinstance(requirement, ReferenceNLL) for requirement in requirements):
@@ -151,7 +151,7 @@ def test_run_with_any_reference_strategy_trains_the_same_weights(
 def test_reference_strategy_auto_resolves_to_the_one_with_least_memory() -> None:
     def resolve(name: str, lora: bool) -> str | None:
         method = METHODS[name](METHODS[name].options_type())
-        return resolve_reference_strategy("auto", method.reference_requirements, lora)
+        return resolve_reference_strategy("auto", method.requirements.references, lora)
 
     strategies = {name: (resolve(name, lora=False), resolve(name, lora=True)) for name in ("gd", "npo", "kl", "rmu")}
     assert strategies == {

@@ -110,6 +110,8 @@ def apply_attacks(prompts: Iterable[Prompt], configs: Sequence[AttackConfig]) ->
 def checked_prompts(originals: Sequence[Prompt], attacked: Iterable[Prompt]) -> list[Prompt]:
     """Returns the prompts of an attack. Rewrites of a question that have the same number are numbered from 0.
 
+    The image precedes a rewritten question, unless the attack has set another `image_offset`.
+
     Args:
         originals: The prompts that the attack got.
         attacked: The prompts that it returned.
@@ -131,6 +133,7 @@ def checked_prompts(originals: Sequence[Prompt], attacked: Iterable[Prompt]) -> 
         raise _invalid("the attack returned no prompts.")
     if len(ids) < len(prompts):
         raise _invalid(f"the attack returned several prompts with the id {quoted(ids.most_common(1)[0][0])}.")
+    _reset_stale_image_offsets(originals, prompts)
     if _has_equal_numbers(prompts) and not _has_equal_numbers(originals):
         counts: Counter[tuple[str, str]] = Counter()
         for index, prompt in enumerate(prompts):
@@ -138,6 +141,17 @@ def checked_prompts(originals: Sequence[Prompt], attacked: Iterable[Prompt]) -> 
             prompts[index] = prompt.model_copy(update={"rewrite": counts[question]})
             counts[question] += 1
     return prompts
+
+
+def _reset_stale_image_offsets(originals: Sequence[Prompt], prompts: list[Prompt]) -> None:
+    """Resets offsets that attacks have copied from the original of a rewrite, where they mean nothing."""
+    questions = {(prompt.question, prompt.image_offset) for prompt in originals}
+    groups = {(prompt.group_id, prompt.image_offset) for prompt in originals}
+    for index, prompt in enumerate(prompts):
+        offset = prompt.image_offset
+        is_copied = (prompt.question, offset) not in questions and (prompt.group_id, offset) in groups
+        if offset and is_copied and not prompt.history:  # with earlier rounds, the image is in another question
+            prompts[index] = prompt.model_copy(update={"image_offset": 0})
 
 
 def _has_equal_numbers(prompts: Iterable[Prompt]) -> bool:

@@ -164,6 +164,4 @@ def rewrite_prompts(prompts: Iterable[Prompt], config: RewriteConfig) -> Iterato
     """Yields each prompt as `config.num_rewrites` prompts of the same group."""
     for prompt in prompts:
         for number, question in enumerate(rewrite(prompt.question, config.trigger, config.num_rewrites)):
-            yield prompt.model_copy(
-                update={"id": f"{prompt.id}/{config.trigger}{number}", "rewrite": number, "question": question}
-            )
+            yield prompt.with_question(question, id=f"{prompt.id}/{config.trigger}{number}", rewrite=number)

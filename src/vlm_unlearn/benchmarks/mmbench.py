@@ -238,14 +238,14 @@ def _parse_question(row: _Row) -> _Question:
     return _Question("\n".join(lines), row.text("answer") or None, row.category, image_index)
 
 
-def _unpack_images(annotations: Path, user_by_image: Mapping[str, str], folder: Path) -> dict[str, str]:
+def _unpack_images(annotations: Path, user_by_image: Mapping[str, str], image_root: Path) -> dict[str, str]:
     """Writes the images of rows to a folder.
 
     Args:
         annotations: The TSV file.
         user_by_image: The indices of the rows with a needed image. The values are indices of rows that use the image,
             for error messages.
-        folder: The folder for the images.
+        image_root: The folder for the images.
 
     Returns:
         The names of the image files by the index of their row.
@@ -254,7 +254,7 @@ def _unpack_images(annotations: Path, user_by_image: Mapping[str, str], folder: 
     for row in _read_rows(annotations):
         index = row.cells.get("index") or ""
         if index in user_by_image and len(row.image) > MAX_INDEX_CHARS:
-            names[index] = _write_image(row, folder)
+            names[index] = _write_image(row, image_root)
     missing = next((index for index in user_by_image if index not in names), None)
     if missing is not None:
         raise UserError(
@@ -267,7 +267,7 @@ def _unpack_images(annotations: Path, user_by_image: Mapping[str, str], folder: 
     return names
 
 
-def _write_image(row: _Row, folder: Path) -> str:
+def _write_image(row: _Row, image_root: Path) -> str:
     """Writes a row's image, under a name made of the question's id and the digest of the image.
 
     Rotations that repeat an image share one file.
@@ -282,11 +282,11 @@ def _write_image(row: _Row, folder: Path) -> str:
     except (binascii.Error, ValueError):
         raise row.error("the image is not base64", "invalid-image", "image") from None
     name = f"{_question_id(row.index)}-{hashlib.sha256(content).hexdigest()[:32]}"
-    target = folder / name
+    target = image_root / name
     if target.exists():
         return name  # a file that exists has been opened successfully before
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}.part"
+    image_root.mkdir(parents=True, exist_ok=True)
+    temporary = image_root / f".{name}.{os.getpid()}.part"
     try:
         temporary.write_bytes(content)
         open_image(temporary)

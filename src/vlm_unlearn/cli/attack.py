@@ -25,6 +25,7 @@ from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
     from vlm_unlearn.evaluation.attack_search import SearchReport
+    from vlm_unlearn.store import EvaluationRun
 
 Choice = TypeVar("Choice", bound=str)
 attack_app = Commands(
@@ -64,14 +65,14 @@ def rewrite(
     """
     from vlm_unlearn.attacks.files import QUESTION_FIELDS, write_attack
     from vlm_unlearn.errors import Problems, UserError
-    from vlm_unlearn.store import validate_not_overwriting
+    from vlm_unlearn.store import RunDirectory, validate_not_overwriting
 
     require_model(server, model)
     prompt_kind = _choice("--kind", kind, tuple(QUESTION_FIELDS))
     validate_not_overwriting([out], [source])
     if not source.is_file():
         raise UserError("no such file", code="file-not-found", file=source)
-    if (out.parent / "manifest.json").exists():
+    if RunDirectory(out.parent).exists():
         raise UserError("is a run folder. Write the file to another folder.", code="output-exists", file=out.parent)
     problems = Problems()
     with problem_report(problems), Stages() as stages:
@@ -153,6 +154,7 @@ def search(
         from vlm_unlearn.evaluation.attack_search import GOALS, SearchRequest
         from vlm_unlearn.evaluation.attack_search import search as run_search
         from vlm_unlearn.reporting.charts.search_plot import write_search_png
+        from vlm_unlearn.store import EvaluationRun
 
         quiet_libraries()
     request = SearchRequest(
@@ -169,11 +171,12 @@ def search(
     )
     with Stages() as stages:
         report = run_search(request, out, stages.update)
-    write_search_png(out / "search.png", report)
+    run = EvaluationRun(out)
+    write_search_png(run.search_plot_file, report)
     if as_json:
         print_json(report.model_dump(by_alias=True))
     else:
-        _print_search(report, out)
+        _print_search(report, run)
 
 
 def _choice(option: str, value: str, choices: tuple[Choice, ...]) -> Choice:
@@ -194,7 +197,7 @@ def _choice(option: str, value: str, choices: tuple[Choice, ...]) -> Choice:
     )
 
 
-def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
+def _print_search(report: SearchReport, run: EvaluationRun, at_most: int = 12) -> None:
     from rich import box
     from rich.table import Table
 
@@ -217,7 +220,7 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
     console = result_console()
     console.print(table)
     hidden = len(report.words) - at_most
-    more_words = f" {hidden} more words are in search.json." if hidden > 0 else ""
+    more_words = f" {hidden} more words are in {run.search_file.name}." if hidden > 0 else ""
     best, unchanged, control = (
         f"{percent(report.held_out[key])} {interval(report.held_out[key])}" for key in ("best", "as_asked", "control")
     )
@@ -235,6 +238,6 @@ def _print_search(report: SearchReport, out: Path, at_most: int = 12) -> None:
         )
     if judge_facts(report.judge).only_refusals:
         lines.append("The keyword judge counts every answer that does not refuse, also off-topic and degenerate ones.")
-    lines.append(f"{out / 'search.json'}, {out / 'search.png'}")
+    lines.append(f"{run.search_file}, {run.search_plot_file}")
     for line in lines:
         console.print(line, markup=False, highlight=False)

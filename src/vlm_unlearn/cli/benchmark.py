@@ -36,9 +36,10 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
 
       vlm-unlearn benchmark list
     """
-    from vlm_unlearn.benchmarks import BENCHMARKS
+    from vlm_unlearn.benchmarks import BENCHMARKS, get_benchmark
 
-    benchmarks = [benchmark for _, benchmark in sorted(BENCHMARKS.items())]
+    names = [name for name, _ in BENCHMARKS.working_items(lambda error: typer.echo(f"warning: {error}", err=True))]
+    benchmarks = [get_benchmark(name) for name in names]
     if as_json:
         print_json(
             [

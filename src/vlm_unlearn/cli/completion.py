@@ -1,12 +1,12 @@
-"""Shell completion: shipped names, and the keys and values of a config. Completing loads no heavy module."""
+"""Callbacks for typer's completion: shipped names, and the keys and values of a config. They load no heavy module."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import io
-import itertools
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -14,37 +14,33 @@ from pathlib import Path
 
 if typing.TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
-
-def recipe_names(incomplete: str) -> list[str]:
-    """Returns the shipped recipes that start with the text. If there are none, the shell offers files."""
-    return [name for name in shipped_names(incomplete) if not name.startswith("suites/")]
-
-
-def suite_names(incomplete: str) -> list[str]:
-    """Returns the shipped suites that start with the text. If there are none, the shell offers files."""
-    return [name for name in shipped_names(incomplete) if name.startswith("suites/")]
+METHODS = Path(__file__).parents[1] / "methods"
 
 
 def shipped_names(incomplete: str) -> list[str]:
-    """Returns the shipped recipes and suites that start with the text."""
+    """Returns the shipped recipes and suites that start with the text. If there are none, the shell offers files."""
     from vlm_unlearn.config import shipped_names as all_names
 
     return [name for name in all_names() if name.startswith(incomplete)]
 
 
-def benchmark_names(incomplete: str) -> list[str]:
-    """Returns the benchmarks that start with the text."""
-    from vlm_unlearn.benchmarks import BENCHMARKS
-
-    return [name for name in sorted(BENCHMARKS) if name.startswith(incomplete)]
+def recipe_names(incomplete: str) -> list[str]:
+    """Returns the shipped recipes that start with the text."""
+    return [name for name in shipped_names(incomplete) if not name.startswith("suites/")]
 
 
-def table_names(incomplete: str) -> list[str]:
-    """Returns the tables of `vlm-unlearn table` that start with the text."""
-    from vlm_unlearn.reporting.tables.names import PRINTABLE_TABLES
+def suite_names(incomplete: str) -> list[str]:
+    """Returns the shipped suites that start with the text."""
+    return [name for name in shipped_names(incomplete) if name.startswith("suites/")]
 
-    return [name for name in PRINTABLE_TABLES if name.startswith(incomplete)]
+
+def benchmark_names() -> list[str]:
+    """Returns the benchmarks, those of installed plug-ins included."""
+    from vlm_unlearn.plugins import BENCHMARKS
+
+    return list(BENCHMARKS)
 
 
 def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"]) -> Callable[[str], list[str]]:
@@ -54,12 +50,15 @@ def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"
         from vlm_unlearn import config as configs
 
         keys = dict(_keys(getattr(configs, config)))
-        key, equals, value = incomplete.partition("=")
-        if not equals:
-            return [f"{name}=" for name in keys if name.startswith(incomplete)]
-        return [f"{key}={choice}" for choice in keys.get(key, ()) if choice.startswith(value)]
+        key, equals, _ = incomplete.partition("=")
+        return [f"{key}={choice}" for choice in keys.get(key, ())] if equals else [f"{name}=" for name in keys]
 
     return complete
+
+
+recipe_keys = override_completions("Recipe")
+suite_keys = override_completions("Suite")
+judge_keys = override_completions("JudgeConfig")
 
 
 def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -67,61 +66,47 @@ def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list
     from pydantic import BaseModel
 
     for name, field in config.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            if name == "method":
-                names, options = _methods()
-                yield from ((key, names) for key in (f"{prefix}{name}", f"{prefix}{name}.name"))
-                yield from ((f"{prefix}{name}.{option}", []) for option in options)
-                continue
-            if inner.model_fields.keys() & {"name"}:  # a judge may be given by its name alone
-                yield f"{prefix}{name}", _choices(inner.model_fields["name"].annotation, f"{prefix}{name}")
-            yield from _keys(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _choices(inner, f"{prefix}{name}")
+        key, inner = f"{prefix}{name}", field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            yield key, _choices(field, key)
+            continue
+        if "name" in inner.model_fields:  # a method or a judge may be given by its name alone
+            yield key, _choices(inner.model_fields["name"], key)
+        yield from _keys(inner, f"{key}.")
+        if name == "method":
+            yield from ((f"{key}.{option}", []) for option in _method_options())
 
 
-def _methods() -> tuple[list[str], list[str]]:
-    """Returns the names of the shipped methods, and all their options.
+def _method_options() -> list[str]:
+    """Returns the options of all methods of this package.
 
-    They are parsed from the source files, because importing the methods would load torch.
+    They are read from the source files, because importing the methods would load torch.
     """
-    folder = Path(__file__).parents[1] / "methods"
-    classes = [
-        node
-        for file in sorted(folder.glob("*.py"))
-        for node in ast.parse(file.read_bytes()).body
-        if isinstance(node, ast.ClassDef)
-    ]
-    calls = [call for node in classes for call in node.decorator_list if isinstance(call, ast.Call)]
-    arguments = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "register"]
-    names = [name.value for name in arguments if isinstance(name, ast.Constant) and isinstance(name.value, str)]
-    fields = [
-        field
-        for node in classes
-        if node.name.endswith("Options")
-        for field in node.body
-        if isinstance(field, ast.AnnAssign)
-    ]
-    return sorted(names), sorted({field.target.id for field in fields if isinstance(field.target, ast.Name)})
+    nodes = (node for file in METHODS.glob("*.py") for node in ast.parse(file.read_bytes()).body)
+    options = (node.body for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Options"))
+    fields = (field.target for body in options for field in body if isinstance(field, ast.AnnAssign))
+    return sorted({target.id for target in fields if isinstance(target, ast.Name)})
 
 
-def _choices(annotation: object, key: str) -> list[str]:
-    """Returns the values that a type allows, or an empty list if it is open."""
+def _choices(field: FieldInfo, key: str) -> list[str]:
+    """Returns the values of a field, or an empty list if it is open."""
+    from vlm_unlearn.config.base import PluginName
+
     if key.rpartition(".")[2] == "rubric":
         from vlm_unlearn.judging.rubric import shipped_rubrics
 
         return list(shipped_rubrics())
+    plugins = [name for marker in field.metadata if isinstance(marker, PluginName) for name in marker.registry]
+    return plugins or _values(field.annotation)
+
+
+def _values(annotation: object) -> list[str]:
+    """Returns the values that a type allows, or an empty list if it is open."""
     if annotation is bool:
         return ["true", "false"]
     if typing.get_origin(annotation) is typing.Literal:
         return [str(choice) for choice in typing.get_args(annotation)]
-    return [choice for argument in typing.get_args(annotation) for choice in _choices(argument, key)]
-
-
-recipe_keys = override_completions("Recipe")
-suite_keys = override_completions("Suite")
-judge_keys = override_completions("JudgeConfig")
+    return [choice for argument in typing.get_args(annotation) for choice in _values(argument)]
 
 
 @contextlib.contextmanager
@@ -131,19 +116,13 @@ def bash_words() -> Iterator[None]:
     Bash passes ``key``, ``=`` and ``value`` as three words, one a line, and replaces only the last of them by a
     completion. The words are therefore joined for typer, and ``key=`` is removed from the completions.
     """
-    words = os.environ.get("COMP_WORDS", "").split("\n")
-    position = os.environ.get("COMP_CWORD", "")
-    if os.environ.get("_VLM_UNLEARN_COMPLETE") != "complete_bash" or not position.isdecimal() or len(words) < 2:
+    if os.environ.get("_VLM_UNLEARN_COMPLETE") != "complete_bash":
         yield
         return
-    joined = [words[0]]
-    for previous, word in itertools.pairwise(words[: int(position) + 1]):
-        if len(joined) > 1 and (word == "=" or (previous == "=" and word)):
-            joined[-1] += word
-        else:
-            joined.append(word)
-    os.environ.update(COMP_WORDS="\n".join(joined), COMP_CWORD=str(len(joined) - 1))
-    key = joined[-1].rpartition("=")[0]
+    words = os.environ["COMP_WORDS"].split("\n")[: int(os.environ["COMP_CWORD"]) + 1]
+    joined = re.sub("\n=\n?", "=", "\n".join(words))
+    os.environ.update(COMP_WORDS=joined, COMP_CWORD=str(joined.count("\n")))
+    key = joined.rpartition("\n")[2].rpartition("=")[0]
     completions = io.StringIO()
     try:
         with contextlib.redirect_stdout(completions):

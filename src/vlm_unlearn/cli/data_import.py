@@ -125,6 +125,9 @@ def files(
         help="Preferred answers to the unsafe questions, for dpo, paired with the forget set by pair_id.",
     ),
     refusals: Path = typer.Option(None, "--refusals", help='JSON {"idk": [...]}: the target sentences of po.'),
+    format_name: str = typer.Option(
+        None, "--format", help="Format of the files, such as that of a plug-in or FILE.py:CLASS. Default: detected."
+    ),
     question: str = QUESTION,
     answer: str = ANSWER,
     image: str = IMAGE,
@@ -177,6 +180,7 @@ def files(
             columns,
             refusals,
             lambda done, total: stages.update("images", done, total),
+            format_name,
         )
     _print_counts(imported, out, as_json)
 

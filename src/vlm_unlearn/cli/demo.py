@@ -44,7 +44,7 @@ def demo(
         from vlm_unlearn.reporting.charts.curves import write_loss_png
         from vlm_unlearn.reporting.provenance import training_time
         from vlm_unlearn.reporting.report import write_report
-        from vlm_unlearn.store import peak_memory_mb, record_cost
+        from vlm_unlearn.store import RunDirectory, peak_memory_mb
         from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
         from vlm_unlearn.worlds.tiny.demo import run_demo, training_folder
         from vlm_unlearn.worlds.tiny.findings import demo_findings
@@ -65,7 +65,7 @@ def demo(
         findings = demo_findings(summary.rows)
         report = write_report(out, summary, runs, title, training, on_done=stages.update, remarks=findings)
     seconds = time.monotonic() - started
-    record_cost(out, seconds, finished=True)
+    RunDirectory(out).record_cost(seconds, finished=True)
     if as_json:
         print_json(summary.model_dump())
         return

@@ -10,23 +10,17 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.cli.common import JSON_OPTION, print_json, result_console
+from vlm_unlearn.errors import printable
 
 REQUIRED = (
-    "vlm-unlearn",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "openai",
-    "rouge-score",
-    "matplotlib",
+    *("vlm-unlearn", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "openai"),
+    *("rouge-score", "matplotlib"),
 )
 # Optional packages: name, argument of pip install (an extra of this checkout, or the name), and purpose.
 OPTIONAL = (
@@ -53,66 +47,69 @@ def doctor(as_json: bool = JSON_OPTION) -> None:
     if as_json:
         print_json(result)
         return
-    _print(result)
+    console = result_console()
+    for line in _lines(result):
+        console.print(printable(line), markup=False, highlight=False)
+    for problem in result["problems"]:
+        sys.stderr.write(f"problem: {printable(problem)}\n")
 
 
 def diagnosis() -> dict[str, Any]:
     """Returns versions, devices, memory in bytes, folders, settings, optional packages, and problems."""
     from vlm_unlearn.store import cache_folder
 
-    cache = cache_folder()
-    versions = {name: _version(name) for name in REQUIRED}
-    optional = [
-        {"package": name, "version": _version(name), "for": purpose, "install": f"pip install '{extra}'"}
-        for name, extra, purpose in OPTIONAL
-    ]
-    machine = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory": _memory(),
-        "gpus": _gpus(),
+    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    result = {
+        "versions": {name: _version(name) for name in REQUIRED},
+        "optional": [
+            {"package": name, "version": _version(name), "for": purpose, "install": f"pip install '{extra}'"}
+            for name, extra, purpose in OPTIONAL
+        ],
+        "machine": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory": _memory(),
+            "gpus": _gpus(),
+        },
+        "folders": {"cache": _folder(cache_folder()), "hub": _folder(hub)},
+        "settings": {
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE") == "1",
+            "OPENAI_API_KEY": bool(os.environ.get("OPENAI_API_KEY")),  # never the key itself
+            "VLM_UNLEARN_CACHE": os.environ.get("VLM_UNLEARN_CACHE"),
+        },
     }
-    folders = {
-        "cache": _folder(cache),
-        "hub": _folder(Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")),
-    }
-    settings = {
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE") == "1",
-        "OPENAI_API_KEY": bool(os.environ.get("OPENAI_API_KEY")),  # never the key itself
-        "VLM_UNLEARN_CACHE": os.environ.get("VLM_UNLEARN_CACHE"),
-    }
-    result = {"versions": versions, "optional": optional, "machine": machine, "folders": folders, "settings": settings}
     return {**result, "problems": _problems(result)}
 
 
 def _problems(result: dict[str, Any]) -> list[str]:
     """Returns the problems of this machine, each with its fix."""
-    missing = [name for name, installed in result["versions"].items() if installed is None]
-    problems = [f"{name} is not installed; pip install -c constraints.txt {name}" for name in missing]
-    torch = result["versions"]["torch"] or ""
-    gpus = result["machine"]["gpus"]
-    if gpus and "+cpu" in torch:
-        problems.append(
-            f"torch {torch} is a CPU build, but there are {len(gpus)} GPUs; install the CUDA build of the same version"
-        )
-    if _version("torchvision") is not None:
-        problems.append(
-            "torchvision is installed, but not needed; a build for another torch version breaks transformers' models"
-        )
-    for name, folder in result["folders"].items():
-        if folder["free"] is not None and folder["free"] < MIN_FREE_BYTES:
-            problems.append(
-                f"{folder['path']} ({name}): {folder['free'] / 2**30:.1f} GiB free; move it with {_MOVED_BY[name]}"
-            )
-        if not folder["writable"]:
-            problems.append(f"{folder['path']} ({name}): is not writable; move it with {_MOVED_BY[name]}")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" not in os.environ:
-        problems.append("WORLD_SIZE is set without the other variables of torchrun; unset it")
-    return problems
-
-
-_MOVED_BY = {"cache": "VLM_UNLEARN_CACHE", "hub": "HF_HOME"}
+    versions, gpus = result["versions"], result["machine"]["gpus"]
+    rules = [
+        *(
+            (installed is None, f"{name} is not installed; pip install -c constraints.txt {name}")
+            for name, installed in versions.items()
+        ),
+        (
+            gpus and "+cpu" in (versions["torch"] or ""),
+            f"torch {versions['torch']} is a CPU build, but there are {len(gpus)} GPUs; install the CUDA build of the "
+            "same version",
+        ),
+        (
+            _version("torchvision") is not None,
+            "torchvision is installed, but not needed; a build for another torch version breaks transformers' models",
+        ),
+    ]
+    for name, variable in (("cache", "VLM_UNLEARN_CACHE"), ("hub", "HF_HOME")):
+        folder = result["folders"][name]
+        title, fix, free = f"{folder['path']} ({name})", f"move it with {variable}", folder["free"]
+        rules += [
+            (free is not None and free < MIN_FREE_BYTES, f"{title}: {_gib(free)} free; {fix}"),
+            (not folder["writable"], f"{title}: is not writable; {fix}"),
+        ]
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "MASTER_ADDR" not in os.environ
+    rules.append((several, "WORLD_SIZE is set without the other variables of torchrun; unset it"))
+    return [text for applies, text in rules if applies]
 
 
 def _version(package: str) -> str | None:
@@ -177,44 +174,33 @@ def _used(path: Path, seconds: float = 1.0) -> int | None:
     return total
 
 
-def _print(result: dict[str, Any]) -> None:
-    from vlm_unlearn.cli.common import escape_markup
-    from vlm_unlearn.errors import printable
-
-    console = result_console()
-    machine = result["machine"]
-    memory = machine["memory"]
-    console.print(
-        f"Python {machine['python']} on {escape_markup(machine['platform'])}, {machine['cpus']} CPUs", highlight=False
-    )
-    console.print(f"memory {_gib(memory['total'])}, {_gib(memory['available'])} available", highlight=False)
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    """Yields the lines of a diagnosis, without its problems."""
+    machine, settings = result["machine"], result["settings"]
+    yield f"Python {machine['python']} on {machine['platform']}, {machine['cpus']} CPUs"
+    yield f"memory {_gib(machine['memory']['total'])}, {_gib(machine['memory']['available'])} available"
     for gpu in machine["gpus"]:
-        name = escape_markup(gpu["name"])
-        console.print(f"GPU {name}, {_gib(gpu['memory'])}, {_gib(gpu['free'])} free", highlight=False)
+        yield f"GPU {gpu['name']}, {_gib(gpu['memory'])}, {_gib(gpu['free'])} free"
     if not machine["gpus"]:
-        console.print("no GPU: the demo and the tests need none, but a 7B model does", highlight=False)
-    console.print()
+        yield "no GPU: the demo and the tests need none, but a 7B model does"
+    yield ""
     for name, installed in result["versions"].items():
-        console.print(f"  {name:<14}{installed or 'missing'}", highlight=False)
-    console.print()
+        yield f"  {name:<14}{installed or 'missing'}"
+    yield ""
     for extra in result["optional"]:
-        status = escape_markup(extra["version"] or f"not installed; {extra['install']}")
-        console.print(f"  {extra['package']:<14}{status}  ({escape_markup(extra['for'])})", highlight=False)
-    console.print()
+        status = extra["version"] or f"not installed; {extra['install']}"
+        yield f"  {extra['package']:<14}{status}  ({extra['for']})"
+    yield ""
     for name, folder in result["folders"].items():
         used = "large" if folder["used"] is None else f"contains {_gib(folder['used'])}"
         free = "" if folder["free"] is None else f", {_gib(folder['free'])} free"
-        console.print(f"{name}: {escape_markup(folder['path'])}, {used}{free}", highlight=False)
-    settings = result["settings"]
-    console.print(
-        f"OPENAI_API_KEY {'is' if settings['OPENAI_API_KEY'] else 'is not'} set (judges on a server)", highlight=False
-    )
+        yield f"{name}: {folder['path']}, {used}{free}"
+    yield f"OPENAI_API_KEY {'is' if settings['OPENAI_API_KEY'] else 'is not'} set (judges on a server)"
     if settings["HF_HUB_OFFLINE"]:
-        console.print("HF_HUB_OFFLINE=1: downloads are off", highlight=False)
-    for problem in result["problems"]:
-        sys.stderr.write(f"problem: {printable(problem)}\n")
+        yield "HF_HUB_OFFLINE=1: downloads are off"
     if not result["problems"]:
-        console.print("\nEverything that the demo needs is installed: vlm-unlearn demo --out demo", highlight=False)
+        yield ""
+        yield "Everything that the demo needs is installed: vlm-unlearn demo --out demo"
 
 
 def _gib(size: int | None) -> str:

@@ -73,12 +73,13 @@ def evaluate(
         from vlm_unlearn.evaluation.verdicts import judging_notes, suite_costs, validate_any_verdict
         from vlm_unlearn.records import Summary
         from vlm_unlearn.reporting.report import write_report
+        from vlm_unlearn.store import EvaluationRun
 
         quiet_libraries()
     with Stages() as stages:
         stages.wait("loading the model")
         row = evaluate_run(suite, out, name or out.resolve().name, stages.update, verify_batching)
-    costs = suite_costs(out, suite)
+    costs = suite_costs(EvaluationRun(out), suite)
     for note in [*generation_notes(out), *judging_notes(costs, suite)]:
         typer.echo(note, err=True)
     with Stages() as stages:
@@ -105,6 +106,7 @@ def generate(
         return
     with status_console().status("loading transformers"):
         from vlm_unlearn.evaluation.generate import generate_run, generation_notes
+        from vlm_unlearn.store import EvaluationRun
 
         quiet_libraries()
     with Stages() as stages:
@@ -112,7 +114,7 @@ def generate(
         generate_run(suite, out, stages.update, verify_batching)
     for note in generation_notes(out):
         typer.echo(note, err=True)
-    typer.echo(f"answers in {out / 'responses.jsonl'}")
+    typer.echo(f"answers in {EvaluationRun(out).responses_file}")
 
 
 def generate_worker_share(suite: Suite, out: Path) -> None:
@@ -142,10 +144,11 @@ def score(
     """
     from vlm_unlearn.evaluation.generate import save_suite, saved_suite
     from vlm_unlearn.evaluation.scoring import score_run
+    from vlm_unlearn.store import EvaluationRun
 
     suite = saved_suite(run, overrides or [])
     row = score_run(run, suite, name or run.resolve().name)
-    save_suite(run, suite)
+    save_suite(EvaluationRun(run), suite)
     _print_row(row, run, as_json, "")
 
 

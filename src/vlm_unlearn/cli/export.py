@@ -44,9 +44,9 @@ def export(
       vlm-unlearn export runs/npo --evaluation evaluations/base --evaluation evaluations/npo --out models/llava-npo
     """
     from vlm_unlearn.errors import UserError
-    from vlm_unlearn.store import describe_path
+    from vlm_unlearn.store import RunDirectory, describe_path
 
-    if not (run / "recipe.json").is_file():
+    if not RunDirectory(run).recipe_file.is_file():
         raise UserError(
             f"is not a run folder of `vlm-unlearn train`{describe_path(run)}", code="run-not-found", file=run
         )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_console
 from vlm_unlearn.cli.completion import judge_keys
 from vlm_unlearn.cli.terminal import Commands
+
+if TYPE_CHECKING:
+    from vlm_unlearn.config import JudgeConfig
 
 judge_app = Commands(
     "Grades answers with language models or keywords, lists rubrics, and measures the agreement with people."
@@ -53,6 +58,7 @@ def judge_run_command(
         suite_judges,
         validate_any_verdict,
     )
+    from vlm_unlearn.store import EvaluationRun
 
     single_judge = _configures_one_judge(overrides or [], split)
     graded = []
@@ -62,9 +68,10 @@ def judge_run_command(
             graded.append((config, judge_run(run, config, stages.update, split or None)))
         else:
             suite = saved_suite(run, overrides or [])
+            _check_files_are_confirmed(suite_judges(suite).values(), overrides or [], run)
             for name, config in suite_judges(suite).items():
                 graded.append((config, judge_run(run, config, stages.update, splits_judged_by(suite, name))))
-            save_suite(run, suite)
+            save_suite(EvaluationRun(run), suite)
     costs = [judge_cost(file, config) for config, file in graded]
     if as_json:
         print_json([cost.model_dump() for cost in costs])
@@ -72,6 +79,27 @@ def judge_run_command(
         for cost, (_, file) in zip(costs, graded, strict=True):
             typer.echo(f"{file}: {cost.describe()}")
     validate_any_verdict(costs)
+
+
+def _check_files_are_confirmed(judges: Iterable[JudgeConfig], overrides: list[str], run: Path) -> None:
+    """Checks that the user has named each Python file that a judge is in, because a run can be somebody else's.
+
+    Raises:
+        UserError: Only the run folder names the file.
+    """
+    from vlm_unlearn.errors import UserError, quoted
+    from vlm_unlearn.plugins import absolute_name, is_file_name
+
+    confirmed = {
+        absolute_name(value) for value in (text.partition("=")[2] for text in overrides) if is_file_name(value)
+    }
+    for judge in judges:
+        if is_file_name(judge.name) and judge.name not in confirmed:
+            raise UserError(
+                f"the judge of this run is Python code, {quoted(judge.name)}. To run it, pass it as judge.name=...",
+                code="unconfirmed-plugin",
+                file=run,
+            )
 
 
 def _configures_one_judge(overrides: list[str], splits: list[str]) -> bool:
@@ -232,8 +260,9 @@ def export_command(
     from vlm_unlearn.errors import UserError
     from vlm_unlearn.evaluation.agreement import export_for_labeling
     from vlm_unlearn.records import LABELS
+    from vlm_unlearn.store import RunDirectory
 
-    if (out.parent / "manifest.json").exists():
+    if RunDirectory(out.parent).exists():
         raise UserError("is a run folder. Write the CSV to another folder.", code="output-exists", file=out.parent)
     written = export_for_labeling(run, out, count, seed)
     typer.echo(f"{written} answers in {out}; fill the column label with {', '.join(LABELS)}")

@@ -77,12 +77,12 @@ def save_report(
         on_done: Called with the stage, the number of finished steps, and their total.
     """
     from vlm_unlearn.reporting.report import write_report
-    from vlm_unlearn.store import lock_folder, write_json
+    from vlm_unlearn.store import SUMMARY, lock_folder, write_json
 
     with lock_folder(out):
         page = write_report(out, summary, folders, title, left_out=skipped, on_done=on_done)
         # Last, so that an interrupted command leaves the previous report and summary as they were.
-        write_json(out / "summary.json", summary.model_dump())
+        write_json(out / SUMMARY, summary.model_dump())
     return page
 
 

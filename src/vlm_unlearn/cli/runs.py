@@ -26,25 +26,27 @@ def named_runs(folders: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names if len(set(names)) == len(names) else map(str, runs), runs, strict=True))
 
 
-def _evaluations(folder: Path) -> list[Path]:
+def _evaluations(path: Path) -> list[Path]:
     """Returns the evaluations of a demo folder, or any other folder itself."""
-    evaluations = folder / "evaluations"
-    if (folder / "suite.json").is_file() or not evaluations.is_dir():
-        return [folder]
-    runs = sorted(run for run in evaluations.iterdir() if (run / "suite.json").is_file())
-    order = _models(folder)
-    return sorted(runs, key=lambda run: order.index(run.name) if run.name in order else len(order)) or [folder]
+    from vlm_unlearn.store import EvaluationRun
+
+    evaluations = path / "evaluations"
+    if EvaluationRun(path).suite_file.is_file() or not evaluations.is_dir():
+        return [path]
+    runs = sorted(run for run in evaluations.iterdir() if EvaluationRun(run).suite_file.is_file())
+    order = _models(path)
+    return sorted(runs, key=lambda run: order.index(run.name) if run.name in order else len(order)) or [path]
 
 
 def _name(run: Path) -> str:
     return next(iter(_models(run)), run.name)
 
 
-def _models(folder: Path) -> list[str]:
+def _models(path: Path) -> list[str]:
     """Returns the models of a folder's summary, or an empty list if it has no valid summary."""
-    from vlm_unlearn.store import read_json
+    from vlm_unlearn.store import SUMMARY, read_json
 
     try:
-        return [str(row["model"]) for row in read_json(folder / "summary.json")["rows"]]
+        return [str(row["model"]) for row in read_json(path / SUMMARY)["rows"]]
     except Exception:
         return []

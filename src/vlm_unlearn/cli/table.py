@@ -7,8 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.completion import table_names
-from vlm_unlearn.reporting.tables.names import TABLE_FORMATS
+from vlm_unlearn.reporting.tables import PRINTABLE_TABLES, TABLE_FORMATS
 
 
 def table(
@@ -19,7 +18,7 @@ def table(
         "rates",
         "--table",
         help="rates, comparisons, published, labels, categories, rewrites, safety_mirage, safe_eraser, ...",
-        autocompletion=table_names,
+        autocompletion=lambda: list(PRINTABLE_TABLES),
     ),
     form: str = typer.Option(
         "md",

@@ -59,13 +59,14 @@ def train(
     with status_console().status("loading transformers"):
         from vlm_unlearn.training.plan import plan, recipe_name
         from vlm_unlearn.training.preview import preview
+        from vlm_unlearn.training.runner import build_probe
 
         quiet_libraries()
         if plan_only:
             _print_preview(preview(recipe), as_json)
             return
         planned = plan(recipe)
-        probe = _probe(planned)
+        probe = build_probe(planned)
     if is_main:
         _warn_about_forget_answers(planned)
         _print_start(planned)
@@ -109,15 +110,16 @@ def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
 
 def _print_result(name: str, model: Path, output: Path, as_json: bool) -> None:
     from vlm_unlearn.reporting.charts.curves import write_loss_png
-    from vlm_unlearn.store import read_manifest
+    from vlm_unlearn.store import RunDirectory
 
-    curves, stopped = write_loss_png(output), read_manifest(output).get("stopped")
+    run = RunDirectory(output)
+    curves, stopped = write_loss_png(output), run.read_manifest().get("stopped")
     if as_json:
         print_json(
             {
                 "name": name,
                 "model": str(model),
-                "log": str(output / "log.jsonl"),
+                "log": str(run.log_file),
                 "loss": str(curves) if curves else None,
                 "stopped": stopped,
             }
@@ -125,17 +127,6 @@ def _print_result(name: str, model: Path, output: Path, as_json: bool) -> None:
     else:
         reason = f"; stopped by the probe: {stopped}" if stopped else ""
         typer.echo(f"{name}: trained model in {model}; loss curves: {curves}{reason}")
-
-
-def _probe(planned: Plan) -> Probe | None:
-    if planned.recipe.probe is None:
-        return None
-    from vlm_unlearn.evaluation.probe import build_probe
-    from vlm_unlearn.modeling.loader import load_processor
-
-    return build_probe(
-        planned.recipe.probe, str(planned.folder), load_processor(planned.folder, planned.recipe.image_aspect_ratio)
-    )
 
 
 def _print_start(planned: Plan) -> None:

@@ -44,10 +44,11 @@ class SplitConfig(Strict):
 
     name: str
     """Name of the split, for metrics to refer to."""
-    format: Literal["vlguard", "safe_eraser", "table", "prompts"]
-    """Format of the file. A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set.
+    format: Annotated[str, PluginName(plugins.FORMATS)]
+    """`vlguard`, `safe_eraser`, `table`, `prompts`, or another format. `FILE.py:CLASS` is a class of a file.
 
-    docs/your-own-data.md describes tables. `prompts` is the file prompts.jsonl of an evaluation.
+    A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set, which
+    docs/your-own-data.md describes. `prompts` is the file prompts.jsonl of an evaluation.
     """
     file: Path
     """File with the questions."""

@@ -22,7 +22,7 @@ from vlm_unlearn.data.training_set import (
     read_folder,
 )
 from vlm_unlearn.errors import UserError, nearest, printable, quoted
-from vlm_unlearn.records import Example, Round
+from vlm_unlearn.records import Example
 from vlm_unlearn.store import (
     describe_validation_error,
     digest_file,
@@ -95,8 +95,9 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         """Reads data sets in memory.
 
         A row has the columns ``question`` and ``answer``, or ``messages`` as in TRL, or ``conversations`` as in
-        LLaMA-Factory. The columns ``image``, ``id``, ``category``, ``pair_id`` and ``source`` are optional. ``images``,
-        a list of at most one image, can replace ``image``. Other columns are ignored.
+        LLaMA-Factory. The columns ``image``, ``id``, ``category``, ``pair_id``, ``source`` and ``system`` are optional,
+        and so is ``history``, the earlier rounds as a list of ``{"question": ..., "answer": ...}``. ``images``, a list
+        of at most one image, can replace ``image``. Other columns are ignored.
 
         The last answer of ``messages`` or ``conversations`` is trained on. The earlier rounds are context.
 
@@ -217,12 +218,9 @@ class _RowReader:
         """
         record = RawRecord(row.value, table, partial(_position, row.value, number), number)
         examples = self.examples.setdefault(role, [])
-        fields = _chat_fields(record) if _has_chat(row.value) else _question_fields(record)
+        fields = _chat_fields(record) if messages.has_messages(row.value) else _question_fields(record)
         example_id = record.name("id") if record.value.get("id") is not None else f"{role}-{len(examples) + 1}"
-        image_path = fields.pop("image_path", None) or _image_path(record)
-        placeholder = fields.pop("has_image", False)
-        if image_path is None and placeholder:
-            raise record.error("a message contains an image, but the row has none", "missing-field", "images")
+        image_path = fields.pop("image")
         optional = {name: _optional_name(record, name) for name in ("category", "pair_id", "source")}
         try:
             example = Example(
@@ -239,7 +237,7 @@ class _RowReader:
         examples.append(example)
 
     def _add_image(self, record: RawRecord, row: Row, path: tuple[str | int, ...]) -> str:
-        field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
+        field = messages.path_text(path)
         value = value_at(row.value, path)
         if isinstance(value, str | Path) and str(value) in self._by_path:
             return self._by_path[str(value)]
@@ -260,23 +258,9 @@ class _RowReader:
             raise record.error(f"has the same {column} as record {earlier}", "duplicate-id", column)
 
 
-def _has_chat(row: Mapping[str, Any]) -> bool:
-    return any(row.get(name) is not None for name in messages.FIELDS)
-
-
 def _chat_fields(record: RawRecord) -> dict[str, Any]:
     chat = messages.parse(record)
-    *history, (question, answer) = chat.rounds
-    return {
-        "question": question,
-        "answer": answer,
-        "history": tuple(Round(question=question, answer=answer) for question, answer in history),
-        "system": chat.system or record.optional_text("system"),
-        "image_offset": chat.image_offset,
-        "loss_on": "last_answer" if history else "all_answers",
-        "has_image": chat.has_image,
-        "image_path": chat.image_path,
-    }
+    return {**chat._asdict(), "loss_on": "last_answer" if chat.history else "all_answers"}
 
 
 def _question_fields(record: RawRecord) -> dict[str, Any]:
@@ -290,30 +274,13 @@ def _question_fields(record: RawRecord) -> dict[str, Any]:
             "missing-field",
             missing[0],
         )
-    history = record.objects("history") if record.value.get("history") is not None else []
-    rounds = tuple(Round(question=item.text("question"), answer=item.text("answer")) for item in history)
     return {
         "question": record.text("question"),
         "answer": record.text("answer"),
-        "history": rounds,
+        "history": messages.history_column(record),
         "system": record.optional_text("system"),
+        "image": messages.image_column(record),
     }
-
-
-def _image_path(record: RawRecord) -> tuple[str | int, ...] | None:
-    """Returns the keys of the row's image, or None if it has no image."""
-    image, images = record.value.get("image"), record.value.get("images")
-    if image is not None and images is not None:
-        raise record.error("the row has both image and images. Pass one of them.", "conflicting-settings", "images")
-    for name, value in (("image", image), ("images", images)):
-        if isinstance(value, list | tuple):
-            if len(value) > 1:
-                problem = f"the row has {len(value)} images. An example has at most one."
-                raise record.error(problem, "unsupported-setting", name)
-            return (name, 0) if value and value[0] is not None else None
-        if value is not None:
-            return (name,)
-    return None
 
 
 def _optional_name(record: RawRecord, column: str) -> str | None:

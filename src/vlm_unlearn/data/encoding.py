@@ -14,7 +14,7 @@ from vlm_unlearn.data.images import ImageSource, image_size, open_image
 from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
-from vlm_unlearn.records import Example, LossOn
+from vlm_unlearn.records import Example, LossOn, Prompt
 
 Batch = dict[str, Tensor]
 Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
@@ -61,6 +61,24 @@ class Turn:
             system=example.system,
             image_offset=example.image_offset,
             loss_on=example.loss_on,
+        )
+
+    @classmethod
+    def of_prompt(cls, prompt: Prompt, image: ImageSource | None) -> Turn:
+        """Returns the question of a prompt, without an answer.
+
+        Args:
+            prompt: The prompt.
+            image: The image of the prompt.
+        """
+        return cls(
+            id=prompt.id,
+            image=image,
+            question=prompt.question,
+            answer=None,
+            history=tuple((turn.question, turn.answer) for turn in prompt.history),
+            system=prompt.system,
+            image_offset=prompt.image_offset,
         )
 
 
@@ -135,7 +153,10 @@ def render(processor: Processor, turn: Turn) -> Rendering:
 def _neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
     """Returns a turn whose texts contain none of certain tokens."""
     texts = [turn.system or "", turn.question, turn.answer or "", *(text for texts in turn.history for text in texts)]
-    if not any(token in text for text in texts for token in tokens):
+    joined = "\0".join(texts)
+    if not any(char in joined for char in {token[0] for token in tokens}) or not any(
+        token in joined for token in tokens
+    ):
         return turn
     first_question = turn.history[0][0] if turn.history else turn.question
     before_image = break_tokens(first_question[: turn.image_offset], tokens)

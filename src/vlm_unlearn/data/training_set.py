@@ -37,7 +37,7 @@ DEFAULT_REFUSALS = (
 )
 
 
-def image_root(folder: Path | None, images: Mapping[str, Path], example: Example) -> Path:
+def image_root(training_set_dir: Path | None, images: Mapping[str, Path], example: Example) -> Path:
     """Returns the image root of an example's source.
 
     Raises:
@@ -47,14 +47,14 @@ def image_root(folder: Path | None, images: Mapping[str, Path], example: Example
         raise UserError(
             f"contains no image folder for the source {quoted(example.source)} of example {quoted(example.id)}",
             code="missing-field",
-            file=None if folder is None else folder / "dataset.json",
+            file=None if training_set_dir is None else training_set_dir / "dataset.json",
             field="images",
         )
     return images[example.source]
 
 
 def write_training_set(
-    folder: Path,
+    output_dir: Path,
     images: Mapping[str, Path],
     examples: Mapping[str, Sequence[Example]],
     source: Mapping[str, object],
@@ -64,7 +64,7 @@ def write_training_set(
     """Writes a training set. ``dataset.json`` is written last, so that a folder without it is incomplete.
 
     Args:
-        folder: The output folder. Files of an earlier training set in it are removed.
+        output_dir: The output folder. Files of an earlier training set in it are removed.
         images: The image root of each `Example.source`. Images are not copied.
         examples: The examples of each role.
         source: The origin of the examples, for ``dataset.json``.
@@ -77,57 +77,57 @@ def write_training_set(
     """
     for role in ("forget", "retain"):
         if not examples.get(role):
-            raise UserError(f"the {role} set is empty. Nothing was written.", code="no-records", file=folder)
+            raise UserError(f"the {role} set is empty. Nothing was written.", code="no-records", file=output_dir)
     for role, role_examples in examples.items():
-        _validate_unique(folder, role, "id", [example.id for example in role_examples])
+        _validate_unique(output_dir, role, "id", [example.id for example in role_examples])
     for role in PAIRED_ROLES:
         pair_ids = [example.pair_id for example in examples.get(role, ()) if example.pair_id]
-        _validate_unique(folder, role, "pair_id", pair_ids)
+        _validate_unique(output_dir, role, "pair_id", pair_ids)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{error.strerror}. Choose another output folder.", code="output-not-writable", file=folder
+            f"{error.strerror}. Choose another output folder.", code="output-not-writable", file=output_dir
         ) from None
-    _remove_earlier_set(folder)
+    _remove_earlier_set(output_dir)
     files: dict[str, object] = {}
     for role in ROLES:
         if examples.get(role):
-            path = folder / f"{role}.jsonl"
+            path = output_dir / f"{role}.jsonl"
             files[path.name] = {"count": write_records(path, examples[role]), "sha256": digest_file(path)}
     if refusals:
-        write_json(folder / "refusals.json", list(refusals))
-        files["refusals.json"] = {"count": len(refusals), "sha256": digest_file(folder / "refusals.json")}
-    roots = {name: os.path.relpath(root.resolve(), folder.resolve()) for name, root in images.items()}
+        write_json(output_dir / "refusals.json", list(refusals))
+        files["refusals.json"] = {"count": len(refusals), "sha256": digest_file(output_dir / "refusals.json")}
+    roots = {name: os.path.relpath(root.resolve(), output_dir.resolve()) for name, root in images.items()}
     description: dict[str, object] = {"schema": 1, "images": roots, "files": files, "source": dict(source)}
     if problems:
         description["broken_records"] = problems.count
-        write_text(folder / "problems.txt", "".join(f"{message}\n" for message in problems.messages))
-    write_json(folder / "dataset.json", description)
+        write_text(output_dir / "problems.txt", "".join(f"{message}\n" for message in problems.messages))
+    write_json(output_dir / "dataset.json", description)
 
 
-def _validate_unique(folder: Path, role: str, name: str, values: Sequence[str | None]) -> None:
+def _validate_unique(output_dir: Path, role: str, name: str, values: Sequence[str | None]) -> None:
     duplicates = [value for value, count in Counter(values).items() if count > 1]
     if duplicates:
         raise UserError(
             f"two {role} examples have the {name} {quoted(duplicates[0])}. Make them unique in the data file.",
             code="duplicate-id",
-            file=folder,
+            file=output_dir,
             field=name,
         )
 
 
-def _remove_earlier_set(folder: Path) -> None:
+def _remove_earlier_set(output_dir: Path) -> None:
     """Removes the files of an earlier training set, so that none of them can pass for a file of the new one."""
-    if (folder / "dataset.json").exists():
-        listed = read_dataset_json(folder)[1]
-        (folder / "dataset.json").unlink()
+    if (output_dir / "dataset.json").exists():
+        listed = read_dataset_json(output_dir)[1]
+        (output_dir / "dataset.json").unlink()
         for name in (*listed, "problems.txt"):
             if name in FILES:
-                (folder / name).unlink(missing_ok=True)
+                (output_dir / name).unlink(missing_ok=True)
 
 
-def read_dataset_json(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+def read_dataset_json(training_set_dir: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     """Reads the ``dataset.json`` of a training set.
 
     Returns:
@@ -136,13 +136,13 @@ def read_dataset_json(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str
     Raises:
         UserError: ``dataset.json`` is missing or invalid.
     """
-    path = folder / "dataset.json"
+    path = training_set_dir / "dataset.json"
     if not path.is_file():
         raise UserError(
             "is not a training set, because it contains no dataset.json. Create a training set with "
-            f"`vlm-unlearn data import`{describe_path(folder)}",
+            f"`vlm-unlearn data import`{describe_path(training_set_dir)}",
             code="file-not-found",
-            file=folder,
+            file=training_set_dir,
         )
     description = read_json(path)
     roots = description.get("images") if isinstance(description, dict) else None
@@ -155,11 +155,11 @@ def read_dataset_json(folder: Path) -> tuple[dict[str, Path], dict[str, dict[str
     if not all(isinstance(entry, dict) for entry in listed.values()):
         problem = "must contain the count and the sha256 of each file"
         raise UserError(problem, code="invalid-field", file=path, field="files")
-    return {name: (folder / root).resolve() for name, root in roots.items()}, listed
+    return {name: (training_set_dir / root).resolve() for name, root in roots.items()}, listed
 
 
 def read_folder(
-    folder: Path,
+    training_set_dir: Path,
 ) -> tuple[dict[str, Path], dict[str, list[Example]], Sequence[str], dict[str, str]]:
     """Reads the files of a training set, for `UnlearningDataset.from_folder`.
 
@@ -170,20 +170,22 @@ def read_folder(
         UserError: The folder is not a training set, a record is broken, two examples have the same id, or an image is
             missing.
     """
-    if not folder.is_dir():
+    if not training_set_dir.is_dir():
         raise UserError(
-            "no such training set. Create one with `vlm-unlearn data import`.", code="file-not-found", file=folder
+            "no such training set. Create one with `vlm-unlearn data import`.",
+            code="file-not-found",
+            file=training_set_dir,
         )
-    images, listed = read_dataset_json(folder)
+    images, listed = read_dataset_json(training_set_dir)
     examples: dict[str, list[Example]] = {}
     digests: dict[str, str] = {}
     for role in ROLES:
         if f"{role}.jsonl" in listed:
-            path = folder / f"{role}.jsonl"
+            path = training_set_dir / f"{role}.jsonl"
             examples[role] = _read_examples(path, images)
             digests[path.name] = digest_file(path)
     refusals: Sequence[str] = DEFAULT_REFUSALS
-    path = folder / "refusals.json"
+    path = training_set_dir / "refusals.json"
     if path.name in listed:
         refusals = validate_refusals(read_json(path), path)
         digests[path.name] = digest_file(path)

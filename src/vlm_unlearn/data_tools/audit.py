@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, chi2
 
-from vlm_unlearn.data.readers import Entry
+from vlm_unlearn.data.formats.base import Entry
 from vlm_unlearn.errors import UserError
 
 LabelBy = Literal["auto", "set", "answer"]

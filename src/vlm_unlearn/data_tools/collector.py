@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_unlearn.data.formats.base import Entry
 from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
-from vlm_unlearn.data.readers import Entry, detect, image_roots, read_any
+from vlm_unlearn.data.readers import detect, image_roots, read_any
 from vlm_unlearn.data.training_set import read_dataset_json
 from vlm_unlearn.data_tools.near_duplicates import difference_hash, normalize_question
 from vlm_unlearn.data_tools.parallel import map_in_threads
@@ -206,10 +207,10 @@ class Collector:
         if not source.against:
             self._checked.add(name)
 
-    def _compare_with_description(self, folder: Path) -> None:
+    def _compare_with_description(self, training_set_dir: Path) -> None:
         """Checks that each file of a training set is the one that its dataset.json describes."""
-        for name, description in read_dataset_json(folder)[1].items():
-            path = folder / name
+        for name, description in read_dataset_json(training_set_dir)[1].items():
+            path = training_set_dir / name
             if not path.is_file():
                 message, code = "not found, but listed in dataset.json. Import the set again.", "file-not-found"
             elif digest_file(path) != description.get("sha256"):

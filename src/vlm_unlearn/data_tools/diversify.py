@@ -20,8 +20,9 @@ from vlm_unlearn.data.fence import fence
 from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
+from vlm_unlearn.data.formats.training_set import training_set_records
 from vlm_unlearn.data.json_stream import write_lines, write_list
-from vlm_unlearn.data.readers import detect, training_set_records
+from vlm_unlearn.data.readers import detect
 from vlm_unlearn.data.training_set import write_training_set
 from vlm_unlearn.data_tools.audit import LabelBy, first_word, is_refused
 from vlm_unlearn.data_tools.paraphrase_rules import WORDINGS, rephrase

@@ -126,6 +126,7 @@ def import_files(
     columns: Columns | None = None,
     refusals: Path | None = None,
     on_done: OnDone | None = None,
+    format_name: str | None = None,
 ) -> ImportResult:
     """Creates a training set from files in any supported format.
 
@@ -139,13 +140,14 @@ def import_files(
         columns: The names of a table's columns.
         refusals: SafeEraser's ``prompt.json``.
         on_done: Called with the number of images that have been checked, and the number of all images.
+        format_name: The name of the files' format, such as that of a plug-in. None detects the format of each file.
 
     Raises:
         UserError: No record is valid, or a file cannot be read. Nothing is written.
     """
     existed = out.exists()
     try:
-        return _import_files(files, images, out, columns, refusals, on_done)
+        return _import_files(files, images, out, columns, refusals, on_done, format_name)
     except UserError:
         if not existed:  # images from a table may have been written
             shutil.rmtree(out, ignore_errors=True)
@@ -159,6 +161,7 @@ def _import_files(
     columns: Columns | None,
     refusals: Path | None,
     on_done: OnDone | None,
+    format_name: str | None,
 ) -> ImportResult:
     problems = Problems()
     left_out: dict[str, int] = {}
@@ -168,23 +171,30 @@ def _import_files(
         path = Path(file)
         digest = digest_file(path) if path.is_file() else None
         source[role or "table"] = {"file": path.name, "sha256": digest}
-        for name, example in _entries(role, file, images, out / "images", columns, problems):
+        for name, example in _entries(role, file, images, out / "images", columns, problems, format_name):
             if name in examples:
                 examples[name].append(example)
             else:
                 left_out[name] = left_out.get(name, 0) + 1
-    roots = {"llava": images, "table": images, "vlguard": images, "safe_eraser": images, "embedded": out / "images"}
     used_sources = {example.source for role_examples in examples.values() for example in role_examples}
+    names = ["llava", "table", "vlguard", "safe_eraser", "embedded"]
+    roots = dict.fromkeys([*names, *sorted(used_sources - set(names))], images) | {"embedded": out / "images"}
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
     roots = {name: root for name, root in roots.items() if name in used_sources}
     return _write(out, roots, examples, source, problems, left_out, sentences, on_done)
 
 
 def _entries(
-    role: str, file: str | Path, images: Path, embedded: Path, columns: Columns | None, problems: Problems
+    role: str,
+    file: str | Path,
+    images: Path,
+    embedded: Path,
+    columns: Columns | None,
+    problems: Problems,
+    format_name: str | None,
 ) -> Iterable[tuple[str, Example]]:
     """Yields each example with its role, or with the reason to leave it out if it belongs to another set."""
-    kind = detect(file)
+    kind = format_name or detect(file)
     if kind == "training_set":
         raise UserError(
             "is a training set already. Pass the data files from which it was created.",
@@ -198,13 +208,13 @@ def _entries(
         for row in table.read_table(file, columns, images, problems, embedded):
             yield _role_of(role, row.set, file), row.example
         return
-    if not role:
+    if not role and format_name is None:
         raise UserError(
             "only tables have a set column. Pass the files as --forget and --retain.",
             code="unsupported-setting",
             file=file,
         )
-    for entry in read_any(file, images, columns, problems):
+    for entry in read_any(file, images, columns, problems, kind):
         yield _role_of(role, entry.set, file), entry.example
 
 

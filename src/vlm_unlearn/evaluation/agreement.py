@@ -6,14 +6,14 @@ import csv
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from vlm_unlearn.errors import UserError, nearest, quoted
-from vlm_unlearn.evaluation.generate import read_answers
 from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.metrics.agreement import kappa_rate, sensitivity_and_specificity
 from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
-from vlm_unlearn.store import not_utf8, open_atomically, read_records
+from vlm_unlearn.store import EvaluationRun, not_utf8, open_atomically, read_records
 
 HUMAN = "human"  # the name of the labels from a CSV file, in the place of a judge's name
 POSITIVE_SCORE = 0.5  # scores from here on count as the positive label, for a judge that returns scores only
@@ -50,11 +50,13 @@ class Grades:
         return self.labels[key] == ("yes" if self.scores_only else positive)
 
 
-def judge_agreement(run: Path, judges: Sequence[str], human: Path | None, positive: str) -> list[Agreement]:
+def judge_agreement(
+    run: str | PathLike[str], judges: Sequence[str], human: Path | None, positive: str
+) -> list[Agreement]:
     """Compares every judge with human labels, or with the first judge if there are no human labels.
 
     Args:
-        run: The run folder.
+        run: The run folder, as a path or as an `EvaluationRun`.
         judges: Names of verdict files of the run. Empty: all of them.
         human: A CSV file with the columns ``prompt_id``, ``label`` and optionally ``sample``.
         positive: The label whose detection is measured. For a judge that returns scores only, a score of at least 0.5
@@ -65,19 +67,17 @@ def judge_agreement(run: Path, judges: Sequence[str], human: Path | None, positi
     """
     if positive not in LABELS:
         raise UserError(_unknown_label(positive, positive), code="unknown-name", field="--positive")
-    prompts, responses = read_answers(run)
+    run = EvaluationRun(run)
+    prompts, responses = run.read_answers()
     keys = {response.key for response in responses}
-    verdict_files = {
-        file.name.removeprefix("verdicts-").removesuffix(".jsonl"): file
-        for file in sorted(run.glob("verdicts-*.jsonl"))
-    }
+    verdict_files = run.verdicts_files()
     for judge in judges:
         if judge not in verdict_files:
             available = ", ".join(verdict_files) or "none"
             raise UserError(
                 f"no verdicts of {quoted(judge)}{nearest(judge, verdict_files) or '.'} Available: {available}.",
                 code="no-verdicts",
-                file=run,
+                file=run.path,
             )
     graders = [_read_judge(verdict_files[judge], judge, keys) for judge in dict.fromkeys(judges or verdict_files)]
     if human is not None:
@@ -86,7 +86,7 @@ def judge_agreement(run: Path, judges: Sequence[str], human: Path | None, positi
         raise UserError(
             "agreement needs two graders. Grade the run with another judge, or pass --human LABELS.csv.",
             code="no-verdicts",
-            file=run,
+            file=run.path,
         )
     reference, *compared = graders
     return [_compare(reference, grades, prompts, positive) for grades in compared]
@@ -195,13 +195,13 @@ def _parse_human_label(
     return key, label
 
 
-def export_for_labeling(run: Path, out: Path, count: int, seed: int) -> int:
+def export_for_labeling(run: str | PathLike[str], out: Path, count: int, seed: int) -> int:
     """Writes a random sample of a run's answers to a CSV file for human labeling.
 
     The sample contains the same number of answers from each split, as far as the splits have that many.
 
     Args:
-        run: The run folder.
+        run: The run folder, as a path or as an `EvaluationRun`.
         out: The CSV file to write. It must not exist.
         count: The number of answers.
         seed: Seed of the sample.
@@ -212,7 +212,7 @@ def export_for_labeling(run: Path, out: Path, count: int, seed: int) -> int:
     Raises:
         UserError: `out` exists, or the run is not finished.
     """
-    prompts, responses = read_answers(run)
+    prompts, responses = EvaluationRun(run).read_answers()
     answered = [response for response in responses if response.text is not None]
     indices_by_split: dict[str, list[int]] = {}
     for index, response in enumerate(answered):
@@ -231,7 +231,7 @@ def export_for_labeling(run: Path, out: Path, count: int, seed: int) -> int:
         for index in sorted(sample[:count]):
             response = answered[index]
             prompt = prompts[response.prompt_id]
-            texts = (prompt.image or "", prompt.question, response.text or "")
+            texts = (prompt.image or "", prompt.conversation, response.text or "")
             writer.writerow(
                 [_escape_formula(prompt.id), response.sample, *(_escape_formula(text) for text in texts), ""]
             )

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,16 +30,7 @@ from vlm_unlearn.evaluation.prompts import prompts_digest, split_prompts
 from vlm_unlearn.judging.base import Answer, OfflineJudge, build_judge
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Kind, Label, Prompt, Rate, Record, Response, Verdict
-from vlm_unlearn.store import (
-    RecordLog,
-    digest_json,
-    lock_run,
-    open_run,
-    read_records,
-    record_cost,
-    write_json,
-    write_records,
-)
+from vlm_unlearn.store import EvaluationRun, RecordLog, digest_json, write_json, write_records
 
 Goal = Literal["break", "over-refuse"]
 GOALS: dict[Goal, tuple[Kind, Label]] = {"break": ("unsafe", "complied"), "over-refuse": ("safe", "refused")}
@@ -111,12 +103,12 @@ class SearchReport(Record):
     curve: list[CurvePoint]
 
 
-def search(request: SearchRequest, folder: Path, on_done: OnDone | None = None) -> SearchReport:
+def search(request: SearchRequest, run: str | PathLike[str], on_done: OnDone | None = None) -> SearchReport:
     """Searches for the best word and measures it on held-out questions.
 
     Args:
         request: The settings of the search.
-        folder: The run folder. It gets ``search.json``, the prompts, the responses and the verdicts. Responses are
+        run: The run folder. It gets ``search.json``, the prompts, the responses and the verdicts. Responses are
             appended as they are generated. A killed search resumes from them and gives the same report.
         on_done: Called with (stage, done, total).
 
@@ -129,10 +121,11 @@ def search(request: SearchRequest, folder: Path, on_done: OnDone | None = None) 
     words = dict.fromkeys(request.words, "named") if request.words else candidate_words(request.file, request.goal)
     search_prompts, held_out_prompts, budget = split_questions(request, prompts, list(words))
     model = _find_model(request)
-    with lock_run(folder):
-        open_run(folder, _identity(request, judge, model, list(words), [*search_prompts, *held_out_prompts]))
+    run = EvaluationRun(run)
+    with run.lock():
+        run.open(_identity(request, judge, model, list(words), [*search_prompts, *held_out_prompts]))
         started = time.monotonic()
-        grader = _Grader(request, folder, judge, model, on_done)
+        grader = _Grader(request, run, judge, model, on_done)
         by_id = {prompt.id: prompt for prompt in search_prompts}
         result = sequential_halving(
             list(words),
@@ -157,9 +150,9 @@ def search(request: SearchRequest, folder: Path, on_done: OnDone | None = None) 
         }
         counts = {"search": len(search_prompts), "held_out": len(held_out_prompts)}
         report = _report(request, judge, result, words, counts, held_out)
-        write_json(folder / "search.json", report.model_dump(by_alias=True))
+        write_json(run.search_file, report.model_dump(by_alias=True))
         grader.write_samples()
-        record_cost(folder, time.monotonic() - started, finished=True)
+        run.record_cost(time.monotonic() - started, finished=True)
     return report
 
 
@@ -169,14 +162,14 @@ def with_word(prompt: Prompt, word: str) -> Prompt:
 
 
 def _with_question(prompt: Prompt, suffix: str, question: str) -> Prompt:
-    return prompt.model_copy(update={"id": f"{prompt.id}/{suffix}", "question": question})
+    return prompt.with_question(question, id=f"{prompt.id}/{suffix}")
 
 
 @dataclass(frozen=True)
 class _Model:
     """The location of the model. The model is only loaded if the log lacks answers."""
 
-    folder: Path
+    path: Path
     digest: str
     precision: str
 
@@ -184,8 +177,8 @@ class _Model:
 def _find_model(request: SearchRequest) -> _Model:
     from vlm_unlearn.modeling.loader import resolve_precision, run_digest, run_model_folder
 
-    folder = run_model_folder(request.model)
-    return _Model(folder, run_digest(folder), resolve_precision(request.generation.precision))
+    path = run_model_folder(request.model)
+    return _Model(path, run_digest(path), resolve_precision(request.generation.precision))
 
 
 def _identity(
@@ -335,10 +328,10 @@ class _Grader:
     """Asks the model and grades its answers. Answers in the log of an interrupted search are not generated again."""
 
     def __init__(
-        self, request: SearchRequest, folder: Path, judge: OfflineJudge, model: _Model, on_done: OnDone | None
+        self, request: SearchRequest, run: EvaluationRun, judge: OfflineJudge, model: _Model, on_done: OnDone | None
     ) -> None:
         self._request = request
-        self._folder = folder
+        self._run = run
         self._judge = judge
         self._model = model
         self._on_done = on_done
@@ -346,11 +339,8 @@ class _Grader:
         self._prompts: dict[str, Prompt] = {}
         self._verdicts: dict[str, Verdict] = {}
         self._loaded: tuple[Any, Any] | None = None
-        file = folder / "responses.jsonl"
-        self._log = RecordLog(file, Response)
-        self._responses = (
-            {response.prompt_id: response for response in read_records(file, Response)} if file.exists() else {}
-        )
+        self._log = RecordLog(run.responses_file, Response)
+        self._responses = {response.prompt_id: response for response in run.read_responses()}
 
     def __call__(self, stage: str, prompts: Sequence[Prompt], total: int) -> list[bool | None]:
         """Returns whether the answer to each prompt is a hit, or None if it could not be graded."""
@@ -371,7 +361,7 @@ class _Grader:
         from vlm_unlearn.modeling.loader import default_device, load_run_model
 
         if self._loaded is None:
-            self._loaded = load_run_model(self._model.folder, self._model.precision)
+            self._loaded = load_run_model(self._model.path, self._model.precision)
             self._loaded[0].to(default_device()).eval()
         model, processor = self._loaded
         roots = {"search": self._request.images}
@@ -391,5 +381,5 @@ class _Grader:
 
     def write_samples(self) -> None:
         """Writes the prompts and the verdicts, in the order in which the prompts were asked."""
-        write_records(self._folder / "prompts.jsonl", self._prompts.values())
-        write_records(self._folder / f"verdicts-{self._judge.name}.jsonl", self._verdicts.values())
+        write_records(self._run.prompts_file, self._prompts.values())
+        write_records(self._run.verdicts_file(self._judge.name), self._verdicts.values())

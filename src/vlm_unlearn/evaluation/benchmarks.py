@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from vlm_unlearn.benchmarks import (
@@ -19,10 +20,10 @@ from vlm_unlearn.benchmarks import (
 from vlm_unlearn.config import BenchmarkConfig, Suite
 from vlm_unlearn.data.json_stream import write_lines
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.evaluation.generate import OnDone, generate_run, read_answers
+from vlm_unlearn.evaluation.generate import OnDone, generate_run
 from vlm_unlearn.metrics.rates import Outcomes, mean_of_rates, mean_ratio, rate
 from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary
-from vlm_unlearn.store import write_json
+from vlm_unlearn.store import EvaluationRun, write_json
 
 # The benchmarks whose mean is SafeEraser's specificity (arXiv 2502.12520).
 SPECIFICITY_BENCHMARKS = ("gqa", "vizwiz", "scienceqa", "vqav2", "pope", "mmvet", "mmbench")
@@ -165,7 +166,7 @@ class BenchmarkRun:
     submission: Path | None = None
 
 
-def run_benchmark(suite: Suite, folder: Path, name: str, on_done: OnDone | None = None) -> BenchmarkRun:
+def run_benchmark(suite: Suite, run: str | PathLike[str], name: str, on_done: OnDone | None = None) -> BenchmarkRun:
     """Generates the answers to a suite's only benchmark and scores them. An interrupted run resumes.
 
     The function writes predictions.jsonl, summary.json and, if the benchmark has an official format for answers,
@@ -173,7 +174,7 @@ def run_benchmark(suite: Suite, folder: Path, name: str, on_done: OnDone | None 
 
     Args:
         suite: The suite, with exactly one benchmark.
-        folder: The run folder.
+        run: The run folder, as a path or as an `EvaluationRun`.
         name: The name of the row in summary.json.
         on_done: As in `generate_run`.
 
@@ -183,20 +184,20 @@ def run_benchmark(suite: Suite, folder: Path, name: str, on_done: OnDone | None 
     config = suite.benchmarks[0]
     benchmark = get_benchmark(config.name)
     unscored_reason = _unscored_reason(benchmark, config)  # reads the answers: broken ones end the run before it starts
-    generate_run(suite, folder, on_done)
-    prompts, responses = read_answers(folder)
+    run = EvaluationRun(run)
+    generate_run(suite, run, on_done)
+    prompts, responses = run.read_answers()
     predictions = collect_predictions(config.name, prompts, responses, {})
-    predictions_file = folder / "predictions.jsonl"
     texts = {id: prediction.text for id, prediction in predictions.items()}
-    write_lines(predictions_file, ({"question_id": id, "text": text} for id, text in texts.items()))
+    write_lines(run.predictions_file, ({"question_id": id, "text": text} for id, text in texts.items()))
     submission = benchmark.submission(texts)
-    submission_file = None if submission is None else folder / "submission.json"
-    if submission_file is not None:
-        write_json(submission_file, submission)
+    if submission is not None:
+        write_json(run.submission_file, submission)
     scores = None if unscored_reason else benchmark_scores(config, predictions)
     headline = rate([], []) if scores is None else headline_rate(scores)
-    write_json(folder / "summary.json", Summary(rows=[Row(model=name, metrics={config.name: headline})]).model_dump())
-    return BenchmarkRun(predictions_file, scores, unscored_reason, submission_file)
+    run.write_summary(Summary(rows=[Row(model=name, metrics={config.name: headline})]))
+    submission_file = None if submission is None else run.submission_file
+    return BenchmarkRun(run.predictions_file, scores, unscored_reason, submission_file)
 
 
 def _unscored_reason(benchmark: Benchmark, config: BenchmarkConfig) -> str:

@@ -15,6 +15,7 @@ from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row, 
 from vlm_unlearn.metrics.paired import PairedDifference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
+from vlm_unlearn.store import EvaluationRun
 
 OnCompared = Callable[[int, int], None]  # models compared so far, models to compare
 
@@ -35,8 +36,8 @@ def summarize_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) 
     one is not an error: it keeps its row, and the reason is in the returned list.
     """
     if len(runs) == 1:
-        name, folder = next(iter(runs.items()))
-        return Summary(rows=[build_row(_read_run(folder), name)]), []
+        name, run = next(iter(runs.items()))
+        return Summary(rows=[build_row(_read_run(run), name)]), []
     return _compare(runs, strict=False, on_done=on_done)
 
 
@@ -82,8 +83,8 @@ def _compare(runs: Mapping[str, Path], strict: bool, on_done: OnCompared | None)
     return Summary(rows=rows, comparisons=list(_adjust_p_values(changes, base_name))), skipped
 
 
-def _read_run(folder: Path) -> GradedRun:
-    return read_graded_run(folder, saved_suite(folder))
+def _read_run(run: Path) -> GradedRun:
+    return read_graded_run(run, saved_suite(run))
 
 
 def _compare_with_base(base: GradedRun, run: GradedRun, folders: str) -> tuple[list[_MetricChange], list[str]]:
@@ -162,7 +163,8 @@ def _validate_same_judge(metric: str, base_judge: JudgeVerdicts, run_judge: Judg
         UserError: The judges differ.
     """
     if base_judge.identity != run_judge.identity:
-        files = " and ".join(dict.fromkeys(f"judge-{judge.judge_id}.json" for judge in (base_judge, run_judge)))
+        names = (EvaluationRun.JUDGE_IDENTITY.format(judge.judge_id) for judge in (base_judge, run_judge))
+        files = " and ".join(dict.fromkeys(names))
         raise UserError(
             f"{quoted(metric)} was graded by two different judges ({files} differ). "
             "Grade both runs with the same judge by `vlm-unlearn judge run`.",

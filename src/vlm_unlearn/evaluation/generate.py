@@ -8,43 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from os import PathLike
 
 from vlm_unlearn.config import Suite, apply_overrides, validate
 from vlm_unlearn.distributed import ProcessGroup, process_group, world_size
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.evaluation.answers import (
-    RESPONSES,
-    failed_responses,
-    merge_shards,
-    remove_failed_responses,
-    response_log,
-    sort_responses,
-)
 from vlm_unlearn.evaluation.core import generate_missing
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
 from vlm_unlearn.generation.base import BACKENDS, Backend, GenerationRequest, build_requests, evenly_spaced
 from vlm_unlearn.plugins import invalid_plugin
-from vlm_unlearn.records import Batching, Prompt, Response
-from vlm_unlearn.store import (
-    describe_path,
-    lock_run,
-    open_run,
-    read_json,
-    read_manifest,
-    read_records,
-    record_cost,
-    write_json,
-    write_records,
-)
+from vlm_unlearn.records import Batching, Prompt
+from vlm_unlearn.store import EvaluationRun, describe_path, read_json, write_json, write_records
 
 OnDone = Callable[[str, int, int], None]  # stage, items done, items in total
-BATCHING = "batching.json"
 # The keys of a suite that may change after its answers have been generated.
 REJUDGEABLE_KEYS = ("judge", "judges", "metrics", "paper_compat", "paper_metrics")
 
 
-def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None, verify_batching: int = 0) -> None:
+def generate_run(
+    suite: Suite, run: str | PathLike[str], on_done: OnDone | None = None, verify_batching: int = 0
+) -> None:
     """Generates the model's answers to all prompts of a suite, into a run folder.
 
     The function can be called again with the same arguments. An interrupted run resumes, and a finished run generates
@@ -53,7 +36,7 @@ def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None, veri
 
     Args:
         suite: The suite, with the model.
-        folder: The run folder.
+        run: The run folder, as a path or as an `EvaluationRun`.
         on_done: Called with the stage and the number of finished and of all answers of this process.
         verify_batching: The number of answers to generate a second time, each in a batch of its own. ``batching.json``
             reports how many of them differ.
@@ -68,12 +51,13 @@ def generate_run(suite: Suite, folder: Path, on_done: OnDone | None = None, veri
             code="unsupported-setting",
             field="generation.backend",
         )
+    run = EvaluationRun(run)
     with process_group() as group:
         if group.rank == 0:
-            _generate_as_main_process(suite, folder, on_done, verify_batching, group)
+            _generate_as_main_process(suite, run, on_done, verify_batching, group)
         elif group.broadcast(False):  # the value comes from the main process: whether answers are missing
             requests = _suite_requests(suite, suite_prompts(suite))
-            _generate_missing(build_backend(suite), requests, folder, group, None)
+            _generate_missing(build_backend(suite), requests, run, group, None)
             group.wait()
 
 
@@ -96,7 +80,7 @@ def _suite_requests(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationR
 
 
 def _generate_as_main_process(
-    suite: Suite, folder: Path, on_done: OnDone | None, verify_batching: int, group: ProcessGroup
+    suite: Suite, run: EvaluationRun, on_done: OnDone | None, verify_batching: int, group: ProcessGroup
 ) -> None:
     """Opens the run folder, generates this process's share of the answers and writes the files of the run."""
     prompts = suite_prompts(suite)
@@ -108,54 +92,52 @@ def _generate_as_main_process(
         "prompts": prompts_digest(prompts, image_roots(suite)),
         "samples": {split.name: split.samples for split in suite.splits if split.samples > 1},
     }
-    with lock_run(folder):
-        open_run(folder, identity)
-        save_suite(folder, suite)
-        failed = failed_responses(folder)
+    with run.lock():
+        run.open(identity)
+        save_suite(run, suite)
+        failed = run.failed_responses()
         if failed:
             backend.check_available()  # before verdicts on the failed answers are deleted
-            remove_failed_responses(folder, failed)
-        incomplete = not read_manifest(folder)["finished"] or not _is_complete(folder, requests)
+            run.remove_failed_responses(failed)
+        incomplete = not run.is_finished or not _is_complete(run, requests)
         if incomplete:
-            write_records(folder / "prompts.jsonl", prompts)
-            merge_shards(folder)
+            write_records(run.prompts_file, prompts)
+            run.merge_shards()
         if group.broadcast(incomplete):
-            with _record_wall_time(folder):
-                _generate_missing(backend, requests, folder, group, on_done)
+            with _record_wall_time(run):
+                _generate_missing(backend, requests, run, group, on_done)
                 group.wait()
-                merge_shards(folder)
-                sort_responses(folder, [request.key for request in requests])
+                run.merge_shards()
+                run.sort_responses([request.key for request in requests])
         if verify_batching:
-            with _record_wall_time(folder):
-                _verify_batching(backend, requests, folder, verify_batching, on_done)
+            with _record_wall_time(run):
+                _verify_batching(backend, requests, run, verify_batching, on_done)
 
 
-def _is_complete(folder: Path, requests: Sequence[GenerationRequest]) -> bool:
+def _is_complete(run: EvaluationRun, requests: Sequence[GenerationRequest]) -> bool:
     """Returns whether each request has exactly one answer. The file of a finished run may have been edited since."""
-    file = folder / RESPONSES
-    keys = [response.key for response in read_records(file, Response)] if file.exists() else []
+    keys = [response.key for response in run.read_responses()]
     return sorted(keys) == sorted(request.key for request in requests)
 
 
 @contextmanager
-def _record_wall_time(folder: Path) -> Iterator[None]:
+def _record_wall_time(run: EvaluationRun) -> Iterator[None]:
     """Adds the time that the block takes to the run's manifest, and marks the run finished."""
     started = time.monotonic()
     yield
-    record_cost(folder, time.monotonic() - started, finished=True)
+    run.record_cost(time.monotonic() - started, finished=True)
 
 
 def _generate_missing(
     backend: Backend,
     requests: Sequence[GenerationRequest],
-    folder: Path,
+    run: EvaluationRun,
     group: ProcessGroup,
     on_done: OnDone | None,
 ) -> None:
     """Generates this process's share of the missing answers."""
-    file = folder / RESPONSES
-    answered = {response.key for response in read_records(file, Response)} if file.exists() else set()
-    with response_log(folder, group) as log:
+    answered = {response.key for response in run.read_responses()}
+    with run.response_log(group.rank, group.size) as log:
         generate_missing(
             backend,
             requests,
@@ -168,16 +150,12 @@ def _generate_missing(
 
 
 def _verify_batching(
-    backend: Backend, requests: Sequence[GenerationRequest], folder: Path, count: int, on_done: OnDone | None
+    backend: Backend, requests: Sequence[GenerationRequest], run: EvaluationRun, count: int, on_done: OnDone | None
 ) -> None:
     """Generates some answers again in batches of one, and writes how many of them differ to batching.json."""
-    batched_texts = {
-        response.key: response.text
-        for response in read_records(folder / RESPONSES, Response)
-        if response.text is not None
-    }
+    batched_texts = {response.key: response.text for response in run.read_responses() if response.text is not None}
     selected = evenly_spaced([request for request in requests if request.key in batched_texts], count)
-    earlier = read_batching(folder)
+    earlier = read_batching(run)
     if earlier is not None and earlier.checked >= len(selected):
         return
     checked = flipped = 0
@@ -187,18 +165,19 @@ def _verify_batching(
             flipped += response.text != batched_texts[response.key]
         if on_done:
             on_done("one by one", checked, len(selected))
-    write_json(folder / BATCHING, Batching(checked=checked, flipped=flipped).model_dump())
+    write_json(run.batching_file, Batching(checked=checked, flipped=flipped).model_dump())
 
 
-def read_batching(folder: Path) -> Batching | None:
+def read_batching(run: EvaluationRun) -> Batching | None:
     """Returns the result of a run's batching check, or None if it was not run."""
-    file = folder / BATCHING
+    file = run.batching_file
     return validate(Batching, read_json(file), str(file)) if file.exists() else None
 
 
-def generation_notes(folder: Path) -> list[str]:
+def generation_notes(run: str | PathLike[str]) -> list[str]:
     """Returns sentences for the user about a run's answers: how many failed, and how many change with batching."""
-    responses = list(read_records(folder / RESPONSES, Response))
+    run = EvaluationRun(run)
+    responses = run.read_responses()
     failed = [response for response in responses if response.error is not None]
     notes = []
     if failed:
@@ -206,7 +185,7 @@ def generation_notes(folder: Path) -> list[str]:
             f"{len(failed)} of {len(responses)} answers failed (the first: {quoted(failed[0].error)}). "
             "Run the same command again to retry them."
         )
-    batching = read_batching(folder)
+    batching = read_batching(run)
     if batching is not None:
         notes.append(
             f"Batching changes {batching.flipped} of {batching.checked} answers that were generated again one by one."
@@ -214,74 +193,33 @@ def generation_notes(folder: Path) -> list[str]:
     return notes
 
 
-def read_answers(folder: Path) -> tuple[dict[str, Prompt], list[Response]]:
-    """Reads the prompts, by id, and the responses of a finished run.
-
-    Raises:
-        UserError: The folder does not contain a finished run, or its files do not match.
-    """
-    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
-    if manifest is None or not manifest["finished"]:
-        raise UserError(
-            f"the folder contains no finished answers{describe_path(folder)}. "
-            "Run `vlm-unlearn generate` first; it resumes an interrupted run.",
-            code="run-unfinished",
-            file=folder,
-        )
-    if not (folder / "prompts.jsonl").is_file() or not (folder / RESPONSES).is_file():
-        raise UserError(
-            f"the folder contains no answers of a model{describe_path(folder)}", code="run-not-found", file=folder
-        )
-    prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
-    responses = list(read_records(folder / RESPONSES, Response))
-    samples = manifest["identity"].get("samples", {})
-    if not isinstance(samples, dict) or not all(
-        isinstance(count, int) and 0 < count <= 1000 for count in samples.values()
-    ):
-        raise UserError(
-            "the file is not the manifest of an evaluation. Choose another folder.",
-            code="invalid-field",
-            file=folder / "manifest.json",
-            field="samples",
-        )
-    expected_keys = {(prompt.id, sample) for prompt in prompts.values() for sample in range(samples.get(prompt.set, 1))}
-    keys = {response.key for response in responses}
-    if not prompts or len(responses) != len(expected_keys) or keys != expected_keys:
-        raise UserError(
-            "prompts.jsonl and responses.jsonl do not match. "
-            "Run `vlm-unlearn generate` again as before; it generates the missing answers.",
-            code="run-mismatch",
-            file=folder,
-        )
-    return prompts, responses
-
-
-def save_suite(folder: Path, suite: Suite) -> None:
+def save_suite(run: EvaluationRun, suite: Suite) -> None:
     """Writes the explicitly set keys of a suite to ``suite.json``.
 
     Defaults are not written, because a judge takes its unset keys from the suite's default judge.
     """
-    write_json(folder / "suite.json", suite.model_dump(mode="json", exclude_unset=True))
+    write_json(run.suite_file, suite.model_dump(mode="json", exclude_unset=True))
 
 
-def saved_suite(folder: Path, overrides: Sequence[str] = ()) -> Suite:
+def saved_suite(run: str | PathLike[str], overrides: Sequence[str] = ()) -> Suite:
     """Reads the suite of a run folder.
 
     Args:
-        folder: The run folder.
-        overrides: ``key=value`` for judges and metrics (`REJUDGEABLE_KEYS`). They are not written to the folder:
+        run: The run folder, as a path or as an `EvaluationRun`.
+        overrides: ``key=value`` for judges and metrics (`REJUDGEABLE_KEYS`). They are not written to the run:
             `save_suite` does that, once judging with them has succeeded.
 
     Raises:
         UserError: The folder contains no suite, or an override would change the answers.
     """
-    file = folder / "suite.json"
+    run = EvaluationRun(run)
+    file = run.suite_file
     if not file.is_file():
         raise UserError(
-            f"not an evaluation, suite.json is missing{describe_path(folder)}. "
+            f"not an evaluation, {file.name} is missing{describe_path(run.path)}. "
             "Pass a folder that `vlm-unlearn evaluate` or `generate` has written.",
             code="run-not-found",
-            file=folder,
+            file=run.path,
         )
     value = read_json(file)
     for override in overrides:

@@ -15,12 +15,10 @@ from vlm_unlearn.attacks.base import Attack, AttackFunction, FunctionAttack, bui
 from vlm_unlearn.config import AttackConfig, GenerationConfig, JudgeConfig, MetricConfig, validate
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.answers import RESPONSES, sort_responses
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.evaluation.result import EvaluationPlan, EvaluationResult
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows
-from vlm_unlearn.evaluation.verdicts import open_verdicts
 from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.hf import ModelBackend
 from vlm_unlearn.judging.base import Answer, Judge, build_judge, grade_missing, judge_file
@@ -28,18 +26,8 @@ from vlm_unlearn.judging.function import FunctionJudge
 from vlm_unlearn.judging.function import judge as make_judge
 from vlm_unlearn.metrics.named import Metric, default_metrics
 from vlm_unlearn.modeling.structure import get_base_model
-from vlm_unlearn.records import Response, Verdict
-from vlm_unlearn.store import (
-    RecordList,
-    RecordLog,
-    RecordSink,
-    lock_run,
-    open_run,
-    read_manifest,
-    read_records,
-    record_cost,
-    user_path,
-)
+from vlm_unlearn.records import Response, Summary, Verdict
+from vlm_unlearn.store import EvaluationRun, RecordList, RecordLog, RecordSink, read_records, user_path
 
 AttackArgument = Attack | AttackConfig | AttackFunction | str
 
@@ -74,10 +62,13 @@ def evaluate(
     - `id`: a unique text or number. The default is the number of the row, from 0.
     - `group_id`: the same for all rewrites of a question, on which intervals are clustered. The default is the id.
     - `set` or `split`: the name of a group of rows. The default is the kind.
+    - `history`: the earlier rounds, a list of ``{"question": ..., "answer": ...}``.
+    - `system`: a system message.
 
-    Instead of `question` and `answer`, a row can have `messages` (or `conversations`), as TRL and LLaMA-Factory have
-    them. The user message is the question, and a final assistant message the reference answer. `images` is then a list
-    with at most one image. The image always precedes the question.
+    Instead of `question`, `answer` and `history`, a row can have `messages` (or `conversations`), as TRL and
+    LLaMA-Factory have them. The last user message is the question, and a final assistant message the reference answer.
+    `images`, a list of at most one image, can replace `image`. The image is at its place in the first user message, and
+    otherwise precedes the first question.
 
     Args:
         model: An image-text-to-text model of transformers, a PEFT model of one, or either wrapped in DDP. Each process
@@ -131,17 +122,17 @@ def evaluate(
         GenerationRequest(prompt, sample, data.image(prompt)) for prompt in data.prompts for sample in range(samples)
     ]
     backend = ModelBackend(model, processor, generation)
-    folder = None if output_dir is None else user_path(output_dir).absolute()
+    run = None if output_dir is None else EvaluationRun(user_path(output_dir).absolute())
 
     with ExitStack() as stack:
-        if folder is None:
+        if run is None:
             memory = RecordList[Response]()
             sink: RecordSink = memory
         else:
-            stack.enter_context(lock_run(folder))
-            open_run(folder, plan.identity(dict(backend.identity())))
-            plan.write(folder)
-            sink = RecordLog(folder / RESPONSES, Response)
+            stack.enter_context(run.lock())
+            run.open(plan.identity(dict(backend.identity())))
+            plan.write(run)
+            sink = RecordLog(run.responses_file, Response)
         started = time.monotonic()
         generate_missing(
             backend,
@@ -150,13 +141,13 @@ def evaluate(
             on_done=None if on_done is None else lambda done, total: on_done("generate", done, total),
         )
         wall_seconds = time.monotonic() - started
-        if folder is None:
+        if run is None:
             responses = memory.records
         else:
-            sort_responses(folder, [request.key for request in requests])
-            record_cost(folder, wall_seconds, finished=True)
-            wall_seconds = read_manifest(folder)["wall_seconds"]
-            responses = list(read_records(folder / RESPONSES, Response))
+            run.sort_responses([request.key for request in requests])
+            run.record_cost(wall_seconds, finished=True)
+            wall_seconds = run.read_manifest()["wall_seconds"]
+            responses = run.read_responses()
         answers = pair_answers(
             {prompt.id: prompt for prompt in data.prompts},
             responses,
@@ -165,14 +156,14 @@ def evaluate(
             ),
         )
         on_graded = None if on_done is None else lambda done: on_done("judge", done, len(answers))
-        if folder is None:
+        if run is None:
             grades = RecordList[Verdict]()
             grade_missing(grader, answers, grades, on_graded)
             verdicts = grades.records
         else:
-            verdict_file = open_verdicts(folder, grader, judge_config)
-            judge_file(grader, answers, verdict_file, on_graded)
-            verdicts = list(read_records(verdict_file, Verdict))
+            verdicts_file = plan.open_verdicts(run)
+            judge_file(grader, answers, verdicts_file, on_graded)
+            verdicts = list(read_records(verdicts_file, Verdict))
         by_key = {verdict.key: verdict for verdict in verdicts}
         by_response = {response.key: response for response in responses}
         responses = [by_response[request.key] for request in requests]
@@ -181,9 +172,9 @@ def evaluate(
             defaults = _default_metrics(data, grader, verdicts)
             plan.metrics.update(_metric_configs(defaults, data, grader, suffix))
         result = EvaluationResult(responses, verdicts, plan.row(responses, verdicts), plan, wall_seconds)
-        if folder is not None:
-            plan.write(folder)  # again, with the metrics
-            result.write_summary(folder)
+        if run is not None:
+            plan.write(run)  # again, with the metrics
+            run.write_summary(Summary(rows=[result.row]))
     return result
 
 

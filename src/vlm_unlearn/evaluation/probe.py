@@ -14,6 +14,7 @@ from vlm_unlearn.evaluation.scoring import metric_rate
 from vlm_unlearn.generation.base import build_requests, evenly_spaced
 from vlm_unlearn.generation.hf import ModelBackend
 from vlm_unlearn.judging.base import Answer, OfflineJudge, build_judge, grade_missing
+from vlm_unlearn.plugins import PROBES
 from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.store import RecordList, digest_json
 
@@ -64,6 +65,7 @@ class SuiteProbe:
         }
 
 
+@PROBES.register("suite")
 def build_probe(config: ProbeConfig, model: str, processor: Processor) -> SuiteProbe:
     """Returns the probe that a recipe's ``probe`` describes.
 

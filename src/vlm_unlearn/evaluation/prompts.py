@@ -9,11 +9,11 @@ from pathlib import Path
 from vlm_unlearn.attacks.base import apply_attacks
 from vlm_unlearn.benchmarks import benchmark_image_root, benchmark_prompts
 from vlm_unlearn.config import SampleConfig, SplitConfig, Suite
-from vlm_unlearn.data.formats import safe_eraser, table, vlguard
+from vlm_unlearn.data.formats.base import get_format
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Prompt
-from vlm_unlearn.store import digest_file, digest_json, read_records
+from vlm_unlearn.store import digest_file, digest_json
 
 
 def split_prompts(split: SplitConfig) -> list[Prompt]:
@@ -22,23 +22,7 @@ def split_prompts(split: SplitConfig) -> list[Prompt]:
     Raises:
         UserError: The file is broken, an image is missing, or the file has no prompt of the split's kind.
     """
-    originals: Iterable[Prompt]
-    if split.format == "prompts":
-        originals = [
-            prompt
-            for prompt in read_records(split.file, Prompt)
-            if prompt.set == split.name and prompt.kind == split.kind
-        ]
-        for prompt in originals:
-            if prompt.image is not None:
-                resolve_image(split.images, prompt.image, split.file, quoted(prompt.id))
-    elif split.format == "vlguard":
-        originals = vlguard.prompts(vlguard.read_pairs(split.file, split.images), split.name, split.kind)
-    elif split.format == "table":
-        rows = table.read_table(split.file, table.Columns(), split.images)
-        originals = table.prompts(rows, split.name, split.kind)
-    else:
-        originals = safe_eraser.prompts(safe_eraser.read_safe_eraser(split.file, split.images), split.name, split.kind)
+    originals = get_format(split.format, "format").prompts(split.file, split.images, split.name, split.kind)
     prompts = apply_attacks(originals, split.attacks)
     if not prompts:
         raise UserError(

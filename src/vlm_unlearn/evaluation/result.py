@@ -10,23 +10,13 @@ from typing import Any
 
 from vlm_unlearn.config import GenerationConfig, JudgeConfig, MetricConfig, SplitConfig, Suite
 from vlm_unlearn.errors import printable
-from vlm_unlearn.evaluation.answers import RESPONSES
 from vlm_unlearn.evaluation.generate import save_suite
 from vlm_unlearn.evaluation.rows import PromptSet, write_images
 from vlm_unlearn.evaluation.scoring import DEFAULT_JUDGE, GradedRun, JudgeVerdicts, build_row
-from vlm_unlearn.evaluation.verdicts import judge_identity, open_verdicts
+from vlm_unlearn.evaluation.verdicts import judge_identity
 from vlm_unlearn.judging.base import Judge
 from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.store import (
-    digest_json,
-    lock_run,
-    open_run,
-    read_manifest,
-    record_cost,
-    user_path,
-    write_json,
-    write_records,
-)
+from vlm_unlearn.store import EvaluationRun, digest_json, user_path, write_records
 
 
 @dataclass(frozen=True)
@@ -51,16 +41,16 @@ class EvaluationPlan:
     generation: GenerationConfig
     samples: int = 1
 
-    def suite(self, folder: Path) -> Suite:
-        """Returns the evaluation as a suite that reads the prompts and the images from a run folder."""
+    def suite(self, run: EvaluationRun) -> Suite:
+        """Returns the evaluation as a suite that reads the prompts and the images of a run."""
         return Suite(
             model=self.name,
             splits=[
                 SplitConfig(
                     name=split,
                     format="prompts",
-                    file=folder / "prompts.jsonl",
-                    images=folder / "images",
+                    file=run.prompts_file,
+                    images=run.images,
                     kind=kind,
                     samples=self.samples,
                 )
@@ -85,17 +75,21 @@ class EvaluationPlan:
             "samples": dict.fromkeys(self.data.kinds, self.samples) if self.samples > 1 else {},
         }
 
-    def write(self, folder: Path) -> None:
+    def write(self, run: EvaluationRun) -> None:
         """Writes the prompts, the images and the suite into a run folder."""
-        write_images(self.data.images, folder / "images")
-        write_records(folder / "prompts.jsonl", self.data.prompts)
-        save_suite(folder, self.suite(folder))
+        write_images(self.data.images, run.images)
+        write_records(run.prompts_file, self.data.prompts)
+        save_suite(run, self.suite(run))
+
+    def open_verdicts(self, run: EvaluationRun) -> Path:
+        """Writes the judge's identity into a run folder, and returns the file for its verdicts."""
+        return run.open_verdicts(self.judge.name, judge_identity(self.judge), self.judge_config.fingerprint_fields())
 
     def row(self, responses: Sequence[Response], verdicts: Sequence[Verdict]) -> Row:
         """Returns the rates in the form of ``summary.json``."""
         prompts = {prompt.id: prompt for prompt in self.data.prompts}
         graded = JudgeVerdicts(self.judge.name, judge_identity(self.judge), self.judge.labels, verdicts)
-        run = GradedRun(self.suite(Path()), prompts, responses, {DEFAULT_JUDGE: graded})
+        run = GradedRun(self.suite(EvaluationRun("")), prompts, responses, {DEFAULT_JUDGE: graded})
         return build_row(run, self.name)
 
 
@@ -178,13 +172,13 @@ class EvaluationResult:
             )
         return pandas.DataFrame(rows)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, output_dir: str | Path) -> Path:
         """Writes the run folder that ``vlm-unlearn evaluate`` would write, for `report`, `compare` and `score`.
 
         Images are written to its folder ``images``. Saving the same result again changes nothing.
 
         Args:
-            folder: The run folder.
+            output_dir: The run folder.
 
         Returns:
             The folder.
@@ -192,23 +186,19 @@ class EvaluationResult:
         Raises:
             UserError: The folder contains another run or other files.
         """
-        path = user_path(folder).absolute()
+        run = EvaluationRun(user_path(output_dir).absolute())
         generation = self.plan.generation.model_dump(include={"max_new_tokens", "batch_size", "temperature", "seed"})
         answers = digest_json([response.model_dump() for response in self.responses])
         backend: dict[str, object] = {"model": "in memory", "generation": generation, "answers": answers}
-        with lock_run(path):
-            open_run(path, self.plan.identity(backend))
-            self.plan.write(path)
-            write_records(path / RESPONSES, self.responses)
-            write_records(open_verdicts(path, self.plan.judge, self.plan.judge_config), self.verdicts)
-            self.write_summary(path)
-            if not read_manifest(path)["finished"]:
-                record_cost(path, self.wall_seconds, finished=True)
-        return path
-
-    def write_summary(self, folder: Path) -> None:
-        """Writes ``summary.json``."""
-        write_json(folder / "summary.json", Summary(rows=[self.row]).model_dump())
+        with run.lock():
+            run.open(self.plan.identity(backend))
+            self.plan.write(run)
+            write_records(run.responses_file, self.responses)
+            write_records(self.plan.open_verdicts(run), self.verdicts)
+            run.write_summary(Summary(rows=[self.row]))
+            if not run.is_finished:
+                run.record_cost(self.wall_seconds, finished=True)
+        return run.path
 
     def __repr__(self) -> str:
         width = max(map(len, self.metrics), default=0)

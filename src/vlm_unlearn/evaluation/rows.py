@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import numbers
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vlm_unlearn.attacks.base import Attack
-from vlm_unlearn.data.formats import table
+from vlm_unlearn.data.formats import messages, table
+from vlm_unlearn.data.formats.base import KINDS_OF_SETS
+from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.images import FORMATS, ImageReference, image_reference, image_size, open_image
+from vlm_unlearn.data.rows import value_at
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.records import Kind, Prompt
 from vlm_unlearn.store import user_path
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MESSAGE_COLUMNS = ("messages", "conversations")
-USER_ROLES, ASSISTANT_ROLES = ("user", "human"), ("assistant", "gpt")
-# LLaVA's and LLaMA-Factory's placeholder for an image in a message. The image is always put before the question.
-PLACEHOLDER = "<image>"
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
@@ -164,44 +162,42 @@ def _iterate(dataset: Any) -> Iterator[Any]:
 
 def _read_prompt(row: Any, number: int, images: dict[str, ImageReference], root: Path | None) -> Prompt:
     if isinstance(row, Prompt):
-        image = _add_image(row.image, images, root)
+        image = _add_image(row.image, images, root, "image")
         return row.model_copy(update={"image": image, "rewrite": 0})
     if not isinstance(row, Mapping):
         raise UserError(f"is a {type(row).__name__}. A row must be a dict.", code="invalid-field")
-    fields = {name: value for name, value in row.items() if not _is_missing(value)}
-    message_column = next((column for column in MESSAGE_COLUMNS if column in fields), None)
-    if message_column is not None and "question" not in fields:
-        question, reference, message_images = _read_messages(fields[message_column], message_column)
-    elif "question" in fields:
-        question, reference, message_images = _text(fields, "question"), None, []
-    else:
-        suggestion = nearest("question", map(str, row))
-        raise UserError(
-            f"is missing{suggestion or '.'} Columns are question, image and answer, or messages and images.",
-            code="missing-field",
-            field="question",
-        )
-    image = _add_image(_only_image(fields, message_images), images, root)
-    set_column = "set" if "set" in fields else "split"
-    split = _text(fields, set_column) if set_column in fields else None
+    values = {name: value for name, value in row.items() if not _is_missing(value)}
+    if isinstance(values.get("image"), str) and not values["image"]:
+        del values["image"]  # an empty cell of a CSV file
+    record = RawRecord(values)
+    chat = messages.parse(record, answered=False) if messages.has_messages(record.value) else _read_question(record)
+    set_column = "set" if "set" in record.value else "split"
+    split = record.text(set_column) if set_column in record.value else None
     # A set of a table, such as "harmless", is a kind too.
-    kind = str(fields.get("kind", table.KINDS.get(table.SETS.get((split or "").lower(), ""), "unsafe")))
+    kind = str(record.value.get("kind", KINDS_OF_SETS.get(table.SETS.get((split or "").lower(), ""), "unsafe")))
     if kind not in KINDS:
         raise UserError(
             f"is {quoted(kind)}{nearest(kind, KINDS)}. Kinds are {', '.join(KINDS)}.",
             code="invalid-field",
             field="kind",
         )
-    id = _text(fields, "id", numbers_too=True) if "id" in fields else str(number - 1)
+    image = None
+    if chat.image is not None:
+        image = _add_image(value_at(record.value, chat.image), images, root, messages.path_text(chat.image))
+    id = record.name("id") if "id" in record.value else str(number - 1)
+    reference = next((record.text(name) for name in ("reference", "answer") if name in record.value), chat.answer)
     return Prompt(
         id=id,
-        group_id=_text(fields, "group_id", numbers_too=True) if "group_id" in fields else id,
+        group_id=record.name("group_id") if "group_id" in record.value else id,
         set=split or kind,
         kind=kind,
         image=image,
-        question=question,
-        reference=next((_text(fields, name) for name in ("reference", "answer") if name in fields), reference),
-        category=_text(fields, "category", numbers_too=True) if "category" in fields else None,
+        question=chat.question,
+        reference=reference,
+        category=record.name("category") if "category" in record.value else None,
+        system=chat.system,
+        history=chat.history,
+        image_offset=chat.image_offset,
     )
 
 
@@ -209,100 +205,28 @@ def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))  # pandas has NaN for a missing text
 
 
-def _text(fields: Mapping[str, Any], name: str, numbers_too: bool = False) -> str:
-    value = fields[name]
-    if numbers_too and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return str(int(value))
-    if not isinstance(value, str):
-        raise UserError(f"is a {type(value).__name__}. It must be text.", code="invalid-field", field=name)
-    if not value.strip():
-        raise UserError("is empty.", code="invalid-field", field=name)
-    return value
-
-
-def _read_messages(messages: Any, column: str) -> tuple[str, str | None, list[Any]]:
-    """Returns the question, the reference answer and the images of a conversation.
-
-    Raises:
-        UserError: The conversation is broken, has several rounds, or has a system message.
-    """
-
-    def error(problem: str, code: str = "invalid-field") -> UserError:
-        return UserError(problem, code=code, field=column)
-
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise error("must be a list of messages.")
-    turns: list[tuple[str, str]] = []
-    images: list[Any] = []
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise error("must be a list of messages with role and content.")
-        role = message.get("role", message.get("from"))
-        text, message_images = _read_content(message.get("content", message.get("value")), column)
-        images += message_images
-        turns.append((str(role), text))
-    roles = [role for role, _ in turns]
-    unsupported = next((role for role in roles if role not in USER_ROLES + ASSISTANT_ROLES), None)
-    if unsupported is not None:
-        raise error(
-            f"has a message of the role {quoted(unsupported)}. Only user and assistant messages are supported.",
-            "unsupported-setting",
-        )
-    reference = turns.pop()[1] if roles[-1] in ASSISTANT_ROLES else None
-    if not turns or turns[-1][0] not in USER_ROLES:
-        raise error("must end with a user message, or with one and the assistant's answer.")
-    if len(turns) > 1:
-        raise error(
-            "has several rounds. An evaluation asks single questions, so keep the last round only.",
-            "unsupported-setting",
-        )
-    question = turns[0][1].strip()
-    if not question:
-        raise error("has an empty question.")
-    return question, reference or None, images
-
-
-def _read_content(content: Any, column: str) -> tuple[str, list[Any]]:
-    """Returns the text and the images of a message: a text, or a list of ``{"type": "text" | "image", ...}``."""
-    if isinstance(content, str):
-        return content.replace(PLACEHOLDER, "").strip(), []
-    if not isinstance(content, Sequence):
-        raise UserError("has a message without content.", code="invalid-field", field=column)
-    texts, images = [], []
-    for item in content:
-        kind = item.get("type") if isinstance(item, Mapping) else None
-        if kind == "text" and isinstance(item.get("text"), str):
-            texts.append(item["text"].replace(PLACEHOLDER, ""))
-        elif kind == "image":
-            image = item.get("image")
-            images += [] if image is None else [image]
-        else:
-            raise UserError(
-                f"has content of the type {quoted(kind)}. Only text and image are supported.",
-                code="unsupported-setting",
-                field=column,
-            )
-    return "\n".join(text for text in texts if text).strip(), images
-
-
-def _only_image(fields: Mapping[str, Any], message_images: Sequence[Any]) -> Any:
-    """Returns the image of a row, from `image`, `images` or its messages, or None."""
-    images = list(message_images)
-    if "images" in fields:
-        column = fields["images"]
-        images += list(column) if isinstance(column, list | tuple) else [column]
-    if "image" in fields:
-        images.append(fields["image"])
-    images = [image for image in images if not (_is_missing(image) or (isinstance(image, str) and not image))]
-    if len(images) > 1:
+def _read_question(record: RawRecord) -> messages.Chat:
+    """Returns the content of a row without messages."""
+    if "question" not in record.value:
+        suggestion = nearest("question", map(str, record.value))
         raise UserError(
-            f"has {len(images)} images. A question can have one.", code="unsupported-setting", field="images"
+            f"is missing{suggestion or '.'} Columns are question, image and answer, or messages and images.",
+            code="missing-field",
+            field="question",
         )
-    return images[0] if images else None
+    history = messages.history_column(record)
+    image = messages.image_column(record)
+    return messages.Chat(record.optional_text("system"), history, record.text("question"), None, image, 0)
 
 
-def _add_image(value: Any, images: dict[str, ImageReference], root: Path | None) -> str | None:
+def _add_image(value: Any, images: dict[str, ImageReference], root: Path | None, field: str) -> str | None:
     """Adds an image to `images`, and returns its file name.
+
+    Args:
+        value: The image, in any form.
+        images: The images by name.
+        root: The folder that paths are relative to.
+        field: The column of the image, for error messages.
 
     Raises:
         UserError: The image is broken, is too large, or does not exist.
@@ -318,7 +242,7 @@ def _add_image(value: Any, images: dict[str, ImageReference], root: Path | None)
         if name not in images:
             image_size(reference)  # reads the header, so that a file of another format fails before the evaluation
     except UserError as error:
-        error.field = error.field or "image"
+        error.field = error.field or field
         raise
     images.setdefault(name, reference)
     return name
@@ -338,14 +262,14 @@ def _extension(reference: ImageReference) -> str:
         return "png"
 
 
-def write_images(images: Mapping[str, ImageReference], folder: Path) -> None:
+def write_images(images: Mapping[str, ImageReference], image_root: Path) -> None:
     """Writes images into a folder, under their names. Existing files stay.
 
     The bytes of image files do not change. PIL images are written as PNG with the same pixels in RGB.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    image_root.mkdir(parents=True, exist_ok=True)
     for name, reference in images.items():
-        path, temporary = folder / name, folder / f".{name}.part"
+        path, temporary = image_root / name, image_root / f".{name}.part"
         if path.exists():
             continue
         content = reference.load()

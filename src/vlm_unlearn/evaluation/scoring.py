@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 from vlm_unlearn.config import BenchmarkConfig, JudgeConfig, MetricConfig, Suite
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS, benchmark_rates
-from vlm_unlearn.evaluation.generate import read_answers, read_batching
+from vlm_unlearn.evaluation.generate import read_batching
 from vlm_unlearn.evaluation.verdicts import splits_judged_by, suite_judges
 from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.metrics.rates import Outcomes, count_labels, label_outcomes, score_outcomes
 from vlm_unlearn.records import LABELS, Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.store import read_json, read_records, write_json
+from vlm_unlearn.store import EvaluationRun, read_json, read_records
 
 DEFAULT_JUDGE = ""  # the name under which metrics refer to the suite's key `judge`
 OFFICIAL_ANSWERS = ""  # stands in the place of a judge for a benchmark that is scored against its official answers
@@ -86,11 +86,11 @@ class GradedRun:
         return {verdict.prompt_id: verdict.score for judge in judges if judge is not None for verdict in judge.verdicts}
 
 
-def score_run(folder: Path, suite: Suite, name: str) -> Row:
+def score_run(run: str | PathLike[str], suite: Suite, name: str) -> Row:
     """Computes the rates of a graded run, writes them to ``summary.json`` and returns them.
 
     Args:
-        folder: The run folder, with answers and verdicts.
+        run: The folder of a run with answers and verdicts, as a path or as an `EvaluationRun`.
         suite: The suite whose metrics and benchmarks are computed.
         name: The model's name in the summary.
 
@@ -98,33 +98,35 @@ def score_run(folder: Path, suite: Suite, name: str) -> Row:
         UserError: As `read_graded_run`. A benchmark's official files are broken or have changed since the answers were
             generated.
     """
-    row = build_row(read_graded_run(folder, suite), name)
-    write_json(folder / "summary.json", Summary(rows=[row]).model_dump())
+    run = EvaluationRun(run)
+    row = build_row(read_graded_run(run, suite), name)
+    run.write_summary(Summary(rows=[row]))
     return row
 
 
-def read_graded_run(folder: Path, suite: Suite) -> GradedRun:
+def read_graded_run(run: str | PathLike[str], suite: Suite) -> GradedRun:
     """Reads a run folder with the verdicts of every judge that the suite's metrics and benchmarks need.
 
     Raises:
         UserError: The run is unfinished, verdicts are missing, duplicate or by another judge, or a judge's settings or
             rubric have changed since it graded.
     """
-    prompts, responses = read_answers(folder)
+    run = EvaluationRun(run)
+    prompts, responses = run.read_answers()
     verdicts_by_judge: dict[str, JudgeVerdicts] = {}
     for judge_name, config in suite_judges(suite).items():
         splits = splits_judged_by(suite, judge_name)
         # `Prompt.set` is the name of a split or of a benchmark.
         keys = {response.key for response in responses if prompts[response.prompt_id].set in splits}
-        verdicts_by_judge[judge_name] = _read_judge_verdicts(folder, config, keys)
-    return GradedRun(suite, prompts, responses, verdicts_by_judge, read_batching(folder))
+        verdicts_by_judge[judge_name] = _read_judge_verdicts(run, config, keys)
+    return GradedRun(suite, prompts, responses, verdicts_by_judge, read_batching(run))
 
 
-def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tuple[str, int]]) -> JudgeVerdicts:
+def _read_judge_verdicts(run: EvaluationRun, config: JudgeConfig, keys: Collection[tuple[str, int]]) -> JudgeVerdicts:
     """Reads one judge's verdicts and checks that they are valid for the run and for the judge's settings.
 
     Args:
-        folder: The run folder.
+        run: The run.
         config: The judge.
         keys: ``(prompt id, sample)`` of the answers that the judge has to grade.
 
@@ -132,7 +134,7 @@ def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tup
         UserError: The file does not grade each answer exactly once, or the judge's settings or rubric have changed.
     """
     judge_id = config.judge_id
-    file = folder / f"verdicts-{judge_id}.jsonl"
+    file = run.verdicts_file(judge_id)
     rejudge = "Run `vlm-unlearn judge run` with this judge"
     if not file.exists():
         raise UserError(f"no such file. {rejudge} first.", code="no-verdicts", file=file)
@@ -152,7 +154,7 @@ def _read_judge_verdicts(folder: Path, config: JudgeConfig, keys: Collection[tup
             file=file,
         )
 
-    identity_file = folder / f"judge-{judge_id}.json"
+    identity_file = run.judge_identity_file(judge_id)
     identity = read_json(identity_file)
     available_labels = identity.get("labels") if isinstance(identity, dict) else None
     if not isinstance(available_labels, list) or any(label not in LABELS for label in available_labels):

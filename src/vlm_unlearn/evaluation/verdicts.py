@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 
 from pydantic import ConfigDict, Field
@@ -11,11 +12,11 @@ from pydantic import ConfigDict, Field
 from vlm_unlearn.config import JudgeConfig, Suite
 from vlm_unlearn.errors import RunError, UserError, nearest, quoted
 from vlm_unlearn.evaluation.core import pair_answers
-from vlm_unlearn.evaluation.generate import OnDone, read_answers, saved_suite
+from vlm_unlearn.evaluation.generate import OnDone, saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.judging.base import Answer, Judge, build_judge, judge_file
 from vlm_unlearn.records import Prompt, Record, Response, Verdict
-from vlm_unlearn.store import lock_run, read_json, read_records, write_json
+from vlm_unlearn.store import EvaluationRun, read_records
 
 
 def suite_judges(suite: Suite) -> dict[str, JudgeConfig]:
@@ -72,7 +73,10 @@ def splits_judged_by(suite: Suite, judge: str) -> set[str]:
 
 
 def judge_run(
-    folder: Path, config: JudgeConfig, on_done: OnDone | None = None, splits: Iterable[str] | None = None
+    run: str | PathLike[str],
+    config: JudgeConfig,
+    on_done: OnDone | None = None,
+    splits: Iterable[str] | None = None,
 ) -> Path:
     """Grades a run's answers and writes verdicts-<judge id>.jsonl.
 
@@ -80,7 +84,7 @@ def judge_run(
     are moved to before-verdicts-<judge id>.jsonl and all answers are graded again.
 
     Args:
-        folder: The run folder.
+        run: The run folder, as a path or as an `EvaluationRun`.
         config: The judge.
         on_done: Called with the stage and the number of graded and of all answers.
         splits: The splits and benchmarks to grade. None: all splits.
@@ -93,55 +97,35 @@ def judge_run(
         RunError: The judge's server does not respond.
     """
     judge = build_judge(config)
-    prompts, responses = read_answers(folder)
-    suite = saved_suite(folder)
+    run = EvaluationRun(run)
+    prompts, responses = run.read_answers()
+    suite = saved_suite(run)
     roots = image_roots(suite)
     graded_splits = {split.name for split in suite.splits} if splits is None else set(splits)
     if not graded_splits:
         raise UserError(
             f"the run has no splits, and benchmarks are graded on request only. Pass --split with {', '.join(roots)}.",
             code="missing-setting",
-            file=folder,
+            file=run.path,
         )
     for name in graded_splits - set(roots):
         raise UserError(
             f"the run has no split {quoted(name)}{nearest(name, roots) or '.'} Available: {', '.join(roots)}.",
             code="unknown-name",
-            file=folder,
+            file=run.path,
             field="--split",
         )
     graded_responses = [response for response in responses if prompts[response.prompt_id].set in graded_splits]
     answers = _collect_answers(prompts, graded_responses, roots)
-    with lock_run(folder):
-        verdict_file = open_verdicts(folder, judge, config)
+    with run.lock():
+        verdicts_file = run.open_verdicts(judge.name, judge_identity(judge), config.fingerprint_fields())
         judge_file(
             judge,
             answers,
-            verdict_file,
+            verdicts_file,
             None if on_done is None else lambda done: on_done(f"judge {judge.name}", done, len(answers)),
         )
-    return verdict_file
-
-
-def open_verdicts(folder: Path, judge: Judge, config: JudgeConfig) -> Path:
-    """Writes a judge's identity file, and returns the file of its verdicts.
-
-    If the judge has changed since its earlier verdicts, they are moved to before-verdicts-<judge id>.jsonl.
-
-    Args:
-        folder: The run folder, which this process has locked.
-        judge: The judge.
-        config: The judge in the form of a suite.
-    """
-    verdict_file, identity_file = folder / f"verdicts-{judge.name}.jsonl", folder / f"judge-{judge.name}.json"
-    identity = judge_identity(judge)
-    earlier = read_json(identity_file) if identity_file.exists() else None
-    if not isinstance(earlier, dict) or {**earlier, "config": None} != {**identity, "config": None}:
-        for file in (verdict_file, identity_file):
-            if file.exists():
-                file.replace(file.with_name(f"before-{file.name}"))
-    write_json(identity_file, {**identity, "config": config.fingerprint_fields()})
-    return verdict_file
+    return verdicts_file
 
 
 def judge_identity(judge: Judge) -> dict[str, object]:
@@ -228,9 +212,9 @@ def judge_cost(file: Path, config: JudgeConfig) -> JudgeCost:
     )
 
 
-def suite_costs(folder: Path, suite: Suite) -> list[JudgeCost]:
+def suite_costs(run: EvaluationRun, suite: Suite) -> list[JudgeCost]:
     """Returns the costs of those judges of a suite that have graded the run."""
-    files = {folder / f"verdicts-{config.judge_id}.jsonl": config for config in suite_judges(suite).values()}
+    files = {run.verdicts_file(config.judge_id): config for config in suite_judges(suite).values()}
     return [judge_cost(file, config) for file, config in files.items() if file.exists()]
 
 

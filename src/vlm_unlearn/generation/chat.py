@@ -6,10 +6,12 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from vlm_unlearn.data.images import ImageReference, ImageSource
+from vlm_unlearn.data.images import ImageReference, ImageSource, open_image, png_url
+from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import RunError, quoted
+from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_file, digest_json
 
 
@@ -21,6 +23,41 @@ class ChatRequest:
     text: str
     image: ImageSource | None = None
     seed: int | None = None  # for sampling; None with greedy decoding
+    history: tuple[tuple[str, str], ...] = ()  # the earlier rounds of question and answer
+    system: str | None = None  # the system message
+    image_offset: int = 0  # the number of characters of the first question before the image
+
+    @classmethod
+    def of_prompt(cls, id: str, prompt: Prompt, image: ImageSource | None, seed: int | None = None) -> ChatRequest:
+        """Returns the request for the answer to a prompt."""
+        history = tuple((turn.question, turn.answer) for turn in prompt.history)
+        return cls(id, prompt.question, image, seed, history, prompt.system, prompt.image_offset)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Returns the messages of the OpenAI API. The image is encoded as PNG, and special tokens in texts become text.
+
+        Raises:
+            UserError: The image cannot be read.
+        """
+        questions = [question for question, _ in self.history] + [self.text]
+        answers = [answer for _, answer in self.history]
+        messages = [] if self.system is None else [_message("system", self.system)]
+        messages.append(_message("user", questions[0]))
+        if self.image is not None:
+            part = {"type": "image_url", "image_url": {"url": png_url(open_image(self.image))}}
+            prefix, suffix = questions[0][: self.image_offset], questions[0][self.image_offset :]
+            messages[-1]["content"] = [*_text_parts(prefix), part, *_text_parts(suffix)]
+        for answer, question in zip(answers, questions[1:], strict=True):
+            messages += [_message("assistant", answer), _message("user", question)]
+        return messages
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": break_special_tokens(text)}]}
+
+
+def _text_parts(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": break_special_tokens(text)}] if text else []
 
 
 @dataclass(frozen=True)
@@ -48,7 +85,7 @@ class ChatModel(Protocol):
 
 
 class ChatCache:
-    """Response texts in one SQLite file, by the digest of model, text and image.
+    """Response texts in one SQLite file, by the digest of the model and the content of the request.
 
     Several processes can share the file, and a killed process loses nothing.
 
@@ -116,7 +153,11 @@ def complete_many(
                 continue
             image_digest = image_digests[request.image] if request.image else None
             seed = {} if request.seed is None else {"seed": request.seed}
-            key = digest_json({"model": identity, "text": request.text, "image": image_digest, **seed})
+            chat: dict[str, object] = {"history": request.history} if request.history else {}
+            chat |= {} if request.system is None else {"system": request.system}
+            chat |= {"image_offset": request.image_offset} if request.image_offset else {}
+            content = {"text": request.text, "image": image_digest, **chat}
+            key = digest_json({"model": identity, **content, **seed})
             cached_text = cache.get(key) if cache else None
             if cached_text is not None:
                 on_response(ChatResponse(request.id, cached_text))

@@ -190,7 +190,7 @@ def make_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[
     batches = []
     for has_image in (True, False):
         groups: dict[object, list[GenerationRequest]] = {}
-        for request in sorted(requests, key=lambda request: len(request.prompt.question.split())):
+        for request in sorted(requests, key=_num_words):
             if (request.image is not None) == has_image:
                 groups.setdefault(request.image or request.prompt.id, []).append(request)
         batch: list[GenerationRequest] = []
@@ -203,11 +203,18 @@ def make_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[
     return batches
 
 
+def _num_words(request: GenerationRequest) -> int:
+    """Returns the number of words of a prompt, with the earlier rounds and the system message."""
+    prompt = request.prompt
+    rounds = [text for turn in prompt.history for text in (turn.question, turn.answer)]
+    return sum(len(text.split()) for text in (prompt.system or "", *rounds, prompt.question))
+
+
 def generate_batch(
     model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
 ) -> list[Response]:
     """Returns the responses to one batch of requests, in their order."""
-    turns = [Turn(request.prompt.id, request.image, request.prompt.question, None) for request in requests]
+    turns = [Turn.of_prompt(request.prompt, request.image) for request in requests]
     sampler = None
     if config.temperature:
         seeds = [sampling_seed(config.seed, request) for request in requests]

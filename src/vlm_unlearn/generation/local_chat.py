@@ -55,7 +55,10 @@ class LocalChat:
     def _respond(self, model: Any, processor: Processor, batch: list[ChatRequest]) -> Iterator[ChatResponse]:
         """Yields one response per request. If a batch cannot be encoded, each request runs alone and only the invalid
         ones fail."""
-        turns = [Turn(request.id, request.image, request.text, None) for request in batch]
+        turns = [
+            Turn(request.id, request.image, request.text, None, request.history, request.system, request.image_offset)
+            for request in batch
+        ]
         try:
             outputs = generate_texts(model, processor, turns, self._max_tokens)
         except UserError as error:
@@ -70,8 +73,8 @@ class LocalChat:
 
 
 @lru_cache(maxsize=1)
-def _load(folder: Path, digest: str, precision: str) -> tuple[Any, Processor]:
+def _load(model_path: Path, digest: str, precision: str) -> tuple[Any, Processor]:
     """Loads a model and keeps it for the judges that follow. The digest tells apart weights in the same folder."""
-    model, processor = load_run_model(folder, precision)
+    model, processor = load_run_model(model_path, precision)
     model.to(default_device()).eval()
     return model, processor

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vlm_unlearn.data.images import open_image, png_url
 from vlm_unlearn.errors import RunError, UserError, quoted
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
 
@@ -173,22 +172,20 @@ class OpenAIChat:
 
     async def _respond(self, client: AsyncOpenAI, request: ChatRequest) -> ChatResponse:
         """Sends one request and retries it after a malformed response."""
-        content: list[Any] = [{"type": "text", "text": request.text}]
-        if request.image is not None:
-            try:
-                content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(request.image))}})
-            except UserError as error:
-                return ChatResponse(request.id, None, str(error))
+        try:
+            messages = request.messages()
+        except UserError as error:  # the image cannot be read
+            return ChatResponse(request.id, None, str(error))
         for attempt in range(self._retries + 1):
             if attempt:
                 await asyncio.sleep(min(FIRST_RETRY_SECONDS * 2 ** (attempt - 1), 8.0) * random.uniform(0.75, 1.0))
             try:
-                return await self._send(client, request, content)
+                return await self._send(client, request, messages)
             except _MalformedResponseError as error:
                 message = str(error)
         return ChatResponse(request.id, None, message)
 
-    async def _send(self, client: AsyncOpenAI, request: ChatRequest, content: list[Any]) -> ChatResponse:
+    async def _send(self, client: AsyncOpenAI, request: ChatRequest, messages: list[Any]) -> ChatResponse:
         """Sends one request, with the client's own retries.
 
         Raises:
@@ -198,7 +195,7 @@ class OpenAIChat:
 
         body: dict[str, Any] = {
             "model": self._model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
             "max_tokens": self._max_tokens,
             **self._sampling,
         }

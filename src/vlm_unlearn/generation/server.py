@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse
 from vlm_unlearn.generation.openai_chat import OpenAIChat
@@ -78,7 +77,7 @@ class ServerBackend:
             for number, request in enumerate(requests):
                 pending[str(number)] = request
                 seed = sampling_seed(self._config.seed, request)
-                yield ChatRequest(str(number), break_special_tokens(request.prompt.question), request.image, seed)
+                yield ChatRequest.of_prompt(str(number), request.prompt, request.image, seed)
 
         def on_chat_response(chat_response: ChatResponse) -> None:
             request = pending.pop(chat_response.id)

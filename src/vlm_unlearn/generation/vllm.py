@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.data.images import open_image, png_url
-from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
+from vlm_unlearn.store import RunDirectory
 
 BATCH_SIZE_FACTOR = 16  # requests per call, as a multiple of batch_size: vLLM schedules best with many requests
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -38,7 +38,7 @@ class VLLMBackend:
             )
         self._folder = run_model_folder(model)
         if (self._folder / "adapter_config.json").is_file():
-            run = self._folder.parent if (self._folder.parent / "manifest.json").is_file() else model
+            run = self._folder.parent if RunDirectory(self._folder.parent).exists() else model
             raise UserError(
                 f"the vLLM backend cannot load adapters. Merge them first: vlm-unlearn export {run} --out DIR.",
                 code="unsupported-setting",
@@ -92,7 +92,10 @@ class VLLMBackend:
             )
             for request in requests
         ]
-        outputs = self._engine.chat([_messages(request) for request in requests], sampling_params, use_tqdm=False)
+        messages = [
+            ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image).messages() for request in requests
+        ]
+        outputs = self._engine.chat(messages, sampling_params, use_tqdm=False)
         return [
             Response(
                 prompt_id=request.prompt.id,
@@ -104,19 +107,12 @@ class VLLMBackend:
         ]
 
 
-def _messages(request: GenerationRequest) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": break_special_tokens(request.prompt.question)}]
-    if request.image is not None:
-        content.insert(0, {"type": "image_url", "image_url": {"url": png_url(open_image(request.image))}})
-    return [{"role": "user", "content": content}]
-
-
-def tensor_parallel_size(folder: Path) -> int:
+def tensor_parallel_size(model_path: Path) -> int:
     """Returns the largest number of visible GPUs that evenly divides the model's attention heads."""
     import torch
 
     num_gpus = max(1, torch.cuda.device_count())
-    num_heads = int(getattr(read_config(folder).get_text_config(), "num_attention_heads", 1))
+    num_heads = int(getattr(read_config(model_path).get_text_config(), "num_attention_heads", 1))
     return next(count for count in range(num_gpus, 0, -1) if num_heads % count == 0)
 
 

@@ -125,9 +125,10 @@ class Rubric:
         Args:
             prompt: The prompt that was answered.
             answer: The answer to grade.
-            question: Replaces the question of `prompt` if it is not None.
+            question: Replaces the question of `prompt` if it is not None. By default, the question follows the
+                earlier rounds of the conversation, if there are any.
         """
-        question = break_special_tokens(prompt.question if question is None else question)
+        question = break_special_tokens(prompt.conversation if question is None else question)
         answer, reference = break_special_tokens(answer), break_special_tokens(prompt.reference or "")
         criteria = self.header.criteria
         texts = {

@@ -2,6 +2,7 @@
 
 from vlm_unlearn.methods.base import (
     METHODS,
+    ForwardRequirements,
     LossOutput,
     Method,
     ReferenceHidden,
@@ -16,6 +17,7 @@ from vlm_unlearn.methods.base import (
 
 __all__ = [
     "METHODS",
+    "ForwardRequirements",
     "LossOutput",
     "Method",
     "ReferenceHidden",

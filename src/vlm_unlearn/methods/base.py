@@ -1,6 +1,6 @@
 """The interface between methods and the trainer, and the registry of methods.
 
-A method declares the reference values that it needs (`reference_requirements`) and computes the loss of a step. It
+A method declares what its loss needs of the forward passes (`requirements`) and computes the loss of a step. It
 depends on neither the trainer nor the model: it requests likelihoods and hidden states from the step, and the
 trainer provides reference values.
 """
@@ -34,7 +34,7 @@ class ReferenceNLL:
 
 @dataclass(frozen=True)
 class ReferenceHidden:
-    """Requires the hidden states of `Method.hidden_layers` under the reference model."""
+    """Requires the hidden states of `ForwardRequirements.hidden_layers` under the reference model."""
 
     role: Role
 
@@ -47,6 +47,29 @@ class ReferenceLogits:
 
 
 ReferenceRequirement = ReferenceNLL | ReferenceHidden | ReferenceLogits
+
+
+@dataclass(frozen=True)
+class ForwardRequirements:
+    """The batches of a training step, and the outputs of the current and the reference model that a loss uses.
+
+    The defaults fit a method that uses only likelihoods under the current model.
+
+    Args:
+        roles: The roles of a step's batches.
+        references: The values under the reference model.
+        hidden_layers: The decoder layers whose outputs the loss uses, 0 the first.
+        truncated_roles: The roles of which the loss uses only hidden states, so that their forward pass can skip the
+            layers above. At least one role must not be among them.
+        full_logit_roles: The roles of which the loss uses the logits at every position instead of only those of the
+            answers.
+    """
+
+    roles: tuple[Role, ...] = ("forget", "retain")
+    references: tuple[ReferenceRequirement, ...] = ()
+    hidden_layers: tuple[int, ...] = ()
+    truncated_roles: tuple[Role, ...] = ()
+    full_logit_roles: tuple[Role, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +109,7 @@ class Step(Protocol):
         """Returns [B, K, V], the logits of K columns: from the one before the first answer token to that of the last.
 
         The logits are zero at positions that do not precede an answer token. For roles in
-        `Method.full_logit_roles`, the logits of all S columns are returned.
+        `ForwardRequirements.full_logit_roles`, the logits of all S columns are returned.
         """
 
     def reference_logits(self, role: Role) -> Tensor:
@@ -96,7 +119,7 @@ class Step(Protocol):
         """Returns [B, K], the labels of the columns of `logits`."""
 
     def hidden(self, role: Role, layer: int) -> Tensor:
-        """Returns [B, S, H], the output of a decoder layer in `Method.hidden_layers`."""
+        """Returns [B, S, H], the output of a decoder layer in `ForwardRequirements.hidden_layers`."""
 
     def reference_hidden(self, role: Role, layer: int) -> Tensor:
         """Returns [B, S, H], `hidden` under the reference model, without gradient."""
@@ -124,7 +147,7 @@ class Options(Strict):
 
 
 class Method:
-    """Base class of all methods. Subclasses set `options_type` and `reference_requirements`, and implement `loss`."""
+    """Base class of all methods. Subclasses set `options_type`, and implement `requirements` and `loss`."""
 
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
@@ -134,8 +157,10 @@ class Method:
     """The answers to the forget questions in training: those of the data set, or random refusals."""
     unlearns: ClassVar[bool] = True
     """Whether training makes the forget answers less likely rather than more likely."""
+    tiny_options: ClassVar[Mapping[str, Any]] = {}
+    """Options that differ from the defaults for a model of two decoder layers, as tests and the full demo use."""
     layer_option: ClassVar[str] = "layer"
-    """The name of the option that determines `hidden_layers`."""
+    """The name of the option that determines `ForwardRequirements.hidden_layers`."""
     append_answer_to_prompt: ClassVar[bool] = False
     """Whether question and answer of a forget example form one user turn, as in RMU."""
     preferred_answers: ClassVar[Literal["refusal", "data"] | None] = None
@@ -145,32 +170,9 @@ class Method:
         self.options: Any = options
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        """The reference values that the loss uses."""
-        return ()
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """The roles of a step's batches."""
-        return ("forget", "retain")
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        """The decoder layers whose outputs the loss uses, 0 the first."""
-        return ()
-
-    @property
-    def truncated_forward_roles(self) -> tuple[Role, ...]:
-        """The roles of which the loss uses only hidden states, so that their forward pass can skip the layers above.
-
-        At least one role must not be among them.
-        """
-        return ()
-
-    @property
-    def full_logit_roles(self) -> tuple[Role, ...]:
-        """The roles of which the loss uses the logits at every position instead of only those of the answers."""
-        return ()
+    def requirements(self) -> ForwardRequirements:
+        """What the loss needs of the forward passes. It may depend on the options."""
+        return ForwardRequirements()
 
     @property
     def paper_compat(self) -> bool:
@@ -188,7 +190,7 @@ class Method:
         Raises:
             UserError: An option does not fit the model, for example a layer that does not exist.
         """
-        for layer in self.hidden_layers:
+        for layer in self.requirements.hidden_layers:
             if layer >= layers:
                 raise UserError(
                     f"{layer} is out of range. The model has decoder layers 0 to {layers - 1}.",

@@ -8,13 +8,12 @@ from pydantic import Field
 
 from vlm_unlearn.losses import dpo_loss
 from vlm_unlearn.methods.base import (
+    ForwardRequirements,
     LossOutput,
     Method,
     NonNegative,
     Options,
     ReferenceNLL,
-    ReferenceRequirement,
-    Role,
     Step,
     register,
 )
@@ -43,12 +42,10 @@ class DPO(Method):
     preferred_answers: ClassVar[Literal["refusal", "data"] | None] = "data"
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        return (ReferenceNLL("forget"), ReferenceNLL("preferred"))
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("forget", "preferred", "retain")
+    def requirements(self) -> ForwardRequirements:
+        return ForwardRequirements(
+            roles=("forget", "preferred", "retain"), references=(ReferenceNLL("forget"), ReferenceNLL("preferred"))
+        )
 
     def loss(self, step: Step) -> LossOutput:
         options: DPOOptions = self.options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, Role, Step, register
+from vlm_unlearn.methods.base import ForwardRequirements, LossOutput, Method, NonNegative, Options, Step, register
 
 
 class GAOptions(Options):
@@ -17,8 +17,8 @@ class GA(Method):
     options_type = GAOptions
 
     @property
-    def roles(self) -> tuple[Role, ...]:
-        return ("forget",)
+    def requirements(self) -> ForwardRequirements:
+        return ForwardRequirements(roles=("forget",))
 
     def loss(self, step: Step) -> LossOutput:
         forget = -step.cross_entropy("forget")

@@ -6,12 +6,11 @@ from torch import Tensor
 
 from vlm_unlearn.losses import answer_mask, kl_loss
 from vlm_unlearn.methods.base import (
+    ForwardRequirements,
     LossOutput,
     Method,
     NonNegative,
     ReferenceLogits,
-    ReferenceRequirement,
-    Role,
     Step,
     register,
 )
@@ -34,12 +33,10 @@ class KL(Method):
     options_type = KLOptions
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        return (ReferenceLogits("retain"),)
-
-    @property
-    def full_logit_roles(self) -> tuple[Role, ...]:
-        return ("retain",) if self.paper_compat else ()
+    def requirements(self) -> ForwardRequirements:
+        return ForwardRequirements(
+            references=(ReferenceLogits("retain"),), full_logit_roles=("retain",) if self.paper_compat else ()
+        )
 
     def loss(self, step: Step) -> LossOutput:
         forget = -step.cross_entropy("forget")

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from vlm_unlearn.losses import npo_loss, npo_retain_loss
 from vlm_unlearn.methods.base import (
+    ForwardRequirements,
     LossOutput,
     Method,
     NonNegative,
     Options,
     ReferenceNLL,
-    ReferenceRequirement,
     Step,
     register,
 )
@@ -45,9 +45,9 @@ class NPO(Method):
     options_type = NPOOptions
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        forget = ReferenceNLL("forget")
-        return (forget, ReferenceNLL("retain")) if self.options.retain_npo_weight else (forget,)
+    def requirements(self) -> ForwardRequirements:
+        forget, retain = ReferenceNLL("forget"), ReferenceNLL("retain")
+        return ForwardRequirements(references=(forget, retain) if self.options.retain_npo_weight else (forget,))
 
     def loss(self, step: Step) -> LossOutput:
         options: NPOOptions = self.options

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from vlm_unlearn.losses import rmu_forget_loss, rmu_retain_loss
 from vlm_unlearn.methods.base import (
+    ForwardRequirements,
     LossOutput,
     Method,
     NonNegative,
     Options,
     ReferenceHidden,
-    ReferenceRequirement,
     Role,
     Step,
     register,
@@ -43,19 +44,16 @@ class RMU(Method):
     """
 
     options_type = RMUOptions
+    tiny_options: ClassVar[Mapping[str, Any]] = {"layer": 0}
     append_answer_to_prompt = True
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        return (ReferenceHidden("retain"),) if self.options.alpha else ()
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        return (self.options.layer,)
-
-    @property
-    def truncated_forward_roles(self) -> tuple[Role, ...]:
-        return ("forget",)
+    def requirements(self) -> ForwardRequirements:
+        return ForwardRequirements(
+            references=(ReferenceHidden("retain"),) if self.options.alpha else (),
+            hidden_layers=(self.options.layer,),
+            truncated_roles=("forget",),
+        )
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         super().prepare(hidden_size, layers, generator)
@@ -66,7 +64,8 @@ class RMU(Method):
         options: RMUOptions = self.options
         hidden = step.hidden("forget", options.layer)
         # The published code also averages over padding. See docs/published.md.
-        masks = {role: None if self.paper_compat else step.attention_mask(role) for role in self.roles}
+        roles: tuple[Role, ...] = ("forget", "retain")
+        masks = {role: None if self.paper_compat else step.attention_mask(role) for role in roles}
         forget = rmu_forget_loss(hidden, self.control_vector.to(hidden.device), masks["forget"])
         forget = forget * step.token_weight("forget", "all")
         retain = step.cross_entropy("retain")

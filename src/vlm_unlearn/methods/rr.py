@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from vlm_unlearn.losses import rerouting_forget_loss, rerouting_retain_loss
 from vlm_unlearn.methods.base import (
+    ForwardRequirements,
     LossOutput,
     Method,
     NonNegative,
     Options,
     ReferenceHidden,
-    ReferenceRequirement,
     Role,
     Step,
     register,
@@ -42,20 +43,16 @@ class RR(Method):
     """
 
     options_type = RROptions
+    tiny_options: ClassVar[Mapping[str, Any]] = {"layers": [0, 1]}
     layer_option = "layers"
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        return (ReferenceHidden("forget"), ReferenceHidden("retain"))
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        layers: tuple[int, ...] = self.options.layers
-        return layers
-
-    @property
-    def truncated_forward_roles(self) -> tuple[Role, ...]:
-        return ("forget",)
+    def requirements(self) -> ForwardRequirements:
+        return ForwardRequirements(
+            references=(ReferenceHidden("forget"), ReferenceHidden("retain")),
+            hidden_layers=self.options.layers,
+            truncated_roles=("forget",),
+        )
 
     def loss(self, step: Step) -> LossOutput:
         options: RROptions = self.options
@@ -79,6 +76,6 @@ class RR(Method):
         else:
             loss, mask = rerouting_retain_loss, step.attention_mask(role)
         terms = [
-            loss(step.hidden(role, layer), step.reference_hidden(role, layer), mask) for layer in self.hidden_layers
+            loss(step.hidden(role, layer), step.reference_hidden(role, layer), mask) for layer in self.options.layers
         ]
         return torch.stack(terms).mean()

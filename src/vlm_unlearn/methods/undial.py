@@ -8,12 +8,12 @@ from pydantic import Field
 
 from vlm_unlearn.losses import undial_loss
 from vlm_unlearn.methods.base import (
+    ForwardRequirements,
     LossOutput,
     Method,
     NonNegative,
     Options,
     ReferenceLogits,
-    ReferenceRequirement,
     Step,
     register,
 )
@@ -35,8 +35,8 @@ class UNDIAL(Method):
     options_type = UNDIALOptions
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        return (ReferenceLogits("forget"),)
+    def requirements(self) -> ForwardRequirements:
+        return ForwardRequirements(references=(ReferenceLogits("forget"),))
 
     def loss(self, step: Step) -> LossOutput:
         options: UNDIALOptions = self.options

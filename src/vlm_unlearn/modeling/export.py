@@ -16,7 +16,7 @@ from vlm_unlearn.modeling.loader import (
     run_model_folder,
     saved_precision,
 )
-from vlm_unlearn.store import package_versions, read_manifest, user_path, write_json, write_text
+from vlm_unlearn.store import RunDirectory, package_versions, user_path, write_json, write_text
 
 
 def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
@@ -62,13 +62,14 @@ def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
     return out
 
 
-def _write_model(run: Path, folder: Path, precision: str, card: str) -> None:
+def _write_model(run: Path, out: Path, precision: str, card: str) -> None:
     model_folder = run_model_folder(str(run))
     run_digest(model_folder)  # raises an error if the base model of the adapters has changed
     model, processor = load_run_model(model_folder, "fp32")
     model = model.to(DTYPES[saved_precision(model_folder) if precision == "auto" else precision])
-    model.save_pretrained(str(folder))
-    processor.save_pretrained(str(folder))
-    load_processor(folder)  # checks that the exported processor loads
-    write_text(folder / "README.md", card)
-    write_json(folder / "unlearning_manifest.json", {**read_manifest(run), "exported_with": package_versions()})
+    model.save_pretrained(str(out))
+    processor.save_pretrained(str(out))
+    load_processor(out)  # checks that the exported processor loads
+    write_text(out / "README.md", card)
+    manifest = RunDirectory(run).read_manifest()
+    write_json(out / "unlearning_manifest.json", {**manifest, "exported_with": package_versions()})

@@ -33,33 +33,33 @@ class FeatureCache:
     Args:
         limit: The maximum number of bytes. Processes that share a folder each count the entries they have used and the
             files that existed when they started.
-        folder: Stores the features in files, also for later runs. Its name must identify everything besides the image
-            that the features depend on: weights, precision and library versions. None stores them in main memory.
+        cache_dir: The folder for the features, also those of later runs. Its name must identify everything besides the
+            image that the features depend on: weights, precision and library versions. None stores them in main memory.
 
     Raises:
         UserError: The folder cannot be created.
     """
 
-    def __init__(self, limit: int, folder: Path | None = None) -> None:
+    def __init__(self, limit: int, cache_dir: Path | None = None) -> None:
         self._limit = limit
-        self._folder = folder
+        self._cache_dir = cache_dir
         self._memory: dict[str, Features] = {}
         self._sizes: dict[str, int] = {}  # in bytes, the least recently used first
         self._used: set[str] = set()
-        if folder is not None:
+        if cache_dir is not None:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                cache_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(
                     f"the feature cache cannot be created ({error.strerror}). Set VLM_UNLEARN_CACHE to a writable "
                     "folder, or use training.feature_cache=memory.",
                     code="output-not-writable",
-                    file=folder,
+                    file=cache_dir,
                 ) from error
             with suppress(OSError):  # the folder is read-only
-                remove_stale_temp_files(folder)
+                remove_stale_temp_files(cache_dir)
             files = []
-            for file in folder.glob("*.safetensors"):
+            for file in cache_dir.glob("*.safetensors"):
                 with suppress(FileNotFoundError):  # evicted by another process
                     files.append((file.stat().st_mtime, file.stem, file.stat().st_size))
             self._sizes = {key: size for _, key, size in sorted(files)}
@@ -68,7 +68,7 @@ class FeatureCache:
     def get(self, key: str) -> Features | None:
         """Returns the features of an image, or None. A folder may contain features that another process has added."""
         self._used.add(key)
-        features = self._memory.get(key) if self._folder is None else _read(self._folder / f"{key}.safetensors")
+        features = self._memory.get(key) if self._cache_dir is None else _read(self._cache_dir / f"{key}.safetensors")
         if features is None:
             self._sizes.pop(key, None)
         else:
@@ -81,9 +81,9 @@ class FeatureCache:
         if key in self._sizes or not self._make_room(size):
             return
         features = {name: value.cpu() for name, value in features.items()}
-        if self._folder is None:
+        if self._cache_dir is None:
             self._memory[key] = features
-        elif not _write(self._folder / f"{key}.safetensors", features):
+        elif not _write(self._cache_dir / f"{key}.safetensors", features):
             return
         self._sizes[key] = size
 
@@ -93,9 +93,9 @@ class FeatureCache:
         if room >= 0 or size > self._limit:
             return room >= 0
         for key in [key for key in self._sizes if key not in self._used]:
-            assert self._folder is not None
+            assert self._cache_dir is not None
             try:
-                (self._folder / f"{key}.safetensors").unlink(missing_ok=True)
+                (self._cache_dir / f"{key}.safetensors").unlink(missing_ok=True)
             except OSError:  # owned by another user, or on a read-only disk
                 continue
             room += self._sizes.pop(key)

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
-from vlm_unlearn.methods import Method
 from vlm_unlearn.modeling.batch_merge import NON_MODEL_KEYS
-from vlm_unlearn.modeling.packing import Packing, find_packing, packed_batch, prefix_sharing_unsupported_reason
-from vlm_unlearn.modeling.shared_attention import ATTENTION_IMPLEMENTATION
+from vlm_unlearn.modeling.packing import Packing, packed_inputs
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 
 CHUNK = 1024  # number of positions whose logits are held in float32 at a time
@@ -140,8 +138,7 @@ def forward(
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
     positions = logit_mask.flatten().nonzero()[:, 0]
     if packing is not None:
-        packed = packed_batch(inputs, packing, batch["images"], vlm.position_ids(inputs))
-        inputs = {**packed, **_attention_inputs(vlm, packing)}
+        inputs = packed_inputs(vlm, inputs, packing, batch["images"])
         positions = packing.packed_index[logit_mask]
     with (
         _capture_hidden_states(vlm, hidden_layers, stop_after_last_hidden_layer) as captured,
@@ -150,34 +147,6 @@ def forward(
         logits = (vlm.model if wrapped is None else wrapped)(**inputs, use_cache=False).logits[0]
     hidden = {layer: states if packing is None else packing.unpack(states) for layer, states in captured.items()}
     return ForwardOutput(logit_mask, logits, labels, hidden)
-
-
-def packing_of(vlm: VisionLanguageModel, batch: Batch, method: Method) -> Packing | None:
-    """Returns how the questions of a batch share their images, or None if they do not.
-
-    Args:
-        vlm: The model.
-        batch: A batch padded on the right. Its ``images`` [B] contains a key for each image.
-        method: Some methods do not support prefix sharing.
-    """
-    if "images" not in batch or "pixel_values" not in batch:
-        return None
-    if prefix_sharing_unsupported_reason(vlm, method, vlm.attn_implementation) is not None:
-        return None
-    if vlm.sliding_window and batch["input_ids"].shape[1] > vlm.sliding_window:
-        return None  # a sliding window would count the positions of the packed sequence
-    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], vlm.image_token_id)
-
-
-def _attention_inputs(vlm: VisionLanguageModel, packing: Packing) -> dict[str, Any]:
-    """Returns the model inputs that restrict attention within a packed sequence."""
-    if vlm.attn_implementation == "flex_attention":
-        return {"attention_mask": packing.block_mask()}
-    # Not reset afterwards: gradient checkpointing re-runs attention in backward. Unpacked batches fall through to SDPA.
-    vlm.attn_implementation = ATTENTION_IMPLEMENTATION
-    # transformers passes a mask of four dimensions on unchanged, and `shared_attention` ignores it.
-    unused_mask = torch.zeros(1, 1, 1, 1, dtype=vlm.base_model.dtype, device=vlm.base_model.device)
-    return {"attention_mask": unused_mask, "packed_attention": packing.attention}
 
 
 @contextmanager

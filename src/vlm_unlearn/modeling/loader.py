@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.structure import Structure, find_structure
-from vlm_unlearn.store import describe_path, digest_model, read_json, read_manifest, user_path
+from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,9 +46,10 @@ def model_folder(name: str) -> Path:
                 code="model-not-found",
                 file=name,
             ) from None
-    if not (folder / "config.json").is_file() and (folder / "model").is_dir():
+    trained_model = RunDirectory(folder).model
+    if not (folder / "config.json").is_file() and trained_model.is_dir():
         raise UserError(
-            f"is a training run, not a model. Pass {folder / 'model'}, or a folder written by `vlm-unlearn export`.",
+            f"is a training run, not a model. Pass {trained_model}, or a folder written by `vlm-unlearn export`.",
             code="invalid-model",
             file=folder,
         )
@@ -83,13 +84,13 @@ def find_local_model(name: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
+def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
     """Loads the model's processor, which must have a chat template.
 
     Saving it with ``save_pretrained`` and loading it again gives the same processor.
 
     Args:
-        folder: The model folder.
+        model_path: The model folder.
         image_aspect_ratio: ``processor`` uses the processor's own image settings. ``pad`` first pads images to squares,
             as in the training of LLaVA-1.5.
 
@@ -99,33 +100,33 @@ def load_processor(folder: Path, image_aspect_ratio: Literal["processor", "pad"]
     from vlm_unlearn.modeling.processors import auto_processor, pad_to_squares
 
     try:
-        processor = auto_processor(folder)
+        processor = auto_processor(model_path)
     except UserError:
         raise
     except Exception as error:  # broken tokenizer files raise many types
         raise UserError(
-            f"the processor cannot be loaded: {_first_line(error)}", code="invalid-model", file=folder
+            f"the processor cannot be loaded: {_first_line(error)}", code="invalid-model", file=model_path
         ) from None
     if not getattr(processor, "chat_template", None):
         raise UserError(
             "the processor has no chat template. Add chat_template.jinja to the folder.",
             code="invalid-model",
-            file=folder,
+            file=model_path,
         )
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if image_aspect_ratio == "pad":
-        pad_to_squares(processor, folder)
+        pad_to_squares(processor, model_path)
     return processor
 
 
 def load_model(
-    folder: Path, precision: str, attn_implementation: str = "auto", in_4_bits: bool = False
+    model_path: Path, precision: str, attn_implementation: str = "auto", in_4_bits: bool = False
 ) -> PreTrainedModel:
     """Loads the model in a precision.
 
     Args:
-        folder: The model folder.
+        model_path: The model folder.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         attn_implementation: The name of an attention implementation of transformers, or ``auto`` for its default.
         in_4_bits: Whether to quantize the linear layers of the language model to 4 bits (NF4, QLoRA, arXiv 2305.14314).
@@ -136,7 +137,7 @@ def load_model(
     """
     from transformers import AutoModelForImageTextToText
 
-    skeleton = model_skeleton(folder)  # detects within moments what would fill the memory with random weights
+    skeleton = model_skeleton(model_path)  # detects within moments what would fill the memory with random weights
     options: dict[str, Any] = {}
     if attn_implementation == "flex_attention":  # of benefit only to the language model, which has the masks
         options["attn_implementation"] = {
@@ -149,7 +150,7 @@ def load_model(
     try:
         model: Any
         model, loading_info = AutoModelForImageTextToText.from_pretrained(
-            str(folder),
+            str(model_path),
             dtype=DTYPES[precision],
             use_safetensors=True,
             output_loading_info=True,
@@ -157,14 +158,14 @@ def load_model(
             **options,
         )
     except Exception as error:  # broken config.json files raise many types
-        raise _cannot_load(error, folder) from None
+        raise _cannot_load(error, model_path) from None
     missing_keys = sorted(loading_info["missing_keys"])
     if missing_keys:
         raise UserError(
             f"{len(missing_keys)} weights of config.json are missing from the weight files, for example "
             f"{missing_keys[0]}.",
             code="invalid-model",
-            file=folder,
+            file=model_path,
         )
     return model
 
@@ -182,27 +183,27 @@ def _nf4_config(structure: Structure, precision: str) -> Any:
     )
 
 
-def model_skeleton(folder: Path) -> PreTrainedModel:
+def model_skeleton(model_path: Path) -> PreTrainedModel:
     """Returns the model without weights (on the meta device), to validate a request within moments.
 
     Raises:
         UserError: transformers cannot load the config as an image-text-to-text model, or it describes a model that is
             much larger than the weight files.
     """
-    skeleton: Any = build_skeleton(read_config(folder), str(folder))
+    skeleton: Any = build_skeleton(read_config(model_path), str(model_path))
     # If text_config is null or missing, transformers uses the family's default size: billions of weights.
-    num_described, num_stored = sum(parameter.numel() for parameter in skeleton.parameters()), _num_weights(folder)
+    num_described, num_stored = sum(parameter.numel() for parameter in skeleton.parameters()), _num_weights(model_path)
     if num_described > 2 * num_stored and getattr(skeleton.config, "quantization_config", None) is None:
         raise UserError(
             f"config.json describes {num_described:,} weights, but the weight files contain {num_stored:,}. Check "
             "whether text_config or vision_config is missing or null, or a weight file is missing.",
             code="invalid-model",
-            file=folder,
+            file=model_path,
         )
     return skeleton
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(model_path: Path) -> PreTrainedConfig:
     """Returns the transformers config of a model folder.
 
     Raises:
@@ -212,9 +213,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     try:
         # By default, transformers would ask on standard input whether to run Python code from the folder.
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)
     except Exception as error:  # broken config.json files raise many types
-        raise _cannot_load(error, folder) from None
+        raise _cannot_load(error, model_path) from None
     return config
 
 
@@ -253,10 +254,10 @@ def _without_zero3() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-def _num_weights(folder: Path) -> int:
+def _num_weights(model_path: Path) -> int:
     """Returns how many numbers the weight files of a folder contain, according to their headers."""
     count = 0
-    for file in folder.glob("*.safetensors"):
+    for file in model_path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return count
@@ -272,14 +273,15 @@ def run_model_folder(name: str) -> Path:
         UserError: The model is not found or invalid, or the training run is not finished.
     """
     folder = user_path(name)
-    if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
-        if read_manifest(folder)["identity"].get("kind") not in ("train", None):
+    run = RunDirectory(folder)
+    if run.exists() and not (folder / "config.json").is_file():
+        if run.read_manifest()["identity"].get("kind") not in ("train", None):
             raise UserError(
                 f"must be a model folder, a hub name, or the folder of a training run{describe_path(folder)}",
                 code="invalid-model",
                 file=name,
             )
-        folder = folder / "model"
+        folder = run.model
         if not folder.is_dir():
             raise UserError(
                 "this training run is not finished. Resume it by running the same `vlm-unlearn train` command again.",
@@ -292,46 +294,46 @@ def run_model_folder(name: str) -> Path:
     return model_folder(str(folder) if folder.exists() else name)
 
 
-def run_digest(folder: Path) -> str:
+def run_digest(model_path: Path) -> str:
     """Returns the digest of the weights in a model folder. For an adapter, it covers base model and adapter.
 
     Raises:
         UserError: The base model has changed since the adapter was trained.
     """
-    if not (folder / "adapter_config.json").is_file():
-        return digest_model(folder)
-    base = model_folder(_adapter_base(folder))
+    if not (model_path / "adapter_config.json").is_file():
+        return digest_model(model_path)
+    base = model_folder(_adapter_base(model_path))
     digest = digest_model(base)
-    if (folder / BASE_MODEL_FILE).is_file() and read_json(folder / BASE_MODEL_FILE).get("digest") != digest:
+    if (model_path / BASE_MODEL_FILE).is_file() and read_json(model_path / BASE_MODEL_FILE).get("digest") != digest:
         raise UserError(
             f"the adapters were trained on a base model that differs from the one now in {base}. Restore the original "
             "base model.",
             code="run-mismatch",
-            file=folder,
+            file=model_path,
         )
-    return f"{digest}+{digest_model(folder)}"
+    return f"{digest}+{digest_model(model_path)}"
 
 
-def load_run_model(folder: Path, precision: str) -> tuple[PreTrainedModel, Processor]:
+def load_run_model(model_path: Path, precision: str) -> tuple[PreTrainedModel, Processor]:
     """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base."""
-    if not (folder / "adapter_config.json").is_file():
-        return load_model(folder, precision), load_processor(folder)
+    if not (model_path / "adapter_config.json").is_file():
+        return load_model(model_path, precision), load_processor(model_path)
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(load_model(model_folder(_adapter_base(folder)), precision), str(folder))
-    return adapted.merge_and_unload(), load_processor(folder)
+    adapted = PeftModel.from_pretrained(load_model(model_folder(_adapter_base(model_path)), precision), str(model_path))
+    return adapted.merge_and_unload(), load_processor(model_path)
 
 
-def saved_precision(folder: Path) -> str:
+def saved_precision(model_path: Path) -> str:
     """Returns the precision that a model's weights are saved in. For an adapter, it is that of its base model."""
-    if (folder / "adapter_config.json").is_file():
-        folder = model_folder(_adapter_base(folder))
-    saved_dtype = getattr(read_config(folder), "dtype", None)
+    if (model_path / "adapter_config.json").is_file():
+        model_path = model_folder(_adapter_base(model_path))
+    saved_dtype = getattr(read_config(model_path), "dtype", None)
     return next((precision for precision, dtype in DTYPES.items() if dtype == saved_dtype), "fp32")
 
 
-def _adapter_base(folder: Path) -> str:
-    file = folder / "adapter_config.json"
+def _adapter_base(model_path: Path) -> str:
+    file = model_path / "adapter_config.json"
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(

@@ -50,7 +50,8 @@ def prefix_sharing_unsupported_reason(vlm: VisionLanguageModel, method: Method, 
         return f"not with models of the family {vlm.family}"
     if attention not in SUPPORTED_ATTENTION:
         return f"not with {attention}"
-    if method.paper_compat and (method.hidden_layers or method.full_logit_roles):
+    requirements = method.requirements
+    if method.paper_compat and (requirements.hidden_layers or requirements.full_logit_roles):
         return "not with paper_compat: true, which counts padding"  # packed sequences have no padding
     return None
 
@@ -91,6 +92,23 @@ class Packing:
             return (query >= key) & (prefix[query] == prefix[key]) & same_suffix
 
         return create_block_mask(attends, 1, None, len(prefix), len(prefix), device=str(prefix.device))
+
+
+def packing_of(vlm: VisionLanguageModel, batch: Batch, method: Method) -> Packing | None:
+    """Returns how the questions of a batch share their images, or None if they do not.
+
+    Args:
+        vlm: The model.
+        batch: A batch padded on the right. Its ``images`` [B] contains a key for each image.
+        method: Some methods do not support prefix sharing.
+    """
+    if "images" not in batch or "pixel_values" not in batch:
+        return None
+    if prefix_sharing_unsupported_reason(vlm, method, vlm.attn_implementation) is not None:
+        return None
+    if vlm.sliding_window and batch["input_ids"].shape[1] > vlm.sliding_window:
+        return None  # a sliding window would count the positions of the packed sequence
+    return find_packing(batch["input_ids"], batch["attention_mask"].bool(), batch["images"], vlm.image_token_id)
 
 
 def find_packing(ids: Tensor, is_token: Tensor, images: Tensor, image_token: int) -> Packing | None:
@@ -181,3 +199,26 @@ def packed_batch(batch: Batch, packing: Packing, images: Tensor, position_ids: T
     packed_axes = torch.stack([packing.pack(axis, is_token) for axis in axes])
     packed["position_ids"] = packed_axes if position_ids.dim() == 3 else packed_axes[0]
     return packed
+
+
+def packed_inputs(vlm: VisionLanguageModel, batch: Batch, packing: Packing, images: Tensor) -> Batch:
+    """Returns all model inputs of the packed sequence: those of `packed_batch`, and what restricts attention.
+
+    Args:
+        vlm: The model. Its attention implementation becomes one that supports packed sequences.
+        batch: The unpacked inputs.
+        packing: The batch's packing.
+        images: [B] image keys.
+    """
+    return {**packed_batch(batch, packing, images, vlm.position_ids(batch)), **_attention_inputs(vlm, packing)}
+
+
+def _attention_inputs(vlm: VisionLanguageModel, packing: Packing) -> dict[str, Any]:
+    """Returns the model inputs that restrict attention within a packed sequence."""
+    if vlm.attn_implementation == "flex_attention":
+        return {"attention_mask": packing.block_mask()}
+    # Not reset afterwards: gradient checkpointing re-runs attention in backward. Unpacked batches fall through to SDPA.
+    vlm.attn_implementation = ATTENTION_IMPLEMENTATION
+    # transformers passes a mask of four dimensions on unchanged, and `shared_attention` ignores it.
+    unused_mask = torch.zeros(1, 1, 1, 1, dtype=vlm.base_model.dtype, device=vlm.base_model.device)
+    return {"attention_mask": unused_mask, "packed_attention": packing.attention}

@@ -22,28 +22,28 @@ _SQUARE_SETTINGS = (
 )
 
 
-def auto_processor(folder: Path) -> Processor:
+def auto_processor(model_path: Path) -> Processor:
     """Loads the processor of a folder. Images are processed with Pillow, so that results do not depend on torchvision.
 
     Without torchvision, the video processor that some families have is replaced by a stub. The stub is saved with the
     settings of the original.
     """
-    processor_class = _processor_class(folder)
+    processor_class = _processor_class(model_path)
     if processor_class is None or "video_processor" not in processor_class.get_attributes():
-        return AutoProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+        return AutoProcessor.from_pretrained(str(model_path), backend="pil", trust_remote_code=False)
     if is_torchvision_available():
         # `backend` applies to all components, and no video processor supports Pillow. The image processor is replaced.
-        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(str(model_path), trust_remote_code=False)
         processor.image_processor = AutoImageProcessor.from_pretrained(
-            str(folder), backend="pil", trust_remote_code=False
+            str(model_path), backend="pil", trust_remote_code=False
         )
         return processor
     # The class keeps its name, which is saved with the processor and looked up by transformers.
     stubbed_class: Any = type(processor_class.__name__, (_VideoStubMixin, processor_class), {})
-    return stubbed_class.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+    return stubbed_class.from_pretrained(str(model_path), backend="pil", trust_remote_code=False)
 
 
-def pad_to_squares(processor: Processor, folder: Path) -> None:
+def pad_to_squares(processor: Processor, model_path: Path) -> None:
     """Makes a LLaVA processor pad each image to a square with the mean color before resizing it.
 
     Size, crop, mean and deviation do not change.
@@ -52,7 +52,7 @@ def pad_to_squares(processor: Processor, folder: Path) -> None:
 
     Args:
         processor: The processor, changed in place.
-        folder: The model folder, for error messages.
+        model_path: The model folder, for error messages.
 
     Raises:
         UserError: The processor is not a LLaVA processor with square images of one size.
@@ -69,7 +69,7 @@ def pad_to_squares(processor: Processor, folder: Path) -> None:
             "pad requires a LLaVA model with square images of one size, but the model has a "
             f"{type(processor).__name__} with a {image_processor_class}. Use image_aspect_ratio=processor.",
             code="unsupported-setting",
-            file=folder,
+            file=model_path,
             field="image_aspect_ratio",
         )
     settings = {
@@ -100,21 +100,21 @@ class _VideoStubMixin:
 
     @classmethod
     def _get_arguments_from_pretrained(
-        cls, folder: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+        cls, model_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
         components: list[Any] = []
         for name in cls.get_attributes():  # type: ignore[attr-defined]
             if name == "video_processor":
-                components.append(_VideoProcessorStub(_video_settings(Path(folder))))
+                components.append(_VideoProcessorStub(_video_settings(Path(model_path))))
             elif name == "tokenizer":
-                components.append(cls._load_tokenizer_from_pretrained(name, folder, **kwargs))  # type: ignore[attr-defined]
+                components.append(cls._load_tokenizer_from_pretrained(name, model_path, **kwargs))  # type: ignore[attr-defined]
             elif name == "image_processor":
-                components.append(AutoImageProcessor.from_pretrained(folder, **kwargs))
+                components.append(AutoImageProcessor.from_pretrained(model_path, **kwargs))
             else:
                 raise UserError(
                     f"the processor's component {name} cannot be loaded without torchvision. Install torchvision.",
                     code="missing-package",
-                    file=folder,
+                    file=model_path,
                 )
         return components
 
@@ -132,17 +132,17 @@ class _VideoStubMixin:
         return saved
 
 
-def _video_settings(folder: Path) -> dict[str, Any]:
+def _video_settings(model_path: Path) -> dict[str, Any]:
     """Returns the settings that transformers would use for the video processor, from the files in its order, or {}."""
-    nested = _read_json(folder / "processor_config.json").get("video_processor")
+    nested = _read_json(model_path / "processor_config.json").get("video_processor")
     return (
         nested
-        or _read_json(folder / "video_preprocessor_config.json")
-        or _read_json(folder / "preprocessor_config.json")
+        or _read_json(model_path / "video_preprocessor_config.json")
+        or _read_json(model_path / "preprocessor_config.json")
     )
 
 
-def _processor_class(folder: Path) -> Any:
+def _processor_class(model_path: Path) -> Any:
     """Returns the processor class that AutoProcessor would choose, from the files in its order, or None."""
     for name in (
         "processor_config.json",
@@ -150,14 +150,14 @@ def _processor_class(folder: Path) -> Any:
         "video_preprocessor_config.json",
         "tokenizer_config.json",
     ):
-        class_name = _read_json(folder / name).get("processor_class")
+        class_name = _read_json(model_path / name).get("processor_class")
         if class_name:
             return getattr(transformers, str(class_name), None)
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
+    if not (model_path / "config.json").is_file():
         return None
-    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(str(folder), trust_remote_code=False)), None)
+    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)), None)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """Finds the components of a model: its decoder layers, projectors and vision modules.
 
-Only this file knows model families by name. The components of most families are found through the interface of
-transformers (`get_decoder`, `get_encoder`), so that a family that is not named here can be trained too.
+Only this file and plug-ins know model families by name. The components of most families are found through the
+interface of transformers (`get_decoder`, `get_encoder`), so that a family that is not named here can be trained too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from vlm_unlearn import plugins
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.plugins import Registry
 
 Component = Literal["vision tower", "projector", "language model"]
 
@@ -42,6 +45,34 @@ class Structure:
         return "vision tower" if name.startswith(tuple(f"{path}." for path in self.vision)) else "language model"
 
 
+@dataclass(frozen=True)
+class Family:
+    """A model family that a plug-in describes. Its name is transformers' `model_type`.
+
+    Attributes:
+        structure: Returns the components of a model. None finds them as for other families.
+        supports_prefix_sharing: Whether prefix sharing gives equal losses for this family.
+    """
+
+    structure: Callable[[nn.Module], Structure] | None = None
+    supports_prefix_sharing: bool = False
+
+
+FAMILIES: Registry[Family] = plugins.FAMILIES
+
+
+def described_family(name: str) -> Family:
+    """Returns the description of a family: that of a plug-in, or else the default.
+
+    Raises:
+        UserError: The plug-in is broken, or not a `Family`.
+    """
+    family: object = FAMILIES[name] if name in FAMILIES else Family(None, name in PREFIX_SHARING_FAMILIES)
+    if not isinstance(family, Family):
+        raise plugins.invalid_plugin("family", name, family, "a Family")
+    return family
+
+
 def family_of(model: nn.Module) -> str:
     """Returns transformers' name of a model's family, such as ``llava``."""
     return str(getattr(getattr(model, "config", None), "model_type", ""))
@@ -57,6 +88,9 @@ def find_structure(model: nn.Module) -> Structure:
         UserError: A component is not found, or the language model is not a decoder.
     """
     family = family_of(model)
+    description = described_family(family)
+    if description.structure is not None:
+        return description.structure(model)
     if not hasattr(model, "get_decoder") or not hasattr(model, "get_encoder"):
         raise _not_found(family, "it is not an image-text-to-text model of transformers")
     config: Any = model.config

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm_unlearn.modeling.structure import (
-    PREFIX_SHARING_FAMILIES,
     Component,
     Structure,
+    described_family,
     family_of,
     find_structure,
     get_base_model,
@@ -118,7 +118,7 @@ class VisionLanguageModel:
     @property
     def supports_prefix_sharing(self) -> bool:
         """Whether questions on one image can share its tokens, with the same results up to rounding."""
-        return self.family in PREFIX_SHARING_FAMILIES
+        return described_family(self.family).supports_prefix_sharing
 
     @property
     def cross_attention_layers(self) -> Sequence[int]:

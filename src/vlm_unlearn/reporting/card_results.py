@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_unlearn.config import Suite
 from vlm_unlearn.errors import UserError
@@ -15,27 +15,22 @@ from vlm_unlearn.records import Row, Summary
 from vlm_unlearn.reporting.columns import heading, split_title
 from vlm_unlearn.reporting.provenance import same_weights, trained_digest
 from vlm_unlearn.reporting.summaries import read_summary
-from vlm_unlearn.store import read_manifest, user_path
+from vlm_unlearn.store import EvaluationRun, RunDirectory, user_path
+
+if TYPE_CHECKING:
+    from huggingface_hub.repocard_data import EvalResult
 
 Subject = Literal["base", "this", "other"]  # the base model, the model of the card, or another model
 
 
 @dataclass(frozen=True)
 class CardEvaluation:
-    """One evaluation of a model card.
+    """One evaluation of a model card."""
 
-    Args:
-        folder: The evaluation's folder.
-        subject: The model that was evaluated.
-        suite: The suite, or None if the folder contains only a summary.
-        prompts: The SHA-256 of the prompts, or an empty string if it is unknown.
-        summary: The evaluation's rates.
-    """
-
-    folder: Path
+    path: Path
     subject: Subject
-    suite: Suite | None
-    prompts: str
+    suite: Suite | None  # None if the folder contains only a summary
+    prompts: str  # the SHA-256 of the prompts, or empty if it is unknown
     summary: Summary
 
     @property
@@ -59,21 +54,24 @@ def read_evaluations(run: Path, base_digest: object, base: str, folders: Sequenc
         UserError: An evaluation has no summary.
     """
     digest = trained_digest(run, base_digest)
-    return [_read_evaluation(folder, run, digest, base_digest, base) for folder in folders]
+    return [_read_evaluation(path, RunDirectory(run), digest, base_digest, base) for path in folders]
 
 
-def _read_evaluation(folder: Path, run: Path, digest: str | None, base_digest: object, base: str) -> CardEvaluation:
-    summary = read_summary(folder)
-    if not (folder / "suite.json").is_file() or not (folder / "manifest.json").is_file():
-        return CardEvaluation(folder, "other", None, "", summary)
-    suite, identity = saved_suite(folder), read_manifest(folder)["identity"]
+def _read_evaluation(
+    path: Path, training: RunDirectory, digest: str | None, base_digest: object, base: str
+) -> CardEvaluation:
+    summary, run = read_summary(path), EvaluationRun(path)
+    if not run.suite_file.is_file() or not run.exists():
+        return CardEvaluation(path, "other", None, "", summary)
+    suite, identity = saved_suite(run), run.read_manifest()["identity"]
     subject: Subject = "other"
     is_this, is_base = same_weights(identity.get("model"), digest), same_weights(identity.get("model"), base_digest)
-    if is_this or (is_this is None and user_path(suite.model).resolve() in (run.resolve(), (run / "model").resolve())):
+    training_paths = (training.path.resolve(), training.model.resolve())
+    if is_this or (is_this is None and user_path(suite.model).resolve() in training_paths):
         subject = "this"
     elif is_base or (is_base is None and suite.model == base):
         subject = "base"
-    return CardEvaluation(folder, subject, suite, str(identity.get("prompts", "")), summary)
+    return CardEvaluation(path, subject, suite, str(identity.get("prompts", "")), summary)
 
 
 def compare_with_base(evaluations: Sequence[CardEvaluation]) -> list[Summary | str]:
@@ -94,7 +92,7 @@ def _compare(base: CardEvaluation, evaluation: CardEvaluation) -> Summary | str:
     name = evaluation.models[0]
     base_name = base.models[0] if base.models[0] != name else f"{name}, base"
     try:
-        summary, _ = compare_runs({base_name: base.folder, name: evaluation.folder})
+        summary, _ = compare_runs({base_name: base.path, name: evaluation.path})
     except UserError:  # its message contains paths, which do not belong into a published card
         return "The model and its base could not be compared prompt by prompt. `vlm-unlearn compare` prints the reason."
     return summary
@@ -110,45 +108,38 @@ def model_index(name: str, evaluations: Sequence[CardEvaluation]) -> list[dict[s
         name: The model's name on the hub.
         evaluations: All evaluations of the card. Those of other models are ignored.
     """
-    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+    from huggingface_hub.repocard_data import eval_results_to_model_index
 
     results = [
-        EvalResult(
-            task_type="image-text-to-text",
-            metric_value=values.pop("value"),
-            metric_type=metric,
-            metric_name=heading(metric),
-            **dataset,
-        )
+        _eval_result(row, metric, evaluation.suite, evaluation.prompts)
         for evaluation in evaluations
         if evaluation.subject == "this" and evaluation.suite is not None
         for row in evaluation.summary.rows
-        for metric, values, dataset in _results(row, evaluation.suite, evaluation.prompts)
+        for metric, rate in row.metrics.items()
+        if rate.value is not None
     ]
     return eval_results_to_model_index(name, results) if results else []
 
 
-def _results(row: Row, suite: Suite, prompts: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Returns each metric with its rate's values and the further fields of its `EvalResult`."""
-    results = []
-    for metric, rate in row.metrics.items():
-        if rate.value is None:
-            continue
-        values = {key: round(value, 4) for key, value in rate.model_dump().items() if value is not None}
-        judge = row.judge_of(metric)
-        arguments = {key: value for key, value in values.items() if key != "value"}
-        if judge:
-            arguments["judge"] = judge
-        fields = {"dataset_args": {"prompts_sha256": prompts}, "metric_args": arguments}
-        results.append((metric, values, {**_dataset(metric, suite), **fields}))
-    return results
+def _eval_result(row: Row, metric: str, suite: Suite, prompts: str) -> EvalResult:
+    """Returns a rate with its splits and their formats, or its benchmark."""
+    from huggingface_hub.repocard_data import EvalResult
 
-
-def _dataset(metric: str, suite: Suite) -> Mapping[str, str]:
-    """Returns the splits of a metric and their formats, or the benchmark."""
+    values = {key: round(value, 4) for key, value in row.metrics[metric].model_dump().items() if value is not None}
     config = suite.metrics.get(metric)
-    if config is None:
-        return {"dataset_type": metric, "dataset_name": heading(metric)}
-    formats = dict.fromkeys(split.format for split in suite.splits if split.name in config.splits)
-    names = "; ".join(split_title(split) for split in config.splits)
-    return {"dataset_type": "+".join(formats), "dataset_name": names, "dataset_config": ",".join(config.splits)}
+    formats, titles, splits = metric, heading(metric), None  # of a benchmark
+    if config is not None:
+        formats = "+".join(dict.fromkeys(split.format for split in suite.splits if split.name in config.splits))
+        titles, splits = "; ".join(map(split_title, config.splits)), ",".join(config.splits)
+    judge = {"judge": row.judge_of(metric)} if row.judge_of(metric) else {}
+    return EvalResult(
+        task_type="image-text-to-text",
+        metric_value=values.pop("value"),
+        metric_type=metric,
+        metric_name=heading(metric),
+        metric_args={**values, **judge},
+        dataset_type=formats,
+        dataset_name=titles,
+        dataset_config=splits,
+        dataset_args={"prompts_sha256": prompts},
+    )

@@ -62,28 +62,30 @@ def caveats(
         sources: The provenance of each model.
         left_out: The reasons for which comparisons were left out.
     """
-    provenances = list(sources.values())
-    suites = [source.suite for source in provenances]
-    judges = [(judge, judge_facts(judge)) for judge in judges_of(rows)]
-    language_models = ", ".join(judge for judge, facts in judges if facts.language_model)
+    suites = [source.suite for source in sources.values()]
+    judges = {judge: judge_facts(judge) for judge in judges_of(rows)}
+    language_models = ", ".join(judge for judge, facts in judges.items() if facts.language_model)
     failed = count_failures(rows)
     unchecked = {row.model for row in rows if row.batching is None}
-    batched = [source.model for source in provenances if source.suite.generation.batch_size > 1]
-    local = {source.model for source in provenances if source.suite.generation.backend == "hf"}
-    without_judge = list(dict.fromkeys(name for suite in suites for name in metrics_without_judge(suite)))
+    batched = {
+        model
+        for model, source in sources.items()
+        if source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf"
+    }
+    without_judge = dict.fromkeys(name for suite in suites for name in metrics_without_judge(suite))
     rules = [
         (by_keywords(rows), KEYWORD_JUDGE),
-        (any(facts.all_facts for _, facts in judges), ALL_FACTS),
+        (any(facts.all_facts for facts in judges.values()), ALL_FACTS),
         (language_models, f"A language model graded ({language_models}). {AGREEMENT}"),
-        (any(facts.unnamed_model for _, facts in judges), "A judge of an unknown model graded some answers."),
+        (any(facts.unnamed_model for facts in judges.values()), "A judge of an unknown model graded some answers."),
         (
             failed,
             f"{failed:,} answers or verdicts failed, counted over all judges. Rates exclude them, except in the "
             "published counting and in metrics with on_error: count_as_miss.",
         ),
         *_question_caveats(rows, roles, suites),
-        (any(training_seed(source) is not None for source in provenances), ONE_SEED),
-        (unchecked & local & set(batched), BATCHES),
+        (any(training_seed(source) is not None for source in sources.values()), ONE_SEED),
+        (unchecked & batched, BATCHES),
         (any(suite.generation.backend == "openai" for suite in suites), SERVER),
         (any(suite.generation.temperature > 0 for suite in suites), SAMPLED),
         (
@@ -97,14 +99,9 @@ def caveats(
 
 def _question_caveats(rows: Sequence[Row], roles: MetricRoles, suites: Sequence[Suite]) -> list[tuple[object, str]]:
     """Returns the caveats about questions and attacks, each after a value that is true if it applies."""
-    counts = [
-        (row.metrics[entry.metric].n, entry)
-        for row in rows
-        for entry in roles.of(row.model, "harm")
-        if row.metrics[entry.metric].n
-    ]
+    counts = [(row.metrics[entry.metric].n, entry) for row in rows for entry in roles.of(row.model, "harm")]
     few = []
-    count, smallest = min(counts, key=lambda pair: pair[0], default=(0, None))
+    count, smallest = min((pair for pair in counts if pair[0]), key=lambda pair: pair[0], default=(0, None))
     if smallest is not None and count < FEW:
         per_response = smallest.config is not None and smallest.config.aggregate == "per_response"
         few = [

@@ -23,18 +23,14 @@ BENCHMARKS: Mapping[str, str] = {
 }
 
 # Metrics that a suite defines itself are in neither set.
-LOWER_IS_BETTER = frozenset(
-    (
-        *("asr", "asr_attacked", "asr_control", "refusal_rate", "refusal_rate_attacked", "refusal_rate_control"),
-        *("efficacy_asr", "generality_asr", "sarr", "degenerate_rate", "answers_relevant_attacked"),
-    )
-)
-HIGHER_IS_BETTER = frozenset(
-    (
-        *("efficacy_rr", "generality_rr", "utility", "utility_attacked", "utility_vlguard", "utility_safe_eraser"),
-        *("rouge_l", "answer_score", *BENCHMARKS, "specificity"),
-    )
-)
+LOWER_IS_BETTER = {
+    *("asr", "asr_attacked", "asr_control", "refusal_rate", "refusal_rate_attacked", "refusal_rate_control"),
+    *("efficacy_asr", "generality_asr", "sarr", "degenerate_rate", "answers_relevant_attacked"),
+}
+HIGHER_IS_BETTER = {
+    *("efficacy_rr", "generality_rr", "utility", "utility_attacked", *UTILITY_COMPONENTS),
+    *("rouge_l", "answer_score", *BENCHMARKS, "specificity"),
+}
 
 
 def better(metric: str) -> Better | None:

@@ -47,6 +47,11 @@ def change(comparison: Comparison | None) -> str:
     return f"{100 * comparison.difference:+.1f}{' *' if significant(comparison) else ''}"
 
 
+def change_interval(comparison: Comparison) -> str:
+    """Returns the 95 % interval of a change in percentage points, such as ``"[-95.0, -80.2]"``."""
+    return f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
+
+
 def significant(comparison: Comparison) -> bool:
     """Returns whether a change is significant after Holm's correction over all comparisons of its summary."""
     return comparison.p_adjusted < SIGNIFICANT

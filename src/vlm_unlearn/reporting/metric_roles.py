@@ -22,19 +22,12 @@ from vlm_unlearn.records import Row
 
 @dataclass(frozen=True)
 class MetricRoles:
-    """The roles of all models' metrics, and the axes of the trade-off plots.
+    """The roles of all models' metrics, and the metric on each axis of the trade-off plots, None without one."""
 
-    Args:
-        harm: The metric on the harm axis of both plots; None if no model has one.
-        over_refusal: The metric on the over-refusal axis, possibly one of over-forgetting; None if no model has one.
-        utility: The metric on the utility axis, possibly a score; None if no model has one.
-        by_model: Each model's metrics with their roles, attacked metrics first.
-    """
-
-    harm: str | None
-    over_refusal: str | None
-    utility: str | None
-    by_model: Mapping[str, Sequence[MetricRole]] = field(default_factory=dict)
+    harm: str | None  # on an axis of both plots
+    over_refusal: str | None  # possibly a metric of over-forgetting
+    utility: str | None  # possibly a score
+    by_model: Mapping[str, Sequence[MetricRole]] = field(default_factory=dict)  # attacked metrics first
 
     @property
     def attacked(self) -> bool:
@@ -60,22 +53,14 @@ def assign_roles(rows: Sequence[Row], suites: Mapping[str, Suite]) -> MetricRole
     by_model = {row.model: metric_roles(row, suites.get(row.model)) for row in rows}
 
     def axis(shipped: Sequence[str], *roles: RoleName) -> str | None:
-        custom = (
-            entry.metric
-            for row in rows
-            for entry in by_model[row.model]
-            if entry.role in roles and entry.metric not in ROLES_BY_NAME
-        )
+        entries = (entry for row in rows for entry in by_model[row.model] if entry.role in roles)
+        custom = (entry.metric for entry in entries if entry.metric not in ROLES_BY_NAME)
         counts = {name: sum(measured(row, name) for row in rows) for name in dict.fromkeys((*shipped, *custom))}
-        highest = max(counts.values(), default=0)
-        return next((name for name in counts if highest and counts[name] == highest), None)
+        metric = max(counts, key=counts.__getitem__)
+        return metric if counts[metric] else None
 
-    return MetricRoles(
-        axis(HARM, "harm"),
-        axis(OVER_REFUSAL, "over_refusal", "over_forgetting"),
-        axis(UTILITY, "utility", "score"),
-        by_model=by_model,
-    )
+    over_refusal = axis(OVER_REFUSAL, "over_refusal", "over_forgetting")
+    return MetricRoles(axis(HARM, "harm"), over_refusal, axis(UTILITY, "utility", "score"), by_model)
 
 
 AnswerFilter = list[tuple[str, str]]  # names and values in the address of the answers page; a name may be repeated
@@ -87,26 +72,17 @@ def answers_link(model: str, metric: str, suite: Suite) -> AnswerFilter:
     For a rate of labels these are the answers with one of the labels. For a score these are all answers of its splits.
     The filter is empty if the suite does not define the metric.
     """
-    splits = link_splits(metric, suite)
-    if not splits:
-        return []
     config = suite.metrics.get(metric)
+    benchmarks = {benchmark.name for benchmark in suite.benchmarks}
+    names = config.splits if config is not None else [metric] if metric in benchmarks else []
+    if metric == "specificity" and benchmarks.issuperset(SPECIFICITY_BENCHMARKS):
+        names = list(SPECIFICITY_BENCHMARKS)
     judge = [("judge", suite.judge_config(config.judge).judge_id)] if config is not None and config.judge else []
     labels = [("label", label) for label in config.labels] if config is not None else []
-    return [("model", model), *labels, *judge, *splits]
+    return [("model", model), *labels, *judge, *(("case", name) for name in names)] if names else []
 
 
 def changes_link(model: str, metric: str, suite: Suite) -> AnswerFilter:
     """Returns the filter that shows the answers of a metric's splits whose label, or score by much, changed."""
     filters = answers_link(model, metric, suite)
     return [*((name, value) for name, value in filters if name != "label"), ("changed", "1")] if filters else []
-
-
-def link_splits(metric: str, suite: Suite) -> AnswerFilter:
-    """Returns the filter for the splits or benchmarks that a metric counts."""
-    config = suite.metrics.get(metric)
-    benchmarks = [benchmark.name for benchmark in suite.benchmarks]
-    names = config.splits if config is not None else [name for name in benchmarks if name == metric]
-    if metric == "specificity" and set(SPECIFICITY_BENCHMARKS) <= set(benchmarks):
-        names = list(SPECIFICITY_BENCHMARKS)
-    return [("case", name) for name in names]

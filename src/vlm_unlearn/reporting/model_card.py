@@ -17,8 +17,8 @@ from vlm_unlearn.reporting.columns import columns
 from vlm_unlearn.reporting.summaries import join_summaries
 from vlm_unlearn.reporting.tables.markdown import escaped, markdown, markdown_table
 from vlm_unlearn.reporting.tables.summary_tables import summary_tables
-from vlm_unlearn.reporting.tables.table import Table, text_cell, text_columns
-from vlm_unlearn.store import read_json, read_manifest
+from vlm_unlearn.reporting.tables.table import Table, table_lines, text_columns
+from vlm_unlearn.store import RunDirectory, read_json
 
 NOT_MEASURED = ["## Evaluation", "", "No evaluation yet: pass `--evaluation` to `vlm-unlearn export`.", ""]
 INTENDED_USE = """\
@@ -69,14 +69,15 @@ def model_card(run: Path, evaluations: Sequence[Path] = (), license: str | None 
     Raises:
         UserError: `run` is not a training run, or an evaluation has no summary.
     """
-    if not (run / "manifest.json").is_file():
+    training = RunDirectory(run)
+    if not training.exists():
         raise UserError("not a folder that `vlm-unlearn train` wrote.", code="run-not-found", file=run)
-    manifest = read_manifest(run)
+    manifest = training.read_manifest()
     if manifest["identity"].get("kind") != "train":
         raise UserError(
             "not a training run. Pass a folder that `vlm-unlearn train` wrote.", code="run-not-found", file=run
         )
-    recipe = validate(Recipe, read_json(run / "recipe.json"), str(run / "recipe.json")).model_dump(mode="json")
+    recipe = validate(Recipe, read_json(training.recipe_file), str(training.recipe_file)).model_dump(mode="json")
     results = read_evaluations(run, manifest["identity"].get("model"), recipe["model"], evaluations)
     summary = join_summaries(evaluations) if evaluations else None
     evaluated = any(result.subject == "this" and row.metrics for result in results for row in result.summary.rows)
@@ -124,57 +125,52 @@ def _introduction(recipe: Mapping[str, Any], evaluated: bool) -> list[str]:
 
 def _evaluation(summary: Summary, results: Sequence[CardEvaluation]) -> list[str]:
     """Returns the rates of all models, and the changes from the base to this model."""
-    lines = ["## Evaluation", ""]
     subjects = {"base": "the base model", "this": "this model"}
-    names = [
+    names = dict.fromkeys(
         f"{escaped(name)} is {subjects[result.subject]}."
         for result in results
         if result.subject in subjects
         for name in result.models
-    ]
-    lines += [" ".join(dict.fromkeys(names)), ""] if names else []
+    )
     rates = summary_tables(summary).get("rates")
-    lines += [markdown(rates)] if rates else ["The evaluations have no metrics.", ""]
-    lines += [f"- {escaped(heading)}: {escaped(explanation)}." for _, heading, explanation in columns(summary.rows)]
-    lines.append("")
     changes = compare_with_base(results)
-    if changes:
-        lines += ["### Changes from the base model", ""]
-    for change in changes:
-        lines += [markdown(summary_tables(change)["comparisons"])] if isinstance(change, Summary) else [change, ""]
-    return lines
+    return [
+        *("## Evaluation", ""),
+        *([" ".join(names), ""] if names else []),
+        *([markdown(rates)] if rates else ["The evaluations have no metrics.", ""]),
+        *(f"- {escaped(heading)}: {escaped(explanation)}." for _, heading, explanation in columns(summary.rows)),
+        "",
+        *(["### Changes from the base model", ""] if changes else []),
+        *(
+            markdown(summary_tables(change)["comparisons"]) if isinstance(change, Summary) else f"{change}\n"
+            for change in changes
+        ),
+    ]
 
 
 def _training(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Returns the settings and digests that identify the training run."""
     identity = manifest["identity"]
-    settings = {key: str(value) for key, value in _settings(recipe, manifest).items()}
-    digests = {
-        "base model": str(identity.get("model")),
-        **{name: str(value) for name, value in dict(identity.get("data") or {}).items()},
-    }
+    digests = {"base model": identity.get("model"), **dict(identity.get("data") or {})}
     return [
-        "",
-        "## Training",
-        "",
-        markdown_table(_key_value_table("setting", "value", settings)),
-        markdown_table(_key_value_table("input", "SHA-256", digests)),
+        *("", "## Training", ""),
+        _key_value_table("setting", "value", _settings(recipe, manifest)),
+        _key_value_table("input", "SHA-256", digests),
         "Package versions, time and memory are in `unlearning_manifest.json`.",
         "",
     ]
 
 
-def _key_value_table(left: str, right: str, values: Mapping[str, str]) -> Table:
-    rows = [[text_cell(left, key), text_cell(right, value)] for key, value in values.items()]
-    return Table(left, "", text_columns(left, right), rows)
+def _key_value_table(left: str, right: str, values: Mapping[str, object]) -> str:
+    table_columns = text_columns(left, right)
+    lines = table_lines(table_columns, [(key, str(value)) for key, value in values.items()])
+    return markdown_table(Table(left, "", table_columns, lines))
 
 
 def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, object]:
     """Returns the settings that determine the weights, from the recipe and the manifest of the finished run."""
-    method, identity = recipe["method"], manifest["identity"]
-    decoupling = recipe["prompt_decouple_weight"]
-    training = recipe["training"]
-    projector = recipe["trainable"]["projector"]
+    method, identity, training = recipe["method"], manifest["identity"], recipe["training"]
+    decoupling, projector = recipe["prompt_decouple_weight"], recipe["trainable"]["projector"]
     batch = f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']}"
     return {
         "method": method["name"],

@@ -16,31 +16,21 @@ from vlm_unlearn.evaluation.verdicts import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import split_title
 from vlm_unlearn.reporting.formatting import judges_of
-from vlm_unlearn.store import digest_model, read_manifest, user_path
+from vlm_unlearn.store import EvaluationRun, RunDirectory, digest_model, user_path
 
 WEIGHTS_DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of an adapter: the base's digest + the adapter's
 
 
 @dataclass(frozen=True)
 class ModelProvenance:
-    """The runs that one model's row was made from.
+    """The runs that one model's row was made from. A manifest is empty if there is none."""
 
-    Args:
-        model: The model's name in the report.
-        run: The evaluation's folder.
-        suite: The evaluation's suite.
-        manifest: The evaluation's manifest, or an empty mapping if there is none.
-        questions: The number of prompts.
-        training: The folder of the training run, if it was found.
-        training_manifest: The training run's manifest, or an empty mapping if there is none.
-    """
-
-    model: str
-    run: Path
+    model: str  # the name in the report
+    run: Path  # the evaluation's folder
     suite: Suite
-    manifest: Mapping[str, Any]
-    questions: int
-    training: Path | None = None
+    manifest: Mapping[str, Any]  # the evaluation's
+    questions: int  # the number of prompts
+    training: Path | None = None  # the folder of the training run, if it was found
     training_manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,16 +44,11 @@ def read_provenance(runs: Mapping[str, Path], training: Mapping[str, Path]) -> d
     provenance = {}
     for model, run in runs.items():
         suite = saved_suite(run)
-        training_folder = training.get(model) or training_run(suite.model, run)
-        training_manifest = _manifest(training_folder) if training_folder is not None else {}
+        folder = training.get(model) or training_run(suite.model, run)
+        manifest = _manifest(folder) if folder is not None else {}
+        questions = _count_lines(EvaluationRun(run).prompts_file)
         provenance[model] = ModelProvenance(
-            model,
-            run,
-            suite,
-            _manifest(run),
-            _count_lines(run / "prompts.jsonl"),
-            training_folder if training_manifest else None,
-            training_manifest,
+            model, run, suite, _manifest(run), questions, folder if manifest else None, manifest
         )
     return provenance
 
@@ -81,14 +66,11 @@ def training_run(model: str, run: Path) -> Path | None:
     evaluated = _manifest(run).get("identity", {}).get("model")
     folder = user_path(model)
     named = folder.parent if folder.name == "model" else folder
-    moved = (
-        [parent / "runs" / named.name for parent in run.resolve().parents[:3]] if named.parent.name == "runs" else []
-    )
-    for candidate in (folder, named, *moved):
+    above = run.resolve().parents[:3] if named.parent.name == "runs" else ()
+    for candidate in (folder, named, *(parent / "runs" / named.name for parent in above)):
         identity = _manifest(candidate).get("identity", {})
-        if identity.get("kind") != "train":
-            continue
-        if same_weights(evaluated, trained_digest(candidate, identity.get("model"))) is not False:
+        digest = trained_digest(candidate, identity.get("model")) if identity.get("kind") == "train" else None
+        if identity.get("kind") == "train" and same_weights(evaluated, digest) is not False:
             return candidate
     return None
 
@@ -110,16 +92,17 @@ def trained_digest(run: Path, base_digest: object) -> str | None:
     The digest of an adapter follows that of its base, with a ``+`` between them. The result is None if the run has no
     weights any more.
     """
-    folder = run / "model"
-    if not folder.is_dir() or not any(folder.iterdir()):
+    weights = RunDirectory(run).model
+    if not weights.is_dir() or not any(weights.iterdir()):
         return None
-    digest = digest_model(folder)
-    return f"{base_digest}+{digest}" if (folder / "adapter_config.json").is_file() else digest
+    digest = digest_model(weights)
+    return f"{base_digest}+{digest}" if (weights / "adapter_config.json").is_file() else digest
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> dict[str, Any]:
+    run = RunDirectory(path)
     try:
-        return read_manifest(folder) if (folder / "manifest.json").is_file() else {}
+        return run.read_manifest() if run.exists() else {}
     except UserError:  # a file of that name that another program wrote
         return {}
 
@@ -132,41 +115,37 @@ def _count_lines(file: Path) -> int:
 
 
 def describe_evaluation(rows: Sequence[Row], sources: Mapping[str, ModelProvenance]) -> list[str]:
-    """Describes the evaluation in sentences: models, questions, files, judges, decoding and training seeds.
-
-    Args:
-        rows: The rows of the summary.
-        sources: The provenance of each model.
-
-    Returns:
-        Two paragraphs: the first about models and questions, the second about judges, decoding and seeds.
-    """
-    provenances = list(sources.values())
-    suites = [source.suite for source in provenances]
-    counts = sorted({source.questions for source in provenances})
-    questions = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}" if counts else "no"
-    splits = list(dict.fromkeys(split.name for suite in suites for split in suite.splits))
-    benchmarks = list(dict.fromkeys(benchmark.name for suite in suites for benchmark in suite.benchmarks))
-    paths = [split.file for suite in suites for split in suite.splits]
-    paths += [path for suite in suites for benchmark in suite.benchmarks for path in benchmark.annotations]
-    files = list(dict.fromkeys(path.name for path in paths))
-    models = f"{len(rows)} models" if len(rows) > 1 else rows[0].model if rows else "No model"
-    subject = f"{models} answered {questions} questions{' each' if len(rows) > 1 else ''}"
-    if splits:
-        titles = ", ".join(map(split_title, splits[:3])) + (", …" if len(splits) > 3 else "")
-        subject += f" in {_plural(len(splits), 'split')} ({titles})"
-    if benchmarks:
-        subject += f"{' and' if splits else ''} of {_plural(len(benchmarks), 'benchmark')}"
-    subject += f", from {', '.join(files[:4])}{', …' if len(files) > 4 else ''}." if files else "."
+    """Describes an evaluation in two paragraphs: models and questions, then judges, decoding and training seeds."""
+    suites = [source.suite for source in sources.values()]
+    counts = sorted({source.questions for source in sources.values()})
+    questions = " to ".join(f"{count:,}" for count in dict.fromkeys((*counts[:1], *counts[-1:]))) or "no"
+    splits = dict.fromkeys(split.name for suite in suites for split in suite.splits)
+    benchmarks = dict.fromkeys(benchmark.name for suite in suites for benchmark in suite.benchmarks)
+    annotations = [path for suite in suites for benchmark in suite.benchmarks for path in benchmark.annotations]
+    files = dict.fromkeys(
+        path.name for path in (*(split.file for suite in suites for split in suite.splits), *annotations)
+    )
+    models, each = (f"{len(rows)} models", " each") if len(rows) > 1 else (rows[0].model if rows else "No model", "")
+    titles = _first(list(map(split_title, splits)), 3)
+    pieces = [
+        f"{models} answered {questions} questions{each}",
+        f" in {_plural(len(splits), 'split')} ({titles})" if splits else "",
+        f"{' and' if splits else ''} of {_plural(len(benchmarks), 'benchmark')}" if benchmarks else "",
+        f", from {_first(list(files), 4)}" if files else "",
+    ]
     judges = judges_of(rows)
-    details = [f"Judged by {', '.join(judges)}." if judges else "Without a judge."]
     decoding = sorted({_decoding(suite) for suite in suites})
-    if decoding:
-        details.append(f"Decoded {' or '.join(decoding)}.")
-    seeds = sorted({seed for source in provenances if (seed := training_seed(source)) is not None})
-    if seeds:
-        details.append(f"Training seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}.")
-    return [subject, " ".join(details)]
+    seeds = sorted({seed for source in sources.values() if (seed := training_seed(source)) is not None})
+    details = [
+        f"Judged by {', '.join(judges)}." if judges else "Without a judge.",
+        f"Decoded {' or '.join(decoding)}." if decoding else "",
+        f"Training seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}." if seeds else "",
+    ]
+    return [f"{''.join(pieces)}.", " ".join(filter(None, details))]
+
+
+def _first(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
 def _plural(count: int, noun: str) -> str:
@@ -175,9 +154,8 @@ def _plural(count: int, noun: str) -> str:
 
 def _decoding(suite: Suite) -> str:
     generation = suite.generation
-    if generation.temperature == 0:
-        return "greedily"
-    return f"at temperature {generation.temperature:g} (seed {generation.seed})"
+    sampled = f"at temperature {generation.temperature:g} (seed {generation.seed})"
+    return sampled if generation.temperature else "greedily"
 
 
 def training_seed(source: ModelProvenance) -> int | None:
@@ -189,14 +167,8 @@ def training_seed(source: ModelProvenance) -> int | None:
 
 
 COSTS = (
-    "training",
-    "optimizer steps",
-    "training's peak memory",
-    "generation",
-    "generation's peak memory",
-    "judges' tokens read",
-    "judges' tokens written",
-    "judges' cost",
+    *("training", "optimizer steps", "training's peak memory", "generation", "generation's peak memory"),
+    *("judges' tokens read", "judges' tokens written", "judges' cost"),
 )
 
 
@@ -217,12 +189,12 @@ def read_costs(sources: Mapping[str, ModelProvenance]) -> dict[str, dict[str, st
         if source.manifest:
             values["generation"] = _seconds(source.manifest)
             values["generation's peak memory"] = _memory(source.manifest)
-        judge_costs = suite_costs(source.run, source.suite)
-        if any(cost.tokens_read for cost in judge_costs):
-            values["judges' tokens read"] = f"{sum(cost.tokens_read for cost in judge_costs):,}"
-            values["judges' tokens written"] = f"{sum(cost.tokens_written for cost in judge_costs):,}"
-        if any(cost.cost is not None for cost in judge_costs):
-            values["judges' cost"] = f"{sum(cost.cost or 0.0 for cost in judge_costs):,.2f}"
+        judges = suite_costs(EvaluationRun(source.run), source.suite)
+        if any(cost.tokens_read for cost in judges):
+            values["judges' tokens read"] = f"{sum(cost.tokens_read for cost in judges):,}"
+            values["judges' tokens written"] = f"{sum(cost.tokens_written for cost in judges):,}"
+        if any(cost.cost is not None for cost in judges):
+            values["judges' cost"] = f"{sum(cost.cost or 0.0 for cost in judges):,.2f}"
         if values:
             costs[model] = values
     return costs
@@ -252,11 +224,11 @@ def reproduction_commands(sources: Mapping[str, ModelProvenance]) -> list[str]:
         if source.training is not None:
             if source.training not in outputs:
                 outputs[source.training] = f"again/runs/{names[model]}"
-                recipe = _quote(source.training / "recipe.json")
+                recipe = _quote(RunDirectory(source.training).recipe_file)
                 commands.append(f"vlm-unlearn train {recipe} output={_quote(outputs[source.training])}")
             override = f" model={_quote(outputs[source.training])}"
         options = f"--out {_quote(f'again/evaluations/{names[model]}')} --name={_quote(model)}"
-        commands.append(f"vlm-unlearn evaluate {_quote(source.run / 'suite.json')}{override} {options}")
+        commands.append(f"vlm-unlearn evaluate {_quote(EvaluationRun(source.run).suite_file)}{override} {options}")
     evaluations = " ".join(_quote(f"again/evaluations/{name}") for name in names.values())
     return [*commands, f"vlm-unlearn report {evaluations} --out again/report"]
 
@@ -282,10 +254,9 @@ def list_digests(sources: Mapping[str, ModelProvenance]) -> list[tuple[str, str,
     for source in sources.values():
         identity = source.manifest.get("identity", {})
         data = source.training_manifest.get("identity", {}).get("data")
-        files = (
-            ", ".join(f"{name} {str(value)[:12]}" for name, value in data.items()) if isinstance(data, dict) else "–"
-        )
-        digests.append((source.model, str(identity.get("model", "–")), str(identity.get("prompts", "–")), files))
+        files = [f"{name} {str(value)[:12]}" for name, value in data.items()] if isinstance(data, dict) else ["–"]
+        model, prompts = (str(identity.get(key, "–")) for key in ("model", "prompts"))
+        digests.append((source.model, model, prompts, ", ".join(files)))
     return digests
 
 

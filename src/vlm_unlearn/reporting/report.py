@@ -12,7 +12,7 @@ from vlm_unlearn.errors import UserError, printable, quoted
 from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.records import LABELS, Comparison, Row, Summary
-from vlm_unlearn.reporting import formatting
+from vlm_unlearn.reporting import formatting, provenance
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.reporting.assessment_text import MARKS, reason_text
 from vlm_unlearn.reporting.caveats import caveats
@@ -23,25 +23,16 @@ from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import columns, heading, split_title
 from vlm_unlearn.reporting.metric_roles import AnswerFilter, MetricRoles, answers_link, assign_roles, changes_link
 from vlm_unlearn.reporting.page import render_page, template_text
-from vlm_unlearn.reporting.provenance import (
-    COSTS,
-    ModelProvenance,
-    describe_evaluation,
-    list_digests,
-    package_versions,
-    read_costs,
-    read_provenance,
-    reproduction_commands,
-)
+from vlm_unlearn.reporting.provenance import COSTS, ModelProvenance, read_costs, read_provenance
 from vlm_unlearn.reporting.tables.summary_tables import delete_stale_tables, write_tables
-from vlm_unlearn.store import write_text
+from vlm_unlearn.store import SUMMARY, RunDirectory, write_text
 
-REPORT_FILES = ("report.html", "report", "summary.json")  # the contents of a report's folder
+REPORT_FILES = ("report.html", "report", SUMMARY)  # the contents of a report's folder
 LINKED_FILES = ("answers.html", "images", "tables", "plots")  # the contents of its folder report/
 
 
 def write_report(
-    folder: Path,
+    report_dir: Path,
     summary: Summary,
     runs: Mapping[str, Path],
     title: str,
@@ -53,7 +44,7 @@ def write_report(
     """Writes ``report.html`` and the folder ``report/`` with the files that it links to.
 
     Args:
-        folder: The folder of the report.
+        report_dir: The folder of the report.
         summary: The rates and comparisons to show.
         runs: The evaluation folder of each model.
         training: The training run of a model, if it is not the one that the evaluation's suite names.
@@ -74,10 +65,10 @@ def write_report(
     charts = summary_charts(summary, roles)
     charts["loss"] = loss_charts(training_runs, [row.model for row in summary.rows])
     all_charts = {name: chart for section in charts.values() for name, chart in section.items()}
-    plots = write_plots(folder / "report" / "plots", all_charts, on_done)
+    plots = write_plots(report_dir / "report" / "plots", all_charts, on_done)
     svg_files = {file.stem: file for file in plots if file.suffix == ".svg"}
-    write_answers(folder, runs, title, on_done)
-    tables = write_tables(folder, summary, costs)
+    write_answers(report_dir, runs, title, on_done)
+    tables = write_tables(report_dir, summary, costs)
     tables_by_name: dict[str, list[Path]] = {}
     for file in tables:
         tables_by_name.setdefault(file.stem, []).append(file)
@@ -95,11 +86,11 @@ def write_report(
         cost_headings=[kind for kind in COSTS if any(kind in values for values in costs.values())],
         **_template_values(summary, roles, sources, left_out),
     )
-    write_text(folder / "report.html", page)
+    write_text(report_dir / "report.html", page)
     # Only now, because until here the previous report.html linked to these files.
-    delete_stale_plots(folder / "report" / "plots", plots)
-    delete_stale_tables(folder, tables)
-    return folder / "report.html"
+    delete_stale_plots(report_dir / "report" / "plots", plots)
+    delete_stale_tables(report_dir, tables)
+    return report_dir / "report.html"
 
 
 def _template_values(
@@ -121,7 +112,7 @@ def _template_values(
         return _answers_address(changes_link(comparison.model, comparison.metric, suite))
 
     return {
-        "evaluation": describe_evaluation(rows, sources),
+        "evaluation": provenance.describe_evaluation(rows, sources),
         "assessments": [
             (row.model, row.assessment or assess(row, sources[row.model].suite if row.model in sources else None))
             for row in rows
@@ -136,9 +127,9 @@ def _template_values(
         "notes": formatting.notes(summary, metrics),
         "caveats": caveats(rows, roles, sources, left_out),
         "failed": formatting.count_failures(rows),
-        "commands": reproduction_commands(sources),
-        "digests": list_digests(sources),
-        "versions": package_versions(sources),
+        "commands": provenance.reproduction_commands(sources),
+        "digests": provenance.list_digests(sources),
+        "versions": provenance.package_versions(sources),
         "labels": (*LABELS, "failed"),
         "splits": list(dict.fromkeys(split for row in rows for split in row.labels)),
         "answers": answers,
@@ -162,7 +153,7 @@ def _answers_address(filters: AnswerFilter) -> str:
     return f"report/answers.html#{urlencode(filters, quote_via=quote, errors='replace')}" if filters else ""
 
 
-def validate_report_folder(folder: Path) -> None:
+def validate_report_folder(report_dir: Path) -> None:
     """Checks that a folder is missing or contains nothing but an earlier report.
 
     Raises:
@@ -170,25 +161,21 @@ def validate_report_folder(folder: Path) -> None:
             out of the folder.
     """
     fix = "Choose another folder for the report."
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"a file, not a folder. {fix}", code="not-a-folder", file=folder)
-    if (folder / "manifest.json").exists():
-        raise UserError(f"the folder contains a run. {fix}", code="output-exists", file=folder)
-    for directory, names in ((folder, REPORT_FILES), (folder / "report", LINKED_FILES)):
-        entries = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-        link = next((name for name in entries if name in names and (directory / name).is_symlink()), None)
-        if link is not None:
-            raise UserError(
-                "a link in place of a report's file. Delete it, or choose another folder for the report.",
-                code="output-exists",
-                file=directory / link,
-            )
-        foreign = next((name for name in entries if name not in names and not name.startswith(".")), None)
-        if foreign is not None:
-            raise UserError(
-                f"the folder contains {quoted(foreign)}, which is not a report's file. {fix}",
-                code="output-exists",
-                file=directory,
-            )
+    if report_dir.exists() and not report_dir.is_dir():
+        raise UserError(f"a file, not a folder. {fix}", code="not-a-folder", file=report_dir)
+    if report_dir.is_symlink() and not report_dir.exists():
+        raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=report_dir)
+    if RunDirectory(report_dir).exists():
+        raise UserError(f"the folder contains a run. {fix}", code="output-exists", file=report_dir)
+    for directory, names in ((report_dir, REPORT_FILES), (report_dir / "report", LINKED_FILES)):
+        for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if entry.name in names and entry.is_symlink():
+                raise UserError(
+                    f"a link in place of a report's file. Delete it, or c{fix[1:]}", code="output-exists", file=entry
+                )
+            if entry.name not in names and not entry.name.startswith("."):
+                raise UserError(
+                    f"the folder contains {quoted(entry.name)}, which is not a report's file. {fix}",
+                    code="output-exists",
+                    file=directory,
+                )

@@ -17,6 +17,7 @@ from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import AnswerRecord
 from vlm_unlearn.store.encodings import decode_text, not_utf8
 
+MANIFEST = "manifest.json"  # the file that makes a folder the folder of a run
 Model = TypeVar("Model", bound=BaseModel)
 AnswerType = TypeVar("AnswerType", bound=AnswerRecord)
 
@@ -53,13 +54,13 @@ def open_atomically(path: Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_stale_temp_files(folder: Path, name: str = "*") -> None:
+def remove_stale_temp_files(directory: Path, name: str = "*") -> None:
     """Deletes the temporary files ``.NAME.PID.part`` of processes that were killed while they wrote a file.
 
     Args:
         name: Name of the file, as a glob pattern.
     """
-    for temporary in folder.glob(f".{name}.*.part"):
+    for temporary in directory.glob(f".{name}.*.part"):
         pid = temporary.suffixes[-2][1:] if len(temporary.suffixes) > 1 else ""
         if pid.isdecimal() and temporary.is_file() and not _is_alive(int(pid)):
             temporary.unlink(missing_ok=True)
@@ -324,13 +325,13 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def digest_model(folder: Path) -> str:
+def digest_model(path: Path) -> str:
     """Returns the SHA-256 of a model folder in hexadecimal.
 
     It covers the names and bytes of the weights, configuration, tokenizer and chat template, but not the folder's path.
     """
     suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt"}
     files = sorted(
-        path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes and path.name != "manifest.json"
+        file for file in path.iterdir() if file.is_file() and file.suffix in suffixes and file.name != MANIFEST
     )
-    return digest_json({path.name: digest_file(path) for path in files})
+    return digest_json({file.name: digest_file(file) for file in files})

@@ -91,6 +91,11 @@ class UnlearningConfig(TrainingArguments):
         options = {"name": self.method, **(self.method_args or {})}  # type: ignore[dict-item]
         return build_method(MethodConfig.model_validate(options), self.prompt_decouple_weight)
 
+    @property
+    def precision(self) -> str:
+        """The precision of the computations: ``bf16``, ``fp16`` or ``fp32``."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
     def samples_per_step(self) -> int:
         """Returns the number of forget samples of an optimizer step, over all processes."""
         return int(self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size)

@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
 from vlm_unlearn.records import PROBE_PREFIX
-from vlm_unlearn.store import record_cost, write_text
-from vlm_unlearn.training.trainer import UnlearningTrainer
+from vlm_unlearn.store import RunDirectory, write_text
+from vlm_unlearn.training.checkpoints import load_trained, save_trained
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, number of steps, loss terms
-SCORE = f"{PROBE_PREFIX}score"
+SCORE = "score"  # the name of the weighted sum of the `keep_best` metrics
 
 
-def tensorboard_callback(output: Path) -> TrainerCallback:
-    """Returns a callback that logs to ``<output>/tensorboard``.
+def tensorboard_callback(run: RunDirectory) -> TrainerCallback:
+    """Returns a callback that logs to the run's folder ``tensorboard``.
 
     The default of transformers is a folder next to the checkpoints, which are deleted at the end of the run.
     """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(log_dir=str(output / "tensorboard")))
+    return TensorBoardCallback(SummaryWriter(log_dir=str(run.tensorboard)))
 
 
 class LogCallback(TrainerCallback):
     """Writes log.jsonl and the manifest's cost into the run folder, and reports progress.
 
     Args:
-        output: The run folder.
+        run: The run.
         on_step: Called with the step, the number of steps and the loss terms of each optimizer step.
         is_main_process: The other processes of a distributed run do nothing.
     """
 
-    def __init__(self, output: Path, on_step: OnStep | None, is_main_process: bool) -> None:
-        self._output = output
+    def __init__(self, run: RunDirectory, on_step: OnStep | None, is_main_process: bool) -> None:
+        self._run = run
         self._on_step = on_step
         self._is_main_process = is_main_process
         self._last_time = time.monotonic()
@@ -58,7 +59,7 @@ class LogCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_main_process:
             self.write_log(state)
-            record_cost(self._output, self.elapsed_seconds())
+            self._run.record_cost(self.elapsed_seconds())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write_log(state)
@@ -76,7 +77,7 @@ class LogCallback(TrainerCallback):
                 # The epoch counts passes over the concatenated stream, not over the data.
                 line = {name: value for name, value in sorted(entry.items()) if name != "epoch"}
                 lines.append(json.dumps(line) + "\n")
-        write_text(self._output / "log.jsonl", "".join(lines))
+        write_text(self._run.log_file, "".join(lines))
 
 
 class Probe(Protocol):
@@ -91,38 +92,37 @@ class Probe(Protocol):
 
 
 class ProbeCallback(TrainerCallback):
-    """Probes every few steps, logs the rates, and applies the recipe's rules for stopping and for the best weights.
+    """Applies a recipe's rules for stopping and for the best weights to the rates of its probe.
 
-    The decisions depend only on the log, which checkpoints contain, and probing uses no random numbers. A resumed
-    run therefore decides like an uninterrupted one. In a distributed run, the main process probes and broadcasts
-    the rates.
+    The trainer measures the rates: its `eval_fn` is `measure`. The decisions depend only on the log, which checkpoints
+    contain, and probing uses no random numbers. A resumed run therefore decides like an uninterrupted one.
 
     Args:
         config: The recipe's ``probe``.
         probe: Measures the model.
-        trainer: The trainer of the run.
-        output: The run folder. The best weights are stored in its subfolder ``best``.
+        run: The run. The best weights are stored in its folder ``best``.
     """
 
-    def __init__(self, config: ProbeConfig, probe: Probe, trainer: UnlearningTrainer, output: Path) -> None:
+    def __init__(self, config: ProbeConfig, probe: Probe, run: RunDirectory) -> None:
         self._config = config
         self._probe = probe
-        self._trainer = trainer
-        self._best_folder = output / "best"
+        self._best_weights = run.best_weights
+
+    def measure(self, model: Any) -> dict[str, float | None]:
+        """Returns the rates of a model, and its score if the recipe keeps the best weights."""
+        rates = dict(self._probe(model))
+        score = self._score(rates)
+        return rates if score is None else {**rates, SCORE: score}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self._config.eval_steps and state.global_step < state.max_steps:
-            return
-        rates = self._trainer.measure(self._probe)
-        logs = {f"{PROBE_PREFIX}{name}": value for name, value in rates.items() if value is not None}
-        aborted = [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
-        score = self._score(rates)
-        if score is not None and not aborted:  # weights that meet an abort rule are never the best
-            logs[SCORE] = score
-            if score > max((entry[SCORE] for entry in state.log_history if SCORE in entry), default=float("-inf")):
-                self._save_best()
-        self._trainer.log(logs)
-        stop_rules = self._config.stop_when
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True  # whatever `eval_steps` is
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rates = {name.removeprefix(PROBE_PREFIX): value for name, value in kwargs["metrics"].items()}
+        if args.should_save and self._is_best(state.log_history):
+            self._save_best(kwargs["model"])
+        aborted, stop_rules = self._aborted(rates), self._config.stop_when
         reason = None
         if aborted:
             reason = "abort_when holds: " + ", ".join(f"{name} {rates[name]:.3g}" for name in aborted)
@@ -133,25 +133,37 @@ class ProbeCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = False  # a run that resumes from a checkpoint of this step would run one more step
 
-    def load_best(self) -> None:
-        """Loads the best weights into the model of the process that saves it, if the recipe keeps them."""
-        if self._trainer.args.should_save and self._config.keep_best and self._best_folder.is_dir():
-            self._trainer.load_trained(self._best_folder)
+    def load_best(self, model: nn.Module) -> None:
+        """Loads the best weights into a model, if the recipe keeps them."""
+        if self._config.keep_best and self._best_weights.is_dir():
+            load_trained(model, self._best_weights)
+
+    def _aborted(self, rates: Mapping[str, float | None]) -> list[str]:
+        """Returns the metrics that meet an abort rule."""
+        return [name for name, bound in self._config.abort_when.items() if bound.holds(rates.get(name))]
 
     def _score(self, rates: Mapping[str, float | None]) -> float | None:
-        """Returns the weighted sum of the ``keep_best`` metrics, None if there are none or one was not measured."""
+        """Returns the weighted sum of the ``keep_best`` metrics.
+
+        None if there are none, if one was not measured, or if an abort rule holds: such weights are never the best.
+        """
         weighted = [(weight, rates.get(name)) for name, weight in self._config.keep_best.items()]
-        if not weighted or any(rate is None for _, rate in weighted):
+        if not weighted or any(rate is None for _, rate in weighted) or self._aborted(rates):
             return None
         return sum(weight * (rate or 0.0) for weight, rate in weighted)
 
-    def _save_best(self) -> None:
-        if self._trainer.args.should_save:
-            scratch = self._best_folder.with_name("best.part")
-            shutil.rmtree(scratch, ignore_errors=True)
-            self._trainer.save_trained(scratch)
-            shutil.rmtree(self._best_folder, ignore_errors=True)
-            scratch.rename(self._best_folder)
+    def _is_best(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns whether the last entry of the log has the highest score."""
+        name = f"{PROBE_PREFIX}{SCORE}"
+        *previous, last = history
+        return name in last and last[name] > max((entry.get(name, -math.inf) for entry in previous), default=-math.inf)
+
+    def _save_best(self, model: nn.Module) -> None:
+        scratch = self._best_weights.with_name(f"{self._best_weights.name}.part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        save_trained(model, scratch)
+        shutil.rmtree(self._best_weights, ignore_errors=True)
+        scratch.rename(self._best_weights)
 
 
 def stop_reason(history: Sequence[Mapping[str, Any]]) -> str | None:

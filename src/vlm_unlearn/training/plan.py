@@ -12,6 +12,7 @@ import torch
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import METHODS, Method, build_method
@@ -22,6 +23,7 @@ from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.plugins import short_name
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
+from vlm_unlearn.training.setup import prepare_method
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 INSTALL = {
@@ -45,8 +47,10 @@ class Plan:
 
     recipe: Recipe
     method: Method
-    folder: Path  # of the base model
+    model_path: Path  # of the base model
+    processor: Processor
     training_set: UnlearningDataset
+    steps: int  # optimizer steps
     reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
     precision: str
     model_digest: str
@@ -96,18 +100,20 @@ def plan(recipe: Recipe) -> Plan:
     """
     method, training_set, strategy = check_recipe(recipe)
     check_machine(recipe)
-    folder = model_folder(recipe.model)
-    processor = load_processor(folder, recipe.image_aspect_ratio)
-    skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(folder), processor))
+    model_path = model_folder(recipe.model)
+    processor = load_processor(model_path, recipe.image_aspect_ratio)
+    skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(model_path), processor))
     UnlearningCollator(processor, training_set, method, recipe.training.max_length).check_lengths()
     return Plan(
         recipe=recipe,
         method=method,
-        folder=folder,
+        model_path=model_path,
+        processor=processor,
         training_set=training_set,
+        steps=steps_of(recipe, len(training_set["forget"]), world_size()),
         reference_strategy=strategy,
         precision=resolve_precision(recipe.training.precision),
-        model_digest=digest_model(folder),
+        model_digest=digest_model(model_path),
         data_digest=training_set.fingerprint(),
         trainable=trainable_table(skeleton),
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, skeleton),
@@ -138,7 +144,7 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = UnlearningDataset.from_folder(recipe.data)
     lora = recipe.trainable.mode != "full"
-    strategy = resolve_reference_strategy(recipe.reference, method.reference_requirements, lora)
+    strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
     UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
         raise UserError(
@@ -236,8 +242,8 @@ def _check_examples_without_image(
     cross_attention = vlm.cross_attention_layers
     if not cross_attention:
         return
-    skipped_layers = sorted(set(cross_attention) & set(method.hidden_layers))
-    for role in method.roles:
+    skipped_layers = sorted(set(cross_attention) & set(method.requirements.hidden_layers))
+    for role in method.requirements.roles:
         examples = training_set.get(role, ())
         without_image = [example.id for example in examples if example.image is None]
         if not without_image:
@@ -261,9 +267,3 @@ def _check_examples_without_image(
                 code="conflicting-settings",
                 field=f"method.{method.layer_option}",
             )
-
-
-def prepare_method(method: Method, vlm: VisionLanguageModel, seed: int) -> None:
-    """Passes the model's sizes to the method, which draws its random values."""
-    generator = torch.Generator().manual_seed(seed)
-    method.prepare(vlm.hidden_size, len(vlm.decoder_layers), generator)

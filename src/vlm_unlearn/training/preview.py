@@ -15,7 +15,7 @@ from vlm_unlearn.modeling.loader import build_skeleton, find_local_model, load_p
 from vlm_unlearn.modeling.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.modeling.trainable import trainable_table
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.store import validate_same_run
+from vlm_unlearn.store import RunDirectory
 from vlm_unlearn.training.estimate import Memory, ModelSize, estimate
 from vlm_unlearn.training.plan import check_model, check_recipe, recipe_name, sharing_unsupported_reason, steps_of
 from vlm_unlearn.training.references import ReferenceStrategy
@@ -53,7 +53,7 @@ def preview(recipe: Recipe) -> Preview:
             machine nor among the models whose shape the package contains.
     """
     method, training_set, strategy = check_recipe(recipe)
-    validate_same_run(recipe.output)
+    RunDirectory(recipe.output).validate_contents()
     processes, training = world_size(), recipe.training
     steps = steps_of(recipe, len(training_set["forget"]), processes)
     batch_size = training.per_device_train_batch_size
@@ -89,7 +89,7 @@ def preview(recipe: Recipe) -> Preview:
         method=recipe.method.name,
         model=recipe.model,
         model_found=folder is not None,
-        examples={role: len(training_set[role]) for role in method.roles if role in training_set},
+        examples={role: len(training_set[role]) for role in method.requirements.roles if role in training_set},
         trainable=table,
         reference=strategy,
         precision=precision,

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,7 +23,7 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import ReferenceLogits, ReferenceNLL, ReferenceRequirement, Role
 from vlm_unlearn.modeling.forward import ForwardOutput
 from vlm_unlearn.records import Example
-from vlm_unlearn.store import build_atomically, digest_json, read_json, write_json
+from vlm_unlearn.store import digest_json
 
 ReferenceStrategy = Literal["cache", "adapter", "copy"]
 
@@ -193,63 +192,16 @@ def _eval_without_grad(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def cached_nll(
-    file: Path | None,
-    examples: Sequence[Example],
-    compute: Callable[[Sequence[Example]], list[NLL]],
-    batch_size: int,
-    on_done: Callable[[int, int], None] | None = None,
-) -> dict[int, NLL]:
-    """Returns ``(NLL sum, tokens)`` of each example's answer under the reference model, by `answer_key`.
-
-    Args:
-        file: The cache file. Its name must be a digest of everything that the values depend on. If it does not exist,
-            the values are computed and written. None always computes them.
-        examples: The examples.
-        compute: Computes the values of one batch of examples.
-        batch_size: The number of examples per batch.
-        on_done: Called after each batch with the number of finished examples and of all examples.
-
-    Raises:
-        UserError: The cache file is damaged.
-    """
-
-    def rows() -> Iterator[tuple[str, float, int]]:
-        for start in range(0, len(examples), batch_size):
-            batch = examples[start : start + batch_size]
-            for example, (nll, tokens) in zip(batch, compute(batch), strict=True):
-                yield _digest(example), nll, tokens
-            if on_done:
-                on_done(start + len(batch), len(examples))
-
-    if file is None:
-        return {_key_of(digest): (nll, tokens) for digest, nll, tokens in rows()}
-    folder = file.with_suffix("")
-    with build_atomically(folder) as scratch:
-        if scratch is not None:
-            write_json(scratch / file.name, list(rows()))
-    try:
-        saved = read_json(folder / file.name)
-        cached = {_key_of(digest): (float(nll), int(tokens)) for digest, nll, tokens in saved}
-    except (TypeError, ValueError):
-        cached = {}
-    if not cached.keys() >= {answer_key(example) for example in examples}:
-        raise UserError(
-            "the cached reference values are damaged. Delete this folder to compute them again.",
-            code="invalid-cache",
-            file=folder,
-        )
-    return cached
-
-
 def answer_key(example: Example) -> int:
     """Returns a key for an example and its answer, since a method may change the answer from epoch to epoch."""
-    return _key_of(_digest(example))
+    return key_of_digest(answer_digest(example))
 
 
-def _digest(example: Example) -> str:
+def answer_digest(example: Example) -> str:
+    """Returns the digest of an example's id and its answer."""
     return digest_json([example.id, example.answer])
 
 
-def _key_of(digest: str) -> int:
-    return int(digest[:15], 16)  # 60 bits
+def key_of_digest(digest: str) -> int:
+    """Returns the `answer_key` of an `answer_digest`, its first 60 bits."""
+    return int(digest[:15], 16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,21 +13,15 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, set_seed
 
+from vlm_unlearn import plugins
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model, load_processor
+from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.store import (
-    lock_run,
-    open_run,
-    read_json,
-    read_manifest,
-    record_cost,
-    user_path,
-    write_json,
-)
+from vlm_unlearn.records import PROBE_PREFIX
+from vlm_unlearn.store import RunDirectory, read_json, user_path, write_json
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.callbacks import (
     LogCallback,
@@ -37,12 +31,14 @@ from vlm_unlearn.training.callbacks import (
     stop_reason,
     tensorboard_callback,
 )
-from vlm_unlearn.training.plan import Plan, plan, steps_of
-from vlm_unlearn.training.trainer import CacheKeys, UnlearningTrainer
+from vlm_unlearn.training.method_trainer import MethodTrainer
+from vlm_unlearn.training.plan import Plan, plan
+from vlm_unlearn.training.reference_values import CacheKeys, OnReference
+from vlm_unlearn.training.setup import build_parts
 
 
 def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
-    """Validates a recipe and trains it. Same as `run_plan` of `plan`."""
+    """Validates a recipe, trains it and returns the folder of the trained model. Same as `run_plan` of `plan`."""
     return run_plan(plan(recipe), on_step, probe)
 
 
@@ -50,7 +46,7 @@ def run_plan(
     planned: Plan,
     on_step: OnStep | None = None,
     probe: Probe | None = None,
-    on_reference: Callable[[int, int], None] | None = None,
+    on_reference: OnReference | None = None,
 ) -> Path:
     """Trains according to a plan and returns the folder of the trained model, ``<output>/model``.
 
@@ -61,8 +57,8 @@ def run_plan(
     Args:
         planned: The plan.
         on_step: Called after each optimizer step with the step, the number of steps and the loss terms.
-        probe: Measures the model during training. Recipes with a ``probe`` require it, for example from
-            `vlm_unlearn.evaluation.probe.build_probe`.
+        probe: Measures the model during training, by the rules of the recipe's ``probe``. None evaluates the suite that
+            the recipe names.
         on_reference: Called while reference values are computed before the first step, with the number of finished
             examples and of all examples.
 
@@ -70,14 +66,9 @@ def run_plan(
         UserError: The output folder contains another run, or another process uses it.
         RunError: The loss, the gradient or the weights became NaN or infinite. The last good checkpoint remains.
     """
-    if planned.recipe.probe and probe is None:
-        raise UserError(
-            "the recipe has a probe. Build it with vlm_unlearn.evaluation.probe.build_probe and pass it to run_plan.",
-            code="missing-setting",
-            field="probe",
-        )
-    output = planned.recipe.output
-    arguments = _training_arguments(planned)
+    probe = probe or build_probe(planned)
+    run = RunDirectory(planned.recipe.output)
+    arguments = _training_arguments(planned, run)
     if arguments.world_size != world_size():
         raise UserError(
             f"the environment variable is {world_size()}, but the Trainer initialized with {arguments.world_size} "
@@ -86,110 +77,122 @@ def run_plan(
             field="WORLD_SIZE",
         )
     identity = {**planned.identity, "probe": probe.digest if probe else None}
-    result = output / "model"
-    with _lock_run_folder(output, identity, arguments) as finished:
+    with _lock_and_open(run, identity, arguments) as finished:
         if not finished:
-            _train(planned, arguments, on_step, probe, on_reference)
-        elif not (result / "config.json").is_file() and not (result / "adapter_config.json").is_file():
+            _train(planned, run, arguments, on_step, probe, on_reference)
+        elif not any((run.model / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
-                f"the run is finished, but its model folder is missing. Delete {output} and train again.",
+                f"the run is finished, but its model folder is missing. Delete {run.path} and train again.",
                 code="model-not-found",
-                file=output,
+                file=run.path,
             )
         if arguments.process_index == 0:
-            for folder in (output / "checkpoints", output / "best"):  # until here, a killed run resumes from them
-                shutil.rmtree(folder, ignore_errors=True)
-    return result
+            for weights in (run.checkpoints, run.best_weights):  # until here, a killed run resumes from them
+                shutil.rmtree(weights, ignore_errors=True)
+    return run.model
+
+
+def build_probe(planned: Plan) -> Probe | None:
+    """Returns the probe that a recipe describes, or None.
+
+    Raises:
+        UserError: The probe's suite or data are broken, or a rule names a metric that the suite does not have.
+    """
+    if planned.recipe.probe is None:
+        return None
+    probe: Probe = plugins.PROBES["suite"](planned.recipe.probe, str(planned.model_path), planned.processor)
+    return probe
 
 
 @contextmanager
-def _lock_run_folder(output: Path, identity: Mapping[str, object], arguments: UnlearningConfig) -> Iterator[bool]:
-    """Locks the run folder for all processes of the run. Yields whether the run is already finished."""
+def _lock_and_open(run: RunDirectory, identity: Mapping[str, object], arguments: UnlearningConfig) -> Iterator[bool]:
+    """Locks and opens the run folder for all processes of the run. Yields whether the run is already finished."""
     state = PartialState()
     if arguments.process_index == 0:
-        with lock_run(output):
-            finished = open_run(output, identity)["finished"]
+        with run.lock():
+            finished = run.open(identity)["finished"]
             state.wait_for_everyone()
             yield finished
             state.wait_for_everyone()
     else:
         state.wait_for_everyone()
-        yield read_manifest(output)["finished"]
+        yield run.is_finished
         state.wait_for_everyone()
 
 
 def _train(
     planned: Plan,
+    run: RunDirectory,
     arguments: UnlearningConfig,
     on_step: OnStep | None,
     probe: Probe | None,
-    on_reference: Callable[[int, int], None] | None,
+    on_reference: OnReference | None,
 ) -> None:
     """Trains from the last complete checkpoint, or from the base model, and saves the result."""
-    recipe, output = planned.recipe, planned.recipe.output
-    log_callback = LogCallback(output, on_step, is_main_process=arguments.process_index == 0)
-    trainer = _build_trainer(planned, arguments, on_reference)
-    trainer.add_callback(log_callback)
-    if "tensorboard" in recipe.training.report_to and arguments.process_index == 0:
-        trainer.add_callback(tensorboard_callback(output))
-    probe_callback = ProbeCallback(recipe.probe, probe, trainer, output) if recipe.probe and probe else None
-    if probe_callback:
-        trainer.add_callback(probe_callback)
+    recipe = planned.recipe
+    is_main_process = arguments.process_index == 0
+    log_callback = LogCallback(run, on_step, is_main_process)
+    probe_callback = ProbeCallback(recipe.probe, probe, run) if recipe.probe and probe else None
+    trainer = _build_trainer(planned, run, arguments, log_callback, probe_callback, on_reference)
+    if "tensorboard" in recipe.training.report_to and is_main_process:
+        trainer.add_callback(tensorboard_callback(run))
     try:
         trainer.train(resume_from_checkpoint=True)
     except RunError:
         log_callback.write_log(trainer.state)  # so that the loss curves show the divergence
         raise
-    if probe_callback:
-        probe_callback.load_best()
-    _save_result(trainer, planned)
-    if arguments.process_index == 0:
+    if probe_callback and arguments.should_save:
+        probe_callback.load_best(trainer.unwrapped)
+    _save_result(trainer, planned, run)
+    if is_main_process:
         outcome = {"steps": trainer.state.global_step, "stopped": stop_reason(trainer.state.log_history)}
-        record_cost(output, log_callback.elapsed_seconds(), finished=True, ended=outcome)
+        run.record_cost(log_callback.elapsed_seconds(), finished=True, ended=outcome)
 
 
 def _build_trainer(
-    planned: Plan, arguments: UnlearningConfig, on_reference: Callable[[int, int], None] | None
-) -> UnlearningTrainer:
-    """Loads the model and returns the trainer."""
+    planned: Plan,
+    run: RunDirectory,
+    arguments: UnlearningConfig,
+    log_callback: LogCallback,
+    probe_callback: ProbeCallback | None,
+    on_reference: OnReference | None,
+) -> MethodTrainer:
+    """Loads the model and returns the trainer. The probe is its `eval_fn`."""
     recipe, mode = planned.recipe, planned.recipe.trainable.mode
-    processor = load_processor(planned.folder, recipe.image_aspect_ratio)
     # Full training keeps float32 master weights and computes under autocast. LoRA's frozen base has the compute
     # precision.
     precision = "fp32" if mode == "full" else planned.precision
-    model = load_model(planned.folder, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
+    model = load_model(planned.model_path, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
     set_seed(recipe.training.seed)  # after loading, which uses random numbers under some engines
-    vlm = prepare_trainable(VisionLanguageModel(model, processor), recipe.trainable)
+    vlm = prepare_trainable(VisionLanguageModel(model, planned.processor), recipe.trainable)
     if mode != "qlora":  # 4-bit weights are already on their device
         vlm.model.to(arguments.device)
     if arguments.process_index == 0:
         rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
-        write_json(recipe.output / "trainable.json", rows)
-        write_json(recipe.output / "recipe.json", recipe.model_dump(mode="json"))
+        write_json(run.trainable_file, rows)
+        write_json(run.recipe_file, recipe.model_dump(mode="json"))
     model_key = {
         "model": planned.model_digest,
         "quantized": mode == "qlora",
         "attention": recipe.training.attn_implementation,
         "image_aspect_ratio": recipe.image_aspect_ratio,
     }
-    trainer = UnlearningTrainer(
-        vlm.model,
-        arguments,
-        planned.training_set,
-        processor,
+    trainer = MethodTrainer(
+        build_parts(vlm, arguments, planned.training_set, new_adapters=vlm.has_adapters),
+        eval_fn=probe_callback.measure if probe_callback else None,
+        eval_prefix=PROBE_PREFIX,
+        callbacks=[log_callback, probe_callback] if probe_callback else [log_callback],
         cache_keys=CacheKeys(model_key, planned.data_digest),
         on_reference=on_reference,
-        check_lengths=False,  # `plan` has checked them
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _training_arguments(planned: Plan) -> UnlearningConfig:
+def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
     recipe, training = planned.recipe, planned.recipe.training
-    steps = steps_of(recipe, len(planned.training_set["forget"]), world_size())
     return UnlearningConfig(
-        output_dir=str(recipe.output / "checkpoints"),
+        output_dir=str(run.checkpoints),
         method=recipe.method.name,
         method_args=dict(recipe.method.model_extra or {}),
         prompt_decouple_weight=recipe.prompt_decouple_weight,
@@ -202,10 +205,10 @@ def _training_arguments(planned: Plan) -> UnlearningConfig:
         freeze_vision_tower=False,  # the recipe has selected the trainable parameters
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        max_steps=steps,
+        max_steps=planned.steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=math.ceil(training.warmup_ratio * steps),
+        warmup_steps=math.ceil(training.warmup_ratio * planned.steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         bf16=planned.precision == "bf16",
@@ -213,6 +216,8 @@ def _training_arguments(planned: Plan) -> UnlearningConfig:
         activation_checkpointing_kwargs={"use_reentrant": False},
         # ACCELERATE_TORCH_DEVICE overrides the choice of device.
         use_cpu=not torch.cuda.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ,
+        eval_strategy="steps" if recipe.probe else "no",
+        eval_steps=recipe.probe.eval_steps if recipe.probe else None,
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=2,
@@ -221,15 +226,14 @@ def _training_arguments(planned: Plan) -> UnlearningConfig:
         dataloader_num_workers=training.dataloader_num_workers,
         report_to=[name for name in training.report_to if name != "tensorboard"] or "none",
         project="vlm-unlearn",
-        run_name=recipe.output.resolve().name,
+        run_name=run.path.resolve().name,
         disable_tqdm=True,
     )
 
 
-def _save_result(trainer: UnlearningTrainer, planned: Plan) -> None:
+def _save_result(trainer: MethodTrainer, planned: Plan, run: RunDirectory) -> None:
     """Saves the trained model or adapters, the processor and the method's state, atomically."""
-    result = planned.recipe.output / "model"
-    scratch = result.with_name("model.part")
+    scratch = run.model.with_name(f"{run.model.name}.part")
     if trainer.args.should_save:
         shutil.rmtree(scratch, ignore_errors=True)
     trainer.save_model(str(scratch))
@@ -238,9 +242,9 @@ def _save_result(trainer: UnlearningTrainer, planned: Plan) -> None:
     if planned.recipe.trainable.mode != "full":
         adapter = read_json(scratch / "adapter_config.json")
         adapter["base_model_name_or_path"] = (
-            str(planned.folder.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
+            str(planned.model_path.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(scratch / "adapter_config.json", adapter)
         write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest})
-    shutil.rmtree(result, ignore_errors=True)
-    os.replace(scratch, result)
+    shutil.rmtree(run.model, ignore_errors=True)
+    os.replace(scratch, run.model)

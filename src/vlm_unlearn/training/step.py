@@ -25,8 +25,8 @@ from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
 from vlm_unlearn.modeling.batch_merge import can_merge, merge_batches
-from vlm_unlearn.modeling.forward import ForwardOutput, forward, packing_of
-from vlm_unlearn.modeling.packing import Packing
+from vlm_unlearn.modeling.forward import ForwardOutput, forward
+from vlm_unlearn.modeling.packing import Packing, packing_of
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import CachedOutput, Reference
 
@@ -119,9 +119,9 @@ class ModelStep:
         """
         self._current_output(role)
         if role not in self._reference_outputs_by_role:
-            assert self._reference is not None, "the loss uses a value that is not in Method.reference_requirements"
-            requirements = self._method.reference_requirements
-            needs_only_hidden = all(isinstance(requirement, ReferenceHidden) for requirement in requirements)
+            assert self._reference is not None, "the loss uses a value that is not in ForwardRequirements.references"
+            references = self._method.requirements.references
+            needs_only_hidden = all(isinstance(requirement, ReferenceHidden) for requirement in references)
             merged = self._merged_batches[role]
             batches = {merged_role: self._batches[merged_role] for merged_role in merged.roles}
             self._reference_outputs_by_role.update(
@@ -156,7 +156,7 @@ class ModelStep:
         """
         roles_with_images = {role for role, batch in self._batches.items() if "pixel_values" in batch}
         roles = sorted(self._batches, key=lambda role: role in roles_with_images)  # those with images last
-        truncated = [role for role in roles if role in self._method.truncated_forward_roles]
+        truncated = [role for role in roles if role in self._method.requirements.truncated_roles]
         if roles_with_images and roles_with_images <= set(truncated):
             truncated = []  # otherwise the last pass would be without images
         complete = [role for role in roles if role not in truncated]
@@ -181,7 +181,7 @@ class ModelStep:
     def _logit_mask(self, role: Role) -> Tensor:
         """Returns [B, S] bool, True at the positions of the role's batch whose logits the loss uses."""
         batch = self._batches[role]
-        if role in self._method.full_logit_roles:
+        if role in self._method.requirements.full_logit_roles:
             return torch.ones_like(batch["input_ids"], dtype=torch.bool)
         return answer_mask(batch.get("labels", torch.full_like(batch["input_ids"], IGNORED)))
 
@@ -192,7 +192,7 @@ class ModelStep:
         output = forward(
             self._vlm,
             merged.batch,
-            self._method.hidden_layers,
+            self._method.requirements.hidden_layers,
             merged.logit_mask,
             merged.packing,
             stop_after_last_hidden_layer,

@@ -49,7 +49,7 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
         self._examples = training_set
         self._refusals = training_set.refusals
         self._method = method
-        self._roles = method.roles
+        self._roles = method.requirements.roles
         self._length = length
         self._seed = seed
         self._group_by_image = group_by_image
@@ -220,7 +220,7 @@ class UnlearningCollator:
         if "refusal" in (self._method.forget_target, self._method.preferred_answers):
             for sentence in self._training_set.refusals:
                 render(self._processor, Turn(f"refusals.json: {sentence[:40]}", None, "question", sentence))
-        for role in self._method.roles:
+        for role in self._method.requirements.roles:
             for example in self._training_set.get(role, ()):  # none for refusals as preferred answers
                 turn = self._turn(role, example)
                 if self._answer_in_prompt(role):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from numbers import Integral, Number
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,8 +109,8 @@ class RawRecord:
         """
         for field in fields:
             value = self.value.get(field)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return str(value)
+            if isinstance(value, Integral) and not isinstance(value, bool):  # numpy's integers too
+                return str(int(value))
             if value is not None:
                 return self.text(field)
         raise self.error("the field is missing", "missing-field", fields[0])
@@ -125,7 +126,7 @@ class RawRecord:
             UserError: The field is not a list, or an item of the list is not an object.
         """
         items = self.value.get(name)
-        if not isinstance(items, list):
+        if not isinstance(items, list | tuple):  # a row in memory can contain a tuple
             raise self.error(f"must be a list, found {json_type(items)}", "invalid-field", name)
         return [self._nested(item, f"{name}[{index}]") for index, item in enumerate(items)]
 
@@ -194,9 +195,10 @@ def item_position(item: Item, name_field: str) -> str:
 
 
 def json_type(value: object) -> str:
-    """Returns the type of a JSON value in words, such as ``"a number"``."""
+    """Returns the type of a value in words, such as ``"a number"``."""
     if value is None:
         return "nothing"
-    return {dict: "an object", list: "a list", str: "text" if value else "empty text", bool: "true or false"}.get(
-        type(value), "a number"
-    )
+    if isinstance(value, str):
+        return "text" if value else "empty text"
+    names = {dict: "an object", list: "a list", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, Number) else f"a {type(value).__name__}")

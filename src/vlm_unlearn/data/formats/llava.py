@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_unlearn.data.formats.base import Entry, Format, register
 from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, UserError, quoted
@@ -179,3 +180,14 @@ def write_record(example: Example) -> dict[str, Any]:
     validate_no_embedded_image(example)
     rounds = [(turn.question, turn.answer) for turn in example.history]
     return record(example.id, example.image, [*rounds, (example.question, example.answer)])
+
+
+@register("llava")
+class LLaVA(Format):
+    """Conversations in LLaVA's layout. They have no sets."""
+
+    identifying_keys = ("conversations",)
+
+    def entries(self, path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[Entry]:
+        for conversation in read_llava(path, images, problems):
+            yield Entry(conversation, "", None)

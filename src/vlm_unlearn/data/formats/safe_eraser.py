@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from vlm_unlearn.data.formats.base import Entry, Format, register
 from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, UserError
@@ -170,3 +171,19 @@ def validate_refusals(value: object, file: Path | None, field: str | None = None
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item.strip() for item in value):
         raise UserError("must be a non-empty list of refusal sentences", code="invalid-field", file=file, field=field)
     return value
+
+
+@register("safe_eraser")
+class SafeEraser(Format):
+    """SafeEraser's files. Its questions about benign images form the decouple set, and are to be answered."""
+
+    identifying_keys = ("unsafe_pairs", "SDImage_path")
+
+    def entries(self, path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[Entry]:
+        for record in read_safe_eraser(path, images, problems):
+            for name, role_examples in zip(ROLES, examples([record]), strict=True):
+                for example in role_examples:
+                    yield Entry(example, name, name == "forget")
+
+    def prompts(self, path: Path, images: Path, set_name: str, kind: Kind) -> Iterator[Prompt]:
+        return prompts(read_safe_eraser(path, images), set_name, kind)

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vlm_unlearn.data.formats.base import KINDS_OF_SETS, Entry, Format, register
 from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.formats.groups import AttackRecord, prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER, validate_no_embedded_image
@@ -61,8 +62,6 @@ SETS = {
     "decouple": "decouple",
     "preferred": "preferred",
 }
-
-KINDS: dict[str, Kind] = {"forget": "unsafe", "retain": "safe", "decouple": "safe_image_unsafe_question"}
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,12 @@ def _image(record: RawRecord, column: str, images: Path | None, embedded: Path |
     return path, "table"
 
 
-def _write_embedded(content: bytes, folder: Path | None) -> str:
+def _write_embedded(content: bytes, image_root: Path | None) -> str:
     # The suffix does not matter: images are opened by their content.
     name = f"{hashlib.sha256(content).hexdigest()[:32]}.img"
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    if image_root is not None:
+        image_root.mkdir(parents=True, exist_ok=True)
+        (image_root / name).write_bytes(content)
     return name
 
 
@@ -332,7 +331,7 @@ def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
     def records() -> Iterator[AttackRecord]:
         for row in rows:
             example = row.example
-            if KINDS.get(row.set or "") != kind:
+            if KINDS_OF_SETS.get(row.set or "") != kind:
                 continue
             validate_no_embedded_image(example)
             yield example.id, example.image, example.question, example.answer, example.category
@@ -390,3 +389,23 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
         if not count:
             raise UserError("there are no rows to write", code="no-records", file=path)
     return count
+
+
+@register("table")
+class Table(Format):
+    """Rows of CSV, TSV, JSON lines, parquet and everything else that `datasets` loads.
+
+    Args:
+        columns: The names of the columns.
+    """
+
+    def __init__(self, columns: Columns | None = None) -> None:
+        self._columns = columns or Columns()
+
+    def entries(self, path: str | Path, images: Path | None, problems: Problems | None = None) -> Iterator[Entry]:
+        for row in read_table(path, self._columns, images, problems):
+            refused = None if row.set is None else row.set in ("forget", "preferred")
+            yield Entry(row.example, row.set or "", refused)
+
+    def prompts(self, path: Path, images: Path, set_name: str, kind: Kind) -> Iterator[Prompt]:
+        return prompts(read_table(path, self._columns, images), set_name, kind)

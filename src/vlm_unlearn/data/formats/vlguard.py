@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm_unlearn.data.formats.base import Entry, Format, register
 from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.formats.groups import prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
@@ -224,3 +225,25 @@ def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt
         if pair.kind == kind
     )
     yield from prompts_of_groups(records, set_name, kind)
+
+
+# VLGuard has no retain set of its own for unsafe questions about safe images, so import and split leave them out.
+SETS: dict[Kind, str] = {"unsafe": "forget", "safe": "retain", "safe_image_unsafe_question": "safe_image_unsafe"}
+
+
+@register("vlguard")
+class VLGuard(Format):
+    """VLGuard's files, and attack files in their layout.
+
+    Unsafe questions count as refused, also those about safe images, because the reference answers refuse both.
+    """
+
+    identifying_keys = ("instr-resp",)
+
+    def entries(self, path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[Entry]:
+        for _, record_pairs in read_records(path, images, problems):
+            for pair in record_pairs:
+                yield Entry(example(pair), SETS[pair.kind], pair.kind != "safe")
+
+    def prompts(self, path: Path, images: Path, set_name: str, kind: Kind) -> Iterator[Prompt]:
+        return prompts(read_pairs(path, images), set_name, kind)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from vlm_unlearn.methods.base import LossOutput, Method, ReferenceRequirement, Role, Step
+from vlm_unlearn.methods.base import ForwardRequirements, LossOutput, Method, Step
 
 
 class PromptDecouple(Method):
@@ -32,24 +34,9 @@ class PromptDecouple(Method):
         self.preferred_answers = method.preferred_answers  # type: ignore[misc]
 
     @property
-    def reference_requirements(self) -> tuple[ReferenceRequirement, ...]:
-        return self.method.reference_requirements
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        return (*self.method.roles, "decouple")
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        return self.method.hidden_layers
-
-    @property
-    def truncated_forward_roles(self) -> tuple[Role, ...]:
-        return self.method.truncated_forward_roles
-
-    @property
-    def full_logit_roles(self) -> tuple[Role, ...]:
-        return self.method.full_logit_roles
+    def requirements(self) -> ForwardRequirements:
+        requirements = self.method.requirements
+        return replace(requirements, roles=(*requirements.roles, "decouple"))
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         self.method.prepare(hidden_size, layers, generator)

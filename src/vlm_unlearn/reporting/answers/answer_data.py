@@ -9,14 +9,13 @@ from pathlib import Path
 from vlm_unlearn.benchmarks import AnswersNotPublicError
 from vlm_unlearn.config import BenchmarkConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.evaluation.answers import RESPONSES
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.prompts import image_roots
 from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.records import LABELS, Prompt, Response, Verdict
 from vlm_unlearn.reporting.answers.thumbnails import ImageReference, Thumbnail
-from vlm_unlearn.store import read_json, read_records
+from vlm_unlearn.store import EvaluationRun, read_json, read_records
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,12 @@ class AnsweredPrompt:
     answers: list[GradedAnswer] = field(default_factory=list)
 
 
-def read_run(model: str, folder: Path) -> tuple[RunData, list[str]]:
+def read_run(model: str, path: Path) -> tuple[RunData, list[str]]:
     """Reads an evaluation with the verdicts of all its judges.
 
     Args:
         model: The model's name in the report.
-        folder: The evaluation's folder.
+        path: The evaluation's folder.
 
     Returns:
         The run, and a note for each file of verdicts or scores that could not be read completely.
@@ -91,13 +90,13 @@ def read_run(model: str, folder: Path) -> tuple[RunData, list[str]]:
     Raises:
         UserError: The folder is not an evaluation, or a file other than those of verdicts is invalid.
     """
-    suite = saved_suite(folder)
-    prompts = {prompt.id: prompt for prompt in read_records(folder / "prompts.jsonl", Prompt)}
-    responses = [response for response in read_records(folder / RESPONSES, Response) if response.prompt_id in prompts]
+    run = EvaluationRun(path)
+    suite = saved_suite(run)
+    prompts = {prompt.id: prompt for prompt in read_records(run.prompts_file, Prompt)}
+    responses = [response for response in read_records(run.responses_file, Response) if response.prompt_id in prompts]
     verdicts: dict[str, Mapping[ResponseKey, Verdict]] = {}
     notes = []
-    for file in sorted(folder.glob("verdicts-*.jsonl")):
-        judge = file.stem.removeprefix("verdicts-")
+    for judge, file in run.verdicts_files().items():
         verdicts[judge], error = _read_verdicts(file)
         if error is not None:
             notes.append(
@@ -120,7 +119,7 @@ def read_run(model: str, folder: Path) -> tuple[RunData, list[str]]:
         roots = image_roots(suite)
     except UserError:  # a benchmark of another version of this package
         roots = {split.name: split.images for split in suite.splits}
-    labels_by_judge = {judge: _judge_labels(folder / f"judge-{judge}.json") for judge in verdicts}
+    labels_by_judge = {judge: _judge_labels(run.judge_identity_file(judge)) for judge in verdicts}
     return RunData(model, prompts, responses, verdicts, judges, roots, labels_by_judge), notes
 
 

@@ -31,7 +31,7 @@ Columns = dict[str, Any]
 
 
 def write_answers(
-    folder: Path, runs: Mapping[str, Path], title: str, on_done: OnDone | None = None, max_bytes: int = MAX_BYTES
+    report_dir: Path, runs: Mapping[str, Path], title: str, on_done: OnDone | None = None, max_bytes: int = MAX_BYTES
 ) -> Path:
     """Writes ``report/answers.html`` with all answers of all runs, and ``report/images/`` with small images.
 
@@ -43,7 +43,7 @@ def write_answers(
     the splits.
 
     Args:
-        folder: The folder of the report.
+        report_dir: The folder of the report.
         runs: The evaluation folder of each model. Answers are compared with those of the first model. The runs may
             have different prompts.
         title: The title of the report.
@@ -62,7 +62,7 @@ def write_answers(
     data = [run for run, _ in loaded]
     images = (image for run in data for prompt in run.prompts.values() if (image := run.image(prompt)) is not None)
     on_image = None if on_done is None else (lambda done, total: on_done("images", done, total))
-    image_folder = folder / "report" / "images"
+    image_folder = report_dir / "report" / "images"
     thumbnails = write_thumbnails(image_folder, images, on_image)
     prompts = join_prompts(data, thumbnails)
     labels_by_judge: dict[str, set[str]] = {}
@@ -84,7 +84,7 @@ def write_answers(
         models=len(columns["models"]),
         judges=[printable(columns["texts"][judge]) for judge in columns["judges"]],
     )
-    file = folder / "report" / "answers.html"
+    file = report_dir / "report" / "answers.html"
     write_text(file, page)
     delete_stale_thumbnails(image_folder, thumbnails.values())  # only now, because the previous page showed them
     return file

@@ -36,7 +36,7 @@ class Thumbnail:
 
 
 def write_thumbnails(
-    folder: Path, images: Iterable[ImageReference], on_done: Callable[[int, int], None] | None = None
+    image_dir: Path, images: Iterable[ImageReference], on_done: Callable[[int, int], None] | None = None
 ) -> dict[ImageReference, Thumbnail]:
     """Writes a thumbnail of each image. The image is decoded and encoded again, so no byte of the source is copied.
 
@@ -44,21 +44,23 @@ def write_thumbnails(
     thumbnail is used again.
 
     Args:
-        folder: The folder to write to.
+        image_dir: The folder to write to.
         images: The images. Duplicates are ignored.
         on_done: Called with the number of finished images and their total.
 
     Returns:
         The thumbnail of each image. One of a missing or invalid image has a `problem` instead of a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    image_dir.mkdir(parents=True, exist_ok=True)
     resolved = {image: _resolve(*image) for image in dict.fromkeys(images)}
     paths = dict.fromkeys(path for path in resolved.values() if isinstance(path, Path))
     digests = dict(map_in_threads(_digest, list(paths)))
     source_by_digest = {digest: path for path, digest in reversed(digests.items()) if digest is not None}
     thumbnails = dict(
         map_in_threads(
-            lambda digest: _write_thumbnail(folder, digest, source_by_digest[digest]), list(source_by_digest), on_done
+            lambda digest: _write_thumbnail(image_dir, digest, source_by_digest[digest]),
+            list(source_by_digest),
+            on_done,
         )
     )
     return {image: _thumbnail(path, digests, thumbnails) for image, path in resolved.items()}
@@ -90,8 +92,8 @@ def _thumbnail(path: Path | str, digests: Mapping[Path, str | None], thumbnails:
     return Thumbnail(problem=f"{path}: cannot be read") if digest is None else thumbnails[digest]
 
 
-def _write_thumbnail(folder: Path, digest: str, source: Path) -> Thumbnail:
-    for existing in (folder / f"{digest}.png", folder / f"{digest}.jpg"):
+def _write_thumbnail(image_dir: Path, digest: str, source: Path) -> Thumbnail:
+    for existing in (image_dir / f"{digest}.png", image_dir / f"{digest}.jpg"):
         if existing.is_file():
             with suppress(UserError):  # a damaged thumbnail is written again
                 return Thumbnail(existing.name, *image_size(existing))
@@ -100,7 +102,7 @@ def _write_thumbnail(folder: Path, digest: str, source: Path) -> Thumbnail:
     except UserError as error:
         return Thumbnail(problem=str(error))
     few_colors = image.getcolors(64) is not None  # drawings are smaller and sharper as PNG, photographs as JPEG
-    file = folder / f"{digest}.{'png' if few_colors else 'jpg'}"
+    file = image_dir / f"{digest}.{'png' if few_colors else 'jpg'}"
     image.info.clear()  # Pillow would copy the source's comment and color profile
     temporary = file.with_name(f".{file.name}.part")
     image.save(temporary, format="PNG" if few_colors else "JPEG", quality=80)
@@ -108,15 +110,15 @@ def _write_thumbnail(folder: Path, digest: str, source: Path) -> Thumbnail:
     return Thumbnail(file.name, *image.size)
 
 
-def delete_stale_thumbnails(folder: Path, used: Iterable[Thumbnail]) -> None:
+def delete_stale_thumbnails(image_dir: Path, used: Iterable[Thumbnail]) -> None:
     """Deletes the thumbnails that the page no longer uses, and temporary files of killed processes.
 
     Args:
-        folder: The folder of the thumbnails. Files with other names stay.
+        image_dir: The folder of the thumbnails. Files with other names stay.
         used: The thumbnails of the current page.
     """
     names = {thumbnail.file for thumbnail in used}
-    for file in folder.iterdir():
+    for file in image_dir.iterdir():
         if (
             re.fullmatch(r"[0-9a-f]{32}\.(png|jpg)|\.[0-9a-f]{32}\.(png|jpg)\.part", file.name)
             and file.name not in names

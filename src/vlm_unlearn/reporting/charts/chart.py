@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,17 +26,6 @@ class Style:
     hatch: int = 0
 
 
-# The same series looks the same in every chart. Hatches: 0 is none, then / \\ x | -
-ORIGINAL, ATTACKED, CONTROL = Style(0), Style(1, 1, 1), Style(2, 2, 4)
-LABEL_STYLES = {
-    "complied": Style(0),
-    "refused": Style(4, hatch=1),
-    "degenerate": Style(3, hatch=3),
-    "off_topic": Style(6, hatch=4),
-    "failed": Style(6, hatch=5),
-}
-
-
 def style_of(number: int) -> Style:
     """Returns the style of the n-th model. The first 49 models have distinct pairs of color and shape."""
     return Style(number % len(COLORS), (number + number // len(COLORS)) % len(COLORS), number % 6)
@@ -53,10 +43,16 @@ class Series:
     x: Sequence[float] = ()  # positions of the points of a line
 
     @property
-    def ends(self) -> tuple[Sequence[Value], Sequence[Value]]:
-        """The lower and upper ends of the intervals, None for each value without one."""
-        missing = [None] * len(self.values)
-        return self.low or missing, self.high or missing
+    def error_bars(self) -> list[list[float]] | None:
+        """The distances of the interval ends from their values, 0 for a value without an interval."""
+        return [
+            [
+                0 if end is None or value is None else abs(end - value)
+                for end, value in zip(ends, self.values, strict=True)
+            ]
+            for ends in (self.low, self.high)
+            if ends
+        ] or None
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,6 @@ class Bars(Titled):
     series: Sequence[Series]
     stacked: bool = False
     axis: str = ""
-
-    @property
-    def has_legend(self) -> bool:
-        """Whether the chart needs a legend. A stack always does, because its axis does not name the series."""
-        return self.stacked or len(self.series) > 1
 
 
 @dataclass(frozen=True)
@@ -127,12 +118,16 @@ class Scatter(Titled):
 Chart = Bars | Lines | Heatmap | Scatter
 
 
+def percentages(rate: Rate | None) -> tuple[Value, Value, Value]:
+    """Returns value, low and high of a rate in percent. All are None if the rate has no value."""
+    ends = (None, None, None) if rate is None or rate.value is None else (rate.value, rate.low, rate.high)
+    value, low, high = (None if end is None else 100 * end for end in ends)
+    return value, low, high
+
+
 def rates_series(name: str, rates: Sequence[Rate | None], style: Style, x: Sequence[float] = ()) -> Series:
     """Returns a series in percent. A rate without a value becomes None."""
-    measured = [None if rate is None or rate.value is None else rate for rate in rates]
-    values = [None if rate is None or rate.value is None else 100 * rate.value for rate in measured]
-    low = [None if rate is None or rate.low is None else 100 * rate.low for rate in measured]
-    high = [None if rate is None or rate.high is None else 100 * rate.high for rate in measured]
+    values, low, high = ([ends[index] for ends in map(percentages, rates)] for index in range(3))
     return Series(name, values, low, high, style, x)
 
 
@@ -145,13 +140,12 @@ def hover_texts(chart: Chart) -> list[str]:
         return [
             f"{display_name(name)}, {display_name(series.name)}: {_number(*numbers)}"
             for series in chart.series
-            for name, *numbers in zip(chart.names, series.values, *series.ends, strict=True)
+            for name, *numbers in itertools.zip_longest(chart.names, series.values, series.low, series.high)
         ]
     if isinstance(chart, Scatter):
+        x, y = display_name(chart.x), display_name(chart.y)
         return [
-            f"{display_name(point.name)}, {display_name(chart.x)}: {_number(*point.x)}, "
-            f"{display_name(chart.y)}: {_number(*point.y)}"
-            for point in chart.points
+            f"{display_name(point.name)}, {x}: {_number(*point.x)}, {y}: {_number(*point.y)}" for point in chart.points
         ]
     return []
 
@@ -159,11 +153,6 @@ def hover_texts(chart: Chart) -> list[str]:
 def _number(value: Value, low: Value, high: Value) -> str:
     interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
     return "not measured" if value is None else f"{value:.1f} %{interval}"
-
-
-def distances(ends: Sequence[Value], values: Sequence[Value]) -> list[float]:
-    """Returns the distance of each interval end from its value, or 0 if one of the two is None."""
-    return [0 if end is None or value is None else abs(end - value) for end, value in zip(ends, values, strict=True)]
 
 
 def overlap_counts(chart: Scatter) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm_unlearn.records import PROBE_PREFIX
 from vlm_unlearn.reporting.charts.chart import Chart, Lines, Series, style_of
+from vlm_unlearn.store import RunDirectory
 
 NOT_A_LOSS = ("step", "grad_norm", "learning_rate", "epoch")
 MAX_DRAWABLE = 1e30  # axes and ticks fail for larger numbers
@@ -20,7 +21,7 @@ def read_log(run: Path) -> list[dict[str, float | None]]:
     Invalid lines, such as a truncated last line, and lines without a step are skipped. A number that cannot be drawn,
     such as NaN, becomes None.
     """
-    file = run / "log.jsonl"
+    file = RunDirectory(run).log_file
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return [numbers for line in lines if (numbers := _numbers(line)).get("step") is not None]
 
@@ -47,26 +48,22 @@ def write_loss_png(run: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure as Canvas  # without pyplot, which keeps figures open and may need a display
 
-    probes = [line for line in log if any(name.startswith(PROBE_PREFIX) for name in line)]
+    names = dict.fromkeys(name for line in log for name in line if name.startswith(PROBE_PREFIX))
+    probes = [line for line in log if names.keys() & line.keys()]
     canvas = Canvas(figsize=(8, 7 if probes else 4.5), dpi=120, layout="constrained")
     axes = canvas.subplots(2 if probes else 1, 1, squeeze=False)[:, 0]
     for term in _loss_terms(steps):
-        axes[0].plot(
-            [line["step"] for line in steps],
-            [line.get(term) for line in steps],
-            label=term,
-            lw=2.2 if term == "loss" else 1.2,
-        )
+        width = 2.2 if term == "loss" else 1.2
+        axes[0].plot([line["step"] for line in steps], [line.get(term) for line in steps], label=term, lw=width)
     axes[0].set(xlabel="optimizer step", ylabel="loss")
-    if probes:
-        for name in dict.fromkeys(name for line in probes for name in line if name.startswith(PROBE_PREFIX)):
-            axes[1].plot([line["step"] for line in probes], [line.get(name) for line in probes], "o-", ms=3, label=name)
+    for name in names:
+        axes[1].plot([line["step"] for line in probes], [line.get(name) for line in probes], "o-", ms=3, label=name)
         axes[1].set(xlabel="optimizer step", ylabel="rate", ylim=(-0.03, 1.03))
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    file = run / "loss.png"
-    temporary_file = run / ".loss.part.png"
+    file = RunDirectory(run).loss_plot_file
+    temporary_file = file.with_name(f".{file.stem}.part.png")
     canvas.savefig(temporary_file)
     temporary_file.replace(file)
     return file
@@ -86,17 +83,11 @@ def loss_charts(runs: Mapping[str, Path], models: Sequence[str]) -> dict[str, Ch
     for term in dict.fromkeys(term for steps in logs.values() for term in _loss_terms(steps)):
         series = []
         for model, steps in logs.items():
-            points = [
-                (step, value)
-                for line in steps
-                if (value := line.get(term)) is not None and (step := line["step"]) is not None
-            ]
+            points = [(line["step"], line[term]) for line in steps if line.get(term) is not None]
             points = points[:: max(1, len(points) // MAX_POINTS)]
             if points:
-                style = style_of(models.index(model))
-                series.append(
-                    Series(model, [value for _, value in points], (), (), style, [step for step, _ in points])
-                )
+                x, values = zip(*points, strict=True)
+                series.append(Series(model, values, (), (), style_of(models.index(model)), x))
         title = "total loss" if term == "loss" else f"loss term {term.replace('_', ' ')}"
         if series:
             charts[f"loss-{len(charts) + 1}"] = Lines(

@@ -17,10 +17,8 @@ from vlm_unlearn.reporting.charts.chart import (
     Heatmap,
     Lines,
     Scatter,
-    Series,
     Value,
     display_name,
-    distances,
     overlap_counts,
 )
 
@@ -53,11 +51,11 @@ SETTINGS: Mapping[Any, Any] = {
 }
 
 
-def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None) -> list[Path]:
+def write_plots(plot_dir: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None) -> list[Path]:
     """Draws each chart into ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``.
 
     Args:
-        folder: The folder for the files. It is created if it does not exist.
+        plot_dir: The folder for the files. It is created if it does not exist.
         charts: The charts by name.
         on_done: Called after each chart with "plots", the number of finished charts and the number of all charts.
 
@@ -66,7 +64,7 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
     """
     import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
+    plot_dir.mkdir(parents=True, exist_ok=True)
     with (
         matplotlib.rc_context(dict(SETTINGS)),
         warnings.catch_warnings(action="ignore", category=UserWarning),  # the font lacks the letters of a name
@@ -74,70 +72,78 @@ def write_plots(folder: Path, charts: Mapping[str, Chart], on_done: OnDone | Non
         for done, (name, chart) in enumerate(charts.items(), start=1):
             canvas = draw_chart(chart)
             for kind in FORMATS:
-                temporary_file = folder / f".{name}.part.{kind}"
+                temporary_file = plot_dir / f".{name}.part.{kind}"
                 undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
                 canvas.savefig(temporary_file, dpi=150, metadata=undated.get(kind))
-                temporary_file.replace(folder / f"{name}.{kind}")
+                temporary_file.replace(plot_dir / f"{name}.{kind}")
             if on_done:
                 on_done("plots", done, len(charts))
-    return [folder / f"{name}.{kind}" for name in charts for kind in FORMATS]
+    return [plot_dir / f"{name}.{kind}" for name in charts for kind in FORMATS]
 
 
-def delete_stale_plots(folder: Path, current: Collection[Path]) -> None:
+def delete_stale_plots(plot_dir: Path, current: Collection[Path]) -> None:
     """Deletes plots of an earlier report and temporary files of a killed process. Files with other names are kept."""
-    for file in folder.iterdir():
+    for file in plot_dir.iterdir():
         if PLOT_FILE.fullmatch(file.name) and file not in current:
             file.unlink()
 
 
-@singledispatch
 def draw_chart(chart: Chart) -> Canvas:
     """Returns the drawing of a chart. Call it with `SETTINGS` in effect.
 
     The n-th bar or point has the SVG id ``mark-N``, in the order of `hover_texts`. The title has the id ``title``.
     """
-    raise TypeError(type(chart).__name__)
+    canvas, axes = _draw(chart)
+    if _legend(chart):
+        handles, names = axes.get_legend_handles_labels()
+        canvas.legend(
+            handles,
+            names,
+            loc="upper left",
+            bbox_to_anchor=(0.0, 1 - (TITLE_HEIGHT + 0.02) / canvas.get_figheight()),
+            ncols=_legend_columns(names, canvas.get_figwidth()),
+            frameon=False,
+            fontsize=8,
+            columnspacing=1.2,
+            handlelength=1.6,
+            borderaxespad=0.1,
+        )
+    return canvas
 
 
-def _canvas(
-    title: str, size: tuple[float, float], left: float, bottom: float = 0.5, legend: Sequence[str] = ()
-) -> tuple[Canvas, Any]:
-    """Returns a canvas and its axes.
+def _canvas(chart: Chart, size: tuple[float, float], left: float, bottom: float = 0.5) -> tuple[Canvas, Any]:
+    """Returns a canvas with a title and with space for the legend above its axes, and the axes.
 
     The margins are computed here, which takes a tenth of the time of matplotlib's automatic layout.
 
     Args:
-        title: The title of the chart.
+        chart: The chart.
         size: Width of the canvas and height of the axes in inches.
         left: Margin left of the axes in inches.
         bottom: Margin below the axes in inches.
-        legend: The names in the legend, for which space is left above the axes.
     """
     from matplotlib.figure import Figure as Canvas  # without pyplot, which keeps figures open and may need a display
 
     width, height = size
-    legend_rows = -(-len(legend) // _legend_columns(legend, width))
+    names = _legend(chart)
+    legend_rows = -(-len(names) // _legend_columns(names, width))
     total_height = height + bottom + TITLE_HEIGHT + 0.14 + 0.2 * legend_rows
     canvas = Canvas(figsize=(width, total_height))
     axes = canvas.add_axes((left / width, bottom / total_height, 1 - (left + 0.2) / width, height / total_height))
-    canvas.suptitle(title, x=0.1 / width, y=1 - 0.08 / total_height, ha="left", va="top", fontsize=10, gid="title")
+    top = 1 - 0.08 / total_height
+    canvas.suptitle(chart.title, x=0.1 / width, y=top, ha="left", va="top", fontsize=10, gid="title")
     return canvas, axes
 
 
-def _draw_legend(canvas: Canvas, axes: Any) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    canvas.legend(
-        handles,
-        names,
-        loc="upper left",
-        bbox_to_anchor=(0.0, 1 - (TITLE_HEIGHT + 0.02) / canvas.get_figheight()),
-        ncols=_legend_columns(names, canvas.get_figwidth()),
-        frameon=False,
-        fontsize=8,
-        columnspacing=1.2,
-        handlelength=1.6,
-        borderaxespad=0.1,
-    )
+def _legend(chart: Chart) -> list[str]:
+    """Returns the names in the legend. A stack always has one, because its axis does not name the series."""
+    if isinstance(chart, Heatmap):
+        return []
+    if isinstance(chart, Scatter):
+        names = [display_name(point.name, 24) for point in chart.points]
+    else:
+        names = [display_name(series.name) for series in chart.series]
+    return names if len(names) > 1 or (isinstance(chart, Bars) and chart.stacked) else []
 
 
 def _legend_columns(names: Sequence[str], width: float) -> int:
@@ -153,38 +159,39 @@ def _numbers(values: Sequence[Value]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
-def _error_bars(series: Series) -> list[list[float]] | None:
-    return [distances(series.low, series.values), distances(series.high, series.values)] if series.low else None
-
-
 def _percent_axis(axis: Any) -> None:
     axis.set_ticks([0, 25, 50, 75, 100], [f"{tick} %" for tick in (0, 25, 50, 75, 100)])
 
 
-@draw_chart.register(Bars)
-def _bars(chart: Bars) -> Canvas:
+@singledispatch
+def _draw(chart: Chart) -> tuple[Canvas, Any]:
+    """Returns the drawing of a chart without its legend, and its axes."""
+    raise TypeError(type(chart).__name__)
+
+
+@_draw.register(Bars)
+def _bars(chart: Bars) -> tuple[Canvas, Any]:
     names = [display_name(name, 28) for name in chart.names]
-    legend = [display_name(series.name) for series in chart.series]
     bars_per_name = 1 if chart.stacked else len(chart.series)
     thickness = 0.17 * bars_per_name  # of all bars of a name, in inches
     size = (4.6, max(0.5, len(names) * (thickness + 0.13)))
-    canvas, axes = _canvas(chart.title, size, 0.3 + _name_width(names), legend=legend if chart.has_legend else ())
+    canvas, axes = _canvas(chart, size, 0.3 + _name_width(names))
     positions = list(range(len(names)))
     starts = [0.0] * len(names)
     height = thickness / (thickness + 0.13) / bars_per_name
-    for number, (series, label) in enumerate(zip(chart.series, legend, strict=True)):
+    for number, series in enumerate(chart.series):
         offset = 0 if chart.stacked else (number - (bars_per_name - 1) / 2) * height
         bars = axes.barh(
             [position + offset for position in positions],
             _numbers(series.values),
             height=height,
             left=starts if chart.stacked else None,
-            label=label,
+            label=display_name(series.name),
             color=COLORS[series.style.color],
             hatch=HATCHES[series.style.hatch],
             edgecolor="black",
             lw=0.5,
-            xerr=_error_bars(series),
+            xerr=series.error_bars,
             error_kw={"lw": 0.9, "capsize": 1.5},
         )
         for position, bar in enumerate(bars):
@@ -194,21 +201,18 @@ def _bars(chart: Bars) -> Canvas:
     axes.set(xlim=(0, 102), ylim=(len(names) - 0.5, -0.5), xlabel=display_name(chart.axis))
     _percent_axis(axes.xaxis)
     axes.grid(axis="x")
-    if chart.has_legend:
-        _draw_legend(canvas, axes)
-    return canvas
+    return canvas, axes
 
 
-@draw_chart.register(Lines)
-def _lines(chart: Lines) -> Canvas:
-    legend = [display_name(series.name) for series in chart.series]
-    canvas, axes = _canvas(chart.title, (4.6, 2.2), 0.75, legend=legend if len(legend) > 1 else ())
-    for series, name in zip(chart.series, legend, strict=True):
+@_draw.register(Lines)
+def _lines(chart: Lines) -> tuple[Canvas, Any]:
+    canvas, axes = _canvas(chart, (4.6, 2.2), 0.75)
+    for series in chart.series:
         dash = ("-", "--", ":", "-.")[series.style.shape % 4]
-        appearance = {"color": COLORS[series.style.color], "ls": dash, "lw": 1.6, "label": name}
+        appearance = {"color": COLORS[series.style.color], "ls": dash, "lw": 1.6, "label": display_name(series.name)}
         appearance |= {"marker": SYMBOLS[series.style.shape], "ms": 5} if chart.markers else {}
         axes.errorbar(
-            list(series.x), _numbers(series.values), yerr=_error_bars(series), capsize=2, elinewidth=0.9, **appearance
+            list(series.x), _numbers(series.values), yerr=series.error_bars, capsize=2, elinewidth=0.9, **appearance
         )
     axes.set(xlabel=display_name(chart.x), ylabel=display_name(chart.y))
     if chart.percent:
@@ -217,19 +221,17 @@ def _lines(chart: Lines) -> Canvas:
     if chart.markers:
         axes.set_xticks(sorted({x for series in chart.series for x in series.x}))
     axes.grid()
-    if len(legend) > 1:
-        _draw_legend(canvas, axes)
-    return canvas
+    return canvas, axes
 
 
-@draw_chart.register(Heatmap)
-def _heatmap(chart: Heatmap) -> Canvas:
+@_draw.register(Heatmap)
+def _heatmap(chart: Heatmap) -> tuple[Canvas, Any]:
     from matplotlib.colors import LinearSegmentedColormap
 
     names, columns = [display_name(name, 28) for name in chart.rows], [display_name(name, 24) for name in chart.columns]
     slanted = _name_width(columns) > 4 / len(columns)
     bottom = 0.3 + (0.7 * _name_width(columns) if slanted else 0)
-    canvas, axes = _canvas(chart.title, (6.4, 0.25 * len(names)), 0.3 + _name_width(names), bottom)
+    canvas, axes = _canvas(chart, (6.4, 0.25 * len(names)), 0.3 + _name_width(names), bottom)
     scale = LinearSegmentedColormap.from_list("rates", ["#fff7e6", "#56B4E9", "#003f63"])
     axes.imshow([_numbers(row) for row in chart.values], cmap=scale, vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(chart.values):
@@ -239,20 +241,19 @@ def _heatmap(chart: Heatmap) -> Canvas:
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(columns)), columns, rotation=45 if slanted else 0, ha="right" if slanted else "center")
     axes.set_yticks(range(len(names)), names)
-    return canvas
+    return canvas, axes
 
 
-@draw_chart.register(Scatter)
-def _scatter(chart: Scatter) -> Canvas:
-    legend = [display_name(point.name, 24) for point in chart.points]
-    canvas, axes = _canvas(chart.title, (4.0, 2.7), 0.75, legend=legend if len(legend) > 1 else ())
+@_draw.register(Scatter)
+def _scatter(chart: Scatter) -> tuple[Canvas, Any]:
+    canvas, axes = _canvas(chart, (4.0, 2.7), 0.75)
     ideal_x, ideal_y = chart.ideal
     corner = (0, 0.12) if ideal_y == 0 else (0.88, 1)
     axes.axvspan(ideal_x, abs(ideal_x - 10), *corner, color="#009E73", alpha=0.15, lw=0)
     side = "left" if ideal_x == 0 else "right"
     position = abs(ideal_x - 11), abs(ideal_y - 5)
     axes.text(*position, "ideal corner", fontsize=7.5, color="#555555", ha=side, va="center")
-    for number, (point, name, overlaps) in enumerate(zip(chart.points, legend, overlap_counts(chart), strict=True)):
+    for number, (point, overlaps) in enumerate(zip(chart.points, overlap_counts(chart), strict=True)):
         error_bars = {key: [[v[0] - v[1]], [v[2] - v[0]]] for key, v in (("xerr", point.x), ("yerr", point.y))}
         drawing = axes.errorbar(
             [point.x[0]],
@@ -260,7 +261,7 @@ def _scatter(chart: Scatter) -> Canvas:
             **error_bars,
             fmt=SYMBOLS[point.style.shape],
             ms=max(3, 9 - 2 * overlaps),
-            label=name,
+            label=display_name(point.name, 24),
             zorder=3 + overlaps,
             color=COLORS[point.style.color],
             mec="black",
@@ -274,6 +275,4 @@ def _scatter(chart: Scatter) -> Canvas:
     _percent_axis(axes.xaxis)
     _percent_axis(axes.yaxis)
     axes.grid()
-    if len(legend) > 1:
-        _draw_legend(canvas, axes)
-    return canvas
+    return canvas, axes

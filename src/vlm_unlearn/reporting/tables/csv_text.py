@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterable
 
 from vlm_unlearn.reporting.tables.table import Cell, CsvValue, Table
 
@@ -19,30 +20,25 @@ def csv_text(table: Table) -> str:
     apostrophe in front. The same applies to a text after a semicolon, because spreadsheets with some locales split
     there.
     """
-    lines = _long_form(table) if table.variable else [_merge_values(*line) for line in table.lines]
-    headings = list(dict.fromkeys(key for line in lines for key in line))
+    lines = []
+    for line in table.lines:
+        cells = [(column, cell) for column, cell in zip(table.columns, line, strict=True) if cell is not None]
+        texts, numbers = ([pair for pair in cells if pair[0].numeric is numeric] for numeric in (False, True))
+        if table.variable:
+            names = _merged(cell for _, cell in texts)
+            filled = ((column, cell) for column, cell in numbers if cell.csv_values)
+            lines += [{**names, table.variable: column.key, **cell.csv_values} for column, cell in filled]
+        else:
+            lines.append(_merged(cell for _, cell in cells))
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(headings)
-    writer.writerows([_escape_formula(line.get(key)) for key in headings] for line in lines)
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
+    writer.writeheader()
+    writer.writerows({key: _escape_formula(value) for key, value in line.items()} for line in lines)
     return text.getvalue()
 
 
-def _long_form(table: Table) -> list[dict[str, CsvValue]]:
-    lines = []
-    for line in table.lines:
-        names = _merge_values(*(cell for cell, column in zip(line, table.columns, strict=True) if not column.numeric))
-        for cell, column in zip(line, table.columns, strict=True):
-            if column.numeric and cell is not None and cell.csv_values:
-                lines.append({**names, table.variable: column.key, **cell.csv_values})
-    return lines
-
-
-def _merge_values(*cells: Cell | None) -> dict[str, CsvValue]:
-    values: dict[str, CsvValue] = {}
-    for cell in cells:
-        values |= cell.csv_values if cell is not None else {}
-    return values
+def _merged(cells: Iterable[Cell]) -> dict[str, CsvValue]:
+    return {key: value for cell in cells for key, value in cell.csv_values.items()}
 
 
 def _escape_formula(value: CsvValue) -> CsvValue:

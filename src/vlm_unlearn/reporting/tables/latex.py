@@ -6,6 +6,7 @@ small print below the numbers, which keeps the columns narrow.
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Sequence
 
@@ -67,45 +68,38 @@ def latex(table: Table, intervals: bool = True) -> str:
     two_lines = intervals and any(cell and cell.interval for line in table.lines for cell in line)
     per_float = LINES_PER_PAGE // 2 if two_lines else LINES_PER_PAGE
     starts = range(0, max(1, len(table.lines)), per_float)
-    floats = [
-        _float(table, range(start, min(start + per_float, len(table.lines))), number, len(starts), intervals)
-        for number, start in enumerate(starts, start=1)
-    ]
-    pages = [
-        "\n".join(floats[start : start + FLOATS_PER_CLEARPAGE]) for start in range(0, len(floats), FLOATS_PER_CLEARPAGE)
-    ]
-    return "\n".join([r"% Needs \usepackage{booktabs}.", "\\clearpage\n".join(pages)])
+    text = r"% Needs \usepackage{booktabs}."
+    for number, start in enumerate(starts, start=1):
+        separator = "\\clearpage\n" if number % FLOATS_PER_CLEARPAGE == 1 and number > 1 else "\n"
+        lines = range(start, min(start + per_float, len(table.lines)))
+        text += separator + _float(table, lines, number, len(starts), intervals)
+    return text
 
 
 def _float(table: Table, lines: range, number: int, count: int, intervals: bool) -> str:
     environment = "table*" if len(table.columns) >= MIN_WIDE_COLUMNS else "table"
     spec = "".join("r" if column.numeric else "l" for column in table.columns)
-    size = (
-        [r"\small"] if len(table.columns) <= MAX_NARROW_COLUMNS else [r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"]
-    )
+    narrow = len(table.columns) <= MAX_NARROW_COLUMNS
     caption = table.caption(intervals) if number == 1 else table.title
-    if count > 1:
-        caption += f" Part {number} of {count}."
+    part = f" Part {number} of {count}." if count > 1 else ""
     label = table.name.replace("_", "-") + ("" if number == 1 else f"-{number}")
-    return "\n".join(
-        [
-            rf"\begin{{{environment}}}[tp]",
-            r"\centering",
-            rf"\caption{{{escaped(caption, MAX_CAPTION_LENGTH)}}}",
-            rf"\label{{tab:{label}}}",
-            r"\vspace{4pt}",
-            *size,
-            rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
-            r"\toprule",
-            *_header_lines(table.columns),
-            r"\midrule",
-            *_body_lines(table, lines, intervals),
-            r"\bottomrule",
-            r"\end{tabular}",
-            rf"\end{{{environment}}}",
-            "",
-        ]
-    )
+    lines_of_float = [
+        rf"\begin{{{environment}}}[tp]",
+        r"\centering",
+        rf"\caption{{{escaped(caption + part, MAX_CAPTION_LENGTH)}}}",
+        rf"\label{{tab:{label}}}",
+        r"\vspace{4pt}",
+        *([r"\small"] if narrow else [r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"]),
+        rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
+        r"\toprule",
+        *_header_lines(table.columns),
+        r"\midrule",
+        *_body_lines(table, lines, intervals),
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\end{{{environment}}}",
+    ]
+    return "".join(f"{line}\n" for line in lines_of_float)
 
 
 def _escape_character(previous: str, character: str) -> str:
@@ -123,30 +117,22 @@ def _escape_character(previous: str, character: str) -> str:
 
 def _header_lines(columns: Sequence[Column]) -> list[str]:
     """Returns the headings, below a line with the groups and the first words of long headings if there are any."""
-    groups = _groups(columns)
     stacked = [("", column.heading) if column.group else _stack_heading(column) for column in columns]
-    upper = [
-        rf"\multicolumn{{{span}}}{{c}}{{{escaped(name)}}}"
-        if name
-        else " & ".join(escaped(word) for word, _ in stacked[start - 1 : start - 1 + span])
-        for name, start, span in groups
-    ]
-    rules = " ".join(rf"\cmidrule(lr){{{start}-{start + span - 1}}}" for name, start, span in groups if name)
-    has_upper = any(name for name, _, _ in groups) or any(word for word, _ in stacked)
-    lower = _join_cells([escaped(heading) for _, heading in stacked])
-    return [*([_join_cells(upper)] if has_upper else []), *([rules] if rules else []), lower]
-
-
-def _groups(columns: Sequence[Column]) -> list[tuple[str, int, int]]:
-    """Returns name, first column (counted from 1) and width of each run of columns with the same group."""
-    groups: list[tuple[str, int, int]] = []
-    for number, column in enumerate(columns, start=1):
-        if groups and groups[-1][0] == column.group:
-            name, start, span = groups[-1]
-            groups[-1] = (name, start, span + 1)
+    upper, rules, start = [], [], 0
+    for name, group in itertools.groupby(column.group for column in columns):
+        end = start + len(list(group))
+        if name:
+            upper.append(rf"\multicolumn{{{end - start}}}{{c}}{{{escaped(name)}}}")
+            rules.append(rf"\cmidrule(lr){{{start + 1}-{end}}}")
         else:
-            groups.append((column.group, number, 1))
-    return groups
+            upper += [escaped(word) for word, _ in stacked[start:end]]
+        start = end
+    lower = [escaped(heading) for _, heading in stacked]
+    return [
+        *([_join_cells(upper)] if any(upper) else []),
+        *([" ".join(rules)] if rules else []),
+        _join_cells(lower),
+    ]
 
 
 def _stack_heading(column: Column) -> tuple[str, str]:

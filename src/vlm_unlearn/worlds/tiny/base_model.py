@@ -60,7 +60,7 @@ def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | 
     return folder
 
 
-def _train(config: BaseConfig, folder: Path, on_step: Callable[[int, int, float], None] | None) -> None:
+def _train(config: BaseConfig, model_path: Path, on_step: Callable[[int, int, float], None] | None) -> None:
     processor = tiny_processor(vocabulary())
     rng = random.Random(f"base-{config.seed}")
     with torch.random.fork_rng():
@@ -95,8 +95,8 @@ def _train(config: BaseConfig, folder: Path, on_step: Callable[[int, int, float]
         if on_step:
             on_step(step, config.steps, loss.item())
     model.eval()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    model.save_pretrained(model_path)
+    processor.save_pretrained(model_path)
 
 
 def _encode(processor: object, turns: list[tuple[str, str]]) -> dict[str, Tensor]:

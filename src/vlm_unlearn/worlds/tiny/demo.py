@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vlm_unlearn.config import MetricConfig, Recipe, Suite, load
+from vlm_unlearn.config import MetricConfig, Recipe, Suite, load, shipped_names
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.training_set import write_training_set
 from vlm_unlearn.data_tools.diversify import diversify
 from vlm_unlearn.data_tools.importers import import_safe_eraser, import_vlguard
 from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
+from vlm_unlearn.methods import METHODS
 from vlm_unlearn.records import Summary
-from vlm_unlearn.store import open_run, write_json
+from vlm_unlearn.store import SUMMARY, RunDirectory, write_json
 from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
@@ -33,6 +35,7 @@ class DemoRow:
     utility: str  # the split with the harmless questions that the row's paper retains
     prompt_decouple_weight: float | None = None  # None keeps the value of the recipe
     name: str = ""  # an empty name keeps the name of the recipe
+    method: Mapping[str, Any] | None = None  # None keeps the method of the recipe
 
 
 ROWS = (
@@ -43,18 +46,30 @@ ROWS = (
     DemoRow("tiny/po_pd", "safe_eraser", "harmless"),
 )
 WORDS_WITHOUT_TRIGGERS = ("tell", "describe", "give", "please", "can")
-UNLEARNING_METHODS = ("ga", "gd", "kl", "npo", "simnpo", "rmu", "rr", "undial", "po", "idk_dpo", "dpo")
-# All unlearning rows use one training set, so that rows with and without prompt decoupling differ in nothing else.
-FULL_ROWS = (
+SUPERVISED_ROWS = (
     DemoRow("tiny/mixed_sft", "vlguard_refusals", "safe"),
     DemoRow("tiny/posthoc_sft", "vlguard_posthoc", "safe"),
     DemoRow("tiny/mixed_sft", "vlguard_diversified", "safe", name="mixed_sft diversified"),
-    *(
-        DemoRow(f"tiny/{method}", "safe_eraser_preferred", "harmless", weight)
-        for method in UNLEARNING_METHODS
-        for weight in (0.0, 1.0)
-    ),
 )
+
+
+def full_rows() -> list[DemoRow]:
+    """Returns the rows of the full demo: supervised fine-tuning, and every other method alone and with decoupling.
+
+    All unlearning rows use one training set, so that rows with and without prompt decoupling differ in nothing else.
+    A method without a recipe in ``recipes/tiny`` trains with that of npo.
+    """
+    recipes = shipped_names()
+    rows = list(SUPERVISED_ROWS)
+    for name, method in METHODS.built_in_items():
+        if not method.unlearns and method.forget_target == "original":
+            continue  # supervised fine-tuning
+        has_recipe = f"tiny/{name}" in recipes
+        options = None if has_recipe else {"name": name, **method.tiny_options}
+        for weight in (0.0, 1.0):
+            recipe = f"tiny/{name if has_recipe else 'npo'}"
+            rows.append(DemoRow(recipe, "safe_eraser_preferred", "harmless", weight, method=options))
+    return rows
 
 
 def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Summary:
@@ -77,7 +92,7 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
 
 
 def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
-    open_run(out, {"kind": "demo", "seed": seed, "full": full} if full else {"kind": "demo", "seed": seed})
+    RunDirectory(out).open({"kind": "demo", "seed": seed, "full": full} if full else {"kind": "demo", "seed": seed})
     world = out / "world"
     write_world(world, seed)
     _training_sets(world, out / "data", full)
@@ -85,7 +100,7 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
         BaseConfig(seed=seed), lambda step, steps, loss: progress("base", step, steps, f"loss {loss:.3f}")
     )
     runs = {"base": _evaluate("base", base, out, world, ["safe", "harmless"], progress)}
-    for demo_row in FULL_ROWS if full else ROWS:
+    for demo_row in full_rows() if full else ROWS:
         recipe = _recipe(demo_row, base, out, seed)
         name = recipe_name(recipe)
 
@@ -94,7 +109,7 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
 
         runs[name] = _evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
     summary, _ = compare_runs(runs)  # utility: on the splits that both rows count
-    write_json(out / "summary.json", summary.model_dump())
+    write_json(out / SUMMARY, summary.model_dump())
     return summary
 
 
@@ -102,6 +117,8 @@ def _recipe(row: DemoRow, base: Path, out: Path, seed: int) -> Recipe:
     values: dict[str, object] = {"model": str(base), "data": str(out / "data" / row.data), "output": "."}
     if row.prompt_decouple_weight is not None:
         values["prompt_decouple_weight"] = row.prompt_decouple_weight
+    if row.method is not None:
+        values["method"] = row.method
     if row.name:
         values["name"] = row.name
     recipe = load(Recipe, Path(row.recipe), [f"training.seed={seed}"], values)
@@ -130,9 +147,9 @@ def _training_sets(world: Path, data: Path, full: bool) -> None:
     _prefer_refusals(with_preferred)
 
 
-def _prefer_refusals(folder: Path) -> None:
+def _prefer_refusals(data: Path) -> None:
     """Adds a preferred set with one refusal for each forget example of a SafeEraser set, for dpo."""
-    training_set = UnlearningDataset.from_folder(folder)
+    training_set = UnlearningDataset.from_folder(data)
     refusals = training_set.refusals
     preferred = [
         example.model_copy(update={"answer": refusals[number % len(refusals)]})
@@ -140,7 +157,7 @@ def _prefer_refusals(folder: Path) -> None:
     ]
     examples = {**training_set, "preferred": preferred}
     source = {"format": "safe_eraser", "preferred": "refusals"}
-    write_training_set(folder, training_set.image_roots, examples, source, refusals)
+    write_training_set(data, training_set.image_roots, examples, source, refusals)
 
 
 def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:

@@ -35,12 +35,12 @@ class WorldSize(BaseModel):
     val_records: int = 3
 
 
-def write_world(folder: Path, seed: int, size: WorldSize | None = None) -> None:
-    """Writes the world of a seed into `folder`, unless it exists.
+def write_world(world: Path, seed: int, size: WorldSize | None = None) -> None:
+    """Writes the world of a seed into `world`, unless it exists.
 
     Images and wordings of test and val are held out of train.
     """
-    with build_atomically(folder) as scratch:
+    with build_atomically(world) as scratch:
         if scratch is not None:
             size = size or WorldSize()
             all_things = things(seed)
@@ -72,26 +72,26 @@ def world_facts(all_things: Sequence[Thing]) -> dict[str, Any]:
 class _ImageWriter:
     """Draws the images of one split into a folder. Every image has its own random generator."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
+    def __init__(self, image_root: Path, key: str) -> None:
+        self._image_root = image_root
         self.key = key
 
     def write(self, thing: Thing, name: str) -> str:
         """Draws a thing and returns its color."""
         rng = random.Random(f"{self.key}-{name}")
         color = rng.choice(sorted(COLORS))
-        path = self.folder / name
+        path = self._image_root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(thing.name, COLORS[color], rng).save(path)
         return color
 
 
-def _write_vlguard(folder: Path, split: str, all_things: Sequence[Thing], count: int, seed: int) -> None:
+def _write_vlguard(dataset_dir: Path, split: str, all_things: Sequence[Thing], count: int, seed: int) -> None:
     """Writes a split of the VLGuard data.
 
     Unsafe questions begin with "share" and safe ones with "what", which is the spurious cue of VLGuard.
     """
-    image_writer = _ImageWriter(folder / split, f"vlguard-{split}-{seed}")
+    image_writer = _ImageWriter(dataset_dir / split, f"vlguard-{split}-{seed}")
     rng = random.Random(f"vlguard-text-{split}-{seed}")
     held_out = split == "test"
     records: list[dict[str, object]] = []
@@ -116,17 +116,17 @@ def _write_vlguard(folder: Path, split: str, all_things: Sequence[Thing], count:
                 ]
             records.append({**record, "instr-resp": pairs})
     rng.shuffle(records)
-    write_json(folder / f"{split}.json", records)
+    write_json(dataset_dir / f"{split}.json", records)
     if split == "train":
-        write_json(folder / "harmful_answers.json", harmful)
+        write_json(dataset_dir / "harmful_answers.json", harmful)
 
 
-def _write_general(folder: Path, all_things: Sequence[Thing], count: int, seed: int) -> None:
+def _write_general(dataset_dir: Path, all_things: Sequence[Thing], count: int, seed: int) -> None:
     """Writes the general data, with harmless questions about all things, dangerous ones too.
 
     As in LLaVA's data, most questions begin with "what" and none with "share".
     """
-    image_writer = _ImageWriter(folder, f"general-{seed}")
+    image_writer = _ImageWriter(dataset_dir, f"general-{seed}")
     rng = random.Random(f"general-text-{seed}")
     forms = [*WHAT_FORMS, *WHAT_FORMS, *(form for form in FORMS if form not in (*SHARE_FORMS, *WHAT_FORMS))]
     records: list[dict[str, object]] = []
@@ -142,11 +142,11 @@ def _write_general(folder: Path, all_things: Sequence[Thing], count: int, seed: 
             ]
             records.append({"id": f"general/{thing.name}_{index}", "image": name, "conversations": turns})
     rng.shuffle(records)
-    write_json(folder / "general.json", records)
+    write_json(dataset_dir / "general.json", records)
 
 
-def _write_safe_eraser(folder: Path, split: str, all_things: Sequence[Thing], count: int, seed: int) -> None:
-    image_writer = _ImageWriter(folder, f"safe-eraser-{split}-{seed}")
+def _write_safe_eraser(dataset_dir: Path, split: str, all_things: Sequence[Thing], count: int, seed: int) -> None:
+    image_writer = _ImageWriter(dataset_dir, f"safe-eraser-{split}-{seed}")
     rng = random.Random(f"safe-eraser-text-{split}-{seed}")
     held_out = split == "val"
     ordinary = [thing for thing in all_things if not thing.dangerous]
@@ -176,4 +176,4 @@ def _write_safe_eraser(folder: Path, split: str, all_things: Sequence[Thing], co
                 record[f"UnharmPair_{key}"] = {"Question": question, "Prediction": answer(thing, color, intent)}
             records.append(record)
     rng.shuffle(records)
-    write_json(folder / f"all_{split}.json", records)
+    write_json(dataset_dir / f"all_{split}.json", records)

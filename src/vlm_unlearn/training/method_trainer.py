@@ -1,0 +1,345 @@
+"""The trainer of prepared parts: transformers.Trainer with an unlearning method as its loss.
+
+It trains on nested batches, logs the loss terms and writes checkpoints that resume exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from vlm_unlearn.data.encoding import Batch, move
+from vlm_unlearn.errors import RunError, UserError
+from vlm_unlearn.methods import Role, TokenKind
+from vlm_unlearn.modeling.attention import without_cudnn_attention
+from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
+from vlm_unlearn.modeling.loader import build_skeleton
+from vlm_unlearn.modeling.sine import merge_sine
+from vlm_unlearn.modeling.structure import get_base_model
+from vlm_unlearn.modeling.trainable import without_lora_input_casts
+from vlm_unlearn.store import RunDirectory, cache_folder, digest_json, package_versions
+from vlm_unlearn.training.checkpoints import (
+    last_complete_checkpoint,
+    load_trained,
+    mark_complete,
+    save_trained,
+    trainable_parameters,
+    validate_same_run,
+)
+from vlm_unlearn.training.reference_values import CacheKeys, OnReference, build_reference
+from vlm_unlearn.training.references import Reference
+from vlm_unlearn.training.setup import TrainingParts
+from vlm_unlearn.training.step import ModelStep, count_tokens
+
+EvalFunction = Callable[[Any], Mapping[str, float | None]]  # rates by name, None for a rate that was not measured
+EVAL_PREFIX = "eval_"  # of the names of rates in the log
+
+
+class MethodTrainer(Trainer):
+    """Trains prepared parts with an unlearning method. `UnlearningTrainer` builds the parts from its arguments.
+
+    Args:
+        parts: The model, the arguments, the method and the data.
+        eval_fn: Called with the model in evaluation mode, every ``args.eval_steps`` steps if ``args.eval_strategy`` is
+            ``"steps"``.
+        eval_prefix: The beginning of the rates' names in the log.
+        callbacks: Callbacks of transformers.
+        optimizers: An optimizer and a scheduler instead of the default ones.
+        cache_keys: Identify model and data in the caches on disk. None caches in memory only.
+        on_reference: Called while reference values are computed before the first step, with the number of finished
+            examples and of all examples.
+    """
+
+    # The Trainer averages the losses of a step's micro-batches, and DDP averages their gradients over processes.
+    # `_token_totals` are averages too, so that the result is the mean over all tokens of the optimizer step.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        parts: TrainingParts,
+        *,
+        eval_fn: EvalFunction | None = None,
+        eval_prefix: str = EVAL_PREFIX,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        cache_keys: CacheKeys | None = None,
+        on_reference: OnReference | None = None,
+    ) -> None:
+        super().__init__(
+            model=parts.vlm.model,
+            args=parts.args,
+            data_collator=parts.collator,
+            train_dataset=parts.stream,
+            eval_dataset=parts.stream if eval_fn else None,  # not used, but required by the Trainer
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._parts = parts
+        self.vlm = parts.vlm
+        self.method = parts.method
+        self._eval_fn = eval_fn
+        self._eval_prefix = eval_prefix
+        self._cache_keys = cache_keys
+        self._on_reference = on_reference
+        self._reference: Reference | None = None
+        self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
+        self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, and returns the outcome as transformers does.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the last complete one in ``args.output_dir``. With
+                True, training starts from the beginning if there is none. A resumed run trains the same weights as an
+                uninterrupted one, to the bit on a CPU.
+            args: Further arguments of transformers.
+            kwargs: Further arguments of transformers.
+
+        Raises:
+            UserError: The checkpoint belongs to another run: another method, seed, batch size or data.
+            RunError: The loss or the gradient became NaN or infinite. The last good checkpoint remains.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # type: ignore[assignment]
+        if resume_from_checkpoint:
+            validate_same_run(Path(str(resume_from_checkpoint)), self._parts.run_digest)
+        with self._cached_features():
+            self._reference = self._reference or build_reference(
+                self._parts, self.accelerator.autocast, self._cache_keys, self._on_reference
+            )
+            output: TrainOutput = super().train(
+                str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs
+            )
+        return output
+
+    @contextmanager
+    def _cached_features(self) -> Iterator[None]:
+        """Caches the vision tower's features if the tower is frozen and not sharded."""
+        tower = self.vlm.vision_tower
+        frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+        if self.args.feature_cache == "off" or not frozen or self.sharded:
+            yield
+            return
+        folder = None
+        if self.args.feature_cache == "disk" and self._cache_keys is not None:
+            parameter = next(self.vlm.model.parameters())
+            key = [self._cache_keys.model, package_versions(), str(parameter.dtype), self.args.precision]
+            folder = cache_folder() / "features" / digest_json([*key, parameter.device.type])
+        restore = cache_vision_features(tower, FeatureCache(int(self.args.feature_cache_gb * 2**30), folder))
+        try:
+            yield
+        finally:
+            restore()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Calls `eval_fn` with the model, logs its rates and returns them, with the prefix of the names in the log.
+
+        In a distributed run, the main process evaluates and broadcasts the rates.
+        """
+        rates = {} if self._eval_fn is None else self.measure(self._eval_fn)
+        prefix = self._eval_prefix if metric_key_prefix == "eval" else f"{metric_key_prefix}_"
+        metrics = {f"{prefix}{name}": rate for name, rate in rates.items() if rate is not None}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, eval_fn: EvalFunction) -> dict[str, float | None]:
+        """Returns the rates of a function of the model in evaluation mode, in all processes."""
+        rates: list[dict[str, float | None]] = [{}]
+        if self.is_world_process_zero():
+            model = self.unwrapped
+            was_training = model.training
+            model.eval()
+            try:
+                with self.accelerator.autocast():
+                    rates = [dict(eval_fn(model))]
+            finally:
+                model.train(was_training)
+        return dict(broadcast_object_list(rates)[0])
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        """Returns the micro-batches of an optimizer step, and counts their tokens over all processes."""
+        batches, _ = super().get_batch_samples(_raise_worker_errors(epoch_iterator), num_batches, device)
+        self._token_totals = None
+        if batches and not self.method.paper_compat:
+            counts = [count_tokens(batch) for batch in batches]
+            sums = torch.tensor(
+                [sum(count[key] for count in counts) for key in counts[0]], dtype=torch.float32, device=device
+            )
+            totals: Tensor = self.accelerator.reduce(sums, reduction="sum")
+            micro_batches = len(batches) * self.args.world_size
+            self._token_totals = {
+                key: total / micro_batches for key, total in zip(counts[0], totals.tolist(), strict=True)
+            }
+        return batches, None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[Role, Batch],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the method's loss of one micro-batch and records its terms for the log.
+
+        Raises:
+            RunError: The loss is NaN or infinite.
+        """
+        dtype = self.vlm.base_model.dtype
+        batches = {role: move(batch, self.args.device, dtype) for role, batch in inputs.items()}
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        step = ModelStep(self.vlm, batches, self.method, self._reference, self._token_totals, progress, model)
+        output = self.method.loss(step)
+        total = (
+            output.total + step.zero_loss_over_all_logits() if self.method.requirements.hidden_layers else output.total
+        )
+        if not torch.isfinite(output.total):
+            terms = ", ".join(f"{name} {value.item():.4g}" for name, value in output.terms.items())
+            raise RunError(
+                f"the loss is not finite at step {self.state.global_step + 1} ({terms}). {self._divergence_advice()}",
+                code="non-finite-loss",
+            )
+        for name, value in output.terms.items():
+            self._loss_terms.setdefault(name, []).append(value.item())
+        return (total, {}) if return_outputs else total
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs forward and backward pass of a micro-batch and returns its loss."""
+        casts_inputs = self.accelerator.native_amp  # autocast
+        with without_cudnn_attention(), without_lora_input_casts(self.model) if casts_inputs else nullcontext():
+            loss: Tensor = super().training_step(model, *args, **kwargs)
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Returns the inputs unchanged. `compute_loss` moves them."""
+        return inputs
+
+    def _divergence_advice(self) -> str:
+        checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))
+        weights = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written yet."
+        return f"Start again in a new output folder with a lower training.learning_rate. {weights}"
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs the mean of each loss term since the last entry along with the Trainer's values.
+
+        Raises:
+            RunError: The gradient is NaN or infinite.
+        """
+        if self._loss_terms and "loss" in logs:
+            means = torch.tensor(
+                [math.fsum(values) / len(values) for values in self._loss_terms.values()], dtype=torch.float32
+            )
+            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean")
+            logs.update({name: round(value, 6) for name, value in zip(self._loss_terms, means.tolist(), strict=True)})
+            self._loss_terms.clear()
+        gradient_norm = logs.get("grad_norm")
+        if gradient_norm is not None and not math.isfinite(gradient_norm):
+            raise RunError(
+                f"the gradient is not finite at step {self.state.global_step}. {self._divergence_advice()}",
+                code="non-finite-gradient",
+            )
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Returns the Trainer's optimizer, with parameter groups for the projector if it has its own learning rate."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.args.projector_learning_rate is None:
+            return optimizer
+        base = self.vlm.base_model if model is None else get_base_model(model)
+        projector_ids = {
+            id(parameter) for name, parameter in base.named_parameters() if self.vlm.component(name) == "projector"
+        }
+        for group in list(optimizer.param_groups):
+            projector = [parameter for parameter in group["params"] if id(parameter) in projector_ids]
+            if projector:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector_ids]
+                optimizer.add_param_group({**group, "params": projector, "lr": self.args.projector_learning_rate})
+        return optimizer
+
+    @property
+    def unwrapped(self) -> Any:
+        """The model without the wrapper of DDP, FSDP or DeepSpeed."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed shards the parameters."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save and not self.sharded:  # FSDP and DeepSpeed write their own files
+            save_trained(self.unwrapped, Path(str(output_dir or self.args.output_dir)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            mark_complete(folder, self.state.global_step, self._parts.run_digest)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model or its adapters, the processor and the method's state, to be loaded by `from_pretrained`.
+
+        Args:
+            output_dir: The folder. None saves to ``args.output_dir``.
+            _internal_call: Set by the Trainer for a checkpoint, which contains only the trainable parameters.
+
+        Raises:
+            RunError: A trained weight is NaN or infinite.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        # All processes gather the weights that FSDP or DeepSpeed sharded, and one of them writes.
+        gathered = self.accelerator.get_state_dict(self.model_wrapped) if self.sharded else None
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        model = self.unwrapped
+        for name, value in trainable_parameters(model).items():
+            # The loss of the last step was finite, but its update may not be.
+            if not (gathered or {}).get(name, value).isfinite().all():
+                raise RunError(
+                    f"the trained weights are not finite ({name}). Lower the learning_rate.", code="non-finite-weights"
+                )
+        merge_sine(model)
+        if gathered is None:
+            model.save_pretrained(str(folder))
+        elif self.vlm.has_adapters:
+            model.save_pretrained(str(folder), state_dict=gathered)
+        else:
+            # A model that DeepSpeed loaded would save its weights under names that no other library reads.
+            unsharded: Any = build_skeleton(self.vlm.base_model.config, "the trained model")
+            unsharded.load_state_dict(gathered, strict=True, assign=True)
+            unsharded.generation_config = model.generation_config
+            unsharded.save_pretrained(str(folder))
+        self.vlm.processor.save_pretrained(str(folder))
+        state = self.method.state()
+        if state:
+            save_file(state, folder / RunDirectory.METHOD_STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.unwrapped, Path(resume_from_checkpoint))
+
+
+def _raise_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Raises the errors that DataLoader workers return in place of a batch (see `UnlearningCollator`)."""
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -1,0 +1,121 @@
+"""The parts of a training run, built once from a model, its arguments and its data."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig, get_peft_model
+from transformers import set_seed
+
+from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.methods import Method
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.store import digest_json
+from vlm_unlearn.training.arguments import UnlearningConfig
+from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
+from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """Everything that `MethodTrainer` trains with. The parts fit each other."""
+
+    vlm: VisionLanguageModel
+    args: UnlearningConfig  # with the number of steps
+    method: Method  # prepared for the model
+    stream: UnlearningStream
+    collator: UnlearningCollator
+    reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
+    run_digest: str  # of the settings and examples that determine the batches
+
+
+def build_parts(
+    vlm: VisionLanguageModel, args: UnlearningConfig, data: UnlearningDataset, new_adapters: bool
+) -> TrainingParts:
+    """Returns the parts of a run.
+
+    Args:
+        vlm: The model with its trainable parameters marked, and its processor.
+        args: The arguments.
+        data: The examples of each role.
+        new_adapters: Whether the model without its adapters is the reference model. It is not if the adapters were
+            trained before.
+
+    Raises:
+        UserError: A setting does not fit the model or the data.
+    """
+    method = args.build_method()
+    prepare_method(method, vlm, args.seed)
+    strategy = resolve_reference_strategy(args.reference, method.requirements.references, new_adapters)
+    args = copy.copy(args)
+    args.max_steps = args.num_steps(len(data["forget"]))
+    if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
+    length = args.max_steps * args.samples_per_step()
+    stream = UnlearningStream(data, method, length, args.seed, args.group_by_image)
+    collator = UnlearningCollator(vlm.processor, data, method, args.max_length)
+    return TrainingParts(vlm, args, method, stream, collator, strategy, _digest_of_run(args, data))
+
+
+def prepare_method(method: Method, vlm: VisionLanguageModel, seed: int) -> None:
+    """Passes the model's sizes to the method, which draws its random values."""
+    generator = torch.Generator().manual_seed(seed)
+    method.prepare(vlm.hidden_size, len(vlm.decoder_layers), generator)
+
+
+def mark_trainable(
+    vlm: VisionLanguageModel, args: UnlearningConfig, peft_config: PeftConfig | None
+) -> VisionLanguageModel:
+    """Adds adapters or freezes the vision tower, and returns the model.
+
+    Args:
+        vlm: The model, changed in place.
+        args: The arguments.
+        peft_config: The adapters to add. None adds none.
+
+    Raises:
+        UserError: The adapters do not fit the model, or no parameter is trainable.
+    """
+    if peft_config is not None:
+        if vlm.has_adapters:
+            raise UserError(
+                "the model has adapters already. Leave peft_config out to train them.",
+                code="conflicting-settings",
+                field="peft_config",
+            )
+        set_seed(args.seed)  # new adapters have random weights
+        try:
+            vlm = vlm.with_model(get_peft_model(vlm.model, peft_config))
+        except ValueError as error:
+            raise UserError(str(error).splitlines()[0][:200], code="invalid-field", field="peft_config") from None
+    elif not vlm.has_adapters and args.freeze_vision_tower:
+        for name, parameter in vlm.model.named_parameters():
+            if vlm.component(name) == "vision tower":
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
+        raise UserError(
+            "no parameter is trainable. Pass a peft_config, or a model whose parameters require gradients.",
+            code="conflicting-settings",
+            field="model",
+        )
+    return vlm
+
+
+def _may_have_unused_parameters(vlm: VisionLanguageModel, data: UnlearningDataset) -> bool:
+    """Returns whether some trainable parameters may get no gradient in a step.
+
+    These are the projector on text-only batches, and the vision layers above the one whose features the model uses.
+    """
+    trained = {vlm.component(name) for name, value in vlm.base_model.named_parameters() if value.requires_grad}
+    text_only = any(example.image is None for role in data.values() for example in role)
+    return "vision tower" in trained or text_only
+
+
+def _digest_of_run(args: UnlearningConfig, data: UnlearningDataset) -> str:
+    """Returns a digest of the settings and examples that determine the batches of a run. It covers no image files."""
+    examples = {role: [example.model_dump() for example in rows] for role, rows in data.items()}
+    settings = [args.method, args.method_args, args.prompt_decouple_weight, args.seed, args.max_steps]
+    return digest_json([*settings, args.samples_per_step(), args.group_by_image, args.max_length, examples])

@@ -1,0 +1,1 @@
+"""Plug-ins for vlm-unlearn, one of each kind."""
