@@ -26,8 +26,9 @@ from vlm_unlearn.modeling import features as module
 from vlm_unlearn.modeling.features import FeatureCache, Features, cache_vision_features
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.store import RunDirectory
 from vlm_unlearn.training import runner
-from vlm_unlearn.training import trainer as trainer_module
+from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
 
@@ -271,11 +272,12 @@ def cached_towers(configured: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[o
         towers.append(tower)
         return lambda: None
 
-    monkeypatch.setattr(trainer_module, "cache_vision_features", cache)
+    monkeypatch.setattr(module, "cache_vision_features", cache)
     monkeypatch.setattr(Trainer, "train", lambda *_args: None)
     planned = plan(configured)
     configured.output.mkdir()
-    runner._build_trainer(planned, runner._training_arguments(planned), None).train()
+    run = RunDirectory(configured.output)
+    MethodTrainer(runner._load_parts(planned, run, runner._training_arguments(planned, run))).train()
     return towers
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 
 import families
 from helpers import raises_code
-from vlm_unlearn.data.encoding import Processor, Turn, encode, render
+from vlm_unlearn.data.encoding import Turn, encode, render
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.modeling.loader import load_model, load_processor, model_skeleton
 
-WITH_VIDEOS = ["qwen2_5_vl", "smolvlm", "internvl"]
+WITH_VIDEOS = ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm", "internvl"]
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

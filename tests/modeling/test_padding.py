@@ -10,7 +10,7 @@ from PIL import Image
 
 import families
 from helpers import raises_code
-from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.modeling.loader import load_processor
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])

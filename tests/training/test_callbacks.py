@@ -112,12 +112,29 @@ def test_probe_with_the_tiny_suite_logs_its_rates(
     assert [line["step"] for line in lines] == [2, 4]
     for metric in ("degenerate_rate", "asr_attacked", "utility"):
         assert all(0 <= line[f"probe/{metric}"] <= 1 for line in lines)
-    with raises_code("missing-setting", field="probe"):
-        run_plan(planned)
+    assert run_plan(planned) == tmp_path / "run" / "model"  # the recipe's probe is the one that was passed
     smaller_probe = build_probe(config.model_copy(update={"num_questions": 1}), str(tiny_model), processor)
     with raises_code("run-mismatch") as caught:
         run_plan(planned, probe=smaller_probe)
     assert "probe" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_recipe_with_a_probe_runs_from_python_and_stops(
+    tiny_model: Path, training_sets: dict[str, Path], world: Path, tmp_path: Path
+) -> None:
+    """The recipe alone names the suite. Its rule holds from the first probe on."""
+    rules = {
+        "suite": "suites/tiny",
+        "root": str(world),
+        "eval_steps": 2,
+        "num_questions": 1,
+        "stop_when": {"degenerate_rate": {"at_most": 1.0}},
+    }
+    run_recipe(recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", probe=rules))
+    probes = [line for line in log_lines(tmp_path / "run") if "probe/asr" in line]
+    assert [(line["step"], line["stopped"]) for line in probes] == [(2, "stop_when holds")]
+    assert all(0 <= probes[0][f"probe/{metric}"] <= 1 for metric in ("asr", "degenerate_rate", "utility"))
 
 
 def test_probe_rule_with_an_unknown_metric_or_an_invalid_bound_is_rejected(tiny_model: Path, world: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,54 @@ def test_trainer_recipe_and_resumed_trainer_train_the_same_weights(
         assert weights.keys() == from_recipe.keys()
         different = {name: (weights[name] - from_recipe[name]).abs().max().item() for name in weights}
         assert max(different.values()) == 0, different
+
+
+@pytest.mark.slow
+def test_eval_fn_and_the_probe_of_a_recipe_measure_the_same_weights_at_the_same_steps(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    class WeightNorm:
+        """A probe whose rate depends on every trained weight."""
+
+        digest = "norm"
+
+        def __call__(self, model: Any) -> Mapping[str, float | None]:
+            assert not model.training
+            squares = [float(value.square().sum()) for value in model.parameters() if value.requires_grad]
+            return {"norm": sum(squares) ** 0.5, "unmeasured": None}
+
+    data, lora = training_sets["harmful"], {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    configured = recipe(
+        tiny_model,
+        data,
+        tmp_path / "recipe",
+        {"name": "npo", "beta": 0.5},
+        trainable={"mode": "lora", "projector": False, "lora": lora},
+        training={
+            "max_steps": STEPS,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 2,
+            "warmup_ratio": 1 / STEPS,
+            "seed": 42,
+            "precision": "fp32",
+        },
+        probe={"suite": "suites/tiny", "eval_steps": 2},
+    )
+    run_recipe(configured, probe=WeightNorm())
+    log = [json.loads(line) for line in (tmp_path / "recipe" / "log.jsonl").read_text().splitlines()]
+    in_memory = trainer(
+        tiny_model,
+        data,
+        tmp_path / "in_memory",
+        eval_fn=WeightNorm(),
+        arguments={"eval_strategy": "steps", "eval_steps": 2},
+    )
+    in_memory.train()
+    probed = [(line["step"], line["probe/norm"]) for line in log if "probe/norm" in line]
+    assert probed == [(line["step"], line["eval_norm"]) for line in in_memory.state.log_history if "eval_norm" in line]
+    assert [step for step, _ in probed] == [2, 4, 6]
+    assert len({rate for _, rate in probed}) == 3
+    assert not any("unmeasured" in name for line in log for name in line)
 
 
 def test_trainer_leaves_the_model_as_it_was_besides_its_trained_parameters(

@@ -93,10 +93,8 @@ def rewrite(
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
         origins = f"{counts['by_model']:,} by the model, {counts['by_rule']:,} by rule"
-        typer.echo(
-            f"{out}: {counts['questions']:,} questions, {counts['records']:,} records; {origins}"
-            + skipped_note(problems)
-        )
+        totals = f"{counts['questions']:,} questions, {counts['records']:,} records"
+        typer.echo(f"{out}: {totals}; {origins}{skipped_note(problems)}")
     if model and not counts["by_model"]:
         typer.echo("warning: none of the model's paraphrases is usable; all rewrites follow the rules", err=True)
 

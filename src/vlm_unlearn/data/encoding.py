@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from vlm_unlearn.data.images import ImageSource, image_size, open_image
+from vlm_unlearn.data.processor_call import (
+    Processor,
+    call_processor,
+    has_causal_suffix,
+    needs_special_tokens,
+    requires_image,
+)
 from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
 from vlm_unlearn.records import Example, LossOn, Prompt
 
 Batch = dict[str, Tensor]
-Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,8 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
     Raises:
         UserError: Only some turns have an image, and the family does not support that in one batch (mllama).
     """
-    return _process(processor, [render(processor, turn).text for turn in turns], turns, padding_side)
+    texts = [render(processor, turn).text for turn in turns]
+    return _process(processor, texts, texts, turns, padding_side)
 
 
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
@@ -209,7 +216,8 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
         UserError: A question with its image tokens leaves no room for an answer, or an error of `encode` occurs.
     """
     encoded = [_answer_spans(processor, turn) for turn in turns]
-    batch = _process(processor, [text for text, _, _ in encoded], turns, "right")
+    prompts = [_prompt(render(processor, turn), turn) for turn in turns]
+    batch = _process(processor, [text for text, _, _ in encoded], prompts, turns, "right")
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
     longest = 0
     for row, (turn, (_, ids, spans)) in enumerate(zip(turns, encoded, strict=True)):
@@ -233,6 +241,8 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
             )
         for start, stop in labeled_spans:
             batch["labels"][row, start + shift : stop + shift] = torch.tensor(ids[start:stop])
+        if has_causal_suffix(processor):
+            batch["token_type_ids"][row, answer_start + shift : end] = 1
         longest = max(longest, min(end, max_length))
     return _truncate(batch, longest)
 
@@ -255,6 +265,11 @@ def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], lis
     return rendering.text, ids, spans
 
 
+def _prompt(rendering: Rendering, turn: Turn) -> str:
+    """Returns the text before the first answer with labels."""
+    return rendering.before_answer[0 if turn.loss_on == "all_answers" else -1]
+
+
 def _common_prefix_length(prefix: Sequence[int], ids: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids)))
 
@@ -271,8 +286,7 @@ class PromptMeter:
 
     def prompt_tokens(self, turn: Turn) -> int:
         """Returns the number of tokens before the first answer with labels."""
-        before_answer = render(self._processor, turn).before_answer
-        return self._count(turn, before_answer[0] if turn.loss_on == "all_answers" else before_answer[-1])
+        return self._count(turn, _prompt(render(self._processor, turn), turn))
 
     def total_tokens(self, turn: Turn) -> int:
         """Returns the number of all tokens, including answers."""
@@ -294,17 +308,13 @@ class PromptMeter:
 
 def token_ids(processor: Processor, text: str) -> list[int]:
     """Returns the tokens of a rendered turn. An image placeholder is not expanded."""
-    ids: list[int] = processor.tokenizer(text, add_special_tokens=_needs_special_tokens(processor, text))["input_ids"]
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=needs_special_tokens(processor, text))["input_ids"]
     return ids
 
 
-def _needs_special_tokens(processor: Processor, text: str) -> bool:
-    """Returns whether the tokenizer must add special tokens. Some chat templates already start with the first one."""
-    start = processor.tokenizer.bos_token
-    return start is None or not text.startswith(start)
-
-
-def _process(processor: Processor, texts: list[str], turns: Sequence[Turn], padding_side: str) -> Batch:
+def _process(
+    processor: Processor, texts: list[str], prompts: list[str], turns: Sequence[Turn], padding_side: str
+) -> Batch:
     # A turn without an image gets an empty list, because idefics3, smolvlm and gemma3 expect one list per text.
     opened: dict[ImageSource, Any] = {}
     for turn in turns:
@@ -312,15 +322,14 @@ def _process(processor: Processor, texts: list[str], turns: Sequence[Turn], padd
             with _naming_record(turn):
                 opened[turn.image] = open_image(turn.image)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
-    arguments: dict[str, Any] = {"images": images} if any(images) else {}
-    encoded = processor(
-        text=texts,
-        **arguments,
-        padding=True,
-        padding_side=padding_side,
-        add_special_tokens=_needs_special_tokens(processor, texts[0]),
-        return_tensors="pt",
-    )
+    if requires_image(processor) and not all(images):
+        text_only = next(turn.id for turn in turns if turn.image is None)
+        raise UserError(
+            f"has no image, and a {type(processor).__name__} needs one in every sample. Add an image, or leave it out.",
+            code="unsupported-setting",
+            record=quoted(text_only),
+        )
+    encoded = call_processor(processor, texts, prompts, images, padding_side)
     if "cross_attention_mask" in encoded and not all(images):
         # Without any image the cross-attention layers are skipped. In a mixed batch, rows without an image would attend
         # to empty tiles and silently give other answers.
@@ -331,7 +340,7 @@ def _process(processor: Processor, texts: list[str], turns: Sequence[Turn], padd
             code="unsupported-setting",
             record=quoted(text_only),
         )
-    return {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
+    return encoded
 
 
 @contextmanager
@@ -349,7 +358,10 @@ def _truncate(batch: Batch, length: int) -> Batch:
     rows, width = batch["input_ids"].shape
     return {
         key: value[:, :length]
-        if value.dim() >= 2 and value.shape[0] == rows and value.shape[1] == width and key != "pixel_values"
+        if value.dim() >= 2
+        and value.shape[0] == rows
+        and value.shape[1] == width
+        and not key.startswith(("pixel_values", "qformer_"))
         else value
         for key, value in batch.items()
     }

@@ -50,5 +50,5 @@ def _special_tokens(processor: Any, vocabulary_size: int) -> tuple[str, ...]:
     # In Gemma 3 and InternVL, some of these attributes exist only on the tokenizer.
     names = ("image_token", "video_token", "context_image_token")
     placeholders = [getattr(source, name, None) for source in (processor, tokenizer) for name in names]
-    tokens |= {token for token in placeholders if isinstance(token, str)}
+    tokens |= {str(token) for token in placeholders if token}  # InstructBLIP has an AddedToken
     return tuple(sorted((token for token in tokens if len(token) > 1), key=len, reverse=True))

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm_unlearn.attacks.base import Attack, AttackFunction, FunctionAttack, build_attack
 from vlm_unlearn.config import AttackConfig, GenerationConfig, JudgeConfig, MetricConfig, validate
-from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.generate import OnDone

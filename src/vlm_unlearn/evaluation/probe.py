@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_unlearn.config import ProbeConfig, Suite, load
-from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError, nearest
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts

@@ -23,12 +23,20 @@ def neutral_generation_config(model: Any) -> Iterator[None]:
     would be compared with different decoding.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper has no config
-    original = base.generation_config
-    base.generation_config = GenerationConfig(**{name: getattr(original, name) for name in SPECIAL_TOKEN_SETTINGS})
+    # InstructBLIP generates with its language model, which has a config too.
+    originals = {
+        module: module.generation_config
+        for module in base.modules()
+        if isinstance(getattr(module, "generation_config", None), GenerationConfig)
+    }
+    special_tokens = {name: getattr(base.generation_config, name) for name in SPECIAL_TOKEN_SETTINGS}
+    for module in originals:
+        module.generation_config = GenerationConfig(**special_tokens)
     try:
         yield
     finally:
-        base.generation_config = original
+        for module, original in originals.items():
+            module.generation_config = original
 
 
 class SeededSampling(LogitsProcessor):

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.data.encoding import Processor, Turn, encode, move
+from vlm_unlearn.data.encoding import Turn, encode, move
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.generation.base import (
     BACKENDS,
     GenerationRequest,

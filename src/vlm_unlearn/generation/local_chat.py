@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.data.encoding import Processor, Turn
+from vlm_unlearn.data.encoding import Turn
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
 from vlm_unlearn.generation.hf import generate_texts

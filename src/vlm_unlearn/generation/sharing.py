@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlm_unlearn.data.encoding import Batch, Processor, Turn, encode, move, render, token_ids
+from vlm_unlearn.data.encoding import Batch, Turn, encode, move, render, token_ids
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.generation.cache import preallocated_cache
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 

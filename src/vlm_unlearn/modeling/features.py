@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,25 @@ def cache_vision_features(tower: nn.Module, cache: FeatureCache) -> Callable[[],
 
     tower.forward = forward
     return restore
+
+
+@contextmanager
+def cached_vision_features(tower: nn.Module, limit: int, folder: Path | None = None) -> Iterator[None]:
+    """Caches the features of a vision tower for the duration of the block. Does nothing if the tower is trainable.
+
+    Args:
+        tower: The vision tower, which must not be sharded.
+        limit: The maximum size of the cache in bytes.
+        folder: As in `FeatureCache`.
+    """
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        yield
+        return
+    restore = cache_vision_features(tower, FeatureCache(limit, folder))
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _layer_list(layers: int | Sequence[int] | None) -> list[int]:

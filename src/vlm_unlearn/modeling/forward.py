@@ -5,8 +5,7 @@ Questions on one image can share its tokens (see `packing`), and no logits are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -140,45 +139,7 @@ def forward(
     if packing is not None:
         inputs = packed_inputs(vlm, inputs, packing, batch["images"])
         positions = packing.packed_index[logit_mask]
-    with (
-        _capture_hidden_states(vlm, hidden_layers, stop_after_last_hidden_layer) as captured,
-        _logits_at(vlm, positions),
-    ):
-        logits = (vlm.model if wrapped is None else wrapped)(**inputs, use_cache=False).logits[0]
-    hidden = {layer: states if packing is None else packing.unpack(states) for layer, states in captured.items()}
+    logits, hidden = vlm.run(inputs, positions, hidden_layers, stop_after_last_hidden_layer, wrapped)
+    if packing is not None:
+        hidden = {layer: packing.unpack(states) for layer, states in hidden.items()}
     return ForwardOutput(logit_mask, logits, labels, hidden)
-
-
-@contextmanager
-def _capture_hidden_states(
-    vlm: VisionLanguageModel, layers: Sequence[int], stop_after_last_hidden_layer: bool
-) -> Iterator[dict[int, Tensor]]:
-    """Yields a dict that the forward pass fills with the outputs of the selected decoder layers."""
-    captured: dict[int, Tensor] = {}
-
-    def capture_as(layer: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            captured[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    with ExitStack() as cleanup:
-        for layer in layers:
-            cleanup.callback(vlm.decoder_layers[layer].register_forward_hook(capture_as(layer)).remove)
-        if stop_after_last_hidden_layer:
-            cleanup.enter_context(vlm.truncated_decoder(max(layers) + 1))
-        yield captured
-
-
-@contextmanager
-def _logits_at(vlm: VisionLanguageModel, positions: Tensor) -> Iterator[None]:
-    """Makes the model return logits [1, N, V] at N positions of the flattened batch instead of all [B, S, V]."""
-
-    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0].flatten(0, 1)[positions][None],)
-
-    hook = vlm.base_model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()

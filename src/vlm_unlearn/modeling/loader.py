@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.structure import Structure, find_structure
 from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path

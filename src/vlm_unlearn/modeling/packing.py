@@ -210,7 +210,8 @@ def packed_inputs(vlm: VisionLanguageModel, batch: Batch, packing: Packing, imag
         packing: The batch's packing.
         images: [B] image keys.
     """
-    return {**packed_batch(batch, packing, images, vlm.position_ids(batch)), **_attention_inputs(vlm, packing)}
+    attention = _attention_inputs(vlm, packing)
+    return {**attention, **packed_batch(batch, packing, images, vlm.position_ids(batch))}
 
 
 def _attention_inputs(vlm: VisionLanguageModel, packing: Packing) -> dict[str, Any]:

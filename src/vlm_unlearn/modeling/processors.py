@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import transformers
 from transformers import AutoImageProcessor, AutoProcessor, LlavaImageProcessorPil
@@ -12,7 +15,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 
 # The settings of an image processor for squares of a fixed size, without padding.
@@ -22,15 +25,44 @@ _SQUARE_SETTINGS = (
 )
 
 
+# PaliGemma and InstructBLIP have no chat template on the hub. These write the text of the models' training.
+CHAT_TEMPLATES = {
+    "PaliGemmaProcessor": (
+        "{% for message in messages %}"
+        "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+        "{% if loop.first %}{{ bos_token }}{% endif %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+        "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    ),
+    "InstructBlipProcessor": (
+        "{% for message in messages %}"
+        "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+        "{% if loop.first %}{{ bos_token }}{% else %} {% endif %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+        "{{ eos_token if message['role'] == 'assistant' else '' }}{% endfor %}"
+    ),
+}
+
+
 def auto_processor(model_path: Path) -> Processor:
     """Loads the processor of a folder. Images are processed with Pillow, so that results do not depend on torchvision.
 
     Without torchvision, the video processor that some families have is replaced by a stub. The stub is saved with the
-    settings of the original.
+    settings of the original. A processor without a chat template gets the one in `CHAT_TEMPLATES`.
     """
     processor_class = _processor_class(model_path)
+    processor = _load_processor(model_path, processor_class)
+    if not getattr(processor, "chat_template", None):
+        file = model_path / "chat_template.jinja"  # InstructBLIP's processor does not load it
+        default = CHAT_TEMPLATES.get(type(processor).__name__)
+        processor.chat_template = file.read_text(encoding="utf-8") if file.is_file() else default
+    return processor
+
+
+def _load_processor(model_path: Path, processor_class: Any) -> Processor:
     if processor_class is None or "video_processor" not in processor_class.get_attributes():
-        return AutoProcessor.from_pretrained(str(model_path), backend="pil", trust_remote_code=False)
+        loader = AutoProcessor if processor_class is None or is_torchvision_available() else processor_class
+        return loader.from_pretrained(str(model_path), backend="pil", trust_remote_code=False)
     if is_torchvision_available():
         # `backend` applies to all components, and no video processor supports Pillow. The image processor is replaced.
         processor = AutoProcessor.from_pretrained(str(model_path), trust_remote_code=False)
@@ -152,12 +184,27 @@ def _processor_class(model_path: Path) -> Any:
     ):
         class_name = _read_json(model_path / name).get("processor_class")
         if class_name:
-            return getattr(transformers, str(class_name), None)
+            return _import_processor(str(class_name))
     from transformers import AutoConfig
 
     if not (model_path / "config.json").is_file():
         return None
-    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)), None)
+    config_class = type(AutoConfig.from_pretrained(str(model_path), trust_remote_code=False))
+    processor_class = PROCESSOR_MAPPING.get(config_class, None)
+    return None if processor_class is None else _import_processor(processor_class.__name__)
+
+
+def _import_processor(class_name: str) -> Any:
+    """Returns a processor class of transformers, or None.
+
+    Pixtral's imports one function from a module that requires torchvision. The module for Pillow has the same function.
+    """
+    if class_name != "PixtralProcessor" or is_torchvision_available():
+        return getattr(transformers, class_name, None)
+    package = "transformers.models.pixtral"
+    pillow_module = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    with patch.dict(sys.modules, {f"{package}.image_processing_pixtral": pillow_module}):
+        return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Structure:
 
     layers: str  # the ModuleList of decoder layers
     projectors: tuple[str, ...]  # the modules between vision tower and language model
-    vision: tuple[str, ...]  # the vision tower, and other modules that are frozen with it, such as a Q-Former
+    vision: tuple[str, ...]  # the vision tower, and others that are frozen with it: a Q-Former, its query tokens
 
     @property
     def vision_tower(self) -> str:
@@ -42,7 +42,8 @@ class Structure:
         """Returns the component to which a parameter belongs, by its name."""
         if name.startswith(tuple(f"{path}." for path in self.projectors)):
             return "projector"
-        return "vision tower" if name.startswith(tuple(f"{path}." for path in self.vision)) else "language model"
+        is_vision = name in self.vision or name.startswith(tuple(f"{path}." for path in self.vision))
+        return "vision tower" if is_vision else "language model"
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ def find_structure(model: nn.Module) -> Structure:
     neighbors = [path for path in neighbors if path not in heads and not f"{decoder}.".startswith(f"{path}.")]
     projectors = [path for path in neighbors if _is_named_projector(path)]
     vision = [tower, *(path for path in neighbors if path != tower and path not in projectors)]
+    if len(vision) > 1:  # parameters next to a Q-Former are its inputs
+        vision += [
+            f"{parent}.{name}".lstrip(".") for name, _ in model.get_submodule(parent).named_parameters(recurse=False)
+        ]
     if not projectors:
         inside = [f"{tower}.{name}" for name, _ in model.get_submodule(tower).named_children()]
         projectors = [path for path in inside if _is_named_projector(path)]

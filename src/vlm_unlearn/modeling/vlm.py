@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -137,6 +137,43 @@ class VisionLanguageModel:
             return positions
         rows, width = inputs["input_ids"].shape
         return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
+
+    # Running
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        positions: Tensor,
+        hidden_layers: Sequence[int] = (),
+        stop_after_last_hidden_layer: bool = False,
+        wrapped: nn.Module | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Runs a batch, and returns the logits [N, V] and the outputs [B, S, H] of the selected decoder layers.
+
+        Args:
+            inputs: The inputs of the model's `forward`.
+            positions: [N], the positions of the flattened batch whose logits are computed.
+            hidden_layers: The decoder layers whose outputs are returned, 0 the first.
+            stop_after_last_hidden_layer: Skips the decoder layers above the last of `hidden_layers`.
+            wrapped: The model inside the wrapper of DDP, FSDP or DeepSpeed, which is called instead of the model.
+        """
+        hidden: dict[int, Tensor] = {}
+
+        def capture(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden[layer] = output[0] if isinstance(output, tuple) else output
+
+        def select(_module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (states[0].flatten(0, 1)[positions][None],)
+
+        with ExitStack() as cleanup:
+            for layer in hidden_layers:
+                hook = self.decoder_layers[layer].register_forward_hook(partial(capture, layer))
+                cleanup.callback(hook.remove)
+            cleanup.callback(self.base_model.get_output_embeddings().register_forward_pre_hook(select).remove)
+            if stop_after_last_hidden_layer:
+                cleanup.enter_context(self.truncated_decoder(max(hidden_layers) + 1))
+            logits: Tensor = (self.model if wrapped is None else wrapped)(**inputs, use_cache=False).logits[0]
+        return logits, hidden
 
     @contextmanager
     def truncated_decoder(self, count: int) -> Iterator[None]:

@@ -39,16 +39,17 @@ class LogCallback(TrainerCallback):
         run: The run.
         on_step: Called with the step, the number of steps and the loss terms of each optimizer step.
         is_main_process: The other processes of a distributed run do nothing.
+        started: The value of `time.monotonic` from which the cost counts.
     """
 
-    def __init__(self, run: RunDirectory, on_step: OnStep | None, is_main_process: bool) -> None:
+    def __init__(self, run: RunDirectory, on_step: OnStep | None, is_main_process: bool, started: float) -> None:
         self._run = run
         self._on_step = on_step
         self._is_main_process = is_main_process
-        self._last_time = time.monotonic()
+        self._last_time = started
 
     def elapsed_seconds(self) -> float:
-        """Returns the wall time since the last call, or since this callback was created."""
+        """Returns the wall time since the last call, or since `started`."""
         previous_time, self._last_time = self._last_time, time.monotonic()
         return self._last_time - previous_time
 
@@ -133,10 +134,9 @@ class ProbeCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = False  # a run that resumes from a checkpoint of this step would run one more step
 
-    def load_best(self, model: nn.Module) -> None:
-        """Loads the best weights into a model, if the recipe keeps them."""
-        if self._config.keep_best and self._best_weights.is_dir():
-            load_trained(model, self._best_weights)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save and self._config.keep_best and self._best_weights.is_dir():
+            load_trained(kwargs["model"], self._best_weights)
 
     def _aborted(self, rates: Mapping[str, float | None]) -> list[str]:
         """Returns the metrics that meet an abort rule."""

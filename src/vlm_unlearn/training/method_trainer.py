@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Role, TokenKind
 from vlm_unlearn.modeling.attention import without_cudnn_attention
-from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
+from vlm_unlearn.modeling.features import cached_vision_features
 from vlm_unlearn.modeling.loader import build_skeleton
 from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.structure import get_base_model
@@ -113,7 +113,13 @@ class MethodTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # type: ignore[assignment]
         if resume_from_checkpoint:
             validate_same_run(Path(str(resume_from_checkpoint)), self._parts.run_digest)
-        with self._cached_features():
+        uses_cache = self.args.feature_cache != "off" and not self.sharded
+        limit = int(self.args.feature_cache_gb * 2**30)
+        with (
+            cached_vision_features(self.vlm.vision_tower, limit, self._feature_cache_folder())
+            if uses_cache
+            else nullcontext()
+        ):
             self._reference = self._reference or build_reference(
                 self._parts, self.accelerator.autocast, self._cache_keys, self._on_reference
             )
@@ -122,24 +128,13 @@ class MethodTrainer(Trainer):
             )
         return output
 
-    @contextmanager
-    def _cached_features(self) -> Iterator[None]:
-        """Caches the vision tower's features if the tower is frozen and not sharded."""
-        tower = self.vlm.vision_tower
-        frozen = not any(parameter.requires_grad for parameter in tower.parameters())
-        if self.args.feature_cache == "off" or not frozen or self.sharded:
-            yield
-            return
-        folder = None
-        if self.args.feature_cache == "disk" and self._cache_keys is not None:
-            parameter = next(self.vlm.model.parameters())
-            key = [self._cache_keys.model, package_versions(), str(parameter.dtype), self.args.precision]
-            folder = cache_folder() / "features" / digest_json([*key, parameter.device.type])
-        restore = cache_vision_features(tower, FeatureCache(int(self.args.feature_cache_gb * 2**30), folder))
-        try:
-            yield
-        finally:
-            restore()
+    def _feature_cache_folder(self) -> Path | None:
+        """Returns the folder of the vision features on disk, None if they are cached in memory."""
+        if self.args.feature_cache != "disk" or self._cache_keys is None:
+            return None
+        parameter = next(self.vlm.model.parameters())
+        key = [self._cache_keys.model, package_versions(), str(parameter.dtype), self.args.precision]
+        return cache_folder() / "features" / digest_json([*key, parameter.device.type])
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -7,7 +7,8 @@ from typing import Any
 
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.encoding import Processor, PromptMeter, Turn
+from vlm_unlearn.data.encoding import PromptMeter, Turn
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Role

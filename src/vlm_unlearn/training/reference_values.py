@@ -58,14 +58,13 @@ def build_reference(
     model: nn.Module = parts.vlm.model
     if parts.reference_strategy is None:
         return None
-    if parts.reference_strategy == "adapter":
-        return AdapterReference()
-    if parts.reference_strategy == "copy":
-        return FrozenCopyReference(model)
-    model.eval()
-    roles = [requirement.role for requirement in parts.method.requirements.references]
-    with _gathered_parameters(model):
-        return CachedReference({role: _nll_of_role(parts, role, autocast, cache_keys, on_reference) for role in roles})
+    if parts.reference_strategy == "cache":
+        model.eval()
+        roles = [requirement.role for requirement in parts.method.requirements.references]
+        with _gathered_parameters(model):
+            values = {role: _nll_of_role(parts, role, autocast, cache_keys, on_reference) for role in roles}
+        return CachedReference(values)
+    return AdapterReference() if parts.reference_strategy == "adapter" else FrozenCopyReference(model)
 
 
 def _nll_of_role(
@@ -83,7 +82,8 @@ def _nll_of_role(
     def compute(batch_examples: Sequence[Example]) -> list[NLL]:
         batch = move(parts.collator.encode(role, batch_examples), args.device, dtype)
         with torch.no_grad(), without_cudnn_attention(), autocast():
-            output = forward(vlm, batch, packing=packing_of(vlm, batch, parts.method))
+            packing = packing_of(vlm, batch, parts.method)
+            output = forward(vlm, batch, packing=packing)
         nll_sum, tokens = output.answer_nll
         return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 

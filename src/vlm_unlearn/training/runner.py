@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from vlm_unlearn import plugins
 from vlm_unlearn.config import Recipe
@@ -34,7 +35,7 @@ from vlm_unlearn.training.callbacks import (
 from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import Plan, plan
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference
-from vlm_unlearn.training.setup import build_parts
+from vlm_unlearn.training.setup import TrainingParts, build_parts
 
 
 def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
@@ -130,35 +131,40 @@ def _train(
 ) -> None:
     """Trains from the last complete checkpoint, or from the base model, and saves the result."""
     recipe = planned.recipe
-    is_main_process = arguments.process_index == 0
-    log_callback = LogCallback(run, on_step, is_main_process)
+    started, is_main_process = time.monotonic(), arguments.process_index == 0
+    parts = _load_parts(planned, run, arguments)
+    log_callback = LogCallback(run, on_step, is_main_process, started)
     probe_callback = ProbeCallback(recipe.probe, probe, run) if recipe.probe and probe else None
-    trainer = _build_trainer(planned, run, arguments, log_callback, probe_callback, on_reference)
+    callbacks: list[TrainerCallback] = [log_callback, *([probe_callback] if probe_callback else [])]
     if "tensorboard" in recipe.training.report_to and is_main_process:
-        trainer.add_callback(tensorboard_callback(run))
+        callbacks.append(tensorboard_callback(run))
+    trainer = MethodTrainer(
+        parts,
+        eval_fn=probe_callback.measure if probe_callback else None,
+        eval_prefix=PROBE_PREFIX,
+        callbacks=callbacks,
+        cache_keys=_cache_keys(planned),
+        on_reference=on_reference,
+    )
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=True)
     except RunError:
         log_callback.write_log(trainer.state)  # so that the loss curves show the divergence
         raise
-    if probe_callback and arguments.should_save:
-        probe_callback.load_best(trainer.unwrapped)
     _save_result(trainer, planned, run)
     if is_main_process:
         outcome = {"steps": trainer.state.global_step, "stopped": stop_reason(trainer.state.log_history)}
         run.record_cost(log_callback.elapsed_seconds(), finished=True, ended=outcome)
 
 
-def _build_trainer(
-    planned: Plan,
-    run: RunDirectory,
-    arguments: UnlearningConfig,
-    log_callback: LogCallback,
-    probe_callback: ProbeCallback | None,
-    on_reference: OnReference | None,
-) -> MethodTrainer:
-    """Loads the model and returns the trainer. The probe is its `eval_fn`."""
+def _load_parts(planned: Plan, run: RunDirectory, arguments: UnlearningConfig) -> TrainingParts:
+    """Loads the model and returns the parts of the run."""
     recipe, mode = planned.recipe, planned.recipe.trainable.mode
+    if arguments.process_index == 0:
+        rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
+        write_json(run.trainable_file, rows)
+        write_json(run.recipe_file, recipe.model_dump(mode="json"))
     # Full training keeps float32 master weights and computes under autocast. LoRA's frozen base has the compute
     # precision.
     precision = "fp32" if mode == "full" else planned.precision
@@ -167,26 +173,18 @@ def _build_trainer(
     vlm = prepare_trainable(VisionLanguageModel(model, planned.processor), recipe.trainable)
     if mode != "qlora":  # 4-bit weights are already on their device
         vlm.model.to(arguments.device)
-    if arguments.process_index == 0:
-        rows = [{"part": part, "trained": trained, "parameters": total} for part, trained, total in planned.trainable]
-        write_json(run.trainable_file, rows)
-        write_json(run.recipe_file, recipe.model_dump(mode="json"))
+    return build_parts(vlm, arguments, planned.training_set, new_adapters=vlm.has_adapters)
+
+
+def _cache_keys(planned: Plan) -> CacheKeys:
+    recipe = planned.recipe
     model_key = {
         "model": planned.model_digest,
-        "quantized": mode == "qlora",
+        "quantized": recipe.trainable.mode == "qlora",
         "attention": recipe.training.attn_implementation,
         "image_aspect_ratio": recipe.image_aspect_ratio,
     }
-    trainer = MethodTrainer(
-        build_parts(vlm, arguments, planned.training_set, new_adapters=vlm.has_adapters),
-        eval_fn=probe_callback.measure if probe_callback else None,
-        eval_prefix=PROBE_PREFIX,
-        callbacks=[log_callback, probe_callback] if probe_callback else [log_callback],
-        cache_keys=CacheKeys(model_key, planned.data_digest),
-        on_reference=on_reference,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return CacheKeys(model_key, planned.data_digest)
 
 
 def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:

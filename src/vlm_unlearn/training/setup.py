@@ -47,16 +47,15 @@ def build_parts(
     Raises:
         UserError: A setting does not fit the model or the data.
     """
-    method = args.build_method()
-    prepare_method(method, vlm, args.seed)
-    strategy = resolve_reference_strategy(args.reference, method.requirements.references, new_adapters)
-    args = copy.copy(args)
+    args, method = copy.copy(args), args.build_method()
     args.max_steps = args.num_steps(len(data["forget"]))
-    if args.world_size > 1 and args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
     length = args.max_steps * args.samples_per_step()
+    strategy = resolve_reference_strategy(args.reference, method.requirements.references, new_adapters)
     stream = UnlearningStream(data, method, length, args.seed, args.group_by_image)
     collator = UnlearningCollator(vlm.processor, data, method, args.max_length)
+    prepare_method(method, vlm, args.seed)
+    if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
     return TrainingParts(vlm, args, method, stream, collator, strategy, _digest_of_run(args, data))
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.encoding import Batch, Processor, PromptMeter, Turn, encode, encode_with_labels, render
+from vlm_unlearn.data.encoding import Batch, PromptMeter, Turn, encode, encode_with_labels, render
 from vlm_unlearn.data.images import image_key
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.modeling.packing import NO_IMAGE

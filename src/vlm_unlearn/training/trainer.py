@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.encoding import Processor
+from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.arguments import UnlearningConfig

@@ -1,0 +1,100 @@
+"""Calls processors so that the chat template determines the complete text, in every family.
+
+Most processors replace each image placeholder of the text by the tokens of the image and change nothing else. Those of
+PaliGemma and BLIP also insert other tokens into the text: image tokens before the first token, a beginning-of-sequence
+token after them, a line break at the end. These tokens would end up after the answer, so such a processor is not called
+as a function. Its tokenizer and its image processor are called instead, and the chat template contains the tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
+
+
+def has_causal_suffix(processor: Processor) -> bool:
+    """Returns whether image and question attend to each other in both directions, and only the answer is causal.
+
+    Source: PaliGemma (arXiv 2407.07726), figure 2. Its processor takes the answer as ``suffix``.
+    """
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
+
+
+def requires_image(processor: Processor) -> bool:
+    """Returns whether the model needs an image in every sample (PaliGemma, BLIP-2, InstructBLIP)."""
+    return has_causal_suffix(processor) or hasattr(processor, "num_query_tokens")
+
+
+def image_token_of(processor: Processor) -> str:
+    """Returns the placeholder of an image in the text. Some processors have it as an `AddedToken`."""
+    return str(processor.image_token)
+
+
+def needs_special_tokens(processor: Processor, text: str) -> bool:
+    """Returns whether the tokenizer must add special tokens. Some chat templates already contain the first one."""
+    start = processor.tokenizer.bos_token
+    if requires_image(processor):  # the images come before the beginning-of-sequence token
+        text = text.replace(image_token_of(processor), "")
+    return start is None or not text.startswith(start)
+
+
+def call_processor(
+    processor: Processor, texts: Sequence[str], prompts: Sequence[str], images: Sequence[list[Any]], padding_side: str
+) -> dict[str, Tensor]:
+    """Returns the tensors of a batch of texts in the chat template.
+
+    Args:
+        processor: The processor of the model.
+        texts: The text of each sample.
+        prompts: The part of each text before the first answer with labels, or the text if there is none.
+        images: The images of each sample, at most one.
+        padding_side: ``left`` or ``right``.
+    """
+    special_tokens = needs_special_tokens(processor, texts[0])
+    if not requires_image(processor):
+        encoded = processor(
+            text=list(texts),
+            **({"images": list(images)} if any(images) else {}),
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=special_tokens,
+            return_tensors="pt",
+        )
+        tensors = {key: value for key, value in encoded.items() if isinstance(value, Tensor)}
+        # LLaVA-OneVision counts images by sample there. Every sample has at most one, which is the default.
+        tensors.pop("batch_num_images", None)
+        return tensors
+    placeholder = image_token_of(processor)
+    count = getattr(processor, "num_query_tokens", None) or processor.image_seq_length
+    tensors = dict(
+        processor.tokenizer(
+            [text.replace(placeholder, placeholder * count) for text in texts],
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=special_tokens,
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+    )
+    tensors["pixel_values"] = processor.image_processor([row[0] for row in images], return_tensors="pt")["pixel_values"]
+    if has_causal_suffix(processor):
+        tensors["token_type_ids"] = tensors["input_ids"].new_zeros(tensors["input_ids"].shape)
+    if hasattr(processor, "qformer_tokenizer"):
+        tensors.update(_qformer_inputs(processor, prompts))
+    return tensors
+
+
+def _qformer_inputs(processor: Processor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Returns the question as the Q-Former reads it: without the answer, which it must not see, and without images."""
+    start = processor.tokenizer.bos_token or ""
+    questions = [prompt.replace(image_token_of(processor), "").removeprefix(start) for prompt in prompts]
+    tokenizer = processor.qformer_tokenizer
+    encoded = tokenizer(
+        questions, padding=True, truncation=True, max_length=min(tokenizer.model_max_length, 512), return_tensors="pt"
+    )
+    return {f"qformer_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
