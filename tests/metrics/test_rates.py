@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_unlearn.metrics.rates import (
+    bound_with_failures,
     count_labels,
     group_count,
     label_outcomes,
@@ -241,3 +242,16 @@ def test_mean_of_rates_matches_hand_computation() -> None:
     assert (result.low, result.high) == (pytest.approx(0.7 - 0.0538516), pytest.approx(0.7 + 0.0509902))
     assert (result.n, result.failed) == (400, 1)
     assert mean_of_rates([clustered, Rate(value=None, low=None, high=None, n=0)]).value is None
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "failed"), [(0, 37, 3), (0, 400, 3), (2, 50, 10), (5, 5, 1), (0, 1, 1), (10, 100, 90)]
+)
+def test_bound_with_failures_is_at_least_the_rate_with_all_failures_as_hits(hits: int, n: int, failed: int) -> None:
+    graded = rate([i < hits for i in range(n)], [str(i) for i in range(n)], failed)
+    bound = bound_with_failures(graded, failed)
+    complete = rate([i < hits + failed for i in range(n + failed)], [str(i) for i in range(n + failed)])
+    assert max(graded.high or 0.0, complete.high or 0.0) <= bound + 1e-9 <= 1 + 1e-9
+    as_misses = rate([i < hits for i in range(n + failed)], [str(i) for i in range(n + failed)], failed)
+    assert bound_with_failures(as_misses, failed, in_denominator=True) >= (hits + failed) / (n + failed)
+    assert bound_with_failures(graded, 0) == graded.high

@@ -159,7 +159,10 @@ def render(processor: Processor, turn: Turn) -> Rendering:
 def _neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
     """Returns a turn whose texts contain none of certain tokens."""
     texts = [turn.system or "", turn.question, turn.answer or "", *(text for texts in turn.history for text in texts)]
-    if not any(token in text for text in texts for token in tokens):
+    joined = "\0".join(texts)
+    if not any(char in joined for char in {token[0] for token in tokens}) or not any(
+        token in joined for token in tokens
+    ):
         return turn
     first_question = turn.history[0][0] if turn.history else turn.question
     before_image = break_tokens(first_question[: turn.image_offset], tokens)

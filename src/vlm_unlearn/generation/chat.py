@@ -34,7 +34,7 @@ class ChatRequest:
         return cls(id, prompt.question, image, seed, history, prompt.system, prompt.image_offset)
 
     def messages(self) -> list[dict[str, Any]]:
-        """Returns the messages of the OpenAI API. The image is encoded as PNG.
+        """Returns the messages of the OpenAI API. The image is encoded as PNG, and special tokens in texts become text.
 
         Raises:
             UserError: The image cannot be read.

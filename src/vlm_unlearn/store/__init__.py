@@ -17,9 +17,11 @@ from vlm_unlearn.store.files import digest_model as digest_model
 from vlm_unlearn.store.files import digest_text as digest_text
 from vlm_unlearn.store.files import dump_json as dump_json
 from vlm_unlearn.store.files import dump_record as dump_record
+from vlm_unlearn.store.files import first_problem as first_problem
 from vlm_unlearn.store.files import open_atomically as open_atomically
 from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records
+from vlm_unlearn.store.files import read_text as read_text
 from vlm_unlearn.store.files import remove_stale_temp_files as remove_stale_temp_files
 from vlm_unlearn.store.files import replace_surrogates as replace_surrogates
 from vlm_unlearn.store.files import unique_keys as unique_keys
