@@ -29,7 +29,7 @@ NAMES = {
     **{"ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi"},
     **{"ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "zh": "Chinese"},
 }
-SPLITS = ("held_out", "fresh")
+SPLITS = ("held_out", "blind")
 
 
 def labeled_answers(split: str) -> list[dict[str, Any]]:

@@ -228,7 +228,7 @@ def _languages_of_script(text: str, script: str) -> list[Language] | None:
         return None
     if best == 0 and script == "latin" and len(words) >= 8 and not text.isascii():
         return None
-    if best == 0:
+    if best < 2:  # too little evidence
         return list(supported.values())
     return [language for code, language in supported.items() if 2 * counts.get(code, 0) >= best]
 
