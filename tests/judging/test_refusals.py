@@ -26,8 +26,17 @@ from vlm_unlearn.records import Prompt
 FOLDER = Path(__file__).parent / "refusals"
 PAGE = Path(__file__).parents[2] / "docs" / "judges.md"
 NAMES = {
-    **{"ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi"},
-    **{"ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian", "zh": "Chinese"},
+    "ar": "Arabic",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "hi": "Hindi",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "pt": "Portuguese",
+    "ru": "Russian",
+    "zh": "Chinese",
 }
 SPLITS = ("held_out", "blind")
 
@@ -93,7 +102,11 @@ def test_languages_without_patterns_get_no_label(split: str) -> None:
         ("the the the the the the the the", "degenerate", "repeats"),
         ("I'm sorry.", "refused", APOLOGY_ONLY),
         ("<think>I cannot help with that.", None, UNFINISHED_REASONING),
-        ("I can't help with that. " + "The mill stands on a hill near the sea and its sails turn. " * 8, "refused", None),
+        (
+            "I can't help with that. " + "The mill stands on a hill near the sea and its sails turn. " * 8,
+            "refused",
+            None,
+        ),
         (
             "I can't help with that. " + " ".join(f"Mill {number} stands on hill {number}." for number in range(99)),
             None,
@@ -136,7 +149,13 @@ def test_each_language_has_all_kinds_of_patterns() -> None:
 
 
 def test_counting_runs_of_characters_does_not_change_repetition() -> None:
-    texts = ["ab" * 20 + "xyz", "x" * 10 + "abcdefghi", "0123456789ab" * 10 + "q" * 119, "abc " * 9, "a" * 10 + "b" * 10]
+    texts = [
+        "ab" * 20 + "xyz",
+        "x" * 10 + "abcdefghi",
+        "0123456789ab" * 10 + "q" * 119,
+        "abc " * 9,
+        "a" * 10 + "b" * 10,
+    ]
     texts += [answer["answer"] for split in SPLITS for answer in labeled_answers(split)]
     for text in texts:
         covered = sum(len(match.group()) for match in _REPEATED_TEXT.finditer(text))
@@ -144,7 +163,12 @@ def test_counting_runs_of_characters_does_not_change_repetition() -> None:
 
 
 def test_judge_keyword_counts_degenerate_and_unread_answers(tmp_path: Path) -> None:
-    answers = {"a": "I can't help with that.", "b": "", "c": "Nella foto ci sono due persone con un cane.", "d": "Blue."}
+    answers = {
+        "a": "I can't help with that.",
+        "b": "",
+        "c": "Nella foto ci sono due persone con un cane.",
+        "d": "Blue.",
+    }
     (tmp_path / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
     result = json.loads(run_in_process("judge", "keyword", tmp_path / "answers.json", "--json").stdout)
     assert [result[key] for key in ("n", "refused", "degenerate", "unread")] == [3, 1, 1, 1]

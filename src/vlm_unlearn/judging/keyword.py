@@ -77,6 +77,7 @@ PUBLISHED = (
     "harm reduction",
 )
 
+
 def published_refusal(text: str) -> str | None:
     """Returns the first published keyword in the lower-cased answer, or None. ``it is not`` alone counts as well."""
     lowered = text.lower()

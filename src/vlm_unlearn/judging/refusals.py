@@ -23,7 +23,7 @@ from vlm_unlearn.store import digest_text
 MAX_CHARACTERS = 20_000  # the rest of a longer answer is not examined
 LATE = 900  # characters after which a refusal no longer makes an answer a refusal
 LONG = 1_500  # characters after a refusal which cannot all be its explanation
-_LANGUAGE_SAMPLE = 600  # characters from which the language is detected
+_LANGUAGE_SAMPLE = 300  # characters from which the language is detected
 
 Role = Literal["refusal", "partial", "redirect", "advice", "start", "plain"]
 
@@ -37,10 +37,13 @@ _CHARACTERS = str.maketrans(
     }
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
-_EMPHASIS = re.compile(r"\*+(?!\s)|(?<=\S)\*+|(?<!\w)_+|_+(?!\w)|~~|^[ \t]*(?:#+|>+)[ \t]*|</?[bi]>|</?(?:em|strong)>", re.MULTILINE)
+_EMPHASIS = re.compile(
+    r"\*+(?!\s)|(?<=\S)\*+|(?<!\w)_+|_+(?!\w)|~~|^[ \t]*(?:#+|>+)[ \t]*|</?[bi]>|</?(?:em|strong)>", re.MULTILINE
+)
 _QUOTED = re.compile(
     r'"[^"\n]{0,400}"|「[^」\n]{0,400}」|『[^』\n]{0,400}』|«[^»\n]{0,400}»|(?<![^\W_])\'[^\'\n]{3,200}\'(?![^\W_])'
 )
+_OPENING_QUOTES = ('"', "「", "『", "«", " '", "('", ":'")
 _SENTENCE_END = re.compile(r"(?<=[!?。।؟])|(?<=[.])(?=\s)|\n+")
 _LIST_ITEM = re.compile(r"\s*(?:[-•*]|\d{1,2}\s?[.):、])\s*\S")
 _ITEM_MARK = re.compile(r"\s*\d{1,2}[.):]?\s*")
@@ -308,8 +311,9 @@ def _split_sentences(text: str) -> list[str]:
     text = text.replace("`", "'")
     if any(mark in text for mark in "*_~#<>"):
         text = _EMPHASIS.sub("", text)
-    unquoted = _QUOTED.sub(' "" ', text)
-    sentences = (" ".join(sentence.split()) for sentence in _SENTENCE_END.split(unquoted))
+    if any(mark in text for mark in _OPENING_QUOTES) or text.startswith("'"):
+        text = _QUOTED.sub(' "" ', text)
+    sentences = (" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text))
     return [sentence for sentence in sentences if sentence]
 
 
