@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from vlm_unlearn.metrics.paired import paired_difference
 from vlm_unlearn.metrics.rates import (
     count_labels,
     group_count,
@@ -241,3 +242,22 @@ def test_mean_of_rates_matches_hand_computation() -> None:
     assert (result.low, result.high) == (pytest.approx(0.7 - 0.0538516), pytest.approx(0.7 + 0.0509902))
     assert (result.n, result.failed) == (400, 1)
     assert mean_of_rates([clustered, Rate(value=None, low=None, high=None, n=0)]).value is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("function", ["scores", "ratio", "paired"])
+def test_digits_do_not_depend_on_the_order_of_the_verdicts(function: str, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [(draw.random(), draw.random(), f"group {draw.randrange(40)}") for _ in range(200)]
+
+    def measure(rows: list[tuple[float, float, str]]) -> object:
+        if function == "scores":
+            return rate([score for score, _, _ in rows], [group for _, _, group in rows])
+        if function == "ratio":
+            return mean_ratio([[(group, left, left + right) for left, right, group in rows]] * 2)
+        return paired_difference(*zip(*rows, strict=True))
+
+    expected = measure(rows)
+    for _ in range(20):
+        draw.shuffle(rows)
+        assert measure(rows) == expected

@@ -176,6 +176,7 @@ def _build_trainer(
         "quantized": mode == "qlora",
         "attention": recipe.training.attn_implementation,
         "image_aspect_ratio": recipe.image_aspect_ratio,
+        "image_loader": recipe.image_loader,
     }
     trainer = MethodTrainer(
         build_parts(vlm, arguments, planned.training_set, new_adapters=vlm.has_adapters),
