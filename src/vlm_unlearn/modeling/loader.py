@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vlm_unlearn.data.encoding import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.structure import Structure, find_structure
-from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path
+from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,7 +33,8 @@ def model_folder(name: str) -> Path:
     """
     folder = user_path(name)
     if not folder.is_dir():
-        if folder.exists() or name.startswith((".", "/", "~")):
+        # A name on the hub has at most one slash. A longer one is a path, which is not looked up on the hub.
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError("model folder not found. Check the path.", code="model-not-found", file=name)
         from huggingface_hub import snapshot_download
 
@@ -62,6 +63,7 @@ def model_folder(name: str) -> Path:
         raise UserError(
             "contains no weights (*.safetensors). Pickled weights are not supported.", code="invalid-model", file=folder
         )
+    validate_model_files(folder)
     for file in weights:
         try:
             with safe_open(file, framework="pt"):
@@ -289,6 +291,7 @@ def run_model_folder(name: str) -> Path:
                 file=name,
             )
     if (folder / "adapter_config.json").is_file():
+        validate_model_files(folder)
         model_folder(_adapter_base(folder))
         return folder
     return model_folder(str(folder) if folder.exists() else name)
@@ -318,9 +321,9 @@ def load_run_model(model_path: Path, precision: str) -> tuple[PreTrainedModel, P
     """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base."""
     if not (model_path / "adapter_config.json").is_file():
         return load_model(model_path, precision), load_processor(model_path)
-    from peft import PeftModel
+    from vlm_unlearn.modeling.adapters import load_adapter
 
-    adapted = PeftModel.from_pretrained(load_model(model_folder(_adapter_base(model_path)), precision), str(model_path))
+    adapted = load_adapter(load_model(model_folder(_adapter_base(model_path)), precision), model_path)
     return adapted.merge_and_unload(), load_processor(model_path)
 
 
