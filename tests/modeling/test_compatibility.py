@@ -81,7 +81,7 @@ def test_patches_of_qwen_that_contradict_the_config_are_named(
 def test_other_image_token_is_named(family: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = copied(family, tmp_path / "m", tmp_path_factory)
     name = "image_token_id" if "image_token_id" in json.loads((folder / "config.json").read_text()) else None
-    edit(folder / "config.json", {name or "image_token_index": 5})
+    edit(folder / "config.json", {name or "image_token_index": 1})
     with raises_code("processor-mismatch", file=folder, field="image_token"):
         load_processor(folder)
 
