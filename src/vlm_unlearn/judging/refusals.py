@@ -317,7 +317,7 @@ def _split_sentences(text: str) -> list[str]:
     if any(mark in text for mark in _OPENING_QUOTES) or text.startswith("'"):
         text = _QUOTED.sub(' "" ', text)
     sentences = (" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text))
-    return [sentence for sentence in sentences if sentence]
+    return [sentence[start : start + 500] for sentence in sentences for start in range(0, len(sentence), 500)]
 
 
 def _read_sentences(sentences: list[str], candidates: Sequence[Language]) -> Reading:
