@@ -96,16 +96,6 @@ def test_judge_file_resumes(tmp_path: Path) -> None:
     ]
 
 
-def test_corrected_refusal_shortcut_misses_no_refusal(vlguard_test: Path) -> None:
-    """The test for stems gives the same result as the regular expression on every published answer."""
-    from vlm_unlearn.judging import keyword
-
-    answers = [pair["response"] for record in json.loads(vlguard_test.read_text()) for pair in record["instr-resp"]]
-    for answer in answers:
-        match = keyword._DECLINES.search(" ".join(answer.translate(keyword._QUOTES).lower().split()))
-        assert (keyword.corrected_refusal(answer) is not None) == (match is not None)
-
-
 @pytest.mark.slow
 def test_rouge_judge_matches_the_official_scripts() -> None:
     """golden/rouge.json contains F1 and the value that SafeEraser's script reports, which is recall."""
