@@ -30,7 +30,7 @@ from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt
 
-SHARING_FAMILIES = sorted(PREFIX_SHARING_FAMILIES)
+SHARING_FAMILIES = sorted({*PREFIX_SHARING_FAMILIES, "pixtral"})  # a llava with another vision tower
 MAX_NEW_TOKENS = 12
 QUESTIONS = [  # index of the image, and question
     (0, "What is this ?"),

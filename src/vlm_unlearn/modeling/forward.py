@@ -140,7 +140,7 @@ def forward(
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
     positions = logit_mask.flatten().nonzero()[:, 0]
     if packing is not None:
-        packed = packed_batch(inputs, packing, batch["images"], vlm.position_ids(inputs))
+        packed = packed_batch(inputs, packing, batch["images"], vlm.position_ids(inputs), vlm.image_token_id)
         inputs = {**packed, **_attention_inputs(vlm, packing)}
         positions = packing.packed_index[logit_mask]
     with (
