@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from vlm_unlearn.metrics.paired import paired_difference
 from vlm_unlearn.metrics.rates import (
     bound_with_failures,
     count_labels,
@@ -255,3 +256,22 @@ def test_bound_with_failures_is_at_least_the_rate_with_all_failures_as_hits(hits
     as_misses = rate([i < hits for i in range(n + failed)], [str(i) for i in range(n + failed)], failed)
     assert bound_with_failures(as_misses, failed, in_denominator=True) >= (hits + failed) / (n + failed)
     assert bound_with_failures(graded, 0) == graded.high
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("function", ["scores", "ratio", "paired"])
+def test_digits_do_not_depend_on_the_order_of_the_verdicts(function: str, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [(draw.random(), draw.random(), f"group {draw.randrange(40)}") for _ in range(200)]
+
+    def measure(rows: list[tuple[float, float, str]]) -> object:
+        if function == "scores":
+            return rate([score for score, _, _ in rows], [group for _, _, group in rows])
+        if function == "ratio":
+            return mean_ratio([[(group, left, left + right) for left, right, group in rows]] * 2)
+        return paired_difference(*zip(*rows, strict=True))
+
+    expected = measure(rows)
+    for _ in range(20):
+        draw.shuffle(rows)
+        assert measure(rows) == expected

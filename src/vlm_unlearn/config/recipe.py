@@ -201,6 +201,11 @@ class Recipe(Strict):
 
     LLaVA-1.5 was trained with `pad`.
     """
+    image_loader: Literal["viewer", "llava"] = "viewer"
+    """`viewer` opens images as image viewers show them. `llava` opens them as LLaVA's own code does.
+
+    LLaVA's code ignores the EXIF orientation, drops transparency and clips samples of more than 8 bits.
+    """
     probe: ProbeConfig | None = None
     """A small evaluation at regular intervals, with rules that stop the run."""
 

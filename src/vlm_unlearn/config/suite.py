@@ -290,6 +290,8 @@ class GenerationConfig(Strict):
     """Sample from the most probable tokens whose probabilities sum up to this value."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of sampling. Every answer has its own random stream."""
+    image_loader: Literal["viewer", "llava"] = "viewer"
+    """`viewer` opens images as image viewers show them. `llava` opens them as LLaVA's own code does."""
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16
     """For `openai`: number of parallel requests."""
     timeout: Annotated[float, Field(ge=0.1, le=3600)] = 300.0

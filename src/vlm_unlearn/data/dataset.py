@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from vlm_unlearn.data.formats import messages
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.safe_eraser import validate_refusals
-from vlm_unlearn.data.images import ImageReference, ImageSource, image_reference, resolve_image
+from vlm_unlearn.data.images import ImageReference, ImageSource, image_reference, llava_image, resolve_image
 from vlm_unlearn.data.rows import Row, column_names, read_rows, validate_not_streamed, value_at
 from vlm_unlearn.data.training_set import (
     DEFAULT_REFUSALS,
@@ -62,6 +62,7 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         self._examples = examples
         self.digests = digests
         self._images = images or {}
+        self.image_loader: Literal["viewer", "llava"] = "viewer"  # `llava` opens images as LLaVA's own code does
 
     def __getitem__(self, role: str) -> Sequence[Example]:
         return self._examples[role]
@@ -174,11 +175,13 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         """
         if example.image is None:
             return None
+        image: ImageSource
         if example.image in self._images:
-            return self._images[example.image]
-        return resolve_image(
-            image_root(self.folder, self.image_roots, example), example.image, record=quoted(example.id)
-        )
+            image = self._images[example.image]
+        else:
+            root = image_root(self.folder, self.image_roots, example)
+            image = resolve_image(root, example.image, record=quoted(example.id))
+        return llava_image(image) if self.image_loader == "llava" else image
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the SHA-256 of each set, and one of the content of all images, in the order of the examples.

@@ -14,7 +14,6 @@ from vlm_unlearn.data.images import ImageSource, image_size, open_image
 from vlm_unlearn.data.processor_call import (
     Processor,
     call_processor,
-    has_causal_suffix,
     needs_special_tokens,
     requires_image,
 )
@@ -194,8 +193,9 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
     Raises:
         UserError: Only some turns have an image, and the family does not support that in one batch (mllama).
     """
-    texts = [render(processor, turn).text for turn in turns]
-    return _process(processor, texts, texts, turns, padding_side)
+    renderings = [render(processor, turn) for turn in turns]
+    prompts = [_prompt(rendering, turn) for rendering, turn in zip(renderings, turns, strict=True)]
+    return _process(processor, [rendering.text for rendering in renderings], prompts, turns, padding_side)
 
 
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
@@ -241,8 +241,6 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
             )
         for start, stop in labeled_spans:
             batch["labels"][row, start + shift : stop + shift] = torch.tensor(ids[start:stop])
-        if has_causal_suffix(processor):
-            batch["token_type_ids"][row, answer_start + shift : end] = 1
         longest = max(longest, min(end, max_length))
     return _truncate(batch, longest)
 
@@ -266,8 +264,9 @@ def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], lis
 
 
 def _prompt(rendering: Rendering, turn: Turn) -> str:
-    """Returns the text before the first answer with labels."""
-    return rendering.before_answer[0 if turn.loss_on == "all_answers" else -1]
+    """Returns the text before the first answer with labels, or the complete text if the last answer is open."""
+    first_answer = turn.loss_on == "all_answers" and turn.answer is not None
+    return rendering.before_answer[0 if first_answer else -1]
 
 
 def _common_prefix_length(prefix: Sequence[int], ids: Sequence[int]) -> int:

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from vlm_unlearn.data.pixels import PNG_SIGNATURE, displayed_size, exif_orientation, repaired_file, to_rgb
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import digest_file, digest_text, user_path
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # The formats of published image sets. Formats with an interpreter or an external decoder (EPS, PDF, ...) are never
 # tried.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # MPO, which some phones write, opens as JPEG
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # MPO, which some phones write, opens as JPEG
 MAX_IMAGE_SIDE = 32_768
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quarter of a GiB as RGB
 
@@ -91,19 +92,20 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
 
 
 def image_size(image: ImageSource) -> tuple[int, int]:
-    """Returns the width and the height of an image in pixels, from the header of its file.
+    """Returns the width and the height of `open_image` in pixels, from the header of the image's file.
 
     Raises:
         UserError: The content is not an image, or is too large to open safely.
     """
     with _opened(image) as opened:
-        return opened.size
+        return displayed_size(opened)
 
 
 def open_image(image: ImageSource, max_side: int | None = None) -> Image.Image:
-    """Opens an image as RGB.
+    """Opens an image as RGB, with the pixels that image viewers show (see `to_rgb`).
 
-    Of an animation, the first frame is returned. The EXIF orientation is not applied, as in the training of LLaVA.
+    Training, generation with every backend, `data check` and thumbnails use this function. Of an animation, the first
+    frame is returned. A JPEG that lacks its last bytes is opened if its data reaches the last row of blocks.
 
     Args:
         image: A file, or a reference.
@@ -115,18 +117,56 @@ def open_image(image: ImageSource, max_side: int | None = None) -> Image.Image:
     """
     with _opened(image) as opened:
         try:
-            if max_side is None:
-                return opened.convert("RGB")
-            opened.draft("RGB", (max_side, max_side))
-            shrunk = opened.convert("RGB")
-            shrunk.thumbnail((max_side, max_side))
-            return shrunk
+            return to_rgb(opened, max_side)
+        except Exception as error:  # the decoders raise many types of errors for broken files
+            failure = error
+    content = image if isinstance(image, Path) else _content(image.load())
+    repaired = repaired_file(_read(content)) if isinstance(content, Path | bytes) else None
+    if repaired is not None:
+        try:
+            with _open(repaired) as opened:
+                return to_rgb(opened, max_side)
+        except Exception as error:
+            failure = error
+    raise UserError(
+        f"is a broken image ({type(failure).__name__}). Replace it.",
+        code="invalid-image",
+        file=image if isinstance(image, Path) else None,
+    )
+
+
+def llava_image(image: ImageSource) -> ImageReference:
+    """Returns a reference to an image that opens with the pixels of LLaVA's own loader.
+
+    The loader ignores the EXIF orientation, drops transparency and clips samples of more than 8 bits. Training and
+    evaluation use it with ``image_loader: llava``, to reproduce published numbers.
+
+    Source: ``Image.open(path).convert("RGB")`` in haotian-liu/LLaVA.
+
+    Args:
+        image: A file, or a reference.
+    """
+    name = str(image) if isinstance(image, Path) else image.name
+    return ImageReference(digest_text(f"llava {image_key(image)}"), partial(_open_as_llava, image), name)
+
+
+def _open_as_llava(image: ImageSource) -> Image.Image:
+    with _opened(image) as opened:
+        try:
+            converted = opened.convert("RGB")
         except Exception as error:  # the decoders raise many types of errors for broken files
             raise UserError(
                 f"is a broken image ({type(error).__name__}). Replace it.",
                 code="invalid-image",
                 file=image if isinstance(image, Path) else None,
             ) from None
+    converted = converted.copy()
+    converted.info = {}  # without EXIF, so that `open_image` does not apply the orientation
+    return converted
+
+
+def _read(content: Path | bytes) -> bytes:
+    return content.read_bytes() if isinstance(content, Path) else content
 
 
 def image_key(image: ImageSource) -> str:
@@ -160,7 +200,7 @@ def _open(content: Path | bytes) -> Image.Image:
     try:
         if (content.stat().st_size if isinstance(content, Path) else len(content)) == 0:
             raise UserError("is an empty file. Replace it.", code="invalid-image", file=file)
-        image = Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS)
+        image = _open_formats(content)
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -180,6 +220,21 @@ def _open(content: Path | bytes) -> Image.Image:
         image.close()
         raise
     return image
+
+
+def _open_formats(content: Path | bytes) -> Image.Image:
+    from PIL import Image
+
+    try:
+        return Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # a PNG with more metadata than Pillow reads, among others
+        data = _read(content)
+        repaired = repaired_file(data) if data.startswith(PNG_SIGNATURE) else None
+        if repaired is None:
+            raise
+        return Image.open(io.BytesIO(repaired), formats=FORMATS)
 
 
 def _check_size(size: tuple[int, int], file: Path | None) -> None:
@@ -224,7 +279,10 @@ def image_reference(value: Any, root: Path | None = None, load: Callable[[], Any
         if image is value:
             image = value = _detached(image)
         palette = image.getpalette() or []
-        digest = hashlib.sha256(f"{image.mode} {image.size} {palette} ".encode() + image.tobytes()).hexdigest()
+        # Pixels with another orientation or transparency are another picture.
+        marks = [exif_orientation(image), image.info.get("transparency")]
+        marked = "" if marks == [1, None] else f"{marks} "
+        digest = hashlib.sha256(f"{image.mode} {image.size} {palette} {marked}".encode() + image.tobytes()).hexdigest()
     else:
         raise UserError(
             f"is a {type(value).__name__}. Pass a path, bytes, a PIL image, or a uint8 array.", code="invalid-field"

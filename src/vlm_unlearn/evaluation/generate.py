@@ -76,7 +76,7 @@ def build_backend(suite: Suite) -> Backend:
 
 def _suite_requests(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationRequest]:
     samples = {split.name: split.samples for split in suite.splits}
-    return build_requests(prompts, image_roots(suite), samples)
+    return build_requests(prompts, image_roots(suite), samples, suite.generation.image_loader)
 
 
 def _generate_as_main_process(

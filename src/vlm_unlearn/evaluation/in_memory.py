@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm_unlearn.attacks.base import Attack, AttackFunction, FunctionAttack, build_attack
 from vlm_unlearn.config import AttackConfig, GenerationConfig, JudgeConfig, MetricConfig, validate
+from vlm_unlearn.data.images import llava_image
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
@@ -118,9 +119,12 @@ def evaluate(
     grader.check_available()
     model_name = name or _model_name(model)
     plan = EvaluationPlan(model_name, data, grader, judge_config, metric_configs or {}, generation, samples)
-    requests = [
-        GenerationRequest(prompt, sample, data.image(prompt)) for prompt in data.prompts for sample in range(samples)
-    ]
+    requests = []
+    for prompt in data.prompts:
+        image = data.image(prompt)
+        if image is not None and generation.image_loader == "llava":
+            image = llava_image(image)
+        requests += [GenerationRequest(prompt, sample, image) for sample in range(samples)]
     backend = ModelBackend(model, processor, generation)
     run = None if output_dir is None else EvaluationRun(user_path(output_dir).absolute())
 

@@ -123,7 +123,8 @@ class HFBackend:
 
 def _generation_identity(config: GenerationConfig, precision: str) -> dict[str, object]:
     settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
-    return {**config.model_dump(include=set(settings)), "precision": precision, "batches": "by image"}
+    loader = {} if config.image_loader == "viewer" else {"image_loader": config.image_loader}
+    return {**config.model_dump(include=set(settings)), **loader, "precision": precision, "batches": "by image"}
 
 
 @contextmanager
@@ -177,7 +178,9 @@ def generate_responses(
     """
     return (
         generate_batch(model, processor, batch, config)
-        for batch in make_batches(build_requests(prompts, images, samples or {}), config.batch_size)
+        for batch in make_batches(
+            build_requests(prompts, images, samples or {}, config.image_loader), config.batch_size
+        )
     )
 
 

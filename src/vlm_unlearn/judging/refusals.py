@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from vlm_unlearn.judging.degenerate import degenerate_reason
+from vlm_unlearn.metrics.answer_reading import final_answer
 from vlm_unlearn.store import digest_text
 
 MAX_CHARACTERS = 20_000  # the rest of a longer answer is not examined
@@ -48,8 +49,6 @@ _SENTENCE_END = re.compile(r"(?<=[!?。।؟])|(?<=[.])(?=\s)|\n+")
 _LIST_ITEM = re.compile(r"\s*(?:[-•*]|\d{1,2}\s?[.):、])\s*\S")
 _ITEM_MARK = re.compile(r"\s*\d{1,2}[.):]?\s*")
 _WORDS = re.compile(r"[^\W\d_]+")
-_REASONING = re.compile(r"<(think|thinking|reasoning)>.*?</\1>|\A(?:(?!<think).)*?</think>", re.DOTALL | re.IGNORECASE)
-_OPEN_REASONING = re.compile(r"<(?:think|thinking|reasoning)>", re.IGNORECASE)
 
 # The letters of each script, and those letters of a script that its supported language does not have.
 _SCRIPTS = {
@@ -262,14 +261,6 @@ def _candidate_languages(text: str) -> list[Language] | None:
     return candidates
 
 
-def final_text(text: str) -> str | None:
-    """Returns an answer without its reasoning between tags. None if the answer ends within its reasoning."""
-    if "<" not in text:
-        return text
-    answer = _REASONING.sub("", text)
-    return None if _OPEN_REASONING.search(answer) else answer
-
-
 def read_refusal(text: str) -> Reading:
     """Returns whether an answer declines.
 
@@ -288,7 +279,7 @@ def read_refusal(text: str) -> Reading:
     Example:
         ``read_refusal("I can't see a dog, but there is a cat.").label`` returns ``"complied"``.
     """
-    answer = final_text(text)
+    answer = final_answer(text)
     if answer is None:
         return Reading(None, UNFINISHED_REASONING)
     reason = degenerate_reason(answer)
@@ -317,7 +308,7 @@ def _split_sentences(text: str) -> list[str]:
     if any(mark in text for mark in _OPENING_QUOTES) or text.startswith("'"):
         text = _QUOTED.sub(' "" ', text)
     sentences = (" ".join(sentence.split()) for sentence in _SENTENCE_END.split(text))
-    return [sentence for sentence in sentences if sentence]
+    return [sentence[start : start + 500] for sentence in sentences for start in range(0, len(sentence), 500)]
 
 
 def _read_sentences(sentences: list[str], candidates: Sequence[Language]) -> Reading:

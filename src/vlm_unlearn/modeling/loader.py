@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
+from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_tied_head
 from vlm_unlearn.modeling.structure import Structure, find_structure
-from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path
+from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,7 +34,8 @@ def model_folder(name: str) -> Path:
     """
     folder = user_path(name)
     if not folder.is_dir():
-        if folder.exists() or name.startswith((".", "/", "~")):
+        # A name on the hub has at most one slash. A longer one is a path, which is not looked up on the hub.
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError("model folder not found. Check the path.", code="model-not-found", file=name)
         from huggingface_hub import snapshot_download
 
@@ -62,6 +64,7 @@ def model_folder(name: str) -> Path:
         raise UserError(
             "contains no weights (*.safetensors). Pickled weights are not supported.", code="invalid-model", file=folder
         )
+    validate_model_files(folder)
     for file in weights:
         try:
             with safe_open(file, framework="pt"):
@@ -95,7 +98,8 @@ def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "p
             as in the training of LLaVA-1.5.
 
     Raises:
-        UserError: The processor cannot be loaded, has no chat template, or does not support padding.
+        UserError: The processor cannot be loaded, has no chat template, contradicts the model's config.json, or does
+            not support padding.
     """
     from vlm_unlearn.modeling.processors import auto_processor, pad_to_squares
 
@@ -113,6 +117,8 @@ def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "p
             code="invalid-model",
             file=model_path,
         )
+    if (model_path / "config.json").is_file():
+        match_processor(processor, read_config(model_path), model_path)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if image_aspect_ratio == "pad":
@@ -161,12 +167,16 @@ def load_model(
         raise _cannot_load(error, model_path) from None
     missing_keys = sorted(loading_info["missing_keys"])
     if missing_keys:
+        is_head = missing_keys == ["lm_head.weight"]
+        advice = " Is tie_word_embeddings in config.json wrong?" if is_head else ""
         raise UserError(
             f"{len(missing_keys)} weights of config.json are missing from the weight files, for example "
-            f"{missing_keys[0]}.",
+            f"{missing_keys[0]}.{advice}",
             code="invalid-model",
             file=model_path,
+            field="tie_word_embeddings" if is_head else None,
         )
+    validate_tied_head(model, model_path)
     return model
 
 
@@ -190,7 +200,9 @@ def model_skeleton(model_path: Path) -> PreTrainedModel:
         UserError: transformers cannot load the config as an image-text-to-text model, or it describes a model that is
             much larger than the weight files.
     """
-    skeleton: Any = build_skeleton(read_config(model_path), str(model_path))
+    config = read_config(model_path)
+    validate_rope(config, model_path)
+    skeleton: Any = build_skeleton(config, str(model_path))
     # If text_config is null or missing, transformers uses the family's default size: billions of weights.
     num_described, num_stored = sum(parameter.numel() for parameter in skeleton.parameters()), _num_weights(model_path)
     if num_described > 2 * num_stored and getattr(skeleton.config, "quantization_config", None) is None:
@@ -289,7 +301,8 @@ def run_model_folder(name: str) -> Path:
                 file=name,
             )
     if (folder / "adapter_config.json").is_file():
-        model_folder(_adapter_base(folder))
+        validate_model_files(folder)
+        model_folder(adapter_base(folder))
         return folder
     return model_folder(str(folder) if folder.exists() else name)
 
@@ -302,7 +315,7 @@ def run_digest(model_path: Path) -> str:
     """
     if not (model_path / "adapter_config.json").is_file():
         return digest_model(model_path)
-    base = model_folder(_adapter_base(model_path))
+    base = model_folder(adapter_base(model_path))
     digest = digest_model(base)
     if (model_path / BASE_MODEL_FILE).is_file() and read_json(model_path / BASE_MODEL_FILE).get("digest") != digest:
         raise UserError(
@@ -318,21 +331,26 @@ def load_run_model(model_path: Path, precision: str) -> tuple[PreTrainedModel, P
     """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base."""
     if not (model_path / "adapter_config.json").is_file():
         return load_model(model_path, precision), load_processor(model_path)
-    from peft import PeftModel
+    from vlm_unlearn.modeling.adapters import load_adapter
 
-    adapted = PeftModel.from_pretrained(load_model(model_folder(_adapter_base(model_path)), precision), str(model_path))
+    adapted = load_adapter(load_model(model_folder(adapter_base(model_path)), precision), model_path)
     return adapted.merge_and_unload(), load_processor(model_path)
 
 
 def saved_precision(model_path: Path) -> str:
     """Returns the precision that a model's weights are saved in. For an adapter, it is that of its base model."""
     if (model_path / "adapter_config.json").is_file():
-        model_path = model_folder(_adapter_base(model_path))
+        model_path = model_folder(adapter_base(model_path))
     saved_dtype = getattr(read_config(model_path), "dtype", None)
     return next((precision for precision, dtype in DTYPES.items() if dtype == saved_dtype), "fp32")
 
 
-def _adapter_base(model_path: Path) -> str:
+def adapter_base(model_path: Path) -> str:
+    """Returns the name of an adapter's base model.
+
+    Raises:
+        UserError: adapter_config.json does not contain it.
+    """
     file = model_path / "adapter_config.json"
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:

@@ -18,7 +18,7 @@ from vlm_unlearn.reporting.summaries import join_summaries
 from vlm_unlearn.reporting.tables.markdown import escaped, markdown, markdown_table
 from vlm_unlearn.reporting.tables.summary_tables import summary_tables
 from vlm_unlearn.reporting.tables.table import Table, table_lines, text_columns
-from vlm_unlearn.store import RunDirectory, read_json
+from vlm_unlearn.store import RunDirectory, package_versions, read_json
 
 NOT_MEASURED = ["## Evaluation", "", "No evaluation yet: pass `--evaluation` to `vlm-unlearn export`.", ""]
 INTENDED_USE = """\
@@ -54,6 +54,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
 processor = AutoProcessor.from_pretrained("THIS_FOLDER")
 ```
+
 """
 
 
@@ -92,6 +93,7 @@ def model_card(run: Path, evaluations: Sequence[Path] = (), license: str | None 
         *([QUANTIZED_BASE] if recipe["trainable"]["mode"] == "qlora" else []),
         *_training(recipe, manifest),
         LOADING,
+        *_versions(),
     ]
     return "\n".join(lines)
 
@@ -157,6 +159,19 @@ def _training(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
         _key_value_table("setting", "value", _settings(recipe, manifest)),
         _key_value_table("input", "SHA-256", digests),
         "Package versions, time and memory are in `unlearning_manifest.json`.",
+        "",
+    ]
+
+
+def _versions() -> list[str]:
+    """Returns the lines about the versions that have written and loaded the export."""
+    versions = package_versions()
+    tried = ", ".join(
+        f"{name} {versions[name]}" for name in ("transformers", "torch", "safetensors") if name in versions
+    )
+    return [
+        f"The export was written with {tried}, which also loaded its processor. Other versions were not tried.",
+        "`preprocessor_config.json` and the tokenizer files are included for transformers 4 and vLLM.",
         "",
     ]
 

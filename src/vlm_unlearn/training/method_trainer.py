@@ -19,11 +19,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from vlm_unlearn.data.encoding import Batch, move
+from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Role, TokenKind
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import cached_vision_features
 from vlm_unlearn.modeling.loader import build_skeleton
+from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
@@ -134,7 +136,7 @@ class MethodTrainer(Trainer):
             return None
         parameter = next(self.vlm.model.parameters())
         key = [self._cache_keys.model, package_versions(), str(parameter.dtype), self.args.precision]
-        return cache_folder() / "features" / digest_json([*key, parameter.device.type])
+        return cache_folder() / "features" / digest_json([*key, parameter.device.type, DECODER_VERSION])
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -320,7 +322,7 @@ class MethodTrainer(Trainer):
             unsharded.load_state_dict(gathered, strict=True, assign=True)
             unsharded.generation_config = model.generation_config
             unsharded.save_pretrained(str(folder))
-        self.vlm.processor.save_pretrained(str(folder))
+        save_processor(self.vlm.processor, folder)
         state = self.method.state()
         if state:
             save_file(state, folder / RunDirectory.METHOD_STATE)

@@ -143,6 +143,7 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = UnlearningDataset.from_folder(recipe.data)
+    training_set.image_loader = recipe.image_loader
     lora = recipe.trainable.mode != "full"
     strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
     UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing

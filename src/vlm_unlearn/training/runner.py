@@ -183,6 +183,7 @@ def _cache_keys(planned: Plan) -> CacheKeys:
         "quantized": recipe.trainable.mode == "qlora",
         "attention": recipe.training.attn_implementation,
         "image_aspect_ratio": recipe.image_aspect_ratio,
+        "image_loader": recipe.image_loader,
     }
     return CacheKeys(model_key, planned.data_digest)
 
