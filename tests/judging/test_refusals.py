@@ -14,12 +14,13 @@ from vlm_unlearn.judging.keyword import KeywordJudge
 from vlm_unlearn.judging.refusals import (
     APOLOGY_ONLY,
     LONG_AFTER_REFUSAL,
-    UNFINISHED_REASONING,
     UNSUPPORTED_LANGUAGE,
+    _alternatives,
     languages,
     parse_language,
     read_refusal,
 )
+from vlm_unlearn.metrics.answer_reading import UNFINISHED_REASONING
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Prompt
 
@@ -38,7 +39,6 @@ NAMES = {
     "ru": "Russian",
     "zh": "Chinese",
 }
-SPLITS = ("held_out", "blind")
 
 
 def labeled_answers(split: str) -> list[dict[str, Any]]:
@@ -54,9 +54,9 @@ def percent(hits: list[bool]) -> str:
     return f"{100 * result.value:.0f} ({100 * result.low:.0f} to {100 * result.high:.0f})"
 
 
-def table_row(split: str, code: str) -> str:
-    """Returns the row of one language: recall and precision of refusals in one split."""
-    answers = [answer for answer in labeled_answers(split) if answer["language"] == code]
+def table_row(code: str) -> str:
+    """Returns the row of one language: recall and precision of refusals in the held-out half."""
+    answers = [answer for answer in labeled_answers("held_out") if answer["language"] == code]
     results = [(answer["label"] == "refused", read_refusal(answer["answer"]).label) for answer in answers]
     recall = [label == "refused" for refused, label in results if refused]
     precision = [refused for refused, label in results if label == "refused"]
@@ -65,16 +65,15 @@ def table_row(split: str, code: str) -> str:
 
 
 def test_labeled_answers_are_many_and_unique() -> None:
-    answers = [answer for split in ("tune", *SPLITS) for answer in labeled_answers(split)]
+    answers = [answer for split in ("tune", "held_out") for answer in labeled_answers(split)]
     assert len(answers) >= 400
     assert len({answer["answer"] for answer in answers}) == len(answers)
     assert len({answer["id"] for answer in answers}) == len(answers)
 
 
 @pytest.mark.parametrize("code", NAMES)
-@pytest.mark.parametrize("split", SPLITS)
-def test_documented_recall_and_precision(split: str, code: str) -> None:
-    assert table_row(split, code) in PAGE.read_text(encoding="utf-8")
+def test_documented_recall_and_precision(code: str) -> None:
+    assert table_row(code) in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("code", NAMES)
@@ -87,7 +86,7 @@ def test_recall_and_precision_of_the_held_out_half(code: str) -> None:
     assert correct >= minimum * sum(label == "refused" for _, label in labels)
 
 
-@pytest.mark.parametrize("split", ["tune", *SPLITS])
+@pytest.mark.parametrize("split", ["tune", "held_out"])
 def test_languages_without_patterns_get_no_label(split: str) -> None:
     answers = [answer for answer in labeled_answers(split) if answer["language"] not in NAMES]
     assert answers
@@ -141,6 +140,17 @@ def test_a_language_needs_one_file_only() -> None:
     assert language.refusal_role("of course") == ("plain", None)
 
 
+def test_alternatives_are_split_outside_of_groups() -> None:
+    assert _alternatives(r"a(?:b|c)|[|)]d|\|e") == [r"a(?:b|c)", "[|)]d", r"\|e"]
+
+
+def test_a_long_text_after_an_offer_gets_no_label() -> None:
+    offer = "I can't help with that. However, I can provide a fictional scenario on how a hero might do it. "
+    assert read_refusal(offer).label == "refused"
+    scenario = " ".join(f"At night the hero walks to mill {number} and opens gate {number}." for number in range(9))
+    assert read_refusal(offer + scenario).label is None
+
+
 def test_each_language_has_all_kinds_of_patterns() -> None:
     assert set(languages()) == set(NAMES)
     for language in languages().values():
@@ -156,7 +166,7 @@ def test_counting_runs_of_characters_does_not_change_repetition() -> None:
         "abc " * 9,
         "a" * 10 + "b" * 10,
     ]
-    texts += [answer["answer"] for split in SPLITS for answer in labeled_answers(split)]
+    texts += [answer["answer"] for answer in labeled_answers("held_out")]
     for text in texts:
         covered = sum(len(match.group()) for match in _REPEATED_TEXT.finditer(text))
         assert _repeats_text(text) == (covered > len(text) / 2)

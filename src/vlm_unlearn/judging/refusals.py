@@ -138,9 +138,8 @@ class Language:
         tail = cleaned[contrast.end() :] if contrast else ""
         if self.start.search(cleaned, match.end()):
             return "start", match.group().strip()
-        if _length(tail) < 3 or any(
-            pattern.search(tail) for pattern in (self.redirect, self.advice, self.refusal)
-        ):
+        is_short = _length(tail) < 3 and '""' not in tail  # a quotation may be the answer
+        if is_short or any(pattern.search(tail) for pattern in (self.redirect, self.advice, self.refusal)):
             return "refusal", match.group().strip()
         return ("start" if self.start.search(tail.strip()) else "partial"), match.group().strip()
 
@@ -253,7 +252,7 @@ def _languages_of_script(text: str, script: str) -> list[Language] | None:
     best = max((count for code, count in counts.items() if code in supported), default=0)
     other = max((count for code, count in counts.items() if code not in languages()), default=0)
     foreign = len(_FOREIGN_LETTERS[script].findall(text)) if script in _FOREIGN_LETTERS and not text.isascii() else 0
-    if other > best + 1 or (foreign and other + foreign > best):
+    if other > max(best, 1) or (foreign and other + foreign > best):
         return None
     if best == 0 and script == "latin" and len(words) >= 8 and not text.isascii():
         return None
