@@ -107,7 +107,8 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         Args:
             data: A `DatasetDict` with one split per role, a `Dataset` or a list of dicts with a column ``role``, or a
                 mapping of role to a `Dataset` or a list of dicts.
-            root: The folder of relative image paths. Paths must stay inside it.
+            root: The folder of relative image paths. Paths must stay inside it. By default, they are relative to the
+                current folder.
             refusals: Refusal sentences, for methods that train the model to refuse. None uses four plain sentences.
 
         Raises:
@@ -242,6 +243,10 @@ class _RowReader:
     def _add_image(self, record: RawRecord, row: Row, path: tuple[str | int, ...]) -> str:
         field = messages.path_text(path)
         value = value_at(row.value, path)
+        if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:
+            value = value["path"]  # as `datasets.Image` stores a PIL image that was opened from a file
+        if self._root is None and isinstance(value, str | Path) and "://" not in str(value):
+            value = user_path(value).absolute()
         if isinstance(value, str | Path) and str(value) in self._by_path:
             return self._by_path[str(value)]
         try:
@@ -268,6 +273,9 @@ def _chat_fields(record: RawRecord) -> dict[str, Any]:
 
 def _question_fields(record: RawRecord) -> dict[str, Any]:
     missing = [name for name in ("question", "answer") if name not in record.value]
+    if missing and {"prompt", "completion"} <= set(record.value):
+        problem = "rows with prompt and completion are not supported. Rename the columns to question and answer."
+        raise record.error(problem, "unsupported-setting", "prompt")
     if missing:
         columns = [str(name) for name in record.value]
         listed = printable(", ".join(columns)) or "none"
