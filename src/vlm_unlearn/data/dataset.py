@@ -107,7 +107,8 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         Args:
             data: A `DatasetDict` with one split per role, a `Dataset` or a list of dicts with a column ``role``, or a
                 mapping of role to a `Dataset` or a list of dicts.
-            root: The folder of relative image paths. Paths must stay inside it.
+            root: The folder of relative image paths. Paths must stay inside it. By default, they are relative to the
+                current folder.
             refusals: Refusal sentences, for methods that train the model to refuse. None uses four plain sentences.
 
         Raises:
@@ -173,15 +174,17 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         Raises:
             UserError: The image file of a training-set folder does not exist or is outside the image root.
         """
+        image = self._image_source(example)
+        return llava_image(image) if image is not None and self.image_loader == "llava" else image
+
+    def _image_source(self, example: Example) -> ImageSource | None:
+        """Returns the image of an example without its loader."""
         if example.image is None:
             return None
-        image: ImageSource
         if example.image in self._images:
-            image = self._images[example.image]
-        else:
-            root = image_root(self.folder, self.image_roots, example)
-            image = resolve_image(root, example.image, record=quoted(example.id))
-        return llava_image(image) if self.image_loader == "llava" else image
+            return self._images[example.image]
+        root = image_root(self.folder, self.image_roots, example)
+        return resolve_image(root, example.image, record=quoted(example.id))
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the SHA-256 of each set, and one of the content of all images, in the order of the examples.
@@ -196,7 +199,7 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
 
     def _image_identity(self, example: Example) -> Path | str | None:
         """Returns the name of an image in memory, or the file of an image of a folder."""
-        source = self.image(example)
+        source = self._image_source(example)
         return source.name if isinstance(source, ImageReference) else source
 
 
@@ -242,6 +245,10 @@ class _RowReader:
     def _add_image(self, record: RawRecord, row: Row, path: tuple[str | int, ...]) -> str:
         field = messages.path_text(path)
         value = value_at(row.value, path)
+        if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:
+            value = value["path"]  # as `datasets.Image` stores a PIL image that was opened from a file
+        if self._root is None and isinstance(value, str | Path) and "://" not in str(value):
+            value = user_path(value).absolute()
         if isinstance(value, str | Path) and str(value) in self._by_path:
             return self._by_path[str(value)]
         try:
@@ -268,6 +275,9 @@ def _chat_fields(record: RawRecord) -> dict[str, Any]:
 
 def _question_fields(record: RawRecord) -> dict[str, Any]:
     missing = [name for name in ("question", "answer") if name not in record.value]
+    if missing and {"prompt", "completion"} <= set(record.value):
+        problem = "rows with prompt and completion are not supported. Rename the columns to question and answer."
+        raise record.error(problem, "unsupported-setting", "prompt")
     if missing:
         columns = [str(name) for name in record.value]
         listed = printable(", ".join(columns)) or "none"

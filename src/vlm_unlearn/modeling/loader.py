@@ -56,9 +56,10 @@ def model_folder(name: str) -> Path:
             file=folder,
         )
     if not (folder / "config.json").is_file():
-        raise UserError(
-            "contains no config.json. Pass a model folder in Hugging Face format.", code="invalid-model", file=folder
-        )
+        fix = "Pass a model folder in Hugging Face format."
+        if any(folder.glob("checkpoint-*")):
+            fix = "It contains the checkpoints of a trainer. Save the model with trainer.save_model(FOLDER)."
+        raise UserError(f"contains no config.json. {fix}", code="invalid-model", file=folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(

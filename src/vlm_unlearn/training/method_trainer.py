@@ -144,13 +144,33 @@ class MethodTrainer(Trainer):
         """Calls `eval_fn` with the model, logs its rates and returns them, with the prefix of the names in the log.
 
         In a distributed run, the main process evaluates and broadcasts the rates.
+
+        Raises:
+            UserError: The trainer has no `eval_fn`.
         """
-        rates = {} if self._eval_fn is None else self.measure(self._eval_fn)
+        if self._eval_fn is None:
+            raise UserError(
+                "the trainer has no eval_fn. Pass it to UnlearningTrainer, or call vlm_unlearn.evaluate.",
+                code="missing-setting",
+                field="eval_fn",
+            )
+        rates = self.measure(self._eval_fn)
         prefix = self._eval_prefix if metric_key_prefix == "eval" else f"{metric_key_prefix}_"
         metrics = {f"{prefix}{name}": rate for name, rate in rates.items() if rate is not None}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises an error, because the trainer's data are for training.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "the trainer does not predict. Call vlm_unlearn.evaluate with the model and a data set.",
+            code="unsupported-setting",
+        )
 
     def measure(self, eval_fn: EvalFunction) -> dict[str, float | None]:
         """Returns the rates of a function of the model in evaluation mode, in all processes."""
