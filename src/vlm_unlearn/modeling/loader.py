@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
+from vlm_unlearn.modeling.adapters import (
+    ADAPTER_CONFIG,
+    BASE_MODEL_FILE,
+    adapter_base,
+    add_adapters,
+    check_adapters,
+    check_tensors,
+    is_adapter,
+)
 from vlm_unlearn.modeling.structure import Structure, find_structure
-from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path
+from vlm_unlearn.store import (
+    RunDirectory,
+    describe_path,
+    digest_model,
+    read_json,
+    tensor_shapes,
+    user_path,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-BASE_MODEL_FILE = "base_model.json"  # next to adapters: the digest of the base model they were trained on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")  # other names are paths, which the hub is not asked for
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -33,7 +50,7 @@ def model_folder(name: str) -> Path:
     """
     folder = user_path(name)
     if not folder.is_dir():
-        if folder.exists() or name.startswith((".", "/", "~")):
+        if folder.exists() or not HUB_NAME.fullmatch(name):
             raise UserError("model folder not found. Check the path.", code="model-not-found", file=name)
         from huggingface_hub import snapshot_download
 
@@ -57,24 +74,21 @@ def model_folder(name: str) -> Path:
         raise UserError(
             "contains no config.json. Pass a model folder in Hugging Face format.", code="invalid-model", file=folder
         )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    if is_adapter(folder):  # transformers would load the adapter too, and only warn if it does not fit
         raise UserError(
-            "contains no weights (*.safetensors). Pickled weights are not supported.", code="invalid-model", file=folder
+            f"contains {ADAPTER_CONFIG} next to a model. Move the adapter to a folder of its own, or merge it.",
+            code="invalid-model",
+            file=folder,
         )
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"broken weights: {_first_line(error)}", code="invalid-model", file=file) from None
+    for file in weight_files(folder):
+        tensor_shapes(file)  # raises an error if the file is broken
     return folder
 
 
 def find_local_model(name: str) -> Path | None:
     """Returns the local folder with a model's config, without network access, or None if there is none."""
     folder = user_path(name)
-    if not folder.is_dir() and not name.startswith((".", "/", "~")):
+    if not folder.is_dir() and HUB_NAME.fullmatch(name):
         from huggingface_hub import snapshot_download
 
         try:
@@ -256,11 +270,7 @@ def _without_zero3() -> Iterator[None]:
 
 def _num_weights(model_path: Path) -> int:
     """Returns how many numbers the weight files of a folder contain, according to their headers."""
-    count = 0
-    for file in model_path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
+    return sum(math.prod(shape) for file in weight_files(model_path) for shape in tensor_shapes(file).values())
 
 
 def run_model_folder(name: str) -> Path:
@@ -270,7 +280,8 @@ def run_model_folder(name: str) -> Path:
         name: A model folder, hub name, adapter folder, or the folder of a training run.
 
     Raises:
-        UserError: The model is not found or invalid, or the training run is not finished.
+        UserError: The model is not found or invalid, a tensor of the adapter is missing or unexpected, or the training
+            run is not finished.
     """
     folder = user_path(name)
     run = RunDirectory(folder)
@@ -288,8 +299,10 @@ def run_model_folder(name: str) -> Path:
                 code="run-unfinished",
                 file=name,
             )
-    if (folder / "adapter_config.json").is_file():
-        model_folder(_adapter_base(folder))
+    if is_adapter(folder):
+        base = model_folder(adapter_base(folder))
+        if not check_tensors(folder):
+            check_adapters(model_skeleton(base), folder)
         return folder
     return model_folder(str(folder) if folder.exists() else name)
 
@@ -300,9 +313,9 @@ def run_digest(model_path: Path) -> str:
     Raises:
         UserError: The base model has changed since the adapter was trained.
     """
-    if not (model_path / "adapter_config.json").is_file():
+    if not is_adapter(model_path):
         return digest_model(model_path)
-    base = model_folder(_adapter_base(model_path))
+    base = model_folder(adapter_base(model_path))
     digest = digest_model(base)
     if (model_path / BASE_MODEL_FILE).is_file() and read_json(model_path / BASE_MODEL_FILE).get("digest") != digest:
         raise UserError(
@@ -315,34 +328,23 @@ def run_digest(model_path: Path) -> str:
 
 
 def load_run_model(model_path: Path, precision: str) -> tuple[PreTrainedModel, Processor]:
-    """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base."""
-    if not (model_path / "adapter_config.json").is_file():
-        return load_model(model_path, precision), load_processor(model_path)
-    from peft import PeftModel
+    """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base.
 
-    adapted = PeftModel.from_pretrained(load_model(model_folder(_adapter_base(model_path)), precision), str(model_path))
+    Raises:
+        UserError: The model or processor cannot be loaded, or a tensor of the adapter is missing or unexpected.
+    """
+    if not is_adapter(model_path):
+        return load_model(model_path, precision), load_processor(model_path)
+    adapted = add_adapters(load_model(model_folder(adapter_base(model_path)), precision), model_path)
     return adapted.merge_and_unload(), load_processor(model_path)
 
 
 def saved_precision(model_path: Path) -> str:
     """Returns the precision that a model's weights are saved in. For an adapter, it is that of its base model."""
-    if (model_path / "adapter_config.json").is_file():
-        model_path = model_folder(_adapter_base(model_path))
+    if is_adapter(model_path):
+        model_path = model_folder(adapter_base(model_path))
     saved_dtype = getattr(read_config(model_path), "dtype", None)
     return next((precision for precision, dtype in DTYPES.items() if dtype == saved_dtype), "fp32")
-
-
-def _adapter_base(model_path: Path) -> str:
-    file = model_path / "adapter_config.json"
-    base = read_json(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(
-            "must name the base model of the adapter.",
-            code="invalid-field",
-            file=file,
-            field="base_model_name_or_path",
-        )
-    return base
 
 
 def resolve_precision(precision: str) -> str:

@@ -13,7 +13,6 @@ from vlm_unlearn.store.files import RecordSink as RecordSink
 from vlm_unlearn.store.files import describe_validation_error as describe_validation_error
 from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json
-from vlm_unlearn.store.files import digest_model as digest_model
 from vlm_unlearn.store.files import digest_text as digest_text
 from vlm_unlearn.store.files import dump_json as dump_json
 from vlm_unlearn.store.files import dump_record as dump_record
@@ -31,6 +30,9 @@ from vlm_unlearn.store.files import write_text as write_text
 from vlm_unlearn.store.folders import build_atomically as build_atomically
 from vlm_unlearn.store.folders import cache_folder as cache_folder
 from vlm_unlearn.store.folders import lock_folder as lock_folder
+from vlm_unlearn.store.model_files import digest_model as digest_model
+from vlm_unlearn.store.model_files import tensor_shapes as tensor_shapes
+from vlm_unlearn.store.model_files import weight_files as weight_files
 from vlm_unlearn.store.run_directory import RunDirectory as RunDirectory
 from vlm_unlearn.store.run_directory import describe_path as describe_path
 from vlm_unlearn.store.run_directory import package_versions as package_versions

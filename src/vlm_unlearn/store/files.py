@@ -312,15 +312,3 @@ def digest_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def digest_model(path: Path) -> str:
-    """Returns the SHA-256 of a model folder in hexadecimal.
-
-    It covers the names and bytes of the weights, configuration, tokenizer and chat template, but not the folder's path.
-    """
-    suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-    files = sorted(
-        file for file in path.iterdir() if file.is_file() and file.suffix in suffixes and file.name != MANIFEST
-    )
-    return digest_json({file.name: digest_file(file) for file in files})

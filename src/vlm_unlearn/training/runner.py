@@ -18,7 +18,8 @@ from vlm_unlearn import plugins
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model
+from vlm_unlearn.modeling.adapters import BASE_MODEL_FILE, describe_tensors
+from vlm_unlearn.modeling.loader import load_model
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import PROBE_PREFIX
@@ -243,6 +244,7 @@ def _save_result(trainer: MethodTrainer, planned: Plan, run: RunDirectory) -> No
             str(planned.model_path.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(scratch / "adapter_config.json", adapter)
-        write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest})
+        description = {"digest": planned.model_digest, "tensors": describe_tensors(scratch)}
+        write_json(scratch / BASE_MODEL_FILE, description)
     shutil.rmtree(run.model, ignore_errors=True)
     os.replace(scratch, run.model)
