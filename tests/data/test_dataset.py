@@ -106,14 +106,15 @@ def test_array_is_an_image_or_an_error(array: Any, code: str | None) -> None:
             read({**ROW, "image": array})
 
 
-def test_exif_orientation_is_not_applied_as_in_files(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied_as_in_files(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "a.jpg").write_bytes(encoded(picture(), "JPEG", exif=exif))
     table = Dataset.from_list([{**ROW, "image": str(tmp_path / "a.jpg")}]).cast_column("image", ImageFeature())
     assert table[0]["image"].size == (8, 12)  # datasets rotates when it decodes
     data = UnlearningDataset.from_datasets({"forget": table, "retain": RETAIN})
-    assert image_size(data.image(data["forget"][0])) == (12, 8)  # type: ignore[arg-type]
+    assert image_size(data.image(data["forget"][0])) == (8, 12)  # type: ignore[arg-type]
+    assert image_size(data.image(data["forget"][0]), "llava") == (12, 8)  # type: ignore[arg-type]
 
 
 def test_same_content_is_the_same_image(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from helpers import raises_code
 from vlm_unlearn.config import GenerationConfig
@@ -181,6 +182,8 @@ def test_adapter_raises_with_export_command(engine: type[LLM], tiny_model: Path,
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(base)})
+    save_file({}, adapter / "adapter_model.safetensors")
+    write_json(adapter / "base_model.json", {"tensors": {}})
     with raises_code("unsupported-setting", file=adapter) as caught:
         VLLMBackend(str(adapter), GenerationConfig(backend="vllm"))
     assert f"vlm-unlearn export {adapter} --out" in str(caught.value)

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from vlm_unlearn import plugins
 from vlm_unlearn.config.base import DeprecatedNames, PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError, nearest
-from vlm_unlearn.records import Kind, Label
+from vlm_unlearn.records import ImageLoader, Kind, Label
 from vlm_unlearn.store import digest_json, user_path
 
 
@@ -280,6 +280,8 @@ class GenerationConfig(Strict):
     """For `openai`: address of the server. The suite's `model` is the name of the model on it."""
     max_new_tokens: Positive = 256
     """Maximum length of an answer in tokens."""
+    image_loader: ImageLoader = "viewer"
+    """`viewer` reads images as viewers show them. `llava` is LLaVA's own loader, `Image.open(...).convert("RGB")`."""
     batch_size: Positive = 8
     """For `hf`: number of questions per batch."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -21,7 +21,7 @@ from vlm_unlearn.data.processor_call import (
 from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
-from vlm_unlearn.records import Example, LossOn, Prompt
+from vlm_unlearn.records import Example, ImageLoader, LossOn, Prompt
 
 Batch = dict[str, Tensor]
 
@@ -39,6 +39,7 @@ class Turn:
         system: The system message.
         image_offset: The number of characters of the first question before the image.
         loss_on: The answers with labels.
+        image_loader: How `open_image` reads the image.
     """
 
     id: str
@@ -49,14 +50,16 @@ class Turn:
     system: str | None = None
     image_offset: int = 0
     loss_on: LossOn = "all_answers"
+    image_loader: ImageLoader = "viewer"
 
     @classmethod
-    def of_example(cls, example: Example, image: ImageSource | None) -> Turn:
+    def of_example(cls, example: Example, image: ImageSource | None, image_loader: ImageLoader = "viewer") -> Turn:
         """Returns the question and the answer of an example.
 
         Args:
             example: The example.
             image: The image of the example.
+            image_loader: How `open_image` reads the image.
         """
         return cls(
             id=example.id,
@@ -67,15 +70,17 @@ class Turn:
             system=example.system,
             image_offset=example.image_offset,
             loss_on=example.loss_on,
+            image_loader=image_loader,
         )
 
     @classmethod
-    def of_prompt(cls, prompt: Prompt, image: ImageSource | None) -> Turn:
+    def of_prompt(cls, prompt: Prompt, image: ImageSource | None, image_loader: ImageLoader = "viewer") -> Turn:
         """Returns the question of a prompt, without an answer.
 
         Args:
             prompt: The prompt.
             image: The image of the prompt.
+            image_loader: How `open_image` reads the image.
         """
         return cls(
             id=prompt.id,
@@ -85,6 +90,7 @@ class Turn:
             history=tuple((turn.question, turn.answer) for turn in prompt.history),
             system=prompt.system,
             image_offset=prompt.image_offset,
+            image_loader=image_loader,
         )
 
 
@@ -294,7 +300,7 @@ class PromptMeter:
         if turn.image is None:
             return count
         with _naming_record(turn):
-            size = image_size(turn.image)
+            size = image_size(turn.image, turn.image_loader)
         if size not in self._image_tokens:
             question = replace(turn, answer=None, history=(), system=None, image_offset=0)
             text_tokens = len(token_ids(self._processor, render(self._processor, question).text))
@@ -317,7 +323,7 @@ def _process(
     for turn in turns:
         if turn.image is not None and turn.image not in opened:
             with _naming_record(turn):
-                opened[turn.image] = open_image(turn.image)
+                opened[turn.image] = open_image(turn.image, loader=turn.image_loader)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     if requires_image(processor) and not all(images):
         text_only = next(turn.id for turn in turns if turn.image is None)

@@ -14,13 +14,15 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from vlm_unlearn.data.pixels import complete_jpeg, orientation, shown_size, to_rgb, without_metadata
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.records import ImageLoader
 from vlm_unlearn.store import digest_file, digest_text, user_path
 
 if TYPE_CHECKING:
@@ -28,12 +30,13 @@ if TYPE_CHECKING:
 
 # The formats of published image sets. Formats with an interpreter or an external decoder (EPS, PDF, ...) are never
 # tried.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # MPO, which some phones write, opens as JPEG
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # MPO, which some phones write, opens as JPEG
 MAX_IMAGE_SIDE = 32_768
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quarter of a GiB as RGB
 
 # _check_size raises for these images, so that Pillow's warning would only repeat the error.
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # viewers ignore it
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ImageReference:
     """An image that is opened when it is used. Two references are equal if their contents are.
 
     Attributes:
-        digest: The SHA-256 of the image file's bytes. For a PIL image or an array: of its mode, size and pixels.
+        digest: The SHA-256 of the image file's bytes. For a PIL image or an array: of its mode, size and pixels, and of
+            its EXIF orientation and transparent color if it has them.
         load: Returns a value that `image_reference` accepts, apart from relative paths.
         name: The path below the image root, or ``sha256:`` and the digest.
     """
@@ -90,43 +94,64 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
     return path
 
 
-def image_size(image: ImageSource) -> tuple[int, int]:
-    """Returns the width and the height of an image in pixels, from the header of its file.
+def image_size(image: ImageSource, loader: ImageLoader = "viewer") -> tuple[int, int]:
+    """Returns the width and the height of an image in pixels as `open_image` returns it, from the header of its file.
+
+    Args:
+        image: A file, or a reference.
+        loader: As in `open_image`.
 
     Raises:
         UserError: The content is not an image, or is too large to open safely.
     """
     with _opened(image) as opened:
-        return opened.size
+        return shown_size(opened, loader)
 
 
-def open_image(image: ImageSource, max_side: int | None = None) -> Image.Image:
-    """Opens an image as RGB.
+def open_image(image: ImageSource, max_side: int | None = None, loader: ImageLoader = "viewer") -> Image.Image:
+    """Opens an image as RGB. All models, judges, checks and thumbnails get their pixels from here.
 
-    Of an animation, the first frame is returned. The EXIF orientation is not applied, as in the training of LLaVA.
+    Of an animation, the first frame is returned.
 
     Args:
         image: A file, or a reference.
         max_side: Maximum length of the longer side in pixels. A larger image is shrunk. A JPEG is decoded at a reduced
             size where that is enough.
+        loader: ``viewer`` shows the image as viewers do. The EXIF orientation is applied, samples of more than 8 bits
+            are scaled, transparency is composited on white, and a JPEG may lack its last bytes. ``llava`` is
+            ``Image.open(...).convert("RGB")``, with which LLaVA was trained.
 
     Raises:
         UserError: The content is not an image, is broken or truncated, or is too large to open safely.
     """
     with _opened(image) as opened:
         try:
-            if max_side is None:
-                return opened.convert("RGB")
-            opened.draft("RGB", (max_side, max_side))
-            shrunk = opened.convert("RGB")
-            shrunk.thumbnail((max_side, max_side))
-            return shrunk
+            return _decode(opened, max_side, loader)
         except Exception as error:  # the decoders raise many types of errors for broken files
+            repaired = _repaired(image, opened.format) if loader == "viewer" else None
+            if repaired is not None:
+                with suppress(Exception), _open(repaired) as readable:
+                    return _decode(readable, max_side, loader)
             raise UserError(
                 f"is a broken image ({type(error).__name__}). Replace it.",
                 code="invalid-image",
                 file=image if isinstance(image, Path) else None,
             ) from None
+
+
+def _decode(opened: Image.Image, max_side: int | None, loader: ImageLoader) -> Image.Image:
+    if max_side is not None:
+        opened.draft("RGB", (max_side, max_side))
+    return to_rgb(opened, loader, max_side)
+
+
+def _repaired(image: ImageSource, kind: str | None) -> bytes | None:
+    """Returns the bytes of a file that viewers show and Pillow does not, in a form that Pillow decodes, or None."""
+    content = image if isinstance(image, Path) else _content(image.load())
+    if not isinstance(content, Path | bytes):
+        return None
+    data = content.read_bytes() if isinstance(content, Path) else content
+    return complete_jpeg(data) if kind in ("JPEG", "MPO") else without_metadata(data)
 
 
 def image_key(image: ImageSource) -> str:
@@ -160,7 +185,7 @@ def _open(content: Path | bytes) -> Image.Image:
     try:
         if (content.stat().st_size if isinstance(content, Path) else len(content)) == 0:
             raise UserError("is an empty file. Replace it.", code="invalid-image", file=file)
-        image = Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS)
+        image = _open_by_content(content)
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -180,6 +205,18 @@ def _open(content: Path | bytes) -> Image.Image:
         image.close()
         raise
     return image
+
+
+def _open_by_content(content: Path | bytes) -> Image.Image:
+    from PIL import Image
+
+    try:
+        return Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS)
+    except ValueError:  # of a PNG with large metadata
+        readable = without_metadata(content.read_bytes() if isinstance(content, Path) else content)
+        if readable is None:
+            raise
+        return Image.open(io.BytesIO(readable), formats=("PNG",))
 
 
 def _check_size(size: tuple[int, int], file: Path | None) -> None:
@@ -224,12 +261,21 @@ def image_reference(value: Any, root: Path | None = None, load: Callable[[], Any
         if image is value:
             image = value = _detached(image)
         palette = image.getpalette() or []
-        digest = hashlib.sha256(f"{image.mode} {image.size} {palette} ".encode() + image.tobytes()).hexdigest()
+        metadata = _metadata_of_pixels(image)
+        digest = hashlib.sha256(f"{image.mode} {image.size} {palette} {metadata}".encode() + image.tobytes()).hexdigest()
     else:
         raise UserError(
             f"is a {type(value).__name__}. Pass a path, bytes, a PIL image, or a uint8 array.", code="invalid-field"
         )
     return ImageReference(digest, load or partial(_identity, value), f"sha256:{digest}")
+
+
+def _metadata_of_pixels(image: Image.Image) -> str:
+    """Returns the metadata of a PIL image that changes how it is shown. It is empty for most images."""
+    turn, transparency = orientation(image), image.info.get("transparency")
+    if image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA":
+        transparency = image.getpalette("RGBA")
+    return ("" if turn == 1 else f"orientation {turn} ") + ("" if transparency is None else f"{transparency!r} ")
 
 
 def _locate(value: str | Path, root: Path | None) -> tuple[str | None, Path]:

@@ -21,7 +21,7 @@ from vlm_unlearn.records import Kind, Prompt
 from vlm_unlearn.store import user_path
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif"}
 
 
 @dataclass(frozen=True)

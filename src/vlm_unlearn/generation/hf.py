@@ -122,7 +122,7 @@ class HFBackend:
 
 
 def _generation_identity(config: GenerationConfig, precision: str) -> dict[str, object]:
-    settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
+    settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed", "image_loader")
     return {**config.model_dump(include=set(settings)), "precision": precision, "batches": "by image"}
 
 
@@ -215,7 +215,7 @@ def generate_batch(
     model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
 ) -> list[Response]:
     """Returns the responses to one batch of requests, in their order."""
-    turns = [Turn.of_prompt(request.prompt, request.image) for request in requests]
+    turns = [Turn.of_prompt(request.prompt, request.image, config.image_loader) for request in requests]
     sampler = None
     if config.temperature:
         seeds = [sampling_seed(config.seed, request) for request in requests]

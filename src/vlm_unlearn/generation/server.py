@@ -33,7 +33,7 @@ class ServerBackend:
         self._chat(1)  # checks the address
 
     def identity(self) -> Mapping[str, object]:
-        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request")
+        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request", "image_loader")
         # A server does not tell which weights it runs, so they cannot be part of the identity.
         model = {"server": self._config.server, "name": self._model, "weights": "unknown"}
         return {"model": model, "generation": self._config.model_dump(include=set(settings))}
@@ -77,7 +77,7 @@ class ServerBackend:
             for number, request in enumerate(requests):
                 pending[str(number)] = request
                 seed = sampling_seed(self._config.seed, request)
-                yield ChatRequest.of_prompt(str(number), request.prompt, request.image, seed)
+                yield ChatRequest.of_prompt(str(number), request.prompt, request.image, seed, self._config.image_loader)
 
         def on_chat_response(chat_response: ChatResponse) -> None:
             request = pending.pop(chat_response.id)

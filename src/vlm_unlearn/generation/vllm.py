@@ -48,7 +48,7 @@ class VLLMBackend:
         self._precision = resolve_precision(config.precision)
 
     def identity(self) -> Mapping[str, object]:
-        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed")
+        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "image_loader")
         generation = {**self._config.model_dump(include=set(settings)), "precision": self._precision}
         return {"model": run_digest(self._folder), "generation": {**generation, "vllm": _vllm_version()}}
 
@@ -93,7 +93,10 @@ class VLLMBackend:
             for request in requests
         ]
         messages = [
-            ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image).messages() for request in requests
+            ChatRequest.of_prompt(
+                request.prompt.id, request.prompt, request.image, image_loader=config.image_loader
+            ).messages()
+            for request in requests
         ]
         outputs = self._engine.chat(messages, sampling_params, use_tqdm=False)
         return [

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from vlm_unlearn.config import MethodConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, build_method
+from vlm_unlearn.records import ImageLoader
 
 REFERENCES = ("auto", "cache", "adapter", "copy")
 FEATURE_CACHES = ("memory", "disk", "off")
@@ -63,6 +64,10 @@ class UnlearningConfig(TrainingArguments):
         metadata={
             "help": "Maximum length of a sample in tokens. A longer answer is truncated. A longer question is an error."
         },
+    )
+    image_loader: ImageLoader = field(
+        default="viewer",
+        metadata={"help": "How images are read: `viewer` as viewers show them, `llava` as LLaVA's own code does."},
     )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. None uses `learning_rate`."}

@@ -103,7 +103,8 @@ def plan(recipe: Recipe) -> Plan:
     model_path = model_folder(recipe.model)
     processor = load_processor(model_path, recipe.image_aspect_ratio)
     skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(model_path), processor))
-    UnlearningCollator(processor, training_set, method, recipe.training.max_length).check_lengths()
+    collator = UnlearningCollator(processor, training_set, method, recipe.training.max_length, recipe.image_loader)
+    collator.check_lengths()
     return Plan(
         recipe=recipe,
         method=method,

@@ -184,6 +184,7 @@ def _cache_keys(planned: Plan) -> CacheKeys:
         "quantized": recipe.trainable.mode == "qlora",
         "attention": recipe.training.attn_implementation,
         "image_aspect_ratio": recipe.image_aspect_ratio,
+        "image_loader": recipe.image_loader,
     }
     return CacheKeys(model_key, planned.data_digest)
 
@@ -200,6 +201,7 @@ def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
         feature_cache=training.feature_cache,
         feature_cache_gb=training.feature_cache_gb,
         max_length=training.max_length,
+        image_loader=recipe.image_loader,
         projector_learning_rate=training.projector_learning_rate,
         freeze_vision_tower=False,  # the recipe has selected the trainable parameters
         per_device_train_batch_size=training.per_device_train_batch_size,

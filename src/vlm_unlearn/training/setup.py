@@ -52,7 +52,7 @@ def build_parts(
     length = args.max_steps * args.samples_per_step()
     strategy = resolve_reference_strategy(args.reference, method.requirements.references, new_adapters)
     stream = UnlearningStream(data, method, length, args.seed, args.group_by_image)
-    collator = UnlearningCollator(vlm.processor, data, method, args.max_length)
+    collator = UnlearningCollator(vlm.processor, data, method, args.max_length, args.image_loader)
     prepare_method(method, vlm, args.seed)
     if args.world_size > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
