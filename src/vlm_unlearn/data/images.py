@@ -262,7 +262,9 @@ def image_reference(value: Any, root: Path | None = None, load: Callable[[], Any
             image = value = _detached(image)
         palette = image.getpalette() or []
         metadata = _metadata_of_pixels(image)
-        digest = hashlib.sha256(f"{image.mode} {image.size} {palette} {metadata}".encode() + image.tobytes()).hexdigest()
+        digest = hashlib.sha256(
+            f"{image.mode} {image.size} {palette} {metadata}".encode() + image.tobytes()
+        ).hexdigest()
     else:
         raise UserError(
             f"is a {type(value).__name__}. Pass a path, bytes, a PIL image, or a uint8 array.", code="invalid-field"

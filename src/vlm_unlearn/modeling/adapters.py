@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.store import RunDirectory, read_json, tensor_shapes, user_path, weight_files
+from vlm_unlearn.store import RunDirectory, read_json, tensor_shapes, user_path, weight_files, write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -67,6 +67,16 @@ def check_tensors(folder: Path) -> bool:
 def describe_tensors(folder: Path) -> dict[str, list[int]]:
     """Returns the shapes of an adapter's tensors by name, for base_model.json."""
     return _adapter_shapes(folder)
+
+
+def sort_adapter_config(folder: Path) -> None:
+    """Sorts the lists of module names in an adapter's config. PEFT writes sets, in an order that differs by process."""
+    file = folder / ADAPTER_CONFIG
+    config = read_json(file)
+    for name in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    write_json(file, config)
 
 
 def _adapter_shapes(folder: Path) -> dict[str, list[int]]:

@@ -16,6 +16,7 @@ from vlm_unlearn.modeling.loader import (
     run_model_folder,
     saved_precision,
 )
+from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.store import RunDirectory, package_versions, user_path, write_json, write_text
 
 
@@ -68,7 +69,7 @@ def _write_model(run: Path, out: Path, precision: str, card: str) -> None:
     model, processor = load_run_model(model_folder, "fp32")
     model = model.to(DTYPES[saved_precision(model_folder) if precision == "auto" else precision])
     model.save_pretrained(str(out))
-    processor.save_pretrained(str(out))
+    save_processor(processor, out)
     load_processor(out)  # checks that the exported processor loads
     write_text(out / "README.md", card)
     manifest = RunDirectory(run).read_manifest()

@@ -75,6 +75,24 @@ def _load_processor(model_path: Path, processor_class: Any) -> Processor:
     return stubbed_class.from_pretrained(str(model_path), backend="pil", trust_remote_code=False)
 
 
+def save_processor(processor: Processor, folder: Path) -> None:
+    """Saves a processor with ``save_pretrained``.
+
+    A fast tokenizer stores padding and truncation of its last call in tokenizer.json. They are reset first, since the
+    last call differs between a run that was killed and resumed and one that was not. transformers sets both anew for
+    each call.
+
+    Args:
+        processor: The processor.
+        folder: The folder to write to.
+    """
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    processor.save_pretrained(str(folder))
+
+
 def pad_to_squares(processor: Processor, model_path: Path) -> None:
     """Makes a LLaVA processor pad each image to a square with the mean color before resizing it.
 

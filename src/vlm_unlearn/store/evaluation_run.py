@@ -93,7 +93,7 @@ class EvaluationRun(RunDirectory):
         write_json(self.summary_file, summary.model_dump())
 
     def read_answers(self) -> tuple[dict[str, Prompt], list[Response]]:
-        """Reads the prompts, by id, and the responses of a finished run.
+        """Reads the prompts, by id, and the responses of a finished run, in the order of the prompts.
 
         Raises:
             UserError: The folder does not contain a finished run, or its files do not match.
@@ -134,6 +134,8 @@ class EvaluationRun(RunDirectory):
                 code="run-mismatch",
                 file=self.path,
             )
+        positions = {id: position for position, id in enumerate(prompts)}
+        responses.sort(key=lambda response: (positions[response.prompt_id], response.sample))
         return prompts, responses
 
     def read_responses(self) -> list[Response]:

@@ -21,9 +21,11 @@ from transformers.trainer_utils import TrainOutput
 from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Role, TokenKind
+from vlm_unlearn.modeling.adapters import sort_adapter_config
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import cached_vision_features
 from vlm_unlearn.modeling.loader import build_skeleton
+from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
@@ -320,7 +322,9 @@ class MethodTrainer(Trainer):
             unsharded.load_state_dict(gathered, strict=True, assign=True)
             unsharded.generation_config = model.generation_config
             unsharded.save_pretrained(str(folder))
-        self.vlm.processor.save_pretrained(str(folder))
+        if self.vlm.has_adapters:
+            sort_adapter_config(folder)
+        save_processor(self.vlm.processor, folder)
         state = self.method.state()
         if state:
             save_file(state, folder / RunDirectory.METHOD_STATE)
