@@ -23,6 +23,7 @@ from vlm_unlearn.modeling.adapters import (
     check_tensors,
     is_adapter,
 )
+from vlm_unlearn.modeling.model_checks import check_processor, check_rope, check_tied_weights
 from vlm_unlearn.modeling.structure import Structure, find_structure
 from vlm_unlearn.store import (
     RunDirectory,
@@ -98,7 +99,9 @@ def find_local_model(name: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
+def load_processor(
+    model_path: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor", base: Path | None = None
+) -> Processor:
     """Loads the model's processor, which must have a chat template.
 
     Saving it with ``save_pretrained`` and loading it again gives the same processor.
@@ -107,9 +110,11 @@ def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "p
         model_path: The model folder.
         image_aspect_ratio: ``processor`` uses the processor's own image settings. ``pad`` first pads images to squares,
             as in the training of LLaVA-1.5.
+        base: The folder with the model's config, if it is not `model_path`.
 
     Raises:
-        UserError: The processor cannot be loaded, has no chat template, or does not support padding.
+        UserError: The processor cannot be loaded, has no chat template, does not support padding, or has a setting that
+            differs from the model's.
     """
     from vlm_unlearn.modeling.processors import auto_processor, pad_to_squares
 
@@ -129,6 +134,9 @@ def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "p
         )
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    config_folder = base or model_path
+    if (config_folder / "config.json").is_file():
+        check_processor(processor, read_config(config_folder), model_path)
     if image_aspect_ratio == "pad":
         pad_to_squares(processor, model_path)
     return processor
@@ -174,6 +182,7 @@ def load_model(
     except Exception as error:  # broken config.json files raise many types
         raise _cannot_load(error, model_path) from None
     missing_keys = sorted(loading_info["missing_keys"])
+    check_tied_weights(model, missing_keys, model_path)
     if missing_keys:
         raise UserError(
             f"{len(missing_keys)} weights of config.json are missing from the weight files, for example "
@@ -221,10 +230,11 @@ def read_config(model_path: Path) -> PreTrainedConfig:
     """Returns the transformers config of a model folder.
 
     Raises:
-        UserError: transformers cannot load it.
+        UserError: transformers cannot load it, or its position embeddings are invalid.
     """
     from transformers import AutoConfig
 
+    check_rope(model_path)
     try:
         # By default, transformers would ask on standard input whether to run Python code from the folder.
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)
@@ -335,8 +345,9 @@ def load_run_model(model_path: Path, precision: str) -> tuple[PreTrainedModel, P
     """
     if not is_adapter(model_path):
         return load_model(model_path, precision), load_processor(model_path)
-    adapted = add_adapters(load_model(model_folder(adapter_base(model_path)), precision), model_path)
-    return adapted.merge_and_unload(), load_processor(model_path)
+    base = model_folder(adapter_base(model_path))
+    adapted = add_adapters(load_model(base, precision), model_path)
+    return adapted.merge_and_unload(), load_processor(model_path, base=base)
 
 
 def saved_precision(model_path: Path) -> str:
