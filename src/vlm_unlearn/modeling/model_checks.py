@@ -162,8 +162,8 @@ def _values_problem(values: Mapping[str, Any], section: Mapping[str, Any]) -> tu
         return "factor", f"is {values['factor']!r}, but must be a positive number"
     kind = _rope_type(values)
     if kind not in (*ROPE_INIT_FUNCTIONS, "default", "su"):  # su is the old name of longrope
-        known = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
-        return "rope_type", f"{quoted(str(kind))} is unknown to transformers. Use one of default, {known}"
+        types = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
+        return "rope_type", f"{quoted(str(kind))} is unknown to transformers. Use one of default, {types}"
     sizes = values.get("mrope_section")
     heads, width = section.get("num_attention_heads"), section.get("hidden_size")
     head_dim = section.get("head_dim") or (width // heads if heads and width else None)

@@ -18,7 +18,7 @@ from vlm_unlearn.reporting.summaries import join_summaries
 from vlm_unlearn.reporting.tables.markdown import escaped, markdown, markdown_table
 from vlm_unlearn.reporting.tables.summary_tables import summary_tables
 from vlm_unlearn.reporting.tables.table import Table, table_lines, text_columns
-from vlm_unlearn.store import RunDirectory, read_json
+from vlm_unlearn.store import RunDirectory, package_versions, read_json
 
 NOT_MEASURED = ["## Evaluation", "", "No evaluation yet: pass `--evaluation` to `vlm-unlearn export`.", ""]
 INTENDED_USE = """\
@@ -44,6 +44,12 @@ EVALUATION_LIMITS = [
 QUANTIZED_BASE = (
     "- The adapters were trained on a 4-bit base and merged into a base in full precision, so answers differ from "
     "those during training."
+)
+# With exports of the tests' tiny models, from bases that the older release wrote. Their logits were equal.
+TRIED_OLDER_RELEASE = "4.57.1"
+TRIED_FAMILIES = (
+    "LLaVA-1.5, LLaVA-NeXT, Pixtral, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Llama-3.2-Vision, Gemma 3, InternVL, "
+    "PaliGemma and InstructBLIP"
 )
 LOADING = """\
 ## How to load it
@@ -92,8 +98,22 @@ def model_card(run: Path, evaluations: Sequence[Path] = (), license: str | None 
         *([QUANTIZED_BASE] if recipe["trainable"]["mode"] == "qlora" else []),
         *_training(recipe, manifest),
         LOADING,
+        *_versions(),
     ]
     return "\n".join(lines)
+
+
+def _versions() -> list[str]:
+    """Returns the releases of transformers with which exported folders were tried."""
+    written_with = package_versions().get("transformers", "5")
+    return [
+        f"- Written with transformers {written_with}, which loads the folder. Use transformers 5.",
+        f"- transformers {TRIED_OLDER_RELEASE} was tried with tiny models of {TRIED_FAMILIES}. Their logits were equal "
+        "if the files of the base model came from transformers 4, as those of most models on the hub. Other families "
+        "gave other logits or were not tried.",
+        "- vLLM was not tried. The folder has the files that it looks for, such as preprocessor_config.json.",
+        "",
+    ]
 
 
 def _is_hub_id(model: str) -> bool:

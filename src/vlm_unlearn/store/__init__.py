@@ -16,6 +16,7 @@ from vlm_unlearn.store.files import digest_json as digest_json
 from vlm_unlearn.store.files import digest_text as digest_text
 from vlm_unlearn.store.files import dump_json as dump_json
 from vlm_unlearn.store.files import dump_record as dump_record
+from vlm_unlearn.store.files import is_alive as is_alive
 from vlm_unlearn.store.files import open_atomically as open_atomically
 from vlm_unlearn.store.files import read_json as read_json
 from vlm_unlearn.store.files import read_records as read_records

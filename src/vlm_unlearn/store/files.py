@@ -62,14 +62,20 @@ def remove_stale_temp_files(directory: Path, name: str = "*") -> None:
     """
     for temporary in directory.glob(f".{name}.*.part"):
         pid = temporary.suffixes[-2][1:] if len(temporary.suffixes) > 1 else ""
-        if pid.isdecimal() and temporary.is_file() and not _is_alive(int(pid)):
+        if pid.isdecimal() and temporary.is_file() and not is_alive(int(pid)):
             temporary.unlink(missing_ok=True)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Returns whether a process of this machine runs. A killed process that its parent has not waited for does not."""
     import psutil
 
-    return bool(psutil.pid_exists(pid))
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:  # of another user
+        return True
 
 
 def _check_writable_kind(path: Path) -> None:
