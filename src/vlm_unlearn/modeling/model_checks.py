@@ -16,8 +16,10 @@ from vlm_unlearn.store import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Vision towers with a class token before the patches, by the `model_type` of their config.
-CLASS_TOKEN_TOWERS = ("clip_vision_model", "clip")
+# Prefixes of the processor classes whose settings have the meaning of the model's. Others scale them first.
+CHECKED_PROCESSORS = ("Llava", "VipLlava", "VideoLlava", "Pixtral", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+# The number of tokens that a vision tower adds to the patches, by the `model_type` of its config.
+CLASS_TOKENS = {"clip_vision_model": 1, "clip": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0, "pixtral": 0}
 # Settings of a processor that must equal one of the model: (processor, setting, path in config.json).
 SAME_SETTINGS = (
     ("processor", "patch_size", "vision_config.patch_size"),
@@ -32,6 +34,8 @@ SAME_SETTINGS = (
 def check_processor(processor: Processor, config: PreTrainedConfig, folder: Path) -> None:
     """Checks that a processor inserts as many image tokens as the model has features. Missing settings are filled in.
 
+    Processors other than those of LLaVA, Pixtral and Qwen are not checked.
+
     Args:
         processor: The processor, changed in place.
         config: The model's config.
@@ -40,6 +44,8 @@ def check_processor(processor: Processor, config: PreTrainedConfig, folder: Path
     Raises:
         UserError: A setting differs from the model's. `field` is the setting.
     """
+    if not type(processor).__name__.startswith(CHECKED_PROCESSORS):
+        return
     for component, name, path in SAME_SETTINGS:
         owner = processor if component == "processor" else getattr(processor, "image_processor", None)
         # Only Qwen's image processors split images into the patches of the model.
@@ -58,16 +64,16 @@ def check_processor(processor: Processor, config: PreTrainedConfig, folder: Path
 def _check_class_token(processor: Processor, config: PreTrainedConfig, folder: Path) -> None:
     """Checks the number of tokens that the vision tower adds to the patches."""
     name, tower = "num_additional_image_tokens", str(_lookup(config, "vision_config.model_type"))
-    expected = int(tower in CLASS_TOKEN_TOWERS)
+    if tower not in CLASS_TOKENS:
+        return
     if not any(name in _settings(folder / file) for file in ("processor_config.json", "preprocessor_config.json")):
         setattr(processor, name, None)  # the default of transformers fits no CLIP tower
-    _fill_or_compare(processor, name, expected, f"the vision tower {tower}", folder)
+    _fill_or_compare(processor, name, CLASS_TOKENS[tower], f"the vision tower {tower}", folder)
 
 
 def _check_image_token(processor: Processor, config: PreTrainedConfig, folder: Path) -> None:
     actual, expected = getattr(processor, "image_token_id", None), getattr(config, "image_token_id", None)
-    # Gemma 3 writes another token into the text than the one that it repeats.
-    if isinstance(actual, int) and isinstance(expected, int) and not hasattr(processor, "boi_token"):
+    if isinstance(actual, int) and isinstance(expected, int):
         _fill_or_compare(processor, "image_token_id", expected, "image_token_id of config.json", folder)
 
 
