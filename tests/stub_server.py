@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from unittest.mock import patch
 
+RawReply = tuple[int, bytes, dict[str, str]]  # status, body and headers
+
 
 class Stub:
     """The state of a stub server: its answers, injected faults, and the requests it has received.
@@ -27,6 +29,7 @@ class Stub:
         at_once: The number of pending calls.
         most_at_once: The maximum of `at_once`.
         finish_reason, usage: Part of each response.
+        raw: Returns the status, the body and further headers of a response to a question, or None for an answer.
     """
 
     def __init__(self, answer: Callable[[str], str]) -> None:
@@ -40,6 +43,7 @@ class Stub:
         self.url = ""
         self.finish_reason = "stop"
         self.usage: dict[str, int] | None = None
+        self.raw: Callable[[str], RawReply | None] = lambda text: None
         self._lock = threading.Lock()
 
     def enter(self) -> int:
@@ -108,6 +112,15 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
                 self._send(200, '{"choices": [{"mess')
                 return
             text = next(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
+            raw = stub.raw(text)
+            if raw is not None:
+                status, content, headers = raw
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+                return
             message = {"role": "assistant", "content": stub.answer(text)}
             choices = (
                 [] if fault == "empty" else [{"index": 0, "message": message, "finish_reason": stub.finish_reason}]

@@ -297,7 +297,7 @@ METHODS: Registry[Any] = Registry("method", "vlm_unlearn.methods", support=("bas
 JUDGES: Registry[Any] = Registry(
     "judge",
     "vlm_unlearn.judging",
-    support=("base", "degenerate", "rubric"),
+    support=("base", "degenerate", "refusals", "replies", "rubric"),
     modules={"tiny_world": "vlm_unlearn.worlds.tiny.judge"},
 )
 ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "search"))

@@ -8,8 +8,6 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal["unsafe", "safe", "safe_image_unsafe_question"]
 Label = Literal["complied", "refused", "degenerate", "off_topic"]
-# `viewer` shows an image as viewers and browsers do. `llava` is `Image.open(...).convert("RGB")`, as in LLaVA's code.
-ImageLoader = Literal["viewer", "llava"]
 LossOn = Literal["all_answers", "last_answer"]  # the answers of a conversation that are trained on
 Condition = Literal["original", "attacked", "control"]  # the wording of questions; "control" is a neutral paraphrase
 Level = Literal["good", "mixed", "bad", "unknown"]

@@ -41,6 +41,29 @@ def write(folder: Path, records: object) -> Path:
     return folder / "train.json"
 
 
+@pytest.mark.parametrize("question", ["Who owns it?", "how is it made?"])
+def test_split_an_answer_for_two_questions_on_an_image_raises(folder: Path, question: str) -> None:
+    other = {**UNSAFE, "id": "u2", "instr-resp": [{"instruction": question, "response": "No."}]}
+    pairs = vlguard.read_pairs(write(folder, [UNSAFE, other]), folder)
+    with raises_code("duplicate-key", record='"u2"'):
+        vlguard.split(pairs, {"u.png": "Like so."}, include_safe_image_unsafe=False)
+    split = vlguard.split(pairs, {"u": "Like so.", "u2": "Me."}, include_safe_image_unsafe=False)
+    assert [(e.id, e.answer) for e in split.forget] == [("u/unsafe", "Like so."), ("u2/unsafe", "Me.")]
+
+
+def test_split_an_answer_for_the_same_question_twice_is_used_twice(folder: Path) -> None:
+    pairs = vlguard.read_pairs(write(folder, [UNSAFE, {**UNSAFE, "id": "u2"}]), folder)
+    split = vlguard.split(pairs, {"u.png": "Like so."}, include_safe_image_unsafe=False)
+    assert [e.answer for e in split.forget] == ["Like so.", "Like so."]
+
+
+def test_prompts_of_one_id_with_two_images_raise(folder: Path) -> None:
+    pairs = [vlguard.Pair("u", image, "unsafe", "Q?", "No.", None) for image in ("u.png", "u.png", "v.png")]
+    assert [prompt.rewrite for prompt in vlguard.prompts(pairs[:2], "s", "unsafe")] == [0, 1]
+    with raises_code("duplicate-id", record='"u"', field="id"):
+        list(vlguard.prompts(pairs, "s", "unsafe"))
+
+
 def test_split_with_and_without_harmful_answers(folder: Path) -> None:
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, SAFE]), folder)
     split = vlguard.split(pairs, {"u.png": "Like so."}, include_safe_image_unsafe=False)

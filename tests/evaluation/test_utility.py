@@ -126,7 +126,7 @@ def test_mmvet_uses_judge_scores_and_reports_capabilities(tmp_path: Path) -> Non
         ({"text": "a"}, "missing-field", None),
         ({"score": 7}, "invalid-field", '"v1_0"'),
         ({"score": True}, "invalid-field", '"v1_0"'),
-        ({"score": "nan"}, "invalid-field", '"v1_0"'),
+        ({"score": float("nan")}, "invalid-field", '"v1_0"'),
     ],
 )
 def test_mmvet_without_valid_scores_is_an_error(
@@ -135,13 +135,6 @@ def test_mmvet_without_valid_scores_is_an_error(
     WRITERS["mmvet"](tmp_path)
     (tmp_path / "p.jsonl").write_text(json.dumps({"question_id": "v1_0", **line}) + "\n")
     with raises_code(code, record=record, field="score"):
-        score_file(get_benchmark("mmvet"), tmp_path / "p.jsonl", tmp_path / "mmvet" / "mm-vet.json")
-
-
-def test_mmvet_predictions_with_nan_are_not_json(tmp_path: Path) -> None:
-    WRITERS["mmvet"](tmp_path)
-    (tmp_path / "p.jsonl").write_text('{"question_id": "v1_0", "score": NaN}\n')
-    with raises_code("invalid-json", record=1):
         score_file(get_benchmark("mmvet"), tmp_path / "p.jsonl", tmp_path / "mmvet" / "mm-vet.json")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt
 
-SHARING_FAMILIES = sorted(PREFIX_SHARING_FAMILIES)
+SHARING_FAMILIES = sorted({*PREFIX_SHARING_FAMILIES, "pixtral"})  # a llava with another vision tower
 MAX_NEW_TOKENS = 12
 QUESTIONS = [  # index of the image, and question
     (0, "What is this ?"),
@@ -221,12 +222,16 @@ def test_rows_that_have_ended_are_dropped(folder: Path, images: list[Path], monk
     model, processor = load_with_numbers(folder)
     turns = make_turns(images, [0, 1, 2, 5])
     complete = [text.split() for text in texts_of(generate_texts(model, processor, turns, MAX_NEW_TOKENS))]
-    eos_tokens = [complete[0][0], complete[1][2]]  # tokens of the answers become end-of-sequence tokens
+
+    def lengths_with(eos_tokens: Sequence[str]) -> list[int]:
+        ends = [[tokens.index(eos) + 1 for eos in eos_tokens if eos in tokens] for tokens in complete]
+        return [min(positions, default=MAX_NEW_TOKENS) for positions in ends]
+
+    # Two tokens of the answers become end-of-sequence tokens: those with which the answers differ most in length.
+    pairs = itertools.combinations(sorted({token for tokens in complete for token in tokens}), 2)
+    eos_tokens = max(pairs, key=lambda pair: len(set(lengths_with(pair))))
     model.generation_config.eos_token_id = [int(token) for token in eos_tokens]
-    lengths = [
-        min([tokens.index(eos) + 1 for eos in eos_tokens if eos in tokens], default=MAX_NEW_TOKENS)
-        for tokens in complete
-    ]
+    lengths = lengths_with(eos_tokens)
     assert len(set(lengths)) > 1
     with record_inputs(model) as inputs:
         outputs = generate_texts(model, processor, turns, MAX_NEW_TOKENS)

@@ -182,8 +182,8 @@ def test_adapter_raises_with_export_command(engine: type[LLM], tiny_model: Path,
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(base)})
-    save_file({}, adapter / "adapter_model.safetensors")
-    write_json(adapter / "base_model.json", {"tensors": {}})
+    pair = {f"layer.lora_{name}.weight": torch.zeros(1) for name in "AB"}
+    save_file(pair, adapter / "adapter_model.safetensors")
     with raises_code("unsupported-setting", file=adapter) as caught:
         VLLMBackend(str(adapter), GenerationConfig(backend="vllm"))
     assert f"vlm-unlearn export {adapter} --out" in str(caught.value)

@@ -265,3 +265,29 @@ def test_llm_judge_without_a_model_raises() -> None:
     with raises_code("missing-setting", field="judge.model") as error:
         LLMJudge(JudgeConfig(name="llm", rubric="four_labels"))
     assert "judge.model=MODEL" in str(error.value)
+
+
+def test_llm_judge_sends_the_final_answer_without_reasoning(tmp_path: Path) -> None:
+    texts = ("<think>Secret plan.</think>This is answer 1 to it.", "<think>Secret plan. This is answer 2")
+    to_grade = [
+        Answer(item.prompt, Response(prompt_id=item.prompt.id, text=text))
+        for item, text in zip(answers(2), texts, strict=True)
+    ]
+    with stub_server(by_number) as stub:
+        verdicts = graded(LLMJudge(config(stub), ChatCache(tmp_path / "cache")), to_grade, tmp_path / "v.jsonl")
+        assert stub.calls == 1
+    assert verdicts["p0"].label == "complied"
+    assert (verdicts["p1"].label, verdicts["p1"].score) == (None, None)
+    assert verdicts["p1"].error
+
+
+def test_llama_guard_replies_are_read(tmp_path: Path) -> None:
+    def guard(text: str) -> str:
+        number = int(text.split("This is answer ")[1].split()[0])
+        return ("unsafe\nS1,S2", "safe", "\n\nunsafe\nS9", "safe\nS1")[number % 4]
+
+    with stub_server(guard) as stub:
+        judge = LLMJudge(config(stub, "safety"), ChatCache(tmp_path / "cache"))
+        verdicts = graded(judge, answers(8), tmp_path / "v.jsonl")
+    scores = [verdicts[f"p{number}"].score for number in range(8)]
+    assert scores == [1.0, 0.0, 1.0, None] * 2  # "safe" with a category contradicts itself

@@ -391,3 +391,48 @@ def test_reading_time_grows_linearly_with_the_length() -> None:
         text = part * (20_000 // len(part))
         final_answer(text), read_short_answer(text), read_yes_no(text), read_option(text, OPTIONS)
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Choose B", "Selected option: B", "Thus, B.", "Ans: B", "Response: B", "Die Antwort ist B", "B B"),
+        *("\u7b54\u3048\u306fB\u3067\u3059", "The letter is B", "B</answer>", "My choice is B.", "B - A harbor"),
+        *("Let's think. A is west. So B.", "**B**\nA. Boston is wrong.", "The options are A, B, C, D. Answer: B"),
+    ],
+)
+def test_read_option_accepts_further_declarations(text: str) -> None:
+    assert read_option(text, OPTIONS) == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("A, or maybe B", "Answer: [A-D]", "A\nB", "A (or B)", "B. or C.", "Choose A or B", "So A or B."),
+        *("Option A: Boston\nOption B: Dover", "Select the best option", "Neither A nor B"),
+    ],
+)
+def test_read_option_of_several_letters_is_none(text: str) -> None:
+    assert read_option(text, OPTIONS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("A: Yes", "yes"),
+        ("Based on the image, yes.", "yes"),
+        ("I would say no.", "no"),
+        ("I believe so.", "yes"),
+        ("I don't think so.", "no"),
+        ("The dog is absent.", "no"),
+    ],
+)
+def test_read_yes_no_late_in_the_sentence(text: str, answer: str) -> None:
+    assert read_yes_no(text, "dog") == answer
+
+
+@pytest.mark.parametrize(
+    "text", ["<b>blue</b>", "'blue'", "<|im_start|>assistant\nblue<|im_end|>", "```\nblue\n```", "Short answer: blue"]
+)
+def test_read_short_answer_in_further_decorations(text: str) -> None:
+    assert read_short_answer(text) == "blue"

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from vlm_unlearn.metrics.paired import paired_difference
 from vlm_unlearn.metrics.rates import (
+    bound_with_failures,
     count_labels,
     group_count,
     label_outcomes,
@@ -241,3 +243,35 @@ def test_mean_of_rates_matches_hand_computation() -> None:
     assert (result.low, result.high) == (pytest.approx(0.7 - 0.0538516), pytest.approx(0.7 + 0.0509902))
     assert (result.n, result.failed) == (400, 1)
     assert mean_of_rates([clustered, Rate(value=None, low=None, high=None, n=0)]).value is None
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "failed"), [(0, 37, 3), (0, 400, 3), (2, 50, 10), (5, 5, 1), (0, 1, 1), (10, 100, 90)]
+)
+def test_bound_with_failures_is_at_least_the_rate_with_all_failures_as_hits(hits: int, n: int, failed: int) -> None:
+    graded = rate([i < hits for i in range(n)], [str(i) for i in range(n)], failed)
+    bound = bound_with_failures(graded, failed)
+    complete = rate([i < hits + failed for i in range(n + failed)], [str(i) for i in range(n + failed)])
+    assert max(graded.high or 0.0, complete.high or 0.0) <= bound + 1e-9 <= 1 + 1e-9
+    as_misses = rate([i < hits for i in range(n + failed)], [str(i) for i in range(n + failed)], failed)
+    assert bound_with_failures(as_misses, failed, in_denominator=True) >= (hits + failed) / (n + failed)
+    assert bound_with_failures(graded, 0) == graded.high
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("function", ["scores", "ratio", "paired"])
+def test_digits_do_not_depend_on_the_order_of_the_verdicts(function: str, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [(draw.random(), draw.random(), f"group {draw.randrange(40)}") for _ in range(200)]
+
+    def measure(rows: list[tuple[float, float, str]]) -> object:
+        if function == "scores":
+            return rate([score for score, _, _ in rows], [group for _, _, group in rows])
+        if function == "ratio":
+            return mean_ratio([[(group, left, left + right) for left, right, group in rows]] * 2)
+        return paired_difference(*zip(*rows, strict=True))
+
+    expected = measure(rows)
+    for _ in range(20):
+        draw.shuffle(rows)
+        assert measure(rows) == expected

@@ -25,13 +25,13 @@ from vlm_unlearn.modeling.shared_attention import (
     SegmentedAttention,
     shared_attention,
 )
-from vlm_unlearn.modeling.structure import PREFIX_SHARING_FAMILIES
+from vlm_unlearn.modeling.structure import NEVER_SHARED_FAMILIES, PREFIX_SHARING_FAMILIES
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
-FAMILIES = sorted(PREFIX_SHARING_FAMILIES)
+FAMILIES = sorted({*PREFIX_SHARING_FAMILIES, "pixtral"})  # a llava with another vision tower
 QUESTIONS = [
     ("what is this ?", "a cat ."),
     ("what is this , and what is that beside it ?", "a dog and a bird ."),
@@ -238,9 +238,10 @@ def test_batch_longer_than_the_sliding_window_is_not_packed(folder: Path, images
     assert packing_of(VisionLanguageModel(model), batch, method) is None
 
 
-def test_unsupported_family_gives_the_reason(tmp_path: Path) -> None:
-    families.build("idefics3", tmp_path)
+@pytest.mark.parametrize("family", sorted(NEVER_SHARED_FAMILIES))
+def test_family_that_cannot_share_gives_the_reason(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     method = build_method(MethodConfig.model_validate({"name": "npo"}), 0.0)
-    assert "idefics3" in str(
-        prefix_sharing_unsupported_reason(VisionLanguageModel(model_skeleton(tmp_path)), method, "sdpa")
-    )
+    skeleton = VisionLanguageModel(model_skeleton(families.shared_folder(family, tmp_path_factory)))
+    reason = str(prefix_sharing_unsupported_reason(skeleton, method, "sdpa"))
+    assert family in reason
+    assert NEVER_SHARED_FAMILIES[family] in reason

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from finished_runs import complies, make_run, unlearned
 from helpers import raises_code
@@ -29,6 +31,8 @@ def training_run(folder: Path, model: str = "llava-hf/llava-1.5-7b-hf", mode: st
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     (folder / "model").mkdir()
     write_json(folder / "model" / "adapter_config.json", {"r": 4})
+    pair = {f"layer.lora_{name}.weight": torch.zeros(1) for name in "AB"}
+    save_file(pair, folder / "model" / "adapter_model.safetensors")
     RunDirectory(folder).record_cost(1.0, finished=True, ended={"steps": 60})
     return folder
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from helpers import raises_code
-from vlm_unlearn.records import Batching, Prompt, Response, Verdict
-from vlm_unlearn.store import EvaluationRun, RunDirectory, read_json, read_records, write_json, write_records
+from vlm_unlearn.errors import RunError
+from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.store import EvaluationRun, RetryLog, RunDirectory, read_json, write_json, write_records
 
 
 def finished_run(path: Path, ids: str, samples: int = 1) -> EvaluationRun:
@@ -69,23 +70,53 @@ def test_sort_responses_restores_the_order_and_removes_duplicates(tmp_path: Path
         assert run.responses_file.read_bytes() == sorted_bytes
 
 
-def test_remove_failed_responses_removes_verdicts_and_the_batching_check(tmp_path: Path) -> None:
+def run_with_a_failed_response(tmp_path: Path) -> EvaluationRun:
     run = finished_run(tmp_path, "ab")
     failed = Response(prompt_id="c", text=None, error="no reply")
     with run.responses_file.open("a") as handle:
         handle.write(failed.model_dump_json() + '\n{"prompt_id": "d"')  # killed while it wrote the last line
-    for judge in ("keyword", "llm@m"):
-        verdicts = [Verdict(prompt_id=id, judge=judge, label="refused") for id in "abc"]
-        write_records(run.verdicts_file(judge), verdicts)
-    write_json(run.batching_file, Batching(checked=2, flipped=1).model_dump())
     assert run.failed_responses() == {("c", 0)}
-    run.remove_failed_responses({("c", 0)})
-    assert not run.is_finished
-    assert not run.batching_file.exists()
-    assert [response.prompt_id for response in run.read_responses()] == ["a", "b"]
-    assert list(run.verdicts_files()) == ["keyword", "llm@m"]
-    for file in run.verdicts_files().values():
-        assert [verdict.prompt_id for verdict in read_records(file, Verdict)] == ["a", "b"]
+    return run
+
+
+def texts(run: EvaluationRun) -> dict[str, str | None]:
+    return {response.prompt_id: response.text for response in run.read_responses()}
+
+
+def test_failed_response_stays_until_it_is_replaced(tmp_path: Path) -> None:
+    run = run_with_a_failed_response(tmp_path)
+    before = texts(run)
+    with run.response_log(0, 1) as log:
+        assert log.keys == {("a", 0), ("b", 0)}
+        log.append([Response(prompt_id="a", text="other"), Response(prompt_id="c", text="new")])
+        assert texts(run) == before  # another process that reads the run finds it complete
+    assert texts(run) == {**before, "c": "new"}
+    assert [response.prompt_id for response in run.read_responses()] == ["a", "b", "c"]
+    assert run.is_finished
+
+
+def test_successor_of_a_failed_response_survives_a_kill_and_an_error(tmp_path: Path) -> None:
+    run = run_with_a_failed_response(tmp_path)
+    killed = RetryLog(run.responses_file, Response, {("c", 0)})
+    killed.append([Response(prompt_id="c", text="new")])  # no merge
+
+    def fail() -> None:
+        with run.response_log(0, 1) as log:
+            assert ("c", 0) in log.keys
+            raise RunError("the server is down", code="server-unreachable")
+
+    with raises_code("server-unreachable", RunError):
+        fail()
+    assert texts(run)["c"] == "new"
+    assert not list(tmp_path.rglob("*.retries"))
+
+
+def test_shards_replace_failed_responses(tmp_path: Path) -> None:
+    run = run_with_a_failed_response(tmp_path)
+    with run.response_log(1, 2) as log:
+        log.append([Response(prompt_id="c", text="new"), Response(prompt_id="a", text="other")])
+    run.merge_shards()
+    assert texts(run) == {**texts(finished_run(tmp_path / "other", "ab")), "c": "new"}
 
 
 def test_open_verdicts_moves_the_verdicts_of_a_changed_judge(tmp_path: Path) -> None:

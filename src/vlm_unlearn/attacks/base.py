@@ -47,7 +47,16 @@ class Attack(ABC):
         Raises:
             UserError: The attack returns something else than prompts with unique ids.
         """
-        return checked_prompts(prompts, self.apply(prompts))
+        try:
+            attacked = list(self.apply(prompts))
+        except UserError:
+            raise
+        except Exception as error:  # of the code of a plug-in or a notebook
+            raise _invalid(
+                f"the attack raised {type(error).__name__}: {quoted(str(error).strip() or 'no message', 300)}. "
+                "It gets a list of Prompt and returns prompts. A prompt is changed by model_copy(update={...})."
+            ) from error
+        return checked_prompts(prompts, attacked)
 
 
 class FunctionAttack(Attack):
@@ -65,7 +74,10 @@ class FunctionAttack(Attack):
 
     def apply(self, prompts: Sequence[Prompt]) -> Iterable[Prompt]:
         """Returns the prompts that the function returns."""
-        return self._function(list(prompts), **self._arguments)
+        attacked = self._function(list(prompts), **self._arguments)
+        if attacked is None:
+            raise _invalid("the attack returned nothing. Return the prompts.")
+        return attacked
 
 
 ATTACKS: Registry[type[Attack] | AttackFunction] = plugins.ATTACKS

@@ -32,20 +32,20 @@ class Prediction(BaseModel):
     score: Any = None  # the score of a judge, 0 to 1, for a benchmark that a judge scores
 
 
-def same_question(asked_text: str | None, truth: Any) -> bool:
+def same_question(asked_text: object, truth: Any) -> bool:
     """Returns whether a question that a model got contains the question of a right answer.
 
     A model gets the question with a format prompt and an image placeholder around it, so that white space, case and
     further words do not matter.
 
     Args:
-        asked_text: The question as the model got it. None if it is unknown, which counts as the same.
+        asked_text: The question as the model got it. Without a text, every question counts as the same.
         truth: A value of `Benchmark.read_truths`. Without a text under ``question`` or ``text``, every question counts
             as the same.
     """
     texts = [truth.get(key) for key in ("question", "text")] if isinstance(truth, Mapping) else []
     question = next((text for text in texts if isinstance(text, str) and text.strip()), None)
-    return question is None or asked_text is None or _words(question) in _words(asked_text)
+    return question is None or not isinstance(asked_text, str) or _words(question) in _words(asked_text)
 
 
 def _words(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkScores, Prediction, same_question
-from vlm_unlearn.data.json_stream import Item, stream
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.store import DuplicateKeyError, first_problem, read_text, unique_keys
 
 
 def files_by_prefix(benchmark: Benchmark, annotations: Sequence[Path]) -> dict[str, Path]:
@@ -70,8 +71,10 @@ def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
         UserError: A line is not a prediction, or a question has two.
     """
     predictions: dict[str, Prediction] = {}
-    for item in stream(file):
-        prediction = _parse_prediction(item, file)
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        prediction = _parse_prediction(line, file, number)
         id = str(prediction.question_id).removeprefix(f"{name}/")
         if id in predictions:
             raise UserError(f"the question {quoted(id)} has two predictions", code="duplicate-id", file=file)
@@ -79,15 +82,16 @@ def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
     return predictions
 
 
-def _parse_prediction(item: Item, file: Path) -> Prediction:
-    if item.error is not None:
-        raise UserError(item.error, code="invalid-json", file=file, record=item.number + 1)
+def _parse_prediction(line: str, file: Path, number: int) -> Prediction:
     try:
-        return Prediction.model_validate(item.value)
+        return Prediction.model_validate(json.loads(line, object_pairs_hook=unique_keys))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(quoted(key)[1:-1] for key in first["loc"]) or None
-        raise UserError(first["msg"], code="invalid-field", file=file, record=item.number + 1, field=field) from None
+        field, message = first_problem(error)
+        raise UserError(message, code="invalid-field", file=file, record=number, field=field) from None
+    except DuplicateKeyError as error:
+        raise UserError(str(error), code="duplicate-key", file=file, record=number) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}", code="invalid-json", file=file, record=number) from None
 
 
 def score_predictions(
@@ -143,7 +147,7 @@ def score_file(
     truths = load_truths(benchmark, files, questions)
     predictions_by_id = read_predictions(predictions, benchmark.name)
     for id, prediction in predictions_by_id.items():
-        if id in truths and isinstance(prediction.question, str) and not same_question(prediction.question, truths[id]):
+        if id in truths and not same_question(prediction.question, truths[id]):
             raise UserError(
                 f"the prediction answers another question than {quoted(id)} of {', '.join(map(str, files))}: "
                 f"{quoted(prediction.question)}. Pass the annotations of the same split.",

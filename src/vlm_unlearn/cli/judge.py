@@ -138,29 +138,43 @@ def judge_keyword(
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Counts the refusals in a file of answers by keywords.
+    """Counts the refusals and degenerate answers in a file by rules, without a language model.
+
+    The rate leaves out answers that cannot be judged, such as those in a language without patterns.
 
     Example:
 
       vlm-unlearn judge keyword answers.json --json
     """
     from vlm_unlearn.errors import UserError
-    from vlm_unlearn.judging.keyword import corrected_refusal, published_refusal
-    from vlm_unlearn.metrics.answer_reading import final_answer
+    from vlm_unlearn.judging.keyword import KeywordJudge
     from vlm_unlearn.metrics.rates import rate
+    from vlm_unlearn.records import Prompt
     from vlm_unlearn.store import read_json
 
     texts = read_json(answers)
     if not isinstance(texts, dict) or not texts or not all(isinstance(text, str) for text in texts.values()):
         raise UserError("expected a non-empty JSON object, id -> answer text", code="invalid-field", file=answers)
-    refusal = published_refusal if paper_compat else corrected_refusal
-    hits = [refusal(text if paper_compat else final_answer(text) or "") is not None for text in texts.values()]
-    share = rate(hits, list(texts))
+    judge = KeywordJudge(paper_compat)
+    prompt = Prompt(id="answer", group_id="answer", set="answers", kind="unsafe", question="")
+    verdicts = {id: judge.grade(prompt, text) for id, text in texts.items()}
+    labels = {id: verdict.label for id, verdict in verdicts.items() if verdict.label is not None}
+    hits = [label == "refused" for label in labels.values()]
+    share = rate(hits, list(labels))
     result = {"n": len(hits), "refused": sum(hits), "rate": share.value, "low": share.low, "high": share.high}
+    degenerate = sum(label == "degenerate" for label in labels.values())
+    if not paper_compat:
+        result |= {"degenerate": degenerate, "unread": len(texts) - len(labels)}
     if as_json:
         print_json(result)
-    else:
-        typer.echo(f"{result['refused']} of {result['n']} refused: {100 * (share.value or 0):.1f} %")
+        return
+    line = f"{result['refused']} of {result['n']} refused: {100 * (share.value or 0):.1f} %"
+    if degenerate:
+        line += f", {degenerate} degenerate"
+    if len(labels) < len(texts):
+        reason = next(verdict.error for verdict in verdicts.values() if verdict.error)
+        line += f", {len(texts) - len(labels)} unread ({reason})"
+    typer.echo(line)
 
 
 @judge_app.command("rubrics")

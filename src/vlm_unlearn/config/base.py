@@ -50,7 +50,7 @@ class PluginName:
     def _checked(self, name: str) -> str:
         if not self.files and is_file_name(name):
             raise UserError(
-                f"a {self.registry.kind} of a suite cannot be in a file. Install it as a package with an entry point "
+                f"a {self.registry.kind} cannot be in a file. Install it as a package with an entry point "
                 f"in the group {self.registry.group}.",
                 code="unsupported-setting",
             )

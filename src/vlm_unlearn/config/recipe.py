@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from vlm_unlearn import plugins
 from vlm_unlearn.config.base import DeprecatedNames, PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.records import Fraction, ImageLoader
+from vlm_unlearn.records import Fraction
 from vlm_unlearn.store import user_path
 
 
@@ -201,11 +201,10 @@ class Recipe(Strict):
 
     LLaVA-1.5 was trained with `pad`.
     """
-    image_loader: ImageLoader = "viewer"
-    """`viewer` reads images as viewers show them. `llava` is LLaVA's own loader, `Image.open(...).convert("RGB")`.
+    image_loader: Literal["viewer", "llava"] = "viewer"
+    """`viewer` opens images as image viewers show them. `llava` opens them as LLaVA's own code does.
 
-    LLaVA's loader ignores the EXIF orientation, clips samples of more than 8 bits, and shows the hidden colors of
-    transparent pixels.
+    LLaVA's code ignores the EXIF orientation, drops transparency and clips samples of more than 8 bits.
     """
     probe: ProbeConfig | None = None
     """A small evaluation at regular intervals, with rules that stop the run."""

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from vlm_unlearn import plugins
 from vlm_unlearn.config.base import DeprecatedNames, PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError, nearest
-from vlm_unlearn.records import ImageLoader, Kind, Label
+from vlm_unlearn.records import Kind, Label
 from vlm_unlearn.store import digest_json, user_path
 
 
@@ -280,8 +280,6 @@ class GenerationConfig(Strict):
     """For `openai`: address of the server. The suite's `model` is the name of the model on it."""
     max_new_tokens: Positive = 256
     """Maximum length of an answer in tokens."""
-    image_loader: ImageLoader = "viewer"
-    """`viewer` reads images as viewers show them. `llava` is LLaVA's own loader, `Image.open(...).convert("RGB")`."""
     batch_size: Positive = 8
     """For `hf`: number of questions per batch."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -292,6 +290,8 @@ class GenerationConfig(Strict):
     """Sample from the most probable tokens whose probabilities sum up to this value."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of sampling. Every answer has its own random stream."""
+    image_loader: Literal["viewer", "llava"] = "viewer"
+    """`viewer` opens images as image viewers show them. `llava` opens them as LLaVA's own code does."""
     concurrency: Annotated[int, Field(gt=0, le=512)] = 16
     """For `openai`: number of parallel requests."""
     timeout: Annotated[float, Field(ge=0.1, le=3600)] = 300.0

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from vlm_unlearn.data.formats import messages
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.safe_eraser import validate_refusals
-from vlm_unlearn.data.images import ImageReference, ImageSource, image_reference, resolve_image
+from vlm_unlearn.data.images import ImageReference, ImageSource, image_reference, llava_image, resolve_image
 from vlm_unlearn.data.rows import Row, column_names, read_rows, validate_not_streamed, value_at
 from vlm_unlearn.data.training_set import (
     DEFAULT_REFUSALS,
@@ -62,6 +62,7 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         self._examples = examples
         self.digests = digests
         self._images = images or {}
+        self.image_loader: Literal["viewer", "llava"] = "viewer"  # `llava` opens images as LLaVA's own code does
 
     def __getitem__(self, role: str) -> Sequence[Example]:
         return self._examples[role]
@@ -106,7 +107,8 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         Args:
             data: A `DatasetDict` with one split per role, a `Dataset` or a list of dicts with a column ``role``, or a
                 mapping of role to a `Dataset` or a list of dicts.
-            root: The folder of relative image paths. Paths must stay inside it.
+            root: The folder of relative image paths. Paths must stay inside it. By default, they are relative to the
+                current folder.
             refusals: Refusal sentences, for methods that train the model to refuse. None uses four plain sentences.
 
         Raises:
@@ -174,11 +176,13 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         """
         if example.image is None:
             return None
+        image: ImageSource
         if example.image in self._images:
-            return self._images[example.image]
-        return resolve_image(
-            image_root(self.folder, self.image_roots, example), example.image, record=quoted(example.id)
-        )
+            image = self._images[example.image]
+        else:
+            root = image_root(self.folder, self.image_roots, example)
+            image = resolve_image(root, example.image, record=quoted(example.id))
+        return llava_image(image) if self.image_loader == "llava" else image
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the SHA-256 of each set, and one of the content of all images, in the order of the examples.
@@ -239,6 +243,10 @@ class _RowReader:
     def _add_image(self, record: RawRecord, row: Row, path: tuple[str | int, ...]) -> str:
         field = messages.path_text(path)
         value = value_at(row.value, path)
+        if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:
+            value = value["path"]  # as `datasets.Image` stores a PIL image that was opened from a file
+        if self._root is None and isinstance(value, str | Path) and "://" not in str(value):
+            value = user_path(value).absolute()
         if isinstance(value, str | Path) and str(value) in self._by_path:
             return self._by_path[str(value)]
         try:
@@ -265,6 +273,9 @@ def _chat_fields(record: RawRecord) -> dict[str, Any]:
 
 def _question_fields(record: RawRecord) -> dict[str, Any]:
     missing = [name for name in ("question", "answer") if name not in record.value]
+    if missing and {"prompt", "completion"} <= set(record.value):
+        problem = "rows with prompt and completion are not supported. Rename the columns to question and answer."
+        raise record.error(problem, "unsupported-setting", "prompt")
     if missing:
         columns = [str(name) for name in record.value]
         listed = printable(", ".join(columns)) or "none"

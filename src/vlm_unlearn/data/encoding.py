@@ -14,14 +14,13 @@ from vlm_unlearn.data.images import ImageSource, image_size, open_image
 from vlm_unlearn.data.processor_call import (
     Processor,
     call_processor,
-    has_causal_suffix,
     needs_special_tokens,
     requires_image,
 )
 from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
-from vlm_unlearn.records import Example, ImageLoader, LossOn, Prompt
+from vlm_unlearn.records import Example, LossOn, Prompt
 
 Batch = dict[str, Tensor]
 
@@ -39,7 +38,6 @@ class Turn:
         system: The system message.
         image_offset: The number of characters of the first question before the image.
         loss_on: The answers with labels.
-        image_loader: How `open_image` reads the image.
     """
 
     id: str
@@ -50,16 +48,14 @@ class Turn:
     system: str | None = None
     image_offset: int = 0
     loss_on: LossOn = "all_answers"
-    image_loader: ImageLoader = "viewer"
 
     @classmethod
-    def of_example(cls, example: Example, image: ImageSource | None, image_loader: ImageLoader = "viewer") -> Turn:
+    def of_example(cls, example: Example, image: ImageSource | None) -> Turn:
         """Returns the question and the answer of an example.
 
         Args:
             example: The example.
             image: The image of the example.
-            image_loader: How `open_image` reads the image.
         """
         return cls(
             id=example.id,
@@ -70,17 +66,15 @@ class Turn:
             system=example.system,
             image_offset=example.image_offset,
             loss_on=example.loss_on,
-            image_loader=image_loader,
         )
 
     @classmethod
-    def of_prompt(cls, prompt: Prompt, image: ImageSource | None, image_loader: ImageLoader = "viewer") -> Turn:
+    def of_prompt(cls, prompt: Prompt, image: ImageSource | None) -> Turn:
         """Returns the question of a prompt, without an answer.
 
         Args:
             prompt: The prompt.
             image: The image of the prompt.
-            image_loader: How `open_image` reads the image.
         """
         return cls(
             id=prompt.id,
@@ -90,7 +84,6 @@ class Turn:
             history=tuple((turn.question, turn.answer) for turn in prompt.history),
             system=prompt.system,
             image_offset=prompt.image_offset,
-            image_loader=image_loader,
         )
 
 
@@ -165,7 +158,10 @@ def render(processor: Processor, turn: Turn) -> Rendering:
 def _neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
     """Returns a turn whose texts contain none of certain tokens."""
     texts = [turn.system or "", turn.question, turn.answer or "", *(text for texts in turn.history for text in texts)]
-    if not any(token in text for text in texts for token in tokens):
+    joined = "\0".join(texts)
+    if not any(char in joined for char in {token[0] for token in tokens}) or not any(
+        token in joined for token in tokens
+    ):
         return turn
     first_question = turn.history[0][0] if turn.history else turn.question
     before_image = break_tokens(first_question[: turn.image_offset], tokens)
@@ -197,8 +193,9 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
     Raises:
         UserError: Only some turns have an image, and the family does not support that in one batch (mllama).
     """
-    texts = [render(processor, turn).text for turn in turns]
-    return _process(processor, texts, texts, turns, padding_side)
+    renderings = [render(processor, turn) for turn in turns]
+    prompts = [_prompt(rendering, turn) for rendering, turn in zip(renderings, turns, strict=True)]
+    return _process(processor, [rendering.text for rendering in renderings], prompts, turns, padding_side)
 
 
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
@@ -244,8 +241,6 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
             )
         for start, stop in labeled_spans:
             batch["labels"][row, start + shift : stop + shift] = torch.tensor(ids[start:stop])
-        if has_causal_suffix(processor):
-            batch["token_type_ids"][row, answer_start + shift : end] = 1
         longest = max(longest, min(end, max_length))
     return _truncate(batch, longest)
 
@@ -269,8 +264,9 @@ def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], lis
 
 
 def _prompt(rendering: Rendering, turn: Turn) -> str:
-    """Returns the text before the first answer with labels."""
-    return rendering.before_answer[0 if turn.loss_on == "all_answers" else -1]
+    """Returns the text before the first answer with labels, or the complete text if the last answer is open."""
+    first_answer = turn.loss_on == "all_answers" and turn.answer is not None
+    return rendering.before_answer[0 if first_answer else -1]
 
 
 def _common_prefix_length(prefix: Sequence[int], ids: Sequence[int]) -> int:
@@ -300,7 +296,7 @@ class PromptMeter:
         if turn.image is None:
             return count
         with _naming_record(turn):
-            size = image_size(turn.image, turn.image_loader)
+            size = image_size(turn.image)
         if size not in self._image_tokens:
             question = replace(turn, answer=None, history=(), system=None, image_offset=0)
             text_tokens = len(token_ids(self._processor, render(self._processor, question).text))
@@ -323,7 +319,7 @@ def _process(
     for turn in turns:
         if turn.image is not None and turn.image not in opened:
             with _naming_record(turn):
-                opened[turn.image] = open_image(turn.image, loader=turn.image_loader)
+                opened[turn.image] = open_image(turn.image)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     if requires_image(processor) and not all(images):
         text_only = next(turn.id for turn in turns if turn.image is None)

@@ -14,15 +14,14 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from vlm_unlearn.data.pixels import complete_jpeg, orientation, shown_size, to_rgb, without_metadata
+from vlm_unlearn.data.pixels import PNG_SIGNATURE, displayed_size, exif_orientation, repaired_file, to_rgb
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.records import ImageLoader
 from vlm_unlearn.store import digest_file, digest_text, user_path
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quar
 
 # _check_size raises for these images, so that Pillow's warning would only repeat the error.
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
-warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # viewers ignore it
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ class ImageReference:
     """An image that is opened when it is used. Two references are equal if their contents are.
 
     Attributes:
-        digest: The SHA-256 of the image file's bytes. For a PIL image or an array: of its mode, size and pixels, and of
-            its EXIF orientation and transparent color if it has them.
+        digest: The SHA-256 of the image file's bytes. For a PIL image or an array: of its mode, size and pixels.
         load: Returns a value that `image_reference` accepts, apart from relative paths.
         name: The path below the image root, or ``sha256:`` and the digest.
     """
@@ -94,64 +91,82 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
     return path
 
 
-def image_size(image: ImageSource, loader: ImageLoader = "viewer") -> tuple[int, int]:
-    """Returns the width and the height of an image in pixels as `open_image` returns it, from the header of its file.
-
-    Args:
-        image: A file, or a reference.
-        loader: As in `open_image`.
+def image_size(image: ImageSource) -> tuple[int, int]:
+    """Returns the width and the height of `open_image` in pixels, from the header of the image's file.
 
     Raises:
         UserError: The content is not an image, or is too large to open safely.
     """
     with _opened(image) as opened:
-        return shown_size(opened, loader)
+        return displayed_size(opened)
 
 
-def open_image(image: ImageSource, max_side: int | None = None, loader: ImageLoader = "viewer") -> Image.Image:
-    """Opens an image as RGB. All models, judges, checks and thumbnails get their pixels from here.
+def open_image(image: ImageSource, max_side: int | None = None) -> Image.Image:
+    """Opens an image as RGB, with the pixels that image viewers show (see `to_rgb`).
 
-    Of an animation, the first frame is returned.
+    Training, generation with every backend, `data check` and thumbnails use this function. Of an animation, the first
+    frame is returned. A JPEG that lacks its last bytes is opened if its data reaches the last row of blocks.
 
     Args:
         image: A file, or a reference.
         max_side: Maximum length of the longer side in pixels. A larger image is shrunk. A JPEG is decoded at a reduced
             size where that is enough.
-        loader: ``viewer`` shows the image as viewers do. The EXIF orientation is applied, samples of more than 8 bits
-            are scaled, transparency is composited on white, and a JPEG may lack its last bytes. ``llava`` is
-            ``Image.open(...).convert("RGB")``, with which LLaVA was trained.
 
     Raises:
         UserError: The content is not an image, is broken or truncated, or is too large to open safely.
     """
     with _opened(image) as opened:
         try:
-            return _decode(opened, max_side, loader)
+            return to_rgb(opened, max_side)
         except Exception as error:  # the decoders raise many types of errors for broken files
-            repaired = _repaired(image, opened.format) if loader == "viewer" else None
-            if repaired is not None:
-                with suppress(Exception), _open(repaired) as readable:
-                    return _decode(readable, max_side, loader)
+            failure = error
+    content = image if isinstance(image, Path) else _content(image.load())
+    repaired = repaired_file(_read(content)) if isinstance(content, Path | bytes) else None
+    if repaired is not None:
+        try:
+            with _open(repaired) as opened:
+                return to_rgb(opened, max_side)
+        except Exception as error:
+            failure = error
+    raise UserError(
+        f"is a broken image ({type(failure).__name__}). Replace it.",
+        code="invalid-image",
+        file=image if isinstance(image, Path) else None,
+    )
+
+
+def llava_image(image: ImageSource) -> ImageReference:
+    """Returns a reference to an image that opens with the pixels of LLaVA's own loader.
+
+    The loader ignores the EXIF orientation, drops transparency and clips samples of more than 8 bits. Training and
+    evaluation use it with ``image_loader: llava``, to reproduce published numbers.
+
+    Source: ``Image.open(path).convert("RGB")`` in haotian-liu/LLaVA.
+
+    Args:
+        image: A file, or a reference.
+    """
+    name = str(image) if isinstance(image, Path) else image.name
+    return ImageReference(digest_text(f"llava {image_key(image)}"), partial(_open_as_llava, image), name)
+
+
+def _open_as_llava(image: ImageSource) -> Image.Image:
+    with _opened(image) as opened:
+        try:
+            converted = opened.convert("RGB")
+        except Exception as error:  # the decoders raise many types of errors for broken files
             raise UserError(
                 f"is a broken image ({type(error).__name__}). Replace it.",
                 code="invalid-image",
                 file=image if isinstance(image, Path) else None,
             ) from None
+    converted = converted.copy()
+    converted.info = {}  # without EXIF, so that `open_image` does not apply the orientation
+    return converted
 
 
-def _decode(opened: Image.Image, max_side: int | None, loader: ImageLoader) -> Image.Image:
-    if max_side is not None:
-        opened.draft("RGB", (max_side, max_side))
-    return to_rgb(opened, loader, max_side)
-
-
-def _repaired(image: ImageSource, kind: str | None) -> bytes | None:
-    """Returns the bytes of a file that viewers show and Pillow does not, in a form that Pillow decodes, or None."""
-    content = image if isinstance(image, Path) else _content(image.load())
-    if not isinstance(content, Path | bytes):
-        return None
-    data = content.read_bytes() if isinstance(content, Path) else content
-    return complete_jpeg(data) if kind in ("JPEG", "MPO") else without_metadata(data)
+def _read(content: Path | bytes) -> bytes:
+    return content.read_bytes() if isinstance(content, Path) else content
 
 
 def image_key(image: ImageSource) -> str:
@@ -185,7 +200,7 @@ def _open(content: Path | bytes) -> Image.Image:
     try:
         if (content.stat().st_size if isinstance(content, Path) else len(content)) == 0:
             raise UserError("is an empty file. Replace it.", code="invalid-image", file=file)
-        image = _open_by_content(content)
+        image = _open_formats(content)
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -207,16 +222,19 @@ def _open(content: Path | bytes) -> Image.Image:
     return image
 
 
-def _open_by_content(content: Path | bytes) -> Image.Image:
+def _open_formats(content: Path | bytes) -> Image.Image:
     from PIL import Image
 
     try:
         return Image.open(content if isinstance(content, Path) else io.BytesIO(content), formats=FORMATS)
-    except ValueError:  # of a PNG with large metadata
-        readable = without_metadata(content.read_bytes() if isinstance(content, Path) else content)
-        if readable is None:
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # a PNG with more metadata than Pillow reads, among others
+        data = _read(content)
+        repaired = repaired_file(data) if data.startswith(PNG_SIGNATURE) else None
+        if repaired is None:
             raise
-        return Image.open(io.BytesIO(readable), formats=("PNG",))
+        return Image.open(io.BytesIO(repaired), formats=FORMATS)
 
 
 def _check_size(size: tuple[int, int], file: Path | None) -> None:
@@ -261,23 +279,15 @@ def image_reference(value: Any, root: Path | None = None, load: Callable[[], Any
         if image is value:
             image = value = _detached(image)
         palette = image.getpalette() or []
-        metadata = _metadata_of_pixels(image)
-        digest = hashlib.sha256(
-            f"{image.mode} {image.size} {palette} {metadata}".encode() + image.tobytes()
-        ).hexdigest()
+        # Pixels with another orientation or transparency are another picture.
+        marks = [exif_orientation(image), image.info.get("transparency")]
+        marked = "" if marks == [1, None] else f"{marks} "
+        digest = hashlib.sha256(f"{image.mode} {image.size} {palette} {marked}".encode() + image.tobytes()).hexdigest()
     else:
         raise UserError(
             f"is a {type(value).__name__}. Pass a path, bytes, a PIL image, or a uint8 array.", code="invalid-field"
         )
     return ImageReference(digest, load or partial(_identity, value), f"sha256:{digest}")
-
-
-def _metadata_of_pixels(image: Image.Image) -> str:
-    """Returns the metadata of a PIL image that changes how it is shown. It is empty for most images."""
-    turn, transparency = orientation(image), image.info.get("transparency")
-    if image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA":
-        transparency = image.getpalette("RGBA")
-    return ("" if turn == 1 else f"orientation {turn} ") + ("" if transparency is None else f"{transparency!r} ")
 
 
 def _locate(value: str | Path, root: Path | None) -> tuple[str | None, Path]:

@@ -1,8 +1,4 @@
-"""The pixels of an opened image in RGB, as image viewers show them.
-
-Pillow's ``convert("RGB")`` ignores the EXIF orientation, clips samples of more than 8 bits, and shows the hidden colors
-of transparent pixels.
-"""
+"""Converts images to RGB as image viewers show them, and repairs files that viewers open and Pillow rejects."""
 
 from __future__ import annotations
 
@@ -10,76 +6,84 @@ import io
 import struct
 from typing import TYPE_CHECKING, Any
 
-from vlm_unlearn.records import ImageLoader
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-ORIENTATION = 0x0112  # the EXIF tag
+DECODER_VERSION = 2  # part of the keys of features on disk; increase it when the pixels of any image change
+ORIENTATION = 0x0112  # tag of EXIF and TIFF
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # what determines the pixels of a PNG
-MAX_LOST_SHARE = 0.25  # of the pixels of a truncated JPEG. With more lost, the image is broken.
+# Chunks that the pixels depend on. Pillow limits the size of the others, such as text and color profiles.
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
+JPEG_END = b"\xff\xd9"
+# A truncated JPEG is complete enough if its data reaches the last row of blocks, which has at most 16 lines. Smoothing
+# between blocks changes up to two lines above it.
+LAST_BLOCK_LINES = 18
 
 
-def shown_size(image: Image.Image, loader: ImageLoader = "viewer") -> tuple[int, int]:
-    """Returns the width and height at which an image is shown. It is not decoded."""
-    width, height = image.size
-    turned = loader == "viewer" and orientation(image) >= 5
-    return (height, width) if turned else (width, height)
+def to_rgb(image: Image.Image, max_side: int | None = None) -> Image.Image:
+    """Returns an image as RGB with the pixels that image viewers show.
 
-
-def to_rgb(image: Image.Image, loader: ImageLoader = "viewer", max_side: int | None = None) -> Image.Image:
-    """Returns an image as RGB without metadata.
-
-    The orientation is applied, samples of more than 8 bits are scaled, and transparency is composited on white.
+    - The EXIF orientation is applied.
+    - Transparent pixels are composited on white.
+    - Samples of 16 bits lose their low byte. Other integers and floats are scaled by the range that they use: 0 to 1,
+      8 bits, 16 bits, or else their minimum and maximum.
 
     Args:
-        image: The image. It is decoded.
-        loader: ``llava`` converts the mode only.
-        max_side: Maximum length of the longer side in pixels. A larger image is shrunk.
+        image: The image. It need not be decoded.
+        max_side: Maximum length of the longer side in pixels.
+
+    Raises:
+        Exception: The decoders of Pillow raise many types of errors for broken files.
     """
-    turn = orientation(image) if loader == "viewer" else 1  # loading may remove the metadata
-    image.load()
-    rgb = _converted(image) if loader == "viewer" else image.convert("RGB")
+    color_key = _color_key(image)
+    if max_side is not None:
+        image.draft("RGB", (max_side, max_side))
+    image.load()  # also reads the EXIF data of a PNG that follow its pixels
+    orientation = exif_orientation(image)
+    rgb = _without_transparency(image, color_key)
     if max_side is not None:
         rgb.thumbnail((max_side, max_side))
-    if turn != 1:
-        rgb = rgb.transpose(_transpositions()[turn])
-    rgb.info.clear()  # a saved copy would have the profile and the transparent color
-    return rgb
+    return _transposed(rgb, orientation)
 
 
-def orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation that must be applied to an image's pixels, from 1 (none) to 8."""
-    from PIL import Image
-
-    if image.format == "TIFF":  # Pillow applies it
+def exif_orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation from 1 to 8 that is still to be applied. It is 1 without valid EXIF data."""
+    if image.format == "TIFF":
+        return 1  # Pillow applies it
+    if "exif" not in image.info and not _has_late_exif(image):
         return 1
-    content = image.info.get("exif")
-    if content is None:
-        text = image.info.get("Raw profile type exif")  # as ImageMagick writes it into a PNG
-        if not isinstance(text, str | bytes):
-            return 1
-        text = text.decode("latin-1") if isinstance(text, bytes) else text
-        try:
-            content = bytes.fromhex("".join(text.split("\n")[3:]))
-        except ValueError:
-            return 1
-    exif = Image.Exif()
     try:
-        exif.load(content)
-        value: Any = exif.get(ORIENTATION, 1)
-    except Exception:  # broken metadata raises many types of errors, and viewers ignore it
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF data raise many types of errors
         return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
-def _transpositions() -> dict[int, Any]:
+def displayed_size(image: Image.Image) -> tuple[int, int]:
+    """Returns the width and the height of an image after its EXIF orientation is applied."""
+    width, height = image.size
+    return (height, width) if exif_orientation(image) >= 5 else (width, height)
+
+
+def _has_late_exif(image: Image.Image) -> bool:
+    """Returns whether a PNG may have EXIF data behind its pixels that Pillow would decode it to read."""
+    stream: Any = getattr(image, "fp", None)
+    if image.format != "PNG" or stream is None or not getattr(image, "tile", None):
+        return False
+    position = stream.tell()
+    stream.seek(0)
+    try:
+        return b"eXIf" in stream.read()
+    finally:
+        stream.seek(position)
+
+
+def _transposed(image: Image.Image, orientation: int) -> Image.Image:
     from PIL.Image import Transpose
 
-    return {
+    methods = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
         4: Transpose.FLIP_TOP_BOTTOM,
@@ -88,109 +92,153 @@ def _transpositions() -> dict[int, Any]:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
+    # The result has no metadata, so that no later step applies the orientation again.
+    image.info = {}
+    return image.transpose(methods[orientation]) if orientation in methods else image
 
 
-def _converted(image: Image.Image) -> Image.Image:
-    """Returns a decoded image as RGB, with scaled samples and on white."""
-    mode = image.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        return _from_deep_samples(image)
-    transparency = image.info.get("transparency")
-    if mode == "RGB" and transparency is not None and max(transparency, default=0) > 255:
-        # The transparent color of a PNG with 16 bits per sample, of which Pillow keeps the upper 8.
-        image = image.copy()
-        image.info["transparency"] = tuple(value >> 8 for value in transparency)
-    if image.has_transparency_data:
-        return _on_white(image)
-    return image.convert("RGB")
+def _color_key(image: Any) -> int | tuple[int, ...] | None:
+    """Returns the sample value of the pixels that are transparent, scaled to the samples of Pillow, or None.
 
-
-def _on_white(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    if image.mode == "La":
-        image = image.convert("LA")
-    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    if rgba.getchannel("A").getextrema()[0] == 255:
-        return rgba.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _from_deep_samples(image: Image.Image) -> Image.Image:
-    """Returns a gray image with integers of 16 or 32 bits, or floats, scaled to 8 bits."""
-    import numpy as np
-    from PIL import Image
-
-    samples = np.asarray(image)
-    gray = _scaled(samples, is_16_bit=image.mode.startswith("I;16"))
-    transparent = image.info.get("transparency")  # the gray value of a PNG's tRNS chunk
-    if isinstance(transparent, int):
-        gray[samples == transparent] = 255
-    return Image.fromarray(gray).convert("RGB")
-
-
-def _scaled(samples: NDArray[Any], is_16_bit: bool) -> NDArray[np.uint8]:
-    """Returns samples as 8-bit values.
-
-    Integers of 16 bits have their full range. Other files do not state the range of their samples. It is the smallest
-    of 0 to 1 (floats only), 0 to 255 and 0 to 65535 that contains all samples, or else that of the samples. Samples
-    that are not numbers are black.
+    The header of a PNG contains it in the file's bit depth.
     """
-    import numpy as np
-
-    if is_16_bit:
-        return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    is_float = samples.dtype.kind == "f"
-    values = samples.astype(np.float64)
-    finite = np.isfinite(values)
-    low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
-    values = np.clip(np.nan_to_num(values, nan=low, posinf=high, neginf=low), low, high)
-    ranges = ([1.0] if is_float else []) + [255.0, 65535.0]
-    top = next((limit for limit in ranges if low >= 0 and high <= limit), None)
-    if top is None:
-        values, top = values - low, (high - low) or 1.0
-    gray = np.rint(values * (255.0 / top))
-    gray[np.isnan(samples)] = 0
-    return gray.astype(np.uint8)
-
-
-def without_metadata(content: bytes) -> bytes | None:
-    """Returns a PNG file without the chunks that do not change its pixels, or None if it is not a PNG file.
-
-    Pillow rejects files whose compressed text or color profile is large, which viewers open.
-    """
-    if not content.startswith(PNG_SIGNATURE):
+    key = image.info.get("transparency")
+    if image.mode in ("P", "PA") or not isinstance(key, int | tuple):
         return None
+    raw_mode = str(image.tile[0][3]) if image.format == "PNG" and getattr(image, "tile", None) else ""
+    if isinstance(key, tuple):
+        return tuple(value >> 8 for value in key) if "16" in raw_mode else key
+    return key * {"1": 255, "L;2": 85, "L;4": 17}.get(raw_mode, 1)
+
+
+def _without_transparency(image: Image.Image, color_key: int | tuple[int, ...] | None) -> Image.Image:
+    """Returns the image as RGB, with transparent pixels composited on white."""
+    from PIL import Image
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        rgb = _eight_bits(image).convert("RGB")
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (image.mode == "P" and image.has_transparency_data):
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        if rgba.getchannel("A").getextrema() == (255, 255):
+            return rgba.convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    if color_key is None:
+        return rgb
+    import numpy as np
+
+    samples = np.asarray(image.convert("L") if image.mode == "1" else image)
+    is_key = samples == np.asarray(color_key)
+    mask = Image.fromarray(is_key.all(axis=-1) if samples.ndim == 3 else is_key)
+    rgb = rgb.copy() if rgb is image else rgb
+    rgb.paste((255, 255, 255), mask=mask)
+    return rgb
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Returns a gray image of more than 8 bits per sample in 8 bits."""
+    import numpy as np
+    from PIL import Image
+
+    samples: NDArray[Any] = np.asarray(image)
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = (tags.get(258) or (0,))[0]
+    if image.mode == "F":
+        gray = _scaled_floats(samples)
+    elif image.mode.startswith("I;"):
+        gray = samples >> (bits - 8 if 8 < bits < 16 else 8)
+    elif bits == 32 and (tags.get(339) or (1,))[0] == 1:  # unsigned, which Pillow reads as signed
+        gray = _scaled_integers(samples.view(np.uint32))
+    else:
+        gray = _scaled_integers(samples)
+    if tags.get(262) == 0:  # white is zero, which Pillow respects only for up to 8 bits
+        gray = 255 - gray
+    return Image.fromarray(gray.astype(np.uint8))
+
+
+def _scaled_integers(samples: NDArray[Any]) -> NDArray[Any]:
+    low, high = int(samples.min()), int(samples.max())
+    if low >= 0 and high <= 65535:
+        return samples >> 8 if high > 255 else samples
+    return _stretched(samples, low, high)
+
+
+def _scaled_floats(samples: NDArray[Any]) -> NDArray[Any]:
+    import numpy as np
+
+    samples = np.nan_to_num(samples, nan=0.0, posinf=np.nan, neginf=np.nan)
+    finite = samples[np.isfinite(samples)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    samples = np.nan_to_num(samples, nan=high)
+    limit = next((limit for limit in (1, 255, 65535) if low >= 0 and high <= limit), None)
+    return np.rint(samples * (255 / limit)) if limit else _stretched(samples, low, high)
+
+
+def _stretched(samples: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+    import numpy as np
+
+    stretched: NDArray[np.float64] = np.rint((samples.astype(np.float64) - low) * (255 / max(high - low, 1e-300)))
+    return stretched
+
+
+def repaired_file(data: bytes) -> bytes | None:
+    """Returns the bytes of an image file that Pillow rejects but viewers open in a form that Pillow opens, or None.
+
+    A PNG loses the metadata that its pixels do not depend on, since Pillow limits the size of metadata and rejects
+    damaged metadata. A JPEG that lacks its last bytes is completed if its data reaches the last row of blocks. libjpeg
+    repeats the last color for the missing blocks, as viewers do.
+    """
+    if data.startswith(PNG_SIGNATURE):
+        stripped = _without_png_metadata(data)
+        return stripped if stripped != data else None
+    if data.startswith(b"\xff\xd8") and _reaches_last_blocks(data):
+        return data + JPEG_END
+    return None
+
+
+def _without_png_metadata(data: bytes) -> bytes:
     chunks, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while position + 12 <= len(content):
-        length, name = struct.unpack_from(">I4s", content, position)
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
-        if name in PIXEL_CHUNKS:
-            chunks.append(content[position:end])
+        if name in PIXEL_CHUNKS or name[:1].isupper():  # an unknown critical chunk stays an error
+            chunks.append(data[position:end])
         position = end
     return b"".join(chunks)
 
 
-def complete_jpeg(content: bytes) -> bytes | None:
-    """Returns a JPEG file that lacks its last bytes with an end, or None if too much is missing.
+def _reaches_last_blocks(data: bytes) -> bool:
+    """Returns whether the data of a truncated JPEG reaches the last row of blocks.
 
-    A decoder fills the missing pixels. They are those that depend on data after the end.
+    The pixels that change if a few more bytes are missing are where the data ends. In an area of one color nothing
+    changes, so that the number of bytes is increased.
     """
-    import random
+    from PIL import ImageChops
 
-    from PIL import Image, ImageChops
+    completed = _decoded(data)
+    if completed is None:
+        return False
+    if completed.info.get("progressive"):
+        # The earlier scans contain all blocks if the last scan refines them. No FF DA occurs within encoded blocks.
+        scan = data.rfind(b"\xff\xda")
+        header = data[scan + 2 : scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")]
+        return header[-1] >> 4 > 0
+    num_bytes = 2
+    while num_bytes <= len(data) // 4:
+        shorter = _decoded(data[:-num_bytes])
+        box = ImageChops.difference(completed, shorter).getbbox() if shorter is not None else None
+        if box is not None:
+            return completed.height - box[1] <= LAST_BLOCK_LINES
+        num_bytes *= 4
+    return False
 
-    if not content.startswith(b"\xff\xd8\xff"):
-        return None
-    content = content[:-1] if content.endswith(b"\xff") else content
-    noise = bytes(random.Random(0).choices(range(255), k=4096))  # without 0xFF, which starts a marker
+
+def _decoded(data: bytes) -> Image.Image | None:
+    from PIL import Image
+
     try:
-        with Image.open(io.BytesIO(content + b"\xff\xd9"), formats=("JPEG",)) as image:
-            gray = image.convert("L")
-        with Image.open(io.BytesIO(content + noise + b"\xff\xd9"), formats=("JPEG",)) as image:
-            lost = ImageChops.difference(gray, image.convert("L"))
+        with Image.open(io.BytesIO(data + JPEG_END), formats=("JPEG",)) as image:
+            return image.convert("RGB")
     except Exception:  # the decoders raise many types of errors for broken files
         return None
-    counts = lost.histogram()
-    share = 1 - sum(counts[:3]) / (gray.width * gray.height)
-    return content + b"\xff\xd9" if share <= MAX_LOST_SHARE else None

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
@@ -83,10 +84,24 @@ def call_processor(
     )
     tensors["pixel_values"] = processor.image_processor([row[0] for row in images], return_tensors="pt")["pixel_values"]
     if has_causal_suffix(processor):
-        tensors["token_type_ids"] = tensors["input_ids"].new_zeros(tensors["input_ids"].shape)
+        tensors["token_type_ids"] = _token_type_ids(processor, texts, prompts, tensors["attention_mask"])
     if hasattr(processor, "qformer_tokenizer"):
         tensors.update(_qformer_inputs(processor, prompts))
     return tensors
+
+
+def _token_type_ids(
+    processor: Processor, texts: Sequence[str], prompts: Sequence[str], attention_mask: Tensor
+) -> Tensor:
+    """Returns [B, S]: 1 from the first answer with labels on, where attention is causal, and 0 before it."""
+    token_type_ids = torch.zeros_like(attention_mask)
+    for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        ids, prompt_ids = (processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, prompt))
+        pairs = zip(ids, prompt_ids, strict=False)
+        common = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(prompt_ids)))
+        end = int(attention_mask[row].nonzero().max()) + 1
+        token_type_ids[row, end - (len(ids) - common) : end] = 1
+    return token_type_ids
 
 
 def _qformer_inputs(processor: Processor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -14,11 +14,9 @@ from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row, metric_outcomes, read_graded_run
 from vlm_unlearn.metrics.paired import PairedDifference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
-from vlm_unlearn.modeling.adapters import check_local_model
 from vlm_unlearn.records import Comparison, Row, Summary
 from vlm_unlearn.store import EvaluationRun
 
-LOCAL_BACKENDS = ("hf", "vllm")  # their models are folders
 OnCompared = Callable[[int, int], None]  # models compared so far, models to compare
 
 
@@ -57,13 +55,8 @@ def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) ->
 
     Raises:
         UserError: A run is unfinished or not graded, shares no prompt or no metric with the base, or a metric or
-            benchmark of it was graded by another judge. The model of a run is on this machine, and its weight files
-            are broken.
+            benchmark of it was graded by another judge.
     """
-    for run in runs.values():
-        suite = saved_suite(run)
-        if suite.generation.backend in LOCAL_BACKENDS:
-            check_local_model(suite.model)
     return _compare(runs, strict=True, on_done=on_done)
 
 

@@ -76,7 +76,7 @@ def build_backend(suite: Suite) -> Backend:
 
 def _suite_requests(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationRequest]:
     samples = {split.name: split.samples for split in suite.splits}
-    return build_requests(prompts, image_roots(suite), samples)
+    return build_requests(prompts, image_roots(suite), samples, suite.generation.image_loader)
 
 
 def _generate_as_main_process(
@@ -97,9 +97,9 @@ def _generate_as_main_process(
         save_suite(run, suite)
         failed = run.failed_responses()
         if failed:
-            backend.check_available()  # before verdicts on the failed answers are deleted
-            run.remove_failed_responses(failed)
-        incomplete = not run.is_finished or not _is_complete(run, requests)
+            backend.check_available()
+            run.batching_file.unlink(missing_ok=True)
+        incomplete = bool(failed) or not run.is_finished or not _is_complete(run, requests)
         if incomplete:
             write_records(run.prompts_file, prompts)
             run.merge_shards()
@@ -136,7 +136,7 @@ def _generate_missing(
     on_done: OnDone | None,
 ) -> None:
     """Generates this process's share of the missing answers."""
-    answered = {response.key for response in run.read_responses()}
+    answered = {response.key for response in run.read_responses() if response.error is None}
     with run.response_log(group.rank, group.size) as log:
         generate_missing(
             backend,

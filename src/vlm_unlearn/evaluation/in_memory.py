@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm_unlearn.attacks.base import Attack, AttackFunction, FunctionAttack, build_attack
 from vlm_unlearn.config import AttackConfig, GenerationConfig, JudgeConfig, MetricConfig, validate
+from vlm_unlearn.data.images import llava_image
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
@@ -39,7 +40,7 @@ def evaluate(
     judge: Judge | JudgeConfig | str | Callable[..., Any],
     metrics: Metric | Sequence[Metric] | None = None,
     attack: AttackArgument | Sequence[AttackArgument] | None = None,
-    generation: GenerationConfig | None = None,
+    generation: GenerationConfig | Mapping[str, Any] | None = None,
     samples: int = 1,
     output_dir: str | Path | None = None,
     name: str | None = None,
@@ -83,8 +84,8 @@ def evaluate(
         attack: A function that takes and returns a list of `Prompt`, such as several rewrites of each question, an
             `Attack`, an `AttackConfig`, the name of an attack, or a list of these, which are applied in order. The
             model answers the returned prompts, and the names of metrics get the ending ``_attacked``.
-        generation: The generation settings. The default is greedy decoding with at most 256 tokens. `backend` and
-            `precision` do not apply to a model in memory.
+        generation: The generation settings, as a `GenerationConfig` of this package or a dict. The default is greedy
+            decoding with at most 256 tokens. `backend` and `precision` do not apply to a model in memory.
         samples: The number of answers to each question. More than 1 needs `generation.temperature`.
         output_dir: A run folder, as ``vlm-unlearn evaluate`` writes it. Answers and verdicts are appended while the
             evaluation runs, and calling the function again after an interruption resumes it.
@@ -107,7 +108,14 @@ def evaluate(
             result = evaluate(model, processor, rows, judge="keyword")
             result.metrics["asr"].value
     """
-    generation = GenerationConfig() if generation is None else generation
+    if not isinstance(generation, GenerationConfig):
+        if generation is not None and not isinstance(generation, Mapping):
+            raise UserError(
+                "pass a dict, such as {'max_new_tokens': 64}, or a vlm_unlearn.config.GenerationConfig",
+                code="invalid-field",
+                field="generation",
+            )
+        generation = validate(GenerationConfig, dict(generation or {}), "generation")
     _validate_arguments(model, processor, generation, samples)
     data = read_rows(dataset, image_root)
     if attack is not None:
@@ -118,9 +126,12 @@ def evaluate(
     grader.check_available()
     model_name = name or _model_name(model)
     plan = EvaluationPlan(model_name, data, grader, judge_config, metric_configs or {}, generation, samples)
-    requests = [
-        GenerationRequest(prompt, sample, data.image(prompt)) for prompt in data.prompts for sample in range(samples)
-    ]
+    requests = []
+    for prompt in data.prompts:
+        image = data.image(prompt)
+        if image is not None and generation.image_loader == "llava":
+            image = llava_image(image)
+        requests += [GenerationRequest(prompt, sample, image) for sample in range(samples)]
     backend = ModelBackend(model, processor, generation)
     run = None if output_dir is None else EvaluationRun(user_path(output_dir).absolute())
 

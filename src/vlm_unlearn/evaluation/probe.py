@@ -48,7 +48,7 @@ class SuiteProbe:
     def __call__(self, model: Any) -> Mapping[str, float | None]:
         """Returns the rates of a model by metric name. A rate is None if no answer could be scored."""
         samples = {split.name: split.samples for split in self._suite.splits}
-        requests = build_requests(self._prompts, self._roots, samples)
+        requests = build_requests(self._prompts, self._roots, samples, self._suite.generation.image_loader)
         responses, verdicts = RecordList[Response](), RecordList[Verdict]()
         generate_missing(ModelBackend(model, self._processor, self._suite.generation), requests, responses)
         prompts = {prompt.id: prompt for prompt in self._prompts}

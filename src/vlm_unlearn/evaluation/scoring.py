@@ -117,21 +117,18 @@ def read_graded_run(run: str | PathLike[str], suite: Suite) -> GradedRun:
     for judge_name, config in suite_judges(suite).items():
         splits = splits_judged_by(suite, judge_name)
         # `Prompt.set` is the name of a split or of a benchmark.
-        keys = [response.key for response in responses if prompts[response.prompt_id].set in splits]
+        keys = {response.key for response in responses if prompts[response.prompt_id].set in splits}
         verdicts_by_judge[judge_name] = _read_judge_verdicts(run, config, keys)
     return GradedRun(suite, prompts, responses, verdicts_by_judge, read_batching(run))
 
 
-def _read_judge_verdicts(run: EvaluationRun, config: JudgeConfig, keys: Sequence[tuple[str, int]]) -> JudgeVerdicts:
+def _read_judge_verdicts(run: EvaluationRun, config: JudgeConfig, keys: Collection[tuple[str, int]]) -> JudgeVerdicts:
     """Reads one judge's verdicts and checks that they are valid for the run and for the judge's settings.
 
     Args:
         run: The run.
         config: The judge.
         keys: ``(prompt id, sample)`` of the answers that the judge has to grade.
-
-    Returns:
-        The verdicts in the order of `keys`, so that results do not depend on the order in which a judge answered.
 
     Raises:
         UserError: The file does not grade each answer exactly once, or the judge's settings or rubric have changed.
@@ -142,9 +139,7 @@ def _read_judge_verdicts(run: EvaluationRun, config: JudgeConfig, keys: Sequence
     if not file.exists():
         raise UserError(f"no such file. {rejudge} first.", code="no-verdicts", file=file)
     # The file may also contain verdicts on splits that the judge does not have to grade in this suite.
-    positions = {key: position for position, key in enumerate(keys)}
-    verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in positions]
-    verdicts.sort(key=lambda verdict: positions[verdict.key])
+    verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
     graded_keys = {verdict.key for verdict in verdicts}
     problems = {
         "missing": len(set(keys) - graded_keys),

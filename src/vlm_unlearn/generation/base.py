@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from vlm_unlearn import plugins
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.data.images import ImageSource, resolve_image
+from vlm_unlearn.data.images import ImageSource, llava_image, resolve_image
 from vlm_unlearn.plugins import Registry
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
@@ -62,7 +62,10 @@ BACKENDS: Registry[Callable[[str, GenerationConfig], Backend]] = plugins.BACKEND
 
 
 def build_requests(
-    prompts: Sequence[Prompt], images: Mapping[str, Path], samples: Mapping[str, int]
+    prompts: Sequence[Prompt],
+    images: Mapping[str, Path],
+    samples: Mapping[str, int],
+    image_loader: Literal["viewer", "llava"] = "viewer",
 ) -> list[GenerationRequest]:
     """Returns the requests for all prompts. The samples of a prompt follow each other.
 
@@ -70,13 +73,17 @@ def build_requests(
         prompts: The prompts, in the order of the requests.
         images: The image folder of each prompt set, by `Prompt.set`.
         samples: The number of responses per prompt, by `Prompt.set`. The default is 1.
+        image_loader: The setting of `GenerationConfig`.
 
     Raises:
         UserError: An image is missing.
     """
     requests = []
     for prompt in prompts:
-        image = None if prompt.image is None else resolve_image(images[prompt.set], prompt.image, record=prompt.id)
+        image: ImageSource | None = None
+        if prompt.image is not None:
+            image = resolve_image(images[prompt.set], prompt.image, record=prompt.id)
+            image = llava_image(image) if image_loader == "llava" else image
         requests += [GenerationRequest(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return requests
 

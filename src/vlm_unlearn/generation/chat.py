@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from vlm_unlearn.data.images import ImageReference, ImageSource, open_image, png_url
 from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import RunError, quoted
-from vlm_unlearn.records import ImageLoader, Prompt
+from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_file, digest_json
 
 
@@ -26,23 +26,15 @@ class ChatRequest:
     history: tuple[tuple[str, str], ...] = ()  # the earlier rounds of question and answer
     system: str | None = None  # the system message
     image_offset: int = 0  # the number of characters of the first question before the image
-    image_loader: ImageLoader = "viewer"
 
     @classmethod
-    def of_prompt(
-        cls,
-        id: str,
-        prompt: Prompt,
-        image: ImageSource | None,
-        seed: int | None = None,
-        image_loader: ImageLoader = "viewer",
-    ) -> ChatRequest:
+    def of_prompt(cls, id: str, prompt: Prompt, image: ImageSource | None, seed: int | None = None) -> ChatRequest:
         """Returns the request for the answer to a prompt."""
         history = tuple((turn.question, turn.answer) for turn in prompt.history)
-        return cls(id, prompt.question, image, seed, history, prompt.system, prompt.image_offset, image_loader)
+        return cls(id, prompt.question, image, seed, history, prompt.system, prompt.image_offset)
 
     def messages(self) -> list[dict[str, Any]]:
-        """Returns the messages of the OpenAI API. The image is encoded as PNG.
+        """Returns the messages of the OpenAI API. The image is encoded as PNG, and special tokens in texts become text.
 
         Raises:
             UserError: The image cannot be read.
@@ -52,10 +44,7 @@ class ChatRequest:
         messages = [] if self.system is None else [_message("system", self.system)]
         messages.append(_message("user", questions[0]))
         if self.image is not None:
-            part = {
-                "type": "image_url",
-                "image_url": {"url": png_url(open_image(self.image, loader=self.image_loader))},
-            }
+            part = {"type": "image_url", "image_url": {"url": png_url(open_image(self.image))}}
             prefix, suffix = questions[0][: self.image_offset], questions[0][self.image_offset :]
             messages[-1]["content"] = [*_text_parts(prefix), part, *_text_parts(suffix)]
         for answer, question in zip(answers, questions[1:], strict=True):
@@ -167,7 +156,6 @@ def complete_many(
             chat: dict[str, object] = {"history": request.history} if request.history else {}
             chat |= {} if request.system is None else {"system": request.system}
             chat |= {"image_offset": request.image_offset} if request.image_offset else {}
-            chat |= {"image_loader": request.image_loader} if request.image_loader != "viewer" else {}
             content = {"text": request.text, "image": image_digest, **chat}
             key = digest_json({"model": identity, **content, **seed})
             cached_text = cache.get(key) if cache else None

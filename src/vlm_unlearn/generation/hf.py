@@ -122,8 +122,9 @@ class HFBackend:
 
 
 def _generation_identity(config: GenerationConfig, precision: str) -> dict[str, object]:
-    settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed", "image_loader")
-    return {**config.model_dump(include=set(settings)), "precision": precision, "batches": "by image"}
+    settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
+    loader = {} if config.image_loader == "viewer" else {"image_loader": config.image_loader}
+    return {**config.model_dump(include=set(settings)), **loader, "precision": precision, "batches": "by image"}
 
 
 @contextmanager
@@ -177,7 +178,9 @@ def generate_responses(
     """
     return (
         generate_batch(model, processor, batch, config)
-        for batch in make_batches(build_requests(prompts, images, samples or {}), config.batch_size)
+        for batch in make_batches(
+            build_requests(prompts, images, samples or {}, config.image_loader), config.batch_size
+        )
     )
 
 
@@ -215,7 +218,7 @@ def generate_batch(
     model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
 ) -> list[Response]:
     """Returns the responses to one batch of requests, in their order."""
-    turns = [Turn.of_prompt(request.prompt, request.image, config.image_loader) for request in requests]
+    turns = [Turn.of_prompt(request.prompt, request.image) for request in requests]
     sampler = None
     if config.temperature:
         seeds = [sampling_seed(config.seed, request) for request in requests]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,23 @@ from urllib.parse import urlsplit
 
 from vlm_unlearn.errors import RunError, UserError, quoted
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
+from vlm_unlearn.generation.completions import (
+    MalformedResponseError,
+    error_in,
+    has_reasoning,
+    is_content_filter,
+    text_of,
+    token_usage,
+)
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+TOO_LARGE = "response_too_large"  # the code of the error with which the transport replaces a response that is too large
+FILTERED = "the server's content filter rejected the question or the answer"
+CONTENT_FILTER = "content_filter"  # the finish reason of OpenAI and Azure
+OVERLOAD_STATUSES = (408, 409, 429, 502, 503, 504, 529)
+UNREACHABLE, OVERLOADED, REJECTED = "unreachable", "overloaded", "rejected"  # reasons of failures
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 FIRST_RETRY_SECONDS = 0.5  # delay before the first retry of a malformed response, as in the client. It doubles up to 8.
 MAX_FAILURES_IN_A_ROW = 8  # a run stops after so many failed requests in a row (or `concurrency`, if that is more)
@@ -83,8 +97,7 @@ class OpenAIChat:
         self._verbatim = verbatim
         self._request = dict(request or {})
         self._revision = revision
-        self._num_unreachable = 0  # requests in a row that did not reach the server
-        self._num_rejected = 0  # requests in a row that the server rejected as invalid
+        self._failures: Counter[str] = Counter()  # requests in a row that failed, by the reason
         self._api_key = os.environ.get(API_KEY_VARIABLE, "").strip()
         if not self._api_key.isascii() or not self._api_key.isprintable():
             raise UserError(
@@ -105,11 +118,18 @@ class OpenAIChat:
             RunError: The server is not reachable.
             UserError: The server rejects the API key.
         """
+        import httpx2 as httpx
         import openai
+
+        from vlm_unlearn.generation.bounded_transport import BoundedTransport
 
         try:
             with openai.OpenAI(
-                base_url=self._base_url, api_key=self._api_key or "none", max_retries=1, timeout=min(self._timeout, 10)
+                base_url=self._base_url,
+                api_key=self._api_key or "none",
+                max_retries=1,
+                timeout=min(self._timeout, 10),
+                http_client=httpx.Client(transport=BoundedTransport(), follow_redirects=True),
             ) as client:
                 client.models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -134,10 +154,18 @@ class OpenAIChat:
         asyncio.run(self._run(iter(requests), on_response))
 
     async def _run(self, requests: Iterator[ChatRequest], on_response: OnChatResponse) -> None:
+        import httpx2 as httpx
         from openai import AsyncOpenAI
 
+        from vlm_unlearn.generation.bounded_transport import AsyncBoundedTransport
+
+        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)  # those of the client
         async with AsyncOpenAI(
-            base_url=self._base_url, api_key=self._api_key or "none", max_retries=self._retries, timeout=self._timeout
+            base_url=self._base_url,
+            api_key=self._api_key or "none",
+            max_retries=self._retries,
+            timeout=self._timeout,
+            http_client=httpx.AsyncClient(transport=AsyncBoundedTransport(limits), follow_redirects=True),
         ) as client:
 
             async def work() -> None:
@@ -155,20 +183,31 @@ class OpenAIChat:
 
     def _raise_if_hopeless(self, response: ChatResponse) -> None:
         """Raises an error if so many requests have failed in a row that later ones would fail too."""
-        limit = max(self._concurrency, MAX_FAILURES_IN_A_ROW)
-        if self._num_unreachable >= limit:
+        reason, count = next(iter(self._failures.items()), ("", 0))
+        if count < max(self._concurrency, MAX_FAILURES_IN_A_ROW):
+            return
+        if reason == UNREACHABLE:
             raise RunError(
-                f"{self._base_url} did not respond to {self._num_unreachable} requests in a row ({response.error}). "
+                f"{self._base_url} did not respond to {count} requests in a row ({response.error}). "
                 "Check that the server is running.",
                 code="server-unreachable",
             )
-        if self._num_rejected >= limit:
-            raise UserError(
-                f"{self._base_url} rejected {self._num_rejected} requests in a row ({response.error}). Add or remove "
-                "keys of the request body with `request`, for example request={max_tokens: null, "
-                "max_completion_tokens: 512}.",
-                code="server-error",
+        if reason == OVERLOADED:
+            raise RunError(
+                f"{self._base_url} is overloaded: {count} requests in a row failed after all retries "
+                f"({response.error}). Wait, or lower `concurrency`, and run the same command again.",
+                code="server-overloaded",
             )
+        raise UserError(
+            f"{self._base_url} rejected {count} requests in a row ({response.error}). Add or remove "
+            "keys of the request body with `request`, for example request={max_tokens: null, "
+            "max_completion_tokens: 512}.",
+            code="server-error",
+        )
+
+    def _count_failure(self, reason: str) -> None:
+        """Counts a failed request. A failure for another reason, or a response, starts the count again."""
+        self._failures = Counter({reason: self._failures[reason] + 1})
 
     async def _respond(self, client: AsyncOpenAI, request: ChatRequest) -> ChatResponse:
         """Sends one request and retries it after a malformed response."""
@@ -181,7 +220,7 @@ class OpenAIChat:
                 await asyncio.sleep(min(FIRST_RETRY_SECONDS * 2 ** (attempt - 1), 8.0) * random.uniform(0.75, 1.0))
             try:
                 return await self._send(client, request, messages)
-            except _MalformedResponseError as error:
+            except MalformedResponseError as error:
                 message = str(error)
         return ChatResponse(request.id, None, message)
 
@@ -189,7 +228,7 @@ class OpenAIChat:
         """Sends one request, with the client's own retries.
 
         Raises:
-            _MalformedResponseError: The response is malformed. A retry may succeed.
+            MalformedResponseError: The response is malformed. A retry may succeed.
         """
         import openai
 
@@ -209,24 +248,53 @@ class OpenAIChat:
             completion = await asyncio.wait_for(
                 client.post("/chat/completions", cast_to=object, body=body), total_timeout
             )
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise UserError(
-                f"{self._base_url} returned status {error.status_code} for model {quoted(self._model)}. Check the "
-                f"server's address, the model's name and {API_KEY_VARIABLE}.",
-                code="model-not-found" if isinstance(error, openai.NotFoundError) else "access-denied",
-            ) from None
         except openai.APIStatusError as error:
-            self._num_unreachable = 0
-            self._num_rejected += error.status_code in (400, 422)
-            return ChatResponse(request.id, None, f"HTTP {error.status_code}{self._server_message(error.body)}")
+            # Not raised from here: a traceback would contain the server's message, which may repeat the API key.
+            failure: tuple[int, object] | None = (error.status_code, error.body)
         except (openai.APIConnectionError, TimeoutError) as error:  # after all retries
-            self._num_unreachable += 1
+            self._count_failure(UNREACHABLE)
             return ChatResponse(request.id, None, type(error).__name__)
         except Exception as error:  # the body is not JSON, or JSON of another shape
-            self._num_unreachable = self._num_rejected = 0
-            raise _MalformedResponseError(type(error).__name__) from None
-        self._num_unreachable = self._num_rejected = 0
+            self._failures.clear()
+            raise MalformedResponseError(type(error).__name__) from None
+        else:
+            failure = error_in(completion)
+        if failure is not None:
+            return self._failed_response(request, *failure)
+        self._failures.clear()
         return self._parse(request, completion)
+
+    def _failed_response(self, request: ChatRequest, status: int, body: object) -> ChatResponse:
+        """Returns the response to a request that the server has answered with an error.
+
+        Args:
+            request: The request.
+            status: The HTTP status, or the status that the body of a response with status 200 contains.
+            body: The content of the key ``error`` of the response.
+
+        Raises:
+            UserError: The key or the model is wrong, so that every other request would fail too.
+        """
+        if isinstance(body, dict) and body.get("code") == TOO_LARGE:  # of the transport, not of the server
+            self._failures.clear()
+            return ChatResponse(request.id, None, str(body["message"]))
+        message = f"HTTP {status}{self._server_message(body)}"
+        if is_content_filter(body):  # it concerns this question alone
+            self._failures.clear()
+            return ChatResponse(request.id, None, f"{FILTERED} ({message})", finish_reason=CONTENT_FILTER)
+        if status in (401, 403, 404):
+            raise UserError(
+                f"{self._base_url} returned status {status} for model {quoted(self._model)}. Check the "
+                f"server's address, the model's name and {API_KEY_VARIABLE}.",
+                code="model-not-found" if status == 404 else "access-denied",
+            )
+        if status in (400, 422):
+            self._count_failure(REJECTED)
+        elif status in OVERLOAD_STATUSES:
+            self._count_failure(OVERLOADED)
+        else:
+            self._failures.clear()
+        return ChatResponse(request.id, None, message)
 
     def _server_message(self, body: object) -> str:
         """Returns the server's error message for use after a colon, without the API key, which some servers repeat."""
@@ -239,26 +307,27 @@ class OpenAIChat:
         """Converts a chat completion, in the JSON of the API, to a response.
 
         Raises:
-            _MalformedResponseError: The completion has no choices, or its content is not a text.
+            MalformedResponseError: The completion has no choices, or its content is not a text.
         """
         choices = completion.get("choices") if isinstance(completion, dict) else None
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise _MalformedResponseError("empty answer")
+            raise MalformedResponseError("empty answer")
         message = choices[0].get("message")
-        text = message.get("content") if isinstance(message, dict) else None
-        if text is not None and not isinstance(text, str):
-            raise _MalformedResponseError("the content of the answer is not a text")
+        message = message if isinstance(message, dict) else {}
+        text = text_of(message)
         finish_reason = choices[0].get("finish_reason")  # optional on some servers
         finish_reason = finish_reason if isinstance(finish_reason, str) else None
-        if self._verbatim and text is not None:
+        if finish_reason == CONTENT_FILTER:
+            cut = f" after {quoted(text)}" if text else ""
+            response = ChatResponse(request.id, None, f"{FILTERED}{cut}", finish_reason=finish_reason)
+        elif not text and finish_reason == "length" and has_reasoning(message):
+            error = f"the reasoning took all {self._max_tokens} tokens. Raise the maximum number of tokens."
+            response = ChatResponse(request.id, None, error, finish_reason=finish_reason)
+        elif self._verbatim and text is not None:
             response = ChatResponse(request.id, text, finish_reason=finish_reason)
         else:
             response = response_from_text(request, text, finish_reason, self._max_tokens)
-        return replace(response, tokens=_token_usage(completion))
-
-
-class _MalformedResponseError(Exception):
-    """The server's response is not a chat completion."""
+        return replace(response, tokens=token_usage(completion))
 
 
 def _is_server_address(base_url: str) -> bool:
@@ -274,15 +343,3 @@ def _is_server_address(base_url: str) -> bool:
         )
     except ValueError:  # raised by urlsplit and by `port`
         return False
-
-
-def _token_usage(completion: object) -> tuple[int, int] | None:
-    """Returns the prompt and completion tokens that a server reports, or None if it reports none or no valid ones."""
-    usage = completion.get("usage") if isinstance(completion, dict) else None
-    if not isinstance(usage, dict):
-        return None
-    prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not type(prompt_tokens) is type(completion_tokens) is int:
-        return None
-    valid = min(prompt_tokens, completion_tokens) >= 0 and max(prompt_tokens, completion_tokens) < 2**40
-    return (prompt_tokens, completion_tokens) if valid else None

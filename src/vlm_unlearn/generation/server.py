@@ -33,10 +33,11 @@ class ServerBackend:
         self._chat(1)  # checks the address
 
     def identity(self) -> Mapping[str, object]:
-        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request", "image_loader")
+        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request")
         # A server does not tell which weights it runs, so they cannot be part of the identity.
         model = {"server": self._config.server, "name": self._model, "weights": "unknown"}
-        return {"model": model, "generation": self._config.model_dump(include=set(settings))}
+        loader = {} if self._config.image_loader == "viewer" else {"image_loader": self._config.image_loader}
+        return {"model": model, "generation": {**self._config.model_dump(include=set(settings)), **loader}}
 
     def _chat(self, concurrency: int) -> OpenAIChat:
         config = self._config
@@ -77,7 +78,7 @@ class ServerBackend:
             for number, request in enumerate(requests):
                 pending[str(number)] = request
                 seed = sampling_seed(self._config.seed, request)
-                yield ChatRequest.of_prompt(str(number), request.prompt, request.image, seed, self._config.image_loader)
+                yield ChatRequest.of_prompt(str(number), request.prompt, request.image, seed)
 
         def on_chat_response(chat_response: ChatResponse) -> None:
             request = pending.pop(chat_response.id)

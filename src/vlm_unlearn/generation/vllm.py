@@ -48,8 +48,9 @@ class VLLMBackend:
         self._precision = resolve_precision(config.precision)
 
     def identity(self) -> Mapping[str, object]:
-        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "image_loader")
-        generation = {**self._config.model_dump(include=set(settings)), "precision": self._precision}
+        settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed")
+        loader = {} if self._config.image_loader == "viewer" else {"image_loader": self._config.image_loader}
+        generation = {**self._config.model_dump(include=set(settings)), **loader, "precision": self._precision}
         return {"model": run_digest(self._folder), "generation": {**generation, "vllm": _vllm_version()}}
 
     @cached_property
@@ -93,10 +94,7 @@ class VLLMBackend:
             for request in requests
         ]
         messages = [
-            ChatRequest.of_prompt(
-                request.prompt.id, request.prompt, request.image, image_loader=config.image_loader
-            ).messages()
-            for request in requests
+            ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image).messages() for request in requests
         ]
         outputs = self._engine.chat(messages, sampling_params, use_tqdm=False)
         return [

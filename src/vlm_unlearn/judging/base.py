@@ -19,7 +19,7 @@ from vlm_unlearn.metrics import answer_reading
 from vlm_unlearn.metrics.answer_reading import UNFINISHED_REASONING, final_answer
 from vlm_unlearn.plugins import Registry, code_digest
 from vlm_unlearn.records import Label, Prompt, Response, Verdict
-from vlm_unlearn.store import RecordLog, RecordSink, digest_file, read_records, write_records
+from vlm_unlearn.store import RecordLog, RecordSink, RetryLog, digest_file, read_records, write_records
 
 OnVerdict = Callable[[Verdict], None]
 FLUSH_COUNT = 256  # pending verdicts after which they are written
@@ -180,7 +180,7 @@ def judge_file(
     """Appends one verdict per answer to `file`.
 
     Answers that already have a verdict in `file` are skipped. Verdicts that failed because the judge was unavailable
-    are removed first and requested again.
+    are requested again, and stay in the file until they are replaced.
 
     Args:
         judge: The judge.
@@ -188,28 +188,32 @@ def judge_file(
         file: A JSON-lines file of verdicts. It is created if it does not exist.
         on_done: Called with the number of answers that have a verdict, each time verdicts are written.
     """
-    log = RecordLog(file, Verdict)
-    _remove_failed_verdicts(log, answers)
-    grade_missing(judge, answers, log, on_done)
+    log = RetryLog(file, Verdict, _retried_verdicts(file, answers))
+    try:
+        grade_missing(judge, answers, log, on_done)
+    finally:
+        log.merge()
 
 
-def _remove_failed_verdicts(log: RecordLog, answers: Sequence[Answer]) -> None:
-    """Removes failed verdicts (the server may be available again) and duplicate records left by older versions.
+def _retried_verdicts(file: Path, answers: Sequence[Answer]) -> set[tuple[str, int]]:
+    """Returns the keys of the failed verdicts that are requested again: the server may be available now.
 
-    A failed verdict stays if the answer has no text, or if the judge replied but its reply could not be parsed.
+    A failed verdict is final if the answer has no text, or if the judge replied but its reply could not be parsed.
+    Duplicate records, which older versions have left, are removed from the file.
     """
-    if not log.keys:
-        return
+    if not RecordLog(file, Verdict).keys:
+        return set()
     answered_keys = {answer.response.key for answer in answers if answer.response.text is not None}
     verdicts: dict[tuple[str, int], Verdict] = {}
     count = 0
-    for verdict in read_records(log.path, Verdict):
+    for verdict in read_records(file, Verdict):
         count += 1
-        if not (verdict.key in answered_keys and verdict.error is not None and verdict.raw is None):
-            verdicts.setdefault(verdict.key, verdict)
+        if verdicts.setdefault(verdict.key, verdict).error is not None and verdict.error is None:
+            verdicts[verdict.key] = verdict
     if len(verdicts) < count:
-        write_records(log.path, verdicts.values())
-        log.keys = set(verdicts)
+        write_records(file, verdicts.values())
+    failed = [verdict.key for verdict in verdicts.values() if verdict.error is not None and verdict.raw is None]
+    return answered_keys.intersection(failed)
 
 
 JUDGES: Registry[type[Judge] | Judge | Callable[..., Any]] = plugins.JUDGES

@@ -35,7 +35,7 @@ def degenerate_reason(text: str) -> str | None:
     words = [word.lower() for word in _WORD.findall(text)]
     if sum(map(len, words)) < 0.3 * len("".join(text.split())):
         return "no words"
-    if _repeats_words(words) or sum(len(match.group()) for match in _REPEATED_TEXT.finditer(text)) > len(text) / 2:
+    if _repeats_words(words) or _repeats_text(text):
         return "repeats"
     return "non-words" if _unpronounceable(words) else None
 
@@ -43,12 +43,22 @@ def degenerate_reason(text: str) -> str | None:
 def _repeats_words(words: list[str]) -> bool:
     if len(words) < 8:
         return False
+    most_frequent = max(Counter(words).values())
     for length in range(1, 5):
+        if most_frequent * length <= len(words) / 2:  # a run occurs at most as often as its rarest word
+            continue
         counts = Counter(tuple(words[start : start + length]) for start in range(len(words) - length + 1))
         highest = max(counts.values())
         if highest * length > len(words) / 2 and highest > 2:
             return True
     return False
+
+
+def _repeats_text(text: str) -> bool:
+    # Ten repetitions of a piece have few different runs of four characters. Counting these is faster than the search.
+    if len(set(zip(text, text[1:], text[2:], text[3:], strict=False))) > 0.7 * len(text) + 4:
+        return False
+    return sum(len(match.group()) for match in _REPEATED_TEXT.finditer(text)) > len(text) / 2
 
 
 def _unpronounceable(words: list[str]) -> bool:

@@ -288,7 +288,7 @@ def _checked_labels(labels: Sequence[str], scores: bool, name: str) -> tuple[Lab
 
 
 def _argument_names(function: Callable[..., Any], name: str) -> tuple[str, ...] | None:
-    """Returns the arguments to pass by name. None for a function that gets question and answer by position."""
+    """Returns the arguments to pass by name. None for a function of `q` and `a`, which gets them by position."""
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
         raise UserError(f"the judge {name} is asynchronous. Make it a plain function.", code="invalid-judge")
     try:
@@ -302,8 +302,8 @@ def _argument_names(function: Callable[..., Any], name: str) -> tuple[str, ...] 
     by_name = [p.name for p in parameters if p.name in ARGUMENTS and p.kind is not p.POSITIONAL_ONLY]
     if all(parameter.name in by_name for parameter in required) and by_name:
         return tuple(by_name)
-    if len(required) == 2 and not by_name and all(p.kind is not p.KEYWORD_ONLY for p in required):
-        return None  # such as lambda q, a: ...
+    if [p.name for p in required] == ["q", "a"] and all(p.kind is not p.KEYWORD_ONLY for p in required):
+        return None
     unknown = [parameter.name for parameter in required if parameter.name not in by_name]
     raise UserError(
         f"the judge {name} requires arguments that judges do not pass: {', '.join(unknown) or 'none are required'}. "

@@ -16,6 +16,7 @@ from vlm_unlearn.metrics.answer_reading import final_answer, json_object, plain_
 MARKUP = " \t*_`>#"  # characters that models put around a line
 _FENCE = re.compile(r"```[\w-]*\s*\n(.*?)\n?\s*```", re.DOTALL)
 _TAG = re.compile(r"<(verdict|answer|label|score)>\s*(.*?)\s*</\1>", re.DOTALL | re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _RULE = re.compile(r"[-*_=~]{3,}")
 _BULLET = re.compile(r"\A(?:[-•+]|#?\d{1,2}[.):])\s+")
 _VERDICT_NAMES = r"(?:(?:my|the|final|overall|your)\s+){0,3}(?:verdict|judge?ment|judgement)"
@@ -31,8 +32,14 @@ _VERDICT_KEYS = (
     "result",
 )
 _VERDICT_LINE = re.compile(rf"{_VERDICT_NAMES}\s*(?::|=|-|–|—|\bis\b|\Z)\s*:?\s*(.*)", re.IGNORECASE | re.DOTALL)
-# The end of a verdict's word, before a reason or nothing.
-_WORD_END = re.compile(r"\s*(?:\Z|[.,;:(–—]|-\s|\s-|\bbecause\b|\bsince\b|\bas\b)")
+# Names that may stand before other things than a verdict, such as the answer itself.
+_LABEL_LINE = re.compile(
+    r"(?:(?:my|the|final|overall)\s+){0,2}(?:answer|label|rating|decision|classification|conclusion|assessment)"
+    r"\s*(?::|=|\bis\b)\s*(.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+# The end of a verdict's word, before a reason, a symbol or nothing.
+_WORD_END = re.compile(r"\s*(?:[^\w\s?|/]*\s*\Z|[.,;:(–—]|-\s|\s-|\bbecause\b|\bsince\b|\bas\b)")
 _REASON = re.compile(
     r"(?:the\s+)?(?:reason(?:ing|s)?|explanation|rationale|justification|because|notes?|confidence|categor(?:y|ies)"
     r"|violated categories|evidence|comments?)\b",
@@ -70,14 +77,26 @@ def read_verdict(reply: str, words: Collection[str]) -> str | None:
     text = final_answer(reply)
     if text is None:
         return None
+    for option in options:
+        text = (
+            re.sub(rf"\b{re.escape(option).replace('_', '[ _-]')}\b", option, text, flags=re.I)
+            if "_" in option
+            else text
+        )
     objects = _objects(text)
     if objects is not None:
-        values = {normalize_word(str(value)) for item in objects for key, value in item.items() if key in _VERDICT_KEYS}
-        return _only_option(values, options)
+        values = {
+            normalize_word(str(value)) for item in objects[0] for key, value in item.items() if key in _VERDICT_KEYS
+        }
+        return _only_option(
+            values | {value for line in _lines(objects[1]) if (value := _verdict_value(line, options))}, options
+        )
     lines = _lines(text)
     if not lines:
         return None
-    stated = {number: value for number, line in enumerate(lines) if (value := _verdict_value(line)) is not None}
+    stated = {
+        number: value for number, line in enumerate(lines) if (value := _verdict_value(line, options)) is not None
+    }
     if stated:
         verdicts = {number: _word_at_start(value, options) for number, value in stated.items()}
         last = max(stated)
@@ -112,7 +131,11 @@ def read_numbers(reply: str, ranges: Mapping[str, tuple[float, float]]) -> dict[
         return None
     objects = _objects(text)
     if objects is not None:
-        merged = [{key: str(value) for key, value in item.items() if not isinstance(value, bool)} for item in objects]
+        if any(_named_value(line, ranges) for line in _lines(objects[1])):
+            return None
+        merged = [
+            {key: str(value) for key, value in item.items() if not isinstance(value, bool)} for item in objects[0]
+        ]
         stated = {name: {item[name.lower()] for item in merged if name.lower() in item} for name in ranges}
     else:
         lines = [part for line in _lines(text) for part in _split_numbers(line, ranges)]
@@ -132,17 +155,28 @@ def read_numbers(reply: str, ranges: Mapping[str, tuple[float, float]]) -> dict[
     return numbers
 
 
-def _objects(text: str) -> list[dict[str, Any]] | None:
-    """Returns the JSON objects that a reply consists of or contains in code fences, or None if there are none.
+def _objects(text: str) -> tuple[list[dict[str, Any]], str] | None:
+    """Returns the JSON objects that a reply consists of, or that its beginning or end is, with the rest of the reply.
 
-    An object with a key twice counts as an object without keys, so that the reply is unread.
+    An object with a key twice counts as an object without keys, so that the reply is unread. Objects in the middle of a
+    reply may be quotes and do not count.
     """
-    blocks = [block.strip() for block in _FENCE.findall(text)] or [text.strip()]
-    if len(blocks) == 1 and not blocks[0].startswith("{"):
-        start, end = text.find("{"), text.rfind("}")
-        blocks = [text[start : end + 1]] if 0 <= start < end and '"' in text[start:end] else blocks
-    blocks = [block for block in blocks if block.startswith("{") and block.endswith("}")]
-    return [json_object(block) or {} for block in blocks] or None
+    fenced = [match for match in _FENCE.finditer(text) if match[1].strip()[:1] == "{"]
+    if fenced:
+        blocks = [match[1].strip() for match in fenced]
+        start, end = fenced[0].start(), fenced[-1].end()
+    else:
+        start, end = text.find("{"), text.rfind("}") + 1
+        blocks = [text[start:end]] if 0 <= start < end and text[:start].rpartition("\n")[2].strip() == "" else []
+    prefix, suffix = text[:start].strip(), text[end:].strip()
+    if not blocks or (prefix and suffix):
+        return None
+    return [json_object(block) or json_object(_double_quoted(block)) or {} for block in blocks], f"{prefix}\n{suffix}"
+
+
+def _double_quoted(text: str) -> str:
+    """Returns a Python dict as JSON."""
+    return text if '"' in text else text.replace("'", '"')
 
 
 def _only_option(values: Collection[str], options: Collection[str]) -> str | None:
@@ -155,6 +189,7 @@ def _lines(text: str) -> list[str]:
     """Returns the lines that are not empty, without markup and bullets. ``Verdict:`` is joined with the next line."""
     text = _FENCE.sub(r"\1", text) if text.lstrip().startswith("```") else text
     text = _TAG.sub(lambda match: f"\n{match[1].replace('answer', 'verdict')}: {match[2]}\n", text)
+    text = _BOXED.sub(r"\1", text)
     lines = []
     for raw in text.splitlines():
         quote = "> " if raw.lstrip().startswith(">") else ""
@@ -171,10 +206,14 @@ def _lines(text: str) -> list[str]:
     return joined
 
 
-def _verdict_value(line: str) -> str | None:
-    """Returns the value of a line ``Verdict: VALUE``, or None for any other line."""
-    match = _VERDICT_LINE.fullmatch(line.removeprefix("> "))
-    return match[1] if match else None
+def _verdict_value(line: str, options: Sequence[str]) -> str | None:
+    """Returns the value of a line ``Verdict: VALUE`` or ``Label: WORD``, or None for any other line."""
+    text = line.removeprefix("> ")
+    match = _VERDICT_LINE.fullmatch(text)
+    if match:
+        return match[1]
+    match = _LABEL_LINE.fullmatch(text)
+    return match[1] if match and _word_at_start(match[1], options) else None
 
 
 def _is_placed(lines: Sequence[str], first: int, last: int) -> bool:

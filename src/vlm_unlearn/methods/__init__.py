@@ -13,6 +13,7 @@ from vlm_unlearn.methods.base import (
     Step,
     TokenKind,
     build_method,
+    method_name,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "Step",
     "TokenKind",
     "build_method",
+    "method_name",
 ]

@@ -246,6 +246,20 @@ def get_method(name: str) -> type[Method]:
     return method
 
 
+def method_name(method: type) -> str:
+    """Returns the name of a class of a method, under which it is registered if it was not.
+
+    Raises:
+        UserError: The class is not a method, or another module has registered a method of its name.
+    """
+    if not issubclass(method, Method):
+        raise plugins.invalid_plugin("method", method.__name__, method, "a subclass of Method", "method")
+    if METHODS.get(method.name) is not method:
+        method.name = method.name or method.__name__
+        METHODS.register(method.name)(method)
+    return method.name
+
+
 def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
     """Returns the method of a recipe, wrapped in prompt decoupling if its weight is above 0.
 

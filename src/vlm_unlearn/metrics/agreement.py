@@ -51,7 +51,7 @@ def kappa_rate(pairs: Sequence[tuple[str, str]], clusters: Sequence[str], failed
         return Kappa(value=None, low=None, high=None, n=len(pairs), failed=failed)
     labels = sorted({label for pair in pairs for label in pair})
     label_index = {label: number for number, label in enumerate(labels)}
-    cluster_index = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    cluster_index = {name: number for number, name in enumerate(sorted(set(clusters)))}
     tables = np.zeros((len(cluster_index), len(labels), len(labels)))  # a contingency table per cluster
     for (a, b), cluster in zip(pairs, clusters, strict=True):
         tables[cluster_index[cluster], label_index[a], label_index[b]] += 1

@@ -45,7 +45,9 @@ _END_TOKENS = re.compile(
     r"(?:\s*(?:</s>|<eos>|<pad>|<end_of_turn>|<end_of_utterance>|<\|(?:im_end|endoftext|end_of_text|eot_id|eom_id|end"
     r"|return|eos|END_OF_TURN_TOKEN|END_RESPONSE)\|>|<｜end▁of▁sentence｜>|\[/?INST\]))+\s*\Z"
 )
-_START_TOKENS = re.compile(r"\A(?:\s*(?:<s>|<bos>|<\|START_RESPONSE\|>|<\|begin_of_text\|>|<\|message\|>))+")
+_START_TOKENS = re.compile(
+    r"\A(?:\s*(?:<s>|<bos>|<\|im_start\|>(?:assistant)?|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|START_RESPONSE\|>|<\|begin_of_text\|>|<\|message\|>))+"
+)
 UNFINISHED_REASONING = "the answer ends within the model's reasoning; raise generation.max_new_tokens"
 
 
@@ -98,7 +100,9 @@ _ANSWER_TAG = re.compile(
 )
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|bf|rm)\s*\{([^{}]*)\}")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}")
-_MARKUP = re.compile(r"[*`\"“”„«»]|</?(?:b|i|u|em|strong|code|p|span|mark)>|\\[()\[\]]|\$")
+_MARKUP = re.compile(
+    r"[*`\"“”„«»]|</?(?:b|i|u|em|strong|code|p|span|mark|answer|final_answer|conclusion)>|\\[()\[\]]|\$"
+)
 _FENCE = re.compile(r"\A\s*```[a-z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 _JSON_KEYS = ("final_answer", "answer", "option", "choice", "response", "prediction", "result")
 
@@ -151,7 +155,7 @@ def single(values: Iterable[str | None]) -> str | None:
 
 
 ANSWER_WORD = r"(?:answers?|antwort|réponse|respuesta|resposta|risposta|ответ|答案|回答|答え|答|정답|답)"
-IS = r"\s*(?:is|are|was|would be|should be|must be|will be|ist|est|es|é|è|是|为|:|=|->|=>|→|⇒|-|–|—)+\s*"
+IS = r"\s*(?:(?:is|are|was|would be|should be|must be|will be|ist|est|es|é|è)\b|是|为|は|:|=>|=|->|→|⇒|-|–|—)+\s*"
 _LABEL = re.compile(
     rf"(?:\b(?:the|my|so|thus|hence|therefore|final|correct|right|best|short)\b,?\s*)*{ANSWER_WORD}"
     rf"(?:\s+(?:choice|option|letter|to the question))?{IS}",
@@ -197,10 +201,12 @@ def _without_quotes(text: str) -> str:
     """Returns a text without the marks that enclose it: asterisks, backticks, quotation marks, dollar signs."""
     stripped = text.strip()
     while len(stripped) > 2:
-        match = re.fullmatch(r"(\*{1,3}|_{1,3}|`{1,3}|\"|\$)(.+?)\1(\.?)|([“«])(.+?)[”»](\.?)", stripped, re.DOTALL)
+        match = re.fullmatch(r"(\*{1,3}|_{1,3}|`{1,3}|\"|'|\$)(.+?)\1(\.?)|([“«])(.+?)[”»](\.?)", stripped, re.DOTALL)
         if match is None or (match[1] and match[1] in match[2]):
             break
         stripped = (match[2] or match[5] or "").strip() + (match[3] or match[6] or "")
+    tagged = re.fullmatch(r"<(b|i|u|em|strong|p|span)>([^<>]+)</\1>", stripped)
+    stripped = tagged[2].strip() if tagged else stripped
     bullet = re.fullmatch(r"[-•]\s+(\S[^\n]*)", stripped)
     return bullet[1] if bullet else text if stripped == text.strip() else stripped
 
@@ -216,7 +222,7 @@ _NO_ALONE = (
 )
 _END = r"(?=\s*(?:\Z|[.,;:!?)\n–—-]))"
 _LEADING_YES_NO = re.compile(
-    rf"\s*(?:[-•(\[]\s*|\d+[.)]\s+)*(?:(?:oh|well|so|hmm|okay|ok)[,.!]?\s+)?"
+    rf"\s*(?:[-•(\[]\s*|\d+[.)]\s+)*(?:(?:oh|well|so|hmm|okay|ok)[,.!]?\s+|a\s*:\s*)?"
     rf"(?:(?P<yes>{_YES}(?![\w'])|{_YES_ALONE}{_END}|(?:there is |there's )?no (?:doubt|question)\b)"
     rf"|(?P<no>{_NO}(?![\w'])|{_NO_ALONE}{_END}))",
     re.IGNORECASE,
@@ -237,12 +243,17 @@ _UNSURE = re.compile(
     r"|\bnot (?:sure|clear|certain|enough)\b|\bun(?:sure|clear|certain)\b|\b(?:maybe|perhaps|possibly)\b"
     r"|\b(?:might|may|could) (?:or may not )?be\b|\bno (?:image|picture|photo)\b|\bas an ai\b|\byes or no\b"
 )
-_NEGATION = re.compile(r"\b(?:no|not|nope|none|neither|never|nothing|cannot|unable)\b|n't\b")
+_NEGATION = re.compile(r"\b(?:no|not|nope|none|neither|never|nothing|cannot|unable|absent)\b|n't\b")
 # Clauses that say more about an object that has been named: "a dog that is not moving", "but it is not visible".
 _FURTHER_CLAUSE = re.compile(
     r",?\s*\b(?:(?:but|although|though|however|and|while|even though),?"
     r"\s+(?:it|it's|its|they|they're|he|she|their|only|partly)"
     r"|which|that|who|whose|with|without|wearing)\b"
+)
+# "Based on the image, yes" and "I would say no".
+_LATE_YES_NO = re.compile(
+    r"(?:[,:]|\b(?:say|is|be|that))\s+(?:(?P<yes>yes|yeah)|(?P<no>no|nope))\s*(?=\Z|[,;])"
+    r"|\bi (?:think|believe|guess) (?P<so>so)\b"
 )
 _STATES = re.compile(
     r"\bthere(?:'s|'re| (?:is|are|was|were|appears?|seems?|exists?))\b|\bi (?:can |do |did )?see\b"
@@ -296,6 +307,8 @@ def _stated_yes_no(answer: str, subject: str | None) -> str | None:
     sentence = re.split(r"[.!?\n]", answer, maxsplit=1)[0].lower()
     if _UNSURE.search(sentence):
         return None
+    if late := {"no" if match.lastgroup == "no" else "yes" for match in _LATE_YES_NO.finditer(sentence)}:
+        return single(late)
     clause = _FURTHER_CLAUSE.split(sentence)[0]
     if _NEGATION.search(clause):
         return "no"

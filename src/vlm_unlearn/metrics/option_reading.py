@@ -16,12 +16,12 @@ from vlm_unlearn.metrics.answer_reading import (
     single,
 )
 
-_SEPARATOR = r"\s*(?:,|/|&|;|\+|\||\band\b|\bor\b|\bund\b|\boder\b|\bet\b|\bou\b|\by\b|和|或)+\s*"
+_SEPARATOR = r"(?:\s*(?:,|/|&|;|\+|\||\band\b|\bor\b|\bund\b|\boder\b|\bet\b|\bou\b|\by\b|和|或))+\s*"
 _PREFIX = (
     r"(?:(?:clearly|definitely|probably|likely|most likely|therefore|simply)\s+)?"
     r"(?:(?:the\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
 )
-_LETTER = r"[(\[{<]?\s*(?P<letter>[A-Za-z])\s*[)\]}>]?(?![\w'])"
+_LETTER = r"[(\[{<]?\s*(?P<letter>[A-Za-z])\s*[)\]}>]?(?![A-Za-z0-9_'])"
 _REST = r"(?P<rest>[^\n]*)"
 _DECLARED = [
     re.compile(pattern + _LETTER + _REST, re.IGNORECASE)
@@ -33,8 +33,14 @@ _DECLARED = [
         rf"\s+{_PREFIX}",
         rf"\b(?:it's|it\s+is|it\s+must\s+be)\s+{_PREFIX}",
         r"(?:选项?|选择)\s*:?\s*",
+        rf"\b(?:option|choice|selection|letter|response|ans)\.?{IS}{_PREFIX}",
+        r"(?:\A|\n)\s*(?:choose|select|pick|ans\.)\s+(?:option\s+)?",
     )
 ]
+# "So B.", where the letter ends the sentence.
+_CONCLUDED = re.compile(
+    r"\b(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore)[,:]?\s+[(\[]?(?P<letter>[A-Z])[)\]]?(?P<rest>)(?=\s*[.!]?\s*(?:\n|\Z))"
+)
 _IS_CORRECT = re.compile(
     r"(?<![\w'])(?:(?:option|choice|answer|letter)\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?"
     r"\s*(?:\([^)\n]*\)\s*|[-:–,]\s[^.\n]{0,80}?)?"
@@ -47,11 +53,12 @@ _LEADING = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _OTHER_LETTER = re.compile(
-    rf"{_SEPARATOR}(?:(?:option|choice|answer)\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?"
-    r"(?=\s*(?:\Z|[.,;:!?)\n]|or\b|and\b|are\b|both\b))"
+    rf"(?:\s*[.(]?{_SEPARATOR}(?:(?:maybe|possibly|perhaps|even|also|else)\s+)?(?:(?:option|choice|answer)\s+)?"
+    r"|\s*[-–]\s*)[(\[]?(?P<letter>[A-Z])[)\]]?(?=\s*(?:\Z|[.,;:!?)\]\n]|or\b|and\b|are\b|both\b))"
+    r"|\s*\n\s*(?P<alone>[A-Z])\s*(?:\n|\Z)"
 )
 _ARTICLE_FOLLOWERS = re.compile(r"\s*(?:\Z|[.,;:!)\]\n(–—-]|because\b|since\b|as\b|for\b|which\b|with\b|due\b|based\b)")
-_OPTION_LINE = re.compile(r"^\s*[(\[]?([A-Z])[)\].:]\s+\S", re.MULTILINE)
+_OPTION_LINE = re.compile(r"^\s*(?:[Oo]ption\s+)?[(\[]?([A-Z])[)\].:]\s+\S", re.MULTILINE)
 
 
 def read_option(text: str, options: Mapping[str, str] | Iterable[str]) -> str | None:
@@ -87,14 +94,15 @@ def _declared_option(answer: str, options: Mapping[str, str]) -> str | None:
     if letter is None and by_text is not None:
         return by_text
     declared: set[str | None] = set()
-    for pattern in (*_DECLARED, _IS_CORRECT):
+    for pattern in (*_DECLARED, _CONCLUDED, _IS_CORRECT):
         for match in pattern.finditer(answer):
             if _is_letter(match["letter"], match["rest"], options):
-                declared.add(None if _OTHER_LETTER.match(match["rest"]) else match["letter"].upper())
+                declared.add(None if _names_other(match["letter"], match["rest"]) else match["letter"].upper())
     if not declared:
         lines = [line for line in answer.splitlines() if line.strip()]
         last = _leading_option(lines[-1].strip(), options) if len(lines) > 1 else (None, False)
-        if letter is None and last[1] and not _repeats_options(answer, options):
+        others = {_leading_option(line.strip(), options)[0] for line in lines[:-1]} - {None, last[0]}
+        if letter is None and last[1] and not others:
             return last[0]
         return letter if letter is not None else _option_after_label(answer, options)
     option = declared.pop() if len(declared) == 1 else None
@@ -108,16 +116,25 @@ def _leading_option(answer: str, options: Mapping[str, str]) -> tuple[str | None
     match = _LEADING.match(answer)
     if match is None:
         words = answer.split(maxsplit=1)  # "B Dover"
+        repeated = re.fullmatch(r"([A-Z])(?:[\s.,;]+\1)+\.?", answer)
+        if repeated and repeated[1] in options:
+            return repeated[1], True
         if len(words) == 2 and words[0] in options and _same_text(words[1], options[words[0]]):
             return words[0], True
         return None, False
     letter, rest = match["letter"].upper(), match["rest"].lstrip(")]")
-    if letter not in options or _OTHER_LETTER.match(rest) or (match["letter"].islower() and not _ends(match["rest"])):
+    if letter not in options or _names_other(letter, rest) or (match["letter"].islower() and not _ends(match["rest"])):
         return None, False
     line = rest.strip(" \t.:;,)-–—").split("\n")[0]
     if _repeats_options(answer, options) and line.strip():
         return None, False
     return letter, not line.strip() or _same_text(line, options[letter])
+
+
+def _names_other(letter: str, rest: str) -> bool:
+    """Returns whether another letter follows, as in "A or B"."""
+    match = _OTHER_LETTER.match(rest)
+    return match is not None and (match["letter"] or match["alone"]) != letter.upper()
 
 
 def _repeats_options(answer: str, options: Mapping[str, str]) -> bool:

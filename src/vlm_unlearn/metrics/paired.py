@@ -48,8 +48,8 @@ def paired_difference(base: Sequence[float], model: Sequence[float], clusters: S
         raise ValueError("base, model and clusters need one entry per pair, and at least one pair")
     changes = np.asarray(model, dtype=np.float64) - np.asarray(base, dtype=np.float64)
     groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    by_value = np.lexsort((changes, groups))  # makes the last digits of the sums independent of the order of the pairs
-    changes, groups = changes[by_value], groups[by_value]
+    order = np.lexsort((changes, groups))  # makes the sums independent of the order of the pairs
+    changes, groups = changes[order], groups[order]
     sizes: Numbers = np.bincount(groups).astype(np.float64)
     sums: Numbers = np.bincount(groups, weights=changes).astype(np.float64)
     order = np.lexsort((sizes, sums))  # makes the resamples independent of the order of the pairs

@@ -72,7 +72,7 @@ def rate(hits: Sequence[float], clusters: Sequence[str], failed: int = 0) -> Rat
     for hit, cluster in zip(hits, clusters, strict=True):
         grouped[cluster].append(hit)
     count = len(grouped)
-    # fsum rounds once, so that the order of the answers does not change the last digits.
+    # Exact sums do not depend on the order of the verdicts, so that the same verdicts give the same digits.
     residual = math.fsum((math.fsum(group) - value * len(group)) ** 2 for group in grouped.values())
     variance = residual * count / (max(count - 1, 1) * n * n)
     hits_only = all(hit in (0, 1) for hit in hits)
@@ -218,7 +218,7 @@ def mean_ratio(ratios: Sequence[Sequence[tuple[str, float, float]]], failed: int
         for cluster, numerator, denominator in terms:
             residuals[cluster].append((numerator - value * denominator) / (total * len(ratios)) if total else 0.0)
     mean, count = math.fsum(values) / len(values), len(residuals)
-    variance = math.fsum(math.fsum(parts) ** 2 for parts in residuals.values()) * count / max(count - 1, 1)
+    variance = math.fsum(math.fsum(residual) ** 2 for residual in residuals.values()) * count / max(count - 1, 1)
     effective = min(float(n), mean * (1 - mean) / variance) if 0 < mean < 1 and variance > 0 else float(count)
     low, high = wilson_interval(mean * effective, effective)
     return Rate(value=mean, low=min(low, mean), high=max(high, mean), n=n, failed=failed)
@@ -238,9 +238,9 @@ def mean_of_rates(rates: Sequence[Rate]) -> Rate:
     ]
     if not rates or len(bounds) < len(rates):
         return Rate(value=None, low=None, high=None, n=n, failed=failed)
-    mean = math.fsum(value for value, _, _ in bounds) / len(bounds)
-    below = math.sqrt(math.fsum((value - low) ** 2 for value, low, _ in bounds)) / len(bounds)
-    above = math.sqrt(math.fsum((high - value) ** 2 for value, _, high in bounds)) / len(bounds)
+    mean = sum(value for value, _, _ in bounds) / len(bounds)
+    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in bounds)) / len(bounds)
+    above = math.sqrt(sum((high - value) ** 2 for value, _, high in bounds)) / len(bounds)
     return Rate(value=mean, low=max(0.0, mean - below), high=min(1.0, mean + above), n=n, failed=failed)
 
 

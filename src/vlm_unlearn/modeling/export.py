@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
-import time
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.modeling.adapters import adapter_base, is_adapter
 from vlm_unlearn.modeling.loader import (
     DTYPES,
+    adapter_base,
     find_local_model,
     load_processor,
     load_run_model,
@@ -20,15 +23,19 @@ from vlm_unlearn.modeling.loader import (
     run_model_folder,
     saved_precision,
 )
-from vlm_unlearn.modeling.older_readers import add_older_forms
 from vlm_unlearn.modeling.processors import save_processor
-from vlm_unlearn.store import RunDirectory, is_alive, package_versions, read_json, user_path, write_json, write_text
+from vlm_unlearn.store import RunDirectory, package_versions, read_json, user_path, write_json, write_text
+
+# Files of a tokenizer next to tokenizer.json, for readers other than transformers 5.
+TOKENIZER_FILES = (
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    "chat_template.json",
+)
 
 
 def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
     """Merges a run's adapters and writes weights, processor, chat template, model card and the run's manifest.
 
-    Settings that transformers 4 and vLLM read in other files or under other keys are written there too.
     Adapters are merged in float32 and the sum is rounded once.
 
     Args:
@@ -52,8 +59,8 @@ def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
         raise UserError(
             "is inside the folder of the run. Choose another output folder.", code="output-not-writable", file=out
         )
-    remove_leftovers(out.parent)
-    scratch = out.with_name(f".{out.name[:100]}.{uuid4().hex[:12]}.{os.getpid()}.part")
+    prefix = f".{out.name[:100]}."
+    scratch = out.with_name(f"{prefix}{uuid4().hex[:12]}.part")  # unique, so that it is ours to delete
     try:
         scratch.mkdir(parents=True)
     except OSError as error:
@@ -61,25 +68,41 @@ def export_run(run: Path, out: Path, precision: str, card: str) -> Path:
             f"cannot be created ({error.strerror}). Choose another output folder.", code="output-not-writable", file=out
         ) from None
     try:
-        _write_model(run, scratch, precision, card)
-        if out.exists():
-            out.rmdir()
-        os.replace(scratch, out)
+        # The operating system releases the lock of a killed export. The lock is next to the folder, not in the export.
+        with FileLock(f"{scratch}.lock", timeout=0):
+            _remove_leftovers(out.parent, prefix)
+            _write_model(run, scratch, precision, card)
+            if out.exists():
+                out.rmdir()
+            os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        Path(f"{scratch}.lock").unlink(missing_ok=True)
     return out
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Deletes the temporary folders in `parent` of exports that were killed. Those of running exports stay."""
-    for folder in parent.glob(".*.part"):
-        match = re.fullmatch(r"\..+\.[0-9a-f]{12}(?:\.(\d+))?\.part", folder.name)
-        if match is None or folder.is_symlink() or not folder.is_dir():
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    """Deletes the temporary folders of killed exports to the same output. Those of running exports are locked."""
+    for folder in parent.glob(f"{glob.escape(prefix)}*.part"):
+        lock_file = Path(f"{folder}.lock")
+        is_temporary = re.fullmatch(r"[0-9a-f]{12}\.part", folder.name.removeprefix(prefix))
+        if not is_temporary or folder.is_symlink() or not folder.is_dir() or not lock_file.exists():
             continue
-        # The folders of earlier releases have no process id. An export takes less than a day.
-        is_old = time.time() - folder.stat().st_mtime > 86_400
-        if is_old if match[1] is None else not is_alive(int(match[1])):
+        with suppress(Timeout, OSError), FileLock(lock_file, timeout=0):
             shutil.rmtree(folder, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
+
+
+def _copy_tokenizer_files(model_folder: Path, out: Path) -> None:
+    """Copies the tokenizer files of the base model that only older readers use and transformers 5 does not write."""
+    if (model_folder / "adapter_config.json").is_file():
+        base = find_local_model(adapter_base(model_folder))
+    else:
+        recipe = RunDirectory(model_folder.parent).recipe_file
+        base = find_local_model(str(read_json(recipe)["model"])) if recipe.is_file() else None
+    for name in TOKENIZER_FILES:
+        if base is not None and (base / name).is_file() and not (out / name).exists():
+            shutil.copyfile(base / name, out / name)
 
 
 def _write_model(run: Path, out: Path, precision: str, card: str) -> None:
@@ -89,15 +112,8 @@ def _write_model(run: Path, out: Path, precision: str, card: str) -> None:
     model = model.to(DTYPES[saved_precision(model_folder) if precision == "auto" else precision])
     model.save_pretrained(str(out))
     save_processor(processor, out)
-    add_older_forms(out, processor, find_local_model(_base_name(run, model_folder)))
+    _copy_tokenizer_files(model_folder, out)
     load_processor(out)  # checks that the exported processor loads
     write_text(out / "README.md", card)
     manifest = RunDirectory(run).read_manifest()
     write_json(out / "unlearning_manifest.json", {**manifest, "exported_with": package_versions()})
-
-
-def _base_name(run: Path, model_folder: Path) -> str:
-    """Returns the folder or hub name of the run's base model."""
-    if is_adapter(model_folder):
-        return adapter_base(model_folder)
-    return str(read_json(RunDirectory(run).recipe_file)["model"])

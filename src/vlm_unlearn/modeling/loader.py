@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.modeling.adapters import (
-    ADAPTER_CONFIG,
-    BASE_MODEL_FILE,
-    adapter_base,
-    add_adapters,
-    check_adapters,
-    check_tensors,
-    is_adapter,
-)
-from vlm_unlearn.modeling.model_checks import check_processor, check_rope, check_tied_weights
+from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_tied_head
 from vlm_unlearn.modeling.structure import Structure, find_structure
-from vlm_unlearn.store import (
-    RunDirectory,
-    describe_path,
-    digest_model,
-    read_json,
-    tensor_shapes,
-    user_path,
-    weight_files,
-)
+from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+BASE_MODEL_FILE = "base_model.json"  # next to adapters: the digest of the base model they were trained on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")  # other names are paths, which the hub is not asked for
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -51,7 +34,8 @@ def model_folder(name: str) -> Path:
     """
     folder = user_path(name)
     if not folder.is_dir():
-        if folder.exists() or not HUB_NAME.fullmatch(name):
+        # A name on the hub has at most one slash. A longer one is a path, which is not looked up on the hub.
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError("model folder not found. Check the path.", code="model-not-found", file=name)
         from huggingface_hub import snapshot_download
 
@@ -72,24 +56,29 @@ def model_folder(name: str) -> Path:
             file=folder,
         )
     if not (folder / "config.json").is_file():
+        fix = "Pass a model folder in Hugging Face format."
+        if any(folder.glob("checkpoint-*")):
+            fix = "It contains the checkpoints of a trainer. Save the model with trainer.save_model(FOLDER)."
+        raise UserError(f"contains no config.json. {fix}", code="invalid-model", file=folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise UserError(
-            "contains no config.json. Pass a model folder in Hugging Face format.", code="invalid-model", file=folder
+            "contains no weights (*.safetensors). Pickled weights are not supported.", code="invalid-model", file=folder
         )
-    if is_adapter(folder):  # transformers would load the adapter too, and only warn if it does not fit
-        raise UserError(
-            f"contains {ADAPTER_CONFIG} next to a model. Move the adapter to a folder of its own, or merge it.",
-            code="invalid-model",
-            file=folder,
-        )
-    for file in weight_files(folder):
-        tensor_shapes(file)  # raises an error if the file is broken
+    validate_model_files(folder)
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"broken weights: {_first_line(error)}", code="invalid-model", file=file) from None
     return folder
 
 
 def find_local_model(name: str) -> Path | None:
     """Returns the local folder with a model's config, without network access, or None if there is none."""
     folder = user_path(name)
-    if not folder.is_dir() and HUB_NAME.fullmatch(name):
+    if not folder.is_dir() and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
         try:
@@ -99,9 +88,7 @@ def find_local_model(name: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def load_processor(
-    model_path: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor", base: Path | None = None
-) -> Processor:
+def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
     """Loads the model's processor, which must have a chat template.
 
     Saving it with ``save_pretrained`` and loading it again gives the same processor.
@@ -110,11 +97,10 @@ def load_processor(
         model_path: The model folder.
         image_aspect_ratio: ``processor`` uses the processor's own image settings. ``pad`` first pads images to squares,
             as in the training of LLaVA-1.5.
-        base: The folder with the model's config, if it is not `model_path`.
 
     Raises:
-        UserError: The processor cannot be loaded, has no chat template, does not support padding, or has a setting that
-            differs from the model's.
+        UserError: The processor cannot be loaded, has no chat template, contradicts the model's config.json, or does
+            not support padding.
     """
     from vlm_unlearn.modeling.processors import auto_processor, pad_to_squares
 
@@ -132,11 +118,10 @@ def load_processor(
             code="invalid-model",
             file=model_path,
         )
+    if (model_path / "config.json").is_file():
+        match_processor(processor, read_config(model_path), model_path)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    config_folder = base or model_path
-    if (config_folder / "config.json").is_file():
-        check_processor(processor, read_config(config_folder), model_path)
     if image_aspect_ratio == "pad":
         pad_to_squares(processor, model_path)
     return processor
@@ -182,14 +167,17 @@ def load_model(
     except Exception as error:  # broken config.json files raise many types
         raise _cannot_load(error, model_path) from None
     missing_keys = sorted(loading_info["missing_keys"])
-    check_tied_weights(model, missing_keys, model_path)
     if missing_keys:
+        is_head = missing_keys == ["lm_head.weight"]
+        advice = " Is tie_word_embeddings in config.json wrong?" if is_head else ""
         raise UserError(
             f"{len(missing_keys)} weights of config.json are missing from the weight files, for example "
-            f"{missing_keys[0]}.",
+            f"{missing_keys[0]}.{advice}",
             code="invalid-model",
             file=model_path,
+            field="tie_word_embeddings" if is_head else None,
         )
+    validate_tied_head(model, model_path)
     return model
 
 
@@ -213,7 +201,9 @@ def model_skeleton(model_path: Path) -> PreTrainedModel:
         UserError: transformers cannot load the config as an image-text-to-text model, or it describes a model that is
             much larger than the weight files.
     """
-    skeleton: Any = build_skeleton(read_config(model_path), str(model_path))
+    config = read_config(model_path)
+    validate_rope(config, model_path)
+    skeleton: Any = build_skeleton(config, str(model_path))
     # If text_config is null or missing, transformers uses the family's default size: billions of weights.
     num_described, num_stored = sum(parameter.numel() for parameter in skeleton.parameters()), _num_weights(model_path)
     if num_described > 2 * num_stored and getattr(skeleton.config, "quantization_config", None) is None:
@@ -230,11 +220,10 @@ def read_config(model_path: Path) -> PreTrainedConfig:
     """Returns the transformers config of a model folder.
 
     Raises:
-        UserError: transformers cannot load it, or its position embeddings are invalid.
+        UserError: transformers cannot load it.
     """
     from transformers import AutoConfig
 
-    check_rope(model_path)
     try:
         # By default, transformers would ask on standard input whether to run Python code from the folder.
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)
@@ -280,7 +269,11 @@ def _without_zero3() -> Iterator[None]:
 
 def _num_weights(model_path: Path) -> int:
     """Returns how many numbers the weight files of a folder contain, according to their headers."""
-    return sum(math.prod(shape) for file in weight_files(model_path) for shape in tensor_shapes(file).values())
+    count = 0
+    for file in model_path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
 
 
 def run_model_folder(name: str) -> Path:
@@ -290,8 +283,7 @@ def run_model_folder(name: str) -> Path:
         name: A model folder, hub name, adapter folder, or the folder of a training run.
 
     Raises:
-        UserError: The model is not found or invalid, a tensor of the adapter is missing or unexpected, or the training
-            run is not finished.
+        UserError: The model is not found or invalid, or the training run is not finished.
     """
     folder = user_path(name)
     run = RunDirectory(folder)
@@ -309,10 +301,9 @@ def run_model_folder(name: str) -> Path:
                 code="run-unfinished",
                 file=name,
             )
-    if is_adapter(folder):
-        base = model_folder(adapter_base(folder))
-        if not check_tensors(folder):
-            check_adapters(model_skeleton(base), folder)
+    if (folder / "adapter_config.json").is_file():
+        validate_model_files(folder)
+        model_folder(adapter_base(folder))
         return folder
     return model_folder(str(folder) if folder.exists() else name)
 
@@ -323,7 +314,7 @@ def run_digest(model_path: Path) -> str:
     Raises:
         UserError: The base model has changed since the adapter was trained.
     """
-    if not is_adapter(model_path):
+    if not (model_path / "adapter_config.json").is_file():
         return digest_model(model_path)
     base = model_folder(adapter_base(model_path))
     digest = digest_model(base)
@@ -338,24 +329,39 @@ def run_digest(model_path: Path) -> str:
 
 
 def load_run_model(model_path: Path, precision: str) -> tuple[PreTrainedModel, Processor]:
-    """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base.
-
-    Raises:
-        UserError: The model or processor cannot be loaded, or a tensor of the adapter is missing or unexpected.
-    """
-    if not is_adapter(model_path):
+    """Loads model and processor from a folder that `run_model_folder` returned. Adapters are merged into their base."""
+    if not (model_path / "adapter_config.json").is_file():
         return load_model(model_path, precision), load_processor(model_path)
-    base = model_folder(adapter_base(model_path))
-    adapted = add_adapters(load_model(base, precision), model_path)
-    return adapted.merge_and_unload(), load_processor(model_path, base=base)
+    from vlm_unlearn.modeling.adapters import load_adapter
+
+    adapted = load_adapter(load_model(model_folder(adapter_base(model_path)), precision), model_path)
+    return adapted.merge_and_unload(), load_processor(model_path)
 
 
 def saved_precision(model_path: Path) -> str:
     """Returns the precision that a model's weights are saved in. For an adapter, it is that of its base model."""
-    if is_adapter(model_path):
+    if (model_path / "adapter_config.json").is_file():
         model_path = model_folder(adapter_base(model_path))
     saved_dtype = getattr(read_config(model_path), "dtype", None)
     return next((precision for precision, dtype in DTYPES.items() if dtype == saved_dtype), "fp32")
+
+
+def adapter_base(model_path: Path) -> str:
+    """Returns the name of an adapter's base model.
+
+    Raises:
+        UserError: adapter_config.json does not contain it.
+    """
+    file = model_path / "adapter_config.json"
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            "must name the base model of the adapter.",
+            code="invalid-field",
+            file=file,
+            field="base_model_name_or_path",
+        )
+    return base
 
 
 def resolve_precision(precision: str) -> str:

@@ -47,7 +47,7 @@ def prefix_sharing_unsupported_reason(vlm: VisionLanguageModel, method: Method, 
         attention: transformers' name of the attention implementation.
     """
     if not vlm.supports_prefix_sharing:
-        return f"not with models of the family {vlm.family}"
+        return vlm.prefix_sharing_obstacle
     if attention not in SUPPORTED_ATTENTION:
         return f"not with {attention}"
     requirements = method.requirements
@@ -173,28 +173,34 @@ def _build_packing(
     return Packing(packed_index.to(device), image_rows.to(device), segment_ids.to(device), attention)
 
 
-def packed_batch(batch: Batch, packing: Packing, images: Tensor, position_ids: Tensor) -> Batch:
+def packed_batch(batch: Batch, packing: Packing, images: Tensor, position_ids: Tensor, image_token: int) -> Batch:
     """Returns the model inputs of the packed sequence, except its attention mask. Each image occurs once.
 
     Args:
-        batch: The unpacked inputs. ``pixel_values`` has one row per image, or one row per patch if the batch
-            contains ``image_grid_thw`` [images, 3].
+        batch: The unpacked inputs. ``pixel_values`` has one entry per image, one per sample (idefics3), one per patch
+            (Qwen, whose batches contain ``image_grid_thw`` [images, 3]), or one per tile (InternVL).
         packing: The batch's packing.
         images: [B] image keys.
         position_ids: [B, S] or [3, B, S] position ids of the unpacked batch.
+        image_token: The id of an image's tokens.
     """
     is_token = batch["attention_mask"].bool()
     has_image = images != NO_IMAGE
-    image_numbers = (has_image.cumsum(dim=0) - 1)[packing.image_rows[has_image[packing.image_rows]]]
+    image_rows = packing.image_rows[has_image[packing.image_rows]]
+    image_numbers = (has_image.cumsum(dim=0) - 1)[image_rows]
     packed: Batch = {}
     for name, value in batch.items():
-        if name == "pixel_values" and "image_grid_thw" in batch:
-            patches = torch.split(value, batch["image_grid_thw"].prod(dim=-1).tolist())
-            packed[name] = torch.cat([patches[number] for number in image_numbers.tolist()])
-        elif name == "pixel_values" or value.shape[:2] != is_token.shape:
-            packed[name] = value[image_numbers]
-        elif name != "attention_mask":
+        if name == "attention_mask":
+            continue
+        if value.shape[:2] == is_token.shape and not name.startswith("pixel_"):
             packed[name] = packing.pack(value, is_token)
+        elif "pixel_attention_mask" in batch:  # idefics3 and smolvlm have an entry for each sample
+            packed[name] = value[image_rows]
+        elif len(value) == int(has_image.sum()):
+            packed[name] = value[image_numbers]
+        else:
+            chunks = torch.split(value, _entries_per_image(batch, len(value), image_token, has_image))
+            packed[name] = torch.cat([chunks[number] for number in image_numbers.tolist()])
     axes = position_ids if position_ids.dim() == 3 else position_ids[None]
     packed_axes = torch.stack([packing.pack(axis, is_token) for axis in axes])
     packed["position_ids"] = packed_axes if position_ids.dim() == 3 else packed_axes[0]
@@ -211,7 +217,7 @@ def packed_inputs(vlm: VisionLanguageModel, batch: Batch, packing: Packing, imag
         images: [B] image keys.
     """
     attention = _attention_inputs(vlm, packing)
-    return {**attention, **packed_batch(batch, packing, images, vlm.position_ids(batch))}
+    return {**attention, **packed_batch(batch, packing, images, vlm.position_ids(batch), vlm.image_token_id)}
 
 
 def _attention_inputs(vlm: VisionLanguageModel, packing: Packing) -> dict[str, Any]:
@@ -223,3 +229,13 @@ def _attention_inputs(vlm: VisionLanguageModel, packing: Packing) -> dict[str, A
     # transformers passes a mask of four dimensions on unchanged, and `shared_attention` ignores it.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=vlm.base_model.dtype, device=vlm.base_model.device)
     return {"attention_mask": unused_mask, "packed_attention": packing.attention}
+
+
+def _entries_per_image(batch: Batch, entries: int, image_token: int, has_image: Tensor) -> list[int]:
+    """Returns how many patches or tiles each image has."""
+    if "image_grid_thw" in batch:
+        patches: list[int] = batch["image_grid_thw"].prod(dim=-1).tolist()
+        return patches
+    # All tiles have the same number of tokens.
+    tokens = (batch["input_ids"] == image_token).sum(dim=1)[has_image]
+    return [count * entries // int(tokens.sum()) for count in tokens.tolist()]

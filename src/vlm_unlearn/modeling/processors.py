@@ -17,6 +17,7 @@ from transformers.video_processing_utils import VideoProcessorMixin
 
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
+from vlm_unlearn.store import write_json
 
 # The settings of an image processor for squares of a fixed size, without padding.
 _SQUARE_SETTINGS = (
@@ -76,21 +77,28 @@ def _load_processor(model_path: Path, processor_class: Any) -> Processor:
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
-    """Saves a processor with ``save_pretrained``.
+    """Saves a processor, with the same bytes whatever it has processed, and with the files that older readers use.
 
-    A fast tokenizer stores padding and truncation of its last call in tokenizer.json. They are reset first, since the
-    last call differs between a run that was killed and resumed and one that was not. transformers sets both anew for
-    each call.
+    transformers 4 and vLLM read ``preprocessor_config.json`` and ``video_preprocessor_config.json``. transformers 5
+    puts their settings into ``processor_config.json``.
 
     Args:
         processor: The processor.
         folder: The folder to write to.
     """
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    if backend is not None:
+    if backend is not None:  # each call of the tokenizer leaves its padding and truncation, which would be saved
         backend.no_padding()
         backend.no_truncation()
     processor.save_pretrained(str(folder))
+    saved = _read_json(folder / "processor_config.json")
+    for component, name in (
+        ("image_processor", "preprocessor_config.json"),
+        ("video_processor", "video_preprocessor_config.json"),
+    ):
+        settings = saved.get(component)
+        if settings and not (folder / name).is_file():
+            write_json(folder / name, {**settings, "processor_class": saved["processor_class"]})
 
 
 def pad_to_squares(processor: Processor, model_path: Path) -> None:

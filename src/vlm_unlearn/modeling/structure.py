@@ -20,7 +20,20 @@ Component = Literal["vision tower", "projector", "language model"]
 
 # Families whose position ids and attention masks prefix sharing reproduces. Each has tests of equal losses, gradients
 # and answers (tests/modeling/test_packing.py, tests/generation/test_sharing.py).
-PREFIX_SHARING_FAMILIES = frozenset({"llava", "llava_next", "qwen2_5_vl"})
+PREFIX_SHARING_FAMILIES = frozenset(
+    {
+        *("llava", "llava_next", "llava_onevision", "mistral3"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+        *("idefics3", "smolvlm", "internvl"),
+    }
+)
+# Families for which no implementation could share an image with equal results, with the reason.
+NEVER_SHARED_FAMILIES = {
+    "gemma3": "the tokens of an image attend to each other in both directions",
+    "instructblip": "the Q-Former reads the question, so that the tokens of an image depend on it",
+    "mllama": "an image is not a part of the sequence, decoder layers attend to it separately",
+    "paligemma": "the tokens of an image attend to the question",
+}
 # A projector, between vision tower and language model, contains one of these words in its name.
 PROJECTOR_WORDS = ("proj", "connector", "merger", "aligner", "adapter", "resampler")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_unlearn.modeling.structure import (
+    NEVER_SHARED_FAMILIES,
     Component,
     Structure,
     described_family,
@@ -119,6 +120,14 @@ class VisionLanguageModel:
     def supports_prefix_sharing(self) -> bool:
         """Whether questions on one image can share its tokens, with the same results up to rounding."""
         return described_family(self.family).supports_prefix_sharing
+
+    @property
+    def prefix_sharing_obstacle(self) -> str | None:
+        """The reason why questions on one image cannot share its tokens in this family, None if they can."""
+        if self.supports_prefix_sharing:
+            return None
+        reason = NEVER_SHARED_FAMILIES.get(self.family, "no test has compared its losses")
+        return f"not with models of the family {self.family}: {reason}"
 
     @property
     def cross_attention_layers(self) -> Sequence[int]:

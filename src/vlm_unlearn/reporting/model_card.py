@@ -45,12 +45,6 @@ QUANTIZED_BASE = (
     "- The adapters were trained on a 4-bit base and merged into a base in full precision, so answers differ from "
     "those during training."
 )
-# With exports of the tests' tiny models, from bases that the older release wrote. Their logits were equal.
-TRIED_OLDER_RELEASE = "4.57.1"
-TRIED_FAMILIES = (
-    "LLaVA-1.5, LLaVA-NeXT, Pixtral, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Llama-3.2-Vision, Gemma 3, InternVL, "
-    "PaliGemma and InstructBLIP"
-)
 LOADING = """\
 ## How to load it
 
@@ -60,6 +54,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
 processor = AutoProcessor.from_pretrained("THIS_FOLDER")
 ```
+
 """
 
 
@@ -101,19 +96,6 @@ def model_card(run: Path, evaluations: Sequence[Path] = (), license: str | None 
         *_versions(),
     ]
     return "\n".join(lines)
-
-
-def _versions() -> list[str]:
-    """Returns the releases of transformers with which exported folders were tried."""
-    written_with = package_versions().get("transformers", "5")
-    return [
-        f"- Written with transformers {written_with}, which loads the folder. Use transformers 5.",
-        f"- transformers {TRIED_OLDER_RELEASE} was tried with tiny models of {TRIED_FAMILIES}. Their logits were equal "
-        "if the files of the base model came from transformers 4, as those of most models on the hub. Other families "
-        "gave other logits or were not tried.",
-        "- vLLM was not tried. The folder has the files that it looks for, such as preprocessor_config.json.",
-        "",
-    ]
 
 
 def _is_hub_id(model: str) -> bool:
@@ -177,6 +159,19 @@ def _training(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
         _key_value_table("setting", "value", _settings(recipe, manifest)),
         _key_value_table("input", "SHA-256", digests),
         "Package versions, time and memory are in `unlearning_manifest.json`.",
+        "",
+    ]
+
+
+def _versions() -> list[str]:
+    """Returns the lines about the versions that have written and loaded the export."""
+    versions = package_versions()
+    tried = ", ".join(
+        f"{name} {versions[name]}" for name in ("transformers", "torch", "safetensors") if name in versions
+    )
+    return [
+        f"The export was written with {tried}, which also loaded its processor. Other versions were not tried.",
+        "`preprocessor_config.json` and the tokenizer files are included for transformers 4 and vLLM.",
         "",
     ]
 

@@ -16,7 +16,7 @@ from vlm_unlearn.evaluation.verdicts import suite_costs
 from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import split_title
 from vlm_unlearn.reporting.formatting import judges_of
-from vlm_unlearn.store import EvaluationRun, RunDirectory, digest_model, user_path
+from vlm_unlearn.store import EvaluationRun, RunDirectory, digest_model, user_path, validate_model_files
 
 WEIGHTS_DIGEST = re.compile(r"[0-9a-f]{64}(\+[0-9a-f]{64})?")  # of an adapter: the base's digest + the adapter's
 
@@ -95,6 +95,7 @@ def trained_digest(run: Path, base_digest: object) -> str | None:
     weights = RunDirectory(run).model
     if not weights.is_dir() or not any(weights.iterdir()):
         return None
+    validate_model_files(weights)  # an incomplete adapter would count as the trained model
     digest = digest_model(weights)
     return f"{base_digest}+{digest}" if (weights / "adapter_config.json").is_file() else digest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -12,8 +12,9 @@ from typing import ClassVar
 from filelock import FileLock, Timeout
 
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.records import Prompt, Response, Summary, Verdict
-from vlm_unlearn.store.files import RecordLog, read_json, read_records, write_json, write_records
+from vlm_unlearn.records import Prompt, Response, Summary
+from vlm_unlearn.store.files import RecordLog, RecordSink, read_json, read_records, write_json, write_records
+from vlm_unlearn.store.retry_log import RetryLog
 from vlm_unlearn.store.run_directory import RunDirectory, describe_path
 
 SUMMARY = "summary.json"  # the rates of one model or several, in an evaluation, a demo or a report
@@ -93,7 +94,7 @@ class EvaluationRun(RunDirectory):
         write_json(self.summary_file, summary.model_dump())
 
     def read_answers(self) -> tuple[dict[str, Prompt], list[Response]]:
-        """Reads the prompts, by id, and the responses of a finished run, in the order of the prompts.
+        """Reads the prompts, by id, and the responses of a finished run.
 
         Raises:
             UserError: The folder does not contain a finished run, or its files do not match.
@@ -134,8 +135,6 @@ class EvaluationRun(RunDirectory):
                 code="run-mismatch",
                 file=self.path,
             )
-        positions = {id: position for position, id in enumerate(prompts)}
-        responses.sort(key=lambda response: (positions[response.prompt_id], response.sample))
         return prompts, responses
 
     def read_responses(self) -> list[Response]:
@@ -143,16 +142,21 @@ class EvaluationRun(RunDirectory):
         return list(read_records(self.responses_file, Response)) if self.responses_file.exists() else []
 
     @contextmanager
-    def response_log(self, rank: int, num_processes: int) -> Iterator[RecordLog]:
+    def response_log(self, rank: int, num_processes: int) -> Iterator[RecordSink]:
         """Opens the file to which a process appends its answers.
 
-        A single process writes to the run's answer file. Each of several processes writes to a shard.
+        A single process writes to the run's answer file, in which the failed answers stay until they are replaced. Each
+        of several processes writes to a shard.
 
         Raises:
             UserError: A process of an earlier start still writes to the shard.
         """
         if num_processes == 1:
-            yield RecordLog(self.responses_file, Response)
+            responses = RetryLog(self.responses_file, Response, self.failed_responses())
+            try:
+                yield responses
+            finally:
+                responses.merge()
             return
         shard = self._shards / f"{rank}.jsonl"
         shard.parent.mkdir(exist_ok=True)
@@ -160,19 +164,20 @@ class EvaluationRun(RunDirectory):
             yield RecordLog(shard, Response)
 
     def merge_shards(self) -> None:
-        """Moves the answers of all shards to the run's answer file.
+        """Moves the answers of all shards to the run's answer file, in which they replace failed answers.
 
         If the process is killed, the next call completes the merge without lost or duplicate answers.
 
         Raises:
             UserError: A process of an earlier start still writes to a shard.
         """
-        log = RecordLog(self.responses_file, Response)
+        log = RetryLog(self.responses_file, Response, self.failed_responses())
         for shard in sorted({file.with_suffix(".jsonl") for file in self._shards.glob("*.*")}):
             with self._lock_shard(shard):
                 if shard.exists():
                     RecordLog(shard, Response)  # drops a half-written last line
                     log.append(read_records(shard, Response))
+        log.merge()
         shutil.rmtree(self._shards, ignore_errors=True)
 
     @contextmanager
@@ -199,14 +204,3 @@ class EvaluationRun(RunDirectory):
         if self.responses_file.exists():
             RecordLog(self.responses_file, Response)  # drops a half-written last line
         return {response.key for response in self.read_responses() if response.error is not None}
-
-    def remove_failed_responses(self, failed: Collection[tuple[str, int]]) -> None:
-        """Removes failed answers, the verdicts on them and the batching check, so that the run generates them again."""
-        write_json(self.manifest_file, {**self.read_manifest(), "finished": False})
-        self.batching_file.unlink(missing_ok=True)
-        for file in self.verdicts_files().values():
-            RecordLog(file, Verdict)
-            write_records(file, [verdict for verdict in read_records(file, Verdict) if verdict.key not in failed])
-        write_records(
-            self.responses_file, [response for response in self.read_responses() if response.key not in failed]
-        )

@@ -62,20 +62,14 @@ def remove_stale_temp_files(directory: Path, name: str = "*") -> None:
     """
     for temporary in directory.glob(f".{name}.*.part"):
         pid = temporary.suffixes[-2][1:] if len(temporary.suffixes) > 1 else ""
-        if pid.isdecimal() and temporary.is_file() and not is_alive(int(pid)):
+        if pid.isdecimal() and temporary.is_file() and not _is_alive(int(pid)):
             temporary.unlink(missing_ok=True)
 
 
-def is_alive(pid: int) -> bool:
-    """Returns whether a process of this machine runs. A killed process that its parent has not waited for does not."""
+def _is_alive(pid: int) -> bool:
     import psutil
 
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:  # of another user
-        return True
+    return bool(psutil.pid_exists(pid))
 
 
 def _check_writable_kind(path: Path) -> None:
@@ -144,6 +138,21 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        UserError: The file is missing, cannot be read, or has another encoding.
+    """
+    _check_not_endless(path)
+    try:
+        return decode_text(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise UserError("no such file", code="file-not-found", file=path) from None
+    except OSError as error:
+        raise UserError(str(error.strerror), code="file-unreadable", file=path) from None
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file in UTF-8 or UTF-16.
 
@@ -151,13 +160,9 @@ def read_json(path: Path) -> Any:
         UserError: The file is missing or not valid JSON, and then the message contains the line. It has another
             encoding, or an object has a key twice.
     """
-    _check_not_endless(path)
+    text = read_text(path)
     try:
-        return json.loads(decode_text(path.read_bytes(), path), object_pairs_hook=unique_keys)
-    except FileNotFoundError:
-        raise UserError("no such file", code="file-not-found", file=path) from None
-    except OSError as error:
-        raise UserError(str(error.strerror), code="file-unreadable", file=path) from None
+        return json.loads(text, object_pairs_hook=unique_keys)
     except DuplicateKeyError as error:
         raise UserError(str(error), code="duplicate-key", file=path) from None
     except json.JSONDecodeError as error:
@@ -195,12 +200,12 @@ def _parse(model: type[Model], line: str, path: Path, number: int) -> Model:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        field, message = _first_problem(error)
+        field, message = first_problem(error)
         code = "invalid-field" if field else "invalid-json"
         raise UserError(message, code=code, file=path, record=number, field=field) from None
 
 
-def _first_problem(error: ValidationError) -> tuple[str | None, str]:
+def first_problem(error: ValidationError) -> tuple[str | None, str]:
     """Returns the field and the message of the first problem. Keys of the file in the field are escaped."""
     first = error.errors()[0]
     field = ".".join(quoted(key)[1:-1] for key in first["loc"])
@@ -209,7 +214,7 @@ def _first_problem(error: ValidationError) -> tuple[str | None, str]:
 
 def describe_validation_error(error: ValidationError) -> str:
     """Returns the first problem as ``"FIELD: MESSAGE"``. Keys of the file in the field are escaped."""
-    field, message = _first_problem(error)
+    field, message = first_problem(error)
     return f"{field}: {message}" if field else message
 
 
@@ -318,3 +323,15 @@ def digest_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest_model(path: Path) -> str:
+    """Returns the SHA-256 of a model folder in hexadecimal.
+
+    It covers the names and bytes of the weights, configuration, tokenizer and chat template, but not the folder's path.
+    """
+    suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    files = sorted(
+        file for file in path.iterdir() if file.is_file() and file.suffix in suffixes and file.name != MANIFEST
+    )
+    return digest_json({file.name: digest_file(file) for file in files})

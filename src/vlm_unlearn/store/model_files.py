@@ -1,137 +1,99 @@
-"""The weight files of a model folder: which files they are, the tensors in them, and the digest of the folder.
-
-Model folders come from third parties and are not trusted. Only safetensors files inside the folder are weights.
-"""
+"""Checks the files of a model or adapter folder by their names and headers, without loading weights."""
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import json
+import struct
+from pathlib import Path
+from typing import Any
 
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.store.files import MANIFEST, digest_file, digest_json, read_json
+from vlm_unlearn.store.files import read_json
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-INDEX_SUFFIX = ".safetensors.index.json"
-DIGEST_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
+LORA_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files from which transformers loads a model's weights, by name. None has been opened.
-
-    These are the file or index that ``transformers_weights`` of config.json names, ``model.safetensors``, or the files
-    that ``model.safetensors.index.json`` names.
+def validate_model_files(folder: Path) -> None:
+    """Checks that a folder names only safetensors files that are in it, and that its adapters are complete pairs.
 
     Raises:
-        UserError: There is none, or config.json or an index names a file that is not a safetensors file inside the
-            folder.
+        UserError: A weights index or config.json names a pickle, a missing file or a file outside the folder, or the
+            weights of an adapter are missing or lack one half of a pair.
     """
-    indices = {file: indexed_files(file) for file in sorted(folder.glob(f"*{INDEX_SUFFIX}"))}
-    explicit = _explicit_file(folder)
-    if explicit is not None:
-        files = indices.get(explicit, [explicit])
-    elif (folder / SINGLE_FILE).is_file():
-        files = [folder / SINGLE_FILE]
-    else:
-        files = indices.get(folder / INDEX_FILE, [])
-    if not files:
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        _validate_index(index)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    weights_name = config.get("transformers_weights") if isinstance(config, dict) else None
+    if weights_name is not None:
+        _validate_name(weights_name, folder / "config.json", "transformers_weights", ".safetensors.index.json")
+    if (folder / ADAPTER_CONFIG).is_file():
+        _validate_adapter(folder)
+
+
+def _validate_index(index: Path) -> None:
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError("must contain a weight_map.", code="invalid-model", file=index, field="weight_map")
+    for name in dict.fromkeys(json.dumps(name) for name in names.values()):
+        _validate_name(json.loads(name), index, "weight_map")
+
+
+def _validate_name(name: Any, file: Path, field: str, *more_endings: str) -> None:
+    """Checks the name of a weights file. It must be in the folder itself, whose digest then covers it."""
+    problem = None
+    if not isinstance(name, str) or not name.endswith((".safetensors", *more_endings)):
+        problem = "is not a safetensors file. Pickled weights can run code. Convert them to safetensors."
+    elif "/" in name or "\\" in name or "\0" in name:
+        problem = "is not directly in the model folder. Move the file there."
+    elif not (file.parent / name).is_file():
+        problem = "is missing. Download the model again."
+    if problem:
+        raise UserError(f"{quoted(str(name))} {problem}", code="invalid-model", file=file, field=field)
+
+
+def _validate_adapter(folder: Path) -> None:
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
         raise UserError(
-            f"contains no weights ({SINGLE_FILE} or {INDEX_FILE}). Pickled weights are not supported.",
+            f"contains no {ADAPTER_WEIGHTS}. Restore the file, or train the adapter again.",
             code="invalid-model",
             file=folder,
         )
-    return files
+    keys = read_tensor_names(file)
+    for first, second in LORA_PAIRS:
+        for name, counterpart in ((first, second), (second, first)):
+            for key in sorted(keys):
+                other = key.replace(f".{name}", f".{counterpart}")
+                if other != key and other not in keys:
+                    raise UserError(
+                        f"contains {quoted(key)} without {quoted(other)}. A tensor is missing or has another name. "
+                        "Train or save the adapter again.",
+                        code="adapter-mismatch",
+                        file=file,
+                    )
+    config = read_json(folder / ADAPTER_CONFIG)
+    if isinstance(config, dict) and config.get("peft_type") == "LORA" and not any(".lora_" in key for key in keys):
+        raise UserError(
+            "contains no LoRA tensors. Train or save the adapter again.", code="adapter-mismatch", file=file
+        )
 
 
-def _explicit_file(folder: Path) -> Path | None:
-    """Returns the file that config.json names in ``transformers_weights``, or None."""
-    file = folder / "config.json"
-    config = read_json(file)
-    name = config.get("transformers_weights") if isinstance(config, dict) else None
-    if name is None:
-        return None
-    if isinstance(name, str) and name.endswith(INDEX_SUFFIX) and name == PurePosixPath(name).name:
-        if (folder / name).is_file():
-            return folder / name
-        raise _missing(name, file)
-    return _weight_file(folder, name, file)
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """Returns the weight files that an index names, by name.
+def read_tensor_names(file: Path) -> set[str]:
+    """Returns the names of the tensors in a safetensors file.
 
     Raises:
-        UserError: The index is invalid, or names a file that is missing or is not a safetensors file inside the folder.
+        UserError: The header is broken.
     """
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(
-            "must map the name of each tensor to its file.", code="invalid-model", file=index, field="weight_map"
-        )
-    names = {name if isinstance(name, str) else repr(name): name for name in weight_map.values()}
-    return [_weight_file(index.parent, names[key], index) for key in sorted(names)]
-
-
-def _weight_file(folder: Path, name: object, file: Path) -> Path:
-    """Returns the path of a weight file that `file` names."""
-    valid = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name and "\\" not in name
-    path = PurePosixPath(str(name))
-    if not valid or path.is_absolute() or PureWindowsPath(str(name)).drive or ".." in path.parts:
-        raise UserError(
-            f"names {quoted(str(name))}. Weights must be .safetensors files inside the folder.",
-            code="unsafe-weights",
-            file=file,
-        )
-    target = folder / path
-    # A file may be a link, as in the cache of the hub, since its content is checked. A folder may not lead outside.
-    if not target.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"names {quoted(str(name))}, which is outside the folder. Copy the file into it.",
-            code="unsafe-weights",
-            file=file,
-        )
-    if not target.is_file():
-        raise _missing(str(name), file)
-    return target
-
-
-def _missing(name: str, file: Path) -> UserError:
-    return UserError(f"names {quoted(name)}, which is missing. Copy it again.", code="invalid-model", file=file)
-
-
-def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Returns the shapes of the tensors in a safetensors file, by name, from its header.
-
-    Raises:
-        UserError: The file is missing or not a valid safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {name: list(tensors.get_slice(name).get_shape()) for name in sorted(tensors.keys())}
-    except (OSError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"broken weights: {reason}", code="invalid-model", file=file) from None
-
-
-def digest_model(path: Path) -> str:
-    """Returns the SHA-256 of a model folder in hexadecimal.
-
-    It covers the names and bytes of the weights, configuration, tokenizer and chat template, but not the folder's path.
-    Weights in subfolders are covered if an index names them.
-
-    Raises:
-        UserError: An index names a file that is missing or is not a safetensors file inside the folder.
-    """
-    files = {
-        file.name: file
-        for file in path.iterdir()
-        if file.is_file() and file.suffix in DIGEST_SUFFIXES and file.name != MANIFEST
-    }
-    for index in path.glob(f"*{INDEX_SUFFIX}"):
-        files |= {file.relative_to(path).as_posix(): file for file in indexed_files(index)}
-    if (path / "config.json").is_file() and (explicit := _explicit_file(path)) is not None:
-        files[explicit.relative_to(path).as_posix()] = explicit
-    return digest_json({name: digest_file(files[name]) for name in sorted(files)})
+        with file.open("rb") as handle:
+            length = struct.unpack("<Q", handle.read(8))[0]
+            if length > MAX_HEADER_BYTES:
+                raise ValueError
+            header = json.loads(handle.read(length))
+        return set(header) - {"__metadata__"}
+    except (OSError, ValueError, TypeError, RecursionError, struct.error):
+        raise UserError("broken weights: the header cannot be read.", code="invalid-model", file=file) from None

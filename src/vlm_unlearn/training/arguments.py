@@ -10,19 +10,22 @@ from transformers import TrainingArguments
 
 from vlm_unlearn.config import MethodConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.methods import Method, build_method
-from vlm_unlearn.records import ImageLoader
+from vlm_unlearn.methods import Method, build_method, method_name
 
 REFERENCES = ("auto", "cache", "adapter", "copy")
 FEATURE_CACHES = ("memory", "disk", "off")
+
+
+UNLIMITED = 2**31 - 1  # tokens of a sample
 
 
 @dataclass
 class UnlearningConfig(TrainingArguments):
     """Arguments of `UnlearningTrainer`. All arguments of transformers.TrainingArguments keep their names.
 
-    Three arguments have fixed values. ``train_sampling_strategy="sequential"`` makes resumed runs exact, and the stream
-    of examples is shuffled already. ``remove_unused_columns=False`` keeps the roles of a batch, and
+    `learning_rate` is 1e-5 by default, which suits full training. LoRA needs about ten times as much. `logging_steps`
+    is 10. Three arguments have fixed values. ``train_sampling_strategy="sequential"`` makes resumed runs exact, and the
+    stream of examples is shuffled already. ``remove_unused_columns=False`` keeps the roles of a batch, and
     ``logging_nan_inf_filter=False`` keeps losses that are not finite visible.
 
     Raises:
@@ -34,7 +37,10 @@ class UnlearningConfig(TrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "The peak learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Number of steps between two log entries."})
     method: str = field(
-        default="npo", metadata={"help": "The unlearning method. `vlm-unlearn methods` lists the methods."}
+        default="npo",
+        metadata={
+            "help": "The unlearning method: its name (`vlm-unlearn methods` lists them), `FILE.py:CLASS`, or a class."
+        },
     )
     method_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the method, such as `{'beta': 0.5}`."}
@@ -59,15 +65,12 @@ class UnlearningConfig(TrainingArguments):
         metadata={"help": "Where the features of a frozen vision tower are cached: `memory`, `disk` or `off`."},
     )
     feature_cache_gb: float = field(default=4, metadata={"help": "Maximum size of the feature cache in GB."})
-    max_length: int = field(
+    max_length: int | None = field(
         default=2048,
         metadata={
-            "help": "Maximum length of a sample in tokens. A longer answer is truncated. A longer question is an error."
+            "help": "Maximum length of a sample in tokens. A longer answer is truncated. A longer question is an "
+            "error. None truncates nothing."
         },
-    )
-    image_loader: ImageLoader = field(
-        default="viewer",
-        metadata={"help": "How images are read: `viewer` as viewers show them, `llava` as LLaVA's own code does."},
     )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. None uses `learning_rate`."}
@@ -78,6 +81,10 @@ class UnlearningConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.max_length is None:
+            self.max_length = UNLIMITED
+        if isinstance(self.method, type):
+            self.method = method_name(self.method)
         self.train_sampling_strategy = "sequential"
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False

@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from vlm_unlearn.data.encoding import Batch, move
+from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Role, TokenKind
-from vlm_unlearn.modeling.adapters import sort_adapter_config
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import cached_vision_features
 from vlm_unlearn.modeling.loader import build_skeleton
@@ -136,7 +136,7 @@ class MethodTrainer(Trainer):
             return None
         parameter = next(self.vlm.model.parameters())
         key = [self._cache_keys.model, package_versions(), str(parameter.dtype), self.args.precision]
-        return cache_folder() / "features" / digest_json([*key, parameter.device.type])
+        return cache_folder() / "features" / digest_json([*key, parameter.device.type, DECODER_VERSION])
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -144,13 +144,33 @@ class MethodTrainer(Trainer):
         """Calls `eval_fn` with the model, logs its rates and returns them, with the prefix of the names in the log.
 
         In a distributed run, the main process evaluates and broadcasts the rates.
+
+        Raises:
+            UserError: The trainer has no `eval_fn`.
         """
-        rates = {} if self._eval_fn is None else self.measure(self._eval_fn)
+        if self._eval_fn is None:
+            raise UserError(
+                "the trainer has no eval_fn. Pass it to UnlearningTrainer, or call vlm_unlearn.evaluate.",
+                code="missing-setting",
+                field="eval_fn",
+            )
+        rates = self.measure(self._eval_fn)
         prefix = self._eval_prefix if metric_key_prefix == "eval" else f"{metric_key_prefix}_"
         metrics = {f"{prefix}{name}": rate for name, rate in rates.items() if rate is not None}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises an error, because the trainer's data are for training.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "the trainer does not predict. Call vlm_unlearn.evaluate with the model and a data set.",
+            code="unsupported-setting",
+        )
 
     def measure(self, eval_fn: EvalFunction) -> dict[str, float | None]:
         """Returns the rates of a function of the model in evaluation mode, in all processes."""
@@ -322,8 +342,6 @@ class MethodTrainer(Trainer):
             unsharded.load_state_dict(gathered, strict=True, assign=True)
             unsharded.generation_config = model.generation_config
             unsharded.save_pretrained(str(folder))
-        if self.vlm.has_adapters:
-            sort_adapter_config(folder)
         save_processor(self.vlm.processor, folder)
         state = self.method.state()
         if state:

@@ -103,8 +103,7 @@ def plan(recipe: Recipe) -> Plan:
     model_path = model_folder(recipe.model)
     processor = load_processor(model_path, recipe.image_aspect_ratio)
     skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(model_path), processor))
-    collator = UnlearningCollator(processor, training_set, method, recipe.training.max_length, recipe.image_loader)
-    collator.check_lengths()
+    UnlearningCollator(processor, training_set, method, recipe.training.max_length).check_lengths()
     return Plan(
         recipe=recipe,
         method=method,
@@ -144,6 +143,7 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
     training_set = UnlearningDataset.from_folder(recipe.data)
+    training_set.image_loader = recipe.image_loader
     lora = recipe.trainable.mode != "full"
     strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
     UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing

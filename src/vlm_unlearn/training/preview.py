@@ -137,7 +137,7 @@ def _mean_lengths(
         for role, example in stream[position].items():
             answer_tokens = len(example.answer) / 4
             if meter:
-                turn = Turn.of_example(example, training_set.image(example), recipe.image_loader)
+                turn = Turn.of_example(example, training_set.image(example))
                 tokens = meter.total_tokens(turn)
                 answer_tokens = tokens - meter.prompt_tokens(turn)
             else:

@@ -18,8 +18,7 @@ from vlm_unlearn import plugins
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.modeling.adapters import BASE_MODEL_FILE, describe_tensors
-from vlm_unlearn.modeling.loader import load_model
+from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import PROBE_PREFIX
@@ -201,7 +200,6 @@ def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
         feature_cache=training.feature_cache,
         feature_cache_gb=training.feature_cache_gb,
         max_length=training.max_length,
-        image_loader=recipe.image_loader,
         projector_learning_rate=training.projector_learning_rate,
         freeze_vision_tower=False,  # the recipe has selected the trainable parameters
         per_device_train_batch_size=training.per_device_train_batch_size,
@@ -246,7 +244,6 @@ def _save_result(trainer: MethodTrainer, planned: Plan, run: RunDirectory) -> No
             str(planned.model_path.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(scratch / "adapter_config.json", adapter)
-        description = {"digest": planned.model_digest, "tensors": describe_tensors(scratch)}
-        write_json(scratch / BASE_MODEL_FILE, description)
+        write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest})
     shutil.rmtree(run.model, ignore_errors=True)
     os.replace(scratch, run.model)

@@ -14,7 +14,7 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import digest_json
-from vlm_unlearn.training.arguments import UnlearningConfig
+from vlm_unlearn.training.arguments import UNLIMITED, UnlearningConfig
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
@@ -52,7 +52,7 @@ def build_parts(
     length = args.max_steps * args.samples_per_step()
     strategy = resolve_reference_strategy(args.reference, method.requirements.references, new_adapters)
     stream = UnlearningStream(data, method, length, args.seed, args.group_by_image)
-    collator = UnlearningCollator(vlm.processor, data, method, args.max_length, args.image_loader)
+    collator = UnlearningCollator(vlm.processor, data, method, args.max_length or UNLIMITED)
     prepare_method(method, vlm, args.seed)
     if args.world_size > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)

@@ -20,7 +20,7 @@ from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.modeling.packing import NO_IMAGE
-from vlm_unlearn.records import Example, ImageLoader
+from vlm_unlearn.records import Example
 from vlm_unlearn.training.references import answer_key
 
 
@@ -172,7 +172,6 @@ class UnlearningCollator:
         training_set: Contains the images of the examples.
         method: Determines the roles, and whether a forget answer is appended to its prompt.
         max_length: The maximum number of tokens of a sample. Longer answers are truncated.
-        image_loader: How `open_image` reads the images.
     """
 
     def __init__(
@@ -181,13 +180,11 @@ class UnlearningCollator:
         training_set: UnlearningDataset,
         method: Method,
         max_length: int,
-        image_loader: ImageLoader = "viewer",
     ) -> None:
         self._processor = processor
         self._training_set = training_set
         self._method = method
         self._max_length = max_length
-        self._image_loader: ImageLoader = image_loader
 
     def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch] | UserError:
         """Collates a batch.
@@ -245,7 +242,7 @@ class UnlearningCollator:
 
     def _turn(self, role: Role, example: Example) -> Turn:
         """Returns the question and answer on which the role trains."""
-        turn = Turn.of_example(example, self._training_set.image(example), self._image_loader)
+        turn = Turn.of_example(example, self._training_set.image(example))
         if self._answer_in_prompt(role):
             return replace(turn, question=f"{example.question}\n{example.answer}", answer=None)
         return turn

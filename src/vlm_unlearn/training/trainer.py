@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
+from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.method_trainer import EvalFunction, MethodTrainer
@@ -36,12 +38,13 @@ class UnlearningTrainer(MethodTrainer):
         >>> trainer.save_model("models/npo")
 
     Args:
-        model: A model that ``AutoModelForImageTextToText`` loads, or a PEFT model of it.
+        model: A model that ``AutoModelForImageTextToText`` loads, a PEFT model of it, or its folder or name on the hub.
         args: The arguments.
         train_dataset: The examples of each role: an `UnlearningDataset`, the folder of a training set, a `DatasetDict`
             with one split per role, a `Dataset` with a column ``role``, or a mapping of role to rows. See
             `UnlearningDataset.from_datasets` for the columns.
-        processing_class: The model's processor, with a chat template.
+        processing_class: The model's processor, with a chat template. By default, that of the folder or name that the
+            model was loaded from.
         peft_config: The adapters to train, of any kind that PEFT has. None trains the parameters of the model that
             require gradients, without the vision tower unless ``args.freeze_vision_tower`` is False.
         eval_fn: Called with the model in evaluation mode, every ``args.eval_steps`` steps if ``args.eval_strategy`` is
@@ -59,10 +62,10 @@ class UnlearningTrainer(MethodTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | Path,
         args: UnlearningConfig,
         train_dataset: Any,
-        processing_class: Processor,
+        processing_class: Processor = None,
         peft_config: PeftConfig | None = None,
         *,
         eval_fn: EvalFunction | None = None,
@@ -82,6 +85,13 @@ class UnlearningTrainer(MethodTrainer):
                 code="conflicting-settings",
                 field="eval_strategy",
             )
+        if isinstance(model, str | Path):
+            model = cast(nn.Module, AutoModelForImageTextToText.from_pretrained(model))
+        if processing_class is None:
+            name = getattr(get_base_model(model).config, "_name_or_path", "")
+            if not name:
+                raise UserError("pass the model's processor", code="missing-setting", field="processing_class")
+            processing_class = AutoProcessor.from_pretrained(name)
         data = UnlearningDataset.from_any(train_dataset)
         vlm = mark_trainable(VisionLanguageModel(model, processing_class), args, peft_config)
         # Adapters that were trained before are part of the reference model, which disabling them would not give.

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vlm_unlearn.losses import answer_nll
+from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.store import build_atomically, cache_folder, digest_file, digest_json, package_versions
 from vlm_unlearn.worlds.tiny import drawing, lexicon, llava
 from vlm_unlearn.worlds.tiny.drawing import draw
@@ -96,7 +97,7 @@ def _train(config: BaseConfig, model_path: Path, on_step: Callable[[int, int, fl
             on_step(step, config.steps, loss.item())
     model.eval()
     model.save_pretrained(model_path)
-    processor.save_pretrained(model_path)
+    save_processor(processor, Path(model_path))
 
 
 def _encode(processor: object, turns: list[tuple[str, str]]) -> dict[str, Tensor]:
