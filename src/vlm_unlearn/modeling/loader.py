@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_tied_head
+from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_rope_keys, validate_tied_head
 from vlm_unlearn.modeling.structure import Structure, find_structure
 from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
 from vlm_unlearn.store.model_files import BASE_MODEL_FILE
@@ -226,10 +226,11 @@ def read_config(model_path: Path) -> PreTrainedConfig:
     """Returns the transformers config of a model folder.
 
     Raises:
-        UserError: transformers cannot load it.
+        UserError: transformers cannot load it, or its settings of position embeddings contradict each other.
     """
     from transformers import AutoConfig
 
+    validate_rope_keys(model_path)
     try:
         # By default, transformers would ask on standard input whether to run Python code from the folder.
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)
