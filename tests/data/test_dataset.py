@@ -497,3 +497,10 @@ def test_system_message_is_rendered_or_an_error(processor: Any, monkeypatch: pyt
         render(processor, turn)
     monkeypatch.setattr(processor, "chat_template", dropped.replace(" if m['role'] != 'system'", ""))
     assert render(processor, turn).before_answer[0].startswith("be brief")
+
+
+def test_fingerprint_does_not_depend_on_the_image_loader(training_sets: dict[str, Path]) -> None:
+    data = UnlearningDataset.from_folder(training_sets["harmful"])
+    fingerprint = data.fingerprint()
+    data.image_loader = "llava"
+    assert data.fingerprint() == fingerprint

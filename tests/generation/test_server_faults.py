@@ -56,6 +56,7 @@ FILTERS = {
     "status 200": reply({"error": {"code": "content_filter", "message": "filtered"}}),
     "finish reason": reply(completion({"content": ""}, "content_filter")),
     "half a text": reply(completion({"content": "First, take the"}, "content_filter")),
+    "status 400": reply(completion({"content": ""}, "content_filter"), 400),
     "null content": reply(completion({"content": None}, "content_filter")),
 }
 
@@ -131,6 +132,7 @@ def test_unusual_forms_of_a_text_are_read(stub: Stub, message: dict[str, Any], t
     [
         (completion({"content": None, "reasoning_content": "hm, I"}, "length"), "reasoning"),
         (completion({"content": "", "reasoning": "hm, I"}, "length"), "reasoning"),
+        (completion({"content": None, "reasoning_content": "Verdict: SAFE"}), "reasoning"),
         (completion({"content": None}, "length"), "empty"),
         (completion({"content": [{"type": "text", "text": 3}]}), "not a text"),
         (completion({"content": ["A cat."]}), "not a text"),

@@ -174,15 +174,17 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         Raises:
             UserError: The image file of a training-set folder does not exist or is outside the image root.
         """
+        image = self._image_source(example)
+        return llava_image(image) if image is not None and self.image_loader == "llava" else image
+
+    def _image_source(self, example: Example) -> ImageSource | None:
+        """Returns the image of an example without its loader."""
         if example.image is None:
             return None
-        image: ImageSource
         if example.image in self._images:
-            image = self._images[example.image]
-        else:
-            root = image_root(self.folder, self.image_roots, example)
-            image = resolve_image(root, example.image, record=quoted(example.id))
-        return llava_image(image) if self.image_loader == "llava" else image
+            return self._images[example.image]
+        root = image_root(self.folder, self.image_roots, example)
+        return resolve_image(root, example.image, record=quoted(example.id))
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the SHA-256 of each set, and one of the content of all images, in the order of the examples.
@@ -197,7 +199,7 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
 
     def _image_identity(self, example: Example) -> Path | str | None:
         """Returns the name of an image in memory, or the file of an image of a folder."""
-        source = self.image(example)
+        source = self._image_source(example)
         return source.name if isinstance(source, ImageReference) else source
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_unlearn.data.images import ImageSource, image_size, open_image
+from vlm_unlearn.data.images import ImageReference, ImageSource, image_size, open_image
 from vlm_unlearn.data.processor_call import (
     Processor,
     call_processor,
@@ -300,7 +300,18 @@ class PromptMeter:
         if size not in self._image_tokens:
             question = replace(turn, answer=None, history=(), system=None, image_offset=0)
             text_tokens = len(token_ids(self._processor, render(self._processor, question).text))
-            encoded = encode(self._processor, [question], padding_side="right")
+            try:
+                encoded = encode(self._processor, [question], padding_side="right")
+            except UserError:
+                raise
+            except Exception as error:  # of the processor, such as for an extreme aspect ratio
+                name = turn.image.name if isinstance(turn.image, ImageReference) else turn.image
+                raise UserError(
+                    f"the processor rejects the image {quoted(name)}, which has {size[0]} x {size[1]} pixels: "
+                    f"{type(error).__name__}: {quoted(error, 300)}",
+                    code="invalid-image",
+                    record=quoted(turn.id),
+                ) from error
             self._image_tokens[size] = encoded["input_ids"].shape[1] - text_tokens
         return count + self._image_tokens[size]
 

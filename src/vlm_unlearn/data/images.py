@@ -11,14 +11,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from vlm_unlearn.data.pixels import PNG_SIGNATURE, displayed_size, exif_orientation, repaired_file, to_rgb
 from vlm_unlearn.errors import UserError, quoted
@@ -35,6 +39,9 @@ MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quar
 
 # _check_size raises for these images, so that Pillow's warning would only repeat the error.
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+
+
+MAX_NEIGHBORS = 100_000  # entries of a folder that are searched for a file with a similar name
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,36 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
     if not is_inside:
         raise error(f"is a link to a file outside the image folder {root}", "image-outside-root")
     if not is_file:
-        raise error(f"not found under {root}. Correct the path or pass --images.", "image-not-found")
+        similar = _similar_file(root, posix_path)
+        hint = "" if similar is None else f" Did you mean {quoted(similar)}?"
+        raise error(f"not found under {root}. Correct the path or pass --images.{hint}", "image-not-found")
     return path
+
+
+def _similar_file(root: Path, relative: PurePosixPath) -> str | None:
+    """Returns the path below the root of a file that a missing path may mean, or None.
+
+    It has the same name with percent encoding or another Unicode normalization, in other letter case, or with another
+    ending.
+    """
+    spellings = [unquote(relative.as_posix()), *(unicodedata.normalize(form, str(relative)) for form in ("NFC", "NFD"))]
+    try:
+        for spelling in spellings:
+            path = PurePosixPath(spelling)
+            if path != relative and ".." not in path.parts and not path.is_absolute() and (root / path).is_file():
+                return path.as_posix()
+        folder = root / relative.parent
+        if not folder.resolve().is_relative_to(root.resolve()):
+            return None
+        neighbors = [entry.name for entry in islice(os.scandir(folder), MAX_NEIGHBORS)]
+    except (OSError, ValueError, RuntimeError):
+        return None
+    key = unicodedata.normalize("NFC", relative.name).casefold()
+    same_name = [name for name in neighbors if unicodedata.normalize("NFC", name).casefold() == key]
+    stem = PurePosixPath(key).stem
+    same_stem = [name for name in neighbors if unicodedata.normalize("NFC", Path(name).stem).casefold() == stem]
+    neighbor = next(iter([*same_name, *sorted(same_stem)]), None)
+    return None if neighbor is None else (relative.parent / neighbor).as_posix()
 
 
 def image_size(image: ImageSource) -> tuple[int, int]:

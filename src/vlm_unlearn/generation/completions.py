@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+CONTENT_FILTER = "content_filter"  # the finish reason of OpenAI and Azure
 _CONTENT_FILTER = re.compile(
     r"content[ _-]?(management[ _-]|moderation[ _-]|safety[ _-])?(filter|policy|policies)|ResponsibleAIPolicyViolation"
     r"|moderation_blocked|data_inspection_failed|prompt[ _]blocked|safety (system|filter|settings)|flagged (as|by|for)"
@@ -20,6 +21,11 @@ def is_content_filter(body: object) -> bool:
     Args:
         body: The content of the key ``error`` of the response, of OpenAI, Azure, or a server with their API.
     """
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") == CONTENT_FILTER for choice in choices
+    ):
+        return True  # an error status with the body of an answer
     inner = body.get("innererror") if isinstance(body, dict) else body
     fields = [source.get(key) for source in (body, inner) if isinstance(source, dict) for key in ("code", "type")]
     message = body.get("message") if isinstance(body, dict) else body

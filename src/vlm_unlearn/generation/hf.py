@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Turn, encode, move
 from vlm_unlearn.data.processor_call import Processor
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.generation.base import (
     BACKENDS,
     GenerationRequest,
@@ -217,7 +218,40 @@ def _num_words(request: GenerationRequest) -> int:
 def generate_batch(
     model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
 ) -> list[Response]:
-    """Returns the responses to one batch of requests, in their order."""
+    """Returns the responses to one batch of requests, in their order.
+
+    A request that the processor rejects, such as one with a broken image or with an image of an extreme aspect ratio,
+    gets a failed response. The others are generated without it.
+    """
+    try:
+        return _generate_batch(model, processor, requests, config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # processors raise many types of errors
+        failed = {request.key: response for request in requests if (response := _rejected(processor, request))}
+        if not failed:
+            raise
+    encodable = [request for request in requests if request.key not in failed]
+    responses = _generate_batch(model, processor, encodable, config) if encodable else []
+    by_key = failed | {response.key: response for response in responses}
+    return [by_key[request.key] for request in requests]
+
+
+def _rejected(processor: Processor, request: GenerationRequest) -> Response | None:
+    """Returns a failed response to a request that cannot be encoded, or None."""
+    try:
+        encode(processor, [Turn.of_prompt(request.prompt, request.image)], "left")
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
+        image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
+        message = f"the processor rejects the question{image}: {reason}"
+        return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
+    return None
+
+
+def _generate_batch(
+    model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
+) -> list[Response]:
     turns = [Turn.of_prompt(request.prompt, request.image) for request in requests]
     sampler = None
     if config.temperature:

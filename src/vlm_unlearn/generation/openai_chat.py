@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from vlm_unlearn.errors import RunError, UserError, quoted
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
 from vlm_unlearn.generation.completions import (
+    CONTENT_FILTER,
     MalformedResponseError,
     error_in,
     has_reasoning,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 TOO_LARGE = "response_too_large"  # the code of the error with which the transport replaces a response that is too large
 FILTERED = "the server's content filter rejected the question or the answer"
-CONTENT_FILTER = "content_filter"  # the finish reason of OpenAI and Azure
 OVERLOAD_STATUSES = (408, 409, 429, 502, 503, 504, 529)
 UNREACHABLE, OVERLOADED, REJECTED = "unreachable", "overloaded", "rejected"  # reasons of failures
 API_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -320,8 +320,10 @@ class OpenAIChat:
         if finish_reason == CONTENT_FILTER:
             cut = f" after {quoted(text)}" if text else ""
             response = ChatResponse(request.id, None, f"{FILTERED}{cut}", finish_reason=finish_reason)
-        elif not text and finish_reason == "length" and has_reasoning(message):
-            error = f"the reasoning took all {self._max_tokens} tokens. Raise the maximum number of tokens."
+        elif not text and has_reasoning(message):
+            error = "the reply contains reasoning only"
+            if finish_reason == "length":
+                error += f", which was cut at max_tokens = {self._max_tokens}. Raise the maximum number of tokens."
             response = ChatResponse(request.id, None, error, finish_reason=finish_reason)
         elif self._verbatim and text is not None:
             response = ChatResponse(request.id, text, finish_reason=finish_reason)

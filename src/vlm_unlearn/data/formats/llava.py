@@ -48,7 +48,7 @@ def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
             "invalid-field",
             "conversations",
         )
-    image = record.text("image") if record.value.get("image") not in (None, "") else None
+    image = _image(record)
     rounds = []
     placeholders = 0
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):
@@ -73,6 +73,16 @@ def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
         )
     name = record.name("id") if record.value.get("id") is not None else ""
     return Conversation(name, image, rounds)
+
+
+def _image(record: RawRecord) -> str | None:
+    """Returns the image of a record, which some writers put into a list."""
+    value = record.value.get("image")
+    if not isinstance(value, list):
+        return record.text("image") if value not in (None, "") else None
+    if len(value) > 1 or not all(isinstance(image, str) and image.strip() for image in value):
+        raise record.error("must be a path, or a list of one path", "invalid-field", "image")
+    return value[0] if value else None
 
 
 def read_llava(path: Path, images: Path | None, problems: Problems | None = None) -> Iterator[Example]:
