@@ -221,3 +221,17 @@ def test_llava_loader_is_the_published_one(tmp_path: Path) -> None:
         assert opened.size == image_size(llava_image(path)) == published.size
         assert opened.tobytes() == published.tobytes()
         assert opened.tobytes() != open_image(path).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        ([0.0, 1.0, float("nan"), float("inf"), float("-inf")], [0, 255, 0, 255, 0]),
+        ([-1.0, 1.0, float("nan"), float("inf"), float("-inf")], [0, 255, 0, 255, 0]),
+        ([float("nan"), float("nan")], [0, 0]),
+    ],
+)
+def test_samples_that_are_not_numbers_are_dark(samples: list[float], expected: list[int]) -> None:
+    image = Image.fromarray(np.array([samples], dtype=np.float32))
+    shown = open_image(image_reference(image))
+    assert np.asarray(shown)[0, :, 0].tolist() == expected

@@ -167,10 +167,9 @@ def _scaled_integers(samples: NDArray[Any]) -> NDArray[Any]:
 def _scaled_floats(samples: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
-    samples = np.nan_to_num(samples, nan=0.0, posinf=np.nan, neginf=np.nan)
     finite = samples[np.isfinite(samples)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    samples = np.nan_to_num(samples, nan=high)
+    samples = np.nan_to_num(samples, nan=low, posinf=high, neginf=low)  # what is not a number is as dark as possible
     limit = next((limit for limit in (1, 255, 65535) if low >= 0 and high <= limit), None)
     return np.rint(samples * (255 / limit)) if limit else _stretched(samples, low, high)
 

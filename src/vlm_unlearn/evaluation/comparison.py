@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.benchmarks import AnswersNotPublicError
-from vlm_unlearn.config import BenchmarkConfig, MetricConfig
+from vlm_unlearn.config import BenchmarkConfig, MetricConfig, Suite
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.benchmarks import benchmark_outcomes
 from vlm_unlearn.evaluation.generate import saved_suite
@@ -15,8 +15,9 @@ from vlm_unlearn.evaluation.scoring import GradedRun, JudgeVerdicts, build_row, 
 from vlm_unlearn.metrics.paired import PairedDifference, holm, paired_difference
 from vlm_unlearn.metrics.rates import Outcomes
 from vlm_unlearn.records import Comparison, Row, Summary
-from vlm_unlearn.store import EvaluationRun
+from vlm_unlearn.store import EvaluationRun, RunDirectory, user_path, validate_model_files
 
+LOCAL_BACKENDS = ("hf", "vllm")  # their models are folders
 OnCompared = Callable[[int, int], None]  # models compared so far, models to compare
 
 
@@ -55,8 +56,11 @@ def compare_runs(runs: Mapping[str, Path], on_done: OnCompared | None = None) ->
 
     Raises:
         UserError: A run is unfinished or not graded, shares no prompt or no metric with the base, or a metric or
-            benchmark of it was graded by another judge.
+            benchmark of it was graded by another judge. Its model is on this machine, and the model's weight files
+            are not those of a model.
     """
+    for run in runs.values():
+        _check_model(saved_suite(run))
     return _compare(runs, strict=True, on_done=on_done)
 
 
@@ -81,6 +85,22 @@ def _compare(runs: Mapping[str, Path], strict: bool, on_done: OnCompared | None)
         if on_done:
             on_done(done, len(names))
     return Summary(rows=rows, comparisons=list(_adjust_p_values(changes, base_name))), skipped
+
+
+def _check_model(suite: Suite) -> None:
+    """Checks the weight files of a run's model, if it is on this machine. An adapter with a renamed tensor has the
+    answers of its base model.
+
+    Raises:
+        UserError: As `validate_model_files`.
+    """
+    if suite.generation.backend not in LOCAL_BACKENDS:
+        return
+    folder = user_path(suite.model)
+    if not (folder / "config.json").is_file() and RunDirectory(folder).exists():
+        folder = RunDirectory(folder).model
+    if folder.is_dir():
+        validate_model_files(folder)
 
 
 def _read_run(run: Path) -> GradedRun:

@@ -238,9 +238,9 @@ def mean_of_rates(rates: Sequence[Rate]) -> Rate:
     ]
     if not rates or len(bounds) < len(rates):
         return Rate(value=None, low=None, high=None, n=n, failed=failed)
-    mean = sum(value for value, _, _ in bounds) / len(bounds)
-    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in bounds)) / len(bounds)
-    above = math.sqrt(sum((high - value) ** 2 for value, _, high in bounds)) / len(bounds)
+    mean = math.fsum(value for value, _, _ in bounds) / len(bounds)
+    below = math.sqrt(math.fsum((value - low) ** 2 for value, low, _ in bounds)) / len(bounds)
+    above = math.sqrt(math.fsum((high - value) ** 2 for value, _, high in bounds)) / len(bounds)
     return Rate(value=mean, low=max(0.0, mean - below), high=min(1.0, mean + above), n=n, failed=failed)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.store import validate_model_files
-from vlm_unlearn.store.model_files import ADAPTER_WEIGHTS, read_tensor_names
+from vlm_unlearn.store import read_json, validate_model_files, write_json
+from vlm_unlearn.store.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensor_names
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -53,3 +53,12 @@ def load_adapter(model: Any, folder: Path) -> Any:
             file=file,
         )
     return adapted
+
+
+def sort_adapter_config(folder: Path) -> None:
+    """Sorts the lists of module names in an adapter's config. PEFT writes sets, in an order that differs by process."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    for name in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    write_json(folder / ADAPTER_CONFIG, config)

@@ -13,6 +13,8 @@ from vlm_unlearn.errors import UserError, nearest, quoted
 
 # Vision towers of LLaVA models, with the number of tokens besides the patches (the class token).
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+# Processors whose settings have the meaning of the model's. Those of some other families scale them first.
+LLAVA_PROCESSORS = ("LlavaProcessor", "LlavaNextProcessor", "LlavaOnevisionProcessor", "PixtralProcessor")
 PATCH_KEYS = {
     "patch_size": "patch_size",
     "merge_size": "spatial_merge_size",
@@ -32,15 +34,16 @@ def match_processor(processor: Processor, config: Any, folder: Path) -> None:
         UserError: A setting of the processor contradicts the model. `field` names it.
     """
     vision = getattr(config, "vision_config", None)
-    if type(processor).__name__ in ("LlavaProcessor", "LlavaNextProcessor") and vision is not None:
+    if type(processor).__name__ in LLAVA_PROCESSORS and vision is not None:
         expected = {
             "patch_size": getattr(vision, "patch_size", None),
             "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
             "num_additional_image_tokens": CLASS_TOKENS.get(vision.model_type),
+            "spatial_merge_size": getattr(config, "spatial_merge_size", 1),  # a LLaVA with Pixtral's tower has none
         }
         stored = _stored_settings(folder)
         for key, value in expected.items():
-            if value is None:
+            if value is None or not hasattr(processor, key):
                 continue
             if stored is not None and stored.get(key) is None:
                 setattr(processor, key, value)
@@ -91,6 +94,58 @@ def validate_rope(config: Any, folder: Path) -> None:
     text = config.get_text_config()
     for parameters in _rope_settings(getattr(text, "rope_parameters", None)):
         _validate_rope_settings(parameters, text, folder)
+
+
+def validate_rope_keys(folder: Path) -> None:
+    """Checks that the older and the newer keys of RoPE in config.json do not contradict each other.
+
+    transformers 5 ignores ``rope_theta`` next to ``rope_parameters``, and prefers ``rope_scaling``. Older programs read
+    the older keys.
+
+    Raises:
+        UserError: Two keys have different values, or one is not an object. `field` names it.
+    """
+    from vlm_unlearn.store import read_json
+
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else None
+    for section in (config, config.get("text_config")) if isinstance(config, dict) else ():
+        problem = _contradiction(section) if isinstance(section, dict) else None
+        if problem is not None:
+            key, reason = problem
+            raise UserError(
+                f"the RoPE setting {key} {reason}. Correct it in config.json.",
+                code="invalid-model",
+                file=folder,
+                field=key,
+            )
+
+
+def _contradiction(section: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns the key that contradicts ``rope_parameters``, and how, or None."""
+    theta, parameters, scaling = (section.get(key) for key in ("rope_theta", "rope_parameters", "rope_scaling"))
+    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, dict):
+            return key, f"is {value!r}, not an object or null"
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0):
+        return "rope_theta", f"is {theta!r}, not a positive number"
+    if not parameters or any(isinstance(value, dict) for value in parameters.values()):  # one per type of layer
+        return None
+    if theta is not None and parameters.get("rope_theta", theta) != theta:
+        return "rope_theta", f"is {theta!r}, but rope_parameters has {parameters['rope_theta']!r}"
+    different = [
+        key
+        for key in sorted((scaling or {}).keys() & parameters.keys() - {"type", "rope_type", "rope_theta"})
+        if (scaling or {})[key] != parameters[key]
+    ]
+    if scaling and _rope_type(scaling) != _rope_type(parameters):
+        different.append("rope_type")
+    return ("rope_scaling", f"contradicts rope_parameters ({', '.join(different)})") if different else None
+
+
+def _rope_type(parameters: Mapping[str, Any]) -> object:
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    return "default" if rope_type == "mrope" else rope_type  # mrope is the older name
 
 
 def _rope_settings(parameters: object) -> Iterator[Mapping[str, Any]]:

@@ -23,6 +23,7 @@ from vlm_unlearn.modeling.loader import (
     run_model_folder,
     saved_precision,
 )
+from vlm_unlearn.modeling.older_readers import add_older_forms
 from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.store import RunDirectory, package_versions, read_json, user_path, write_json, write_text
 
@@ -113,6 +114,7 @@ def _write_model(run: Path, out: Path, precision: str, card: str) -> None:
     model.save_pretrained(str(out))
     save_processor(processor, out)
     _copy_tokenizer_files(model_folder, out)
+    add_older_forms(out)
     load_processor(out)  # checks that the exported processor loads
     write_text(out / "README.md", card)
     manifest = RunDirectory(run).read_manifest()

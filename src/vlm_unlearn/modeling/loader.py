@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_tied_head
+from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_rope_keys, validate_tied_head
 from vlm_unlearn.modeling.structure import Structure, find_structure
 from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
+from vlm_unlearn.store.model_files import BASE_MODEL_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-BASE_MODEL_FILE = "base_model.json"  # next to adapters: the digest of the base model they were trained on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -66,6 +66,12 @@ def model_folder(name: str) -> Path:
             "contains no weights (*.safetensors). Pickled weights are not supported.", code="invalid-model", file=folder
         )
     validate_model_files(folder)
+    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter too
+        raise UserError(
+            "contains adapter_config.json next to a model. Move the adapter to another folder, or merge it.",
+            code="invalid-model",
+            file=folder,
+        )
     for file in weights:
         try:
             with safe_open(file, framework="pt"):
@@ -220,10 +226,11 @@ def read_config(model_path: Path) -> PreTrainedConfig:
     """Returns the transformers config of a model folder.
 
     Raises:
-        UserError: transformers cannot load it.
+        UserError: transformers cannot load it, or its settings of position embeddings contradict each other.
     """
     from transformers import AutoConfig
 
+    validate_rope_keys(model_path)
     try:
         # By default, transformers would ask on standard input whether to run Python code from the folder.
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(model_path), trust_remote_code=False)

@@ -45,6 +45,12 @@ QUANTIZED_BASE = (
     "- The adapters were trained on a 4-bit base and merged into a base in full precision, so answers differ from "
     "those during training."
 )
+# With exports of the tests' tiny models, from bases that the older release wrote. Their logits were equal.
+TRIED_OLDER_RELEASE = "4.57.1"
+TRIED_FAMILIES = (
+    "LLaVA-1.5, LLaVA-NeXT, Pixtral, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Llama-3.2-Vision, Gemma 3, InternVL, "
+    "PaliGemma and InstructBLIP"
+)
 LOADING = """\
 ## How to load it
 
@@ -170,8 +176,14 @@ def _versions() -> list[str]:
         f"{name} {versions[name]}" for name in ("transformers", "torch", "safetensors") if name in versions
     )
     return [
-        f"The export was written with {tried}, which also loaded its processor. Other versions were not tried.",
-        "`preprocessor_config.json` and the tokenizer files are included for transformers 4 and vLLM.",
+        f"The export was written with {tried}, which also loaded its processor.",
+        "",
+        f"transformers {TRIED_OLDER_RELEASE} was tried with exports of tiny models of {TRIED_FAMILIES}. Their logits "
+        "were equal if the files of the base model came from transformers 4, as those of most models on the hub. Other "
+        "families gave other logits or were not tried.",
+        "",
+        "vLLM was not tried. `preprocessor_config.json`, the tokenizer files and older keys of config.json are "
+        "included for it and for transformers 4.",
         "",
     ]
 

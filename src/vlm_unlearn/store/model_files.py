@@ -12,16 +12,19 @@ from vlm_unlearn.store.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_MODEL_FILE = "base_model.json"  # next to adapters: the digest of their base model, and the names of their tensors
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 LORA_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 def validate_model_files(folder: Path) -> None:
-    """Checks that a folder names only safetensors files that are in it, and that its adapters are complete pairs.
+    """Checks that a folder names only safetensors files that are in it, and that its adapters are complete.
+
+    An adapter must consist of complete pairs. If base_model.json lists its tensors, these must be in the file.
 
     Raises:
-        UserError: A weights index or config.json names a pickle, a missing file or a file outside the folder, or the
-            weights of an adapter are missing or lack one half of a pair.
+        UserError: A weights index or config.json names a pickle, a missing file or a file outside the folder, or
+            tensors of an adapter are missing or renamed.
     """
     for index in sorted(folder.glob("*.safetensors.index.json")):
         _validate_index(index)
@@ -75,6 +78,16 @@ def _validate_adapter(folder: Path) -> None:
                         code="adapter-mismatch",
                         file=file,
                     )
+    base = read_json(folder / BASE_MODEL_FILE) if (folder / BASE_MODEL_FILE).is_file() else None
+    saved = base.get("tensors") if isinstance(base, dict) else None
+    if isinstance(saved, list) and set(saved) != keys:
+        different = sorted(set(saved) ^ keys)
+        raise UserError(
+            f"contains other tensors than those that were saved ({len(different)} are missing or unexpected, such as "
+            f"{quoted(str(different[0]))}). Restore the file, or train the adapter again.",
+            code="adapter-mismatch",
+            file=file,
+        )
     config = read_json(folder / ADAPTER_CONFIG)
     if isinstance(config, dict) and config.get("peft_type") == "LORA" and not any(".lora_" in key for key in keys):
         raise UserError(

@@ -22,6 +22,7 @@ from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import Role, TokenKind
+from vlm_unlearn.modeling.adapters import sort_adapter_config
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import cached_vision_features
 from vlm_unlearn.modeling.loader import build_skeleton
@@ -342,6 +343,8 @@ class MethodTrainer(Trainer):
             unsharded.load_state_dict(gathered, strict=True, assign=True)
             unsharded.generation_config = model.generation_config
             unsharded.save_pretrained(str(folder))
+        if self.vlm.has_adapters:
+            sort_adapter_config(folder)
         save_processor(self.vlm.processor, folder)
         state = self.method.state()
         if state:

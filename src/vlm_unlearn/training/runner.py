@@ -18,11 +18,12 @@ from vlm_unlearn import plugins
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.modeling.loader import BASE_MODEL_FILE, load_model
+from vlm_unlearn.modeling.loader import load_model
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import PROBE_PREFIX
-from vlm_unlearn.store import RunDirectory, read_json, user_path, write_json
+from vlm_unlearn.store import RunDirectory, read_json, read_tensor_names, user_path, write_json
+from vlm_unlearn.store.model_files import ADAPTER_WEIGHTS, BASE_MODEL_FILE
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.callbacks import (
     LogCallback,
@@ -244,6 +245,7 @@ def _save_result(trainer: MethodTrainer, planned: Plan, run: RunDirectory) -> No
             str(planned.model_path.resolve()) if user_path(planned.recipe.model).is_dir() else planned.recipe.model
         )
         write_json(scratch / "adapter_config.json", adapter)
-        write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest})
+        names = sorted(read_tensor_names(scratch / ADAPTER_WEIGHTS))
+        write_json(scratch / BASE_MODEL_FILE, {"digest": planned.model_digest, "tensors": names})
     shutil.rmtree(run.model, ignore_errors=True)
     os.replace(scratch, run.model)
