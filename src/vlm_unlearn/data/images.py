@@ -41,6 +41,7 @@ MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quar
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
 
 
+FOLLOW_LINKS = "VLM_UNLEARN_FOLLOW_LINKS"  # the environment variable that lets links leave the image root
 MAX_NEIGHBORS = 100_000  # entries of a folder that are searched for a file with a similar name
 
 
@@ -91,13 +92,32 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
     except (OSError, ValueError, RuntimeError) as failure:  # a loop of links, or a name that no file can have
         reason = failure.strerror if isinstance(failure, OSError) else type(failure).__name__
         raise error(f"cannot be opened: {reason}", "image-not-found") from None
-    if not is_inside:
-        raise error(f"is a link to a file outside the image folder {root}", "image-outside-root")
+    if not is_inside and not _is_trusted_link(root, path):
+        raise error(
+            f"is a link to a file outside the image folder {root}. If you trust the links in this folder, set "
+            f"{FOLLOW_LINKS}=1.",
+            "image-outside-root",
+        )
     if not is_file:
         similar = _similar_file(root, posix_path)
         hint = "" if similar is None else f" Did you mean {quoted(similar)}?"
         raise error(f"not found under {root}. Correct the path or pass --images.{hint}", "image-not-found")
     return path
+
+
+def _is_trusted_link(root: Path, target: Path) -> bool:
+    """Returns whether a link may leave the image root.
+
+    It may if the user allows it, or if it leads from a snapshot to the blobs of the same repository in the cache of the
+    Hugging Face hub.
+    """
+    if os.environ.get(FOLLOW_LINKS, "") not in ("", "0"):
+        return True
+    folders = root.resolve()
+    for folder in (folders, *folders.parents):
+        if folder.parent.name == "snapshots":
+            return target.is_relative_to(folder.parent.parent / "blobs")
+    return False
 
 
 def _similar_file(root: Path, relative: PurePosixPath) -> str | None:
