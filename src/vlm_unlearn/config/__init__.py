@@ -1,6 +1,7 @@
 """Recipes (training) and suites (measurement): YAML files with dotted overrides. Unknown keys are errors."""
 
 from vlm_unlearn.config.base import Strict as Strict
+from vlm_unlearn.config.judges import JudgeConfig as JudgeConfig
 from vlm_unlearn.config.loader import apply_overrides as apply_overrides
 from vlm_unlearn.config.loader import load as load
 from vlm_unlearn.config.loader import read_resolved as read_resolved
@@ -12,12 +13,11 @@ from vlm_unlearn.config.recipe import MethodConfig as MethodConfig
 from vlm_unlearn.config.recipe import ProbeConfig as ProbeConfig
 from vlm_unlearn.config.recipe import Recipe as Recipe
 from vlm_unlearn.config.recipe import TrainableConfig as TrainableConfig
-from vlm_unlearn.config.suite import AttackConfig as AttackConfig
+from vlm_unlearn.config.splits import AttackConfig as AttackConfig
+from vlm_unlearn.config.splits import RewriteConfig as RewriteConfig
+from vlm_unlearn.config.splits import SampleConfig as SampleConfig
+from vlm_unlearn.config.splits import SplitConfig as SplitConfig
 from vlm_unlearn.config.suite import BenchmarkConfig as BenchmarkConfig
 from vlm_unlearn.config.suite import GenerationConfig as GenerationConfig
-from vlm_unlearn.config.suite import JudgeConfig as JudgeConfig
 from vlm_unlearn.config.suite import MetricConfig as MetricConfig
-from vlm_unlearn.config.suite import RewriteConfig as RewriteConfig
-from vlm_unlearn.config.suite import SampleConfig as SampleConfig
-from vlm_unlearn.config.suite import SplitConfig as SplitConfig
 from vlm_unlearn.config.suite import Suite as Suite

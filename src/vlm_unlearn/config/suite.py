@@ -2,231 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vlm_unlearn import plugins
-from vlm_unlearn.config.base import DeprecatedNames, PluginName, Positive, Strict
+from vlm_unlearn.config.base import PluginName, Positive, Strict
+from vlm_unlearn.config.judges import JudgeConfig, check_no_password
+from vlm_unlearn.config.splits import SampleConfig, SplitConfig
 from vlm_unlearn.errors import UserError, nearest
-from vlm_unlearn.records import Kind, Label
-from vlm_unlearn.store import digest_json, user_path
-
-
-class RewriteConfig(Strict):
-    """The one-word attack by rules: each question becomes `num_rewrites` questions that start with `trigger`.
-
-    The paraphrases of `control` start with neither trigger. They show the effect of rewording alone.
-    """
-
-    renamed_keys: ClassVar[Mapping[str, str]] = {"shots": "num_rewrites"}
-
-    trigger: Literal["what", "share", "control"]
-    """First word of the rewrites. `control` uses neither of the two."""
-    num_rewrites: Annotated[int, Field(gt=0, le=5)] = 1
-    """Number of different rewrites of each question."""
-
-
-class AttackConfig(DeprecatedNames):
-    """An attack on the prompts of a split. `name` selects it, and the other keys are its options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-
-    name: Annotated[str, PluginName(plugins.ATTACKS)]
-    """Name of the attack, or `FILE.py:NAME`. `one_word` has the options of `rewrite`."""
-
-
-class SplitConfig(Strict):
-    """A set of prompts. Rows of a file with the same id are rewrites of one question, as in the published files."""
-
-    name: str
-    """Name of the split, for metrics to refer to."""
-    format: Annotated[str, PluginName(plugins.FORMATS)]
-    """`vlguard`, `safe_eraser`, `table`, `prompts`, or another format. `FILE.py:CLASS` is a class of a file.
-
-    A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set, which
-    docs/your-own-data.md describes. `prompts` is the file prompts.jsonl of an evaluation.
-    """
-    file: Path
-    """File with the questions."""
-    images: Path
-    """Folder that the image paths of the file are relative to."""
-    kind: Kind
-    """Which questions of the file to use.
-
-    The sets forget, retain and decouple of a table are `unsafe`, `safe` and `safe_image_unsafe_question`.
-    """
-    rewrite: RewriteConfig | None = None
-    """Rewrites of the questions, as a short form of the attack `one_word`. Null leaves the questions unchanged."""
-    attack: list[AttackConfig] = []
-    """Attacks on the prompts, in their order. An attack can be given by its name alone."""
-    samples: Annotated[int, Field(gt=0, le=1000)] = 1
-    """Number of answers to each prompt. More than one needs `generation.temperature`."""
-
-    @field_validator("attack", mode="before")
-    @classmethod
-    def _expand_attacks(cls, value: Any) -> Any:
-        attacks = value if isinstance(value, list) else [value]
-        return [{"name": attack} if isinstance(attack, str) else attack for attack in attacks]
-
-    @property
-    def attacks(self) -> list[AttackConfig]:
-        """All attacks in their order. `rewrite` is the first."""
-        if self.rewrite is None:
-            return list(self.attack)
-        return [AttackConfig(name="one_word", **self.rewrite.model_dump()), *self.attack]
-
-    @property
-    def is_control(self) -> bool:
-        """Whether the only attack is the control of the one-word attack."""
-        options = [attack.model_extra or {} for attack in self.attacks if attack.name == "one_word"]
-        return len(self.attacks) == 1 and [option.get("trigger") for option in options] == ["control"]
-
-
-class SampleConfig(Strict):
-    """A random sample of each split.
-
-    `num_questions` samples questions with all their rewrites. `num_rows` samples rows as published, which separates the
-    rewrites of a question.
-    """
-
-    renamed_keys: ClassVar[Mapping[str, str]] = {"groups": "num_questions", "rows": "num_rows"}
-
-    num_questions: Positive | None = None
-    """Number of questions per split."""
-    num_rows: Positive | None = None
-    """Number of rows per split, as published."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the sample."""
-
-    @model_validator(mode="after")
-    def _check_single_size(self) -> SampleConfig:
-        if (self.num_questions is None) == (self.num_rows is None):
-            raise UserError("needs either `num_questions` or `num_rows` (as published)", code="conflicting-settings")
-        return self
-
-
-class JudgeConfig(Strict):
-    """A judge of answers. `llm` sends them to a language model with a rubric.
-
-    If an entry of a suite's `judges` and the suite's `judge` are both `llm`, the entry inherits the keys that it does
-    not set.
-    """
-
-    renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
-
-    name: Annotated[str, PluginName(plugins.JUDGES)]
-    """`keyword` detects refusals, `llm` is a language model, `rouge_l` compares answers with references.
-
-    `tiny_world` checks answers against the facts of the demo's world. `function` is a Python function, with which
-    `vlm_unlearn.evaluation.evaluate` has graded answers. Other names are those of plug-ins, and `FILE.py:NAME` is a
-    class or function of a file.
-    """
-    paper_compat: bool = False
-    """Count as the published implementation, for `keyword`, `rouge_l`, and the rubrics of the two papers."""
-    function: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = None
-    """For `function`: the name of the judge."""
-    options: dict[str, Any] = {}
-    """For a plug-in: the arguments of its class."""
-    world: Path | None = None
-    """For `tiny_world`: the file with the facts of the world."""
-    rubric: str | None = None
-    """For `llm`: a rubric file, or the name of a shipped rubric. `vlm-unlearn judge rubrics` lists them."""
-    model: str | None = None
-    """For `llm`: name of the model on the server. Without a server, a model folder or hub name to run locally."""
-    server: str | None = None
-    """For `llm`: address of an OpenAI-compatible server, such as http://localhost:8000/v1.
-
-    The environment variable OPENAI_API_KEY contains its key.
-    """
-    images: bool = True
-    """For `llm`: whether to send the image if the rubric uses it."""
-    max_tokens: Positive = 256
-    """For `llm`: maximum length of a reply in tokens."""
-    concurrency: Annotated[int, Field(gt=0, le=512)] = 16
-    """For `llm` on a server: number of parallel requests."""
-    timeout: Annotated[float, Field(ge=0.1, le=3600)] = 60.0
-    """For `llm` on a server: timeout of an attempt in seconds."""
-    retries: Annotated[int, Field(ge=0, le=100)] = 4
-    """For `llm` on a server: number of retries after a failed attempt."""
-    request: dict[str, Any] = {}
-    """For `llm` on a server: keys to add to each request. A null removes a key."""
-    batch_size: Positive = 8
-    """For `llm` without a server: number of questions per batch."""
-    cache: bool = True
-    """For `llm`: reuse saved replies of the same model to the same question."""
-    revision: str = ""
-    """For `llm` on a server: a version of the served model. Another version does not reuse cached replies."""
-    input_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """For `llm`: price of a million input tokens in any currency, to report the cost."""
-    output_price: Annotated[float, Field(ge=0, le=1e6)] = 0.0
-    """For `llm`: price of a million output tokens."""
-
-    @model_validator(mode="after")
-    def _check_keys_of_judge(self) -> JudgeConfig:
-        if (self.name == "llm") != (self.rubric is not None):
-            raise UserError(
-                "the judge llm needs a `rubric`, such as four_labels, and other judges have none",
-                code="conflicting-settings",
-            )
-        if (self.name == "function") != (self.function is not None):
-            raise UserError(
-                "the judge function needs the key `function`, and other judges do not have it",
-                code="conflicting-settings",
-            )
-        if self.name != "llm" and (self.model is not None or self.server is not None):
-            raise UserError(
-                f"`model` and `server` are for the judge llm, but the judge is {self.name}",
-                code="conflicting-settings",
-            )
-        if self.rubric is not None and ("/" in self.rubric or self.rubric.endswith(".txt")):
-            object.__setattr__(self, "rubric", str(user_path(self.rubric).absolute()))
-        if self.options and self.name in plugins.JUDGES.built_in:
-            raise UserError(
-                f"`options` are for plug-ins, and {self.name} is a built-in judge", code="conflicting-settings"
-            )
-        _check_no_password(self.server)
-        return self
-
-    @property
-    def judge_id(self) -> str:
-        """The judge's name in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
-        if self.function is not None:
-            return self.function
-        if self.name not in plugins.JUDGES.built_in:
-            options = f"-{digest_json(self.options)[:8]}" if self.options else ""
-            return f"{_file_name(plugins.short_name(self.name))}{options}"
-        paper = "-paper" if self.paper_compat else ""
-        if self.rubric is None:
-            return f"{self.name}{paper}"
-        rubric = _file_name(Path(self.rubric).stem if "/" in self.rubric else self.rubric)
-        model = "--".join((self.model or "nobody").rstrip("/").split("/")[-2:])
-        return f"{rubric}{paper}{'' if self.images else '-blind'}@{_file_name(model)}"
-
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """Returns the keys that influence the verdicts."""
-        irrelevant = {"concurrency", "timeout", "retries", "batch_size", "cache"}
-        irrelevant |= {"input_price", "output_price", "world"}
-        # Most judges do not have these keys, so that verdicts of earlier versions stay valid.
-        irrelevant |= {"function"} if self.function is None else set()
-        irrelevant |= set() if self.options else {"options"}
-        return self.model_dump(mode="json", exclude=irrelevant)
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text)[-60:]
-
-
-def _check_no_password(server: str | None) -> None:
-    if server is not None and "@" in server.partition("://")[2].partition("/")[0]:
-        raise UserError(
-            "the server's address contains a user or password, which would be saved in files; "
-            "put the key into the environment variable OPENAI_API_KEY",
-            code="secret-in-setting",
-        )
+from vlm_unlearn.records import Label
+from vlm_unlearn.store import user_path
 
 
 def _expand_judge_name(value: Any) -> Any:
@@ -307,7 +95,7 @@ class GenerationConfig(Strict):
                 "`backend: openai` needs a `server`, such as http://localhost:8000/v1, and other backends have none",
                 code="conflicting-settings",
             )
-        _check_no_password(self.server)
+        check_no_password(self.server)
         return self
 
 
