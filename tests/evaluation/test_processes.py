@@ -16,10 +16,8 @@ from fork_server import start_processes
 from helpers import raises_code, run_killing
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.evaluation.generate import generate_run, generation_notes
-from vlm_unlearn.evaluation.prompts import image_roots, suite_prompts
+from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
-from vlm_unlearn.generation.base import build_requests
-from vlm_unlearn.generation.hf import make_batches
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import EvaluationRun, read_json, read_records
 
@@ -153,24 +151,40 @@ def _complete_lines(shard: Path) -> list[Response]:
     ]
 
 
+FAILING_LAUNCHER = """
+import os
+from vlm_unlearn.cli.main import main
+from vlm_unlearn.errors import UserError
+from vlm_unlearn.generation import hf
+
+generate_batch = hf.generate_batch
+calls = 0
+
+
+def fail_in_second_process(*arguments):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == 2:
+        raise UserError("the second process fails", code="planted-error")
+    return generate_batch(*arguments)
+
+
+hf.generate_batch = fail_in_second_process
+main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(180)
 def test_error_in_one_process_ends_all(tiny_model: Path, world: Path, tmp_path: Path) -> None:
-    """The broken image is in a batch of the second process."""
-    broken = Path(shutil.copytree(world, tmp_path / "world"))
     split = "splits=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
-    shared = [f"model={tiny_model}", f"root={broken}", split, "metrics={}", "generation.batch_size=1"]
-    suite = load(Suite, Path("suites/tiny"), shared)
-    images = [
-        question.image for (question,) in make_batches(build_requests(suite_prompts(suite), image_roots(suite), {}), 1)
-    ]
-    assert images[3] is not None
-    assert images[3] not in images[::2]
-    images[3].write_bytes(b"no image")
+    shared = [f"model={tiny_model}", f"root={world}", split, "metrics={}", "generation.batch_size=1"]
+    script = tmp_path / "launcher.py"
+    script.write_text(FAILING_LAUNCHER)
     started = time.monotonic()
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    launcher += ["--rdzv_endpoint", "localhost:0", "-m", "vlm_unlearn.cli.main"]
+    launcher += ["--rdzv_endpoint", "localhost:0", str(script)]
     two = subprocess.run(
         [sys.executable, *launcher, "generate", "suites/tiny", *shared, "--out", str(tmp_path / "run")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -181,10 +195,25 @@ def test_error_in_one_process_ends_all(tiny_model: Path, world: Path, tmp_path: 
     )
     assert two.returncode != 0
     assert (
-        sum(line.startswith("vlm-unlearn:") and line.endswith("[invalid-image]") for line in two.stderr.splitlines())
+        sum(line.startswith("vlm-unlearn:") and line.endswith("[planted-error]") for line in two.stderr.splitlines())
         == 1
     )
     assert time.monotonic() - started < 60
+
+
+def test_broken_image_is_one_failed_answer(tiny_model: Path, world: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(world, tmp_path / "world"))
+    split = "splits=[{name: unsafe, format: vlguard, file: vlguard/test.json, images: vlguard/test, kind: unsafe}]"
+    shared = [f"model={tiny_model}", f"root={broken}", split, "metrics={}", "generation.batch_size=4"]
+    suite = load(Suite, Path("suites/tiny"), shared)
+    first = next(prompt for prompt in suite_prompts(suite) if prompt.image is not None)
+    (broken / "vlguard" / "test" / str(first.image)).write_bytes(b"no image")
+    run = EvaluationRun(tmp_path / "run")
+    generate_run(suite, run)
+    prompts, responses = run.read_answers()
+    failed = [response for response in responses if response.error is not None]
+    assert {prompts[response.prompt_id].image for response in failed} == {first.image}
+    assert all(str(first.image)[:20] in str(response.error) for response in failed)
 
 
 @pytest.mark.parametrize("backend", ["openai", "vllm"])

@@ -249,6 +249,8 @@ def test_answers_are_shown_next_to_each_other_with_changes_and_disagreements(vis
     wait_until(page, "document.querySelectorAll('article').length == 3")
     for beside, models in (("", ["base", "npo", "rmu"]), ("base", ["base", "npo"]), ("none", ["npo"])):
         go(page, f"#id=safe/0/0&model=npo&beside={beside}")
+        # The browser lays new articles out in a later frame, and texts without a layout are empty.
+        wait_until(page, "[...document.querySelectorAll('.model')].every(element => element.innerText)")
         assert page.locator(".model").all_inner_texts() == models
     go(page, "#disagree=1&beside=none")
     assert page.locator(".answer").count() == len(matching(disagree=1)) > 0
