@@ -23,6 +23,7 @@ from vlm_unlearn.store import (
     peak_memory_mb,
     read_json,
     read_records,
+    validate_not_overwriting,
     write_json,
     write_records,
 )
@@ -155,3 +156,13 @@ def test_peak_memory_excludes_the_parent_process() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     del held
     assert 0 < int(done.stdout) < 250
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "forget.jsonl", "sub/../dataset.json"])
+def test_output_that_is_a_file_of_an_input_folder_is_rejected(name: str, tmp_path: Path) -> None:
+    (tmp_path / "set" / "sub").mkdir(parents=True)
+    for file in ("dataset.json", "forget.jsonl"):
+        (tmp_path / "set" / file).write_text("{}")
+    with raises_code("output-exists"):
+        validate_not_overwriting([tmp_path / "set" / name], [tmp_path / "set"])
+    validate_not_overwriting([tmp_path / "set" / "new.json", tmp_path / "other.json"], [tmp_path / "set"])

@@ -86,10 +86,10 @@ def _check_not_endless(path: Path, fix: str = "pass a file") -> None:
 
 
 def validate_not_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
-    """Checks that no output is also an input, for example through a link.
+    """Checks that no output is also an input, for example through a link, or an existing file of an input folder.
 
     Raises:
-        UserError: An output is an input, a folder or a device.
+        UserError: An output is an input, a file of an input folder, a folder or a device.
     """
     sources = [Path(source) for source in inputs if source is not None]
     for out in outputs:
@@ -97,6 +97,10 @@ def validate_not_overwriting(outputs: Iterable[Path], inputs: Iterable[str | Pat
         for source in sources:
             if out.exists() and source.exists() and out.samefile(source):
                 raise UserError("is also an input; choose another output", code="output-exists", file=out)
+            if out.exists() and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+                raise UserError(
+                    f"is a file of the input {source}; choose another output", code="output-exists", file=out
+                )
 
 
 def write_text(path: Path, text: str) -> None:
