@@ -39,11 +39,13 @@ class Registry(Mapping[str, T], Generic[T]):
     """The plug-ins of one kind, as a mapping from names to objects. Reading a value imports its plug-in.
 
     Args:
-        kind: The singular noun for error messages, such as ``method``.
-        group: The entry-point group of installed packages.
+        kind: The singular noun, such as ``method``, for error messages and for the entry-point group.
         package: The package whose modules are the built-in plug-ins. A module has the name of its plug-in.
         support: The modules of the package that are not plug-ins.
         modules: Built-in plug-ins in other modules, by name.
+
+    Attributes:
+        group: The entry-point group of installed packages, such as ``vlm_unlearn.methods``.
     """
 
     def __init__(
@@ -250,8 +252,8 @@ def invalid_plugin(kind: str, name: str, plugin: object, expected: str, field: s
         expected: The expected object, such as ``a subclass of Method``.
         field: The config key that contains the name.
     """
-    found_type = f"the class {plugin.__name__}" if isinstance(plugin, type) else f"a {type(plugin).__name__}"
-    return UserError(f"the {kind} {quoted(name)} is {found_type}, not {expected}.", code="invalid-plugin", field=field)
+    description = f"the class {plugin.__name__}" if isinstance(plugin, type) else f"a {type(plugin).__name__}"
+    return UserError(f"the {kind} {quoted(name)} is {description}, not {expected}.", code="invalid-plugin", field=field)
 
 
 def _load_from_file(name: str, kind: str, field: str | None) -> Any:

@@ -140,6 +140,7 @@ def test_unusual_forms_of_a_text_are_read(stub: Stub, message: dict[str, Any], t
         ({"error": {"message": "CUDA out of memory", "code": 500}}, "CUDA out of memory"),
         ({"error": "engine is dead"}, "HTTP 500"),
         ({"choices": []}, "empty"),
+        ({"error": {"code": "response_too_large"}}, "not read"),
     ],
 )
 def test_answers_without_a_text_fail_with_their_reason(stub: Stub, body: dict[str, Any], word: str) -> None:

@@ -17,10 +17,6 @@ from vlm_unlearn.records import Prompt
 AttackFunction = Callable[..., Iterable[Prompt]]
 
 
-class NoOptions(Strict):
-    """The options of an attack without options."""
-
-
 class Attack(ABC):
     """Base class of attacks. Subclasses set `options_type` and implement `apply`.
 
@@ -28,7 +24,7 @@ class Attack(ABC):
         options: The options, an object of `options_type`.
     """
 
-    options_type: ClassVar[type[Strict]] = NoOptions
+    options_type: ClassVar[type[Strict]] = Strict  # no options
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.options_type() if options is None else options

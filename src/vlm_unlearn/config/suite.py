@@ -98,6 +98,16 @@ class GenerationConfig(Strict):
         check_no_password(self.server)
         return self
 
+    def identity(self, *settings: str) -> dict[str, Any]:
+        """Returns the settings that determine a backend's answers. The default image loader is left out.
+
+        Args:
+            settings: The names of the settings that the backend uses.
+        """
+        # Evaluations of earlier versions do not have the key, and stay valid.
+        loader = {} if self.image_loader == "viewer" else {"image_loader": self.image_loader}
+        return {**self.model_dump(include=set(settings)), **loader}
+
 
 class BenchmarkConfig(Strict):
     """A utility benchmark with its official files. Its metric has the name of the benchmark."""

@@ -98,7 +98,6 @@ def _generate_as_main_process(
         failed = run.failed_responses()
         if failed:
             backend.check_available()
-            run.batching_file.unlink(missing_ok=True)
         incomplete = bool(failed) or not run.is_finished or not _is_complete(run, requests)
         if incomplete:
             write_records(run.prompts_file, prompts)
@@ -109,6 +108,8 @@ def _generate_as_main_process(
                 group.wait()
                 run.merge_shards()
                 run.sort_responses([request.key for request in requests])
+                if failed - run.failed_responses():  # the check has not covered the new answers
+                    run.batching_file.unlink(missing_ok=True)
         if verify_batching:
             with _record_wall_time(run):
                 _verify_batching(backend, requests, run, verify_batching, on_done)

@@ -124,8 +124,7 @@ class HFBackend:
 
 def _generation_identity(config: GenerationConfig, precision: str) -> dict[str, object]:
     settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
-    loader = {} if config.image_loader == "viewer" else {"image_loader": config.image_loader}
-    return {**config.model_dump(include=set(settings)), **loader, "precision": precision, "batches": "by image"}
+    return {**config.identity(*settings), "precision": precision, "batches": "by image"}
 
 
 @contextmanager

@@ -277,7 +277,7 @@ class OpenAIChat:
         """
         if isinstance(body, dict) and body.get("code") == TOO_LARGE:  # of the transport, not of the server
             self._failures.clear()
-            return ChatResponse(request.id, None, str(body["message"]))
+            return ChatResponse(request.id, None, f"the reply is not read{self._server_message(body)}")
         message = f"HTTP {status}{self._server_message(body)}"
         if is_content_filter(body):  # it concerns this question alone
             self._failures.clear()

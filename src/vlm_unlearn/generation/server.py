@@ -36,8 +36,7 @@ class ServerBackend:
         settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed", "request")
         # A server does not tell which weights it runs, so they cannot be part of the identity.
         model = {"server": self._config.server, "name": self._model, "weights": "unknown"}
-        loader = {} if self._config.image_loader == "viewer" else {"image_loader": self._config.image_loader}
-        return {"model": model, "generation": {**self._config.model_dump(include=set(settings)), **loader}}
+        return {"model": model, "generation": self._config.identity(*settings)}
 
     def _chat(self, concurrency: int) -> OpenAIChat:
         config = self._config

@@ -49,8 +49,7 @@ class VLLMBackend:
 
     def identity(self) -> Mapping[str, object]:
         settings = ("backend", "max_new_tokens", "temperature", "top_p", "seed")
-        loader = {} if self._config.image_loader == "viewer" else {"image_loader": self._config.image_loader}
-        generation = {**self._config.model_dump(include=set(settings)), **loader, "precision": self._precision}
+        generation = {**self._config.identity(*settings), "precision": self._precision}
         return {"model": run_digest(self._folder), "generation": {**generation, "vllm": _vllm_version()}}
 
     @cached_property
