@@ -83,7 +83,7 @@ def _has_late_exif(image: Image.Image) -> bool:
     try:
         for _ in range(MAX_CHUNKS):
             stream.seek(start)
-            header = stream.read(8)
+            header: bytes = stream.read(8)
             if len(header) < 8 or header[4:] in (b"IEND", b"eXIf"):
                 return header[4:] == b"eXIf"
             start += int.from_bytes(header[:4], "big") + 12  # with the header and the checksum
