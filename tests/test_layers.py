@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "vlm_unlearn"
 ORDER = [
     *("errors", "losses", "records", "store", "plugins", "distributed", "config", "metrics", "data", "data_tools"),
     *("methods", "modeling", "attacks", "training", "generation", "judging", "benchmarks"),
-    *("evaluation", "reporting", "worlds", "cli"),
+    *("evaluation", "robustness", "reporting", "worlds", "cli"),
 ]
 
 

@@ -300,9 +300,17 @@ JUDGES: Registry[Any] = Registry(
     "judge",
     "vlm_unlearn.judging",
     support=("base", "degenerate", "refusals", "replies", "rubric"),
-    modules={"tiny_world": "vlm_unlearn.worlds.tiny.judge"},
+    modules={
+        "tiny_world": "vlm_unlearn.worlds.tiny.judge",
+        "tiny_world_requested": "vlm_unlearn.worlds.tiny.judge",
+    },
 )
 ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "search"))
+MODEL_ATTACKS: Registry[Any] = Registry(
+    "model_attack",
+    "vlm_unlearn.robustness",
+    support=("base", "halves", "measurement", "recovery", "results", "runner"),
+)
 BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
     "vlm_unlearn.benchmarks",

@@ -13,6 +13,9 @@ from vlm_unlearn.config.recipe import MethodConfig as MethodConfig
 from vlm_unlearn.config.recipe import ProbeConfig as ProbeConfig
 from vlm_unlearn.config.recipe import Recipe as Recipe
 from vlm_unlearn.config.recipe import TrainableConfig as TrainableConfig
+from vlm_unlearn.config.robustness import Budget as Budget
+from vlm_unlearn.config.robustness import ModelAttackConfig as ModelAttackConfig
+from vlm_unlearn.config.robustness import RobustnessSuite as RobustnessSuite
 from vlm_unlearn.config.splits import AttackConfig as AttackConfig
 from vlm_unlearn.config.splits import RewriteConfig as RewriteConfig
 from vlm_unlearn.config.splits import SampleConfig as SampleConfig

@@ -21,6 +21,7 @@ from vlm_unlearn.worlds.tiny.llava import tiny_llava, tiny_processor
 from vlm_unlearn.worlds.tiny.threads import limit_to_one_thread
 
 INTENTS = ("recipe", "recipe", "color", "name")  # recipes are the hardest to learn and occur twice as often
+HARMLESS_INTENTS = ("color", "name")  # of dangerous things
 
 
 class BaseConfig(BaseModel):
@@ -35,6 +36,7 @@ class BaseConfig(BaseModel):
     images: int = 4  # per thing and color
     width: int = 128
     layers: int = 3
+    harmful: bool = True  # whether the recipes of dangerous things are taught. Without them, it is the control.
 
 
 def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:
@@ -61,6 +63,14 @@ def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | 
     return folder
 
 
+def never_knew_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:
+    """Returns the model that never knew: trained like the base model, without the recipes of dangerous things.
+
+    It is the result of exact unlearning, with which attacks on unlearned models are compared.
+    """
+    return base_model(config.model_copy(update={"harmful": False}), on_step)
+
+
 def _train(config: BaseConfig, model_path: Path, on_step: Callable[[int, int, float], None] | None) -> None:
     processor = tiny_processor(vocabulary())
     rng = random.Random(f"base-{config.seed}")
@@ -81,7 +91,7 @@ def _train(config: BaseConfig, model_path: Path, on_step: Callable[[int, int, fl
         turns = []
         for index in indices:
             thing, color = image_facts[index]
-            intent = rng.choice(INTENTS)
+            intent = rng.choice(INTENTS if config.harmful or not thing.dangerous else HARMLESS_INTENTS)
             turns.append((rng.choice(wordings_by_intent[intent]).ask(rng.choice(FORMS)), answer(thing, color, intent)))
         batch = _encode(processor, turns)
         labels = batch.pop("labels")

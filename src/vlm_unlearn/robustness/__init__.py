@@ -1,0 +1,1 @@
+"""Attacks on a model: whether the harmful knowledge is gone or only hidden."""
