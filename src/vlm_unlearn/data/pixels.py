@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,16 +82,35 @@ def _has_late_exif(image: Image.Image) -> bool:
         return False
     position = stream.tell()
     start = len(PNG_SIGNATURE)
+    read = _reader(stream)
     try:
         for _ in range(MAX_CHUNKS):
-            stream.seek(start)
-            header: bytes = stream.read(8)
+            header = read(start)
             if len(header) < 8 or header[4:] in (b"IEND", b"eXIf"):
                 return header[4:] == b"eXIf"
             start += int.from_bytes(header[:4], "big") + 12  # with the header and the checksum
+        stream.seek(start)
         return b"eXIf" in stream.read()
     finally:
         stream.seek(position)
+
+
+def _reader(stream: Any) -> Callable[[int], bytes]:
+    """Returns a function that reads the header of the chunk at a position, 8 bytes, or fewer at the end."""
+    try:
+        descriptor = stream.fileno() if hasattr(os, "pread") else None
+    except (AttributeError, OSError):  # bytes in memory
+        descriptor = None
+    if descriptor is not None:
+        # A buffered stream would read some kilobytes at each position.
+        return lambda start: os.pread(descriptor, 8, start)
+
+    def read(start: int) -> bytes:
+        stream.seek(start)
+        header: bytes = stream.read(8)
+        return header
+
+    return read
 
 
 def _transposed(image: Image.Image, orientation: int) -> Image.Image:
