@@ -317,7 +317,7 @@ BENCHMARKS: Registry[Any] = Registry(
     support=("base", "official_files", "prompts", "scoring", "vqa_text"),
 )
 FORMATS: Registry[Any] = Registry(
-    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages")
+    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages", "table_rows")
 )
 BACKENDS: Registry[Any] = Registry(
     "backend",

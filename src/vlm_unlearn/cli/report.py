@@ -16,6 +16,7 @@ from vlm_unlearn.cli.common import (
     result_console,
     status_console,
 )
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.runs import named_runs
 from vlm_unlearn.errors import printable
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vlm_unlearn.records import Summary
 
 
+@reads_images
 def report(
     runs: list[Path] = typer.Argument(
         ...,

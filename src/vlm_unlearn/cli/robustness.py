@@ -18,6 +18,7 @@ from vlm_unlearn.cli.common import (
     status_console,
 )
 from vlm_unlearn.cli.completion import robustness_keys, robustness_suite_names
+from vlm_unlearn.cli.image_folders import reads_images
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vlm_unlearn.robustness.results import AttackResult, RobustnessReport
 
 
+@reads_images
 def robustness(
     run: str = typer.Argument(..., metavar="RUN", help="The unlearned model: a training run, a model or an adapter."),
     overrides: list[str] = typer.Argument(

@@ -339,9 +339,13 @@ def validate(config: type[Config], value: object, source: str) -> Config:
         and problem["type"] != "extra_forbidden"
     ]
     if same_value and location[-1] not in siblings:
-        message = " or ".join(str(problem["msg"]) for problem in (first, *same_value))
+        # The items of a list have the same message.
+        message = " or ".join(dict.fromkeys(str(problem["msg"]) for problem in (first, *same_value)))
         field = ".".join(map(str, location[:-1]))
         raise UserError(message, code="invalid-field", file=source, field=field)
+    if isinstance(first["input"], bool) and first["type"] in ("string_type", "path_type"):
+        message = 'YAML reads on, yes, off and no as true and false. Put the text into quotes, such as "no".'
+        raise UserError(message, code="invalid-field", file=source, field=key)
     cause = first.get("ctx", {}).get("error")
     code = cause.code if isinstance(cause, UserError) else "invalid-field"
     raise UserError(first["msg"].removeprefix("Value error, "), code=code, file=source, field=key or None)

@@ -45,8 +45,8 @@ class SplitConfig(Strict):
     format: Annotated[str, PluginName(plugins.FORMATS)]
     """`vlguard`, `safe_eraser`, `table`, `prompts`, or another format. `FILE.py:CLASS` is a class of a file.
 
-    A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set, which
-    docs/your-own-data.md describes. `prompts` is the file prompts.jsonl of an evaluation.
+    A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set, or with messages and images,
+    which docs/your-own-data.md describes. `prompts` is the file prompts.jsonl of an evaluation.
     """
     file: Path
     """File with the questions."""

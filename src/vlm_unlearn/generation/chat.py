@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm_unlearn.data.images import ImageReference, ImageSource, open_image, png_url
+from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import RunError, quoted
 from vlm_unlearn.records import Prompt
@@ -156,6 +157,7 @@ def complete_many(
             chat: dict[str, object] = {"history": request.history} if request.history else {}
             chat |= {} if request.system is None else {"system": request.system}
             chat |= {"image_offset": request.image_offset} if request.image_offset else {}
+            chat |= {} if image_digest is None else {"decoder": DECODER_VERSION}
             content = {"text": request.text, "image": image_digest, **chat}
             key = digest_json({"model": identity, **content, **seed})
             cached_text = cache.get(key) if cache else None

@@ -238,13 +238,20 @@ def generate_batch(
 
 def _rejected(processor: Processor, request: GenerationRequest) -> Response | None:
     """Returns a failed response to a request that cannot be encoded, or None."""
+    reason = rejection(processor, Turn.of_prompt(request.prompt, request.image))
+    if reason is None:
+        return None
+    image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
+    message = f"the processor rejects the question{image}: {reason}"
+    return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
+
+
+def rejection(processor: Processor, turn: Turn) -> str | None:
+    """Returns why a processor rejects a question and its image, or None if it can encode them."""
     try:
-        encode(processor, [Turn.of_prompt(request.prompt, request.image)], "left")
-    except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
-        image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
-        message = f"the processor rejects the question{image}: {reason}"
-        return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
+        encode(processor, [turn], "left")
+    except Exception as error:  # processors raise many types of errors
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
@@ -80,8 +80,27 @@ class VLLMBackend:
             yield from self._generate([request])
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[Response]:
+        """Returns the responses to a batch. A request with a broken image, or that vLLM rejects, fails alone."""
+        conversations: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        responses: dict[tuple[str, int], Response] = {}
+        for request in requests:
+            try:
+                chat = ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image)
+                conversations[request.key] = chat.messages()
+            except UserError as error:
+                responses[request.key] = _failed(request, str(error))
+        valid = [request for request in requests if request.key in conversations]
+        for request, response in zip(valid, self._chat(valid, conversations), strict=True):
+            responses[request.key] = response
+        return [responses[request.key] for request in requests]
+
+    def _chat(
+        self, requests: Sequence[GenerationRequest], conversations: Mapping[tuple[str, int], list[dict[str, Any]]]
+    ) -> list[Response]:
         from vllm import SamplingParams
 
+        if not requests:
+            return []
         config = self._config
         sampling_params = [
             SamplingParams(
@@ -92,10 +111,14 @@ class VLLMBackend:
             )
             for request in requests
         ]
-        messages = [
-            ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image).messages() for request in requests
-        ]
-        outputs = self._engine.chat(messages, sampling_params, use_tqdm=False)
+        messages = [conversations[request.key] for request in requests]
+        engine = self._engine
+        try:
+            outputs = engine.chat(messages, sampling_params, use_tqdm=False)
+        except ValueError as error:  # such as a prompt that is too long, or an image that the processor rejects
+            if len(requests) > 1:
+                return [response for request in requests for response in self._chat([request], conversations)]
+            return [_failed(requests[0], f"vLLM rejects the question: {quoted(error, 300)}")]
         return [
             Response(
                 prompt_id=request.prompt.id,
@@ -105,6 +128,10 @@ class VLLMBackend:
             )
             for request, output in zip(requests, outputs, strict=True)
         ]
+
+
+def _failed(request: GenerationRequest, error: str) -> Response:
+    return Response(prompt_id=request.prompt.id, sample=request.sample, error=error)
 
 
 def tensor_parallel_size(model_path: Path) -> int:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.data.images import image_size, open_image, resolve_image
+from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.data_tools.parallel import map_in_threads
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.store import digest_file
+from vlm_unlearn.store import digest_file, digest_text
 
 MAX_IMAGE_SIDE = 320  # pixels
 ImageReference = tuple[Path | None, str]  # the image root, and a record's path below it
@@ -40,8 +41,8 @@ def write_thumbnails(
 ) -> dict[ImageReference, Thumbnail]:
     """Writes a thumbnail of each image. The image is decoded and encoded again, so no byte of the source is copied.
 
-    The digest of the source is the thumbnail's name. Identical images therefore share a thumbnail, and an existing
-    thumbnail is used again.
+    The digest of the source and of the decoder's version is the thumbnail's name. Identical images therefore share a
+    thumbnail, and an existing thumbnail is used again.
 
     Args:
         image_dir: The folder to write to.
@@ -80,7 +81,7 @@ def _resolve(root: Path | None, relative: str) -> Path | str:
 
 def _digest(path: Path) -> str | None:
     try:
-        return digest_file(path)[:32]
+        return digest_text(f"{DECODER_VERSION} {digest_file(path)}")[:32]
     except OSError:
         return None
 
