@@ -67,6 +67,7 @@ def load(
 _KEYS_OF_OTHER_CONFIG = {
     "method": "a recipe, for `vlm-unlearn train`",
     "metrics": "a suite, for `vlm-unlearn evaluate`",
+    "questions": "a robustness suite, for `vlm-unlearn robustness`",
 }
 
 

@@ -31,23 +31,41 @@ class NPOOptions(Options):
     """Weight of the cross-entropy on retain answers."""
     reduction: Literal["mean", "sum"] = "mean"
     """How the NLL of a sample is computed: token mean, or sequence sum as in the NPO paper."""
+    refusal_weight: NonNegative = 0.0
+    """Weight of the cross-entropy on a random refusal to each forget question, as in `po`. 0 trains no refusals."""
 
 
-@register("npo", "Zhang et al. 2024, arXiv 2404.05868; Safety Mirage, arXiv 2503.11832")
+@register(
+    "npo",
+    "Zhang et al. 2024, arXiv 2404.05868; Safety Mirage, arXiv 2503.11832; refusal_weight: SafeEraser's PO, "
+    "arXiv 2502.12520",
+)
 class NPO(Method):
     """Negative Preference Optimization (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
     Pushes the likelihood of the forget answers below that under the reference model. The gradient vanishes as the
     gap grows. With `paper_compat`, the loss uses the difference of batch means, as in Safety Mirage's code, instead
     of one difference per sample.
+
+    NPO alone leaves open what the model answers instead, which is often a broken sentence. `refusal_weight` adds the
+    refusals of SafeEraser's PO (arXiv 2502.12520): the loss is ``npo + refusal_weight * CE(refusal)``, with the refusal
+    that `po` would use at the same position of the stream.
     """
 
     options_type = NPOOptions
 
+    def __init__(self, options: NPOOptions) -> None:
+        super().__init__(options)
+        if options.refusal_weight:
+            self.preferred_answers = "refusal"  # type: ignore[misc]
+
     @property
     def requirements(self) -> ForwardRequirements:
         forget, retain = ReferenceNLL("forget"), ReferenceNLL("retain")
-        return ForwardRequirements(references=(forget, retain) if self.options.retain_npo_weight else (forget,))
+        return ForwardRequirements(
+            roles=("forget", "preferred", "retain") if self.options.refusal_weight else ("forget", "retain"),
+            references=(forget, retain) if self.options.retain_npo_weight else (forget,),
+        )
 
     def loss(self, step: Step) -> LossOutput:
         options: NPOOptions = self.options
@@ -58,6 +76,9 @@ class NPO(Method):
         if options.retain_npo_weight:
             terms["retain_npo"] = npo_retain_loss(*self._current_and_reference_nll(step, "retain"), options.beta)
             total = total + options.retain_npo_weight * terms["retain_npo"]
+        if options.refusal_weight:
+            terms["refusal"] = step.cross_entropy("preferred")
+            total = total + options.refusal_weight * terms["refusal"]
         return LossOutput(total, terms)
 
     def _current_and_reference_nll(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,67 @@
+"""NPO with a refusal term: the loss is NPO's plus PO's refusal term, in separate and in shared forward passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trained import StepResult, StepScene, max_difference
+from vlm_unlearn.methods.base import LossOutput, Step
+from vlm_unlearn.modeling.batch_merge import merge_batches
+from vlm_unlearn.modeling.packing import packing_of
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.training.references import FrozenCopyReference
+
+NPO = {"name": "npo", "beta": 0.5}
+NPO_REFUSAL = {**NPO, "refusal_weight": 1.0}
+
+
+def refusal_term(step: Step) -> LossOutput:
+    """PO's term on the forget questions, whose answers are refusals."""
+    refusal = step.cross_entropy("forget")
+    return LossOutput(refusal, {"refusal": refusal})
+
+
+def run_step(scene: StepScene, share_images: bool) -> StepResult:
+    """Returns one step of two micro-batches. Without image keys, no question shares its image."""
+    reference = FrozenCopyReference(scene.model)
+    scene.perturb()
+    batches = scene.micro_batches(rows=4, count=2)
+    if not share_images:
+        for role_batches in batches:
+            for batch in role_batches.values():
+                del batch["images"]
+    return scene.step(batches, reference)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0], ids=["alone", "decoupled"])
+@pytest.mark.parametrize("share_images", [True, False], ids=["shared", "separate"])
+def test_loss_and_gradients_are_those_of_npo_plus_the_refusal_term_of_po(
+    tiny_model: Path, training_sets: dict[str, Path], share_images: bool, weight: float
+) -> None:
+    """The refusals are those of PO at the same positions of the stream. PO's retain term is a term of NPO already."""
+    data = training_sets["safe_eraser"]
+    po_scene = StepScene(tiny_model, data, "po")
+    po_scene.method.loss = refusal_term  # type: ignore[method-assign]
+    both = run_step(StepScene(tiny_model, data, NPO_REFUSAL, weight), share_images)
+    npo = run_step(StepScene(tiny_model, data, NPO, weight), share_images)
+    refusal = run_step(po_scene, share_images)
+    assert both.terms == pytest.approx({**npo.terms, **refusal.terms}, rel=1e-4)
+    total = {name: gradient + refusal.gradients[name] for name, gradient in npo.gradients.items()}
+    assert max_difference(both.gradients, total) < 1e-5
+    assert max_difference(both.gradients, npo.gradients) > 1e-3
+
+
+def test_a_question_shares_its_image_with_its_refusal(tiny_model: Path, training_sets: dict[str, Path]) -> None:
+    scene = StepScene(tiny_model, training_sets["safe_eraser"], NPO_REFUSAL)
+    batches = scene.micro_batches(rows=4)[0]
+    merged = merge_batches([batches["forget"], batches["preferred"]])
+    assert batches["forget"]["images"].equal(batches["preferred"]["images"])
+    assert packing_of(VisionLanguageModel(scene.model), merged, scene.method) is not None
+
+
+def test_weight_zero_adds_no_role(tiny_model: Path, training_sets: dict[str, Path]) -> None:
+    plain = StepScene(tiny_model, training_sets["safe_eraser"], {**NPO, "refusal_weight": 0.0})
+    assert plain.method.requirements.roles == ("forget", "retain")
+    assert plain.method.preferred_answers is None
