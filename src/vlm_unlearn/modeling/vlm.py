@@ -81,6 +81,17 @@ class VisionLanguageModel:
             for projector, copy in zip(projectors, copies, strict=True)
         ]
 
+    def decoder_linears(self) -> dict[str, nn.Linear]:
+        """Returns the linear layers of the decoder layers, by their names in `base_model`.
+
+        They are the ones that quantization and pruning change. The output head and fused experts are not among them.
+        """
+        return {
+            f"{self.structure.layers}.{name}": module
+            for name, module in self.decoder_layers.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
     def component(self, parameter_name: str) -> Component:
         """Returns the component to which a parameter of `base_model` belongs."""
         return self.structure.component(parameter_name)
