@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vlm_unlearn.data.processor_call import Processor
+from vlm_unlearn.data.processor_call import Processor, panics_as_errors
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_rope_keys, validate_tied_head
 from vlm_unlearn.modeling.size_limits import (
@@ -21,10 +21,9 @@ from vlm_unlearn.modeling.size_limits import (
     validate_config_sizes,
     validate_file_sizes,
     validate_image_sizes,
-    validate_processor_sizes,
 )
 from vlm_unlearn.modeling.structure import Structure, find_structure
-from vlm_unlearn.modeling.trial import try_processor_files
+from vlm_unlearn.modeling.trial import check_processor_files
 from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
 from vlm_unlearn.store.model_files import BASE_MODEL_FILE
 
@@ -123,12 +122,12 @@ def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "p
     """
     from vlm_unlearn.modeling.processors import auto_processor, pad_to_squares
 
-    validate_config_sizes(model_path)
-    validate_processor_sizes(model_path)
-    try_processor_files(model_path)
+    check_processor_files(model_path)
     try:
-        processor = auto_processor(model_path)
-    except UserError:
+        with panics_as_errors():
+            processor = auto_processor(model_path)
+    except UserError as error:
+        error.file = error.file or model_path
         raise
     except Exception as error:  # broken tokenizer files raise many types
         raise UserError(
@@ -299,7 +298,7 @@ def _without_zero3() -> Iterator[None]:
 
 
 def _count_weights(model_path: Path) -> tuple[int, int]:
-    """Returns how many tensors and how many numbers the weight files of a folder contain, according to their headers."""
+    """Returns the numbers of tensors and of weights in the weight files of a folder, according to their headers."""
     sizes: list[int] = []
     for file in model_path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:

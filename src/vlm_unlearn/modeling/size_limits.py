@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch.nn.modules import module as torch_module
 
-from vlm_unlearn.data.processor_call import Processor
+from vlm_unlearn.data.processor_call import MAX_PIXELS, Processor, image_sides
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import read_json
 
@@ -29,14 +29,13 @@ MAX_FILE_BYTES = {
 MAX_BYTES_BY_SUFFIX = {".jinja": MB, ".json": 256 * MB, ".model": 256 * MB, ".txt": 256 * MB}
 MAX_LIST_LENGTH = 10_000
 # transformers builds lists of these lengths from a config.
-MAX_LAYERS = 100_000
+MAX_LAYERS = 30_000
 _LAYER_KEY = re.compile(r"layers?|depths?|blocks?|stages?|experts?|labels")
-MAX_MODULES = 60_000  # modules and parameters of a model, of which a second builds about 8,000
+MAX_MODULES = 20_000  # modules and parameters of a model, of which 5,000 to 10,000 are built in a second
 MAX_BUFFER_NUMBERS = 1 << 28
 MAX_IMAGE_TOKENS = 65_536
 _TOKEN_KEY = re.compile(r"seq_len|seq_length|num_\w*tokens")
-MAX_PIXELS = 1 << 25  # of a resized image. Qwen3-VL's limit is 1 << 24
-MAX_EDGE = 5_792  # the edge of a square of that many pixels
+MAX_EDGE = 5_792  # the edge of a square of MAX_PIXELS
 MAX_TILE_PIXELS = 1 << 26  # of all tiles of an image together
 # The image processor repeats a tile this many times at most.
 _TILE_KEYS = ("max_image_tiles", "max_patches", "pan_and_scan_max_num_crops", "max_num_patches", "max_slice_nums")
@@ -106,8 +105,17 @@ def validate_image_sizes(processor: Processor, folder: Path) -> None:
     # In these classes, the edges of a size are numbers of pixels.
     edges_are_pixels = hasattr(type(image_processor), "temporal_patch_size")
     largest_tile = 1
-    for name in ("size", "crop_size", "pad_size", "max_image_size", "min_size", "tile_size", "min_pixels", "max_pixels"):
-        sides = _sides(getattr(image_processor, name, None))
+    for name in (
+        "size",
+        "crop_size",
+        "pad_size",
+        "max_image_size",
+        "min_size",
+        "tile_size",
+        "min_pixels",
+        "max_pixels",
+    ):
+        sides = image_sides(getattr(image_processor, name, None))
         for key, value in sides.items():
             is_area = "pixels" in (name + key) or (edges_are_pixels and key.endswith("_edge"))
             limit = MAX_PIXELS if is_area else MAX_EDGE
@@ -123,30 +131,6 @@ def validate_image_sizes(processor: Processor, folder: Path) -> None:
             raise _too_large(folder, "image_grid_pinpoints", height * width, MAX_PIXELS)
 
 
-def validate_resized_image(processor: Processor, width: int, height: int) -> None:
-    """Checks that an image is not resized to a gigantic one. One of 20,000 x 1 pixels would be for many processors.
-
-    Args:
-        processor: The processor of the model.
-        width: The width of the image in pixels.
-        height: Its height.
-
-    Raises:
-        UserError: The processor resizes the shorter side to a fixed length, and the longer one becomes too long.
-    """
-    image_processor = getattr(processor, "image_processor", None)
-    sides = _sides(getattr(image_processor, "size", None))
-    if set(sides) != {"shortest_edge"} or not getattr(image_processor, "do_resize", False):
-        return
-    pixels = sides["shortest_edge"] ** 2 * max(width, height) // min(width, height)
-    if pixels > 2 * MAX_PIXELS:
-        raise UserError(
-            f"the image has {width} x {height} pixels, and the processor would resize it to {pixels:,} pixels. Crop "
-            "it, or pad it to a square.",
-            code="image-too-large",
-        )
-
-
 @contextmanager
 def limited_modules(num_tensors: int, file: str | Path) -> Iterator[None]:
     """Within the block, building a model of far more modules than its weight files can fill raises an error.
@@ -158,7 +142,7 @@ def limited_modules(num_tensors: int, file: str | Path) -> Iterator[None]:
     Raises:
         UserError: The model has too many modules.
     """
-    limit, count = MAX_MODULES + 10 * num_tensors, 0
+    limit, count = MAX_MODULES + 20 * num_tensors, 0
 
     def add(*_: Any) -> None:
         nonlocal count
@@ -232,12 +216,3 @@ def _children(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for item in value:
             yield key, item
-
-
-def _sides(size: Any) -> dict[str, int]:
-    """Returns the integers of an image size, which is a number, an object or a `SizeDict`."""
-    if isinstance(size, int):
-        return {"": size}
-    if not isinstance(size, Mapping):
-        size = getattr(size, "__dict__", None) or {}
-    return {key: value for key, value in size.items() if isinstance(value, int)}

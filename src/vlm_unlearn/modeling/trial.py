@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.modeling import trial_program
+from vlm_unlearn.modeling.size_limits import validate_config_sizes, validate_processor_sizes
 from vlm_unlearn.store import cache_folder, digest_file, digest_json
 
 SECONDS = 30.0  # of the steps. The start of the process is not counted
@@ -39,6 +40,17 @@ class Pattern(NamedTuple):
     field: str
     function: str
     text: str
+
+
+def check_processor_files(folder: Path) -> None:
+    """Checks the untrusted files of a processor: their sizes, and whether they can be used within limits.
+
+    Raises:
+        UserError: A file describes something gigantic, or needs too much time or memory.
+    """
+    validate_config_sizes(folder)
+    validate_processor_sizes(folder)
+    try_processor_files(folder)
 
 
 def try_processor_files(folder: Path) -> None:
