@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ MAX_IMAGE_TOKENS = 65_536
 _TOKEN_KEY = re.compile(r"seq_len|seq_length|num_\w*tokens")
 MAX_EDGE = 5_792  # the edge of a square of MAX_PIXELS
 MAX_TILE_PIXELS = 1 << 26  # of all tiles of an image together
+_SIZE_KEYS = ("size", "crop_size", "pad_size", "max_image_size", "min_size", "tile_size", "min_pixels", "max_pixels")
 # The image processor repeats a tile this many times at most.
-_TILE_KEYS = ("max_image_tiles", "max_patches", "pan_and_scan_max_num_crops", "max_num_patches", "max_slice_nums")
+_TILE_KEYS = ("max_image_tiles", "max_patches", "min_patches", "pan_and_scan_max_num_crops", "max_slice_nums")
 
 
 def validate_file_sizes(folder: Path) -> None:
@@ -105,16 +107,7 @@ def validate_image_sizes(processor: Processor, folder: Path) -> None:
     # In these classes, the edges of a size are numbers of pixels.
     edges_are_pixels = hasattr(type(image_processor), "temporal_patch_size")
     largest_tile = 1
-    for name in (
-        "size",
-        "crop_size",
-        "pad_size",
-        "max_image_size",
-        "min_size",
-        "tile_size",
-        "min_pixels",
-        "max_pixels",
-    ):
+    for name in _SIZE_KEYS:
         sides = image_sides(getattr(image_processor, name, None))
         for key, value in sides.items():
             is_area = "pixels" in (name + key) or (edges_are_pixels and key.endswith("_edge"))
@@ -126,9 +119,10 @@ def validate_image_sizes(processor: Processor, folder: Path) -> None:
         count = getattr(image_processor, name, None)
         if isinstance(count, int) and count * largest_tile > MAX_TILE_PIXELS:
             raise _too_large(folder, name, count, max(1, MAX_TILE_PIXELS // largest_tile))
-    for height, width in getattr(image_processor, "image_grid_pinpoints", None) or ():
-        if height * width > MAX_PIXELS:
-            raise _too_large(folder, "image_grid_pinpoints", height * width, MAX_PIXELS)
+    pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
+    for sides in pinpoints if isinstance(pinpoints, list | tuple) else ():
+        if all(isinstance(side, int) for side in sides) and math.prod(sides) > MAX_PIXELS:
+            raise _too_large(folder, "image_grid_pinpoints", math.prod(sides), MAX_PIXELS)
 
 
 @contextmanager

@@ -34,12 +34,13 @@ _PLAIN_NAME = re.compile(r"[\w.-]*")
 
 
 class Pattern(NamedTuple):
-    """A regular expression of a file, with the function of `re` that its user calls."""
+    """A regular expression of a file."""
 
     file: Path
     field: str
-    function: str
-    text: str
+    function: str  # of `re`, that its user calls
+    text: str  # the text in the file
+    expression: str  # the expression that its user makes of the text
 
 
 def check_processor_files(folder: Path) -> None:
@@ -92,7 +93,9 @@ def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
     expressions = [pattern for pattern in patterns if not _PLAIN_NAME.fullmatch(pattern.text)]
     if expressions:
         request = {
-            "patterns": [[str(file), field, function, text] for file, field, function, text in expressions],
+            "patterns": [
+                [str(pattern.file), pattern.field, pattern.function, pattern.expression] for pattern in expressions
+            ],
             "names": list(names),
         }
         _run(request, Path(), PATTERN_SECONDS, PATTERN_MEMORY_BYTES)
