@@ -143,15 +143,15 @@ class DefendedStep:
 
     def _set_gradients(self, forget: Weights) -> list[LossOutput]:
         """Sets the gradients of the parameters: those of the forget terms, plus those of all other terms."""
-        self._clear_gradients()
+        # The gradients of the forget terms are the same in all processes, so that averaging the sums keeps them.
+        for name, parameter in self._context.parameters.items():
+            parameter.grad = forget.get(name)
         outputs = []
         for batches in self._micro_batches:
             roles = [role for role in batches if role not in FORGET_ROLES]
             outputs.append(self._backward(batches, roles) if roles else self._constant_loss(batches))
-        other = self._take_gradients()
-        for name, parameter in self._context.parameters.items():
-            gradients = [values[name] for values in (forget, other) if name in values]
-            parameter.grad = gradients[0].add_(gradients[1]) if len(gradients) == 2 else next(iter(gradients), None)
+        for name, gradient in self._take_gradients().items():
+            self._context.parameters[name].grad = gradient
         return outputs
 
     def _constant_loss(self, batches: MicroBatch) -> LossOutput:

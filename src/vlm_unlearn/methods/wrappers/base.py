@@ -72,6 +72,8 @@ class Defense:
     source: ClassVar[str] = ""
     """The paper and its arXiv number."""
     options_type: ClassVar[type[Strict]] = Strict  # no options
+    weight_copies: ClassVar[int] = 0
+    """The number of copies of the trainable parameters that the defense holds at its peak. Frozen ones have none."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.options_type() if options is None else options

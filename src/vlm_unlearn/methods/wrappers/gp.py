@@ -27,6 +27,7 @@ class GP(Defense):
     """
 
     options_type = GPOptions
+    weight_copies = 2
 
     def forget_gradient(self, objective: ForgetObjective) -> Weights:
         options: GPOptions = self.options

@@ -28,7 +28,7 @@ class LATOptions(Strict):
 
 @register("lat", "Sheshadri et al. 2024, arXiv 2407.15549; Casper et al. 2024, arXiv 2403.05030")
 class LAT(Defense):
-    """Trains the forget terms under an attack on the hidden states (Sheshadri et al. 2024, arXiv 2407.15549, eq. 3).
+    """Trains the forget terms under an attack on the hidden states (Sheshadri et al. 2024, arXiv 2407.15549).
 
     For each micro-batch, projected gradient descent (PGD) finds perturbations of the residual stream after some
     decoder layers that increase the forget loss, which brings the harmful answers back. The step then trains the

@@ -28,6 +28,7 @@ class RS(Defense):
     """
 
     options_type = RSOptions
+    weight_copies = 2
 
     def forget_gradient(self, objective: ForgetObjective) -> Weights:
         options: RSOptions = self.options

@@ -17,7 +17,7 @@ class SAMOptions(Strict):
 
 @register("sam", "Fan et al. 2025, arXiv 2502.05374; Foret et al. 2021, arXiv 2010.01412")
 class SAM(Defense):
-    """Trains the forget terms at the worst weights nearby (Fan et al. 2025, arXiv 2502.05374, eq. 5 to 7).
+    """Trains the forget terms at the worst weights nearby (Fan et al. 2025, arXiv 2502.05374).
 
     The gradient of the forget loss ``l_f`` is ``grad l_f(w + rho * g / |g|)`` with ``g = grad l_f(w)``. Weights that
     relearning reaches within a few steps then stay unlearned too. The perturbation is computed from all micro-batches
@@ -26,6 +26,7 @@ class SAM(Defense):
     """
 
     options_type = SAMOptions
+    weight_copies = 1
 
     def forget_gradient(self, objective: ForgetObjective) -> Weights:
         return objective.gradient(scaled_to(objective.gradient(), self.options.rho))

@@ -36,6 +36,7 @@ class SWA(Defense):
     """
 
     options_type = SWAOptions
+    weight_copies = 1
 
     def __init__(self, options: SWAOptions | None = None) -> None:
         super().__init__(options)
