@@ -161,14 +161,19 @@ class DefendedStep:
 
     def _take_gradients(self) -> Weights:
         """Removes the gradients from the parameters and returns them, averaged over all processes."""
-        gradients: Weights = {}
-        for name, parameter in self._context.parameters.items():
-            gradient, parameter.grad = parameter.grad, None
-            if self._context.average is not None:
-                gradient = self._context.average(torch.zeros_like(parameter) if gradient is None else gradient)
-            if gradient is not None:
-                gradients[name] = gradient
-        return gradients
+        parameters, average = self._context.parameters, self._context.average
+        gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+        self._clear_gradients()
+        if average is None:
+            return gradients
+        # A parameter may have a gradient in some processes only, such as the projector on batches without images.
+        device = next(iter(parameters.values())).device
+        used = average(torch.tensor([float(name in gradients) for name in parameters], device=device)).tolist()
+        return {
+            name: average(gradients.pop(name, torch.zeros_like(value)))
+            for (name, value), fraction in zip(parameters.items(), used, strict=True)
+            if fraction > 0
+        }
 
     def _clear_gradients(self) -> None:
         for parameter in self._context.parameters.values():
