@@ -75,6 +75,9 @@ class Defense:
     weight_copies: ClassVar[int] = 0
     """The number of copies of the trainable parameters that the defense holds at its peak. Frozen ones have none."""
 
+    tiny_options: ClassVar[Mapping[str, Any]] = {}
+    """Options that differ from the defaults for a model of two decoder layers, as tests and the demo use."""
+
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.options_type() if options is None else options
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -37,6 +37,7 @@ class LAT(Defense):
     """
 
     options_type = LATOptions
+    tiny_options: ClassVar[Mapping[str, Any]] = {"layers": [0, 1], "epsilon": 0.5}
 
     def prepare(self, method: Method, layers: int, steps: int) -> None:
         options: LATOptions = self.options
