@@ -31,6 +31,7 @@ from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
+from vlm_unlearn.methods.wrappers import DEFENSES
 from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -259,6 +260,15 @@ def _method(name: str, method: type[Method]) -> Iterator[str]:
     yield _fields(method.options_type)
 
 
+def defenses() -> str:
+    """Returns the docstring, source and options of every defense."""
+    sections = []
+    for name, defense in sorted(DEFENSES.items()):
+        sections += [f"## {name}\n\n{_prose_of(defense)}\n", f"- Source: {defense.source}\n"]
+        sections.append(_fields(defense.options_type))
+    return "\n".join(sections)
+
+
 def benchmarks() -> str:
     """Returns a table of every benchmark and its official files."""
     heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scoring"]
@@ -367,7 +377,7 @@ def records() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(commands, recipe_fields, suite_fields, robustness_fields, attacks, methods, benchmarks, rubrics, recipes),
-        *(metrics, records),
+        *(commands, recipe_fields, suite_fields, robustness_fields, attacks, methods, defenses, benchmarks, rubrics),
+        *(recipes, metrics, records),
     )
 }

@@ -274,7 +274,7 @@ def _current_names(config: type[BaseModel], keys: Sequence[str], value: Any) -> 
     return renamed, value
 
 
-_NAME_KEYS = ("method", "judge")  # keys whose value can be a name alone
+_NAME_KEYS = ("method", "judge", "defense")  # keys whose value can be a name alone
 
 
 def _child(target: Any, key: str, override: str) -> Any:

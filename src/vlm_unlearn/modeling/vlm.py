@@ -226,6 +226,30 @@ class VisionLanguageModel:
         return logits, hidden
 
     @contextmanager
+    def shifted_layers(self, shifts: Mapping[int, Tensor]) -> Iterator[None]:
+        """Adds tensors [B, S, H] to the outputs of decoder layers for the duration of the block.
+
+        Passes without gradient, such as those of the reference model, are not shifted. The block must contain the
+        backward pass too, since gradient checkpointing runs the layers again.
+
+        Args:
+            shifts: The tensors by layer, 0 the first.
+        """
+
+        def shift(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return output
+            states = output[0] if isinstance(output, tuple) else output
+            states = states + shifts[layer].to(states.dtype)
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        with ExitStack() as cleanup:
+            for layer in shifts:
+                hook = self.decoder_layers[layer].register_forward_hook(partial(shift, layer))
+                cleanup.callback(hook.remove)
+            yield
+
+    @contextmanager
     def truncated_decoder(self, count: int) -> Iterator[None]:
         """Removes all but the first `count` decoder layers for the duration of the block.
 
