@@ -302,7 +302,7 @@ JUDGES: Registry[Any] = Registry(
     support=("base", "degenerate", "refusals", "replies", "rubric"),
     modules={"tiny_world": "vlm_unlearn.worlds.tiny.judge"},
 )
-ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "search"))
+ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "image_changes", "search"))
 BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
     "vlm_unlearn.benchmarks",

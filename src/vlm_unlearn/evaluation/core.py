@@ -72,5 +72,6 @@ def pair_answers(
     answers = []
     for response in responses:
         prompt = prompts[response.prompt_id]
-        answers.append(build(prompt, response, first_rewrites[prompt.set, prompt.group_id].question))
+        first = first_rewrites[prompt.set, prompt.group_id]
+        answers.append(build(prompt, response, first.judged_question or first.question))
     return answers

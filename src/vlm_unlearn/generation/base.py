@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeVar
 
 from vlm_unlearn import plugins
 from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.data.image_edits import edited_image
 from vlm_unlearn.data.images import ImageSource, llava_image, resolve_image
 from vlm_unlearn.plugins import Registry
 from vlm_unlearn.records import Prompt, Response
@@ -83,9 +84,25 @@ def build_requests(
         image: ImageSource | None = None
         if prompt.image is not None:
             image = resolve_image(images[prompt.set], prompt.image, record=prompt.id)
-            image = llava_image(image) if image_loader == "llava" else image
+            image = load_for_prompt(image, prompt, image_loader)
         requests += [GenerationRequest(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return requests
+
+
+def load_for_prompt(image: ImageSource, prompt: Prompt, image_loader: Literal["viewer", "llava"]) -> ImageSource:
+    """Returns the image of a prompt as the model gets it: opened by the loader, and with the edits of the prompt.
+
+    Args:
+        image: The image that `prompt.image` names.
+        prompt: The prompt.
+        image_loader: The setting of `GenerationConfig`.
+    """
+    return edited_image(llava_image(image) if image_loader == "llava" else image, prompt.image_edits)
+
+
+def prompt_temperature(prompt: Prompt, config: GenerationConfig) -> float:
+    """Returns the sampling temperature of the answers to a prompt: that of the prompt, or else that of the suite."""
+    return config.temperature if prompt.temperature is None else prompt.temperature
 
 
 def sampling_seed(seed: int, request: GenerationRequest) -> int:

@@ -57,7 +57,17 @@ class LocalChat:
         """Yields one response per request. If a batch cannot be encoded, each request runs alone and only the invalid
         ones fail."""
         turns = [
-            Turn(request.id, request.image, request.text, None, request.history, request.system, request.image_offset)
+            Turn(
+                request.id,
+                request.image,
+                request.text,
+                None,
+                request.history,
+                request.system,
+                request.image_offset,
+                image_round=request.image_round,
+                prefill=request.prefill,
+            )
             for request in batch
         ]
         try:
