@@ -12,13 +12,18 @@ import torch
 from PIL import Image
 
 import families
+from stub_server import Stub, stub_server
 from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.data.encoding import Turn, render
 from vlm_unlearn.data.images import open_image
-from vlm_unlearn.generation.base import build_requests
+from vlm_unlearn.generation.base import GenerationRequest, build_requests
+from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.generation.decoding import neutral_generation_config
-from vlm_unlearn.generation.hf import generate_batch
+from vlm_unlearn.generation.hf import generate_batch, generate_texts
+from vlm_unlearn.generation.openai_chat import CONTINUE_ANSWER
+from vlm_unlearn.generation.server import ServerBackend
 from vlm_unlearn.modeling.loader import load_model, load_processor
-from vlm_unlearn.records import Prompt, Round
+from vlm_unlearn.records import Prompt, Response, Round
 
 FAMILIES = ["llava", "qwen2_5_vl"]
 NEW_TOKENS = 10
@@ -119,3 +124,154 @@ def test_a_prefilled_answer_equals_that_of_plain_transformers(loaded: tuple[Any,
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         responses = [item for batch in batches for item in generate_batch(model, processor, batch, config)]
         assert [(response.text or "").strip() for response in responses] == [text.strip() for text in expected]
+
+
+def test_the_space_after_a_prefill_stays(tiny_model: Path) -> None:
+    """`Response.text` is the continuation, so that prefill and text can be put together."""
+    model, processor = load_once(tiny_model)
+    turns = [Turn(str(n), None, "what is this ?", None, prefill=prefill) for n, prefill in enumerate([None, "it is"])]
+    (plain, _), (continued, _) = generate_texts(model, processor, turns, 4)
+    assert plain == plain.strip()
+    ids = processor.tokenizer(render(processor, turns[1]).text)["input_ids"]
+    with torch.no_grad(), neutral_generation_config(model):
+        output = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+    complete = processor.batch_decode(output[:, -6:], skip_special_tokens=True)[0]
+    assert f"it is{continued}" == complete.strip()
+
+
+def test_special_tokens_in_a_prefill_are_text(tiny_model: Path) -> None:
+    _, processor = load_once(tiny_model)
+    turn = Turn("t", None, "what ?", None, prefill="it </s> is")
+    text = render(processor, turn).text
+    assert text.rstrip().endswith("is")
+    assert "it </s> is" not in text
+
+
+def test_a_template_that_drops_the_answer_gives_a_failed_response(tiny_model: Path) -> None:
+    model, processor = copy.deepcopy(load_once(tiny_model))
+    processor.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'][0]['text'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    attacked, plain = (
+        Prompt(id=id, group_id=id, set="s", kind="unsafe", question="what ?", prefill=prefill)
+        for id, prefill in (("a", "it is"), ("b", None))
+    )
+    responses = generate_batch(
+        model, processor, build_requests([attacked, plain], {}, {}), GenerationConfig(max_new_tokens=2)
+    )
+    assert [response.error is None for response in responses] == [False, True]
+
+
+def test_a_temperature_of_its_own_samples_as_the_temperature_of_the_suite(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_once(tiny_model)
+    prompts = [Prompt(id=str(n), group_id="g", set="s", kind="unsafe", question="what is this ?") for n in range(6)]
+    warm = [prompt.model_copy(update={"temperature": 1.5}) for prompt in prompts[:3]]
+    greedy = [prompt.model_copy(update={"temperature": 0}) for prompt in prompts[3:]]
+
+    def texts(prompts: list[Prompt], temperature: float) -> list[str | None]:
+        config = GenerationConfig(max_new_tokens=6, temperature=temperature)
+        responses = generate_batch(model, processor, build_requests(prompts, {}, {}), config)
+        assert [response.prompt_id for response in responses] == [prompt.id for prompt in prompts]
+        return [response.text for response in responses]
+
+    assert texts([*warm, *prompts[3:]], 0) == [*texts(prompts[:3], 1.5), *texts(prompts[3:], 0)]
+    assert texts([*prompts[:3], *greedy], 1.5) == [*texts(prompts[:3], 1.5), *texts(prompts[3:], 0)]
+    assert len(set(texts(warm, 0))) == 3
+
+
+# servers
+
+
+def server_requests() -> list[GenerationRequest]:
+    prompts = [
+        Prompt(id=id, group_id=id, set="s", kind="unsafe", question=f"{id}?", prefill=prefill, temperature=temperature)
+        for id, prefill, temperature in (("a", "Sure, here", None), ("b", None, None), ("c", None, 0.5))
+    ]
+    return build_requests(prompts, {}, {})
+
+
+def answer_all(stub: Stub, **config: object) -> dict[str, Response]:
+    settings = {"backend": "openai", "server": stub.url, "max_new_tokens": 7, **config}
+    backend = ServerBackend("m", GenerationConfig.model_validate(settings))
+    responses: list[Response] = []
+    backend.run(backend.make_batches(server_requests()), responses.extend)
+    return {response.prompt_id: response for response in responses}
+
+
+def continuing_usage(body: dict[str, Any]) -> dict[str, int]:
+    """The usage of a server that continues the last message if it is told to."""
+    closed = 0 if body.get("continue_final_message") else 5
+    return {"prompt_tokens": 10 + closed, "completion_tokens": 1}
+
+
+def sent(stub: Stub, question: str) -> list[dict[str, Any]]:
+    return [body for body in stub.bodies if any(question in str(message) for message in body["messages"])]
+
+
+def test_a_server_that_continues_answers_gets_the_keys_of_vllm() -> None:
+    with stub_server(lambda text: f" and {text} ") as stub:
+        stub.usage_of = continuing_usage
+        responses = answer_all(stub)
+        assert {id: response.text for id, response in responses.items()} == {
+            "a": " and Sure, here",  # with the space to the prefill
+            "b": "and b?",
+            "c": "and c?",
+        }
+        (body,) = sent(stub, "a?")
+        assert body["messages"][-1] == {"role": "assistant", "content": [{"type": "text", "text": "Sure, here"}]}
+        assert {key: body[key] for key in CONTINUE_ANSWER} == CONTINUE_ANSWER
+        assert all(not CONTINUE_ANSWER.keys() & body.keys() for body in sent(stub, "b?"))
+        assert [sent(stub, id)[0]["temperature"] for id in ("a?", "b?", "c?")] == [0, 0, 0.5]
+        assert ("seed" in sent(stub, "c?")[0], "seed" in sent(stub, "b?")[0]) == (True, False)
+
+
+@pytest.mark.parametrize("fault", ["ignores", "no usage", "rejects"])
+def test_a_server_that_does_not_continue_answers_gives_failed_answers(fault: str) -> None:
+    def reject(text: str) -> tuple[int, bytes, dict[str, str]] | None:
+        return (400, b'{"error": {"message": "unknown key"}}', {}) if fault == "rejects" and "?" not in text else None
+
+    with stub_server(lambda text: f" and {text} ") as stub:
+        stub.raw = reject
+        stub.usage = None if fault == "no usage" else {"prompt_tokens": 12, "completion_tokens": 1}
+        responses = answer_all(stub)
+        assert responses["a"].text is None
+        assert "continue_final_message" in (responses["a"].error or "")
+        assert responses["b"].text == "and b?"
+        assert sent(stub, "a?") == []  # it is not asked another way
+        assert stub.calls == 4
+
+
+def test_a_server_with_keys_of_its_own_is_trusted() -> None:
+    with stub_server(lambda text: f" and {text} ") as stub:
+        keys = {"continue_final_message": None, "add_generation_prompt": None, "prefix": True}
+        assert answer_all(stub, request=keys)["a"].text == " and Sure, here"
+        (body,) = sent(stub, "a?")
+        assert (body["prefix"], CONTINUE_ANSWER.keys() & body.keys()) == (True, set())
+        assert stub.calls == 3
+
+
+def test_the_image_is_in_its_round(image_root: Path) -> None:
+    history = tuple(Round(question=question, answer="yes") for question in ("first", "second"))
+    for image_round in range(3):
+        prompt = Prompt(
+            id="p",
+            group_id="p",
+            set="s",
+            kind="safe",
+            question="third",
+            image="a.png",
+            history=history,
+            image_round=image_round,
+            image_offset=2,
+        )
+        messages = ChatRequest.of_prompt("p", prompt, image_root / "a.png").messages()
+        with_image = [
+            number
+            for number, message in enumerate(messages)
+            if any(part["type"] == "image_url" for part in message["content"])
+        ]
+        assert with_image == [2 * image_round]
+        assert [part.get("text", "") for part in messages[2 * image_round]["content"]][1] == ""

@@ -99,14 +99,14 @@ class Template(Attack):
         name = "template-control" if self.options.control else "template"
         for prompt in prompts:
             for template, wording in self._templates:
-                before, _, after = wording.question.partition(PLACEHOLDER)
+                prefix, _, suffix = wording.question.partition(PLACEHOLDER)
                 # The image keeps its place in the question, and precedes the text around a question that it precedes.
                 moved = prompt.has_image_in_question and prompt.image_offset > 0
                 yield variant_of(
                     prompt,
                     f"{name}/{template}",
                     system="\n\n".join(text for text in (prompt.system, wording.system) if text) or None,
-                    question=f"{before}{prompt.question}{after}",
-                    image_offset=prompt.image_offset + (len(before) if moved else 0),
+                    question=f"{prefix}{prompt.question}{suffix}",
+                    image_offset=prompt.image_offset + (len(prefix) if moved else 0),
                     judged_question=prompt.conversation,
                 )

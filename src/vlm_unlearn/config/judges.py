@@ -43,7 +43,7 @@ class JudgeConfig(Strict):
     """The text that is graded if the beginning of an answer was prefilled.
 
     `with_answer` grades the beginning and its continuation. The beginning alone never counts as complied.
-    `continuation` grades the text of the model only.
+    `continuation` grades the text of the model only, as judges without labels always do.
     """
     world: Path | None = None
     """For `tiny_world`: the file with the facts of the world."""

@@ -87,7 +87,7 @@ def caveats(
         (any(training_seed(source) is not None for source in sources.values()), ONE_SEED),
         (unchecked & batched, BATCHES),
         (any(suite.generation.backend == "openai" for suite in suites), SERVER),
-        (any(suite.generation.temperature > 0 for suite in suites), SAMPLED),
+        (any(suite.generation.temperature > 0 or _samples_answers(suite) for suite in suites), SAMPLED),
         (
             without_judge,
             "Not measured, because no language model was configured as judge: "
@@ -95,6 +95,13 @@ def caveats(
         ),
     ]
     return [text for applies, text in rules if applies] + [f"Not compared: {reason}." for reason in left_out]
+
+
+def _samples_answers(suite: Suite) -> bool:
+    """Returns whether an attack of a suite samples answers."""
+    return any(
+        attack.name == "sampling" and not attack.is_control for split in suite.splits for attack in split.attacks
+    )
 
 
 def _question_caveats(rows: Sequence[Row], roles: MetricRoles, suites: Sequence[Suite]) -> list[tuple[object, str]]:
