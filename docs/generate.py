@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from vlm_unlearn.attacks.base import ATTACKS, Attack
 from vlm_unlearn.benchmarks.base import BENCHMARKS
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.cli.terminal import EXAMPLE
@@ -30,7 +31,19 @@ from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
-from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
+from vlm_unlearn.records import (
+    Batching,
+    Comparison,
+    Example,
+    ImageEdit,
+    Prompt,
+    Rate,
+    Response,
+    Round,
+    Row,
+    Summary,
+    Verdict,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -240,6 +253,16 @@ def _method(name: str, method: type[Method]) -> Iterator[str]:
     yield _fields(method.options_type)
 
 
+def attacks() -> str:
+    """Returns the docstring and the options of every attack."""
+    sections = []
+    for name, attack in ATTACKS.built_in_items():
+        assert isinstance(attack, type)
+        assert issubclass(attack, Attack)
+        sections += [f"## {name}\n\n{_prose_of(attack)}\n", _fields(attack.options_type)]
+    return "\n".join(sections)
+
+
 def benchmarks() -> str:
     """Returns a table of every benchmark and its official files."""
     heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scoring"]
@@ -338,12 +361,16 @@ def _benchmarks(suite: Suite) -> list[list[str]]:
 def records() -> str:
     """Returns the fields of every record type that the output files contain."""
     sections = []
-    for record in (Example, Round, Prompt, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
+    edits = typing.get_args(typing.get_args(ImageEdit)[0])
+    for record in (Example, Round, Prompt, *edits, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
         sections += [f"## {record.__name__} {{ #{record.__name__.lower()} }}\n\n{_prose_of(record)}\n", _fields(record)]
     return "\n".join(sections)
 
 
 GENERATED: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (commands, recipe_fields, suite_fields, methods, benchmarks, rubrics, recipes, metrics, records)
+    for function in (
+        *(commands, recipe_fields, suite_fields, methods, attacks, benchmarks),
+        *(rubrics, recipes, metrics, records),
+    )
 }

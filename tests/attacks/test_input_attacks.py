@@ -241,6 +241,11 @@ def test_in_context_takes_pairs_from_a_training_set_or_answers_from_a_file(
     pairs = {Round(question=record["question"], answer=record["answer"]) for record in forget}
     for prompt in attack("in_context", k=3, file=training_sets["safe_eraser"]):
         assert set(prompt.history) <= pairs
+    retain = [json.loads(line) for line in (training_sets["safe_eraser"] / "retain.jsonl").read_text().splitlines()]
+    for prompt in attack("in_context", k=3, file=training_sets["safe_eraser"], control=True):
+        assert {turn.question for turn in prompt.history} <= {record["question"] for record in retain}
+    (tmp_path / "pairs.yaml").write_text("pairs: [{question: Q, answer: A}]")
+    assert attack("in_context", k=1, file=tmp_path / "pairs.yaml")[0].history == (Round(question="Q", answer="A"),)
     (tmp_path / "harmful.json").write_text(json.dumps({f"{n}.png": f"answer {n}" for n in range(NUMBER)}))
     attacked = attack("in_context", prompts(reference="I cannot ."), k=2, answers=tmp_path / "harmful.json")
     assert {turn.answer.split()[0] for prompt in attacked for turn in prompt.history} == {"answer"}

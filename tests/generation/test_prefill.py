@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,35 @@ import families
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Turn, render
+from vlm_unlearn.data.image_edits import apply_edits
 from vlm_unlearn.data.images import open_image
 from vlm_unlearn.generation.base import GenerationRequest, build_requests
 from vlm_unlearn.generation.chat import ChatRequest
-from vlm_unlearn.generation.decoding import neutral_generation_config
+from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_batch, generate_texts
 from vlm_unlearn.generation.openai_chat import CONTINUE_ANSWER
 from vlm_unlearn.generation.server import ServerBackend
 from vlm_unlearn.modeling.loader import load_model, load_processor
-from vlm_unlearn.records import Prompt, Response, Round
+from vlm_unlearn.records import BlankEdit, NoiseEdit, Prompt, Response, Round
 
 FAMILIES = ["llava", "qwen2_5_vl"]
 NEW_TOKENS = 10
-# Question, image, system message, earlier rounds, round of the image, prefill. The lengths differ on purpose.
-CASES: list[tuple[str, str | None, str | None, tuple[tuple[str, str], ...], int, str | None]] = [
-    ("What is this ?", "a.png", None, (), 0, "Sure, here is"),
-    ("What is this ?", "a.png", None, (), 0, None),
-    ("What is this ?", "a.png", None, (), 0, "Sure, here is a long beginning of the answer:"),
-    ("What is this ?", "b.png", None, (), 0, "Sure, here is"),
-    ("What is this ?", None, None, (), 0, "Sure"),
-    ("And this ?", "a.png", "Be brief .", (("Hi .", "Hello ."),), 1, "It"),
-    ("And this ?", "a.png", "Be brief .", (("Hi .", "Hello ."),), 0, "It"),
-    ("And this ?", "a.png", None, (("Hi .", "Hello ."), ("Who ?", "Me .")), 1, None),
+ROUNDS = (Round(question="Hi .", answer="Hello ."), Round(question="Who ?", answer="Me ."))
+NOISE, OTHER_NOISE = NoiseEdit(std=100), NoiseEdit(std=100, seed=1)
+CASES: list[dict[str, Any]] = [  # the lengths differ, and several have the same image or the same question
+    {"prefill": "Sure, here is"},
+    {},
+    {"prefill": "Sure, here is a long beginning of the answer:"},
+    {"image": "b.png", "prefill": "Sure, here is"},
+    {"image": None, "prefill": "Sure"},
+    {"question": "And this ?", "system": "Be brief .", "history": ROUNDS[:1], "image_round": 1, "prefill": "It"},
+    {"question": "And this ?", "system": "Be brief .", "history": ROUNDS[:1], "prefill": "It"},
+    {"question": "And this ?", "history": ROUNDS, "image_round": 1},
+    {"question": "And this ?", "history": ROUNDS, "image_round": 2},
+    {"image_edits": (NOISE,)},
+    {"image_edits": (OTHER_NOISE,)},
+    {"image_edits": (NOISE,), "prefill": "Sure, here is"},
+    {"image_edits": (BlankEdit(),), "prefill": "Sure, here is"},
 ]
 
 
@@ -66,25 +74,12 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def prompts() -> list[Prompt]:
-    return [
-        Prompt(
-            id=str(number),
-            group_id="g",
-            set="s",
-            kind="unsafe",
-            question=question,
-            image=image,
-            system=system,
-            history=tuple(Round(question=q, answer=a) for q, a in history),
-            image_round=image_round,
-            prefill=prefill,
-        )
-        for number, (question, image, system, history, image_round, prefill) in enumerate(CASES)
-    ]
+    fields = {"group_id": "g", "set": "s", "kind": "unsafe", "question": "What is this ?", "image": "a.png"}
+    return [Prompt.model_validate({"id": str(number), **fields, **case}) for number, case in enumerate(CASES)]
 
 
-def plain_tokens(model: Any, processor: Any, prompt: Prompt, image_root: Path) -> str:
-    """The tokens that plain transformers generates, with a conversation and a call of its own."""
+def plain_answer(model: Any, processor: Any, prompt: Prompt, image_root: Path) -> tuple[list[int], torch.Tensor]:
+    """The tokens and the scores [N, V] that plain transformers generates, with a conversation and a call of its own."""
     messages: list[dict[str, Any]] = []
     if prompt.system is not None:
         messages.append({"role": "system", "content": [{"type": "text", "text": prompt.system}]})
@@ -106,24 +101,54 @@ def plain_tokens(model: Any, processor: Any, prompt: Prompt, image_root: Path) -
         # LLaVA-1.5's template does not close an answer. Its training does, with the end-of-sequence token.
         for turn in prompt.history:
             text = text.replace(turn.answer, turn.answer + processor.tokenizer.eos_token, 1)
-    images = {} if prompt.image is None else {"images": [open_image(image_root / prompt.image)]}
+    images = {}
+    if prompt.image is not None:
+        images = {"images": [apply_edits(open_image(image_root / prompt.image), prompt.image_edits)]}
     inputs = processor(text=[text], **images, return_tensors="pt", add_special_tokens=True)
-    inputs.pop("token_type_ids", None)
     with neutral_generation_config(model), torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return "".join(f" {token}" for token in output[0, inputs["input_ids"].shape[1] :].tolist())
+        output = model.generate(
+            **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, output_scores=True, return_dict_in_generate=True
+        )
+    return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(output.scores)
 
 
-def test_a_prefilled_answer_equals_that_of_plain_transformers(loaded: tuple[Any, Any], image_root: Path) -> None:
+class RecordingGreedy(SeededSampling):
+    """Greedy decoding that records the scores [V] of every step of each row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.scores: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
+        self._active = self.scores
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._active = [self._active[row] for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, row_scores in zip(self._active, scores, strict=True):
+            row.append(row_scores)
+        return scores
+
+
+def test_tokens_and_scores_equal_those_of_plain_transformers(loaded: tuple[Any, Any], image_root: Path) -> None:
+    """In every batch: next to prompts with other prefills, edits, rounds and system messages."""
     model, processor = loaded
     requests = build_requests(prompts(), {"s": image_root}, {})
+    expected = [plain_answer(model, processor, request.prompt, image_root) for request in requests]
+    first = torch.stack([scores[0] for _, scores in expected])
+    distances = (first[:, None] - first).abs().amax(dim=-1)
+    assert (distances + torch.eye(len(requests)) > 1e-2).all()  # a mix-up of two prompts is noticed
     config = GenerationConfig(max_new_tokens=NEW_TOKENS)
-    expected = [plain_tokens(model, processor, request.prompt, image_root) for request in requests]
-    assert len(set(expected)) >= len(expected) - 1  # of two prompts, the random model may repeat the same tokens
-    for size in (1, 3, len(requests)):
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        responses = [item for batch in batches for item in generate_batch(model, processor, batch, config)]
-        assert [(response.text or "").strip() for response in responses] == [text.strip() for text in expected]
+    for size in (1, 4, len(requests)):
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            turns = [Turn.of_prompt(request.prompt, request.image) for request in batch]
+            recorder = RecordingGreedy(len(batch))
+            generate_texts(model, processor, turns, NEW_TOKENS, recorder)
+            for scores, (tokens, plain_scores) in zip(recorder.scores, expected[start : start + size], strict=True):
+                steps = min(len(scores), len(tokens))
+                torch.testing.assert_close(torch.stack(scores[:steps]), plain_scores[:steps], rtol=1e-3, atol=1e-3)
+            responses = generate_batch(model, processor, batch, config)
+            texts = ["".join(f" {token}" for token in tokens) for tokens, _ in expected[start : start + size]]
+            assert [(response.text or "").strip() for response in responses] == [text.strip() for text in texts]
 
 
 def test_the_space_after_a_prefill_stays(tiny_model: Path) -> None:

@@ -18,7 +18,7 @@ from vlm_unlearn.data.formats.base import KINDS_OF_SETS
 from vlm_unlearn.data.readers import read_any
 from vlm_unlearn.data_tools.pipeline import read_answers
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.records import Prompt, Round
+from vlm_unlearn.records import Kind, Prompt, Round
 from vlm_unlearn.store import user_path
 
 
@@ -28,9 +28,10 @@ class InContextOptions(Strict):
     k: Annotated[tuple[Annotated[int, Field(ge=0, le=256)], ...], BeforeValidator(as_list)] = (4,)
     """Numbers of pairs, for a curve. Each makes one rewrite. A larger number contains the pairs of a smaller one."""
     file: Path | None = None
-    """Data file or training set with the pairs. Null takes the references of the other questions of the split.
+    """YAML file with `pairs`, or a data file or training set, of which the unsafe questions are used.
 
-    With `control`, a YAML file with harmless `pairs` in place of the shipped ones.
+    Null takes the other questions of the split with their references. With `control`, it takes the shipped pairs, and
+    the safe questions of a data file are used.
     """
     answers: Path | None = None
     """JSON file `image -> answer` or `record id -> answer`, whose answers replace those of the pairs."""
@@ -99,13 +100,15 @@ class InContext(Attack):
 
     def _pairs(self, prompts: Sequence[Prompt]) -> list[Round]:
         """Returns the different pairs, in the order of their source."""
-        if self.options.control:
-            return read_texts(PairsFile, "benign_pairs.yaml", self.options.file).pairs
-        if self.options.file is None:
+        file, control = self.options.file, self.options.control
+        if file is None and not control:
             candidates = [(prompt.question, self._answer(prompt)) for prompt in prompts]
+        elif file is None or file.suffix in (".yaml", ".yml"):
+            return read_texts(PairsFile, "benign_pairs.yaml", file).pairs
         else:
-            entries = read_any(user_path(self.options.file))
-            examples = (entry.example for entry in entries if KINDS_OF_SETS.get(entry.set, "unsafe") == "unsafe")
+            kind: Kind = "safe" if control else "unsafe"
+            entries = read_any(user_path(file))
+            examples = (entry.example for entry in entries if KINDS_OF_SETS.get(entry.set, kind) == kind)
             candidates = [(item.question, self._resolve(item.id, item.image, item.answer)) for item in examples]
         by_text = {_normalize(question): (question, answer) for question, answer in candidates if answer.strip()}
         return [Round(question=question, answer=answer) for question, answer in by_text.values()]
