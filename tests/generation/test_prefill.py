@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 import families
+from helpers import raises_code
 from stub_server import Stub, stub_server
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Turn, render
 from vlm_unlearn.data.image_edits import apply_edits
 from vlm_unlearn.data.images import open_image
-from vlm_unlearn.generation.base import GenerationRequest, build_requests
+from vlm_unlearn.evaluation.core import generate_missing
+from vlm_unlearn.generation.base import GenerationRequest, build_requests, check_prompt_fields
 from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_batch, generate_texts
@@ -26,6 +28,7 @@ from vlm_unlearn.generation.openai_chat import CONTINUE_ANSWER
 from vlm_unlearn.generation.server import ServerBackend
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.records import BlankEdit, NoiseEdit, Prompt, Response, Round
+from vlm_unlearn.store import RecordList
 
 FAMILIES = ["llava", "qwen2_5_vl"]
 NEW_TOKENS = 10
@@ -276,6 +279,23 @@ def test_a_server_with_keys_of_its_own_is_trusted() -> None:
         (body,) = sent(stub, "a?")
         assert (body["prefix"], CONTINUE_ANSWER.keys() & body.keys()) == (True, set())
         assert stub.calls == 3
+
+
+@pytest.mark.parametrize(
+    "field", [{"prefill": "Sure"}, {"temperature": 0}, {"image_round": 1, "history": [Round(question="Q", answer="A")]}]
+)
+def test_a_backend_that_does_not_know_a_field_is_an_error(field: dict[str, Any]) -> None:
+    """It would silently ask another question."""
+
+    class Plain(ServerBackend):
+        prompt_fields = frozenset()
+
+    prompt = Prompt.model_validate({"id": "p", "group_id": "p", "set": "s", "kind": "safe", "question": "Q", **field})
+    config = GenerationConfig(backend="openai", server="http://localhost:1/v1")
+    with raises_code("unsupported-setting", field="generation.backend"):
+        generate_missing(Plain("m", config), build_requests([prompt], {}, {}), RecordList[Response]())
+    plain = prompt.model_copy(update={"prefill": None, "temperature": None, "image_round": 0})
+    check_prompt_fields(Plain("m", config), build_requests([plain], {}, {}))
 
 
 def test_the_image_is_in_its_round(image_root: Path) -> None:

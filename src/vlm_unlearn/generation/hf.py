@@ -23,6 +23,7 @@ from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.generation.base import (
     BACKENDS,
+    PROMPT_FIELDS,
     GenerationRequest,
     OnResponses,
     build_requests,
@@ -49,6 +50,8 @@ class ModelBackend:
         processor: The model's processor.
         config: The generation settings. `backend` and `precision` are not used.
     """
+
+    prompt_fields = PROMPT_FIELDS
 
     def __init__(self, model: nn.Module, processor: Processor, config: GenerationConfig) -> None:
         self._model: Any = model.module if isinstance(model, DistributedDataParallel) else model
@@ -89,6 +92,8 @@ class HFBackend:
     Raises:
         UserError: The model does not exist.
     """
+
+    prompt_fields = PROMPT_FIELDS
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         self._folder = run_model_folder(model)

@@ -8,7 +8,14 @@ from functools import cached_property
 from types import TracebackType
 
 from vlm_unlearn.config import GenerationConfig
-from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.base import (
+    BACKENDS,
+    PROMPT_FIELDS,
+    GenerationRequest,
+    OnResponses,
+    sampling_seed,
+    split_into_batches,
+)
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse
 from vlm_unlearn.generation.openai_chat import CONTINUE_ANSWER, OpenAIChat
 from vlm_unlearn.records import Prompt, Response
@@ -28,6 +35,8 @@ class ServerBackend:
     Raises:
         UserError: The server's address is invalid.
     """
+
+    prompt_fields = PROMPT_FIELDS
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         self._model = model

@@ -13,6 +13,7 @@ from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.base import (
     BACKENDS,
+    PROMPT_FIELDS,
     GenerationRequest,
     OnResponses,
     ResponseKey,
@@ -38,6 +39,8 @@ class VLLMBackend:
     Raises:
         UserError: vLLM is not installed, the model does not exist, or it is an adapter.
     """
+
+    prompt_fields = PROMPT_FIELDS
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         if find_spec("vllm") is None:
