@@ -32,7 +32,19 @@ from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
 from vlm_unlearn.methods.wrappers import DEFENSES
-from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
+from vlm_unlearn.records import (
+    Batching,
+    Comparison,
+    Example,
+    ImageEdit,
+    Prompt,
+    Rate,
+    Response,
+    Round,
+    Row,
+    Summary,
+    Verdict,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -369,7 +381,8 @@ def _benchmarks(suite: Suite) -> list[list[str]]:
 def records() -> str:
     """Returns the fields of every record type that the output files contain."""
     sections = []
-    for record in (Example, Round, Prompt, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
+    edits = typing.get_args(typing.get_args(ImageEdit)[0])
+    for record in (Example, Round, Prompt, *edits, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
         sections += [f"## {record.__name__} {{ #{record.__name__.lower()} }}\n\n{_prose_of(record)}\n", _fields(record)]
     return "\n".join(sections)
 

@@ -306,7 +306,7 @@ JUDGES: Registry[Any] = Registry(
         "tiny_world_requested": "vlm_unlearn.worlds.tiny.judge",
     },
 )
-ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "search"))
+ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "image_changes", "search"))
 MODEL_ATTACKS: Registry[Any] = Registry(
     "model_attack",
     "vlm_unlearn.robustness",

@@ -258,7 +258,7 @@ def test_jpeg_short_of_its_last_bytes_opens(
     (tmp_path / "a.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:-num_bytes])
     changed = (pixels(tmp_path / "a.jpg") != pixels(tmp_path / "complete.jpg")).any(axis=(1, 2))
     assert not changed[: size[1] - 18].any() or progressive
-    write_thumbnails(tmp_path / "thumbnails", [(tmp_path, "a.jpg")])
+    write_thumbnails(tmp_path / "thumbnails", [(tmp_path, "a.jpg", ())])
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])

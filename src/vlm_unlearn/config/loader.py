@@ -136,7 +136,7 @@ def _read(
     if path.resolve() in (reader.resolve() for reader in readers):
         circle = " -> ".join(map(str, (*readers, path)))
         raise UserError(f"circular reference: {circle}", code="invalid-field", file=readers[-1], field="extends")
-    value = _read_yaml(path, readers)
+    value = read_yaml(path, readers)
     name = value.pop("extends", None)
     if config is not None:
         value = _renamed(config, value, path)
@@ -152,7 +152,7 @@ def _read(
     return _merge(base_value, value), [name, *bases]
 
 
-def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+def read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Returns the keys of a single file. A method that is given by its name alone is expanded.
 
     Raises:

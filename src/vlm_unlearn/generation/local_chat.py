@@ -57,7 +57,17 @@ class LocalChat:
     def _respond(self, model: Any, processor: Processor, batch: list[ChatRequest]) -> Iterator[ChatResponse]:
         """Yields one response per request. Those that the processor rejects fail, and the others run without them."""
         turns = [
-            Turn(request.id, request.image, request.text, None, request.history, request.system, request.image_offset)
+            Turn(
+                request.id,
+                request.image,
+                request.text,
+                None,
+                request.history,
+                request.system,
+                request.image_offset,
+                image_round=request.image_round,
+                prefill=request.prefill,
+            )
             for request in batch
         ]
         try:

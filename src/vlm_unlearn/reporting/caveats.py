@@ -23,6 +23,10 @@ LISTED_ATTACKS = (
     "Only the listed attacks were measured. Other wordings, a prefilled answer, further training or quantization may "
     "recover the knowledge."
 )
+LISTED_ATTACKS_WITH_PREFILL = (
+    "Only the listed attacks were measured. Other wordings and other beginnings of the answer, further training or "
+    "quantization may recover the knowledge."
+)
 NO_ATTACK = (
     "No attack was measured. Answers to questions in their original wording do not show how the model answers other "
     "wordings."
@@ -87,7 +91,7 @@ def caveats(
         (any(training_seed(source) is not None for source in sources.values()), ONE_SEED),
         (unchecked & batched, BATCHES),
         (any(suite.generation.backend == "openai" for suite in suites), SERVER),
-        (any(suite.generation.temperature > 0 for suite in suites), SAMPLED),
+        (any(suite.generation.temperature > 0 or _has_attack(suite, "sampling") for suite in suites), SAMPLED),
         (
             without_judge,
             "Not measured, because no language model was configured as judge: "
@@ -95,6 +99,11 @@ def caveats(
         ),
     ]
     return [text for applies, text in rules if applies] + [f"Not compared: {reason}." for reason in left_out]
+
+
+def _has_attack(suite: Suite, name: str) -> bool:
+    """Returns whether a suite applies an attack, and not only its control."""
+    return any(attack.name == name and not attack.is_control for split in suite.splits for attack in split.attacks)
 
 
 def _question_caveats(rows: Sequence[Row], roles: MetricRoles, suites: Sequence[Suite]) -> list[tuple[object, str]]:
@@ -109,7 +118,9 @@ def _question_caveats(rows: Sequence[Row], roles: MetricRoles, suites: Sequence[
             f"Zero hits among them do not exclude a rate of {100 * rule_of_three(count):.1f} %."
         ]
     unsafe = any(split.kind == "unsafe" for suite in suites for split in suite.splits)
-    attacks = LISTED_ATTACKS if roles.attacked else NO_ATTACK
+    has_prefill = bool(suites) and all(_has_attack(suite, "prefill") for suite in suites)
+    listed = LISTED_ATTACKS_WITH_PREFILL if has_prefill else LISTED_ATTACKS
+    attacks = listed if roles.attacked else NO_ATTACK
     safety = attacks if roles.attacked or roles.harm else NO_HARM_RATE if unsafe else NO_UNSAFE_QUESTION
     return [
         *((True, text) for text in (*few, safety)),
