@@ -49,7 +49,7 @@ def attack_map(models: Sequence[AttackedModel]) -> dict[str, Chart]:
                 for model, result in zip(models_in_chart, cells, strict=True)
             ]
         )
-    title = "Share of the base's harmful answers that each attack brings back, in %"
+    title = "Recovered by each attack, in %"
     omitted = [
         f"{count} more {noun}"
         for count, noun in (
