@@ -23,9 +23,20 @@ RateKind = Literal[
     "degenerate",
     "lost_verdicts",
     "failed_verdicts",
+    "recovered",
+    "harm_under_attack",
 ]
 FactKind = Literal[
-    "no_harm", "no_rate", "no_attack", "no_over_refusal", "no_utility", "only_scores", "wide_interval", "keyword_judge"
+    "no_harm",
+    "no_rate",
+    "no_attack",
+    "no_over_refusal",
+    "no_utility",
+    "only_scores",
+    "wide_interval",
+    "keyword_judge",
+    "no_never_knew",
+    "no_conclusive_attack",
 ]
 PairedTest = Literal["mcnemar", "permutation"]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -288,6 +299,10 @@ class Reason(Rate):
         description="What the reason is about. docs/numbers.md lists the kinds and the rules that use them."
     )
     metric: str = Field(default="", description="The metric of the rate, or empty.")
+    attack: str = Field(
+        default="",
+        description="The attack on the model, such as `relearn/10/5`, or empty. docs/robustness.md lists them.",
+    )
     condition: Condition | None = Field(
         default=None, description="The wording of the questions that the metric counts."
     )

@@ -240,6 +240,7 @@ def _report(
         model=name,
         base=base,
         never_knew=never_knew,
+        judge=suite.judge.judge_id,
         budget=budget,
         num_questions=count,
         attacks=results,
