@@ -1,4 +1,4 @@
-"""Plug-ins: methods, judges, attacks, benchmarks, data formats, backends and model families, each by its name.
+"""Plug-ins by name: methods, defenses, judges, attacks, benchmarks, data formats, backends and model families.
 
 A name stands for, in this order:
 
@@ -296,6 +296,7 @@ def _broken(origin: str, kind: str, error: BaseException) -> UserError:
 
 
 METHODS: Registry[Any] = Registry("method", "vlm_unlearn.methods", support=("base",))
+DEFENSES: Registry[Any] = Registry("defense", "vlm_unlearn.methods.wrappers", support=("base", "prompt_decouple"))
 JUDGES: Registry[Any] = Registry(
     "judge",
     "vlm_unlearn.judging",

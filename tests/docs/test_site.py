@@ -82,7 +82,12 @@ def test_recipe_page_has_every_key_once(generate: ModuleType) -> None:
     for key in ("learning_rate", "max_steps", "stop_when", "at_most", "target_modules", "prompt_decouple_weight"):
         assert recipe.count(f"| `{key}` |") == 1
     assert "| `learning_rate` | number above 0 | `1e-05` | Peak learning rate of AdamW. |" in recipe
-    assert re.findall(r"^## (\S+)", recipe, flags=re.MULTILINE)[:3] == ["method", "trainable", "trainable.lora"]
+    assert re.findall(r"^## (\S+)", recipe, flags=re.MULTILINE)[:4] == [
+        "method",
+        "defense",
+        "trainable",
+        "trainable.lora",
+    ]
 
 
 def test_method_page_has_every_method_and_its_options(generate: ModuleType) -> None:

@@ -132,8 +132,8 @@ def _table(report: RobustnessReport, width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAVY, caption=_caption(report), caption_justify="left", caption_style="")
     table.add_column("attack", overflow="fold")
     headings = ("harmful answers", "95 % interval", "base", "never knew", "recovered", "95 % interval", "failed")
-    shown = (0, 1, 2, 3, 4, 5, 6) if width >= 110 else (0, 2, 3, 4)
-    for index in shown:
+    columns = (0, 1, 2, 3, 4, 5, 6) if width >= 110 else (0, 2, 3, 4)
+    for index in columns:
         table.add_column(headings[index], justify="right")
     for result in sorted(report.attacks, key=_strength, reverse=True):
         recovered = result.recovered
@@ -146,7 +146,7 @@ def _table(report: RobustnessReport, width: int) -> Table:
             "" if recovered.low is None or recovered.high is None else f"{recovered.low:.0%} to {recovered.high:.0%}",
             str(result.asr.failed),
         )
-        table.add_row(escape_markup(result.name), *(cells[index] for index in shown))
+        table.add_row(escape_markup(result.name), *(cells[index] for index in columns))
     return table
 
 

@@ -13,9 +13,12 @@ from torch import Tensor
 from vlm_unlearn.data.images import ImageReference, ImageSource, image_size, open_image
 from vlm_unlearn.data.processor_call import (
     Processor,
+    apply_chat_template,
     call_processor,
     needs_special_tokens,
+    panics_as_errors,
     requires_image,
+    validate_resized_image,
 )
 from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
@@ -119,7 +122,7 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     Special tokens and image placeholders in its texts are neutralized: they become text.
 
     Raises:
-        UserError: An answer is empty, or the template does not support the system message.
+        UserError: An answer is empty, or the template fails or does not support the system message.
     """
     turn = _neutralized(turn, special_tokens(processor))
     rounds = [*turn.history, (turn.question, turn.answer)]
@@ -135,7 +138,7 @@ def render(processor: Processor, turn: Turn) -> Rendering:
             prefix, suffix = ([{"type": "text", "text": text}] if text else [] for text in texts)
             content = [*prefix, {"type": "image"}, *suffix]
         messages.append({"role": "user", "content": content})
-        before_answer.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        before_answer.append(apply_chat_template(processor, messages, turn.id, add_generation_prompt=True))
         if answer is not None:
             text = answer.strip()
             if not text:
@@ -143,7 +146,7 @@ def render(processor: Processor, turn: Turn) -> Rendering:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
             # Some templates (LLaVA-1.5's) end a turn with a space. Trained on, it would teach the model to continue
             # after its answer.
-            rendered = processor.apply_chat_template(messages, tokenize=False).rstrip()
+            rendered = apply_chat_template(processor, messages, turn.id).rstrip()
             closing = (
                 processor.tokenizer.eos_token if rendered.endswith(text) else ""
             )  # no closing token in the template
@@ -179,6 +182,7 @@ def _neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
     )
 
 
+@panics_as_errors()
 def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:
     """Encodes turns without labels.
 
@@ -198,6 +202,7 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
     return _process(processor, [rendering.text for rendering in renderings], prompts, turns, padding_side)
 
 
+@panics_as_errors()
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
     """Encodes questions and answers with labels on the tokens of the answers that `Turn.loss_on` names.
 
@@ -285,11 +290,13 @@ class PromptMeter:
 
     def prompt_tokens(self, turn: Turn) -> int:
         """Returns the number of tokens before the first answer with labels."""
-        return self._count(turn, _prompt(render(self._processor, turn), turn))
+        with _naming_record(turn), panics_as_errors():
+            return self._count(turn, _prompt(render(self._processor, turn), turn))
 
     def total_tokens(self, turn: Turn) -> int:
         """Returns the number of all tokens, including answers."""
-        return self._count(turn, render(self._processor, turn).text)
+        with _naming_record(turn), panics_as_errors():
+            return self._count(turn, render(self._processor, turn).text)
 
     def _count(self, turn: Turn, text: str) -> int:
         count = len(token_ids(self._processor, text))
@@ -330,7 +337,8 @@ def _process(
     for turn in turns:
         if turn.image is not None and turn.image not in opened:
             with _naming_record(turn):
-                opened[turn.image] = open_image(turn.image)
+                opened[turn.image] = image = open_image(turn.image)
+                validate_resized_image(processor, *image.size)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     if requires_image(processor) and not all(images):
         text_only = next(turn.id for turn in turns if turn.image is None)

@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Turn, encode, move
-from vlm_unlearn.data.processor_call import Processor
+from vlm_unlearn.data.processor_call import Processor, panics_as_errors
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.generation.base import (
     BACKENDS,
@@ -270,6 +270,7 @@ def _generate_batch(
     ]
 
 
+@panics_as_errors()
 @torch.no_grad()
 @without_cudnn_attention()
 def generate_texts(

@@ -14,6 +14,7 @@ from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
 from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
+from vlm_unlearn.modeling.trial import check_processor_files
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import RunDirectory
 
@@ -56,6 +57,7 @@ class VLLMBackend:
     def _engine(self) -> Any:
         from vllm import LLM
 
+        check_processor_files(self._folder)
         return LLM(
             model=str(self._folder),
             dtype=DTYPES[self._precision],

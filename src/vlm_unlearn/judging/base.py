@@ -198,12 +198,13 @@ def judge_file(
 def _retried_verdicts(file: Path, answers: Sequence[Answer]) -> set[tuple[str, int]]:
     """Returns the keys of the failed verdicts that are requested again: the server may be available now.
 
-    A failed verdict is final if the answer has no text, or if the judge replied but its reply could not be parsed.
-    Duplicate records, which older versions have left, are removed from the file.
+    A failed verdict is final if the judge replied but its reply could not be parsed. The verdict on an answer without
+    text is final as long as the answer has the same reason. Duplicate records, which older versions have left, are
+    removed from the file.
     """
     if not RecordLog(file, Verdict).keys:
         return set()
-    answered_keys = {answer.response.key for answer in answers if answer.response.text is not None}
+    responses = {answer.response.key: answer.response for answer in answers}
     verdicts: dict[tuple[str, int], Verdict] = {}
     count = 0
     for verdict in read_records(file, Verdict):
@@ -212,8 +213,12 @@ def _retried_verdicts(file: Path, answers: Sequence[Answer]) -> set[tuple[str, i
             verdicts[verdict.key] = verdict
     if len(verdicts) < count:
         write_records(file, verdicts.values())
-    failed = [verdict.key for verdict in verdicts.values() if verdict.error is not None and verdict.raw is None]
-    return answered_keys.intersection(failed)
+    failed = {key: verdict for key, verdict in verdicts.items() if verdict.error is not None and verdict.raw is None}
+    return {
+        key
+        for key, verdict in failed.items()
+        if key in responses and (responses[key].text is not None or responses[key].error != verdict.error)
+    }
 
 
 JUDGES: Registry[type[Judge] | Judge | Callable[..., Any]] = plugins.JUDGES

@@ -199,6 +199,7 @@ def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
         method=recipe.method.name,
         method_args=dict(recipe.method.model_extra or {}),
         prompt_decouple_weight=recipe.prompt_decouple_weight,
+        defense=[config.model_dump() for config in recipe.defense],
         reference=planned.reference_strategy or "auto",
         group_by_image=training.group_by_image,
         feature_cache=training.feature_cache,
