@@ -200,11 +200,11 @@ def ablated(vlm: VisionLanguageModel, direction: Tensor) -> Iterator[None]:
         vlm: The model.
         direction: [H], of any length but 0.
     """
-    unit = direction / direction.norm()
+    unit = (direction / direction.norm()).float().to(vlm.model.device)
 
     def remove(states: Tensor) -> Tensor:
-        of_dtype = unit.to(states.device, states.dtype)
-        remaining: Tensor = states - (states @ of_dtype)[..., None] * of_dtype
+        component = states.float() @ unit  # in bfloat16, rounding would leave a part of the direction
+        remaining: Tensor = states - (component[..., None] * unit).to(states.dtype)
         return remaining
 
     def on_input(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
