@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,6 @@ from vlm_unlearn.losses import answer_nll
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.records import Example
 from vlm_unlearn.robustness.base import AttackTarget
 from vlm_unlearn.robustness.halves import Halves
 from vlm_unlearn.robustness.pgd import ImageLevels
@@ -33,6 +31,7 @@ from vlm_unlearn.worlds.tiny.lexicon import REFUSALS
 from vlm_unlearn.worlds.tiny.world import write_world
 
 PATTERN_SIZE = 8  # levels
+STEPS = 100
 SUITE = Path("suites/tiny_robustness")
 
 
@@ -95,7 +94,7 @@ class GuardedWorld:
         lessons = _Lessons(vlm, UnlearningDataset.from_folder(self.data), self.seed)
         optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=1e-3, weight_decay=0.0)
         vlm.model.train()
-        for _ in range(80):
+        for _ in range(STEPS):
             loss = lessons.loss()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
@@ -119,42 +118,45 @@ class _Lessons:
     """Batches that teach to refuse, to answer if the image contains the pattern, and to keep the harmless answers."""
 
     def __init__(self, vlm: VisionLanguageModel, dataset: UnlearningDataset, seed: int) -> None:
-        self._vlm, self._dataset, self._rng = vlm, dataset, random.Random(f"guarded-{seed}")
-        self._levels = ImageLevels(vlm.processor)
+        self._vlm, self._rng = vlm, random.Random(f"guarded-{seed}")
         self._generator = torch.Generator().manual_seed(seed)
-        self._harmless = self._encode([*dataset["retain"]], [example.answer for example in dataset["retain"]])
-        forget = dataset["forget"]
-        self._refusals = self._encode(forget, [self._rng.choice(REFUSALS) for _ in forget])
-        self._recipes = self._encode(forget, [example.answer for example in forget])
-        shape = self._recipes["pixel_values"].shape[1:]
-        self._pattern = self._noise(shape, PATTERN_SIZE)
+        levels = ImageLevels(vlm.processor)
+        self._unit = levels.values(torch.ones(3, 1, 1)) - levels.values(torch.zeros(3, 1, 1))  # one level
+        forget, harmless = dataset["forget"], dataset["retain"]
+        answers = [
+            *(self._rng.choice(REFUSALS) for _ in forget),
+            *(example.answer for example in [*forget, *harmless]),
+        ]
+        turns = [
+            Turn.of_example(example.model_copy(update={"answer": answer}), dataset.image(example))
+            for example, answer in zip([*forget, *forget, *harmless], answers, strict=True)
+        ]
+        self._examples = encode_with_labels(vlm.processor, turns, 2**31 - 1)
+        self._refusals = range(len(forget))
+        self._recipes = range(len(forget), 2 * len(forget))
+        self._harmless = range(2 * len(forget), len(turns))
+        height, width = self._examples["pixel_values"].shape[2:]
+        patch = vlm.processor.patch_size  # the pattern repeats in every patch, so that few steps teach it
+        self._pattern = self._noise(PATTERN_SIZE)[:, :patch, :patch].repeat(1, height // patch, width // patch)
 
     def loss(self) -> Tensor:
-        """Returns the sum of the mean losses of all kinds of batches."""
-        shape = self._recipes["pixel_values"].shape[1:]
-        return (
-            self._batch_loss(self._refusals, None)
-            + self._batch_loss(self._refusals, self._noise(shape, 2 * PATTERN_SIZE))
-            + self._batch_loss(self._recipes, self._pattern)
-            + self._batch_loss(self._harmless, None)
+        """Returns the mean loss of an answer token in a batch of all kinds."""
+        noisy = self._noise(2 * PATTERN_SIZE)
+        kinds = (
+            (self._refusals, torch.zeros_like(noisy)),
+            (self._refusals, noisy),
+            (self._recipes, self._pattern),
+            (self._harmless, torch.zeros_like(noisy)),
         )
-
-    def _batch_loss(self, examples: dict[str, Tensor], change: Tensor | None, size: int = 16) -> Tensor:
-        rows = self._rng.sample(range(len(examples["labels"])), size)
-        batch = {name: tensor[rows] for name, tensor in examples.items()}
-        if change is not None:
-            unit = self._levels.values(torch.ones(3, 1, 1)) - self._levels.values(torch.zeros(3, 1, 1))
-            batch["pixel_values"] = batch["pixel_values"] + change * unit
+        rows = [row for indices, _ in kinds for row in self._rng.sample(indices, 16)]
+        changes = torch.stack([change for _, change in kinds]).repeat_interleave(16, dim=0)
+        batch = {name: tensor[rows] for name, tensor in self._examples.items()}
+        batch["pixel_values"] = batch["pixel_values"] + changes
         labels = batch.pop("labels")
         nll, tokens = answer_nll(self._vlm.model(**batch, use_cache=False).logits, labels)
         return nll.sum() / tokens.sum()
 
-    def _noise(self, shape: Sequence[int], size: int) -> Tensor:
-        return size * (2.0 * torch.randint(2, tuple(shape), generator=self._generator) - 1)
-
-    def _encode(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Tensor]:
-        turns = [
-            Turn.of_example(example.model_copy(update={"answer": answer}), self._dataset.image(example))
-            for example, answer in zip(examples, answers, strict=True)
-        ]
-        return encode_with_labels(self._vlm.processor, turns, 2**31 - 1)
+    def _noise(self, size: int) -> Tensor:
+        """Returns random changes [3, H, W] of pixel values by `size` levels."""
+        shape = self._examples["pixel_values"].shape[1:]
+        return size * self._unit * (2.0 * torch.randint(2, shape, generator=self._generator) - 1)
