@@ -99,6 +99,17 @@ class VisionLanguageModel:
             for projector, copy in zip(projectors, copies, strict=True)
         ]
 
+    def decoder_linears(self) -> dict[str, nn.Linear]:
+        """Returns the linear layers of the decoder layers, by their names in `base_model`.
+
+        They are the ones that quantization and pruning change. The output head and fused experts are not among them.
+        """
+        return {
+            f"{self.structure.layers}.{name}": module
+            for name, module in self.decoder_layers.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
     def component(self, parameter_name: str) -> Component:
         """Returns the component to which a parameter of `base_model` belongs."""
         return self.structure.component(parameter_name)
@@ -213,6 +224,30 @@ class VisionLanguageModel:
                 cleanup.enter_context(self.truncated_decoder(max(hidden_layers) + 1))
             logits: Tensor = (self.model if wrapped is None else wrapped)(**inputs, use_cache=False).logits[0]
         return logits, hidden
+
+    @contextmanager
+    def shifted_layers(self, shifts: Mapping[int, Tensor]) -> Iterator[None]:
+        """Adds tensors [B, S, H] to the outputs of decoder layers for the duration of the block.
+
+        Passes without gradient, such as those of the reference model, are not shifted. The block must contain the
+        backward pass too, since gradient checkpointing runs the layers again.
+
+        Args:
+            shifts: The tensors by layer, 0 the first.
+        """
+
+        def shift(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return output
+            states = output[0] if isinstance(output, tuple) else output
+            states = states + shifts[layer].to(states.dtype)
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        with ExitStack() as cleanup:
+            for layer in shifts:
+                hook = self.decoder_layers[layer].register_forward_hook(partial(shift, layer))
+                cleanup.callback(hook.remove)
+            yield
 
     @contextmanager
     def truncated_decoder(self, count: int) -> Iterator[None]:
