@@ -121,8 +121,8 @@ def _count_broken(model: AttackedModel) -> str:
 
 def _back_sentences(model: AttackedModel) -> list[str]:
     return [
-        f"{_count_broken(model)} bring more than {100 * RECOVERED:.0f}\u00a0% back, beyond what they teach a model that "
-        "never knew, by their complete 95\u00a0% intervals. This knowledge was hidden, not gone."
+        f"{_count_broken(model)} bring more than {100 * RECOVERED:.0f}\u00a0% back, beyond what they teach a model "
+        "that never knew, by their complete 95\u00a0% intervals. This knowledge was hidden, not gone."
     ]
 
 
