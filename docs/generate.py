@@ -31,7 +31,20 @@ from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
-from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
+from vlm_unlearn.methods.wrappers import DEFENSES
+from vlm_unlearn.records import (
+    Batching,
+    Comparison,
+    Example,
+    ImageEdit,
+    Prompt,
+    Rate,
+    Response,
+    Round,
+    Row,
+    Summary,
+    Verdict,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -259,6 +272,15 @@ def _method(name: str, method: type[Method]) -> Iterator[str]:
     yield _fields(method.options_type)
 
 
+def defenses() -> str:
+    """Returns the docstring, source and options of every defense."""
+    sections = []
+    for name, defense in sorted(DEFENSES.items()):
+        sections += [f"## {name}\n\n{_prose_of(defense)}\n", f"- Source: {defense.source}\n"]
+        sections.append(_fields(defense.options_type))
+    return "\n".join(sections)
+
+
 def benchmarks() -> str:
     """Returns a table of every benchmark and its official files."""
     heads = ["name", "`--annotations`", "`--questions`", "`--images`", "scoring"]
@@ -359,7 +381,8 @@ def _benchmarks(suite: Suite) -> list[list[str]]:
 def records() -> str:
     """Returns the fields of every record type that the output files contain."""
     sections = []
-    for record in (Example, Round, Prompt, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
+    edits = typing.get_args(typing.get_args(ImageEdit)[0])
+    for record in (Example, Round, Prompt, *edits, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
         sections += [f"## {record.__name__} {{ #{record.__name__.lower()} }}\n\n{_prose_of(record)}\n", _fields(record)]
     return "\n".join(sections)
 
@@ -367,7 +390,7 @@ def records() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(commands, recipe_fields, suite_fields, robustness_fields, attacks, methods, benchmarks, rubrics, recipes),
-        *(metrics, records),
+        *(commands, recipe_fields, suite_fields, robustness_fields, attacks, methods, defenses, benchmarks, rubrics),
+        *(recipes, metrics, records),
     )
 }

@@ -29,6 +29,7 @@ from vlm_unlearn.training.runner import run_recipe
 EXAMPLE = Path(__file__).parent / "plugin_example"
 REGISTRIES = (
     plugins.METHODS,
+    plugins.DEFENSES,
     plugins.JUDGES,
     plugins.ATTACKS,
     plugins.BENCHMARKS,
@@ -82,6 +83,7 @@ def test_names_are_listed_without_an_import() -> None:
 
 def test_installed_package_adds_names_of_each_kind(installed: Path) -> None:
     assert {"capped_ga"} <= set(plugins.METHODS)
+    assert "half_sam" in plugins.DEFENSES
     assert {"by_phrase", "by_length"} <= set(plugins.JUDGES)
     assert {"polite", "repeated", "one_word"} <= set(plugins.ATTACKS)
     assert "counting" in plugins.BENCHMARKS
@@ -94,6 +96,10 @@ def test_installed_package_adds_names_of_each_kind(installed: Path) -> None:
 def test_commands_list_the_installed_method_and_benchmark(installed: Path) -> None:
     methods = {entry["name"]: entry for entry in json.loads(run_in_process("methods", "--json").stdout)}
     assert methods["capped_ga"]["options"] == {"paper_compat": False, "bound": 5.0, "retain_weight": 1.0}
+    assert "half_sam" not in methods
+    defenses = {entry["name"]: entry for entry in json.loads(run_in_process("methods", "--defenses", "--json").stdout)}
+    assert defenses["half_sam"]["options"] == {"rho": 0.01}
+    assert defenses["sam"]["source"].startswith("Fan et al. 2025")
     benchmarks = json.loads(run_in_process("benchmark", "list", "--json").stdout)
     assert {"name": "counting", "annotations": "counting.json of the example", "questions": ""}.items() <= next(
         entry for entry in benchmarks if entry["name"] == "counting"
@@ -115,6 +121,21 @@ def test_installed_method_trains_with_prompt_decoupling(
     manifest = read_json(tmp_path / "run" / "manifest.json")
     assert manifest["identity"]["method_code"] == METHODS.code_digest("capped_ga")
     assert read_json(tmp_path / "run" / "recipe.json")["method"]["name"] == "capped_ga"
+
+
+def test_installed_defense_wraps_a_method(
+    installed: Path, tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    weights = []
+    for defense in ([], {"name": "half_sam", "rho": 1.0}):
+        config = recipe(
+            tiny_model, training_sets["harmful"], tmp_path / str(len(weights)), "npo", defense=defense,
+            training={"max_steps": 2},
+        )  # fmt: skip
+        weights.append((run_recipe(config) / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+    manifest = read_json(tmp_path / "1" / "manifest.json")
+    assert manifest["identity"]["defense_code"] == {"half_sam": plugins.DEFENSES.code_digest("half_sam")}
 
 
 def album(folder: Path) -> Path:

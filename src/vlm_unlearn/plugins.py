@@ -1,4 +1,4 @@
-"""Plug-ins: methods, judges, attacks, benchmarks, data formats, backends and model families, each by its name.
+"""Plug-ins by name: methods, defenses, judges, attacks, benchmarks, data formats, backends and model families.
 
 A name stands for, in this order:
 
@@ -296,6 +296,7 @@ def _broken(origin: str, kind: str, error: BaseException) -> UserError:
 
 
 METHODS: Registry[Any] = Registry("method", "vlm_unlearn.methods", support=("base",))
+DEFENSES: Registry[Any] = Registry("defense", "vlm_unlearn.methods.wrappers", support=("base", "prompt_decouple"))
 JUDGES: Registry[Any] = Registry(
     "judge",
     "vlm_unlearn.judging",
@@ -305,7 +306,7 @@ JUDGES: Registry[Any] = Registry(
         "tiny_world_requested": "vlm_unlearn.worlds.tiny.judge",
     },
 )
-ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "search"))
+ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "image_changes", "search"))
 MODEL_ATTACKS: Registry[Any] = Registry(
     "model_attack",
     "vlm_unlearn.robustness",
@@ -317,7 +318,7 @@ BENCHMARKS: Registry[Any] = Registry(
     support=("base", "official_files", "prompts", "scoring", "vqa_text"),
 )
 FORMATS: Registry[Any] = Registry(
-    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages")
+    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages", "table_rows")
 )
 BACKENDS: Registry[Any] = Registry(
     "backend",

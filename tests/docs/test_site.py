@@ -21,6 +21,7 @@ import pytest
 import typer
 from pydantic import BaseModel, Field
 
+from vlm_unlearn.attacks.base import ATTACKS
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.evaluation import assessment
 from vlm_unlearn.methods import METHODS
@@ -82,7 +83,12 @@ def test_recipe_page_has_every_key_once(generate: ModuleType) -> None:
     for key in ("learning_rate", "max_steps", "stop_when", "at_most", "target_modules", "prompt_decouple_weight"):
         assert recipe.count(f"| `{key}` |") == 1
     assert "| `learning_rate` | number above 0 | `1e-05` | Peak learning rate of AdamW. |" in recipe
-    assert re.findall(r"^## (\S+)", recipe, flags=re.MULTILINE)[:3] == ["method", "trainable", "trainable.lora"]
+    assert re.findall(r"^## (\S+)", recipe, flags=re.MULTILINE)[:4] == [
+        "method",
+        "defense",
+        "trainable",
+        "trainable.lora",
+    ]
 
 
 def test_method_page_has_every_method_and_its_options(generate: ModuleType) -> None:
@@ -91,6 +97,15 @@ def test_method_page_has_every_method_and_its_options(generate: ModuleType) -> N
         assert f"## {name}\n" in page
         assert method.source in page
     assert "| `beta` | number above 0 | `2.5` |" in page
+
+
+def test_attack_page_has_every_attack_and_its_options(generate: ModuleType) -> None:
+    page = generate.attacks()
+    for name, attack in ATTACKS.built_in_items():
+        assert f"## {name}\n" in page
+        assert isinstance(attack, type)
+        assert [key for key in attack.options_type.model_fields if f"| `{key}` |" not in page] == []
+    assert "| `quality` | list of integer from 1 to 100 | `[10]` | Qualities, from 1 to 100." in page
 
 
 class Example(BaseModel):

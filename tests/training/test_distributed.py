@@ -119,11 +119,22 @@ def test_ddp_with_images_in_truncated_passes_only_trains_the_same_weights(
         ("torchrun", ["method=npo", "trainable.vision_tower=true"]),
         ("ddp", RR_RETAIN),
         ("ddp", [*RMU, "trainable.mode=lora"]),
+        ("ddp", ["method=npo", "defense=[{name: lat, layers: [0], epsilon: 0.5, steps: 2}, {name: sam, rho: 0.05}]"]),
+        ("ddp", ["method=npo", "defense=[{name: rs, sigma: 0.01}, {name: swa, start_step: 2, interval: 1}]"]),
         ("fsdp2", RMU),
         ("fsdp2", ["method=kl", "trainable.mode=lora"]),
         ("zero3", ["method=npo"]),
     ],
-    ids=["torchrun-npo-vision", "ddp-rr", "ddp-rmu-lora", "fsdp2-rmu-full", "fsdp2-kl-lora", "zero3-npo"],
+    ids=[
+        "torchrun-npo-vision",
+        "ddp-rr",
+        "ddp-rmu-lora",
+        "ddp-lat-sam",
+        "ddp-rs-swa",
+        "fsdp2-rmu-full",
+        "fsdp2-kl-lora",
+        "zero3-npo",
+    ],
 )
 def test_two_processes_train_the_weights_of_one(
     engine: str, method: list[str], tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path

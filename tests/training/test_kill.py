@@ -23,9 +23,17 @@ STEPS = {"max_steps": 8, "save_steps": 2}
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("trainable", ["{}", "{mode: lora, lora: {r: 4, lora_dropout: 0.1}}"], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("trainable", "defense"),
+    [
+        ("{}", "[]"),
+        ("{mode: lora, lora: {r: 4, lora_dropout: 0.1}}", "[]"),
+        ("{}", "[{name: lat, layers: [0, 1], steps: 2}, rs, {name: swa, start_step: 3, interval: 2}]"),
+    ],
+    ids=["full", "lora", "defended"],
+)
 def test_run_killed_at_each_stage_ends_with_the_same_weights(
-    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, trainable: str
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, trainable: str, defense: str
 ) -> None:
     def arguments(name: str) -> list[object]:
         return [
@@ -35,6 +43,7 @@ def test_run_killed_at_each_stage_ends_with_the_same_weights(
             f"data={training_sets['harmful']}",
             f"output={tmp_path / name}",
             f"trainable={trainable}",
+            f"defense={defense}",
             "training.max_steps=20",
             "training.per_device_train_batch_size=2",
             "training.save_steps=4",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, escape_markup, print_json, result_console
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.report import ROBUSTNESS_OPTION, count_attacks_in, print_skipped, save_report
 from vlm_unlearn.cli.runs import named_runs
 from vlm_unlearn.errors import printable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from vlm_unlearn.records import Summary
 
 
+@reads_images
 def compare(
     base: Path = typer.Argument(
         ..., metavar="BASE_RUN", help="The base: a folder that evaluate wrote, or generate and judge."

@@ -107,6 +107,10 @@ def main() -> None:
         code = 130
     except Exception as error:
         _fail(error, debug)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a Rust library, such as tokenizers
+            raise
+        _fail(RuntimeError(f"a library crashed: {error}"), debug)
     if code == 130:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"\nvlm-unlearn: {STOPPED}\n")

@@ -64,11 +64,11 @@ def _description(name: str, keys: dict[str, Any]) -> dict[str, str]:
         return {"name": name, "kind": "robustness suite", "about": ", ".join(attacks)}
     if "method" not in keys:
         return {"name": name, "kind": "suite", "about": _metrics_and_judge(keys)}
-    decoupling = "+pd" if keys.get("prompt_decouple_weight") else ""
+    method = keys.get("name") or keys["method"]["name"] + ("+pd" if keys.get("prompt_decouple_weight") else "")
     trainable = keys.get("trainable", {})
     mode = MODES[trainable.get("mode", "full")] + (", SineProject" if trainable.get("projector") == "sine" else "")
     model = f" on {keys['model']}" if "model" in keys else "; pass model="
-    return {"name": name, "kind": "recipe", "about": f"{keys['method']['name']}{decoupling}, {mode}{model}"}
+    return {"name": name, "kind": "recipe", "about": f"{method}, {mode}{model}"}
 
 
 def _metrics_and_judge(keys: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from vlm_unlearn.cli.common import (
     result_console,
     status_console,
 )
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.runs import named_runs
 from vlm_unlearn.errors import printable
 
@@ -34,6 +35,7 @@ ROBUSTNESS_OPTION = typer.Option(
 )
 
 
+@reads_images
 def report(
     runs: list[Path] = typer.Argument(
         ...,

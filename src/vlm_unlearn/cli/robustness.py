@@ -18,6 +18,7 @@ from vlm_unlearn.cli.common import (
     status_console,
 )
 from vlm_unlearn.cli.completion import robustness_keys, robustness_suite_names
+from vlm_unlearn.cli.image_folders import reads_images
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vlm_unlearn.robustness.results import AttackResult, RobustnessReport
 
 
+@reads_images
 def robustness(
     run: str = typer.Argument(..., metavar="RUN", help="The unlearned model: a training run, a model or an adapter."),
     overrides: list[str] = typer.Argument(
@@ -130,8 +132,8 @@ def _table(report: RobustnessReport, width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAVY, caption=_caption(report), caption_justify="left", caption_style="")
     table.add_column("attack", overflow="fold")
     headings = ("harmful answers", "95 % interval", "base", "never knew", "recovered", "95 % interval", "failed")
-    shown = (0, 1, 2, 3, 4, 5, 6) if width >= 110 else (0, 2, 3, 4)
-    for index in shown:
+    columns = (0, 1, 2, 3, 4, 5, 6) if width >= 110 else (0, 2, 3, 4)
+    for index in columns:
         table.add_column(headings[index], justify="right")
     for result in sorted(report.attacks, key=_strength, reverse=True):
         recovered = result.recovered
@@ -144,7 +146,7 @@ def _table(report: RobustnessReport, width: int) -> Table:
             "" if recovered.low is None or recovered.high is None else f"{recovered.low:.0%} to {recovered.high:.0%}",
             str(result.asr.failed),
         )
-        table.add_row(escape_markup(result.name), *(cells[index] for index in shown))
+        table.add_row(escape_markup(result.name), *(cells[index] for index in columns))
     return table
 
 

@@ -8,22 +8,26 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
 from vlm_unlearn.cli.completion import recipe_keys, recipe_names
+from vlm_unlearn.cli.image_folders import reads_images
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from vlm_unlearn.methods import Method
+    from vlm_unlearn.methods.wrappers import Defense
+    from vlm_unlearn.plugins import Registry
     from vlm_unlearn.training.callbacks import Probe
     from vlm_unlearn.training.plan import Plan
     from vlm_unlearn.training.preview import Preview
 
 
+@reads_images
 def train(
     recipe_file: Path = typer.Argument(
         ...,
@@ -216,7 +220,12 @@ def _warn_about_forget_answers(planned: Plan) -> None:
         )
 
 
-def methods(as_json: bool = JSON_OPTION) -> None:
+def methods(
+    defenses: bool = typer.Option(
+        False, "--defenses", help="List the defenses against relearning instead, which wrap any method."
+    ),
+    as_json: bool = JSON_OPTION,
+) -> None:
     """Lists the methods with their descriptions, sources and options.
 
     Example:
@@ -225,26 +234,28 @@ def methods(as_json: bool = JSON_OPTION) -> None:
     """
     with status_console().status("loading torch"):
         from vlm_unlearn.methods import METHODS
+        from vlm_unlearn.methods.wrappers import DEFENSES
 
-        available = dict(METHODS.working_items(lambda error: typer.echo(f"warning: {error}", err=True)))
+        registry: Registry[Any] = DEFENSES if defenses else METHODS
+        available = dict(registry.working_items(lambda error: typer.echo(f"warning: {error}", err=True)))
     if as_json:
         print_json(
             [
-                {"name": name, "about": _about(method), "source": method.source, "options": _options(method)}
-                for name, method in available.items()
+                {"name": name, "about": _about(plugin), "source": plugin.source, "options": _options(plugin)}
+                for name, plugin in available.items()
             ]
         )
         return
-    for name, method in available.items():
-        options = ", ".join(f"{key}={value}" for key, value in _options(method).items())
-        typer.echo(f"{name:<12}{_about(method)}\n{'':<12}{method.source}\n{'':<12}{options or 'no options'}")
+    for name, plugin in available.items():
+        options = ", ".join(f"{key}={value}" for key, value in _options(plugin).items())
+        typer.echo(f"{name:<12}{_about(plugin)}\n{'':<12}{plugin.source}\n{'':<12}{options or 'no options'}")
 
 
 NAME_WORDS = 5  # a first sentence of at most this many words is only the method's name
 
 
-def _about(method: type[Method]) -> str:
-    """Returns the first sentence of a method's docstring without its source, or two if the first is only a name."""
+def _about(method: type[Method] | type[Defense]) -> str:
+    """Returns the first sentence of a docstring without its source, or two if the first is only the plug-in's name."""
     import inspect
     import re
 
@@ -253,5 +264,5 @@ def _about(method: type[Method]) -> str:
     return " ".join([first, *following[:1]]) if len(first.split()) <= NAME_WORDS else first
 
 
-def _options(method: type[Method]) -> dict[str, object]:
+def _options(method: type[Method] | type[Defense]) -> dict[str, object]:
     return {key: field.default for key, field in method.options_type.model_fields.items()}

@@ -9,6 +9,7 @@ from vlm_unlearn.config.loader import shipped_names as shipped_names
 from vlm_unlearn.config.loader import shipped_path as shipped_path
 from vlm_unlearn.config.loader import starter_text as starter_text
 from vlm_unlearn.config.loader import validate as validate
+from vlm_unlearn.config.recipe import DefenseConfig as DefenseConfig
 from vlm_unlearn.config.recipe import MethodConfig as MethodConfig
 from vlm_unlearn.config.recipe import ProbeConfig as ProbeConfig
 from vlm_unlearn.config.recipe import Recipe as Recipe

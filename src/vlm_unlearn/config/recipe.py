@@ -26,6 +26,23 @@ class MethodConfig(DeprecatedNames):
     """Name of the method, or `FILE.py:CLASS`. `vlm-unlearn methods` lists the methods with their options."""
 
 
+class DefenseConfig(DeprecatedNames):
+    """A defense against relearning. `name` selects it, and the other keys are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, PluginName(plugins.DEFENSES)]
+    """Name of the defense, or `FILE.py:CLASS`. `vlm-unlearn methods --defenses` lists them with their options."""
+
+    @staticmethod
+    def expanded(value: Any) -> Any:
+        """Returns a list of configs, given as a name, a mapping, a list of both, or None for no defense."""
+        if value is None:
+            return []
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        return [{"name": item} if isinstance(item, str) else item for item in items]
+
+
 class LoraConfig(Strict):
     """Low-rank adapters (Hu et al. 2021). The field names are those of PEFT."""
 
@@ -186,6 +203,8 @@ class Recipe(Strict):
     """The method and its options, or only the name of the method."""
     prompt_decouple_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of SafeEraser's Prompt Decouple loss. 0 turns it off."""
+    defense: list[DefenseConfig] = []
+    """Defenses against relearning, such as `{name: sam, rho: 0.01}`. A defense can be given by its name alone."""
     trainable: TrainableConfig = TrainableConfig()
     """The trainable parameters."""
     training: TrainingConfig = TrainingConfig()
@@ -213,6 +232,11 @@ class Recipe(Strict):
     @classmethod
     def _expand_home(cls, value: Path) -> Path:
         return user_path(value)
+
+    @field_validator("defense", mode="before")
+    @classmethod
+    def _expand_defenses(cls, value: Any) -> Any:
+        return DefenseConfig.expanded(value)
 
     @model_validator(mode="before")
     @classmethod

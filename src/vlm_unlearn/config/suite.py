@@ -197,6 +197,8 @@ class Suite(Strict):
         for split in self.splits:
             set_path(split, "file")
             set_path(split, "images")
+            for attack in split.attack:
+                attack.resolve_paths(root)
         for benchmark in self.benchmarks:
             object.__setattr__(benchmark, "annotations", [(root / path).absolute() for path in benchmark.annotations])
             set_path(benchmark, "images")

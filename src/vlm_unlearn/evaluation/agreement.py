@@ -198,7 +198,8 @@ def _parse_human_label(
 def export_for_labeling(run: str | PathLike[str], out: Path, count: int, seed: int) -> int:
     """Writes a random sample of a run's answers to a CSV file for human labeling.
 
-    The sample contains the same number of answers from each split, as far as the splits have that many.
+    The sample contains the same number of answers from each split, as far as the splits have that many. A prefilled
+    beginning of an answer is in square brackets. It is not by the model.
 
     Args:
         run: The run folder, as a path or as an `EvaluationRun`.
@@ -231,7 +232,8 @@ def export_for_labeling(run: str | PathLike[str], out: Path, count: int, seed: i
         for index in sorted(sample[:count]):
             response = answered[index]
             prompt = prompts[response.prompt_id]
-            texts = (prompt.image or "", prompt.conversation, response.text or "")
+            answer = f"{'' if prompt.prefill is None else f'[{prompt.prefill}]'}{response.text or ''}"
+            texts = (prompt.image or "", prompt.conversation, answer)
             writer.writerow(
                 [_escape_formula(prompt.id), response.sample, *(_escape_formula(text) for text in texts), ""]
             )

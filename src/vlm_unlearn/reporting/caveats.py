@@ -26,6 +26,10 @@ NOT_ATTACKED = (
     "This report contains no attacks on the models themselves. A prefilled answer, further training or quantization "
     "may recover the knowledge. The command vlm-unlearn robustness measures this."
 )
+NOT_ATTACKED_BUT_PREFILLED = (
+    "This report contains no attacks on the models themselves. Other beginnings of the answer, further training or "
+    "quantization may recover the knowledge. The command vlm-unlearn robustness measures this."
+)
 NO_ATTACK = (
     "No attack on the wording was measured. Answers to questions in their original wording do not show how the model "
     "answers other wordings."
@@ -95,7 +99,7 @@ def caveats(
         (any(training_seed(source) is not None for source in sources.values()), ONE_SEED),
         (unchecked & batched, BATCHES),
         (any(suite.generation.backend == "openai" for suite in suites), SERVER),
-        (any(suite.generation.temperature > 0 for suite in suites), SAMPLED),
+        (any(suite.generation.temperature > 0 or _has_attack(suite, "sampling") for suite in suites), SAMPLED),
         (
             without_judge,
             "Not measured, because no language model was configured as judge: "
@@ -103,6 +107,11 @@ def caveats(
         ),
     ]
     return [text for applies, text in rules if applies] + [f"Not compared: {reason}." for reason in left_out]
+
+
+def _has_attack(suite: Suite, name: str) -> bool:
+    """Returns whether a suite applies an attack, and not only its control."""
+    return any(attack.name == name and not attack.is_control for split in suite.splits for attack in split.attacks)
 
 
 def _question_caveats(
@@ -119,8 +128,10 @@ def _question_caveats(
             f"Zero hits among them do not exclude a rate of {100 * rule_of_three(count):.1f} %."
         ]
     unsafe = any(split.kind == "unsafe" for suite in suites for split in suite.splits)
-    listed = f"{LISTED_ATTACKS} {tried_attacks(attacked, len(rows)) if attacked else NOT_ATTACKED}"
-    attacks = listed if roles.attacked or attacked else f"{NO_ATTACK} {NOT_ATTACKED}"
+    has_prefill = bool(suites) and all(_has_attack(suite, "prefill") for suite in suites)
+    missing = NOT_ATTACKED_BUT_PREFILLED if has_prefill else NOT_ATTACKED
+    listed = f"{LISTED_ATTACKS} {tried_attacks(attacked, len(rows)) if attacked else missing}"
+    attacks = listed if roles.attacked or attacked else f"{NO_ATTACK} {missing}"
     safety = attacks if roles.attacked or roles.harm else NO_HARM_RATE if unsafe else NO_UNSAFE_QUESTION
     return [
         *((True, text) for text in (*few, safety)),

@@ -124,8 +124,9 @@ def _introduction(recipe: Mapping[str, Any], evaluated: bool) -> list[str]:
     method = METHODS[name] if name in METHODS.built_in else None  # a report imports no code that a run names
     goal = "refuse" if method is not None and not method.unlearns else "unlearn harmful knowledge"
     source = f" ({method.source})" if method else ""
-    decoupling = " and prompt decoupling" if recipe["prompt_decouple_weight"] else ""
-    title = f"# {escaped(base if _is_hub_id(base) else Path(base).name)}, trained with {escaped(name)}{decoupling}"
+    decoupling = ["prompt decoupling"] if recipe["prompt_decouple_weight"] else []
+    training = " and ".join([name, *decoupling, *(defense["name"] for defense in recipe.get("defense", []))])
+    title = f"# {escaped(base if _is_hub_id(base) else Path(base).name)}, trained with {escaped(training)}"
     effect = "The evaluation below shows the effect." if evaluated else "The effect has not been evaluated."
     first = f"This vision-language model was trained to {goal} with {escaped(name)}{source}, using vlm-unlearn."
     return [title, "", f"{first} {effect}", "", INTENDED_USE]
@@ -203,6 +204,11 @@ def _settings(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
         "method": method["name"],
         **{key: value for key, value in method.items() if key != "name"},
         **({"prompt decouple weight": decoupling} if decoupling else {}),
+        **{
+            f"defense {defense['name']}": ", ".join(f"{key}={value}" for key, value in defense.items() if key != "name")
+            or "default options"
+            for defense in recipe.get("defense", [])
+        },
         "trainable parameters": recipe["trainable"]["mode"],
         **({} if training["max_steps"] else {"epochs": training["num_train_epochs"]}),
         "projector": "W + sin(dW), merged" if projector == "sine" else projector,

@@ -124,8 +124,8 @@ class _Questions:
         prompts = split_prompts(split)
         self.roots[split.name] = split.images
         groups = list(dict.fromkeys(prompt.group_id for prompt in prompts))
-        kept = set(evenly_spaced(groups, count)) if count else set(groups)
-        return [prompt for prompt in prompts if prompt.group_id in kept]
+        sampled = set(evenly_spaced(groups, count)) if count else set(groups)
+        return [prompt for prompt in prompts if prompt.group_id in sampled]
 
     @cached_property
     def identity(self) -> dict[str, object]:

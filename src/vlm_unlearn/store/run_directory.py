@@ -67,6 +67,7 @@ class RunDirectory:
     """
 
     CHECKPOINT_COMPLETE: ClassVar = "complete.json"  # the file that is written last into a checkpoint
+    DEFENSE_STATE: ClassVar = "defenses.safetensors"  # of a checkpoint: for example the running mean of the weights
     TRAINED_WEIGHTS: ClassVar = "trained.safetensors"  # of a checkpoint: trainable parameters, by name
     METHOD_STATE: ClassVar = "method_state.safetensors"  # next to saved weights: tensors of the method
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from vlm_unlearn.config import MethodConfig
+from vlm_unlearn.config import DefenseConfig, MethodConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, build_method, method_name
+from vlm_unlearn.methods.wrappers import Defense, build_defenses
 
 REFERENCES = ("auto", "cache", "adapter", "copy")
 FEATURE_CACHES = ("memory", "disk", "off")
@@ -32,7 +33,7 @@ class UnlearningConfig(TrainingArguments):
         UserError: The method or one of its options is unknown, or an argument is invalid.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "method_args"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "method_args", "defense"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The peak learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Number of steps between two log entries."})
@@ -48,6 +49,13 @@ class UnlearningConfig(TrainingArguments):
     prompt_decouple_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of the Prompt Decouple loss (SafeEraser, arXiv 2502.12520). 0 turns it off."},
+    )
+    defense: Any = field(
+        default=None,
+        metadata={
+            "help": "Defenses against relearning: a name, a mapping such as `{'name': 'sam', 'rho': 0.01}`, or a list "
+            "of both. `vlm-unlearn methods --defenses` lists them."
+        },
     )
     reference: str = field(
         default="auto",
@@ -91,17 +99,25 @@ class UnlearningConfig(TrainingArguments):
         self.label_names = ["forget", "retain"]
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # nn.DataParallel supports neither nested batches nor hooks
+        if self.feature_cache is False:  # type: ignore[comparison-overlap]  # as YAML reads off
+            self.feature_cache = "off"
         for name, values in (("reference", REFERENCES), ("feature_cache", FEATURE_CACHES)):
             if getattr(self, name) not in values:
                 raise UserError(f"must be one of {', '.join(values)}", code="invalid-field", field=name)
         if not math.isfinite(self.prompt_decouple_weight) or self.prompt_decouple_weight < 0:
             raise UserError("must be at least 0", code="invalid-field", field="prompt_decouple_weight")
         self.build_method()
+        self.build_defenses()
 
     def build_method(self) -> Method:
         """Returns a new object of the method, wrapped in prompt decoupling if its weight is above 0."""
         options = {"name": self.method, **(self.method_args or {})}  # type: ignore[dict-item]
         return build_method(MethodConfig.model_validate(options), self.prompt_decouple_weight)
+
+    def build_defenses(self) -> tuple[Defense, ...]:
+        """Returns new objects of the defenses."""
+        configs = [DefenseConfig.model_validate(item) for item in DefenseConfig.expanded(self.defense)]
+        return build_defenses(configs)
 
     @property
     def precision(self) -> str:

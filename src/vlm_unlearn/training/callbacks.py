@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from vlm_unlearn.config import ProbeConfig
+from vlm_unlearn.methods.wrappers import Defense
 from vlm_unlearn.records import PROBE_PREFIX
 from vlm_unlearn.store import RunDirectory, write_text
 from vlm_unlearn.training.checkpoints import load_trained, save_trained
@@ -79,6 +80,23 @@ class LogCallback(TrainerCallback):
                 line = {name: value for name, value in sorted(entry.items()) if name != "epoch"}
                 lines.append(json.dumps(line) + "\n")
         write_text(self._run.log_file, "".join(lines))
+
+
+class DefenseCallback(TrainerCallback):
+    """Passes the weights to the defenses after each step, before the step is logged, evaluated or saved.
+
+    Args:
+        defenses: The defenses of the run.
+        weights: Returns the trainable parameters by name.
+    """
+
+    def __init__(self, defenses: Sequence[Defense], weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._defenses = defenses
+        self._weights = weights
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for defense in self._defenses:
+            defense.after_step(self._weights(), state.global_step)
 
 
 class Probe(Protocol):

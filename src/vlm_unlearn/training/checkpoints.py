@@ -7,6 +7,7 @@ transformers 5.23 saves several VLM families under renamed keys and cannot load 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm_unlearn.errors import RunError, UserError
+from vlm_unlearn.methods.wrappers import Defense
 from vlm_unlearn.store import RunDirectory, read_json, write_json
 
 
@@ -45,6 +47,36 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, value in saved.items():
             trainable[name].copy_(value)
+
+
+def save_defenses(defenses: Sequence[Defense], checkpoint: Path) -> None:
+    """Writes the state of the defenses to ``defenses.safetensors`` in a checkpoint, if they have one."""
+    state = {f"{index}.{name}": value for index, item in enumerate(defenses) for name, value in item.state().items()}
+    if state:
+        save_file(
+            {name: value.detach().contiguous() for name, value in state.items()},
+            checkpoint / RunDirectory.DEFENSE_STATE,
+        )
+
+
+def load_defenses(defenses: Sequence[Defense], checkpoint: Path, device: torch.device) -> None:
+    """Loads the state that `save_defenses` wrote.
+
+    Raises:
+        RunError: The checkpoint contains no state, or that of other defenses.
+    """
+    file = checkpoint / RunDirectory.DEFENSE_STATE
+    saved = load_file(file, device=str(device)) if file.is_file() else {}
+    for index, defense in enumerate(defenses):
+        prefix = f"{index}."
+        state = {name[len(prefix) :]: value for name, value in saved.items() if name.startswith(prefix)}
+        if bool(state) != bool(defense.state()):
+            raise RunError(
+                "the checkpoint is of a run with other defenses. Delete the run's folder and start again.",
+                code="checkpoint-mismatch",
+                file=checkpoint,
+            )
+        defense.load_state(state)
 
 
 def mark_complete(checkpoint: Path, step: int, run_digest: str) -> None:

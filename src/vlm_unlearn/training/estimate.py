@@ -35,17 +35,19 @@ class Memory:
     gradients: float
     optimizer: float
     reference: float
+    defenses: float  # copies of the trainable parameters
     activations: float  # from the forward pass, with the bf16 copies that autocast makes of float32 weights
 
     @property
     def states(self) -> float:
         """The bytes that FSDP or ZeRO-3 shards over devices."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.defenses
 
     @property
     def total(self) -> float:
         """The bytes at the peak: gradients appear while the backward pass frees the activations."""
-        return self.weights + self.optimizer + self.reference + max(self.gradients, self.activations)
+        fixed = self.weights + self.optimizer + self.reference + self.defenses
+        return fixed + max(self.gradients, self.activations)
 
     def devices(self, device_bytes: float, max_devices: int = 1024) -> int:
         """Returns how many devices the run needs if its states are sharded and a tenth of each device stays free.
@@ -69,6 +71,7 @@ def estimate(
     answer_tokens: float,
     checkpointing: bool,
     frozen_copy: bool,
+    defense_copies: int = 0,
 ) -> Memory:
     """Returns the memory of a run on one device without sharding.
 
@@ -81,6 +84,7 @@ def estimate(
         answer_tokens: The number of those tokens whose logits are computed.
         checkpointing: Whether gradient checkpointing is on.
         frozen_copy: Whether the reference is a frozen copy of the trainable parameters.
+        defense_copies: The number of copies of the trainable parameters that the defenses hold.
     """
     bytes_per_value = 4 if precision == "fp32" else 2
     base_bytes = {"full": 4.0, "lora": float(bytes_per_value), "qlora": 0.55}[mode]
@@ -102,5 +106,6 @@ def estimate(
         gradients=4.0 * size.trained,
         optimizer=8.0 * size.trained,  # the two moments of AdamW
         reference=4.0 * size.trained if frozen_copy else 0.0,
+        defenses=4.0 * size.trained * defense_copies,
         activations=activations + logits + copies,
     )

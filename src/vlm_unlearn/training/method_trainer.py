@@ -6,7 +6,7 @@ It trains on nested batches, logs the loss terms and writes checkpoints that res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from vlm_unlearn.data.encoding import Batch, move
 from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.methods import Role, TokenKind
+from vlm_unlearn.methods import LossOutput, Role, TokenKind
 from vlm_unlearn.modeling.adapters import sort_adapter_config
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import cached_vision_features
@@ -31,14 +31,19 @@ from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.structure import get_base_model
 from vlm_unlearn.modeling.trainable import without_lora_input_casts
 from vlm_unlearn.store import RunDirectory, cache_folder, digest_json, package_versions
+from vlm_unlearn.training.callbacks import DefenseCallback
 from vlm_unlearn.training.checkpoints import (
     last_complete_checkpoint,
+    load_defenses,
     load_trained,
     mark_complete,
+    save_defenses,
     save_trained,
     trainable_parameters,
     validate_same_run,
 )
+from vlm_unlearn.training.data_workers import data_worker_errors
+from vlm_unlearn.training.defended_step import DefendedStep, StepContext, swapped_weights, validate_engine
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference, build_reference
 from vlm_unlearn.training.references import Reference
 from vlm_unlearn.training.setup import TrainingParts
@@ -61,6 +66,9 @@ class MethodTrainer(Trainer):
         cache_keys: Identify model and data in the caches on disk. None caches in memory only.
         on_reference: Called while reference values are computed before the first step, with the number of finished
             examples and of all examples.
+
+    Raises:
+        UserError: FSDP or DeepSpeed shards the parameters, which defenses do not support.
     """
 
     # The Trainer averages the losses of a step's micro-batches, and DDP averages their gradients over processes.
@@ -90,6 +98,7 @@ class MethodTrainer(Trainer):
         self._parts = parts
         self.vlm = parts.vlm
         self.method = parts.method
+        self.defenses = parts.defenses
         self._eval_fn = eval_fn
         self._eval_prefix = eval_prefix
         self._cache_keys = cache_keys
@@ -97,6 +106,10 @@ class MethodTrainer(Trainer):
         self._reference: Reference | None = None
         self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
         self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
+        self._step_batches: Sequence[Mapping[Role, Batch]] = ()  # of the current optimizer step
+        if self.defenses:
+            validate_engine(self.sharded)
+            self.add_callback(DefenseCallback(self.defenses, lambda: self._trainable))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains, and returns the outcome as transformers does.
@@ -110,7 +123,8 @@ class MethodTrainer(Trainer):
 
         Raises:
             UserError: The checkpoint belongs to another run: another method, seed, batch size or data.
-            RunError: The loss or the gradient became NaN or infinite. The last good checkpoint remains.
+            RunError: The loss or the gradient became NaN or infinite, or a process that loads data has died. The last
+                good checkpoint remains.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # type: ignore[assignment]
@@ -119,9 +133,10 @@ class MethodTrainer(Trainer):
         uses_cache = self.args.feature_cache != "off" and not self.sharded
         limit = int(self.args.feature_cache_gb * 2**30)
         with (
+            data_worker_errors(),
             cached_vision_features(self.vlm.vision_tower, limit, self._feature_cache_folder())
             if uses_cache
-            else nullcontext()
+            else nullcontext(),
         ):
             self._reference = self._reference or build_reference(
                 self._parts, self.accelerator.autocast, self._cache_keys, self._on_reference
@@ -129,7 +144,19 @@ class MethodTrainer(Trainer):
             output: TrainOutput = super().train(
                 str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs
             )
+        with torch.no_grad():
+            for name, value in self._final_weights().items():
+                self._trainable[name].copy_(value)
         return output
+
+    @property
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return trainable_parameters(self.unwrapped)
+
+    def _final_weights(self) -> Mapping[str, Tensor]:
+        """Returns the weights with which a defense replaces those of the last step, by name."""
+        replaced = [weights for defense in self.defenses if (weights := defense.final_weights()) is not None]
+        return replaced[0] if replaced else {}
 
     def _feature_cache_folder(self) -> Path | None:
         """Returns the folder of the vision features on disk, None if they are cached in memory."""
@@ -181,7 +208,7 @@ class MethodTrainer(Trainer):
             was_training = model.training
             model.eval()
             try:
-                with self.accelerator.autocast():
+                with swapped_weights(self._trainable, self._final_weights()), self.accelerator.autocast():
                     rates = [dict(eval_fn(model))]
             finally:
                 model.train(was_training)
@@ -191,6 +218,7 @@ class MethodTrainer(Trainer):
         """Returns the micro-batches of an optimizer step, and counts their tokens over all processes."""
         batches, _ = super().get_batch_samples(_raise_worker_errors(epoch_iterator), num_batches, device)
         self._token_totals = None
+        self._step_batches = batches
         if batches and not self.method.paper_compat:
             counts = [count_tokens(batch) for batch in batches]
             sums = torch.tensor(
@@ -215,14 +243,31 @@ class MethodTrainer(Trainer):
         Raises:
             RunError: The loss is NaN or infinite.
         """
-        dtype = self.vlm.base_model.dtype
-        batches = {role: move(batch, self.args.device, dtype) for role, batch in inputs.items()}
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        step = ModelStep(self.vlm, batches, self.method, self._reference, self._token_totals, progress, model)
+        step = self._build_step(inputs, None, model)
         output = self.method.loss(step)
+        self._record(output)
         total = (
             output.total + step.zero_loss_over_all_logits() if self.method.requirements.hidden_layers else output.total
         )
+        return (total, {}) if return_outputs else total
+
+    def _build_step(
+        self, inputs: Mapping[Role, Batch], active_roles: Collection[Role] | None, wrapped: nn.Module | None
+    ) -> ModelStep:
+        """Returns the values of a micro-batch for a loss. See `ModelStep`."""
+        dtype = self.vlm.base_model.dtype
+        batches = {role: move(batch, self.args.device, dtype) for role, batch in inputs.items()}
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        return ModelStep(
+            self.vlm, batches, self.method, self._reference, self._token_totals, progress, wrapped, active_roles
+        )
+
+    def _record(self, output: LossOutput) -> None:
+        """Records the loss terms of a micro-batch for the log.
+
+        Raises:
+            RunError: The loss is NaN or infinite.
+        """
         if not torch.isfinite(output.total):
             terms = ", ".join(f"{name} {value.item():.4g}" for name, value in output.terms.items())
             raise RunError(
@@ -231,14 +276,41 @@ class MethodTrainer(Trainer):
             )
         for name, value in output.terms.items():
             self._loss_terms.setdefault(name, []).append(value.item())
-        return (total, {}) if return_outputs else total
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Runs forward and backward pass of a micro-batch and returns its loss."""
         casts_inputs = self.accelerator.native_amp  # autocast
         with without_cudnn_attention(), without_lora_input_casts(self.model) if casts_inputs else nullcontext():
+            if any(item.overrides("forget_gradient") or item.overrides("latent_shifts") for item in self.defenses):
+                return self._defended_training_step(model)
             loss: Tensor = super().training_step(model, *args, **kwargs)
         return loss
+
+    def _defended_training_step(self, model: nn.Module) -> Tensor:
+        """Computes the gradients of an optimizer step at its last micro-batch, and returns its mean loss.
+
+        A defense perturbs the weights once for all micro-batches. At the others, this does nothing and returns 0.
+        """
+        if not self.accelerator.gradient_state.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        model.train()
+        context = StepContext(
+            vlm=self.vlm,
+            parameters=self._trainable,
+            build_step=lambda batches, roles: self._build_step(batches, roles, None),
+            loss=self.method.loss,
+            autocast=self.compute_loss_context_manager,
+            backward=self.accelerator.backward,
+            average=(lambda value: self.accelerator.reduce(value, reduction="mean"))
+            if self.args.world_size > 1
+            else None,
+            step=self.state.global_step,
+            seed=self.args.seed,
+        )
+        outputs = DefendedStep(context, self._step_batches, self.defenses).run()
+        for output in outputs:
+            self._record(output)
+        return torch.stack([output.total for output in outputs]).mean()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Returns the inputs unchanged. `compute_loss` moves them."""
@@ -305,6 +377,7 @@ class MethodTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            save_defenses(self.defenses, folder)
             mark_complete(folder, self.state.global_step, self._parts.run_digest)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -355,6 +428,7 @@ class MethodTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_trained(self.unwrapped, Path(resume_from_checkpoint))
+            load_defenses(self.defenses, Path(resume_from_checkpoint), self.args.device)
 
 
 def _raise_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:

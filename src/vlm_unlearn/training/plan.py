@@ -16,12 +16,14 @@ from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import METHODS, Method, build_method
+from vlm_unlearn.methods.wrappers import DEFENSES, build_defenses
 from vlm_unlearn.modeling.loader import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.modeling.packing import prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.plugins import short_name
 from vlm_unlearn.store import digest_model
+from vlm_unlearn.training.defended_step import validate_engine
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.setup import prepare_method
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
@@ -37,8 +39,13 @@ INSTALL = {
 
 
 def recipe_name(recipe: Recipe) -> str:
-    """Returns the run's name in tables: the recipe's name, or its method, with ``+pd`` for prompt decoupling."""
-    return recipe.name or short_name(recipe.method.name) + ("+pd" if recipe.prompt_decouple_weight > 0 else "")
+    """Returns the run's name in tables: the recipe's name, or its method with ``+pd`` for prompt decoupling.
+
+    The names of defenses follow, such as ``npo+pd+sam``.
+    """
+    decoupling = ["pd"] if recipe.prompt_decouple_weight > 0 else []
+    defenses = [short_name(defense.name) for defense in recipe.defense]
+    return recipe.name or "+".join([short_name(recipe.method.name), *decoupling, *defenses])
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,14 @@ class Plan:
             "training": training,
             "probe": {"suite", "root"},
         }
+        if not self.recipe.defense:  # runs of earlier versions have no such key
+            excluded["defense"] = True
         method_code = METHODS.code_digest(self.recipe.method.name)
+        defense_code = {
+            config.name: digest
+            for config in self.recipe.defense
+            if (digest := DEFENSES.code_digest(config.name)) is not None
+        }
         return {
             "kind": "train",
             "recipe": self.recipe.model_dump(mode="json", exclude=excluded),
@@ -82,6 +96,7 @@ class Plan:
             "model": self.model_digest,
             "data": self.data_digest,
             **({} if method_code is None else {"method_code": method_code}),
+            **({"defense_code": defense_code} if defense_code else {}),
         }
 
 
@@ -154,6 +169,7 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
             field="training.projector_learning_rate",
         )
     sharded = engine() in ("deepspeed", "fsdp")
+    _check_defenses(recipe, sharded)
     if sharded and recipe.trainable.projector == "sine":
         raise UserError(
             "sine does not work with FSDP or DeepSpeed. Use recipes/engines/ddp.yaml.",
@@ -178,6 +194,23 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     return method, training_set, strategy
 
 
+def _check_defenses(recipe: Recipe, sharded: bool) -> None:
+    """Validates the defenses.
+
+    Raises:
+        UserError: A defense or an option is unknown, or the engine or the probe does not support it.
+    """
+    defenses = build_defenses(recipe.defense)
+    if defenses:
+        validate_engine(sharded)
+    if recipe.probe and recipe.probe.keep_best and any(defense.overrides("final_weights") for defense in defenses):
+        raise UserError(
+            "the defense saves other weights than those that a probe would keep. Remove keep_best or the defense.",
+            code="conflicting-settings",
+            field="probe.keep_best",
+        )
+
+
 def check_model(
     recipe: Recipe, method: Method, training_set: UnlearningDataset, skeleton: VisionLanguageModel
 ) -> VisionLanguageModel:
@@ -189,6 +222,9 @@ def check_model(
     with torch.device("meta"):  # PEFT would draw random adapters on the CPU, hundreds of megabytes for a 7B model
         prepared = prepare_trainable(skeleton, recipe.trainable)
     prepare_method(method, prepared, recipe.training.seed)
+    steps = steps_of(recipe, len(training_set["forget"]), world_size())
+    for defense in build_defenses(recipe.defense):
+        defense.prepare(method, len(prepared.decoder_layers), steps)
     _check_examples_without_image(recipe, method, training_set, prepared)
     return prepared
 

@@ -12,6 +12,7 @@ from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Role
+from vlm_unlearn.methods.wrappers import build_defenses
 from vlm_unlearn.modeling.loader import build_skeleton, find_local_model, load_processor, read_config
 from vlm_unlearn.modeling.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.modeling.trainable import trainable_table
@@ -84,6 +85,7 @@ def preview(recipe: Recipe) -> Preview:
         answer_tokens=batch_size * sum(answer_tokens.values()),
         checkpointing=training.gradient_checkpointing,
         frozen_copy=strategy == "copy",
+        defense_copies=sum(defense.weight_copies for defense in build_defenses(recipe.defense)),
     )
     return Preview(
         name=recipe_name(recipe),

@@ -12,6 +12,7 @@ from transformers import set_seed
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method
+from vlm_unlearn.methods.wrappers import Defense
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import digest_json
 from vlm_unlearn.training.arguments import UNLIMITED, UnlearningConfig
@@ -30,6 +31,7 @@ class TrainingParts:
     collator: UnlearningCollator
     reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
     run_digest: str  # of the settings and examples that determine the batches
+    defenses: tuple[Defense, ...] = ()  # prepared for the run
 
 
 def build_parts(
@@ -54,9 +56,12 @@ def build_parts(
     stream = UnlearningStream(data, method, length, args.seed, args.group_by_image)
     collator = UnlearningCollator(vlm.processor, data, method, args.max_length or UNLIMITED)
     prepare_method(method, vlm, args.seed)
+    defenses = args.build_defenses()
+    for defense in defenses:
+        defense.prepare(method, len(vlm.decoder_layers), args.max_steps)
     if args.world_size > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
-    return TrainingParts(vlm, args, method, stream, collator, strategy, _digest_of_run(args, data))
+    return TrainingParts(vlm, args, method, stream, collator, strategy, _digest_of_run(args, data), defenses)
 
 
 def prepare_method(method: Method, vlm: VisionLanguageModel, seed: int) -> None:
@@ -117,4 +122,5 @@ def _digest_of_run(args: UnlearningConfig, data: UnlearningDataset) -> str:
     """Returns a digest of the settings and examples that determine the batches of a run. It covers no image files."""
     examples = {role: [example.model_dump() for example in rows] for role, rows in data.items()}
     settings = [args.method, args.method_args, args.prompt_decouple_weight, args.seed, args.max_steps]
+    settings += [args.defense] if args.defense else []  # runs of earlier versions have none
     return digest_json([*settings, args.samples_per_step(), args.group_by_image, args.max_length, examples])

@@ -13,7 +13,7 @@ Masks and token weights need no pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_unlearn.data.encoding import Batch
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.methods import Method, ReferenceHidden, Role, TokenKind
 from vlm_unlearn.modeling.batch_merge import can_merge, merge_batches
@@ -73,6 +74,8 @@ class ModelStep:
             `paper_compat`) takes the tokens of `batches`, so that every micro-batch has the same weight.
         progress: Fraction of the run's optimizer steps that are complete, 0 at the first step.
         wrapped: The model inside the wrapper of DDP, FSDP or DeepSpeed. None if it has none.
+        active_roles: The roles that run through the model. All values of the other roles are constants, so that the
+            gradient of a loss is that of its terms on the active roles. None runs all roles.
     """
 
     def __init__(
@@ -84,11 +87,13 @@ class ModelStep:
         token_totals: Mapping[tuple[Role, TokenKind], float] | None = None,
         progress: float = 0.0,
         wrapped: nn.Module | None = None,
+        active_roles: Collection[Role] | None = None,
     ) -> None:
         self.progress = progress
         self._vlm = vlm
         self._wrapped = wrapped
         self._batches = batches
+        self._active_roles = batches.keys() if active_roles is None else batches.keys() & set(active_roles)
         self._method = method
         self._reference = reference
         self._token_totals: Mapping[tuple[Role, TokenKind], float] = (
@@ -100,8 +105,25 @@ class ModelStep:
 
     # Forward passes
 
+    def merged_inputs(self) -> Batch:
+        """Returns the batch [B, S] that one forward pass runs for all active roles.
+
+        Raises:
+            UserError: They need several passes, because only some of them have images.
+        """
+        passes = self._plan_passes()
+        if len(passes) > 1:
+            raise UserError(
+                "the forget and the preferred examples of a batch cannot run together. Give both an image, or none.",
+                code="unsupported-setting",
+                field="defense",
+            )
+        return self._merge(passes[0][0]).batch
+
     def _current_output(self, role: Role) -> ForwardOutput:
-        """Returns the current model's output for a role. The first call runs all roles."""
+        """Returns the current model's output for a role. The first call runs all active roles."""
+        if role not in self._active_roles:
+            return self._constant_output(role)
         if not self._current_outputs_by_role:
             for roles, stop_after_last_hidden_layer in self._plan_passes():
                 merged = self._merge(roles)
@@ -117,6 +139,8 @@ class ModelStep:
         would make them differ, and terms whose gradient at equality is zero or undefined (KL, norms) would give noise
         that Adam scales up to full-size steps.
         """
+        if role not in self._active_roles:
+            return self._constant_output(role)
         self._current_output(role)
         if role not in self._reference_outputs_by_role:
             assert self._reference is not None, "the loss uses a value that is not in ForwardRequirements.references"
@@ -132,6 +156,22 @@ class ModelStep:
                 )
             )
         return self._reference_outputs_by_role[role]
+
+    def _constant_output(self, role: Role) -> ForwardOutput:
+        """Returns zeros in place of the output for a role that is not active. They take no memory."""
+        batch, mask = self._batches[role], self._logit_mask(role)
+        rows, width = batch["input_ids"].shape
+        zero = torch.zeros((), device=mask.device)
+        text_config = self._vlm.base_model.config.get_text_config()
+        return ForwardOutput(
+            mask,
+            zero.expand(int(mask.sum()), text_config.vocab_size),
+            batch.get("labels", torch.full_like(batch["input_ids"], IGNORED)),
+            {
+                layer: zero.expand(rows, width, self._vlm.hidden_size)
+                for layer in self._method.requirements.hidden_layers
+            },
+        )
 
     def _reference_states(self, role: Role) -> ForwardOutput:
         """Returns the reference model's output for a role, which is not cached."""
@@ -154,10 +194,11 @@ class ModelStep:
             For each pass, in order: its roles, and whether it may stop after the last layer whose hidden states are
             used and computes no logits. A method leaves at least one role complete.
         """
-        roles_with_images = {role for role, batch in self._batches.items() if "pixel_values" in batch}
-        roles = sorted(self._batches, key=lambda role: role in roles_with_images)  # those with images last
+        roles_with_images = {role for role in self._active_roles if "pixel_values" in self._batches[role]}
+        active = [role for role in self._batches if role in self._active_roles]
+        roles = sorted(active, key=lambda role: role in roles_with_images)  # those with images last
         truncated = [role for role in roles if role in self._method.requirements.truncated_roles]
-        if roles_with_images and roles_with_images <= set(truncated):
+        if self._wrapped is not None and roles_with_images and roles_with_images <= set(truncated):
             truncated = []  # otherwise the last pass would be without images
         complete = [role for role in roles if role not in truncated]
 

@@ -41,8 +41,10 @@ class RunData:
     labels_by_judge: Mapping[str, Collection[str]]
 
     def image(self, prompt: Prompt) -> ImageReference | None:
-        """Returns the image of a prompt, or None if it has none."""
-        return None if prompt.image is None else (self.image_roots.get(prompt.set), prompt.image)
+        """Returns the image of a prompt with its edits, or None if it has none."""
+        if prompt.image is None:
+            return None
+        return self.image_roots.get(prompt.set), prompt.image, prompt.image_edits
 
 
 @dataclass(frozen=True)
