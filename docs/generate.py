@@ -22,16 +22,29 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from vlm_unlearn import plugins
 from vlm_unlearn.benchmarks.base import BENCHMARKS
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.cli.terminal import EXAMPLE
-from vlm_unlearn.config import Recipe, Suite, load
+from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, load
 from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
 from vlm_unlearn.methods import METHODS, Method, ReferenceHidden, ReferenceLogits, ReferenceNLL
 from vlm_unlearn.methods.wrappers import DEFENSES
-from vlm_unlearn.records import Batching, Comparison, Example, Prompt, Rate, Response, Round, Row, Summary, Verdict
+from vlm_unlearn.records import (
+    Batching,
+    Comparison,
+    Example,
+    ImageEdit,
+    Prompt,
+    Rate,
+    Response,
+    Round,
+    Row,
+    Summary,
+    Verdict,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -144,6 +157,11 @@ def suite_fields() -> str:
     return "\n".join(_config(Suite, "", set()))
 
 
+def robustness_fields() -> str:
+    """Returns a table of every key of a robustness suite."""
+    return "\n".join(_config(RobustnessSuite, "", set()))
+
+
 def _config(config: type[BaseModel], path: str, documented: set[str]) -> Iterator[str]:
     """Yields the keys of a config, then those of its nested configs. Each config appears once."""
     if path:
@@ -230,6 +248,19 @@ def methods() -> str:
     return "\n".join(section for name, method in sorted(METHODS.items()) for section in _method(name, method))
 
 
+def attacks() -> str:
+    """Returns the docstring and the options of every attack on the input and on the model."""
+    kinds = [("Attacks on the input", plugins.ATTACKS), ("Attacks on the model", plugins.MODEL_ATTACKS)]
+    sections = []
+    for title, registry in kinds:
+        sections.append(f"## {title}\n")
+        for name, attack in registry.built_in_items():
+            sections += [f"### {name}\n", f"{_prose_of(attack)}\n"]
+            if attack.options_type.model_fields:
+                sections.append(_fields(attack.options_type))
+    return "\n".join(sections)
+
+
 NEEDS: dict[type, str] = {ReferenceNLL: "likelihoods", ReferenceLogits: "logits", ReferenceHidden: "hidden states"}
 
 
@@ -311,6 +342,8 @@ def metrics() -> str:
     scores = {"mean": "mean score", "one_minus_mean": "1 minus the mean score"}
     sections = []
     for file in sorted((RECIPES / "suites").glob("*.yaml")):
+        if "robustness" in file.stem:
+            continue  # has attacks instead of metrics
         suite = load(Suite, Path(f"suites/{file.stem}"), ["model=m"])
         rows = []
         corrected = [(code(name), metric) for name, metric in suite.metrics.items()]
@@ -348,7 +381,8 @@ def _benchmarks(suite: Suite) -> list[list[str]]:
 def records() -> str:
     """Returns the fields of every record type that the output files contain."""
     sections = []
-    for record in (Example, Round, Prompt, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
+    edits = typing.get_args(typing.get_args(ImageEdit)[0])
+    for record in (Example, Round, Prompt, *edits, Response, Verdict, Summary, Row, Rate, Batching, Comparison):
         sections += [f"## {record.__name__} {{ #{record.__name__.lower()} }}\n\n{_prose_of(record)}\n", _fields(record)]
     return "\n".join(sections)
 
@@ -356,15 +390,7 @@ def records() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        commands,
-        recipe_fields,
-        suite_fields,
-        methods,
-        defenses,
-        benchmarks,
-        rubrics,
-        recipes,
-        metrics,
-        records,
+        *(commands, recipe_fields, suite_fields, robustness_fields, attacks, methods, defenses, benchmarks, rubrics),
+        *(recipes, metrics, records),
     )
 }

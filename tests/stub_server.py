@@ -29,6 +29,7 @@ class Stub:
         at_once: The number of pending calls.
         most_at_once: The maximum of `at_once`.
         finish_reason, usage: Part of each response.
+        usage_of: Returns the usage for a request body.
         raw: Returns the status, the body and further headers of a response to a question, or None for an answer.
     """
 
@@ -43,6 +44,7 @@ class Stub:
         self.url = ""
         self.finish_reason = "stop"
         self.usage: dict[str, int] | None = None
+        self.usage_of: Callable[[dict[str, Any]], dict[str, int] | None] = lambda body: self.usage
         self.raw: Callable[[str], RawReply | None] = lambda text: None
         self._lock = threading.Lock()
 
@@ -131,7 +133,7 @@ def stub_server(answer: Callable[[str], str]) -> Iterator[Stub]:
                 "created": 0,
                 "model": body["model"],
                 "choices": choices,
-                "usage": stub.usage,
+                "usage": stub.usage_of(body),
             }
             self._send(200, json.dumps(completion))
 

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlm_unlearn.config import Recipe, Suite, load, shipped_path
+from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, load, shipped_path
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.methods import build_method
+from vlm_unlearn.robustness.base import build_model_attack
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = sorted((RECIPES / "engines").glob("*.yaml"))
-SUITES = sorted((RECIPES / "suites").glob("*.yaml"))
+ROBUSTNESS_SUITES = sorted((RECIPES / "suites").glob("*robustness*.yaml"))
+SUITES = sorted(set((RECIPES / "suites").glob("*.yaml")) - set(ROBUSTNESS_SUITES))
 # A leading underscore marks a base that is only extended.
 RUNS = sorted(
-    file for file in RECIPES.rglob("*.yaml") if file not in ENGINES + SUITES and not file.stem.startswith("_")
+    file
+    for file in RECIPES.rglob("*.yaml")
+    if file not in ENGINES + SUITES + ROBUSTNESS_SUITES and not file.stem.startswith("_")
 )
 MODELS = {
     "7b": "llava-hf/llava-1.5-7b-hf",
@@ -69,7 +73,20 @@ def test_suite_loads_with_all_metrics(file: Path) -> None:
             "degenerate_rate",
             *(f"{x}_{y}" for x in ("efficacy", "generality") for y in ("asr", "rr")),
         }
+    if file.stem == "tiny_attacks":
+        attacks = ("prefill", "in_context", "sampling", "image_noise")
+        metrics = {"asr", *(f"asr_{name}{control}" for name in attacks for control in ("", "_control"))}
+        metrics |= {"asr_no_image", "asr_blank_image", "asr_shuffled_image"}
     assert metrics <= suite.metrics.keys() or (file.stem == "specificity" and not suite.splits)
+
+
+@pytest.mark.parametrize("file", ROBUSTNESS_SUITES, ids=name_of)
+def test_robustness_suite_loads_and_its_attacks_accept_their_options(file: Path) -> None:
+    suite = load(RobustnessSuite, Path(name_of(file)), ["root=/data"])
+    assert str(suite.questions.file).startswith("/data/")
+    for budget in ("small", "full"):
+        assert suite.attacks(budget)
+        assert all(build_model_attack(config) for config in suite.attacks(budget))
 
 
 def test_specificity_has_its_seven_benchmarks() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 
 class _CodedError(Exception):
     """Base of both errors: a message, a stable code, and the location that the message is about.
 
-    ``str(error)`` is one line: ``FILE, record RECORD: FIELD: MESSAGE``, without the attributes that are not set.
+    ``str(error)`` is one line: ``FILE, record RECORD: FIELD: MESSAGE``, without the attributes that are not set. Long
+    attributes are shortened in it.
 
     Args:
         message: One sentence that says what is wrong and how to fix it.
@@ -39,8 +40,13 @@ class _CodedError(Exception):
 
     def __str__(self) -> str:
         record = None if self.record is None else f"record {self.record}"
-        location = ", ".join(str(item) for item in (self.file, record) if item is not None)
-        return ": ".join(item for item in (location, self.field, self.message) if item)
+        location = ", ".join(shortened(str(item)) for item in (self.file, record) if item is not None)
+        return ": ".join(item for item in (location, shortened(self.field or ""), self.message) if item)
+
+    def with_fix(self, fix: str) -> Self:
+        """Returns the error with a further sentence at the end of its message, which says how to fix it."""
+        message = f"{self.message.rstrip('.')}. {fix}"
+        return type(self)(message, code=self.code, file=self.file, record=self.record, field=self.field)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call the class with the message alone. Data workers send their errors pickled.
@@ -73,6 +79,12 @@ def quoted(text: object, max_length: int = 80) -> str:
     """Quotes untrusted text for an error message: truncated, on one line, without terminal control characters."""
     content = str(text)
     return f'"{printable(content if len(content) <= max_length else content[: max_length - 1] + "…")}"'
+
+
+def shortened(text: str, max_length: int = 300) -> str:
+    """Returns a text without its middle if it is longer than `max_length` characters."""
+    half = (max_length - 1) // 2
+    return text if len(text) <= max_length else f"{text[:half]}…{text[-half:]}"
 
 
 def printable(text: str) -> str:

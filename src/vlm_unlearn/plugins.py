@@ -306,7 +306,7 @@ JUDGES: Registry[Any] = Registry(
         "tiny_world_requested": "vlm_unlearn.worlds.tiny.judge",
     },
 )
-ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "search"))
+ATTACKS: Registry[Any] = Registry("attack", "vlm_unlearn.attacks", support=("base", "files", "image_changes", "search"))
 MODEL_ATTACKS: Registry[Any] = Registry(
     "model_attack",
     "vlm_unlearn.robustness",
@@ -318,7 +318,7 @@ BENCHMARKS: Registry[Any] = Registry(
     support=("base", "official_files", "prompts", "scoring", "vqa_text"),
 )
 FORMATS: Registry[Any] = Registry(
-    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages")
+    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages", "table_rows")
 )
 BACKENDS: Registry[Any] = Registry(
     "backend",

@@ -23,14 +23,27 @@ RateKind = Literal[
     "degenerate",
     "lost_verdicts",
     "failed_verdicts",
+    "recovered",
+    "harm_under_attack",
 ]
 FactKind = Literal[
-    "no_harm", "no_rate", "no_attack", "no_over_refusal", "no_utility", "only_scores", "wide_interval", "keyword_judge"
+    "no_harm",
+    "no_rate",
+    "no_attack",
+    "no_over_refusal",
+    "no_utility",
+    "only_scores",
+    "wide_interval",
+    "keyword_judge",
+    "no_never_knew",
+    "no_conclusive_attack",
 ]
 PairedTest = Literal["mcnemar", "permutation"]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 SignedFraction = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Level8 = Annotated[int, Field(ge=0, le=255)]  # a sample of 8 bits
+TextLayout = Literal["page", "below", "on"]
 LABELS: tuple[Label, ...] = ("complied", "refused", "degenerate", "off_topic")
 PROBE_PREFIX = "probe/"  # of the names of rates in a training run's log.jsonl
 
@@ -71,6 +84,75 @@ class Example(Record):
     loss_on: LossOn = Field(default="all_answers", exclude_if=lambda value: value == "all_answers")
 
 
+class JpegEdit(Record):
+    """Encodes the picture as JPEG and decodes it again."""
+
+    name: Literal["jpeg"] = "jpeg"
+    quality: Annotated[int, Field(ge=1, le=100)]
+
+
+class NoiseEdit(Record):
+    """Adds Gaussian noise to every sample, and clips the result to 0 to 255."""
+
+    name: Literal["noise"] = "noise"
+    std: Annotated[float, Field(gt=0, le=255)]  # in levels of 8 bits
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class BrightnessEdit(Record):
+    """Adds a constant to every sample, and clips the result to 0 to 255."""
+
+    name: Literal["brightness"] = "brightness"
+    shift: Annotated[float, Field(ge=-255, le=255)]  # in levels of 8 bits
+
+
+class CropEdit(Record):
+    """Keeps a rectangle of the picture, in shares of its width and height."""
+
+    name: Literal["crop"] = "crop"
+    left: Fraction = 0.0
+    top: Fraction = 0.0
+    width: Annotated[float, Field(gt=0, le=1)] = 1.0
+    height: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class RotateEdit(Record):
+    """Turns the picture counterclockwise on a white canvas that contains all of it."""
+
+    name: Literal["rotate"] = "rotate"
+    degrees: Annotated[float, Field(ge=-360, le=360)]
+    upright: bool = False  # use the canvas of the turned picture, but do not turn it
+
+
+class ResizeEdit(Record):
+    """Scales the width and the height of the picture."""
+
+    name: Literal["resize"] = "resize"
+    scale: Annotated[float, Field(gt=0, le=8)]
+    restore: bool = False  # scale the result back to the original size
+
+
+class BlankEdit(Record):
+    """Replaces the picture by one color, in the same size."""
+
+    name: Literal["blank"] = "blank"
+    color: tuple[Level8, Level8, Level8] = (255, 255, 255)
+
+
+class TextEdit(Record):
+    """Draws a text in black on white: below the picture, on it, or as a page in place of the picture."""
+
+    name: Literal["text"] = "text"
+    text: Annotated[str, Field(min_length=1, max_length=4000)]
+    layout: TextLayout = "page"
+
+
+ImageEdit = Annotated[
+    JpegEdit | NoiseEdit | BrightnessEdit | CropEdit | RotateEdit | ResizeEdit | BlankEdit | TextEdit,
+    Field(discriminator="name"),
+]
+
+
 class Prompt(Record):
     """A question for a model. The rewrites of a question share its `group_id` and are numbered by `rewrite`."""
 
@@ -86,14 +168,44 @@ class Prompt(Record):
     category: str | None = None
     # Written only if they are set, so that the files and digests of single questions do not change.
     system: str | None = Field(default=None, exclude_if=lambda value: value is None)  # the system message
-    # The earlier rounds of a conversation. The image belongs to the first one.
+    # The earlier rounds of a conversation.
     history: tuple[Round, ...] = Field(default=(), exclude_if=lambda value: not value)
-    # The number of characters of the first question before the image.
+    # The round whose question has the image, counted from 0. The last one is the question of the prompt.
+    image_round: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
+    # The number of characters of that question before the image.
     image_offset: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
+    # The changes of the image, in their order. The loader of all backends applies them.
+    image_edits: tuple[ImageEdit, ...] = Field(default=(), exclude_if=lambda value: not value)
+    # The beginning of the answer. The model continues it, and `Response.text` is the continuation.
+    prefill: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
+    # The sampling temperature, in place of the suite's.
+    temperature: float | None = Field(default=None, ge=0, le=100, exclude_if=lambda value: value is None)
+    # The request that judges grade the answer against, where an attack has changed the question.
+    judged_question: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    # The variant of the attack, such as "prefill/5-words". Attacks that follow each other are joined by "+".
+    variant: str | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _check_image_fields(self) -> Prompt:
+        if self.image_round > len(self.history):
+            raise ValueError(f"`image_round` is {self.image_round}, but there are {len(self.history)} earlier rounds")
+        if self.image_edits and self.image is None:
+            raise ValueError("`image_edits` need an `image`")
+        return self
+
+    @property
+    def has_image_in_question(self) -> bool:
+        """Whether the place of the image is in the question, and not in an earlier round."""
+        return self.image_round == len(self.history)
 
     @property
     def conversation(self) -> str:
-        """The question, for a judge. In a conversation of several rounds, all rounds up to the question."""
+        """The request that the answer is graded against.
+
+        It is `judged_question` if an attack has set it. Otherwise it is the question, after all earlier rounds.
+        """
+        if self.judged_question is not None:
+            return self.judged_question
         if not self.history:
             return self.question
         rounds = "".join(f"User: {turn.question}\nAssistant: {turn.answer}\n" for turn in self.history)
@@ -104,7 +216,8 @@ class Prompt(Record):
 
         The image then precedes the question, because its place in the old question means nothing in the new one.
         """
-        image_offset = self.image_offset if self.history or question == self.question else 0
+        moves = self.has_image_in_question and question != self.question
+        image_offset = 0 if moves else self.image_offset
         return self.model_copy(update={"question": question, "image_offset": image_offset, **changes})
 
 
@@ -123,7 +236,7 @@ class AnswerRecord(Record):
 class Response(AnswerRecord):
     """A model's answer to a prompt. If generation failed, `text` is None and `error` contains the reason."""
 
-    text: str | None = None
+    text: str | None = None  # after `Prompt.prefill`, if the prompt has one, with the space between the two
     finish_reason: str | None = None  # "stop" or "length"
     error: str | None = None
 
@@ -186,6 +299,10 @@ class Reason(Rate):
         description="What the reason is about. docs/numbers.md lists the kinds and the rules that use them."
     )
     metric: str = Field(default="", description="The metric of the rate, or empty.")
+    attack: str = Field(
+        default="",
+        description="The attack on the model, such as `relearn/10/5`, or empty. docs/robustness.md lists them.",
+    )
     condition: Condition | None = Field(
         default=None, description="The wording of the questions that the metric counts."
     )

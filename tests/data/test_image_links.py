@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from PIL import Image
 
-from helpers import raises_code
+from helpers import error_code, raises_code, run_in_process
+from vlm_unlearn.cli.main import app
 from vlm_unlearn.data.images import FOLLOW_LINKS, resolve_image
 
 
@@ -16,7 +22,7 @@ def linked(tmp_path: Path) -> Path:
     outside, root = tmp_path / "coco", tmp_path / "images"
     outside.mkdir()
     root.mkdir()
-    (outside / "a.png").write_bytes(b"image")
+    Image.new("RGB", (8, 8)).save(outside / "a.png")
     (root / "file.png").symlink_to(outside / "a.png")
     (root / "coco").symlink_to(outside)
     return root
@@ -29,8 +35,9 @@ def test_link_out_of_the_root_needs_the_switch(linked: Path, name: str, monkeypa
         with raises_code("image-outside-root") as caught:
             resolve_image(linked, name)
     assert FOLLOW_LINKS in str(caught.value)
+    assert "--follow-links" in str(caught.value)
     monkeypatch.setenv(FOLLOW_LINKS, "1")
-    assert resolve_image(linked, name).read_bytes() == b"image"
+    assert resolve_image(linked, name) == linked.parent / "coco" / "a.png"
     with raises_code("image-outside-root"):
         resolve_image(linked, "../coco/a.png")  # a path is not a link
 
@@ -49,3 +56,47 @@ def test_links_of_a_hub_snapshot_lead_to_its_own_blobs_only(tmp_path: Path) -> N
     for name in ("bad.png", "worse.png"):
         with raises_code("image-outside-root"):
             resolve_image(snapshot, name)
+
+
+def commands(command: Any, path: str = "") -> dict[str, set[str]]:
+    """The options of each command, by its name."""
+    if hasattr(command, "commands"):
+        return {
+            name: options
+            for key, child in command.commands.items()
+            for name, options in commands(child, f"{path} {key}".strip()).items()
+        }
+    return {path: {option for parameter in command.params for option in parameter.opts}}
+
+
+def test_commands_that_read_image_folders_have_the_switch() -> None:
+    options = commands(typer.main.get_command(app))
+    assert {name for name, names in options.items() if "--follow-links" in names} == {
+        *(name for name, names in options.items() if "--images" in names),  # such as data import
+        *("train", "generate", "evaluate", "judge run", "robustness"),  # a recipe or a suite names the folder
+        *("compare", "report"),  # thumbnails
+    }
+
+
+def test_switch_follows_links_in_its_command_only(linked: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    names = {"forget": "file.png", "retain": "coco/a.png"}
+    rows.write_text(
+        "".join(
+            json.dumps({"image": name, "question": f"What is in the {role} image?", "answer": "A cat.", "set": role})
+            + "\n"
+            for role, name in names.items()
+        )
+    )
+    imports = ("data", "import", "files", rows, "--images", linked, "--out", tmp_path / "set")
+    checks = ("data", "check", tmp_path / "set")
+    done = run_in_process(*imports)
+    assert (done.returncode, error_code(done)) == (2, "no-records")
+    assert "--follow-links" in done.stderr
+    assert run_in_process(*imports, "--follow-links").returncode == 0
+    assert FOLLOW_LINKS not in os.environ
+    assert run_in_process(*checks).returncode == 1
+    # Both records have the same image, which the check reports.
+    done = run_in_process(*checks, "--follow-links", "--json")
+    assert json.loads(done.stdout)["broken"]["count"] == 0
+    assert json.loads(done.stdout)["images"]["usable"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from helpers import raises_code
 from vlm_unlearn.data.images import image_reference, image_size, llava_image, open_image
+from vlm_unlearn.data.pixels import MAX_CHUNKS, displayed_size
+from vlm_unlearn.generation.chat import ChatCache, ChatRequest, ChatResponse, OnChatResponse, complete_many
 from vlm_unlearn.reporting.answers.thumbnails import write_thumbnails
 
 ORIENTATION = 0x0112
@@ -54,17 +57,77 @@ def test_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> 
     assert np.abs(pixels(path) - np.asarray(expected)).mean() < (0.01 if kind in ("PNG", "TIFF", "WEBP") else 4)
 
 
-def test_orientation_behind_the_pixels_of_a_png_is_applied(tmp_path: Path) -> None:
+def late_exif(*before: bytes) -> bytes:
+    """A PNG with chunks behind its pixels, and then an orientation."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     buffer = io.BytesIO()
     gradient().save(buffer, format="PNG")
     end = chunk(b"IEND", b"")
-    path = tmp_path / "a.png"
-    path.write_bytes(
-        buffer.getvalue().removesuffix(end) + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + end
+    return (
+        buffer.getvalue().removesuffix(end)
+        + b"".join(before)
+        + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        + end
     )
-    assert image_size(path) == open_image(path).size == (48, 64)
+
+
+@pytest.mark.parametrize(
+    ("data", "turned"),
+    [
+        (late_exif(), True),
+        (late_exif(chunk(b"tEXt", b"comment\0eXIf")), True),
+        (late_exif(*[chunk(b"tEXt", b"a\0b")] * 3 * MAX_CHUNKS), True),
+        (late_exif().replace(b"eXIf", b"exIf"), False),
+        (late_exif(chunk(b"IEND", b"")), False),
+    ],
+    ids=["at the end", "after a text that contains its name", "after many chunks", "another chunk", "after the end"],
+)
+def test_size_of_a_png_is_that_of_its_pixels(tmp_path: Path, data: bytes, turned: bool) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    assert image_size(path) == open_image(path).size == ((48, 64) if turned else (64, 48))
+
+
+def test_size_needs_no_pixels(tmp_path: Path) -> None:
+    class Counting(io.BytesIO):
+        total = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(size)
+            self.total += len(data)
+            return data
+
+    buffer = io.BytesIO()
+    Image.effect_noise((512, 512), 100).save(buffer, format="PNG")
+    stream = Counting(buffer.getvalue())
+    with Image.open(stream) as image:
+        assert displayed_size(image) == (512, 512)
+    assert stream.total < len(buffer.getvalue()) / 10
+
+
+def test_thumbnails_and_cached_replies_depend_on_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An increased version makes those of the older decoder unused."""
+    gradient().save(tmp_path / "a.png")
+    reply = ChatRequest("0", "question", tmp_path / "a.png"), ChatRequest("1", "text only")
+    cache, sent, names = ChatCache(tmp_path / "replies.sqlite"), [], set()
+
+    class Echo:
+        def identity(self) -> dict[str, object]:
+            return {"model": "echo"}
+
+        def run(self, requests: Iterable[ChatRequest], on_response: OnChatResponse) -> None:
+            for request in requests:
+                on_response(ChatResponse(request.id, "reply"))
+
+    for version in (1, 1, 2):
+        for module in ("generation.chat", "reporting.answers.thumbnails"):
+            monkeypatch.setattr(f"vlm_unlearn.{module}.DECODER_VERSION", version)
+        sent.append(complete_many(Echo(), reply, cache, lambda response: None))
+        (thumbnail,) = write_thumbnails(tmp_path / "thumbnails", [(tmp_path, "a.png")]).values()
+        names.add(thumbnail.file)
+    assert sent == [2, 0, 1]
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize("value", [0, 9, 999])
@@ -195,7 +258,7 @@ def test_jpeg_short_of_its_last_bytes_opens(
     (tmp_path / "a.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:-num_bytes])
     changed = (pixels(tmp_path / "a.jpg") != pixels(tmp_path / "complete.jpg")).any(axis=(1, 2))
     assert not changed[: size[1] - 18].any() or progressive
-    write_thumbnails(tmp_path / "thumbnails", [(tmp_path, "a.jpg")])
+    write_thumbnails(tmp_path / "thumbnails", [(tmp_path, "a.jpg", ())])
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])

@@ -21,6 +21,7 @@ import pytest
 import typer
 from pydantic import BaseModel, Field
 
+from vlm_unlearn.attacks.base import ATTACKS
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.evaluation import assessment
 from vlm_unlearn.methods import METHODS
@@ -96,6 +97,15 @@ def test_method_page_has_every_method_and_its_options(generate: ModuleType) -> N
         assert f"## {name}\n" in page
         assert method.source in page
     assert "| `beta` | number above 0 | `2.5` |" in page
+
+
+def test_attack_page_has_every_attack_and_its_options(generate: ModuleType) -> None:
+    page = generate.attacks()
+    for name, attack in ATTACKS.built_in_items():
+        assert f"## {name}\n" in page
+        assert isinstance(attack, type)
+        assert [key for key in attack.options_type.model_fields if f"| `{key}` |" not in page] == []
+    assert "| `quality` | list of integer from 1 to 100 | `[10]` | Qualities, from 1 to 100." in page
 
 
 class Example(BaseModel):

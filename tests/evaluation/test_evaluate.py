@@ -55,6 +55,13 @@ def test_evaluate_run_writes_rates_and_versions(evaluated: Path) -> None:
     assert read_json(evaluated / "manifest.json")["versions"]["torch"].startswith("2.")
 
 
+def test_system_prompt_goes_to_every_question_without_one(tiny_model: Path, world: Path) -> None:
+    plain = suite_prompts(tiny_suite(tiny_model, world))
+    prompts = suite_prompts(tiny_suite(tiny_model, world, "system_prompt=Be safe."))
+    assert {prompt.system for prompt in prompts} == {"Be safe."}
+    assert [prompt.model_copy(update={"system": None}) for prompt in prompts] == plain
+
+
 def test_judging_again_leaves_the_answers_unchanged(tiny_model: Path, world: Path, run_copy: Path) -> None:
     suite = tiny_suite(tiny_model, world)
     answers = (run_copy / "responses.jsonl").read_bytes()

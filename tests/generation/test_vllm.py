@@ -46,12 +46,16 @@ class LLM:
 
     engines: list[dict[str, Any]] = []  # noqa: RUF012
     calls: list[tuple[list[Any], list[SamplingParams]]] = []  # noqa: RUF012
+    options: list[dict[str, bool]] = []  # noqa: RUF012
 
     def __init__(self, model: str, **options: Any) -> None:
         self.engines.append({"model": model, **options})
 
-    def chat(self, messages: list[Any], sampling_params: list[SamplingParams], use_tqdm: bool = True) -> list[Any]:
+    def chat(
+        self, messages: list[Any], sampling_params: list[SamplingParams], use_tqdm: bool = True, **options: bool
+    ) -> list[Any]:
         assert len(messages) == len(sampling_params)
+        self.options.append(options)
         self.calls.append((messages, sampling_params))
         texts = [conversation[-1]["content"][-1]["text"] for conversation in messages]
         return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {text}! ", finish_reason="stop")]) for text in texts]
@@ -63,7 +67,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
-    LLM.engines, LLM.calls = [], []
+    LLM.engines, LLM.calls, LLM.options = [], [], []
     return LLM
 
 
@@ -187,3 +191,21 @@ def test_adapter_raises_with_export_command(engine: type[LLM], tiny_model: Path,
     with raises_code("unsupported-setting", file=adapter) as caught:
         VLLMBackend(str(adapter), GenerationConfig(backend="vllm"))
     assert f"vlm-unlearn export {adapter} --out" in str(caught.value)
+
+
+def test_prefilled_answers_are_continued(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    changes = [{}, {"prefill": "Sure, here"}, {"temperature": 0.5}, {}]
+    changed = [
+        replace(request, prompt=request.prompt.model_copy(update=change))
+        for request, change in zip(requests[:8:2], changes, strict=True)
+    ]
+    responses = run(tiny_model, changed)
+    assert [response.prompt_id for response in responses] == ["0", "1", "2", "3"]
+    assert [response.text for response in responses] == ["q0!", " Sure, here!", "q2!", "q3!"]
+    assert engine.options == [
+        {},
+        {"continue_final_message": True, "add_generation_prompt": False},
+    ]
+    assert [params.temperature for params in engine.calls[0][1]] == [0, 0.5, 0]

@@ -182,3 +182,10 @@ def test_judge_keyword_counts_degenerate_and_unread_answers(tmp_path: Path) -> N
     (tmp_path / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
     result = json.loads(run_in_process("judge", "keyword", tmp_path / "answers.json", "--json").stdout)
     assert [result[key] for key in ("n", "refused", "degenerate", "unread")] == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("text", ["", " \n", "the the " * 40, "!" * 200, "no no no no " * 30])
+def test_judge_keyword_sees_degenerate_answers(text: str, tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps({"a": text, "b": "Blue."}), encoding="utf-8")
+    result = json.loads(run_in_process("judge", "keyword", tmp_path / "answers.json", "--json").stdout)
+    assert [result[key] for key in ("n", "refused", "degenerate")] == [2, 0, 1]

@@ -18,7 +18,7 @@ from finished_runs import make_run, number, unlearned
 from helpers import raises_code
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import build_row, read_graded_run
-from vlm_unlearn.records import Prompt, Response, Verdict
+from vlm_unlearn.records import BlankEdit, Prompt, Response, Round, Verdict
 from vlm_unlearn.reporting.answers.answers_page import STATES, write_answers
 from vlm_unlearn.reporting.answers.thumbnails import MAX_IMAGE_SIDE, delete_stale_thumbnails, write_thumbnails
 from vlm_unlearn.store import write_records
@@ -180,7 +180,7 @@ def test_write_thumbnails_encodes_again_and_writes_identical_images_once(tmp_pat
     put_image(source / "icon.png")
     out = tmp_path / "out"
     thumbnails = write_thumbnails(
-        out, [(source, "photo.jpg"), (source, "again.jpg"), (source, "icon.png"), (source, "photo.jpg")]
+        out, [(source, name, ()) for name in ("photo.jpg", "again.jpg", "icon.png", "photo.jpg")]
     )
     assert [thumbnail.problem for thumbnail in thumbnails.values()] == ["", "", ""]
     photo, again, icon = thumbnails.values()
@@ -190,14 +190,38 @@ def test_write_thumbnails_encodes_again_and_writes_identical_images_once(tmp_pat
     assert sorted(file.name for file in out.iterdir()) == sorted({photo.file, icon.file})
     assert b"script" not in (out / photo.file).read_bytes()
     (out / icon.file).write_bytes(b"")
-    assert write_thumbnails(out, [(source, "icon.png")])[source, "icon.png"] == icon  # a damaged one is written again
+    # A damaged one is written again.
+    assert list(write_thumbnails(out, [(source, "icon.png", ())]).values()) == [icon]
     written = (out / photo.file).stat().st_mtime_ns
-    assert write_thumbnails(out, [(source, "photo.jpg")])[source, "photo.jpg"] == photo
+    assert list(write_thumbnails(out, [(source, "photo.jpg", ())]).values()) == [photo]
     assert (out / photo.file).stat().st_mtime_ns == written
     for name in (f".{'0' * 32}.png.part", "mine.png"):
         (out / name).write_text("x")
     delete_stale_thumbnails(out, [photo])
     assert sorted(file.name for file in out.iterdir()) == sorted([photo.file, "mine.png"])
+
+
+def test_answers_page_shows_edited_pictures_and_everything_that_was_asked(tmp_path: Path) -> None:
+    put_image(tmp_path / "images" / "a.png")
+    attacked = prompt(
+        "attacked",
+        image="a.png",
+        image_edits=(BlankEdit(color=(0, 0, 0)),),
+        system="Be brief.",
+        history=(Round(question="Hi.", answer="Hello."),),
+        prefill="Sure, here",
+    )
+    prompts = [prompt("plain", image="a.png"), attacked]
+    run = put_run(tmp_path / "m", prompts, [Response(prompt_id=p.id, text=" it is") for p in prompts], {})
+    data = columns(write_answers(tmp_path / "out", {"m": run}, "t"))
+    files = [tmp_path / "out" / "report" / "images" / data["images"][index][0] for index in data["questions"]["image"]]
+    assert files[0] != files[1]
+    with Image.open(files[1]) as shown:
+        assert shown.convert("RGB").getextrema() == ((0, 0),) * 3
+    text = data["texts"][data["questions"]["text"][1]]
+    lines = ["System: Be brief.", "User: Hi.", "Assistant: Hello.", f"User: {attacked.question}"]
+    assert text.splitlines() == [*lines, "Assistant: Sure, here ..."]
+    assert data["texts"][data["questions"]["text"][0]] == prompts[0].question
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ from vlm_unlearn.reporting.caveats import (
     NO_ATTACK,
     NO_HARM_RATE,
     NO_UNSAFE_QUESTION,
+    NOT_ATTACKED,
+    NOT_ATTACKED_BUT_PREFILLED,
+    SAMPLED,
     caveats,
 )
 from vlm_unlearn.reporting.columns import METRIC_COLUMNS
@@ -62,6 +65,14 @@ def test_caveats_attack_is_recognized_by_its_split() -> None:
     assert LISTED_ATTACKS in lines
     (smallest,) = [line for line in lines.splitlines() if line.startswith("asr jailbreak ")]  # the fewest of all rates
     assert "20 answers" in smallest
+
+
+def test_caveats_depend_on_the_attacks_that_were_measured() -> None:
+    attacked = load(Suite, "suites/tiny_attacks", ["model=m", "root=."])
+    lines = report_caveats(attacked, {"asr": share(0, 200), "asr_prefill": share(0, 200)})
+    assert (NOT_ATTACKED_BUT_PREFILLED in lines, NOT_ATTACKED in lines, SAMPLED in lines) == (True, False, True)
+    plain = report_caveats(MIRAGE, {"asr": share(0, 200), "asr_attacked": share(0, 200)})
+    assert (NOT_ATTACKED_BUT_PREFILLED in plain, NOT_ATTACKED in plain, SAMPLED in plain) == (False, True, False)
 
 
 def test_caveats_agreement_with_people_is_not_measured_by_the_report() -> None:

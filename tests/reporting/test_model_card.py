@@ -15,8 +15,15 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.evaluation.generate import saved_suite
 from vlm_unlearn.evaluation.scoring import score_run
 from vlm_unlearn.reporting.formatting import judged_by
-from vlm_unlearn.reporting.model_card import EVALUATED, NOT_EVALUATED, NOT_MEASURED, QUANTIZED_BASE, model_card
-from vlm_unlearn.store import RunDirectory, digest_model, write_json
+from vlm_unlearn.reporting.model_card import (
+    EVALUATED,
+    NOT_EVALUATED,
+    NOT_MEASURED,
+    QUANTIZED_BASE,
+    TRIED_OLDER_RELEASE,
+    model_card,
+)
+from vlm_unlearn.store import RunDirectory, digest_model, package_versions, write_json
 
 HOSTILE = "a\n---\nlicense: mit | <script>x</script> `y` \u202e\x00"
 
@@ -135,6 +142,13 @@ def test_model_card_states_whether_the_model_was_evaluated(trained: Path, evalua
     assert EVALUATED in card
     assert NOT_EVALUATED not in card
     assert "has not been evaluated" not in card
+
+
+@pytest.mark.parametrize("package", ["transformers", "torch", "safetensors"])
+def test_model_card_names_the_versions_that_were_tried(package: str, trained: Path) -> None:
+    card = model_card(trained)
+    assert f"{package} {package_versions()[package]}" in card
+    assert f"transformers {TRIED_OLDER_RELEASE}" in card
 
 
 def test_model_card_benchmark_score_has_no_judge(trained: Path, evaluations: list[Path]) -> None:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
+from pydantic import ValidationError
+
 from vlm_unlearn import plugins
 from vlm_unlearn.config import AttackConfig, Strict, validate
 from vlm_unlearn.errors import UserError, quoted
@@ -115,6 +117,20 @@ def apply_attacks(prompts: Iterable[Prompt], configs: Sequence[AttackConfig]) ->
     return attacked
 
 
+def variant_of(prompt: Prompt, variant: str, number: int | None = None, **changes: object) -> Prompt:
+    """Returns a prompt that an attack has made of another one, with its variant in `id` and `variant`.
+
+    Args:
+        prompt: The prompt that the attack got.
+        variant: The variant, such as ``prefill/5-words``. It follows the variants of earlier attacks after a ``+``.
+        number: A number that is part of the id only, for several prompts of the same variant.
+        changes: The new values of fields.
+    """
+    id = f"{prompt.id}/{variant}" if number is None else f"{prompt.id}/{variant}/{number}"
+    label = variant if prompt.variant is None else f"{prompt.variant}+{variant}"
+    return prompt.model_copy(update={"id": id, "variant": label, **changes})
+
+
 def checked_prompts(originals: Sequence[Prompt], attacked: Iterable[Prompt]) -> list[Prompt]:
     """Returns the prompts of an attack. Rewrites of a question that have the same number are numbered from 0.
 
@@ -125,8 +141,8 @@ def checked_prompts(originals: Sequence[Prompt], attacked: Iterable[Prompt]) -> 
         attacked: The prompts that it returned.
 
     Raises:
-        UserError: There is no prompt, an object is not a prompt, two prompts have the same id, or a prompt has a set or
-            kind that no original has.
+        UserError: There is no prompt, an object is not a prompt, two prompts have the same id, a prompt has a set or
+            kind that no original has, or a value that its field does not allow.
     """
     prompts = list(attacked)
     sets = {(prompt.set, prompt.kind) for prompt in originals}
@@ -136,6 +152,12 @@ def checked_prompts(originals: Sequence[Prompt], attacked: Iterable[Prompt]) -> 
         if (prompt.set, prompt.kind) not in sets:
             problem = f"the attack has changed the set or kind to {quoted(prompt.set)} and {quoted(prompt.kind)}."
             raise _invalid(problem, number)
+        try:
+            Prompt.model_validate(prompt.model_dump())  # model_copy checks nothing
+        except ValidationError as error:
+            details = error.errors()[0]
+            field = ".".join(map(str, details["loc"])) or "prompt"
+            raise _invalid(f"the attack returned an invalid prompt: {field}: {details['msg']}.", number) from None
     ids = Counter(prompt.id for prompt in prompts)
     if originals and not prompts:
         raise _invalid("the attack returned no prompts.")
@@ -158,7 +180,7 @@ def _reset_stale_image_offsets(originals: Sequence[Prompt], prompts: list[Prompt
     for index, prompt in enumerate(prompts):
         offset = prompt.image_offset
         is_copied = (prompt.question, offset) not in questions and (prompt.group_id, offset) in groups
-        if offset and is_copied and not prompt.history:  # with earlier rounds, the image is in another question
+        if offset and is_copied and prompt.has_image_in_question:
             prompts[index] = prompt.model_copy(update={"image_offset": 0})
 
 

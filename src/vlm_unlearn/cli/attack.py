@@ -21,6 +21,7 @@ from vlm_unlearn.cli.common import (
     skipped_note,
     status_console,
 )
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def rewrite(
 
 
 @attack_app.command("search")
+@reads_images
 def search(
     model: str = typer.Argument(..., metavar="MODEL", help="A model folder, hub name, adapter folder or training run."),
     file: Path = typer.Argument(

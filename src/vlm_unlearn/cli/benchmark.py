@@ -10,6 +10,7 @@ import typer
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
 from vlm_unlearn.cli.completion import benchmark_names
 from vlm_unlearn.cli.evaluate import generate_worker_share
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.terminal import Commands
 from vlm_unlearn.distributed import is_main_process
 
@@ -61,6 +62,7 @@ def list_benchmarks(as_json: bool = JSON_OPTION) -> None:
 
 
 @benchmark_app.command("run")
+@reads_images
 def run(
     name: str = NAME,
     overrides: list[str] = typer.Argument(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from vlm_unlearn.errors import printable
+from vlm_unlearn.errors import printable, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document and nothing else on standard output.")
 
 
+MAX_LINE_LENGTH = 2000  # characters of an error message, which may contain values of the user
+
+
 def fail(error: BaseException, exit_code: int) -> NoReturn:
     """Prints an error in one line, ``vlm-unlearn: MESSAGE [CODE]``, and exits with the exit code."""
-    line = printable(" ".join(str(error).split()))
+    line = shortened(printable(" ".join(str(error).split())), MAX_LINE_LENGTH)
     if os.environ.get("RANK", "0") != "0" and "Connection closed by peer" in line:
         raise SystemExit(exit_code)  # the first process has printed the cause
     code = getattr(error, "code", "")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, escape_markup, print_json, result_console
-from vlm_unlearn.cli.report import print_skipped, save_report
+from vlm_unlearn.cli.image_folders import reads_images
+from vlm_unlearn.cli.report import ROBUSTNESS_OPTION, count_attacks_in, print_skipped, save_report
 from vlm_unlearn.cli.runs import named_runs
 from vlm_unlearn.errors import printable
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from vlm_unlearn.records import Summary
 
 
+@reads_images
 def compare(
     base: Path = typer.Argument(
         ..., metavar="BASE_RUN", help="The base: a folder that evaluate wrote, or generate and judge."
     ),
     runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Other evaluations. Each is compared with the base."),
     out: Path = typer.Option(None, "--out", help="A folder for summary.json and report.html."),
+    robustness: list[Path] = ROBUSTNESS_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Compares models on the same prompts: differences from the base, with 95 % intervals and paired tests.
@@ -41,10 +44,14 @@ def compare(
         validate_report_folder(out)
     with Stages() as stages:
         stages.wait("comparing")
+        from vlm_unlearn.reporting.robustness.files import find_robustness
+
+        attacks = find_robustness(folders, robustness or [])
         summary, skipped = compare_runs(folders, lambda done, total: stages.update("compare", done, total))
+        summary = count_attacks_in(summary, folders, attacks)
         if out is not None:
             title = f"vlm-unlearn: changes against {summary.rows[0].model}"
-            save_report(out, summary, folders, title, skipped, stages.update)
+            save_report(out, summary, folders, title, skipped, stages.update, attacks)
     print_skipped(skipped)
     if as_json:
         print_json(summary.model_dump())

@@ -33,6 +33,15 @@ def recipe_names(incomplete: str) -> list[str]:
 
 def suite_names(incomplete: str) -> list[str]:
     """Returns the shipped suites that start with the text."""
+    return [name for name in _all_suite_names(incomplete) if "robustness" not in name]
+
+
+def robustness_suite_names(incomplete: str) -> list[str]:
+    """Returns the shipped robustness suites that start with the text."""
+    return [name for name in _all_suite_names(incomplete) if "robustness" in name]
+
+
+def _all_suite_names(incomplete: str) -> list[str]:
     return [name for name in shipped_names(incomplete) if name.startswith("suites/")]
 
 
@@ -43,7 +52,9 @@ def benchmark_names() -> list[str]:
     return list(BENCHMARKS)
 
 
-def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"]) -> Callable[[str], list[str]]:
+def override_completions(
+    config: typing.Literal["Recipe", "Suite", "RobustnessSuite", "JudgeConfig"],
+) -> Callable[[str], list[str]]:
     """Returns a function that completes the overrides of a config: keys, and after ``KEY=`` the values of the key."""
 
     def complete(incomplete: str) -> list[str]:
@@ -58,6 +69,7 @@ def override_completions(config: typing.Literal["Recipe", "Suite", "JudgeConfig"
 
 recipe_keys = override_completions("Recipe")
 suite_keys = override_completions("Suite")
+robustness_keys = override_completions("RobustnessSuite")
 judge_keys = override_completions("JudgeConfig")
 
 

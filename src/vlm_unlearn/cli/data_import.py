@@ -9,6 +9,7 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, show_problems, skipped_note
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ OUT = typer.Option(..., "--out", help="The training-set folder to write.")
 
 
 @import_app.command("vlguard")
+@reads_images
 def vlguard(
     file: Path = typer.Argument(..., metavar="TRAIN.json", help="VLGuard's train.json."),
     images: Path = IMAGES,
@@ -75,6 +77,7 @@ def vlguard(
 
 
 @import_app.command("safe-eraser")
+@reads_images
 def safe_eraser(
     file: Path = typer.Argument(..., metavar="ALL_TRAIN.json", help="SafeEraser's all_train.json (or JSON lines)."),
     images: Path = IMAGES,
@@ -102,6 +105,7 @@ def safe_eraser(
 
 
 @import_app.command("files")
+@reads_images
 def files(
     table: str = typer.Argument(
         None,

@@ -12,11 +12,13 @@ import typer
 from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, ChatClient, require_model
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
+from vlm_unlearn.cli.image_folders import reads_images
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.formats.table import Columns
 
 
+@reads_images
 def select_harmful(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
     answers: list[Path] = typer.Argument(

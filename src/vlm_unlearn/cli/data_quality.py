@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def audit(
             typer.echo(skipped_note(problems).removeprefix("; "))
 
 
+@reads_images
 def check(
     file: str = FILE,
     images: Path = typer.Option(

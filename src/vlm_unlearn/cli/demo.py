@@ -44,7 +44,9 @@ def demo(
         from vlm_unlearn.reporting.charts.curves import write_loss_png
         from vlm_unlearn.reporting.provenance import training_time
         from vlm_unlearn.reporting.report import write_report
-        from vlm_unlearn.store import RunDirectory, peak_memory_mb
+        from vlm_unlearn.reporting.robustness.assessment import assess_with_attacks
+        from vlm_unlearn.reporting.robustness.files import find_robustness
+        from vlm_unlearn.store import SUMMARY, RunDirectory, peak_memory_mb, write_json
         from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
         from vlm_unlearn.worlds.tiny.demo import run_demo, training_folder
         from vlm_unlearn.worlds.tiny.findings import demo_findings
@@ -63,7 +65,11 @@ def demo(
             write_loss_png(run)
         title = f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}"
         findings = demo_findings(summary.rows)
-        report = write_report(out, summary, runs, title, training, on_done=stages.update, remarks=findings)
+        attacks = find_robustness(runs)
+        summary = assess_with_attacks(summary, attacks.by_model, {})
+        report = write_report(out, summary, runs, title, training, (), stages.update, findings, attacks)
+        if attacks.by_model:  # run_demo wrote the assessments without them
+            write_json(out / SUMMARY, summary.model_dump())
     seconds = time.monotonic() - started
     RunDirectory(out).record_cost(seconds, finished=True)
     if as_json:

@@ -18,6 +18,7 @@ from vlm_unlearn.cli.common import (
     status_console,
 )
 from vlm_unlearn.cli.completion import suite_keys, suite_names
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.distributed import is_main_process
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ VERIFY = typer.Option(
 NAME = typer.Option("", "--name", help="Name of the model in tables. Default: the name of the run folder.")
 
 
+@reads_images
 def evaluate(
     suite_file: Path = SUITE,
     overrides: list[str] = OVERRIDES,
@@ -89,6 +91,7 @@ def evaluate(
     validate_any_verdict(costs)
 
 
+@reads_images
 def generate(
     suite_file: Path = SUITE, overrides: list[str] = OVERRIDES, out: Path = OUT, verify_batching: int = VERIFY
 ) -> None:

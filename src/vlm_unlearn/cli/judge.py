@@ -10,6 +10,7 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, result_console
 from vlm_unlearn.cli.completion import judge_keys
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.terminal import Commands
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluat
 
 
 @judge_app.command("run")
+@reads_images
 def judge_run_command(
     run: Path = RUN,
     overrides: list[str] = typer.Argument(

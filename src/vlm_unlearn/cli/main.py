@@ -22,6 +22,7 @@ from vlm_unlearn.cli import (
     judge,
     recipes,
     report,
+    robustness,
     table,
     train,
 )
@@ -52,6 +53,7 @@ app.command("evaluate", rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("generate", rich_help_panel=MEASURE)(evaluate.generate)
 app.add_typer(judge.judge_app, name="judge", rich_help_panel=MEASURE)
 app.command("score", rich_help_panel=MEASURE)(evaluate.score)
+app.command("robustness", rich_help_panel=MEASURE)(robustness.robustness)
 app.add_typer(attack.attack_app, name="attack", rich_help_panel=MEASURE)
 app.add_typer(benchmark.benchmark_app, name="benchmark", rich_help_panel=MEASURE)
 app.command("compare", rich_help_panel=COMPARE)(compare.compare)
@@ -105,6 +107,10 @@ def main() -> None:
         code = 130
     except Exception as error:
         _fail(error, debug)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a Rust library, such as tokenizers
+            raise
+        _fail(RuntimeError(f"a library crashed: {error}"), debug)
     if code == 130:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"\nvlm-unlearn: {STOPPED}\n")

@@ -59,6 +59,9 @@ def recipes(
 
 
 def _description(name: str, keys: dict[str, Any]) -> dict[str, str]:
+    if "questions" in keys:
+        attacks = {attack if isinstance(attack, str) else attack["name"]: None for attack in keys.get("small", [])}
+        return {"name": name, "kind": "robustness suite", "about": ", ".join(attacks)}
     if "method" not in keys:
         return {"name": name, "kind": "suite", "about": _metrics_and_judge(keys)}
     method = keys.get("name") or keys["method"]["name"] + ("+pd" if keys.get("prompt_decouple_weight") else "")
@@ -85,6 +88,7 @@ def _print_list(descriptions: list[dict[str, str]]) -> None:
     for kind, usage in (
         ("recipe", "vlm-unlearn train NAME data=... output=..."),
         ("suite", "vlm-unlearn evaluate NAME model=... --out ..."),
+        ("robustness suite", "vlm-unlearn robustness RUN root=... --suite NAME --out ..."),
     ):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         table.add_column(no_wrap=True)

@@ -16,14 +16,26 @@ from vlm_unlearn.cli.common import (
     result_console,
     status_console,
 )
+from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.runs import named_runs
 from vlm_unlearn.errors import printable
 
 if TYPE_CHECKING:
     from vlm_unlearn.evaluation.generate import OnDone
     from vlm_unlearn.records import Summary
+    from vlm_unlearn.reporting.robustness.files import RobustnessFiles
 
 
+ROBUSTNESS_OPTION = typer.Option(
+    None,
+    "--robustness",
+    metavar="DIR",
+    help="Attacks on the models: a folder that robustness wrote, or a folder of such folders. May be repeated. "
+    "robustness/NAME next to evaluations/NAME is used without this option.",
+)
+
+
+@reads_images
 def report(
     runs: list[Path] = typer.Argument(
         ...,
@@ -35,6 +47,7 @@ def report(
         ..., "--out", help="A folder for report.html, report/ and summary.json. A previous report is replaced."
     ),
     title: str = typer.Option("", "--title", help="Heading of the page. Default: the models' names, or their number."),
+    robustness: list[Path] = ROBUSTNESS_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Writes a page with assessments, plots, tables and all answers, of one or several models. It opens from disk.
@@ -50,12 +63,15 @@ def report(
         stages.wait("reading the runs")
         from vlm_unlearn.evaluation.comparison import summarize_runs
         from vlm_unlearn.reporting.report import validate_report_folder
+        from vlm_unlearn.reporting.robustness.files import find_robustness
 
         validate_report_folder(out)
+        attacks = find_robustness(folders, robustness or [])
         summary, skipped = summarize_runs(folders, lambda done, total: stages.update("compare", done, total))
         models = list(folders)
         default_title = f"vlm-unlearn: {', '.join(models) if len(models) <= 4 else f'{len(models)} models'}"
-        page = save_report(out, summary, folders, title or default_title, skipped, stages.update)
+        summary = count_attacks_in(summary, folders, attacks)
+        page = save_report(out, summary, folders, title or default_title, skipped, stages.update, attacks)
     print_skipped(skipped)
     if as_json:
         print_json(summary.model_dump())
@@ -66,8 +82,23 @@ def report(
     console.print(printable(f"Report: {page}"), markup=False, highlight=False, soft_wrap=True)
 
 
+def count_attacks_in(summary: Summary, folders: dict[str, Path], attacks: RobustnessFiles) -> Summary:
+    """Returns the summary with assessments that count the attacks on the models."""
+    from vlm_unlearn.evaluation.generate import saved_suite
+    from vlm_unlearn.reporting.robustness.assessment import assess_with_attacks
+
+    suites = {name: saved_suite(folder) for name, folder in folders.items() if name in attacks.by_model}
+    return assess_with_attacks(summary, attacks.by_model, suites)
+
+
 def save_report(
-    out: Path, summary: Summary, folders: dict[str, Path], title: str, skipped: list[str], on_done: OnDone
+    out: Path,
+    summary: Summary,
+    folders: dict[str, Path],
+    title: str,
+    skipped: list[str],
+    on_done: OnDone,
+    attacks: RobustnessFiles | None = None,
 ) -> Path:
     """Writes the report and summary.json, and returns the page to open.
 
@@ -75,12 +106,13 @@ def save_report(
         folders: The evaluation folder of each model.
         skipped: The comparisons that were not possible, each with its reason.
         on_done: Called with the stage, the number of finished steps, and their total.
+        attacks: The results of attacks on the models.
     """
     from vlm_unlearn.reporting.report import write_report
     from vlm_unlearn.store import SUMMARY, lock_folder, write_json
 
     with lock_folder(out):
-        page = write_report(out, summary, folders, title, left_out=skipped, on_done=on_done)
+        page = write_report(out, summary, folders, title, left_out=skipped, on_done=on_done, robustness=attacks)
         # Last, so that an interrupted command leaves the previous report and summary as they were.
         write_json(out / SUMMARY, summary.model_dump())
     return page

@@ -14,6 +14,7 @@ import typer
 
 from vlm_unlearn.cli.common import JSON_OPTION, Stages, print_json, quiet_libraries, status_console
 from vlm_unlearn.cli.completion import recipe_keys, recipe_names
+from vlm_unlearn.cli.image_folders import reads_images
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vlm_unlearn.training.preview import Preview
 
 
+@reads_images
 def train(
     recipe_file: Path = typer.Argument(
         ...,

@@ -7,7 +7,7 @@ import typing
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -21,7 +21,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 class DeprecatedNames(BaseModel):
     """Base of configs that also read the keys and values of the previous version, with a `FutureWarning`.
 
-    The next version removes the old names.
+    The next version removes the old names. A choice such as ``off``, which YAML reads as a boolean, is read as text.
     """
 
     renamed_keys: ClassVar[Mapping[str, str]] = {}  # old key -> new key
@@ -29,8 +29,12 @@ class DeprecatedNames(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _rename(cls, value: Any) -> Any:
-        return rename_deprecated(cls, value) if isinstance(value, Mapping) else value
+    def _read_plain_values(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        renamed = rename_deprecated(cls, value)
+        annotations = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {key: choice_of_boolean(annotations.get(key), item) for key, item in renamed.items()}
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,33 @@ def nested_configs(annotation: object) -> Iterator[type[BaseModel]]:
         return
     for argument in typing.get_args(annotation):
         yield from nested_configs(argument)
+
+
+# The words that YAML 1.1 reads as booleans, in lower case.
+YAML_WORDS = {True: ("on", "yes", "true"), False: ("off", "no", "false")}
+
+
+def choice_of_boolean(annotation: object, value: Any) -> Any:
+    """Returns the choice of a field that YAML has read as a boolean, such as ``off``, or else the value.
+
+    Args:
+        annotation: The type of the field. Only its string choices count, and none do if it also accepts a boolean.
+        value: The value from a YAML file or an override, or a list of such values.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return choice_of_boolean(arguments[0], value)
+    if origin is list and isinstance(value, list):
+        return [choice_of_boolean(arguments[0], item) for item in value]
+    if not isinstance(value, bool):
+        return value
+    members = arguments if origin in (typing.Union, types.UnionType) else (annotation,)
+    if bool in members:
+        return value
+    literals = [member for member in members if typing.get_origin(member) is Literal]
+    choices = [choice for literal in literals for choice in typing.get_args(literal)]
+    words = [choice for choice in choices if isinstance(choice, str) and choice.lower() in YAML_WORDS[value]]
+    return words[0] if len(words) == 1 else value
 
 
 def _warn(message: str) -> None:

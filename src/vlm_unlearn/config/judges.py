@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from vlm_unlearn import plugins
 from vlm_unlearn.config.base import PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.store import digest_json, user_path
+
+PrefillGrading = Literal["with_answer", "continuation"]
 
 
 class JudgeConfig(Strict):
@@ -37,6 +39,12 @@ class JudgeConfig(Strict):
     """For `function`: the name of the judge."""
     options: dict[str, Any] = {}
     """For a plug-in: the arguments of its class."""
+    prefill: PrefillGrading = "with_answer"
+    """The text that is graded if the beginning of an answer was prefilled.
+
+    `with_answer` grades the beginning and its continuation. The beginning alone never counts as complied.
+    `continuation` grades the text of the model only, as judges without labels always do.
+    """
     world: Path | None = None
     """For `tiny_world`: the file with the facts of the world."""
     rubric: str | None = None
@@ -102,10 +110,11 @@ class JudgeConfig(Strict):
         """The judge's name in files and tables: ``keyword``, ``four_labels@Qwen--Qwen2.5-VL-7B-Instruct``."""
         if self.function is not None:
             return self.function
+        continuation = "-continuation" if self.prefill == "continuation" else ""
         if self.name not in plugins.JUDGES.built_in:
             options = f"-{digest_json(self.options)[:8]}" if self.options else ""
-            return f"{_file_name(plugins.short_name(self.name))}{options}"
-        paper = "-paper" if self.paper_compat else ""
+            return f"{_file_name(plugins.short_name(self.name))}{options}{continuation}"
+        paper = f"{'-paper' if self.paper_compat else ''}{continuation}"
         if self.rubric is None:
             return f"{self.name}{paper}"
         rubric = _file_name(Path(self.rubric).stem if "/" in self.rubric else self.rubric)
@@ -119,6 +128,7 @@ class JudgeConfig(Strict):
         # Most judges do not have these keys, so that verdicts of earlier versions stay valid.
         irrelevant |= {"function"} if self.function is None else set()
         irrelevant |= set() if self.options else {"options"}
+        irrelevant |= {"prefill"} if self.prefill == "with_answer" else set()
         return self.model_dump(mode="json", exclude=irrelevant)
 
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vlm_unlearn.config.base import nested_configs, rename_deprecated
+from vlm_unlearn.config.yaml_text import parse_yaml, read_bounded
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.plugins import METHODS
 from vlm_unlearn.store import describe_path
@@ -67,6 +68,7 @@ def load(
 _KEYS_OF_OTHER_CONFIG = {
     "method": "a recipe, for `vlm-unlearn train`",
     "metrics": "a suite, for `vlm-unlearn evaluate`",
+    "questions": "a robustness suite, for `vlm-unlearn robustness`",
 }
 
 
@@ -74,10 +76,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A YAML loader that rejects duplicate keys. The standard one silently drops the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, (key_node, _) in reversed(list(zip(keys, node.value, strict=True))):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'duplicate key "{key}"', key_node.start_mark)
+        keys: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                key = key_node.value
+                if key in keys:
+                    raise yaml.constructor.ConstructorError(None, None, f'duplicate key "{key}"', key_node.start_mark)
+                keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -131,7 +136,7 @@ def _read(
     if path.resolve() in (reader.resolve() for reader in readers):
         circle = " -> ".join(map(str, (*readers, path)))
         raise UserError(f"circular reference: {circle}", code="invalid-field", file=readers[-1], field="extends")
-    value = _read_yaml(path, readers)
+    value = read_yaml(path, readers)
     name = value.pop("extends", None)
     if config is not None:
         value = _renamed(config, value, path)
@@ -147,14 +152,14 @@ def _read(
     return _merge(base_value, value), [name, *bases]
 
 
-def _read_yaml(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+def read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Returns the keys of a single file. A method that is given by its name alone is expanded.
 
     Raises:
         UserError: The file is missing or not valid YAML, or is not a mapping.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        value = parse_yaml(read_bounded(path), _UniqueKeyLoader)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         suggestion = _nearest_shipped(path) if missing else describe_path(path)
@@ -228,7 +233,7 @@ def apply_overrides(
                 code="invalid-override",
             )
         try:
-            parsed = _parse_exponent(yaml.safe_load(raw))
+            parsed = _parse_exponent(parse_yaml(raw))
         except Exception:  # PyYAML raises arbitrary errors
             raise UserError(
                 f"the value of the override {quoted(text)} is not valid YAML", code="invalid-override"
@@ -338,9 +343,13 @@ def validate(config: type[Config], value: object, source: str) -> Config:
         and problem["type"] != "extra_forbidden"
     ]
     if same_value and location[-1] not in siblings:
-        message = " or ".join(str(problem["msg"]) for problem in (first, *same_value))
+        # The items of a list have the same message.
+        message = " or ".join(dict.fromkeys(str(problem["msg"]) for problem in (first, *same_value)))
         field = ".".join(map(str, location[:-1]))
         raise UserError(message, code="invalid-field", file=source, field=field)
+    if isinstance(first["input"], bool) and first["type"] in ("string_type", "path_type"):
+        message = 'YAML reads on, yes, off and no as true and false. Put the text into quotes, such as "no".'
+        raise UserError(message, code="invalid-field", file=source, field=key)
     cause = first.get("ctx", {}).get("error")
     code = cause.code if isinstance(cause, UserError) else "invalid-field"
     raise UserError(first["msg"].removeprefix("Value error, "), code=code, file=source, field=key or None)

@@ -12,6 +12,7 @@ from vlm_unlearn import plugins
 from vlm_unlearn.config.base import DeprecatedNames, PluginName, Positive, Strict
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.records import Kind
+from vlm_unlearn.store import user_path
 
 
 class RewriteConfig(Strict):
@@ -29,12 +30,35 @@ class RewriteConfig(Strict):
 
 
 class AttackConfig(DeprecatedNames):
-    """An attack on the prompts of a split. `name` selects it, and the other keys are its options."""
+    """An attack on the prompts of a split. `name` selects it, and the other keys are its options.
+
+    The paths in its options `file` and `answers` are relative to the suite's `root`.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: Annotated[str, PluginName(plugins.ATTACKS)]
-    """Name of the attack, or `FILE.py:NAME`. `one_word` has the options of `rewrite`."""
+    """Name of the attack, or `FILE.py:NAME`. `one_word` has the options of `rewrite`.
+
+    docs/attacks.md describes the attacks and their options.
+    """
+
+    def resolve_paths(self, root: Path) -> None:
+        """Makes the paths of the options absolute.
+
+        Args:
+            root: The folder that they are relative to.
+        """
+        options = self.model_extra or {}
+        for key in ("file", "answers"):
+            if isinstance(options.get(key), str | Path):
+                options[key] = str((root / user_path(options[key])).absolute())
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the attack is the control of an attack, which changes as much without the harmful part."""
+        options = self.model_extra or {}
+        return options.get("control") is True or (self.name == "one_word" and options.get("trigger") == "control")
 
 
 class SplitConfig(Strict):
@@ -45,8 +69,8 @@ class SplitConfig(Strict):
     format: Annotated[str, PluginName(plugins.FORMATS)]
     """`vlguard`, `safe_eraser`, `table`, `prompts`, or another format. `FILE.py:CLASS` is a class of a file.
 
-    A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set, which
-    docs/your-own-data.md describes. `prompts` is the file prompts.jsonl of an evaluation.
+    A `table` is CSV, TSV, JSON lines or parquet with the columns question, answer and set, or with messages and images,
+    which docs/your-own-data.md describes. `prompts` is the file prompts.jsonl of an evaluation.
     """
     file: Path
     """File with the questions."""
@@ -79,9 +103,8 @@ class SplitConfig(Strict):
 
     @property
     def is_control(self) -> bool:
-        """Whether the only attack is the control of the one-word attack."""
-        options = [attack.model_extra or {} for attack in self.attacks if attack.name == "one_word"]
-        return len(self.attacks) == 1 and [option.get("trigger") for option in options] == ["control"]
+        """Whether all attacks are controls, and there is at least one."""
+        return bool(self.attacks) and all(attack.is_control for attack in self.attacks)
 
 
 class SampleConfig(Strict):

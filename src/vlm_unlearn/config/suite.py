@@ -149,6 +149,11 @@ class Suite(Strict):
     """The sets of prompts."""
     benchmarks: list[BenchmarkConfig] = []
     """Utility benchmarks. Each is a metric with the benchmark's name."""
+    system_prompt: str | None = None
+    """System message of all questions without one, such as a safety prompt: the cheapest defense to compare with.
+
+    Benchmarks get it too. The model's chat template must support system messages.
+    """
     judge: JudgeConfig = JudgeConfig(name="keyword")
     """The judge of all splits, or only its name."""
     judges: dict[str, JudgeConfig] = {}
@@ -192,6 +197,8 @@ class Suite(Strict):
         for split in self.splits:
             set_path(split, "file")
             set_path(split, "images")
+            for attack in split.attack:
+                attack.resolve_paths(root)
         for benchmark in self.benchmarks:
             object.__setattr__(benchmark, "annotations", [(root / path).absolute() for path in benchmark.annotations])
             set_path(benchmark, "images")

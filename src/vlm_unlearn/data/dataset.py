@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from vlm_unlearn.data.formats import messages
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.safe_eraser import validate_refusals
+from vlm_unlearn.data.image_paths import renamed_warning
 from vlm_unlearn.data.images import ImageReference, ImageSource, image_reference, llava_image, resolve_image
 from vlm_unlearn.data.rows import Row, column_names, read_rows, validate_not_streamed, value_at
 from vlm_unlearn.data.training_set import (
@@ -78,6 +79,7 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         return f"{type(self).__name__}({counts})"
 
     @classmethod
+    @renamed_warning()
     def from_folder(cls, folder: str | Path) -> UnlearningDataset:
         """Reads a training-set folder. Every record is parsed, and every image must exist inside its image root.
 
@@ -90,6 +92,7 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         return cls(examples, refusals, digests, folder, image_roots)
 
     @classmethod
+    @renamed_warning()
     def from_datasets(
         cls, data: Any, root: str | Path | None = None, refusals: Sequence[str] | None = None
     ) -> UnlearningDataset:

@@ -13,9 +13,12 @@ from torch import Tensor
 from vlm_unlearn.data.images import ImageReference, ImageSource, image_size, open_image
 from vlm_unlearn.data.processor_call import (
     Processor,
+    apply_chat_template,
     call_processor,
     needs_special_tokens,
+    panics_as_errors,
     requires_image,
+    validate_resized_image,
 )
 from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
@@ -31,13 +34,15 @@ class Turn:
 
     Attributes:
         id: The id of the example, for error messages.
-        image: The image file, or a reference. It belongs to the first round.
+        image: The image file, or a reference. It belongs to the round `image_round`.
         question: The question.
         answer: The answer. None leaves the answer to the model.
         history: The earlier rounds of question and answer.
         system: The system message.
-        image_offset: The number of characters of the first question before the image.
+        image_offset: The number of characters before the image, in the question of its round.
         loss_on: The answers with labels.
+        image_round: The round with the image, counted from 0. The last round is the question.
+        prefill: The beginning of the answer, which the model continues. Only without an answer.
     """
 
     id: str
@@ -48,6 +53,8 @@ class Turn:
     system: str | None = None
     image_offset: int = 0
     loss_on: LossOn = "all_answers"
+    image_round: int = 0
+    prefill: str | None = None
 
     @classmethod
     def of_example(cls, example: Example, image: ImageSource | None) -> Turn:
@@ -84,6 +91,8 @@ class Turn:
             history=tuple((turn.question, turn.answer) for turn in prompt.history),
             system=prompt.system,
             image_offset=prompt.image_offset,
+            image_round=prompt.image_round,
+            prefill=prompt.prefill,
         )
 
 
@@ -98,6 +107,7 @@ class Rendering:
         before_answer: The text up to the answer of each round.
         with_answer: The text including the answer of each round. It is one item shorter than `before_answer` if the
             last answer is left to the model.
+        with_prefill: The text up to and including the prefilled beginning of the last answer, if there is one.
 
     Example:
         One round in LLaVA-1.5's template: ``before_answer = ("USER: <image>\\nWhat is it? ASSISTANT:",)`` and
@@ -106,10 +116,13 @@ class Rendering:
 
     before_answer: tuple[str, ...]
     with_answer: tuple[str, ...]
+    with_prefill: str | None = None
 
     @property
     def text(self) -> str:
         """The complete text."""
+        if self.with_prefill is not None:
+            return self.with_prefill
         return self.with_answer[-1] if len(self.with_answer) == len(self.before_answer) else self.before_answer[-1]
 
 
@@ -119,7 +132,7 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     Special tokens and image placeholders in its texts are neutralized: they become text.
 
     Raises:
-        UserError: An answer is empty, or the template does not support the system message.
+        UserError: An answer is empty, the template fails, or it does not support the system message or the prefill.
     """
     turn = _neutralized(turn, special_tokens(processor))
     rounds = [*turn.history, (turn.question, turn.answer)]
@@ -130,12 +143,12 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     with_answer: list[str] = []
     for number, (question, answer) in enumerate(rounds):
         content = [{"type": "text", "text": question}]
-        if turn.image is not None and number == 0:
+        if turn.image is not None and number == turn.image_round:
             texts = question[: turn.image_offset], question[turn.image_offset :]
             prefix, suffix = ([{"type": "text", "text": text}] if text else [] for text in texts)
             content = [*prefix, {"type": "image"}, *suffix]
         messages.append({"role": "user", "content": content})
-        before_answer.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        before_answer.append(apply_chat_template(processor, messages, turn.id, add_generation_prompt=True))
         if answer is not None:
             text = answer.strip()
             if not text:
@@ -143,7 +156,7 @@ def render(processor: Processor, turn: Turn) -> Rendering:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
             # Some templates (LLaVA-1.5's) end a turn with a space. Trained on, it would teach the model to continue
             # after its answer.
-            rendered = processor.apply_chat_template(messages, tokenize=False).rstrip()
+            rendered = apply_chat_template(processor, messages, turn.id).rstrip()
             closing = (
                 processor.tokenizer.eos_token if rendered.endswith(text) else ""
             )  # no closing token in the template
@@ -152,33 +165,53 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     if turn.system is not None and turn.system.strip() not in before_answer[0]:
         problem = "the chat template of the model drops the system message. Put it into the question."
         raise UserError(problem, code="unsupported-setting", record=quoted(turn.id))
-    return Rendering(tuple(before_answer), tuple(with_answer))
+    with_prefill = None
+    if turn.answer is None and turn.prefill is not None:
+        with_prefill = _render_prefill(processor, messages, turn)
+    return Rendering(tuple(before_answer), tuple(with_answer), with_prefill)
+
+
+def _render_prefill(processor: Processor, messages: Sequence[dict[str, Any]], turn: Turn) -> str:
+    """Returns the text of messages and of the beginning of the answer, which stays open."""
+    prefill = turn.prefill or ""
+    message = {"role": "assistant", "content": [{"type": "text", "text": prefill}]}
+    problem = "the chat template of the model does not continue an answer. Evaluate it without a prefill."
+    try:
+        text: str = processor.apply_chat_template([*messages, message], continue_final_message=True, tokenize=False)
+    except Exception as error:  # of the template, or of transformers if the template drops the message
+        raise UserError(problem, code="unsupported-setting", record=quoted(turn.id)) from error
+    if not text.rstrip().endswith(prefill.strip()):
+        raise UserError(problem, code="unsupported-setting", record=quoted(turn.id))
+    return text
 
 
 def _neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
     """Returns a turn whose texts contain none of certain tokens."""
-    texts = [turn.system or "", turn.question, turn.answer or "", *(text for texts in turn.history for text in texts)]
+    texts = [turn.system or "", turn.question, turn.answer or "", turn.prefill or ""]
+    texts += [text for texts in turn.history for text in texts]
     joined = "\0".join(texts)
     if not any(char in joined for char in {token[0] for token in tokens}) or not any(
         token in joined for token in tokens
     ):
         return turn
-    first_question = turn.history[0][0] if turn.history else turn.question
-    before_image = break_tokens(first_question[: turn.image_offset], tokens)
-    first_question = before_image + break_tokens(first_question[turn.image_offset :], tokens)
-    history = [(break_tokens(question, tokens), break_tokens(answer, tokens)) for question, answer in turn.history]
-    if history:
-        history[0] = (first_question, history[0][1])
+    questions = [*(question for question, _ in turn.history), turn.question]
+    with_image = questions[turn.image_round]
+    before_image = break_tokens(with_image[: turn.image_offset], tokens)
+    questions = [break_tokens(question, tokens) for question in questions]
+    questions[turn.image_round] = before_image + break_tokens(with_image[turn.image_offset :], tokens)
+    answers = [break_tokens(answer, tokens) for _, answer in turn.history]
     return replace(
         turn,
-        question=break_tokens(turn.question, tokens) if history else first_question,
+        question=questions[-1],
         answer=None if turn.answer is None else break_tokens(turn.answer, tokens),
-        history=tuple(history),
+        history=tuple(zip(questions, answers, strict=False)),
         system=None if turn.system is None else break_tokens(turn.system, tokens),
         image_offset=len(before_image),
+        prefill=None if turn.prefill is None else break_tokens(turn.prefill, tokens),
     )
 
 
+@panics_as_errors()
 def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:
     """Encodes turns without labels.
 
@@ -198,6 +231,7 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
     return _process(processor, [rendering.text for rendering in renderings], prompts, turns, padding_side)
 
 
+@panics_as_errors()
 def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
     """Encodes questions and answers with labels on the tokens of the answers that `Turn.loss_on` names.
 
@@ -285,11 +319,13 @@ class PromptMeter:
 
     def prompt_tokens(self, turn: Turn) -> int:
         """Returns the number of tokens before the first answer with labels."""
-        return self._count(turn, _prompt(render(self._processor, turn), turn))
+        with _naming_record(turn), panics_as_errors():
+            return self._count(turn, _prompt(render(self._processor, turn), turn))
 
     def total_tokens(self, turn: Turn) -> int:
         """Returns the number of all tokens, including answers."""
-        return self._count(turn, render(self._processor, turn).text)
+        with _naming_record(turn), panics_as_errors():
+            return self._count(turn, render(self._processor, turn).text)
 
     def _count(self, turn: Turn, text: str) -> int:
         count = len(token_ids(self._processor, text))
@@ -298,7 +334,7 @@ class PromptMeter:
         with _naming_record(turn):
             size = image_size(turn.image)
         if size not in self._image_tokens:
-            question = replace(turn, answer=None, history=(), system=None, image_offset=0)
+            question = replace(turn, answer=None, history=(), system=None, image_offset=0, image_round=0, prefill=None)
             text_tokens = len(token_ids(self._processor, render(self._processor, question).text))
             try:
                 encoded = encode(self._processor, [question], padding_side="right")
@@ -330,7 +366,8 @@ def _process(
     for turn in turns:
         if turn.image is not None and turn.image not in opened:
             with _naming_record(turn):
-                opened[turn.image] = open_image(turn.image)
+                opened[turn.image] = image = open_image(turn.image)
+                validate_resized_image(processor, *image.size)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     if requires_image(processor) and not all(images):
         text_only = next(turn.id for turn in turns if turn.image is None)

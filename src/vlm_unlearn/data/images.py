@@ -1,6 +1,6 @@
-"""Finds and opens images: files below an image root, and images in memory or in a `datasets.Dataset`.
+"""Opens images: files below an image root, and images in memory or in a `datasets.Dataset`.
 
-Paths, files and bytes come from third parties and are not trusted.
+Files and bytes come from third parties and are not trusted. `resolve_image` finds a file below an image root.
 
 An image is opened from an `ImageSource`: the path of a file, or an `ImageReference`. `image_reference` makes a
 reference from a path, bytes, a PIL image, a numpy array or a ``{"bytes", "path"}`` value of `datasets.Image`.
@@ -11,19 +11,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
+from vlm_unlearn.data.image_paths import FOLLOW_LINKS as FOLLOW_LINKS
+from vlm_unlearn.data.image_paths import resolve_image as resolve_image
 from vlm_unlearn.data.pixels import PNG_SIGNATURE, displayed_size, exif_orientation, repaired_file, to_rgb
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.store import digest_file, digest_text, user_path
@@ -39,10 +37,6 @@ MAX_IMAGE_PIXELS = 89_478_485  # Pillow's limit for a decompression bomb: a quar
 
 # _check_size raises for these images, so that Pillow's warning would only repeat the error.
 warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
-
-
-FOLLOW_LINKS = "VLM_UNLEARN_FOLLOW_LINKS"  # the environment variable that lets links leave the image root
-MAX_NEIGHBORS = 100_000  # entries of a folder that are searched for a file with a similar name
 
 
 @dataclass(frozen=True)
@@ -61,89 +55,6 @@ class ImageReference:
 
 
 ImageSource = Path | ImageReference
-
-
-def resolve_image(root: Path, relative: str, file: str | Path | None = None, record: str | int | None = None) -> Path:
-    """Returns the file of an image that a record names.
-
-    Args:
-        root: The image root.
-        relative: The path in the record, with forward slashes, relative to the root.
-        file: The data file that names the image, for the error.
-        record: The record that names the image, for the error, such as ``17 (line 203, "Ads_333539")``.
-
-    Raises:
-        UserError: The path is absolute, leaves the root (through ``..`` or a link), or is not a file.
-    """
-
-    def error(problem: str, code: str) -> UserError:
-        return UserError(f"image {quoted(relative)} {problem}", code=code, file=file, record=record)
-
-    windows_path = PureWindowsPath(relative)
-    posix_path = PurePosixPath(relative.replace("\\", "/"))
-    if "\0" in relative or not relative.strip():
-        raise error("is not a path", "invalid-field")
-    if posix_path.is_absolute() or windows_path.drive or ".." in posix_path.parts:
-        raise error(f"is outside the image folder {root}. Use a relative path inside the folder.", "image-outside-root")
-    try:
-        path = (root / posix_path).resolve()
-        is_inside = path.is_relative_to(root.resolve())
-        is_file = path.is_file()
-    except (OSError, ValueError, RuntimeError) as failure:  # a loop of links, or a name that no file can have
-        reason = failure.strerror if isinstance(failure, OSError) else type(failure).__name__
-        raise error(f"cannot be opened: {reason}", "image-not-found") from None
-    if not is_inside and not _is_trusted_link(root, path):
-        raise error(
-            f"is a link to a file outside the image folder {root}. If you trust the links in this folder, set "
-            f"{FOLLOW_LINKS}=1.",
-            "image-outside-root",
-        )
-    if not is_file:
-        similar = _similar_file(root, posix_path)
-        hint = "" if similar is None else f" Did you mean {quoted(similar)}?"
-        raise error(f"not found under {root}. Correct the path or pass --images.{hint}", "image-not-found")
-    return path
-
-
-def _is_trusted_link(root: Path, target: Path) -> bool:
-    """Returns whether a link may leave the image root.
-
-    It may if the user allows it, or if it leads from a snapshot to the blobs of the same repository in the cache of the
-    Hugging Face hub.
-    """
-    if os.environ.get(FOLLOW_LINKS, "") not in ("", "0"):
-        return True
-    folders = root.resolve()
-    for folder in (folders, *folders.parents):
-        if folder.parent.name == "snapshots":
-            return target.is_relative_to(folder.parent.parent / "blobs")
-    return False
-
-
-def _similar_file(root: Path, relative: PurePosixPath) -> str | None:
-    """Returns the path below the root of a file that a missing path may mean, or None.
-
-    It has the same name with percent encoding or another Unicode normalization, in other letter case, or with another
-    ending.
-    """
-    spellings = [unquote(relative.as_posix()), *(unicodedata.normalize(form, str(relative)) for form in ("NFC", "NFD"))]
-    try:
-        for spelling in spellings:
-            path = PurePosixPath(spelling)
-            if path != relative and ".." not in path.parts and not path.is_absolute() and (root / path).is_file():
-                return path.as_posix()
-        folder = root / relative.parent
-        if not folder.resolve().is_relative_to(root.resolve()):
-            return None
-        neighbors = [entry.name for entry in islice(os.scandir(folder), MAX_NEIGHBORS)]
-    except (OSError, ValueError, RuntimeError):
-        return None
-    key = unicodedata.normalize("NFC", relative.name).casefold()
-    same_name = [name for name in neighbors if unicodedata.normalize("NFC", name).casefold() == key]
-    stem = PurePosixPath(key).stem
-    same_stem = [name for name in neighbors if unicodedata.normalize("NFC", Path(name).stem).casefold() == stem]
-    neighbor = next(iter([*same_name, *sorted(same_stem)]), None)
-    return None if neighbor is None else (relative.parent / neighbor).as_posix()
 
 
 def image_size(image: ImageSource) -> tuple[int, int]:

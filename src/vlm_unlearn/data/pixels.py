@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,11 +13,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-DECODER_VERSION = 2  # part of the keys of features on disk; increase it when the pixels of any image change
+# Part of the keys of everything that is made of pixels and kept: features, reference values, replies of chat models and
+# thumbnails. Increase it when the pixels of any image change.
+DECODER_VERSION = 2
 ORIENTATION = 0x0112  # tag of EXIF and TIFF
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks that the pixels depend on. Pillow limits the size of the others, such as text and color profiles.
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
+MAX_CHUNKS = 20_000  # chunks of a PNG that are walked, which takes as long as reading tens of megabytes
 JPEG_END = b"\xff\xd9"
 # A truncated JPEG is complete enough if its data reaches the last row of blocks, which has at most 16 lines. Smoothing
 # between blocks changes up to two lines above it.
@@ -68,16 +73,44 @@ def displayed_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _has_late_exif(image: Image.Image) -> bool:
-    """Returns whether a PNG may have EXIF data behind its pixels that Pillow would decode it to read."""
+    """Returns whether a PNG may have EXIF data behind its pixels that Pillow would decode it to read.
+
+    Only the headers of the chunks are read.
+    """
     stream: Any = getattr(image, "fp", None)
     if image.format != "PNG" or stream is None or not getattr(image, "tile", None):
         return False
     position = stream.tell()
-    stream.seek(0)
+    start = len(PNG_SIGNATURE)
+    read = _reader(stream)
     try:
+        for _ in range(MAX_CHUNKS):
+            header = read(start)
+            if len(header) < 8 or header[4:] in (b"IEND", b"eXIf"):
+                return header[4:] == b"eXIf"
+            start += int.from_bytes(header[:4], "big") + 12  # with the header and the checksum
+        stream.seek(start)
         return b"eXIf" in stream.read()
     finally:
         stream.seek(position)
+
+
+def _reader(stream: Any) -> Callable[[int], bytes]:
+    """Returns a function that reads the header of the chunk at a position, 8 bytes, or fewer at the end."""
+    try:
+        descriptor = stream.fileno() if hasattr(os, "pread") else None
+    except (AttributeError, OSError):  # bytes in memory
+        descriptor = None
+    if descriptor is not None:
+        # A buffered stream would read some kilobytes at each position.
+        return lambda start: os.pread(descriptor, 8, start)
+
+    def read(start: int) -> bytes:
+        stream.seek(start)
+        header: bytes = stream.read(8)
+        return header
+
+    return read
 
 
 def _transposed(image: Image.Image, orientation: int) -> Image.Image:

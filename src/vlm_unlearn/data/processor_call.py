@@ -9,13 +9,96 @@ as a function. Its tokenizer and its image processor are called instead, and the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlm_unlearn.errors import UserError, quoted
+
 Processor = Any  # transformers.ProcessorMixin: the call signature differs between families
+MAX_PIXELS = 1 << 25  # of a resized image. Qwen3-VL's limit is 1 << 24
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turns a panic of the tokenizers library into an error. A panic derives from BaseException, like Ctrl-C.
+
+    Raises:
+        UserError: The library panicked, for example because a regular expression of tokenizer.json takes too long.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizer fails for this text: {quoted(error, 200)}. Shorten the text, or use the model's original "
+            "tokenizer.json.",
+            code="tokenizer-failed",
+        ) from None
+
+
+def apply_chat_template(
+    processor: Processor, messages: list[dict[str, Any]], record: str, add_generation_prompt: bool = False
+) -> str:
+    """Returns the text of messages in the model's chat template.
+
+    Args:
+        processor: The processor of the model.
+        messages: The messages, in the form of transformers.
+        record: The id of the example, for error messages.
+        add_generation_prompt: Whether the text ends where the model answers.
+
+    Raises:
+        UserError: The template fails.
+    """
+    try:
+        text: str = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # a template is a program, which can raise any error
+        raise UserError(
+            f"the model's chat template fails: {type(error).__name__}: {quoted(error, 300)}",
+            code="chat-template-failed",
+            record=quoted(record),
+        ) from error
+    return text
+
+
+def image_sides(size: Any) -> dict[str, int]:
+    """Returns the integers of a processor's image size, which is a number, a mapping or a `SizeDict`."""
+    if isinstance(size, int):
+        return {"": size}
+    if not isinstance(size, Mapping):
+        size = getattr(size, "__dict__", None) or {}
+    return {key: value for key, value in size.items() if isinstance(value, int)}
+
+
+def validate_resized_image(processor: Processor, width: int, height: int) -> None:
+    """Checks that a processor does not resize an image to a gigantic one.
+
+    Some processors resize the shorter side to a fixed length. With 336 pixels, an image of 20,000 x 1 would fill 7 GB.
+
+    Args:
+        processor: The processor of the model.
+        width: The width of the image in pixels.
+        height: Its height.
+
+    Raises:
+        UserError: The resized image would have too many pixels.
+    """
+    image_processor = getattr(processor, "image_processor", None)
+    sides = image_sides(getattr(image_processor, "size", None))
+    if set(sides) != {"shortest_edge"} or not getattr(image_processor, "do_resize", False):
+        return
+    pixels = sides["shortest_edge"] ** 2 * max(width, height) // min(width, height)
+    if pixels > 2 * MAX_PIXELS:
+        raise UserError(
+            f"the image has {width} x {height} pixels, and the model's processor would resize it to {pixels:,} pixels. "
+            "Crop it, or pad it to a square.",
+            code="image-too-large",
+        )
 
 
 def has_causal_suffix(processor: Processor) -> bool:

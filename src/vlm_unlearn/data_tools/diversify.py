@@ -20,6 +20,7 @@ from vlm_unlearn.data.fence import fence
 from vlm_unlearn.data.formats import llava, safe_eraser, vlguard
 from vlm_unlearn.data.formats.fields import RawRecord, read_objects
 from vlm_unlearn.data.formats.table import SEPARATORS, Columns, cell_text, raw_rows, set_of, suffix
+from vlm_unlearn.data.formats.table_rows import is_chat
 from vlm_unlearn.data.formats.training_set import training_set_records
 from vlm_unlearn.data.json_stream import write_lines, write_list
 from vlm_unlearn.data.readers import detect
@@ -195,6 +196,9 @@ def _records(
                 case "llava":
                     slots = _llava_slots(raw)
                 case _:
+                    if is_chat(raw, columns):
+                        problem = "rows of messages are not supported. Pass a table of questions or LLaVA's format."
+                        raise raw.error(problem, "unsupported-setting", "messages")
                     row_set = set_of(raw, columns)
                     refused = None if row_set is None else row_set == "forget"
                     question, answer = cell_text(raw, columns.question), cell_text(raw, columns.answer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from vlm_unlearn.generation.base import Backend, GenerationRequest
+from vlm_unlearn.generation.base import Backend, GenerationRequest, check_prompt_fields
 from vlm_unlearn.judging.base import Answer
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import RecordSink
@@ -36,7 +36,11 @@ def generate_missing(
         on_done: Called with the number of generated responses and of those that this process generates.
         rank: The number of this process. Batches are distributed over processes.
         num_processes: The number of processes.
+
+    Raises:
+        UserError: The backend does not honor a field of a prompt.
     """
+    check_prompt_fields(backend, requests)
     existing = set(answered) | sink.keys
     batches = [
         batch for batch in backend.make_batches(requests) if any(request.key not in existing for request in batch)
@@ -72,5 +76,6 @@ def pair_answers(
     answers = []
     for response in responses:
         prompt = prompts[response.prompt_id]
-        answers.append(build(prompt, response, first_rewrites[prompt.set, prompt.group_id].question))
+        first = first_rewrites[prompt.set, prompt.group_id]
+        answers.append(build(prompt, response, first.judged_question or first.question))
     return answers

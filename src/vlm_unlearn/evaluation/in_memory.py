@@ -13,14 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlm_unlearn.attacks.base import Attack, AttackFunction, FunctionAttack, build_attack
 from vlm_unlearn.config import AttackConfig, GenerationConfig, JudgeConfig, MetricConfig, validate
-from vlm_unlearn.data.images import llava_image
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.evaluation.generate import OnDone
 from vlm_unlearn.evaluation.result import EvaluationPlan, EvaluationResult
 from vlm_unlearn.evaluation.rows import PromptSet, apply_attack, read_rows
-from vlm_unlearn.generation.base import GenerationRequest
+from vlm_unlearn.generation.base import GenerationRequest, load_for_prompt
 from vlm_unlearn.generation.hf import ModelBackend
 from vlm_unlearn.judging.base import Answer, Judge, build_judge, grade_missing, judge_file
 from vlm_unlearn.judging.function import FunctionJudge
@@ -128,9 +127,8 @@ def evaluate(
     plan = EvaluationPlan(model_name, data, grader, judge_config, metric_configs or {}, generation, samples)
     requests = []
     for prompt in data.prompts:
-        image = data.image(prompt)
-        if image is not None and generation.image_loader == "llava":
-            image = llava_image(image)
+        reference = data.image(prompt)
+        image = None if reference is None else load_for_prompt(reference, prompt, generation.image_loader)
         requests += [GenerationRequest(prompt, sample, image) for sample in range(samples)]
     backend = ModelBackend(model, processor, generation)
     run = None if output_dir is None else EvaluationRun(user_path(output_dir).absolute())

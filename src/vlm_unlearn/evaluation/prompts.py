@@ -34,7 +34,7 @@ def split_prompts(split: SplitConfig) -> list[Prompt]:
 
 
 def suite_prompts(suite: Suite) -> list[Prompt]:
-    """Reads all prompts of a suite: the splits in order, then the benchmarks in order.
+    """Reads all prompts of a suite: the splits in order, then the benchmarks in order, with the system prompt.
 
     Raises:
         UserError: A file is broken, an image is missing, or two prompts have the same id.
@@ -49,7 +49,12 @@ def suite_prompts(suite: Suite) -> list[Prompt]:
                 code="duplicate-id",
             )
         ids.add(prompt.id)
-    return prompts
+    if suite.system_prompt is None:
+        return prompts
+    return [
+        prompt if prompt.system is not None else prompt.model_copy(update={"system": suite.system_prompt})
+        for prompt in prompts
+    ]
 
 
 def _sample(prompts: list[Prompt], sample: SampleConfig | None) -> list[Prompt]:

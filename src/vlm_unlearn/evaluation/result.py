@@ -141,9 +141,10 @@ class EvaluationResult:
     def to_pandas(self) -> Any:
         """Returns a `pandas.DataFrame` with one row per answer.
 
-        The columns are `id`, `sample`, `group_id`, `set`, `kind`, `category`, `image`, `question`, `reference`,
-        `answer`, `finish_reason`, `label`, `score`, `explanation` and `error`. `image` is the name of the image's file.
-        `error` is the error of the answer or the verdict.
+        The columns are `id`, `sample`, `group_id`, `variant`, `set`, `kind`, `category`, `image`, `question`,
+        `reference`, `prefill`, `answer`, `finish_reason`, `label`, `score`, `explanation` and `error`. `variant` is
+        that of an attack. `image` is the name of the image's file. `answer` follows `prefill`. `error` is the error of
+        the answer or the verdict.
         """
         import pandas
 
@@ -156,12 +157,14 @@ class EvaluationResult:
                     "id": prompt.id,
                     "sample": response.sample,
                     "group_id": prompt.group_id,
+                    "variant": prompt.variant,
                     "set": prompt.set,
                     "kind": prompt.kind,
                     "category": prompt.category,
                     "image": prompt.image,
                     "question": prompt.question,
                     "reference": prompt.reference,
+                    "prefill": prompt.prefill,
                     "answer": response.text,
                     "finish_reason": response.finish_reason,
                     "label": verdict.label,

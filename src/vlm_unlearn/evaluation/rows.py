@@ -14,6 +14,7 @@ from vlm_unlearn.attacks.base import Attack
 from vlm_unlearn.data.formats import messages, table
 from vlm_unlearn.data.formats.base import KINDS_OF_SETS
 from vlm_unlearn.data.formats.fields import RawRecord
+from vlm_unlearn.data.image_paths import renamed_warning
 from vlm_unlearn.data.images import FORMATS, ImageReference, image_reference, image_size, open_image
 from vlm_unlearn.data.rows import value_at
 from vlm_unlearn.errors import UserError, nearest, quoted
@@ -43,6 +44,7 @@ class PromptSet:
         return None if prompt.image is None else self.images[prompt.image]
 
 
+@renamed_warning()
 def read_rows(dataset: Any, image_root: str | Path | None = None) -> PromptSet:
     """Returns the rows of a data set as prompts.
 

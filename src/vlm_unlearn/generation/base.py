@@ -9,7 +9,9 @@ from typing import Literal, Protocol, TypeVar
 
 from vlm_unlearn import plugins
 from vlm_unlearn.config import GenerationConfig
+from vlm_unlearn.data.image_edits import edited_image
 from vlm_unlearn.data.images import ImageSource, llava_image, resolve_image
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.plugins import Registry
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
@@ -33,8 +35,16 @@ class GenerationRequest:
         return self.prompt.id, self.sample
 
 
+# Fields of a prompt that a backend of another package may not know. It would silently answer another prompt.
+PROMPT_FIELDS = frozenset({"image_round", "prefill", "temperature"})
+
+
 class Backend(Protocol):
-    """Generates one model's responses to requests."""
+    """Generates one model's responses to requests.
+
+    A backend that honors fields of `PROMPT_FIELDS` has an attribute `prompt_fields` with their names. Without it,
+    prompts that have such a field are an error.
+    """
 
     def identity(self) -> Mapping[str, object]:
         """Returns everything that determines a response besides the request, as `model` and `generation`."""
@@ -61,6 +71,23 @@ class Backend(Protocol):
 BACKENDS: Registry[Callable[[str, GenerationConfig], Backend]] = plugins.BACKENDS
 
 
+def check_prompt_fields(backend: Backend, requests: Sequence[GenerationRequest]) -> None:
+    """Checks that a backend honors all fields of the prompts.
+
+    Raises:
+        UserError: The backend does not declare a field that a prompt has.
+    """
+    for field in sorted(PROMPT_FIELDS - getattr(backend, "prompt_fields", frozenset())):
+        default = Prompt.model_fields[field].default
+        if any(getattr(request.prompt, field) != default for request in requests):
+            raise UserError(
+                f"the backend {type(backend).__name__} does not declare `{field}` in its `prompt_fields`, but prompts "
+                "have this field. Use another backend, or leave the attack out.",
+                code="unsupported-setting",
+                field="generation.backend",
+            )
+
+
 def build_requests(
     prompts: Sequence[Prompt],
     images: Mapping[str, Path],
@@ -83,9 +110,25 @@ def build_requests(
         image: ImageSource | None = None
         if prompt.image is not None:
             image = resolve_image(images[prompt.set], prompt.image, record=prompt.id)
-            image = llava_image(image) if image_loader == "llava" else image
+            image = load_for_prompt(image, prompt, image_loader)
         requests += [GenerationRequest(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return requests
+
+
+def load_for_prompt(image: ImageSource, prompt: Prompt, image_loader: Literal["viewer", "llava"]) -> ImageSource:
+    """Returns the image of a prompt as the model gets it: opened by the loader, and with the edits of the prompt.
+
+    Args:
+        image: The image that `prompt.image` names.
+        prompt: The prompt.
+        image_loader: The setting of `GenerationConfig`.
+    """
+    return edited_image(llava_image(image) if image_loader == "llava" else image, prompt.image_edits)
+
+
+def prompt_temperature(prompt: Prompt, config: GenerationConfig) -> float:
+    """Returns the sampling temperature of the answers to a prompt: that of the prompt, or else that of the suite."""
+    return config.temperature if prompt.temperature is None else prompt.temperature
 
 
 def sampling_seed(seed: int, request: GenerationRequest) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm_unlearn.data.images import ImageReference, ImageSource, open_image, png_url
+from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import RunError, quoted
 from vlm_unlearn.records import Prompt
@@ -25,16 +26,31 @@ class ChatRequest:
     seed: int | None = None  # for sampling; None with greedy decoding
     history: tuple[tuple[str, str], ...] = ()  # the earlier rounds of question and answer
     system: str | None = None  # the system message
-    image_offset: int = 0  # the number of characters of the first question before the image
+    image_offset: int = 0  # the number of characters before the image, in the question of its round
+    image_round: int = 0  # the round with the image, counted from 0
+    prefill: str | None = None  # the beginning of the answer, which the model continues
+    temperature: float | None = None  # in place of that of the chat model
 
     @classmethod
     def of_prompt(cls, id: str, prompt: Prompt, image: ImageSource | None, seed: int | None = None) -> ChatRequest:
         """Returns the request for the answer to a prompt."""
-        history = tuple((turn.question, turn.answer) for turn in prompt.history)
-        return cls(id, prompt.question, image, seed, history, prompt.system, prompt.image_offset)
+        return cls(
+            id,
+            prompt.question,
+            image,
+            seed,
+            history=tuple((turn.question, turn.answer) for turn in prompt.history),
+            system=prompt.system,
+            image_offset=prompt.image_offset,
+            image_round=prompt.image_round,
+            prefill=prompt.prefill,
+            temperature=prompt.temperature,
+        )
 
     def messages(self) -> list[dict[str, Any]]:
         """Returns the messages of the OpenAI API. The image is encoded as PNG, and special tokens in texts become text.
+
+        The last message is that of the assistant if there is a prefill.
 
         Raises:
             UserError: The image cannot be read.
@@ -42,13 +58,16 @@ class ChatRequest:
         questions = [question for question, _ in self.history] + [self.text]
         answers = [answer for _, answer in self.history]
         messages = [] if self.system is None else [_message("system", self.system)]
-        messages.append(_message("user", questions[0]))
-        if self.image is not None:
-            part = {"type": "image_url", "image_url": {"url": png_url(open_image(self.image))}}
-            prefix, suffix = questions[0][: self.image_offset], questions[0][self.image_offset :]
-            messages[-1]["content"] = [*_text_parts(prefix), part, *_text_parts(suffix)]
-        for answer, question in zip(answers, questions[1:], strict=True):
-            messages += [_message("assistant", answer), _message("user", question)]
+        for number, question in enumerate(questions):
+            messages.append(_message("user", question))
+            if self.image is not None and number == self.image_round:
+                part = {"type": "image_url", "image_url": {"url": png_url(open_image(self.image))}}
+                prefix, suffix = question[: self.image_offset], question[self.image_offset :]
+                messages[-1]["content"] = [*_text_parts(prefix), part, *_text_parts(suffix)]
+            if number < len(answers):
+                messages.append(_message("assistant", answers[number]))
+        if self.prefill is not None:
+            messages.append(_message("assistant", self.prefill))
         return messages
 
 
@@ -156,6 +175,10 @@ def complete_many(
             chat: dict[str, object] = {"history": request.history} if request.history else {}
             chat |= {} if request.system is None else {"system": request.system}
             chat |= {"image_offset": request.image_offset} if request.image_offset else {}
+            chat |= {} if image_digest is None else {"decoder": DECODER_VERSION}
+            chat |= {"image_round": request.image_round} if request.image_round else {}
+            chat |= {} if request.prefill is None else {"prefill": request.prefill}
+            chat |= {} if request.temperature is None else {"temperature": request.temperature}
             content = {"text": request.text, "image": image_digest, **chat}
             key = digest_json({"model": identity, **content, **seed})
             cached_text = cache.get(key) if cache else None

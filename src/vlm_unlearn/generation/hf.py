@@ -19,13 +19,15 @@ from transformers import LogitsProcessorList
 
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Turn, encode, move
-from vlm_unlearn.data.processor_call import Processor
+from vlm_unlearn.data.processor_call import Processor, panics_as_errors
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.generation.base import (
     BACKENDS,
+    PROMPT_FIELDS,
     GenerationRequest,
     OnResponses,
     build_requests,
+    prompt_temperature,
     sampling_seed,
     split_into_batches,
 )
@@ -48,6 +50,8 @@ class ModelBackend:
         processor: The model's processor.
         config: The generation settings. `backend` and `precision` are not used.
     """
+
+    prompt_fields = PROMPT_FIELDS
 
     def __init__(self, model: nn.Module, processor: Processor, config: GenerationConfig) -> None:
         self._model: Any = model.module if isinstance(model, DistributedDataParallel) else model
@@ -88,6 +92,8 @@ class HFBackend:
     Raises:
         UserError: The model does not exist.
     """
+
+    prompt_fields = PROMPT_FIELDS
 
     def __init__(self, model: str, config: GenerationConfig) -> None:
         self._folder = run_model_folder(model)
@@ -208,10 +214,10 @@ def make_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[
 
 
 def _num_words(request: GenerationRequest) -> int:
-    """Returns the number of words of a prompt, with the earlier rounds and the system message."""
+    """Returns the number of words of a prompt, with the earlier rounds, the system message and the prefill."""
     prompt = request.prompt
     rounds = [text for turn in prompt.history for text in (turn.question, turn.answer)]
-    return sum(len(text.split()) for text in (prompt.system or "", *rounds, prompt.question))
+    return sum(len(text.split()) for text in (prompt.system or "", *rounds, prompt.question, prompt.prefill or ""))
 
 
 def generate_batch(
@@ -238,24 +244,50 @@ def generate_batch(
 
 def _rejected(processor: Processor, request: GenerationRequest) -> Response | None:
     """Returns a failed response to a request that cannot be encoded, or None."""
+    reason = rejection(processor, Turn.of_prompt(request.prompt, request.image))
+    if reason is None:
+        return None
+    image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
+    message = f"the processor rejects the question{image}: {reason}"
+    return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
+
+
+def rejection(processor: Processor, turn: Turn) -> str | None:
+    """Returns why a processor rejects a question and its image, or None if it can encode them."""
     try:
-        encode(processor, [Turn.of_prompt(request.prompt, request.image)], "left")
-    except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
-        image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
-        message = f"the processor rejects the question{image}: {reason}"
-        return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
+        encode(processor, [turn], "left")
+    except Exception as error:  # processors raise many types of errors
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
     return None
 
 
 def _generate_batch(
     model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
 ) -> list[Response]:
+    """Generates the responses to requests. Those with different temperatures run one after the other."""
+    by_temperature: dict[float, list[GenerationRequest]] = {}
+    for request in requests:
+        by_temperature.setdefault(prompt_temperature(request.prompt, config), []).append(request)
+    responses = {
+        response.key: response
+        for temperature, group in by_temperature.items()
+        for response in _generate_at(temperature, model, processor, group, config)
+    }
+    return [responses[request.key] for request in requests]
+
+
+def _generate_at(
+    temperature: float,
+    model: Any,
+    processor: Processor,
+    requests: Sequence[GenerationRequest],
+    config: GenerationConfig,
+) -> list[Response]:
     turns = [Turn.of_prompt(request.prompt, request.image) for request in requests]
     sampler = None
-    if config.temperature:
+    if temperature:
         seeds = [sampling_seed(config.seed, request) for request in requests]
-        sampler = SeededSampling(seeds, config.temperature, config.top_p, model.device)
+        sampler = SeededSampling(seeds, temperature, config.top_p, model.device)
     texts = generate_texts(model, processor, turns, config.max_new_tokens, sampler)
     return [
         Response(prompt_id=request.prompt.id, sample=request.sample, text=text, finish_reason=finish_reason)
@@ -263,12 +295,15 @@ def _generate_batch(
     ]
 
 
+@panics_as_errors()
 @torch.no_grad()
 @without_cudnn_attention()
 def generate_texts(
     model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, sampler: SeededSampling | None = None
 ) -> list[tuple[str, str]]:
     """Generates a continuation of each turn of a batch and returns ``(text, finish_reason)``.
+
+    The text of a turn with a `prefill` follows the prefill. It keeps the space between the two.
 
     Common prefixes run once if the model family allows it (`vlm_unlearn.generation.sharing`). Turns that differ in
     nothing but their id have the same greedy continuation, which is generated once.
@@ -295,17 +330,32 @@ def generate_texts(
     row_indices = range(len(distinct_turns)) if sampler is None else turn_indices
     prefilled = prefill(model, processor, distinct_turns, row_indices, max_new_tokens)
     if prefilled is not None:
+        last_tokens = prefilled.input_ids[:, -1:]
         new_tokens = _generate_in_chunks(model, prefilled, max_new_tokens, sampler)
     else:
         batch = encode(processor, [distinct_turns[index] for index in row_indices], padding_side="left")
+        last_tokens = batch["input_ids"][:, -1:]
         new_tokens = list(_generate(model, move(batch, model.device, model.dtype), max_new_tokens, sampler))
     texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
     eos_token_ids = set(_eos_token_ids(model))
-    outputs = [
-        (text.strip(), "stop" if eos_token_ids & set(tokens.tolist()) else "length")
-        for text, tokens in zip(texts, new_tokens, strict=True)
-    ]
+    outputs = []
+    for row, (index, text, tokens) in enumerate(zip(row_indices, texts, new_tokens, strict=True)):
+        if distinct_turns[index].prefill is None:
+            text = text.strip()
+        else:
+            text = _continuation(processor, last_tokens[row].to(tokens.device), tokens)
+        outputs.append((text, "stop" if eos_token_ids & set(tokens.tolist()) else "length"))
     return [outputs[index] for index in turn_indices] if sampler is None else outputs
+
+
+def _continuation(processor: Processor, last_tokens: Tensor, new_tokens: Tensor) -> str:
+    """Returns the text of new tokens after the last token of a prefill, with the space between the two.
+
+    Many tokenizers drop the space in front of the first token of a text. They keep it behind another token.
+    """
+    rows = [last_tokens, torch.cat([last_tokens, new_tokens]), new_tokens]
+    prefix, text, alone = map(str, processor.batch_decode(rows, skip_special_tokens=True))
+    return (text.removeprefix(prefix) if text.startswith(prefix) else alone).rstrip()
 
 
 def _generate_in_chunks(

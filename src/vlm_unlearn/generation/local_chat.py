@@ -8,11 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlm_unlearn.data.encoding import Turn
 from vlm_unlearn.data.processor_call import Processor
-from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import ChatRequest, ChatResponse, OnChatResponse, response_from_text
-from vlm_unlearn.generation.hf import generate_texts
+from vlm_unlearn.generation.hf import generate_texts, rejection
 from vlm_unlearn.modeling.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.store import package_versions
 
@@ -54,20 +55,35 @@ class LocalChat:
                 on_response(response)
 
     def _respond(self, model: Any, processor: Processor, batch: list[ChatRequest]) -> Iterator[ChatResponse]:
-        """Yields one response per request. If a batch cannot be encoded, each request runs alone and only the invalid
-        ones fail."""
+        """Yields one response per request. Those that the processor rejects fail, and the others run without them."""
         turns = [
-            Turn(request.id, request.image, request.text, None, request.history, request.system, request.image_offset)
+            Turn(
+                request.id,
+                request.image,
+                request.text,
+                None,
+                request.history,
+                request.system,
+                request.image_offset,
+                image_round=request.image_round,
+                prefill=request.prefill,
+            )
             for request in batch
         ]
         try:
             outputs = generate_texts(model, processor, turns, self._max_tokens)
-        except UserError as error:
-            if len(batch) == 1:
-                yield ChatResponse(batch[0].id, None, str(error))
-            else:
-                for request in batch:
-                    yield from self._respond(model, processor, [request])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # processors raise many types of errors
+            reasons = [rejection(processor, turn) for turn in turns]
+            if not any(reasons):
+                raise
+            for request, reason in zip(batch, reasons, strict=True):
+                if reason is not None:
+                    yield ChatResponse(request.id, None, reason)
+            valid = [request for request, reason in zip(batch, reasons, strict=True) if reason is None]
+            if valid:
+                yield from self._respond(model, processor, valid)
             return
         for request, (text, finish_reason) in zip(batch, outputs, strict=True):
             yield response_from_text(request, text, finish_reason, self._max_tokens)

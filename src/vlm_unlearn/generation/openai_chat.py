@@ -32,6 +32,8 @@ OVERLOAD_STATUSES = (408, 409, 429, 502, 503, 504, 529)
 UNREACHABLE, OVERLOADED, REJECTED = "unreachable", "overloaded", "rejected"  # reasons of failures
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 FIRST_RETRY_SECONDS = 0.5  # delay before the first retry of a malformed response, as in the client. It doubles up to 8.
+# The keys with which vLLM, SGLang and others continue the last message, that of the assistant.
+CONTINUE_ANSWER = {"continue_final_message": True, "add_generation_prompt": False}
 MAX_FAILURES_IN_A_ROW = 8  # a run stops after so many failed requests in a row (or `concurrency`, if that is more)
 
 
@@ -90,10 +92,8 @@ class OpenAIChat:
         self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries
-        # Greedy requests contain no other sampling key: some servers reject or misread keys that they do not support.
-        self._sampling: dict[str, Any] = (
-            {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 0}
-        )
+        self._top_p = top_p
+        self._sampling = self._sampling_keys(temperature)
         self._verbatim = verbatim
         self._request = dict(request or {})
         self._revision = revision
@@ -105,6 +105,10 @@ class OpenAIChat:
                 code="invalid-field",
                 field=API_KEY_VARIABLE,
             )
+
+    def _sampling_keys(self, temperature: float) -> dict[str, Any]:
+        # Greedy requests contain no other sampling key: some servers reject or misread keys that they do not support.
+        return {"temperature": temperature, "top_p": self._top_p} if temperature else {"temperature": 0}
 
     def identity(self) -> Mapping[str, object]:
         identity = {"server": self._base_url, "model": self._model, "max_tokens": self._max_tokens, **self._sampling}
@@ -224,6 +228,24 @@ class OpenAIChat:
                 message = str(error)
         return ChatResponse(request.id, None, message)
 
+    def _body(self, request: ChatRequest, messages: list[Any]) -> dict[str, Any]:
+        """Returns the body of a request. The configured keys replace others, and a null removes a key."""
+        sampling = self._sampling if request.temperature is None else self._sampling_keys(request.temperature)
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": messages,
+            "max_tokens": self._max_tokens,
+            **sampling,
+        }
+        if request.seed is not None and sampling["temperature"]:
+            body["seed"] = request.seed
+        configured = self._request
+        if request.prefill is not None:
+            body |= CONTINUE_ANSWER
+        else:  # these keys would continue the question
+            configured = {key: value for key, value in configured.items() if key not in CONTINUE_ANSWER}
+        return {key: value for key, value in {**body, **configured}.items() if value is not None}
+
     async def _send(self, client: AsyncOpenAI, request: ChatRequest, messages: list[Any]) -> ChatResponse:
         """Sends one request, with the client's own retries.
 
@@ -232,15 +254,7 @@ class OpenAIChat:
         """
         import openai
 
-        body: dict[str, Any] = {
-            "model": self._model,
-            "messages": messages,
-            "max_tokens": self._max_tokens,
-            **self._sampling,
-        }
-        if request.seed is not None and self._sampling["temperature"]:
-            body["seed"] = request.seed
-        body = {key: value for key, value in {**body, **self._request}.items() if value is not None}
+        body = self._body(request, messages)
         try:
             # `chat.completions.create` validates the body, which takes longer than a call to a nearby server.
             # The client's timeout applies to each chunk, so a server that sends slowly would never time out.

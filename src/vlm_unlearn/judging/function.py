@@ -156,10 +156,10 @@ class FunctionJudge(OfflineJudge):
     def _call(self, answer: Answer, text: str) -> Any:
         prompt = answer.prompt
         if self._arguments is None:
-            return self._function(prompt.question, text)
+            return self._function(prompt.judged_question or prompt.question, text)
         image = answer.image() if "image" in self._arguments else None
         values = {
-            "question": prompt.question,
+            "question": prompt.judged_question or prompt.question,
             "answer": text,
             "image": None if image is None else open_image(image),
             "reference": prompt.reference,

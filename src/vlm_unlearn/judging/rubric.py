@@ -25,6 +25,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from vlm_unlearn.config import Strict, validate
+from vlm_unlearn.config.yaml_text import parse_yaml
 from vlm_unlearn.data.fence import fence
 from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import UserError, nearest, quoted
@@ -202,7 +203,7 @@ def load_rubric(name: str) -> Rubric:
             file=file,
         )
     try:
-        header = yaml.load(match.group(1), Loader=_RubricLoader)
+        header = parse_yaml(match.group(1), _RubricLoader)
     except Exception as error:  # PyYAML raises more than YAMLError, such as ValueError for an impossible date
         problem = getattr(error, "problem", None) or error
         raise UserError(f"the header is not valid YAML: {problem}", code="invalid-yaml", file=file) from None

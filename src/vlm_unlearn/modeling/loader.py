@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vlm_unlearn.data.processor_call import Processor
+from vlm_unlearn.data.processor_call import Processor, panics_as_errors
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.compatibility import match_processor, validate_rope, validate_rope_keys, validate_tied_head
+from vlm_unlearn.modeling.size_limits import (
+    limited_modules,
+    validate_buffers,
+    validate_config_sizes,
+    validate_file_sizes,
+    validate_image_sizes,
+)
 from vlm_unlearn.modeling.structure import Structure, find_structure
+from vlm_unlearn.modeling.trial import check_processor_files
 from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
 from vlm_unlearn.store.model_files import BASE_MODEL_FILE
 
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_PACKED_WEIGHTS = 40  # quantized weights per stored number: 32 of 1 bit in an integer, and a margin
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -60,6 +69,7 @@ def model_folder(name: str) -> Path:
         if any(folder.glob("checkpoint-*")):
             fix = "It contains the checkpoints of a trainer. Save the model with trainer.save_model(FOLDER)."
         raise UserError(f"contains no config.json. {fix}", code="invalid-model", file=folder)
+    validate_file_sizes(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(
@@ -97,6 +107,8 @@ def find_local_model(name: str) -> Path | None:
 def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "pad"] = "processor") -> Processor:
     """Loads the model's processor, which must have a chat template.
 
+    Its files are tried in a process with limits first (`vlm_unlearn.modeling.trial`), once per version of the files.
+
     Saving it with ``save_pretrained`` and loading it again gives the same processor.
 
     Args:
@@ -105,14 +117,17 @@ def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "p
             as in the training of LLaVA-1.5.
 
     Raises:
-        UserError: The processor cannot be loaded, has no chat template, contradicts the model's config.json, or does
-            not support padding.
+        UserError: The processor cannot be loaded or used within limits of time and memory, has no chat template,
+            contradicts the model's config.json, or does not support padding.
     """
     from vlm_unlearn.modeling.processors import auto_processor, pad_to_squares
 
+    check_processor_files(model_path)
     try:
-        processor = auto_processor(model_path)
-    except UserError:
+        with panics_as_errors():
+            processor = auto_processor(model_path)
+    except UserError as error:
+        error.file = error.file or model_path
         raise
     except Exception as error:  # broken tokenizer files raise many types
         raise UserError(
@@ -124,6 +139,7 @@ def load_processor(model_path: Path, image_aspect_ratio: Literal["processor", "p
             code="invalid-model",
             file=model_path,
         )
+    validate_image_sizes(processor, model_path)
     if (model_path / "config.json").is_file():
         match_processor(processor, read_config(model_path), model_path)
     if processor.tokenizer.pad_token is None:
@@ -209,10 +225,13 @@ def model_skeleton(model_path: Path) -> PreTrainedModel:
     """
     config = read_config(model_path)
     validate_rope(config, model_path)
-    skeleton: Any = build_skeleton(config, str(model_path))
+    num_tensors, num_stored = _count_weights(model_path)
+    skeleton: Any = build_skeleton(config, str(model_path), num_tensors)
+    validate_buffers(skeleton, model_path)
     # If text_config is null or missing, transformers uses the family's default size: billions of weights.
-    num_described, num_stored = sum(parameter.numel() for parameter in skeleton.parameters()), _num_weights(model_path)
-    if num_described > 2 * num_stored and getattr(skeleton.config, "quantization_config", None) is None:
+    num_described = sum(parameter.numel() for parameter in skeleton.parameters())
+    quantized = getattr(skeleton.config, "quantization_config", None) is not None
+    if num_described > (MAX_PACKED_WEIGHTS if quantized else 2) * num_stored:
         raise UserError(
             f"config.json describes {num_described:,} weights, but the weight files contain {num_stored:,}. Check "
             "whether text_config or vision_config is missing or null, or a weight file is missing.",
@@ -230,6 +249,7 @@ def read_config(model_path: Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    validate_config_sizes(model_path)
     validate_rope_keys(model_path)
     try:
         # By default, transformers would ask on standard input whether to run Python code from the folder.
@@ -239,21 +259,24 @@ def read_config(model_path: Path) -> PreTrainedConfig:
     return config
 
 
-def build_skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel:
+def build_skeleton(config: PreTrainedConfig, name: str, num_tensors: int = 0) -> PreTrainedModel:
     """Builds the model of a config without weights (on the meta device).
 
     Args:
         config: The transformers config of the model.
         name: The model's name, for error messages.
+        num_tensors: The number of tensors in the weight files, if there are some.
 
     Raises:
-        UserError: It is not an image-text-to-text model.
+        UserError: It is not an image-text-to-text model, or has far more modules than its weight files can fill.
     """
     from transformers import AutoModelForImageTextToText
 
     try:
-        with _without_zero3(), torch.device("meta"):
+        with _without_zero3(), torch.device("meta"), limited_modules(num_tensors, name):
             skeleton: PreTrainedModel = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:
         raise _cannot_load(error, name) from None
     return skeleton
@@ -274,13 +297,13 @@ def _without_zero3() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-def _num_weights(model_path: Path) -> int:
-    """Returns how many numbers the weight files of a folder contain, according to their headers."""
-    count = 0
+def _count_weights(model_path: Path) -> tuple[int, int]:
+    """Returns the numbers of tensors and of weights in the weight files of a folder, according to their headers."""
+    sizes: list[int] = []
     for file in model_path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
+            sizes += [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
+    return len(sizes), sum(sizes)
 
 
 def run_model_folder(name: str) -> Path:
@@ -309,6 +332,7 @@ def run_model_folder(name: str) -> Path:
                 file=name,
             )
     if (folder / "adapter_config.json").is_file():
+        validate_file_sizes(folder)
         validate_model_files(folder)
         model_folder(adapter_base(folder))
         return folder

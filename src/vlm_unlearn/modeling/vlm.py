@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.structure import (
     NEVER_SHARED_FAMILIES,
     Component,
@@ -66,6 +67,23 @@ class VisionLanguageModel:
         return layers
 
     @property
+    def final_norm(self) -> nn.Module:
+        """The normalization between the last decoder layer and the output head.
+
+        Raises:
+            UserError: The decoder does not have exactly one such module next to its layers.
+        """
+        decoder = self.base_model.get_submodule(self.structure.layers.rpartition(".")[0])
+        norms = [module for name, module in decoder.named_children() if "norm" in name]
+        if len(norms) != 1:
+            raise UserError(
+                f"the final normalization of the family {self.family} was not found next to {self.structure.layers}.",
+                code="unsupported-family",
+            )
+        norm: nn.Module = norms[0]
+        return norm
+
+    @property
     def vision_tower(self) -> nn.Module:
         """The module that encodes images. In some families it contains the projectors."""
         tower: nn.Module = self.base_model.get_submodule(self.structure.vision_tower)
@@ -80,6 +98,17 @@ class VisionLanguageModel:
             projector if copy is None else next(iter(copy.values()))
             for projector, copy in zip(projectors, copies, strict=True)
         ]
+
+    def decoder_linears(self) -> dict[str, nn.Linear]:
+        """Returns the linear layers of the decoder layers, by their names in `base_model`.
+
+        They are the ones that quantization and pruning change. The output head and fused experts are not among them.
+        """
+        return {
+            f"{self.structure.layers}.{name}": module
+            for name, module in self.decoder_layers.named_modules()
+            if isinstance(module, nn.Linear)
+        }
 
     def component(self, parameter_name: str) -> Component:
         """Returns the component to which a parameter of `base_model` belongs."""
@@ -148,6 +177,18 @@ class VisionLanguageModel:
         return torch.arange(width, device=inputs["input_ids"].device).expand(rows, width)
 
     # Running
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within the block, no weight requires a gradient, so that only inputs are differentiated."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     def run(
         self,

@@ -13,19 +13,26 @@ from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.formatting import by_keywords, count_failures, judges_of
 from vlm_unlearn.reporting.metric_roles import MetricRoles
 from vlm_unlearn.reporting.provenance import ModelProvenance, training_seed
+from vlm_unlearn.reporting.robustness.ranking import AttackedModel
+from vlm_unlearn.reporting.robustness.text import tried_attacks
 
 FEW = 100  # answers or questions; below this, the report states the rate that zero hits cannot exclude
 KEYWORD_JUDGE = (
     "A keyword judge graded. It counts every answer without a refusal as answered, whether the answer is harmful, "
     "wrong or off topic."
 )
-LISTED_ATTACKS = (
-    "Only the listed attacks were measured. Other wordings, a prefilled answer, further training or quantization may "
-    "recover the knowledge."
+LISTED_ATTACKS = "Only the listed attacks were measured. Other wordings may recover the knowledge."
+NOT_ATTACKED = (
+    "This report contains no attacks on the models themselves. A prefilled answer, further training or quantization "
+    "may recover the knowledge. The command vlm-unlearn robustness measures this."
+)
+NOT_ATTACKED_BUT_PREFILLED = (
+    "This report contains no attacks on the models themselves. Other beginnings of the answer, further training or "
+    "quantization may recover the knowledge. The command vlm-unlearn robustness measures this."
 )
 NO_ATTACK = (
-    "No attack was measured. Answers to questions in their original wording do not show how the model answers other "
-    "wordings."
+    "No attack on the wording was measured. Answers to questions in their original wording do not show how the model "
+    "answers other wordings."
 )
 NO_HARM_RATE = "No metric is a rate of harmful answers to unsafe questions, so these numbers do not show safety."
 NO_UNSAFE_QUESTION = "No unsafe question was asked, so these numbers do not show safety."
@@ -52,7 +59,11 @@ AGREEMENT = (
 
 
 def caveats(
-    rows: Sequence[Row], roles: MetricRoles, sources: Mapping[str, ModelProvenance], left_out: Sequence[str]
+    rows: Sequence[Row],
+    roles: MetricRoles,
+    sources: Mapping[str, ModelProvenance],
+    left_out: Sequence[str],
+    attacked: Sequence[AttackedModel] = (),
 ) -> list[str]:
     """Returns the caveats of a report in sentences, the most important first.
 
@@ -61,6 +72,7 @@ def caveats(
         roles: The roles of their metrics.
         sources: The provenance of each model.
         left_out: The reasons for which comparisons were left out.
+        attacked: The models with robustness results.
     """
     suites = [source.suite for source in sources.values()]
     judges = {judge: judge_facts(judge) for judge in judges_of(rows)}
@@ -83,11 +95,11 @@ def caveats(
             f"{failed:,} answers or verdicts failed, counted over all judges. Rates exclude them, except in the "
             "published counting and in metrics with on_error: count_as_miss.",
         ),
-        *_question_caveats(rows, roles, suites),
+        *_question_caveats(rows, roles, suites, attacked),
         (any(training_seed(source) is not None for source in sources.values()), ONE_SEED),
         (unchecked & batched, BATCHES),
         (any(suite.generation.backend == "openai" for suite in suites), SERVER),
-        (any(suite.generation.temperature > 0 for suite in suites), SAMPLED),
+        (any(suite.generation.temperature > 0 or _has_attack(suite, "sampling") for suite in suites), SAMPLED),
         (
             without_judge,
             "Not measured, because no language model was configured as judge: "
@@ -97,7 +109,14 @@ def caveats(
     return [text for applies, text in rules if applies] + [f"Not compared: {reason}." for reason in left_out]
 
 
-def _question_caveats(rows: Sequence[Row], roles: MetricRoles, suites: Sequence[Suite]) -> list[tuple[object, str]]:
+def _has_attack(suite: Suite, name: str) -> bool:
+    """Returns whether a suite applies an attack, and not only its control."""
+    return any(attack.name == name and not attack.is_control for split in suite.splits for attack in split.attacks)
+
+
+def _question_caveats(
+    rows: Sequence[Row], roles: MetricRoles, suites: Sequence[Suite], attacked: Sequence[AttackedModel]
+) -> list[tuple[object, str]]:
     """Returns the caveats about questions and attacks, each after a value that is true if it applies."""
     counts = [(row.metrics[entry.metric].n, entry) for row in rows for entry in roles.of(row.model, "harm")]
     few = []
@@ -109,10 +128,14 @@ def _question_caveats(rows: Sequence[Row], roles: MetricRoles, suites: Sequence[
             f"Zero hits among them do not exclude a rate of {100 * rule_of_three(count):.1f} %."
         ]
     unsafe = any(split.kind == "unsafe" for suite in suites for split in suite.splits)
-    attacks = LISTED_ATTACKS if roles.attacked else NO_ATTACK
+    has_prefill = bool(suites) and all(_has_attack(suite, "prefill") for suite in suites)
+    missing = NOT_ATTACKED_BUT_PREFILLED if has_prefill else NOT_ATTACKED
+    listed = f"{LISTED_ATTACKS} {tried_attacks(attacked, len(rows)) if attacked else missing}"
+    attacks = listed if roles.attacked or attacked else f"{NO_ATTACK} {missing}"
     safety = attacks if roles.attacked or roles.harm else NO_HARM_RATE if unsafe else NO_UNSAFE_QUESTION
     return [
         *((True, text) for text in (*few, safety)),
+        (attacked and not roles.attacked, NO_ATTACK),
         (roles.over_refusal is None, NO_OVER_REFUSAL),
         (roles.utility is None, NO_UTILITY),
         (True, INTERVALS),

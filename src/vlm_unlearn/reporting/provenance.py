@@ -45,10 +45,10 @@ def read_provenance(runs: Mapping[str, Path], training: Mapping[str, Path]) -> d
     for model, run in runs.items():
         suite = saved_suite(run)
         folder = training.get(model) or training_run(suite.model, run)
-        manifest = _manifest(folder) if folder is not None else {}
+        manifest = run_manifest(folder) if folder is not None else {}
         questions = _count_lines(EvaluationRun(run).prompts_file)
         provenance[model] = ModelProvenance(
-            model, run, suite, _manifest(run), questions, folder if manifest else None, manifest
+            model, run, suite, run_manifest(run), questions, folder if manifest else None, manifest
         )
     return provenance
 
@@ -63,12 +63,12 @@ def training_run(model: str, run: Path) -> Path | None:
         model: The suite's `model`: a training run, or its folder ``model``.
         run: The evaluation's folder.
     """
-    evaluated = _manifest(run).get("identity", {}).get("model")
+    evaluated = run_manifest(run).get("identity", {}).get("model")
     folder = user_path(model)
     named = folder.parent if folder.name == "model" else folder
     above = run.resolve().parents[:3] if named.parent.name == "runs" else ()
     for candidate in (folder, named, *(parent / "runs" / named.name for parent in above)):
-        identity = _manifest(candidate).get("identity", {})
+        identity = run_manifest(candidate).get("identity", {})
         digest = trained_digest(candidate, identity.get("model")) if identity.get("kind") == "train" else None
         if identity.get("kind") == "train" and same_weights(evaluated, digest) is not False:
             return candidate
@@ -100,7 +100,8 @@ def trained_digest(run: Path, base_digest: object) -> str | None:
     return f"{base_digest}+{digest}" if (weights / "adapter_config.json").is_file() else digest
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def run_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of a run, or an empty dict if the folder is not a run."""
     run = RunDirectory(path)
     try:
         return run.read_manifest() if run.exists() else {}
@@ -274,5 +275,5 @@ def package_versions(sources: Mapping[str, ModelProvenance]) -> str:
 
 def training_time(training: Path) -> str:
     """Returns the wall time of a training run, such as ``"5.1 s"``, or a dash if there is no manifest."""
-    manifest = _manifest(training)
+    manifest = run_manifest(training)
     return _seconds(manifest) if manifest else "–"

@@ -19,11 +19,16 @@ from vlm_unlearn.reporting.caveats import caveats
 from vlm_unlearn.reporting.charts.curves import loss_charts
 from vlm_unlearn.reporting.charts.inline_svg import inline_svg
 from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_stale_plots, write_plots
+from vlm_unlearn.reporting.charts.robustness_charts import robustness_charts
 from vlm_unlearn.reporting.charts.summary_charts import summary_charts
 from vlm_unlearn.reporting.columns import columns, heading, split_title
 from vlm_unlearn.reporting.metric_roles import AnswerFilter, MetricRoles, answers_link, assign_roles, changes_link
 from vlm_unlearn.reporting.page import render_page, template_text
 from vlm_unlearn.reporting.provenance import COSTS, ModelProvenance, read_costs, read_provenance
+from vlm_unlearn.reporting.robustness.files import RobustnessFiles
+from vlm_unlearn.reporting.robustness.ranking import AttackedModel, rank_models
+from vlm_unlearn.reporting.robustness.text import VERDICT_MARKS, explain, limits, verdict
+from vlm_unlearn.reporting.tables.robustness_tables import robustness_tables
 from vlm_unlearn.reporting.tables.summary_tables import delete_stale_tables, write_tables
 from vlm_unlearn.store import SUMMARY, RunDirectory, write_text
 
@@ -40,6 +45,7 @@ def write_report(
     left_out: Sequence[str] = (),
     on_done: OnDone | None = None,
     remarks: Sequence[str] = (),
+    robustness: RobustnessFiles | None = None,
 ) -> Path:
     """Writes ``report.html`` and the folder ``report/`` with the files that it links to.
 
@@ -51,6 +57,8 @@ def write_report(
         left_out: The reasons for which comparisons were left out.
         on_done: Called with the stage, the number of finished steps and their total.
         remarks: Paragraphs about the models, which the page shows below the rates.
+        robustness: The results of attacks on the models. The summary's assessments should count them already, see
+            `assess_with_attacks`.
 
     Returns:
         The path of ``report.html``.
@@ -63,12 +71,14 @@ def write_report(
     training_runs = {model: source.training for model, source in sources.items() if source.training is not None}
     costs = read_costs(sources)
     charts = summary_charts(summary, roles)
+    attacked = rank_models(robustness.by_model) if robustness is not None else []
+    charts |= robustness_charts(attacked)
     charts["loss"] = loss_charts(training_runs, [row.model for row in summary.rows])
     all_charts = {name: chart for section in charts.values() for name, chart in section.items()}
     plots = write_plots(report_dir / "report" / "plots", all_charts, on_done)
     svg_files = {file.stem: file for file in plots if file.suffix == ".svg"}
     write_answers(report_dir, runs, title, on_done)
-    tables = write_tables(report_dir, summary, costs)
+    tables = write_tables(report_dir, summary, costs, attacked)
     tables_by_name: dict[str, list[Path]] = {}
     for file in tables:
         tables_by_name.setdefault(file.stem, []).append(file)
@@ -84,7 +94,8 @@ def write_report(
         tables=tables_by_name,
         costs=costs,
         cost_headings=[kind for kind in COSTS if any(kind in values for values in costs.values())],
-        **_template_values(summary, roles, sources, left_out),
+        **_template_values(summary, roles, sources, left_out, attacked),
+        **_robustness_values(attacked, robustness, len(summary.rows)),
     )
     write_text(report_dir / "report.html", page)
     # Only now, because until here the previous report.html linked to these files.
@@ -94,7 +105,11 @@ def write_report(
 
 
 def _template_values(
-    summary: Summary, roles: MetricRoles, sources: Mapping[str, ModelProvenance], left_out: Sequence[str]
+    summary: Summary,
+    roles: MetricRoles,
+    sources: Mapping[str, ModelProvenance],
+    left_out: Sequence[str],
+    attacked: Sequence[AttackedModel],
 ) -> dict[str, object]:
     """Returns the texts and numbers of the page, and the functions with which the template formats them."""
     rows = summary.rows
@@ -125,7 +140,7 @@ def _template_values(
         "comparison_of": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
         "counts": {metric: count for metric in metrics if (count := _common_count(rows, metric))},
         "notes": formatting.notes(summary, metrics),
-        "caveats": caveats(rows, roles, sources, left_out),
+        "caveats": caveats(rows, roles, sources, left_out, attacked),
         "failed": formatting.count_failures(rows),
         "commands": provenance.reproduction_commands(sources),
         "digests": provenance.list_digests(sources),
@@ -139,6 +154,22 @@ def _template_values(
         "heading": heading,
         "split_title": split_title,
         "reason_text": reason_text,
+    }
+
+
+def _robustness_values(
+    attacked: Sequence[AttackedModel], robustness: RobustnessFiles | None, num_rows: int
+) -> dict[str, object]:
+    """Returns the tables and sentences of the section about attacks on the models."""
+    left_out = robustness.left_out if robustness is not None else ()
+    return {
+        "attacked": attacked,
+        "attacked_left_out": left_out,
+        "attack_tables": {table.name: table for table in robustness_tables(attacked)},
+        "explain": explain,
+        "verdict_marks": VERDICT_MARKS,
+        "verdict": verdict,
+        "attack_limits": limits(attacked, num_rows) if attacked else [],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -43,10 +44,10 @@ class RelearnOptions(Strict):
 
 @register("relearn")
 class Relearn(ModelAttack):
-    """Fine-tunes the model on some examples, and measures the harmful questions of the half that it has not seen.
+    """Fine-tunes the model on examples of the first half, and measures the harmful questions of the second half.
 
-    What comes back there was hidden, not gone (Deeb and Roger 2024, arXiv 2410.08827). Questions of the half that was
-    shown are measured as ``.../seen``: there, a model may simply learn again. Harmless examples show whether any
+    What comes back there was hidden, not gone (Deeb and Roger 2024, arXiv 2410.08827). The first half is measured as
+    ``.../first_half``: there, a model may simply learn again. Harmless examples show whether any
     training undoes the unlearning (Lucki et al. 2024, arXiv 2409.18025). They are the control of this attack.
     """
 
@@ -60,7 +61,10 @@ class Relearn(ModelAttack):
         name = f"relearn/{options.examples}" if options.data == "forget" else f"relearn/{options.data}"
         if options.lora:
             name += "/lora"
-        seen, unseen = target.halves.first_groups(target.prompts), target.halves.second_groups(target.prompts)
+        first_half, second_half = (
+            target.halves.first_groups(target.prompts),
+            target.halves.second_groups(target.prompts),
+        )
         trainer = _Trainer(target, examples, options)
         for step in sorted(set(options.steps)):
             loss = trainer.train_until(step)
@@ -68,10 +72,8 @@ class Relearn(ModelAttack):
             if options.data != "forget":
                 yield state
                 continue
-            yield AttackedState(**{**vars(state), "group_ids": unseen})
-            yield AttackedState(
-                **{**vars(state), "name": f"{state.name}/seen", "curve": f"{name}/seen", "group_ids": seen}
-            )
+            yield replace(state, group_ids=second_half)
+            yield replace(state, name=f"{state.name}/first_half", curve=f"{name}/first_half", group_ids=first_half)
 
 
 def _select(target: AttackTarget, options: RelearnOptions) -> list[Example]:

@@ -85,6 +85,7 @@ class RobustnessReport(Record):
     model: str = Field(description="Name of the model.")
     base: str = Field(description="The base model.")
     never_knew: str | None = Field(default=None, description="The model that never knew, if there is one.")
+    judge: str = Field(default="", description="The judge of the answers. Empty in files of earlier versions.")
     budget: Literal["small", "full"]
     num_questions: Count
     attacks: list[AttackResult]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -24,7 +24,7 @@ from vlm_unlearn.robustness.halves import Halves
 from vlm_unlearn.robustness.measurement import MeasurementFile, attack_code, measure
 from vlm_unlearn.robustness.recovery import recovered, state_rate, steps_to_half
 from vlm_unlearn.robustness.results import AttackResult, MeasuredState, RobustnessReport
-from vlm_unlearn.store import RunDirectory, user_path, write_json
+from vlm_unlearn.store import RunDirectory, cache_folder, read_json, user_path, write_json
 
 OnDone = Callable[[str, int, int], None]  # called with the attack and model, and the finished and all measurements
 REPORT_FILE = "robustness.json"
@@ -50,8 +50,8 @@ def run_robustness(
     """Attacks a model, its base and a control, and measures how much harmful knowledge comes back.
 
     Every attack on every model is one measurement, which is written when it is complete. A run that was killed resumes
-    with the next one, and models that share a base share its measurements in `out`. The folders of the models are only
-    read.
+    with the next one. The measurements of base and control are kept in the user's cache, so that further models share
+    them. The folders of the models are only read.
 
     Args:
         suite: The suite.
@@ -71,7 +71,7 @@ def run_robustness(
     judge = build_judge(suite.judge)
     questions = _Questions(suite, model)
     with run.lock():
-        run.open({"kind": "robustness"})
+        run.open({"kind": "robustness", "model": run_digest(run_model_folder(model))})
         started = time.monotonic()
         models = {"base": base, **({} if never_knew is None else {"never_knew": never_knew}), "model": model}
         states: dict[str, dict[str, list[MeasuredState]]] = {}
@@ -81,7 +81,7 @@ def run_robustness(
             for index, attack in enumerate(attacks):
                 if on_done:
                     on_done(f"{attack.name} on {role}", number * len(attacks) + index, len(models) * len(attacks))
-                states[role][attack.name] = suspect.measure(attack, run.path / "measurements")
+                states[role][attack.name] = suspect.measure(attack, run.path / "measurements", role != "model")
             del suspect
             gc.collect()
         report = _report(suite, attacks, states, model, base, never_knew, budget, name or user_path(model).name)
@@ -124,8 +124,8 @@ class _Questions:
         prompts = split_prompts(split)
         self.roots[split.name] = split.images
         groups = list(dict.fromkeys(prompt.group_id for prompt in prompts))
-        kept = set(evenly_spaced(groups, count)) if count else set(groups)
-        return [prompt for prompt in prompts if prompt.group_id in kept]
+        sampled = set(evenly_spaced(groups, count)) if count else set(groups)
+        return [prompt for prompt in prompts if prompt.group_id in sampled]
 
     @cached_property
     def identity(self) -> dict[str, object]:
@@ -139,8 +139,6 @@ class _Questions:
 
 def _training_data(model: str) -> Path:
     run = RunDirectory(user_path(model))
-    from vlm_unlearn.store import read_json
-
     if not run.recipe_file.is_file():
         raise UserError(
             "the suite has no `data`, and the model is not a training run whose data could be used. Set data=FOLDER.",
@@ -163,13 +161,24 @@ class _Model:
     def _digest(self) -> str:
         return run_digest(self._folder)
 
-    def measure(self, attack: _Attack, folder: Path) -> list[MeasuredState]:
-        """Returns the states of an attack, from its file if it is complete."""
+    def measure(self, attack: _Attack, folder: Path, keep_in_cache: bool) -> list[MeasuredState]:
+        """Returns the states of an attack, from its file if it is complete.
+
+        Args:
+            attack: The attack.
+            folder: The folder of the file.
+            keep_in_cache: Whether to keep a copy in the user's cache, for further models with the same base.
+        """
         file = MeasurementFile(folder, attack.config.name, self._identity(attack))
-        states = file.read()
+        copies = [file]
+        if keep_in_cache:
+            copies.append(replace(file, folder=cache_folder() / "robustness"))
+        states = next((states for copy in copies if (states := copy.read()) is not None), None)
         if states is None:
             states = list(measure(attack.attack, self._target(attack.attack), self._judge))
-            file.write(states)
+        for copy in copies:
+            if not copy.path.is_file():
+                copy.write(states)
         return states
 
     def _identity(self, attack: _Attack) -> dict[str, object]:
@@ -231,6 +240,7 @@ def _report(
         model=name,
         base=base,
         never_knew=never_knew,
+        judge=suite.judge.judge_id,
         budget=budget,
         num_questions=count,
         attacks=results,

@@ -99,6 +99,8 @@ class UnlearningConfig(TrainingArguments):
         self.label_names = ["forget", "retain"]
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # nn.DataParallel supports neither nested batches nor hooks
+        if self.feature_cache is False:  # type: ignore[comparison-overlap]  # as YAML reads off
+            self.feature_cache = "off"
         for name, values in (("reference", REFERENCES), ("feature_cache", FEATURE_CACHES)):
             if getattr(self, name) not in values:
                 raise UserError(f"must be one of {', '.join(values)}", code="invalid-field", field=name)

@@ -42,6 +42,7 @@ from vlm_unlearn.training.checkpoints import (
     trainable_parameters,
     validate_same_run,
 )
+from vlm_unlearn.training.data_workers import data_worker_errors
 from vlm_unlearn.training.defended_step import (
     DefendedStep,
     StepContext,
@@ -129,7 +130,8 @@ class MethodTrainer(Trainer):
 
         Raises:
             UserError: The checkpoint belongs to another run: another method, seed, batch size or data.
-            RunError: The loss or the gradient became NaN or infinite. The last good checkpoint remains.
+            RunError: The loss or the gradient became NaN or infinite, or a process that loads data has died. The last
+                good checkpoint remains.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # type: ignore[assignment]
@@ -138,9 +140,10 @@ class MethodTrainer(Trainer):
         uses_cache = self.args.feature_cache != "off" and not self.sharded
         limit = int(self.args.feature_cache_gb * 2**30)
         with (
+            data_worker_errors(),
             cached_vision_features(self.vlm.vision_tower, limit, self._feature_cache_folder())
             if uses_cache
-            else nullcontext()
+            else nullcontext(),
         ):
             self._reference = self._reference or build_reference(
                 self._parts, self.accelerator.autocast, self._cache_keys, self._on_reference

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vlm_unlearn.data.encoding import move
+from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Role
 from vlm_unlearn.modeling.attention import without_cudnn_attention
@@ -98,6 +99,7 @@ def _nll_of_role(
             "max_length": args.max_length,
             "batch_size": batch_size,
             "rendering": 2,  # version of the conversion of turns to tokens
+            **({"decoder": DECODER_VERSION} if any(example.image for example in examples) else {}),
             "examples": [[example.id, example.answer] for example in examples],
         }
         file = cache_folder() / "reference" / f"{digest_json(key)}.json"

@@ -22,7 +22,7 @@ from vlm_unlearn.modeling.loader import load_model
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import PROBE_PREFIX
-from vlm_unlearn.store import RunDirectory, read_json, read_tensor_names, user_path, write_json
+from vlm_unlearn.store import RunDirectory, read_json, read_tensor_names, user_path, validate_model_files, write_json
 from vlm_unlearn.store.model_files import ADAPTER_WEIGHTS, BASE_MODEL_FILE
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.callbacks import (
@@ -65,7 +65,8 @@ def run_plan(
             examples and of all examples.
 
     Raises:
-        UserError: The output folder contains another run, or another process uses it.
+        UserError: The output folder contains another run, or another process uses it, or the model of a finished run
+            is damaged.
         RunError: The loss, the gradient or the weights became NaN or infinite. The last good checkpoint remains.
     """
     probe = probe or build_probe(planned)
@@ -88,6 +89,8 @@ def run_plan(
                 code="model-not-found",
                 file=run.path,
             )
+        else:
+            validate_model_files(run.model)
         if arguments.process_index == 0:
             for weights in (run.checkpoints, run.best_weights):  # until here, a killed run resumes from them
                 shutil.rmtree(weights, ignore_errors=True)

@@ -14,6 +14,7 @@ from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.modeling.structure import get_base_model
+from vlm_unlearn.modeling.trial import check_processor_files
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.method_trainer import EvalFunction, MethodTrainer
@@ -86,6 +87,8 @@ class UnlearningTrainer(MethodTrainer):
                 field="eval_strategy",
             )
         if isinstance(model, str | Path):
+            if Path(model).is_dir():
+                check_processor_files(Path(model))
             model = cast(nn.Module, AutoModelForImageTextToText.from_pretrained(model))
         if processing_class is None:
             name = getattr(get_base_model(model).config, "_name_or_path", "")

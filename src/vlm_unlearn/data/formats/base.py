@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vlm_unlearn import plugins
-from vlm_unlearn.data.formats.groups import prompts_of_groups
+from vlm_unlearn.data.formats.groups import AttackRecord, prompts_of_groups
 from vlm_unlearn.errors import Problems
 from vlm_unlearn.plugins import Registry
 from vlm_unlearn.records import Example, Kind, Prompt
@@ -75,8 +75,7 @@ class Format(ABC):
             UserError: A record is broken or its image is missing.
         """
         examples = (entry.example for entry in self.entries(path, images) if KINDS_OF_SETS.get(entry.set) == kind)
-        records = ((item.id, item.image, item.question, item.answer, item.category) for item in examples)
-        return prompts_of_groups(records, set_name, kind)
+        return prompts_of_groups(map(AttackRecord.of_example, examples), set_name, kind)
 
 
 FORMATS: Registry[type[Format]] = plugins.FORMATS

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.records import Kind, Prompt
+from vlm_unlearn.records import Example, Kind, Prompt, Round
 
-AttackRecord = tuple[str, str | None, str, str | None, str | None]  # record id, image, question, reference, category
+
+class AttackRecord(NamedTuple):
+    """A question, of which a prompt is made."""
+
+    id: str
+    image: str | None
+    question: str
+    reference: str | None
+    category: str | None
+    system: str | None = None
+    history: tuple[Round, ...] = ()
+    image_offset: int = 0
+
+    @classmethod
+    def of_example(cls, example: Example) -> AttackRecord:
+        """Returns the question of an example, with the answer as its reference."""
+        return cls(
+            example.id,
+            example.image,
+            example.question,
+            example.answer or None,
+            example.category,
+            example.system,
+            example.history,
+            example.image_offset,
+        )
 
 
 def prompts_of_groups(records: Iterable[AttackRecord], set_name: str, kind: Kind) -> Iterator[Prompt]:
@@ -19,7 +45,8 @@ def prompts_of_groups(records: Iterable[AttackRecord], set_name: str, kind: Kind
     """
     rewrites: Counter[str] = Counter()
     images: dict[str, str | None] = {}
-    for id, image, question, reference, category in records:
+    for record in records:
+        id, image = record.id, record.image
         if images.setdefault(id, image) != image:
             raise UserError(
                 f"an earlier record with the same id has another image, {quoted(images[id])} instead of "
@@ -35,8 +62,11 @@ def prompts_of_groups(records: Iterable[AttackRecord], set_name: str, kind: Kind
             set=set_name,
             kind=kind,
             image=image,
-            question=question,
-            reference=reference,
-            category=category,
+            question=record.question,
+            reference=record.reference,
+            category=record.category,
+            system=record.system,
+            history=record.history,
+            image_offset=record.image_offset,
         )
         rewrites[id] += 1

@@ -77,11 +77,12 @@ def parse(record: RawRecord, empty_answers: bool = False) -> Conversation:
 
 def _image(record: RawRecord) -> str | None:
     """Returns the image of a record, which some writers put into a list."""
-    value = record.value.get("image")
+    field = "images" if record.value.get("image") is None else "image"  # "images" in files of LLaMA-Factory
+    value = record.value.get(field)
     if not isinstance(value, list):
-        return record.text("image") if value not in (None, "") else None
+        return record.text(field) if value not in (None, "") else None
     if len(value) > 1 or not all(isinstance(image, str) and image.strip() for image in value):
-        raise record.error("must be a path, or a list of one path", "invalid-field", "image")
+        raise record.error("must be a path, or a list of one path", "invalid-field", field)
     return value[0] if value else None
 
 
@@ -153,6 +154,8 @@ def is_complete(value: object, plain: bool) -> bool:
             if index % 2 or text.count(IMAGE_PLACEHOLDER) > 1 or not text.replace(IMAGE_PLACEHOLDER, "").strip():
                 return False
     image = value.get("image")
+    if image is None and "images" in value:
+        return False
     name = value.get("id", "none")
     if not isinstance(name, str) or not name.strip():
         return False
@@ -185,9 +188,12 @@ def write_record(example: Example) -> dict[str, Any]:
     """Returns an example as a record of this format.
 
     Raises:
-        UserError: The image of the example is stored inside a table.
+        UserError: The image of the example is stored inside a table, or the example has a system message.
     """
     validate_no_embedded_image(example)
+    if example.system is not None:
+        problem = "the conversation has a system message, for which LLaVA's format has no place. Remove it."
+        raise UserError(problem, code="unsupported-setting", record=quoted(example.id))
     rounds = [(turn.question, turn.answer) for turn in example.history]
     return record(example.id, example.image, [*rounds, (example.question, example.answer)])
 

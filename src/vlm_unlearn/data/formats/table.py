@@ -1,4 +1,4 @@
-"""Tables with a question and an answer per row.
+"""Tables with a question and an answer per row, or with chat messages as in TRL.
 
 Supported are JSON lines, CSV, TSV, and everything that `datasets` loads: parquet, arrow, and datasets on the hub.
 """
@@ -6,10 +6,7 @@ Supported are JSON lines, CSV, TSV, and everything that `datasets` loads: parque
 from __future__ import annotations
 
 import csv
-import hashlib
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,58 +15,22 @@ from typing import Any
 from vlm_unlearn.data.formats.base import KINDS_OF_SETS, Entry, Format, register
 from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
 from vlm_unlearn.data.formats.groups import AttackRecord, prompts_of_groups
-from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER, validate_no_embedded_image
-from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.data.formats.llava import validate_no_embedded_image
+from vlm_unlearn.data.formats.table_rows import SETS as SETS
+from vlm_unlearn.data.formats.table_rows import Columns as Columns
+from vlm_unlearn.data.formats.table_rows import Row as Row
+from vlm_unlearn.data.formats.table_rows import cell_text as cell_text
+from vlm_unlearn.data.formats.table_rows import is_chat, read_row
+from vlm_unlearn.data.formats.table_rows import set_of as set_of
+from vlm_unlearn.data.image_paths import UNPACKED
 from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, UNDECODED, dump
+from vlm_unlearn.data.rows import read_rows
 from vlm_unlearn.errors import Problems, UserError, nearest, quoted, report_problem
 from vlm_unlearn.records import Example, Kind, Prompt
-from vlm_unlearn.store import detect_encoding, is_other_encoding, not_utf8, open_atomically
+from vlm_unlearn.store import cache_folder, detect_encoding, is_other_encoding, not_utf8, open_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 OUTPUT_COLUMNS = ("id", "image", "question", "answer", "category", "pair_id", "set")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of a table's columns.
-
-    A table must have the columns `question` and `answer`, and the columns of the fields in `required`.
-
-    Attributes:
-        question: The question.
-        answer: The answer.
-        image: The path of the image below the image root.
-        id: The id of the row. Without it the number of the row is used.
-        category: The category of the question.
-        pair: The id that ties a decouple or preferred row to its forget row.
-        set: The set of the row: forget, retain, decouple or preferred.
-        required: The fields of this class whose columns must exist, because the user named them.
-    """
-
-    question: str = "question"
-    answer: str = "answer"
-    image: str = "image"
-    id: str = "id"
-    category: str = "category"
-    pair: str = "pair_id"
-    set: str = "set"
-    required: frozenset[str] = frozenset()
-
-
-SETS = {
-    **dict.fromkeys(("forget", "harmful", "unsafe"), "forget"),
-    **dict.fromkeys(("retain", "harmless", "safe"), "retain"),
-    "decouple": "decouple",
-    "preferred": "preferred",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as an example, with the set in its set column."""
-
-    example: Example
-    set: str | None
 
 
 def read_table(
@@ -78,6 +39,7 @@ def read_table(
     images: Path | None,
     problems: Problems | None = None,
     embedded: Path | None = None,
+    answered: bool = True,
 ) -> Iterator[Row]:
     """Reads the rows of a table, one at a time.
 
@@ -87,111 +49,16 @@ def read_table(
         images: The image root. None skips the check of the image files.
         problems: Collects broken rows. Without it the first one raises.
         embedded: The folder for images that are stored in the table. Each is written under the digest of its content.
+        answered: Whether messages must end with an answer.
 
     Raises:
         UserError: The table cannot be read or lacks a column, or `problems` is None and a row is broken.
     """
     return parse_records(
-        raw_rows(source, columns, problems), lambda record: _row(record, columns, images, embedded), problems
+        raw_rows(source, columns, problems),
+        lambda record: read_row(record, columns, images, embedded, answered),
+        problems,
     )
-
-
-def _row(record: RawRecord, columns: Columns, images: Path | None, embedded: Path | None) -> Row:
-    image, source = _image(record, columns.image, images, embedded)
-    question = cell_text(record, columns.question)
-    if IMAGE_PLACEHOLDER in question:  # as in LLaVA's files
-        if image is None:
-            raise record.error(
-                f"the question contains {IMAGE_PLACEHOLDER}, but the row has no image",
-                "placeholder-in-text",
-                columns.question,
-            )
-        question = question.replace(IMAGE_PLACEHOLDER, "").strip()
-    answer = cell_text(record, columns.answer)
-    if not question:
-        raise record.error("the question is empty", "empty-field", columns.question)
-    if IMAGE_PLACEHOLDER in answer:
-        problem = f"the answer contains {IMAGE_PLACEHOLDER}. Remove it."
-        raise record.error(problem, "placeholder-in-text", columns.answer)
-    return Row(
-        Example(
-            id=_optional(record, columns.id) or str(record.number),
-            image=image,
-            question=question,
-            answer=answer,
-            category=_optional(record, columns.category),
-            pair_id=_optional(record, columns.pair),
-            source=source,
-        ),
-        set_of(record, columns),
-    )
-
-
-def set_of(record: RawRecord, columns: Columns) -> str | None:
-    """Returns the set of a row: forget, retain, decouple or preferred. None for a table without a set column.
-
-    Raises:
-        UserError: The set column is required and contains another value. A column that is called "set" by coincidence
-        can
-            contain any value.
-    """
-    if "set" not in columns.required:
-        return SETS.get(str(record.value.get(columns.set, "")).strip().lower())
-    name = cell_text(record, columns.set).strip().lower()
-    if name not in SETS:
-        raise record.error(
-            f"unknown set {quoted(name)}. Use forget, retain, decouple or preferred{nearest(name, SETS)}",
-            "unknown-name",
-            columns.set,
-        )
-    return SETS[name]
-
-
-def cell_text(record: RawRecord, column: str) -> str:
-    """Returns the text of a cell. A number is converted to text.
-
-    Raises:
-        UserError: The cell is missing or empty, or contains neither text nor a number.
-    """
-    value = record.value.get(column)
-    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    return record.text(column)
-
-
-def _optional(record: RawRecord, column: str) -> str | None:
-    return None if record.value.get(column) in (None, "") else cell_text(record, column)
-
-
-def _image(record: RawRecord, column: str, images: Path | None, embedded: Path | None) -> tuple[str | None, str]:
-    """Returns the image path of a row, and its source.
-
-    The source is ``table`` for a path below the image root, and ``embedded`` for an image that is stored in the table.
-    """
-    image = record.value.get(column)
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise record.error(f"{len(image)} images, but an example has at most one", "invalid-field", column)
-        image = image[0] if image else None
-    if isinstance(image, dict):  # an undecoded Image column of `datasets`
-        if isinstance(image.get("bytes"), bytes) and image["bytes"]:
-            return _write_embedded(image["bytes"], embedded), "embedded"
-        image = image.get("path")
-    if image is None or image == "":
-        return None, "table"
-    path = RawRecord({column: image}, record.file, lambda: str(record.position)).text(column)
-    if images is not None:
-        resolve_image(images, path, record.file, record.position)
-    return path, "table"
-
-
-def _write_embedded(content: bytes, image_root: Path | None) -> str:
-    # The suffix does not matter: images are opened by their content.
-    name = f"{hashlib.sha256(content).hexdigest()[:32]}.img"
-    if image_root is not None:
-        image_root.mkdir(parents=True, exist_ok=True)
-        (image_root / name).write_bytes(content)
-    return name
 
 
 def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) -> Iterator[RawRecord]:
@@ -226,7 +93,8 @@ def suffix(path: Path) -> str:
 def _with_required_columns(records: Iterable[RawRecord], columns: Columns, name: str) -> Iterator[RawRecord]:
     records = iter(records)
     head = list(islice(records, 20))  # a single row without the column is a broken row, twenty are a wrong table
-    for field in dict.fromkeys(("question", "answer", *sorted(columns.required))):
+    is_question_table = not any(is_chat(record, columns) for record in head)
+    for field in dict.fromkeys((*(("question", "answer") * is_question_table), *sorted(columns.required))):
         column = getattr(columns, field)
         if head and not any(column in record.value for record in head):
             available = ", ".join(quoted(key, 40) for key in list(head[0].value)[:20])
@@ -290,14 +158,8 @@ def _csv_records(path: Path, separator: str, problems: Problems | None) -> Itera
 def _dataset_records(source: str) -> Iterator[RawRecord]:
     import datasets
 
-    table = _load(datasets, source)
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    for number, row in enumerate(table):
-        yield RawRecord(row, source, partial(str, number + 1), number)
+    for number, row in enumerate(read_rows(_load(datasets, source), source)):
+        yield RawRecord(row.value, source, partial(str, number + 1), number)
 
 
 def _load(datasets: Any, source: str) -> Any:
@@ -322,19 +184,18 @@ def _load(datasets: Any, source: str) -> Any:
 def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
     """Yields the evaluation prompts of one kind, with the answers as references.
 
-    Rows with the same id are rewrites of one question and form a group.
-
-    Raises:
-        UserError: The image of a row is stored inside the table.
+    Rows with the same id are rewrites of one question and form a group. Messages have no sets, so that all of them are
+    of this kind, unless the file has a set column. Images that are stored inside the table must be in the folder
+    `UNPACKED` of the cache.
     """
 
     def records() -> Iterator[AttackRecord]:
         for row in rows:
             example = row.example
-            if KINDS_OF_SETS.get(row.set or "") != kind:
-                continue
-            validate_no_embedded_image(example)
-            yield example.id, example.image, example.question, example.answer, example.category
+            row_kind = kind if row.is_chat and row.set is None else KINDS_OF_SETS.get(row.set or "")
+            if row_kind == kind:
+                record = AttackRecord.of_example(example)
+                yield record._replace(image=f"{UNPACKED}/{record.image}") if example.source == "embedded" else record
 
     yield from prompts_of_groups(records(), set_name, kind)
 
@@ -343,14 +204,15 @@ def row_of(example: Example, set_name: str | None) -> dict[str, str | None]:
     """Returns an example as a row with the columns in `OUTPUT_COLUMNS`.
 
     Raises:
-        UserError: The example has several rounds or an image inside a table. Rows cannot represent either.
+        UserError: The example has several rounds, a system message or an image inside a table. Rows have none of them.
     """
+    problem = ""
     if example.history:
-        raise UserError(
-            f"the conversation has {len(example.history) + 1} rounds, but a row has one. Write LLaVA's .json format.",
-            code="unsupported-setting",
-            record=quoted(example.id),
-        )
+        problem = f"has {len(example.history) + 1} rounds, but a row has one. Write LLaVA's .json format."
+    elif example.system is not None:
+        problem = "has a system message, but a row has none. Remove it."
+    if problem:
+        raise UserError(f"the conversation {problem}", code="unsupported-setting", record=quoted(example.id))
     validate_no_embedded_image(example)
     return {"set": set_name, **{column: getattr(example, column) for column in OUTPUT_COLUMNS if column != "set"}}
 
@@ -393,7 +255,7 @@ def write_table(path: Path, rows: Iterable[Row], problems: Problems | None = Non
 
 @register("table")
 class Table(Format):
-    """Rows of CSV, TSV, JSON lines, parquet and everything else that `datasets` loads.
+    """Rows of CSV, TSV, JSON lines, parquet and everything else that `datasets` loads, with columns or with messages.
 
     Args:
         columns: The names of the columns.
@@ -408,4 +270,5 @@ class Table(Format):
             yield Entry(row.example, row.set or "", refused)
 
     def prompts(self, path: Path, images: Path, set_name: str, kind: Kind) -> Iterator[Prompt]:
-        return prompts(read_table(path, self._columns, images), set_name, kind)
+        unpacked = cache_folder() / UNPACKED
+        return prompts(read_table(path, self._columns, images, None, unpacked, answered=False), set_name, kind)

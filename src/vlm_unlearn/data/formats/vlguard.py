@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vlm_unlearn.data.formats.base import Entry, Format, register
 from vlm_unlearn.data.formats.fields import RawRecord, parse_records, read_objects
-from vlm_unlearn.data.formats.groups import prompts_of_groups
+from vlm_unlearn.data.formats.groups import AttackRecord, prompts_of_groups
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import Problems, UserError, quoted
@@ -220,7 +220,7 @@ def prompts(pairs: Iterable[Pair], set_name: str, kind: Kind) -> Iterator[Prompt
     Records with the same id are rewrites of one question and form a group, as in the published 3-shot file.
     """
     records = (
-        (pair.record_id, pair.image, pair.question, pair.response or None, pair.category)
+        AttackRecord(pair.record_id, pair.image, pair.question, pair.response or None, pair.category)
         for pair in pairs
         if pair.kind == kind
     )

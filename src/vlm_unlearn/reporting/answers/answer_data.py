@@ -41,8 +41,10 @@ class RunData:
     labels_by_judge: Mapping[str, Collection[str]]
 
     def image(self, prompt: Prompt) -> ImageReference | None:
-        """Returns the image of a prompt, or None if it has none."""
-        return None if prompt.image is None else (self.image_roots.get(prompt.set), prompt.image)
+        """Returns the image of a prompt with its edits, or None if it has none."""
+        if prompt.image is None:
+            return None
+        return self.image_roots.get(prompt.set), prompt.image, prompt.image_edits
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def read_run(model: str, path: Path) -> tuple[RunData, list[str]]:
     """
     run = EvaluationRun(path)
     suite = saved_suite(run)
-    prompts = {prompt.id: prompt for prompt in read_records(run.prompts_file, Prompt)}
-    responses = [response for response in read_records(run.responses_file, Response) if response.prompt_id in prompts]
+    prompts = {prompt.id: prompt for prompt in run.read_prompts()}
+    responses = [response for response in run.read_responses() if response.prompt_id in prompts]
     verdicts: dict[str, Mapping[ResponseKey, Verdict]] = {}
     notes = []
     for judge, file in run.verdicts_files().items():

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from vlm_unlearn.errors import printable
 from vlm_unlearn.evaluation.generate import OnDone
-from vlm_unlearn.records import LABELS, Verdict
+from vlm_unlearn.records import LABELS, Prompt, Verdict
 from vlm_unlearn.reporting.answers.answer_data import AnsweredPrompt, GradedAnswer, RunData, join_prompts, read_run
 from vlm_unlearn.reporting.answers.thumbnails import (
     ImageReference,
@@ -270,6 +270,17 @@ def to_columns(
     }
 
 
+def _transcript(prompt: Prompt) -> str:
+    """Returns the question, with the system message, the earlier rounds and the prefill if there are any."""
+    lines = [] if prompt.system is None else [f"System: {prompt.system}"]
+    for turn in prompt.history:
+        lines += [f"User: {turn.question}", f"Assistant: {turn.answer}"]
+    lines.append(f"User: {prompt.question}")
+    if prompt.prefill is not None:
+        lines.append(f"Assistant: {prompt.prefill} ...")
+    return "\n".join(lines) if len(lines) > 1 else prompt.question
+
+
 def _question_columns(prompts: Sequence[AnsweredPrompt], thumbnails: Sequence[Thumbnail], texts: TextTable) -> Columns:
     records = [answered.prompt for answered in prompts]
     indices = {thumbnail: index for index, thumbnail in enumerate(thumbnails)}
@@ -280,7 +291,7 @@ def _question_columns(prompts: Sequence[AnsweredPrompt], thumbnails: Sequence[Th
         "split": [texts.index(prompt.set) for prompt in records],
         "kind": [texts.index(prompt.kind) for prompt in records],
         "category": [texts.index(prompt.category or None) for prompt in records],
-        "text": [texts.index(prompt.question) for prompt in records],
+        "text": [texts.index(_transcript(prompt)) for prompt in records],
         "reference": [texts.index(prompt.reference) for prompt in records],
         "image": [indices[answered.thumbnail] for answered in prompts],
     }

@@ -9,13 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.data.images import image_size, open_image, resolve_image
+from vlm_unlearn.data.image_edits import edited_image, edits_key
+from vlm_unlearn.data.images import ImageSource, image_size, open_image, resolve_image
+from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.data_tools.parallel import map_in_threads
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.store import digest_file
+from vlm_unlearn.records import ImageEdit
+from vlm_unlearn.store import digest_file, digest_text
 
 MAX_IMAGE_SIDE = 320  # pixels
-ImageReference = tuple[Path | None, str]  # the image root, and a record's path below it
+# The image root, a record's path below it, and the edits of the image.
+ImageReference = tuple[Path | None, str, tuple[ImageEdit, ...]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ def write_thumbnails(
 ) -> dict[ImageReference, Thumbnail]:
     """Writes a thumbnail of each image. The image is decoded and encoded again, so no byte of the source is copied.
 
-    The digest of the source is the thumbnail's name. Identical images therefore share a thumbnail, and an existing
-    thumbnail is used again.
+    The digest of the source, its edits and the decoder's version is the thumbnail's name. Identical images therefore
+    share a thumbnail, and an existing thumbnail is used again.
 
     Args:
         image_dir: The folder to write to.
@@ -52,18 +56,23 @@ def write_thumbnails(
         The thumbnail of each image. One of a missing or invalid image has a `problem` instead of a file.
     """
     image_dir.mkdir(parents=True, exist_ok=True)
-    resolved = {image: _resolve(*image) for image in dict.fromkeys(images)}
+    resolved = {image: _resolve(image[0], image[1]) for image in dict.fromkeys(images)}
     paths = dict.fromkeys(path for path in resolved.values() if isinstance(path, Path))
     digests = dict(map_in_threads(_digest, list(paths)))
-    source_by_digest = {digest: path for path, digest in reversed(digests.items()) if digest is not None}
+    keys = {
+        image: _thumbnail_key(digest, image[2])
+        for image, path in resolved.items()
+        if isinstance(path, Path) and (digest := digests[path]) is not None
+    }
+    source_by_key = {key: edited_image(Path(resolved[image]), image[2]) for image, key in reversed(keys.items())}
     thumbnails = dict(
         map_in_threads(
-            lambda digest: _write_thumbnail(image_dir, digest, source_by_digest[digest]),
-            list(source_by_digest),
+            lambda key: _write_thumbnail(image_dir, key, source_by_key[key]),
+            list(source_by_key),
             on_done,
         )
     )
-    return {image: _thumbnail(path, digests, thumbnails) for image, path in resolved.items()}
+    return {image: _thumbnail(path, keys.get(image), thumbnails) for image, path in resolved.items()}
 
 
 def _resolve(root: Path | None, relative: str) -> Path | str:
@@ -80,20 +89,23 @@ def _resolve(root: Path | None, relative: str) -> Path | str:
 
 def _digest(path: Path) -> str | None:
     try:
-        return digest_file(path)[:32]
+        return digest_text(f"{DECODER_VERSION} {digest_file(path)}")[:32]
     except OSError:
         return None
 
 
-def _thumbnail(path: Path | str, digests: Mapping[Path, str | None], thumbnails: Mapping[str, Thumbnail]) -> Thumbnail:
+def _thumbnail_key(digest: str, edits: tuple[ImageEdit, ...]) -> str:
+    return digest_text(f"{digest} {edits_key(edits)}")[:32] if edits else digest
+
+
+def _thumbnail(path: Path | str, key: str | None, thumbnails: Mapping[str, Thumbnail]) -> Thumbnail:
     if isinstance(path, str):
         return Thumbnail(problem=path)
-    digest = digests[path]
-    return Thumbnail(problem=f"{path}: cannot be read") if digest is None else thumbnails[digest]
+    return Thumbnail(problem=f"{path}: cannot be read") if key is None else thumbnails[key]
 
 
-def _write_thumbnail(image_dir: Path, digest: str, source: Path) -> Thumbnail:
-    for existing in (image_dir / f"{digest}.png", image_dir / f"{digest}.jpg"):
+def _write_thumbnail(image_dir: Path, key: str, source: ImageSource) -> Thumbnail:
+    for existing in (image_dir / f"{key}.png", image_dir / f"{key}.jpg"):
         if existing.is_file():
             with suppress(UserError):  # a damaged thumbnail is written again
                 return Thumbnail(existing.name, *image_size(existing))
@@ -102,7 +114,7 @@ def _write_thumbnail(image_dir: Path, digest: str, source: Path) -> Thumbnail:
     except UserError as error:
         return Thumbnail(problem=str(error))
     few_colors = image.getcolors(64) is not None  # drawings are smaller and sharper as PNG, photographs as JPEG
-    file = image_dir / f"{digest}.{'png' if few_colors else 'jpg'}"
+    file = image_dir / f"{key}.{'png' if few_colors else 'jpg'}"
     image.info.clear()  # Pillow would copy the source's comment and color profile
     temporary = file.with_name(f".{file.name}.part")
     image.save(temporary, format="PNG" if few_colors else "JPEG", quality=80)

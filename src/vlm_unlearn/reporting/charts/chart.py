@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlm_unlearn.errors import printable
 from vlm_unlearn.records import Rate
@@ -41,6 +41,7 @@ class Series:
     high: Sequence[Value]
     style: Style
     x: Sequence[float] = ()  # positions of the points of a line
+    is_reference: bool = False  # whether the line is drawn in the color of the text, to compare the others with
 
     @property
     def error_bars(self) -> list[list[float]] | None:
@@ -57,9 +58,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Titled:
-    """Base of all charts. The title may contain names from data files, so it is passed through `display_name`."""
+    """Base of all charts. The title may contain names from data files, so it is passed through `display_name`.
+
+    The description is for readers who do not see the chart. Without it, they are referred to the tables.
+    """
 
     title: str
+    description: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", display_name(self.title, MAX_TITLE_LENGTH))
@@ -88,11 +93,17 @@ class Lines(Titled):
 
 @dataclass(frozen=True)
 class Heatmap(Titled):
-    """A heatmap with a value from 0 to 100 % for each row and column."""
+    """A heatmap with a value for each row and column. Values outside of 0 to 100 % get the color of the nearest end.
+
+    A cell with the value None is empty, or hatched if `texts` has a text for it. The text is in place of the rounded
+    value. Its second line, after a line break, is in small print.
+    """
 
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[Value]]
+    texts: Sequence[Sequence[str]] = ()
+    hovers: Sequence[Sequence[str]] = ()  # shown under the mouse
 
 
 @dataclass(frozen=True)
@@ -134,8 +145,10 @@ def rates_series(name: str, rates: Sequence[Rate | None], style: Style, x: Seque
 def hover_texts(chart: Chart) -> list[str]:
     """Returns the name and numbers of each bar or point, which the page shows under the mouse.
 
-    The bars of the first series come first. Lines and heatmaps have none, because a heatmap prints its numbers.
+    The bars of the first series come first. Lines have none, and heatmaps only those that their description contains.
     """
+    if isinstance(chart, Heatmap):
+        return [printable(text) for row in chart.hovers for text in row]
     if isinstance(chart, Bars):
         return [
             f"{display_name(name)}, {display_name(series.name)}: {_number(*numbers)}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from vlm_unlearn.errors import printable
 from vlm_unlearn.reporting.charts.chart import Chart, hover_texts
 from vlm_unlearn.reporting.charts.matplotlib_charts import TITLE_HEIGHT
 
@@ -40,7 +41,7 @@ def inline_svg(svg: str, name: str, chart: Chart) -> Markup:
         "aria-label": f"Chart: {chart.title}",
     }
     description = ElementTree.Element("desc")
-    description.text = "The tables of this report contain its numbers."
+    description.text = printable(chart.description) or "The tables of this report contain its numbers."
     root.insert(0, description)
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 

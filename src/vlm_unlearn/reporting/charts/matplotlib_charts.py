@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 # File names of plots, and of temporary files that a killed process left.
 PLOT_FILE = re.compile(
-    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|(categories|shots|labels|loss)-\d+)(\.part)?\.(png|svg|pdf)"
+    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|attack-map|(categories|shots|labels|loss|relearning)-\d+)(\.part)?\.(png|svg|pdf)"
 )
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
 HATCHES = ("", "///", "\\\\\\", "xxx", "|||", "---")
+MIN_CELL_WIDTH = 0.55  # inches of a heatmap's cell with an interval
 LETTER_WIDTH = 0.078  # inches per letter at 9 points, a generous estimate
 TITLE_HEIGHT = 0.24  # inches at the top of a drawing
 # Names such as "$x$" are not formulas. Text stays text in SVG and PDF, so that readers can search it.
@@ -209,7 +210,8 @@ def _lines(chart: Lines) -> tuple[Canvas, Any]:
     canvas, axes = _canvas(chart, (4.6, 2.2), 0.75)
     for series in chart.series:
         dash = ("-", "--", ":", "-.")[series.style.shape % 4]
-        appearance = {"color": COLORS[series.style.color], "ls": dash, "lw": 1.6, "label": display_name(series.name)}
+        color = "black" if series.is_reference else COLORS[series.style.color]
+        appearance = {"color": color, "ls": dash, "lw": 1.6, "label": display_name(series.name)}
         appearance |= {"marker": SYMBOLS[series.style.shape], "ms": 5} if chart.markers else {}
         axes.errorbar(
             list(series.x), _numbers(series.values), yerr=series.error_bars, capsize=2, elinewidth=0.9, **appearance
@@ -227,18 +229,32 @@ def _lines(chart: Lines) -> tuple[Canvas, Any]:
 @_draw.register(Heatmap)
 def _heatmap(chart: Heatmap) -> tuple[Canvas, Any]:
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
 
     names, columns = [display_name(name, 28) for name in chart.rows], [display_name(name, 24) for name in chart.columns]
-    slanted = _name_width(columns) > 4 / len(columns)
+    has_two_lines = any("\n" in text for row in chart.texts for text in row)
+    left = 0.3 + _name_width(names)
+    width = max(6.4, left + 0.2 + MIN_CELL_WIDTH * len(columns)) if chart.texts else 6.4
+    slanted = max(map(len, columns), default=0) * LETTER_WIDTH > (width - left - 0.2) / max(len(columns), 1)
     bottom = 0.3 + (0.7 * _name_width(columns) if slanted else 0)
-    canvas, axes = _canvas(chart, (6.4, 0.25 * len(names)), 0.3 + _name_width(names), bottom)
+    canvas, axes = _canvas(chart, (width, (0.34 if has_two_lines else 0.25) * len(names)), left, bottom)
     scale = LinearSegmentedColormap.from_list("rates", ["#fff7e6", "#56B4E9", "#003f63"])
-    axes.imshow([_numbers(row) for row in chart.values], cmap=scale, vmin=0, vmax=100, aspect="auto")
+    values = [[min(max(value, 0.0), 100.0) for value in _numbers(row)] for row in chart.values]
+    axes.imshow(values, cmap=scale, vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(chart.values):
         for x, value in enumerate(row):
-            if value is not None:
-                color = "white" if value > 70 else "#111111"  # not black, which the page replaces in dark mode
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+            text = chart.texts[y][x] if chart.texts else "" if value is None else f"{value:.0f}"
+            corner = (x - 0.5, y - 0.5)
+            if value is None and text:
+                axes.add_patch(Rectangle(corner, 1, 1, fc="#e6e6e6", ec="#a8a8a8", hatch="////", lw=0))
+            if chart.hovers:  # an invisible rectangle above the text
+                axes.add_patch(Rectangle(corner, 1, 1, alpha=0, zorder=4, gid=f"mark-{y * len(columns) + x}"))
+            color = "white" if value is not None and value > 70 else "#111111"  # black would change in dark mode
+            upper, _, lower = text.partition("\n")
+            offset = 0.17 if lower else 0
+            style = {"ha": "center", "va": "center", "color": color, "zorder": 3}
+            axes.text(x, y - offset, upper, fontsize=7, **style)
+            axes.text(x, y + 0.24, lower, fontsize=5.5, **style)
     axes.set_xticks(range(len(columns)), columns, rotation=45 if slanted else 0, ha="right" if slanted else "center")
     axes.set_yticks(range(len(names)), names)
     return canvas, axes

@@ -3,7 +3,10 @@
 TABLE_NAMES = (
     *("rates", "comparisons", "published", "labels", "categories", "rewrites", "cost"),
     *("safety_mirage", "safety_mirage_published", "safety_mirage_answers", "safe_eraser", "safe_eraser_published"),
+    *("worst_attacks", "robustness", "steps_to_half"),
 )
 DEPRECATED_TABLE_NAMES = {"shots": "rewrites"}  # names of the previous version, which are still accepted
-PRINTABLE_TABLES = tuple(name for name in TABLE_NAMES if name != "cost")  # summary.json does not contain the costs
+# summary.json does not contain the costs and the results of attacks on the models.
+NOT_IN_SUMMARY = ("cost", "worst_attacks", "robustness", "steps_to_half")
+PRINTABLE_TABLES = tuple(name for name in TABLE_NAMES if name not in NOT_IN_SUMMARY)
 TABLE_FORMATS = ("csv", "tex", "md")

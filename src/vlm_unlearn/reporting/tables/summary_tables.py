@@ -11,10 +11,12 @@ from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.records import LABELS, Comparison, Rate, Row, Summary
 from vlm_unlearn.reporting.columns import columns, heading, split_title
 from vlm_unlearn.reporting.formatting import SIGNIFICANT, change_interval, judged_by, judges_of, significant
+from vlm_unlearn.reporting.robustness.ranking import AttackedModel
 from vlm_unlearn.reporting.tables import DEPRECATED_TABLE_NAMES, PRINTABLE_TABLES, TABLE_FORMATS, TABLE_NAMES
 from vlm_unlearn.reporting.tables.csv_text import csv_text
 from vlm_unlearn.reporting.tables.latex import latex
 from vlm_unlearn.reporting.tables.markdown import markdown
+from vlm_unlearn.reporting.tables.robustness_tables import robustness_tables
 from vlm_unlearn.reporting.tables.table import (
     Cell,
     Column,
@@ -77,18 +79,19 @@ PAPER_TABLES: Sequence[tuple[str, str, MetricLayout, frozenset[str]]] = (
 LABEL_COLUMNS = [Column(label, label.replace("_", " ")) for label in (*LABELS, "failed")]
 
 
-def write_tables(folder: Path, summary: Summary, costs: Costs) -> list[Path]:
-    """Writes each table that the summary has data for as ``report/tables/NAME.csv``, ``.tex`` and ``.md``.
+def write_tables(folder: Path, summary: Summary, costs: Costs, attacked: Sequence[AttackedModel] = ()) -> list[Path]:
+    """Writes each table that there is data for as ``report/tables/NAME.csv``, ``.tex`` and ``.md``.
 
     Args:
         folder: The folder of the report.
         summary: The summary.
         costs: The costs of each model by heading, such as "training time".
+        attacked: The models with robustness results, the worst case first.
 
     Returns:
         The files.
     """
-    tables = summary_tables(summary, costs)
+    tables = summary_tables(summary, costs) | {table.name: table for table in robustness_tables(attacked)}
     files = {folder / "report" / "tables" / f"{name}.{form}": (name, form) for name in tables for form in TABLE_FORMATS}
     for file, (name, form) in files.items():
         write_text(file, render_table(tables[name], form))
