@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from guarded_models import attack_target
+from attack_targets import tiny_target
 from helpers import raises_code
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.generation.hf import weights_digest
@@ -28,7 +28,7 @@ from vlm_unlearn.robustness.probe import (
 
 @pytest.fixture(scope="module")
 def target(tiny_model: Path, world: Path, training_sets: dict[str, Path]) -> AttackTarget:
-    return attack_target(tiny_model, world, training_sets["safe_eraser"])
+    return tiny_target(tiny_model, training_sets["safe_eraser"], world)
 
 
 def scores_of(target: AttackTarget, **options: Any) -> dict[str, dict[str, float]]:
