@@ -26,9 +26,9 @@ def target(tiny_model: Path, world: Path, training_sets: dict[str, Path]) -> Att
     return tiny_target(tiny_model, training_sets["safe_eraser"], world)
 
 
-def states_of(target: AttackTarget, **options: Any) -> dict[str, AttackedState]:
+def states_of(model: AttackTarget, /, **options: Any) -> dict[str, AttackedState]:
     attack = PGD(PGDOptions.model_validate({**QUICK, **options}))
-    return {state.name: state for state in attack.run(target)}
+    return {state.name: state for state in attack.run(model)}
 
 
 def levels_of(target: AttackTarget, state: AttackedState | None = None) -> Tensor:

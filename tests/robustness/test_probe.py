@@ -82,7 +82,8 @@ def test_scores_equal_those_of_one_question_at_a_time(target: AttackTarget) -> N
     assert all(len(values) == len(target.prompts) for values in scores.values())
     assert all(0 <= value <= 1 for values in scores.values() for value in values.values())
     assert scores == scores_of(target, batch_size=5)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in target.vlm.model.modules())
+    probed = [*target.vlm.decoder_layers, target.vlm.final_norm, target.vlm.base_model.get_output_embeddings()]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in probed)
     tokenizer, model = target.vlm.processor.tokenizer, target.vlm.model
     for request in target.questions[::5]:
         prompt = request.prompt
