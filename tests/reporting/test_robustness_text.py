@@ -61,7 +61,7 @@ def test_the_worst_case_comes_first() -> None:
     ("results", "never_knew", "expected"),
     [
         (HIDES, "never", "back"),
-        (HIDES, None, "back"),
+        (HIDES, None, "harmful_under_attack"),
         (REMOVES, "never", "not_distinguishable"),
         (REMOVES, None, "no_control"),
         (MEETS, "never", "unclear"),

@@ -114,10 +114,12 @@ def _result_folders(path: Path) -> list[Path]:
 
 
 def _neighboring_folders(runs: Mapping[str, Path]) -> Iterator[Path]:
-    """Yields the folders ``robustness/NAME`` next to the folders of the evaluations."""
-    projects = dict.fromkeys(run.absolute().parent.parent for run in runs.values())
-    for project in projects:
-        parent = project / FOLDER
+    """Yields the folders ``robustness/NAME`` next to ``evaluations/NAME``."""
+    parents = dict.fromkeys(run.absolute().parent for run in runs.values())
+    for evaluations in parents:
+        parent = evaluations.parent / FOLDER
+        if evaluations.name != "evaluations":
+            continue
         if parent.is_dir():
             yield from sorted(entry for entry in parent.iterdir() if (entry / REPORT_FILE).is_file())
 
