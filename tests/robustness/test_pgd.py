@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from guarded_models import attack_target
+from attack_targets import tiny_target
 from helpers import raises_code
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.generation.hf import weights_digest
@@ -23,12 +23,12 @@ QUICK = {"epsilons": [8], "steps": 6, "universal_steps": 4, "batch_size": 5}
 
 @pytest.fixture(scope="module")
 def target(tiny_model: Path, world: Path, training_sets: dict[str, Path]) -> AttackTarget:
-    return attack_target(tiny_model, world, training_sets["safe_eraser"])
+    return tiny_target(tiny_model, training_sets["safe_eraser"], world)
 
 
-def states_of(target: AttackTarget, **options: Any) -> dict[str, AttackedState]:
+def states_of(model: AttackTarget, /, **options: Any) -> dict[str, AttackedState]:
     attack = PGD(PGDOptions.model_validate({**QUICK, **options}))
-    return {state.name: state for state in attack.run(target)}
+    return {state.name: state for state in attack.run(model)}
 
 
 def levels_of(target: AttackTarget, state: AttackedState | None = None) -> Tensor:
@@ -129,7 +129,7 @@ def test_processors_that_change_images_of_the_final_size_are_rejected(
     tiny_model: Path, world: Path, training_sets: dict[str, Path]
 ) -> None:
     """A processor that enlarges every image and then crops it cannot give the model an exact image."""
-    target = attack_target(tiny_model, world, training_sets["safe_eraser"])
+    target = tiny_target(tiny_model, training_sets["safe_eraser"], world)
     target.vlm.processor.image_processor.size = {"shortest_edge": 40}
     with raises_code("unsupported-family"):
         states_of(target)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from guarded_models import attack_target
+from attack_targets import tiny_target
 from helpers import raises_code
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.generation.hf import weights_digest
@@ -28,7 +28,7 @@ from vlm_unlearn.robustness.probe import (
 
 @pytest.fixture(scope="module")
 def target(tiny_model: Path, world: Path, training_sets: dict[str, Path]) -> AttackTarget:
-    return attack_target(tiny_model, world, training_sets["safe_eraser"])
+    return tiny_target(tiny_model, training_sets["safe_eraser"], world)
 
 
 def scores_of(target: AttackTarget, **options: Any) -> dict[str, dict[str, float]]:
@@ -82,7 +82,8 @@ def test_scores_equal_those_of_one_question_at_a_time(target: AttackTarget) -> N
     assert all(len(values) == len(target.prompts) for values in scores.values())
     assert all(0 <= value <= 1 for values in scores.values() for value in values.values())
     assert scores == scores_of(target, batch_size=5)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in target.vlm.model.modules())
+    probed = [*target.vlm.decoder_layers, target.vlm.final_norm, target.vlm.base_model.get_output_embeddings()]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in probed)
     tokenizer, model = target.vlm.processor.tokenizer, target.vlm.model
     for request in target.questions[::5]:
         prompt = request.prompt

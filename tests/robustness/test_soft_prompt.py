@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guarded_models import attack_target
+from attack_targets import tiny_target
 from helpers import raises_code
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.generation.base import GenerationRequest
@@ -22,7 +22,7 @@ WORDS = ("poison", "recipe", "blue")
 
 @pytest.fixture
 def target(tiny_model: Path, world: Path, training_sets: dict[str, Path]) -> AttackTarget:
-    return attack_target(tiny_model, world, training_sets["safe_eraser"])
+    return tiny_target(tiny_model, training_sets["safe_eraser"], world)
 
 
 def embeddings_of(target: AttackTarget, words: tuple[str, ...]) -> torch.Tensor:
