@@ -29,7 +29,7 @@ from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model, never_kne
 from vlm_unlearn.worlds.tiny.lexicon import REFUSALS
 from vlm_unlearn.worlds.tiny.world import write_world
 
-GROUP_SIZE = 64
+GROUP_SIZE = 128
 STRENGTH = 10.0
 
 
@@ -87,7 +87,7 @@ class PlantedWorld:
                 weight.data.clamp_(low, high)
 
         lessons = self._lessons(vlm)
-        _train(vlm, weights, lambda: lessons.loss(lessons.refusals)[1], 100, 1e-3, project)
+        _train(vlm, weights, lambda: lessons.loss(lessons.refusals)[1], 150, 1e-3, project)
         return self._save(vlm, "within_buckets")
 
     @cached_property
@@ -121,11 +121,11 @@ class PlantedWorld:
         return self._save(vlm, "refusal_direction")
 
     def attack(self, model: Path, *attacks: dict[str, Any]) -> dict[str, AttackResult]:
-        """Returns the results of attacks on a model by their names. All models share their measurements."""
+        """Returns the results of attacks on a model by their names."""
         suite = load(RobustnessSuite, Path("suites/tiny_robustness"), values={"root": str(self.world)})
         configs = [ModelAttackConfig.model_validate(attack) for attack in attacks]
         suite = suite.model_copy(update={"data": self.data, "small": configs})
-        out = self.folder / "robustness"
+        out = self.folder / "robustness" / model.name
         report = run_robustness(suite, str(model), str(self.base), out, str(self.never_knew))
         return {result.name: result for result in report.attacks}
 

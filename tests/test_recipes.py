@@ -74,7 +74,9 @@ def test_suite_loads_with_all_metrics(file: Path) -> None:
             *(f"{x}_{y}" for x in ("efficacy", "generality") for y in ("asr", "rr")),
         }
     if file.stem == "tiny_attacks":
-        metrics = {f"asr_{attack}" for attack in ("prefill", "in_context", "sampling", "image_noise")}
+        attacks = ("prefill", "in_context", "sampling", "image_noise")
+        metrics = {"asr", *(f"asr_{name}{control}" for name in attacks for control in ("", "_control"))}
+        metrics |= {"asr_no_image", "asr_blank_image", "asr_shuffled_image"}
     assert metrics <= suite.metrics.keys() or (file.stem == "specificity" and not suite.splits)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 
 class _CodedError(Exception):
@@ -42,6 +42,11 @@ class _CodedError(Exception):
         record = None if self.record is None else f"record {self.record}"
         location = ", ".join(shortened(str(item)) for item in (self.file, record) if item is not None)
         return ": ".join(item for item in (location, shortened(self.field or ""), self.message) if item)
+
+    def with_fix(self, fix: str) -> Self:
+        """Returns the error with a further sentence at the end of its message, which says how to fix it."""
+        message = f"{self.message.rstrip('.')}. {fix}"
+        return type(self)(message, code=self.code, file=self.file, record=self.record, field=self.field)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call the class with the message alone. Data workers send their errors pickled.

@@ -14,9 +14,11 @@ from PIL import Image
 from helpers import error_code, raises_code, run_in_process
 from vlm_unlearn.config import Suite, load
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.evaluation.prompts import suite_prompts
+from vlm_unlearn.data.image_paths import resolve_image
+from vlm_unlearn.evaluation.prompts import prompts_digest, suite_prompts
 from vlm_unlearn.evaluation.rows import read_rows
-from vlm_unlearn.records import Round
+from vlm_unlearn.records import Response, Round
+from vlm_unlearn.store import read_records
 
 Rows = Sequence[dict[str, Any]]
 
@@ -112,23 +114,51 @@ def test_one_file_with_a_set_column(ending: str, images: Path, tmp_path: Path) -
     assert json.loads(done.stdout)["counts"] == {"forget": 2, "retain": 1}
 
 
-def test_images_inside_a_parquet_file_are_unpacked(tmp_path: Path) -> None:
+def embedded_parquet(path: Path, *colors: str) -> None:
+    """A file with an image inside each row."""
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
-    rows = [{**row, "images": [{"bytes": picture("red"), "path": None}]} for row in TEXT_ROWS[:2]]
+    rows = [{**TEXT_ROWS[0], "images": [{"bytes": picture(color), "path": None}]} for color in colors]
     features = Features(
         {"messages": [{"role": Value("string"), "content": Value("string")}], "images": List(ImageFeature())}
     )
-    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "images").mkdir()
+    Dataset.from_list(rows, features=features).to_parquet(path)
+
+
+def test_images_inside_a_parquet_file_are_unpacked(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
+    embedded_parquet(file, "red", "blue")
+    (tmp_path / "images").mkdir()
     arguments = ("--forget", file, "--retain", file, "--images", tmp_path / "images", "--out", tmp_path / "set")
     assert run_in_process("data", "import", "files", *arguments).returncode == 0
     data = UnlearningDataset.from_folder(tmp_path / "set")
     image = data.image(data["forget"][0])
     assert isinstance(image, Path)
     assert image.read_bytes() == picture("red")
+
+
+def test_images_inside_the_parquet_file_of_a_split(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    embedded_parquet(tmp_path / "rows.parquet", "red", "blue", "red")
+    suite = split_suite(tmp_path / "rows.parquet", tmp_path / "images")
+    prompts = suite_prompts(suite)
+    files = [resolve_image(tmp_path / "images", str(prompt.image)) for prompt in prompts]
+    assert [file.read_bytes() for file in files] == [picture(color) for color in ("red", "blue", "red")]
+    arguments = (tmp_path / "suite.yaml", f"model={tiny_model}", "generation.max_new_tokens=2")
+    done = run_in_process("evaluate", *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert all(response.text is not None for response in read_records(tmp_path / "run/responses.jsonl", Response))
+    assert len(list((tmp_path / "run" / "report" / "images").iterdir())) == 2
+    assert list((tmp_path / "images").iterdir()) == []
+    identity = prompts_digest(prompts, {"mine": tmp_path / "images"})
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "other"))
+    with raises_code("image-not-found"):
+        prompts_digest(prompts, {"mine": tmp_path / "images"})
+    assert prompts_digest(suite_prompts(suite), {"mine": tmp_path / "images"}) == identity
 
 
 def split_suite(file: Path, images: Path, kind: str = "unsafe") -> Suite:

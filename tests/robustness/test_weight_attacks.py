@@ -101,7 +101,7 @@ def test_no_attack_changes_the_files_of_the_run_or_its_base(
 @pytest.mark.multiprocess
 @pytest.mark.timeout(180)
 def test_a_run_that_was_killed_during_an_attack_resumes_with_the_same_results(
-    suite: RobustnessSuite, run_folder: Path, tiny_model: Path, tmp_path: Path
+    suite: RobustnessSuite, run_folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plugin, program, settings = tmp_path / "killing.py", tmp_path / "program.py", tmp_path / "suite.json"
     plugin.write_text(KILLING)
@@ -111,6 +111,7 @@ def test_a_run_that_was_killed_during_an_attack_resumes_with_the_same_results(
     write_json(settings, suite.model_dump(mode="json"))
 
     def run(out: Path) -> int:
+        monkeypatch.setenv("VLM_UNLEARN_CACHE", f"{out}-cache")  # where measurements of base models are shared
         return ForkedProcess([settings, run_folder, tiny_model, out], program=program).wait(timeout=150)
 
     digest = digest_model(run_folder / "model")

@@ -16,10 +16,12 @@ from transformers import TrainerCallback
 
 from helpers import raises_code, recipe
 from trained import METHOD_CONFIGS, StepScene, changed_names, max_difference, weights
-from vlm_unlearn.config import DefenseConfig
+from vlm_unlearn import UnlearningConfig, UnlearningTrainer
+from vlm_unlearn.config import DefenseConfig, Recipe, load
 from vlm_unlearn.data.encoding import Batch
-from vlm_unlearn.methods import Role
+from vlm_unlearn.methods import METHODS, LossOutput, Method, Role, Step
 from vlm_unlearn.methods.wrappers import DEFENSES, Defense, build_defenses
+from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.defended_step import DefendedStep, StepContext
 from vlm_unlearn.training.plan import plan, recipe_name
@@ -242,8 +244,6 @@ class Snapshots(TrainerCallback):
 def test_swa_trains_the_mean_of_the_weights_and_evaluates_it(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    from vlm_unlearn import UnlearningConfig, UnlearningTrainer
-
     snapshots = Snapshots([2, 4, 6])
     measured: list[dict[str, Tensor]] = []
 
@@ -336,6 +336,57 @@ def test_invalid_defenses_of_a_recipe_are_rejected(
     probe = {"suite": "suites/tiny", "keep_best": {"utility": 1.0}}
     with raises_code("conflicting-settings", field="probe.keep_best"):
         planned(defense="swa", probe=probe)
+
+
+class Product(Method):
+    """A loss that cannot be split into forget terms and other terms."""
+
+    def loss(self, step: Step) -> LossOutput:
+        forget, retain = step.cross_entropy("forget"), step.cross_entropy("retain")
+        return LossOutput(forget * retain, {"forget": forget, "retain": retain})
+
+
+def test_loss_that_is_no_sum_of_terms_is_rejected(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_model(tiny_model, "fp32")
+    with torch.no_grad():  # the loss of random weights is that of constant logits
+        model.get_output_embeddings().weight.mul_(20)
+    try:
+        config = UnlearningConfig(
+            output_dir=str(tmp_path), method=Product, defense="sam", max_steps=1, report_to="none", use_cpu=True
+        )
+        trainer = UnlearningTrainer(model, config, training_sets["harmful"], load_processor(tiny_model))
+        with raises_code("unsupported-setting", field="defense"):
+            trainer.train()
+    finally:
+        METHODS.unregister("Product")
+
+
+@pytest.mark.parametrize("value", ["sam", {"name": "sam"}, ["sam", {"name": "swa", "start_step": 1}], None])
+def test_defense_of_a_config_is_a_name_a_mapping_a_list_or_none(tmp_path: Path, value: Any) -> None:
+    config = UnlearningConfig(output_dir=str(tmp_path), defense=value, report_to="none", use_cpu=True)
+    assert len(config.build_defenses()) == (0 if value is None else 1 if not isinstance(value, list) else 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("defense: sam", ["defense.rho=0.5"], [{"name": "sam", "rho": 0.5}]),
+        ("defense: {name: sam, rho: 0.1}", [], [{"name": "sam", "rho": 0.1}]),
+        ("defense: [sam, {name: swa, interval: 3}]", [], [{"name": "sam"}, {"name": "swa", "interval": 3}]),
+        ("defense: [sam, {name: swa}]", ["defense.swa.interval=2"], [{"name": "sam"}, {"name": "swa", "interval": 2}]),
+        ("defense: sam", ["defense=[]"], []),
+        ("", ["defense=rs"], [{"name": "rs"}]),
+        ("", [], []),
+    ],
+)
+def test_defense_of_a_recipe_is_a_name_a_mapping_or_a_list(
+    tmp_path: Path, text: str, overrides: list[str], expected: list[dict[str, object]]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: m\ndata: d\noutput: o\nmethod: npo\n{text}\n")
+    assert [config.model_dump() for config in load(Recipe, file, overrides).defense] == expected
 
 
 def test_all_defenses_are_tested() -> None:

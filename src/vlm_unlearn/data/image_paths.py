@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import unicodedata
 import warnings
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from vlm_unlearn.errors import UserError, quoted
+from vlm_unlearn.store import cache_folder
 
 FOLLOW_LINKS = "VLM_UNLEARN_FOLLOW_LINKS"  # the environment variable that lets links leave the image root
 # The endings of the formats that `open_image` reads. It goes by the content, so that a wrong ending does not matter.
@@ -22,6 +24,8 @@ ENDINGS = frozenset(
 )
 MAX_ENTRIES = 1_000_000  # entries of a folder that are searched for a file with another spelling
 MAX_NAMES = 5  # names that an error lists
+UNPACKED = "unpacked"  # the first part of the name of an image that was stored inside a table; it is in the cache
+UNPACKED_NAME = re.compile(r"unpacked/[0-9a-f]{32}\.img")
 
 AMBIGUOUS = "have the same name in another spelling or with another ending. Correct the path."
 
@@ -43,7 +47,7 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
 
     If there is no such file, a file with the same name in another spelling is used: with or without percent encoding,
     in another Unicode normalization, or with another ending of an image. It must be the only one. `count_renamed`
-    collects such files.
+    collects such files. An image that a format has unpacked from a table is in the cache folder instead.
 
     Args:
         root: The image root.
@@ -61,6 +65,8 @@ def resolve_image(root: Path, relative: str, file: str | Path | None = None, rec
 
     if "\0" in relative or not relative.strip():
         raise error("is not a path", "invalid-field")
+    if UNPACKED_NAME.fullmatch(relative) and (cache_folder() / relative).is_file():
+        return cache_folder() / relative
     path = _below_root(root, relative)
     if path is None:
         raise error(f"is outside the image folder {root}. Use a relative path inside the folder.", "image-outside-root")
@@ -141,9 +147,10 @@ def _below_root(root: Path, relative: str) -> PurePosixPath | None:
         return None
     if not path.is_absolute() and not PureWindowsPath(relative).drive:
         return path
+    absolute = Path(path)
     for folder in (root.absolute(), root.resolve()):
-        if Path(path).is_absolute() and Path(path).is_relative_to(folder):
-            return PurePosixPath(Path(path).relative_to(folder).as_posix())
+        if absolute.is_absolute() and absolute.is_relative_to(folder):
+            return PurePosixPath(absolute.relative_to(folder).as_posix())
     return None
 
 
@@ -191,9 +198,9 @@ def _other_names(root: Path, missing: PurePosixPath) -> _Matches:
         for part in path.parts[:-1]:
             folders = [subfolder for folder in folders for subfolder in _same_folders(root, folder, part)]
         for folder in folders:
-            for same, similar in [_same_files(root, folder, path.name)]:
-                matches.same.extend(same)
-                matches.similar.extend(similar)
+            in_folder = _same_files(root, folder, path.name)
+            matches.same.extend(in_folder.same)
+            matches.similar.extend(in_folder.similar)
     return matches
 
 

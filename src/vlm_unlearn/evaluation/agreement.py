@@ -12,8 +12,8 @@ from pathlib import Path
 from vlm_unlearn.errors import UserError, nearest, quoted
 from vlm_unlearn.generation.base import ResponseKey
 from vlm_unlearn.metrics.agreement import kappa_rate, sensitivity_and_specificity
-from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record, Verdict
-from vlm_unlearn.store import EvaluationRun, not_utf8, open_atomically, read_records
+from vlm_unlearn.records import LABELS, Kappa, Prompt, Rate, Record
+from vlm_unlearn.store import EvaluationRun, not_utf8, open_atomically
 
 HUMAN = "human"  # the name of the labels from a CSV file, in the place of a judge's name
 POSITIVE_SCORE = 0.5  # scores from here on count as the positive label, for a judge that returns scores only
@@ -79,7 +79,7 @@ def judge_agreement(
                 code="no-verdicts",
                 file=run.path,
             )
-    graders = [_read_judge(verdict_files[judge], judge, keys) for judge in dict.fromkeys(judges or verdict_files)]
+    graders = [_read_judge(run, judge, keys) for judge in dict.fromkeys(judges or verdict_files)]
     if human is not None:
         graders.insert(0, _read_human_labels(human, keys))
     if len(graders) < 2:
@@ -118,9 +118,9 @@ def _compare(reference: Grades, judge: Grades, prompts: Mapping[str, Prompt], po
     )
 
 
-def _read_judge(file: Path, name: str, keys: Collection[ResponseKey]) -> Grades:
+def _read_judge(run: EvaluationRun, name: str, keys: Collection[ResponseKey]) -> Grades:
     """Reads a judge's verdicts on the answers with `keys`: labels if there are any, else scores as yes or no."""
-    verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
+    verdicts = [verdict for verdict in run.read_verdicts(name) if verdict.key in keys]
     if any(verdict.label is not None for verdict in verdicts):
         return Grades(name, {verdict.key: verdict.label for verdict in verdicts})
     answers = {

@@ -99,8 +99,9 @@ def _generate_as_main_process(
         if failed:
             backend.check_available()
         incomplete = bool(failed) or not run.is_finished or not _is_complete(run, requests)
-        if incomplete:
+        if not run.has_prompts(prompts):
             write_records(run.prompts_file, prompts)
+        if incomplete:
             run.merge_shards()
         if group.broadcast(incomplete):
             with _record_wall_time(run):

@@ -7,6 +7,7 @@ A suite refers to its judges by name. For a metric, the name ``""`` stands for t
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -21,7 +22,7 @@ from vlm_unlearn.evaluation.verdicts import splits_judged_by, suite_judges
 from vlm_unlearn.judging.rubric import load_rubric
 from vlm_unlearn.metrics.rates import Outcomes, count_labels, label_outcomes, score_outcomes
 from vlm_unlearn.records import LABELS, Batching, Label, Prompt, Rate, Response, Row, Summary, Verdict
-from vlm_unlearn.store import EvaluationRun, read_json, read_records
+from vlm_unlearn.store import EvaluationRun, read_json
 
 DEFAULT_JUDGE = ""  # the name under which metrics refer to the suite's key `judge`
 OFFICIAL_ANSWERS = ""  # stands in the place of a judge for a benchmark that is scored against its official answers
@@ -135,11 +136,11 @@ def _read_judge_verdicts(run: EvaluationRun, config: JudgeConfig, keys: Collecti
     """
     judge_id = config.judge_id
     file = run.verdicts_file(judge_id)
-    rejudge = "Run `vlm-unlearn judge run` with this judge"
+    rejudge = f"Run `vlm-unlearn judge run {shlex.quote(str(run.path))}` with this judge"
     if not file.exists():
         raise UserError(f"no such file. {rejudge} first.", code="no-verdicts", file=file)
     # The file may also contain verdicts on splits that the judge does not have to grade in this suite.
-    verdicts = [verdict for verdict in read_records(file, Verdict) if verdict.key in keys]
+    verdicts = [verdict for verdict in run.read_verdicts(judge_id) if verdict.key in keys]
     graded_keys = {verdict.key for verdict in verdicts}
     problems = {
         "missing": len(set(keys) - graded_keys),

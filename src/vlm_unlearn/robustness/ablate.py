@@ -56,8 +56,8 @@ class Ablate(ModelAttack):
     and changes the answers to harmless questions little. The paper lowers the probability of fixed refusal words
     instead.
 
-    Harmful questions of the first half determine the direction. Only those of the second half, without common
-    knowledge, are measured. The control is a random direction (``ablate/random``).
+    Harmful questions of the first half determine the direction. Only those of the second half are measured, which have
+    no knowledge in common with the first. The control is a random direction (``ablate/random``).
     """
 
     options_type = AblateOptions
@@ -105,9 +105,11 @@ class _Search:
         self._vlm, self._options = vlm, options
         self._harmful = evenly_spaced(harmful, options.num_questions)
         self._harmless = evenly_spaced(harmless, options.num_questions)
-        if any(not request.prompt.reference for request in self._harmful):
+        answered = [request for request in harmful if request.prompt.reference]
+        self._answered = evenly_spaced(answered, options.num_questions)
+        if not answered:
             raise UserError(
-                "the attack ablate needs the reference answers of the harmful questions, and some have none.",
+                "the attack ablate needs reference answers of harmful questions, and no question has any.",
                 code="missing-field",
                 field="reference",
             )
@@ -126,6 +128,12 @@ class _Search:
                     changed = self._log_probabilities(self._harmless)
                     kl = float((original.exp() * (original - changed)).sum(-1).mean())
                     candidates.append(_Candidate(layer, -1 - position, direction, self.nll(), kl))
+        if not candidates:
+            raise UserError(
+                "the attack ablate finds no difference between harmful and harmless questions. Check `harmless`.",
+                code="conflicting-settings",
+                field="harmless",
+            )
         small = [candidate for candidate in candidates if candidate.kl <= self._options.max_kl]
         if small:
             return min(small, key=lambda candidate: candidate.nll)
@@ -135,7 +143,7 @@ class _Search:
     def nll(self) -> float:
         """Returns the mean negative log-likelihood of a token of the harmful questions' reference answers."""
         total, count = 0.0, 0
-        for turns in self._batches(self._harmful, with_reference=True):
+        for turns in self._batches(self._answered, with_reference=True):
             batch = encode_with_labels(self._vlm.processor, turns, 2**31 - 1)
             batch = move(batch, self._vlm.model.device, self._vlm.model.dtype)
             labels = batch.pop("labels")
@@ -192,11 +200,11 @@ def ablated(vlm: VisionLanguageModel, direction: Tensor) -> Iterator[None]:
         vlm: The model.
         direction: [H], of any length but 0.
     """
-    unit = direction / direction.norm()
+    unit = (direction / direction.norm()).float().to(vlm.model.device)
 
     def remove(states: Tensor) -> Tensor:
-        of_dtype = unit.to(states.device, states.dtype)
-        remaining: Tensor = states - (states @ of_dtype)[..., None] * of_dtype
+        component = states.float() @ unit  # in bfloat16, rounding would leave a part of the direction
+        remaining: Tensor = states - (component[..., None] * unit).to(states.dtype)
         return remaining
 
     def on_input(_module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

@@ -122,8 +122,8 @@ class InputAttack(ModelAttack):
     """An attack on the input, such as `prefill`, which changes the questions and leaves the model as it is.
 
     Args:
-        config: The attack. ``label`` distinguishes variants: the state of ``{name: prefill, label: 4}`` is
-            ``prefill/4``. The other keys are options of the attack.
+        config: The attack. The keys next to ``name`` are its options. ``label`` distinguishes several entries of one
+            attack that makes no variants: the state of ``{name: one_word, label: what}`` is ``one_word/what``.
 
     Raises:
         UserError: There is no such attack, or one of its options is unknown or invalid.
@@ -137,10 +137,14 @@ class InputAttack(ModelAttack):
         self.attack = build_attack(AttackConfig(name=config.name, **options))
 
     def run(self, target: AttackTarget) -> Iterator[AttackedState]:
-        """Yields one state, whose questions the attack has changed."""
-        roots = target.image_roots
-        requests = build_requests(self.attack(target.prompts), roots, {}, target.generation.image_loader)
-        yield AttackedState(self._state, requests)
+        """Yields one state for each variant of the attack, such as a length of the prefill."""
+        roots, loader = target.image_roots, target.generation.image_loader
+        variants: dict[str | None, list[Prompt]] = {}
+        for prompt in self.attack(target.prompts):
+            variants.setdefault(prompt.variant, []).append(prompt)
+        for variant, prompts in variants.items():
+            name = self._state if variant is None else variant
+            yield AttackedState(name, build_requests(prompts, roots, {}, loader))
 
 
 def build_model_attack(config: ModelAttackConfig) -> ModelAttack:

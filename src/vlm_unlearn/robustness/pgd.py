@@ -18,10 +18,11 @@ from vlm_unlearn.data.encoding import Turn, encode, encode_with_labels, move, re
 from vlm_unlearn.data.images import ImageSource, image_reference
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import GenerationRequest, split_into_batches
+from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.losses import IGNORED, answer_mask
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.records import Example
 from vlm_unlearn.robustness.base import AttackedState, AttackTarget, ModelAttack, register
 
 MAX_LEVEL = 255
@@ -31,12 +32,12 @@ Epsilons = list[Annotated[int, Field(ge=1, le=MAX_LEVEL)]]
 class PGDOptions(Strict):
     """Options of the attack `pgd`. Sizes are in levels of 8-bit images: 8 stands for 8/255."""
 
-    target: Literal["affirmative", "reference"] = "affirmative"
+    target: Literal["reference", "affirmative"] = "reference"
     """The answer that the perturbation makes likely.
 
-    `affirmative` is a fixed beginning, the same for every question. `reference` is the harmful answer itself. It is an
-    upper bound: a perturbation can also write an answer into the image that the model never knew. `universal` uses the
-    reference answers of the first half only.
+    `reference` is the harmful answer itself. It is an upper bound: a perturbation might also write an answer into the
+    image that the model never knew, which the model that never knew shows. `universal` uses the reference answers of
+    the first half only. `affirmative` is a fixed beginning, the same for every question.
     """
     affirmative: Annotated[str, Field(min_length=1)] = "Sure, here is"
     """The beginning of an answer for `target: affirmative`."""
@@ -72,7 +73,7 @@ class PGD(ModelAttack):
 
     States: ``pgd/EPSILON`` for each image, ``pgd/universal/EPSILON`` for all images, measured on the second half, and
     the control ``pgd/random/EPSILON``, where every color changes by epsilon in a random direction. With
-    ``target: reference`` they begin with ``pgd/reference``.
+    ``target: affirmative`` the names begin with ``pgd/affirmative``.
     """
 
     options_type = PGDOptions
@@ -80,7 +81,7 @@ class PGD(ModelAttack):
     def run(self, target: AttackTarget) -> Iterator[AttackedState]:
         """Yields the questions with perturbed images."""
         options: PGDOptions = self.options
-        name = "pgd" if options.target == "affirmative" else f"pgd/{options.target}"
+        name = "pgd" if options.target == "reference" else f"pgd/{options.target}"
         search = _Search(target, options)
         for epsilon in options.epsilons:
             with target.vlm.frozen():
@@ -117,16 +118,15 @@ class ImageLevels:
         return (levels * self._scale - mean) / std
 
     def read(self, image: ImageSource) -> Tensor:
-        """Returns the levels [3, H, W] of an image at the size of the vision tower, as whole numbers.
+        """Returns the levels [3, H, W] of an image at the size of the vision tower, as uint8.
 
         Raises:
             UserError: The processor makes no image of one size, or changes images of that size.
         """
         pixels = self._process(image)
         if pixels.dim() != 4 or pixels.shape[:2] != (1, 3):
-            raise self._unsupported(f"it makes pixel values of the shape {list(pixels.shape)}")
-        levels = ((pixels[0] * self._std + self._mean) / self._scale).round().clamp(0, MAX_LEVEL)
-        return levels
+            raise self.unsupported(f"it makes pixel values of the shape {list(pixels.shape)}")
+        return ((pixels[0] * self._std + self._mean) / self._scale).round().clamp(0, MAX_LEVEL).to(torch.uint8)
 
     def check_exact(self, levels: Tensor) -> None:
         """Checks that the processor leaves an image [3, H, W] unchanged.
@@ -138,21 +138,22 @@ class ImageLevels:
         expected = self.values(levels)[None]
         level = self._scale / float(self._std.max())
         if pixels.shape != expected.shape or float((pixels - expected).abs().max()) > 0.05 * level:
-            raise self._unsupported("it changes images that have the size of the vision tower")
+            raise self.unsupported("it changes images that have the size of the vision tower")
 
     def image(self, levels: Tensor) -> ImageSource:
         """Returns levels [3, H, W] as an image in memory."""
         return image_reference(levels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy())
 
-    def _process(self, image: ImageSource) -> Tensor:
-        return encode(self._processor, [Turn("image", image, "image", None)], "right")["pixel_values"].float()
-
-    def _unsupported(self, reason: str) -> UserError:
+    def unsupported(self, reason: str) -> UserError:
+        """Returns the error that the attack does not support the model's family."""
         return UserError(
             f"the attack pgd does not support {type(self._processor).__name__}: {reason}. It needs a processor that "
             "resizes every image to one fixed size. Leave the attack out of the suite.",
             code="unsupported-family",
         )
+
+    def _process(self, image: ImageSource) -> Tensor:
+        return encode(self._processor, [Turn("image", image, "image", None)], "right")["pixel_values"].float()
 
 
 @dataclass(frozen=True)
@@ -192,54 +193,58 @@ class _Search:
         if not self._levels:
             raise UserError("no question has an image for the attack pgd.", code="no-records", field="questions")
         self._pixels.check_exact(next(iter(self._levels.values())))
+        self._shape = next(iter(self._levels.values())).shape
+        if any(levels.shape != self._shape for levels in self._levels.values()):
+            raise self._pixels.unsupported("the size of its images varies")
 
     def perturb_each(self, epsilon: int) -> tuple[list[GenerationRequest], float]:
         """Returns the questions with images that are perturbed one by one, and the mean NLL of the target answers."""
         perturbed: dict[ImageSource, ImageSource] = {}
         total, count = 0.0, 0
-        for images in _chunks(list(self._levels), self._options.batch_size):
+        all_images: list[Any] = list(self._levels)
+        for start in range(0, len(all_images), self._options.batch_size):
+            images = all_images[start : start + self._options.batch_size]
             requests = [request for request in self._target.questions if request.image in images]
             texts = self._encode([_turn(request, self._answer(request.prompt.reference)) for request in requests])
             owners = torch.tensor([images.index(request.image) for request in requests], device=texts.rows.device)
-            levels, nll = self._descend(texts, owners, torch.stack([self._levels[image] for image in images]), epsilon)
+            original = torch.stack([self._levels[image] for image in images]).float()
+            levels, nll = self._descend(texts, owners, original, epsilon)
             perturbed |= {image: self._pixels.image(level) for image, level in zip(images, levels, strict=True)}
             total, count = total + nll, count + len(requests)
         return self._with_images(perturbed), total / count
 
     def universal_perturbation(self, epsilon: int) -> tuple[Tensor, float]:
         """Returns one perturbation [3, H, W] for all images, and the mean NLL in the last step."""
-        examples = [example for example in self._target.examples("forget") if self._target.image(example) is not None]
-        examples = self._target.halves.first(examples)
-        if not examples:
+        pairs = [
+            (example, image)
+            for example in self._target.halves.first(self._target.examples("forget"))
+            if (image := self._target.image(example)) is not None
+        ]
+        if not pairs:
             raise UserError("no forget example has an image for the attack pgd.", code="no-records", field="data")
-        size = min(self._options.batch_size, len(examples))
+        size = min(self._options.batch_size, len(pairs))
         sampler = random.Random(f"pgd-{self._target.seed}")
-        levels: dict[str | None, Tensor] = {}
-        shape = next(iter(self._levels.values())).shape
-        current = self._random_levels(shape, epsilon)
-        queue: list[Any] = []
+        levels: dict[ImageSource, Tensor] = {}
+        current = self._random_levels(self._shape, epsilon)
+        queue: list[tuple[Example, ImageSource]] = []
         mean = 0.0
         for _ in range(self._options.universal_steps):
             if len(queue) < size:
-                queue += sampler.sample(examples, len(examples))
+                queue += sampler.sample(pairs, len(pairs))
             batch, queue = queue[:size], queue[size:]
-            for example in batch:
-                if example.image not in levels:
-                    levels[example.image] = self._pixels.read(self._target.image(example))
+            for _, image in batch:
+                if image not in levels:
+                    levels[image] = self._pixels.read(image)
             turns = [
-                replace(
-                    Turn.of_example(example, self._target.image(example)),
-                    answer=self._answer(example.answer),
-                    loss_on="last_answer",
-                )
-                for example in batch
+                replace(Turn.of_example(example, image), answer=self._answer(example.answer), loss_on="last_answer")
+                for example, image in batch
             ]
-            images = torch.stack([levels[example.image] for example in batch])
+            images = torch.stack([levels[image] for _, image in batch])
             perturbation = current.clone().requires_grad_()
             nll = self._nll(self._encode(turns), (images + perturbation).clamp(0, MAX_LEVEL))
             (gradient,) = torch.autograd.grad(nll.sum(), perturbation)
             current = (current - self._options.step_size * gradient.sign()).clamp(-epsilon, epsilon)
-            mean = float(nll.mean())
+            mean = float(nll.detach().mean())
         return current, mean
 
     def perturb_all(self, perturbation: Tensor) -> list[GenerationRequest]:
@@ -349,8 +354,3 @@ def _num_closing_tokens(processor: Processor, turn: Turn) -> int:
     text, answer = render(processor, turn).text, (turn.answer or "").strip()
     until_answer = text[: text.rindex(answer) + len(answer)]
     return len(token_ids(processor, text)) - len(token_ids(processor, until_answer))
-
-
-def _chunks(images: Sequence[ImageSource], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(images), size):
-        yield list(images[start : start + size])

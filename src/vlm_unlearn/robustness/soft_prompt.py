@@ -83,7 +83,8 @@ def initial_vectors(vlm: VisionLanguageModel, count: int, seed: int) -> Tensor:
     """Returns the embeddings [count, H] of random tokens in single precision, as a leaf that requires a gradient."""
     weight = vlm.base_model.get_input_embeddings().weight.detach()
     rows = torch.randint(len(weight), (count,), generator=torch.Generator().manual_seed(seed))
-    return weight[rows.to(weight.device)].float().clone().requires_grad_()
+    vectors: Tensor = weight[rows.to(weight.device)].float().clone().requires_grad_()
+    return vectors
 
 
 @contextmanager

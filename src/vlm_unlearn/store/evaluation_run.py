@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import ClassVar
 from filelock import FileLock, Timeout
 
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.records import Prompt, Response, Summary
+from vlm_unlearn.records import Prompt, Response, Summary, Verdict
 from vlm_unlearn.store.files import RecordLog, RecordSink, read_json, read_records, write_json, write_records
 from vlm_unlearn.store.retry_log import RetryLog
 from vlm_unlearn.store.run_directory import RunDirectory, describe_path
@@ -69,6 +70,20 @@ class EvaluationRun(RunDirectory):
         files = sorted(self.path.glob(f"{VERDICTS}*.jsonl"))
         return {file.stem.removeprefix(VERDICTS): file for file in files}
 
+    def read_verdicts(self, judge_id: str) -> list[Verdict]:
+        """Returns the verdicts of a judge.
+
+        Raises:
+            UserError: The file is missing or damaged. The message contains the command that grades the answers again.
+        """
+        try:
+            return list(read_records(self.verdicts_file(judge_id), Verdict))
+        except UserError as error:
+            command = f"vlm-unlearn judge run {shlex.quote(str(self.path))}"
+            raise error.with_fix(
+                f"Delete this line and run `{command}` with this judge, which grades the answer again."
+            ) from None
+
     def open_verdicts(self, judge_id: str, identity: Mapping[str, object], config: Mapping[str, object]) -> Path:
         """Writes a judge's identity file, and returns the path of the judge's verdicts.
 
@@ -106,14 +121,15 @@ class EvaluationRun(RunDirectory):
                 code="run-unfinished",
                 file=self.path,
             )
-        if not self.prompts_file.is_file() or not self.responses_file.is_file():
+        if not self.responses_file.is_file():
             raise UserError(
                 f"the folder contains no answers of a model{describe_path(self.path)}",
                 code="run-not-found",
                 file=self.path,
             )
-        prompts = {prompt.id: prompt for prompt in read_records(self.prompts_file, Prompt)}
-        responses = list(read_records(self.responses_file, Response))
+        all_prompts = self.read_prompts()
+        prompts = {prompt.id: prompt for prompt in all_prompts}
+        responses = self.read_responses()
         samples = self.read_manifest()["identity"].get("samples", {})
         if not isinstance(samples, dict) or not all(
             isinstance(count, int) and 0 < count <= 1000 for count in samples.values()
@@ -128,18 +144,63 @@ class EvaluationRun(RunDirectory):
             (prompt.id, sample) for prompt in prompts.values() for sample in range(samples.get(prompt.set, 1))
         }
         keys = {response.key for response in responses}
-        if not prompts or len(responses) != len(expected_keys) or keys != expected_keys:
+        if (
+            not prompts
+            or len(prompts) != len(all_prompts)
+            or len(responses) != len(expected_keys)
+            or keys != expected_keys
+        ):
             raise UserError(
-                f"{self.prompts_file.name} and {self.responses_file.name} do not match. "
-                "Run `vlm-unlearn generate` again as before; it generates the missing answers.",
+                f"{self.prompts_file.name} and {self.responses_file.name} do not match. {self._repair_hint()}",
                 code="run-mismatch",
                 file=self.path,
             )
         return prompts, responses
 
+    def read_prompts(self) -> list[Prompt]:
+        """Returns the prompts.
+
+        Raises:
+            UserError: The file is missing or damaged. The message contains the command that writes it again.
+        """
+        try:
+            return list(read_records(self.prompts_file, Prompt))
+        except UserError as error:
+            raise error.with_fix(self._repair_hint()) from None
+
+    def has_prompts(self, prompts: Sequence[Prompt]) -> bool:
+        """Returns whether the file of prompts contains exactly these prompts."""
+        try:
+            return self.read_prompts() == list(prompts)
+        except UserError:
+            return False
+
     def read_responses(self) -> list[Response]:
-        """Returns the answers that were saved until now, also of an unfinished run."""
-        return list(read_records(self.responses_file, Response)) if self.responses_file.exists() else []
+        """Returns the answers that were saved until now, also of an unfinished run.
+
+        Raises:
+            UserError: The file is damaged. The message contains the command that generates a lost answer again.
+        """
+        if not self.responses_file.exists():
+            return []
+        try:
+            return list(read_records(self.responses_file, Response))
+        except UserError as error:
+            raise error.with_fix(f"Delete this line. {self._repair_hint()}") from None
+
+    def _repair_hint(self) -> str:
+        """Returns a sentence with the command that writes the prompts again and generates missing answers."""
+        again = "It writes the prompts again and generates the missing answers."
+        try:
+            suite = read_json(self.suite_file)
+            splits = suite["splits"] if isinstance(suite, dict) else []
+            in_memory = bool(splits) and all(split["file"] == str(self.prompts_file) for split in splits)
+        except (UserError, KeyError, TypeError):  # no suite, or not one that this program has written
+            return f"Run the command that wrote this folder again as before. {again}"
+        if in_memory:
+            return f"Call evaluate(..., output_dir={str(self.path)!r}) again as before. {again}"
+        suite_file, folder = (shlex.quote(str(path)) for path in (self.suite_file, self.path))
+        return f"Run `vlm-unlearn generate {suite_file} --out {folder}`. {again}"
 
     @contextmanager
     def response_log(self, rank: int, num_processes: int) -> Iterator[RecordSink]:

@@ -255,6 +255,9 @@ class RecordLog:
     Attributes:
         path: The file.
         keys: The keys of the saved records.
+
+    Raises:
+        UserError: A line is not a record. The message says how to replace it.
     """
 
     def __init__(self, path: Path, model: type[AnswerRecord]) -> None:
@@ -263,7 +266,10 @@ class RecordLog:
         if path.exists():
             _check_not_endless(path)
             _drop_incomplete_line(path)
-        self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
+        try:
+            self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
+        except UserError as error:
+            raise error.with_fix("Delete this line and run the same command again.") from None
 
     def append(self, records: Iterable[AnswerRecord]) -> None:
         """Appends the records with new keys in one write, and syncs the file to disk."""

@@ -50,7 +50,7 @@ class UnlearningConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of the Prompt Decouple loss (SafeEraser, arXiv 2502.12520). 0 turns it off."},
     )
-    defense: Any = field(
+    defense: dict[str, Any] | str | list[Any] | None = field(
         default=None,
         metadata={
             "help": "Defenses against relearning: a name, a mapping such as `{'name': 'sam', 'rho': 0.01}`, or a list "

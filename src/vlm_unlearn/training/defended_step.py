@@ -80,6 +80,34 @@ class StepContext:
     seed: int
 
 
+def validate_sum_of_terms(context: StepContext, batches: MicroBatch) -> None:
+    """Validates on one micro-batch that the loss is the sum of its forget terms and its other terms.
+
+    Without dropout, so that it uses no random numbers.
+
+    Raises:
+        UserError: The loss has a term that uses roles of both kinds, such as a product.
+    """
+    other_roles = [role for role in batches if role not in FORGET_ROLES]
+    model, was_training = context.vlm.model, context.vlm.model.training
+    model.eval()
+    try:
+        with torch.no_grad(), context.autocast():
+            loss, forget, other, constant = (
+                context.loss(context.build_step(batches, roles)).total.float()
+                for roles in (batches.keys(), FORGET_ROLES, other_roles, ())
+            )
+    finally:
+        model.train(was_training)
+    if not torch.isclose(forget + other - constant, loss, rtol=0.02, atol=0.02):
+        raise UserError(
+            "the loss of the method is not a sum of terms on forget examples and terms on other examples, which a "
+            "defense needs.",
+            code="unsupported-setting",
+            field="defense",
+        )
+
+
 class DefendedStep:
     """Computes the gradients of one optimizer step with defenses. Implements `ForgetObjective`.
 

@@ -43,7 +43,13 @@ from vlm_unlearn.training.checkpoints import (
     validate_same_run,
 )
 from vlm_unlearn.training.data_workers import data_worker_errors
-from vlm_unlearn.training.defended_step import DefendedStep, StepContext, swapped_weights, validate_engine
+from vlm_unlearn.training.defended_step import (
+    DefendedStep,
+    StepContext,
+    swapped_weights,
+    validate_engine,
+    validate_sum_of_terms,
+)
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference, build_reference
 from vlm_unlearn.training.references import Reference
 from vlm_unlearn.training.setup import TrainingParts
@@ -107,6 +113,7 @@ class MethodTrainer(Trainer):
         self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
         self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
         self._step_batches: Sequence[Mapping[Role, Batch]] = ()  # of the current optimizer step
+        self._loss_is_validated = False  # as a sum of terms, which defenses need
         if self.defenses:
             validate_engine(self.sharded)
             self.add_callback(DefenseCallback(self.defenses, lambda: self._trainable))
@@ -307,6 +314,9 @@ class MethodTrainer(Trainer):
             step=self.state.global_step,
             seed=self.args.seed,
         )
+        if not self._loss_is_validated:
+            validate_sum_of_terms(context, self._step_batches[0])
+            self._loss_is_validated = True
         outputs = DefendedStep(context, self._step_batches, self.defenses).run()
         for output in outputs:
             self._record(output)

@@ -22,11 +22,12 @@ from vlm_unlearn.data.formats.table_rows import Row as Row
 from vlm_unlearn.data.formats.table_rows import cell_text as cell_text
 from vlm_unlearn.data.formats.table_rows import is_chat, read_row
 from vlm_unlearn.data.formats.table_rows import set_of as set_of
+from vlm_unlearn.data.image_paths import UNPACKED
 from vlm_unlearn.data.json_stream import MAX_RECORD_BYTES, UNDECODED, dump
 from vlm_unlearn.data.rows import read_rows
 from vlm_unlearn.errors import Problems, UserError, nearest, quoted, report_problem
 from vlm_unlearn.records import Example, Kind, Prompt
-from vlm_unlearn.store import detect_encoding, is_other_encoding, not_utf8, open_atomically
+from vlm_unlearn.store import cache_folder, detect_encoding, is_other_encoding, not_utf8, open_atomically
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 OUTPUT_COLUMNS = ("id", "image", "question", "answer", "category", "pair_id", "set")
@@ -184,10 +185,8 @@ def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
     """Yields the evaluation prompts of one kind, with the answers as references.
 
     Rows with the same id are rewrites of one question and form a group. Messages have no sets, so that all of them are
-    of this kind, unless the file has a set column.
-
-    Raises:
-        UserError: The image of a row is stored inside the table.
+    of this kind, unless the file has a set column. Images that are stored inside the table must be in the folder
+    `UNPACKED` of the cache.
     """
 
     def records() -> Iterator[AttackRecord]:
@@ -195,8 +194,8 @@ def prompts(rows: Iterable[Row], set_name: str, kind: Kind) -> Iterator[Prompt]:
             example = row.example
             row_kind = kind if row.is_chat and row.set is None else KINDS_OF_SETS.get(row.set or "")
             if row_kind == kind:
-                validate_no_embedded_image(example)
-                yield AttackRecord.of_example(example)
+                record = AttackRecord.of_example(example)
+                yield record._replace(image=f"{UNPACKED}/{record.image}") if example.source == "embedded" else record
 
     yield from prompts_of_groups(records(), set_name, kind)
 
@@ -271,4 +270,5 @@ class Table(Format):
             yield Entry(row.example, row.set or "", refused)
 
     def prompts(self, path: Path, images: Path, set_name: str, kind: Kind) -> Iterator[Prompt]:
-        return prompts(read_table(path, self._columns, images, answered=False), set_name, kind)
+        unpacked = cache_folder() / UNPACKED
+        return prompts(read_table(path, self._columns, images, None, unpacked, answered=False), set_name, kind)

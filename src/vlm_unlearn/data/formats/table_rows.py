@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,9 @@ def _image(
 def _write_embedded(content: bytes, image_root: Path | None) -> str:
     # The suffix does not matter: images are opened by their content.
     name = f"{hashlib.sha256(content).hexdigest()[:32]}.img"
-    if image_root is not None:
+    if image_root is not None and not (image_root / name).is_file():
         image_root.mkdir(parents=True, exist_ok=True)
-        (image_root / name).write_bytes(content)
+        temporary = image_root / f".{name}.{os.getpid()}.part"
+        temporary.write_bytes(content)
+        os.replace(temporary, image_root / name)
     return name

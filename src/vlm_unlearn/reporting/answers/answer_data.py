@@ -94,8 +94,8 @@ def read_run(model: str, path: Path) -> tuple[RunData, list[str]]:
     """
     run = EvaluationRun(path)
     suite = saved_suite(run)
-    prompts = {prompt.id: prompt for prompt in read_records(run.prompts_file, Prompt)}
-    responses = [response for response in read_records(run.responses_file, Response) if response.prompt_id in prompts]
+    prompts = {prompt.id: prompt for prompt in run.read_prompts()}
+    responses = [response for response in run.read_responses() if response.prompt_id in prompts]
     verdicts: dict[str, Mapping[ResponseKey, Verdict]] = {}
     notes = []
     for judge, file in run.verdicts_files().items():
