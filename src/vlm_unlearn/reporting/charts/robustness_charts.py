@@ -18,7 +18,7 @@ STEPS: Mapping[str, str] = {  # the meaning of the steps of a curve, by attack
     "relearn": "steps of training",
     "soft_prompt": "steps of training",
     "restore": "share of the base's weights",
-    "prune": "share of the weights that are set to zero",
+    "prune": "share of the weights at zero",
     "probe": "layer",
 }
 BASE, NEVER_KNEW = Style(6, 1), Style(6, 2)
