@@ -8,6 +8,7 @@ from urllib.parse import quote, urlencode
 
 from markupsafe import Markup
 
+from vlm_unlearn.config import Suite
 from vlm_unlearn.errors import UserError, printable, quoted
 from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.generate import OnDone
@@ -15,7 +16,7 @@ from vlm_unlearn.records import LABELS, Comparison, Row, Summary
 from vlm_unlearn.reporting import formatting, provenance
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.reporting.assessment_text import MARKS, reason_text
-from vlm_unlearn.reporting.caveats import caveats
+from vlm_unlearn.reporting.caveats import caveats, common_attacks
 from vlm_unlearn.reporting.charts.curves import loss_charts
 from vlm_unlearn.reporting.charts.inline_svg import inline_svg
 from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_stale_plots, write_plots
@@ -95,7 +96,7 @@ def write_report(
         costs=costs,
         cost_headings=[kind for kind in COSTS if any(kind in values for values in costs.values())],
         **_template_values(summary, roles, sources, left_out, attacked),
-        **_robustness_values(attacked, robustness, len(summary.rows)),
+        **_robustness_values(attacked, robustness, len(summary.rows), [source.suite for source in sources.values()]),
     )
     write_text(report_dir / "report.html", page)
     # Only now, because until here the previous report.html linked to these files.
@@ -158,7 +159,7 @@ def _template_values(
 
 
 def _robustness_values(
-    attacked: Sequence[AttackedModel], robustness: RobustnessFiles | None, num_rows: int
+    attacked: Sequence[AttackedModel], robustness: RobustnessFiles | None, num_rows: int, suites: Sequence[Suite]
 ) -> dict[str, object]:
     """Returns the tables and sentences of the section about attacks on the models."""
     left_out = robustness.left_out if robustness is not None else ()
@@ -169,7 +170,7 @@ def _robustness_values(
         "explain": explain,
         "verdict_marks": VERDICT_MARKS,
         "verdict": verdict,
-        "attack_limits": limits(attacked, num_rows) if attacked else [],
+        "attack_limits": limits(attacked, num_rows, common_attacks(suites)) if attacked else [],
     }
 
 
