@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document and nothing else on standard output.")
 
+OVERWRITE_OPTION = typer.Option(
+    False, "--overwrite", help="Overwrite an existing output that vlm-unlearn has not written."
+)
+
 
 def fail(error: BaseException, exit_code: int) -> NoReturn:
     """Prints an error in one line, ``vlm-unlearn: MESSAGE [CODE]``, and exits with the exit code."""
