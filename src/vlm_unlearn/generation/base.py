@@ -10,6 +10,7 @@ from typing import Literal, Protocol, TypeVar
 from vlm_unlearn import plugins
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.images import ImageSource, llava_image, resolve_image
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.plugins import Registry
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
@@ -86,6 +87,14 @@ def build_requests(
             image = llava_image(image) if image_loader == "llava" else image
         requests += [GenerationRequest(prompt, sample, image) for sample in range(samples.get(prompt.set, 1))]
     return requests
+
+
+def failed_response(request: GenerationRequest, error: Exception) -> Response:
+    """Returns the response to a request that the model's processor rejects, with the reason and the image."""
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
+    image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
+    message = f"the processor rejects the question{image}: {reason}"
+    return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
 
 
 def sampling_seed(seed: int, request: GenerationRequest) -> int:

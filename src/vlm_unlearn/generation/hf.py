@@ -20,12 +20,12 @@ from transformers import LogitsProcessorList
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.encoding import Turn, encode, move
 from vlm_unlearn.data.processor_call import Processor
-from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.generation.base import (
     BACKENDS,
     GenerationRequest,
     OnResponses,
     build_requests,
+    failed_response,
     sampling_seed,
     split_into_batches,
 )
@@ -241,10 +241,7 @@ def _rejected(processor: Processor, request: GenerationRequest) -> Response | No
     try:
         encode(processor, [Turn.of_prompt(request.prompt, request.image)], "left")
     except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
-        image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
-        message = f"the processor rejects the question{image}: {reason}"
-        return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
+        return failed_response(request, error)
     return None
 
 

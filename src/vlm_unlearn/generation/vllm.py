@@ -9,21 +9,38 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.errors import UserError
-from vlm_unlearn.generation.base import BACKENDS, GenerationRequest, OnResponses, sampling_seed, split_into_batches
+from vlm_unlearn.generation.base import (
+    BACKENDS,
+    GenerationRequest,
+    OnResponses,
+    ResponseKey,
+    failed_response,
+    sampling_seed,
+    split_into_batches,
+)
 from vlm_unlearn.generation.chat import ChatRequest
 from vlm_unlearn.modeling.loader import read_config, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.records import Response
 from vlm_unlearn.store import RunDirectory
 
 BATCH_SIZE_FACTOR = 16  # requests per call, as a multiple of batch_size: vLLM schedules best with many requests
+# Errors about a request. Other errors concern the engine, unless it has answered another request.
+INPUT_ERRORS = (ValueError, TypeError, LookupError, OSError, AssertionError)
+ENGINE_ERRORS = ("EngineDeadError", "EngineGenerateError")  # the names of vLLM's errors after which nothing works
+Conversation = tuple[GenerationRequest, list[dict[str, Any]]]  # a request and its messages
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @BACKENDS.register("vllm")
 class VLLMBackend:
     """Generates with a model folder or hub name, using tensor parallelism over all GPUs visible to this process.
+
+    A request that the engine rejects, such as one with a broken image or with an image of an extreme aspect ratio, gets
+    a failed response. The others are generated without it.
 
     Raises:
         UserError: vLLM is not installed, the model does not exist, or it is an adapter.
@@ -45,6 +62,7 @@ class VLLMBackend:
                 file=self._folder,
             )
         self._config = config
+        self._has_generated = False  # whether the engine has answered a request
         self._precision = resolve_precision(config.precision)
 
     def identity(self) -> Mapping[str, object]:
@@ -80,6 +98,58 @@ class VLLMBackend:
             yield from self._generate([request])
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[Response]:
+        """Returns the responses to one batch of requests, in their order.
+
+        Raises:
+            Exception: The engine has failed, or it rejects all requests for a reason that is not in the requests.
+        """
+        _ = self._engine  # loaded here, because its errors concern no request
+        responses: dict[ResponseKey, Response] = {}
+        conversations: list[Conversation] = []
+        for request in requests:
+            try:
+                chat_request = ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image)
+                conversations.append((request, chat_request.messages()))
+            except UserError as error:  # the image cannot be read
+                responses[request.key] = failed_response(request, error)
+        errors: list[Exception] = []
+        responses |= {response.key: response for response in self._answer(conversations, errors)}
+        unexplained = [error for error in errors if not isinstance(error, INPUT_ERRORS)]
+        all_failed = len(unexplained) == len(conversations) > 1
+        if unexplained and (all_failed or not self._has_generated):
+            raise unexplained[0]
+        return [responses[request.key] for request in requests]
+
+    def _answer(self, conversations: Sequence[Conversation], errors: list[Exception]) -> list[Response]:
+        """Returns the responses to conversations, and appends the errors of those that the engine rejects to `errors`.
+
+        The engine checks all conversations before it generates. A rejected batch is halved until the rejected
+        conversations are alone.
+        """
+        if not conversations:
+            return []
+        try:
+            outputs = self._chat(conversations)
+        except Exception as error:  # processors raise many types of errors
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or type(error).__name__ in ENGINE_ERRORS:
+                raise
+            if len(conversations) == 1:
+                errors.append(error)
+                return [failed_response(conversations[0][0], error)]
+            middle = len(conversations) // 2
+            return [*self._answer(conversations[:middle], errors), *self._answer(conversations[middle:], errors)]
+        self._has_generated = True
+        return [
+            Response(
+                prompt_id=request.prompt.id,
+                sample=request.sample,
+                text=output.outputs[0].text.strip(),
+                finish_reason=output.outputs[0].finish_reason,
+            )
+            for (request, _), output in zip(conversations, outputs, strict=True)
+        ]
+
+    def _chat(self, conversations: Sequence[Conversation]) -> list[Any]:
         from vllm import SamplingParams
 
         config = self._config
@@ -90,27 +160,16 @@ class VLLMBackend:
                 top_p=config.top_p if config.temperature else 1.0,
                 seed=sampling_seed(config.seed, request) if config.temperature else None,
             )
-            for request in requests
+            for request, _ in conversations
         ]
-        messages = [
-            ChatRequest.of_prompt(request.prompt.id, request.prompt, request.image).messages() for request in requests
-        ]
-        outputs = self._engine.chat(messages, sampling_params, use_tqdm=False)
-        return [
-            Response(
-                prompt_id=request.prompt.id,
-                sample=request.sample,
-                text=output.outputs[0].text.strip(),
-                finish_reason=output.outputs[0].finish_reason,
-            )
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        outputs = self._engine.chat([messages for _, messages in conversations], sampling_params, use_tqdm=False)
+        # After an error, earlier versions of vLLM also answer the requests that were queued before the rejected one.
+        # Outputs have the order of the requests, so these come first.
+        return list(outputs[-len(conversations) :])
 
 
 def tensor_parallel_size(model_path: Path) -> int:
     """Returns the largest number of visible GPUs that evenly divides the model's attention heads."""
-    import torch
-
     num_gpus = max(1, torch.cuda.device_count())
     num_heads = int(getattr(read_config(model_path).get_text_config(), "num_attention_heads", 1))
     return next(count for count in range(num_gpus, 0, -1) if num_heads % count == 0)
