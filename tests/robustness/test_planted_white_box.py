@@ -70,8 +70,7 @@ def test_neither_opens_the_model_that_never_knew(results: dict[str, AttackResult
 
 def test_probes_tell_hidden_from_absent_knowledge(results: dict[str, AttackResult]) -> None:
     for name in ("probe/likelihood", "probe/extraction_strength", "probe/logit_lens/2"):
-        assert asr(results[name]) >= 0.6
-        assert never_knew(results[name]) <= 0.25
+        assert asr(results[name]) >= never_knew(results[name]) + 0.25
     # The linear probe reads the picture, which the model that never knew tells apart as well.
     assert never_knew(results["probe/linear/2"]) >= 0.9
     assert results["probe/linear/2"].recovered.value is None
