@@ -68,8 +68,8 @@ class PGD(ModelAttack):
 
     The perturbation is added to the image at the size of the vision tower, after the processor's resizing and
     cropping, which are not differentiated. The processor must therefore leave images of that size unchanged, as those
-    of families with one fixed size do (LLaVA-1.5, InternVL, PaliGemma, Gemma 3, InstructBLIP). Pixtral and Mistral 3 are
-    supported if all images get the same size. Families whose processors make crops, tiles or patches are not
+    of families with one fixed size do (LLaVA-1.5, InternVL, PaliGemma, Gemma 3, InstructBLIP). Pixtral and Mistral 3
+    are supported if all images get the same size. Families whose processors make crops, tiles or patches are not
     (LLaVA-NeXT, LLaVA-OneVision, Qwen-VL, Llama 3.2 Vision, Idefics 3, SmolVLM). Questions without an image are left
     as they are.
 
