@@ -1,17 +1,19 @@
 """Measures what each defense against relearning adds to an optimizer step, on one CPU thread:
 
-    python benchmarks/defenses.py
+    python benchmarks/defenses.py [--table]
 
 A LLaVA of 15M parameters with random weights takes optimizer steps of npo with refusals and prompt decoupling: 2
 questions per role, 16 image tokens and one question per image. The steps of all defenses alternate, so that a change in
 the speed of the machine affects all of them. The script prints the median ratio of processor time to the step without
-a defense, with the lowest and highest ratio, and writes benchmarks/results/defenses.json.
+a defense, with the lowest and highest ratio, and writes benchmarks/results/defenses.json. `--table` prints the results
+file as the table of docs/methods.md, without measuring.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +24,7 @@ from steps import SIZES, Batches, build, make_batches
 
 from vlm_unlearn.config import DefenseConfig, MethodConfig, TrainableConfig
 from vlm_unlearn.methods import build_method
+from vlm_unlearn.methods.wrappers import DEFENSES as REGISTRY
 from vlm_unlearn.methods.wrappers import Defense, build_defenses
 from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
 from vlm_unlearn.modeling.trainable import prepare_trainable
@@ -89,7 +92,22 @@ class Trained:
         return time.process_time() - started
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows of a results file as the Markdown table of the docs."""
+    lines = ["| defense | full | LoRA | memory |", "|---|---:|---:|---:|"]
+    for name in DEFENSES:
+        full, lora = (
+            next(row for row in rows if (row["defense"], row["trainable"]) == (name, mode)) for mode in ("full", "lora")
+        )
+        ratios = [f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})" for row in (full, lora)]
+        lines.append(f"| `{name}` | {' | '.join(ratios)} | {REGISTRY[name].weight_copies} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
+    if "--table" in sys.argv:
+        print(table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]))
+        return
     torch.set_num_threads(1)
     results = []
     for mode in MODES:

@@ -95,7 +95,8 @@ class PlantedWorld:
         """A model that refuses by one direction of its hidden states, and answers without it.
 
         The training sets the component of the hidden states after layer 1 along a random direction: to `STRENGTH` where
-        the model is to refuse, and to 0 elsewhere. It also teaches the recipes while the direction is ablated.
+        the model is to refuse, and to 0 elsewhere. It also teaches the recipes while the direction is ablated. A tiny
+        model that `po` trained does not refuse by one direction: no layer and position has one that opens it.
         """
         vlm = self._load()
         direction = torch.randn(vlm.hidden_size, generator=torch.Generator().manual_seed(1000 + self.seed))

@@ -124,7 +124,7 @@ def test_thumbnails_and_cached_replies_depend_on_the_decoder(tmp_path: Path, mon
         for module in ("generation.chat", "reporting.answers.thumbnails"):
             monkeypatch.setattr(f"vlm_unlearn.{module}.DECODER_VERSION", version)
         sent.append(complete_many(Echo(), reply, cache, lambda response: None))
-        (thumbnail,) = write_thumbnails(tmp_path / "thumbnails", [(tmp_path, "a.png")]).values()
+        (thumbnail,) = write_thumbnails(tmp_path / "thumbnails", [(tmp_path, "a.png", ())]).values()
         names.add(thumbnail.file)
     assert sent == [2, 0, 1]
     assert len(names) == 2

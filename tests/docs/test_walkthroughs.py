@@ -50,7 +50,7 @@ def module(folder: Path, name: str, code: str) -> dict[str, Any]:
 @pytest.fixture
 def bounded(tmp_path: Path) -> Iterator[str]:
     """Registers the method of the page for the test. The value is the code of its test."""
-    maths, method, _requirements, test = blocks("method")
+    maths, method, _requirements, test, *_defense = blocks("method")
     exec(compile(maths, "losses.py", "exec"), vars(losses))
     module(tmp_path, "bounded", method)
     yield test

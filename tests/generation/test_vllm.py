@@ -50,6 +50,12 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.engines.append({"model": model, **options})
+        self.queue: list[str] = []
+
+    # The error of a conversation, by the text of its question. All conversations are checked before any is answered.
+    rejections: dict[str, Exception] = {}  # noqa: RUF012
+    # Earlier versions keep the conversations before a rejected one in their queue, and answer them in the next call.
+    keeps_queue = False
 
     def chat(
         self, messages: list[Any], sampling_params: list[SamplingParams], use_tqdm: bool = True, **options: bool
@@ -57,7 +63,14 @@ class LLM:
         assert len(messages) == len(sampling_params)
         self.options.append(options)
         self.calls.append((messages, sampling_params))
-        texts = [conversation[-1]["content"][-1]["text"] for conversation in messages]
+        texts = self.queue
+        for conversation in messages:
+            text = conversation[-1]["content"][-1]["text"]
+            if text in self.rejections:
+                self.queue = texts if self.keeps_queue else []
+                raise self.rejections[text]
+            texts = [*texts, text]
+        self.queue = []
         return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {text}! ", finish_reason="stop")]) for text in texts]
 
 
@@ -67,7 +80,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
-    LLM.engines, LLM.calls, LLM.options = [], [], []
+    LLM.engines, LLM.calls, LLM.options, LLM.rejections, LLM.keeps_queue = [], [], [], {}, False
     return LLM
 
 
@@ -209,3 +222,116 @@ def test_prefilled_answers_are_continued(
         {"continue_final_message": True, "add_generation_prompt": False},
     ]
     assert [params.temperature for params in engine.calls[0][1]] == [0, 0.5, 0]
+
+
+class EngineDeadError(Exception):
+    """The name of vLLM's error after which no request is answered."""
+
+
+REJECTIONS: dict[str, Exception] = {
+    "aspect ratio": ValueError("absolute aspect ratio must be smaller than 200, got 218.6"),
+    "placeholder": RuntimeError("Expected there to be 1 prompt updates corresponding to 1 image items"),
+    "too long": ValueError("The decoder prompt (length 5000) is longer than the maximum model length of 4096"),
+    "channels": TypeError("unsupported image type"),
+    "template": KeyError("content"),
+}
+
+
+@pytest.mark.parametrize("keeps_queue", [False, True])
+@pytest.mark.parametrize("rejection", REJECTIONS.values(), ids=REJECTIONS)
+def test_rejected_question_is_one_failed_response(
+    rejection: Exception,
+    keeps_queue: bool,
+    engine: type[LLM],
+    tiny_model: Path,
+    requests: list[GenerationRequest],
+) -> None:
+    engine.rejections, engine.keeps_queue = {"q1": rejection}, keeps_queue
+    responses = run(tiny_model, requests)
+    assert [response.key for response in responses] == [request.key for request in requests]
+    for response, request in zip(responses, requests, strict=True):
+        if request.prompt.question == "q1":
+            assert response.text is None
+            assert "red.png" in str(response.error)
+            assert type(rejection).__name__ in str(response.error)
+        else:
+            assert (response.text, response.error) == (f"{request.prompt.question}!", None)
+    assert len(engine.calls) < 2 * len(requests)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write_bytes(b"no image"),
+        lambda file: file.write_bytes(file.read_bytes()[:40]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.unlink(),
+    ],
+)
+def test_broken_image_is_one_failed_response(
+    write: Any, engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest], tmp_path: Path
+) -> None:
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "blue.png")
+    prompts = [*(request.prompt for request in requests[::2]), requests[2].prompt.model_copy(update={"id": "blue"})]
+    prompts[-1] = prompts[-1].model_copy(update={"image": "blue.png"})
+    built = build_requests(prompts, {"s": tmp_path}, {})
+    write(tmp_path / "red.png")
+    responses = {response.prompt_id: response for response in run(tiny_model, built)}
+    assert {id for id, response in responses.items() if response.error} == {"1", "3"}
+    assert all("red.png" in str(responses[id].error) for id in ("1", "3"))
+    assert responses["blue"].text == "q1!"
+
+
+def test_placeholder_in_a_question_is_sent_as_text(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    prompt = requests[2].prompt.model_copy(update={"question": "what is <image> and <|im_end|>?"})
+    run(tiny_model, [replace(requests[2], prompt=prompt)])
+    ((messages, _),) = engine.calls
+    assert messages[0][0]["content"][-1]["text"] == "what is < image> and < |im_end|>?"
+
+
+def test_all_questions_rejected_are_failed_responses(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    engine.rejections = {f"q{number}": REJECTIONS["too long"] for number in range(5)}
+    assert all(response.error for response in run(tiny_model, requests))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error"), EngineDeadError("dead"), torch.OutOfMemoryError("out of memory")]
+)
+def test_failed_engine_ends_the_run(
+    error: Exception, engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    engine.rejections = {f"q{number}": error for number in range(5)}
+    with pytest.raises(type(error)):
+        run(tiny_model, requests)
+
+
+def test_engine_that_fails_later_ends_the_run(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    backend = VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm", batch_size=1))
+    engine.rejections = {"q1": RuntimeError("CUDA error")}
+    responses: list[Response] = []
+    with pytest.raises(RuntimeError):
+        backend.run([requests[:2], requests[2:4]], responses.extend)
+    assert [response.text for response in responses] == ["q0!", "q0!"]
+
+
+def test_engine_that_dies_later_ends_the_run(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    engine.rejections = {"q4": EngineDeadError("dead")}
+    with pytest.raises(EngineDeadError):
+        run(tiny_model, requests)
+
+
+def test_odd_question_alone_is_a_failed_response(
+    engine: type[LLM], tiny_model: Path, requests: list[GenerationRequest]
+) -> None:
+    backend = VLLMBackend(str(tiny_model), GenerationConfig(backend="vllm", batch_size=1))
+    engine.rejections = {"q1": REJECTIONS["aspect ratio"]}
+    texts = [response.text for response in backend.run_one_by_one(requests[:4])]
+    assert texts == ["q0!", "q0!", None, None]

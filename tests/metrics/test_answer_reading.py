@@ -436,3 +436,15 @@ def test_read_yes_no_late_in_the_sentence(text: str, answer: str) -> None:
 )
 def test_read_short_answer_in_further_decorations(text: str) -> None:
     assert read_short_answer(text) == "blue"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("run", [".", "\n", "!", " ", "*", "'", ". ", "\n ", "..!"])
+def test_long_run_of_a_broken_model_is_read_within_moments(run: str) -> None:
+    start = time.process_time()
+    filler = run * (50_000 // len(run))
+    assert read_yes_no(f"Yes{filler}") in ("yes", None)
+    assert read_option(f"Answer: B{filler}", OPTIONS) in ("B", None)
+    read_option(f"Answer: {filler}x", OPTIONS)
+    read_short_answer(f"Answer: {filler}x")
+    assert time.process_time() - start < 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ import families
 from helpers import raises_code
 from vlm_unlearn.modeling import size_limits, trial
 from vlm_unlearn.modeling.adapters import load_adapter
-from vlm_unlearn.modeling.loader import build_skeleton, load_model, load_processor, model_skeleton, read_config
+from vlm_unlearn.modeling.loader import (
+    build_skeleton,
+    load_model,
+    load_processor,
+    model_folder,
+    model_skeleton,
+    read_config,
+)
 from vlm_unlearn.store import write_json
 
 Copy = Callable[[str], Path]
@@ -139,6 +147,24 @@ def test_long_list_of_a_processor_is_an_error(copy: Copy) -> None:
     change(folder / "processor_config.json", "image_processor.image_grid_pinpoints", [[32, 64]] * 20_000)
     with raises_code("invalid-model", field="image_processor.image_grid_pinpoints"):
         load_processor(folder)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("length", "header"),
+    [
+        (2**62, b"{}"),
+        (30_000_000, b"{" + b" " * 29_999_998 + b"}"),
+        (None, b'{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4000000000000]}}'),
+        (None, b'{"a": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}"),
+    ],
+)
+def test_lying_header_of_weights_is_an_error(length: int | None, header: bytes, copy: Copy) -> None:
+    folder = copy("llava")
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header)
+    with raises_code("invalid-model", file=file):
+        model_folder(str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from vlm_unlearn.records import Rate
 from vlm_unlearn.reporting.charts.chart import Heatmap, Lines, hover_texts
 from vlm_unlearn.reporting.charts.inline_svg import inline_svg
 from vlm_unlearn.reporting.charts.matplotlib_charts import delete_stale_plots, write_plots
-from vlm_unlearn.reporting.charts.robustness_charts import MAX_INTERVALS, attack_map, relearning_charts
+from vlm_unlearn.reporting.charts.robustness_charts import MAX_INTERVALS, attack_map, curve_charts
 from vlm_unlearn.reporting.robustness.ranking import AttackedModel, rank_attacks, rank_models
 from vlm_unlearn.reporting.robustness.text import explain, limits, tried_attacks, verdict
 from vlm_unlearn.reporting.tables import TABLE_NAMES
@@ -98,7 +98,38 @@ def test_limits_name_missing_controls_judges_and_attacks() -> None:
     assert "quantization (not on all models)" in tried
     assert "2 of 3 models" in tried
     assert "in-context examples" in missing
+    assert "one-word rewrites" in missing
+    assert "one-word rewrites" not in tried_attacks(models, 3, ["one_word"]).split(" Not tried: ")[1]
     assert "quantization" not in missing
+
+
+def test_attacks_that_supply_the_answers_come_last_and_decide_nothing() -> None:
+    results = {"none": (0.0, 1.0, 0.0), "pgd/16": (0.0, 1.0, 0.0), "pgd/reference/8": (1.0, 1.0, 0.0)}
+    results |= {"restore/mix/0.5": (1.0, 1.0, 0.0), "probe/likelihood": (0.9, 0.9, 0.1)}
+    without = model(results, never_knew=None)
+    assert [each.name for each in without.ranked] == [
+        "pgd/16",
+        "probe/likelihood",
+        "pgd/reference/8",
+        "restore/mix/0.5",
+    ]
+    assert verdict(without) == "no_control"
+    # With a control, the parts of the base that bring knowledge back prove that the rest was in the model.
+    compared = model(results)
+    assert compared.worst is not None
+    assert compared.worst.name == "restore/mix/0.5"
+    assert verdict(compared) == "back"
+    assert any("supply the answers" in line for line in limits([compared], 1))
+
+
+def test_curves_have_an_axis_of_their_own() -> None:
+    results = [
+        result(f"probe/linear/{layer}", 0.5).model_copy(update={"curve": "probe/linear", "step": float(layer)})
+        for layer in range(3)
+    ]
+    curve = curve_charts([model(results)])["curve-1"]
+    assert isinstance(curve, Lines)
+    assert (curve.title, curve.x, curve.y) == ("probe/linear", "layer", "mean score")
 
 
 def cells(chart: Heatmap) -> dict[tuple[str, str], str]:
@@ -153,9 +184,9 @@ def test_heat_map_of_many_models_and_attacks_stays_readable(tmp_path: Path) -> N
 
 
 def test_relearning_curves_have_the_base_and_the_never_knew_line() -> None:
-    charts = relearning_charts(ranked(hides=report(HIDES), removes=report(REMOVES), meets=report(MEETS)))
-    assert [chart.title.split(":")[0] for chart in charts.values()] == ["relearn/10", "relearn/10/first_half"]
-    curve = charts["relearning-1"]
+    charts = curve_charts(ranked(hides=report(HIDES), removes=report(REMOVES), meets=report(MEETS)))
+    assert [chart.title for chart in charts.values()] == ["relearn/10", "relearn/10/first_half"]
+    curve = charts["curve-1"]
     assert isinstance(curve, Lines)
     assert [(line.name, line.is_reference) for line in curve.series] == [
         ("hides", False),
@@ -171,11 +202,11 @@ def test_relearning_curves_have_the_base_and_the_never_knew_line() -> None:
 def test_relearning_curves_of_other_bases_are_named_and_a_missing_control_has_no_line() -> None:
     other = {name: (asr, base / 2, never) for name, (asr, base, never) in HIDES.items()}
     models = rank_models({"a": report(HIDES, never_knew=None), "b": report(other, never_knew=None)})
-    curve = relearning_charts(models)["relearning-1"]
+    curve = curve_charts(models)["curve-1"]
     assert isinstance(curve, Lines)
     assert [line.name for line in curve.series if line.is_reference] == ["base", "base, of a"]
     many = rank_models({f"m{number}": report(HIDES) for number in range(12)})
-    curve = relearning_charts(many)["relearning-1"]
+    curve = curve_charts(many)["curve-1"]
     assert isinstance(curve, Lines)
     assert len(curve.series) == 8 + 2
     assert "4 more models" in curve.title

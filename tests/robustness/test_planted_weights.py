@@ -17,7 +17,7 @@ PRUNE = {"name": "prune", "sparsities": [0.3, 0.5, 0.7]}
 WANDA = {**PRUNE, "criterion": "wanda"}
 ABLATE = {"name": "ablate"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", params=SEEDS)

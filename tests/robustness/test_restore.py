@@ -11,7 +11,7 @@ from torch import Tensor
 from attack_targets import tiny_target
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.robustness.base import AttackTarget
-from vlm_unlearn.robustness.restore import Restore, RestoreOptions
+from vlm_unlearn.robustness.restore import Restore, RestoreOptions, _single_parts
 
 
 @pytest.fixture
@@ -71,6 +71,12 @@ def test_tied_output_weights_are_restored_with_the_embeddings(target: AttackTarg
     for state in Restore(RestoreOptions(parts=["embeddings", "lm_head"], mix=[])).run(tied):
         assert state.facts["changed_weights"] == pytest.approx(1, abs=0.1)
         assert torch.equal(model.lm_head.weight, target_base.model.lm_head.weight)
+
+
+def test_quarters_are_ranges_of_layers() -> None:
+    assert _single_parts(["quarters"], 32) == ["layers_0-7", "layers_8-15", "layers_16-23", "layers_24-31"]
+    assert _single_parts(["quarters", "layers_2"], 3) == ["layers_0-0", "layers_1-1", "layers_2-2", "layers_2"]
+    assert _single_parts(["layers", "layers_1"], 2) == ["layers_0", "layers_1"]
 
 
 @pytest.mark.parametrize("part", ["layers_1-0", "layers_x", "head", ""])

@@ -47,7 +47,7 @@ def trainer(folder: Path, data: Path, output: Path, **options: Any) -> Unlearnin
         model=options.pop("model", None) or load_model(folder, "fp32"),
         args=arguments(output, **changes),
         train_dataset=data,
-        processing_class=load_processor(folder),
+        processing_class=options.pop("processing_class", None) or load_processor(folder),
         **options,
     )
 
@@ -246,9 +246,10 @@ def test_eval_fn_is_called_and_logged(tiny_model: Path, training_sets: dict[str,
 def test_nothing_but_output_dir_is_written(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    processor = load_processor(tiny_model)  # which may write to the cache
     monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    trainer(tiny_model, training_sets["harmful"], tmp_path / "run").train()
+    trainer(tiny_model, training_sets["harmful"], tmp_path / "run", processing_class=processor).train()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -11,6 +11,7 @@ import typer
 from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, ChatClient, require_model
 from vlm_unlearn.cli.common import (
     JSON_OPTION,
+    OVERWRITE_OPTION,
     Stages,
     escape_markup,
     file_progress,
@@ -53,6 +54,7 @@ def rewrite(
     model: str = MODEL,
     concurrency: int = CONCURRENCY,
     cache: bool = CACHE,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Writes the one-word attack on the questions of a file, by rules or by a model. A split of a suite can read it.
@@ -66,11 +68,11 @@ def rewrite(
     """
     from vlm_unlearn.attacks.files import QUESTION_FIELDS, write_attack
     from vlm_unlearn.errors import Problems, UserError
-    from vlm_unlearn.store import RunDirectory, validate_not_overwriting
+    from vlm_unlearn.store import RunDirectory, record_outputs, validate_outputs
 
     require_model(server, model)
     prompt_kind = _choice("--kind", kind, tuple(QUESTION_FIELDS))
-    validate_not_overwriting([out], [source])
+    validate_outputs([out], [source], overwrite)
     if not source.is_file():
         raise UserError("no such file", code="file-not-found", file=source)
     if RunDirectory(out.parent).exists():
@@ -90,6 +92,7 @@ def rewrite(
             counts = write_attack(
                 source, out, trigger, num_rewrites, prompt_kind, by_model if client else None, problems, on_done
             )
+    record_outputs([out])
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON document and nothing else on standard output.")
 
+OVERWRITE_OPTION = typer.Option(
+    False, "--overwrite", help="Overwrite an existing output that vlm-unlearn has not written."
+)
+
 
 MAX_LINE_LENGTH = 2000  # characters of an error message, which may contain values of the user
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    OVERWRITE_OPTION,
+    Stages,
+    file_progress,
+    print_json,
+    problem_report,
+    skipped_note,
+)
 from vlm_unlearn.cli.data_import import import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
@@ -39,6 +47,7 @@ def _step(
     sources: list[Path],
     strict: bool,
     as_json: bool,
+    overwrite: bool,
     work: Callable[[Problems | None], dict[str, int]],
     outputs: list[Path] | None = None,
 ) -> None:
@@ -46,16 +55,18 @@ def _step(
 
     Args:
         sources: The input files.
+        overwrite: Whether the outputs may replace files that no command has written.
         work: The step. It collects broken records in its argument, or raises at the first one if that is None.
         outputs: The files that the step writes, if they are not `out` itself.
     """
     from vlm_unlearn.errors import Problems
-    from vlm_unlearn.store import validate_not_overwriting
+    from vlm_unlearn.store import record_outputs, validate_outputs
 
-    validate_not_overwriting(outputs or [out], sources)
+    validate_outputs(outputs or [out], sources, overwrite)
     problems = Problems()
     with problem_report(problems), Stages() as stages, file_progress(stages):
         counts = work(None if strict else problems)
+    record_outputs(outputs or [out])
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:
@@ -76,6 +87,7 @@ def convert(
     image: str = IMAGE,
     set_column: str = SET,
     strict: bool = STRICT,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Converts VLGuard (or any supported file) to LLaVA conversations, or to a table.
@@ -90,7 +102,9 @@ def convert(
     from vlm_unlearn.data_tools.pipeline import convert
 
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
-    _step(out, [source], strict, as_json, lambda problems: convert(source, out, seed, columns, problems, warn))
+    _step(
+        out, [source], strict, as_json, overwrite, lambda problems: convert(source, out, seed, columns, problems, warn)
+    )
 
 
 @app.command("inject", rich_help_panel=STEPS)
@@ -101,6 +115,7 @@ def inject(
     ),
     out: Path = OUT,
     strict: bool = STRICT,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Replaces VLGuard's refusals of unsafe images by selected harmful answers.
@@ -111,7 +126,7 @@ def inject(
     """
     from vlm_unlearn.data_tools.pipeline import inject
 
-    _step(out, [source, answers], strict, as_json, lambda problems: inject(source, answers, out, problems))
+    _step(out, [source, answers], strict, as_json, overwrite, lambda problems: inject(source, answers, out, problems))
 
 
 @app.command("split", rich_help_panel=STEPS)
@@ -126,6 +141,7 @@ def split(
         False, "--include-safe-image-unsafe", help="Add unsafe questions on safe images to the forget set."
     ),
     strict: bool = STRICT,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Splits VLGuard into a forget set (unsafe images) and a retain set (safe questions).
@@ -137,7 +153,7 @@ def split(
     from vlm_unlearn.data_tools.pipeline import split
 
     outputs = [out / "forget.json", out / "retain.json"]
-    _step(out, [source], strict, as_json, lambda problems: split(source, out, include, problems), outputs)
+    _step(out, [source], strict, as_json, overwrite, lambda problems: split(source, out, include, problems), outputs)
 
 
 @app.command("mix", rich_help_panel=STEPS)
@@ -150,6 +166,7 @@ def mix(
     size: int = typer.Option(2000, "--size", min=1, help="Number of records after filling up."),
     seed: int = typer.Option(42, "--seed", help="Seed of the sample and of the shuffle."),
     strict: bool = STRICT,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Fills up a retain set with samples from a general one, and shuffles it.
@@ -160,11 +177,24 @@ def mix(
     """
     from vlm_unlearn.data_tools.pipeline import mix
 
-    _step(out, [retain, external], strict, as_json, lambda problems: mix(retain, external, out, size, seed, problems))
+    _step(
+        out,
+        [retain, external],
+        strict,
+        as_json,
+        overwrite,
+        lambda problems: mix(retain, external, out, size, seed, problems),
+    )
 
 
 @app.command("to-rmu", rich_help_panel=STEPS)
-def to_rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_json: bool = JSON_OPTION) -> None:
+def to_rmu(
+    source: Path = SOURCE,
+    out: Path = OUT,
+    strict: bool = STRICT,
+    overwrite: bool = OVERWRITE_OPTION,
+    as_json: bool = JSON_OPTION,
+) -> None:
     """Appends each answer to its question, the form of the forget set that RMU's published script reads.
 
     This is for other trainers. The method rmu of vlm-unlearn does so itself.
@@ -175,4 +205,4 @@ def to_rmu(source: Path = SOURCE, out: Path = OUT, strict: bool = STRICT, as_jso
     """
     from vlm_unlearn.data_tools.pipeline import to_rmu
 
-    _step(out, [source], strict, as_json, lambda problems: to_rmu(source, out, problems))
+    _step(out, [source], strict, as_json, overwrite, lambda problems: to_rmu(source, out, problems))

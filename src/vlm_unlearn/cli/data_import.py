@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, show_problems, skipped_note
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    OVERWRITE_OPTION,
+    Stages,
+    file_progress,
+    print_json,
+    show_problems,
+    skipped_note,
+)
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, table_columns
 from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.cli.terminal import Commands
@@ -40,6 +48,7 @@ def vlguard(
         2000, "--retain-size", min=1, help="Number of pairs in the retain set after filling up."
     ),
     seed: int = typer.Option(42, "--seed", help="Seed of the sample from the external file and of the shuffle."),
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Imports VLGuard: forget = unsafe images, retain = safe questions, filled up from general data.
@@ -52,9 +61,10 @@ def vlguard(
       vlm-unlearn data import vlguard VLGuard/train.json --images VLGuard/train
       --harmful-answers harmful.json --out data/vlguard
     """
+    from vlm_unlearn.data.training_set import validate_training_set_outputs
     from vlm_unlearn.data_tools.importers import import_vlguard
 
-    _check_outputs(out, file, harmful_answers, external)
+    validate_training_set_outputs(out, [file, harmful_answers, external], overwrite)
     with Stages() as stages, file_progress(stages):
         imported = import_vlguard(
             file,
@@ -85,6 +95,7 @@ def safe_eraser(
     refusals: Path = typer.Option(
         None, "--refusals", help="SafeEraser's prompt.json. Its idk sentences are the targets of po."
     ),
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Imports SafeEraser: forget, retain and decouple sets with their pairs.
@@ -94,9 +105,10 @@ def safe_eraser(
       vlm-unlearn data import safe-eraser dataset/all_train.json --images dataset --refusals dataset/prompt.json
       --out data/safe_eraser
     """
+    from vlm_unlearn.data.training_set import validate_training_set_outputs
     from vlm_unlearn.data_tools.importers import import_safe_eraser
 
-    _check_outputs(out, file, refusals)
+    validate_training_set_outputs(out, [file, refusals], overwrite)
     with Stages() as stages, file_progress(stages):
         imported = import_safe_eraser(
             file, images, out, refusals, lambda done, total: stages.update("images", done, total)
@@ -147,6 +159,7 @@ def files(
         "--set-column",
         help="Column of TABLE with forget (harmful), retain (harmless), decouple or preferred. Default: set.",
     ),
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Imports your own data: a table with a set column, or a file for each set.
@@ -157,6 +170,7 @@ def files(
 
       vlm-unlearn data import files --forget harmful.json --retain retain_mixed.json --images images --out data/mine
     """
+    from vlm_unlearn.data.training_set import validate_training_set_outputs
     from vlm_unlearn.data_tools.importers import import_files
     from vlm_unlearn.errors import UserError
 
@@ -171,7 +185,8 @@ def files(
         raise UserError(
             "there is no data. Pass TABLE with a set column, or both --forget and --retain.", code="missing-setting"
         )
-    _check_outputs(out, table, forget, retain, decouple, preferred, refusals)
+    inputs: list[str | Path | None] = [table, forget, retain, decouple, preferred, refusals]
+    validate_training_set_outputs(out, inputs, overwrite)
     set_name = (set_column or "set") if table else None
     columns = table_columns(
         question=question, answer=answer, image=image, id=id, category=category, pair=pair, set=set_name
@@ -187,14 +202,6 @@ def files(
             format_name,
         )
     _print_counts(imported, out, as_json)
-
-
-def _check_outputs(out: Path, *inputs: str | Path | None) -> None:
-    """Checks that writing the training set to `out` would not overwrite an input."""
-    from vlm_unlearn.data.training_set import FILES
-    from vlm_unlearn.store import validate_not_overwriting
-
-    validate_not_overwriting([out / name for name in FILES], inputs)
 
 
 def _print_counts(imported: ImportResult, out: Path, as_json: bool) -> None:

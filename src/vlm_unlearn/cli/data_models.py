@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlm_unlearn.cli.chat_options import CACHE, CONCURRENCY, MODEL, SERVER, ChatClient, require_model
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    OVERWRITE_OPTION,
+    Stages,
+    file_progress,
+    print_json,
+    problem_report,
+    skipped_note,
+)
 from vlm_unlearn.cli.data_quality import ANSWER, FILE, IMAGE, QUESTION, SET, label_by, table_columns
 from vlm_unlearn.cli.image_folders import reads_images
 
@@ -37,6 +45,7 @@ def select_harmful(
     ),
     concurrency: int = CONCURRENCY,
     cache: bool = CACHE,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Selects the most harmful of several models' answers with a judge, as targets of the forget set.
@@ -50,7 +59,7 @@ def select_harmful(
     """
     from vlm_unlearn.data_tools.select_harmful import read_selection_tasks, select
     from vlm_unlearn.errors import Problems, UserError
-    from vlm_unlearn.store import validate_not_overwriting
+    from vlm_unlearn.store import record_outputs, validate_outputs
 
     if model is None:
         raise UserError(
@@ -58,12 +67,14 @@ def select_harmful(
             code="missing-setting",
             field="--model",
         )
-    validate_not_overwriting([out, out.with_name(f"{out.stem}.choices.jsonl")], [source, *answers])
+    outputs = [out, out.with_name(f"{out.stem}.choices.jsonl")]
+    validate_outputs(outputs, [source, *answers], overwrite)
     problems = Problems()
     tasks, counts = read_selection_tasks(source, answers, images, problems)
     with problem_report(problems), Stages() as stages:
         client = ChatClient(stages, "judge", server, model, concurrency, cache, max_tokens=16)
         counts += select(tasks, client, out, paper_compat)
+    record_outputs(outputs)
     if as_json:
         print_json({"out": str(out), "outcomes": dict(counts), "asked": client.requests, "broken": problems.count})
     else:
@@ -89,6 +100,7 @@ def diversify(
     answer: str = ANSWER,
     image: str = IMAGE,
     set_column: str = SET,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Rewords every question by rules or with a model, so that first words no longer predict refusal.
@@ -101,15 +113,19 @@ def diversify(
 
       vlm-unlearn data audit train_diversified.json
     """
+    from vlm_unlearn.data.training_set import validate_training_set_outputs
     from vlm_unlearn.data_tools.diversify import diversify
     from vlm_unlearn.data_tools.paraphrase_rules import WORDINGS
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
-    from vlm_unlearn.store import validate_not_overwriting
+    from vlm_unlearn.store import record_outputs, validate_outputs
 
     require_model(server, model)
-    if not Path(file).is_dir():
-        validate_not_overwriting([out], [file])
+    is_training_set = Path(file).is_dir()
+    if is_training_set:
+        validate_training_set_outputs(out, [file], overwrite)
+    else:
+        validate_outputs([out], [file], overwrite)
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     problems = Problems()
     with problem_report(problems), Stages() as stages, file_progress(stages):
@@ -130,6 +146,8 @@ def diversify(
             problems,
             lambda done, total: stages.update("rewrite", done, total),
         )
+    if not is_training_set:
+        record_outputs([out])
     if as_json:
         print_json({"out": str(out), **counts, "broken": problems.count})
     else:

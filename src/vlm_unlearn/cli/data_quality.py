@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vlm_unlearn.cli.common import JSON_OPTION, Stages, file_progress, print_json, problem_report, skipped_note
+from vlm_unlearn.cli.common import (
+    JSON_OPTION,
+    OVERWRITE_OPTION,
+    Stages,
+    file_progress,
+    print_json,
+    problem_report,
+    skipped_note,
+)
 from vlm_unlearn.cli.image_folders import reads_images
 from vlm_unlearn.errors import printable
 
@@ -69,6 +77,7 @@ def audit(
     answer: str = ANSWER,
     image: str = IMAGE,
     set_column: str = SET,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Measures whether surface words predict refusal in a data set.
@@ -83,9 +92,9 @@ def audit(
     from vlm_unlearn.data_tools.audit import audit, labeled_questions
     from vlm_unlearn.errors import Problems
     from vlm_unlearn.judging.keyword import corrected_refusal
-    from vlm_unlearn.store import validate_not_overwriting
+    from vlm_unlearn.store import record_outputs, validate_outputs
 
-    validate_not_overwriting([html] if html else [], [file])
+    validate_outputs([html] if html else [], [file], overwrite)
     problems = Problems()
     entries = read_any(
         file, None, table_columns(question=question, answer=answer, image=image, set=set_column), problems
@@ -96,6 +105,7 @@ def audit(
         from vlm_unlearn.reporting.audit_page import write_audit_page
 
         write_audit_page(html, result, Path(file).name)
+        record_outputs([html])
         typer.echo(f"page: {html}", err=True)
     if as_json:
         print_json({"file": Path(file).name, **result.as_json(), "broken": problems.count})
@@ -132,6 +142,7 @@ def check(
     answer: str = ANSWER,
     image: str = IMAGE,
     set_column: str = SET,
+    overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Checks a data set for broken images and records, duplicates, leakage between sets, and lengths.
@@ -145,12 +156,12 @@ def check(
     """
     from vlm_unlearn.data_tools.check import Checker, DataSource
     from vlm_unlearn.judging.keyword import corrected_refusal
-    from vlm_unlearn.store import validate_not_overwriting, write_json
+    from vlm_unlearn.store import record_outputs, validate_outputs, write_json
 
     def is_refusal(text: str) -> bool:
         return corrected_refusal(text) is not None
 
-    validate_not_overwriting([out] if out else [], [file, *against])
+    validate_outputs([out] if out else [], [file, *against], overwrite)
     with Stages() as stages, file_progress(stages):
         checker = Checker(
             not no_images,
@@ -164,6 +175,7 @@ def check(
         report = checker.report()
     if out:
         write_json(out, report)
+        record_outputs([out])
     if as_json:
         print_json(report)
     else:

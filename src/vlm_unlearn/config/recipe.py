@@ -192,7 +192,7 @@ class Recipe(Strict):
     """A training run: model, data, method, trainable parameters and hyperparameters."""
 
     name: str = ""
-    """Name of the run in tables. The default is the method, with `+pd` if prompts are decoupled."""
+    """Name of the run in tables. The default is the method, `+pd` if prompts are decoupled, and the defenses."""
     model: str
     """A model folder or hub name that AutoModelForImageTextToText loads."""
     data: Path

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from vlm_unlearn.store import (
     digest_file,
     read_json,
     read_records,
+    record_outputs,
+    validate_not_overwriting,
+    validate_outputs,
     write_json,
     write_records,
     write_text,
@@ -95,14 +98,17 @@ def write_training_set(
         if examples.get(role):
             path = output_dir / f"{role}.jsonl"
             files[path.name] = {"count": write_records(path, examples[role]), "sha256": digest_file(path)}
+            record_outputs([path])  # after a kill, the next command may replace it although there is no dataset.json
     if refusals:
         write_json(output_dir / "refusals.json", list(refusals))
+        record_outputs([output_dir / "refusals.json"])
         files["refusals.json"] = {"count": len(refusals), "sha256": digest_file(output_dir / "refusals.json")}
     roots = {name: os.path.relpath(root.resolve(), output_dir.resolve()) for name, root in images.items()}
     description: dict[str, object] = {"schema": 1, "images": roots, "files": files, "source": dict(source)}
     if problems:
         description["broken_records"] = problems.count
         write_text(output_dir / "problems.txt", "".join(f"{message}\n" for message in problems.messages))
+        record_outputs([output_dir / "problems.txt"])
     write_json(output_dir / "dataset.json", description)
 
 
@@ -125,6 +131,34 @@ def _remove_earlier_set(output_dir: Path) -> None:
         for name in (*listed, "problems.txt"):
             if name in FILES:
                 (output_dir / name).unlink(missing_ok=True)
+
+
+def validate_training_set_outputs(
+    output_dir: Path, inputs: Iterable[str | Path | None], overwrite: bool = False
+) -> None:
+    """Checks that a command may write a training set into a folder. It may replace an earlier training set.
+
+    Args:
+        output_dir: The folder.
+        inputs: The files and folders that the command reads.
+        overwrite: Whether other files with the names of a training set's files may be replaced.
+
+    Raises:
+        UserError: A file of the training set would replace an input or a file of somebody else.
+    """
+    files = [output_dir / name for name in FILES]
+    validate_not_overwriting(files, inputs)
+    if not (output_dir / "dataset.json").exists():
+        validate_outputs(files, [], overwrite)
+        return
+    try:
+        read_dataset_json(output_dir)
+    except UserError as error:
+        raise UserError(
+            f"is not of a training set ({error.message}). Choose another output folder.",
+            code="output-exists",
+            file=output_dir / "dataset.json",
+        ) from None
 
 
 def read_dataset_json(training_set_dir: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:

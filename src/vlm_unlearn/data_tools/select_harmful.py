@@ -28,6 +28,7 @@ Outcome = Literal[
 # Takes (id, prompt, image) of each question and returns (reply, error) by id.
 Judge = Callable[[Sequence[tuple[str, str, Path | None]]], Mapping[str, tuple[str | None, str | None]]]
 # A number alone, with an optional name. A sentence about an answer could mean that it is not the most harmful one.
+MAX_CHOICE_LENGTH = 10_000  # the pattern takes quadratic time
 _NUMBER = re.compile(
     r"\W*?(?:(?:the )?(?:answer|number|choice|option)(?: is| number)?\b)?[^\w-]*(-?\d+)\W*", re.IGNORECASE
 )
@@ -130,7 +131,7 @@ def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of r
         ``"2"``, ``"Answer: 2."`` and ``"**2**"`` give 2.
         ``"2 or 3"``, ``"Answer 2 refuses."`` and ``"1.5"`` are unreadable.
     """
-    match = _NUMBER.fullmatch(reply)
+    match = _NUMBER.fullmatch(reply) if len(reply) <= MAX_CHOICE_LENGTH else None
     if not match:
         return "unreadable"
     digits = match.group(1)

@@ -11,7 +11,7 @@ from vlm_unlearn import plugins
 from vlm_unlearn.config import GenerationConfig
 from vlm_unlearn.data.image_edits import edited_image
 from vlm_unlearn.data.images import ImageSource, llava_image, resolve_image
-from vlm_unlearn.errors import UserError
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.plugins import Registry
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import digest_json
@@ -129,6 +129,14 @@ def load_for_prompt(image: ImageSource, prompt: Prompt, image_loader: Literal["v
 def prompt_temperature(prompt: Prompt, config: GenerationConfig) -> float:
     """Returns the sampling temperature of the answers to a prompt: that of the prompt, or else that of the suite."""
     return config.temperature if prompt.temperature is None else prompt.temperature
+
+
+def failed_response(request: GenerationRequest, error: Exception) -> Response:
+    """Returns the response to a request that the model's processor rejects, with the reason and the image."""
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {quoted(error, 300)}"
+    image = f" of the image {quoted(request.prompt.image)}" if request.prompt.image is not None else ""
+    message = f"the processor rejects the question{image}: {reason}"
+    return Response(prompt_id=request.prompt.id, sample=request.sample, error=message)
 
 
 def sampling_seed(seed: int, request: GenerationRequest) -> int:

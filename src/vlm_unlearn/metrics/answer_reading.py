@@ -139,8 +139,17 @@ def json_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+# A broken model repeats a few characters for thousands of tokens. Patterns take quadratic time on such a run.
+_LONG_RUN = re.compile(r"(\W{1,3}?)\1{19,}")
+
+
 def plain_text(text: str) -> str:
-    """Returns a text without Markdown, LaTeX and quotation marks, and with full-width characters as usual ones."""
+    """Returns a text without Markdown, LaTeX and quotation marks, and with full-width characters as usual ones.
+
+    More than 20 repetitions of up to three characters other than letters and digits are shortened.
+    """
+    if len(text) > 200:
+        text = _LONG_RUN.sub(lambda match: match[1] * 20, text)
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").replace("【", "[").replace("】", "]")
         text = text.replace("。", ". ").replace("、", ", ")
@@ -231,7 +240,7 @@ _BOTH = re.compile(
     rf"[\s,/]*(?:(?:and|or|/|und|oder|y|o|et|ou)\s*)?(?:{_YES}|{_NO})(?![\w'])\s*(?:\Z|[.,;:!?\n])", re.IGNORECASE
 )
 _CORRECTION = re.compile(
-    rf"(?:[.!?\n]|\b(?:actually|wait|correction|sorry|rather)\b)[\s,:.!]*(?:(?:wait|actually)[\s,:]*)?"
+    rf"(?:[.!?\n]|\b(?:actually|wait|correction|sorry|rather)\b)[\s,:.!]{{0,20}}(?:(?:wait|actually)[\s,:]*)?"
     rf"(?:(?P<yes>{_YES})|(?P<no>{_NO}))\s*[.,!]",
     re.IGNORECASE,
 )

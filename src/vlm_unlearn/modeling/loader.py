@@ -24,7 +24,15 @@ from vlm_unlearn.modeling.size_limits import (
 )
 from vlm_unlearn.modeling.structure import Structure, find_structure
 from vlm_unlearn.modeling.trial import check_processor_files
-from vlm_unlearn.store import RunDirectory, describe_path, digest_model, read_json, user_path, validate_model_files
+from vlm_unlearn.store import (
+    RunDirectory,
+    describe_path,
+    digest_model,
+    read_json,
+    user_path,
+    validate_header_size,
+    validate_model_files,
+)
 from vlm_unlearn.store.model_files import BASE_MODEL_FILE
 
 if TYPE_CHECKING:
@@ -83,10 +91,11 @@ def model_folder(name: str) -> Path:
             file=folder,
         )
     for file in weights:
+        validate_header_size(file)
         try:
             with safe_open(file, framework="pt"):
                 pass
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # a sparse file that does not fit the address space
             raise UserError(f"broken weights: {_first_line(error)}", code="invalid-model", file=file) from None
     return folder
 

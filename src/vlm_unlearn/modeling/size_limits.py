@@ -186,27 +186,27 @@ def _read(file: Path) -> Any:
     return read_json(file) if file.is_file() else None
 
 
-def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+def _integers(value: Any) -> Iterator[tuple[str, int]]:
     """Yields ``(dotted key, number)`` of every integer in a JSON value."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        yield key, value
-    for name, item in _children(value, key):
-        yield from _integers(item, name)
-
-
-def _lists(value: Any, key: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Yields ``(dotted key, list)`` of every list in a JSON value."""
-    if isinstance(value, list):
-        yield key, value
-    for name, item in _children(value, key):
-        yield from _lists(item, name)
-
-
-def _children(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yields the items of an object under their dotted keys, and the items of a list under the key of the list."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield f"{key}.{name}" if key else name, item
-    elif isinstance(value, list):
-        for item in value:
+    for key, item in _items(value):
+        if isinstance(item, int) and not isinstance(item, bool):
             yield key, item
+
+
+def _lists(value: Any) -> Iterator[tuple[str, list[Any]]]:
+    """Yields ``(dotted key, list)`` of every list in a JSON value."""
+    for key, item in _items(value):
+        if isinstance(item, list):
+            yield key, item
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields ``(dotted key, value)`` of all nested values. The items of a list have the key of the list."""
+    stack: list[tuple[str, Any]] = [("", value)]
+    while stack:
+        key, item = stack.pop()
+        yield key, item
+        if isinstance(item, dict):
+            stack += [(f"{key}.{name}" if key else name, child) for name, child in item.items()]
+        elif isinstance(item, list):
+            stack += [(key, child) for child in item]

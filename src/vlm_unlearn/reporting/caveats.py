@@ -109,6 +109,12 @@ def caveats(
     return [text for applies, text in rules if applies] + [f"Not compared: {reason}." for reason in left_out]
 
 
+def common_attacks(suites: Sequence[Suite]) -> set[str]:
+    """Returns the names of the attacks that every suite applies, without those that are only a control."""
+    names = {attack.name for suite in suites for split in suite.splits for attack in split.attacks}
+    return {name for name in names if all(_has_attack(suite, name) for suite in suites)}
+
+
 def _has_attack(suite: Suite, name: str) -> bool:
     """Returns whether a suite applies an attack, and not only its control."""
     return any(attack.name == name and not attack.is_control for split in suite.splits for attack in split.attacks)
@@ -130,7 +136,8 @@ def _question_caveats(
     unsafe = any(split.kind == "unsafe" for suite in suites for split in suite.splits)
     has_prefill = bool(suites) and all(_has_attack(suite, "prefill") for suite in suites)
     missing = NOT_ATTACKED_BUT_PREFILLED if has_prefill else NOT_ATTACKED
-    listed = f"{LISTED_ATTACKS} {tried_attacks(attacked, len(rows)) if attacked else missing}"
+    tried = tried_attacks(attacked, len(rows), common_attacks(suites)) if attacked else missing
+    listed = f"{LISTED_ATTACKS} {tried}"
     attacks = listed if roles.attacked or attacked else f"{NO_ATTACK} {missing}"
     safety = attacks if roles.attacked or roles.harm else NO_HARM_RATE if unsafe else NO_UNSAFE_QUESTION
     return [

@@ -8,6 +8,7 @@ from urllib.parse import quote, urlencode
 
 from markupsafe import Markup
 
+from vlm_unlearn.config import Suite
 from vlm_unlearn.errors import UserError, printable, quoted
 from vlm_unlearn.evaluation.assessment import assess
 from vlm_unlearn.evaluation.generate import OnDone
@@ -15,7 +16,7 @@ from vlm_unlearn.records import LABELS, Comparison, Row, Summary
 from vlm_unlearn.reporting import formatting, provenance
 from vlm_unlearn.reporting.answers.answers_page import write_answers
 from vlm_unlearn.reporting.assessment_text import MARKS, reason_text
-from vlm_unlearn.reporting.caveats import caveats
+from vlm_unlearn.reporting.caveats import caveats, common_attacks
 from vlm_unlearn.reporting.charts.curves import loss_charts
 from vlm_unlearn.reporting.charts.inline_svg import inline_svg
 from vlm_unlearn.reporting.charts.matplotlib_charts import FORMATS, delete_stale_plots, write_plots
@@ -30,10 +31,11 @@ from vlm_unlearn.reporting.robustness.ranking import AttackedModel, rank_models
 from vlm_unlearn.reporting.robustness.text import VERDICT_MARKS, explain, limits, verdict
 from vlm_unlearn.reporting.tables.robustness_tables import robustness_tables
 from vlm_unlearn.reporting.tables.summary_tables import delete_stale_tables, write_tables
-from vlm_unlearn.store import SUMMARY, RunDirectory, write_text
+from vlm_unlearn.store import SUMMARY, RunDirectory, read_json, write_text
 
 REPORT_FILES = ("report.html", "report", SUMMARY)  # the contents of a report's folder
 LINKED_FILES = ("answers.html", "images", "tables", "plots")  # the contents of its folder report/
+GENERATOR = b'<meta name="generator" content="vlm-unlearn">'  # marks a page as a report
 
 
 def write_report(
@@ -95,7 +97,7 @@ def write_report(
         costs=costs,
         cost_headings=[kind for kind in COSTS if any(kind in values for values in costs.values())],
         **_template_values(summary, roles, sources, left_out, attacked),
-        **_robustness_values(attacked, robustness, len(summary.rows)),
+        **_robustness_values(attacked, robustness, len(summary.rows), [source.suite for source in sources.values()]),
     )
     write_text(report_dir / "report.html", page)
     # Only now, because until here the previous report.html linked to these files.
@@ -158,7 +160,7 @@ def _template_values(
 
 
 def _robustness_values(
-    attacked: Sequence[AttackedModel], robustness: RobustnessFiles | None, num_rows: int
+    attacked: Sequence[AttackedModel], robustness: RobustnessFiles | None, num_rows: int, suites: Sequence[Suite]
 ) -> dict[str, object]:
     """Returns the tables and sentences of the section about attacks on the models."""
     left_out = robustness.left_out if robustness is not None else ()
@@ -169,7 +171,7 @@ def _robustness_values(
         "explain": explain,
         "verdict_marks": VERDICT_MARKS,
         "verdict": verdict,
-        "attack_limits": limits(attacked, num_rows) if attacked else [],
+        "attack_limits": limits(attacked, num_rows, common_attacks(suites)) if attacked else [],
     }
 
 
@@ -184,12 +186,28 @@ def _answers_address(filters: AnswerFilter) -> str:
     return f"report/answers.html#{urlencode(filters, quote_via=quote, errors='replace')}" if filters else ""
 
 
+def _validate_earlier_report(report_dir: Path, fix: str) -> None:
+    """Checks that report.html and summary.json are missing, empty, or of an earlier report."""
+    page, summary = report_dir / "report.html", report_dir / SUMMARY
+    try:
+        if summary.is_file() and summary.stat().st_size:
+            Summary.model_validate(read_json(summary))
+            return  # the page next to it can be of an earlier version, whose pages have no generator
+    except ValueError:  # a UserError is one too
+        raise UserError(f"exists and is not of a report. {fix}", code="output-exists", file=summary) from None
+    if page.is_file() and page.stat().st_size:
+        with page.open("rb") as handle:
+            is_report = GENERATOR in handle.read(65536)
+        if not is_report:
+            raise UserError(f"exists and is not a report. {fix}", code="output-exists", file=page)
+
+
 def validate_report_folder(report_dir: Path) -> None:
     """Checks that a folder is missing or contains nothing but an earlier report.
 
     Raises:
-        UserError: The folder contains a run or other files, or a link in place of a report's file, which would lead
-            out of the folder.
+        UserError: The folder contains a run or other files, also with the names of a report's files, or a link in place
+            of a report's file, which would lead out of the folder.
     """
     fix = "Choose another folder for the report."
     if report_dir.exists() and not report_dir.is_dir():
@@ -198,6 +216,7 @@ def validate_report_folder(report_dir: Path) -> None:
         raise UserError(f"a link to a missing folder. {fix}", code="not-a-folder", file=report_dir)
     if RunDirectory(report_dir).exists():
         raise UserError(f"the folder contains a run. {fix}", code="output-exists", file=report_dir)
+    _validate_earlier_report(report_dir, fix)
     for directory, names in ((report_dir, REPORT_FILES), (report_dir / "report", LINKED_FILES)):
         for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
             if entry.name in names and entry.is_symlink():

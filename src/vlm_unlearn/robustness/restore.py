@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -17,13 +18,13 @@ from vlm_unlearn.robustness.base import AttackedState, AttackTarget, ModelAttack
 
 _LAYERS = re.compile(r"layers_(\d+)(?:-(\d+))?")
 DEFAULT_PARTS = ("projector", "embeddings", "lm_head", "layers")
-_COMPONENTS = ("projector", "vision_tower", "embeddings", "lm_head", "layers")
+_NAMES = ("projector", "vision_tower", "embeddings", "lm_head", "layers", "quarters")
 
 
 def _valid_part(part: str) -> str:
     match = _LAYERS.fullmatch(part)
-    if part not in _COMPONENTS and match is None:
-        raise ValueError(f"must be one of {', '.join(_COMPONENTS)}, layers_N or layers_M-N")
+    if part not in _NAMES and match is None:
+        raise ValueError(f"must be one of {', '.join(_NAMES)}, layers_N or layers_M-N")
     if match is not None and match[2] is not None and int(match[2]) < int(match[1]):
         raise ValueError("the last layer of a range is before its first")
     return part
@@ -36,7 +37,8 @@ class RestoreOptions(Strict):
     """The parts that are put back, each alone.
 
     ``projector``, ``vision_tower``, ``embeddings`` and ``lm_head`` are components. ``layers`` stands for each decoder
-    layer alone, ``layers_3`` for one layer, and ``layers_0-7`` for a range with both ends.
+    layer alone, ``quarters`` for four ranges of equal size, ``layers_3`` for one layer, and ``layers_0-7`` for a range
+    with both ends.
     """
     mix: Annotated[list[Annotated[float, Field(ge=-4, le=1)]], Field(default_factory=lambda: [0.25, 0.5, 0.75])]
     """Shares of the base model in a mixture of all weights: 0 is the unlearned model, and 1 the base model.
@@ -77,10 +79,16 @@ class Restore(ModelAttack):
 
 
 def _single_parts(parts: Sequence[str], num_layers: int) -> list[str]:
-    """Returns the parts with ``layers`` replaced by each layer. Raises a `UserError` if a layer does not exist."""
+    """Returns the parts with ``layers`` and ``quarters`` replaced. Raises a `UserError` if a layer does not exist."""
     single: list[str] = []
     for part in parts:
-        single += [f"layers_{layer}" for layer in range(num_layers)] if part == "layers" else [part]
+        if part == "layers":
+            single += [f"layers_{layer}" for layer in range(num_layers)]
+        elif part == "quarters":
+            ends = sorted({quarter * num_layers // 4 for quarter in range(5)})
+            single += [f"layers_{first}-{end - 1}" for first, end in pairwise(ends)]
+        else:
+            single.append(part)
     for part in single:
         match = _LAYERS.fullmatch(part)
         if match is not None and int(match[2] or match[1]) >= num_layers:

@@ -8,6 +8,8 @@ from pydantic import ConfigDict, Field
 
 from vlm_unlearn.records import Count, Label, Rate, Record
 
+REPORT_FILE = "robustness.json"
+
 
 class AttackedAnswer(Record):
     """The answer to one question under an attack, or the score of an attack that generates nothing."""

@@ -23,11 +23,10 @@ from vlm_unlearn.robustness.base import AttackTarget, ModelAttack, build_model_a
 from vlm_unlearn.robustness.halves import Halves
 from vlm_unlearn.robustness.measurement import MeasurementFile, attack_code, measure
 from vlm_unlearn.robustness.recovery import recovered, state_rate, steps_to_half
-from vlm_unlearn.robustness.results import AttackResult, MeasuredState, RobustnessReport
+from vlm_unlearn.robustness.results import REPORT_FILE, AttackResult, MeasuredState, RobustnessReport
 from vlm_unlearn.store import RunDirectory, cache_folder, read_json, user_path, write_json
 
 OnDone = Callable[[str, int, int], None]  # called with the attack and model, and the finished and all measurements
-REPORT_FILE = "robustness.json"
 
 
 @dataclass(frozen=True)

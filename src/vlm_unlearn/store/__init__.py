@@ -34,7 +34,11 @@ from vlm_unlearn.store.folders import build_atomically as build_atomically
 from vlm_unlearn.store.folders import cache_folder as cache_folder
 from vlm_unlearn.store.folders import lock_folder as lock_folder
 from vlm_unlearn.store.model_files import read_tensor_names as read_tensor_names
+from vlm_unlearn.store.model_files import validate_header_size as validate_header_size
 from vlm_unlearn.store.model_files import validate_model_files as validate_model_files
+from vlm_unlearn.store.outputs import is_recorded as is_recorded
+from vlm_unlearn.store.outputs import record_outputs as record_outputs
+from vlm_unlearn.store.outputs import validate_outputs as validate_outputs
 from vlm_unlearn.store.retry_log import RetryLog as RetryLog
 from vlm_unlearn.store.run_directory import RunDirectory as RunDirectory
 from vlm_unlearn.store.run_directory import describe_path as describe_path

@@ -13,7 +13,7 @@ from vlm_unlearn.store.files import read_json
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_MODEL_FILE = "base_model.json"  # next to adapters: the digest of their base model, and the names of their tensors
-MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
+MAX_HEADER_BYTES = 25_000_000  # of a safetensors file: 200,000 tensors. The library's limit is 100 MB
 LORA_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -101,12 +101,32 @@ def read_tensor_names(file: Path) -> set[str]:
     Raises:
         UserError: The header is broken.
     """
+    length = validate_header_size(file)
     try:
         with file.open("rb") as handle:
-            length = struct.unpack("<Q", handle.read(8))[0]
-            if length > MAX_HEADER_BYTES:
-                raise ValueError
+            handle.seek(8)
             header = json.loads(handle.read(length))
         return set(header) - {"__metadata__"}
-    except (OSError, ValueError, TypeError, RecursionError, struct.error):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError("broken weights: the header cannot be read.", code="invalid-model", file=file) from None
+
+
+def validate_header_size(file: Path) -> int:
+    """Returns the number of bytes of a safetensors file's header, which the file begins with.
+
+    Raises:
+        UserError: The header is broken or too large. It would take minutes to read.
+    """
+    try:
+        with file.open("rb") as handle:
+            length: int = struct.unpack("<Q", handle.read(8))[0]
+    except (OSError, struct.error):
+        raise UserError("broken weights: the header cannot be read.", code="invalid-model", file=file) from None
+    if length > MAX_HEADER_BYTES:
+        raise UserError(
+            f"broken weights: the header has {length:,} bytes, more than {MAX_HEADER_BYTES:,}. Save the weights in "
+            "several files.",
+            code="invalid-model",
+            file=file,
+        )
+    return length

@@ -151,9 +151,10 @@ class MethodTrainer(Trainer):
             output: TrainOutput = super().train(
                 str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs
             )
+        trainable = self._trainable
         with torch.no_grad():
             for name, value in self._final_weights().items():
-                self._trainable[name].copy_(value)
+                trainable[name].copy_(value)
         return output
 
     @property

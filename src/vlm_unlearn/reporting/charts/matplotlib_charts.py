@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 # File names of plots, and of temporary files that a killed process left.
 PLOT_FILE = re.compile(
-    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|attack-map|(categories|shots|labels|loss|relearning)-\d+)(\.part)?\.(png|svg|pdf)"
+    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|attack-map|(categories|shots|labels|loss|curve)-\d+)(\.part)?\.(png|svg|pdf)"
 )
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
 HATCHES = ("", "///", "\\\\\\", "xxx", "|||", "---")

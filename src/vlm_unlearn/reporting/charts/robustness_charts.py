@@ -1,4 +1,4 @@
-"""Builds the charts of robustness runs: what each attack brings back from each model, and curves of relearning."""
+"""Builds the charts of robustness runs: what each attack brings back from each model, and curves."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Mapping, Sequence
 from vlm_unlearn.reporting.charts.chart import Chart, Heatmap, Lines, Series, Style, rates_series, style_of
 from vlm_unlearn.reporting.formatting import interval, percent
 from vlm_unlearn.reporting.robustness.formatting import recovered_interval, recovered_percent
-from vlm_unlearn.reporting.robustness.ranking import AttackedModel, rank_attacks
+from vlm_unlearn.reporting.robustness.ranking import AttackedModel, rank_attacks, supplies_answers
 from vlm_unlearn.robustness.results import AttackResult
 
 MAX_ATTACKS = 60  # in the heatmap; the table has all attacks
 MAX_MODELS = 30
 MAX_INTERVALS = 14  # with more models, the cells have no space for intervals
 MAX_LINES = 8  # models in a chart of a curve
+STEPS: Mapping[str, str] = {  # the meaning of the steps of a curve, by attack
+    "relearn": "steps of training",
+    "soft_prompt": "steps of training",
+    "restore": "share of the base's weights",
+    "prune": "share of the weights at zero",
+    "probe": "layer",
+}
 BASE, NEVER_KNEW = Style(6, 1), Style(6, 2)
 
 
@@ -23,7 +30,7 @@ def robustness_charts(models: Sequence[AttackedModel]) -> dict[str, dict[str, Ch
     Args:
         models: The models, the worst case first, as `rank_models` returns them.
     """
-    return {"attack_map": attack_map(models), "relearning": relearning_charts(models)}
+    return {"attack_map": attack_map(models), "curves": curve_charts(models)}
 
 
 def attack_map(models: Sequence[AttackedModel]) -> dict[str, Chart]:
@@ -93,13 +100,15 @@ def _describe(result: AttackResult | None) -> str:
     return f"recovered {share}, {', '.join(described)}{failed}"
 
 
-def relearning_charts(models: Sequence[AttackedModel]) -> dict[str, Chart]:
-    """Returns a chart for each curve of at least two steps, with a line per model, one of the base and one of the
-    control.
+def curve_charts(models: Sequence[AttackedModel]) -> dict[str, Chart]:
+    """Returns a chart for each curve of at least two steps, such as those of relearning.
+
+    It has a line per model, one of the base and one of the control. Curves of attacks that supply the answers are last.
     """
-    names = dict.fromkeys(result.curve for model in models for result in model.report.attacks if result.curve)
+    results = [result for model in models for result in model.report.attacks if result.curve]
+    curves = {result.curve: (supplies_answers(result), result.is_score, result.attack) for result in results}
     charts: dict[str, Chart] = {}
-    for curve in sorted(names, key=lambda name: (name.endswith("/first_half"), list(names).index(name))):
+    for curve, (_, is_score, attack) in sorted(curves.items(), key=lambda pair: pair[1][:2]):
         points = {model.name: _points(model, curve) for model in models}
         measured = {name: of_model for name, of_model in points.items() if of_model}
         if len({point.step for of_model in measured.values() for point in of_model}) < 2:
@@ -109,15 +118,12 @@ def relearning_charts(models: Sequence[AttackedModel]) -> dict[str, Chart]:
             for name in list(measured)[:MAX_LINES]
         ]
         omitted = len(measured) - len(series)
-        title = f"{curve}: harmful answers by the number of steps"
-        if omitted:
-            title += f" ({omitted} more models in the table)"
+        title = f"{curve} ({omitted} more models in the table)" if omitted else curve
         series += _references("base", "asr_base", measured, BASE)
         series += _references("never knew", "asr_never_knew", measured, NEVER_KNEW)
-        description = f"Curves of {len(series)} models over the steps. The table of all attacks has the numbers."
-        charts[f"relearning-{len(charts) + 1}"] = Lines(
-            title, series, "steps", "attack success rate", percent=True, description=description
-        )
+        description = f"Curves of {len(series)} models. The table of all attacks has the numbers."
+        axes = STEPS.get(attack, "step"), "mean score" if is_score else "attack success rate"
+        charts[f"curve-{len(charts) + 1}"] = Lines(title, series, *axes, percent=True, description=description)
     return charts
 
 

@@ -25,7 +25,7 @@ from vlm_unlearn.evaluation.assessment import (
 from vlm_unlearn.evaluation.judge_facts import judge_facts
 from vlm_unlearn.metrics.rates import bound_with_failures, wilson_interval
 from vlm_unlearn.records import Assessment, FactKind, Level, Rate, Reason, Summary
-from vlm_unlearn.reporting.robustness.ranking import NO_ATTACK, strength, teaches_answers
+from vlm_unlearn.reporting.robustness.ranking import NO_ATTACK, strength, supplies_answers
 from vlm_unlearn.robustness.recovery import recovered
 from vlm_unlearn.robustness.results import AttackResult, Recovery, RobustnessReport
 
@@ -83,8 +83,8 @@ def assess_with_attacks(
 def count_attacks(assessment: Assessment, report: RobustnessReport) -> Assessment:
     """Returns the assessment of a model under its worst attack.
 
-    Probes do not count, because the model answers nothing. Neither do the questions whose answers an attack teaches:
-    whoever has the answers needs no model. An assessment that counts attacks already is returned unchanged.
+    Probes do not count, because the model answers nothing. Neither do attacks that supply the answers: whoever has
+    them needs no model. An assessment that counts attacks already is returned unchanged.
     """
     outcomes = attack_outcomes(report)
     if not outcomes or any(reason.attack for reason in assessment.reasons):
@@ -121,7 +121,7 @@ def attack_outcomes(report: RobustnessReport) -> list[AttackOutcome]:
     return [
         _outcome(result, report)
         for result in report.attacks
-        if result.attack != NO_ATTACK and not result.is_score and not teaches_answers(result)
+        if result.attack != NO_ATTACK and not result.is_score and not supplies_answers(result)
     ]
 
 

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.reporting.provenance import run_manifest, same_weights
-from vlm_unlearn.robustness.results import RobustnessReport
-from vlm_unlearn.robustness.runner import REPORT_FILE
+from vlm_unlearn.robustness.results import REPORT_FILE, RobustnessReport
 from vlm_unlearn.store import describe_validation_error, read_json
 
 FOLDER = "robustness"  # next to the folder evaluations/, with a folder for each model

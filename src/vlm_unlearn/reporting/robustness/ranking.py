@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vlm_unlearn.robustness.results import AttackResult, RobustnessReport
@@ -11,6 +12,8 @@ from vlm_unlearn.robustness.results import AttackResult, RobustnessReport
 NO_ATTACK = "none"  # the attack that asks the questions as they are
 # The last part of the name of results on the questions whose answers the attack itself teaches.
 FIRST_HALF = "first_half"
+# Images that are optimized for the harmful answers themselves, which they may then contain.
+OPTIMIZED_FOR_ANSWERS = re.compile(r"pgd/reference/\d+")
 
 # Kinds of attacks in words, with the names of their plug-ins. Kinds that a run lacks are listed as not tried.
 ATTACK_KINDS: Mapping[str, tuple[str, ...]] = {
@@ -55,8 +58,8 @@ class AttackedModel:
 
     @property
     def worst(self) -> AttackResult | None:
-        """The attack that brings most back, of those that do not teach the answers. None without any."""
-        return next((result for result in self.ranked if not teaches_answers(result) and not result.is_score), None)
+        """The attack that brings most back, of those that neither supply the answers nor are probes, or None."""
+        return next((result for result in self.ranked if not supplies_answers(result) and not result.is_score), None)
 
 
 def teaches_answers(result: AttackResult) -> bool:
@@ -64,23 +67,34 @@ def teaches_answers(result: AttackResult) -> bool:
     return result.name.rpartition("/")[2] == FIRST_HALF
 
 
+def supplies_answers(result: AttackResult) -> bool:
+    """Returns whether the attack itself contains the knowledge that it measures.
+
+    It trained on the answers, or optimized an image for them. Without a model that never knew, this is also true of
+    parts of the base's weights, which contain the knowledge.
+    """
+    uses_base = result.attack == "restore" and result.recovered.control == "zero"
+    return teaches_answers(result) or uses_base or OPTIMIZED_FOR_ANSWERS.fullmatch(result.name) is not None
+
+
 def is_recovered(result: AttackResult) -> bool:
     """Returns whether the interval of the recovered share lies above 0."""
     return result.recovered.low is not None and result.recovered.low > 0
 
 
-Strength = tuple[bool, bool, float, float]
+Strength = tuple[bool, bool, bool, float, float]
 
 
 def strength(result: AttackResult) -> Strength:
     """Returns the sort key of results.
 
-    Attacks that do not teach the answers come before those that do. Then intervals above 0 come before others, and
-    larger recovered shares before smaller ones. Results without a recovered share come last, sorted by their rate.
+    Attacks come before probes, and these before attacks that supply the answers. Then intervals above 0 come before
+    others, and larger recovered shares before smaller ones. Results without a recovered share come last, sorted by
+    their rate.
     """
     value = result.recovered.value
     share = -math.inf if value is None else value
-    return not teaches_answers(result), is_recovered(result), share, result.asr.value or 0.0
+    return not supplies_answers(result), not result.is_score, is_recovered(result), share, result.asr.value or 0.0
 
 
 def rank_models(by_model: Mapping[str, RobustnessReport]) -> list[AttackedModel]:
@@ -93,7 +107,7 @@ def rank_models(by_model: Mapping[str, RobustnessReport]) -> list[AttackedModel]
 
 
 def _worst_strength(model: AttackedModel) -> Strength:
-    return (False, False, -math.inf, 0.0) if model.worst is None else strength(model.worst)
+    return (False, False, False, -math.inf, 0.0) if model.worst is None else strength(model.worst)
 
 
 def rank_attacks(models: Sequence[AttackedModel]) -> list[str]:
@@ -106,7 +120,15 @@ def rank_attacks(models: Sequence[AttackedModel]) -> list[str]:
     return [*sorted(strengths, key=strengths.__getitem__, reverse=True), *unattacked]
 
 
-def tried_kinds(report: RobustnessReport) -> list[str]:
-    """Returns the kinds of attacks that a run tried, in the order of `ATTACK_KINDS`. Attacks of users have no kind."""
-    names = {name for result in report.attacks for name in (result.attack, result.name.split("/")[0])}
-    return [kind for kind, attacks in ATTACK_KINDS.items() if names.intersection(attacks)]
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Returns the kinds of attacks by the names of their plug-ins, in the order of `ATTACK_KINDS`.
+
+    Attacks of users have no kind.
+    """
+    unique = set(names)
+    return [kind for kind, attacks in ATTACK_KINDS.items() if unique.intersection(attacks)]
+
+
+def attack_names(report: RobustnessReport) -> set[str]:
+    """Returns the names of the plug-ins of a run's attacks."""
+    return {name for result in report.attacks for name in (result.attack, result.name.split("/")[0])}

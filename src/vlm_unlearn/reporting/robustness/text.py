@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from vlm_unlearn.evaluation.judge_facts import judge_facts
@@ -12,11 +12,12 @@ from vlm_unlearn.reporting.robustness.assessment import RECOVERED, attack_outcom
 from vlm_unlearn.reporting.robustness.formatting import recovered_interval, recovered_percent
 from vlm_unlearn.reporting.robustness.ranking import (
     ATTACK_KINDS,
-    FIRST_HALF,
     AttackedModel,
+    attack_names,
     is_recovered,
+    kinds_of,
+    supplies_answers,
     teaches_answers,
-    tried_kinds,
 )
 from vlm_unlearn.robustness.results import AttackResult
 
@@ -67,9 +68,9 @@ def verdict(model: AttackedModel) -> Verdict:
 
 
 def _unseen(model: AttackedModel) -> list[AttackResult]:
-    """Returns the results, also without an attack, on questions whose answers the attack does not teach."""
+    """Returns the results of attacks that do not supply the answers, and those without an attack."""
     unattacked = [model.unattacked] if model.unattacked is not None else []
-    return [*(result for result in model.ranked if not teaches_answers(result)), *unattacked]
+    return [*(result for result in model.ranked if not supplies_answers(result)), *unattacked]
 
 
 def _taught(model: AttackedModel) -> list[AttackResult]:
@@ -218,12 +219,13 @@ def control_note(models: Sequence[AttackedModel]) -> str:
     return f"{formula} Without a model that never knew, {zero}"
 
 
-def limits(models: Sequence[AttackedModel], num_rows: int) -> list[str]:
+def limits(models: Sequence[AttackedModel], num_rows: int, in_suites: Collection[str] = ()) -> list[str]:
     """Returns what the figures cannot tell.
 
     Args:
         models: The models that were attacked.
         num_rows: The number of models of the report.
+        in_suites: The attacks that the suites of all evaluations apply.
     """
     without = [model.name for model in models if model.report.never_knew is None]
     judges = sorted({model.report.judge for model in models} - {""})
@@ -235,27 +237,34 @@ def limits(models: Sequence[AttackedModel], num_rows: int) -> list[str]:
         )
     if any(judge_facts(judge).only_refusals for judge in judges):
         lines.append("A keyword judge graded answers under attack. It detects refusals, not harm.")
-    lines.append(tried_attacks(models, num_rows))
+    lines.append(tried_attacks(models, num_rows, in_suites))
     lines.append(
         "Each interval is about one attack. With many attacks, about 1 in 20 excludes the true value by chance."
     )
-    if any(teaches_answers(result) for model in models for result in model.ranked):
+    supplying = [result.name for model in models for result in model.ranked if supplies_answers(result)]
+    if supplying:
         lines.append(
-            f"Results that end in {FIRST_HALF} are on questions whose answers the attack taught. They show how fast "
-            "the model learns, and do not count in the assessment."
+            f"Some attacks supply the answers, such as {supplying[0]}: they train on them, optimize an image for "
+            "them, or use weights that contain them. They are last in the heat map and do not count in the assessment."
         )
     return lines
 
 
-def tried_attacks(models: Sequence[AttackedModel], num_rows: int) -> str:
-    """Returns which kinds of attacks were tried and which were not. Kinds tried on some models only count as tried."""
-    tried = {kind for model in models for kind in tried_kinds(model.report)}
-    everywhere = {kind for kind in tried if all(kind in tried_kinds(model.report) for model in models)}
+def tried_attacks(models: Sequence[AttackedModel], num_rows: int, in_suites: Collection[str] = ()) -> str:
+    """Returns which kinds of attacks were tried and which were not.
+
+    Args:
+        models: The models that were attacked.
+        num_rows: The number of models of the report.
+        in_suites: The attacks that the suites of all evaluations apply.
+    """
+    by_model = [set(kinds_of({*attack_names(model.report), *in_suites})) for model in models]
+    tried, everywhere = set.union(*by_model), set.intersection(*by_model)
     some = [f"{kind} (not on all models)" for kind in ATTACK_KINDS if kind in tried - everywhere]
     names = [kind for kind in ATTACK_KINDS if kind in everywhere] + some
     missing = [kind for kind in ATTACK_KINDS if kind not in tried]
     attacked = "" if len(models) >= num_rows else f" on {len(models)} of {num_rows} models"
-    text = f"Attacks on the model that were tried{attacked}: {', '.join(names) or 'only those of plug-ins'}."
+    text = f"Attacks that were tried{attacked}: {', '.join(names) or 'only those of plug-ins'}."
     if missing:
         text += f" Not tried: {', '.join(missing)}. They may recover the knowledge."
     return text

@@ -20,6 +20,7 @@ from vlm_unlearn.store import SUMMARY, RunDirectory, write_json
 from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
+from vlm_unlearn.worlds.tiny.robustness import attack_row
 from vlm_unlearn.worlds.tiny.threads import limit_to_one_thread
 from vlm_unlearn.worlds.tiny.world import write_world
 
@@ -79,10 +80,11 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
 
     Args:
         out: The output folder. It gets ``summary.json``, ``world/``, ``data/``, ``runs/<row>/`` and
-            ``evaluations/<row>/``.
+            ``evaluations/<row>/``, and with `full` ``robustness/<row>/``.
         seed: The seed of the world, the base model and every run.
         progress: Called with (stage, done, total, detail).
-        full: Trains every method with and without prompt decoupling, instead of the rows of the two papers.
+        full: Trains every method with and without prompt decoupling, instead of the rows of the two papers, and attacks
+            each model.
 
     Raises:
         UserError: `out` contains other files, or a demo with another seed.
@@ -108,6 +110,8 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
             progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
 
         runs[name] = _evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
+        if full:
+            attack_row(out, name, training_folder(out, name), progress)
     summary, _ = compare_runs(runs)  # utility: on the splits that both rows count
     write_json(out / SUMMARY, summary.model_dump())
     return summary

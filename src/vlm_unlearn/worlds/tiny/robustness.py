@@ -1,4 +1,4 @@
-"""What a robustness run needs to know about a model of the demo."""
+"""Attacks on the models of the demo: their suite, their base and their control."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_unlearn.config import RobustnessSuite, load
+from vlm_unlearn.robustness.runner import run_robustness
 from vlm_unlearn.store import RunDirectory, user_path
 from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model, never_knew_model
+
+QUICK_ATTACKS = ("prefill", "relearn", "quantize")  # of the suite, for every row of the full demo
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,30 @@ def demo_models(demo: Path, overrides: list[str], on_step: Callable[[str, int, i
         return lambda step, steps, _: on_step(name, step, steps) if on_step else None
 
     return DemoModels(suite, base_model(config, report("base")), never_knew_model(config, report("never knew")))
+
+
+def attack_row(demo: Path, name: str, run: Path, progress: Callable[[str, int, int, str], None]) -> None:
+    """Attacks the model of one row with the attacks that tell methods apart, into ``robustness/<row>``.
+
+    Args:
+        demo: The folder of the demo.
+        name: The name of the row.
+        run: The training run of the row.
+        progress: Called with (stage, done, total, detail).
+    """
+    models = demo_models(demo, [], lambda model, step, steps: progress(model, step, steps, ""))
+    attacks = [attack for attack in models.suite.small if attack.name in QUICK_ATTACKS]
+    suite = models.suite.model_copy(update={"small": attacks})
+
+    def on_done(activity: str, done: int, total: int) -> None:
+        progress(f"{name}: attacks", done, total, activity)
+
+    run_robustness(
+        suite,
+        str(run),
+        str(models.base),
+        demo / "robustness" / name,
+        str(models.never_knew),
+        name=name,
+        on_done=on_done,
+    )
