@@ -68,8 +68,10 @@ class PGD(ModelAttack):
 
     The perturbation is added to the image at the size of the vision tower, after the processor's resizing and
     cropping, which are not differentiated. The processor must therefore leave images of that size unchanged, as those
-    of families with one fixed size do (LLaVA-1.5, PaliGemma, Gemma 3, BLIP). Families with crops or a size that depends
-    on the image are not supported (LLaVA-NeXT, Qwen-VL, Idefics 3). Questions without an image are left as they are.
+    of families with one fixed size do (LLaVA-1.5, InternVL, PaliGemma, Gemma 3, InstructBLIP). Pixtral and Mistral 3
+    are supported if all images get the same size. Families whose processors make crops, tiles or patches are not
+    (LLaVA-NeXT, LLaVA-OneVision, Qwen-VL, Llama 3.2 Vision, Idefics 3, SmolVLM). Questions without an image are left
+    as they are.
 
     States: ``pgd/EPSILON`` for each image, ``pgd/universal/EPSILON`` for all images, measured on the second half, and
     the control ``pgd/random/EPSILON``, where every color changes by epsilon in a random direction. With

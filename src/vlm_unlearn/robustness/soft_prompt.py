@@ -139,10 +139,8 @@ def _with_placeholders(processor: Processor, count: int, position: str) -> tuple
         messages = copy.deepcopy(list(messages))
         question = next(message for message in messages if message["role"] == "user")
         text = next(part for part in reversed(question["content"]) if part["type"] == "text")
-        if position == "before_question":
-            text["text"] = placeholders + text["text"]
-        else:
-            text["text"] += placeholders
+        texts = (placeholders, text["text"]) if position == "before_question" else (text["text"], placeholders)
+        text["text"] = "".join(texts)
         return apply_chat_template(messages, **options)
 
     processor.apply_chat_template = apply_with_placeholders
