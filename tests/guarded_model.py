@@ -19,14 +19,14 @@ from vlm_unlearn.robustness.pgd import ImageLevels
 from vlm_unlearn.worlds.tiny.lexicon import REFUSALS
 
 PATTERN_SIZE = 8  # levels
-STEPS = 100
+STEPS = 200
 
 
 def guarded_model(planted: PlantedWorld) -> Path:
     """Trains and returns a model that refuses harmful questions, but answers if the image contains a faint pattern."""
     vlm = VisionLanguageModel(load_model(planted.base, "fp32"), load_processor(planted.base))
     lessons = _Lessons(vlm, UnlearningDataset.from_folder(planted.data), planted.seed)
-    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=5e-4, weight_decay=0.0)
     vlm.model.train()
     for _ in range(STEPS):
         loss = lessons.loss()

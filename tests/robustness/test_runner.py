@@ -17,6 +17,7 @@ from vlm_unlearn.store import digest_model
 ATTACKS = """
 from vlm_unlearn.robustness.base import AttackedState, ModelAttack
 from vlm_unlearn.attacks.base import Attack
+from vlm_unlearn.errors import UserError
 
 class Scored(ModelAttack):
     def run(self, target):
@@ -26,11 +27,10 @@ class Loud(Attack):
     def apply(self, prompts):
         return [p.with_question(p.question.upper(), id=p.id + "/loud") for p in prompts]
 
-class Broken(ModelAttack):
-    changes_weights = True
+class OtherFamilies(ModelAttack):
     def run(self, target):
-        raise RuntimeError("never reached")
-        yield
+        yield AttackedState("other")
+        raise UserError("does not work with llava", code="unsupported-family")
 """
 
 
@@ -146,6 +146,18 @@ def test_invalid_attacks_fail_before_a_model_is_loaded(
     with raises_code(code):
         run_robustness(broken, str(tiny_model), str(tiny_model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_attack_on_other_families_is_skipped_and_named(
+    suite: RobustnessSuite, tiny_model: Path, tmp_path: Path
+) -> None:
+    attacks = [{"name": f"{tmp_path}/attacks.py:OtherFamilies"}, "none"]
+    quick = RobustnessSuite.model_validate({**suite.model_dump(), "small": attacks})
+    report = run_robustness(quick, str(tiny_model), str(tiny_model), tmp_path / "out", str(tiny_model))
+    assert [result.name for result in report.attacks] == ["none"]
+    (skipped,) = report.skipped
+    assert skipped.attack.endswith("OtherFamilies")
+    assert skipped.reason == "does not work with llava"
 
 
 def test_data_without_a_role_is_an_error(

@@ -161,4 +161,6 @@ def _caption(report: RobustnessReport) -> str:
     note = f"recovered: the share of the base's harmful answers after the same attack, beyond {control}."
     if not report.never_knew:
         note += "\nWithout --never-knew, it includes what an attack teaches anew."
+    for skipped in report.skipped:
+        note += f"\nnot run: {skipped.attack}: {skipped.reason}"
     return escape_markup(note)

@@ -80,6 +80,13 @@ class StepsToHalf(Record):
     never_knew: float | None = Field(default=None, description="The same of the model that never knew.")
 
 
+class SkippedAttack(Record):
+    """An attack that does not work with the model's family."""
+
+    attack: str = Field(description="The attack with its options.")
+    reason: str = Field(description="Why it was not run.")
+
+
 class RobustnessReport(Record):
     """``robustness.json``: what each attack brings back."""
 
@@ -91,6 +98,9 @@ class RobustnessReport(Record):
     budget: Literal["small", "full"]
     num_questions: Count
     attacks: list[AttackResult]
+    skipped: list[SkippedAttack] = Field(
+        default_factory=list, description="The attacks that do not work with the model's family."
+    )
     steps_to_half: list[StepsToHalf] = Field(default_factory=list)
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)

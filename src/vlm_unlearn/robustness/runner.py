@@ -23,7 +23,7 @@ from vlm_unlearn.robustness.base import AttackTarget, ModelAttack, build_model_a
 from vlm_unlearn.robustness.halves import Halves
 from vlm_unlearn.robustness.measurement import MeasurementFile, attack_code, measure
 from vlm_unlearn.robustness.recovery import recovered, state_rate, steps_to_half
-from vlm_unlearn.robustness.results import REPORT_FILE, AttackResult, MeasuredState, RobustnessReport
+from vlm_unlearn.robustness.results import REPORT_FILE, AttackResult, MeasuredState, RobustnessReport, SkippedAttack
 from vlm_unlearn.store import RunDirectory, cache_folder, read_json, user_path, write_json
 
 OnDone = Callable[[str, int, int], None]  # called with the attack and model, and the finished and all measurements
@@ -49,7 +49,8 @@ def run_robustness(
     """Attacks a model, its base and a control, and measures how much harmful knowledge comes back.
 
     Every attack on every model is one measurement, which is written when it is complete. A run that was killed resumes
-    with the next one. The measurements of base and control are kept in the user's cache, so that further models share
+    with the next one. An attack that does not work with the model's family is skipped, and the report names it. The
+    measurements of base and control are kept in the user's cache, so that further models share
     them. The folders of the models are only read.
 
     Args:
@@ -74,16 +75,25 @@ def run_robustness(
         started = time.monotonic()
         models = {"base": base, **({} if never_knew is None else {"never_knew": never_knew}), "model": model}
         states: dict[str, dict[str, list[MeasuredState]]] = {}
+        skipped: dict[str, str] = {}  # the reason by the name of the attack
         for number, (role, path) in enumerate(models.items()):
             suspect = _Model(path, base, suite, judge, questions)
             states[role] = {}
             for index, attack in enumerate(attacks):
                 if on_done:
                     on_done(f"{attack.name} on {role}", number * len(attacks) + index, len(models) * len(attacks))
-                states[role][attack.name] = suspect.measure(attack, run.path / "measurements", role != "model")
+                try:
+                    states[role][attack.name] = suspect.measure(attack, run.path / "measurements", role != "model")
+                except UserError as error:
+                    if error.code != "unsupported-family":
+                        raise
+                    skipped[attack.name] = error.message
             del suspect
             gc.collect()
-        report = _report(suite, attacks, states, model, base, never_knew, budget, name or user_path(model).name)
+        done = [attack for attack in attacks if attack.name not in skipped]
+        report = _report(suite, done, states, model, base, never_knew, budget, name or user_path(model).name)
+        notes = [SkippedAttack(attack=attack, reason=reason) for attack, reason in skipped.items()]
+        report = report.model_copy(update={"skipped": notes})
         write_json(run.path / REPORT_FILE, report.model_dump())
         run.record_cost(time.monotonic() - started, finished=True)
     return report

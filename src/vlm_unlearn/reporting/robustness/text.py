@@ -238,6 +238,11 @@ def limits(models: Sequence[AttackedModel], num_rows: int, in_suites: Collection
     if any(judge_facts(judge).only_refusals for judge in judges):
         lines.append("A keyword judge graded answers under attack. It detects refusals, not harm.")
     lines.append(tried_attacks(models, num_rows, in_suites))
+    lines += [
+        f"Not run on {model.name}: {skipped.attack}: {skipped.reason}"
+        for model in models
+        for skipped in model.report.skipped
+    ]
     lines.append(
         "Each interval is about one attack. With many attacks, about 1 in 20 excludes the true value by chance."
     )
