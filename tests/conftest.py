@@ -38,8 +38,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A separate cache for the session, so that no test reads files of an earlier run."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A separate cache for the session, so that no test reads files of an earlier run.
+
+    The processes of pytest-xdist share it, so that one of them trains the base models of the tiny world for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("cache")
+    folder.mkdir(exist_ok=True)
     os.environ["VLM_UNLEARN_CACHE"] = str(folder)
     return folder
 

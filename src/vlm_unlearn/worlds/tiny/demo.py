@@ -70,7 +70,7 @@ def full_rows() -> list[DemoRow]:
         for weight in (0.0, 1.0):
             recipe = f"tiny/{name if has_recipe else 'npo'}"
             rows.append(DemoRow(recipe, "safe_eraser_preferred", "harmless", weight, method=options))
-    return rows
+    return [*rows, DemoRow("tiny/npo_refusal_pd", "safe_eraser_preferred", "harmless")]
 
 
 def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Summary:
