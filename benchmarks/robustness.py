@@ -10,12 +10,13 @@ harmful answers of the seeds, in percent. Where an attack has several variants, 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from speed import markdown
 
-from vlm_unlearn.robustness.results import REPORT_FILE, RobustnessReport
+from vlm_unlearn.records import Rate
+from vlm_unlearn.robustness.results import REPORT_FILE, AttackResult, RobustnessReport
 from vlm_unlearn.store import read_json
 
 COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers and controls are left out
@@ -36,13 +37,17 @@ COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers
 }
 
 
-def strongest(report: RobustnessReport, beginnings: Sequence[str], control: bool = False) -> float | None:
+def strongest(
+    report: RobustnessReport,
+    beginnings: Sequence[str],
+    rate_of: Callable[[AttackResult], Rate | None] = lambda result: result.asr,
+) -> float | None:
     """Returns the highest rate of an attack's variants, or None if it was not measured."""
     values = []
     for result in report.attacks:
         if not result.name.startswith(tuple(beginnings)) or result.name.endswith("/first_half"):
             continue
-        rate = result.asr_never_knew if control else result.asr
+        rate = rate_of(result)
         if rate is not None and rate.value is not None:
             values.append(rate.value)
     return max(values, default=None)
@@ -72,11 +77,17 @@ def table(folders: Sequence[Path]) -> str:
     for name in names:
         cells = [format_range([strongest(models[name], starts) for models in reports]) for starts in columns.values()]
         lines.append([f"`{name}`", *cells])
-    controls = [
-        format_range([strongest(next(iter(models.values())), starts, control=True) for models in reports])
-        for starts in columns.values()
-    ]
-    return markdown(["method", *columns], [*lines, ["never knew", *controls]])
+
+    def compared(heading: str, rate_of: Callable[[AttackResult], Rate | None]) -> list[str]:
+        any_reports = [next(iter(models.values())) for models in reports]  # all have the same base and control
+        ranges = [
+            format_range([strongest(report, starts, rate_of) for report in any_reports]) for starts in columns.values()
+        ]
+        return [heading, *ranges]
+
+    base = compared("`base`", lambda result: result.asr_base)
+    never_knew = compared("never knew", lambda result: result.asr_never_knew)
+    return markdown(["method", *columns], [base, *lines, never_knew])
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def _broken(origin: str, kind: str, error: BaseException) -> UserError:
     )
 
 
-METHODS: Registry[Any] = Registry("method", "vlm_unlearn.methods", support=("base",))
+METHODS: Registry[Any] = Registry("method", "vlm_unlearn.methods", support=("base", "refusals"))
 DEFENSES: Registry[Any] = Registry("defense", "vlm_unlearn.methods.wrappers", support=("base", "prompt_decouple"))
 JUDGES: Registry[Any] = Registry(
     "judge",

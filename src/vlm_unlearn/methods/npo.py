@@ -11,16 +11,15 @@ from vlm_unlearn.losses import npo_loss, npo_retain_loss
 from vlm_unlearn.methods.base import (
     ForwardRequirements,
     LossOutput,
-    Method,
     NonNegative,
-    Options,
     ReferenceNLL,
     Step,
     register,
 )
+from vlm_unlearn.methods.refusals import RefusalMethod, RefusalOptions
 
 
-class NPOOptions(Options):
+class NPOOptions(RefusalOptions):
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Inverse temperature. With a larger value, the gradient vanishes at a smaller gap to the reference model."""
     forget_weight: NonNegative = 1.0
@@ -31,8 +30,6 @@ class NPOOptions(Options):
     """Weight of the cross-entropy on retain answers."""
     reduction: Literal["mean", "sum"] = "mean"
     """How the NLL of a sample is computed: token mean, or sequence sum as in the NPO paper."""
-    refusal_weight: NonNegative = 0.0
-    """Weight of the cross-entropy on a random refusal to each forget question, as in `po`. 0 trains no refusals."""
 
 
 @register(
@@ -40,7 +37,7 @@ class NPOOptions(Options):
     "Zhang et al. 2024, arXiv 2404.05868; Safety Mirage, arXiv 2503.11832; refusal_weight: SafeEraser's PO, "
     "arXiv 2502.12520",
 )
-class NPO(Method):
+class NPO(RefusalMethod):
     """Negative Preference Optimization (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
     Pushes the likelihood of the forget answers below that under the reference model. The gradient vanishes as the
@@ -49,22 +46,16 @@ class NPO(Method):
 
     NPO alone leaves open what the model answers instead, which is often a broken sentence. `refusal_weight` adds the
     refusals of SafeEraser's PO (arXiv 2502.12520): the loss is ``npo + refusal_weight * CE(refusal)``, with the refusal
-    that `po` would use at the same position of the stream.
+    that `po` would use at the same position of the stream. `simnpo` has the same option.
     """
 
     options_type = NPOOptions
-
-    def __init__(self, options: NPOOptions) -> None:
-        super().__init__(options)
-        if options.refusal_weight:
-            self.preferred_answers = "refusal"  # type: ignore[misc]
 
     @property
     def requirements(self) -> ForwardRequirements:
         forget, retain = ReferenceNLL("forget"), ReferenceNLL("retain")
         return ForwardRequirements(
-            roles=("forget", "preferred", "retain") if self.options.refusal_weight else ("forget", "retain"),
-            references=(forget, retain) if self.options.retain_npo_weight else (forget,),
+            roles=self.roles, references=(forget, retain) if self.options.retain_npo_weight else (forget,)
         )
 
     def loss(self, step: Step) -> LossOutput:
@@ -76,10 +67,7 @@ class NPO(Method):
         if options.retain_npo_weight:
             terms["retain_npo"] = npo_retain_loss(*self._current_and_reference_nll(step, "retain"), options.beta)
             total = total + options.retain_npo_weight * terms["retain_npo"]
-        if options.refusal_weight:
-            terms["refusal"] = step.cross_entropy("preferred")
-            total = total + options.refusal_weight * terms["refusal"]
-        return LossOutput(total, terms)
+        return self.with_refusals(step, total, terms)
 
     def _current_and_reference_nll(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options

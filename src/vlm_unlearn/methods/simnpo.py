@@ -7,10 +7,11 @@ from typing import Annotated
 from pydantic import Field
 
 from vlm_unlearn.losses import simnpo_loss
-from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, Step, register
+from vlm_unlearn.methods.base import ForwardRequirements, LossOutput, NonNegative, Step, register
+from vlm_unlearn.methods.refusals import RefusalMethod, RefusalOptions
 
 
-class SimNPOOptions(Options):
+class SimNPOOptions(RefusalOptions):
     beta: Annotated[float, Field(gt=0)] = 2.5
     """Inverse temperature of the forget term."""
     gamma: NonNegative = 0.0
@@ -21,16 +22,22 @@ class SimNPOOptions(Options):
     """Weight of the cross-entropy on retain answers."""
 
 
-@register("simnpo", "Fan et al. 2024, arXiv 2410.07163")
-class SimNPO(Method):
-    """SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 6): NPO on token means, without a reference model."""
+@register("simnpo", "Fan et al. 2024, arXiv 2410.07163; refusal_weight: SafeEraser's PO, arXiv 2502.12520")
+class SimNPO(RefusalMethod):
+    """SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 6): NPO on token means, without a reference model.
+
+    `refusal_weight` adds the refusals of SafeEraser's PO (arXiv 2502.12520) to the loss, as in `npo`.
+    """
 
     options_type = SimNPOOptions
+
+    @property
+    def requirements(self) -> ForwardRequirements:
+        return ForwardRequirements(roles=self.roles)
 
     def loss(self, step: Step) -> LossOutput:
         options: SimNPOOptions = self.options
         forget = simnpo_loss(step.nll("forget"), options.beta, options.gamma)
         retain = step.cross_entropy("retain")
-        return LossOutput(
-            options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain}
-        )
+        total = options.forget_weight * forget + options.retain_weight * retain
+        return self.with_refusals(step, total, {"forget": forget, "retain": retain})

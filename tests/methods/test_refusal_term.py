@@ -1,4 +1,4 @@
-"""NPO with a refusal term: the loss is NPO's plus PO's refusal term, in separate and in shared forward passes."""
+"""A refusal term: the loss is that of the method plus PO's refusal term, in separate and in shared forward passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import FrozenCopyReference
 
 NPO = {"name": "npo", "beta": 0.5}
-NPO_REFUSAL = {**NPO, "refusal_weight": 1.0}
+SIMNPO = {"name": "simnpo", "beta": 1.0}
+METHODS = pytest.mark.parametrize("method", [NPO, SIMNPO], ids=lambda method: method["name"])
+
+
+def with_refusals(method: dict[str, object], weight: float = 1.0) -> dict[str, object]:
+    return {**method, "refusal_weight": weight}
 
 
 def refusal_term(step: Step) -> LossOutput:
@@ -35,33 +40,35 @@ def run_step(scene: StepScene, share_images: bool) -> StepResult:
     return scene.step(batches, reference)
 
 
+@METHODS
 @pytest.mark.parametrize("weight", [0.0, 1.0], ids=["alone", "decoupled"])
 @pytest.mark.parametrize("share_images", [True, False], ids=["shared", "separate"])
-def test_loss_and_gradients_are_those_of_npo_plus_the_refusal_term_of_po(
-    tiny_model: Path, training_sets: dict[str, Path], share_images: bool, weight: float
+def test_loss_and_gradients_are_those_of_the_method_plus_the_refusal_term_of_po(
+    tiny_model: Path, training_sets: dict[str, Path], share_images: bool, weight: float, method: dict[str, object]
 ) -> None:
-    """The refusals are those of PO at the same positions of the stream. PO's retain term is a term of NPO already."""
+    """The refusals are those of PO at the same positions of the stream. PO's retain term is there already."""
     data = training_sets["safe_eraser"]
     po_scene = StepScene(tiny_model, data, "po")
     po_scene.method.loss = refusal_term  # type: ignore[method-assign]
-    both = run_step(StepScene(tiny_model, data, NPO_REFUSAL, weight), share_images)
-    npo = run_step(StepScene(tiny_model, data, NPO, weight), share_images)
+    both = run_step(StepScene(tiny_model, data, with_refusals(method), weight), share_images)
+    alone = run_step(StepScene(tiny_model, data, method, weight), share_images)
     refusal = run_step(po_scene, share_images)
-    assert both.terms == pytest.approx({**npo.terms, **refusal.terms}, rel=1e-4)
-    total = {name: gradient + refusal.gradients[name] for name, gradient in npo.gradients.items()}
+    assert both.terms == pytest.approx({**alone.terms, **refusal.terms}, rel=1e-4)
+    total = {name: gradient + refusal.gradients[name] for name, gradient in alone.gradients.items()}
     assert max_difference(both.gradients, total) < 1e-5
-    assert max_difference(both.gradients, npo.gradients) > 1e-3
+    assert max_difference(both.gradients, alone.gradients) > 1e-3
 
 
 def test_a_question_shares_its_image_with_its_refusal(tiny_model: Path, training_sets: dict[str, Path]) -> None:
-    scene = StepScene(tiny_model, training_sets["safe_eraser"], NPO_REFUSAL)
+    scene = StepScene(tiny_model, training_sets["safe_eraser"], with_refusals(NPO))
     batches = scene.micro_batches(rows=4)[0]
     merged = merge_batches([batches["forget"], batches["preferred"]])
     assert batches["forget"]["images"].equal(batches["preferred"]["images"])
     assert packing_of(VisionLanguageModel(scene.model), merged, scene.method) is not None
 
 
-def test_weight_zero_adds_no_role(tiny_model: Path, training_sets: dict[str, Path]) -> None:
-    plain = StepScene(tiny_model, training_sets["safe_eraser"], {**NPO, "refusal_weight": 0.0})
+@METHODS
+def test_weight_zero_adds_no_role(tiny_model: Path, training_sets: dict[str, Path], method: dict[str, object]) -> None:
+    plain = StepScene(tiny_model, training_sets["safe_eraser"], with_refusals(method, 0.0))
     assert plain.method.requirements.roles == ("forget", "retain")
     assert plain.method.preferred_answers is None

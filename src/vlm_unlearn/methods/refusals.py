@@ -1,0 +1,43 @@
+"""Refusals next to a loss that makes answers unlikely."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, Role, Step
+
+
+class RefusalOptions(Options):
+    """Base of the options of methods that can train refusals next to their loss."""
+
+    refusal_weight: NonNegative = 0.0
+    """Weight of the cross-entropy on a random refusal to each forget question, as in `po`. 0 trains no refusals."""
+
+
+class RefusalMethod(Method):
+    """Base of methods that can train refusals next to their loss.
+
+    A loss that makes answers unlikely leaves open what the model answers instead, which is often a broken sentence.
+    `refusal_weight` adds the refusals of SafeEraser's PO (arXiv 2502.12520): ``loss + refusal_weight * CE(refusal)``,
+    with the refusal that `po` would use at the same position of the stream.
+    """
+
+    options_type = RefusalOptions
+
+    def __init__(self, options: RefusalOptions) -> None:
+        super().__init__(options)
+        if options.refusal_weight:
+            self.preferred_answers = "refusal"  # type: ignore[misc]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of the loss."""
+        return ("forget", "preferred", "retain") if self.options.refusal_weight else ("forget", "retain")
+
+    def with_refusals(self, step: Step, total: Tensor, terms: dict[str, Tensor]) -> LossOutput:
+        """Returns a loss and its terms with the term on refusals, if it has a weight."""
+        weight = self.options.refusal_weight
+        if weight:
+            terms = {**terms, "refusal": step.cross_entropy("preferred")}
+            total = total + weight * terms["refusal"]
+        return LossOutput(total, terms)
