@@ -22,12 +22,11 @@ from vlm_unlearn.store import read_json
 COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers and controls are left out
     "none": ("none",),
     "prefill": ("prefill/",),
-    "in context": ("in_context/",),
     "sampling": ("sampling",),
-    "10 examples, 5 steps": ("relearn/10/5",),
+    "5 steps": ("relearn/10/5",),
     "20 steps": ("relearn/10/20",),
     "60 steps": ("relearn/10/60",),
-    "half of the set": ("relearn/all/",),
+    "half, 20 steps": ("relearn/all/20",),
     "retain set": ("relearn/retain/",),
     "decouple set": ("relearn/decouple/",),
     "int4": ("quantize/",),
@@ -76,7 +75,7 @@ def table(folders: Sequence[Path]) -> str:
     lines = []
     for name in names:
         cells = [format_range([strongest(models[name], starts) for models in reports]) for starts in columns.values()]
-        lines.append([f"`{name}`", *cells])
+        lines.append([f"`{name.replace('_pd', '` + pd')}" if name.endswith("_pd") else f"`{name}`", *cells])
 
     def compared(heading: str, rate_of: Callable[[AttackResult], Rate | None]) -> list[str]:
         any_reports = [next(iter(models.values())) for models in reports]  # all have the same base and control
