@@ -74,17 +74,17 @@ def full_rows() -> list[DemoRow]:
 
 
 def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Summary:
-    """Runs the demo: writes the world, trains and evaluates the base and all rows, and compares every row to the base.
+    """Runs the demo: writes the world, trains, evaluates and attacks the base and all rows, and compares the rows.
 
     A demo that was killed resumes.
 
     Args:
-        out: The output folder. It gets ``summary.json``, ``world/``, ``data/``, ``runs/<row>/`` and
-            ``evaluations/<row>/``, and with `full` ``robustness/<row>/``.
+        out: The output folder. It gets ``summary.json``, ``world/``, ``data/``, ``runs/<row>/``,
+            ``evaluations/<row>/`` and ``robustness/<row>/``.
         seed: The seed of the world, the base model and every run.
         progress: Called with (stage, done, total, detail).
-        full: Trains every method with and without prompt decoupling, instead of the rows of the two papers, and attacks
-            each model.
+        full: Trains every method with and without prompt decoupling, instead of the rows of the two papers, and tries
+            more attacks on each model.
 
     Raises:
         UserError: `out` contains other files, or a demo with another seed.
@@ -110,8 +110,7 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
             progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
 
         runs[name] = _evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
-        if full:
-            attack_row(out, name, training_folder(out, name), progress)
+        attack_row(out, name, training_folder(out, name), full, progress)
     summary, _ = compare_runs(runs)  # utility: on the splits that both rows count
     write_json(out / SUMMARY, summary.model_dump())
     return summary

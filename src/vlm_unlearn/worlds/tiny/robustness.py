@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_unlearn.config import RobustnessSuite, load
+from vlm_unlearn.config import ModelAttackConfig, RobustnessSuite, load
 from vlm_unlearn.robustness.runner import run_robustness
 from vlm_unlearn.store import RunDirectory, user_path
 from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model, never_knew_model
 
-QUICK_ATTACKS = ("prefill", "relearn", "quantize")  # of the suite, for every row of the full demo
+# Of the default demo: what a few examples of one half bring back in the other.
+RELEARNING = ModelAttackConfig.model_validate({"name": "relearn", "examples": 10, "steps": [5, 20]})
+FULL_DEMO_ATTACKS = ("prefill", "relearn", "quantize")  # of the suite, for every row of the full demo
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,18 @@ def demo_models(demo: Path, overrides: list[str], on_step: Callable[[str, int, i
     return DemoModels(suite, base_model(config, report("base")), never_knew_model(config, report("never knew")))
 
 
-def attack_row(demo: Path, name: str, run: Path, progress: Callable[[str, int, int, str], None]) -> None:
+def attack_row(demo: Path, name: str, run: Path, full: bool, progress: Callable[[str, int, int, str], None]) -> None:
     """Attacks the model of one row with the attacks that tell methods apart, into ``robustness/<row>``.
 
     Args:
         demo: The folder of the demo.
         name: The name of the row.
         run: The training run of the row.
+        full: Whether to try all of `FULL_DEMO_ATTACKS`, instead of one.
         progress: Called with (stage, done, total, detail).
     """
     models = demo_models(demo, [], lambda model, step, steps: progress(model, step, steps, ""))
-    attacks = [attack for attack in models.suite.small if attack.name in QUICK_ATTACKS]
+    attacks = [attack for attack in models.suite.small if attack.name in FULL_DEMO_ATTACKS] if full else [RELEARNING]
     suite = models.suite.model_copy(update={"small": attacks})
 
     def on_done(activity: str, done: int, total: int) -> None:
