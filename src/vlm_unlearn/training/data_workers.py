@@ -27,27 +27,35 @@ EXITED = re.compile(r"exited unexpectedly with exit code (\d+)")
 CAUGHT = re.compile(r"Caught (\w+) in DataLoader worker process (\d+)")
 
 
-@contextmanager
-def data_worker_errors() -> Iterator[None]:
+class data_worker_errors:  # noqa: N801  (used like a function, as contextlib.suppress)
     """Turns an error about a data worker, which may be raised anywhere in the block, into one with its reason.
 
     Raises:
         RunError: A worker was killed, has run out of shared memory or of open files, or has failed.
     """
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        with _without_child_signals():
-            failure = _data_worker_error(error)
-            if failure is not None:
-                # Frees the iterator over the batches, which ends the other workers.
-                traceback.clear_frames(error.__traceback__)
-                gc.collect()
-        if failure is None:
-            raise
-        raise failure from error
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, RunError):
+            return
+        try:
+            failure = _explained(error)
+        except RuntimeError as signaled:  # PyTorch reports the end of a worker before its signals are off
+            failure = _explained(signaled)
+        if failure is not None:
+            raise failure from error
+
+
+def _explained(error: Exception) -> RunError | None:
+    with _without_child_signals():
+        failure = _data_worker_error(error)
+        if failure is not None:
+            # Frees the iterator over the batches, which ends the other workers.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+    return failure
 
 
 @contextmanager
