@@ -109,11 +109,9 @@ class _Trainer:
     def train_until(self, step: int) -> float:
         """Trains up to a step and returns the last loss."""
         self._model.train()
-        with torch.random.fork_rng(enabled=True):
-            torch.manual_seed(self._target.seed)
-            while self._step < step:
-                self._loss = self._train_step()
-                self._step += 1
+        while self._step < step:
+            self._loss = self._train_step()
+            self._step += 1
         self._model.eval()
         return self._loss
 

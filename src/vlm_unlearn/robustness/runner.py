@@ -207,6 +207,7 @@ class _Model:
 
     def _target(self, attack: ModelAttack) -> AttackTarget:
         if attack.changes_weights:
+            self._shared = None  # so that only one copy is in memory
             vlm = self._load(self._folder)
         else:
             self._shared = vlm = self._shared or self._load(self._folder)

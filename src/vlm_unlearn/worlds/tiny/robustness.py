@@ -33,10 +33,9 @@ class DemoModels:
 
 def find_demo(run: str) -> Path | None:
     """Returns the folder of the demo that a training run belongs to, or None if it belongs to none."""
-    demo = RunDirectory(user_path(run).absolute().parents[1]) if len(user_path(run).absolute().parents) > 1 else None
-    if demo is None or not demo.exists() or demo.read_manifest()["identity"].get("kind") != "demo":
-        return None
-    return demo.path
+    demo = RunDirectory(user_path(run).absolute().parent.parent)  # of demo/runs/ROW
+    is_demo = demo.exists() and demo.read_manifest()["identity"].get("kind") == "demo"
+    return demo.path if is_demo else None
 
 
 def demo_models(demo: Path, overrides: list[str], on_step: Callable[[str, int, int], None] | None = None) -> DemoModels:
