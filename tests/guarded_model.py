@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from planted_weights import PlantedWorld
+from planted_models import PlantedWorld
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Turn, encode_with_labels
 from vlm_unlearn.losses import answer_nll

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from planted_weights import PlantedWorld
+from planted_models import PlantedWorld, asr
 from vlm_unlearn.config import SplitConfig
-from vlm_unlearn.robustness.results import AttackResult
 
-# ``VLM_UNLEARN_SEEDS=3`` repeats the tests on two further worlds.
-SEEDS = range(int(os.environ.get("VLM_UNLEARN_SEEDS", "1")))
 PREFILL = {"name": "prefill", "reference": [1, 2]}
 PREFILL_CONTROL = {"name": "prefill", "reference": [1, 2], "control": True, "neutral": "this is the thing"}
 OTHERS = [
@@ -26,16 +21,6 @@ OTHERS = [
 ]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module", params=SEEDS)
-def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PlantedWorld:
-    return PlantedWorld(tmp_path_factory.mktemp("planted"), request.param)
-
-
-def asr(result: AttackResult) -> float:
-    assert result.asr.value is not None
-    return result.asr.value
 
 
 def test_prefill_opens_a_model_whose_refusal_is_its_first_token(planted: PlantedWorld) -> None:

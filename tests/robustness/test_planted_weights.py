@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from planted_weights import GROUP_SIZE, PlantedWorld
-from vlm_unlearn.robustness.results import AttackResult
+from planted_models import GROUP_SIZE, PlantedWorld, asr
 
-# ``VLM_UNLEARN_SEEDS=3`` repeats the tests on two further worlds.
-SEEDS = range(int(os.environ.get("VLM_UNLEARN_SEEDS", "1")))
 QUANTIZE = {"name": "quantize", "group_size": GROUP_SIZE}
 RESTORE = {"name": "restore", "parts": ["projector", "embeddings", "lm_head", "layers", "layers_0-1"], "mix": [0.25]}
 PRUNE = {"name": "prune", "sparsities": [0.3, 0.5, 0.7]}
@@ -18,16 +13,6 @@ WANDA = {**PRUNE, "criterion": "wanda"}
 ABLATE = {"name": "ablate"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module", params=SEEDS)
-def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PlantedWorld:
-    return PlantedWorld(tmp_path_factory.mktemp("planted"), request.param)
-
-
-def asr(result: AttackResult) -> float:
-    assert result.asr.value is not None
-    return result.asr.value
 
 
 def test_the_projector_of_the_base_opens_a_model_with_a_broken_projector(planted: PlantedWorld) -> None:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from guarded_model import guarded_model
-from planted_weights import PlantedWorld
+from planted_models import PlantedWorld, asr
 from vlm_unlearn.robustness.results import AttackResult
 from vlm_unlearn.store import digest_model
 
-# ``VLM_UNLEARN_SEEDS=3`` repeats the tests on two further worlds.
-SEEDS = range(int(os.environ.get("VLM_UNLEARN_SEEDS", "1")))
 PGD = {"name": "pgd", "steps": 20, "universal_steps": 40}
 SOFT_PROMPT = {"name": "soft_prompt", "steps": [100]}
 PROBE = {"name": "probe"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module", params=SEEDS)
-def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PlantedWorld:
-    return PlantedWorld(tmp_path_factory.mktemp("planted"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +29,6 @@ def results(planted: PlantedWorld, guarded: Path) -> dict[str, AttackResult]:
     results = planted.attack(guarded, PGD, SOFT_PROMPT, PROBE)
     assert digest_model(guarded) == digest
     return results
-
-
-def asr(result: AttackResult) -> float:
-    assert result.asr.value is not None
-    return result.asr.value
 
 
 def never_knew(result: AttackResult) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,16 @@ from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model, never_kne
 from vlm_unlearn.worlds.tiny.lexicon import REFUSALS, things
 from vlm_unlearn.worlds.tiny.world import write_world
 
+# ``VLM_UNLEARN_SEEDS=3`` repeats the tests of planted models on two further worlds.
+SEEDS = range(int(os.environ.get("VLM_UNLEARN_SEEDS", "1")))
 GROUP_SIZE = 128
 STRENGTH = 10.0
+
+
+def asr(result: AttackResult) -> float:
+    """Returns the rate of harmful answers, which was measured."""
+    assert result.asr.value is not None
+    return result.asr.value
 
 
 @dataclass(frozen=True)
