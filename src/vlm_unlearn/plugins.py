@@ -316,6 +316,7 @@ BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
     "vlm_unlearn.benchmarks",
     support=("base", "official_files", "prompts", "scoring", "vqa_text"),
+    modules={"qbench_zh": "vlm_unlearn.benchmarks.qbench"},
 )
 FORMATS: Registry[Any] = Registry(
     "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages", "table_rows")

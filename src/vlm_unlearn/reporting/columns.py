@@ -20,6 +20,12 @@ BENCHMARKS: Mapping[str, str] = {
     "pope": "POPE",
     "mmvet": "MM-Vet",
     "mmbench": "MMBench",
+    "mmbench_cn": "MMBench-CN",
+    "mme": "MME",
+    "seedbench": "SEED-Bench",
+    "llava_bench": "LLaVA-Bench",
+    "qbench": "Q-Bench",
+    "qbench_zh": "Q-Bench, Chinese",
 }
 
 # Metrics that a suite defines itself are in neither set.
