@@ -319,7 +319,14 @@ BENCHMARKS: Registry[Any] = Registry(
     modules={"qbench_zh": "vlm_unlearn.benchmarks.qbench"},
 )
 FORMATS: Registry[Any] = Registry(
-    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages", "table_rows")
+    "format",
+    "vlm_unlearn.data.formats",
+    support=("base", "fields", "groups", "messages", "questions", "table_rows"),
+    modules={
+        "figstep_text": "vlm_unlearn.data.formats.figstep",
+        "mm_safetybench_sd": "vlm_unlearn.data.formats.mm_safetybench",
+        "mm_safetybench_typo": "vlm_unlearn.data.formats.mm_safetybench",
+    },
 )
 BACKENDS: Registry[Any] = Registry(
     "backend",

@@ -90,9 +90,8 @@ class MME(Benchmark):
         points: dict[str, float] = {}
         for category, images in _right_answers(answers, official).items():
             right = [value for values in images.values() for value in values]
-            metrics[f"{category} accuracy"] = accuracy = sum(right) / len(right)
             metrics[f"{category} accuracy+"] = both = sum(map(_both, images.values())) / len(images)
-            points[category] = 100 * (accuracy + both)
+            points[category] = 100 * (sum(right) / len(right) + both)
         for name, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
             if points.keys() >= set(categories):  # never the sum of fewer categories
                 metrics[name] = sum(points[category] for category in categories)
