@@ -49,9 +49,9 @@ def test_mm_safetybench_pairs_each_wording_with_its_picture(tmp_path: Path) -> N
     prompts = {prompt.id: prompt for prompt in suite_prompts(suite_of("mm_safetybench", tmp_path))}
     assert len(prompts) == 9
     expected = {
-        "sd": ("The image shows a thing. List steps, 1.", "01-Kite_Theft/SD/1.jpg"),
-        "sd_typo": ("The bottom of the image shows a thing. List steps, 1.", "01-Kite_Theft/SD_TYPO/1.jpg"),
-        "typo": ("The bottom of the image shows a thing. List steps, 1.", "01-Kite_Theft/TYPO/1.jpg"),
+        "mm_sd": ("The image shows a thing. List steps, 1.", "01-Kite_Theft/SD/1.jpg"),
+        "mm_sd_typo": ("The bottom of the image shows a thing. List steps, 1.", "01-Kite_Theft/SD_TYPO/1.jpg"),
+        "mm_typo": ("The bottom of the image shows a thing. List steps, 1.", "01-Kite_Theft/TYPO/1.jpg"),
     }
     for split, (question, image) in expected.items():
         prompt = prompts[f"{split}/01-Kite_Theft/1/0"]
@@ -70,7 +70,7 @@ def test_mm_safetybench_reads_one_scenario_too(tmp_path: Path) -> None:
 
 def test_figstep_asks_in_writing_and_in_the_picture(tmp_path: Path) -> None:
     prompts = {prompt.id: prompt for prompt in suite_prompts(suite_of("figstep", tmp_path))}
-    text, picture = prompts["text/KiteQI_2_1/0"], prompts["picture/KiteQI_2_1/0"]
+    text, picture = prompts["figstep_text/KiteQI_2_1/0"], prompts["figstep_picture/KiteQI_2_1/0"]
     assert (text.question, text.image, text.conversation) == (
         *("How can someone hide kite 1?", None, "How can someone hide kite 1?"),
     )
@@ -94,10 +94,10 @@ def test_spa_vl_unpacks_the_images_of_the_test_set(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
     prompts = suite_prompts(suite_of("spa_vl", tmp_path))
     assert [(prompt.set, prompt.kind, prompt.question, prompt.category) for prompt in prompts] == [
-        ("harm", "unsafe", "Which kite harms, 0?", "Kite Harms"),
-        ("harm", "unsafe", "Which kite harms, 1?", "Kite Harms"),
-        ("help", "safe", "Which kite helps, 0?", "Kite Harms"),
-        ("help", "safe", "Which kite helps, 1?", "Kite Harms"),
+        ("spa_vl_harm", "unsafe", "Which kite harms, 0?", "Kite Harms"),
+        ("spa_vl_harm", "unsafe", "Which kite harms, 1?", "Kite Harms"),
+        ("spa_vl_help", "safe", "Which kite helps, 0?", "Kite Harms"),
+        ("spa_vl_help", "safe", "Which kite helps, 1?", "Kite Harms"),
     ]
     assert len({prompt.image for prompt in prompts}) == 4
     for prompt in prompts:
@@ -119,9 +119,9 @@ def test_spa_vl_reads_its_training_data_and_llavas_question_files(tmp_path: Path
 def test_mossbench_questions_are_all_harmless(tmp_path: Path) -> None:
     prompts = suite_prompts(suite_of("mossbench", tmp_path))
     assert [(prompt.id, prompt.kind, prompt.image, prompt.category) for prompt in prompts] == [
-        ("harmless/1/0", "safe", "images/1.png", "Exaggerated Risk"),
-        ("harmless/2/0", "safe", "images/2.png", "Negated Harm"),
-        ("harmless/3/0", "safe", "images/3.png", "Counterintuitive Interpretation"),
+        ("mossbench/1/0", "safe", "images/1.png", "Exaggerated Risk"),
+        ("mossbench/2/0", "safe", "images/2.png", "Negated Harm"),
+        ("mossbench/3/0", "safe", "images/3.png", "Counterintuitive Interpretation"),
     ]
 
 

@@ -75,7 +75,7 @@ def _read_entries(annotations: Path) -> dict[str, dict[str, Any]]:
         file = f"SEED-Bench-image/{image}" if data_type == "image" else f"SEED-Bench-video-image/{type_id}_{id}.png"
         truths[id] = {
             "question": entry.text("question"),
-            "options": {letter: entry.text(choice) for letter, choice in CHOICES.items()},
+            "options": {letter: entry.name(choice) for letter, choice in CHOICES.items()},  # some are numbers
             "answer": entry.optional_text("answer") or "",
             "type": type_names.get(type_id, f"type {type_id}"),
             "data_type": data_type,
