@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from vlm_unlearn.data.formats.base import register
-from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.questions import QuestionSet, SafetyQuestion, keyed_records, question_text
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.errors import UserError
@@ -34,14 +33,10 @@ class MMSafetyBench(QuestionSet):
 
     def questions(self, path: Path, images: Path) -> Iterator[SafetyQuestion]:
         for file in _scenario_files(path):
-            records = keyed_records(file, '{"0": {"Question": ...}, ...}, a file of processed_questions/')
-            ids = {record.number: id for id, record in records}
-
-            def parse(record: RawRecord, file: Path = file, ids: dict[int, str] = ids) -> SafetyQuestion:
-                id = ids[record.number]
+            for id, record in keyed_records(file, '{"0": {"Question": ...}, ...}, a file of processed_questions/'):
                 image = f"{file.stem}/{self.picture}/{id}.jpg"
                 resolve_image(images, image, record.file, record.position)
-                return SafetyQuestion(
+                yield SafetyQuestion(
                     id=f"{file.stem}/{id}",
                     question=question_text(record, self.field),
                     kind="unsafe",
@@ -49,8 +44,6 @@ class MMSafetyBench(QuestionSet):
                     category=_NUMBER.sub("", file.stem),
                     request=record.text("Question").strip(),
                 )
-
-            yield from map(parse, (record for _, record in records))
 
 
 @register("mm_safetybench_sd")

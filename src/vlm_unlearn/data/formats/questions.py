@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vlm_unlearn.data.formats.base import Entry, Format
@@ -121,8 +122,6 @@ def keyed_records(path: Path, layout: str) -> list[tuple[str, RawRecord]]:
     value = read_json(path)
     if not isinstance(value, dict) or not value:
         raise UserError(f"expected {layout}", code="invalid-field", file=path)
-    records = []
-    for number, (id, item) in enumerate(value.items()):
-        name = quoted(id)
-        records.append((id, RawRecord(item, path.name, lambda name=name: name, number)))  # type: ignore[misc]
-    return records
+    return [
+        (id, RawRecord(item, path.name, partial(quoted, id), number)) for number, (id, item) in enumerate(value.items())
+    ]
