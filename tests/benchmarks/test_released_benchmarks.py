@@ -222,6 +222,12 @@ def test_llava_bench_uses_the_verdicts_of_a_judge(tmp_path: Path) -> None:
     assert scored["headline"]["value"] == pytest.approx(18 / 24)
 
 
+def test_llava_bench_takes_a_single_score_as_relative_to_the_reference(tmp_path: Path) -> None:
+    lines = [{"question_id": n, "score": score} for n, score in enumerate((0.2, 0.6, 1.0))]
+    scored = command_score("llava_bench", tmp_path, lines)
+    assert scored["headline"]["value"] == scored["score"] == pytest.approx(0.6)
+
+
 def test_llava_bench_runs_with_a_judge(tiny_model: Path, tmp_path: Path) -> None:
     """The judge gets the description, the reference and the answer. One reply has no number for the answer."""
     replies = {"0": "Reference: 8\nAnswer: 2", "1": "Reference: 10\nAnswer: 7", "2": "Reference: 8"}
@@ -409,6 +415,8 @@ def test_mme_wrong_folder_and_wrong_question_are_errors(tmp_path: Path) -> None:
         ({"question_id": 0, "text": "A kite."}, "missing-field", "score"),
         ({"question_id": 0, "tuple": [8]}, "invalid-field", "tuple"),
         ({"question_id": 0, "tuple": [8, 11]}, "invalid-field", "tuple"),
+        ({"question_id": 0, "score": 7}, "invalid-field", "score"),
+        ({"question_id": 0, "score": "good"}, "invalid-field", "score"),
         ({"question_id": 0, "tuple": [8, True]}, "invalid-field", "tuple"),
         ({"question_id": 0, "numbers": {"answer": 3}}, "invalid-field", "numbers"),
         ({"question_id": 9, "tuple": [8, 8]}, "unknown-name", None),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmark_files import put_image, put_json, put_lines, put_text
+from benchmark_files import picture, put_image, put_json, put_lines, put_text
 from helpers import raises_code
 from safety_files import (
     WRITERS,
@@ -145,6 +145,20 @@ def test_mossbench_csv_equals_its_json_and_the_contrast_set_is_harmful(tmp_path:
     assert len(prompts_of("mossbench", file, tmp_path, "unsafe")) == 3
     with raises_code("no-records", file=file):
         split_prompts(SplitConfig(name="s", format="mossbench", file=file, images=tmp_path, kind="safe"))
+
+
+def test_mossbench_is_read_from_parquet_with_images_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setenv("VLM_UNLEARN_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {**record, "image": {"bytes": picture(int(id)), "path": None}} for id, record in mossbench_records().items()
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    prompts = prompts_of("mossbench", tmp_path / "train.parquet", tmp_path, "safe")
+    assert [prompt.group_id for prompt in prompts] == ["1", "2", "3"]
+    assert open_image(resolve_image(tmp_path, str(prompts[2].image))).size == (32, 32)
 
 
 def test_xstest_labels_decide_and_types_are_categories(tmp_path: Path) -> None:

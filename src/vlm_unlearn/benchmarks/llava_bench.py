@@ -62,7 +62,7 @@ class LLaVABench(Benchmark):
         }
 
     def is_judged(self, prediction: Prediction) -> bool:
-        return prediction.numbers is not None
+        return prediction.numbers is not None or prediction.score is not None
 
     def score_answer(self, id: str, truth: Any, text: str, official: bool) -> QuestionScore:
         raise UserError(
@@ -71,7 +71,7 @@ class LLaVABench(Benchmark):
         )
 
     def score_prediction(self, id: str, truth: Any, prediction: Prediction, official: bool) -> QuestionScore | None:
-        pair = _judged_pair(id, prediction.numbers)
+        pair = _judged_pair(id, prediction)
         if pair is None or (-1 in pair and not official):
             return None
         value = min(1.0, max(0.0, pair[1] / MAX_SCORE))
@@ -105,18 +105,24 @@ def _relative(pairs: Sequence[tuple[float, float]]) -> float:
     return sum(answer for _, answer in pairs) / references if references else 0.0
 
 
-def _judged_pair(id: str, numbers: Any) -> tuple[float, float] | None:
-    """Returns the scores of the reference and the answer: a verdict's numbers, or the ``tuple`` of LLaVA's reviews."""
-    if numbers is None:
+def _judged_pair(id: str, prediction: Prediction) -> tuple[float, float] | None:
+    """Returns the scores of the reference and the answer: a verdict's numbers, or the ``tuple`` of LLaVA's reviews.
+
+    A score alone, from 0 to 1, is relative to a reference with the highest score.
+    """
+    numbers, score = prediction.numbers, prediction.score
+    if numbers is None and score is None:
         return None
+    if numbers is None:
+        numbers = [MAX_SCORE, score * MAX_SCORE if _is_score(score) and 0 <= score <= 1 else None]
     pair = [numbers.get("reference"), numbers.get("answer")] if isinstance(numbers, dict) else numbers
     if not isinstance(pair, list) or len(pair) != 2 or not all(map(_is_score, pair)):
         raise UserError(
-            f"llava_bench: needs the judge's scores of the reference and of the answer, from 1 to {MAX_SCORE}, "
-            f"found {quoted(numbers)}",
+            f"llava_bench: needs the judge's scores of the reference and of the answer, from 1 to {MAX_SCORE}, or one "
+            f"score from 0 to 1, found {quoted(score if prediction.numbers is None else numbers)}",
             code="invalid-field",
             record=quoted(id),
-            field="numbers" if isinstance(numbers, dict) else "tuple",
+            field="score" if prediction.numbers is None else "numbers" if isinstance(numbers, dict) else "tuple",
         )
     return float(pair[0]), float(pair[1])
 

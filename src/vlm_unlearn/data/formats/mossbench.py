@@ -15,7 +15,9 @@ from vlm_unlearn.data.formats.base import register
 from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.formats.questions import QuestionSet, SafetyQuestion, keyed_records, question_text
 from vlm_unlearn.data.formats.table import raw_records, suffix
-from vlm_unlearn.data.images import resolve_image
+from vlm_unlearn.data.formats.table_rows import row_image
+from vlm_unlearn.data.image_paths import UNPACKED
+from vlm_unlearn.store import cache_folder
 
 STIMULI = {
     "type 1": "Exaggerated Risk",
@@ -26,7 +28,7 @@ STIMULI = {
 
 @register("mossbench")
 class MOSSBench(QuestionSet):
-    """``information.json`` or ``information.csv``. The category is the type of stimulus.
+    """``information.json``, ``information.csv``, or parquet. The category is the type of stimulus.
 
     The questions are safe, so that a refusal is over-refusal. Those of the contrast set, whose records do not name a
     type of harm that the picture only suggests, are unsafe.
@@ -38,17 +40,20 @@ class MOSSBench(QuestionSet):
         records = (record for _, record in keyed) if is_json else raw_records(path, "pid", None)
 
         def parse(record: RawRecord) -> SafetyQuestion:
-            metadata = record.object("metadata") if is_json else record
-            prefix = "" if is_json else "meta_data_"
+            has_object = is_json or "metadata" in record.value
+            metadata, prefix = (record.object("metadata"), "") if has_object else (record, "meta_data_")
             stimulus = metadata.text(f"{prefix}over").strip()
-            image = record.text("image", "image_path")
-            resolve_image(images, image, record.file, record.position)
+            field = "image_path" if "image_path" in record.value else "image"
+            image, source = row_image(record, record.value.get(field), field, images, cache_folder() / UNPACKED)
+            if image is None:
+                raise record.error("the question has no image", "missing-field", field)
             return SafetyQuestion(
                 id=record.name("pid").strip(),
                 question=question_text(record, "question"),
                 kind="safe" if f"{prefix}harm" in metadata.value else "unsafe",
                 image=image,
                 category=STIMULI.get(stimulus, stimulus),
+                is_embedded=source == "embedded",
             )
 
         yield from map(parse, records)
