@@ -47,7 +47,7 @@ def commands(world: Path, training_sets: dict[str, Path], tmp_path: Path) -> dic
         "audit": (["data", "audit", train, "--html", out], [out]),
         "check": (["data", "check", train, "--no-images", "--out", out], [out]),
         "rewrite": (["attack", "rewrite", train, out, "--trigger", "what"], [out]),
-        "import vlguard": (["data", "import", "vlguard", train, *options], set_files),
+        "import vlguard": (["data", "import", "vlguard", train, *options, "--accept-refusals"], set_files),
         "import safe-eraser": (
             ["data", "import", "safe-eraser", eraser / "all_train.json", "--images", eraser, "--out", folder],
             set_files,

@@ -17,7 +17,7 @@ from vlm_unlearn.cli.common import (
     problem_report,
     skipped_note,
 )
-from vlm_unlearn.cli.data_import import import_app
+from vlm_unlearn.cli.data_import import SAFE_IMAGE_ANSWERS, import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
 from vlm_unlearn.cli.terminal import Commands
@@ -86,6 +86,11 @@ def convert(
     answer: str = ANSWER,
     image: str = IMAGE,
     set_column: str = SET,
+    paper_compat: bool = typer.Option(
+        False,
+        "--paper-compat",
+        help="As published: keep the other fields of VLGuard's records, such as safe and harmful_category.",
+    ),
     strict: bool = STRICT,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
@@ -103,7 +108,12 @@ def convert(
 
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     _step(
-        out, [source], strict, as_json, overwrite, lambda problems: convert(source, out, seed, columns, problems, warn)
+        out,
+        [source],
+        strict,
+        as_json,
+        overwrite,
+        lambda problems: convert(source, out, seed, columns, problems, warn, paper_compat),
     )
 
 
@@ -114,11 +124,17 @@ def inject(
         ..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as written by select-harmful."
     ),
     out: Path = OUT,
+    safe_image_answers: Path = SAFE_IMAGE_ANSWERS,
+    paper_compat: bool = typer.Option(
+        False,
+        "--paper-compat",
+        help="As published: keep a question without an answer, with its refusal, and look up answers by image only.",
+    ),
     strict: bool = STRICT,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Replaces VLGuard's refusals of unsafe images by selected harmful answers.
+    """Replaces VLGuard's refusals by selected harmful answers. A question without an answer is left out.
 
     Example:
 
@@ -126,7 +142,15 @@ def inject(
     """
     from vlm_unlearn.data_tools.pipeline import inject
 
-    _step(out, [source, answers], strict, as_json, overwrite, lambda problems: inject(source, answers, out, problems))
+    sources = [source, answers, *([safe_image_answers] if safe_image_answers else [])]
+    _step(
+        out,
+        sources,
+        strict,
+        as_json,
+        overwrite,
+        lambda problems: inject(source, answers, out, problems, safe_image_answers, paper_compat, warn),
+    )
 
 
 @app.command("split", rich_help_panel=STEPS)
