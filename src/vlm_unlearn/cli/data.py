@@ -17,6 +17,7 @@ from vlm_unlearn.cli.common import (
     problem_report,
     skipped_note,
 )
+from vlm_unlearn.cli.data_filter import filter_command
 from vlm_unlearn.cli.data_import import SAFE_IMAGE_ANSWERS, import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
@@ -32,6 +33,7 @@ app.command("check", rich_help_panel=INSPECT)(check)
 app.command("audit", rich_help_panel=INSPECT)(audit)
 app.command("select-harmful", rich_help_panel=STEPS)(select_harmful)
 app.command("diversify", rich_help_panel=STEPS)(diversify)
+app.command("filter", rich_help_panel=STEPS)(filter_command)
 SOURCE = typer.Argument(..., metavar="IN.json", help="The input: a JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
 STRICT = typer.Option(False, "--strict", help="Stop at the first broken record instead of skipping and listing it.")

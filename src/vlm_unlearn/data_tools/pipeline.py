@@ -358,7 +358,7 @@ def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
     """
     spans = array("Q")
     for item in stream(path):
-        problem = None if llava.is_complete(item.value, item.plain) else _find_problem(path, item)
+        problem = None if llava.is_complete(item.value, item.plain) else find_problem(path, item)
         if problem is None:
             spans.extend((item.start, item.end))
         else:
@@ -368,7 +368,7 @@ def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
     return spans
 
 
-def _find_problem(path: Path, item: Item) -> UserError | None:
+def find_problem(path: Path, item: Item) -> UserError | None:
     """Returns the error of a broken record, or None. Empty answers are allowed, as published: VLGuard contains one."""
     position = partial(item_position, item, "id")
     if item.error:
