@@ -40,6 +40,7 @@ def make_scene(folder: Path, world: Path, model: Path) -> None:
     for name in ("llava.json", "qwen.json"):
         _put(folder / "safe-unsafes" / name, json.dumps(on_safe_images))
     shutil.copy(world / "general" / "general.json", folder / "llava_v1_5_mix665k.json")
+    shutil.copy(next((world / "vlguard" / "test").rglob("*.png")), folder / "photo.png")
     for images in (world / "general", world / "vlguard" / "train"):
         shutil.copytree(images, folder / "images", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.json"))
     _put_benchmarks(folder)
