@@ -10,11 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_unlearn import plugins
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.processor_call import Processor
-from vlm_unlearn.data.training_set import validate_forget_answers
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import METHODS, Method, build_method
@@ -27,7 +25,7 @@ from vlm_unlearn.plugins import short_name
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.defended_step import validate_engine
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
-from vlm_unlearn.training.setup import prepare_method
+from vlm_unlearn.training.setup import check_forget_answers, prepare_method
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 INSTALL = {
@@ -164,7 +162,8 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     training_set.image_loader = recipe.image_loader
     lora = recipe.trainable.mode != "full"
     strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
-    _check_forget_answers(recipe, method, training_set)
+    if not recipe.accept_refusals:
+        check_forget_answers(method, training_set, f"{recipe.method.name} would unlearn", "accept_refusals=true")
     UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
         raise UserError(
@@ -196,24 +195,6 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
             field="reference",
         )
     return method, training_set, strategy
-
-
-def _check_forget_answers(recipe: Recipe, method: Method, training_set: UnlearningDataset) -> None:
-    """Checks that a method does not unlearn refusals.
-
-    Raises:
-        UserError: Too many forget answers are refusals, and the method makes them less likely.
-    """
-    if recipe.accept_refusals or not method.unlearns or method.forget_target != "original":
-        return
-    judge = plugins.JUDGES["keyword"]()
-    validate_forget_answers(
-        training_set["forget"],
-        judge.is_refusal,
-        f"{recipe.method.name} would unlearn them. Import the set with --harmful-answers, train mixed_sft or po, or "
-        "pass accept_refusals=true.",
-        training_set.folder,
-    )
 
 
 def _check_defenses(recipe: Recipe, sharded: bool) -> None:
