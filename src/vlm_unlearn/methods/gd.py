@@ -16,6 +16,7 @@ class GD(Method):
     """Gradient difference: ``-CE(forget) + CE(retain)``."""
 
     options_type = GDOptions
+    published_code = "safe_eraser"
 
     def loss(self, step: Step) -> LossOutput:
         forget, retain = -step.cross_entropy("forget"), step.cross_entropy("retain")
