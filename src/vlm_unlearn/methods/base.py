@@ -198,6 +198,10 @@ class Method:
         """The role of the retain batch that is compared with the reference model."""
         return "retain_reference" if self.reproduced_code == "safety_mirage" else "retain"
 
+    def active_roles(self, _progress: float) -> tuple[Role, ...]:
+        """Returns the roles that the loss uses at a fraction of the run. The model does not run the others."""
+        return self.requirements.roles
+
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         """Prepares the method for a model. The trainer calls this once before training.
 
