@@ -352,7 +352,7 @@ def write_safe_eraser(folder: Path, records: int = 9) -> Path:
     return folder
 
 
-def write_safety_mirage(folder: Path, forget: int = 7, retain: int = 10) -> Path:
+def write_safety_mirage(folder: Path, forget: int = 7, retain: int = 22) -> Path:
     """Writes a forget and a retain set in LLaVA's format, and their images."""
     for role, count in (("forget", forget), ("retain", retain)):
         rows = []

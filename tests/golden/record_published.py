@@ -373,13 +373,13 @@ FULL_RMU = {**RMU, "rmu_layer_id": 1, "rmu_layer_ids": "0,1", "rmu_param_ids": "
 NPO = {"unlearn_type": "npo", "npo_forget_alpha": 1.0, "npo_llava_loss_weight": 1.0}
 # name -> script, batch size, epochs, flags
 SAFETY_MIRAGE_RUNS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    "npo_full": ("full", 1, 2, {**NPO, "npo_beta": 0.9, "npo_retain_alpha": 1.0}),
-    "npo_full_batch_4": ("full", 4, 7, {**NPO, "npo_beta": 0.9, "npo_retain_alpha": 1.0}),
-    "npo_generic": ("full", 1, 2, {**NPO, "npo_beta": 0.1}),
-    "npo_lora": ("lora", 4, 7, {**NPO, "npo_beta": 0.7}),
-    "rmu_full": ("full", 1, 3, FULL_RMU),
-    "rmu_full_batch_4": ("full", 4, 7, FULL_RMU),
-    "rmu_lora": ("lora", 4, 7, {**RMU, "rmu_layer_id": 2, "rmu_llava_loss_weight": 1.2, "rmu_retain_alpha": 0.0}),
+    "npo_full": ("full", 1, 1, {**NPO, "npo_beta": 0.9, "npo_retain_alpha": 1.0}),
+    "npo_full_batch_4": ("full", 4, 4, {**NPO, "npo_beta": 0.9, "npo_retain_alpha": 1.0}),
+    "npo_generic": ("full", 1, 1, {**NPO, "npo_beta": 0.1}),
+    "npo_lora": ("lora", 4, 4, {**NPO, "npo_beta": 0.7}),
+    "rmu_full": ("full", 1, 2, FULL_RMU),
+    "rmu_full_batch_4": ("full", 4, 4, FULL_RMU),
+    "rmu_lora": ("lora", 4, 4, {**RMU, "rmu_layer_id": 2, "rmu_llava_loss_weight": 1.2, "rmu_retain_alpha": 0.0}),
 }
 
 
