@@ -238,6 +238,7 @@ def test_published_texts_contain_no_tokens_of_the_data(processor: Any, image: Pa
         ("npo", 0.5, {}),
         ("rmu", 0.5, {}),
         ("npo", 0.0, {"refusal_weight": 1}),
+        ("gd", 0.0, {"max_nll": 5.0}),
     ],
 )
 def test_method_without_released_code_is_rejected(name: str, weight: float, options: dict[str, Any]) -> None:

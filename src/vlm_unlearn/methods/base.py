@@ -312,6 +312,8 @@ def _validate_published(method: Method, decouples: bool) -> None:
         problem = f"the released code of {method.name} has no prompt decoupling"
     elif method.preferred_answers is not None:
         problem = f"the released code of {method.name} trains no refusals"
+    elif getattr(method.options, "max_nll", None) is not None:
+        problem = f"the released code of {method.name} has no max_nll"
     if problem is not None:
         raise UserError(
             f"{problem}. Use paper_compat: true, which reproduces the averages.",
