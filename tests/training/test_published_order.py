@@ -138,6 +138,15 @@ def test_last_batch_of_a_pass_is_smaller_on_one_process() -> None:
     assert [number is None for number in retain] == [False] * 6 + [True] * 2 + [False] * 6 + [True] * 2
 
 
+def test_each_process_of_safety_mirage_draws_its_own_retain_records() -> None:
+    """The released code draws without a seed, so that two processes may read one record in an epoch."""
+    items = items_of(data_of(8, 40), method_of("npo"), BatchLayout(2, 1, 2), steps=10)
+    retain = ids(items, "retain")
+    assert all(number is not None for number in retain)
+    assert 10 < len(set(retain)) < 40
+    assert sorted(ids(items, "forget")[:8]) == list(range(8))  # type: ignore[type-var]
+
+
 @pytest.mark.parametrize("layout", [BatchLayout(4, 1, 1), BatchLayout(2, 1, 4), BatchLayout(3, 2, 2)])
 def test_grouped_order_has_batches_of_one_modality_and_balanced_lengths(layout: BatchLayout) -> None:
     draw = random.Random(0)

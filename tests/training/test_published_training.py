@@ -239,10 +239,11 @@ class ReplayedSafetyMirage(SafetyMirageStream):
     def replay(self, golden: Mapping[str, Any]) -> None:
         numbers = {example.id.rsplit("_", 1)[-1]: index for index, example in enumerate(self._examples["retain"])}
         drawn = [numbers[record_id.rsplit("_", 1)[-1]] for record_id in golden["retain_ids"]]
-        self._indices.update({"retain": drawn, "retain_reference": drawn})
+        self._retain_sets = [drawn]
+        self._passes = {}
         self.orders = golden["orders"]
 
-    def pass_order(self, role: Role, number: int) -> list[int]:
+    def pass_order(self, role: Role, number: int, process: int) -> list[int]:
         return self.orders[role][number]
 
 

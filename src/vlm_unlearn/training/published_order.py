@@ -24,6 +24,7 @@ from vlm_unlearn.records import Example
 from vlm_unlearn.training.stream import UnlearningStream
 
 SAFETY_MIRAGE_RETAIN_SIZE = 2000  # the number of retain records that its code draws
+FORGET_AND_RETAIN: tuple[Role, Role] = ("forget", "retain")
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,9 @@ class SafeEraserStream(UnlearningStream):
 class SafetyMirageStream(UnlearningStream):
     """The order of Safety Mirage's released code.
 
-    An epoch is a pass over up to 2,000 retain records, which are drawn once. They give the cross-entropy on retain
-    answers. The forget examples, and the retain examples that are compared with the reference model, have passes of
-    their own:
+    An epoch is a pass over up to 2,000 retain records, which give the cross-entropy on retain answers. They are drawn
+    once, and each process draws its own, since no seed reaches the draw of the released code. The forget examples, and
+    the retain examples that are compared with the reference model, have passes of their own:
 
     - NPO: when one of the two sets is used up, both begin anew. Without the mirrored term there is only the forget set.
     - RMU: when the forget set is used up, it begins anew. When the retain set is used up, nothing is trained anymore.
@@ -218,54 +219,57 @@ class SafetyMirageStream(UnlearningStream):
     ) -> None:
         super().__init__(training_set, method, length, seed)
         self._layout = layout
-        retain = len(training_set["retain"])
-        drawn = random.Random(f"{seed}-retain-set").sample(range(retain), min(retain, SAFETY_MIRAGE_RETAIN_SIZE))
-        self._indices: dict[Role, Sequence[int]] = {"forget": range(len(training_set["forget"])), "retain": drawn}
-        self._indices["retain_reference"] = drawn
-        self._lengths = {
-            role: [_modality_length(training_set[_source(role)][index]) for index in indices]
-            for role, indices in self._indices.items()
-        }
+        retain = range(len(training_set["retain"]))
+        size = min(len(retain), SAFETY_MIRAGE_RETAIN_SIZE)
+        self._retain_sets: list[Sequence[int]] = [
+            random.Random(f"{seed}-retain-set-{process}").sample(retain, size) for process in range(layout.processes)
+        ]
+        self._passes: dict[tuple[Role, int], tuple[int, Sequence[int]]] = {}  # number and order, by role and process
 
     def __getitem__(self, position: int) -> dict[Role, Example]:
         batch, row = divmod(position, self._layout.rows)
+        process = row // self._layout.batch_size
         item: dict[Role, Example] = {}
         for role in self._roles:
             place = self._place(role, batch)
             if place is None:
                 return {}
-            order = self._order(role, place[0])
-            index = self._layout.index(place[1], row, len(order))
+            number, batch_of_pass = place
+            if self._passes.get((role, process), (-1,))[0] != number:
+                self._passes[role, process] = number, self.pass_order(role, number, process)
+            order = self._passes[role, process][1]
+            index = self._layout.index(batch_of_pass, row, len(order))
             if index is not None:
-                item[role] = self._examples[_source(role)][self._indices[role][order[index]]]
+                item[role] = self._examples[_source(role)][self._indices(role, process)[order[index]]]
         return item
 
     def unique_examples(self, role: Role) -> list[Example]:
-        return [self._examples[_source(role)][index] for index in self._indices[role]]
+        indices = {index for process in range(self._layout.processes) for index in self._indices(role, process)}
+        return [self._examples[_source(role)][index] for index in sorted(indices)]
+
+    def _indices(self, role: Role, process: int) -> Sequence[int]:
+        """Returns the examples of a role that a process reads."""
+        return range(len(self._examples["forget"])) if role == "forget" else self._retain_sets[process]
 
     def _place(self, role: Role, batch: int) -> tuple[int, int] | None:
         """Returns the number of the pass over a role's examples, and the batch in it. None if nothing is trained."""
-        batches = {name: self._layout.batches(len(indices)) for name, indices in self._indices.items()}
+        forget, retain = (self._layout.batches(len(self._indices(name, 0))) for name in FORGET_AND_RETAIN)
         if "retain_reference" not in self._roles or role == "retain":
-            return divmod(batch, batches[role])
+            return divmod(batch, forget if role == "forget" else retain)
         if not self._method.requirements.hidden_layers:  # NPO
-            return divmod(batch, min(batches["forget"], batches["retain_reference"]))
-        if batch >= batches["retain_reference"]:  # RMU
+            return divmod(batch, min(forget, retain))
+        if batch >= retain:  # RMU
             return None
-        return divmod(batch, batches[role])
+        return divmod(batch, forget if role == "forget" else retain)
 
-    def _order(self, role: Role, number: int) -> Sequence[int]:
-        if (role, number) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key[0] != role}
-            self._orders[role, number] = self.pass_order(role, number)
-        return self._orders[role, number]
-
-    def pass_order(self, role: Role, number: int) -> Sequence[int]:
-        """Returns the order of a role's examples in one of its passes, as indices."""
-        draw = random.Random(f"{self._seed}-{role}-{number}")
+    def pass_order(self, role: Role, number: int, process: int) -> Sequence[int]:
+        """Returns the order of a role's examples in one of its passes, as places among the examples of a process."""
+        draw = random.Random(f"{self._seed}-{role}-{number}")  # the processes of the released code share a seed here
+        indices = self._indices(role, process)
         if role != "retain":
-            return grouped_order(self._lengths[role], self._layout, draw)
-        order = list(range(len(self._indices[role])))
+            examples = self._examples[_source(role)]
+            return grouped_order([_modality_length(examples[index]) for index in indices], self._layout, draw)
+        order = list(range(len(indices)))
         draw.shuffle(order)
         return order
 
