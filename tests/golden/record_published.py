@@ -9,8 +9,8 @@ is left out. Each system needs an environment of its own, with numpy, safetensor
   einops``.
 
 Run ``python record_published.py safe_eraser|safety_mirage CODE WORK OUT.json``. ``CODE`` is a clone of the repository
-and ``WORK`` a scratch folder. ``torchrun --nproc-per-node 2 record_published.py safe_eraser ...`` records one loss of
-SafeEraser on two processes, each of which writes a file.
+and ``WORK`` a scratch folder. ``ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 record_published.py ...`` records
+one run on two processes, each of which writes a file.
 """
 
 from __future__ import annotations
@@ -295,6 +295,14 @@ def record_safety_mirage(code: Path, work: Path) -> dict[str, Any]:
 
         return Recorded
 
+    prepare = accelerate.Accelerator.prepare_model
+
+    def prepare_model(self: Any, model: Any, *args: Any, **settings: Any) -> Any:
+        """Does not wrap the reference model, which DeepSpeed accepts and PyTorch's DDP does not."""
+        trained = any(parameter.requires_grad for parameter in model.parameters())
+        return prepare(self, model, *args, **settings) if trained else model
+
+    accelerate.Accelerator.prepare_model = prepare_model
     peft.get_peft_model = get_peft_model
     accelerate.Accelerator.backward = record_loss
     recorded(torch.utils.data.RandomSampler)
@@ -303,7 +311,9 @@ def record_safety_mirage(code: Path, work: Path) -> dict[str, Any]:
         train.LLaVAUnlearnTrainer = recorded_trainer(module.LLaVAUnlearnTrainer)
 
     runs = {}
-    for name, (script, batch_size, epochs, flags) in SAFETY_MIRAGE_RUNS.items():
+    names = ["npo_full_batch_4"] if "RANK" in os.environ else list(SAFETY_MIRAGE_RUNS)
+    for name in names:
+        script, batch_size, epochs, flags = SAFETY_MIRAGE_RUNS[name]
         state.update(losses=[], rates=[], orders={}, samplers=[])
         forget = "rmu_forget_data.json" if flags["unlearn_type"] == "rmu" else "forget_data.json"
         arguments = {
@@ -333,6 +343,7 @@ def record_safety_mirage(code: Path, work: Path) -> dict[str, Any]:
             "lazy_preprocess": True,
             "report_to": "none",
             "use_cpu": True,
+            "ddp_find_unused_parameters": False,
             "disable_tqdm": True,
             "verbose": False,
             "loss_dir": work / "out" / name / "losses",
@@ -352,7 +363,8 @@ def record_safety_mirage(code: Path, work: Path) -> dict[str, Any]:
         }
         for role, loaders in roles.items():
             for loader in loaders:
-                orders[role] = state["orders"].pop(id(loader.batch_sampler.sampler))
+                batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # of several processes
+                orders[role] = state["orders"].pop(id(batches.sampler))
         (orders["retain"],) = state["orders"].values()
         records = trainer.train_dataset.list_data_dict
         last = arrays(trainer.model)

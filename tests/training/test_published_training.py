@@ -41,7 +41,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "published_training.
 FIRST_LOSS, LOSS, WEIGHTS = 1e-5, 1e-4, 1e-4
 FAST = {
     *("gdpd", "klpd_batch_2", "idkpd", "gdpd_2_processes"),
-    *("npo_full_batch_4", "npo_lora", "rmu_full", "rmu_full_batch_4"),
+    *("npo_full_batch_4_2_processes", "npo_lora", "rmu_full", "rmu_full_batch_4"),
 }
 
 
@@ -232,19 +232,18 @@ def test_safe_eraser_trains_as_the_released_code(
 
 
 class ReplayedSafetyMirage(SafetyMirageStream):
-    """The stream with the shuffled passes of the released code."""
+    """The stream with the retain records and the shuffled passes of the released code."""
 
-    orders: dict[str, list[list[int]]]
+    orders: list[dict[str, list[list[int]]]]  # by process
 
-    def replay(self, golden: Mapping[str, Any]) -> None:
+    def replay(self, golden: Mapping[str, Any], processes: int) -> None:
         numbers = {example.id.rsplit("_", 1)[-1]: index for index, example in enumerate(self._examples["retain"])}
-        drawn = [numbers[record_id.rsplit("_", 1)[-1]] for record_id in golden["retain_ids"]]
-        self._retain_sets = [drawn]
-        self._passes = {}
-        self.orders = golden["orders"]
+        drawn = golden["retain_ids"] if processes > 1 else [golden["retain_ids"]]
+        self._retain_sets = [[numbers[record_id.rsplit("_", 1)[-1]] for record_id in ids] for ids in drawn]
+        self.orders = golden["orders"] if processes > 1 else [golden["orders"]]
 
     def pass_order(self, role: Role, number: int, process: int) -> list[int]:
-        return self.orders[role][number]
+        return self.orders[process][role][number]
 
 
 # name -> method, batch size, epochs
@@ -264,8 +263,11 @@ TRAINABLE = {
 }
 
 
-def run_safety_mirage(name: str, hf_model: Path, data: Path, out: Path) -> tuple[Recorder, dict[str, np.ndarray]]:
-    options, batch_size, epochs = SAFETY_MIRAGE[name]
+def run_safety_mirage(
+    name: str, hf_model: Path, data: Path, out: Path, processes: int = 1
+) -> tuple[Recorder, dict[str, np.ndarray]]:
+    """Trains as in the record of a name. Several processes are as in `run_safe_eraser`."""
+    options, batch_size, epochs = SAFETY_MIRAGE[name.removesuffix("_2_processes")]
     options, golden = {**options, "paper_compat": "full"}, GOLDEN["safety_mirage"][name]
     lora = name.endswith("lora")
     trainable = TrainableConfig.model_validate(TRAINABLE["lora" if lora else options["name"]])
@@ -277,6 +279,7 @@ def run_safety_mirage(name: str, hf_model: Path, data: Path, out: Path) -> tuple
         method=options.pop("name"),
         method_args=options,
         per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=processes,
         num_train_epochs=epochs,
         learning_rate=1e-3,
         projector_learning_rate=1e-3 if lora else None,
@@ -287,11 +290,13 @@ def run_safety_mirage(name: str, hf_model: Path, data: Path, out: Path) -> tuple
     training_set.image_loader = "llava"
     parts = build_parts(vlm, args, training_set, new_adapters=lora)
     assert parts.args.max_steps == len(golden["rates"])
-    parts.stream.__class__ = ReplayedSafetyMirage
-    parts.stream.replay(golden)  # type: ignore[attr-defined]
+    stream = ReplayedSafetyMirage(
+        training_set, parts.method, len(parts.stream), 0, BatchLayout(batch_size, 1, processes)
+    )
+    stream.replay(golden, processes)
     if "control_vector" in golden:
         parts.method.control_vector = torch.tensor(golden["control_vector"])  # type: ignore[attr-defined]
-    trainer = Recorder(parts)
+    trainer = Recorder(dataclasses.replace(parts, stream=stream))
     first = trained_arrays(vlm.model)
     trainer.train()
     return trainer, first
@@ -301,8 +306,8 @@ def run_safety_mirage(name: str, hf_model: Path, data: Path, out: Path) -> tuple
 def test_safety_mirage_trains_as_the_released_code(
     name: str, hf_model: Path, safety_mirage_data: Path, tmp_path: Path
 ) -> None:
-    trainer, first = run_safety_mirage(name, hf_model, safety_mirage_data, tmp_path)
     golden = GOLDEN["safety_mirage"][name]
+    trainer, first = run_safety_mirage(name, hf_model, safety_mirage_data, tmp_path, 2 if "processes" in name else 1)
     losses, weights = compare(trainer, first, golden)
     assert trainer.rates == pytest.approx(golden["rates"], abs=1e-12)
     assert abs(trainer.losses[0] - golden["losses"][0]) < FIRST_LOSS
