@@ -31,7 +31,6 @@ from vlm_unlearn.training.published_order import (
     BatchLayout,
     SafeEraserStream,
     SafetyMirageStream,
-    count_warmup_steps,
     repeat_scheduler_steps,
 )
 from vlm_unlearn.training.setup import build_parts
@@ -200,10 +199,10 @@ def run_safe_eraser(
         num_train_epochs=4,
         learning_rate=1e-3,
         weight_decay=0.01,
+        warmup_steps=0.06,
         **COMMON,
     )
     steps = len(golden["rates"])
-    args.warmup_steps = count_warmup_steps(args.build_method(), 0.06, steps)
     training_set = UnlearningDataset.from_folder(data)
     training_set.image_loader = "llava"
     parts = build_parts(vlm, args, training_set, new_adapters=True)

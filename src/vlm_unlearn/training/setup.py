@@ -17,7 +17,7 @@ from vlm_unlearn.methods.wrappers import Defense
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import digest_json
 from vlm_unlearn.training.arguments import UNLIMITED, UnlearningConfig
-from vlm_unlearn.training.published_order import build_stream, count_steps
+from vlm_unlearn.training.published_order import build_stream, count_steps, count_warmup_steps
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
@@ -54,6 +54,8 @@ def build_parts(
     args, method = copy.copy(args), args.build_method()
     layout = args.batch_layout()
     args.max_steps = count_steps(data, method, layout, args.num_train_epochs, args.max_steps)
+    if 0 < args.warmup_steps < 1:  # a fraction of the steps
+        args.warmup_steps = count_warmup_steps(method, args.warmup_steps, args.max_steps)
     strategy = resolve_reference_strategy(args.reference, method.requirements.references, new_adapters)
     stream = build_stream(data, method, layout, args.max_steps, args.seed, args.group_by_image)
     collator = UnlearningCollator(vlm.processor, data, method, args.max_length or UNLIMITED)
