@@ -26,7 +26,7 @@ from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.defended_step import validate_engine
 from vlm_unlearn.training.published_order import BatchLayout, build_stream, count_steps
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
-from vlm_unlearn.training.setup import prepare_method, validate_defenses
+from vlm_unlearn.training.setup import check_forget_answers, prepare_method, validate_defenses
 from vlm_unlearn.training.stream import UnlearningCollator
 
 INSTALL = {
@@ -79,6 +79,7 @@ class Plan:
             "data": True,
             "training": training,
             "probe": {"suite", "root"},
+            "accept_refusals": True,
         }
         if not self.recipe.defense:  # runs of earlier versions have no such key
             excluded["defense"] = True
@@ -167,6 +168,8 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     training_set.image_loader = recipe.image_loader
     lora = recipe.trainable.mode != "full"
     strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
+    if not recipe.accept_refusals:
+        check_forget_answers(method, training_set, f"{recipe.method.name} would unlearn", "accept_refusals=true")
     # Raises if a pair that the method needs is missing.
     build_stream(training_set, method, batch_layout(recipe), 1, recipe.training.seed, recipe.training.group_by_image)
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
