@@ -36,7 +36,8 @@ from vlm_unlearn.worlds.tiny.demo import DemoRow
 from vlm_unlearn.worlds.tiny.threads import limit_to_one_thread
 from vlm_unlearn.worlds.tiny.world import write_world
 
-COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers and controls are left out
+TAUGHT = "/first_half"  # ending of the names of results whose answers the attack has taught
+COLUMNS = {  # heading -> beginnings of the names of the attacks
     "none": ("none",),
     "prefill": ("prefill/",),
     "sampling": ("sampling",),
@@ -51,6 +52,8 @@ COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers
     "projector": ("restore/projector",),
     "layers 0–1": ("restore/layers_0-1",),
     "ablation": ("ablate/direction",),
+    "taught, 5 steps": ("relearn/10/5/first_half",),
+    "taught, 20 steps": ("relearn/10/20/first_half",),
 }
 ATTACKS = ("prefill", "sampling", "relearn", "quantize", "restore", "ablate")  # of the suite
 DEFENSES: dict[str, dict[str, Any]] = {
@@ -146,7 +149,8 @@ def states(folder: Path, role: str) -> dict[str, MeasuredState]:
 def pooled(folders: Sequence[Path], role: str, beginnings: tuple[str, ...]) -> Rate | None:
     """Returns the rate of the strongest variant of an attack over all seeds, or None if it was not measured."""
     by_seed = [states(folder, role) for folder in folders]
-    names = [name for name in by_seed[0] if name.startswith(beginnings) and not name.endswith("/first_half")]
+    taught = beginnings[0].endswith(TAUGHT)
+    names = [name for name in by_seed[0] if name.startswith(beginnings) and name.endswith(TAUGHT) == taught]
     rates = [pooled_state([measured[name] for measured in by_seed]) for name in names]
     return max(rates, key=lambda each: each.value or 0.0, default=None)
 
