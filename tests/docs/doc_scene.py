@@ -88,6 +88,7 @@ def _put_benchmarks(folder: Path) -> None:
     shutil.copy(benchmarks / "vqav2" / "v2_mscoco_val2014_annotations.json", folder)
     shutil.copy(benchmarks / "mm-vet" / "mm-vet.json", folder)
     shutil.copytree(benchmarks / "mm-vet" / "images", folder / "images", dirs_exist_ok=True)
+    shutil.copytree(benchmarks / "llava_bench", folder, dirs_exist_ok=True)
 
 
 def put_file(folder: Path, name: str, text: str) -> None:

@@ -125,7 +125,7 @@ class BenchmarkConfig(Strict):
     official: bool = False
     """Score exactly as the published evaluator."""
     judge: str = ""
-    """One of the suite's `judges`, for a benchmark that a language model scores (`mmvet`)."""
+    """One of the suite's `judges`, for a benchmark that a language model scores (`mmvet`, `llava_bench`)."""
 
     @field_validator("annotations", mode="before")
     @classmethod
