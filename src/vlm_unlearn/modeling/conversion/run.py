@@ -22,6 +22,7 @@ from vlm_unlearn.modeling.conversion.base import (
     ConversionOptions,
     resolve_source,
 )
+from vlm_unlearn.modeling.conversion.llava_config import LANGUAGE_MODELS, read_config_file
 from vlm_unlearn.modeling.conversion.tensor_files import ending_processes
 from vlm_unlearn.modeling.conversion.writer import SHARD_BYTES, shards_of, write_shards
 from vlm_unlearn.modeling.loader import load_processor, model_folder, model_skeleton
@@ -77,10 +78,12 @@ def plan_conversion(source: str, options: ConversionOptions, format_name: str = 
             field="--format",
         )
     hint = "Check the path."
-    if (path / "config.json").is_file():
-        hint = "A folder of transformers needs no conversion. Pass it to train or evaluate."
     if (path / "adapter_config.json").is_file():
         hint = "An adapter of PEFT needs no conversion. Pass it to evaluate."
+    elif (path / "config.json").is_file():
+        is_language_model = read_config_file(path).get("model_type") in LANGUAGE_MODELS
+        hint = "A folder of transformers needs no conversion. Pass it to train or evaluate."
+        hint = "A language model is only the base of a conversion. Pass it as --base." if is_language_model else hint
     summaries = "; ".join(f"{name}: {checkpoint_format.summary}" for name, checkpoint_format in formats.items())
     raise UserError(
         f"has none of the formats that can be converted ({summaries}). {hint}", code="unknown-format", file=path
