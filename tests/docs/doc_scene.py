@@ -35,7 +35,12 @@ def make_scene(folder: Path, world: Path, model: Path) -> None:
     harmful = world / "vlguard" / "harmful_answers.json"
     for name in ("harmful.json", "llava.json", "qwen.json"):
         shutil.copy(harmful, folder / name)
+    records = json.loads((world / "vlguard" / "train.json").read_text())
+    on_safe_images = {record["image"]: "do it like this ." for record in records if record["safe"]}
+    for name in ("llava.json", "qwen.json"):
+        _put(folder / "safe-unsafes" / name, json.dumps(on_safe_images))
     shutil.copy(world / "general" / "general.json", folder / "llava_v1_5_mix665k.json")
+    shutil.copy(next((world / "vlguard" / "test").rglob("*.png")), folder / "photo.png")
     for images in (world / "general", world / "vlguard" / "train"):
         shutil.copytree(images, folder / "images", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.json"))
     _put_benchmarks(folder)

@@ -15,8 +15,8 @@ from vlm_unlearn.distributed import ProcessGroup, process_group, world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.core import generate_missing
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
-from vlm_unlearn.generation.base import BACKENDS, Backend, GenerationRequest, build_requests, evenly_spaced
-from vlm_unlearn.plugins import invalid_plugin
+from vlm_unlearn.generation import base
+from vlm_unlearn.generation.base import Backend, GenerationRequest, build_requests, evenly_spaced
 from vlm_unlearn.records import Batching, Prompt
 from vlm_unlearn.store import EvaluationRun, describe_path, read_json, write_json, write_records
 
@@ -73,11 +73,7 @@ def build_backend(suite: Suite) -> Backend:
     Raises:
         UserError: The model does not exist, or the backend is not installed.
     """
-    name = suite.generation.backend
-    backend = BACKENDS.load(name, "generation.backend")
-    if not callable(backend):
-        raise invalid_plugin("backend", name, backend, "a class", "generation.backend")
-    return backend(suite.model, suite.generation)
+    return base.build_backend(suite.model, suite.generation)
 
 
 def _suite_requests(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationRequest]:

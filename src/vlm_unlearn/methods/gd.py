@@ -31,6 +31,7 @@ class GD(RefusalMethod):
     """
 
     options_type = GDOptions
+    published_code = "safe_eraser"
 
     @property
     def requirements(self) -> ForwardRequirements:
