@@ -34,6 +34,7 @@ REGISTRIES = (
     plugins.ATTACKS,
     plugins.BENCHMARKS,
     plugins.FORMATS,
+    plugins.CHECKPOINT_FORMATS,
     plugins.BACKENDS,
     plugins.FAMILIES,
 )

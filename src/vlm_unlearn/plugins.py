@@ -339,4 +339,5 @@ BACKENDS: Registry[Any] = Registry(
 )
 # Training builds the probe of a recipe, and evaluation, which is built on training, has the code.
 PROBES: Registry[Any] = Registry("probe", "", modules={"suite": "vlm_unlearn.evaluation.probe"})
+CHECKPOINT_FORMATS: Registry[Any] = Registry("checkpoint_format", "vlm_unlearn.modeling.conversion.formats")
 FAMILIES: Registry[Any] = Registry("family", "")  # the families of this package are found by their structure

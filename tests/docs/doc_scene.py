@@ -44,11 +44,30 @@ def make_scene(folder: Path, world: Path, model: Path) -> None:
     for images in (world / "general", world / "vlguard" / "train"):
         shutil.copytree(images, folder / "images", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.json"))
     _put_benchmarks(folder)
+    _put_checkpoints(folder)
     answers = [{"question_id": number, "text": "3"} for number in range(4)]
     _put(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in answers))
     table = "image,question,answer,set\na.png,what is it ?,it is red .,harmful\na.png,what is this ?,a kite .,harmless"
     for name in ("pairs.csv", "test.csv", "mine/test.csv"):
         put_file(folder, name, table)
+
+
+def _put_checkpoints(folder: Path) -> None:
+    """Writes tiny checkpoints in the formats of the published code, under the names of released models."""
+    from foreign_checkpoints import (
+        OriginalLlava,
+        sentence_pieces,
+        write_clip,
+        write_llava,
+        write_llava_lora,
+        write_safe_eraser,
+    )
+
+    model = OriginalLlava(len(sentence_pieces()))
+    write_llava(folder / "liuhaotian" / "llava-v1.5-7b", model)
+    write_clip(folder / "openai" / "clip-vit-tiny", model)
+    write_llava_lora(folder / "checkpoints" / "llava-npo-lora", model, model)
+    write_safe_eraser(folder / "ckpt_results" / "llava-7b" / "po", folder / MODELS[0])
 
 
 def _put_benchmarks(folder: Path) -> None:

@@ -15,6 +15,7 @@ from vlm_unlearn.cli import (
     benchmark,
     chat,
     compare,
+    convert,
     data,
     demo,
     doctor,
@@ -48,6 +49,7 @@ app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("doctor", rich_help_panel=START)(doctor.doctor)
 app.command("recipes", rich_help_panel=START)(recipes.recipes)
 app.add_typer(data.app, name="data", rich_help_panel=PREPARE)
+app.command("convert", rich_help_panel=PREPARE)(convert.convert)
 app.command("train", rich_help_panel=UNLEARN)(train.train)
 app.command("methods", rich_help_panel=UNLEARN)(train.methods)
 app.command("evaluate", rich_help_panel=MEASURE)(evaluate.evaluate)
