@@ -320,6 +320,7 @@ BENCHMARKS: Registry[Any] = Registry(
 FORMATS: Registry[Any] = Registry(
     "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages", "table_rows")
 )
+ANSWER_FORMATS: Registry[Any] = Registry("answer_format", "vlm_unlearn.data.answer_formats", support=("base",))
 BACKENDS: Registry[Any] = Registry(
     "backend",
     "",
