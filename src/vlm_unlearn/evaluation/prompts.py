@@ -103,14 +103,14 @@ def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:
     Raises:
         UserError: An image is missing or outside its folder.
     """
-    image_digests: dict[Path, str] = {}
+    image_digests: dict[tuple[Path, str], str] = {}
     entries: list[object] = []
     for prompt in prompts:
         image_digest = None
         if prompt.image is not None:
-            path = resolve_image(roots[prompt.set], prompt.image, record=prompt.id)
-            if path not in image_digests:
-                image_digests[path] = digest_file(path)
-            image_digest = image_digests[path]
+            image = roots[prompt.set], prompt.image
+            if image not in image_digests:  # the rewrites of a question have the same image
+                image_digests[image] = digest_file(resolve_image(*image, record=prompt.id))
+            image_digest = image_digests[image]
         entries.append([prompt.model_dump(), image_digest])
     return digest_json(entries)

@@ -26,7 +26,7 @@ from vlm_unlearn.store import RecordLog, RecordSink, RetryLog, digest_file, read
 OnVerdict = Callable[[Verdict], None]
 ResponseKey = tuple[str, int]  # prompt id and sample index
 _WORD = re.compile(r"\w+")
-FLUSH_COUNT = 256  # pending verdicts after which they are written
+FLUSH_COUNT = 2048  # pending verdicts after which they are written
 FLUSH_SECONDS = 1.0  # time after which pending verdicts are written
 
 
