@@ -102,6 +102,7 @@ def _suite_and_files(suite_file: Path, arguments: Sequence[str]) -> tuple[Suite,
         UserError: An argument is neither, or there is no file.
     """
     from vlm_unlearn.config import Suite, load
+    from vlm_unlearn.config.loader import read_resolved
     from vlm_unlearn.errors import UserError, nearest, quoted
     from vlm_unlearn.evaluation.import_answers import AnswerFile
     from vlm_unlearn.evaluation.prompts import image_roots
@@ -110,7 +111,9 @@ def _suite_and_files(suite_file: Path, arguments: Sequence[str]) -> tuple[Suite,
     keys = {*Suite.model_fields, *Suite.renamed_keys}
     overrides = [text for text in arguments if "=" in text and text.partition("=")[0].partition(".")[0].strip() in keys]
     rest = [text for text in arguments if text not in overrides]
-    has_model = any(text.partition("=")[0].strip() == "model" for text in overrides)
+    has_model = "model" in read_resolved(suite_file) or any(
+        text.partition("=")[0].strip() == "model" for text in overrides
+    )
     suite = load(Suite, suite_file, overrides, None if has_model else {"model": _default_model(rest)})
     names = list(image_roots(suite))
     files = []

@@ -123,10 +123,7 @@ class Language:
 
     def may_decline(self, text: str) -> bool:
         """Returns whether a text contains a stem. Most answers contain none, and need no further test."""
-        for stem in self._all_stems:  # a generator would take twice as long
-            if stem in text:
-                return True
-        return False
+        return any(map(text.__contains__, self._all_stems))  # a generator would take twice as long
 
     @cached_property
     def _all_stems(self) -> tuple[str, ...]:
