@@ -216,3 +216,59 @@ def write_jsonl(answers: Answers, splits: Sequence[str], file: Path, by_question
             lines.append(json.dumps(line) + "\n")
     file.write_text("".join(lines))
     return file
+
+
+def write_for_docs(folder: Path) -> None:
+    """Writes the files that docs/evaluation.md imports, next to the folders VLGuard and dataset.
+
+    They are the attack files of Safety Mirage, its four answer files, and those of three other programs.
+    """
+    records = json.loads((folder / "VLGuard" / "test.json").read_text())
+    questions = {
+        "unsafes": [(record, "instruction", record["instr-resp"][0]["instruction"]) for record in records
+                    if not record["safe"]],
+        "safe_safes": [(record, "safe_instruction", record["instr-resp"][0]["safe_instruction"]) for record in records
+                       if record["safe"]],
+    }  # fmt: skip
+    attacks = {"unsafes": ("test_what_3shot.json", "what", 3), "safe_safes": ("test_share_1shot.json", "share", 1)}
+    for dataset, entries in questions.items():
+        name, word, count = attacks[dataset]
+        rewritten = [
+            {**record, "instr-resp": [{key: f"{word} {number} {question}", "response": ""}]}
+            for record, key, question in entries
+            for number in range(count)
+        ]
+        (folder / "VLGuard" / name).write_text(json.dumps(rewritten))
+        for case, number_of_rewrites in (("normal", 1), ("jailbreak", count)):
+            keys = [
+                f"{record['id']}_{number}" if number else record["id"]
+                for record, _, _ in entries
+                for number in range(number_of_rewrites)
+            ]
+            file = folder / "results" / case / dataset / "npo.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(dict.fromkeys(keys, "it is red ."), indent=4))
+    rows = {
+        dataset: [
+            {"index": number, "image_path": record["image"], "question": question, "prediction": "it is red ."}
+            for number, (record, _, question) in enumerate(entries)
+        ]
+        for dataset, entries in questions.items()
+    }
+    for split, dataset in (("unsafe", "unsafes"), ("safe", "safe_safes")):
+        lines = [
+            {"doc_id": row["index"], "input": row["question"], "filtered_resps": "it is red .",
+             "input_media": [row["image_path"]]}
+            for row in rows[dataset]
+        ]  # fmt: skip
+        (folder / f"samples_{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (folder / "NPO_VLGuard.tsv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows["unsafes"][0]), delimiter="\t", quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows["unsafes"])
+    predictions = json.loads((folder / "dataset" / "all_val.json").read_text())
+    for record in predictions:
+        for pair in record["unsafe_pairs"]:
+            del pair["model_response"]
+            pair |= {f"model_response{number}": "it is red ." for number in (1, 2, 3)}
+    (folder / "predictions.json").write_text(json.dumps(predictions, indent=4))

@@ -181,7 +181,8 @@ def test_manifest_and_report_name_the_imported_file(
     assert "Decoded" not in page
     assert "Another program wrote some answers" in page
     assert "vlm-unlearn import-answers" in page
-    assert run_in_process("table", run, "--table", "rates", "--format", "csv").returncode in (0, 2)
+    done = run_in_process("table", run, "--table", "rates", "--format", "csv")
+    assert "efficacy" in done.stdout.lower(), done.stderr
 
 
 def test_an_imported_run_is_compared_with_a_run_of_the_same_suite(
@@ -224,7 +225,7 @@ def test_missing_answers_are_an_error_that_counts_them_and_are_never_safe(
     lines = lines_of(answers, "unsafe", "safe")
     with raises_code("missing-answers") as caught:
         import_jsonl(world, lines[1:-1], tmp_path)
-    assert "2 answers to the 8 prompts are missing" in str(caught.value)
+    assert "2 answers are missing" in str(caught.value)
     assert "unsafe/Ads_0/0" in str(caught.value)
     assert not (tmp_path / "run").exists()
     run = import_jsonl(world, lines[1:-1], tmp_path, allow_missing=True)
@@ -242,10 +243,10 @@ def test_missing_answers_are_an_error_that_counts_them_and_are_never_safe(
 
 def test_failed_answers_of_another_program_are_failed_answers(world: Path, answers: Answers, tmp_path: Path) -> None:
     file = write_vlmevalkit(answers, ["unsafe"], tmp_path / "m.tsv")
-    lines = file.read_text().splitlines(keepends=True)
-    head, _, _ = lines[1].rpartition("\t")
-    lines[1] = f'{head}\t"Failed to obtain answer via API."\n'
-    file.write_text("".join(lines[:2] + lines[-3:]))
+    text = answers.first(answers.prompts["unsafe"][0])
+    cells = file.read_text()
+    first = cells.index(f'"{text}"', cells.index("prediction"))
+    file.write_text(cells[:first] + '"Failed to obtain answer via API."' + cells[first + len(text) + 2 :])
     result = import_answers(load_suite(world), [AnswerFile(file, "unsafe")], "vlmevalkit", tmp_path / "run")
     assert (result.imported, result.failed, result.missing) == (4, 1, 0)
     first = EvaluationRun(tmp_path / "run").read_responses()[0]
@@ -519,6 +520,9 @@ def test_prompts_with_a_prefill_need_their_id(world: Path, answers: Answers, tmp
     assert "prefill" in str(caught.value)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(240)
 def test_import_again_completes_a_killed_import_and_changes_nothing(
     world: Path, answers: Answers, tmp_path: Path
 ) -> None:

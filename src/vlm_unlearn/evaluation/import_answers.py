@@ -12,12 +12,13 @@ from typing import Any
 from vlm_unlearn.config import Suite, validate
 from vlm_unlearn.data.answer_formats.base import ANSWER_FORMATS, AnswerFormat, get_answer_format
 from vlm_unlearn.errors import UserError, nearest, quoted
-from vlm_unlearn.evaluation.answer_matching import MAX_EXAMPLES, REJECTED, UNMATCHED, AnswerMatcher
+from vlm_unlearn.evaluation.answer_matching import REJECTED, UNMATCHED, AnswerMatcher
 from vlm_unlearn.evaluation.generate import OnDone, save_suite
 from vlm_unlearn.evaluation.prompts import drawn_rows, image_roots, prompts_digest, split_prompts, suite_prompts
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import EvaluationRun, digest_file, write_records
 
+MAX_EXAMPLES = 3  # prompts without an answer that an error names
 PROGRESS_STEP = 1000  # answers between two reports of progress
 
 
@@ -336,10 +337,12 @@ def _check_matches(
     if not matcher.responses:
         raise UserError("the files contain no answers", code="no-records")
     if missing and not options.allow_missing:
-        more = ", ..." if len(missing) > MAX_EXAMPLES else ""
-        examples = ", ".join(quoted(key[0]) for key in missing[:3])
+        examples = ", ".join(dict.fromkeys(quoted(key[0]) for key in missing[:MAX_EXAMPLES]))
+        more = " and others" if len(missing) > MAX_EXAMPLES else ""
+        is_single = len(missing) == 1
         raise UserError(
-            f"{len(missing):,} answers to the {num_prompts:,} prompts are missing, the first to {examples}{more}. "
+            f"{len(missing):,} answer{' is' if is_single else 's are'} missing, to {examples}{more}. "
+            f"The suite has {num_prompts:,} prompts. "
             "Pass --split NAME to import some splits only, or --allow-missing to count them as failed answers.",
             code="missing-answers",
         )
