@@ -258,7 +258,7 @@ BAD_LINES: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str, str]] 
     "other question": (
         lambda lines: lines[2].update(question="What is a gadget?"),
         "unmatched-answer",
-        '"What is a gadget?"',
+        '"What is a gadget?" about the image "bad_ads/2.png", but "Share how to make gadget 2."',
     ),
     "other question under an id": (
         lambda lines: lines[2].update(prompt_id="unsafe/Ads_2/0", question="What is a gadget?"),
@@ -358,6 +358,10 @@ class TestVLGuardEval:
             import_answers(load_suite(world), [AnswerFile(file)], "vlguard_eval", tmp_path / "run")
         with raises_code("question-mismatch", file=file):
             import_answers(load_suite(world), [AnswerFile(file, "safe")], "vlguard_eval", tmp_path / "run")
+        moved = write_vlguard_eval(answers, "unsafe", tmp_path / "npo.json")
+        moved.with_name("npo_metrics.json").write_text('{"engine": "npo", "dataset": "safe_safes", "asr": 1.0}')
+        with raises_code("question-mismatch", file=moved):
+            import_answers(load_suite(world), [AnswerFile(moved, "unsafe")], "vlguard_eval", tmp_path / "run")
         by_rules = load_suite(world, "splits.unsafe.rewrite={trigger: what}")
         with raises_code("question-mismatch", file=file) as caught:
             import_answers(by_rules, [AnswerFile(file, "unsafe")], "vlguard_eval", tmp_path / "run")

@@ -137,4 +137,4 @@ def _suite_and_files(suite_file: Path, arguments: Sequence[str]) -> tuple[Suite,
 
 def _default_model(arguments: Sequence[str]) -> str:
     """Returns the name for a model that wrote answers, for an import without ``model=``: the name of the file."""
-    return f"answers in {Path(arguments[0]).name}" if arguments else "imported answers"
+    return f"answers in {Path(arguments[0].rpartition('=')[2]).name}" if arguments else "imported answers"

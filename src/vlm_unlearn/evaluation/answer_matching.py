@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from vlm_unlearn.data.answer_formats.base import ForeignAnswer
 from vlm_unlearn.data.formats.llava import IMAGE_PLACEHOLDER
 from vlm_unlearn.errors import UserError, quoted
-from vlm_unlearn.records import Prompt, Response
+from vlm_unlearn.records import Kind, Prompt, Response
 
 MAX_EXAMPLES = 10  # errors that are listed for each kind
 UNMATCHED = "unmatched-answer"  # the code of an answer to a prompt that the suite does not have
@@ -54,6 +54,7 @@ class AnswerMatcher:
         self._ids = {prompt.id for prompt in prompts}
         self._by_question: dict[str, list[Prompt]] = {}
         self._by_group: dict[str, list[Prompt]] = {}
+        self._by_image_name: dict[str, list[Prompt]] = {}  # filled by the first error that needs it
         for prompt in prompts:
             self._by_question.setdefault(plain_question(prompt.question), []).append(prompt)
             self._by_group.setdefault(prompt.group_id, []).append(prompt)
@@ -77,6 +78,10 @@ class AnswerMatcher:
             The split of the answer, or None if it was not accepted.
         """
         try:
+            if split is not None and answer.split not in (None, split):
+                raise _MatchError(
+                    UNMATCHED, f"the answer names the split {quoted(answer.split)}, but its file is for {quoted(split)}"
+                )
             candidates = self._candidates(answer, split or answer.split)
             prompt = candidates[0]
             if answer.text is not None and answer.text == prompt.reference:
@@ -115,6 +120,8 @@ class AnswerMatcher:
         else:
             candidates = self._by_question.get(plain_question(answer.question), [])
             problem = f"the suite does not ask the question {quoted(answer.question)}"
+            if not candidates and answer.image is not None:
+                problem += self._other_question(answer.image, answer.kind)
         if len(candidates) > 1 or split is not None or answer.kind is not None:
             candidates = [
                 prompt
@@ -140,6 +147,17 @@ class AnswerMatcher:
             candidates = self._by_position(candidates, answer)
         self._check_equal(candidates)
         return candidates
+
+    def _other_question(self, image: str, kind: Kind | None) -> str:
+        """Returns the words that name a question of the suite about an image, or ``""`` if it has none."""
+        if not self._by_image_name:
+            for prompts in self._by_question.values():
+                for prompt in filter(lambda prompt: prompt.image is not None, prompts):
+                    self._by_image_name.setdefault(_image_name(prompt.image or ""), []).append(prompt)
+        for prompt in self._by_image_name.get(_image_name(image), ()):
+            if kind in (None, prompt.kind) and same_image(image, prompt.image):
+                return f" about the image {quoted(image)}, but {quoted(prompt.question)}"
+        return ""
 
     def _prompt_of_key(self, answer: ForeignAnswer, split: str | None) -> Prompt:
         """Returns the prompt with a key, if the answer's question and image are those of the prompt."""
@@ -262,6 +280,10 @@ def plain_question(question: str) -> str:
     if not question.isascii():
         question = unicodedata.normalize("NFC", question)
     return " ".join(question.split())
+
+
+def _image_name(path: str) -> str:
+    return PurePosixPath(path.replace("\\", "/")).name
 
 
 def same_image(name: str, image: str | None) -> bool:

@@ -233,7 +233,7 @@ def _validate_files(suite: Suite, files: Sequence[AnswerFile], answer_format: An
     paths: dict[Path, str | None] = {}
     for file in files:
         if not file.path.is_file():
-            problem = "is a folder. Pass a file." if file.path.is_dir() else "no such file"
+            problem = "is not a file. Pass a file." if file.path.exists() else "no such file"
             code = "not-a-file" if file.path.exists() else "file-not-found"
             raise UserError(problem, code=code, file=file.path)
         if file.path.resolve() in paths:
@@ -396,7 +396,7 @@ def import_notes(result: ImportedAnswers) -> list[str]:
             f"{result.references:,} texts are reference answers of the data file, which the script leaves in place "
             "where it finds no image. They count as missing."
         )
-    if result.equal_to_reference:
+    if 2 * result.equal_to_reference > result.imported:
         notes.append(
             f"{result.equal_to_reference:,} answers equal the reference answer of the data file. Check that the model "
             "wrote them."

@@ -9,6 +9,7 @@ number. The file contains no questions. Its answers are therefore matched by id 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from vlm_unlearn.data.formats.fields import RawRecord
 from vlm_unlearn.data.json_stream import Item, members
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.records import Kind, Prompt
+from vlm_unlearn.store import read_json
 
 DATASETS: dict[str, Kind] = {
     "unsafes": "unsafe",
     "safe_safes": "safe",
     "safe_unsafes": "safe_image_unsafe_question",
 }
+MAX_METRICS_BYTES = 1 << 20
 METRICS_KEYS = {"engine", "dataset", "asr"}  # of the file ENGINE_metrics.json next to the answers
 
 
@@ -63,7 +66,7 @@ class VLGuardEval(AnswerFormat):
 
         Raises:
             UserError: The split has an attack, whose questions are in no file that the script reads, or the file is in
-                the folder of another kind of questions.
+                the folder of another kind of questions or next to a metrics file of one.
         """
         if split.attacks:
             raise UserError(
@@ -73,14 +76,26 @@ class VLGuardEval(AnswerFormat):
                 code="question-mismatch",
                 file=path,
             )
-        kind = DATASETS.get(path.absolute().parent.name)
+        dataset = _dataset(path)
+        kind = DATASETS.get(dataset)
         if kind is not None and kind != split.kind:
             raise UserError(
-                f"is in the folder {path.absolute().parent.name}, whose answers are to questions of the kind {kind}, "
-                f"but the split {quoted(split.name)} has the kind {split.kind}. Name another split.",
+                f"contains answers of the script's dataset {dataset}, whose questions are of the kind {kind}, but the "
+                f"split {quoted(split.name)} has the kind {split.kind}. Name another split.",
                 code="question-mismatch",
                 file=path,
             )
+
+
+def _dataset(path: Path) -> str:
+    """Returns the ``--dataset`` of an answer file: that of the metrics file next to it, or the name of its folder."""
+    metrics = path.with_name(f"{path.stem}_metrics.json")
+    if metrics.is_file() and metrics.stat().st_size < MAX_METRICS_BYTES:
+        with suppress(UserError):
+            value = read_json(metrics)
+            if isinstance(value, dict) and value.get("dataset") in DATASETS:
+                return str(value["dataset"])
+    return path.absolute().parent.name
 
 
 def _position(item: Item) -> str:
