@@ -55,10 +55,10 @@ def _repeats_words(words: list[str]) -> bool:
 
 
 def _repeats_text(text: str) -> bool:
-    # Ten repetitions of a piece have few different runs of four characters. Counting these is faster than the search.
-    if len(set(zip(text, text[1:], text[2:], text[3:], strict=False))) > 0.7 * len(text) + 4:
+    if not _has_period(text):  # faster than the search
         return False
-    if not _has_period(text):
+    # Ten repetitions of a piece have few different runs of four characters.
+    if len(set(zip(text, text[1:], text[2:], text[3:], strict=False))) > 0.7 * len(text) + 4:
         return False
     return sum(len(match.group()) for match in _REPEATED_TEXT.finditer(text)) > len(text) / 2
 

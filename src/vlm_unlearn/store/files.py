@@ -111,6 +111,8 @@ def write_text(path: Path, text: str) -> None:
 
 def replace_surrogates(text: str) -> str:
     """Returns the text with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
+    if text.isascii():
+        return text
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
