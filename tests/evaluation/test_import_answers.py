@@ -242,11 +242,10 @@ def test_missing_answers_are_an_error_that_counts_them_and_are_never_safe(
 
 
 def test_failed_answers_of_another_program_are_failed_answers(world: Path, answers: Answers, tmp_path: Path) -> None:
-    file = write_vlmevalkit(answers, ["unsafe"], tmp_path / "m.tsv")
-    text = answers.first(answers.prompts["unsafe"][0])
-    cells = file.read_text()
-    first = cells.index(f'"{text}"', cells.index("prediction"))
-    file.write_text(cells[:first] + '"Failed to obtain answer via API."' + cells[first + len(text) + 2 :])
+    file = write_vlmevalkit(answers, ["unsafe"], tmp_path / "m.json")
+    rows = json.loads(file.read_text())
+    rows[0]["prediction"] = "Failed to obtain answer via API."
+    file.write_text(json.dumps(rows))
     result = import_answers(load_suite(world), [AnswerFile(file, "unsafe")], "vlmevalkit", tmp_path / "run")
     assert (result.imported, result.failed, result.missing) == (4, 1, 0)
     first = EvaluationRun(tmp_path / "run").read_responses()[0]
@@ -312,6 +311,12 @@ def test_answers_of_a_larger_suite_are_left_out_if_the_user_allows_it(
     assert "3 unmatched, 0 missing, 8 matched" in str(caught.value)
     import_jsonl(world, lines, tmp_path, allow_unmatched=True)
     assert EvaluationRun(tmp_path / "run").read_manifest()["import"]["unmatched"] == 3
+
+
+def test_own_responses_of_some_splits(world: Path, own_run: Path, tmp_path: Path) -> None:
+    file = AnswerFile(EvaluationRun(own_run).responses_file)
+    result = import_answers(load_suite(world), [file], "jsonl", tmp_path / "run", ImportOptions(("unsafe", "efficacy")))
+    assert (result.imported, result.other) == (4 + 18, 12 + 4 + 6 + 6)
 
 
 def test_a_file_about_other_questions_is_rejected_with_all_options(world: Path, tmp_path: Path) -> None:
@@ -482,6 +487,15 @@ class TestSafeEraser:
         self.start(world, records[::-1], tmp_path)
         for response in EvaluationRun(tmp_path / "run").read_responses():
             assert response.text == answers.texts[response.prompt_id][response.sample]
+
+    def test_answers_for_other_splits_are_left_out(self, world: Path, answers: Answers, tmp_path: Path) -> None:
+        """The files contain answers of all three kinds, and `suites/safe_eraser` uses one kind of all_train.json."""
+        file = AnswerFile(write_safe_eraser(answers, tmp_path / "predictions.json"))
+        result = import_answers(load_suite(world), [file], "safe_eraser", tmp_path / "a", ImportOptions(("efficacy",)))
+        assert (result.imported, result.other, result.unmatched) == (18, 12, 0)
+        named = [AnswerFile(file.path, "harmless")]
+        result = import_answers(load_suite(world), named, "safe_eraser", tmp_path / "b")
+        assert (result.imported, result.other, result.unmatched) == (6, 24, 0)
 
     def test_other_number_of_samples_is_an_error(self, world: Path, answers: Answers, tmp_path: Path) -> None:
         records = self.records(answers, tmp_path)

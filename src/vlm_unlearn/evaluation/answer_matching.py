@@ -32,12 +32,14 @@ class AnswerMatcher:
         samples: The number of answers per prompt, by `Prompt.set`.
         keys: The prompts by the keys of the other program, by split. See `AnswerFormat.keys`.
         order: The ids of the prompts in the order of the data file, by split. Empty: the position decides nothing.
+        other_splits: The splits of the suite that are not imported. Answers that name them are left out.
 
     Attributes:
         responses: The answers by `Response.key`.
         counts: The number of answers that were not accepted, by the code of their error.
         examples: The first of these errors, by their code.
         equal_to_reference: The number of answers that equal the reference answer of the data file.
+        other: The number of answers to questions of splits that are not imported, by their split or kind.
         references: The number of reference answers that the other program has left in the place of an answer.
     """
 
@@ -47,6 +49,7 @@ class AnswerMatcher:
         samples: Mapping[str, int],
         keys: Mapping[str, Mapping[str, Prompt]],
         order: Mapping[str, Sequence[str]],
+        other_splits: Iterable[str] = (),
     ) -> None:
         self._samples = samples
         self._keys = keys
@@ -65,6 +68,9 @@ class AnswerMatcher:
         self.examples: dict[str, list[UserError]] = {}
         self.equal_to_reference = 0
         self.references = 0
+        self.other = 0
+        self._other_splits = frozenset(other_splits)
+        self._kinds = {(split, prompt.kind) for prompt in prompts for split in (prompt.set, None)}
 
     def add(self, file: Path, answer: ForeignAnswer, split: str | None) -> str | None:
         """Adds an answer. One that is not accepted is counted.
@@ -77,6 +83,9 @@ class AnswerMatcher:
         Returns:
             The split of the answer, or None if it was not accepted.
         """
+        if self._is_of_other_split(answer, split):
+            self.other += 1
+            return None
         try:
             if split is not None and answer.split not in (None, split):
                 raise _MatchError(
@@ -105,6 +114,13 @@ class AnswerMatcher:
             error=answer.error,
         )
         return prompt.set
+
+    def _is_of_other_split(self, answer: ForeignAnswer, split: str | None) -> bool:
+        """Returns whether an answer itself says that it is for a split that is not imported."""
+        if answer.kind is not None and (split, answer.kind) not in self._kinds:
+            return True
+        name = (answer.key or "").partition("/")[0] if answer.split is None else answer.split
+        return split is None and name in self._other_splits
 
     def _candidates(self, answer: ForeignAnswer, split: str | None) -> list[Prompt]:
         """Returns the prompts that an answer belongs to. They differ in nothing but their ids.

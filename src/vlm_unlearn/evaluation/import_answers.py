@@ -61,6 +61,7 @@ class ImportedAnswers:
         imported: The number of answers.
         failed: The number of answers for which the other program reports a failure.
         missing: The number of answers that no file contains.
+        other: The number of answers to questions of splits that were not imported.
         unmatched: The number of answers to prompts that the suite does not have. They were left out.
         references: The number of reference answers that stood in the place of an answer. They count as missing.
         equal_to_reference: The number of answers that equal the reference answer of the data file.
@@ -75,6 +76,7 @@ class ImportedAnswers:
     imported: int
     failed: int
     missing: int
+    other: int
     unmatched: int
     references: int
     equal_to_reference: int
@@ -122,6 +124,7 @@ def import_answers(
         samples,
         _keys(suite, prompts, answer_format),
         _data_order(suite, prompts) if options.by_position else {},
+        left_out_splits,
     )
     digests = [digest_file(file.path) for file in files]
     counts = _read_files(files, answer_format, matcher, on_done)
@@ -140,6 +143,7 @@ def import_answers(
         imported=len(matcher.responses),
         failed=sum(response.error is not None for response in matcher.responses.values()),
         missing=len(missing),
+        other=matcher.other,
         unmatched=matcher.counts[UNMATCHED],
         references=matcher.references,
         equal_to_reference=matcher.equal_to_reference,
@@ -391,6 +395,8 @@ def import_notes(result: ImportedAnswers) -> list[str]:
         notes.append(f"The other program reports a failure for {result.failed:,} answers.")
     if result.unmatched:
         notes.append(f"{result.unmatched:,} answers to prompts that the suite does not have were left out.")
+    if result.other:
+        notes.append(f"{result.other:,} answers are for questions of splits that were not imported.")
     if result.references:
         notes.append(
             f"{result.references:,} texts are reference answers of the data file, which the script leaves in place "
