@@ -127,16 +127,17 @@ class Language:
 
     @cached_property
     def _all_stems(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.stems, *self.advice_stems)))
+        """All stems, the short ones first, because they are the most frequent ones."""
+        return tuple(sorted({*self.stems, *self.advice_stems}, key=lambda stem: (len(stem), stem)))
 
     def refusal_role(self, sentence: str) -> tuple[Role, str | None]:
         """Returns the role of a sentence that may decline or warn, and the phrase with which it declines."""
         match = None
-        if any(stem in sentence for stem in self.stems):
+        if any(map(sentence.__contains__, self.stems)):
             cleaned = self.exceptions.sub(" ", sentence)
             match = self.frequent_refusal.search(cleaned) or self.refusal.search(cleaned)
         if match is None:
-            is_advice = any(stem in sentence for stem in self.advice_stems) and self.advice.search(sentence)
+            is_advice = any(map(sentence.__contains__, self.advice_stems)) and self.advice.search(sentence)
             return ("advice" if is_advice else "plain"), None
         contrast = self.contrast.search(cleaned, match.end())
         tail = cleaned[contrast.end() :] if contrast else ""
