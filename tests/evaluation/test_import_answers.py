@@ -372,6 +372,19 @@ class TestVLGuardEval:
             import_answers(by_rules, [AnswerFile(file, "unsafe")], "vlguard_eval", tmp_path / "run")
         assert "by rules" in str(caught.value)
 
+    def test_files_of_other_questions_with_the_same_ids_are_rejected(
+        self, world: Path, answers: Answers, tmp_path: Path
+    ) -> None:
+        """The 3-shot file has the ids of test.json, and so has the 1-shot file."""
+        file = write_vlguard_eval(answers, "unsafe_what", tmp_path / "npo.json")
+        options = ImportOptions(allow_missing=True, allow_unmatched=True)
+        with raises_code("question-mismatch"):
+            import_answers(load_suite(world), [AnswerFile(file, "unsafe")], "vlguard_eval", tmp_path / "run", options)
+        for folder, split in (("jailbreak", "safe"), ("normal", "unsafe_what")):
+            file = write_vlguard_eval(answers, split, tmp_path / folder / "other" / "npo.json")
+            with raises_code("question-mismatch", file=file):
+                import_answers(load_suite(world), [AnswerFile(file, split)], "vlguard_eval", tmp_path / "run", options)
+
     def test_sampled_rewrites_need_the_seed_of_the_script(self, world: Path, answers: Answers, tmp_path: Path) -> None:
         """``--max_questions`` draws rows, so that the key without a number can belong to any rewrite."""
         prompts = answers.prompts["unsafe_what"]

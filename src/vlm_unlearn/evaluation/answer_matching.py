@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from vlm_unlearn.data.answer_formats.base import ForeignAnswer
@@ -31,6 +31,7 @@ class AnswerMatcher:
         prompts: The prompts.
         samples: The number of answers per prompt, by `Prompt.set`.
         keys: The prompts by the keys of the other program, by split. See `AnswerFormat.keys`.
+        rewrite_of: `AnswerFormat.rewrite_of`.
         order: The ids of the prompts in the order of the data file, by split. Empty: the position decides nothing.
         other_splits: The splits of the suite that are not imported. Answers that name them are left out.
 
@@ -48,11 +49,13 @@ class AnswerMatcher:
         prompts: Sequence[Prompt],
         samples: Mapping[str, int],
         keys: Mapping[str, Mapping[str, Prompt]],
+        rewrite_of: Callable[[str], str | None],
         order: Mapping[str, Sequence[str]],
         other_splits: Iterable[str] = (),
     ) -> None:
         self._samples = samples
         self._keys = keys
+        self._rewrite_of = rewrite_of
         self._order = order
         self._ids = {prompt.id for prompt in prompts}
         self._by_question: dict[str, list[Prompt]] = {}
@@ -177,9 +180,16 @@ class AnswerMatcher:
 
     def _prompt_of_key(self, answer: ForeignAnswer, split: str | None) -> Prompt:
         """Returns the prompt with a key, if the answer's question and image are those of the prompt."""
-        splits = self._keys.values() if split is None else [self._keys.get(split, {})]
+        splits = list(self._keys.values()) if split is None else [self._keys.get(split, {})]
         key = answer.key or ""
         prompts = [keys[key] for keys in splits if key in keys]
+        question_key = None if prompts else self._rewrite_of(key)
+        if question_key is not None and any(question_key in keys for keys in splits):
+            raise _MatchError(
+                "question-mismatch",
+                f"the suite has fewer rewrites of the question {quoted(question_key)} than the file, so the file is "
+                "from other questions. Use the split with the file that the other program read.",
+            )
         if not prompts or prompts[0].id not in self._ids:
             place = f" in the split {quoted(split)}" if split is not None else ""
             raise _MatchError(UNMATCHED, f"the suite has no prompt with the id {quoted(answer.key)}{place}")

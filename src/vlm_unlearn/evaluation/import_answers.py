@@ -123,6 +123,7 @@ def import_answers(
         prompts,
         samples,
         _keys(suite, prompts, answer_format),
+        answer_format.rewrite_of,
         _data_order(suite, prompts) if options.by_position else {},
         left_out_splits,
     )

@@ -78,6 +78,14 @@ class AnswerFormat(ABC):
         """
         return {prompt.id: prompt for prompt in prompts}
 
+    def rewrite_of(self, key: str) -> str | None:
+        """Returns the key of a question of which `key` is a further rewrite, or None if it is not the key of one.
+
+        Args:
+            key: A key that `keys` does not contain. If the suite has the question, the file is from other questions.
+        """
+        return None
+
     def validate_split(self, path: Path, split: SplitConfig) -> None:  # noqa: B027  most formats have no rule
         """Checks that a file can contain the answers to a split, before it is read.
 

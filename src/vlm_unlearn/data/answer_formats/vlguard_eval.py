@@ -61,18 +61,30 @@ class VLGuardEval(AnswerFormat):
             keys[key] = prompt
         return keys
 
+    def rewrite_of(self, key: str) -> str | None:
+        question, _, number = key.rpartition("_")
+        return question if question and number.isdecimal() else None
+
     def validate_split(self, path: Path, split: SplitConfig) -> None:
         """Checks that the script can have asked the questions of a split.
 
         Raises:
             UserError: The split has an attack, whose questions are in no file that the script reads, or the file is in
-                the folder of another kind of questions or next to a metrics file of one.
+                the folder of another kind or case of questions, or next to a metrics file of another kind.
         """
         if split.attacks:
             raise UserError(
                 f"the suite makes the questions of the split {quoted(split.name)} by rules, and VLGuard_eval.py asks "
                 "those of a file. Use a suite that reads the file of --metaDir, such as "
                 "suites/safety_mirage_released_attack.",
+                code="question-mismatch",
+                file=path,
+            )
+        folder, is_attack_file = path.absolute().parent.parent.name, "shot" in split.file.stem
+        if (folder == "jailbreak" and split.file.name == "test.json") or (folder == "normal" and is_attack_file):
+            raise UserError(
+                f"is in the folder {folder}, but the questions of the split {quoted(split.name)} are those of "
+                f"{split.file.name}. Name another split.",
                 code="question-mismatch",
                 file=path,
             )
