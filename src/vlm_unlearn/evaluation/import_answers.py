@@ -9,12 +9,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from vlm_unlearn.config import Suite, validate
+from vlm_unlearn.config import Suite
 from vlm_unlearn.data.answer_formats.base import ANSWER_FORMATS, AnswerFormat, get_answer_format
-from vlm_unlearn.errors import UserError, nearest, quoted
+from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.answer_matching import REJECTED, UNMATCHED, AnswerMatcher
 from vlm_unlearn.evaluation.generate import OnDone, save_suite
+from vlm_unlearn.evaluation.import_suite import exclude_missing, select_splits, split_names
 from vlm_unlearn.evaluation.prompts import drawn_rows, image_roots, prompts_digest, split_prompts, suite_prompts
+from vlm_unlearn.plugins import absolute_name
 from vlm_unlearn.records import Prompt, Response
 from vlm_unlearn.store import EvaluationRun, digest_file, write_records
 
@@ -115,8 +117,13 @@ def import_answers(
     started = time.monotonic()
     run, options = EvaluationRun(run), options or ImportOptions()
     answer_format = get_answer_format(format_name, "--format")
-    suite, left_out_splits, left_out_metrics = _select_splits(suite, _split_names(suite, files, answer_format, options))
-    _validate_files(suite, files, answer_format)
+    _validate_paths(files)
+    names = split_names(suite, {file.path: file.split for file in files}, answer_format, options.splits)
+    suite, left_out_splits, left_out_metrics = select_splits(suite, names)
+    for split in suite.splits:
+        for file in files:
+            if file.split == split.name:
+                answer_format.validate_split(file.path, split)
     prompts = suite_prompts(suite)
     samples = {split.name: split.samples for split in suite.splits}
     matcher = AnswerMatcher(
@@ -127,19 +134,12 @@ def import_answers(
         _data_order(suite, prompts) if options.by_position else {},
         left_out_splits,
     )
-    digests = [digest_file(file.path) for file in files]
-    counts = _read_files(files, answer_format, matcher, on_done)
+    read_files = _read_files(files, answer_format, matcher, on_done)
     _check_rewrites(suite, prompts, matcher, answer_format)
     missing = matcher.missing(prompts)
     _check_matches(matcher, missing, len(prompts), options)
-    names = ", ".join(dict.fromkeys(file.path.name for file in files))
-    missing_ids = {key[0] for key in missing}
-    missing_splits = {prompt.set for prompt in prompts if prompt.id in missing_ids}
-    suite, excluding_metrics = _exclude_missing(suite, missing_splits)
-    responses = [
-        matcher.responses.get(key) or Response(prompt_id=key[0], sample=key[1], error=f"no answer in {names}")
-        for key in ((prompt.id, sample) for prompt in prompts for sample in range(samples.get(prompt.set, 1)))
-    ]
+    splits = _count_splits(prompts, samples, missing)
+    suite, excluding_metrics = exclude_missing(suite, {name for name, counts in splits.items() if counts["missing"]})
     result = ImportedAnswers(
         imported=len(matcher.responses),
         failed=sum(response.error is not None for response in matcher.responses.values()),
@@ -148,94 +148,56 @@ def import_answers(
         unmatched=matcher.counts[UNMATCHED],
         references=matcher.references,
         equal_to_reference=matcher.equal_to_reference,
-        splits=_count_splits(prompts, samples, missing),
+        splits=splits,
         left_out_splits=left_out_splits,
         left_out_metrics=left_out_metrics,
         excluding_metrics=excluding_metrics,
-        files=[
-            {"file": str(file.path.absolute()), "split": file.split, "sha256": digest, "answers": count}
-            for file, digest, count in zip(files, digests, counts, strict=True)
-        ],
+        files=read_files,
     )
-    code = ANSWER_FORMATS.code_digest(format_name)
     identity = {
         "kind": "evaluate",
         "model": "imported answers",
-        "imported": {
-            "format": format_name,
-            "files": [
-                {"name": file.path.name, "split": file.split, "sha256": digest}
-                for file, digest in zip(files, digests, strict=True)
-            ],
-            **({"by_position": True} if options.by_position else {}),
-            **({} if code is None else {"format_code": code}),
-        },
+        "imported": _import_identity(format_name, files, read_files, options),
         "prompts": prompts_digest(prompts, image_roots(suite)),
         "samples": {name: count for name, count in samples.items() if count > 1},
     }
+    error = f"no answer in {', '.join(dict.fromkeys(file.path.name for file in files))}"
+    keys = [(prompt.id, sample) for prompt in prompts for sample in range(samples.get(prompt.set, 1))]
     with run.lock():
         run.open(identity)
         save_suite(run, suite)
         write_records(run.prompts_file, prompts)
-        write_records(run.responses_file, responses)
+        write_records(
+            run.responses_file,
+            (matcher.responses.get(key) or Response(prompt_id=key[0], sample=key[1], error=error) for key in keys),
+        )
         run.record_cost(time.monotonic() - started, finished=True, ended={"import": asdict(result)})
     return result
 
 
-def _split_names(
-    suite: Suite, files: Sequence[AnswerFile], answer_format: AnswerFormat, options: ImportOptions
-) -> list[str]:
-    """Returns the names of the splits and benchmarks to import, in the order of the suite.
+def _import_identity(
+    format_name: str, files: Sequence[AnswerFile], read_files: Sequence[dict[str, Any]], options: ImportOptions
+) -> dict[str, object]:
+    """Returns everything that determines the imported answers besides the prompts, for the manifest."""
+    code = ANSWER_FORMATS.code_digest(format_name)
+    return {
+        "format": absolute_name(format_name),
+        "files": [
+            {"name": file.path.name, "split": file.split, "sha256": read["sha256"]}
+            for file, read in zip(files, read_files, strict=True)
+        ],
+        **({"by_position": True} if options.by_position else {}),
+        **({} if code is None else {"format_code": code}),
+    }
+
+
+def _validate_paths(files: Sequence[AnswerFile]) -> None:
+    """Checks that the files exist and differ.
 
     Raises:
-        UserError: There is no split of a name, or a file needs one.
+        UserError: A file is missing or passed twice.
     """
-    available = list(image_roots(suite))
-    named = {file.split for file in files if file.split is not None}
-    for name in (*options.splits, *named):
-        if name not in available:
-            raise UserError(
-                f"the suite has no split {quoted(name)}{nearest(name, available) or '.'} "
-                f"Available: {', '.join(available)}.",
-                code="unknown-name",
-                field="--split",
-            )
-    unnamed = [file for file in files if file.split is None]
-    if unnamed and answer_format.needs_split:
-        raise UserError(
-            "the answers do not say which questions they are for. Pass SPLIT=FILE with the split of the suite: "
-            f"{', '.join(available)}.",
-            code="missing-setting",
-            file=unnamed[0].path,
-        )
-    chosen = set(options.splits) | named if options.splits or not unnamed else set(available)
-    return [name for name in available if name in chosen]
-
-
-def _select_splits(suite: Suite, names: Sequence[str]) -> tuple[Suite, list[str], list[str]]:
-    """Returns a suite with some of its splits, the names of the others, and those of the metrics that need them."""
-    left_out = [name for name in image_roots(suite) if name not in names]
-    if not left_out:
-        return suite, [], []
-    value = suite.model_dump(mode="json", exclude_unset=True)
-    metrics: list[str] = []
-    for kind in ("splits", "benchmarks"):
-        value[kind] = [item for item in value.get(kind, []) if item["name"] in names]
-    for kind, configs in (("metrics", suite.metrics), ("paper_metrics", suite.paper_metrics)):
-        complete = {name for name, metric in configs.items() if set(metric.splits) <= set(names)}
-        metrics += [name for name in configs if name not in complete]
-        value[kind] = {name: metric for name, metric in value.get(kind, {}).items() if name in complete}
-    return validate(Suite, value, "the suite"), left_out, list(dict.fromkeys(metrics))
-
-
-def _validate_files(suite: Suite, files: Sequence[AnswerFile], answer_format: AnswerFormat) -> None:
-    """Checks that the files exist, and that each can contain the answers to its split.
-
-    Raises:
-        UserError: A file is missing or passed twice, or contains answers to other questions.
-    """
-    splits = {split.name: split for split in suite.splits}
-    paths: dict[Path, str | None] = {}
+    paths: set[Path] = set()
     for file in files:
         if not file.path.is_file():
             problem = "is not a file. Pass a file." if file.path.exists() else "no such file"
@@ -243,9 +205,7 @@ def _validate_files(suite: Suite, files: Sequence[AnswerFile], answer_format: An
             raise UserError(problem, code=code, file=file.path)
         if file.path.resolve() in paths:
             raise UserError("the file is passed twice", code="duplicate-file", file=file.path)
-        paths[file.path.resolve()] = file.split
-        if file.split in splits:
-            answer_format.validate_split(file.path, splits[file.split])
+        paths.add(file.path.resolve())
 
 
 def _keys(suite: Suite, prompts: Sequence[Prompt], answer_format: AnswerFormat) -> dict[str, Mapping[str, Prompt]]:
@@ -273,19 +233,20 @@ def _data_order(suite: Suite, prompts: Sequence[Prompt]) -> dict[str, list[str]]
 
 def _read_files(
     files: Sequence[AnswerFile], answer_format: AnswerFormat, matcher: AnswerMatcher, on_done: OnDone | None
-) -> list[int]:
-    """Reads all answers into `matcher`, and returns the number of answers in each file."""
-    counts = []
+) -> list[dict[str, Any]]:
+    """Reads all answers into `matcher`, and returns the path, split, digest and number of answers of each file."""
+    read_files = []
     total = 0
     for file in files:
-        count = 0
+        digest, count = digest_file(file.path), 0
         for count, answer in enumerate(answer_format.answers(file.path), start=1):
             matcher.add(file.path, answer, file.split)
             if on_done and (total + count) % PROGRESS_STEP == 0:
                 on_done("read answers", total + count, 0)
-        counts.append(count)
+        path = str(file.path.absolute())
+        read_files.append({"file": path, "split": file.split, "sha256": digest, "answers": count})
         total += count
-    return counts
+    return read_files
 
 
 def _check_rewrites(
@@ -351,18 +312,6 @@ def _check_matches(
             "Pass --split NAME to import some splits only, or --allow-missing to count them as failed answers.",
             code="missing-answers",
         )
-
-
-def _exclude_missing(suite: Suite, splits: set[str]) -> tuple[Suite, list[str]]:
-    """Returns a suite whose metrics over the splits with missing answers exclude failed answers, and their names."""
-    value = suite.model_dump(mode="json", exclude_unset=True)
-    names = []
-    for kind, configs in (("metrics", suite.metrics), ("paper_metrics", suite.paper_metrics)):
-        for name, metric in configs.items():
-            if metric.on_error == "count_as_miss" and set(metric.splits) & splits:
-                value[kind][name]["on_error"] = "exclude"
-                names.append(name)
-    return (validate(Suite, value, "the suite") if names else suite), list(dict.fromkeys(names))
 
 
 def _count_splits(
