@@ -1,23 +1,38 @@
-"""Prints the table of docs/methods.md on attacks: what they bring back from each method, over several seeds.
+"""Measures what attacks bring back from each method in the tiny world, for the tables of docs/robustness.md.
 
-    for seed in 0 1 2; do vlm-unlearn demo --full --seed $seed --out full$seed; done
-    python benchmarks/robustness.py full0/robustness full1/robustness full2/robustness
+    python benchmarks/robustness.py run results --seeds 0 1 2            # all rows of `demo --full`
+    python benchmarks/robustness.py run results --seeds 0 1 2 --rows defenses
+    python benchmarks/robustness.py table results --rows defenses
 
-A folder contains one folder with ``robustness.json`` for each model. A cell is the lowest and the highest rate of
-harmful answers of the seeds, in percent. Where an attack has several variants, the strongest counts.
+`run` trains, evaluates and attacks every row. It resumes, so that several processes may divide the seeds. `table`
+prints the rates of all seeds together in percent. The interval is that of 95 %, and its clusters are the things of each
+seed's world: questions about one thing are mostly answered alike. Where an attack has several variants, the strongest
+counts. `--metrics` prints the rates of the answers without an attack on the model instead.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from seeds import METRICS
 from speed import markdown
 
+from vlm_unlearn.config import RobustnessSuite, load
+from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.records import Rate
-from vlm_unlearn.robustness.results import REPORT_FILE, AttackResult, RobustnessReport
-from vlm_unlearn.store import read_json
+from vlm_unlearn.robustness.results import REPORT_FILE, MeasuredState
+from vlm_unlearn.robustness.runner import run_robustness
+from vlm_unlearn.store import RunDirectory, read_json
+from vlm_unlearn.training.runner import run_recipe
+from vlm_unlearn.worlds.tiny import demo
+from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model, never_knew_model
+from vlm_unlearn.worlds.tiny.demo import DemoRow
+from vlm_unlearn.worlds.tiny.threads import limit_to_one_thread
+from vlm_unlearn.worlds.tiny.world import write_world
 
 COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers and controls are left out
     "none": ("none",),
@@ -27,6 +42,7 @@ COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers
     "20 steps": ("relearn/10/20",),
     "60 steps": ("relearn/10/60",),
     "half, 20 steps": ("relearn/all/20",),
+    "half, 60 steps": ("relearn/all/60",),
     "retain set": ("relearn/retain/",),
     "decouple set": ("relearn/decouple/",),
     "int4": ("quantize/",),
@@ -34,62 +50,175 @@ COLUMNS = {  # heading -> beginnings of the names of the attacks; taught answers
     "layers 0–1": ("restore/layers_0-1",),
     "ablation": ("ablate/direction",),
 }
+ATTACKS = ("prefill", "sampling", "relearn", "quantize", "restore", "ablate")  # of the suite
+DEFENSES: dict[str, dict[str, Any]] = {
+    "sam": {"name": "sam"},
+    "gp": {"name": "gp"},
+    "rs": {"name": "rs"},
+    "swa": {"name": "swa"},
+    "lat": {"name": "lat", "layers": [0, 1], "epsilon": 0.5},
+}
+LATE = {"refusal_weight": 1.0, "refusal_start": 0.33}
+REFUSALS: dict[str, tuple[str, dict[str, Any]]] = {  # how refusals join a method: recipe and method
+    "gd + late refusals + pd": ("tiny/gd_refusal_pd", {}),
+    "gd + refusals + pd": ("tiny/gd_refusal_pd", {"name": "gd", "max_nll": 20.0, "refusal_weight": 1.0}),
+    "npo + late refusals + pd": ("tiny/gd_refusal_pd", {"name": "npo", "beta": 0.5, **LATE}),
+    "simnpo + late refusals + pd": ("tiny/gd_refusal_pd", {"name": "simnpo", "beta": 1.0, **LATE}),
+}
+DEFENDED = {  # the best three methods whose models answer in sentences
+    "npo + refusals + pd": DemoRow("tiny/npo_refusal_pd", "safe_eraser_preferred", "harmless"),
+    "simnpo + refusals + pd": DemoRow("tiny/simnpo_refusal_pd", "safe_eraser_preferred", "harmless"),
+    "rr + pd": DemoRow("tiny/rr", "safe_eraser_preferred", "harmless", 1.0),
+}
 
 
-def strongest(
-    report: RobustnessReport,
-    beginnings: Sequence[str],
-    rate_of: Callable[[AttackResult], Rate | None] = lambda result: result.asr,
-) -> float | None:
-    """Returns the highest rate of an attack's variants, or None if it was not measured."""
-    values = []
-    for result in report.attacks:
-        if not result.name.startswith(tuple(beginnings)) or result.name.endswith("/first_half"):
+def rows(group: str) -> Iterator[tuple[str, DemoRow, list[dict[str, Any]]]]:
+    """Yields the name, the row of the demo and the defense of each trained model."""
+    if group == "methods":
+        for row in demo.full_rows():
+            yield row.name or Path(row.recipe).name + (" + pd" if row.prompt_decouple_weight else ""), row, []
+        return
+    if group == "refusals":
+        for name, (recipe, method) in REFUSALS.items():
+            yield name, DemoRow(recipe, "safe_eraser_preferred", "harmless", method=method or None), []
+        return
+    for name, row in DEFENDED.items():
+        yield name, row, []
+        for defense, options in DEFENSES.items():
+            yield f"{name}, {defense}", row, [options]
+
+
+def run(out: Path, seed: int, group: str, all_attacks: bool) -> None:
+    """Trains, evaluates and attacks all models of one seed."""
+    world = out / "world"
+    RunDirectory(out).open({"kind": "demo", "seed": seed, "full": True})
+    write_world(world, seed)
+    demo._training_sets(world, out / "data", full=True)
+    base, never_knew = base_model(BaseConfig(seed=seed)), never_knew_model(BaseConfig(seed=seed))
+    values = {"root": str(world), "data": str((out / "data" / "safe_eraser_preferred").absolute())}
+    suite = load(RobustnessSuite, Path("suites/tiny_robustness"), [], values)
+    if not all_attacks:
+        suite = suite.model_copy(update={"small": [attack for attack in suite.small if attack.name in ATTACKS]})
+    for name, row, defense in rows(group):
+        if (out / "robustness" / file_name(name) / REPORT_FILE).is_file():
             continue
-        rate = rate_of(result)
-        if rate is not None and rate.value is not None:
-            values.append(rate.value)
-    return max(values, default=None)
+        recipe = demo._recipe(row, base, out, seed)
+        folder = demo.training_folder(out, file_name(name))
+        changes: dict[str, Any] = {"output": folder, "name": file_name(name)}
+        if defense:
+            changes["defense"] = defense
+        recipe = type(recipe).model_validate({**recipe.model_dump(), **changes})
+        trained = run_recipe(recipe, None)
+        demo._evaluate(file_name(name), trained, out, world, [row.utility], lambda *_: None)
+        attacked = out / "robustness" / file_name(name)
+        run_robustness(suite, str(trained), str(base), attacked, str(never_knew), name=name)
+        print(f"seed {seed}: {name}", flush=True)
 
 
-def format_range(values: Sequence[float | None]) -> str:
-    measured = [round(100 * value) for value in values if value is not None]
-    if not measured:
+def file_name(name: str) -> str:
+    return name.replace(" + ", "_").replace(", ", "_").replace(" ", "_")
+
+
+@cache
+def states(folder: Path, role: str) -> dict[str, MeasuredState]:
+    """Returns the states of a model by name. The role is ``model``, ``base`` or ``never_knew``."""
+    identity = RunDirectory(folder).read_manifest()["identity"]["model"]
+    result: dict[str, MeasuredState] = {}
+    for file in sorted((folder / "measurements").glob("*.json")):
+        content = read_json(file)
+        if (content["identity"]["model"] == identity) == (role == "model"):
+            measured = [MeasuredState.model_validate(state) for state in content["states"]]
+            if role == "model" or content["identity"]["model"] == compared_digest(folder, role):
+                result.update({state.name: state for state in measured})
+    return result
+
+
+def compared_digest(folder: Path, role: str) -> str:
+    """Returns the digest of the base or of the model that never knew, which the report names by their folders."""
+    from vlm_unlearn.modeling.loader import run_digest, run_model_folder
+
+    return run_digest(run_model_folder(read_json(folder / REPORT_FILE)[role]))
+
+
+def pooled(folders: Sequence[Path], role: str, beginnings: tuple[str, ...]) -> Rate | None:
+    """Returns the rate of the strongest variant of an attack over all seeds, or None if it was not measured."""
+    by_seed = [states(folder, role) for folder in folders]
+    names = [name for name in by_seed[0] if name.startswith(beginnings) and not name.endswith("/first_half")]
+    rates = [pooled_state([measured[name] for measured in by_seed]) for name in names]
+    return max(rates, key=lambda each: each.value or 0.0, default=None)
+
+
+def pooled_state(by_seed: Sequence[MeasuredState]) -> Rate:
+    hits: dict[tuple[int, str], float] = {}
+    for seed, state in enumerate(by_seed):
+        for answer in state.answers:
+            key = seed, answer.group_id
+            hits[key] = max(hits.get(key, 0.0), float(answer.label == "complied"))
+    return rate(list(hits.values()), [f"{seed}/{thing(group)}" for seed, group in hits])
+
+
+def thing(group: str) -> str:
+    """Returns the thing that a question is about: ``unsafe/2:val/Weapon/thing_0.png`` asks about ``thing``."""
+    return group.rpartition("/")[2].rpartition("_")[0]
+
+
+def cell(measured: Rate | None) -> str:
+    if measured is None or measured.value is None or measured.low is None or measured.high is None:
         return "–"
-    lowest, highest = min(measured), max(measured)
-    return f"{lowest}" if lowest == highest else f"{lowest}–{highest}"
+    value, low, high = (round(100 * bound) for bound in (measured.value, measured.low, measured.high))
+    return f"{value} ({low}–{high})"
 
 
-def table(folders: Sequence[Path]) -> str:
-    """Returns the table of the models that all folders contain. The last row is the model that never knew."""
-    reports = [
-        {file.parent.name: RobustnessReport.model_validate(read_json(file)) for file in folder.glob(f"*/{REPORT_FILE}")}
-        for folder in folders
-    ]
-    names = sorted(set.intersection(*(set(models) for models in reports)))
-    columns = {
-        heading: beginnings
-        for heading, beginnings in COLUMNS.items()
-        if any(strongest(models[name], beginnings) is not None for models in reports for name in names)
-    }
+def attack_table(folders: Sequence[Path], group: str) -> str:
     lines = []
-    for name in names:
-        cells = [format_range([strongest(models[name], starts) for models in reports]) for starts in columns.values()]
-        lines.append([f"`{name.replace('_pd', '` + pd')}" if name.endswith("_pd") else f"`{name}`", *cells])
+    any_row = next(file_name(name) for name, _, _ in rows(group))
+    columns = dict(COLUMNS)
 
-    def compared(heading: str, rate_of: Callable[[AttackResult], Rate | None]) -> list[str]:
-        any_reports = [next(iter(models.values())) for models in reports]  # all have the same base and control
-        ranges = [
-            format_range([strongest(report, starts, rate_of) for report in any_reports]) for starts in columns.values()
-        ]
-        return [heading, *ranges]
+    def line(heading: str, row: str, role: str) -> None:
+        seeds = [folder / "robustness" / row for folder in folders]
+        if all((seed / REPORT_FILE).is_file() for seed in seeds):
+            lines.append([heading, *(cell(pooled(seeds, role, starts)) for starts in columns.values())])
 
-    base = compared("`base`", lambda result: result.asr_base)
-    never_knew = compared("never knew", lambda result: result.asr_never_knew)
-    return markdown(["method", *columns], [base, *lines, never_knew])
+    line("`base`", any_row, "base")
+    for name, _, _ in rows(group):
+        line(heading_of(name), file_name(name), "model")
+    line("never knew", any_row, "never_knew")
+    return markdown(["method", *columns], lines)
+
+
+def metric_table(folders: Sequence[Path], group: str) -> str:
+    lines = []
+    for name, _, _ in rows(group):
+        files = [folder / "evaluations" / file_name(name) / "summary.json" for folder in folders]
+        if all(file.is_file() for file in files):
+            metrics = [read_json(file)["rows"][0]["metrics"] for file in files]
+            values = [[100 * seed[metric]["value"] for seed in metrics] for metric in METRICS.values()]
+            lines.append([heading_of(name), *(f"{min(each):.0f}–{max(each):.0f}" for each in values)])
+    return markdown(["method", *METRICS], lines)
+
+
+def heading_of(name: str) -> str:
+    method, *rest = name.replace(", ", " + ").split(" + ")
+    return " + ".join([f"`{method}`", *(f"`{word}`" if word in DEFENSES else word for word in rest)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("folder", type=Path, help="folder with one folder per seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", choices=("methods", "defenses", "refusals"), default="methods")
+    parser.add_argument("--all-attacks", action="store_true", help="try all attacks of the suite's budget `small`")
+    parser.add_argument("--metrics", action="store_true", help="print the rates without an attack on the model")
+    arguments = parser.parse_args()
+    folders = [arguments.folder / f"seed{seed}" for seed in arguments.seeds]
+    if arguments.command == "table":
+        print((metric_table if arguments.metrics else attack_table)(folders, arguments.rows))
+        return
+    with limit_to_one_thread():
+        for seed, folder in zip(arguments.seeds, folders, strict=True):
+            run(folder, seed, arguments.rows, arguments.all_attacks)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="folders of robustness results, one per seed")
-    print(table(parser.parse_args().folders))
+    main()

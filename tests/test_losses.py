@@ -12,6 +12,7 @@ import torch
 from vlm_unlearn.losses import (
     answer_mask,
     answer_nll,
+    bounded_ascent_loss,
     dpo_loss,
     kl_loss,
     npo_loss,
@@ -112,6 +113,19 @@ def test_answer_nll_ignores_the_question() -> None:
     nll, tokens = answer_nll(torch.zeros(1, 4, 4), torch.tensor([[-100, -100, 2, 3]]))
     assert tokens.item() == 2
     assert nll.item() == pytest.approx(2 * math.log(4))
+
+
+def test_bounded_ascent_has_the_values_by_hand() -> None:
+    """Logits [ln 3, 0] give token 0 an NLL of ln 4/3 and token 1 one of ln 4. A bound of 1 cuts the latter only."""
+    logits = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [math.log(3), 0.0], [0.0, 0.0]]], requires_grad=True)
+    labels = torch.tensor([[-100, -100, 0, 1]])
+    loss = bounded_ascent_loss(logits, labels, max_nll=1.0)
+    assert loss.item() == pytest.approx(-(math.log(4 / 3) + 1) / 2)
+    loss.backward()
+    assert logits.grad[0, 1, 0] > 0  # descent lowers the logit of the answer's token
+    assert logits.grad[0, [0, 2, 3]].abs().sum() == 0
+    nll, tokens = answer_nll(logits, labels)
+    assert bounded_ascent_loss(logits, labels, max_nll=9.0).item() == pytest.approx(-(nll / tokens).item())
 
 
 def test_simnpo_has_the_values_by_hand() -> None:

@@ -124,8 +124,10 @@ class StepScene:
             batches.append(batch)
         return batches
 
-    def step(self, micro_batches: Sequence[Mapping[Role, Batch]], reference: Reference | None) -> StepResult:
-        """Runs the forward and backward passes of one optimizer step, a quarter through the run."""
+    def step(
+        self, micro_batches: Sequence[Mapping[Role, Batch]], reference: Reference | None, progress: float = 0.25
+    ) -> StepResult:
+        """Runs the forward and backward passes of one optimizer step, a quarter through the run by default."""
         self.model.train()
         self.model.zero_grad()
         totals = None
@@ -135,7 +137,8 @@ class StepScene:
         terms: dict[str, float] = defaultdict(float)
         torch.manual_seed(0)  # of dropout
         for batches in micro_batches:
-            step = ModelStep(VisionLanguageModel(self.model), batches, self.method, reference, totals, progress=0.25)
+            vlm, active = VisionLanguageModel(self.model), self.method.active_roles(progress)
+            step = ModelStep(vlm, batches, self.method, reference, totals, progress, active_roles=active)
             output = self.method.loss(step)
             assert output.total.isfinite()
             (output.total / len(micro_batches)).backward()

@@ -47,6 +47,22 @@ def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll.sum(dim=1), (targets != IGNORED).sum(dim=1)
 
 
+def bounded_ascent_loss(logits: Tensor, labels: Tensor, max_nll: float) -> Tensor:
+    """Gradient ascent with a bound: minus the mean over answer tokens of ``min(nll, max_nll)``.
+
+    A token stops to contribute to the gradient when its own NLL reaches the bound. Until then its gradient does not
+    fade, unlike that of `npo_loss`, which a single unlikely token of the answer can satisfy.
+
+    Args:
+        logits: [B, S, V]. Position s predicts token s + 1.
+        labels: [B, S], unshifted, -100 where ignored.
+        max_nll: The bound of each token's NLL, above 0.
+    """
+    targets = labels[:, 1:]
+    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return -_masked_mean(nll.clamp(max=max_nll), targets != IGNORED)
+
+
 def npo_loss(nll: Tensor, reference_nll: Tensor, beta: float) -> Tensor:
     """Negative preference optimization on forget answers (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 
 from trained import StepResult, StepScene, max_difference
+from vlm_unlearn.config import MethodConfig, Recipe, load
+from vlm_unlearn.methods import build_method
 from vlm_unlearn.methods.base import LossOutput, Step
 from vlm_unlearn.modeling.batch_merge import merge_batches
 from vlm_unlearn.modeling.packing import packing_of
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.references import FrozenCopyReference
+from vlm_unlearn.training.runner import run_recipe
 
 NPO = {"name": "npo", "beta": 0.5}
 SIMNPO = {"name": "simnpo", "beta": 1.0}
-METHODS = pytest.mark.parametrize("method", [NPO, SIMNPO], ids=lambda method: method["name"])
+GD = {"name": "gd", "max_nll": 4.0}
+METHODS = pytest.mark.parametrize("method", [NPO, SIMNPO, GD], ids=lambda method: method["name"])
 
 
 def with_refusals(method: dict[str, object], weight: float = 1.0) -> dict[str, object]:
@@ -72,3 +76,37 @@ def test_weight_zero_adds_no_role(tiny_model: Path, training_sets: dict[str, Pat
     plain = StepScene(tiny_model, training_sets["safe_eraser"], with_refusals(method, 0.0))
     assert plain.method.requirements.roles == ("forget", "retain")
     assert plain.method.preferred_answers is None
+
+
+@METHODS
+def test_refusals_begin_after_their_start(
+    tiny_model: Path, training_sets: dict[str, Path], method: dict[str, object]
+) -> None:
+    """Until then, the step is that of the method alone, and the model does not run the refusals."""
+    late = {**with_refusals(method), "refusal_start": 0.5}
+    results = {}
+    for name, config, progress in (
+        ("alone", method, 0.49),
+        ("too early", late, 0.49),
+        ("late", late, 0.5),
+        ("always", with_refusals(method), 0.5),
+    ):
+        scene = StepScene(tiny_model, training_sets["safe_eraser"], config, weight=1.0)
+        reference = FrozenCopyReference(scene.model)
+        scene.perturb()
+        results[name] = scene.step(scene.micro_batches(rows=4), reference, progress)
+    assert results["too early"].terms == pytest.approx(results["alone"].terms, rel=1e-5)
+    assert max_difference(results["too early"].gradients, results["alone"].gradients) < 1e-6
+    assert results["late"].terms == results["always"].terms
+    assert max_difference(results["late"].gradients, results["always"].gradients) == 0
+    assert "preferred" not in build_method(MethodConfig.model_validate(late), 1.0).active_roles(0.49)
+
+
+def test_a_run_logs_the_refusal_term_from_its_start_on(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    terms: list[set[str]] = []
+    values = {"model": str(tiny_model), "data": str(training_sets["safe_eraser"]), "output": str(tmp_path / "run")}
+    steps = ["training.max_steps=4", "training.per_device_train_batch_size=2", "method.refusal_start=0.5"]
+    run_recipe(load(Recipe, Path("tiny/gd_refusal_pd"), steps, values), lambda _, __, logged: terms.append(set(logged)))
+    assert ["refusal" in logged for logged in terms] == [False, False, True, True]

@@ -10,6 +10,8 @@ import pytest
 
 from helpers import raises_code, run_in_process
 from vlm_unlearn.config import RobustnessSuite, load
+from vlm_unlearn.judging.base import OfflineJudge
+from vlm_unlearn.records import Prompt, Rate, Verdict
 from vlm_unlearn.robustness import runner
 from vlm_unlearn.robustness.runner import run_robustness
 from vlm_unlearn.store import digest_model
@@ -104,6 +106,49 @@ def test_measuring_anew_gives_the_same_bytes(
         run_robustness(suite, str(tiny_model), str(tiny_model), out)
         files.append({file.name: file.read_bytes() for file in (out / "measurements").iterdir()})
     assert files[0] == files[1]
+
+
+class Unreliable(OfflineJudge):
+    """Reaches its server for every third answer only, until the server is repaired."""
+
+    name = "unreliable"
+
+    def __init__(self) -> None:
+        self.graded: list[str] = []
+        self.repaired = False
+
+    def grade(self, prompt: Prompt, text: str) -> Verdict:
+        self.graded.append(prompt.id)
+        if not self.repaired and len(self.graded) % 3:
+            return Verdict(prompt_id=prompt.id, judge=self.name, error="timeout")
+        return Verdict(prompt_id=prompt.id, judge=self.name, label="complied", score=1.0)
+
+
+def test_failed_verdicts_are_graded_again_without_generating(
+    suite: RobustnessSuite, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Unreliable()
+    monkeypatch.setattr(runner, "build_judge", lambda _: judge)
+    quick = suite.model_copy(update={"small": suite.small[3:4]})  # rewrites, several in each group
+
+    def run(out: str) -> tuple[Rate, Rate]:
+        report = run_robustness(quick, str(tiny_model), str(tiny_model), tmp_path / out)
+        return report.attacks[1].asr, report.attacks[1].asr_base
+
+    asr, asr_base = run("out")
+    assert asr.failed > 0
+    assert asr_base.failed > 0
+    num_graded, judge.repaired = len(judge.graded), True
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "load_run_model", lambda *_: pytest.fail("a model is loaded"))
+        asr, asr_base = run("out")
+        assert (asr.failed, asr.value, asr.n) == (asr_base.failed, asr_base.value, asr_base.n) == (0, 1.0, asr.n)
+        again = len(judge.graded) - num_graded
+        assert 0 < again < num_graded
+        run("out")
+        assert len(judge.graded) == num_graded + again
+    assert run("other")[1].failed == 0  # the copies in the cache have the new verdicts
+    assert len(judge.graded) == num_graded + again
 
 
 def test_a_broken_measurement_is_named(suite: RobustnessSuite, tiny_model: Path, tmp_path: Path) -> None:

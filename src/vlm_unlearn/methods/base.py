@@ -179,6 +179,10 @@ class Method:
         """Whether the method reproduces how the published code averages."""
         return bool(self.options.paper_compat)
 
+    def active_roles(self, _progress: float) -> tuple[Role, ...]:
+        """Returns the roles that the loss uses at a fraction of the run. The model does not run the others."""
+        return self.requirements.roles
+
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         """Prepares the method for a model. The trainer calls this once before training.
 

@@ -46,7 +46,7 @@ class NPO(RefusalMethod):
 
     NPO alone leaves open what the model answers instead, which is often a broken sentence. `refusal_weight` adds the
     refusals of SafeEraser's PO (arXiv 2502.12520): the loss is ``npo + refusal_weight * CE(refusal)``, with the refusal
-    that `po` would use at the same position of the stream. `simnpo` has the same option.
+    that `po` would use at the same position of the stream. `simnpo` and `gd` have the same option.
     """
 
     options_type = NPOOptions

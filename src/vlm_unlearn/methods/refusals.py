@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
 from torch import Tensor
 
 from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, Role, Step
@@ -12,6 +15,8 @@ class RefusalOptions(Options):
 
     refusal_weight: NonNegative = 0.0
     """Weight of the cross-entropy on a random refusal to each forget question, as in `po`. 0 trains no refusals."""
+    refusal_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The fraction of the optimizer steps after which the refusals begin."""
 
 
 class RefusalMethod(Method):
@@ -20,6 +25,10 @@ class RefusalMethod(Method):
     A loss that makes answers unlikely leaves open what the model answers instead, which is often a broken sentence.
     `refusal_weight` adds the refusals of SafeEraser's PO (arXiv 2502.12520): ``loss + refusal_weight * CE(refusal)``,
     with the refusal that `po` would use at the same position of the stream.
+
+    A refusal makes the harmful answer unlikely by its first word alone. What follows that word may then be hidden
+    instead of removed. With `refusal_start`, the model first forgets without refusals, and learns to refuse when there
+    is nothing left to hide.
     """
 
     options_type = RefusalOptions
@@ -34,10 +43,13 @@ class RefusalMethod(Method):
         """The roles of the loss."""
         return ("forget", "preferred", "retain") if self.options.refusal_weight else ("forget", "retain")
 
+    def active_roles(self, progress: float) -> tuple[Role, ...]:
+        return tuple(role for role in self.roles if role != "preferred" or progress >= self.options.refusal_start)
+
     def with_refusals(self, step: Step, total: Tensor, terms: dict[str, Tensor]) -> LossOutput:
-        """Returns a loss and its terms with the term on refusals, if it has a weight."""
+        """Returns a loss and its terms with the term on refusals, if it has a weight at this step."""
         weight = self.options.refusal_weight
-        if weight:
+        if weight and "preferred" in self.active_roles(step.progress):
             terms = {**terms, "refusal": step.cross_entropy("preferred")}
             total = total + weight * terms["refusal"]
         return LossOutput(total, terms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.evaluation.core import generate_missing, pair_answers
 from vlm_unlearn.generation.hf import ModelBackend
 from vlm_unlearn.judging.base import Answer, Judge, grade_missing
-from vlm_unlearn.records import Response, Verdict
+from vlm_unlearn.records import Prompt, Response, Verdict
 from vlm_unlearn.robustness.base import AttackedState, AttackTarget, ModelAttack
-from vlm_unlearn.robustness.results import AttackedAnswer, MeasuredState
+from vlm_unlearn.robustness.results import AttackedAnswer, MeasuredState, UngradedAnswer
 from vlm_unlearn.store import RecordList, digest_file, digest_json, read_json, write_json
 
 OnState = Callable[[str], None]  # called with the name of each measured state
@@ -97,6 +97,7 @@ def _measure_state(state: AttackedState, target: AttackTarget, judge: Judge) -> 
         for request in (target.questions if state.requests is None else state.requests)
         if state.group_ids is None or request.prompt.group_id in state.group_ids
     ]
+    ungraded: list[UngradedAnswer] = []
     if state.scores is not None:
         answers = [
             AttackedAnswer(
@@ -108,28 +109,10 @@ def _measure_state(state: AttackedState, target: AttackTarget, judge: Judge) -> 
             for request in requests
         ]
     else:
-        responses, verdicts = RecordList[Response](), RecordList[Verdict]()
+        responses = RecordList[Response]()
         generate_missing(ModelBackend(target.vlm.model, target.vlm.processor, target.generation), requests, responses)
         prompts = {request.prompt.id: request.prompt for request in requests}
-        graded = pair_answers(
-            prompts,
-            responses.records,
-            lambda prompt, response, first: Answer(prompt, response, target.image_roots[prompt.set], first),
-        )
-        grade_missing(judge, graded, verdicts)
-        by_key = {verdict.key: verdict for verdict in verdicts.records}
-        answers = [
-            AttackedAnswer(
-                prompt_id=response.prompt_id,
-                group_id=prompts[response.prompt_id].group_id,
-                sample=response.sample,
-                text=response.text,
-                label=by_key[response.key].label,
-                score=by_key[response.key].score,
-                error=by_key[response.key].error or response.error,
-            )
-            for response in sorted(responses.records, key=lambda response: response.key)
-        ]
+        answers, ungraded = _grade(judge, pair_answers(prompts, responses.records, _answer_of(target.image_roots)))
     return MeasuredState(
         name=state.name,
         curve=state.curve,
@@ -137,4 +120,59 @@ def _measure_state(state: AttackedState, target: AttackTarget, judge: Judge) -> 
         is_score=state.scores is not None,
         facts=dict(state.facts),
         answers=answers,
+        ungraded=ungraded,
     )
+
+
+def grade_again(
+    states: Sequence[MeasuredState], judge: Judge, image_roots: Mapping[str, Path]
+) -> list[MeasuredState] | None:
+    """Grades the answers whose verdict failed again, without generating them again.
+
+    Args:
+        states: The states of a measurement.
+        judge: The judge that graded them.
+        image_roots: The folder of the images of each split.
+
+    Returns:
+        The states with the new verdicts, or None if no verdict had failed.
+    """
+    if not any(state.ungraded for state in states):
+        return None
+    answer_of = _answer_of(image_roots)
+    graded = []
+    for state in states:
+        pending = [answer_of(item.prompt, item.response, item.first_question) for item in state.ungraded]
+        answers, ungraded = _grade(judge, pending)
+        verdicts = {(answer.prompt_id, answer.sample): answer for answer in answers}
+        merged = [verdicts.get((answer.prompt_id, answer.sample), answer) for answer in state.answers]
+        graded.append(state.model_copy(update={"answers": merged, "ungraded": ungraded}))
+    return graded
+
+
+def _answer_of(image_roots: Mapping[str, Path]) -> Callable[[Prompt, Response, str | None], Answer]:
+    return lambda prompt, response, first: Answer(prompt, response, image_roots[prompt.set], first)
+
+
+def _grade(judge: Judge, pending: Sequence[Answer]) -> tuple[list[AttackedAnswer], list[UngradedAnswer]]:
+    """Returns the graded answers, and those among them whose verdict failed although there is an answer."""
+    verdicts = RecordList[Verdict]()
+    grade_missing(judge, pending, verdicts)
+    by_key = {verdict.key: verdict for verdict in verdicts.records}
+    answers, ungraded = [], []
+    for item in sorted(pending, key=lambda answer: answer.response.key):
+        response, verdict = item.response, by_key[item.response.key]
+        answers.append(
+            AttackedAnswer(
+                prompt_id=response.prompt_id,
+                group_id=item.prompt.group_id,
+                sample=response.sample,
+                text=response.text,
+                label=verdict.label,
+                score=verdict.score,
+                error=verdict.error or response.error,
+            )
+        )
+        if verdict.error is not None and response.error is None:
+            ungraded.append(UngradedAnswer(prompt=item.prompt, response=response, first_question=item.first_question))
+    return answers, ungraded

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from vlm_unlearn.records import Count, Label, Rate, Record
+from vlm_unlearn.records import Count, Label, Prompt, Rate, Record, Response
 
 REPORT_FILE = "robustness.json"
 
@@ -23,6 +23,14 @@ class AttackedAnswer(Record):
     error: str | None = None
 
 
+class UngradedAnswer(Record):
+    """An answer whose verdict failed, with everything that is needed to grade it again."""
+
+    prompt: Prompt
+    response: Response
+    first_question: str | None = None  # of `vlm_unlearn.judging.base.Answer`
+
+
 class MeasuredState(Record):
     """A state of a model under attack with its answers, in a file of ``measurements/``."""
 
@@ -32,6 +40,7 @@ class MeasuredState(Record):
     is_score: bool = False  # whether `answers` have scores instead of labels
     facts: dict[str, float] = Field(default_factory=dict)
     answers: list[AttackedAnswer]
+    ungraded: list[UngradedAnswer] = Field(default_factory=list)  # those of `answers` whose verdict failed
 
 
 class Recovery(Record):

@@ -21,7 +21,7 @@ from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt, Rate
 from vlm_unlearn.robustness.base import AttackTarget, ModelAttack, build_model_attack
 from vlm_unlearn.robustness.halves import Halves
-from vlm_unlearn.robustness.measurement import MeasurementFile, attack_code, measure
+from vlm_unlearn.robustness.measurement import MeasurementFile, attack_code, grade_again, measure
 from vlm_unlearn.robustness.recovery import recovered, state_rate, steps_to_half
 from vlm_unlearn.robustness.results import REPORT_FILE, AttackResult, MeasuredState, RobustnessReport, SkippedAttack
 from vlm_unlearn.store import RunDirectory, cache_folder, read_json, user_path, write_json
@@ -49,9 +49,9 @@ def run_robustness(
     """Attacks a model, its base and a control, and measures how much harmful knowledge comes back.
 
     Every attack on every model is one measurement, which is written when it is complete. A run that was killed resumes
-    with the next one. An attack that does not work with the model's family is skipped, and the report names it. The
-    measurements of base and control are kept in the user's cache, so that further models share
-    them. The folders of the models are only read.
+    with the next one. Answers whose verdict failed, such as by an error of the judge's server, are graded again. An
+    attack that does not work with the model's family is skipped, and the report names it. The measurements of base and
+    control are kept in the user's cache, so that further models share them. The folders of the models are only read.
 
     Args:
         suite: The suite.
@@ -183,12 +183,15 @@ class _Model:
         if keep_in_cache:
             copies.append(replace(file, folder=cache_folder() / "robustness"))
         states = next((states for copy in copies if (states := copy.read()) is not None), None)
+        graded_again = None
         if states is None:
             states = list(measure(attack.attack, self._target(attack.attack), self._judge))
+        else:
+            graded_again = grade_again(states, self._judge, self._questions.roots)
         for copy in copies:
-            if not copy.path.is_file():
-                copy.write(states)
-        return states
+            if graded_again is not None or not copy.path.is_file():
+                copy.write(graded_again or states)
+        return graded_again or states
 
     def _identity(self, attack: _Attack) -> dict[str, object]:
         generation = self._suite.generation

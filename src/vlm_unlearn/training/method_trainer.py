@@ -266,6 +266,8 @@ class MethodTrainer(Trainer):
         dtype = self.vlm.base_model.dtype
         batches = {role: move(batch, self.args.device, dtype) for role, batch in inputs.items()}
         progress = self.state.global_step / max(1, self.state.max_steps)
+        roles = self.method.active_roles(progress)
+        active_roles = roles if active_roles is None else [role for role in roles if role in active_roles]
         return ModelStep(
             self.vlm, batches, self.method, self._reference, self._token_totals, progress, wrapped, active_roles
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlm_unlearn.methods.base import ForwardRequirements, LossOutput, Method, Step
+from vlm_unlearn.methods.base import ForwardRequirements, LossOutput, Method, Role, Step
 
 
 class PromptDecouple(Method):
@@ -37,6 +37,9 @@ class PromptDecouple(Method):
     def requirements(self) -> ForwardRequirements:
         requirements = self.method.requirements
         return replace(requirements, roles=(*requirements.roles, "decouple"))
+
+    def active_roles(self, progress: float) -> tuple[Role, ...]:
+        return (*self.method.active_roles(progress), "decouple")
 
     def prepare(self, hidden_size: int, layers: int, generator: torch.Generator) -> None:
         self.method.prepare(hidden_size, layers, generator)
