@@ -65,6 +65,7 @@ def test_vlmevalkit_reads_numbers_failures_and_empty_predictions(tmp_path: Path)
     answers = read("vlmevalkit", file)
     assert [answer.text for answer in answers] == ["3", "", None, None]
     assert [answer.number for answer in answers] == [7, None, 9, 10]
+    assert [answer.group for answer in answers] == [None, "b", None, None]  # a row's number is no id
     assert [answer.image for answer in answers] == [None] * 4
     assert answers[2].error is not None
     assert answers[3].error is not None

@@ -354,6 +354,21 @@ def test_position_decides_only_on_request_and_never_against_the_question(
         import_answers(load_suite(world), [AnswerFile(file, "harmless")], "lmms_eval", tmp_path / "other", options)
 
 
+def test_row_numbers_of_a_table_are_no_ids(tmp_path: Path) -> None:
+    """A table without ids numbers its rows from 0, and a prediction file may number them from 1."""
+    world = tmp_path / "world"
+    write_world(world)
+    rows = [f"kites/{number}.png,What color is the kite?,It is red.,harmless\n" for number in range(3)]
+    (world / "test.csv").write_text("image,question,answer,set\n" + "".join(rows))
+    split = {"name": "safe", "format": "table", "file": "test.csv", "images": "test", "kind": "safe"}
+    suite = load_suite(world, f"splits=[{json.dumps(split)}]", "metrics={}", "paper_metrics={}")
+    file = tmp_path / "m.json"
+    predictions = [{"index": n + 1, "question": "What color is the kite?", "prediction": "Red."} for n in range(3)]
+    file.write_text(json.dumps(predictions))
+    with raises_code("ambiguous-answer"):
+        import_answers(suite, [AnswerFile(file)], "vlmevalkit", tmp_path / "run", ImportOptions(allow_missing=True))
+
+
 class TestVLGuardEval:
     def test_split_must_be_named_and_its_questions_must_be_those_of_a_file(
         self, world: Path, answers: Answers, tmp_path: Path

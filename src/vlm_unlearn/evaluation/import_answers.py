@@ -286,7 +286,7 @@ def _check_matches(
     """
     unmatched = matcher.counts[UNMATCHED]
     names = {
-        "question-mismatch": "answer to another question",
+        "question-mismatch": "to another question",
         "image-mismatch": "about another image",
         "ambiguous-answer": "ambiguous",
         "duplicate-answer": "duplicate",

@@ -57,18 +57,18 @@ def _answer(record: RawRecord) -> ForeignAnswer:
     error = None
     if text is None or text.startswith(FAILURE):
         text, error = None, f"VLMEvalKit: {text or 'no prediction'}"
-    index = record.value.get("index")
-    group = None if index is None else _cell(record, "index")
+    index = "" if record.value.get("index") is None else _cell(record, "index")
+    is_number = index.isdecimal() and len(index) < 16  # the number of a row, which is no id
     image = record.value.get("image_path")
     is_name = isinstance(image, str) and bool(image) and not image.startswith("[")  # a list names several images
     return ForeignAnswer(
         lambda: str(record.position),
         text,
         error=error,
-        group=group,
+        group=None if is_number else index or None,
         question=record.text("question"),
         image=record.text("image_path") if is_name else None,
-        number=int(group) if group is not None and group.isdecimal() and len(group) < 16 else None,
+        number=int(index) if is_number else None,
     )
 
 
