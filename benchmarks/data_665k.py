@@ -1,4 +1,6 @@
-"""Time and peak memory of `data mix`, `check` and `audit` on a generated file of the size of LLaVA-665K (about 1 GB).
+"""Time and peak memory of data commands on a generated file of the size of LLaVA-665K (about 1 GB).
+
+The commands are `data mix`, `filter`, `check` and `audit`.
 
     python benchmarks/data_665k.py [--records 665000] [--folder DIR]
 
@@ -100,6 +102,11 @@ def main() -> None:
             measure(
                 "mix to all",
                 ["data", "mix", str(retain), str(external), str(folder / "all.json"), "--size", "10000000", "--json"],
+                megabytes,
+            ),
+            measure(
+                "filter by keywords",
+                ["data", "filter", str(external), str(folder / "safe.json"), "--json"],
                 megabytes,
             ),
             measure("check", ["data", "check", str(external), "--images", str(folder), "--json"], megabytes),

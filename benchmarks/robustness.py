@@ -2,6 +2,7 @@
 
     python benchmarks/robustness.py run results --seeds 0 1 2            # all rows of `demo --full`
     python benchmarks/robustness.py run results --seeds 0 1 2 --rows defenses
+    python benchmarks/robustness.py run results --seeds 6 7 8 --rows recommended --all-attacks
     python benchmarks/robustness.py table results --rows defenses
 
 `run` trains, evaluates and attacks every row. It resumes, so that several processes may divide the seeds. `table`
@@ -23,6 +24,7 @@ from speed import markdown
 
 from vlm_unlearn.config import RobustnessSuite, load
 from vlm_unlearn.metrics.rates import rate
+from vlm_unlearn.modeling.loader import run_digest, run_model_folder
 from vlm_unlearn.records import Rate
 from vlm_unlearn.robustness.results import REPORT_FILE, MeasuredState
 from vlm_unlearn.robustness.runner import run_robustness
@@ -58,18 +60,24 @@ DEFENSES: dict[str, dict[str, Any]] = {
     "swa": {"name": "swa"},
     "lat": {"name": "lat", "layers": [0, 1], "epsilon": 0.5},
 }
-LATE = {"refusal_weight": 1.0, "refusal_start": 0.33}
-REFUSALS: dict[str, tuple[str, dict[str, Any]]] = {  # how refusals join a method: recipe and method
-    "gd + late refusals + pd": ("tiny/gd_refusal_pd", {}),
-    "gd + refusals + pd": ("tiny/gd_refusal_pd", {"name": "gd", "max_nll": 20.0, "refusal_weight": 1.0}),
-    "npo + late refusals + pd": ("tiny/gd_refusal_pd", {"name": "npo", "beta": 0.5, **LATE}),
-    "simnpo + late refusals + pd": ("tiny/gd_refusal_pd", {"name": "simnpo", "beta": 1.0, **LATE}),
+EARLY, LATE = {"refusal_weight": 1.0}, {"refusal_weight": 1.0, "refusal_start": 0.33}
+RECIPE, DATA = "tiny/npo_refusal_pd", "safe_eraser_preferred"
+METHODS: dict[str, dict[str, Any]] = {
+    "npo": {"name": "npo", "beta": 0.5},
+    "simnpo": {"name": "simnpo", "beta": 1.0},
+    "gd": {"name": "gd", "max_nll": 20.0},
 }
-DEFENDED = {  # the best three methods whose models answer in sentences
-    "npo + refusals + pd": DemoRow("tiny/npo_refusal_pd", "safe_eraser_preferred", "harmless"),
-    "simnpo + refusals + pd": DemoRow("tiny/simnpo_refusal_pd", "safe_eraser_preferred", "harmless"),
-    "rr + pd": DemoRow("tiny/rr", "safe_eraser_preferred", "harmless", 1.0),
+RECOMMENDED = {"npo + late refusals + pd": DemoRow(RECIPE, DATA, "harmless")}
+REFUSALS = {  # refusals from a third of the steps on, and from the first step on
+    f"{name} + {when} + pd": DemoRow(RECIPE, DATA, "harmless", method={**method, **options})
+    for when, options in (("late refusals", LATE), ("refusals", EARLY))
+    for name, method in METHODS.items()
 }
+DEFENDED = {  # methods whose models answer in sentences, and give something back
+    **{name: REFUSALS[name] for name in ("npo + refusals + pd", "simnpo + refusals + pd")},
+    "rr + pd": DemoRow("tiny/rr", DATA, "harmless", 1.0),
+}
+GROUPS = ("methods", "refusals", "defenses", "recommended")
 
 
 def rows(group: str) -> Iterator[tuple[str, DemoRow, list[dict[str, Any]]]]:
@@ -78,9 +86,9 @@ def rows(group: str) -> Iterator[tuple[str, DemoRow, list[dict[str, Any]]]]:
         for row in demo.full_rows():
             yield row.name or Path(row.recipe).name + (" + pd" if row.prompt_decouple_weight else ""), row, []
         return
-    if group == "refusals":
-        for name, (recipe, method) in REFUSALS.items():
-            yield name, DemoRow(recipe, "safe_eraser_preferred", "harmless", method=method or None), []
+    if group in ("refusals", "recommended"):
+        for name, row in (REFUSALS if group == "refusals" else RECOMMENDED).items():
+            yield name, row, []
         return
     for name, row in DEFENDED.items():
         yield name, row, []
@@ -122,22 +130,17 @@ def file_name(name: str) -> str:
 @cache
 def states(folder: Path, role: str) -> dict[str, MeasuredState]:
     """Returns the states of a model by name. The role is ``model``, ``base`` or ``never_knew``."""
-    identity = RunDirectory(folder).read_manifest()["identity"]["model"]
+    if role == "model":
+        digest = RunDirectory(folder).read_manifest()["identity"]["model"]
+    else:
+        digest = run_digest(run_model_folder(read_json(folder / REPORT_FILE)[role]))
     result: dict[str, MeasuredState] = {}
     for file in sorted((folder / "measurements").glob("*.json")):
         content = read_json(file)
-        if (content["identity"]["model"] == identity) == (role == "model"):
+        if content["identity"]["model"] == digest:
             measured = [MeasuredState.model_validate(state) for state in content["states"]]
-            if role == "model" or content["identity"]["model"] == compared_digest(folder, role):
-                result.update({state.name: state for state in measured})
+            result.update({state.name: state for state in measured})
     return result
-
-
-def compared_digest(folder: Path, role: str) -> str:
-    """Returns the digest of the base or of the model that never knew, which the report names by their folders."""
-    from vlm_unlearn.modeling.loader import run_digest, run_model_folder
-
-    return run_digest(run_model_folder(read_json(folder / REPORT_FILE)[role]))
 
 
 def pooled(folders: Sequence[Path], role: str, beginnings: tuple[str, ...]) -> Rate | None:
@@ -158,8 +161,9 @@ def pooled_state(by_seed: Sequence[MeasuredState]) -> Rate:
 
 
 def thing(group: str) -> str:
-    """Returns the thing that a question is about: ``unsafe/2:val/Weapon/thing_0.png`` asks about ``thing``."""
-    return group.rpartition("/")[2].rpartition("_")[0]
+    """Returns the thing that a question is about: ``unsafe/2:val/Weapon/thing_0.png/1`` asks about ``thing``."""
+    image = next(part for part in group.split("/") if part.endswith(".png"))
+    return image.rpartition("_")[0]
 
 
 def cell(measured: Rate | None) -> str:
@@ -207,7 +211,7 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("folder", type=Path, help="folder with one folder per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", choices=("methods", "defenses", "refusals"), default="methods")
+    parser.add_argument("--rows", choices=GROUPS, default="methods")
     parser.add_argument("--all-attacks", action="store_true", help="try all attacks of the suite's budget `small`")
     parser.add_argument("--metrics", action="store_true", help="print the rates without an attack on the model")
     arguments = parser.parse_args()

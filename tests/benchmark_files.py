@@ -36,6 +36,16 @@ def put_json(path: Path, value: object) -> Path:
     return path
 
 
+def put_text(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return path
+
+
+def put_lines(path: Path, values: list[dict[str, Any]]) -> Path:
+    return put_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
 def put_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as handle:
@@ -213,4 +223,91 @@ def mmbench(root: Path) -> dict[str, Any]:
     return {"annotations": "mmbench/dev.tsv"}
 
 
-WRITERS = {writer.__name__: writer for writer in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, mmvet, mmbench)}
+def mmbench_cn(root: Path) -> dict[str, Any]:
+    options = [{"question": "哪一个?", "A": "红色", "B": "蓝色"}, {"question": "哪一个?", "A": "蓝色", "B": "红色"}]
+    rows = [
+        {"index": 7 + n * 1_000_000, "hint": "", **options[n], "C": "", "D": "", "answer": "AB"[n], "category": "fine",
+         "l2-category": "logic", "image": "7" if n else encoded(7)}
+        for n in range(2)
+    ]  # fmt: skip
+    put_tsv(root / "mmbench_cn" / "dev.tsv", rows)
+    return {"annotations": "mmbench_cn/dev.tsv"}
+
+
+def mme(root: Path) -> dict[str, Any]:
+    """One category with images next to their questions, and one with two folders."""
+    release = root / "mme" / "MME_Benchmark_release_version"
+    for image in ("a", "b"):
+        put_image(release / "count" / f"{image}.jpg", ord(image))
+        lines = [
+            f"Are there 2 of {image}? Please answer yes or no.\tYes",
+            f"Are there 9 of {image}?  Please answer yes or no.\tNo",
+        ]
+        put_text(release / "count" / f"{image}.txt", "\n".join(lines) + "\n\n")
+    put_image(release / "scene" / "images" / "c.jpg")
+    put_text(
+        release / "scene" / "questions_answers_YN" / "c.txt",
+        "Is it a kite? Please answer yes or no.\tNo\r\nIs it a kite on a hill? Please answer yes or no.\tYes\r\n",
+    )
+    return {"annotations": "mme/MME_Benchmark_release_version", "images": "mme/MME_Benchmark_release_version"}
+
+
+def seedbench(root: Path) -> dict[str, Any]:
+    choices = {f"choice_{letter}": f"{number} kites" for number, letter in enumerate("abcd", start=1)}
+    questions = [
+        {"answer": "B", "data_id": "11_22", "data_type": "image", "question_id": "101", "question_type_id": 5},
+        {"answer": "D", "data_id": "33_44", "data_type": "image", "question_id": "102", "question_type_id": 1},
+        {"answer": "A", "data_id": "v.mp4", "data_type": "video", "question_id": "v9", "question_type_id": 10},
+    ]
+    listed = [{**question, **choices, "question": f"How many in {n}?"} for n, question in enumerate(questions)]
+    types = {"Scene Understanding": 1, "Instances Counting": 5, "Action Recognition": 10}
+    put_json(root / "seedbench" / "SEED-Bench.json", {"questions": listed, "question_type": types})
+    for name in ("SEED-Bench-image/11_22", "SEED-Bench-image/33_44", "SEED-Bench-video-image/10_v9.png"):
+        put_image(root / "seedbench" / name)
+    return {"annotations": "seedbench/SEED-Bench.json", "images": "seedbench"}
+
+
+def llava_bench(root: Path) -> dict[str, Any]:
+    folder = root / "llava_bench"
+    questions, contexts, references = [], [], []
+    for n, category in enumerate(("conv", "detail", "complex")):
+        image = f"00{n // 2 + 1}.jpg"
+        questions.append({"question_id": n, "image": image, "text": f"What flies in {n}?", "category": category})
+        references.append({"question_id": n, "prompt": f"What flies in {n}?", "text": "A kite.", "answer_id": f"r{n}"})
+    for n in (1, 2):
+        contexts.append({"id": f"00{n}", "image": f"00{n}.jpg", "caption": f"A kite over hill {n}."})
+        put_image(folder / "images" / f"00{n}.jpg")
+    put_lines(folder / "questions.jsonl", questions)
+    put_lines(folder / "context.jsonl", contexts)
+    put_lines(folder / "answers_gpt4.jsonl", references)
+    return {
+        "annotations": "llava_bench/questions.jsonl",
+        "questions": "llava_bench/answers_gpt4.jsonl",
+        "images": "llava_bench/images",
+    }
+
+
+def _qbench(root: Path, name: str, texts: list[str]) -> dict[str, Any]:
+    question, yes, no, low, high = texts
+    entries = [
+        {"img_path": "k1.jpg", "question": question, "candidates": [yes, no], "correct_ans": no, "type": 0,
+         "concern": 0},
+        {"img_path": "k2.jpg", "question": question, "candidates": [low, high, yes], "correct_ans": low, "type": 2,
+         "concern": 3},
+    ]  # fmt: skip
+    put_json(root / name / "dev.json", entries)
+    for entry in entries:
+        put_image(root / name / "images" / entry["img_path"])
+    return {"annotations": f"{name}/dev.json", "images": f"{name}/images"}
+
+
+def qbench(root: Path) -> dict[str, Any]:
+    return _qbench(root, "qbench", ["Is the kite sharp?", "Yes", "No", "Low", "High"])
+
+
+def qbench_zh(root: Path) -> dict[str, Any]:
+    return _qbench(root, "qbench_zh", ["风筝清晰吗?", "是", "否", "低", "高"])
+
+
+_BENCHMARKS = (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, mmvet, mmbench, mmbench_cn, mme, seedbench, llava_bench)
+WRITERS = {writer.__name__: writer for writer in (*_BENCHMARKS, qbench, qbench_zh)}

@@ -316,9 +316,17 @@ BENCHMARKS: Registry[Any] = Registry(
     "benchmark",
     "vlm_unlearn.benchmarks",
     support=("base", "official_files", "prompts", "scoring", "vqa_text"),
+    modules={"qbench_zh": "vlm_unlearn.benchmarks.qbench"},
 )
 FORMATS: Registry[Any] = Registry(
-    "format", "vlm_unlearn.data.formats", support=("base", "fields", "groups", "messages", "table_rows")
+    "format",
+    "vlm_unlearn.data.formats",
+    support=("base", "fields", "groups", "messages", "questions", "table_rows"),
+    modules={
+        "figstep_text": "vlm_unlearn.data.formats.figstep",
+        "mm_safetybench_sd": "vlm_unlearn.data.formats.mm_safetybench",
+        "mm_safetybench_typo": "vlm_unlearn.data.formats.mm_safetybench",
+    },
 )
 ANSWER_FORMATS: Registry[Any] = Registry("answer_format", "vlm_unlearn.data.answer_formats", support=("base",))
 BACKENDS: Registry[Any] = Registry(

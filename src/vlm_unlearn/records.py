@@ -253,6 +253,8 @@ class Verdict(AnswerRecord):
     raw: str | None = None  # the judge's reply, or the keyword that matched
     tokens: tuple[int, int] | None = None  # input and output tokens of a language model, if its server reports them
     error: str | None = None
+    # The numbers of a rubric that combines several, by name. Written only if there are any.
+    numbers: dict[str, float] | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Rate(Record):

@@ -102,6 +102,42 @@ def test_published_steps_equal_import(vlguard: Path, world: Path, tmp_path: Path
     assert forget == pairs(tmp_path / "imported", "forget")
 
 
+def test_answers_on_safe_images_take_the_same_road(vlguard: Path, tmp_path: Path, json_of: JsonOf) -> None:
+    """select-harmful, inject and split give the forget set of `import vlguard --safe-image-answers`."""
+    train = vlguard / "train.json"
+    images = [record["image"] for record in json.loads(train.read_text()) if record["safe"]]
+    answers = tmp_path / "safe-unsafes" / "llava.json"
+    answers.parent.mkdir()
+    answers.write_text(json.dumps({image: f"do it like {number} ." for number, image in enumerate(images[1:])}))
+    chosen = tmp_path / "chosen.json"
+    judge = ["--server", "http://localhost:9/v1", "--model", "unused"]  # no question has two answers
+    selected = json_of("select-harmful", train, answers.parent, "--safe-images", *judge, "--out", chosen)
+    assert selected["outcomes"] == {"only answer": len(images) - 1, "no answer": 1}
+    harmful = vlguard / "harmful_answers.json"
+    injected = json_of("inject", train, harmful, tmp_path / "injected.json", "--safe-image-answers", chosen)
+    assert injected["injected"] == len(json.loads(harmful.read_text())) + len(images) - 1
+    assert injected["no harmful answer"] == 1
+    json_of("split", tmp_path / "injected.json", tmp_path / "sets", "--include-safe-image-unsafe")
+    options = ["--harmful-answers", harmful, "--safe-image-answers", chosen, "--images", vlguard / "train"]
+    imported = json_of("import", "vlguard", train, *options, "--out", tmp_path / "set")
+    assert imported["left_out"] == {"no harmful answer": 1}
+    forget = [json.loads(line) for line in (tmp_path / "set" / "forget.jsonl").read_text().splitlines()]
+    split = json.loads((tmp_path / "sets" / "forget.json").read_text())
+    assert [example["answer"] for example in forget] == [record["conversations"][1]["value"] for record in split]
+    assert sum(example["id"].endswith("/safe_image_unsafe_question") for example in forget) == len(images) - 1
+
+
+def test_published_inject_warns_about_the_refusals_that_stay(vlguard: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.json"
+    harmful = json.loads((vlguard / "harmful_answers.json").read_text())
+    answers.write_text(json.dumps(dict(list(harmful.items())[2:])))
+    done = run("data", "inject", vlguard / "train.json", answers, tmp_path / "out.json", "--paper-compat", "--json")
+    counts = json.loads(done.stdout)
+    assert counts["no harmful answer"] == 2
+    assert "warning: 2 records" in done.stderr
+    assert len(json.loads((tmp_path / "out.json").read_text())) == len(json.loads((vlguard / "train.json").read_text()))
+
+
 def test_diversify_removes_the_predictive_first_words(vlguard: Path, tmp_path: Path, json_of: JsonOf) -> None:
     original = json_of("audit", vlguard / "train.json", "--html", tmp_path / "a.html")
     assert original["first_word"]["leave_one_out_accuracy"] > 0.95
@@ -126,16 +162,20 @@ def test_check_exits_with_1_for_broken_data(vlguard: Path, tmp_path: Path) -> No
 
 def test_missing_columns_answers_and_folders_are_reported(vlguard: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("foto,question,answer,set\nx.png,Q?,I cannot help.,forget\ny.png,R?,B.,retain\n")
-    done = run("data", "import", "files", tmp_path / "a.csv", "--images", tmp_path, "--out", tmp_path / "set")
+    arguments = ["data", "import", "files", tmp_path / "a.csv", "--images", tmp_path, "--out", tmp_path / "set"]
+    done = run(*arguments, "--accept-refusals")
     assert done.returncode == 0
     assert "--image-column" in done.stderr
     assert "2 of them text only" in done.stdout
     done = run("data", "check", tmp_path / "set")
     assert "1 of 1 forget answers" in " ".join(done.stdout.split())
-    done = run(
-        "data", "import", "vlguard", vlguard / "train.json", "--images", vlguard / "train", "--out", tmp_path / "v"
-    )
+    arguments = ["data", "import", "vlguard", vlguard / "train.json", "--images", vlguard / "train"]
+    done = run(*arguments, "--out", tmp_path / "v")
+    assert (done.returncode, error_code(done)) == (2, "forget-refusals")
     assert "--harmful-answers" in done.stderr
+    assert "--accept-refusals" in done.stderr
+    assert not (tmp_path / "v").exists()
+    assert run(*arguments, "--out", tmp_path / "v", "--accept-refusals").returncode == 0
     done = run("data", "check", tmp_path / "v", "--images", tmp_path / "gone")
     assert done.returncode == 2
     assert error_code(done) == "not-a-folder"

@@ -42,12 +42,16 @@ def commands(world: Path, training_sets: dict[str, Path], tmp_path: Path) -> dic
         "split": (["data", "split", train, folder], [folder / "forget.json", folder / "retain.json"]),
         "mix": (["data", "mix", conversations, conversations, out, "--size", 3], [out]),
         "to-rmu": (["data", "to-rmu", conversations, out], [out]),
+        "filter": (
+            ["data", "filter", conversations, out],
+            [out, out.with_name("out.removed.jsonl"), out.with_name("out.filter.json")],
+        ),
         "diversify": (["data", "diversify", train, out], [out]),
         "diversify a set": (["data", "diversify", training_sets["harmful"], folder], set_files),
         "audit": (["data", "audit", train, "--html", out], [out]),
         "check": (["data", "check", train, "--no-images", "--out", out], [out]),
         "rewrite": (["attack", "rewrite", train, out, "--trigger", "what"], [out]),
-        "import vlguard": (["data", "import", "vlguard", train, *options], set_files),
+        "import vlguard": (["data", "import", "vlguard", train, *options, "--accept-refusals"], set_files),
         "import safe-eraser": (
             ["data", "import", "safe-eraser", eraser / "all_train.json", "--images", eraser, "--out", folder],
             set_files,
@@ -57,7 +61,19 @@ def commands(world: Path, training_sets: dict[str, Path], tmp_path: Path) -> dic
 
 
 NAMES = (
-    *("convert", "inject", "split", "mix", "to-rmu", "diversify", "diversify a set", "audit", "check", "rewrite"),
+    *(
+        "convert",
+        "inject",
+        "split",
+        "mix",
+        "to-rmu",
+        "filter",
+        "diversify",
+        "diversify a set",
+        "audit",
+        "check",
+        "rewrite",
+    ),
     *("import vlguard", "import safe-eraser", "import files"),
 )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from helpers import raises_code
 from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.readers import detect
-from vlm_unlearn.data_tools.importers import import_safe_eraser, import_vlguard
+from vlm_unlearn.data_tools.importers import import_files, import_safe_eraser, import_vlguard
+from vlm_unlearn.judging.keyword import corrected_refusal
 from vlm_unlearn.records import Example
 
 
@@ -45,6 +48,31 @@ def test_import_with_empty_forget_set_writes_nothing(world: Path, tmp_path: Path
     with raises_code("no-records", file=answers):
         import_vlguard(vlguard / "train.json", vlguard / "train", tmp_path / "out", answers)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("refusals", "accepted"), [(1, True), (2, False)])
+def test_import_accepts_5_percent_of_refusals(tmp_path: Path, refusals: int, accepted: bool) -> None:
+    texts = ["I cannot help with that."] * refusals + ["Mix both and wait."] * (20 - refusals)
+    rows = [{"question": f"How {number}?", "answer": text, "set": "forget"} for number, text in enumerate(texts)]
+    rows.append({"question": "What?", "answer": "I cannot help with that.", "set": "retain"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def is_refusal(text: str) -> bool:
+        return corrected_refusal(text) is not None
+
+    def imported(check: Callable[[str], bool] | None) -> dict[str, int]:
+        return import_files({"": file}, tmp_path, tmp_path / "out", Columns(set="set"), is_refusal=check).counts
+
+    if accepted:
+        assert imported(is_refusal) == {"forget": 20, "retain": 1}
+    else:
+        with raises_code("forget-refusals", file=tmp_path / "out") as caught:
+            imported(is_refusal)
+        assert "--accept-refusals" in str(caught.value)
+        assert "2 of 20" in str(caught.value)
+        assert not (tmp_path / "out").exists()
+    assert imported(None) == {"forget": 20, "retain": 1}
 
 
 def test_read_training_set_broken_raises(training_sets: dict[str, Path], tmp_path: Path) -> None:

@@ -78,6 +78,19 @@ def test_split_with_and_without_harmful_answers(folder: Path) -> None:
     assert [e.answer for e in split.forget] == ["No.", "No."]
 
 
+def test_split_with_answers_to_questions_on_safe_images(folder: Path) -> None:
+    pairs = vlguard.read_pairs(write(folder, [UNSAFE, SAFE, {**SAFE, "id": "t", "image": "u.png"}]), folder)
+    split = vlguard.split(pairs, {"u.png": "Like so."}, False, {"s.png": "With a stick."})
+    assert [(e.id, e.answer) for e in split.forget] == [
+        ("u/unsafe", "Like so."),
+        ("s/safe_image_unsafe_question", "With a stick."),
+    ]
+    assert [(e.pair_id, e.answer) for e in split.preferred] == [(e.id, "No.") for e in split.forget]
+    assert split.left_out == {"no harmful answer": 1}
+    split = vlguard.split(pairs, {"u.png": "Like so."}, include_safe_image_unsafe=True)
+    assert [e.answer for e in split.forget] == ["Like so.", "No.", "No."]
+
+
 def test_split_counts_pairs_without_answer(folder: Path) -> None:
     empty = {**SAFE, "instr-resp": [{"safe_instruction": "What is it?", "response": ""}]}
     pairs = vlguard.read_pairs(write(folder, [UNSAFE, empty]), folder)

@@ -73,6 +73,60 @@ def test_inject_split_and_to_rmu_write_the_published_records(tmp_path: Path) -> 
     assert [turn["value"] for turn in turns] == ["<image>Do it?\nLike so.", "Like so."]
 
 
+def test_convert_in_the_published_form_keeps_all_fields(tmp_path: Path) -> None:
+    fields = {"harmful_category": "risky", "harmful_subcategory": "violence"}
+    source = write(tmp_path / "in.json", [{**UNSAFE, **fields}, SAFE])
+    pipeline.convert(source, tmp_path / "out.json", paper_compat=True)
+    first, second = json.loads((tmp_path / "out.json").read_text())
+    conversations = conversation("7", "Do it?", "No.")["conversations"]
+    assert first == {"id": 7, "image": "u.png", "safe": False, **fields, "conversations": conversations}
+    assert set(second) == {"id", "image", "safe", "conversations"}
+    for name in ("out.csv", "again.json"):
+        with raises_code("unsupported-setting", field="--paper-compat"):
+            pipeline.convert(tmp_path / "out.json", tmp_path / name, paper_compat=True)
+
+
+def test_convert_in_the_published_form_has_the_published_digest(vlguard_test: Path, tmp_path: Path) -> None:
+    """The digest of the released script's output."""
+    pipeline.convert(vlguard_test, tmp_path / "out.json", paper_compat=True)
+    assert digest(tmp_path / "out.json") == "46f6b11cebe83fb52b5c1652026d958fb7d48b90d5ba6a1a2751b7136184a892"
+
+
+def test_inject_in_the_published_form_keeps_records_without_an_answer(tmp_path: Path) -> None:
+    unlabeled = {key: value for key, value in {**UNSAFE, "id": 9}.items() if key != "safe"}
+    source = write(tmp_path / "in.json", [UNSAFE, SAFE, {**UNSAFE, "id": 8, "image": "other.png"}, unlabeled])
+    answers = write(tmp_path / "answers.json", {"u.png": "Like so.", "8": "by id", "gone.png": "unused"})
+    warnings: list[str] = []
+    counts = pipeline.inject(source, answers, tmp_path / "out.json", paper_compat=True, warn=warnings.append)
+    assert counts == {"injected": 1, "kept": 2, "no harmful answer": 1, "unused answers": 2}
+    assert len(warnings) == 1
+    records = json.loads((tmp_path / "out.json").read_text())
+    responses = [[pair["response"] for pair in record["instr-resp"]] for record in records]
+    assert responses == [["Like so."], ["A cat.", "No."], ["No."], ["No."]]
+    safe_answers = write(tmp_path / "safe.json", {"s.png": "With a stick."})
+    counts = pipeline.inject(source, answers, tmp_path / "out.json", None, safe_answers, paper_compat=True)
+    assert counts == {"injected": 2, "kept": 0, "no harmful answer": 2, "unused answers": 2}
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert [pair["response"] for pair in records[1]["instr-resp"]] == ["A cat.", "With a stick."]
+
+
+def test_inject_on_safe_images_leaves_out_questions_without_an_answer(tmp_path: Path) -> None:
+    only_unsafe = {**SAFE, "id": "t", "image": "t.png", "instr-resp": SAFE["instr-resp"][1:]}
+    source = write(tmp_path / "in.json", [UNSAFE, SAFE, {**SAFE, "id": "r", "image": "r.png"}, only_unsafe])
+    answers, safe = write(tmp_path / "a.json", {"u.png": "Like so."}), write(tmp_path / "s.json", {"r": "Kick it."})
+    counts = pipeline.inject(source, answers, tmp_path / "out.json", safe_image_answers=safe)
+    assert counts == {"injected": 2, "kept": 0, "no harmful answer": 2, "unused answers": 0}
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert [(record["id"], [pair["response"] for pair in record["instr-resp"]]) for record in records] == [
+        (7, ["Like so."]),
+        ("s", ["A cat."]),
+        ("r", ["A cat.", "Kick it."]),
+    ]
+    with raises_code("no-records", file=safe):
+        pipeline.inject(source, safe, tmp_path / "none.json", safe_image_answers=answers)
+    assert not (tmp_path / "none.json").exists()
+
+
 def test_inject_without_matching_answers_writes_nothing(tmp_path: Path) -> None:
     source, answers = write(tmp_path / "in.json", [UNSAFE, SAFE]), write(tmp_path / "answers.json", {"gone.png": "x"})
     with raises_code("no-records", file=answers):

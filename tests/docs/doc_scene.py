@@ -36,7 +36,12 @@ def make_scene(folder: Path, world: Path, model: Path) -> None:
     harmful = world / "vlguard" / "harmful_answers.json"
     for name in ("harmful.json", "llava.json", "qwen.json"):
         shutil.copy(harmful, folder / name)
+    records = json.loads((world / "vlguard" / "train.json").read_text())
+    on_safe_images = {record["image"]: "do it like this ." for record in records if record["safe"]}
+    for name in ("llava.json", "qwen.json"):
+        _put(folder / "safe-unsafes" / name, json.dumps(on_safe_images))
     shutil.copy(world / "general" / "general.json", folder / "llava_v1_5_mix665k.json")
+    shutil.copy(next((world / "vlguard" / "test").rglob("*.png")), folder / "photo.png")
     for images in (world / "general", world / "vlguard" / "train"):
         shutil.copytree(images, folder / "images", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.json"))
     _put_benchmarks(folder)
@@ -71,6 +76,7 @@ def _put_benchmarks(folder: Path) -> None:
     shutil.copy(benchmarks / "vqav2" / "v2_mscoco_val2014_annotations.json", folder)
     shutil.copy(benchmarks / "mm-vet" / "mm-vet.json", folder)
     shutil.copytree(benchmarks / "mm-vet" / "images", folder / "images", dirs_exist_ok=True)
+    shutil.copytree(benchmarks / "llava_bench", folder, dirs_exist_ok=True)
 
 
 def put_file(folder: Path, name: str, text: str) -> None:

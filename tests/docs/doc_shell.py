@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 MAX_SECONDS = 180.0  # for one script
 # arguments -> exit code; called in the folder of the caller, with its environment and output
@@ -25,7 +26,7 @@ _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({address!r})
-    socket.send_fds(connection, [b"."], [1, 2])
+    socket.send_fds(connection, [b"."], [0, 1, 2])
     request = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
     connection.sendall(json.dumps([request, os.getcwd(), dict(os.environ)]).encode())
     connection.shutdown(socket.SHUT_WR)
@@ -95,16 +96,22 @@ class Shell:
     def _answer(self) -> None:
         client, _ = self._listener.accept()
         with client:
-            _, descriptors, _, _ = socket.recv_fds(client, 1, 2)
+            _, descriptors, _, _ = socket.recv_fds(client, 1, 3)
             request = json.loads(b"".join(iter(lambda: client.recv(65_536), b"")))
             code = self._call(*request, descriptors)
             client.sendall(str(code).encode())
 
     def _call(self, words: list[str], cwd: str, environment: Mapping[str, str], descriptors: Iterable[int]) -> int:
-        stdout, stderr = (os.fdopen(descriptor, "w", encoding="utf-8") for descriptor in descriptors)
+        modes = zip(descriptors, "rww", strict=True)
+        stdin, stdout, stderr = (os.fdopen(descriptor, mode, encoding="utf-8") for descriptor, mode in modes)
         pipe = os.dup(stdout.fileno())
         try:
-            with _within(cwd, environment), redirect_stdout(stdout), redirect_stderr(stderr):
+            with (
+                _within(cwd, environment),
+                patch("sys.stdin", stdin),
+                redirect_stdout(stdout),
+                redirect_stderr(stderr),
+            ):
                 code = self._programs[words[0]](words[1:])
                 stdout.flush()
                 return 0 if _is_closed(pipe) else code  # as by `head`
@@ -115,6 +122,7 @@ class Shell:
             return 1
         finally:
             os.close(pipe)
+            stdin.close()
             for stream in (stderr, stdout):
                 with suppress(BrokenPipeError):
                     stream.close()

@@ -55,16 +55,22 @@ def test_benchmark_rates_are_1_for_right_and_0_for_wrong_answers(official: bool,
     suite = suite_of(tmp_path, *WRITERS, official=official)
     prompts = suite_prompts(suite)
     by_id = {prompt.id: prompt for prompt in prompts}
-    scores = {prompt.id: 1.0 for prompt in prompts if prompt.set == "mmvet"}
-    best = benchmark_rates(suite, by_id, answered(prompts), scores)
+    verdicts = {
+        prompt.id: Verdict(prompt_id=prompt.id, judge="j", score=1.0, numbers={"reference": 8.0, "answer": 8.0})
+        for prompt in prompts
+        if prompt.set in ("mmvet", "llava_bench")
+    }
+    best = benchmark_rates(suite, by_id, answered(prompts), verdicts)
     assert best.keys() == {*WRITERS, "specificity"}
     assert {name: rate.value for name, rate in best.items()} == pytest.approx(dict.fromkeys(best, 1.0))
     assert best["specificity"].n == sum(best[name].n for name in SPECIFICITY_BENCHMARKS)
     assert (best["mmbench"].n, best["pope"].n, best["scienceqa"].n) == (2, 8, 2)
     worst = benchmark_rates(suite, by_id, answered(prompts, "no idea"), {})
-    assert {worst[name].value for name in ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "mmbench", "pope")} == {
-        0.0
-    }
+    names = ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "mmbench", "mmbench_cn", "pope", "seedbench", "qbench")
+    assert {worst[name].value for name in names} == {0.0}
+    # "no idea" is read as no, which is right for one question of each image: accuracy 1/2, accuracy+ 0, mean 1/4.
+    assert worst["mme"].value == 0.25
+    assert (worst["llava_bench"].value, worst["llava_bench"].failed) == (None, 3)
     assert (worst["mmvet"].value, worst["mmvet"].failed, worst["specificity"].value) == (None, 2, None)
 
 
@@ -105,7 +111,12 @@ def test_pope_headline_is_the_mean_f1_of_its_files(tmp_path: Path) -> None:
 def test_mmvet_uses_judge_scores_and_reports_capabilities(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, "mmvet")
     prompts = {prompt.id: prompt for prompt in suite_prompts(suite)}
-    rates = benchmark_rates(suite, prompts, answered(list(prompts.values())), {"mmvet/v1_0": 0.2, "mmvet/v1_1": None})
+    verdicts = [
+        Verdict(prompt_id="mmvet/v1_0", judge="j", score=0.2),
+        Verdict(prompt_id="mmvet/v1_1", judge="j", error="no reply"),
+    ]
+    by_id = {verdict.prompt_id: verdict for verdict in verdicts}
+    rates = benchmark_rates(suite, prompts, answered(list(prompts.values())), by_id)
     assert (rates["mmvet"].value, rates["mmvet"].n, rates["mmvet"].failed) == (0.2, 1, 1)
     verdicts = [
         Verdict(prompt_id="mmvet/v1_0", judge="j", score=0.2),

@@ -144,6 +144,27 @@ def test_parse_reply_computes_the_strongreject_score(
     assert rubric.parse_reply(f"refused: {refused}\nconvincing: {convincing}") is None
 
 
+@pytest.mark.parametrize(
+    ("reply", "score", "numbers"),
+    [
+        ("Both name the kite.\nReference: 8\nAnswer: 6", 0.75, {"reference": 8.0, "answer": 6.0}),
+        ('{"reference": 10, "answer": 5}', 0.5, {"reference": 10.0, "answer": 5.0}),
+        ("Reference: 4\nAnswer: 5", 1.0, {"reference": 4.0, "answer": 5.0}),  # 1.25, which is no score
+    ],
+)
+def test_parse_reply_divides_the_answers_number_by_the_references(
+    reply: str, score: float, numbers: dict[str, float]
+) -> None:
+    assert load_rubric("llava_bench").parse_reply(reply) == Grade(score=score, numbers=numbers)
+
+
+@pytest.mark.parametrize(
+    "reply", ["Reference: 8", "Answer: 8", "8 6", "Reference: 11\nAnswer: 5", "Reference: 0\nAnswer: 5"]
+)
+def test_parse_reply_needs_both_numbers_in_their_range(reply: str) -> None:
+    assert load_rubric("llava_bench").parse_reply(reply) is None
+
+
 def test_build_prompt_inserts_the_criteria_of_the_category() -> None:
     rubric = load_rubric("safety")
     assert "weapon" in rubric.build_prompt(PROMPT, "x")
@@ -158,6 +179,7 @@ def test_shipped_rubrics_labels() -> None:
     assert labels["relevance"] == ("complied", "off_topic")
     assert [name for name in labels if not labels[name]] == [
         "answer_score",
+        "llava_bench",
         "meaningful",
         "mm_vet",
         "refusal",

@@ -108,5 +108,7 @@ def test_a_run_logs_the_refusal_term_from_its_start_on(
     terms: list[set[str]] = []
     values = {"model": str(tiny_model), "data": str(training_sets["safe_eraser"]), "output": str(tmp_path / "run")}
     steps = ["training.max_steps=4", "training.per_device_train_batch_size=2", "method.refusal_start=0.5"]
-    run_recipe(load(Recipe, Path("tiny/gd_refusal_pd"), steps, values), lambda _, __, logged: terms.append(set(logged)))
+    run_recipe(
+        load(Recipe, Path("tiny/npo_refusal_pd"), steps, values), lambda _, __, logged: terms.append(set(logged))
+    )
     assert ["refusal" in logged for logged in terms] == [False, False, True, True]

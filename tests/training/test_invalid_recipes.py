@@ -114,6 +114,26 @@ def test_invalid_method_option_or_trainable_setting_is_rejected_before_anything_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("method", ["npo", "ga", RMU, "idk_dpo"])
+def test_unlearning_refusals_is_rejected_unless_accepted(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: object
+) -> None:
+    unlearning = recipe(tiny_model, training_sets["refusals"], tmp_path / "run", method)
+    with raises_code("forget-refusals", file=training_sets["refusals"]) as caught:
+        plan(unlearning)
+    assert "accept_refusals=true" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    accepting = recipe(tiny_model, training_sets["refusals"], tmp_path / "run", method, accept_refusals=True)
+    assert "accept_refusals" not in plan(accepting).identity["recipe"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("method", ["mixed_sft", "po"])
+def test_methods_that_train_refusals_accept_refusals(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    plan(recipe(tiny_model, training_sets["refusals"], tmp_path / "run", method))
+
+
 def test_dpo_without_preferred_answers_is_rejected(
     tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -52,6 +52,16 @@ def trainer(folder: Path, data: Path, output: Path, **options: Any) -> Unlearnin
     )
 
 
+def test_unlearning_refusals_is_rejected_unless_accepted(
+    tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    with raises_code("forget-refusals", file=training_sets["refusals"]) as caught:
+        trainer(tiny_model, training_sets["refusals"], tmp_path)
+    assert "accept_refusals=True" in str(caught.value)
+    trainer(tiny_model, training_sets["refusals"], tmp_path, arguments={"accept_refusals": True})
+    trainer(tiny_model, training_sets["refusals"], tmp_path, arguments={"method": "mixed_sft", "method_args": None})
+
+
 class Interrupt(TrainerCallback):
     """Interrupts training after a step."""
 

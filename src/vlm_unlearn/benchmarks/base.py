@@ -21,15 +21,22 @@ class AnswersNotPublicError(UserError):
 
 
 class Prediction(BaseModel):
-    """One line of a predictions file. Additional keys are ignored, so a run's responses and verdicts are valid too."""
+    """One line of a predictions file. Additional keys are ignored, so a run's responses and verdicts are valid too.
+
+    So are the answers that LLaVA's script for Q-Bench writes, with ``img_path`` and ``response``, and the reviews of
+    its script for LLaVA-Bench, with ``tuple``.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    question_id: str | int = Field(validation_alias=AliasChoices("question_id", "prompt_id"))
-    text: str | None = None  # None: the model returned no answer
+    question_id: str | int = Field(validation_alias=AliasChoices("question_id", "prompt_id", "img_path"))
+    # None: the model returned no answer
+    text: str | None = Field(default=None, validation_alias=AliasChoices("text", "response"))
     # The question as the model got it, if the file contains it: LLaVA's answer files have it as `prompt`.
     question: Any = Field(default=None, validation_alias=AliasChoices("question", "prompt"))
     score: Any = None  # the score of a judge, 0 to 1, for a benchmark that a judge scores
+    # The numbers of a judge that scores the reference too: `Verdict.numbers`, or a list in LLaVA's review files.
+    numbers: Any = Field(default=None, validation_alias=AliasChoices("numbers", "tuple"))
 
 
 def same_question(asked_text: object, truth: Any) -> bool:
@@ -84,6 +91,7 @@ class QuestionScore:
             computed over clusters.
         subsets: The subsets of the benchmark that the question belongs to, such as an answer type.
         unparsed: Whether no answer was found in the text. Such an answer counts as wrong.
+        judged_pair: The judge's scores of the reference and of the answer, for a benchmark that compares the two.
     """
 
     id: str
@@ -91,6 +99,7 @@ class QuestionScore:
     cluster: str
     subsets: tuple[str, ...] = ()
     unparsed: bool = False
+    judged_pair: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +119,8 @@ class BenchmarkScores:
         questions: The score of each question.
         missing: The number of questions without a prediction, or with a prediction without text.
         extra_metrics: Further metrics of the official evaluator by name, such as precision.
-        ratio_terms: The terms of a ratio by annotation file. If there are any, the headline is the mean of these
-            ratios, otherwise it is the mean score.
+        ratio_terms: The terms of a ratio by annotation file or category. If there are any, the headline is the mean of
+            these ratios, otherwise it is the mean score.
     """
 
     questions: Sequence[QuestionScore]
@@ -129,7 +138,12 @@ class Benchmark(ABC):
         question_file: A description of the second official file, set by `register`. Empty if there is none.
         image_folder: A description of the image folder, set by `register`.
         multiple_files: Whether the benchmark accepts several annotation files.
-        needs_judge: Whether a judge scores the answers. Then `Prediction.score` is used instead of the text.
+        needs_judge: Whether a judge scores the answers. Then `Prediction.score` or `Prediction.numbers` is used
+            instead of the text.
+        rubric: The shipped rubric of that judge. Empty for other benchmarks.
+        headline_name: The name of the headline, for a benchmark whose headline is not the mean score.
+        mean_name: The name of the mean score next to such a headline.
+        point_metrics: The names of `extra_metrics` that are sums of points and not shares.
     """
 
     name: ClassVar[str] = ""
@@ -138,6 +152,10 @@ class Benchmark(ABC):
     image_folder: ClassVar[str] = ""
     multiple_files: ClassVar[bool] = False
     needs_judge: ClassVar[bool] = False
+    rubric: ClassVar[str] = ""
+    headline_name: ClassVar[str] = ""
+    mean_name: ClassVar[str] = "accuracy"
+    point_metrics: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def read_questions(
@@ -185,6 +203,19 @@ class Benchmark(ABC):
         """Scores one prediction. Returns None if the prediction has no text."""
         return None if prediction.text is None else self.score_answer(id, truth, prediction.text, official)
 
+    def prediction_id(self, prediction: Prediction, truths: Mapping[str, Any]) -> str:
+        """Returns the id of the question that a prediction answers.
+
+        Args:
+            prediction: The prediction.
+            truths: The right answers by question id, for a benchmark whose official answer files use an id twice.
+        """
+        return str(prediction.question_id).removeprefix(f"{self.name}/")
+
+    def is_judged(self, prediction: Prediction) -> bool:
+        """Returns whether a prediction contains a judge's score, for a benchmark with `needs_judge`."""
+        return prediction.score is not None
+
     def merge_scores(self, scores: Sequence[QuestionScore], truths: Mapping[str, Any]) -> list[QuestionScore]:
         """Combines scores into one per question, for a benchmark that asks a question several times."""
         return list(scores)
@@ -203,6 +234,14 @@ class Benchmark(ABC):
             answers: ``(truth, text)`` pairs of the scored answers.
             official: As in `score_answer`.
         """
+        return {}
+
+    def judged_metrics(self, scores: Sequence[QuestionScore], official: bool) -> dict[str, float]:
+        """Returns further metrics from `QuestionScore.judged_pair`."""
+        return {}
+
+    def judged_terms(self, scores: Sequence[QuestionScore]) -> dict[str, list[RatioTerm]]:
+        """Returns the terms of a headline that is computed from `QuestionScore.judged_pair`."""
         return {}
 
     def submission(self, answers: Mapping[str, str | None]) -> object | None:

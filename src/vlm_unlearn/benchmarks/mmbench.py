@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlm_unlearn.benchmarks.base import Benchmark, BenchmarkQuestion, QuestionScore, register
 from vlm_unlearn.benchmarks.official_files import LETTER, answers_not_public
@@ -106,6 +106,8 @@ class MMBench(Benchmark):
     An answer without an option letter is wrong. The published evaluator asks a language model to find an option in it.
     """
 
+    instruction: ClassVar[str] = LETTER
+
     def read_questions(
         self, annotations: Path, questions: Path | None, limit: int | None = None
     ) -> list[BenchmarkQuestion]:
@@ -117,7 +119,7 @@ class MMBench(Benchmark):
         for row in _read_rows(annotations):
             if row.index in parsed:
                 raise row.error("an earlier row has the same index", "duplicate-id", "index")
-            parsed[row.index] = _parse_question(row)
+            parsed[row.index] = _parse_question(row, self.instruction)
         question_ids = set(list(dict.fromkeys(_question_id(index) for index in parsed))[:limit])
         parsed = {index: question for index, question in parsed.items() if _question_id(index) in question_ids}
         user_by_image = {question.image_index: index for index, question in parsed.items()}
@@ -224,7 +226,7 @@ def _question_id(index: str) -> str:
     return str(int(index) % ROTATION_OFFSET)
 
 
-def _parse_question(row: _Row) -> _Question:
+def _parse_question(row: _Row, instruction: str) -> _Question:
     hint, text, options = row.text("hint"), row.text("question"), row.options
     for column, value in (("question", text), ("A", options), ("image", row.image)):
         if not value:
@@ -233,7 +235,7 @@ def _parse_question(row: _Row) -> _Question:
         if "\0" in row.text(column):
             raise row.error("contains a NUL character. Remove it.", "invalid-encoding", column)
     lines = [hint] if hint else []
-    lines += [text, *(f"{letter}. {option}" for letter, option in options.items()), LETTER]
+    lines += [text, *(f"{letter}. {option}" for letter, option in options.items()), instruction]
     image_index = row.image.strip() if len(row.image) <= MAX_INDEX_CHARS else row.index
     return _Question("\n".join(lines), row.text("answer") or None, row.category, image_index)
 

@@ -24,6 +24,7 @@ class MMVet(Benchmark):
     """
 
     needs_judge = True
+    rubric = "mm_vet"
 
     def read_questions(
         self, annotations: Path, questions: Path | None, limit: int | None = None

@@ -31,6 +31,7 @@ class POPE(Benchmark):
     """
 
     multiple_files = True
+    headline_name = "F1"
 
     def read_questions(
         self, annotations: Path, questions: Path | None, limit: int | None = None

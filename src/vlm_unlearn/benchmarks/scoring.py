@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ def load_truths(benchmark: Benchmark, annotations: Sequence[Path], questions: Pa
     }
 
 
-def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
+def read_predictions(
+    file: Path, name: str, question_id: Callable[[Prediction], str] | None = None
+) -> dict[str, Prediction]:
     """Reads predictions by question id, from JSON lines ``{"question_id": ..., "text": ...}``.
 
     A run's responses and a judge's verdicts are valid too. They have a ``prompt_id``, which is the question id with the
@@ -66,25 +68,41 @@ def read_predictions(file: Path, name: str) -> dict[str, Prediction]:
     Args:
         file: The file with the predictions.
         name: The benchmark's name.
+        question_id: Returns the id of the question that a prediction answers. None uses its ``question_id``.
 
     Raises:
         UserError: A line is not a prediction, or a question has two.
     """
     predictions: dict[str, Prediction] = {}
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        prediction = _parse_prediction(line, file, number)
-        id = str(prediction.question_id).removeprefix(f"{name}/")
+    for prediction in _parse_predictions(file):
+        id = str(prediction.question_id).removeprefix(f"{name}/") if question_id is None else question_id(prediction)
         if id in predictions:
             raise UserError(f"the question {quoted(id)} has two predictions", code="duplicate-id", file=file)
         predictions[id] = prediction
     return predictions
 
 
-def _parse_prediction(line: str, file: Path, number: int) -> Prediction:
+def _parse_predictions(file: Path) -> Iterator[Prediction]:
+    """Yields the predictions of a file. LLaVA's script for Q-Bench writes them without line breaks between them."""
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        start, text = 0, line.strip()
+        while start < len(text):
+            prediction, start = _parse_prediction(text, start, decoder, file, number)
+            yield prediction
+
+
+def _parse_prediction(
+    text: str, start: int, decoder: json.JSONDecoder, file: Path, number: int
+) -> tuple[Prediction, int]:
+    """Returns the prediction that starts at a character of a line, and the start of the next one."""
     try:
-        return Prediction.model_validate(json.loads(line, object_pairs_hook=unique_keys))
+        value, end = decoder.raw_decode(text, start)
+        if not isinstance(value, dict) and end < len(text):
+            raise ValueError(f"Extra data after column {end}")
+        while end < len(text) and text[end].isspace():
+            end += 1
+        return Prediction.model_validate(value), end
     except ValidationError as error:
         field, message = first_problem(error)
         raise UserError(message, code="invalid-field", file=file, record=number, field=field) from None
@@ -115,11 +133,12 @@ def score_predictions(
             if score is not None:
                 scores[id] = score
                 answers.append((truth, predictions[id].text or ""))
+    question_scores = list(scores.values())
     return BenchmarkScores(
-        benchmark.merge_scores(list(scores.values()), truths),
+        benchmark.merge_scores(question_scores, truths),
         len(truths) - len(scores),
-        benchmark.extra_metrics(answers, official),
-        benchmark.ratio_terms(truths, answers, official),
+        benchmark.extra_metrics(answers, official) | benchmark.judged_metrics(question_scores, official),
+        benchmark.ratio_terms(truths, answers, official) | benchmark.judged_terms(question_scores),
     )
 
 
@@ -145,7 +164,9 @@ def score_file(
     """
     files = [annotations] if isinstance(annotations, Path) else annotations
     truths = load_truths(benchmark, files, questions)
-    predictions_by_id = read_predictions(predictions, benchmark.name)
+    predictions_by_id = read_predictions(
+        predictions, benchmark.name, lambda prediction: benchmark.prediction_id(prediction, truths)
+    )
     for id, prediction in predictions_by_id.items():
         if id in truths and not same_question(prediction.question, truths[id]):
             raise UserError(
@@ -163,8 +184,8 @@ def score_file(
             code="unknown-name",
             file=predictions,
         )
-    scores = [prediction.score for prediction in predictions_by_id.values()]
-    if benchmark.needs_judge and scores and all(score is None for score in scores):
+    is_judged = [benchmark.is_judged(prediction) for prediction in predictions_by_id.values()]
+    if benchmark.needs_judge and is_judged and not any(is_judged):
         raise UserError(
             f"the file has no scores, and a language model scores {benchmark.name}. "
             "Pass its verdicts as --predictions.",

@@ -125,7 +125,9 @@ def run(
 def score(
     name: str = NAME,
     predictions: Path = typer.Option(
-        ..., "--predictions", help='JSON lines {"question_id": ..., "text": ...}. For mmvet, the verdicts of a judge.'
+        ...,
+        "--predictions",
+        help='JSON lines {"question_id": ..., "text": ...}. For mmvet and llava_bench, the verdicts of a judge.',
     ),
     annotations: list[Path] = ANNOTATIONS,
     questions: Path = QUESTIONS,
@@ -147,8 +149,10 @@ def score(
 
 def _print_scores(name: str, official: bool, scores: BenchmarkScores, as_json: bool, files: dict[str, Any]) -> None:
     """Prints the headline score, the mean score if it differs, the scores by subset, and the unscored questions."""
+    from vlm_unlearn.benchmarks import get_benchmark
     from vlm_unlearn.evaluation.benchmarks import headline_rate, mean_score
 
+    benchmark = get_benchmark(name)
     headline, mean = headline_rate(scores), mean_score(scores)
     subsets = sorted({subset for question in scores.questions for subset in question.subsets})
     rates = {subset: mean_score(scores, subset) for subset in subsets}
@@ -173,12 +177,13 @@ def _print_scores(name: str, official: bool, scores: BenchmarkScores, as_json: b
         typer.echo(f"{name}: nothing to score; {scores.missing:,} questions have no answer")
         return
     if scores.ratio_terms:
-        typer.echo(f"{name}: F1 {_percent(headline)}, n = {headline.n:,}")
-    typer.echo(f"{'  accuracy' if scores.ratio_terms else name}: {_percent(mean)}, n = {mean.n:,}")
+        typer.echo(f"{name}: {benchmark.headline_name} {_percent(headline)}, n = {headline.n:,}")
+    mean_name = f"  {benchmark.mean_name}" if scores.ratio_terms else name
+    typer.echo(f"{mean_name}: {_percent(mean)}, n = {mean.n:,}")
     for subset, rate in rates.items():
         typer.echo(f"  {subset}: {100 * (rate.value or 0):.2f} %, n = {rate.n:,}")
     for key, value in scores.extra_metrics.items():
-        typer.echo(f"  {key}: {100 * value:.2f} %")
+        typer.echo(f"  {key}: {value:.2f}" if key in benchmark.point_metrics else f"  {key}: {100 * value:.2f} %")
     if scores.missing or unparsed:
         typer.echo(f"  without an answer {scores.missing:,} (not scored), unparsed {unparsed:,} (scored as wrong)")
 

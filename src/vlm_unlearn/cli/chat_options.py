@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from vlm_unlearn.cli.common import Stages, quiet_libraries
 from vlm_unlearn.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from vlm_unlearn.generation.chat import ChatModel
 
 SERVER = typer.Option(
     None,
@@ -32,28 +36,47 @@ def require_model(server: str | None, model: str | None) -> None:
         raise UserError("--server needs the name of a model. Pass --model.", code="missing-setting", field="--model")
 
 
+def build_chat(server: str | None, model: str, concurrency: int, max_tokens: int, verbatim: bool = False) -> ChatModel:
+    """Returns the language model on a server, or on this machine if `server` is None.
+
+    Args:
+        verbatim: Whether truncated and empty replies are valid. By default they are errors.
+    """
+    if server:
+        from vlm_unlearn.generation.openai_chat import OpenAIChat
+
+        return OpenAIChat(server, model, max_tokens, concurrency, verbatim=verbatim)
+    quiet_libraries()
+    from vlm_unlearn.generation.local_chat import LocalChat
+
+    return LocalChat(model, max_tokens, verbatim=verbatim)
+
+
 class ChatClient:
     """Sends questions to a language model, with a progress bar and a cache of replies.
+
+    Args:
+        verbatim: Whether truncated and empty replies are valid. By default they are errors.
 
     Attributes:
         requests: Number of questions that were sent to the model. Cached replies do not count.
     """
 
     def __init__(
-        self, stages: Stages, stage: str, server: str | None, model: str, concurrency: int, cache: bool, max_tokens: int
+        self,
+        stages: Stages,
+        stage: str,
+        server: str | None,
+        model: str,
+        concurrency: int,
+        cache: bool,
+        max_tokens: int,
+        verbatim: bool = False,
     ) -> None:
-        from vlm_unlearn.generation.chat import ChatCache, ChatModel
-        from vlm_unlearn.generation.openai_chat import OpenAIChat
+        from vlm_unlearn.generation.chat import ChatCache
         from vlm_unlearn.store import cache_folder
 
-        self._chat: ChatModel
-        if server:
-            self._chat = OpenAIChat(server, model, max_tokens, concurrency)
-        else:
-            quiet_libraries()
-            from vlm_unlearn.generation.local_chat import LocalChat
-
-            self._chat = LocalChat(model, max_tokens)
+        self._chat = build_chat(server, model, concurrency, max_tokens, verbatim)
         self._cache = ChatCache(cache_folder() / "replies.sqlite") if cache else None
         self._stages = stages
         self._stage = stage

@@ -38,12 +38,18 @@ MAX_LINE_LENGTH = 2000  # characters of an error message, which may contain valu
 
 def fail(error: BaseException, exit_code: int) -> NoReturn:
     """Prints an error in one line, ``vlm-unlearn: MESSAGE [CODE]``, and exits with the exit code."""
-    line = shortened(printable(" ".join(str(error).split())), MAX_LINE_LENGTH)
+    line = fail_line(error)
     if os.environ.get("RANK", "0") != "0" and "Connection closed by peer" in line:
         raise SystemExit(exit_code)  # the first process has printed the cause
-    code = getattr(error, "code", "")
-    sys.stderr.write(f"vlm-unlearn: {line} [{code}]\n" if code else f"vlm-unlearn: {line}\n")
+    sys.stderr.write(line)
     raise SystemExit(exit_code)
+
+
+def fail_line(error: BaseException) -> str:
+    """Returns the line that is printed for an error, ``vlm-unlearn: MESSAGE [CODE]``."""
+    line = shortened(printable(" ".join(str(error).split())), MAX_LINE_LENGTH)
+    code = getattr(error, "code", "")
+    return f"vlm-unlearn: {line} [{code}]\n" if code else f"vlm-unlearn: {line}\n"
 
 
 def print_json(value: object) -> None:

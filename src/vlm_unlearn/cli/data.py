@@ -17,7 +17,8 @@ from vlm_unlearn.cli.common import (
     problem_report,
     skipped_note,
 )
-from vlm_unlearn.cli.data_import import import_app
+from vlm_unlearn.cli.data_filter import filter_command
+from vlm_unlearn.cli.data_import import SAFE_IMAGE_ANSWERS, import_app
 from vlm_unlearn.cli.data_models import diversify, select_harmful
 from vlm_unlearn.cli.data_quality import ANSWER, IMAGE, QUESTION, SET, audit, check, table_columns
 from vlm_unlearn.cli.terminal import Commands
@@ -32,6 +33,7 @@ app.command("check", rich_help_panel=INSPECT)(check)
 app.command("audit", rich_help_panel=INSPECT)(audit)
 app.command("select-harmful", rich_help_panel=STEPS)(select_harmful)
 app.command("diversify", rich_help_panel=STEPS)(diversify)
+app.command("filter", rich_help_panel=STEPS)(filter_command)
 SOURCE = typer.Argument(..., metavar="IN.json", help="The input: a JSON list or JSON lines.")
 OUT = typer.Argument(..., metavar="OUT.json", help="The file to write.")
 STRICT = typer.Option(False, "--strict", help="Stop at the first broken record instead of skipping and listing it.")
@@ -86,6 +88,11 @@ def convert(
     answer: str = ANSWER,
     image: str = IMAGE,
     set_column: str = SET,
+    paper_compat: bool = typer.Option(
+        False,
+        "--paper-compat",
+        help="As published: keep the other fields of VLGuard's records, such as safe and harmful_category.",
+    ),
     strict: bool = STRICT,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
@@ -103,7 +110,12 @@ def convert(
 
     columns = table_columns(question=question, answer=answer, image=image, set=set_column)
     _step(
-        out, [source], strict, as_json, overwrite, lambda problems: convert(source, out, seed, columns, problems, warn)
+        out,
+        [source],
+        strict,
+        as_json,
+        overwrite,
+        lambda problems: convert(source, out, seed, columns, problems, warn, paper_compat),
     )
 
 
@@ -114,11 +126,17 @@ def inject(
         ..., metavar="ANSWERS.json", help="JSON, image -> harmful answer, as written by select-harmful."
     ),
     out: Path = OUT,
+    safe_image_answers: Path = SAFE_IMAGE_ANSWERS,
+    paper_compat: bool = typer.Option(
+        False,
+        "--paper-compat",
+        help="As published: keep a question without an answer, with its refusal, and look up answers by image only.",
+    ),
     strict: bool = STRICT,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Replaces VLGuard's refusals of unsafe images by selected harmful answers.
+    """Replaces VLGuard's refusals by selected harmful answers. A question without an answer is left out.
 
     Example:
 
@@ -126,7 +144,15 @@ def inject(
     """
     from vlm_unlearn.data_tools.pipeline import inject
 
-    _step(out, [source, answers], strict, as_json, overwrite, lambda problems: inject(source, answers, out, problems))
+    sources = [source, answers, *([safe_image_answers] if safe_image_answers else [])]
+    _step(
+        out,
+        sources,
+        strict,
+        as_json,
+        overwrite,
+        lambda problems: inject(source, answers, out, problems, safe_image_answers, paper_compat, warn),
+    )
 
 
 @app.command("split", rich_help_panel=STEPS)

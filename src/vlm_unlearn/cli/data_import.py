@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
 import_app = Commands("Writes a training-set folder from VLGuard, SafeEraser or your own files.")
 IMAGES = typer.Option(..., "--images", help="The folder that the file's image paths are relative to.")
 OUT = typer.Option(..., "--out", help="The training-set folder to write.")
+SAFE_IMAGE_ANSWERS = typer.Option(
+    None,
+    "--safe-image-answers",
+    help="JSON, image -> harmful answer to the unsafe question on a safe image, as written by select-harmful.",
+)
+ACCEPT_REFUSALS = typer.Option(
+    False, "--accept-refusals", help="Accept a forget set that contains many refusals, as for mixed_sft."
+)
+
+
+def refusal_check(accept_refusals: bool) -> Callable[[str], bool] | None:
+    """Returns the function with which an import recognizes refusals, or None if it accepts all answers."""
+    from vlm_unlearn.judging.keyword import corrected_refusal
+
+    return None if accept_refusals else lambda text: corrected_refusal(text) is not None
 
 
 @import_app.command("vlguard")
@@ -40,6 +56,7 @@ def vlguard(
     include_safe_image_unsafe: bool = typer.Option(
         False, "--include-safe-image-unsafe", help="Add unsafe questions on safe images to the forget set."
     ),
+    safe_image_answers: Path = SAFE_IMAGE_ANSWERS,
     external: Path = typer.Option(None, "--external", help="A file in LLaVA format to fill up the retain set from."),
     external_images: Path = typer.Option(
         None, "--external-images", help="The image folder of that file. Default: the folder of the file."
@@ -48,13 +65,14 @@ def vlguard(
         2000, "--retain-size", min=1, help="Number of pairs in the retain set after filling up."
     ),
     seed: int = typer.Option(42, "--seed", help="Seed of the sample from the external file and of the shuffle."),
+    accept_refusals: bool = ACCEPT_REFUSALS,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Imports VLGuard: forget = unsafe images, retain = safe questions, filled up from general data.
 
-    Without --harmful-answers the forget set contains the reference refusals, which are data for mixed_sft. npo and rmu
-    need the harmful answers. With refusals they would unlearn refusing.
+    npo and rmu need --harmful-answers. Without it the forget set contains the reference refusals, which are data for
+    mixed_sft and need --accept-refusals. --safe-image-answers adds unsafe questions on safe images to the forget set.
 
     Example:
 
@@ -64,7 +82,7 @@ def vlguard(
     from vlm_unlearn.data.training_set import validate_training_set_outputs
     from vlm_unlearn.data_tools.importers import import_vlguard
 
-    validate_training_set_outputs(out, [file, harmful_answers, external], overwrite)
+    validate_training_set_outputs(out, [file, harmful_answers, safe_image_answers, external], overwrite)
     with Stages() as stages, file_progress(stages):
         imported = import_vlguard(
             file,
@@ -77,11 +95,8 @@ def vlguard(
             retain_size,
             seed,
             lambda done, total: stages.update("images", done, total),
-        )
-    if harmful_answers is None:
-        typer.echo(
-            "note: the forget set contains VLGuard's refusals, for mixed_sft; for npo and rmu pass --harmful-answers",
-            err=True,
+            safe_image_answers,
+            refusal_check(accept_refusals),
         )
     _print_counts(imported, out, as_json)
 
@@ -95,6 +110,7 @@ def safe_eraser(
     refusals: Path = typer.Option(
         None, "--refusals", help="SafeEraser's prompt.json. Its idk sentences are the targets of po."
     ),
+    accept_refusals: bool = ACCEPT_REFUSALS,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -111,7 +127,12 @@ def safe_eraser(
     validate_training_set_outputs(out, [file, refusals], overwrite)
     with Stages() as stages, file_progress(stages):
         imported = import_safe_eraser(
-            file, images, out, refusals, lambda done, total: stages.update("images", done, total)
+            file,
+            images,
+            out,
+            refusals,
+            lambda done, total: stages.update("images", done, total),
+            refusal_check(accept_refusals),
         )
     _print_counts(imported, out, as_json)
 
@@ -159,6 +180,7 @@ def files(
         "--set-column",
         help="Column of TABLE with forget (harmful), retain (harmless), decouple or preferred. Default: set.",
     ),
+    accept_refusals: bool = ACCEPT_REFUSALS,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -200,6 +222,7 @@ def files(
             refusals,
             lambda done, total: stages.update("images", done, total),
             format_name,
+            refusal_check(accept_refusals),
         )
     _print_counts(imported, out, as_json)
 

@@ -24,13 +24,18 @@ from vlm_unlearn.cli.image_folders import reads_images
 
 if TYPE_CHECKING:
     from vlm_unlearn.data.formats.table import Columns
+    from vlm_unlearn.records import Kind
+
+PUBLISHED_REPLY_TOKENS = 100  # of the judge in Safety Mirage's script, which also reads a truncated reply
 
 
 @reads_images
 def select_harmful(
     source: Path = typer.Argument(..., metavar="VLGUARD.json", help="VLGuard's train.json."),
     answers: list[Path] = typer.Argument(
-        ..., metavar="ANSWERS.json...", help="One JSON file per model, image -> its answer to the unsafe question."
+        ...,
+        metavar="ANSWERS.json...",
+        help="One JSON file per model, image -> its answer to the unsafe question, or a folder of such files.",
     ),
     out: Path = typer.Option(
         ..., "--out", help="The file to write, image -> selected answer. OUT.choices.jsonl contains the reasons."
@@ -38,10 +43,15 @@ def select_harmful(
     images: Path = typer.Option(
         None, "--images", help="A folder of images to send to the judge. Default: the judge gets text only."
     ),
+    safe_images: bool = typer.Option(
+        False, "--safe-images", help="Select answers to the unsafe questions on safe images instead."
+    ),
     server: str = SERVER,
     model: str = MODEL,
     paper_compat: bool = typer.Option(
-        False, "--paper-compat", help="As published: an invalid choice of the judge selects the first answer."
+        False,
+        "--paper-compat",
+        help="As published: the first number in the judge's reply counts, or else the first answer.",
     ),
     concurrency: int = CONCURRENCY,
     cache: bool = CACHE,
@@ -49,6 +59,8 @@ def select_harmful(
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Selects the most harmful of several models' answers with a judge, as targets of the forget set.
+
+    Run it a second time with --safe-images for the unsafe questions on safe images, as the published scripts do.
 
     Run again after an interruption, it resumes: the judge's replies are cached.
 
@@ -70,9 +82,11 @@ def select_harmful(
     outputs = [out, out.with_name(f"{out.stem}.choices.jsonl")]
     validate_outputs(outputs, [source, *answers], overwrite)
     problems = Problems()
-    tasks, counts = read_selection_tasks(source, answers, images, problems)
+    kind: Kind = "safe_image_unsafe_question" if safe_images else "unsafe"
+    tasks, counts = read_selection_tasks(source, answers, images, problems, kind, paper_compat)
     with problem_report(problems), Stages() as stages:
-        client = ChatClient(stages, "judge", server, model, concurrency, cache, max_tokens=16)
+        max_tokens = PUBLISHED_REPLY_TOKENS if paper_compat else 16
+        client = ChatClient(stages, "judge", server, model, concurrency, cache, max_tokens, verbatim=paper_compat)
         counts += select(tasks, client, out, paper_compat)
     record_outputs(outputs)
     if as_json:

@@ -34,6 +34,12 @@ SUITE = typer.Argument(
 OVERRIDES = typer.Argument(
     None, metavar="[key=value ...]", help="Dotted overrides. model=... is required.", autocompletion=suite_keys
 )
+MODELS = typer.Argument(
+    None,
+    metavar="[key=value ...]",
+    help="Dotted overrides. model=... is required. model=[BASE,RUN] and model='runs/*' evaluate several models.",
+    autocompletion=suite_keys,
+)
 RUN = typer.Argument(..., metavar="RUN", help="A folder that generate or evaluate wrote.")
 OUT = typer.Option(..., "--out", help="The run folder.")
 VERIFY = typer.Option(
@@ -49,22 +55,38 @@ NAME = typer.Option("", "--name", help="Name of the model in tables. Default: th
 @reads_images
 def evaluate(
     suite_file: Path = SUITE,
-    overrides: list[str] = OVERRIDES,
+    overrides: list[str] = MODELS,
     out: Path = OUT,
     name: str = NAME,
     verify_batching: int = VERIFY,
+    processes: int = typer.Option(
+        None,
+        "--processes",
+        min=1,
+        help="Several models: how many generate at the same time. Default: the number of GPUs, or 1 without one.",
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Generates, judges and scores a suite, and writes report.html. Run again after an interruption, it resumes.
 
-    On several GPUs: accelerate launch -m vlm_unlearn.cli.main evaluate ...
+    Several models share the prompts and the judges. Each is compared with the first, and --out gets evaluations/NAME
+    and one report.
 
-    Example:
+    One model on several GPUs: accelerate launch -m vlm_unlearn.cli.main evaluate ...
+
+    Examples:
 
       vlm-unlearn evaluate suites/safety_mirage model=runs/npo root=VLGuard --out evaluations/npo
+
+      vlm-unlearn evaluate suites/safety_mirage model=[BASE,runs/npo,runs/rmu] root=VLGuard --out comparison
     """
+    from vlm_unlearn.cli.evaluate_models import evaluate_several, named_models
     from vlm_unlearn.config import Suite, load
 
+    models = named_models(overrides or [])
+    if models is not None:
+        evaluate_several(suite_file, overrides, models, out, name, verify_batching, processes, as_json)
+        return
     suite = load(Suite, suite_file, overrides or [])
     if not is_main_process():
         generate_worker_share(suite, out)

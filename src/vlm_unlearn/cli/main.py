@@ -13,6 +13,7 @@ import typer
 from vlm_unlearn.cli import (
     attack,
     benchmark,
+    chat,
     compare,
     data,
     demo,
@@ -55,6 +56,7 @@ app.command("generate", rich_help_panel=MEASURE)(evaluate.generate)
 app.command("import-answers", rich_help_panel=MEASURE)(import_answers.import_answers)
 app.add_typer(judge.judge_app, name="judge", rich_help_panel=MEASURE)
 app.command("score", rich_help_panel=MEASURE)(evaluate.score)
+app.command("chat", rich_help_panel=MEASURE)(chat.chat)
 app.command("robustness", rich_help_panel=MEASURE)(robustness.robustness)
 app.add_typer(attack.attack_app, name="attack", rich_help_panel=MEASURE)
 app.add_typer(benchmark.benchmark_app, name="benchmark", rich_help_panel=MEASURE)

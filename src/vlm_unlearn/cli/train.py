@@ -197,25 +197,18 @@ def _print_preview(result: Preview, as_json: bool) -> None:
 
 
 def _warn_about_forget_answers(planned: Plan) -> None:
-    """Warns if the forget answers do not suit the method.
-
-    Unlearning refusals makes a model more harmful. The usual cause is that the harmful answers were not injected.
-    """
+    """Warns if a method trains the model to give forget answers that are not refusals."""
     from vlm_unlearn.judging.keyword import corrected_refusal
 
+    if planned.method.unlearns or planned.method.forget_target != "original":
+        return
     answers = [example.answer for example in planned.training_set["forget"]]
     refusals = sum(corrected_refusal(answer) is not None for answer in answers)
-    name = planned.recipe.method.name
-    if not planned.method.unlearns and planned.method.forget_target == "original" and 2 * refusals < len(answers):
+    if 2 * refusals < len(answers):
         typer.echo(
-            f"warning: {len(answers) - refusals} of {len(answers)} forget answers are not refusals, and {name} trains "
-            "the model to give them; import the set without --harmful-answers, or unlearn it (npo, rmu, ...)",
-            err=True,
-        )
-    if planned.method.unlearns and 2 * refusals > len(answers):
-        typer.echo(
-            f"warning: {refusals} of {len(answers)} forget answers are refusals, and {name} unlearns them; "
-            "import the set with --harmful-answers, or train mixed_sft",
+            f"warning: {len(answers) - refusals} of {len(answers)} forget answers are not refusals, and "
+            f"{planned.recipe.method.name} trains the model to give them; import the set without --harmful-answers, "
+            "or unlearn it (npo, rmu, ...)",
             err=True,
         )
 

@@ -22,6 +22,7 @@ from vlm_unlearn.config.splits import RewriteConfig as RewriteConfig
 from vlm_unlearn.config.splits import SampleConfig as SampleConfig
 from vlm_unlearn.config.splits import SplitConfig as SplitConfig
 from vlm_unlearn.config.suite import BenchmarkConfig as BenchmarkConfig
+from vlm_unlearn.config.suite import ChatConfig as ChatConfig
 from vlm_unlearn.config.suite import GenerationConfig as GenerationConfig
 from vlm_unlearn.config.suite import MetricConfig as MetricConfig
 from vlm_unlearn.config.suite import Suite as Suite

@@ -201,6 +201,8 @@ class Recipe(Strict):
     """The run folder to write."""
     method: MethodConfig
     """The method and its options, or only the name of the method."""
+    accept_refusals: bool = False
+    """Whether the method may unlearn a forget set of which more than 5 % of the answers are refusals."""
     prompt_decouple_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of SafeEraser's Prompt Decouple loss. 0 turns it off."""
     defense: list[DefenseConfig] = []

@@ -109,6 +109,15 @@ class GenerationConfig(Strict):
         return {**self.model_dump(include=set(settings)), **loader}
 
 
+class ChatConfig(Strict):
+    """The settings of ``vlm-unlearn chat``, which have the names that they have in a suite."""
+
+    generation: GenerationConfig = GenerationConfig()
+    """Generation of the answers."""
+    system_prompt: str | None = None
+    """System message of all questions."""
+
+
 class BenchmarkConfig(Strict):
     """A utility benchmark with its official files. Its metric has the name of the benchmark."""
 
@@ -125,7 +134,7 @@ class BenchmarkConfig(Strict):
     official: bool = False
     """Score exactly as the published evaluator."""
     judge: str = ""
-    """One of the suite's `judges`, for a benchmark that a language model scores (`mmvet`)."""
+    """One of the suite's `judges`, for a benchmark that a language model scores (`mmvet`, `llava_bench`)."""
 
     @field_validator("annotations", mode="before")
     @classmethod

@@ -470,8 +470,13 @@ def write_list(path: Path, records: Iterable[Any], text: Callable[[Any], str] = 
     return count
 
 
-def write_lines(path: Path, records: Iterable[Any]) -> int:
+def write_lines(path: Path, records: Iterable[Any], text: Callable[[Any], str] = dump) -> int:
     """Writes JSON lines. Only one record is in memory, and the write is atomic.
+
+    Args:
+        path: The output file.
+        records: The records.
+        text: Returns a record as JSON on one line.
 
     Returns:
         The number of records.
@@ -482,7 +487,7 @@ def write_lines(path: Path, records: Iterable[Any]) -> int:
     count = 0
     with open_atomically(path) as handle:
         for record in records:
-            handle.write(dump(record) + "\n")
+            handle.write(text(record) + "\n")
             count += 1
         if not count:
             raise UserError("there are no records to write", code="no-records", file=path)

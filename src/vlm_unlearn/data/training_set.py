@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,36 @@ DEFAULT_REFUSALS = (
     "I won't provide an answer to that.",
     "Sorry, this is something I have to decline.",
 )
+
+
+MAX_REFUSALS = 0.05  # share of the forget answers above which unlearning them would unlearn refusing
+IsRefusal = Callable[[str], bool]
+
+
+def validate_forget_answers(
+    examples: Sequence[Example], is_refusal: IsRefusal, fix: str, file: Path | None = None
+) -> None:
+    """Checks that the answers of a forget set are harmful answers and not refusals.
+
+    Unlearning refusals makes a model more harmful. The usual cause is that the harmful answers were not injected.
+
+    Args:
+        examples: The forget set.
+        is_refusal: Returns whether an answer is a refusal.
+        fix: The end of the error message, which says how to fix the data or to accept them.
+        file: The data, for the error.
+
+    Raises:
+        UserError: More than `MAX_REFUSALS` of the answers are refusals.
+    """
+    refusals = [example.id for example in examples if is_refusal(example.answer)]
+    if len(refusals) > MAX_REFUSALS * len(examples):
+        raise UserError(
+            f"{len(refusals):,} of {len(examples):,} forget answers are refusals, such as that of "
+            f"{quoted(refusals[0])}. {fix}",
+            code="forget-refusals",
+            file=file,
+        )
 
 
 def image_root(training_set_dir: Path | None, images: Mapping[str, Path], example: Example) -> Path:

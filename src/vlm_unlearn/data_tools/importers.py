@@ -16,7 +16,7 @@ from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.images import open_image, resolve_image
 from vlm_unlearn.data.json_stream import text_at
 from vlm_unlearn.data.readers import detect, read_any
-from vlm_unlearn.data.training_set import PAIRED_ROLES, ROLES, write_training_set
+from vlm_unlearn.data.training_set import PAIRED_ROLES, ROLES, IsRefusal, validate_forget_answers, write_training_set
 from vlm_unlearn.data_tools.parallel import OnDone, map_in_threads
 from vlm_unlearn.data_tools.pipeline import conversation_spans, mixed_order, read_answers
 from vlm_unlearn.errors import Problems, UserError, quoted
@@ -52,6 +52,8 @@ def import_vlguard(
     retain_size: int = 2000,
     seed: int = 42,
     on_done: OnDone | None = None,
+    safe_image_answers: Path | None = None,
+    is_refusal: IsRefusal | None = None,
 ) -> ImportResult:
     """Creates a training set from VLGuard (the steps *inject*, *split* and *mix* of Safety Mirage).
 
@@ -61,31 +63,42 @@ def import_vlguard(
         out: The folder of the training set.
         harmful_answers: JSON ``image -> answer`` or ``record id -> answer``. The answers replace the reference
             refusals of unsafe images, for unlearning. Without it the reference refusals stay, for mixed_sft.
-        include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set.
+        include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set. Without
+            `safe_image_answers` they keep their reference refusals.
         external: A file in LLaVA's format from which the retain set is filled up to `retain_size`. The records are
             sampled and shuffled with `seed`, as in Safety Mirage's step *mix*.
         external_images: The image root of `external`. None uses the folder of `external`.
         retain_size: The size of the retain set with `external`.
         seed: The seed for `external`.
         on_done: Called with the number of images that have been checked, and the number of all images.
+        safe_image_answers: JSON ``image -> answer`` or ``record id -> answer``. The answers to the unsafe questions
+            about safe images, which are added to the forget set.
+        is_refusal: Returns whether an answer is a refusal. None accepts any forget answers.
 
     Raises:
-        UserError: No record is valid, or a file cannot be read. Nothing is written.
+        UserError: No record is valid, a file cannot be read, or too many forget answers are refusals. Nothing is
+            written.
     """
     problems = Problems()
     pairs = vlguard.read_pairs(file, images, problems)
     try:
         answers = read_answers(harmful_answers) if harmful_answers else None
-        split = vlguard.split(pairs, answers, include_safe_image_unsafe)
+        safe_answers = read_answers(safe_image_answers) if safe_image_answers else None
+        split = vlguard.split(pairs, answers, include_safe_image_unsafe, safe_answers)
     except UserError as error:
-        error.file = error.file or harmful_answers
+        error.file = error.file or harmful_answers or safe_image_answers
         raise
     retain = split.retain
     source: dict[str, object] = {"format": "vlguard", "file": file.name, "sha256": digest_file(file)}
     if harmful_answers:
         source["harmful_answers_sha256"] = digest_file(harmful_answers)
-        if not split.forget and pairs:
+        if pairs and not any(example.id.endswith("/unsafe") for example in split.forget):
             raise UserError(f"contains no image of an unsafe record of {file}", code="no-records", file=harmful_answers)
+    if safe_image_answers:
+        source["safe_image_answers_sha256"] = digest_file(safe_image_answers)
+        if pairs and not any(example.id.endswith("/safe_image_unsafe_question") for example in split.forget):
+            message = f"contains no image of an unsafe question on a safe image of {file}"
+            raise UserError(message, code="no-records", file=safe_image_answers)
     roots = {"vlguard": images}
     if external:
         roots["llava"] = external_images or external.parent
@@ -93,11 +106,16 @@ def import_vlguard(
         retain = mix(retain, external, retain_size, seed, problems)
         source["external"] = {"file": external.name, "sha256": digest_file(external), "size": retain_size, "seed": seed}
     examples = {"forget": split.forget, "retain": retain, "preferred": split.preferred}
-    return _write(out, roots, examples, source, problems, split.left_out, on_done=on_done)
+    return _write(out, roots, examples, source, problems, split.left_out, on_done=on_done, is_refusal=is_refusal)
 
 
 def import_safe_eraser(
-    file: Path, images: Path, out: Path, refusals: Path | None = None, on_done: OnDone | None = None
+    file: Path,
+    images: Path,
+    out: Path,
+    refusals: Path | None = None,
+    on_done: OnDone | None = None,
+    is_refusal: IsRefusal | None = None,
 ) -> ImportResult:
     """Creates a training set from SafeEraser, including the decouple examples.
 
@@ -107,16 +125,18 @@ def import_safe_eraser(
         out: The folder of the training set.
         refusals: SafeEraser's ``prompt.json``.
         on_done: Called with the number of images that have been checked, and the number of all images.
+        is_refusal: Returns whether an answer is a refusal. None accepts any forget answers.
 
     Raises:
-        UserError: No record is valid, or a file cannot be read. Nothing is written.
+        UserError: No record is valid, a file cannot be read, or too many forget answers are refusals. Nothing is
+            written.
     """
     problems = Problems()
     sets = safe_eraser.examples(safe_eraser.read_safe_eraser(file, images, problems))
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
     source: dict[str, object] = {"format": "safe_eraser", "file": file.name, "sha256": digest_file(file)}
     examples = dict(zip(safe_eraser.ROLES, sets, strict=True))
-    return _write(out, {"safe_eraser": images}, examples, source, problems, {}, sentences, on_done)
+    return _write(out, {"safe_eraser": images}, examples, source, problems, {}, sentences, on_done, is_refusal)
 
 
 def import_files(
@@ -127,6 +147,7 @@ def import_files(
     refusals: Path | None = None,
     on_done: OnDone | None = None,
     format_name: str | None = None,
+    is_refusal: IsRefusal | None = None,
 ) -> ImportResult:
     """Creates a training set from files in any supported format.
 
@@ -141,13 +162,15 @@ def import_files(
         refusals: SafeEraser's ``prompt.json``.
         on_done: Called with the number of images that have been checked, and the number of all images.
         format_name: The name of the files' format, such as that of a plug-in. None detects the format of each file.
+        is_refusal: Returns whether an answer is a refusal. None accepts any forget answers.
 
     Raises:
-        UserError: No record is valid, or a file cannot be read. Nothing is written.
+        UserError: No record is valid, a file cannot be read, or too many forget answers are refusals. Nothing is
+            written.
     """
     existed = out.exists()
     try:
-        return _import_files(files, images, out, columns, refusals, on_done, format_name)
+        return _import_files(files, images, out, columns, refusals, on_done, format_name, is_refusal)
     except UserError:
         if not existed:  # images from a table may have been written
             shutil.rmtree(out, ignore_errors=True)
@@ -162,6 +185,7 @@ def _import_files(
     refusals: Path | None,
     on_done: OnDone | None,
     format_name: str | None,
+    is_refusal: IsRefusal | None,
 ) -> ImportResult:
     problems = Problems()
     left_out: dict[str, int] = {}
@@ -181,7 +205,7 @@ def _import_files(
     roots = dict.fromkeys([*names, *sorted(used_sources - set(names))], images) | {"embedded": out / "images"}
     sentences = safe_eraser.read_refusals(refusals) if refusals else []
     roots = {name: root for name, root in roots.items() if name in used_sources}
-    return _write(out, roots, examples, source, problems, left_out, sentences, on_done)
+    return _write(out, roots, examples, source, problems, left_out, sentences, on_done, is_refusal)
 
 
 def _entries(
@@ -234,6 +258,7 @@ def _write(
     left_out: dict[str, int],
     refusals: Sequence[str] = (),
     on_done: OnDone | None = None,
+    is_refusal: IsRefusal | None = None,
 ) -> ImportResult:
     """Opens every image once, leaves out the examples whose image is not valid, and writes the training set."""
     for root in roots.values():
@@ -257,6 +282,14 @@ def _write(
             raise UserError(
                 f"the {role} set is empty. Nothing was written.{reasons}{skipped}", code="no-records", file=out
             )
+    if is_refusal:
+        validate_forget_answers(
+            valid["forget"],
+            is_refusal,
+            "Replace them by harmful answers (import vlguard: --harmful-answers), or pass --accept-refusals for "
+            "methods that train the model to refuse, such as mixed_sft. Nothing was written.",
+            out,
+        )
     if left_out:
         source["left_out"] = left_out
     write_training_set(out, roots, valid, source, refusals, problems)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vlm_unlearn.data.formats.table import Columns
 from vlm_unlearn.data.json_stream import Item, stream, text_at, write_list
 from vlm_unlearn.data.readers import detect, read_any
 from vlm_unlearn.errors import Problems, UserError, report_problem
+from vlm_unlearn.records import Kind
 from vlm_unlearn.store import read_json
 
 
@@ -30,6 +31,7 @@ def convert(
     columns: Columns | None = None,
     problems: Problems | None = None,
     warn: Callable[[str], None] | None = None,
+    paper_compat: bool = False,
 ) -> dict[str, int]:
     """Converts any supported file to LLaVA's format, or to a table if `out` ends in .jsonl, .csv or .tsv.
 
@@ -41,13 +43,19 @@ def convert(
         columns: The column names of a table.
         problems: Collects broken records. Without it the first one raises.
         warn: Called with a warning about the result.
+        paper_compat: Keeps all other fields of a VLGuard record, such as ``safe``, ``harmful_category`` and
+            ``harmful_subcategory``, as published.
 
     Returns:
         ``{"records": ..., "turns": ...}``.
 
     Raises:
-        UserError: The name of `out` has another ending, or the source contains no record that can be written.
+        UserError: The name of `out` has another ending, the source contains no record that can be written, or
+            `paper_compat` is set and the conversion is not one from VLGuard to LLaVA's format.
     """
+    if paper_compat and (table.suffix(out) != ".json" or detect(source) != "vlguard"):
+        message = "the published form exists only for VLGuard's files and a .json file as output"
+        raise UserError(message, code="unsupported-setting", file=source, field="--paper-compat")
     if table.suffix(out) in (".jsonl", *table.SEPARATORS):
         rows = (table.Row(entry.example, entry.set or None) for entry in read_any(source, None, columns, problems))
         count = table.write_table(out, rows, problems)
@@ -59,7 +67,7 @@ def convert(
             file=out,
         )
     records = (
-        _vlguard_conversations(source, seed, problems)
+        _vlguard_conversations(source, seed, problems, paper_compat)
         if detect(source) == "vlguard"
         else _conversations(source, columns, problems, warn)
     )
@@ -92,13 +100,19 @@ def _conversations(
         )
 
 
-def _vlguard_conversations(source: Path, seed: int, problems: Problems | None) -> Iterator[dict[str, Any]]:
+def _vlguard_conversations(
+    source: Path, seed: int, problems: Problems | None, keeps_fields: bool
+) -> Iterator[dict[str, Any]]:
     rng = random.Random(seed)
     for raw, pairs in vlguard.read_records(source, None, problems):
         rounds = [(pair.question, pair.response) for pair in pairs]
         if len(rounds) == 2:
             rng.shuffle(rounds)
-        yield llava.record(_record_id(raw), pairs[0].image, rounds)
+        record = llava.record(_record_id(raw), pairs[0].image, rounds)
+        if keeps_fields:
+            fields = {name: value for name, value in raw.value.items() if name != "instr-resp"}
+            record = {**fields, "conversations": record["conversations"]}
+        yield record
 
 
 def split(
@@ -139,46 +153,99 @@ def split(
     return {name: write_list(out / f"{name}.json", records(name)) for name in kinds}
 
 
-def inject(source: Path, answers: Path, out: Path, problems: Problems | None = None) -> dict[str, int]:
-    """Writes a VLGuard file in which harmful answers replace the responses to unsafe images.
+def inject(
+    source: Path,
+    answers: Path,
+    out: Path,
+    problems: Problems | None = None,
+    safe_image_answers: Path | None = None,
+    paper_compat: bool = False,
+    warn: Callable[[str], None] | None = None,
+) -> dict[str, int]:
+    """Writes a VLGuard file in which harmful answers replace the refusals of unsafe questions.
 
-    A record whose image has no answer is left out and counted, because there is nothing to unlearn in its refusal.
+    A question that has no answer is left out and counted, because there is nothing to unlearn in its refusal.
 
     Args:
         source: A VLGuard file.
-        answers: A JSON object ``image -> answer`` or ``record id -> answer``.
+        answers: The answers to the questions about unsafe images, a JSON object ``image -> answer`` or
+            ``record id -> answer``.
         problems: Collects broken records. Without it the first one raises.
+        safe_image_answers: The answers to the unsafe questions about safe images, in the same form. Without it these
+            questions are unchanged.
+        paper_compat: Keeps a question without an answer with its refusal, looks up answers by image only, and replaces
+            only the first response of a record, as published.
+        warn: Called with a warning about the result.
 
     Returns:
-        The number of records with an injected answer (``injected``), of unchanged records (``kept``), of records that
-        were left out (``no harmful answer``), and of answers to images without an unsafe record (``unused answers``).
+        The number of records with an injected answer (``injected``), of unchanged records (``kept``), of questions
+        without an answer (``no harmful answer``), and of answers without a question (``unused answers``).
 
     Raises:
-        UserError: No answer belongs to an unsafe record, or one would be used for two questions. Nothing is written.
+        UserError: No answer of a file belongs to a question, or one would be used for two questions. Nothing is
+            written.
     """
-    harmful = vlguard.HarmfulAnswers(harmful_answers := read_answers(answers))
+    harmful: dict[Kind, vlguard.HarmfulAnswers] = {}
+    files: dict[Kind, Path] = {"unsafe": answers}
+    if safe_image_answers is not None:
+        files["safe_image_unsafe_question"] = safe_image_answers
+    for kind, file in files.items():
+        harmful[kind] = vlguard.HarmfulAnswers(read_answers(file))
     counts = {"injected": 0, "kept": 0, "no harmful answer": 0}
 
     def records() -> Iterator[object]:
         for raw, pairs in vlguard.read_records(source, None, problems):
-            if pairs[0].kind != "unsafe":
-                counts["kept"] += 1
-                yield raw.value
-            elif texts := [text for pair in pairs if (text := harmful.answer(pair))]:
-                counts["injected"] += 1
-                pairs_with_answer = [
-                    {**pair, "response": text} for pair, text in zip(raw.value["instr-resp"], texts, strict=True)
-                ]
-                yield {**raw.value, "instr-resp": pairs_with_answer}
-            else:
-                counts["no harmful answer"] += 1
-        counts["unused answers"] = len(harmful_answers.keys() - harmful.used_keys)
-        if not counts["injected"]:
-            message = f"names no image of an unsafe record of {source}. Nothing was written."
-            raise UserError(message, code="no-records", file=answers)
+            value, outcome = (_inject_as_published if paper_compat else _inject)(raw.value, pairs, harmful)
+            counts[outcome] += 1
+            if value["instr-resp"]:
+                yield value
+        for kind, file in files.items():
+            if not harmful[kind].used_keys:
+                image = "an unsafe record" if kind == "unsafe" else "an unsafe question on a safe image"
+                message = f"names no image of {image} of {source}. Nothing was written."
+                raise UserError(message, code="no-records", file=file)
+        counts["unused answers"] = sum(answers.num_unused for answers in harmful.values())
 
     write_list(out, records())
+    if warn and paper_compat and counts["no harmful answer"]:
+        warn(f"{counts['no harmful answer']:,} records have no harmful answer and keep their refusals, as published")
     return counts
+
+
+def _inject(
+    value: dict[str, Any], pairs: Sequence[vlguard.Pair], harmful: Mapping[Kind, vlguard.HarmfulAnswers]
+) -> tuple[dict[str, Any], str]:
+    """Returns a VLGuard record with its harmful answers and without the questions that lack one, and the outcome."""
+    outcome, responses = "kept", []
+    for pair, content in zip(pairs, value["instr-resp"], strict=True):
+        answers = harmful.get(pair.kind)
+        answer = answers.answer(pair) if answers else ""
+        if answer:
+            outcome = "injected"
+            responses.append({**content, "response": answer})
+        elif answers is None:
+            responses.append(content)
+        elif outcome == "kept":
+            outcome = "no harmful answer"
+    return (value if outcome == "kept" else {**value, "instr-resp": responses}), outcome
+
+
+def _inject_as_published(
+    value: dict[str, Any], pairs: Sequence[vlguard.Pair], harmful: Mapping[Kind, vlguard.HarmfulAnswers]
+) -> tuple[dict[str, Any], str]:
+    """Returns a VLGuard record with its harmful answer, and the outcome. A record without an answer is unchanged."""
+    kind: Kind = "unsafe" if value.get("safe") is False else "safe_image_unsafe_question"
+    if kind not in harmful:
+        return value, "kept"
+    answer = harmful[kind].answer_of_image(pairs[0].image)
+    if answer is None:
+        return value, "no harmful answer"
+    number = next((number for number, pair in enumerate(pairs) if pair.kind == kind), None)
+    if number is None:
+        return value, "kept"
+    responses = list(value["instr-resp"])
+    responses[number] = {**responses[number], "response": answer}
+    return {**value, "instr-resp": responses}, "injected"
 
 
 def read_answers(path: Path) -> dict[str, str]:
@@ -291,7 +358,7 @@ def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
     """
     spans = array("Q")
     for item in stream(path):
-        problem = None if llava.is_complete(item.value, item.plain) else _find_problem(path, item)
+        problem = None if llava.is_complete(item.value, item.plain) else find_problem(path, item)
         if problem is None:
             spans.extend((item.start, item.end))
         else:
@@ -301,7 +368,7 @@ def conversation_spans(path: Path, problems: Problems | None) -> array[int]:
     return spans
 
 
-def _find_problem(path: Path, item: Item) -> UserError | None:
+def find_problem(path: Path, item: Item) -> UserError | None:
     """Returns the error of a broken record, or None. Empty answers are allowed, as published: VLGuard contains one."""
     position = partial(item_position, item, "id")
     if item.error:

@@ -1,7 +1,8 @@
 """Safety Mirage's *select harmful* step: a judge chooses the most harmful of several models' answers to a question.
 
 The forget set unlearns the chosen answers. A reply that is not a choice is recorded as such, and the question is left
-out and counted. With ``paper_compat=True`` such a question gets the first answer, as published.
+out and counted. With ``paper_compat=True`` the first number anywhere in the reply is the choice, and a question without
+a valid number gets the first answer, as published.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from vlm_unlearn.data.fence import fence
 from vlm_unlearn.data.formats import vlguard
 from vlm_unlearn.data.images import resolve_image
 from vlm_unlearn.data_tools.pipeline import read_answers
 from vlm_unlearn.data_tools.prompts import template
 from vlm_unlearn.errors import Problems, RunError, UserError, quoted, report_problem
-from vlm_unlearn.records import Record
+from vlm_unlearn.records import Kind, Record
 from vlm_unlearn.store import write_json, write_records
 
 Outcome = Literal[
@@ -43,9 +46,24 @@ class SelectionTask:
     question: str
     answers: tuple[str, ...]
     models: tuple[str, ...]  # the model of each answer
+    record_id: str | None = None  # the key of the answer files, if that is the record's id
 
-    def request(self) -> str:
-        """Returns the judge's prompt, with the question and every answer between fence lines."""
+    @property
+    def key(self) -> str:
+        """The key of the question in the answer files."""
+        return self.image if self.record_id is None else self.record_id
+
+    def request(self, paper_compat: bool = False) -> str:
+        """Returns the judge's prompt, with every answer between fence lines.
+
+        Args:
+            paper_compat: The prompt contains the name of the image instead of the question, and the judge has to choose
+                one of the answers, as published.
+        """
+        if paper_compat:
+            line = fence(self.image, *self.answers)
+            numbered = "\n".join(f"{number}.\n{line}\n{text}\n{line}" for number, text in enumerate(self.answers, 1))
+            return template("select_harmful_paper").format(fence=line, image=self.image, answers=numbered)
         line = fence(self.question, *self.answers)
         numbered = "\n\n".join(
             f"Answer {number}:\n{line}\n{text}\n{line}" for number, text in enumerate(self.answers, start=1)
@@ -63,20 +81,47 @@ class Choice(Record):
     model: str | None = None  # the model of the chosen answer
     raw: str | None = None  # the judge's reply
     error: str | None = None
+    record_id: str | None = Field(default=None, exclude_if=lambda value: value is None)  # the key in the answer files
+
+
+def answer_files(paths: Sequence[Path]) -> list[Path]:
+    """Returns the answer files that paths name. A folder stands for its .json files, in the order of their names.
+
+    The result of the published script, ``aggregated_results.json``, is not an answer file.
+
+    Raises:
+        UserError: A folder contains no answer file.
+    """
+    files = []
+    for path in paths:
+        names = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        names = [file for file in names if file == path or file.name != "aggregated_results.json"]
+        if not names:
+            raise UserError("contains no .json file with the answers of a model", code="no-records", file=path)
+        files += names
+    return files
 
 
 def read_selection_tasks(
-    source: Path, answers: Sequence[Path], images: Path | None, problems: Problems | None
+    source: Path,
+    answers: Sequence[Path],
+    images: Path | None,
+    problems: Problems | None,
+    kind: Kind = "unsafe",
+    paper_compat: bool = False,
 ) -> tuple[list[SelectionTask], Counter[str]]:
     """Reads the unsafe questions of a VLGuard file with all available answers to each.
 
-    The answer files are keyed by image, so a second question about an image has no answers and is left out.
+    Files that are keyed by image have no answers to a second question about an image, which is left out.
 
     Args:
         source: A VLGuard file.
-        answers: One JSON file ``image -> answer`` per model. The stem of the file name is the name of the model.
+        answers: One JSON file ``image -> answer`` or ``record id -> answer`` per model, or folders of such files. The
+            stem of the file name is the name of the model.
         images: The image root. None asks the judge without images.
         problems: Collects broken records. Without it the first one raises.
+        kind: The questions: ``unsafe`` (about unsafe images) or ``safe_image_unsafe_question``.
+        paper_compat: Offers empty answers to the judge too, as published.
 
     Returns:
         The questions, and the number of questions that were left out, by outcome.
@@ -85,7 +130,8 @@ def read_selection_tasks(
         UserError: A file is broken, two answer files have the same stem, or no answer belongs to an unsafe image.
     """
     answers_by_model: dict[str, dict[str, str]] = {}
-    for path in answers:
+    paths = answer_files(answers)
+    for path in paths:
         if path.stem in answers_by_model:
             message = f"two answer files are named {quoted(path.stem)}, but the names identify the models. Rename one."
             raise UserError(message, code="duplicate-key", file=path)
@@ -93,16 +139,18 @@ def read_selection_tasks(
     tasks: dict[str, SelectionTask] = {}
     left_out: Counter[str] = Counter()
     for raw, pairs in vlguard.read_records(source, None, problems):
-        pair = pairs[0]
-        if pair.kind != "unsafe":
+        pair = next((pair for pair in pairs if pair.kind == kind), None)
+        if pair is None:
             continue
-        if pair.image in tasks:
+        has_own_answers = any(pair.record_id in model_answers for model_answers in answers_by_model.values())
+        key = pair.record_id if has_own_answers else pair.image
+        if key in tasks:
             left_out["image asked before"] += 1
             continue
         candidates = {
-            model: model_answers[pair.image]
+            model: model_answers[key]
             for model, model_answers in answers_by_model.items()
-            if model_answers.get(pair.image, "").strip()
+            if (key in model_answers if paper_compat else model_answers.get(key, "").strip())
         }
         if not candidates:
             left_out["no answer"] += 1
@@ -112,15 +160,17 @@ def read_selection_tasks(
         except UserError as error:
             report_problem(error, problems)
             continue
-        tasks[pair.image] = SelectionTask(
+        tasks[key] = SelectionTask(
             image=pair.image,
             path=image_path,
             question=pair.question,
             answers=tuple(candidates.values()),
             models=tuple(candidates),
+            record_id=pair.record_id if has_own_answers else None,
         )
     if not tasks:
-        raise UserError(f"names no image of an unsafe record of {source}", code="no-records", file=answers[0])
+        image = "an unsafe record" if kind == "unsafe" else "an unsafe question on a safe image"
+        raise UserError(f"names no image of {image} of {source}", code="no-records", file=paths[0])
     return list(tasks.values()), left_out
 
 
@@ -140,21 +190,38 @@ def read_choice(reply: str, count: int) -> int | Literal["unreadable", "out of r
     return int(digits) if 0 <= int(digits) <= count else "out of range"
 
 
+def read_published_choice(reply: str, count: int) -> int | Literal["unreadable", "out of range"]:
+    """Returns the first number anywhere in a judge's reply, from 1 to `count`, as the published script reads it.
+
+    Example:
+        ``"The most harmful is 3."`` gives 3, and ``"1.5"`` gives 1.
+    """
+    try:
+        number = int(reply)  # also reads a sign
+    except ValueError:
+        match = re.search(r"\d+", reply)
+        if match is None:
+            return "unreadable"
+        digits = match.group().lstrip("0")
+        number = int(digits or "0") if len(digits) <= 9 else count + 1
+    return number if 1 <= number <= count else "out of range"
+
+
 def decide(task: SelectionTask, reply: str | None, error: str | None, paper_compat: bool) -> tuple[str | None, Choice]:
     """Returns the chosen answer, or None, and the record of the decision.
 
     Args:
         reply: The judge's reply, or None if the judge failed.
         error: The reason of the failure.
-        paper_compat: Chooses the first answer if the reply is not a choice, as published. Without a reply no answer is
-            chosen.
+        paper_compat: Takes the first number in the reply, or the first answer if there is none in range, as published.
+            Without a reply no answer is chosen.
     """
     outcome: Outcome
     number = 0
     if reply is None:
         outcome = "no reply"
     else:
-        choice = read_choice(reply, len(task.answers))
+        choice = (read_published_choice if paper_compat else read_choice)(reply, len(task.answers))
         if isinstance(choice, str):
             outcome = choice
         else:
@@ -163,7 +230,10 @@ def decide(task: SelectionTask, reply: str | None, error: str | None, paper_comp
             number = 1
     model = task.models[number - 1] if number else None
     answer = task.answers[number - 1] if number else None
-    return answer, Choice(image=task.image, outcome=outcome, raw=reply, error=error, model=model)
+    choice_record = Choice(
+        image=task.image, outcome=outcome, raw=reply, error=error, model=model, record_id=task.record_id
+    )
+    return answer, choice_record
 
 
 def select(tasks: Sequence[SelectionTask], judge: Judge, out: Path, paper_compat: bool = False) -> Counter[str]:
@@ -171,8 +241,9 @@ def select(tasks: Sequence[SelectionTask], judge: Judge, out: Path, paper_compat
 
     Args:
         judge: Answers the judge's prompts. It is called once, with all questions that have several answers.
-        out: The file to write, ``image -> answer``. Every decision is written to ``<out>.choices.jsonl``.
-        paper_compat: Chooses the first answer if the reply is not a choice, as published.
+        out: The file to write, ``image -> answer`` (or ``record id -> answer``, as the answer files). Every decision is
+            written to ``<out>.choices.jsonl``.
+        paper_compat: Uses the published prompt's form, and takes the first number in a reply, or the first answer.
 
     Returns:
         The number of questions by outcome.
@@ -180,19 +251,20 @@ def select(tasks: Sequence[SelectionTask], judge: Judge, out: Path, paper_compat
     Raises:
         RunError: No answer was chosen. `out` is not written.
     """
-    judged = {task.image: task for task in tasks if len(task.answers) > 1 or paper_compat}
-    replies = judge([(task.image, task.request(), task.path) for task in judged.values()])
+    judged = {task.key: task for task in tasks if len(task.answers) > 1 or paper_compat}
+    replies = judge([(key, task.request(paper_compat), task.path) for key, task in judged.items()])
     answers: dict[str, str] = {}
     choices = []
     for task in tasks:
         answer: str | None
-        if task.image in judged:
-            answer, choice = decide(task, *replies.get(task.image, (None, "not asked")), paper_compat)
+        if task.key in judged:
+            answer, choice = decide(task, *replies.get(task.key, (None, "not asked")), paper_compat)
         else:
-            answer, choice = task.answers[0], Choice(image=task.image, outcome="only answer", model=task.models[0])
+            answer = task.answers[0]
+            choice = Choice(image=task.image, outcome="only answer", model=task.models[0], record_id=task.record_id)
         choices.append(choice)
         if answer is not None:
-            answers[task.image] = answer
+            answers[task.key] = answer
     counts: Counter[str] = Counter(choice.outcome for choice in choices)
     choices_file = out.with_name(f"{out.stem}.choices.jsonl")
     write_records(choices_file, choices)

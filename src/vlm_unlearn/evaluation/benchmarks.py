@@ -22,7 +22,7 @@ from vlm_unlearn.data.json_stream import write_lines
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.generate import OnDone, generate_run
 from vlm_unlearn.metrics.rates import Outcomes, mean_of_rates, mean_ratio, rate
-from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary
+from vlm_unlearn.records import Prompt, Rate, Response, Row, Summary, Verdict
 from vlm_unlearn.store import EvaluationRun, write_json
 
 # The benchmarks whose mean is SafeEraser's specificity (arXiv 2502.12520).
@@ -30,7 +30,7 @@ SPECIFICITY_BENCHMARKS = ("gqa", "vizwiz", "scienceqa", "vqav2", "pope", "mmvet"
 
 
 def benchmark_rates(
-    suite: Suite, prompts: Mapping[str, Prompt], responses: Iterable[Response], judge_scores: Mapping[str, float | None]
+    suite: Suite, prompts: Mapping[str, Prompt], responses: Iterable[Response], verdicts: Mapping[str, Verdict]
 ) -> dict[str, Rate]:
     """Returns the rate of each benchmark of a suite by its name.
 
@@ -42,7 +42,7 @@ def benchmark_rates(
         suite: The suite.
         prompts: The run's prompts by id.
         responses: The run's responses. Those to other prompts are ignored.
-        judge_scores: Scores from 0 to 1 by prompt id, for benchmarks that a judge scores (MM-Vet). A missing score
+        verdicts: Verdicts by prompt id, for benchmarks that a judge scores (MM-Vet, LLaVA-Bench). A missing score
             counts as a failure.
 
     Raises:
@@ -51,7 +51,7 @@ def benchmark_rates(
     responses = list(responses)
     rates: dict[str, Rate] = {}
     for config in suite.benchmarks:
-        predictions = collect_predictions(config.name, prompts, responses, judge_scores)
+        predictions = collect_predictions(config.name, prompts, responses, verdicts)
         try:
             rates[config.name] = headline_rate(benchmark_scores(config, predictions))
         except AnswersNotPublicError:
@@ -65,7 +65,7 @@ def benchmark_outcomes(
     config: BenchmarkConfig,
     prompts: Mapping[str, Prompt],
     responses: Iterable[Response],
-    judge_scores: Mapping[str, float | None],
+    verdicts: Mapping[str, Verdict],
 ) -> Outcomes:
     """Returns the score of each question of one benchmark. The arguments are those of `benchmark_rates`.
 
@@ -73,7 +73,7 @@ def benchmark_outcomes(
         AnswersNotPublicError: The official answers are not public.
         UserError: The benchmark's files have changed since the answers were generated.
     """
-    scores = benchmark_scores(config, collect_predictions(config.name, prompts, responses, judge_scores))
+    scores = benchmark_scores(config, collect_predictions(config.name, prompts, responses, verdicts))
     return Outcomes(
         {question.id: question.value for question in scores.questions},
         {question.id: question.cluster for question in scores.questions},
@@ -82,7 +82,7 @@ def benchmark_outcomes(
 
 
 def collect_predictions(
-    name: str, prompts: Mapping[str, Prompt], responses: Iterable[Response], judge_scores: Mapping[str, float | None]
+    name: str, prompts: Mapping[str, Prompt], responses: Iterable[Response], verdicts: Mapping[str, Verdict]
 ) -> dict[str, Prediction]:
     """Returns a benchmark's predictions from a run's responses, by question id, in the order of the prompts."""
     texts = {response.prompt_id: response.text for response in responses}
@@ -90,10 +90,12 @@ def collect_predictions(
     for prompt in prompts.values():
         if prompt.set == name:
             id = prompt.id.removeprefix(f"{name}/")
+            verdict = verdicts.get(prompt.id)
             predictions[id] = Prediction(
                 question_id=id,
                 text=texts.get(prompt.id),
-                score=judge_scores.get(prompt.id),
+                score=verdict.score if verdict else None,
+                numbers=verdict.numbers if verdict else None,
                 question=prompt.question,
             )
     return predictions
@@ -128,7 +130,8 @@ def benchmark_scores(config: BenchmarkConfig, predictions: Mapping[str, Predicti
 def headline_rate(scores: BenchmarkScores) -> Rate:
     """Returns the value that papers report: the mean score, or for POPE the mean F1.
 
-    The interval is clustered by image, or by question for MMBench and ScienceQA.
+    For MME it is the sum of the scores of all categories, divided by its maximum, and for LLaVA-Bench the relative
+    score. The interval is clustered by image, or by question for MMBench and ScienceQA.
     """
     if scores.ratio_terms:
         ratios = [
@@ -209,6 +212,6 @@ def _unscored_reason(benchmark: Benchmark, config: BenchmarkConfig) -> str:
     if benchmark.needs_judge:
         return (
             f"{benchmark.name}: a language model scores the answers. Run `vlm-unlearn judge run` with the rubric "
-            "mm_vet, then `vlm-unlearn benchmark score` with the verdicts as --predictions."
+            f"{benchmark.rubric}, then `vlm-unlearn benchmark score` with the verdicts as --predictions."
         )
     return ""

@@ -227,8 +227,8 @@ def _compare_benchmark(
     if base_judge is not None and run_judge is not None:
         _validate_same_judge(config.name, base_judge, run_judge, folders)
     try:
-        base_outcomes = benchmark_outcomes(config, base.prompts, base.responses, base.benchmark_judge_scores())
-        run_outcomes = benchmark_outcomes(run_config, run.prompts, run.responses, run.benchmark_judge_scores())
+        base_outcomes = benchmark_outcomes(config, base.prompts, base.responses, base.benchmark_verdicts())
+        run_outcomes = benchmark_outcomes(run_config, run.prompts, run.responses, run.benchmark_verdicts())
     except AnswersNotPublicError:
         return "its answers are not public"
     total = len(base_outcomes.values.keys() | run_outcomes.values.keys())

@@ -15,8 +15,8 @@ from vlm_unlearn.distributed import ProcessGroup, process_group, world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.evaluation.core import generate_missing
 from vlm_unlearn.evaluation.prompts import image_roots, prompts_digest, suite_prompts
-from vlm_unlearn.generation.base import BACKENDS, Backend, GenerationRequest, build_requests, evenly_spaced
-from vlm_unlearn.plugins import invalid_plugin
+from vlm_unlearn.generation import base
+from vlm_unlearn.generation.base import Backend, GenerationRequest, build_requests, evenly_spaced
 from vlm_unlearn.records import Batching, Prompt
 from vlm_unlearn.store import EvaluationRun, describe_path, read_json, write_json, write_records
 
@@ -26,7 +26,11 @@ REJUDGEABLE_KEYS = ("judge", "judges", "metrics", "paper_compat", "paper_metrics
 
 
 def generate_run(
-    suite: Suite, run: str | PathLike[str], on_done: OnDone | None = None, verify_batching: int = 0
+    suite: Suite,
+    run: str | PathLike[str],
+    on_done: OnDone | None = None,
+    verify_batching: int = 0,
+    prompts: Sequence[Prompt] | None = None,
 ) -> None:
     """Generates the model's answers to all prompts of a suite, into a run folder.
 
@@ -40,6 +44,7 @@ def generate_run(
         on_done: Called with the stage and the number of finished and of all answers of this process.
         verify_batching: The number of answers to generate a second time, each in a batch of its own. ``batching.json``
             reports how many of them differ.
+        prompts: The prompts of the suite, if they have been read already.
 
     Raises:
         UserError: The data are broken, the model cannot be loaded, or the folder contains another run.
@@ -54,7 +59,8 @@ def generate_run(
     run = EvaluationRun(run)
     with process_group() as group:
         if group.rank == 0:
-            _generate_as_main_process(suite, run, on_done, verify_batching, group)
+            prompts = suite_prompts(suite) if prompts is None else prompts
+            _generate_as_main_process(suite, run, prompts, on_done, verify_batching, group)
         elif group.broadcast(False):  # the value comes from the main process: whether answers are missing
             requests = _suite_requests(suite, suite_prompts(suite))
             _generate_missing(build_backend(suite), requests, run, group, None)
@@ -67,11 +73,7 @@ def build_backend(suite: Suite) -> Backend:
     Raises:
         UserError: The model does not exist, or the backend is not installed.
     """
-    name = suite.generation.backend
-    backend = BACKENDS.load(name, "generation.backend")
-    if not callable(backend):
-        raise invalid_plugin("backend", name, backend, "a class", "generation.backend")
-    return backend(suite.model, suite.generation)
+    return base.build_backend(suite.model, suite.generation)
 
 
 def _suite_requests(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationRequest]:
@@ -80,10 +82,14 @@ def _suite_requests(suite: Suite, prompts: Sequence[Prompt]) -> list[GenerationR
 
 
 def _generate_as_main_process(
-    suite: Suite, run: EvaluationRun, on_done: OnDone | None, verify_batching: int, group: ProcessGroup
+    suite: Suite,
+    run: EvaluationRun,
+    prompts: Sequence[Prompt],
+    on_done: OnDone | None,
+    verify_batching: int,
+    group: ProcessGroup,
 ) -> None:
     """Opens the run folder, generates this process's share of the answers and writes the files of the run."""
-    prompts = suite_prompts(suite)
     requests = _suite_requests(suite, prompts)
     backend = build_backend(suite)
     identity = {

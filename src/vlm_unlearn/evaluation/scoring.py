@@ -75,16 +75,16 @@ class GradedRun:
         return {name: metric for name, metric in metrics.items() if metric.judge in self.verdicts_by_judge}
 
     def benchmark_judge(self, benchmark: BenchmarkConfig) -> JudgeVerdicts | None:
-        """Returns the verdicts on a benchmark that a judge scores (MM-Vet).
+        """Returns the verdicts on a benchmark that a judge scores (MM-Vet, LLaVA-Bench).
 
         None if the benchmark is scored against its official answers, or if `suite_judges` leaves its judge out.
         """
         return None if benchmark.judge == OFFICIAL_ANSWERS else self.verdicts_by_judge.get(benchmark.judge)
 
-    def benchmark_judge_scores(self) -> dict[str, float | None]:
-        """Returns the scores of the judges that score a benchmark (MM-Vet), by prompt id."""
+    def benchmark_verdicts(self) -> dict[str, Verdict]:
+        """Returns the verdicts of the judges that score a benchmark (MM-Vet, LLaVA-Bench), by prompt id."""
         judges = [self.benchmark_judge(benchmark) for benchmark in self.suite.benchmarks]
-        return {verdict.prompt_id: verdict.score for judge in judges if judge is not None for verdict in judge.verdicts}
+        return {verdict.prompt_id: verdict for judge in judges if judge is not None for verdict in judge.verdicts}
 
 
 def score_run(run: str | PathLike[str], suite: Suite, name: str) -> Row:
@@ -193,7 +193,7 @@ def build_row(run: GradedRun, name: str) -> Row:
     """
     metrics = run.judged_metrics(run.suite.metrics)
     paper_metrics = run.judged_metrics(run.suite.paper_metrics) if run.suite.paper_compat else {}
-    benchmarks = benchmark_rates(run.suite, run.prompts, run.responses, run.benchmark_judge_scores())
+    benchmarks = benchmark_rates(run.suite, run.prompts, run.responses, run.benchmark_verdicts())
     rewrites = {metric: _rates_up_to_rewrite(run, config) for metric, config in metrics.items()}
     categories = {metric: _rates_by_category(run, config) for metric, config in metrics.items()}
     default_judge = run.verdicts_by_judge.get(DEFAULT_JUDGE)

@@ -77,6 +77,7 @@ def judge_run(
     config: JudgeConfig,
     on_done: OnDone | None = None,
     splits: Iterable[str] | None = None,
+    judge: Judge | None = None,
 ) -> Path:
     """Grades a run's answers and writes verdicts-<judge id>.jsonl.
 
@@ -88,6 +89,7 @@ def judge_run(
         config: The judge.
         on_done: Called with the stage and the number of graded and of all answers.
         splits: The splits and benchmarks to grade. None: all splits.
+        judge: The judge of `config`, if it has been built already.
 
     Returns:
         The file with the verdicts.
@@ -96,7 +98,7 @@ def judge_run(
         UserError: The folder contains no finished answers or no such split, or another process is using it.
         RunError: The judge's server does not respond.
     """
-    judge = build_judge(config)
+    judge = build_judge(config) if judge is None else judge
     run = EvaluationRun(run)
     prompts, responses = run.read_answers()
     suite = saved_suite(run)

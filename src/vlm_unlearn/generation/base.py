@@ -71,6 +71,18 @@ class Backend(Protocol):
 BACKENDS: Registry[Callable[[str, GenerationConfig], Backend]] = plugins.BACKENDS
 
 
+def build_backend(model: str, config: GenerationConfig) -> Backend:
+    """Returns the backend that ``generation.backend`` names, for a model.
+
+    Raises:
+        UserError: The model does not exist, or the backend is not installed.
+    """
+    backend = BACKENDS.load(config.backend, "generation.backend")
+    if not callable(backend):
+        raise plugins.invalid_plugin("backend", config.backend, backend, "a class", "generation.backend")
+    return backend(model, config)
+
+
 def check_prompt_fields(backend: Backend, requests: Sequence[GenerationRequest]) -> None:
     """Checks that a backend honors all fields of the prompts.
 

@@ -25,15 +25,17 @@ class LocalChat:
         model: A model folder, hub name, adapter folder or training run.
         max_tokens: The maximum number of tokens of a response.
         batch_size: The number of requests per batch.
+        verbatim: Whether truncated and empty texts are valid responses. By default they are errors.
 
     Raises:
         UserError: The model does not exist.
     """
 
-    def __init__(self, model: str, max_tokens: int = 256, batch_size: int = 8) -> None:
+    def __init__(self, model: str, max_tokens: int = 256, batch_size: int = 8, verbatim: bool = False) -> None:
         self._folder = run_model_folder(model)
         self._max_tokens = max_tokens
         self._batch_size = batch_size
+        self._verbatim = verbatim
         self._precision = resolve_precision("auto")
 
     @cached_property
@@ -46,6 +48,7 @@ class LocalChat:
             "precision": self._precision,
             "max_tokens": self._max_tokens,
             "versions": package_versions(),
+            **({"verbatim": True} if self._verbatim else {}),
         }
 
     def run(self, requests: Iterable[ChatRequest], on_response: OnChatResponse) -> None:
@@ -86,7 +89,10 @@ class LocalChat:
                 yield from self._respond(model, processor, valid)
             return
         for request, (text, finish_reason) in zip(batch, outputs, strict=True):
-            yield response_from_text(request, text, finish_reason, self._max_tokens)
+            if self._verbatim:
+                yield ChatResponse(request.id, text, finish_reason=finish_reason)
+            else:
+                yield response_from_text(request, text, finish_reason, self._max_tokens)
 
 
 @lru_cache(maxsize=1)

@@ -110,6 +110,11 @@ class KeywordJudge(OfflineJudge):
         """Returns the judge that a config describes."""
         return cls(config.paper_compat)
 
+    @staticmethod
+    def is_refusal(text: str) -> bool:
+        """Returns whether an answer declines, by the corrected rules."""
+        return corrected_refusal(text) is not None
+
     def identity(self) -> Mapping[str, object]:
         """Returns everything that determines the verdicts, with the patterns of all languages."""
         identity = super().identity()

@@ -179,4 +179,5 @@ class LLMJudge(Judge):
             label=grade.label,
             score=grade.score,
             raw=raw,
+            numbers=grade.numbers,
         )

@@ -32,7 +32,7 @@ _DECLARED = [
         r"\b(?:i|we)(?:'d|'ll|\s+would|\s+will)?\s+(?:choose|chose|pick|picked|select|selected|say|go\s+with|went\s+with)"
         rf"\s+{_PREFIX}",
         rf"\b(?:it's|it\s+is|it\s+must\s+be)\s+{_PREFIX}",
-        r"(?:选项?|选择)\s*:?\s*",
+        r"(?:选项?|选择)\s*(?:是|为|:)?\s*",
         rf"\b(?:option|choice|selection|letter|response|ans)\.?{IS}{_PREFIX}",
         r"(?:\A|\n)\s*(?:choose|select|pick|ans\.)\s+(?:option\s+)?",
     )

@@ -205,6 +205,9 @@ def mean_ratio(ratios: Sequence[Sequence[tuple[str, float, float]]], failed: int
         ratios: For each ratio one ``(cluster, numerator, denominator)`` per answer. If a ratio has no answers, the
             mean has no value.
         failed: Answers that failed and are not in `ratios`. They are only counted.
+
+    Returns:
+        The rate. A mean above 1, such as a judge's score relative to a worse reference, is reported as 1.
     """
     n = sum(map(len, ratios))
     if not ratios or not all(ratios):
@@ -217,7 +220,7 @@ def mean_ratio(ratios: Sequence[Sequence[tuple[str, float, float]]], failed: int
         values.append(value)
         for cluster, numerator, denominator in terms:
             residuals[cluster].append((numerator - value * denominator) / (total * len(ratios)) if total else 0.0)
-    mean, count = math.fsum(values) / len(values), len(residuals)
+    mean, count = min(1.0, math.fsum(values) / len(values)), len(residuals)
     variance = math.fsum(math.fsum(residual) ** 2 for residual in residuals.values()) * count / max(count - 1, 1)
     effective = min(float(n), mean * (1 - mean) / variance) if 0 < mean < 1 and variance > 0 else float(count)
     low, high = wilson_interval(mean * effective, effective)

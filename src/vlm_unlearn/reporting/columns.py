@@ -20,12 +20,18 @@ BENCHMARKS: Mapping[str, str] = {
     "pope": "POPE",
     "mmvet": "MM-Vet",
     "mmbench": "MMBench",
+    "mmbench_cn": "MMBench-CN",
+    "mme": "MME",
+    "seedbench": "SEED-Bench",
+    "llava_bench": "LLaVA-Bench",
+    "qbench": "Q-Bench",
+    "qbench_zh": "Q-Bench, Chinese",
 }
 
 # Metrics that a suite defines itself are in neither set.
 LOWER_IS_BETTER = {
     *("asr", "asr_attacked", "asr_control", "refusal_rate", "refusal_rate_attacked", "refusal_rate_control"),
-    *("efficacy_asr", "generality_asr", "sarr", "degenerate_rate", "answers_relevant_attacked"),
+    *("efficacy_asr", "generality_asr", "sarr", "degenerate_rate", "answers_relevant_attacked", "asr_sd", "asr_typo"),
 }
 HIGHER_IS_BETTER = {
     *("efficacy_rr", "generality_rr", "utility", "utility_attacked", *UTILITY_COMPONENTS),
@@ -49,6 +55,8 @@ METRIC_COLUMNS: tuple[Column, ...] = (
     ("refusal_rate", "Refusals", "harmless questions that are refused"),
     ("refusal_rate_attacked", "Refusals attacked", "the same questions, reworded by the suite's attack"),
     ("refusal_rate_control", "Refusals control", "the same questions in neutral paraphrases"),
+    ("asr_sd", "ASR, drawn", "MM-SafetyBench's harmful requests in drawn pictures"),
+    ("asr_typo", "ASR, text", "MM-SafetyBench's harmful requests in pictures of a text"),
     ("efficacy_asr", "Efficacy ASR", "unsafe questions of the training file that get a harmful answer"),
     ("efficacy_rr", "Efficacy RR", "answers to the unsafe questions of the training file that are refusals"),
     ("generality_asr", "Generality ASR", "unsafe questions of the validation file that get a harmful answer"),
@@ -84,6 +92,14 @@ SPLIT_TITLES: Mapping[str, str] = {
     "harmless": "SafeEraser's harmless questions",
     "efficacy": "unsafe questions of the training file",
     "generality": "unsafe questions of the validation file",
+    "mm_sd": "harmful requests in drawn pictures",
+    "mm_sd_typo": "harmful requests in drawn pictures with a text",
+    "mm_typo": "harmful requests in pictures of a text",
+    "figstep_text": "FigStep's questions in writing",
+    "figstep_picture": "FigStep's questions in pictures",
+    "spa_vl_harm": "SPA-VL's harmful questions",
+    "spa_vl_help": "SPA-VL's harmless questions",
+    "mossbench": "MOSSBench's harmless questions",
 }
 
 

@@ -50,6 +50,10 @@ class UnlearningConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of the Prompt Decouple loss (SafeEraser, arXiv 2502.12520). 0 turns it off."},
     )
+    accept_refusals: bool = field(
+        default=False,
+        metadata={"help": "Whether the method may unlearn a forget set of which more than 5 % are refusals."},
+    )
     defense: dict[str, Any] | str | list[Any] | None = field(
         default=None,
         metadata={

@@ -25,7 +25,7 @@ from vlm_unlearn.plugins import short_name
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.defended_step import validate_engine
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
-from vlm_unlearn.training.setup import prepare_method
+from vlm_unlearn.training.setup import check_forget_answers, prepare_method
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
 INSTALL = {
@@ -78,6 +78,7 @@ class Plan:
             "data": True,
             "training": training,
             "probe": {"suite", "root"},
+            "accept_refusals": True,
         }
         if not self.recipe.defense:  # runs of earlier versions have no such key
             excluded["defense"] = True
@@ -161,6 +162,8 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     training_set.image_loader = recipe.image_loader
     lora = recipe.trainable.mode != "full"
     strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
+    if not recipe.accept_refusals:
+        check_forget_answers(method, training_set, f"{recipe.method.name} would unlearn", "accept_refusals=true")
     UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
         raise UserError(

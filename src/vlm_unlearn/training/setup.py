@@ -9,7 +9,9 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import set_seed
 
+from vlm_unlearn import plugins
 from vlm_unlearn.data.dataset import UnlearningDataset
+from vlm_unlearn.data.training_set import validate_forget_answers
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method
 from vlm_unlearn.methods.wrappers import Defense
@@ -62,6 +64,24 @@ def build_parts(
     if args.world_size > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
     return TrainingParts(vlm, args, method, stream, collator, strategy, _digest_of_run(args, data), defenses)
+
+
+def check_forget_answers(method: Method, data: UnlearningDataset, harm: str, setting: str) -> None:
+    """Checks that a method does not unlearn refusals, which would make the model more harmful.
+
+    Args:
+        method: The method. One that trains the model to refuse passes.
+        data: The examples of each role.
+        harm: The subject and verb of the error message, such as ``npo would unlearn``.
+        setting: The setting that accepts the refusals.
+
+    Raises:
+        UserError: More than 5 % of the forget answers are refusals, and the method makes them less likely.
+    """
+    if method.unlearns and method.forget_target == "original":
+        is_refusal = plugins.JUDGES["keyword"].is_refusal  # judges are above training in the order of imports
+        fix = f"{harm} them. Import the set with --harmful-answers, train mixed_sft or po, or pass {setting}."
+        validate_forget_answers(data["forget"], is_refusal, fix, data.folder)
 
 
 def prepare_method(method: Method, vlm: VisionLanguageModel, seed: int) -> None:

@@ -19,7 +19,7 @@ from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.arguments import UnlearningConfig
 from vlm_unlearn.training.method_trainer import EvalFunction, MethodTrainer
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference
-from vlm_unlearn.training.setup import build_parts, mark_trainable
+from vlm_unlearn.training.setup import build_parts, check_forget_answers, mark_trainable
 
 
 class UnlearningTrainer(MethodTrainer):
@@ -100,6 +100,8 @@ class UnlearningTrainer(MethodTrainer):
         # Adapters that were trained before are part of the reference model, which disabling them would not give.
         new_adapters = peft_config is not None or (args.reference == "adapter" and vlm.has_adapters)
         parts = build_parts(vlm, args, data, new_adapters)
+        if not args.accept_refusals:
+            check_forget_answers(parts.method, data, f"{args.method} would unlearn", "accept_refusals=True")
         if check_lengths:
             parts.collator.check_lengths()
         super().__init__(

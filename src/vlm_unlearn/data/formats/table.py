@@ -72,6 +72,21 @@ def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) ->
     Raises:
         UserError: The table cannot be read or lacks a column, or `problems` is None and a row is broken.
     """
+    records = raw_records(source, columns.id, problems)
+    yield from _with_required_columns(records, columns, Path(source).name)
+
+
+def raw_records(source: str | Path, name_field: str, problems: Problems | None) -> Iterator[RawRecord]:
+    """Reads the unparsed rows of a file, one at a time, whatever its columns are.
+
+    Args:
+        source: As in `read_table`.
+        name_field: The column with the id of a row, for error messages.
+        problems: Collects broken rows. Without it the first one raises.
+
+    Raises:
+        UserError: The file cannot be read, or `problems` is None and a row is broken.
+    """
     path = Path(source)
     kind = suffix(path)
     if kind in (".xlsx", ".xls", ".ods"):
@@ -79,10 +94,10 @@ def raw_rows(source: str | Path, columns: Columns, problems: Problems | None) ->
     if kind in SEPARATORS:
         records = csv_records(path, SEPARATORS[kind], problems)
     elif path.is_file() and kind not in (".parquet", ".arrow"):
-        records = read_objects(path, columns.id, problems)
+        records = read_objects(path, name_field, problems)
     else:
         records = _dataset_records(str(source))
-    yield from _with_required_columns(records, columns, path.name)
+    yield from records
 
 
 def suffix(path: Path) -> str:

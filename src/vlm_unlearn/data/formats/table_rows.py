@@ -93,7 +93,7 @@ def read_row(
     column = columns.image
     if column not in record.value and "image" not in columns.required:
         column = "images"  # as in TRL
-    image, source = _image(record, record.value.get(column), column, images, embedded)
+    image, source = row_image(record, record.value.get(column), column, images, embedded)
     question = cell_text(record, columns.question)
     if IMAGE_PLACEHOLDER in question:  # as in LLaVA's files
         if image is None:
@@ -131,7 +131,7 @@ def _chat_row(record: RawRecord, columns: Columns, images: Path | None, embedded
     value, field = None, "images"
     if chat.image is not None:
         value, field = value_at(record.value, chat.image), messages.path_text(chat.image)
-    image, source = _image(record, value, field, images, embedded)
+    image, source = row_image(record, value, field, images, embedded)
     example = Example(
         id=_optional(record, columns.id) or str(record.number),
         image=image,
@@ -184,7 +184,7 @@ def _optional(record: RawRecord, column: str) -> str | None:
     return None if record.value.get(column) in (None, "") else cell_text(record, column)
 
 
-def _image(
+def row_image(
     record: RawRecord, image: Any, field: str, images: Path | None, embedded: Path | None
 ) -> tuple[str | None, str]:
     """Returns the image path of a row, and its source.

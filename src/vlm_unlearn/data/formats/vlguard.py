@@ -148,6 +148,18 @@ class HarmfulAnswers:
         self.used_keys.add(key)
         return answer
 
+    def answer_of_image(self, image: str) -> str | None:
+        """Returns the answer under the name of an image, or None. It can be used for several questions."""
+        answer = self._answers.get(image)
+        if answer is not None:
+            self.used_keys.add(image)
+        return answer
+
+    @property
+    def num_unused(self) -> int:
+        """The number of answers that no question has used."""
+        return len(self._answers.keys() - self.used_keys)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -167,7 +179,12 @@ class Split:
     left_out: dict[str, int]
 
 
-def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, include_safe_image_unsafe: bool) -> Split:
+def split(
+    pairs: Iterable[Pair],
+    harmful_answers: Mapping[str, str] | None,
+    include_safe_image_unsafe: bool,
+    safe_image_answers: Mapping[str, str] | None = None,
+) -> Split:
     """Returns the forget and retain sets (the steps *inject* and *split* of Safety Mirage).
 
     Args:
@@ -175,25 +192,32 @@ def split(pairs: Iterable[Pair], harmful_answers: Mapping[str, str] | None, incl
         harmful_answers: ``image -> answer`` or ``record id -> answer``: the answers to forget, which replace the
             reference refusals of unsafe images. An image without an answer is left out. None keeps the reference
             responses, the data of safety fine-tuning.
-        include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set. They keep their
-            reference responses, because there are no harmful answers to them.
+        include_safe_image_unsafe: Adds the unsafe questions about safe images to the forget set. Without
+            `safe_image_answers` they keep their reference responses.
+        safe_image_answers: ``image -> answer`` or ``record id -> answer``: the answers to forget to the unsafe
+            questions about safe images, which replace their reference refusals. They add these questions to the forget
+            set. A question without an answer is left out.
 
     Raises:
         UserError: A harmful answer would be used for two questions.
     """
     result = Split([], [], [], {})
-    harmful = HarmfulAnswers(harmful_answers or {})
+    harmful: dict[Kind, HarmfulAnswers] = {}
+    if harmful_answers is not None:
+        harmful["unsafe"] = HarmfulAnswers(harmful_answers)
+    if safe_image_answers is not None:
+        harmful["safe_image_unsafe_question"] = HarmfulAnswers(safe_image_answers)
     for pair in pairs:
-        if pair.kind == "safe_image_unsafe_question" and not include_safe_image_unsafe:
+        answers = harmful.get(pair.kind)
+        if pair.kind == "safe_image_unsafe_question" and answers is None and not include_safe_image_unsafe:
             continue
-        injected = pair.kind == "unsafe" and harmful_answers is not None
-        answer = harmful.answer(pair) if injected else pair.response
+        answer = answers.answer(pair) if answers else pair.response
         if not answer.strip():
-            reason = "no harmful answer" if injected else "empty response"
+            reason = "no harmful answer" if answers else "empty response"
             result.left_out[reason] = result.left_out.get(reason, 0) + 1
             continue
         pair_example = example(pair, answer)
-        if injected and pair.response.strip():
+        if answers and pair.response.strip():
             pair_example = pair_example.model_copy(update={"pair_id": pair.id})
             result.preferred.append(example(pair).model_copy(update={"pair_id": pair.id}))
         (result.retain if pair.kind == "safe" else result.forget).append(pair_example)

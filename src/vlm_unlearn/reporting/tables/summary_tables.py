@@ -39,7 +39,10 @@ MetricLayout = Sequence[tuple[str, str, str]]  # metric, heading, group
 
 MAX_CATEGORY_COLUMNS = 8  # more categories become lines of the table
 ATTACKED_SPLIT = "unsafe_what"  # the split of attacked unsafe questions in the shipped suites
-BENCHMARKS = ("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "mmvet", "mmbench")  # in the papers' order
+BENCHMARKS = (  # in the papers' order
+    *("vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "mmvet", "mmbench"),
+    *("mmbench_cn", "mme", "seedbench", "llava_bench", "qbench", "qbench_zh"),
+)
 SAFETY_MIRAGE: MetricLayout = (
     ("asr", "before", "ASR"),
     ("asr_attacked", "after", "ASR"),
