@@ -48,7 +48,9 @@ def recipe_of(name: str, *overrides: str) -> Recipe:
 
 def test_every_published_run_has_a_recipe() -> None:
     mirage = {
-        f"{method}_{mode}_{size}" for method in ("npo", "rmu") for mode in ("full", "lora") for size in ("7b", "13b")
+        f"{run}_{size}"
+        for run in ("npo_full", "npo_full_generic", "npo_lora", "rmu_full", "rmu_lora")
+        for size in ("7b", "13b")
     }
     eraser = {f"{method}{pd}_{model}" for method in ("ga", "gd", "kl", "po") for pd in ("", "_pd") for model in MODELS}
     eraser |= {"sine_po_pd_7b", "sine_po_pd_13b"}
@@ -154,7 +156,7 @@ def test_rmu_full_has_the_settings_of_the_generic_script() -> None:
     [
         (
             "npo",
-            {"beta": 0.7, "forget_weight": 1.0, "retain_npo_weight": 1.0, "retain_weight": 1.0, "paper_compat": True},
+            {"beta": 0.7, "forget_weight": 1.0, "retain_npo_weight": 0.0, "retain_weight": 1.0, "paper_compat": True},
         ),
         ("rmu", {"layer": 15, "steering_coefficient": 10, "alpha": 0.0, "retain_weight": 1.2, "paper_compat": True}),
     ],

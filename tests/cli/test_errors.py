@@ -270,13 +270,13 @@ def test_tiny_vocabulary_contains_all_words_of_the_attack() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "data", "warned"),
+    ("method", "data", "rejected"),
     [("npo", "refusals", True), ("npo", "harmful", False), ("mixed_sft", "refusals", False)],
 )
-def test_train_warns_if_it_would_unlearn_refusals(
-    training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path, method: str, data: str, warned: bool
+def test_train_rejects_a_forget_set_of_refusals(
+    training_sets: dict[str, Path], tiny_model: Path, tmp_path: Path, method: str, data: str, rejected: bool
 ) -> None:
     settings = [f"model={tiny_model}", f"data={training_sets[data]}", f"output={tmp_path / 'out'}"]
     done = run_in_process("train", f"tiny/{method}", *settings, "training.max_steps=1")
-    assert done.returncode == 0
-    assert ("warning: " in done.stderr and "--harmful-answers" in done.stderr) == warned
+    assert done.returncode == (2 if rejected else 0)
+    assert ("[forget-refusals]" in done.stderr and "--harmful-answers" in done.stderr) == rejected

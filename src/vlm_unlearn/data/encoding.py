@@ -43,6 +43,7 @@ class Turn:
         loss_on: The answers with labels.
         image_round: The round with the image, counted from 0. The last round is the question.
         prefill: The beginning of the answer, which the model continues. Only without an answer.
+        rendering: The text of the turn, if it is not that of the chat template (see `published_text`).
     """
 
     id: str
@@ -55,6 +56,7 @@ class Turn:
     loss_on: LossOn = "all_answers"
     image_round: int = 0
     prefill: str | None = None
+    rendering: Rendering | None = None
 
     @classmethod
     def of_example(cls, example: Example, image: ImageSource | None) -> Turn:
@@ -108,6 +110,8 @@ class Rendering:
         with_answer: The text including the answer of each round. It is one item shorter than `before_answer` if the
             last answer is left to the model.
         with_prefill: The text up to and including the prefilled beginning of the last answer, if there is one.
+        labels_by_length: Whether the labels of an answer start after as many tokens as the text before it has. By
+            default they start at the first token that differs from this text.
 
     Example:
         One round in LLaVA-1.5's template: ``before_answer = ("USER: <image>\\nWhat is it? ASSISTANT:",)`` and
@@ -117,6 +121,7 @@ class Rendering:
     before_answer: tuple[str, ...]
     with_answer: tuple[str, ...]
     with_prefill: str | None = None
+    labels_by_length: bool = False
 
     @property
     def text(self) -> str:
@@ -134,7 +139,9 @@ def render(processor: Processor, turn: Turn) -> Rendering:
     Raises:
         UserError: An answer is empty, the template fails, or it does not support the system message or the prefill.
     """
-    turn = _neutralized(turn, special_tokens(processor))
+    if turn.rendering is not None:
+        return turn.rendering
+    turn = neutralized(turn, special_tokens(processor))
     rounds = [*turn.history, (turn.question, turn.answer)]
     messages: list[dict[str, Any]] = []
     if turn.system is not None:
@@ -185,7 +192,7 @@ def _render_prefill(processor: Processor, messages: Sequence[dict[str, Any]], tu
     return text
 
 
-def _neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
+def neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
     """Returns a turn whose texts contain none of certain tokens."""
     texts = [turn.system or "", turn.question, turn.answer or "", turn.prefill or ""]
     texts += [text for texts in turn.history for text in texts]
@@ -289,7 +296,10 @@ def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], lis
 
     ids = tokenize(rendering.text)
     spans = [
-        (_common_prefix_length(tokenize(prompt), ids), _common_prefix_length(tokenize(completed), ids))
+        (
+            len(tokenize(prompt)) if rendering.labels_by_length else _common_prefix_length(tokenize(prompt), ids),
+            _common_prefix_length(tokenize(completed), ids),
+        )
         for prompt, completed in zip(rendering.before_answer, rendering.with_answer, strict=True)
     ]
     if any(start >= stop for start, stop in spans):
@@ -334,7 +344,7 @@ class PromptMeter:
         with _naming_record(turn):
             size = image_size(turn.image)
         if size not in self._image_tokens:
-            question = replace(turn, answer=None, history=(), system=None, image_offset=0, image_round=0, prefill=None)
+            question = Turn(turn.id, turn.image, turn.question, None)
             text_tokens = len(token_ids(self._processor, render(self._processor, question).text))
             try:
                 encoded = encode(self._processor, [question], padding_side="right")

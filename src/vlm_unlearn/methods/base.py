@@ -21,7 +21,10 @@ from vlm_unlearn.errors import UserError
 from vlm_unlearn.plugins import Registry
 
 NonNegative = Annotated[float, Field(ge=0)]
-Role = Literal["forget", "retain", "decouple", "preferred"]
+Role = Literal["forget", "retain", "decouple", "preferred", "retain_reference"]
+# `retain_reference` is a second retain batch, whose terms compare the current model with the reference model. Only
+# Safety Mirage's released code has it.
+PublishedCode = Literal["safe_eraser", "safety_mirage"]
 TokenKind = Literal["all", "answer"]  # all tokens except padding, or answer tokens only
 
 
@@ -92,6 +95,7 @@ class Step(Protocol):
     """
 
     progress: float  # fraction of the run's optimizer steps that are complete, 0 at the first step
+    width: int  # the number of positions of the longest batch
 
     def nll(self, role: Role, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """Returns [B], the answer NLL of each sample as a token mean or a sequence sum."""
@@ -142,8 +146,11 @@ class Options(Strict):
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"paper": "paper_compat"}
 
-    paper_compat: bool = False
-    """Reproduces how the published code averages. docs/published.md lists the differences."""
+    paper_compat: bool | Literal["full"] = False
+    """`true` reproduces how the published code averages, `full` also its texts, order of samples and schedule.
+
+    docs/published.md lists the differences.
+    """
 
 
 class Method:
@@ -161,6 +168,8 @@ class Method:
     """Options that differ from the defaults for a model of two decoder layers, as tests and the full demo use."""
     layer_option: ClassVar[str] = "layer"
     """The name of the option that determines `ForwardRequirements.hidden_layers`."""
+    published_code: ClassVar[PublishedCode | None] = None
+    """The released training code that ``paper_compat: full`` reproduces. None does not offer it."""
     append_answer_to_prompt: ClassVar[bool] = False
     """Whether question and answer of a forget example form one user turn, as in RMU."""
     preferred_answers: ClassVar[Literal["refusal", "data"] | None] = None
@@ -178,6 +187,16 @@ class Method:
     def paper_compat(self) -> bool:
         """Whether the method reproduces how the published code averages."""
         return bool(self.options.paper_compat)
+
+    @property
+    def reproduced_code(self) -> PublishedCode | None:
+        """The released training code that the method reproduces in everything, with ``paper_compat: full``."""
+        return self.published_code if self.options.paper_compat == "full" else None
+
+    @property
+    def reference_retain_role(self) -> Role:
+        """The role of the retain batch that is compared with the reference model."""
+        return "retain_reference" if self.reproduced_code == "safety_mirage" else "retain"
 
     def active_roles(self, _progress: float) -> tuple[Role, ...]:
         """Returns the roles that the loss uses at a fraction of the run. The model does not run the others."""
@@ -275,4 +294,33 @@ def build_method(config: MethodConfig, prompt_decouple_weight: float) -> Method:
     method_type = get_method(config.name)
     options = validate(method_type.options_type, dict(config.model_extra or {}), f"method {config.name}")
     method = method_type(options)
+    if options.paper_compat == "full":
+        _validate_published(method, prompt_decouple_weight > 0)
     return PromptDecouple(method, prompt_decouple_weight) if prompt_decouple_weight > 0 else method
+
+
+def _validate_published(method: Method, decouples: bool) -> None:
+    """Validates that released code exists for a method and its options.
+
+    Raises:
+        UserError: It does not.
+    """
+    problem = None
+    if method.published_code is None:
+        problem = f"full is offered for {', '.join(_methods_with_released_code())}"
+    elif decouples and method.published_code == "safety_mirage":
+        problem = f"the released code of {method.name} has no prompt decoupling"
+    elif method.preferred_answers is not None:
+        problem = f"the released code of {method.name} trains no refusals"
+    elif getattr(method.options, "max_nll", None) is not None:
+        problem = f"the released code of {method.name} has no max_nll"
+    if problem is not None:
+        raise UserError(
+            f"{problem}. Use paper_compat: true, which reproduces the averages.",
+            code="unsupported-setting",
+            field="method.paper_compat",
+        )
+
+
+def _methods_with_released_code() -> list[str]:
+    return sorted(name for name in METHODS.built_in if get_method(name).published_code is not None)

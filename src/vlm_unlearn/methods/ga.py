@@ -15,6 +15,7 @@ class GA(Method):
     """Gradient ascent: ``-CE(forget)``. Without a retain term, the model soon collapses."""
 
     options_type = GAOptions
+    published_code = "safe_eraser"
 
     @property
     def requirements(self) -> ForwardRequirements:

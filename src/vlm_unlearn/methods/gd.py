@@ -23,7 +23,7 @@ class GDOptions(RefusalOptions):
 
 @register("gd", "Liu et al. 2022, arXiv 2203.12817; SafeEraser, arXiv 2502.12520")
 class GD(RefusalMethod):
-    """Gradient difference: ``-CE(forget) + CE(retain)``.
+    """Gradient difference: ``-CE(forget) + CE(retain)``. Gradient ascent with a retain term.
 
     Gradient ascent has no bound, and its model may collapse when it is trained for long. `max_nll` limits each token,
     which is ours. `refusal_weight` adds the refusals of SafeEraser's PO (arXiv 2502.12520) to the loss, from
@@ -31,6 +31,7 @@ class GD(RefusalMethod):
     """
 
     options_type = GDOptions
+    published_code = "safe_eraser"
 
     @property
     def requirements(self) -> ForwardRequirements:

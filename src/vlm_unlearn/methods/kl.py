@@ -27,10 +27,13 @@ class KL(Method):
     """Gradient ascent with a KL term: ``-CE(forget) + KL(reference || current)``.
 
     The KL term is the mean over the answer tokens of the retain set. With `paper_compat`, it is the mean over all
-    positions, including padding.
+    positions, including padding. With `full`, the batch is as long as the longest batch of the step, and a padded
+    position adds 0 to the sum. Under flash attention, with which the published code runs, it does so too: its
+    embedding and hence its logits are 0.
     """
 
     options_type = KLOptions
+    published_code = "safe_eraser"
 
     @property
     def requirements(self) -> ForwardRequirements:
@@ -40,10 +43,17 @@ class KL(Method):
 
     def loss(self, step: Step) -> LossOutput:
         forget = -step.cross_entropy("forget")
-        # The published code averages over padding too; see docs/published.md.
-        mask: Tensor | None = None if self.paper_compat else answer_mask(step.labels("retain"))
-        retain = kl_loss(step.logits("retain"), step.reference_logits("retain"), mask) * step.token_weight(
-            "retain", "answer"
-        )
+        retain = self._divergence(step)
         total = self.options.forget_weight * forget + self.options.kl_weight * retain
         return LossOutput(total, {"forget": forget, "retain_kl": retain})
+
+    def _divergence(self, step: Step) -> Tensor:
+        """Returns [], the mean divergence on the retain batch."""
+        logits, reference_logits = step.logits("retain"), step.reference_logits("retain")
+        if self.reproduced_code:
+            tokens = step.attention_mask("retain")
+            positions = len(tokens) * step.width
+            return kl_loss(logits, reference_logits, tokens) * (tokens.sum() / positions)
+        # The published code averages over padding too; see docs/published.md.
+        mask: Tensor | None = None if self.paper_compat else answer_mask(step.labels("retain"))
+        return kl_loss(logits, reference_logits, mask) * step.token_weight("retain", "answer")

@@ -13,6 +13,7 @@ from vlm_unlearn.methods.base import (
     LossOutput,
     NonNegative,
     ReferenceNLL,
+    Role,
     Step,
     register,
 )
@@ -42,7 +43,7 @@ class NPO(RefusalMethod):
 
     Pushes the likelihood of the forget answers below that under the reference model. The gradient vanishes as the
     gap grows. With `paper_compat`, the loss uses the difference of batch means, as in Safety Mirage's code, instead
-    of one difference per sample.
+    of one difference per sample. With `full`, the mirrored term has retain examples of its own.
 
     NPO alone leaves open what the model answers instead, which is often a broken sentence. `refusal_weight` adds the
     refusals of SafeEraser's PO (arXiv 2502.12520): the loss is ``npo + refusal_weight * CE(refusal)``, with the refusal
@@ -50,13 +51,15 @@ class NPO(RefusalMethod):
     """
 
     options_type = NPOOptions
+    published_code = "safety_mirage"
 
     @property
     def requirements(self) -> ForwardRequirements:
-        forget, retain = ReferenceNLL("forget"), ReferenceNLL("retain")
-        return ForwardRequirements(
-            roles=self.roles, references=(forget, retain) if self.options.retain_npo_weight else (forget,)
-        )
+        if not self.options.retain_npo_weight:
+            return ForwardRequirements(roles=self.roles, references=(ReferenceNLL("forget"),))
+        role = self.reference_retain_role
+        roles = self.roles if role in self.roles else (*self.roles, role)
+        return ForwardRequirements(roles=roles, references=(ReferenceNLL("forget"), ReferenceNLL(role)))
 
     def loss(self, step: Step) -> LossOutput:
         options: NPOOptions = self.options
@@ -65,11 +68,12 @@ class NPO(RefusalMethod):
         total = options.forget_weight * forget + options.retain_weight * retain
         terms = {"forget": forget, "retain": retain}
         if options.retain_npo_weight:
-            terms["retain_npo"] = npo_retain_loss(*self._current_and_reference_nll(step, "retain"), options.beta)
+            nll = self._current_and_reference_nll(step, self.reference_retain_role)
+            terms["retain_npo"] = npo_retain_loss(*nll, options.beta)
             total = total + options.retain_npo_weight * terms["retain_npo"]
         return self.with_refusals(step, total, terms)
 
-    def _current_and_reference_nll(self, step: Step, role: Literal["forget", "retain"]) -> tuple[Tensor, Tensor]:
+    def _current_and_reference_nll(self, step: Step, role: Role) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options
         if self.paper_compat:  # see docs/published.md
             current, reference = step.micro_batch_nll(role)

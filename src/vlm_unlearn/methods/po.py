@@ -11,3 +11,4 @@ class PO(MixedSFT):
     """Cross-entropy on the forget questions with random refusals as answers, and on the retain set, as one batch."""
 
     forget_target = "refusal"
+    published_code = "safe_eraser"

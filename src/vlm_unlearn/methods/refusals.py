@@ -44,7 +44,8 @@ class RefusalMethod(Method):
         return ("forget", "preferred", "retain") if self.options.refusal_weight else ("forget", "retain")
 
     def active_roles(self, progress: float) -> tuple[Role, ...]:
-        return tuple(role for role in self.roles if role != "preferred" or progress >= self.options.refusal_start)
+        roles = self.requirements.roles
+        return tuple(role for role in roles if role != "preferred" or progress >= self.options.refusal_start)
 
     def with_refusals(self, step: Step, total: Tensor, terms: dict[str, Tensor]) -> LossOutput:
         """Returns a loss and its terms with the term on refusals, if it has a weight at this step."""

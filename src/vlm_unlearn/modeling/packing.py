@@ -52,7 +52,7 @@ def prefix_sharing_unsupported_reason(vlm: VisionLanguageModel, method: Method, 
         return f"not with {attention}"
     requirements = method.requirements
     if method.paper_compat and (requirements.hidden_layers or requirements.full_logit_roles):
-        return "not with paper_compat: true, which counts padding"  # packed sequences have no padding
+        return "not with paper_compat, which counts padding"  # packed sequences have no padding
     return None
 
 

@@ -12,6 +12,7 @@ from vlm_unlearn.config import DefenseConfig, MethodConfig
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, build_method, method_name
 from vlm_unlearn.methods.wrappers import Defense, build_defenses
+from vlm_unlearn.training.published_order import BatchLayout
 
 REFERENCES = ("auto", "cache", "adapter", "copy")
 FEATURE_CACHES = ("memory", "disk", "off")
@@ -128,12 +129,10 @@ class UnlearningConfig(TrainingArguments):
         """The precision of the computations: ``bf16``, ``fp16`` or ``fp32``."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
+    def batch_layout(self) -> BatchLayout:
+        """Returns how samples are split into batches."""
+        return BatchLayout(self.per_device_train_batch_size, self.gradient_accumulation_steps, self.world_size)
+
     def samples_per_step(self) -> int:
         """Returns the number of forget samples of an optimizer step, over all processes."""
-        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size)
-
-    def num_steps(self, forget_examples: int) -> int:
-        """Returns the number of optimizer steps: ``max_steps``, or else those of the epochs over the forget set."""
-        if self.max_steps > 0:
-            return int(self.max_steps)
-        return max(1, math.ceil(int(self.num_train_epochs * forget_examples) / self.samples_per_step()))
+        return self.batch_layout().samples_per_step

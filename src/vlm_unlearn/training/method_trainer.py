@@ -50,6 +50,7 @@ from vlm_unlearn.training.defended_step import (
     validate_engine,
     validate_sum_of_terms,
 )
+from vlm_unlearn.training.published_order import repeat_scheduler_steps
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference, build_reference
 from vlm_unlearn.training.references import Reference
 from vlm_unlearn.training.setup import TrainingParts
@@ -288,7 +289,10 @@ class MethodTrainer(Trainer):
             self._loss_terms.setdefault(name, []).append(value.item())
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs forward and backward pass of a micro-batch and returns its loss."""
+        """Runs forward and backward pass of a micro-batch and returns its loss. An empty batch changes nothing."""
+        batch = args[0] if args else kwargs["inputs"]
+        if not batch:
+            return torch.zeros((), device=self.args.device)
         casts_inputs = self.accelerator.native_amp  # autocast
         with without_cudnn_attention(), without_lora_input_casts(self.model) if casts_inputs else nullcontext():
             if any(item.overrides("forget_gradient") or item.overrides("latent_shifts") for item in self.defenses):
@@ -354,6 +358,14 @@ class MethodTrainer(Trainer):
                 code="non-finite-gradient",
             )
         super().log(logs, *args, **kwargs)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Returns the Trainer's schedule, or that of the released code (see `published_order`)."""
+        scheduler: torch.optim.lr_scheduler.LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+        repeat_scheduler_steps(self.method, scheduler, self.args.world_size)
+        return scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Returns the Trainer's optimizer, with parameter groups for the projector if it has its own learning rate."""

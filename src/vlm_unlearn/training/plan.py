@@ -24,9 +24,10 @@ from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.plugins import short_name
 from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.defended_step import validate_engine
+from vlm_unlearn.training.published_order import BatchLayout, build_stream, count_steps
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
-from vlm_unlearn.training.setup import check_forget_answers, prepare_method
-from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
+from vlm_unlearn.training.setup import check_forget_answers, prepare_method, validate_defenses
+from vlm_unlearn.training.stream import UnlearningCollator
 
 INSTALL = {
     "deepspeed": "pip install '.[deepspeed]'",
@@ -101,11 +102,16 @@ class Plan:
         }
 
 
-def steps_of(recipe: Recipe, forget_examples: int, world_size: int) -> int:
-    """Returns the number of optimizer steps: ``max_steps``, or else the steps of the epochs over the forget set."""
+def batch_layout(recipe: Recipe) -> BatchLayout:
+    """Returns how the samples of a recipe are split into batches, on the processes of this run."""
     training = recipe.training
-    samples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
-    return training.max_steps or max(1, -(-int(training.num_train_epochs * forget_examples) // samples_per_step))
+    return BatchLayout(training.per_device_train_batch_size, training.gradient_accumulation_steps, world_size())
+
+
+def steps_of(recipe: Recipe, method: Method, training_set: UnlearningDataset) -> int:
+    """Returns the number of optimizer steps of a recipe. See `count_steps`."""
+    training = recipe.training
+    return count_steps(training_set, method, batch_layout(recipe), training.num_train_epochs, training.max_steps)
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -126,7 +132,7 @@ def plan(recipe: Recipe) -> Plan:
         model_path=model_path,
         processor=processor,
         training_set=training_set,
-        steps=steps_of(recipe, len(training_set["forget"]), world_size()),
+        steps=steps_of(recipe, method, training_set),
         reference_strategy=strategy,
         precision=resolve_precision(recipe.training.precision),
         model_digest=digest_model(model_path),
@@ -164,7 +170,8 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
     if not recipe.accept_refusals:
         check_forget_answers(method, training_set, f"{recipe.method.name} would unlearn", "accept_refusals=true")
-    UnlearningStream(training_set, method, 1, recipe.training.seed)  # raises if a pair that the method needs is missing
+    # Raises if a pair that the method needs is missing.
+    build_stream(training_set, method, batch_layout(recipe), 1, recipe.training.seed, recipe.training.group_by_image)
     if recipe.training.projector_learning_rate is not None and not recipe.trainable.projector:
         raise UserError(
             "the projector is not trainable. Set trainable.projector=true, or remove this setting.",
@@ -172,7 +179,7 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
             field="training.projector_learning_rate",
         )
     sharded = engine() in ("deepspeed", "fsdp")
-    _check_defenses(recipe, sharded)
+    _check_defenses(recipe, method, sharded)
     if sharded and recipe.trainable.projector == "sine":
         raise UserError(
             "sine does not work with FSDP or DeepSpeed. Use recipes/engines/ddp.yaml.",
@@ -197,13 +204,14 @@ def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceSt
     return method, training_set, strategy
 
 
-def _check_defenses(recipe: Recipe, sharded: bool) -> None:
+def _check_defenses(recipe: Recipe, method: Method, sharded: bool) -> None:
     """Validates the defenses.
 
     Raises:
         UserError: A defense or an option is unknown, or the engine or the probe does not support it.
     """
     defenses = build_defenses(recipe.defense)
+    validate_defenses(method, defenses)
     if defenses:
         validate_engine(sharded)
     if recipe.probe and recipe.probe.keep_best and any(defense.overrides("final_weights") for defense in defenses):
@@ -225,7 +233,7 @@ def check_model(
     with torch.device("meta"):  # PEFT would draw random adapters on the CPU, hundreds of megabytes for a 7B model
         prepared = prepare_trainable(skeleton, recipe.trainable)
     prepare_method(method, prepared, recipe.training.seed)
-    steps = steps_of(recipe, len(training_set["forget"]), world_size())
+    steps = steps_of(recipe, method, training_set)
     for defense in build_defenses(recipe.defense):
         defense.prepare(method, len(prepared.decoder_layers), steps)
     _check_examples_without_image(recipe, method, training_set, prepared)

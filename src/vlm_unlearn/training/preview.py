@@ -19,7 +19,15 @@ from vlm_unlearn.modeling.trainable import trainable_table
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import RunDirectory
 from vlm_unlearn.training.estimate import Memory, ModelSize, estimate
-from vlm_unlearn.training.plan import check_model, check_recipe, recipe_name, sharing_unsupported_reason, steps_of
+from vlm_unlearn.training.plan import (
+    batch_layout,
+    check_model,
+    check_recipe,
+    recipe_name,
+    sharing_unsupported_reason,
+    steps_of,
+)
+from vlm_unlearn.training.published_order import build_stream
 from vlm_unlearn.training.references import ReferenceStrategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
@@ -57,10 +65,9 @@ def preview(recipe: Recipe) -> Preview:
     method, training_set, strategy = check_recipe(recipe)
     RunDirectory(recipe.output).validate_contents()
     processes, training = world_size(), recipe.training
-    steps = steps_of(recipe, len(training_set["forget"]), processes)
-    batch_size = training.per_device_train_batch_size
-    samples_per_step = batch_size * training.gradient_accumulation_steps * processes
-    stream = UnlearningStream(training_set, method, steps * samples_per_step, training.seed)
+    steps, layout = steps_of(recipe, method, training_set), batch_layout(recipe)
+    batch_size, samples_per_step = layout.batch_size, layout.samples_per_step
+    stream = build_stream(training_set, method, layout, steps, training.seed)
     folder = find_local_model(recipe.model)
     if folder is None and recipe.model not in PUBLISHED_CONFIGS:
         raise UserError(
@@ -129,14 +136,14 @@ def _mean_lengths(
     Without the model's tokenizer, four characters count as one token, and an image as the number of tokens in the
     config.
     """
-    roles = stream[0].keys()
+    samples = [item for position in range(min(max_samples, len(stream))) if (item := stream[position])]
+    roles = samples[0].keys() if samples else ()
     meter = PromptMeter(processor) if processor else None
     image_tokens = int(getattr(config, "image_seq_length", 0))  # 0 for families with cross-attention to images
     mean_tokens: dict[Role, float] = dict.fromkeys(roles, 0.0)
     mean_answer_tokens: dict[Role, float] = dict.fromkeys(roles, 0.0)
-    samples = min(max_samples, len(stream))
-    for position in range(samples):
-        for role, example in stream[position].items():
+    for item in samples:
+        for role, example in item.items():
             answer_tokens = len(example.answer) / 4
             if meter:
                 turn = Turn.of_example(example, training_set.image(example))
@@ -146,6 +153,6 @@ def _mean_lengths(
                 characters = sum(len(turn.question) + len(turn.answer) for turn in example.history)
                 characters += len(example.question)
                 tokens = int(characters / 4 + answer_tokens) + (image_tokens if example.image else 0)
-            mean_tokens[role] += min(tokens, recipe.training.max_length) / samples
-            mean_answer_tokens[role] += answer_tokens / samples
+            mean_tokens[role] += min(tokens, recipe.training.max_length) / len(samples)
+            mean_answer_tokens[role] += answer_tokens / len(samples)
     return mean_tokens, mean_answer_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -35,6 +34,7 @@ from vlm_unlearn.training.callbacks import (
 )
 from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import Plan, plan
+from vlm_unlearn.training.published_order import count_warmup_steps
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference
 from vlm_unlearn.training.setup import TrainingParts, build_parts
 
@@ -212,7 +212,7 @@ def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
         max_steps=planned.steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=math.ceil(training.warmup_ratio * planned.steps),
+        warmup_steps=count_warmup_steps(planned.method, training.warmup_ratio, planned.steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         bf16=planned.precision == "bf16",

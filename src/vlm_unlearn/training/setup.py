@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from vlm_unlearn.methods.wrappers import Defense
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import digest_json
 from vlm_unlearn.training.arguments import UNLIMITED, UnlearningConfig
+from vlm_unlearn.training.published_order import build_stream, count_steps, count_warmup_steps
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.stream import UnlearningCollator, UnlearningStream
 
@@ -52,18 +54,35 @@ def build_parts(
         UserError: A setting does not fit the model or the data.
     """
     args, method = copy.copy(args), args.build_method()
-    args.max_steps = args.num_steps(len(data["forget"]))
-    length = args.max_steps * args.samples_per_step()
+    layout = args.batch_layout()
+    args.max_steps = count_steps(data, method, layout, args.num_train_epochs, args.max_steps)
+    if 0 < args.warmup_steps < 1:  # a fraction of the steps
+        args.warmup_steps = count_warmup_steps(method, args.warmup_steps, args.max_steps)
     strategy = resolve_reference_strategy(args.reference, method.requirements.references, new_adapters)
-    stream = UnlearningStream(data, method, length, args.seed, args.group_by_image)
+    stream = build_stream(data, method, layout, args.max_steps, args.seed, args.group_by_image)
     collator = UnlearningCollator(vlm.processor, data, method, args.max_length or UNLIMITED)
     prepare_method(method, vlm, args.seed)
     defenses = args.build_defenses()
+    validate_defenses(method, defenses)
     for defense in defenses:
         defense.prepare(method, len(vlm.decoder_layers), args.max_steps)
     if args.world_size > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
     return TrainingParts(vlm, args, method, stream, collator, strategy, _digest_of_run(args, data), defenses)
+
+
+def validate_defenses(method: Method, defenses: Sequence[Defense]) -> None:
+    """Validates that defenses go with a method.
+
+    Raises:
+        UserError: The method reproduces released code, which has none.
+    """
+    if defenses and method.reproduced_code:
+        raise UserError(
+            "the released code has no defenses. Set method.paper_compat=true, or remove the defense.",
+            code="conflicting-settings",
+            field="defense",
+        )
 
 
 def check_forget_answers(method: Method, data: UnlearningDataset, harm: str, setting: str) -> None:
@@ -143,4 +162,6 @@ def _digest_of_run(args: UnlearningConfig, data: UnlearningDataset) -> str:
     examples = {role: [example.model_dump() for example in rows] for role, rows in data.items()}
     settings = [args.method, args.method_args, args.prompt_decouple_weight, args.seed, args.max_steps]
     settings += [args.defense] if args.defense else []  # runs of earlier versions have none
+    if args.build_method().reproduced_code:
+        settings += [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size]
     return digest_json([*settings, args.samples_per_step(), args.group_by_image, args.max_length, examples])

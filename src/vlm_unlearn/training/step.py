@@ -90,6 +90,7 @@ class ModelStep:
         active_roles: Collection[Role] | None = None,
     ) -> None:
         self.progress = progress
+        self.width = max((batch["input_ids"].shape[1] for batch in batches.values()), default=0)
         self._vlm = vlm
         self._wrapped = wrapped
         self._batches = batches

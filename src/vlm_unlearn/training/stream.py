@@ -17,6 +17,7 @@ from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.data.encoding import Batch, PromptMeter, Turn, encode, encode_with_labels, render
 from vlm_unlearn.data.images import image_key
 from vlm_unlearn.data.processor_call import Processor
+from vlm_unlearn.data.published_text import PUBLISHED_TURNS
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.modeling.packing import NO_IMAGE
@@ -193,7 +194,8 @@ class UnlearningCollator:
         the worker's traceback.
         """
         try:
-            return {role: self.encode(role, [item[role] for item in items]) for role in items[0]}
+            roles = dict.fromkeys(role for item in items for role in item)  # not all items have all roles
+            return {role: self.encode(role, [item[role] for item in items if role in item]) for role in roles}
         except UserError as error:
             if get_worker_info() is None:
                 raise
@@ -243,9 +245,11 @@ class UnlearningCollator:
     def _turn(self, role: Role, example: Example) -> Turn:
         """Returns the question and answer on which the role trains."""
         turn = Turn.of_example(example, self._training_set.image(example))
-        if self._answer_in_prompt(role):
-            return replace(turn, question=f"{example.question}\n{example.answer}", answer=None)
-        return turn
+        code = self._method.reproduced_code
+        if self._answer_in_prompt(role):  # Safety Mirage's released code keeps the assistant's turn
+            answer = example.answer if code else None
+            turn = replace(turn, question=f"{example.question}\n{example.answer}", answer=answer)
+        return PUBLISHED_TURNS[code](turn, self._processor) if code else turn
 
 
 def _image_keys(turns: Sequence[Turn]) -> Tensor:

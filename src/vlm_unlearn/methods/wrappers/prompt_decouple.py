@@ -32,6 +32,7 @@ class PromptDecouple(Method):
         self.layer_option = method.layer_option  # type: ignore[misc]
         self.append_answer_to_prompt = method.append_answer_to_prompt  # type: ignore[misc]
         self.preferred_answers = method.preferred_answers  # type: ignore[misc]
+        self.published_code = method.published_code  # type: ignore[misc]
 
     @property
     def requirements(self) -> ForwardRequirements:

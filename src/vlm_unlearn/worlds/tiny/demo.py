@@ -45,6 +45,7 @@ ROWS = (
     DemoRow("tiny/rmu", "vlguard_harmful", "safe"),
     DemoRow("tiny/po", "safe_eraser", "harmless"),
     DemoRow("tiny/po_pd", "safe_eraser", "harmless"),
+    DemoRow("tiny/npo_refusal_pd", "safe_eraser", "harmless"),
 )
 WORDS_WITHOUT_TRIGGERS = ("tell", "describe", "give", "please", "can")
 SUPERVISED_ROWS = (
