@@ -35,6 +35,7 @@ REGISTRIES = (
     plugins.BENCHMARKS,
     plugins.FORMATS,
     plugins.CHECKPOINT_FORMATS,
+    plugins.ANSWER_FORMATS,
     plugins.BACKENDS,
     plugins.FAMILIES,
 )
@@ -89,6 +90,7 @@ def test_installed_package_adds_names_of_each_kind(installed: Path) -> None:
     assert {"polite", "repeated", "one_word"} <= set(plugins.ATTACKS)
     assert "counting" in plugins.BENCHMARKS
     assert "album" in plugins.FORMATS
+    assert "transcript" in plugins.ANSWER_FORMATS
     assert "echo" in plugins.BACKENDS
     assert plugins.METHODS.origin("capped_ga") == "vlm-unlearn-example 1.0"
     assert "vlm_unlearn_example.method" not in sys.modules
@@ -195,6 +197,19 @@ def test_import_reads_a_format_that_is_named(installed: Path, tmp_path: Path) ->
     done = run_in_process(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert {"forget": 1, "retain": 1}.items() <= json.loads(done.stdout)["counts"].items()
+
+
+def test_import_answers_reads_an_answer_format_that_is_named(installed: Path, tmp_path: Path) -> None:
+    file = album(tmp_path)
+    split = {"name": "unsafe", "format": "album", "file": str(file), "images": str(tmp_path), "kind": "unsafe"}
+    (tmp_path / "suite.json").write_text(json.dumps({"splits": [split], "judge": "keyword"}))
+    (tmp_path / "talk.txt").write_text("How is it forged?\nI cannot say.\n")
+    arguments = ("--format", "transcript", "--suite", tmp_path / "suite.json", "--out", tmp_path / "run")
+    done = run_in_process("import-answers", tmp_path / "talk.txt", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["imported"] == 1
+    manifest = read_json(tmp_path / "run" / "manifest.json")
+    assert manifest["identity"]["imported"]["format_code"] == plugins.ANSWER_FORMATS.code_digest("transcript")
 
 
 METHOD_FILE = '''

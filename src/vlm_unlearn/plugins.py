@@ -328,6 +328,7 @@ FORMATS: Registry[Any] = Registry(
         "mm_safetybench_typo": "vlm_unlearn.data.formats.mm_safetybench",
     },
 )
+ANSWER_FORMATS: Registry[Any] = Registry("answer_format", "vlm_unlearn.data.answer_formats", support=("base",))
 BACKENDS: Registry[Any] = Registry(
     "backend",
     "",

@@ -73,7 +73,14 @@ def test_commands_that_read_image_folders_have_the_switch() -> None:
     options = commands(typer.main.get_command(app))
     assert {name for name, names in options.items() if "--follow-links" in names} == {
         *(name for name, names in options.items() if "--images" in names),  # such as data import
-        *("train", "generate", "evaluate", "judge run", "robustness"),  # a recipe or a suite names the folder
+        *(
+            "train",
+            "generate",
+            "evaluate",
+            "import-answers",
+            "judge run",
+            "robustness",
+        ),  # a recipe or a suite names the folder
         *("compare", "report"),  # thumbnails
     }
 

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import raises_code
 from vlm_unlearn.data import json_stream
-from vlm_unlearn.data.json_stream import stream, text_at, write_list
+from vlm_unlearn.data.json_stream import members, stream, text_at, write_list
 from vlm_unlearn.errors import UserError
 
 RECORDS = [
@@ -144,3 +144,61 @@ def test_stream_missing_file_or_folder_raises(tmp_path: Path) -> None:
         list(stream(tmp_path / "gone.json"))
     with raises_code("not-a-file", file=tmp_path):
         list(stream(tmp_path))
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("indent", [None, 4])
+def test_members_of_an_object_equal_json_module(tmp_path: Path, ascii_only: bool, indent: int | None) -> None:
+    file = tmp_path / "a.json"
+    record = {f"{entry['text']}{number}": entry for number, entry in enumerate(RECORDS)}
+    file.write_text(f"\ufeff \n{json.dumps(record, ensure_ascii=ascii_only, indent=indent)}\n ", encoding="utf-8")
+    items = list(members(file))
+    assert dict(item.value for item in items) == record
+    assert [item.number for item in items] == list(range(len(record)))
+    with file.open("rb") as handle:
+        for item in random.Random(0).sample(items, 20):
+            handle.seek(0)
+            content = handle.read(item.end)
+            assert content[: item.start].count(b"\n") + 1 == item.line
+            key, value = item.value
+            assert json.loads("{" + content[item.start :].decode() + "}") == {key: value}
+
+
+@pytest.mark.parametrize("text", ["{}", " { } \n", '{"a": {}}', '{"": 1}'])
+def test_members_of_small_objects(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    assert dict(item.value for item in members(file)) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "[]", "1", "{", '{"a"', '{"a":', '{"a": 1', '{"a": 1,', '{"a": 1,}', "{,}", '{"a" 1}', '{"a": 1 "b": 2}',
+     '{1: 2}', '{"a": 1}}', '{"a": 1} 2', '{"a": NaN}', "{'a': 1}", '{"a": [}'],
+)  # fmt: skip
+def test_members_of_a_broken_object_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    with raises_code("invalid-json", file=file):
+        list(members(file))
+
+
+def test_members_with_the_same_key_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"a": 1,\n"a": 2}')
+    with raises_code("duplicate-key", file=file) as caught:
+        list(members(file))
+    assert "line 2" in str(caught.value)
+
+
+def test_nan_is_null_on_request_only(tmp_path: Path) -> None:
+    for name, text in {
+        "a.json": '[{"a": NaN, "b": [-Infinity, 1.5]}]',
+        "a.jsonl": '{"a": NaN, "b": [Infinity, 1.5]}',
+    }.items():
+        file = tmp_path / name
+        file.write_text(text)
+        assert [item.value for item in stream(file, nan_as_null=True)] == [{"a": None, "b": [None, 1.5]}]
+    assert next(iter(stream(tmp_path / "a.jsonl"))).error
+    with raises_code("invalid-json"):
+        list(stream(tmp_path / "a.json"))

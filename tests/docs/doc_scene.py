@@ -19,6 +19,7 @@ from doc_pages import MODULE, ROOT
 from doc_shell import Done, Program, Shell
 from doc_stand_ins import ADDED, AFTER, GRANTED, REFUSED, WRITTEN
 
+import answer_files
 import benchmark_files
 
 MODELS = ("llava-hf/llava-1.5-7b-hf",)  # a local folder each, which has priority over the hub
@@ -47,6 +48,7 @@ def make_scene(folder: Path, world: Path, model: Path) -> None:
     _put_checkpoints(folder)
     answers = [{"question_id": number, "text": "3"} for number in range(4)]
     _put(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in answers))
+    answer_files.write_for_docs(folder)
     table = "image,question,answer,set\na.png,what is it ?,it is red .,harmful\na.png,what is this ?,a kite .,harmless"
     for name in ("pairs.csv", "test.csv", "mine/test.csv"):
         put_file(folder, name, table)

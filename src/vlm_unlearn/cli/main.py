@@ -21,6 +21,7 @@ from vlm_unlearn.cli import (
     doctor,
     evaluate,
     export,
+    import_answers,
     judge,
     recipes,
     report,
@@ -54,6 +55,7 @@ app.command("train", rich_help_panel=UNLEARN)(train.train)
 app.command("methods", rich_help_panel=UNLEARN)(train.methods)
 app.command("evaluate", rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("generate", rich_help_panel=MEASURE)(evaluate.generate)
+app.command("import-answers", rich_help_panel=MEASURE)(import_answers.import_answers)
 app.add_typer(judge.judge_app, name="judge", rich_help_panel=MEASURE)
 app.command("score", rich_help_panel=MEASURE)(evaluate.score)
 app.command("chat", rich_help_panel=MEASURE)(chat.chat)

@@ -62,8 +62,28 @@ def _finite(digits: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite, object_pairs_hook=unique_keys)
-_LENIENT_DECODER = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_finite)
+class _Decoders(NamedTuple):
+    """A decoder that rejects an object with a key twice, and the same decoder without this check."""
+
+    unique: json.JSONDecoder
+    lenient: json.JSONDecoder
+
+    @classmethod
+    def create(cls, parse_constant: Callable[[str], Any], parse_float: Callable[[str], Any]) -> _Decoders:
+        """Returns decoders.
+
+        Args:
+            parse_constant: Returns the value of ``NaN``, ``Infinity`` or ``-Infinity``.
+            parse_float: Returns the value of the digits of a number with a fraction or an exponent.
+        """
+        return cls(
+            json.JSONDecoder(parse_constant=parse_constant, parse_float=parse_float, object_pairs_hook=unique_keys),
+            json.JSONDecoder(parse_constant=parse_constant, parse_float=parse_float),
+        )
+
+
+_DECODERS = _Decoders.create(_reject_constant, _finite)
+_NAN_DECODERS = _Decoders.create(lambda name: None, _finite)
 
 _PROGRESS_CALLBACK: ContextVar[Callable[[Path, int, int], None] | None] = ContextVar("progress_callback", default=None)
 
@@ -82,7 +102,7 @@ def reading_progress(on_read: Callable[[Path, int, int], None]) -> Iterator[None
         _PROGRESS_CALLBACK.reset(token)
 
 
-def stream(path: Path) -> Iterator[Item]:
+def stream(path: Path, nan_as_null: bool = False) -> Iterator[Item]:
     """Reads the records of a JSON list or a JSON-lines file, one at a time.
 
     The content decides which of the two the file is, not its name. A line that is not JSON becomes an `Item` with
@@ -91,16 +111,42 @@ def stream(path: Path) -> Iterator[Item]:
 
     Args:
         path: The file.
+        nan_as_null: Read NaN and Infinity, which pandas writes for empty cells, as null.
 
     Raises:
         UserError: The file cannot be read, is neither a list nor lines, or contains a broken list.
     """
+    decoders = _NAN_DECODERS if nan_as_null else _DECODERS
+
+    def items(handle: BinaryIO, start: int, size: int) -> Iterator[Item]:
+        read = _lines if _is_lines(path, handle, start, size) else _list
+        return read(path, handle, start, decoders)
+
+    return _read(path, items)
+
+
+def members(path: Path) -> Iterator[Item]:
+    """Reads the members of a file that is one JSON object, one at a time. Only their keys stay in memory.
+
+    Yields:
+        An `Item` per member. Its value is the pair of the key and the value.
+
+    Raises:
+        UserError: The file cannot be read, is not an object, is broken, or contains a key twice.
+    """
+    return _read(path, lambda handle, start, size: _object(path, handle, start))
+
+
+def _read(path: Path, read: Callable[[BinaryIO, int, int], Iterator[Item]]) -> Iterator[Item]:
+    """Opens a file, and yields the items that `read` returns for the open file, its first byte and its size."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError("is a device or a pipe. Pass a file.", code="not-a-file", file=path)
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             start = 3 if handle.read(3) == codecs.BOM_UTF8 else 0
             handle.seek(start)
-            items = _lines(path, handle, start) if _is_lines(path, handle, start, size) else _list(path, handle, start)
+            items = read(handle, start, size)
             on_read = _PROGRESS_CALLBACK.get()
             if on_read is None:
                 yield from items
@@ -140,7 +186,7 @@ def _is_lines(path: Path, handle: BinaryIO, start: int, size: int) -> bool:
     raise UserError(f"expected a JSON list or JSON lines, found {content}", code="invalid-json", file=path)
 
 
-def _lines(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
+def _lines(path: Path, handle: BinaryIO, start: int, decoders: _Decoders) -> Iterator[Item]:
     number = 0
     line_number = 0
     while True:
@@ -157,7 +203,7 @@ def _lines(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
                 line = handle.readline(MAX_RECORD_BYTES)
                 end += len(line)
         elif line.strip():
-            value, error = _parse_line(path, line)
+            value, error = _parse_line(path, line, decoders)
         else:
             start = end
             continue
@@ -166,9 +212,9 @@ def _lines(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
         start = end
 
 
-def _parse_line(path: Path, line: bytes) -> tuple[Any, str | None]:
+def _parse_line(path: Path, line: bytes, decoders: _Decoders) -> tuple[Any, str | None]:
     try:
-        return _DECODER.decode(line.decode("utf-8")), None
+        return decoders.unique.decode(line.decode("utf-8")), None
     except UnicodeDecodeError as error:
         if is_other_encoding(path):
             raise not_utf8(path) from None
@@ -254,14 +300,14 @@ class _Window:
             self.extend()
 
 
-def _list(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
+def _list(path: Path, handle: BinaryIO, start: int, decoders: _Decoders) -> Iterator[Item]:
     window = _Window(handle, start)
     window.next_char()
     window.advance(window.position + 1)  # the opening bracket
     number = 0
     char = window.next_char()
     while char != "]":
-        yield _record(path, window, number)
+        yield _record(path, window, number, decoders)
         number += 1
         char = window.next_char()
         if char == ",":
@@ -282,10 +328,53 @@ def _list(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
         raise UserError(f"line {window.line}: remove the text after the list", code="invalid-json", file=path)
 
 
-def _record(path: Path, window: _Window, number: int) -> Item:
+def _object(path: Path, handle: BinaryIO, start: int) -> Iterator[Item]:
+    window = _Window(handle, start)
+    char = window.next_char()
+    if char != "{":
+        content = f"found {quoted(char)}" if char else "but the file is empty"
+        raise UserError(f"expected a JSON object, {content}", code="invalid-json", file=path)
+    keys: set[str] = set()
+
+    def error(problem: str) -> UserError:
+        return UserError(f"line {window.line}: {problem}", code="invalid-json", file=path, record=len(keys) + 1)
+
+    while True:
+        window.advance(window.position + 1)  # the opening brace or a comma
+        if window.next_char() == "}" and not keys:
+            break
+        key = _record(path, window, len(keys), _DECODERS)
+        if not isinstance(key.value, str):
+            raise error("expected a key in quotes")
+        if key.value in keys:
+            raise UserError(
+                f"line {window.line}: contains the key {quoted(key.value)} twice. Keep one of the two.",
+                code="duplicate-key",
+                file=path,
+            )
+        if window.next_char() != ":":
+            raise error("expected a colon after the key")
+        window.advance(window.position + 1)
+        if not window.next_char():
+            raise error("the file ends. It is truncated.")
+        item = _record(path, window, len(keys), _DECODERS)
+        yield item._replace(start=key.start, line=key.line, value=(key.value, item.value))
+        keys.add(key.value)
+        char = window.next_char()
+        if char not in (",", "}"):
+            problem = f"found {quoted(char)}" if char else "but the file ends. It is truncated."
+            raise error(f"expected a comma or }}, {problem}")
+        if char == "}":
+            break
+    window.advance(window.position + 1)
+    if window.next_char():
+        raise UserError(f"line {window.line}: remove the text after the object", code="invalid-json", file=path)
+
+
+def _record(path: Path, window: _Window, number: int, decoders: _Decoders) -> Item:
     while True:
         try:
-            value, end, duplicate_key = _decode(window)
+            value, end, duplicate_key = _decode(window, decoders)
         except RecursionError:
             problem = f"line {window.line}: nested too deeply"
             raise UserError(problem, code="invalid-json", file=path, record=number + 1) from None
@@ -304,16 +393,16 @@ def _record(path: Path, window: _Window, number: int) -> Item:
     return Item(number, line, start, window.byte, value, duplicate_key, window.plain)
 
 
-def _decode(window: _Window) -> tuple[Any, int, str | None]:
+def _decode(window: _Window, decoders: _Decoders) -> tuple[Any, int, str | None]:
     """Returns the value of the next record, its end, and what is wrong with it: an object has a key twice.
 
     Raises:
         ValueError: The text is not JSON, or the window ends within the record.
     """
     try:
-        value, end = _DECODER.raw_decode(window.text, window.position)
+        value, end = decoders.unique.raw_decode(window.text, window.position)
     except DuplicateKeyError as error:
-        return None, _LENIENT_DECODER.raw_decode(window.text, window.position)[1], str(error)
+        return None, decoders.lenient.raw_decode(window.text, window.position)[1], str(error)
     return value, end, None
 
 
@@ -339,7 +428,7 @@ def text_at(handle: BinaryIO, start: int, end: int) -> str:
             return raw.decode("utf-8").strip()
         except UnicodeDecodeError:
             pass
-    return dump(_DECODER.decode(raw.decode("utf-8", "surrogateescape")))
+    return dump(_DECODERS.unique.decode(raw.decode("utf-8", "surrogateescape")))
 
 
 def dump(value: object) -> str:

@@ -64,13 +64,27 @@ def _sample(prompts: list[Prompt], sample: SampleConfig | None) -> list[Prompt]:
     """
     if sample is None:
         return prompts
-    rng = random.Random(sample.seed)
-    if sample.num_rows is not None:
-        rows = rng.sample(range(len(prompts)), min(sample.num_rows, len(prompts)))
+    rows = drawn_rows(len(prompts), sample)
+    if rows is not None:
         return [prompts[row] for row in sorted(rows)]
+    rng = random.Random(sample.seed)
     group_ids = list(dict.fromkeys(prompt.group_id for prompt in prompts))
     sampled_ids = set(rng.sample(group_ids, min(sample.num_questions or 0, len(group_ids))))
     return [prompt for prompt in prompts if prompt.group_id in sampled_ids]
+
+
+def drawn_rows(count: int, sample: SampleConfig) -> list[int] | None:
+    """Returns the rows that ``sample.num_rows`` draws, in the order of the draw, or None if it samples questions.
+
+    Safety Mirage's ``VLGuard_eval.py --max_questions N --seed S`` draws the same rows in the same order.
+
+    Args:
+        count: The number of rows.
+        sample: The size and the seed of the sample.
+    """
+    if sample.num_rows is None:
+        return None
+    return random.Random(sample.seed).sample(range(count), min(sample.num_rows, count))
 
 
 def image_roots(suite: Suite) -> dict[str, Path]:
@@ -89,14 +103,14 @@ def prompts_digest(prompts: Iterable[Prompt], roots: dict[str, Path]) -> str:
     Raises:
         UserError: An image is missing or outside its folder.
     """
-    image_digests: dict[Path, str] = {}
+    image_digests: dict[tuple[Path, str], str] = {}
     entries: list[object] = []
     for prompt in prompts:
         image_digest = None
         if prompt.image is not None:
-            path = resolve_image(roots[prompt.set], prompt.image, record=prompt.id)
-            if path not in image_digests:
-                image_digests[path] = digest_file(path)
-            image_digest = image_digests[path]
+            image = roots[prompt.set], prompt.image
+            if image not in image_digests:  # the rewrites of a question have the same image
+                image_digests[image] = digest_file(resolve_image(*image, record=prompt.id))
+            image_digest = image_digests[image]
         entries.append([prompt.model_dump(), image_digest])
     return digest_json(entries)

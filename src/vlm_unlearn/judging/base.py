@@ -26,7 +26,7 @@ from vlm_unlearn.store import RecordLog, RecordSink, RetryLog, digest_file, read
 OnVerdict = Callable[[Verdict], None]
 ResponseKey = tuple[str, int]  # prompt id and sample index
 _WORD = re.compile(r"\w+")
-FLUSH_COUNT = 256  # pending verdicts after which they are written
+FLUSH_COUNT = 2048  # pending verdicts after which they are written
 FLUSH_SECONDS = 1.0  # time after which pending verdicts are written
 
 
@@ -142,7 +142,8 @@ class OfflineJudge(Judge):
         text = response.text if self.grades_reasoning else final_answer(response.text)
         if text is None:
             return self.failed_verdict(answer, UNFINISHED_REASONING)
-        return self.grade(answer.prompt, text).model_copy(update={"sample": response.sample})
+        verdict = self.grade(answer.prompt, text)
+        return verdict if verdict.sample == response.sample else verdict.model_copy(update={"sample": response.sample})
 
     def grade_all(self, answers: Iterable[Answer], on_verdict: OnVerdict) -> None:
         """Grades answers in order and calls `on_verdict` after each."""

@@ -8,7 +8,7 @@ from collections import Counter
 MAX_CHARACTERS = 20_000  # the rest of a longer answer is not examined
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _REPEATED_TEXT = re.compile(r"(.{1,12}?)\1{9,}", re.DOTALL)  # ten times in a row
-_LATIN = re.compile(r"[a-z]+")
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
 
 
 def degenerate_reason(text: str) -> str | None:
@@ -32,7 +32,7 @@ def degenerate_reason(text: str) -> str | None:
     text = text[:MAX_CHARACTERS].strip()
     if not text:
         return "empty"
-    words = [word.lower() for word in _WORD.findall(text)]
+    words = _WORD.findall(text.lower()) if text.isascii() else [word.lower() for word in _WORD.findall(text)]
     if sum(map(len, words)) < 0.3 * len("".join(text.split())):
         return "no words"
     if _repeats_words(words) or _repeats_text(text):
@@ -55,14 +55,31 @@ def _repeats_words(words: list[str]) -> bool:
 
 
 def _repeats_text(text: str) -> bool:
-    # Ten repetitions of a piece have few different runs of four characters. Counting these is faster than the search.
+    if not _has_period(text):  # faster than the search
+        return False
+    # Ten repetitions of a piece have few different runs of four characters.
     if len(set(zip(text, text[1:], text[2:], text[3:], strict=False))) > 0.7 * len(text) + 4:
         return False
     return sum(len(match.group()) for match in _REPEATED_TEXT.finditer(text)) > len(text) / 2
 
 
+def _has_period(text: str) -> bool:
+    """Returns False only if no piece of up to twelve characters occurs ten times in a row.
+
+    Ten repetitions of a piece contain one of the places that are five pieces apart, with five pieces after it.
+    """
+    for length in range(1, 13):
+        for start in range(0, len(text) - 5 * length + 1, 5 * length):
+            middle = start + length
+            # Comparing one character first saves most of the slices.
+            if text[start] == text[middle] and text[start : start + 4 * length] == text[middle : middle + 4 * length]:
+                return True
+    return False
+
+
 def _unpronounceable(words: list[str]) -> bool:
-    latin = [word for word in words if _LATIN.fullmatch(word) and len(word) > 3]
+    latin = [word for word in words if len(word) > 3 and word.isascii() and word.isalpha()]
     if len(latin) < 3 or len(latin) < len(words) / 2:
         return False
-    return sum(len(word) > 30 or not set(word) & set("aeiouy") for word in latin) > len(latin) / 2
+    # A word without a vowel is empty after consonants are removed from both of its ends.
+    return sum(len(word) > 30 or not word.strip(_CONSONANTS) for word in latin) > len(latin) / 2

@@ -52,6 +52,7 @@ BATCHES = (
     "--verify-batching N of vlm-unlearn evaluate does."
 )
 SERVER = "A server generated the answers. The name of its model is recorded, but not its weights."
+IMPORTED = "Another program wrote some answers. Its weights, prompts and decoding are not recorded"
 SAMPLED = "Answers were sampled. Another sampling seed gives other answers."
 AGREEMENT = (
     "This report does not measure whether people agree with the judge. The command vlm-unlearn judge agreement does."
@@ -75,14 +76,16 @@ def caveats(
         attacked: The models with robustness results.
     """
     suites = [source.suite for source in sources.values()]
+    generated = {model: source.suite for model, source in sources.items() if not source.imported_files}
+    imported = [model for model in sources if model not in generated]
     judges = {judge: judge_facts(judge) for judge in judges_of(rows)}
     language_models = ", ".join(judge for judge, facts in judges.items() if facts.language_model)
     failed = count_failures(rows)
     unchecked = {row.model for row in rows if row.batching is None}
     batched = {
         model
-        for model, source in sources.items()
-        if source.suite.generation.batch_size > 1 and source.suite.generation.backend == "hf"
+        for model, suite in generated.items()
+        if suite.generation.batch_size > 1 and suite.generation.backend == "hf"
     }
     without_judge = dict.fromkeys(name for suite in suites for name in metrics_without_judge(suite))
     rules = [
@@ -98,8 +101,12 @@ def caveats(
         *_question_caveats(rows, roles, suites, attacked),
         (any(training_seed(source) is not None for source in sources.values()), ONE_SEED),
         (unchecked & batched, BATCHES),
-        (any(suite.generation.backend == "openai" for suite in suites), SERVER),
-        (any(suite.generation.temperature > 0 or _has_attack(suite, "sampling") for suite in suites), SAMPLED),
+        (imported, f"{IMPORTED} ({', '.join(imported)})."),
+        (any(suite.generation.backend == "openai" for suite in generated.values()), SERVER),
+        (
+            any(suite.generation.temperature > 0 or _has_attack(suite, "sampling") for suite in generated.values()),
+            SAMPLED,
+        ),
         (
             without_judge,
             "Not measured, because no language model was configured as judge: "

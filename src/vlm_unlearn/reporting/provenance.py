@@ -33,6 +33,19 @@ class ModelProvenance:
     training: Path | None = None  # the folder of the training run, if it was found
     training_manifest: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def imported_files(self) -> list[str]:
+        """The names and digests of the files that the answers were imported from. Empty if a model generated them."""
+        files = _imported(self.manifest).get("files")
+        entries = [entry for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+        return [f"{entry.get('name', '–')} (sha256 {entry.get('sha256', '–')})" for entry in entries]
+
+
+def _imported(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the format and the files of imported answers, or an empty mapping."""
+    imported = manifest.get("identity", {}).get("imported")
+    return imported if isinstance(imported, dict) else {}
+
 
 def read_provenance(runs: Mapping[str, Path], training: Mapping[str, Path]) -> dict[str, ModelProvenance]:
     """Reads the provenance of each model.
@@ -136,9 +149,16 @@ def describe_evaluation(rows: Sequence[Row], sources: Mapping[str, ModelProvenan
         f", from {_first(list(files), 4)}" if files else "",
     ]
     judges = judges_of(rows)
-    decoding = sorted({_decoding(suite) for suite in suites})
+    decoding = sorted({_decoding(source.suite) for source in sources.values() if not source.imported_files})
     seeds = sorted({seed for source in sources.values() if (seed := training_seed(source)) is not None})
+    imported = [
+        f"The answers of {model} were imported with the format {_imported(source.manifest).get('format', '–')} from "
+        f"{', '.join(source.imported_files)}."
+        for model, source in sources.items()
+        if source.imported_files
+    ]
     details = [
+        *imported,
         f"Judged by {', '.join(judges)}." if judges else "Without a judge.",
         f"Decoded {' or '.join(decoding)}." if decoding else "",
         f"Training seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}." if seeds else "",
@@ -188,7 +208,7 @@ def read_costs(sources: Mapping[str, ModelProvenance]) -> dict[str, dict[str, st
             values["training"] = _seconds(source.training_manifest)
             values["optimizer steps"] = f"{steps:,}" if isinstance(steps, int) else "–"
             values["training's peak memory"] = _memory(source.training_manifest)
-        if source.manifest:
+        if source.manifest and not source.imported_files:
             values["generation"] = _seconds(source.manifest)
             values["generation's peak memory"] = _memory(source.manifest)
         judges = suite_costs(EvaluationRun(source.run), source.suite)
@@ -222,6 +242,10 @@ def reproduction_commands(sources: Mapping[str, ModelProvenance]) -> list[str]:
     outputs: dict[Path, str] = {}
     commands = []
     for model, source in sources.items():
+        options = f"--out {_quote(f'again/evaluations/{names[model]}')}"
+        if source.imported_files:
+            commands.append(f"vlm-unlearn import-answers {_import_arguments(source)} {options}")
+            continue
         override = ""
         if source.training is not None:
             if source.training not in outputs:
@@ -229,10 +253,32 @@ def reproduction_commands(sources: Mapping[str, ModelProvenance]) -> list[str]:
                 recipe = _quote(RunDirectory(source.training).recipe_file)
                 commands.append(f"vlm-unlearn train {recipe} output={_quote(outputs[source.training])}")
             override = f" model={_quote(outputs[source.training])}"
-        options = f"--out {_quote(f'again/evaluations/{names[model]}')} --name={_quote(model)}"
-        commands.append(f"vlm-unlearn evaluate {_quote(EvaluationRun(source.run).suite_file)}{override} {options}")
+        suite_file = _quote(EvaluationRun(source.run).suite_file)
+        commands.append(f"vlm-unlearn evaluate {suite_file}{override} {options} --name={_quote(model)}")
     evaluations = " ".join(_quote(f"again/evaluations/{name}") for name in names.values())
     return [*commands, f"vlm-unlearn report {evaluations} --out again/report"]
+
+
+def _import_arguments(source: ModelProvenance) -> str:
+    """Returns the arguments that import the answers of a run again: its files, format and suite, and its exceptions."""
+    outcome = source.manifest.get("import")
+    outcome = outcome if isinstance(outcome, dict) else {}
+    files = outcome.get("files")
+    arguments = [
+        _quote(f"{entry['split']}={entry['file']}" if entry.get("split") else str(entry.get("file", "–")))
+        for entry in (files if isinstance(files, list) else [])
+        if isinstance(entry, dict)
+    ]
+    exceptions = {"--allow-missing": "missing", "--allow-unmatched": "unmatched"}
+    return " ".join(
+        [
+            *arguments,
+            f"--format {_quote(str(_imported(source.manifest).get('format', '–')))}",
+            f"--suite {_quote(EvaluationRun(source.run).suite_file)}",
+            *(option for option, count in exceptions.items() if outcome.get(count)),
+            *(["--by-position"] if _imported(source.manifest).get("by_position") else []),
+        ]
+    )
 
 
 def _folder_names(models: Iterable[str]) -> dict[str, str]:
@@ -258,6 +304,8 @@ def list_digests(sources: Mapping[str, ModelProvenance]) -> list[tuple[str, str,
         data = source.training_manifest.get("identity", {}).get("data")
         files = [f"{name} {str(value)[:12]}" for name, value in data.items()] if isinstance(data, dict) else ["–"]
         model, prompts = (str(identity.get(key, "–")) for key in ("model", "prompts"))
+        if source.imported_files:
+            model = f"unknown: imported from {', '.join(source.imported_files)}"
         digests.append((source.model, model, prompts, ", ".join(files)))
     return digests
 

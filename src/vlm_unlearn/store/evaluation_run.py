@@ -192,6 +192,11 @@ class EvaluationRun(RunDirectory):
         """Returns a sentence with the command that writes the prompts again and generates missing answers."""
         again = "It writes the prompts again and generates the missing answers."
         try:
+            if "imported" in self.read_manifest()["identity"]:
+                return "Run the same `vlm-unlearn import-answers` command again. It writes all of its files again."
+        except UserError:  # no manifest
+            pass
+        try:
             suite = read_json(self.suite_file)
             splits = suite["splits"] if isinstance(suite, dict) else []
             in_memory = bool(splits) and all(split["file"] == str(self.prompts_file) for split in splits)

@@ -19,6 +19,7 @@ from vlm_unlearn.store.encodings import decode_text, not_utf8
 
 MANIFEST = "manifest.json"  # the file that makes a folder the folder of a run
 Model = TypeVar("Model", bound=BaseModel)
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` would create one for each record
 AnswerType = TypeVar("AnswerType", bound=AnswerRecord)
 
 
@@ -111,6 +112,8 @@ def write_text(path: Path, text: str) -> None:
 
 def replace_surrogates(text: str) -> str:
     """Returns the text with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
+    if text.isascii():
+        return text
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
@@ -224,7 +227,7 @@ def describe_validation_error(error: ValidationError) -> str:
 
 def dump_record(record: BaseModel) -> str:
     """Returns a record as one line of JSON."""
-    return replace_surrogates(json.dumps(record.model_dump(mode="python", by_alias=True), ensure_ascii=False)) + "\n"
+    return replace_surrogates(_ENCODER.encode(record.model_dump(mode="python", by_alias=True))) + "\n"
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:

@@ -147,15 +147,18 @@ class RawRecord:
                 ) from None
 
 
-def read_objects(path: Path, name_field: str, problems: Problems | None = None) -> Iterator[RawRecord]:
+def read_objects(
+    path: Path, name_field: str, problems: Problems | None = None, nan_as_null: bool = False
+) -> Iterator[RawRecord]:
     """Reads the objects of a JSON list or a JSON-lines file, one at a time.
 
     Args:
         path: The file.
         name_field: The field with the id of a record, for error messages.
         problems: Collects the records that are not objects. Without it the first one raises.
+        nan_as_null: As in `stream`.
     """
-    for item in stream(path):
+    for item in stream(path, nan_as_null):
         position = partial(item_position, item, name_field)
         try:
             if item.error:

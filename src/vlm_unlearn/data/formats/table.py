@@ -92,7 +92,7 @@ def raw_records(source: str | Path, name_field: str, problems: Problems | None) 
     if kind in (".xlsx", ".xls", ".ods"):
         raise UserError("spreadsheets are not supported. Save it as CSV (UTF-8).", code="invalid-table", file=path)
     if kind in SEPARATORS:
-        records = _csv_records(path, SEPARATORS[kind], problems)
+        records = csv_records(path, SEPARATORS[kind], problems)
     elif path.is_file() and kind not in (".parquet", ".arrow"):
         records = read_objects(path, name_field, problems)
     else:
@@ -124,7 +124,17 @@ def _with_required_columns(records: Iterable[RawRecord], columns: Columns, name:
     yield from records
 
 
-def _csv_records(path: Path, separator: str, problems: Problems | None) -> Iterator[RawRecord]:
+def csv_records(path: Path, separator: str, problems: Problems | None) -> Iterator[RawRecord]:
+    """Reads the rows of a CSV or TSV file as objects with the column names as keys, one at a time.
+
+    Args:
+        path: The file. Its first line contains the column names.
+        separator: The character between two cells.
+        problems: Collects rows with too few or too many cells. Without it the first one raises.
+
+    Raises:
+        UserError: The file cannot be read, is not UTF-8, or is not CSV. `problems` is None and a row is broken.
+    """
     csv.field_size_limit(MAX_RECORD_BYTES)
     try:
         with path.open("rb") as raw:

@@ -58,11 +58,14 @@ def read_records(
     Raises:
         UserError: The file is broken, or `problems` is None and a record is broken or its image is missing.
     """
+    existing: set[str] = set()  # images of earlier records: rewrites of a question have the same one
 
     def parse(record: RawRecord) -> tuple[RawRecord, list[Pair]]:
         record_pairs = pairs(record)
-        if images is not None:
-            resolve_image(images, record_pairs[0].image, record.file, record.position)
+        image = record_pairs[0].image
+        if images is not None and image not in existing:
+            resolve_image(images, image, record.file, record.position)
+            existing.add(image)
         return record, record_pairs
 
     return parse_records(read_objects(path, "id", problems), parse, problems)
