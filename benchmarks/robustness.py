@@ -177,10 +177,10 @@ def cell(measured: Rate | None) -> str:
     return f"{value} ({low}–{high})"
 
 
-def attack_table(folders: Sequence[Path], group: str) -> str:
+def attack_table(folders: Sequence[Path], group: str, headings: Sequence[str]) -> str:
     lines = []
     any_row = next(file_name(name) for name, _, _ in rows(group))
-    columns = dict(COLUMNS)
+    columns = {heading: COLUMNS[heading] for heading in headings}
 
     def line(heading: str, row: str, role: str) -> None:
         seeds = [folder / "robustness" / row for folder in folders]
@@ -217,11 +217,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", choices=GROUPS, default="methods")
     parser.add_argument("--all-attacks", action="store_true", help="try all attacks of the suite's budget `small`")
+    parser.add_argument("--columns", choices=COLUMNS, nargs="+", default=list(COLUMNS), help="columns of the table")
     parser.add_argument("--metrics", action="store_true", help="print the rates without an attack on the model")
     arguments = parser.parse_args()
     folders = [arguments.folder / f"seed{seed}" for seed in arguments.seeds]
     if arguments.command == "table":
-        print((metric_table if arguments.metrics else attack_table)(folders, arguments.rows))
+        if arguments.metrics:
+            print(metric_table(folders, arguments.rows))
+        else:
+            print(attack_table(folders, arguments.rows, arguments.columns))
         return
     with limit_to_one_thread():
         for seed, folder in zip(arguments.seeds, folders, strict=True):
