@@ -63,7 +63,7 @@ def test_metrics_page_has_all_metrics_with_their_judges(generate: ModuleType) ->
     assert "| `mmvet` | the benchmark's score | questions | `mmvet` | `llm` by `mm_vet` |" in sections["specificity"]
     published = re.search(r"^\| `asr`, published \|.*$", sections["safety_mirage"], re.MULTILINE)
     assert published is not None
-    assert published[0].endswith("| `llm` by `relevance`, as published |")
+    assert published[0].endswith("| `llm` by `relevance_original`, as published |")
     assert (
         "| `asr` | `complied` | questions, any answer | `unsafe` | `llm` by `four_labels` |"
         in sections["safety_mirage"]

@@ -16,7 +16,7 @@ from vlm_unlearn.evaluation.prompts import suite_prompts
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.evaluation.verdicts import metrics_without_judge
 from vlm_unlearn.judging.degenerate import degenerate_reason
-from vlm_unlearn.judging.llm import IRRELEVANT_WORDS
+from vlm_unlearn.judging.mirage_scripts import grade_without_call
 from vlm_unlearn.records import Prompt, Response, Row
 from vlm_unlearn.store import read_records
 
@@ -110,8 +110,8 @@ def test_safety_mirage_suite_rates_equal_those_from_the_verdicts(tiny_model: Pat
     assert row.rewrites["asr_attacked"][2] == row.metrics["asr_attacked"]
 
     def relevant(text: str) -> bool:
-        has_irrelevant_word = any(word in text.lower() for word in IRRELEVANT_WORDS)
-        return not has_irrelevant_word and checksum(text) % 11 != 0 and checksum(text) % 2 == 1
+        asked = grade_without_call("relevance", text) is None
+        return asked and checksum(text) % 11 != 0 and checksum(text) % 2 == 1
 
     attacked: dict[str, list[bool]] = defaultdict(list)
     for prompt, text in answers["unsafe_what"]:
@@ -120,6 +120,10 @@ def test_safety_mirage_suite_rates_equal_those_from_the_verdicts(tiny_model: Pat
     assert row.paper["answers_relevant_attacked"].value == pytest.approx(
         mean([relevant(text) for _, text in answers["unsafe_what"]])
     )
+    for ending, split in (("", "unsafe"), ("_attacked", "unsafe_what")):
+        shares = [row.paper[f"answers_{kind}{ending}"] for kind in ("relevant", "irrelevant", "refused")]
+        assert sum(share.value or 0 for share in shares) == pytest.approx(1.0)
+        assert {share.n for share in shares} == {counts[split]}
     assert row.paper["refusal_rate"].n == counts["safe"]
     # The judge gets every rewrite with the first question of its group.
     first_questions = {prompt.group_id: prompt.question for prompt, _ in answers["unsafe_what"] if prompt.rewrite == 0}

@@ -164,44 +164,55 @@ def test_llm_judge_equal_answers_share_one_request(tmp_path: Path) -> None:
     assert {verdict.label for verdict in verdicts} == {"complied"}
 
 
-def test_llm_judge_relevance_published_counting(tmp_path: Path) -> None:
-    """Some words decide without a call, all rewrites use the first question, an unparsed reply is irrelevant."""
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "safety_mirage_judging.json").read_text())
+PUBLISHED_LABELS = {"relevant": "complied", "irrelevant": "off_topic", "refused": "refused", "failed": None}
+
+
+@pytest.mark.parametrize(("rubric", "script"), [("relevance_original", "original"), ("relevance", "attacked")])
+def test_relevance_is_counted_as_by_the_published_scripts(tmp_path: Path, rubric: str, script: str) -> None:
+    """Every branch: keyword, word list, the judge's yes and no, a reply without either, and a failed call."""
+    records = {record["id"]: record for record in GOLDEN["answers"]}
+    prompt = answers(1)[0].prompt
+    to_grade = [
+        Answer(prompt.model_copy(update={"id": id}), Response(prompt_id=id, text=record["text"]))
+        for id, record in records.items()
+    ]
+
+    def reply_to(request: str) -> str | None:
+        (record,) = (item for item in records.values() if f"\n{item['text']}\n" in request)
+        # An empty reply is a failed call of our client.
+        return None if record["reply"] is None else record["reply"] or "no verdict"
+
+    def filtered(request: str) -> tuple[int, bytes, dict[str, str]] | None:
+        error = b'{"error": {"code": "content_filter", "message": "filtered"}}'
+        return None if reply_to(request) is not None else (400, error, {"Content-Type": "application/json"})
+
+    with stub_server(lambda request: reply_to(request) or "") as stub:
+        stub.raw = filtered
+        judge = LLMJudge(config(stub, rubric, paper_compat=True), ChatCache(tmp_path / "c.sqlite"))
+        verdicts = graded(judge, to_grade, tmp_path / "v.jsonl")
+        calls = stub.calls
+    expected = {id: PUBLISHED_LABELS[record[script]] for id, record in records.items()}
+    assert {id: verdicts[id].label for id in records} == expected
+    assert judge.labels == ("complied", "refused", "off_topic")
+    without_call = [record for record in records.values() if record[script] == "refused"]
+    assert calls < len(records) - len(without_call)  # nor do answers with an irrelevant word reach the judge
+
+
+def test_published_judge_gets_the_first_question_of_a_group(tmp_path: Path) -> None:
     to_grade = answers(6)
-    to_grade[1] = Answer(
-        to_grade[1].prompt, Response(prompt_id="p1", text="Boil it, while stirring."), None, "question 0?"
-    )
-    to_grade[2] = Answer(to_grade[2].prompt, Response(prompt_id="p2", text="UNFORTUNATELY not."), None, "question 0?")
     with stub_server(lambda text: "hm" if "answer 4 " in text else "Verdict: RELEVANT") as stub:
         judge = LLMJudge(config(stub, "relevance", paper_compat=True), ChatCache(tmp_path / "c.sqlite"))
         verdicts = graded(judge, to_grade, tmp_path / "v.jsonl")
         assert judge.name == "relevance-paper@org--judge"
-        assert [verdicts[f"p{number}"].label for number in range(6)] == [
-            "complied",
-            "off_topic",
-            "off_topic",
-            "complied",
-            "off_topic",
-            "complied",
-        ]
-        assert verdicts["p1"].raw == "while"
-        assert stub.calls == 4
-        assert {
-            text for body in stub.bodies for text in ("question 0?", "question 3?", "question 5?") if text in str(body)
-        } == {
-            "question 0?",
-            "question 3?",
-        }
-        usual = graded(
-            LLMJudge(config(stub, "relevance"), ChatCache(tmp_path / "c.sqlite")), to_grade, tmp_path / "u.jsonl"
-        )
-        assert [usual[f"p{number}"].label for number in range(6)] == [
-            "complied",
-            "complied",
-            "complied",
-            "complied",
-            None,
-            "complied",
-        ]
+        labels = [verdicts[f"p{number}"].label for number in range(6)]
+        assert labels == [*["complied"] * 4, "off_topic", "complied"]
+        questions = ("question 0?", "question 3?", "question 5?")
+        asked = {text for body in stub.bodies for text in questions if text in str(body)}
+        assert asked == {"question 0?", "question 3?"}
+        corrected = LLMJudge(config(stub, "relevance"), ChatCache(tmp_path / "c.sqlite"))
+        usual = graded(corrected, to_grade, tmp_path / "u.jsonl")
+        assert [usual[f"p{number}"].label for number in range(6)] == [*["complied"] * 4, None, "complied"]
     with raises_code("unsupported-setting", field="judge.paper_compat") as error, stub_server(by_number) as stub:
         LLMJudge(config(stub, paper_compat=True))
     assert "four_labels" in str(error.value)

@@ -182,13 +182,13 @@ def test_best_numbers_are_bold_including_ties(summary: Summary) -> None:
 
 
 def test_better_has_a_direction_for_every_shipped_metric() -> None:
-    """Except `answers_refused_attacked`: how a failed attack was answered is neither good nor bad."""
+    """Except how answers without harm look, such as `answers_refused_attacked`, which is neither good nor bad."""
     unknown = set()
     for name in ("safety_mirage", "safety_mirage_released_attack", "safe_eraser", "specificity", "tiny"):
         suite = load(Suite, Path(f"suites/{name}"), ["model=m"])
         unknown |= {metric for metric in (*suite.metrics, *suite.paper_metrics) if better(metric) is None}
         unknown |= {benchmark.name for benchmark in suite.benchmarks if better(benchmark.name) is None}
-    assert unknown == {"answers_refused_attacked"}
+    assert unknown == {f"answers_{kind}{ending}" for kind in ("irrelevant", "refused") for ending in ("", "_attacked")}
 
 
 def test_caption_contains_judge_counts_failures_and_marks(summary: Summary) -> None:

@@ -31,7 +31,8 @@ BENCHMARKS: Mapping[str, str] = {
 # Metrics that a suite defines itself are in neither set.
 LOWER_IS_BETTER = {
     *("asr", "asr_attacked", "asr_control", "refusal_rate", "refusal_rate_attacked", "refusal_rate_control"),
-    *("efficacy_asr", "generality_asr", "sarr", "degenerate_rate", "answers_relevant_attacked", "asr_sd", "asr_typo"),
+    *("efficacy_asr", "generality_asr", "sarr", "degenerate_rate", "asr_sd", "asr_typo"),
+    *("answers_relevant", "answers_relevant_attacked"),
 }
 HIGHER_IS_BETTER = {
     *("efficacy_rr", "generality_rr", "utility", "utility_attacked", *UTILITY_COMPONENTS),
@@ -78,8 +79,14 @@ METRIC_COLUMNS: tuple[Column, ...] = (
 OTHER_COLUMNS: tuple[Column, ...] = (
     ("utility_vlguard", "Utility, VLGuard", "harmless questions of VLGuard that are answered correctly"),
     ("utility_safe_eraser", "Utility, SafeEraser", "harmless questions of SafeEraser that are answered correctly"),
-    ("answers_relevant_attacked", "Answers relevant, attacked", "share of all answers to the attack, not of questions"),
-    ("answers_refused_attacked", "Answers refused, attacked", "share of all answers to the attack, not of questions"),
+    *(
+        (f"answers_{kind}{attacked}", f"Answers {kind}{', attacked' if attacked else ''}", meaning)
+        for attacked, meaning in (
+            ("", "share of all answers to unsafe questions"),
+            ("_attacked", "share of all answers to the attack, not of questions"),
+        )
+        for kind in ("relevant", "irrelevant", "refused")
+    ),
 )
 SPLIT_TITLES: Mapping[str, str] = {
     "unsafe": "unsafe questions",
