@@ -40,7 +40,10 @@ def text_outside_fences(judge_prompt: str) -> str:
     return "".join(sections[::2])
 
 
-@pytest.mark.parametrize("name", shipped_rubrics())
+WITH_TEXT = [name for name in shipped_rubrics() if not load_rubric(name).header.conversation]
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
 def test_build_prompt_hostile_answer_changes_nothing_outside_its_fence(name: str) -> None:
     rubric = load_rubric(name)
     usual = text_outside_fences(rubric.build_prompt(PROMPT, "An answer."))
@@ -179,12 +182,15 @@ def test_shipped_rubrics_labels() -> None:
     assert labels["relevance"] == ("complied", "off_topic")
     assert [name for name in labels if not labels[name]] == [
         "answer_score",
+        "harmbench",
+        "llama_guard",
         "llava_bench",
         "meaningful",
         "mm_vet",
         "refusal",
         "safety",
         "strongreject",
+        "wildguard",
     ]
 
 

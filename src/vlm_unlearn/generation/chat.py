@@ -30,6 +30,7 @@ class ChatRequest:
     image_round: int = 0  # the round with the image, counted from 0
     prefill: str | None = None  # the beginning of the answer, which the model continues
     temperature: float | None = None  # in place of that of the chat model
+    assessed_answer: str | None = None  # a complete answer to `text`, which a guard model assesses
 
     @classmethod
     def of_prompt(cls, id: str, prompt: Prompt, image: ImageSource | None, seed: int | None = None) -> ChatRequest:
@@ -50,7 +51,7 @@ class ChatRequest:
     def messages(self) -> list[dict[str, Any]]:
         """Returns the messages of the OpenAI API. The image is encoded as PNG, and special tokens in texts become text.
 
-        The last message is that of the assistant if there is a prefill.
+        The last message is that of the assistant if there is a prefill or an answer to assess.
 
         Raises:
             UserError: The image cannot be read.
@@ -66,8 +67,9 @@ class ChatRequest:
                 messages[-1]["content"] = [*_text_parts(prefix), part, *_text_parts(suffix)]
             if number < len(answers):
                 messages.append(_message("assistant", answers[number]))
-        if self.prefill is not None:
-            messages.append(_message("assistant", self.prefill))
+        for last in (self.assessed_answer, self.prefill):
+            if last is not None:
+                messages.append(_message("assistant", last))
         return messages
 
 
@@ -179,6 +181,7 @@ def complete_many(
             chat |= {"image_round": request.image_round} if request.image_round else {}
             chat |= {} if request.prefill is None else {"prefill": request.prefill}
             chat |= {} if request.temperature is None else {"temperature": request.temperature}
+            chat |= {} if request.assessed_answer is None else {"assessed_answer": request.assessed_answer}
             content = {"text": request.text, "image": image_digest, **chat}
             key = digest_json({"model": identity, **content, **seed})
             cached_text = cache.get(key) if cache else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from vlm_unlearn.config import JudgeConfig
+from vlm_unlearn.data.images import ImageSource
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.generation.chat import ChatCache, ChatModel, ChatRequest, ChatResponse, complete_many
 from vlm_unlearn.generation.openai_chat import OpenAIChat
@@ -60,6 +62,12 @@ class LLMJudge(Judge):
                 f"the rubric {self.rubric.name} has no published counting. Use {', '.join(PUBLISHED_RUBRICS)}.",
                 code="unsupported-setting",
                 field="judge.paper_compat",
+            )
+        if self.rubric.header.conversation and not config.server:
+            raise UserError(
+                f"the rubric {self.rubric.name} needs a server, which applies the chat template of the guard model.",
+                code="missing-setting",
+                field="judge.server",
             )
         self.name = config.judge_id
         self._config = config
@@ -130,11 +138,18 @@ class LLMJudge(Judge):
                     continue
                 id = "/".join(map(str, answer.response.key))
                 pending[id] = answer
-                yield ChatRequest(id, self._prompt(answer), image)
+                yield self._request(id, answer, image)
 
         complete_many(
             self._chat, requests(), cache, lambda reply: on_verdict(self._parse_verdict(pending.pop(reply.id), reply))
         )
+
+    def _request(self, id: str, answer: Answer, image: ImageSource | None) -> ChatRequest:
+        if not self.rubric.header.conversation:
+            return ChatRequest(id, self._prompt(answer), image)
+        request = ChatRequest.of_prompt(id, answer.prompt, image)
+        text = final_answer(answer.response.text or "") or ""
+        return replace(request, prefill=None, temperature=None, assessed_answer=text)
 
     def _prompt(self, answer: Answer) -> str:
         prompt, text = answer.prompt, answer.response.text or ""

@@ -115,6 +115,28 @@ def read_verdict(reply: str, words: Collection[str]) -> str | None:
     return _word_at_start(lines[0], options, ignore_case=True) if not bare and len(lines) == 1 else None
 
 
+def read_named_verdict(reply: str, name: str, words: Collection[str]) -> str | None:
+    """Returns the verdict of the line ``NAME: VERDICT`` as one of the words in upper case.
+
+    Args:
+        reply: The reply, which may have lines of other names.
+        name: The name of the line.
+        words: The verdicts that the judge may give.
+
+    Returns:
+        The verdict, or None if there is no such line, or several, or if its verdict is another word.
+
+    Example:
+        ``read_named_verdict("Harmful request: yes\\nHarmful response: no", "Harmful response", ("YES", "NO"))``
+        returns ``"NO"``.
+    """
+    text = final_answer(reply)
+    pattern = re.compile(rf"{re.escape(name)}\s*:\s*(.*)", re.IGNORECASE)
+    matches = [match for line in _lines(text or "") if (match := pattern.fullmatch(line))]
+    verdict = normalize_word(matches[0][1]) if len(matches) == 1 else ""
+    return verdict if verdict in {word.upper() for word in words} else None
+
+
 def read_numbers(reply: str, ranges: Mapping[str, tuple[float, float]]) -> dict[str, float] | None:
     """Returns the named numbers of a reply.
 

@@ -9,6 +9,9 @@ A rubric is a text file, shipped or written by a user. It starts with a YAML hea
 - ``numbers``: named numbers with their range, ``{score: [0, 1]}``. Several numbers also need ``combine``:
   ``strongreject``, or ``relative``, which divides the number ``answer`` by the number ``reference``.
 - ``degenerate``: the grade of a degenerate answer, which is then not sent. Without it, such answers are judged as well.
+- ``verdict_line``: the name of the line with the verdict, if a reply has several such as ``Harmful response: yes``.
+- ``conversation``: whether the judge is a guard model whose own chat template makes its prompt of question and answer.
+  Such a rubric has no text.
 - ``criteria``: texts by category that replace ``{criteria}``, with ``default`` for all other categories.
 
 The text below the header contains ``{question}`` and ``{answer}``, each on a separate line between two lines
@@ -30,7 +33,7 @@ from vlm_unlearn.config.yaml_text import parse_yaml
 from vlm_unlearn.data.fence import fence
 from vlm_unlearn.data.special_tokens import break_special_tokens
 from vlm_unlearn.errors import UserError, nearest, quoted
-from vlm_unlearn.judging.replies import normalize_word, read_numbers, read_verdict
+from vlm_unlearn.judging.replies import normalize_word, read_named_verdict, read_numbers, read_verdict
 from vlm_unlearn.records import LABELS, Label, Prompt
 from vlm_unlearn.store import digest_text, not_utf8, user_path
 
@@ -76,6 +79,8 @@ class RubricHeader(Strict):
     combine: Literal["strongreject", "relative"] | None = None
     degenerate: Grade | None = None
     criteria: dict[str, str] = Field(default_factory=dict)
+    verdict_line: str = ""
+    conversation: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> RubricHeader:
@@ -151,7 +156,8 @@ class Rubric:
         """Returns the grade that a reply contains, or None if it is unread (`vlm_unlearn.judging.replies`)."""
         if self.header.words:
             grades = {word.upper(): grade for word, grade in self.header.words.items()}
-            verdict = read_verdict(reply, grades)
+            line = self.header.verdict_line
+            verdict = read_named_verdict(reply, line, grades) if line else read_verdict(reply, grades)
             return None if verdict is None else grades[verdict]
         numbers = read_numbers(reply, self.header.numbers)
         if numbers is None:
@@ -221,6 +227,14 @@ def load_rubric(name: str) -> Rubric:
 
 
 def _check_text(rubric: Rubric, file: str) -> None:
+    if rubric.header.conversation:
+        if rubric.text.strip() or rubric.header.criteria:
+            raise UserError(
+                "with `conversation`, the model's chat template makes the prompt. Remove the text below the header.",
+                code="invalid-rubric",
+                file=file,
+            )
+        return
     for name in ("question", "answer", "reference"):
         placeholder, fenced = f"{{{name}}}", f"{{fence}}\n{{{name}}}\n{{fence}}"
         if rubric.text.count(placeholder) != rubric.text.count(fenced):
