@@ -232,7 +232,6 @@ def test_preview_agrees_with_the_run(tiny_model: Path, training_sets: dict[str, 
     ("method", "data", "tokens"),
     [
         ("mixed_sft", "harmful", ["warning: ", "24 of 24", "--harmful-answers"]),
-        ("npo", "refusals", ["warning: ", "--harmful-answers"]),
         ("po", "harmful", []),
         ("npo", "harmful", []),
     ],

@@ -68,7 +68,7 @@ def test_demo_compares_every_row_to_the_base(demo: Path) -> None:
 def test_report_assesses_every_row(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     matches = re.findall(r'<li class="(good|mixed|bad|unknown)">.*?<b>([^<]+)</b>', page)
-    levels = {row: level for level, row in matches}
+    levels = {row: level for level, row in reversed(matches)}  # "Is it gone?" has a second list further down
     assert set(levels) == {"base", "mixed_sft", "npo", "rmu", "po", "po+pd", "npo+refusal+pd"}
     assert all(f'<th scope="row">{row}</th>' in page for row in levels)
     assert (levels["po+pd"], levels["mixed_sft"]) == ("bad", "bad")
