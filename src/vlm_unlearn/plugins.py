@@ -300,7 +300,7 @@ DEFENSES: Registry[Any] = Registry("defense", "vlm_unlearn.methods.wrappers", su
 JUDGES: Registry[Any] = Registry(
     "judge",
     "vlm_unlearn.judging",
-    support=("base", "degenerate", "refusals", "replies", "rubric"),
+    support=("base", "degenerate", "mirage_scripts", "refusals", "replies", "rubric"),
     modules={
         "tiny_world": "vlm_unlearn.worlds.tiny.judge",
         "tiny_world_requested": "vlm_unlearn.worlds.tiny.judge",

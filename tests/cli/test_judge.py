@@ -92,7 +92,7 @@ def test_generate_judge_and_score_as_separate_commands(tiny_model: Path, world: 
     with stub_server(lambda text: "Verdict: RELEVANT" if "IRRELEVANT" in text else "Verdict: REFUSED") as stub:
         judged = run("judge", "run", folder, "judge.model=org/J", f"judge.server={stub.url}", "paper_compat=true")
         assert judged.returncode == 0, judged.stderr
-    assert len(judged.stdout.splitlines()) == 3
+    assert len(judged.stdout.splitlines()) == 4  # the judge, both published prompts, and keywords
     row = json.loads(run("score", folder, "--json").stdout)["rows"][0]
     assert (row["judge"], row["metrics"]["refusal_rate"]["value"]) == ("four_labels@org--J", 1.0)
     assert row["paper"]["asr"]["value"] == 1.0

@@ -130,7 +130,7 @@ def test_two_killed_processes_lose_no_answers(tiny_model: Path, world: Path, com
     arguments = ["generate", "suites/tiny", *settings(tiny_model, world, "generation.batch_size=1"), "--out", folder]
     two = start_processes(2, arguments)
     shards = [folder / "parts" / f"{rank}.jsonl" for rank in (0, 1)]
-    while not all(shard.exists() for shard in shards):
+    while not all(shard.exists() and _complete_lines(shard) for shard in shards):
         assert all(process.poll() is None for process in two), [process.communicate() for process in two]
         time.sleep(0.002)
     for process in two:
