@@ -104,7 +104,7 @@ def run(out: Path, seed: int, group: str, all_attacks: bool) -> None:
     world = out / "world"
     RunDirectory(out).open({"kind": "demo", "seed": seed, "full": True})
     write_world(world, seed)
-    demo._training_sets(world, out / "data", full=True)
+    demo.write_training_sets(world, out / "data", full=True)
     base, never_knew = base_model(BaseConfig(seed=seed)), never_knew_model(BaseConfig(seed=seed))
     values = {"root": str(world), "data": str((out / "data" / "safe_eraser_preferred").absolute())}
     suite = load(RobustnessSuite, Path("suites/tiny_robustness"), [], values)
@@ -113,14 +113,14 @@ def run(out: Path, seed: int, group: str, all_attacks: bool) -> None:
     for name, row, defense in rows(group):
         if (out / "robustness" / file_name(name) / REPORT_FILE).is_file():
             continue
-        recipe = demo._recipe(row, base, out, seed)
+        recipe = demo.row_recipe(row, base, out, seed)
         folder = demo.training_folder(out, file_name(name))
         changes: dict[str, Any] = {"output": folder, "name": file_name(name)}
         if defense:
             changes["defense"] = defense
         recipe = type(recipe).model_validate({**recipe.model_dump(), **changes})
         trained = run_recipe(recipe, None)
-        demo._evaluate(file_name(name), trained, out, world, [row.utility], lambda *_: None)
+        demo.evaluate_row(file_name(name), trained, out, world, [row.utility], lambda *_: None)
         attacked = out / "robustness" / file_name(name)
         run_robustness(suite, str(trained), str(base), attacked, str(never_knew), name=name)
         print(f"seed {seed}: {name}", flush=True)

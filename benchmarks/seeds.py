@@ -26,7 +26,10 @@ METRICS = {
     "utility": "utility",
     "utility attacked": "utility_attacked",
 }
-NAMES = {"mixed_sft diversified": "`mixed_sft` on diversified questions"}
+NAMES = {
+    "mixed_sft diversified": "`mixed_sft` on diversified questions",
+    "npo+refusal+pd": "`npo` + late refusals + pd",
+}
 
 
 def display_name(model: str) -> str:

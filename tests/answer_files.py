@@ -185,7 +185,7 @@ def write_vlmevalkit(answers: Answers, splits: Sequence[str], file: Path) -> Pat
     rows = [
         {
             "index": number,
-            "image_path": f"/root/LMUData/images/{prompt.image}",
+            "image_path": f"/data/LMUData/images/{prompt.image}",
             "question": prompt.question,
             "hint": float("nan"),
             "category": prompt.category or float("nan"),

@@ -50,7 +50,7 @@ def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def bounded_ascent_loss(logits: Tensor, labels: Tensor, max_nll: float) -> Tensor:
     """Gradient ascent with a bound: minus the mean over answer tokens of ``min(nll, max_nll)``.
 
-    A token stops to contribute to the gradient when its own NLL reaches the bound. Until then its gradient does not
+    A token stops contributing to the gradient when its NLL reaches the bound. Until then its gradient does not
     fade, unlike that of `npo_loss`, which a single unlikely token of the answer can satisfy.
 
     Args:

@@ -69,8 +69,7 @@ def evaluate(
 ) -> None:
     """Generates, judges and scores a suite, and writes report.html. Run again after an interruption, it resumes.
 
-    Several models share the prompts and the judges. Each is compared with the first, and --out gets evaluations/NAME
-    and one report.
+    Several models share the judges. Each is compared with the first, and --out gets evaluations/NAME and one report.
 
     One model on several GPUs: accelerate launch -m vlm_unlearn.cli.main evaluate ...
 

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import typer
 
-from vlm_unlearn.cli.common import (
-    RatesTable,
-    Stages,
-    print_assessments,
-    print_json,
-    quiet_libraries,
-    result_console,
-    status_console,
-)
+from vlm_unlearn.cli.common import Stages, quiet_libraries, status_console
+from vlm_unlearn.cli.report import report_runs
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, printable
 
@@ -62,14 +55,10 @@ def evaluate_several(
         )
     suite = load(Suite, suite_file, overrides, {"model": next(iter(models.values()))})
     with status_console().status("loading transformers"):
-        from vlm_unlearn.cli.report import count_attacks_in, print_skipped
-        from vlm_unlearn.evaluation.comparison import summarize_runs
         from vlm_unlearn.evaluation.generate import generation_notes
         from vlm_unlearn.evaluation.many_models import evaluate_models
         from vlm_unlearn.evaluation.verdicts import judging_notes, suite_costs, validate_any_verdict
-        from vlm_unlearn.reporting.report import write_report
-        from vlm_unlearn.reporting.robustness.files import find_robustness
-        from vlm_unlearn.store import SUMMARY, EvaluationRun, write_json
+        from vlm_unlearn.store import EvaluationRun
 
         quiet_libraries()
     with Stages() as stages:
@@ -82,24 +71,7 @@ def evaluate_several(
     for model, error in evaluated.errors.items():
         typer.echo(printable(f"{model}: {error}"), err=True)
     if evaluated.runs:
-        folders = dict(evaluated.runs)
-        with Stages() as stages:
-            attacks = find_robustness(folders, [])
-            summary, skipped = summarize_runs(folders, lambda done, total: stages.update("compare", done, total))
-            summary = count_attacks_in(summary, folders, attacks)
-            title = f"vlm-unlearn: {', '.join(folders) if len(folders) <= 4 else f'{len(folders)} models'}"
-            page = write_report(
-                out, summary, folders, title, left_out=skipped, on_done=stages.update, robustness=attacks
-            )
-            write_json(out / SUMMARY, summary.model_dump())
-        print_skipped(skipped)
-        if as_json:
-            print_json(summary.model_dump())
-        else:
-            console = result_console()
-            console.print(RatesTable(summary))
-            print_assessments(console, summary.rows)
-            console.print(printable(f"Report: {page}"), markup=False, highlight=False, soft_wrap=True)
+        report_runs(out, dict(evaluated.runs), "", [], as_json)
     if evaluated.errors:
         raise typer.Exit(2 if all(isinstance(error, UserError) for error in evaluated.errors.values()) else 1)
     for model_costs in costs.values():

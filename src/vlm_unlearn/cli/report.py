@@ -59,14 +59,29 @@ def report(
       vlm-unlearn report demo --out reports/demo --title "Both papers in miniature"
     """
     folders = named_runs(runs)
+    with status_console().status("reading the runs"):
+        from vlm_unlearn.reporting.report import validate_report_folder
+
+        validate_report_folder(out)
+    report_runs(out, folders, title, robustness or [], as_json)
+
+
+def report_runs(out: Path, folders: dict[str, Path], title: str, robustness: list[Path], as_json: bool) -> None:
+    """Compares runs with the first one, and writes and prints their report.
+
+    Args:
+        out: The folder of the report.
+        folders: The evaluation folder of each model.
+        title: The heading. Empty takes the names of the models, or their number.
+        robustness: Folders with attacks on the models.
+        as_json: Whether to print the summary as JSON.
+    """
     with Stages() as stages:
         stages.wait("reading the runs")
         from vlm_unlearn.evaluation.comparison import summarize_runs
-        from vlm_unlearn.reporting.report import validate_report_folder
         from vlm_unlearn.reporting.robustness.files import find_robustness
 
-        validate_report_folder(out)
-        attacks = find_robustness(folders, robustness or [])
+        attacks = find_robustness(folders, robustness)
         summary, skipped = summarize_runs(folders, lambda done, total: stages.update("compare", done, total))
         models = list(folders)
         default_title = f"vlm-unlearn: {', '.join(models) if len(models) <= 4 else f'{len(models)} models'}"

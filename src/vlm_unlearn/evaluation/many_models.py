@@ -112,8 +112,8 @@ def evaluate_models(
 ) -> EvaluatedModels:
     """Evaluates several models by a suite, each into ``evaluations/NAME``. It resumes after an interruption.
 
-    The prompts are read once, and each judge is built once. First all models generate, one after the other, or several
-    at the same time with one GPU each. Then the judges grade all answers. A model that fails does not stop the others.
+    First all models generate, one after the other with one reading of the prompts, or several at the same time with one
+    GPU each. Then the judges, which are built once, grade all answers. A model that fails does not stop the others.
 
     Args:
         suite: The suite. Its `model` is not used.

@@ -25,9 +25,9 @@ class GDOptions(RefusalOptions):
 class GD(RefusalMethod):
     """Gradient difference: ``-CE(forget) + CE(retain)``. Gradient ascent with a retain term.
 
-    Gradient ascent has no bound, and its model may collapse when it is trained for long. `max_nll` limits each token,
-    which is ours. `refusal_weight` adds the refusals of SafeEraser's PO (arXiv 2502.12520) to the loss, from
-    `refusal_start` on, as in `npo`.
+    Gradient ascent has no bound, and its model may collapse when it is trained for long. `max_nll`, which is an
+    addition of this library, limits each token. `refusal_weight` adds the refusals of SafeEraser's PO (arXiv
+    2502.12520) to the loss, from `refusal_start` on, as in `npo`.
     """
 
     options_type = GDOptions

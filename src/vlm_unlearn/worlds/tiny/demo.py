@@ -98,26 +98,27 @@ def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
     RunDirectory(out).open({"kind": "demo", "seed": seed, "full": full} if full else {"kind": "demo", "seed": seed})
     world = out / "world"
     write_world(world, seed)
-    _training_sets(world, out / "data", full)
+    write_training_sets(world, out / "data", full)
     base = base_model(
         BaseConfig(seed=seed), lambda step, steps, loss: progress("base", step, steps, f"loss {loss:.3f}")
     )
-    runs = {"base": _evaluate("base", base, out, world, ["safe", "harmless"], progress)}
+    runs = {"base": evaluate_row("base", base, out, world, ["safe", "harmless"], progress)}
     for demo_row in full_rows() if full else ROWS:
-        recipe = _recipe(demo_row, base, out, seed)
+        recipe = row_recipe(demo_row, base, out, seed)
         name = recipe_name(recipe)
 
         def on_step(step: int, steps: int, parts: Mapping[str, float], name: str = name) -> None:
             progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
 
-        runs[name] = _evaluate(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
+        runs[name] = evaluate_row(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
         attack_row(out, name, training_folder(out, name), full, progress)
     summary, _ = compare_runs(runs)  # utility: on the splits that both rows count
     write_json(out / SUMMARY, summary.model_dump())
     return summary
 
 
-def _recipe(row: DemoRow, base: Path, out: Path, seed: int) -> Recipe:
+def row_recipe(row: DemoRow, base: Path, out: Path, seed: int) -> Recipe:
+    """Returns the recipe of a row of a demo in the folder `out`."""
     values: dict[str, object] = {"model": str(base), "data": str(out / "data" / row.data), "output": "."}
     if row.prompt_decouple_weight is not None:
         values["prompt_decouple_weight"] = row.prompt_decouple_weight
@@ -134,7 +135,7 @@ def training_folder(out: Path, name: str) -> Path:
     return out / "runs" / name.replace("+", "_").replace(" ", "_")
 
 
-def _training_sets(world: Path, data: Path, full: bool) -> None:
+def write_training_sets(world: Path, data: Path, full: bool) -> None:
     """Writes the training sets of the published pipelines: VLGuard with refusals or harmful answers, and SafeEraser."""
     vlguard, general = world / "vlguard", world / "general" / "general.json"
     train = vlguard / "train.json", vlguard / "train"
@@ -164,7 +165,8 @@ def _prefer_refusals(data: Path) -> None:
     write_training_set(data, training_set.image_roots, examples, source, refusals)
 
 
-def _evaluate(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:
+def evaluate_row(name: str, model: Path, out: Path, world: Path, utility: list[str], progress: Progress) -> Path:
+    """Evaluates a model of a demo into ``evaluations/<name>``, and returns that folder. `utility` names the splits."""
     suite = load(Suite, Path("suites/tiny"), values={"model": str(model), "root": str(world)})
     metrics = {**suite.metrics, "utility": MetricConfig(splits=utility, labels=["complied"])}
     suite = suite.model_copy(update={"metrics": metrics})
