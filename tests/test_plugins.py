@@ -69,6 +69,17 @@ def test_each_built_in_module_registers_the_plugin_of_its_name(registry: Registr
     assert all(registry.origin(name) is None for name in registry.built_in)
 
 
+def test_a_package_that_is_installed_later_is_found(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook may install a plug-in after names were looked up."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(installed)])
+    assert "capped_ga" not in plugins.METHODS
+    monkeypatch.syspath_prepend(installed.parent)  # an empty folder of packages, whose content changes
+    assert "capped_ga" not in plugins.METHODS
+    metadata = next(installed.glob("*.dist-info"))
+    metadata.rename(installed.parent / metadata.name)
+    assert "capped_ga" in plugins.METHODS
+
+
 def test_names_are_listed_without_an_import() -> None:
     program = (
         "import sys\nfrom vlm_unlearn import plugins\n"

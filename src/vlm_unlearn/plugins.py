@@ -22,7 +22,7 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -70,7 +70,8 @@ class Registry(Mapping[str, T], Generic[T]):
     @property
     def installed(self) -> Mapping[str, EntryPoint]:
         """The entry points of installed packages, by name."""
-        return {entry.name: entry for entry in entry_points(group=self.group) if entry.name not in self.built_in}
+        entries = _entry_points(self.group, _search_path())
+        return {entry.name: entry for entry in entries if entry.name not in self.built_in}
 
     def __iter__(self) -> Iterator[str]:
         """Yields all names in alphabetical order. Nothing is imported."""
@@ -192,6 +193,28 @@ class Registry(Mapping[str, T], Generic[T]):
         except (Exception, SystemExit) as error:
             raise _broken(f"{quoted(entry.name)} of {origin}", self.kind, error) from error
         return plugin
+
+
+def _search_path() -> tuple[tuple[str, int], ...]:
+    """Returns the folders of installed packages with the time of their last change, which an installation sets."""
+    folders = []
+    for folder in sys.path:
+        try:
+            folders.append((folder, os.stat(folder or ".").st_mtime_ns))
+        except OSError:  # a folder of sys.path need not exist
+            continue
+    return tuple(folders)
+
+
+@lru_cache(maxsize=32)
+def _entry_points(group: str, _search_path: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """Returns the entry points of a group. Reading them takes a few milliseconds, and a training step looks names up.
+
+    Args:
+        group: The group.
+        _search_path: The folders of installed packages, so that the result of a changed folder is not reused.
+    """
+    return tuple(entry_points(group=group))
 
 
 def is_file_name(name: str) -> bool:
