@@ -63,6 +63,7 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
         self._examples = examples
         self.digests = digests
         self._images = images or {}
+        self._files: dict[tuple[str, str], Path] = {}  # by source and name, as training asks for a file at each step
         self.image_loader: Literal["viewer", "llava"] = "viewer"  # `llava` opens images as LLaVA's own code does
 
     def __getitem__(self, role: str) -> Sequence[Example]:
@@ -186,8 +187,11 @@ class UnlearningDataset(Mapping[str, Sequence[Example]]):
             return None
         if example.image in self._images:
             return self._images[example.image]
-        root = image_root(self.folder, self.image_roots, example)
-        return resolve_image(root, example.image, record=quoted(example.id))
+        key = example.source, example.image
+        if key not in self._files:
+            root = image_root(self.folder, self.image_roots, example)
+            self._files[key] = resolve_image(root, example.image, record=quoted(example.id))
+        return self._files[key]
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the SHA-256 of each set, and one of the content of all images, in the order of the examples.

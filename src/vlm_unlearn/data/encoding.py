@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from vlm_unlearn.data.special_tokens import break_tokens, special_tokens
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.losses import IGNORED
 from vlm_unlearn.records import Example, LossOn, Prompt
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Batch = dict[str, Tensor]
 
@@ -219,13 +222,19 @@ def neutralized(turn: Turn, tokens: Sequence[str]) -> Turn:
 
 
 @panics_as_errors()
-def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Batch:
+def encode(
+    processor: Processor,
+    turns: Sequence[Turn],
+    padding_side: str,
+    opener: Callable[[ImageSource], Image.Image] = open_image,
+) -> Batch:
     """Encodes turns without labels.
 
     Args:
         processor: The processor of the model.
         turns: The turns, one per row of the batch.
         padding_side: ``left`` for generation, ``right`` for hidden states.
+        opener: Opens the images.
 
     Returns:
         Every tensor of the processor. ``input_ids`` and ``attention_mask`` are [B, S].
@@ -235,11 +244,16 @@ def encode(processor: Processor, turns: Sequence[Turn], padding_side: str) -> Ba
     """
     renderings = [render(processor, turn) for turn in turns]
     prompts = [_prompt(rendering, turn) for rendering, turn in zip(renderings, turns, strict=True)]
-    return _process(processor, [rendering.text for rendering in renderings], prompts, turns, padding_side)
+    return _process(processor, [rendering.text for rendering in renderings], prompts, turns, padding_side, opener)
 
 
 @panics_as_errors()
-def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: int) -> Batch:
+def encode_with_labels(
+    processor: Processor,
+    turns: Sequence[Turn],
+    max_length: int,
+    opener: Callable[[ImageSource], Image.Image] = open_image,
+) -> Batch:
     """Encodes questions and answers with labels on the tokens of the answers that `Turn.loss_on` names.
 
     The answer tokens are located by comparing the tokens of the text before and after each answer. Sequences longer
@@ -249,6 +263,7 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
         processor: The processor of the model.
         turns: The turns, one per row of the batch.
         max_length: The maximum number of tokens, including image tokens.
+        opener: Opens the images.
 
     Returns:
         Every tensor of the processor, padded on the right, and ``labels`` [B, S], which are -100 outside of answers.
@@ -256,12 +271,13 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
     Raises:
         UserError: A question with its image tokens leaves no room for an answer, or an error of `encode` occurs.
     """
-    encoded = [_answer_spans(processor, turn) for turn in turns]
-    prompts = [_prompt(render(processor, turn), turn) for turn in turns]
-    batch = _process(processor, [text for text, _, _ in encoded], prompts, turns, "right")
+    renderings = [render(processor, turn) for turn in turns]
+    encoded = [_answer_spans(processor, *item) for item in zip(turns, renderings, strict=True)]
+    prompts = [_prompt(rendering, turn) for rendering, turn in zip(renderings, turns, strict=True)]
+    batch = _process(processor, [rendering.text for rendering in renderings], prompts, turns, "right", opener)
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
     longest = 0
-    for row, (turn, (_, ids, spans)) in enumerate(zip(turns, encoded, strict=True)):
+    for row, (turn, (ids, spans)) in enumerate(zip(turns, encoded, strict=True)):
         end = int(batch["attention_mask"][row].sum())
         shift = end - len(ids)  # the number of image tokens that the processor inserted, all before the first answer
         first_start = spans[0][0]
@@ -286,9 +302,8 @@ def encode_with_labels(processor: Processor, turns: Sequence[Turn], max_length: 
     return _truncate(batch, longest)
 
 
-def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], list[tuple[int, int]]]:
-    """Returns the text of a turn, its tokens, and the token spans of the answers, including their closing tokens."""
-    rendering = render(processor, turn)
+def _answer_spans(processor: Processor, turn: Turn, rendering: Rendering) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the tokens of a rendered turn, and the token spans of the answers, including their closing tokens."""
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -298,13 +313,13 @@ def _answer_spans(processor: Processor, turn: Turn) -> tuple[str, list[int], lis
     spans = [
         (
             len(tokenize(prompt)) if rendering.labels_by_length else _common_prefix_length(tokenize(prompt), ids),
-            _common_prefix_length(tokenize(completed), ids),
+            len(ids) if completed == rendering.text else _common_prefix_length(tokenize(completed), ids),
         )
         for prompt, completed in zip(rendering.before_answer, rendering.with_answer, strict=True)
     ]
     if any(start >= stop for start, stop in spans):
         raise UserError("an answer has no tokens", code="empty-answer", record=quoted(turn.id))
-    return rendering.text, ids, spans
+    return ids, spans
 
 
 def _prompt(rendering: Rendering, turn: Turn) -> str:
@@ -369,14 +384,19 @@ def token_ids(processor: Processor, text: str) -> list[int]:
 
 
 def _process(
-    processor: Processor, texts: list[str], prompts: list[str], turns: Sequence[Turn], padding_side: str
+    processor: Processor,
+    texts: list[str],
+    prompts: list[str],
+    turns: Sequence[Turn],
+    padding_side: str,
+    opener: Callable[[ImageSource], Image.Image],
 ) -> Batch:
     # A turn without an image gets an empty list, because idefics3, smolvlm and gemma3 expect one list per text.
     opened: dict[ImageSource, Any] = {}
     for turn in turns:
         if turn.image is not None and turn.image not in opened:
             with _naming_record(turn):
-                opened[turn.image] = image = open_image(turn.image)
+                opened[turn.image] = image = opener(turn.image)
                 validate_resized_image(processor, *image.size)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     if requires_image(processor) and not all(images):

@@ -13,7 +13,8 @@ from torch import nn
 
 from vlm_unlearn.config import Strict, TrainableConfig
 from vlm_unlearn.config.base import Positive
-from vlm_unlearn.data.encoding import Turn, encode_with_labels, move
+from vlm_unlearn.data.encoding import Turn, move
+from vlm_unlearn.data.encoding_cache import TurnEncoder
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.losses import answer_nll
 from vlm_unlearn.modeling.trainable import prepare_trainable
@@ -99,6 +100,7 @@ class _Trainer:
         self._size = min(options.batch_size, len(examples))
         self._rng = random.Random(f"relearn-batches-{target.seed}")
         self._queue: list[Example] = []
+        self._encoder = TurnEncoder(target.vlm.processor, 2**31 - 1)
         self._step = 0
         self._loss = 0.0
         config = TrainableConfig(mode="lora" if options.lora else "full")
@@ -120,8 +122,7 @@ class _Trainer:
             self._queue += self._rng.sample(self._examples, len(self._examples))
         batch, self._queue = self._queue[: self._size], self._queue[self._size :]
         turns = [Turn.of_example(example, self._target.image(example)) for example in batch]
-        encoded = encode_with_labels(self._target.vlm.processor, turns, 2**31 - 1)
-        encoded = move(encoded, self._model.device, self._model.dtype)
+        encoded = move(self._encoder.encode_with_labels(turns), self._model.device, self._model.dtype)
         labels = encoded.pop("labels")
         nll, tokens = answer_nll(self._model(**encoded, use_cache=False).logits, labels)
         loss = nll.sum() / tokens.sum()

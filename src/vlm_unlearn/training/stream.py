@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.encoding import Batch, PromptMeter, Turn, encode, encode_with_labels, render
+from vlm_unlearn.data.encoding import Batch, PromptMeter, Turn, render
+from vlm_unlearn.data.encoding_cache import TurnEncoder
 from vlm_unlearn.data.images import image_key
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.data.published_text import PUBLISHED_TURNS
@@ -186,6 +187,7 @@ class UnlearningCollator:
         self._training_set = training_set
         self._method = method
         self._max_length = max_length
+        self._encoder = TurnEncoder(processor, max_length)
 
     def __call__(self, items: Sequence[Mapping[Role, Example]]) -> dict[Role, Batch] | UserError:
         """Collates a batch.
@@ -204,11 +206,8 @@ class UnlearningCollator:
     def encode(self, role: Role, examples: Sequence[Example]) -> Batch:
         """Returns the batch of one role."""
         turns = [self._turn(role, example) for example in examples]
-        batch = (
-            encode(self._processor, turns, padding_side="right")
-            if self._answer_in_prompt(role)
-            else encode_with_labels(self._processor, turns, self._max_length)
-        )
+        encoder = self._encoder
+        batch = encoder.encode(turns) if self._answer_in_prompt(role) else encoder.encode_with_labels(turns)
         batch["images"] = _image_keys(turns)
         batch["answer_keys"] = torch.tensor([answer_key(example) for example in examples])
         return batch
