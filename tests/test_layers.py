@@ -7,7 +7,19 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "vlm_unlearn"
 ORDER = [
-    *("errors", "losses", "records", "store", "plugins", "distributed", "config", "metrics", "data", "data_tools"),
+    *(
+        "errors",
+        "losses",
+        "records",
+        "store",
+        "plugins",
+        "distributed",
+        "worker_pool",
+        "config",
+        "metrics",
+        "data",
+        "data_tools",
+    ),
     *("methods", "modeling", "attacks", "training", "generation", "judging", "benchmarks"),
     *("evaluation", "robustness", "reporting", "worlds", "cli"),
 ]

@@ -18,6 +18,9 @@ from vlm_unlearn.cli.common import (
     status_console,
 )
 
+# What the processes of a demo import.
+WORKER_MODULES = ("vlm_unlearn.worlds.tiny.demo", "vlm_unlearn.reporting.charts.matplotlib_charts", "matplotlib.figure")
+
 
 def demo(
     out: Path = typer.Option(..., "--out", help="Folder for the tiny world, runs, summary.json and report.html."),
@@ -26,6 +29,14 @@ def demo(
     ),
     full: bool = typer.Option(
         False, "--full", help="Run every method, with and without prompt decoupling, and the baselines."
+    ),
+    processes: int = typer.Option(
+        None,
+        "--processes",
+        min=1,
+        show_default=False,
+        help="Number of models that are trained or attacked at the same time, 1 GB of memory and one core each. By "
+        "default the number of cores, at most 4, and 1 with a GPU.",
     ),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -38,23 +49,32 @@ def demo(
 
       vlm-unlearn demo --out demo
     """
+    from vlm_unlearn.store import SUMMARY, RunDirectory, peak_memory_mb, write_json
+    from vlm_unlearn.worker_pool import default_processes, prepare_processes
+
     started = time.monotonic()
+    if RunDirectory(out).is_finished:
+        processes = 1  # there is nothing to compute
+    if (processes or default_processes()) > 1:
+        prepare_processes(WORKER_MODULES)
     notes = status_console()
     with notes.status("loading transformers"):
+        from vlm_unlearn.modeling.loader import default_device
         from vlm_unlearn.reporting.charts.curves import write_loss_png
         from vlm_unlearn.reporting.provenance import training_time
         from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.reporting.robustness.assessment import assess_with_attacks
         from vlm_unlearn.reporting.robustness.files import find_robustness
-        from vlm_unlearn.store import SUMMARY, RunDirectory, peak_memory_mb, write_json
         from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
-        from vlm_unlearn.worlds.tiny.demo import run_demo, training_folder
+        from vlm_unlearn.worlds.tiny.demo import run_demo_tasks, training_folder
         from vlm_unlearn.worlds.tiny.findings import demo_findings
 
         quiet_libraries()
+    if processes is None:
+        processes = default_processes() if default_device().type == "cpu" else 1
     with Stages() as stages:
         stages.wait("drawing the world")
-        summary = run_demo(out, seed, stages.update, full)
+        summary, results = run_demo_tasks(out, seed, stages.update, full, processes)
         runs = {row.model: out / "evaluations" / row.model for row in summary.rows}
         training = {
             row.model: training_folder(out, row.model)
@@ -87,8 +107,12 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
+    workers = results.peak_memory_mb
+    memory = f"peak memory {peak_memory_mb() + sum(workers.values())} MB"
+    if workers:
+        memory += f" in {len(workers) + 1} processes"
     console.print(
-        f"{seconds:.0f} s, peak memory {peak_memory_mb()} MB. Report: {report}",
+        f"{seconds:.0f} s, {memory}. Report: {report}",
         markup=False,
         highlight=False,
         soft_wrap=True,

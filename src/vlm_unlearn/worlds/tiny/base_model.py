@@ -49,18 +49,23 @@ def base_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | 
         config: The settings of the training.
         on_step: Called with (step, steps, loss).
     """
+    folder = base_model_folder(config)
+    with build_atomically(folder) as scratch:
+        if scratch is not None:
+            with limit_to_one_thread():
+                _train(config, scratch, on_step)
+    return folder
+
+
+def base_model_folder(config: BaseConfig) -> Path:
+    """Returns the folder of a base model in the cache, whether it exists or not."""
     code = (lexicon, drawing, llava, sys.modules[__name__])  # all code that the model depends on
     fingerprint_fields = {
         "config": config.model_dump(),
         "code": [digest_file(Path(str(module.__file__))) for module in code],
         "versions": package_versions(),
     }
-    folder = cache_folder() / "tiny_world" / f"base-{digest_json(fingerprint_fields)[:16]}"
-    with build_atomically(folder) as scratch:
-        if scratch is not None:
-            with limit_to_one_thread():
-                _train(config, scratch, on_step)
-    return folder
+    return cache_folder() / "tiny_world" / f"base-{digest_json(fingerprint_fields)[:16]}"
 
 
 def never_knew_model(config: BaseConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:

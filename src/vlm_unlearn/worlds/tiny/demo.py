@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vlm_unlearn.config import MetricConfig, Recipe, Suite, load, shipped_names
 from vlm_unlearn.data.dataset import UnlearningDataset
@@ -16,15 +20,14 @@ from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.records import Summary
-from vlm_unlearn.store import SUMMARY, RunDirectory, write_json
+from vlm_unlearn.store import SUMMARY, RunDirectory, peak_memory_mb, write_json
 from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
-from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model
+from vlm_unlearn.worker_pool import Progress, Task, TaskResults, run_tasks
+from vlm_unlearn.worlds.tiny.base_model import BaseConfig, base_model, base_model_folder, never_knew_model
 from vlm_unlearn.worlds.tiny.robustness import attack_row
 from vlm_unlearn.worlds.tiny.threads import limit_to_one_thread
 from vlm_unlearn.worlds.tiny.world import write_world
-
-Progress = Callable[[str, int, int, str], None]  # called with (stage, done, total, detail)
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ def full_rows() -> list[DemoRow]:
     return [*rows, DemoRow("tiny/npo_refusal_pd", "safe_eraser_preferred", "harmless")]
 
 
-def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Summary:
+def run_demo(out: Path, seed: int, progress: Progress, full: bool = False, processes: int = 1) -> Summary:
     """Runs the demo: writes the world, trains, evaluates and attacks the base and all rows, and compares the rows.
 
-    A demo that was killed resumes.
+    A demo that was killed resumes. The results do not depend on the number of processes.
 
     Args:
         out: The output folder. It gets ``summary.json``, ``world/``, ``data/``, ``runs/<row>/``,
@@ -86,35 +89,97 @@ def run_demo(out: Path, seed: int, progress: Progress, full: bool = False) -> Su
         progress: Called with (stage, done, total, detail).
         full: Trains every method with and without prompt decoupling, instead of the rows of the two papers, and tries
             more attacks on each model.
+        processes: The number of models that are trained, evaluated or attacked at the same time, each by a process with
+            one thread and up to 0.9 GB of memory. A script that passes more than 1 needs ``if __name__ ==
+            "__main__":`` around its code, as with all of Python's processes.
 
     Raises:
         UserError: `out` contains other files, or a demo with another seed.
+        RunError: A process was killed, or a training has failed.
     """
-    with limit_to_one_thread():
-        return _run_demo(out, seed, progress, full)
+    return run_demo_tasks(out, seed, progress, full, processes)[0]
 
 
-def _run_demo(out: Path, seed: int, progress: Progress, full: bool) -> Summary:
+def run_demo_tasks(
+    out: Path, seed: int, progress: Progress, full: bool = False, processes: int = 1
+) -> tuple[Summary, TaskResults]:
+    """Runs the demo as `run_demo`, and returns the results of its tasks too."""
     RunDirectory(out).open({"kind": "demo", "seed": seed, "full": full} if full else {"kind": "demo", "seed": seed})
     world = out / "world"
     write_world(world, seed)
     write_training_sets(world, out / "data", full)
-    base = base_model(
-        BaseConfig(seed=seed), lambda step, steps, loss: progress("base", step, steps, f"loss {loss:.3f}")
-    )
-    runs = {"base": evaluate_row("base", base, out, world, ["safe", "harmless"], progress)}
-    for demo_row in full_rows() if full else ROWS:
-        recipe = row_recipe(demo_row, base, out, seed)
-        name = recipe_name(recipe)
-
-        def on_step(step: int, steps: int, parts: Mapping[str, float], name: str = name) -> None:
-            progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
-
-        runs[name] = evaluate_row(name, run_recipe(recipe, on_step), out, world, [demo_row.utility], progress)
-        attack_row(out, name, training_folder(out, name), full, progress)
+    base = base_model_folder(BaseConfig(seed=seed))
+    rows = {recipe_name(row_recipe(row, base, out, seed)): row for row in (full_rows() if full else ROWS)}
+    with limit_to_one_thread():
+        results = run_tasks(
+            demo_tasks(out, seed, rows, full), processes, progress, prepare_worker, peak_memory_mb=peak_memory_mb
+        )
+    runs = {name: out / "evaluations" / name for name in ("base", *rows)}
     summary, _ = compare_runs(runs)  # utility: on the splits that both rows count
     write_json(out / SUMMARY, summary.model_dump())
-    return summary
+    return summary, results
+
+
+def demo_tasks(out: Path, seed: int, rows: Mapping[str, DemoRow], full: bool) -> list[Task]:
+    """Returns the tasks of a demo, in the order in which a single process runs them.
+
+    The first row that is attacked puts the measurements of the base and of the control into the cache. The attacks on
+    the others wait for it.
+
+    Args:
+        out: The folder of the demo, with its world and its training sets.
+        seed: The seed.
+        rows: The rows by name.
+        full: Whether the demo is the full one.
+    """
+    base = base_model_folder(BaseConfig(seed=seed))
+    tasks = [
+        Task("base", train_base, (seed, True), weight=math.inf),
+        Task("evaluate base", evaluate_base, (out, seed), ("base",)),
+    ]
+    control = Task("never knew", train_base, (seed, False), weight=math.inf)
+    attacks: list[Task] = []
+    for name, row in rows.items():
+        steps = row_recipe(row, base, out, seed).training.max_steps or 0
+        tasks.append(Task(name, train_row, (out, seed, row), ("base",), weight=steps))
+        after = [name, control.name, *(attack.name for attack in attacks[:1])]
+        attacks.append(Task(f"attack {name}", attack_row, (out, name, training_folder(out, name), full), after))
+        tasks += [*([control] if len(attacks) == 1 else []), attacks[-1]]
+    return tasks
+
+
+def prepare_worker() -> None:
+    """Prepares a process for the tasks of a demo: one thread, and no messages of libraries."""
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def train_base(seed: int, harmful: bool, progress: Progress) -> Path:
+    """Returns the base model or the control of a demo, which it trains if the cache does not contain it."""
+    name = "base" if harmful else "never knew"
+    train = base_model if harmful else never_knew_model
+    return train(BaseConfig(seed=seed), lambda step, steps, loss: progress(name, step, steps, f"loss {loss:.3f}"))
+
+
+def evaluate_base(out: Path, seed: int, progress: Progress) -> Path:
+    """Evaluates the base model of a demo and returns the folder of its evaluation."""
+    base = base_model_folder(BaseConfig(seed=seed))
+    return evaluate_row("base", base, out, out / "world", ["safe", "harmless"], progress)
+
+
+def train_row(out: Path, seed: int, row: DemoRow, progress: Progress) -> Path:
+    """Trains and evaluates a row of a demo and returns the folder of its evaluation."""
+    recipe = row_recipe(row, base_model_folder(BaseConfig(seed=seed)), out, seed)
+    name = recipe_name(recipe)
+
+    def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
+        progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
+
+    return evaluate_row(name, run_recipe(recipe, on_step), out, out / "world", [row.utility], progress)
 
 
 def row_recipe(row: DemoRow, base: Path, out: Path, seed: int) -> Recipe:
