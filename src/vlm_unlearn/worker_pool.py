@@ -93,6 +93,7 @@ def run_tasks(
     progress: Progress,
     initializer: Callable[[], object] | None = None,
     peak_memory_mb: Callable[[], int] | None = None,
+    on_finished: Callable[[int, int], None] | None = None,
 ) -> TaskResults:
     """Runs tasks and returns what their functions returned.
 
@@ -102,6 +103,7 @@ def run_tasks(
         progress: Called in this process with the progress of the tasks.
         initializer: Called in each process before its first task. It can be pickled. Not with one process.
         peak_memory_mb: Returns the peak memory of the process that calls it.
+        on_finished: Called after each task with the number of finished tasks and of all tasks.
 
     Raises:
         RunError: A process was killed.
@@ -109,10 +111,12 @@ def run_tasks(
     """
     processes = min(processes, len(tasks))
     if processes > 1:
-        return _run_in_processes(tasks, processes, progress, initializer, peak_memory_mb)
+        return _run_in_processes(tasks, processes, progress, initializer, peak_memory_mb, on_finished)
     results = TaskResults()
     for task in tasks:
         results.values[task.name] = task.function(*task.arguments, progress)
+        if on_finished is not None:
+            on_finished(len(results.values), len(tasks))
     return results
 
 
@@ -122,6 +126,7 @@ def _run_in_processes(
     progress: Progress,
     initializer: Callable[[], object] | None,
     peak_memory_mb: Callable[[], int] | None,
+    on_finished: Callable[[int, int], None] | None,
 ) -> TaskResults:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -142,6 +147,8 @@ def _run_in_processes(
                 value, process_id, peak = future.result()
                 results.values[running.pop(future).name] = value
                 results.peak_memory_mb[process_id] = peak
+                if on_finished is not None:
+                    on_finished(len(results.values), len(tasks))
     except BrokenExecutor:
         raise RunError(
             "a process was killed. Most often the machine has run out of memory. Run the same command again, which "

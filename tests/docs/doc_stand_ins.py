@@ -121,6 +121,7 @@ AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
 
 def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
     """Shrinks the demo: a smaller world, a base model with little training, runs of two steps and few questions."""
+    from vlm_unlearn import worker_pool
     from vlm_unlearn.worlds.tiny import base_model, demo, world
 
     size = partial(world.WorldSize, train_images=2, test_images=7, general_images=2, train_records=1, val_records=1)
@@ -135,6 +136,7 @@ def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
         return load(config, path, [*overrides, fewer], values)
 
     patch.setattr(demo, "load", short)
+    patch.setattr(worker_pool, "default_processes", lambda: 1)  # other processes would run the full demo
 
 
 def leave_the_plots_empty(patch: pytest.MonkeyPatch) -> None:

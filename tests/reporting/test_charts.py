@@ -122,6 +122,17 @@ def test_write_plots_twice_gives_equal_files_and_keeps_stale_ones(tmp_path: Path
     assert stale.exists()  # the earlier page links to it until the new page is written
 
 
+@pytest.mark.multiprocess
+def test_several_processes_draw_the_same_files(tmp_path: Path) -> None:
+    charts = dict(list(charts_of([row("m"), row("$x$")]).items())[:3])
+    counts: list[tuple[str, int, int]] = []
+    files = write_plots(tmp_path / "several", charts, lambda *count: counts.append(count), processes=2)
+    expected = write_plots(tmp_path / "single", charts)
+    assert [file.name for file in files] == [file.name for file in expected]
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in expected]
+    assert counts == [("plots", done, 3) for done in (1, 2, 3)]
+
+
 def page_svg(folder: Path, name: str, chart: Chart) -> tuple[str, ElementTree.Element]:
     """Returns a chart as the page contains it, as text and parsed."""
     (file,) = [file for file in write_plots(folder, {name: chart}) if file.suffix == ".svg"]

@@ -60,7 +60,6 @@ def demo(
     notes = status_console()
     with notes.status("loading transformers"):
         from vlm_unlearn.modeling.loader import default_device
-        from vlm_unlearn.reporting.charts.curves import write_loss_png
         from vlm_unlearn.reporting.provenance import training_time
         from vlm_unlearn.reporting.report import write_report
         from vlm_unlearn.reporting.robustness.assessment import assess_with_attacks
@@ -81,13 +80,11 @@ def demo(
             for row in summary.rows
             if training_folder(out, row.model).is_dir()
         }
-        for run in training.values():
-            write_loss_png(run)
         title = f"vlm-unlearn demo{' --full' if full else ''}, seed {seed}"
         findings = demo_findings(summary.rows)
         attacks = find_robustness(runs)
         summary = assess_with_attacks(summary, attacks.by_model, {})
-        report = write_report(out, summary, runs, title, training, (), stages.update, findings, attacks)
+        report = write_report(out, summary, runs, title, training, (), stages.update, findings, attacks, processes)
         if attacks.by_model:  # run_demo wrote the assessments without them
             write_json(out / SUMMARY, summary.model_dump())
     seconds = time.monotonic() - started

@@ -48,6 +48,7 @@ def write_report(
     on_done: OnDone | None = None,
     remarks: Sequence[str] = (),
     robustness: RobustnessFiles | None = None,
+    processes: int = 1,
 ) -> Path:
     """Writes ``report.html`` and the folder ``report/`` with the files that it links to.
 
@@ -61,6 +62,7 @@ def write_report(
         remarks: Paragraphs about the models, which the page shows below the rates.
         robustness: The results of attacks on the models. The summary's assessments should count them already, see
             `assess_with_attacks`.
+        processes: The number of plots that are drawn at the same time.
 
     Returns:
         The path of ``report.html``.
@@ -77,7 +79,7 @@ def write_report(
     charts |= robustness_charts(attacked)
     charts["loss"] = loss_charts(training_runs, [row.model for row in summary.rows])
     all_charts = {name: chart for section in charts.values() for name, chart in section.items()}
-    plots = write_plots(report_dir / "report" / "plots", all_charts, on_done)
+    plots = write_plots(report_dir / "report" / "plots", all_charts, on_done, processes)
     svg_files = {file.stem: file for file in plots if file.suffix == ".svg"}
     write_answers(report_dir, runs, title, on_done)
     tables = write_tables(report_dir, summary, costs, attacked)

@@ -21,6 +21,7 @@ from vlm_unlearn.reporting.charts.chart import (
     display_name,
     overlap_counts,
 )
+from vlm_unlearn.worker_pool import Progress, Task, run_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -52,34 +53,46 @@ SETTINGS: Mapping[Any, Any] = {
 }
 
 
-def write_plots(plot_dir: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None) -> list[Path]:
+def write_plots(
+    plot_dir: Path, charts: Mapping[str, Chart], on_done: OnDone | None = None, processes: int = 1
+) -> list[Path]:
     """Draws each chart into ``NAME.png``, ``NAME.svg`` and ``NAME.pdf``.
 
     Args:
         plot_dir: The folder for the files. It is created if it does not exist.
         charts: The charts by name.
         on_done: Called after each chart with "plots", the number of finished charts and the number of all charts.
+        processes: The number of charts that are drawn at the same time, each by its own process.
 
     Returns:
         The files.
+
+    Raises:
+        RunError: A process was killed.
     """
+    plot_dir.mkdir(parents=True, exist_ok=True)
+    run_tasks(
+        [Task(name, _write_plot, (plot_dir, name, chart)) for name, chart in charts.items()],
+        processes,
+        lambda *_: None,
+        on_finished=None if on_done is None else lambda done, total: on_done("plots", done, total),
+    )
+    return [plot_dir / f"{name}.{kind}" for name in charts for kind in FORMATS]
+
+
+def _write_plot(plot_dir: Path, name: str, chart: Chart, _progress: Progress) -> None:
     import matplotlib
 
-    plot_dir.mkdir(parents=True, exist_ok=True)
     with (
         matplotlib.rc_context(dict(SETTINGS)),
         warnings.catch_warnings(action="ignore", category=UserWarning),  # the font lacks the letters of a name
     ):
-        for done, (name, chart) in enumerate(charts.items(), start=1):
-            canvas = draw_chart(chart)
-            for kind in FORMATS:
-                temporary_file = plot_dir / f".{name}.part.{kind}"
-                undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-                canvas.savefig(temporary_file, dpi=150, metadata=undated.get(kind))
-                temporary_file.replace(plot_dir / f"{name}.{kind}")
-            if on_done:
-                on_done("plots", done, len(charts))
-    return [plot_dir / f"{name}.{kind}" for name in charts for kind in FORMATS]
+        canvas = draw_chart(chart)
+        for kind in FORMATS:
+            temporary_file = plot_dir / f".{name}.part.{kind}"
+            undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+            canvas.savefig(temporary_file, dpi=150, metadata=undated.get(kind))
+            temporary_file.replace(plot_dir / f"{name}.{kind}")
 
 
 def delete_stale_plots(plot_dir: Path, current: Collection[Path]) -> None:

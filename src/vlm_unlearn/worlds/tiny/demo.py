@@ -20,6 +20,7 @@ from vlm_unlearn.evaluation.comparison import compare_runs
 from vlm_unlearn.evaluation.runner import evaluate_run
 from vlm_unlearn.methods import METHODS
 from vlm_unlearn.records import Summary
+from vlm_unlearn.reporting.charts.curves import write_loss_png
 from vlm_unlearn.store import SUMMARY, RunDirectory, peak_memory_mb, write_json
 from vlm_unlearn.training.plan import recipe_name
 from vlm_unlearn.training.runner import run_recipe
@@ -179,7 +180,9 @@ def train_row(out: Path, seed: int, row: DemoRow, progress: Progress) -> Path:
     def on_step(step: int, steps: int, parts: Mapping[str, float]) -> None:
         progress(name, step, steps, f"loss {float(parts['loss']):.3f}")
 
-    return evaluate_row(name, run_recipe(recipe, on_step), out, out / "world", [row.utility], progress)
+    model = run_recipe(recipe, on_step)
+    write_loss_png(training_folder(out, name))
+    return evaluate_row(name, model, out, out / "world", [row.utility], progress)
 
 
 def row_recipe(row: DemoRow, base: Path, out: Path, seed: int) -> Recipe:
