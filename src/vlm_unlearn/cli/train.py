@@ -138,10 +138,15 @@ def _print_start(planned: Plan) -> None:
     console = status_console()
     console.print(_trainable_table(planned.trainable))
     for line in (
-        f"reference values: {planned.reference_strategy or 'none needed'}; precision {planned.precision}",
+        f"reference values: {planned.reference_strategy or 'none needed'}; precision {planned.precision}"
+        + _threads_text(planned.threads),
         _prefix_sharing_line(planned.prefix_sharing_unsupported_reason),
     ):
         console.print(line, markup=False, highlight=False)
+
+
+def _threads_text(threads: int | None) -> str:
+    return "" if threads is None else f"; {threads} CPU thread{'' if threads == 1 else 's'}"
 
 
 def _prefix_sharing_line(unsupported_reason: str | None) -> str:
@@ -187,7 +192,8 @@ def _print_preview(result: Preview, as_json: bool) -> None:
         f"examples: {examples}",
         f"steps: {result.steps:,} of {result.samples_per_step:,} forget samples on {result.processes} process(es); "
         f"{result.tokens:,} tokens in total (per sample: {lengths})",
-        f"reference values: {result.reference or 'none needed'}; precision {result.precision}",
+        f"reference values: {result.reference or 'none needed'}; precision {result.precision}"
+        + _threads_text(result.threads),
         _prefix_sharing_line(result.prefix_sharing_unsupported_reason),
         "estimated memory in GiB: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
         f"GPUs with sharded states (FSDP2 or ZeRO-3): {needed}",

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, chi2
 
 from vlm_unlearn.data.formats.base import Entry
 from vlm_unlearn.errors import UserError
@@ -225,6 +224,8 @@ def _predictor(values: Codes, refusals: Codes, majority: float, rng: np.random.G
     )
     information = _mutual_information(table)
     entropy = -sum(share * math.log2(share) for share in (majority, 1 - majority) if share)
+    from scipy.stats import binomtest  # importing it takes as long as all the rest of this module
+
     interval = binomtest(correct, n).proportion_ci(method="wilson")
     return Predictor(
         leave_one_out_accuracy=correct / n,
@@ -279,6 +280,8 @@ def _likelihood_ratios(table: Codes) -> NDArray[np.float64]:
 
 def _associations(words: list[str], values: Codes, refusals: Codes) -> dict[str, list[Association]]:
     """Returns the words of each direction, sorted by the likelihood ratio of the word being present or absent."""
+    from scipy.stats import binomtest, chi2
+
     table = _contingency_table(values, refusals)
     totals = table.sum(axis=0)
     n = int(totals.sum())

@@ -19,6 +19,7 @@ from vlm_unlearn.methods import METHODS, Method, build_method
 from vlm_unlearn.methods.wrappers import DEFENSES, build_defenses
 from vlm_unlearn.modeling.loader import load_processor, model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.modeling.packing import prefix_sharing_unsupported_reason
+from vlm_unlearn.modeling.threads import cpu_threads
 from vlm_unlearn.modeling.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.plugins import short_name
@@ -65,6 +66,11 @@ class Plan:
     data_digest: dict[str, str]
     trainable: list[tuple[str, int, int]]  # model component, its trained parameters, all its parameters
     prefix_sharing_unsupported_reason: str | None  # None if the questions of a batch share their images
+
+    @property
+    def threads(self) -> int | None:
+        """The number of CPU threads that compute, None on a GPU. See `cpu_threads`."""
+        return training_threads(self.trainable)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -140,6 +146,15 @@ def plan(recipe: Recipe) -> Plan:
         trainable=trainable_table(skeleton),
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, skeleton),
     )
+
+
+def training_threads(trainable: list[tuple[str, int, int]]) -> int | None:
+    """Returns the number of CPU threads of a training, None on a GPU.
+
+    Args:
+        trainable: As in `Plan`.
+    """
+    return None if torch.cuda.is_available() else cpu_threads(sum(total for _, _, total in trainable))
 
 
 def sharing_unsupported_reason(recipe: Recipe, method: Method, skeleton: VisionLanguageModel) -> str | None:

@@ -26,6 +26,7 @@ from vlm_unlearn.training.plan import (
     recipe_name,
     sharing_unsupported_reason,
     steps_of,
+    training_threads,
 )
 from vlm_unlearn.training.published_order import build_stream
 from vlm_unlearn.training.references import ReferenceStrategy
@@ -44,6 +45,7 @@ class Preview:
     trainable: list[tuple[str, int, int]]  # as in `Plan`
     reference: ReferenceStrategy | None
     precision: str
+    threads: int | None  # of the CPU of this machine that compute, None with a GPU
     processes: int
     steps: int
     samples_per_step: int  # forget samples per optimizer step, over all processes
@@ -103,6 +105,7 @@ def preview(recipe: Recipe) -> Preview:
         trainable=table,
         reference=strategy,
         precision=precision,
+        threads=training_threads(table),
         processes=processes,
         steps=steps,
         samples_per_step=samples_per_step,

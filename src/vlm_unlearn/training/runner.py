@@ -18,6 +18,7 @@ from vlm_unlearn.config import Recipe
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.modeling.loader import load_model
+from vlm_unlearn.modeling.threads import limit_threads
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import PROBE_PREFIX
@@ -82,7 +83,8 @@ def run_plan(
     identity = {**planned.identity, "probe": probe.digest if probe else None}
     with _lock_and_open(run, identity, arguments) as finished:
         if not finished:
-            _train(planned, run, arguments, on_step, probe, on_reference)
+            with limit_threads(planned.threads or torch.get_num_threads()):
+                _train(planned, run, arguments, on_step, probe, on_reference)
         elif not any((run.model / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
                 f"the run is finished, but its model folder is missing. Delete {run.path} and train again.",

@@ -1,0 +1,43 @@
+"""The number of threads with which PyTorch computes on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# The threads of an operation wait for each other at its end. The operations of a small model are so short that the
+# threads mostly wait, and on a busy machine each wait lasts until the other thread gets a core again.
+SMALL_MODEL = 10_000_000  # parameters
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with which users set the number themselves
+
+
+def cpu_threads(parameters: int) -> int:
+    """Returns the number of threads for a model on a CPU: one for a model of less than `SMALL_MODEL` parameters.
+
+    A number that the user has set by one of `THREAD_VARIABLES` is kept.
+
+    Args:
+        parameters: The number of parameters of the model.
+    """
+    threads = torch.get_num_threads()
+    if any(os.environ.get(name) for name in THREAD_VARIABLES):
+        return threads
+    return 1 if parameters < SMALL_MODEL else threads
+
+
+@contextmanager
+def limit_threads(threads: int) -> Iterator[None]:
+    """Sets the number of PyTorch's threads within the block.
+
+    Args:
+        threads: The number of threads.
+    """
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
