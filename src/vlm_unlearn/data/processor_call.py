@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -106,7 +107,12 @@ def has_causal_suffix(processor: Processor) -> bool:
 
     Source: PaliGemma (arXiv 2407.07726), figure 2. Its processor takes the answer as ``suffix``.
     """
-    return "suffix" in inspect.signature(type(processor).__call__).parameters
+    return _takes_suffix(type(processor))
+
+
+@lru_cache(maxsize=32)
+def _takes_suffix(processor_type: type) -> bool:
+    return "suffix" in inspect.signature(processor_type.__call__).parameters
 
 
 def requires_image(processor: Processor) -> bool:
