@@ -107,11 +107,12 @@ def has_causal_suffix(processor: Processor) -> bool:
 
     Source: PaliGemma (arXiv 2407.07726), figure 2. Its processor takes the answer as ``suffix``.
     """
-    return _takes_suffix(type(processor))
+    processor_type: Any = type(processor)
+    return _takes_suffix(processor_type)
 
 
 @lru_cache(maxsize=32)
-def _takes_suffix(processor_type: type) -> bool:
+def _takes_suffix(processor_type: Any) -> bool:
     return "suffix" in inspect.signature(processor_type.__call__).parameters
 
 
