@@ -88,8 +88,9 @@ def run_robustness(
                     if error.code != "unsupported-family":
                         raise
                     skipped[attack.name] = error.message
-            del suspect
-            gc.collect()
+            if suspect.has_loaded:  # not if the cache contains all of its measurements
+                del suspect
+                gc.collect()
         done = [attack for attack in attacks if attack.name not in skipped]
         report = _report(suite, done, states, model, base, never_knew, budget, name or user_path(model).name)
         notes = [SkippedAttack(attack=attack, reason=reason) for attack, reason in skipped.items()]
@@ -165,6 +166,7 @@ class _Model:
         self._suite, self._judge, self._questions = suite, judge, questions
         self._precision = resolve_precision(suite.generation.precision)
         self._shared: VisionLanguageModel | None = None
+        self.has_loaded = False  # whether an attack has needed the model
 
     @cached_property
     def _digest(self) -> str:
@@ -231,6 +233,7 @@ class _Model:
         return build_requests(prompts, self._questions.roots, {}, self._suite.generation.image_loader)
 
     def _load(self, folder: Path) -> VisionLanguageModel:
+        self.has_loaded = True
         model, processor = load_run_model(folder, self._precision)
         model.to(default_device()).eval()
         return VisionLanguageModel(model, processor)

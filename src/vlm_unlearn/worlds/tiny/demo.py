@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Mapping
@@ -153,6 +154,7 @@ def prepare_worker() -> None:
     """Prepares a process for the tasks of a demo: one thread, and no messages of libraries."""
     from transformers.utils import logging
 
+    gc.freeze()  # the libraries stay, so that garbage collection need not look at their objects
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     logging.disable_progress_bar()
