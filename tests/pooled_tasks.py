@@ -30,6 +30,12 @@ def fail(_log: Path, _report: Report) -> None:
     raise UserError("no such thing.", code="unknown-name", field="field")
 
 
+def fail_unpicklably(_log: Path, _report: Report) -> None:
+    error = ValueError("cannot be sent")
+    error.connection = sys.stdout  # type: ignore[attr-defined]
+    raise error
+
+
 def exit_at_once(_log: Path, _report: Report) -> None:
     os._exit(3)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import pooled_tasks
-from pooled_tasks import append, exit_at_once, fail, wait_forever
+from pooled_tasks import append, exit_at_once, fail, fail_unpicklably, wait_forever
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.worker_pool import Task, TaskResults, default_processes, run_tasks
 
@@ -94,6 +94,29 @@ def test_a_killed_process_is_an_error(tmp_path: Path) -> None:
         run([Task("dies", exit_at_once, (tmp_path,)), Task("long", wait_forever, (tmp_path, "long"))], 2)
     assert failure.value.code == "worker-died"
     assert all_end(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_that_are_killed_at_once_are_an_error(tmp_path: Path, count: int) -> None:
+    """Both orders of a process that dies before the other has started its task."""
+    for number in range(3):
+        tasks = [Task(f"{index}", exit_at_once, (tmp_path,)) for index in range(count)]
+        tasks.insert(number % 2, Task("long", wait_forever, (tmp_path, "long")))
+        with pytest.raises(RunError):
+            run(tasks, 2)
+    assert all_end(tmp_path)
+
+
+def test_an_error_that_cannot_be_pickled_is_raised_as_text(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="cannot be sent"):
+        run([Task("bad", fail_unpicklably, (tmp_path,)), Task("long", wait_forever, (tmp_path, "long"))], 2)
+
+
+def test_more_tasks_than_processes(tmp_path: Path) -> None:
+    tasks = [Task(str(index), append, (tmp_path / "log", str(index), 0.0)) for index in range(12)]
+    results, _, counts = run(tasks, 3)
+    assert len(results.values) == counts[-1][0] == 12
+    assert len({value.split()[1] for value in results.values.values()}) <= 3
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])

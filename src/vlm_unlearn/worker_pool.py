@@ -8,12 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,36 +130,38 @@ def _run_in_processes(
     on_finished: Callable[[int, int], None] | None,
 ) -> TaskResults:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    messages = context.SimpleQueue()
-    alive, keep_alive = context.Pipe(duplex=False)  # the processes end when the second end is closed
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (alive, messages, initializer))
-    results = TaskResults()
+    context: Any = multiprocessing.get_context(method)
+    results, waiting = TaskResults(), list(tasks)
+    workers: list[_Worker] = []
     try:
-        waiting, running = list(tasks), dict[Future[Any], Task]()
-        while waiting or running:
-            for task in _startable(waiting, results.values)[: processes - len(running)]:
+        while waiting or any(worker.task for worker in workers):
+            for task in _startable(waiting, results.values):
+                worker = next((worker for worker in workers if worker.task is None), None)
+                if worker is None:
+                    if len(workers) == processes:
+                        break
+                    worker = _Worker(context, initializer, peak_memory_mb)
+                    workers.append(worker)
+                worker.start(task)
                 waiting.remove(task)
-                running[pool.submit(_run_task, task, peak_memory_mb)] = task
-            finished, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
-            while not messages.empty():
-                progress(*messages.get())
-            for future in finished:
-                value, process_id, peak = future.result()
-                results.values[running.pop(future).name] = value
-                results.peak_memory_mb[process_id] = peak
-                if on_finished is not None:
-                    on_finished(len(results.values), len(tasks))
-    except BrokenExecutor:
-        raise RunError(
-            "a process was killed. Most often the machine has run out of memory. Run the same command again, which "
-            "resumes, and pass --processes 1.",
-            code="worker-died",
-        ) from None
+            busy = {worker.connection: worker for worker in workers if worker.task is not None}
+            for connection in multiprocessing.connection.wait(list(busy)):
+                worker = busy[connection]
+                kind, value = worker.receive()
+                if kind == "progress":
+                    progress(*value)
+                elif kind == "error":
+                    raise value
+                else:
+                    results.values[worker.end()], results.peak_memory_mb[worker.process.pid] = value
+                    if on_finished is not None:
+                        on_finished(len(results.values), len(tasks))
     finally:
-        keep_alive.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-        alive.close()
+        for worker in workers:  # files are complete or missing at any moment
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join()
+            worker.connection.close()
     return results
 
 
@@ -168,34 +171,97 @@ def _startable(waiting: Sequence[Task], finished: Mapping[str, Any]) -> list[Tas
     return sorted(ready, key=lambda task: -task.weight)
 
 
-_messages: Any = None  # in a worker process: the queue of messages about its progress
+class _Worker:
+    """A process that runs tasks.
+
+    Attributes:
+        process: The process.
+        connection: The connection to it.
+        task: The task that it runs, or None.
+    """
+
+    def __init__(
+        self, context: Any, initializer: Callable[[], object] | None, peak_memory_mb: Callable[[], int] | None
+    ) -> None:
+        self.connection, remote = context.Pipe()
+        self.process = context.Process(target=_work, args=(remote, initializer, peak_memory_mb), daemon=False)
+        self.process.start()
+        remote.close()  # so that the connection ends with the process
+        self.task: Task | None = None
+
+    def start(self, task: Task) -> None:
+        """Starts a task."""
+        self.task = task
+        try:
+            self.connection.send(task)
+        except OSError:
+            raise _killed() from None
+
+    def receive(self) -> tuple[str, Any]:
+        """Returns the kind and the content of the next message.
+
+        Raises:
+            RunError: The process was killed.
+        """
+        try:
+            message: tuple[str, Any] = self.connection.recv()
+        except (EOFError, OSError):
+            raise _killed() from None
+        return message
+
+    def end(self) -> str:
+        """Ends the task, and returns its name."""
+        assert self.task is not None
+        name, self.task = self.task.name, None
+        return name
 
 
-def _start_worker(alive: Any, messages: Any, initializer: Callable[[], object] | None) -> None:
-    global _messages
-    _messages = messages
+def _killed() -> RunError:
+    return RunError(
+        "a process was killed. Most often the machine has run out of memory. Run the same command again, which "
+        "resumes, with --processes 1.",
+        code="worker-died",
+    )
+
+
+def _work(connection: Any, initializer: Callable[[], object] | None, peak_memory_mb: Callable[[], int] | None) -> None:
+    """Runs the tasks of the main process, until that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     parent = multiprocessing.parent_process()
-    ends = [alive, *([parent.sentinel] if parent is not None else [])]
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait(ends)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     if initializer is not None:
         initializer()
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            value = task.function(*task.arguments, _Report(connection))
+            connection.send(("result", (value, peak_memory_mb() if peak_memory_mb is not None else 0)))
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # pickling loses the traceback
+            try:
+                connection.send(("error", error))
+            except (pickle.PicklingError, TypeError, AttributeError):
+                connection.send(("error", RuntimeError(traceback.format_exc())))
 
 
-def _run_task(task: Task, peak_memory_mb: Callable[[], int] | None) -> tuple[Any, int, int]:
-    """Runs a task in a worker process. Returns its value, and the id and the peak memory of the process."""
-    last = "", 0.0
+def _end_with(sentinel: Any) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
-    def report(stage: str, done: int, total: int, detail: str = "") -> None:
-        nonlocal last
-        if stage != last[0] or done == total or time.monotonic() - last[1] > PROGRESS_SECONDS:
-            last = stage, time.monotonic()
-            _messages.put((stage, done, total, detail))
 
-    value = task.function(*task.arguments, report)
-    return value, os.getpid(), peak_memory_mb() if peak_memory_mb is not None else 0
+class _Report:
+    """Sends the progress of a task to the main process, a few times a second."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._latest = "", 0.0
+
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        now = time.monotonic()
+        if stage != self._latest[0] or done == total or now - self._latest[1] > PROGRESS_SECONDS:
+            self._latest = stage, now
+            self._connection.send(("progress", (stage, done, total, detail)))
