@@ -122,7 +122,7 @@ AFTER: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
 def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
     """Shrinks the demo: a smaller world, a base model with little training, runs of two steps and few questions."""
     from vlm_unlearn import worker_pool
-    from vlm_unlearn.worlds.tiny import base_model, demo, world
+    from vlm_unlearn.worlds.tiny import base_model, demo, robustness, world
 
     size = partial(world.WorldSize, train_images=2, test_images=7, general_images=2, train_records=1, val_records=1)
     base = partial(base_model.BaseConfig, steps=60, width=32)
@@ -130,6 +130,7 @@ def make_the_demo_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(world, "WorldSize", size)
     patch.setattr(base_model, "BaseConfig", base)
     patch.setattr(demo, "BaseConfig", base)
+    patch.setattr(robustness, "BaseConfig", base)
 
     def short(config: Any, path: Path, overrides: Sequence[str] = (), values: Any = None) -> Any:
         fewer = {"Recipe": "training.max_steps=2", "Suite": "sample.num_questions=2"}[config.__name__]
