@@ -7,9 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from vlm_unlearn.generation.cache import GROWTH, PreallocatedLayer, preallocated_cache
+from vlm_unlearn.generation.cache import (
+    GROWTH,
+    CacheRows,
+    PreallocatedLayer,
+    join_caches,
+    preallocated_cache,
+    sliding_windows,
+)
 
 CONFIG = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=2)
 
@@ -58,6 +64,26 @@ def test_update_within_growth_does_not_copy() -> None:
     assert layer.keys.shape == (2, 2, 10 + GROWTH, 4)
 
 
-def test_sliding_window_layers_are_those_of_transformers() -> None:
-    cache = preallocated_cache(MistralConfig(num_hidden_layers=1, sliding_window=4))
-    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer]
+def test_sliding_windows_of_layers() -> None:
+    assert sliding_windows(MistralConfig(num_hidden_layers=2, sliding_window=4)) == [4, 4]
+    assert sliding_windows(CONFIG) == []
+
+
+def test_joined_rows_are_aligned_at_the_end() -> None:
+    caches = [preallocated_cache(CONFIG), preallocated_cache(CONFIG)]
+    contents = [states(3, 5, 0), states(2, 2, 1)]
+    for cache, content in zip(caches, contents, strict=True):
+        for layer in range(2):
+            cache.update(content, content + 1, layer)
+    joined = join_caches([CacheRows(caches[0], [2, 0, 0], 1), CacheRows(caches[1], range(2))])
+    assert joined.get_seq_length() == 4
+    keys = joined.layers[1].keys
+    assert torch.equal(keys[:3], contents[0][[2, 0, 0], :, 1:])
+    assert torch.equal(keys[3:, :, 2:], contents[1])
+    assert not keys[3:, :, :2].any()
+    pointer, new = keys.data_ptr(), states(5, 1, 2)
+    keys, values = joined.update(new, new, 1)
+    assert torch.equal(keys[:, :, -1:], new)
+    assert torch.equal(values[3:, :, 2:4], contents[1] + 1)
+    assert keys.data_ptr() == pointer
+    assert caches[0].get_seq_length() == 5  # the other caches stay as they are

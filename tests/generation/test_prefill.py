@@ -122,8 +122,10 @@ class RecordingGreedy(SeededSampling):
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
         self._active = self.scores
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self._active = [self._active[row] for row in rows]
+    def select_rows(self, rows: Sequence[int]) -> SeededSampling:
+        selected = copy.copy(self)
+        selected._active = [self._active[row] for row in rows]
+        return selected
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for row, row_scores in zip(self._active, scores, strict=True):

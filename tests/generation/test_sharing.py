@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from vlm_unlearn.config import TrainableConfig
 from vlm_unlearn.data import encoding
 from vlm_unlearn.data.encoding import Turn, encode
 from vlm_unlearn.data.images import open_image
-from vlm_unlearn.generation import hf
 from vlm_unlearn.generation.base import GenerationRequest
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
 from vlm_unlearn.generation.hf import generate_texts, make_batches
-from vlm_unlearn.generation.sharing import align_prefixes, prefill
+from vlm_unlearn.generation.sharing import PrefixSharingError, PromptQueue, group_prompts, pad_left
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.structure import PREFIX_SHARING_FAMILIES
 from vlm_unlearn.modeling.trainable import prepare_trainable
@@ -75,8 +74,10 @@ class RecordingGreedy(SeededSampling):
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
         self._active = self.scores
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        self._active = [self._active[row] for row in rows]
+    def select_rows(self, rows: Sequence[int]) -> SeededSampling:
+        selected = copy.copy(self)
+        selected._active = [self._active[row] for row in rows]
+        return selected
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for row, row_scores in zip(self._active, scores, strict=True):
@@ -124,12 +125,12 @@ def shapes(tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors]
 
 
-SDPA, EAGER = ("sdpa", 32), ("eager", 3)
+SDPA, EAGER = ("sdpa", None), ("eager", 3)
 FAST_ATTENTION = {("llava", SDPA), ("llava_next", EAGER), ("qwen2_5_vl", SDPA), ("qwen2_5_vl", EAGER)}
 
 
 @pytest.mark.parametrize(
-    ("folder", "attention", "chunk_tokens"),
+    ("folder", "attention", "batch_size"),
     [
         pytest.param(family, *settings, marks=() if (family, settings) in FAST_ATTENTION else pytest.mark.slow)
         for family in SHARING_FAMILIES
@@ -138,9 +139,8 @@ FAST_ATTENTION = {("llava", SDPA), ("llava_next", EAGER), ("qwen2_5_vl", SDPA), 
     indirect=["folder"],
 )
 def test_shared_answers_and_scores_equal_those_alone(
-    folder: Path, images: list[Path], attention: Any, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, images: list[Path], attention: Any, batch_size: int | None
 ) -> None:
-    monkeypatch.setattr(hf, "CHUNK_TOKENS", chunk_tokens)
     model, processor = load_with_numbers(folder, attention)
     turns = make_turns(images)
     expected = [generate_alone(model, processor, turn) for turn in turns]
@@ -150,10 +150,11 @@ def test_shared_answers_and_scores_equal_those_alone(
     assert ((distances > 1e-2).sum(dim=1) >= 7).all()
     assert len({text for text, _ in expected}) > 5
     for indices in (range(9), range(8, -1, -1), [0, 2, 8], [6, 7], [4], [6], [5, 6], [0, 3, 3]):
-        outputs = generate_texts(model, processor, [turns[index] for index in indices], MAX_NEW_TOKENS)
+        selected = [turns[index] for index in indices]
+        outputs = generate_texts(model, processor, selected, MAX_NEW_TOKENS, batch_size=batch_size)
         assert texts_of(outputs) == [expected[index][0] for index in indices], indices
     recorder = RecordingGreedy(len(turns))
-    generate_texts(model, processor, turns, MAX_NEW_TOKENS, recorder)
+    generate_texts(model, processor, turns, MAX_NEW_TOKENS, recorder, batch_size)
     for row_scores, (_, scores) in zip(recorder.scores, expected, strict=True):
         torch.testing.assert_close(torch.stack(row_scores)[: len(scores)], scores, atol=1e-3, rtol=1e-4)
 
@@ -189,7 +190,9 @@ def test_tokens_that_processor_adds_after_image(
     turns = make_turns(images, [0, 1, 2, 8])
     expected = [generate_alone(model, processor, turn)[0] for turn in turns]
     assert texts_of(generate_texts(model, processor, turns, MAX_NEW_TOKENS)) == expected
-    assert (prefill(model, processor, turns, range(4), MAX_NEW_TOKENS) is not None) == is_shared
+    queue = PromptQueue(VisionLanguageModel(model, processor), turns, range(4), MAX_NEW_TOKENS)
+    with nullcontext() if is_shared else pytest.raises(PrefixSharingError), torch.no_grad():
+        queue.prefill(4)
 
 
 def test_each_image_and_each_prompt_runs_once(
@@ -217,8 +220,7 @@ def test_each_image_and_each_prompt_runs_once(
     assert shapes(inputs) == [(2, prefix_width), (4, suffix_width)] + [(4, 1)] * 3
 
 
-def test_rows_that_have_ended_are_dropped(folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "CHUNK_TOKENS", 2)
+def test_rows_that_have_ended_are_dropped(folder: Path, images: list[Path]) -> None:
     model, processor = load_with_numbers(folder)
     turns = make_turns(images, [0, 1, 2, 5])
     complete = [text.split() for text in texts_of(generate_texts(model, processor, turns, MAX_NEW_TOKENS))]
@@ -238,12 +240,57 @@ def test_rows_that_have_ended_are_dropped(folder: Path, images: list[Path], monk
     expected = [tokens[:length] for tokens, length in zip(complete, lengths, strict=True)]
     assert [text.split() for text, _ in outputs] == expected
     assert [reason == "stop" for _, reason in outputs] == [any(e in tokens for e in eos_tokens) for tokens in complete]
-    num_running = [sum(length > step - step % 2 for length in lengths) for step in range(max(lengths))]
-    assert shapes(inputs)[2:] == [(count, 1) for count in num_running if count]
+    num_running, rows = [], len(turns)  # a row is dropped when a quarter of the rows has ended
+    for step in range(max(lengths)):
+        unfinished = sum(length > step for length in lengths)
+        rows = unfinished if unfinished <= 0.75 * rows else rows
+        num_running.append(rows)
+    assert shapes(inputs)[2:] == [(count, 1) for count in num_running]
 
 
-def test_samples_equal_those_of_row_alone(folder: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "CHUNK_TOKENS", 5)
+def test_prompts_follow_rows_that_have_ended(folder: Path, images: list[Path]) -> None:
+    """The image of each question is prefilled once, although the questions on it start at different times."""
+    model, processor = load_with_numbers(folder)
+    turns = make_turns(images, [0, 1, 2, 4, 5, 8])
+    alone = [generate_texts(model, processor, [turn], MAX_NEW_TOKENS)[0] for turn in turns]
+    tokens = [text.split() for text, _ in alone]
+    eos = max(
+        sorted({token for answer in tokens for token in answer}),
+        key=lambda token: len({answer.index(token) if token in answer else None for answer in tokens}),
+    )
+    model.generation_config.eos_token_id = int(eos)
+    expected = [generate_texts(model, processor, [turn], MAX_NEW_TOKENS)[0] for turn in turns]
+    assert len({len(text.split()) for text, _ in expected}) > 1
+    for batch_size in (1, 2, 3, 4):
+        with record_inputs(model) as inputs:
+            outputs = generate_texts(model, processor, turns, MAX_NEW_TOKENS, batch_size=batch_size)
+        assert outputs == expected
+        assert max(len(ids) for ids in inputs) <= batch_size
+        passes = [ids for ids in inputs if ids.shape[1] > 1]  # not the generated tokens
+        assert sum(int((ids == model.config.image_token_id).sum()) for ids in passes) == sum(
+            int((encode(processor, [turns[index]], "left")["input_ids"] == model.config.image_token_id).sum())
+            for index in (0, 1, 4)
+        )
+    with record_inputs(model) as inputs:
+        generate_texts(model, processor, turns, MAX_NEW_TOKENS, batch_size=2)
+    num_steps = sum(ids.shape[1] == 1 for ids in inputs)
+    lengths = [len(text.split()) for text, _ in expected]
+    pairs = [max(lengths[index : index + 2]) for index in range(0, len(lengths), 2)]
+    assert num_steps <= sum(pairs) + len(turns)
+
+
+def test_samples_do_not_depend_on_the_batch_size(folder: Path, images: list[Path]) -> None:
+    model, processor = load_with_numbers(folder)
+    turns = make_turns(images, [0, 1, 0, 2, 0, 4])
+
+    def sample(batch_size: int) -> list[tuple[str, str]]:
+        sampler = SeededSampling(range(len(turns)), 2.0, 0.9, model.device)
+        return generate_texts(model, processor, turns, MAX_NEW_TOKENS, sampler, batch_size)
+
+    assert sample(1) == sample(2) == sample(4) == sample(6)
+
+
+def test_samples_equal_those_of_row_alone(folder: Path, images: list[Path]) -> None:
     model, processor = load_with_numbers(folder)
     turns = make_turns(images, [0, 0, 2, 4, 4])
 
@@ -287,13 +334,17 @@ def test_short_sliding_window_disables_sharing(images: list[Path], tmp_path_fact
     assert shapes(inputs)[0] == (3, longest)
 
 
-def test_align_prefixes_pads_prefixes_and_suffixes_on_the_left() -> None:
-    ids, mask, prefix_width = align_prefixes([[1, 2, 3, 4], [1, 2, 5], [6, 7], [8, 9, 8]], [0, 0, 1, 2], 0)
-    assert ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 5], [0, 6, 0, 7], [8, 9, 0, 8]]
-    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1]]
-    assert prefix_width == 2
-    ids, _, prefix_width = align_prefixes([[1], [2, 3]], [0, 0], 0)
-    assert (ids.tolist(), prefix_width) == ([[0, 1], [2, 3]], 0)
+def test_group_prompts_returns_longest_common_prefixes() -> None:
+    prompts = [[1, 2, 3, 4], [1, 2, 5], [6, 7], [8, 9, 8], [8, 9, 8]]
+    assert group_prompts(prompts, ["a", "a", "b", None, None], [1, 1, 1, 0, 0]) == ([0, 0, 1, 2, 2], [2, 1, 2])
+    assert group_prompts([[1, 2], [1, 3]], ["a", "a"], [2, 2]) == ([0, 1], [1, 1])  # the tokens before the image differ
+    assert group_prompts([[1], [2, 3]], [None, None], [0, 0]) == ([0, 0], [0])
+
+
+def test_pad_left() -> None:
+    ids, mask = pad_left([[1, 2], [], [3]], torch.device("cpu"))
+    assert ids.tolist() == [[1, 2], [0, 0], [0, 3]]
+    assert mask.tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
 def test_make_batches_groups_requests_by_image() -> None:

@@ -160,9 +160,9 @@ def sampling_seed(seed: int, request: GenerationRequest) -> int:
     return int(digest_json([seed, *request.key])[:8], 16) >> 1
 
 
-def split_into_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
-    """Splits requests into consecutive batches of `size`."""
-    return [list(requests[start : start + size]) for start in range(0, len(requests), size)]
+def split_into_batches(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Splits a sequence into consecutive batches of `size`."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:

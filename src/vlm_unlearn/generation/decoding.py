@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,9 +63,11 @@ class SeededSampling(LogitsProcessor):
         if top_p < 1:
             self._warpers.append(TopPLogitsWarper(top_p))
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Drops all rows but those with the given indices. Call it when other rows of the batch have ended."""
-        self._streams = [self._streams[row] for row in rows]
+    def select_rows(self, rows: Sequence[int]) -> SeededSampling:
+        """Returns a processor for a batch of some of the rows. Both continue the same random streams."""
+        selected = copy.copy(self)
+        selected._streams = [self._streams[row] for row in rows]
+        return selected
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the scores [B, V] with noise, in float64: 24-bit uniform noise sometimes picks impossible tokens."""

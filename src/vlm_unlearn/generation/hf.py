@@ -31,14 +31,16 @@ from vlm_unlearn.generation.base import (
     sampling_seed,
     split_into_batches,
 )
+from vlm_unlearn.generation.continuous import generate_continuously
 from vlm_unlearn.generation.decoding import SeededSampling, neutral_generation_config
-from vlm_unlearn.generation.sharing import Prefilled, prefill
+from vlm_unlearn.generation.sharing import PrefixSharingError
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.modeling.structure import get_base_model
+from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt, Response
 
-CHUNK_TOKENS = 32  # generated tokens between two checks for rows that have ended
+GROUP_BATCHES = 8  # batches that are generated together, so that prompts can follow ended ones
 
 
 class ModelBackend:
@@ -130,7 +132,7 @@ class HFBackend:
 
 def _generation_identity(config: GenerationConfig, precision: str) -> dict[str, object]:
     settings = ("backend", "max_new_tokens", "batch_size", "temperature", "top_p", "seed")
-    return {**config.identity(*settings), "precision": precision, "batches": "by image"}
+    return {**config.identity(*settings), "precision": precision, "batches": "continuous"}
 
 
 @contextmanager
@@ -191,12 +193,16 @@ def generate_responses(
 
 
 def make_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[GenerationRequest]]:
-    """Splits requests into batches of at most `size` that share images and need little padding.
+    """Splits requests into groups that share images and need little padding, for `generate_batch`.
 
-    Requests about one image are in the same batch if they fit, and so are the samples of a prompt without an image.
+    A group has up to `GROUP_BATCHES` times `size` requests, of which `size` run at once. Small sets have four groups or
+    more, so that several processes can share them.
+
+    Requests about one image are in the same group if they fit, and so are the samples of a prompt without an image.
     Requests of similar length come next to each other, and the order of ties is kept. Requests with and without an
-    image are in separate batches because mllama cannot mix them.
+    image are in separate groups because mllama cannot mix them.
     """
+    limit = min(max(len(requests) // 4, size), GROUP_BATCHES * size)
     batches = []
     for has_image in (True, False):
         groups: dict[object, list[GenerationRequest]] = {}
@@ -204,8 +210,8 @@ def make_batches(requests: Sequence[GenerationRequest], size: int) -> list[list[
             if (request.image is not None) == has_image:
                 groups.setdefault(request.image or request.prompt.id, []).append(request)
         batch: list[GenerationRequest] = []
-        for chunk in (chunk for group in groups.values() for chunk in split_into_batches(group, size)):
-            if len(batch) + len(chunk) > size:
+        for chunk in (chunk for group in groups.values() for chunk in split_into_batches(group, limit)):
+            if len(batch) + len(chunk) > limit:
                 batches.append(batch)
                 batch = []
             batch = batch + chunk
@@ -223,7 +229,7 @@ def _num_words(request: GenerationRequest) -> int:
 def generate_batch(
     model: Any, processor: Processor, requests: Sequence[GenerationRequest], config: GenerationConfig
 ) -> list[Response]:
-    """Returns the responses to one batch of requests, in their order.
+    """Returns the responses to requests, in their order. At most `config.batch_size` run at once.
 
     A request that the processor rejects, such as one with a broken image or with an image of an extreme aspect ratio,
     gets a failed response. The others are generated without it.
@@ -288,7 +294,7 @@ def _generate_at(
     if temperature:
         seeds = [sampling_seed(config.seed, request) for request in requests]
         sampler = SeededSampling(seeds, temperature, config.top_p, model.device)
-    texts = generate_texts(model, processor, turns, config.max_new_tokens, sampler)
+    texts = generate_texts(model, processor, turns, config.max_new_tokens, sampler, config.batch_size)
     return [
         Response(prompt_id=request.prompt.id, sample=request.sample, text=text, finish_reason=finish_reason)
         for request, (text, finish_reason) in zip(requests, texts, strict=True)
@@ -299,9 +305,14 @@ def _generate_at(
 @torch.no_grad()
 @without_cudnn_attention()
 def generate_texts(
-    model: Any, processor: Processor, turns: Sequence[Turn], max_new_tokens: int, sampler: SeededSampling | None = None
+    model: Any,
+    processor: Processor,
+    turns: Sequence[Turn],
+    max_new_tokens: int,
+    sampler: SeededSampling | None = None,
+    batch_size: int | None = None,
 ) -> list[tuple[str, str]]:
-    """Generates a continuation of each turn of a batch and returns ``(text, finish_reason)``.
+    """Generates a continuation of each turn and returns ``(text, finish_reason)``.
 
     The text of a turn with a `prefill` follows the prefill. It keeps the space between the two.
 
@@ -314,6 +325,7 @@ def generate_texts(
         turns: B turns without an answer.
         max_new_tokens: The maximum number of generated tokens.
         sampler: Samples the tokens, with one random stream per turn. The default is greedy decoding.
+        batch_size: The maximum number of rows that run at once. The default is the number of turns.
 
     Returns:
         One pair per turn. The finish reason is ``stop`` or ``length``.
@@ -328,22 +340,33 @@ def generate_texts(
     turn_indices = [indices[replace(turn, id="")] for turn in turns]
     distinct_turns = list(distinct.values())
     row_indices = range(len(distinct_turns)) if sampler is None else turn_indices
-    prefilled = prefill(model, processor, distinct_turns, row_indices, max_new_tokens)
-    if prefilled is not None:
-        last_tokens = prefilled.input_ids[:, -1:]
-        new_tokens = _generate_in_chunks(model, prefilled, max_new_tokens, sampler)
-    else:
-        batch = encode(processor, [distinct_turns[index] for index in row_indices], padding_side="left")
-        last_tokens = batch["input_ids"][:, -1:]
-        new_tokens = list(_generate(model, move(batch, model.device, model.dtype), max_new_tokens, sampler))
-    texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
+    size = batch_size or len(row_indices)
     eos_token_ids = set(_eos_token_ids(model))
+    try:
+        answers, last_tokens = generate_continuously(
+            VisionLanguageModel(model, processor),
+            distinct_turns,
+            row_indices,
+            max_new_tokens,
+            size,
+            eos_token_ids,
+            sampler,
+        )
+    except PrefixSharingError:
+        answers, last_tokens = [], []
+        for rows in split_into_batches(range(len(row_indices)), size):
+            batch = encode(processor, [distinct_turns[row_indices[row]] for row in rows], padding_side="left")
+            last_tokens += batch["input_ids"][:, -1].tolist()
+            batch_sampler = None if sampler is None else sampler.select_rows(rows)
+            answers += _generate(model, move(batch, model.device, model.dtype), max_new_tokens, batch_sampler).tolist()
+    new_tokens = [torch.tensor(answer, dtype=torch.long) for answer in answers]
+    texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
     outputs = []
     for row, (index, text, tokens) in enumerate(zip(row_indices, texts, new_tokens, strict=True)):
         if distinct_turns[index].prefill is None:
             text = text.strip()
         else:
-            text = _continuation(processor, last_tokens[row].to(tokens.device), tokens)
+            text = _continuation(processor, torch.tensor([last_tokens[row]]), tokens)
         outputs.append((text, "stop" if eos_token_ids & set(tokens.tolist()) else "length"))
     return [outputs[index] for index in turn_indices] if sampler is None else outputs
 
@@ -356,36 +379,6 @@ def _continuation(processor: Processor, last_tokens: Tensor, new_tokens: Tensor)
     rows = [last_tokens, torch.cat([last_tokens, new_tokens]), new_tokens]
     prefix, text, alone = map(str, processor.batch_decode(rows, skip_special_tokens=True))
     return (text.removeprefix(prefix) if text.startswith(prefix) else alone).rstrip()
-
-
-def _generate_in_chunks(
-    model: Any, prefilled: Prefilled, max_new_tokens: int, sampler: SeededSampling | None
-) -> list[Tensor]:
-    """Returns the new tokens of each row.
-
-    Rows that have ended are dropped after each chunk of tokens. Otherwise they would cost as much as the longest row.
-    """
-    chunks: list[list[Tensor]] = [[] for _ in prefilled.input_ids]
-    rows = torch.arange(len(prefilled.input_ids))
-    eos_token_ids = torch.tensor(_eos_token_ids(model), dtype=torch.long, device=prefilled.input_ids.device)
-    for start in range(0, max_new_tokens, CHUNK_TOKENS):
-        inputs: dict[str, Any] = {
-            "input_ids": prefilled.input_ids,
-            "attention_mask": prefilled.attention_mask,
-            "position_ids": prefilled.position_ids,
-            "past_key_values": prefilled.cache,
-        }
-        new_tokens = _generate(model, inputs, min(CHUNK_TOKENS, max_new_tokens - start), sampler)
-        for row, tokens in zip(rows.tolist(), new_tokens, strict=True):
-            chunks[row].append(tokens)
-        unfinished = (~torch.isin(new_tokens, eos_token_ids).any(dim=1)).nonzero()[:, 0]
-        if not len(unfinished):
-            break
-        prefilled = prefilled.continue_rows(new_tokens, unfinished)
-        rows = rows[unfinished.cpu()]
-        if sampler is not None:
-            sampler.select_rows(unfinished.tolist())
-    return [torch.cat(row_chunks) for row_chunks in chunks]
 
 
 def _generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, sampler: SeededSampling | None) -> Tensor:
