@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "released.json"
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 DOCS_MARKS = "<!-- tables of benchmarks/released.py -->\n", "<!-- end of these tables -->\n"
 SIDES = Path(__file__).with_name("released_sides.py")
-WARM_UP = 2  # repeats before the measured ones
+WARM_UP = 1  # repeats before the measured ones, after the first step
 REPOSITORIES = {
     "safe_eraser": "https://github.com/yuu250/SafeEraser",
     "safety_mirage": "https://github.com/OPTML-Group/VLM-Safety-Unlearn",
@@ -47,20 +47,20 @@ PACKAGES = {
     "safe_eraser": "torch==2.13.0 transformers==4.46.3 accelerate==1.1.1 peft==0.13.2 hydra-core 'datasets<3.3' "
     "'pyarrow<19' 'numpy<2' matplotlib debugpy scipy sentencepiece protobuf pillow",
     "safety_mirage": "torch==2.13.0 transformers==4.37.2 accelerate==0.21.0 peft==0.10.0 tokenizers==0.15.1 'numpy<2' "
-    "'pydantic<2' einops einops-exts sentencepiece protobuf pillow requests httpx gradio_client shortuuid markdown2",
+    "'datasets<3.3' 'pyarrow<19' 'pydantic<2' einops einops-exts sentencepiece protobuf pillow requests httpx gradio_client shortuuid markdown2",
 }
 IMPORTS = {
     "safe_eraser": ("torch", "transformers", "accelerate", "peft", "hydra", "datasets", "matplotlib", "debugpy"),
-    "safety_mirage": ("torch", "transformers", "accelerate", "peft", "einops", "sentencepiece"),
+    "safety_mirage": ("torch", "transformers", "accelerate", "peft", "datasets", "einops", "sentencepiece"),
 }
 RELEASED_LOSSES = {"ga": "ga", "gd": "gd", "kl": "kl", "po": "idk"}  # SafeEraser's names
 # Data shapes. Images count by their paths, and features are cached by their pixels. Few different pictures have cached
 # features after the first steps, as all images have after the first epoch. Many paths are needed where questions share
 # an image: 600 images have about one pair of questions on one image in a step of 32, and SafeEraser's 3,000 fewer.
 SHAPES: dict[str, dict[str, Any]] = {
-    "single": {"images": 96, "questions": 1, "contents": 8},
+    "single": {"images": 96, "questions": 1, "contents": 4},
     "first epoch": {"images": 256, "questions": 1, "contents": 256},
-    "several": {"images": 600, "questions": 3, "contents": 8},
+    "several": {"images": 600, "questions": 3, "contents": 4},
     "same": {"images": 32, "questions": 1, "contents": 1, "same": True},
 }
 NPO = {"unlearn_type": "npo", "npo_forget_alpha": 1.0, "npo_llava_loss_weight": 1.0}
