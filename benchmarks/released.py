@@ -47,7 +47,8 @@ PACKAGES = {
     "safe_eraser": "torch==2.13.0 transformers==4.46.3 accelerate==1.1.1 peft==0.13.2 hydra-core 'datasets<3.3' "
     "'pyarrow<19' 'numpy<2' matplotlib debugpy scipy sentencepiece protobuf pillow",
     "safety_mirage": "torch==2.13.0 transformers==4.37.2 accelerate==0.21.0 peft==0.10.0 tokenizers==0.15.1 'numpy<2' "
-    "'datasets<3.3' 'pyarrow<19' 'pydantic<2' einops einops-exts sentencepiece protobuf pillow requests httpx gradio_client shortuuid markdown2",
+    "'datasets<3.3' 'pyarrow<19' 'pydantic<2' einops einops-exts sentencepiece protobuf pillow requests httpx "
+    "gradio_client shortuuid markdown2",
 }
 IMPORTS = {
     "safe_eraser": ("torch", "transformers", "accelerate", "peft", "hydra", "datasets", "matplotlib", "debugpy"),
@@ -328,7 +329,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "times faster": lambda row: f"**{row['ratio']:.2f}** ({row['ratio_lowest']:.2f}–{row['ratio_highest']:.2f})",
     "processor time": lambda row: f"{row['processor_ratio']:.2f}",
     "memory": lambda row: f"{row['memory_mb'] / row['released_memory_mb']:.2f}",
-    "losses differ by": lambda row: f"{row[CHECK]:.0e}",
+    "losses differ by": lambda row: f"{row[CHECK]:.0e}" if row[CHECK] else "0",
 }
 BATCHES = {
     ("safe_eraser", False): "1 × 16",
@@ -467,6 +468,8 @@ def main() -> None:
             print(reason, file=sys.stderr)
     if not usable:
         sys.exit("Nothing was measured. benchmarks/speed.py needs no released code.")
+    import vlm_unlearn
+
     rows = read_rows(options.out)
     for case in selected:
         if case.system not in usable:
@@ -478,7 +481,7 @@ def main() -> None:
             continue
         if options.again or case.name not in rows:
             row = {**asdict(case), **measure(trial, code, python_name, options.repeats, options.workers)}
-            rows[case.name] = {**row, "commit": commit_of(Path(__file__).parent)}
+            rows[case.name] = {**row, "commit": commit_of(Path(vlm_unlearn.__file__).parent)}
             write_rows(options.out, rows, {case.system: commit_of(code)})
             ratios = f"{row['ratio']:.2f} ({row['ratio_lowest']:.2f}-{row['ratio_highest']:.2f})"
             print(f"{case.name:<60} {ratios}", flush=True)
