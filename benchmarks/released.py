@@ -11,8 +11,9 @@ The released code needs old versions of its libraries, so each repository has a 
 the command prints how to make it.
 
 Both sides train the same LLaVA of random weights (5.4M parameters, 144 image tokens) on the same made-up data, with one
-thread and in float32. Both processes are alive during a case and run their steps in turn. A case is added to
-benchmarks/results/released.json when it is measured, and a second call measures the missing ones.
+thread and in float32. Both processes are alive during a case and run their steps in turn. Run this on a quiet machine:
+on a busy one the two sides lose their caches to other programs unequally, and processor times suffer too. A case is
+added to benchmarks/results/released.json when it is measured, and a second call measures the missing ones.
 `benchmarks/speed.py` compares with the published structure on machines without the released code.
 """
 
