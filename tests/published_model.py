@@ -19,6 +19,7 @@ WIDTH, FEED_FORWARD, LAYERS, HEADS = 32, 48, 3, 2
 IMAGE_SIZE, PATCH_SIZE = 32, 16
 CHARACTERS = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!'-"))
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
+WORD_TOKENS: list[str] = []  # words that are one token each. benchmarks/released.py sets them, and the sizes above
 CHAT_TEMPLATE = (  # that of llava-hf/llava-1.5-7b-hf, in other words
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -36,7 +37,13 @@ def values(name: str, shape: tuple[int, ...], scale: float, mean: float = 0.0) -
 def vocabulary() -> dict[str, int]:
     """Returns a vocabulary of characters, and of the characters at the beginning of a word, as Llama's has them."""
     tokens = [*SPECIAL_TOKENS, "<0x0A>", "\u2581", *CHARACTERS, *(f"\u2581{character}" for character in CHARACTERS)]
-    return {token: index for index, token in enumerate(tokens)}
+    return {token: index for index, token in enumerate([*tokens, *("".join(merge) for merge in word_merges())])}
+
+
+def word_merges() -> list[tuple[str, str]]:
+    """Returns the merges that make each word a single token, character by character from its beginning."""
+    merges = ((f"\u2581{word[:length]}", word[length]) for word in WORD_TOKENS for length in range(1, len(word)))
+    return list(dict.fromkeys(merges))
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -78,7 +85,7 @@ def write_tokenizer(folder: Path) -> None:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocab,
-            "merges": [f"\u2581 {character}" for character in CHARACTERS],
+            "merges": [*(f"\u2581 {character}" for character in CHARACTERS), *map(" ".join, word_merges())],
         },
     }
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

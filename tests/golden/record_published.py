@@ -6,7 +6,7 @@ is left out. Each system needs an environment of its own, with numpy, safetensor
 - SafeEraser (yuu250/SafeEraser at 9e96612): ``transformers==4.46.3 accelerate==1.1.1 peft==0.13.2 hydra-core datasets
   matplotlib debugpy``,
 - Safety Mirage (OPTML-Group/VLM-Safety-Unlearn at 1f89239): ``transformers==4.37.2 accelerate==0.21.0 peft==0.10.0
-  einops``.
+  datasets einops``.
 
 Run ``python record_published.py safe_eraser|safety_mirage CODE WORK OUT.json``. ``CODE`` is a clone of the repository
 and ``WORK`` a scratch folder. ``ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 record_published.py ...`` records
