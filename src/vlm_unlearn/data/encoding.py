@@ -226,7 +226,7 @@ def encode(
     processor: Processor,
     turns: Sequence[Turn],
     padding_side: str,
-    opener: Callable[[ImageSource], Image.Image] = open_image,
+    opener: Callable[[ImageSource], Image.Image] | None = None,
 ) -> Batch:
     """Encodes turns without labels.
 
@@ -234,7 +234,7 @@ def encode(
         processor: The processor of the model.
         turns: The turns, one per row of the batch.
         padding_side: ``left`` for generation, ``right`` for hidden states.
-        opener: Opens the images.
+        opener: Opens the images. None is `open_image`.
 
     Returns:
         Every tensor of the processor. ``input_ids`` and ``attention_mask`` are [B, S].
@@ -252,7 +252,7 @@ def encode_with_labels(
     processor: Processor,
     turns: Sequence[Turn],
     max_length: int,
-    opener: Callable[[ImageSource], Image.Image] = open_image,
+    opener: Callable[[ImageSource], Image.Image] | None = None,
 ) -> Batch:
     """Encodes questions and answers with labels on the tokens of the answers that `Turn.loss_on` names.
 
@@ -263,7 +263,7 @@ def encode_with_labels(
         processor: The processor of the model.
         turns: The turns, one per row of the batch.
         max_length: The maximum number of tokens, including image tokens.
-        opener: Opens the images.
+        opener: Opens the images. None is `open_image`.
 
     Returns:
         Every tensor of the processor, padded on the right, and ``labels`` [B, S], which are -100 outside of answers.
@@ -389,14 +389,14 @@ def _process(
     prompts: list[str],
     turns: Sequence[Turn],
     padding_side: str,
-    opener: Callable[[ImageSource], Image.Image],
+    opener: Callable[[ImageSource], Image.Image] | None,
 ) -> Batch:
     # A turn without an image gets an empty list, because idefics3, smolvlm and gemma3 expect one list per text.
     opened: dict[ImageSource, Any] = {}
     for turn in turns:
         if turn.image is not None and turn.image not in opened:
             with _naming_record(turn):
-                opened[turn.image] = image = opener(turn.image)
+                opened[turn.image] = image = (opener or open_image)(turn.image)
                 validate_resized_image(processor, *image.size)
     images = [[opened[turn.image]] if turn.image is not None else [] for turn in turns]
     if requires_image(processor) and not all(images):
