@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,5 +47,6 @@ def wait_forever(folder: Path, name: str, _report: Report) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands without it
     out = Path(sys.argv[1])
     run_tasks([Task(name, wait_forever, (out, name)) for name in "ab"], 2, lambda *_: None)
