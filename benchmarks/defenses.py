@@ -30,6 +30,7 @@ from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.defended_step import DefendedStep, StepContext
+from vlm_unlearn.training.passes import Passes
 from vlm_unlearn.training.references import AdapterReference, FrozenCopyReference, Reference
 from vlm_unlearn.training.step import ModelStep
 
@@ -72,7 +73,7 @@ class Trained:
                 vlm=self.vlm,
                 parameters=self.parameters,
                 build_step=lambda batch, active: ModelStep(
-                    self.vlm, batch, self.method, self.reference, active_roles=active
+                    Passes(self.vlm, [batch], self.method, self.reference, active_roles=active)
                 ),
                 loss=self.method.loss,
                 autocast=nullcontext,
@@ -83,7 +84,7 @@ class Trained:
             )
             DefendedStep(context, [roles], self.defenses).run()
         else:
-            self.method.loss(ModelStep(self.vlm, roles, self.method, self.reference)).total.backward()
+            self.method.loss(ModelStep(Passes(self.vlm, [roles], self.method, self.reference))).total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1

@@ -19,6 +19,7 @@ from vlm_unlearn.modeling.forward import forward
 from vlm_unlearn.modeling.packing import packing_of
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.training.passes import Passes
 from vlm_unlearn.training.references import NLL, AdapterReference, CachedReference, Reference
 from vlm_unlearn.training.step import ModelStep
 
@@ -180,7 +181,7 @@ class Ours:
                     batch["answer_keys"] = torch.arange(number * rows, (number + 1) * rows)
                     if role in values:
                         with torch.no_grad():
-                            output = forward(self.vlm, batch, packing=packing_of(self.vlm, batch, self.method))
+                            output = forward(self.vlm, batch, packing=packing_of(self.vlm, batch))
                         columns = (column.tolist() for column in output.answer_nll)
                         values[role].update(zip(batch["answer_keys"].tolist(), zip(*columns, strict=True), strict=True))
             self.reference = CachedReference(values)
@@ -193,7 +194,7 @@ class Ours:
         with (
             without_lora_input_casts(self.model) if torch.is_autocast_enabled(self.model.device.type) else nullcontext()
         ):
-            loss = self.method.loss(ModelStep(self.vlm, roles, self.method, self.reference)).total
+            loss = self.method.loss(ModelStep(Passes(self.vlm, [roles], self.method, self.reference))).total
             return update(self.optimizer, loss)
 
 

@@ -21,6 +21,7 @@ from vlm_unlearn.methods import METHODS, Method, Role, build_method
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.training.passes import Passes, group_micro_batches
 from vlm_unlearn.training.references import Reference
 from vlm_unlearn.training.setup import prepare_method
 from vlm_unlearn.training.step import ModelStep, count_tokens
@@ -125,9 +126,20 @@ class StepScene:
         return batches
 
     def step(
-        self, micro_batches: Sequence[Mapping[Role, Batch]], reference: Reference | None, progress: float = 0.25
+        self,
+        micro_batches: Sequence[Mapping[Role, Batch]],
+        reference: Reference | None,
+        progress: float = 0.25,
+        max_tokens: int = 0,
     ) -> StepResult:
-        """Runs the forward and backward passes of one optimizer step, a quarter through the run by default."""
+        """Runs the forward and backward passes of one optimizer step, a quarter through the run by default.
+
+        Args:
+            micro_batches: All micro-batches of the step.
+            reference: The reference model.
+            progress: The fraction of the run that is complete.
+            max_tokens: The number of tokens up to which micro-batches run together, 0 one by one.
+        """
         self.model.train()
         self.model.zero_grad()
         totals = None
@@ -136,14 +148,16 @@ class StepScene:
             totals = {key: sum(count[key] for count in counts) / len(counts) for key in counts[0]}
         terms: dict[str, float] = defaultdict(float)
         torch.manual_seed(0)  # of dropout
-        for batches in micro_batches:
-            vlm, active = VisionLanguageModel(self.model), self.method.active_roles(progress)
-            step = ModelStep(vlm, batches, self.method, reference, totals, progress, active_roles=active)
-            output = self.method.loss(step)
-            assert output.total.isfinite()
-            (output.total / len(micro_batches)).backward()
-            for name, value in output.terms.items():
-                terms[name] += value.item() / len(micro_batches)
+        vlm, active = VisionLanguageModel(self.model), self.method.active_roles(progress)
+        for group in group_micro_batches(micro_batches, max_tokens):
+            passes = Passes(vlm, group, self.method, reference, active_roles=active, max_tokens=max_tokens or None)
+            outputs = [self.method.loss(ModelStep(passes, number, totals, progress)) for number in range(len(group))]
+            total = torch.stack([output.total for output in outputs]).sum()
+            assert total.isfinite()
+            (total / len(micro_batches)).backward()
+            for output in outputs:
+                for name, value in output.terms.items():
+                    terms[name] += value.item() / len(micro_batches)
         gradients = {
             name: value.grad.clone() for name, value in self.model.named_parameters() if value.grad is not None
         }

@@ -24,6 +24,7 @@ from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.estimate import ModelSize, estimate
+from vlm_unlearn.training.passes import Passes
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
@@ -146,7 +147,7 @@ def test_packed_step_has_the_loss_and_gradients_of_separate_questions(attention:
             }
         )
         with without_cudnn_attention():
-            loss = method.loss(ModelStep(VisionLanguageModel(model), chosen, method, None)).total
+            loss = method.loss(ModelStep(Passes(VisionLanguageModel(model), [chosen], method, None))).total
             loss.backward()
         gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
         results.append((loss.detach(), {name: value.clone() for name, value in gradients.items()}))
@@ -163,7 +164,7 @@ def synchronizations(model: Any, batches: Mapping[Role, Batch]) -> int:
 
     def step() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16), without_cudnn_attention():
-            method.loss(ModelStep(VisionLanguageModel(model), batches, method, None)).total.backward()
+            method.loss(ModelStep(Passes(VisionLanguageModel(model), [batches], method, None))).total.backward()
 
     step()  # warm-up
     torch.cuda.synchronize()
@@ -205,7 +206,9 @@ def peak_memory(cuda: torch.device, hidden_size: int, layers: int, mode: str, ch
     for _ in range(2):
         with without_cudnn_attention(), without_lora_input_casts(model):
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = method.loss(ModelStep(VisionLanguageModel(model), {"forget": batch}, method, None)).total
+                loss = method.loss(
+                    ModelStep(Passes(VisionLanguageModel(model), [{"forget": batch}], method, None))
+                ).total
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -68,7 +68,7 @@ def test_a_question_shares_its_image_with_its_refusal(tiny_model: Path, training
     batches = scene.micro_batches(rows=4)[0]
     merged = merge_batches([batches["forget"], batches["preferred"]])
     assert batches["forget"]["images"].equal(batches["preferred"]["images"])
-    assert packing_of(VisionLanguageModel(scene.model), merged, scene.method) is not None
+    assert packing_of(VisionLanguageModel(scene.model), merged) is not None
 
 
 @METHODS

@@ -28,6 +28,7 @@ from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt
 from vlm_unlearn.store import digest_model
+from vlm_unlearn.training.passes import Passes
 from vlm_unlearn.training.references import FrozenCopyReference
 from vlm_unlearn.training.runner import run_recipe
 from vlm_unlearn.training.step import ModelStep
@@ -331,7 +332,7 @@ def test_step_of_method_reaches_layers_and_projector(
     training_set = UnlearningDataset.from_folder(training_sets[data])
     stream = UnlearningStream(training_set, unlearning, 2, seed=0)
     batches: Any = UnlearningCollator(loaded.processor, training_set, unlearning, LENGTH)([stream[0], stream[1]])
-    loss = unlearning.loss(ModelStep(VisionLanguageModel(model), batches, unlearning, reference)).total
+    loss = unlearning.loss(ModelStep(Passes(VisionLanguageModel(model), [batches], unlearning, reference))).total
     loss.backward()
     names = names_with_gradient(model)
     assert loss.isfinite()
@@ -381,10 +382,9 @@ def test_joined_roles_give_same_values_as_separate_roles(
     batches: Any = {role: encode_with_labels(loaded.processor, role_turns, 2048) for role, role_turns in turns.items()}
     method = build_method(MethodConfig.model_validate({"name": "rr", "layers": [0]}), 0.0)
     with torch.no_grad():
-        joined = ModelStep(VisionLanguageModel(loaded.model), batches, method, None)
+        joined = ModelStep(Passes(VisionLanguageModel(loaded.model), [batches], method, None))
         values = [(joined.nll(role), joined.hidden(role, 0), joined.cross_entropy(role)) for role in batches]
-        monkeypatch.setattr("vlm_unlearn.training.step.can_merge", lambda batches: False)
-        separate = ModelStep(VisionLanguageModel(loaded.model), batches, method, None)
+        separate = ModelStep(Passes(VisionLanguageModel(loaded.model), [batches], method, None, max_tokens=1))
         for role, (nll, hidden, cross_entropy) in zip(batches, values, strict=True):
             torch.testing.assert_close(separate.nll(role), nll, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(separate.cross_entropy(role), cross_entropy, atol=1e-4, rtol=1e-4)

@@ -28,6 +28,7 @@ from vlm_unlearn.modeling.shared_attention import (
 from vlm_unlearn.modeling.structure import NEVER_SHARED_FAMILIES, PREFIX_SHARING_FAMILIES
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.training.passes import Passes
 from vlm_unlearn.training.references import AdapterReference
 from vlm_unlearn.training.step import ModelStep
 
@@ -80,7 +81,7 @@ def step_of(
     model.zero_grad()
     if not pack:
         batches = {role: {k: v for k, v in batch.items() if k != "images"} for role, batch in batches.items()}
-    step = ModelStep(VisionLanguageModel(model), batches, method, AdapterReference())
+    step = ModelStep(Passes(VisionLanguageModel(model), [batches], method, AdapterReference()))
     loss = method.loss(step).total
     loss.backward()
     return loss.detach(), {
@@ -98,6 +99,12 @@ def step_of(
         ),
         (GroupedAttention, {"name": "npo"}, False),
         (GroupedAttention, {"name": "kl"}, True),
+        # Padding has a part in the loss.
+        *(
+            (kind, {**options, "paper_compat": True}, False)
+            for options in ({"name": "kl"}, {"name": "rmu", "layer": 0})
+            for kind in (SegmentedAttention, GroupedAttention)
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None) or (value["name"] if isinstance(value, dict) else str(value)),
 )
@@ -109,9 +116,7 @@ def test_packed_step_has_the_loss_and_gradients_of_separate_questions(
     checkpointing: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        packing_module, "describe_packed_sequence", lambda segment_ids, _device: kind.build(segment_ids)
-    )
+    monkeypatch.setattr(packing_module, "describe_packed_sequence", lambda segments, _device: kind.build(segments))
     torch.manual_seed(0)
     model = load_model(folder, "fp32")
     with torch.no_grad():  # otherwise the losses are in the thousands, with few float32 digits after the point
@@ -153,7 +158,7 @@ def test_packed_forward_runs_a_shared_image_once(folder: Path, images: list[Path
             forward(
                 VisionLanguageModel(model),
                 batch,
-                packing=packing_of(VisionLanguageModel(model), batch, method) if pack else None,
+                packing=packing_of(VisionLanguageModel(model), batch) if pack else None,
             )
     hook.remove()
     separate, packed = (rows * width for rows, width in shapes)
@@ -169,9 +174,10 @@ def test_find_packing_shares_common_prefixes_of_rows_on_one_image() -> None:
     is_token = ids != 0
     packing = find_packing(ids, is_token, torch.tensor([5, 6, 5, 6, NO_IMAGE, 5]), 9)
     assert packing is not None
-    assert packing.segment_ids.tolist() == [[0] * 10 + [1] * 3 + [2] * 3 + [3] * 2, [0] * 6 + [1, 2, 2, 3] + [0] * 8]
+    assert packing.segments.prefix.tolist() == [0] * 10 + [1] * 3 + [2] * 3 + [3] * 2
+    assert packing.segments.suffix.tolist() == [0] * 6 + [1, 2, 2, 3] + [0] * 8
     assert packing.image_rows.tolist() == [0, 1, 3, 4]
-    packed = packing.pack(ids, is_token)
+    packed = packing.pack(ids)
     assert packed.tolist() == [[1, 9, 9, 9, 9, 2, 3, 4, 6, 5, 1, 9, 4, 7, 9, 4, 1, 2]]
     assert packing.unpack(packed)[is_token].equal(ids[is_token])
 
@@ -183,28 +189,55 @@ def test_find_packing_without_shared_images_packs_only_batches_with_much_padding
     assert find_packing(ids[:2], is_token[:2], torch.tensor([5, 7]), 9) is None
 
 
-@pytest.mark.parametrize("kind", [SegmentedAttention, GroupedAttention])
-def test_packed_attention_restricts_suffixes_to_their_prefix_and_themselves(kind: type[PackedAttention]) -> None:
-    """Rows 0 and 1 share the prefix at positions 0 to 2. Their suffixes are at 3 and 4 to 5, and row 2 is at 6 to 7."""
-    ids = torch.tensor([[1, 9, 2, 3, 0], [1, 9, 2, 4, 5], [1, 8, 0, 0, 0]])
-    packing = find_packing(ids, ids != 0, torch.tensor([5, 5, NO_IMAGE]), 9)
+def test_common_start_of_all_rows_is_packed_once() -> None:
+    """It ends at the first image, and leaves a token of the shortest row."""
+    start = list(range(10, 20))
+    rows = [[*start, 9, 2, 3, 4], [*start, 9, 2, 5], [*start, 1]]
+    ids = torch.tensor([row + [0] * (14 - len(row)) for row in rows])
+    packing = find_packing(ids, ids != 0, torch.tensor([5, 7, NO_IMAGE]), 9)
     assert packing is not None
-    index = torch.arange(packing.segment_ids.shape[1])
+    assert packing.segments.prefix.tolist() == [-1] * 10 + [0] * 4 + [1] * 3 + [2]
+    assert packing.pack(ids).tolist() == [[*start, 9, 2, 3, 4, 9, 2, 5, 1]]
+    packing = find_packing(ids[:, 3:], ids[:, 3:] != 0, torch.tensor([5, 7, NO_IMAGE]), 9)
+    assert packing is not None  # because of its padding
+    assert packing.segments.prefix.tolist()[0] == 0, "seven tokens are not worth it"
+
+
+ROOT = list(range(20, 30))
+PACKED_BATCHES: dict[str, tuple[list[list[int]], list[int], list[int] | None]] = {  # rows, images, widths
+    "shared image": ([[1, 9, 2, 3], [1, 9, 2, 4, 5], [1, 8]], [5, 5, NO_IMAGE], None),
+    "root": ([[*ROOT, 9, 2, 3], [*ROOT, 9, 2, 4, 5], [*ROOT, 8]], [5, 6, NO_IMAGE], None),
+    "root and shared image": ([[*ROOT, 9, 2, 3], [*ROOT, 9, 2, 4, 5], [*ROOT, 9, 7]], [5, 5, 6], None),
+    "root only": ([[*ROOT, 8, 2, 3], [*ROOT, 4], [*ROOT, 8]], [NO_IMAGE] * 3, None),
+    "padding": ([[1, 9, 2, 3], [1, 9, 2, 4, 5, 6], [1, 9, 2, 7]], [5, 5, 6], [6, 6, 5]),
+    "root and padding": ([[*ROOT, 9, 2, 3], [*ROOT, 9, 2, 4, 5], [*ROOT, 9, 7]], [5, 5, 6], [14, 14, 13]),
+}
+
+
+@pytest.mark.parametrize("kind", [SegmentedAttention, GroupedAttention])
+@pytest.mark.parametrize("name", PACKED_BATCHES)
+def test_packed_attention_equals_that_of_each_row(kind: type[PackedAttention], name: str) -> None:
+    rows, images, widths = PACKED_BATCHES[name]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    is_token = ids != 0
+    packing = find_packing(ids, is_token, torch.tensor(images), 9, widths)
+    assert packing is not None
+    size = len(packing.segments.prefix)
+    # What each packed position attends to in its rows: the tokens up to its own position.
+    expected_mask = torch.zeros(size, size, dtype=torch.bool)
+    for row in range(len(rows)):
+        for position in packing.is_packed[row].nonzero()[:, 0].tolist():
+            tokens = [key for key in range(position + 1) if is_token[row, key]]
+            expected_mask[packing.packed_index[row, position], packing.packed_index[row, tokens]] = True
+    index = torch.arange(size)
     mask = packing.block_mask().mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index)
-    assert [row.nonzero()[:, 0].tolist() for row in mask] == [
-        [0],
-        [0, 1],
-        [0, 1, 2],
-        [0, 1, 2, 3],
-        [0, 1, 2, 4],
-        [0, 1, 2, 4, 5],
-        [6],
-        [6, 7],
-    ]
-    inputs = torch.randn(3, 1, 2, len(index), 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert mask.equal(expected_mask)
+
+    inputs = torch.randn(3, 1, 2, size, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     query, key, value = inputs
-    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
-    packed = kind.build(packing.segment_ids).to(torch.device("cpu"))
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=expected_mask).transpose(1, 2)
+    packed = kind.build(packing.segments).to(torch.device("cpu"))
     attended, _ = shared_attention(nn.Module(), query, key, value, None, packed_attention=packed)
     torch.testing.assert_close(attended, expected)
     weights = torch.randn(attended.shape, generator=torch.Generator().manual_seed(1))
@@ -219,29 +252,24 @@ def test_packed_attention_restricts_suffixes_to_their_prefix_and_themselves(kind
     assert grouped.equal(repeated)
 
 
-def test_unsupported_attention_or_method_gives_the_reason(folder: Path) -> None:
-    npo, kl = (
-        build_method(MethodConfig.model_validate({"name": name, "paper_compat": True}), 0.5) for name in ("npo", "kl")
-    )
-    skeleton = model_skeleton(folder)
-    assert prefix_sharing_unsupported_reason(VisionLanguageModel(skeleton), npo, "sdpa") is None
+def test_unsupported_attention_gives_the_reason(folder: Path) -> None:
+    skeleton = VisionLanguageModel(model_skeleton(folder))
+    assert prefix_sharing_unsupported_reason(skeleton, "sdpa") is None
     for attention in ("eager", "flash_attention_2"):
-        assert attention in str(prefix_sharing_unsupported_reason(VisionLanguageModel(skeleton), npo, attention))
-    assert "paper_compat" in str(prefix_sharing_unsupported_reason(VisionLanguageModel(skeleton), kl, "sdpa"))
+        assert attention in str(prefix_sharing_unsupported_reason(skeleton, attention))
 
 
 def test_batch_longer_than_the_sliding_window_is_not_packed(folder: Path, images: list[Path]) -> None:
     method = build_method(MethodConfig.model_validate({"name": "gd"}), 0.0)
     model, batch = load_model(folder, "fp32"), batches(load_processor(folder), images, method)["retain"]
-    assert packing_of(VisionLanguageModel(model), batch, method) is not None
+    assert packing_of(VisionLanguageModel(model), batch) is not None
     model.config.get_text_config().sliding_window = batch["input_ids"].shape[1] - 1
-    assert packing_of(VisionLanguageModel(model), batch, method) is None
+    assert packing_of(VisionLanguageModel(model), batch) is None
 
 
 @pytest.mark.parametrize("family", sorted(NEVER_SHARED_FAMILIES))
 def test_family_that_cannot_share_gives_the_reason(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    method = build_method(MethodConfig.model_validate({"name": "npo"}), 0.0)
     skeleton = VisionLanguageModel(model_skeleton(families.shared_folder(family, tmp_path_factory)))
-    reason = str(prefix_sharing_unsupported_reason(skeleton, method, "sdpa"))
+    reason = str(prefix_sharing_unsupported_reason(skeleton, "sdpa"))
     assert family in reason
     assert NEVER_SHARED_FAMILIES[family] in reason

@@ -24,6 +24,7 @@ from vlm_unlearn.methods.wrappers import DEFENSES, Defense, build_defenses
 from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.training.defended_step import DefendedStep, StepContext
+from vlm_unlearn.training.passes import Passes
 from vlm_unlearn.training.plan import plan, recipe_name
 from vlm_unlearn.training.references import FrozenCopyReference, Reference
 from vlm_unlearn.training.runner import run_recipe
@@ -63,7 +64,7 @@ class DefendedScene(StepScene):
             vlm=vlm,
             parameters=self.trainable_parameters(),
             build_step=lambda batches, roles: ModelStep(
-                vlm, batches, self.method, reference, totals, progress=0.25, active_roles=roles
+                Passes(vlm, [batches], self.method, reference, active_roles=roles), 0, totals, progress=0.25
             ),
             loss=self.method.loss,
             autocast=nullcontext,

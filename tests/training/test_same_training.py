@@ -47,14 +47,16 @@ def log_lines(run: Path) -> list[dict[str, float]]:
 class CurrentModel:
     """Uses the model in training, whose values differ from those of the reference model."""
 
+    is_cached = False
+
     def outputs(self, _model: nn.Module, _batches: object, run: Callable[[], Outputs]) -> Outputs:
         return run()
 
 
 def reference_output(reference: Reference, scene: StepScene, batch: Batch) -> ForwardOutput:
     output = reference.outputs(
-        scene.model, {"retain": batch}, lambda: {"retain": forward(VisionLanguageModel(scene.model), batch)}
-    )["retain"]
+        scene.model, {(0, "retain"): batch}, lambda: {(0, "retain"): forward(VisionLanguageModel(scene.model), batch)}
+    )[0, "retain"]
     assert isinstance(output, ForwardOutput)
     return output
 

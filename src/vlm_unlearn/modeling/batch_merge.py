@@ -14,9 +14,9 @@ from vlm_unlearn.losses import IGNORED
 NON_MODEL_KEYS = ("labels", "images", "answer_keys")  # the model's forward takes none of them
 
 
-def can_merge(batches: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Returns whether all batches have the same model inputs, for example images in all of them or in none."""
-    return len({frozenset(batch.keys() - set(NON_MODEL_KEYS)) for batch in batches}) == 1
+def input_names(batch: Mapping[str, Tensor]) -> frozenset[str]:
+    """Returns the names of the model's inputs in a batch. Batches with the same names can be merged."""
+    return frozenset(batch.keys() - set(NON_MODEL_KEYS))
 
 
 def merge_batches(batches: Sequence[Mapping[str, Tensor]]) -> Batch:

@@ -1,4 +1,4 @@
-"""Attention over a packed sequence: each suffix attends to its prefix and causally to itself, not to other suffixes.
+"""Attention over a packed sequence: each suffix attends to what precedes it in its row, not to other suffixes.
 
 It is registered with transformers as an attention implementation. If `packed_attention` is None, it calls ``sdpa``.
 There are two ways to compute it, with equal results up to rounding:
@@ -28,20 +28,41 @@ ATTENTION_IMPLEMENTATION = "shared_image"  # the name under which transformers f
 WIDTH_MULTIPLE = 8  # GPU kernels copy a mask whose width is not a multiple of this
 
 
-class PackedAttention(ABC):
-    """A packed sequence of N positions with G prefixes. A question that shares nothing is a prefix without suffixes.
+@dataclass(frozen=True)
+class Segments:
+    """The segments of a packed sequence of N positions: the root, and G prefixes, each followed by its suffixes.
 
-    Its subclasses are data classes whose fields are tensors, which `to` moves.
+    A row of the unpacked batch is the root, a prefix and possibly one of its suffixes. A row that shares nothing is a
+    prefix.
+    """
+
+    prefix: Tensor  # [N] the number of the prefix, 0, 1, ... in this order, or -1 within the root, which comes first
+    suffix: Tensor  # [N] 0 within the root or a prefix, or 1, 2, ... within the suffixes of a prefix
+    is_padding: Tensor  # [N] bool, padding whose outputs are used. Nothing attends to it. Only suffixes end with it.
+
+    @property
+    def root_length(self) -> int:
+        """The number of positions of the root."""
+        return int((self.prefix < 0).sum())
+
+    def to(self, device: torch.device) -> Segments:
+        """Returns a copy on a device."""
+        return Segments(self.prefix.to(device), self.suffix.to(device), self.is_padding.to(device))
+
+
+class PackedAttention(ABC):
+    """The attention of a packed sequence of N positions with G prefixes.
+
+    Its subclasses are data classes whose tensors `to` moves.
     """
 
     @classmethod
     @abstractmethod
-    def build(cls, segment_ids: Tensor) -> Self:
+    def build(cls, segments: Segments) -> Self:
         """Describes a packed sequence.
 
         Args:
-            segment_ids: [2, N] on the CPU, the number of the prefix (0, 1, ... in this order), and 0 within the prefix
-                or 1, 2, ... within its suffixes. Each prefix is followed by its suffixes.
+            segments: Its segments, on the CPU.
         """
 
     @abstractmethod
@@ -64,47 +85,56 @@ class PackedAttention(ABC):
 
     def to(self, device: torch.device) -> Self:
         """Returns a copy on a device."""
-        return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        return type(self)(
+            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        )
 
 
 @dataclass(frozen=True)
 class SegmentedAttention(PackedAttention):
-    """One call for all prefixes, padded to S positions, and one for all R suffixes, padded to T positions."""
+    """One call for all prefixes with the root, padded to S positions, and one for all R suffixes, padded to T."""
 
-    prefixes: Tensor  # [G, S] indices into the packed sequence
+    prefixes: Tensor  # [G, S] indices into the packed sequence, those of the root in each row
     suffixes: Tensor  # [R, T] indices into the packed sequence
     prefix_of_suffix: Tensor  # [R] the number of each suffix's prefix
     attention_mask: Tensor  # [R, 1, T, S + T] bool, where a suffix attends: S positions of its prefix, T of itself
     inverse_index: Tensor  # [N] the index of each position in the concatenation of prefixes and suffixes, flattened
 
     @classmethod
-    def build(cls, segment_ids: Tensor) -> Self:
-        prefix, suffix = segment_ids.unbind()
+    def build(cls, segments: Segments) -> Self:
+        root_length = segments.root_length
+        prefix, suffix = segments.prefix[root_length:], segments.suffix[root_length:]
         is_start = torch.ones_like(suffix, dtype=torch.bool)
-        is_start[1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]).any(dim=0)
+        is_start[1:] = (prefix[1:] != prefix[:-1]) | (suffix[1:] != suffix[:-1])
         starts = is_start.nonzero()[:, 0]
         lengths = starts.diff(append=starts.new_tensor([len(suffix)])).tolist()
         is_suffix = suffix[starts] > 0
-        segments = list(zip(torch.split(torch.arange(len(suffix)), lengths), is_suffix.tolist(), strict=True))
+        root, rest = torch.arange(root_length), torch.arange(root_length, root_length + len(suffix))
+        parts = list(zip(torch.split(rest, lengths), is_suffix.tolist(), strict=True))
         prefixes = pad_sequence(
-            [indices for indices, of_suffix in segments if not of_suffix], batch_first=True, padding_value=-1
+            [torch.cat([root, indices]) for indices, of_suffix in parts if not of_suffix],
+            batch_first=True,
+            padding_value=-1,
         )
-        suffix_list = [indices for indices, of_suffix in segments if of_suffix]
+        suffix_list = [indices for indices, of_suffix in parts if of_suffix]
         suffixes = (
             pad_sequence(suffix_list, batch_first=True, padding_value=-1) if suffix_list else prefixes.new_zeros(0, 0)
         )
         prefix_of_suffix = prefix[starts[is_suffix]]
         suffix_length = suffixes.shape[1]
         prefix_mask = (prefixes >= 0)[prefix_of_suffix][:, None, :].expand(-1, suffix_length, -1)
-        causal_mask = torch.ones(suffix_length, suffix_length, dtype=torch.bool).tril().expand(len(suffixes), -1, -1)
+        causal_mask = torch.ones(suffix_length, suffix_length, dtype=torch.bool).tril()
+        # Padding after a suffix attends to the suffix itself, so that its outputs are numbers. Nobody reads them.
+        is_key = ~segments.is_padding[suffixes.clamp(min=0)] | (suffixes < 0)
         concatenated = torch.cat([prefixes.flatten(), suffixes.flatten()])
-        inverse_index = torch.empty_like(suffix)
+        inverse_index = torch.empty_like(segments.suffix)
         inverse_index[concatenated[concatenated >= 0]] = (concatenated >= 0).nonzero()[:, 0]
+        inverse_index[:root_length] = root  # of the first row, since all rows contain the root
         return cls(
             prefixes=prefixes.clamp(min=0),
             suffixes=suffixes.clamp(min=0),
             prefix_of_suffix=prefix_of_suffix,
-            attention_mask=torch.cat([prefix_mask, causal_mask], dim=2)[:, None],
+            attention_mask=torch.cat([prefix_mask, causal_mask & is_key[:, None, :]], dim=2)[:, None],
             inverse_index=inverse_index,
         )
 
@@ -135,34 +165,42 @@ class SegmentedAttention(PackedAttention):
 
 @dataclass(frozen=True)
 class GroupedAttention(PackedAttention):
-    """One call in which each prefix with its suffixes is a row, padded to L positions."""
+    """One call in which the root and each prefix with its suffixes are a row, padded to L positions."""
 
     rows: Tensor  # [G, L] indices into the packed sequence. Padding points to the positions after the row.
     attention_mask: Tensor  # [G, 1, L, L] bool, the positions that each position attends to
     inverse_index: Tensor  # [N] the index of each position in the flattened rows
+    root_length: int
 
     @classmethod
-    def build(cls, segment_ids: Tensor) -> Self:
-        prefix, suffix = segment_ids.unbind()
+    def build(cls, segments: Segments) -> Self:
+        root_length = segments.root_length
+        prefix, suffix = segments.prefix[root_length:], segments.suffix[root_length:]
         counts = prefix.bincount()
         starts = counts.cumsum(dim=0) - counts
-        size = len(prefix)
-        offsets = torch.arange(size) - starts[prefix]  # the position of each token in its row
-        row_length = -(-int(counts.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        segments = torch.full((len(counts), row_length), -1)  # [G, L] like `suffix`, -1 on padding
-        segments[prefix, offsets] = suffix
-        is_visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        offsets = root_length + torch.arange(len(prefix)) - starts[prefix]  # the position of each token in its row
+        row_length = -(-(root_length + int(counts.max())) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        suffixes = torch.full((len(counts), row_length), -1)  # [G, L] like `suffix`, -1 on padding
+        suffixes[:, :root_length] = 0
+        suffixes[prefix, offsets] = suffix
+        is_key = torch.ones(len(counts), row_length, dtype=torch.bool)
+        is_key[prefix, offsets] = ~segments.is_padding[root_length:]
+        is_visible = (suffixes[:, None, :] == 0) | (suffixes[:, None, :] == suffixes[:, :, None])
+        causal_mask = torch.ones(row_length, row_length, dtype=torch.bool).tril()
+        rows = (starts[:, None] + torch.arange(row_length)) % (root_length + len(prefix))
+        rows[:, :root_length] = torch.arange(root_length)
         return cls(
-            rows=(starts[:, None] + torch.arange(row_length)) % size,
-            attention_mask=(is_visible & torch.ones(row_length, row_length, dtype=torch.bool).tril())[:, None],
-            inverse_index=prefix * row_length + offsets,
+            rows=rows,
+            attention_mask=(is_visible & causal_mask & is_key[:, None, :])[:, None],
+            inverse_index=torch.cat([torch.arange(root_length), prefix * row_length + offsets]),
+            root_length=root_length,
         )
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, queries_per_key: int, dropout: float, scaling: float | None
     ) -> Tensor:
         queries, keys, values = (
-            _ToRows.apply(tensor, self.rows, self.inverse_index).transpose(1, 2)  # type: ignore[no-untyped-call]
+            _ToRows.apply(tensor, self.rows, self.inverse_index, self.root_length).transpose(1, 2)  # type: ignore[no-untyped-call]
             for tensor in (query, key, value)
         )
         attended = F.scaled_dot_product_attention(
@@ -184,14 +222,18 @@ class _ToRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, positions: Tensor, rows: Tensor, inverse_index: Tensor) -> Tensor:
+    def forward(ctx: Any, positions: Tensor, rows: Tensor, inverse_index: Tensor, root_length: int) -> Tensor:
         ctx.save_for_backward(inverse_index)
+        ctx.root_length = root_length
         return positions.index_select(0, rows.flatten()).view(*rows.shape, *positions.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_index,) = ctx.saved_tensors
-        return gradients[0].flatten(0, 1).index_select(0, inverse_index), None, None
+        gradient = gradients[0].flatten(0, 1).index_select(0, inverse_index)
+        if ctx.root_length:  # all rows start with the root
+            gradient[: ctx.root_length] = gradients[0][:, : ctx.root_length].sum(dim=0)
+        return gradient, None, None, None
 
 
 class _FromRows(torch.autograd.Function):
@@ -211,10 +253,10 @@ class _FromRows(torch.autograd.Function):
         return gradient, None
 
 
-def describe_packed_sequence(segment_ids: Tensor, device: torch.device) -> PackedAttention:
+def describe_packed_sequence(segments: Segments, device: torch.device) -> PackedAttention:
     """Returns the description of a packed sequence for the kind of attention that is faster on a device."""
     kind: type[PackedAttention] = SegmentedAttention if device.type == "cpu" else GroupedAttention
-    return kind.build(segment_ids).to(device)
+    return kind.build(segments).to(device)
 
 
 def shared_attention(

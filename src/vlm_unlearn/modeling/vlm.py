@@ -222,8 +222,42 @@ class VisionLanguageModel:
             cleanup.callback(self.base_model.get_output_embeddings().register_forward_pre_hook(select).remove)
             if stop_after_last_hidden_layer:
                 cleanup.enter_context(self.truncated_decoder(max(hidden_layers) + 1))
+            elif len(self.decoder_layers) - 1 not in hidden_layers:
+                cleanup.enter_context(self._selected_positions_of_last_layer(positions))
             logits: Tensor = (self.model if wrapped is None else wrapped)(**inputs, use_cache=False).logits[0]
         return logits, hidden
+
+    @contextmanager
+    def _selected_positions_of_last_layer(self, positions: Tensor) -> Iterator[None]:
+        """Runs the output projection of attention and the feed-forward block of the last layer on some positions only.
+
+        Nothing reads the outputs of the layer at other positions: they are those of the layer without these blocks.
+        With gradient checkpointing the layer runs again in the backward pass, after the block, so that nothing changes.
+
+        Args:
+            positions: [N], the positions of the flattened batch whose outputs are used.
+        """
+        layer: Any = self.decoder_layers[-1]
+        attention, feed_forward = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        blocks = [getattr(attention, "o_proj", None), feed_forward if hasattr(feed_forward, "down_proj") else None]
+        shapes: list[torch.Size] = []
+
+        def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            shapes.append(inputs[0].shape)
+            return (inputs[0].flatten(0, 1)[positions][None],)
+
+        def scatter(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            rows, width, _ = shapes.pop()
+            zeros = output.new_zeros(rows * width, output.shape[-1])
+            return zeros.index_copy(0, positions, output[0]).view(rows, width, -1)
+
+        with ExitStack() as cleanup:
+            if len(positions) and not getattr(layer, "gradient_checkpointing", False):
+                for block in blocks:
+                    if isinstance(block, nn.Module):
+                        cleanup.callback(block.register_forward_pre_hook(select).remove)
+                        cleanup.callback(block.register_forward_hook(scatter).remove)
+            yield
 
     @contextmanager
     def shifted_layers(self, shifts: Mapping[int, Tensor]) -> Iterator[None]:

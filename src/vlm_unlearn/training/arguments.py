@@ -18,6 +18,7 @@ REFERENCES = ("auto", "cache", "adapter", "copy")
 FEATURE_CACHES = ("memory", "disk", "off")
 
 
+AUTO_TOKENS_PER_PASS = {"cpu": 1024, "cuda": 4096}
 UNLIMITED = 2**31 - 1  # tokens of a sample
 
 
@@ -78,6 +79,14 @@ class UnlearningConfig(TrainingArguments):
         metadata={"help": "Where the features of a frozen vision tower are cached: `memory`, `disk` or `off`."},
     )
     feature_cache_gb: float = field(default=4, metadata={"help": "Maximum size of the feature cache in GB."})
+    tokens_per_pass: str | int = field(
+        default="auto",
+        metadata={
+            "help": "Number of tokens up to which the micro-batches of an optimizer step run at once. The result is "
+            "that of the micro-batches one by one. A larger number needs more memory. 0 runs them one by one, and "
+            "`auto` chooses by the device."
+        },
+    )
     max_length: int | None = field(
         default=2048,
         metadata={
@@ -109,6 +118,13 @@ class UnlearningConfig(TrainingArguments):
         for name, values in (("reference", REFERENCES), ("feature_cache", FEATURE_CACHES)):
             if getattr(self, name) not in values:
                 raise UserError(f"must be one of {', '.join(values)}", code="invalid-field", field=name)
+        if self.tokens_per_pass != "auto":
+            try:
+                self.tokens_per_pass = int(self.tokens_per_pass)
+            except ValueError:
+                self.tokens_per_pass = -1
+            if self.tokens_per_pass < 0:
+                raise UserError("must be auto or a number of tokens", code="invalid-field", field="tokens_per_pass")
         if not math.isfinite(self.prompt_decouple_weight) or self.prompt_decouple_weight < 0:
             raise UserError("must be at least 0", code="invalid-field", field="prompt_decouple_weight")
         self.build_method()
@@ -123,6 +139,12 @@ class UnlearningConfig(TrainingArguments):
         """Returns new objects of the defenses."""
         configs = [DefenseConfig.model_validate(item) for item in DefenseConfig.expanded(self.defense)]
         return build_defenses(configs)
+
+    def resolved_tokens_per_pass(self) -> int:
+        """Returns the number of tokens that `tokens_per_pass` stands for."""
+        if self.tokens_per_pass == "auto":
+            return AUTO_TOKENS_PER_PASS.get(self.device.type, AUTO_TOKENS_PER_PASS["cpu"])
+        return int(self.tokens_per_pass)
 
     @property
     def precision(self) -> str:

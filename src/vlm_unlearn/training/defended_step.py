@@ -25,9 +25,8 @@ from vlm_unlearn.losses import IGNORED
 from vlm_unlearn.methods import LossOutput, Role
 from vlm_unlearn.methods.wrappers import FORGET_ROLES, Defense, Weights
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.training.passes import MicroBatch
 from vlm_unlearn.training.step import ModelStep
-
-MicroBatch = Mapping[Role, Batch]
 
 
 def validate_engine(sharded: bool) -> None:
@@ -234,7 +233,7 @@ class _MicroBatchLatents:
     def __init__(self, context: StepContext, batches: MicroBatch) -> None:
         self._context = context
         self._batches = batches
-        self._rows = context.build_step(batches, FORGET_ROLES).merged_inputs()
+        self._rows = context.build_step(batches, FORGET_ROLES).passes.merged_inputs()
 
     def mask(self) -> Tensor:
         tokens = self._rows["attention_mask"].bool()

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from vlm_unlearn.data.encoding import Batch, move
+from vlm_unlearn.data.encoding import move
 from vlm_unlearn.data.pixels import DECODER_VERSION
 from vlm_unlearn.errors import RunError, UserError
 from vlm_unlearn.methods import LossOutput, Role, TokenKind
 from vlm_unlearn.modeling.adapters import sort_adapter_config
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import cached_vision_features
+from vlm_unlearn.modeling.fused_layers import fused_layers
 from vlm_unlearn.modeling.loader import build_skeleton
 from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.modeling.sine import merge_sine
@@ -50,6 +51,7 @@ from vlm_unlearn.training.defended_step import (
     validate_engine,
     validate_sum_of_terms,
 )
+from vlm_unlearn.training.passes import MicroBatch, Passes, group_micro_batches
 from vlm_unlearn.training.published_order import repeat_scheduler_steps
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference, build_reference
 from vlm_unlearn.training.references import Reference
@@ -113,7 +115,8 @@ class MethodTrainer(Trainer):
         self._reference: Reference | None = None
         self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
         self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
-        self._step_batches: Sequence[Mapping[Role, Batch]] = ()  # of the current optimizer step
+        self._step_batches: Sequence[MicroBatch] = ()  # of the current optimizer step
+        self._max_tokens = parts.args.resolved_tokens_per_pass()
         self._loss_is_validated = False  # as a sum of terms, which defenses need
         if self.defenses:
             validate_engine(self.sharded)
@@ -145,6 +148,7 @@ class MethodTrainer(Trainer):
             cached_vision_features(self.vlm.vision_tower, limit, self._feature_cache_folder())
             if uses_cache
             else nullcontext(),
+            fused_layers(self.vlm.decoder_layers),
         ):
             self._reference = self._reference or build_reference(
                 self._parts, self.accelerator.autocast, self._cache_keys, self._on_reference
@@ -224,7 +228,11 @@ class MethodTrainer(Trainer):
         return dict(broadcast_object_list(rates)[0])
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        """Returns the micro-batches of an optimizer step, and counts their tokens over all processes."""
+        """Returns the micro-batches of an optimizer step in groups that run together, and counts their tokens.
+
+        The tokens are those of all processes. The Trainer expects as many entries as there are micro-batches, so that
+        empty groups, which `training_step` skips, are in front.
+        """
         batches, _ = super().get_batch_samples(_raise_worker_errors(epoch_iterator), num_batches, device)
         self._token_totals = None
         self._step_batches = batches
@@ -238,40 +246,58 @@ class MethodTrainer(Trainer):
             self._token_totals = {
                 key: total / micro_batches for key, total in zip(counts[0], totals.tolist(), strict=True)
             }
-        return batches, None
+        # Engines that shard parameters need the same number of forward passes in all processes.
+        runs_alone = self.sharded or self._overrides_gradients
+        groups = group_micro_batches(batches, 0 if runs_alone else self._max_tokens)
+        return [[]] * (len(batches) - len(groups)) + groups, None
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Mapping[Role, Batch],
+        inputs: Sequence[MicroBatch] | MicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the method's loss of one micro-batch and records its terms for the log.
+        """Returns the sum of the method's losses of some micro-batches and records their terms for the log.
 
         Raises:
-            RunError: The loss is NaN or infinite.
+            RunError: A loss is NaN or infinite.
         """
-        step = self._build_step(inputs, None, model)
-        output = self.method.loss(step)
-        self._record(output)
-        total = (
-            output.total + step.zero_loss_over_all_logits() if self.method.requirements.hidden_layers else output.total
-        )
+        micro_batches = [inputs] if isinstance(inputs, Mapping) else inputs
+        total = torch.zeros((), device=self.args.device)
+        for step in self._build_steps(micro_batches, None, model):
+            output = self.method.loss(step)
+            self._record(output)
+            total = total + output.total
+            if self.method.requirements.hidden_layers:
+                total = total + step.zero_loss_over_all_logits()
         return (total, {}) if return_outputs else total
 
-    def _build_step(
-        self, inputs: Mapping[Role, Batch], active_roles: Collection[Role] | None, wrapped: nn.Module | None
-    ) -> ModelStep:
-        """Returns the values of a micro-batch for a loss. See `ModelStep`."""
+    def _build_steps(
+        self, micro_batches: Sequence[MicroBatch], active_roles: Collection[Role] | None, wrapped: nn.Module | None
+    ) -> list[ModelStep]:
+        """Returns the values of each micro-batch for a loss. All of them run together. See `Passes`."""
         dtype = self.vlm.base_model.dtype
-        batches = {role: move(batch, self.args.device, dtype) for role, batch in inputs.items()}
         progress = self.state.global_step / max(1, self.state.max_steps)
         roles = self.method.active_roles(progress)
-        active_roles = roles if active_roles is None else [role for role in roles if role in active_roles]
-        return ModelStep(
-            self.vlm, batches, self.method, self._reference, self._token_totals, progress, wrapped, active_roles
+        passes = Passes(
+            self.vlm,
+            [
+                {role: move(batch, self.args.device, dtype) for role, batch in batches.items()}
+                for batches in micro_batches
+            ],
+            self.method,
+            self._reference,
+            wrapped=wrapped,
+            active_roles=[role for role in roles if active_roles is None or role in active_roles],
+            max_tokens=None if self._overrides_gradients else self._max_tokens,
         )
+        return [ModelStep(passes, number, self._token_totals, progress) for number in range(len(micro_batches))]
+
+    @property
+    def _overrides_gradients(self) -> bool:
+        """Whether a defense computes the gradients of a step, which needs its micro-batches one by one."""
+        return any(item.overrides("forget_gradient") or item.overrides("latent_shifts") for item in self.defenses)
 
     def _record(self, output: LossOutput) -> None:
         """Records the loss terms of a micro-batch for the log.
@@ -289,13 +315,13 @@ class MethodTrainer(Trainer):
             self._loss_terms.setdefault(name, []).append(value.item())
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs forward and backward pass of a micro-batch and returns its loss. An empty batch changes nothing."""
+        """Runs forward and backward passes of some micro-batches and returns their loss, 0 if there are none."""
         batch = args[0] if args else kwargs["inputs"]
         if not batch:
             return torch.zeros((), device=self.args.device)
         casts_inputs = self.accelerator.native_amp  # autocast
         with without_cudnn_attention(), without_lora_input_casts(self.model) if casts_inputs else nullcontext():
-            if any(item.overrides("forget_gradient") or item.overrides("latent_shifts") for item in self.defenses):
+            if self._overrides_gradients:
                 return self._defended_training_step(model)
             loss: Tensor = super().training_step(model, *args, **kwargs)
         return loss
@@ -311,7 +337,7 @@ class MethodTrainer(Trainer):
         context = StepContext(
             vlm=self.vlm,
             parameters=self._trainable,
-            build_step=lambda batches, roles: self._build_step(batches, roles, None),
+            build_step=lambda batches, roles: self._build_steps([batches], roles, None)[0],
             loss=self.method.loss,
             autocast=self.compute_loss_context_manager,
             backward=self.accelerator.backward,

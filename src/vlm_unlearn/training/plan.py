@@ -144,7 +144,7 @@ def plan(recipe: Recipe) -> Plan:
         model_digest=digest_model(model_path),
         data_digest=training_set.fingerprint(),
         trainable=trainable_table(skeleton),
-        prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, skeleton),
+        prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, skeleton),
     )
 
 
@@ -157,10 +157,10 @@ def training_threads(trainable: list[tuple[str, int, int]]) -> int | None:
     return None if torch.cuda.is_available() else cpu_threads(sum(total for _, _, total in trainable))
 
 
-def sharing_unsupported_reason(recipe: Recipe, method: Method, skeleton: VisionLanguageModel) -> str | None:
+def sharing_unsupported_reason(recipe: Recipe, skeleton: VisionLanguageModel) -> str | None:
     """Returns why questions on one image will not share it, or None if they will."""
     attention = recipe.training.attn_implementation
-    return prefix_sharing_unsupported_reason(skeleton, method, "sdpa" if attention == "auto" else attention)
+    return prefix_sharing_unsupported_reason(skeleton, "sdpa" if attention == "auto" else attention)
 
 
 def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:

@@ -112,7 +112,7 @@ def preview(recipe: Recipe) -> Preview:
         tokens_per_sample={role: round(value, 1) for role, value in tokens.items()},
         tokens=int(steps * samples_per_step * sum(tokens.values())),
         memory=memory,
-        prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, method, prepared),
+        prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, prepared),
     )
 
 

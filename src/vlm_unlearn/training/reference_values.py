@@ -83,8 +83,7 @@ def _nll_of_role(
     def compute(batch_examples: Sequence[Example]) -> list[NLL]:
         batch = move(parts.collator.encode(role, batch_examples), args.device, dtype)
         with torch.no_grad(), without_cudnn_attention(), autocast():
-            packing = packing_of(vlm, batch, parts.method)
-            output = forward(vlm, batch, packing=packing)
+            output = forward(vlm, batch, packing=packing_of(vlm, batch))
         nll_sum, tokens = output.answer_nll
         return list(zip(nll_sum.tolist(), tokens.tolist(), strict=True))
 

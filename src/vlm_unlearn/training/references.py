@@ -38,18 +38,21 @@ class CachedOutput:
     answer_nll: tuple[Tensor, Tensor]
 
 
-Outputs = Mapping[Role, ForwardOutput | CachedOutput]
+BatchKey = tuple[int, Role]  # the number of a micro-batch, and the role of one of its batches
+Outputs = Mapping[BatchKey, ForwardOutput | CachedOutput]
 
 
 class Reference(Protocol):
     """Gives the outputs of the reference model."""
 
-    def outputs(self, model: nn.Module, batches: Mapping[Role, Batch], run: Callable[[], Outputs]) -> Outputs:
-        """Returns the reference model's output for the batch of each role, without gradient and without dropout.
+    is_cached: bool  # whether the outputs need no forward pass
+
+    def outputs(self, model: nn.Module, batches: Mapping[BatchKey, Batch], run: Callable[[], Outputs]) -> Outputs:
+        """Returns the reference model's output for each batch, without gradient and without dropout.
 
         Args:
             model: The model in training, without the wrapper of DDP, FSDP or DeepSpeed.
-            batches: The batches of the roles that `run` computes.
+            batches: The batches that `run` computes.
             run: Runs the batches through `model`.
         """
 
@@ -94,24 +97,28 @@ class CachedReference:
         values: The values of each role, by `answer_key`.
     """
 
+    is_cached = True
+
     def __init__(self, values: Mapping[Role, Mapping[int, NLL]]) -> None:
         self._values = values
 
-    def outputs(self, _model: nn.Module, batches: Mapping[Role, Batch], _run: Callable[[], Outputs]) -> Outputs:
+    def outputs(self, _model: nn.Module, batches: Mapping[BatchKey, Batch], _run: Callable[[], Outputs]) -> Outputs:
         outputs = {}
-        for role, values in self._values.items():
-            if role in batches:
-                rows = [values[key] for key in batches[role]["answer_keys"].tolist()]
-                device = batches[role]["input_ids"].device
+        for (number, role), batch in batches.items():
+            if role in self._values:
+                rows = [self._values[role][key] for key in batch["answer_keys"].tolist()]
+                device = batch["input_ids"].device
                 nll_sum, tokens = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
-                outputs[role] = CachedOutput((nll_sum, tokens))
+                outputs[number, role] = CachedOutput((nll_sum, tokens))
         return outputs
 
 
 class AdapterReference:
     """Uses the model in training with its adapters disabled."""
 
-    def outputs(self, model: Any, _batches: Mapping[Role, Batch], run: Callable[[], Outputs]) -> Outputs:
+    is_cached = False
+
+    def outputs(self, model: Any, _batches: Mapping[BatchKey, Batch], run: Callable[[], Outputs]) -> Outputs:
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         with _eval_without_grad(model):
             try:
@@ -133,13 +140,15 @@ class FrozenCopyReference:
         model: The model before training and before any wrapper. Its trainable parameters are copied.
     """
 
+    is_cached = False
+
     def __init__(self, model: nn.Module) -> None:
         self._frozen_copies = {
             name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad
         }
         self._sharded = False
 
-    def outputs(self, model: nn.Module, _batches: Mapping[Role, Batch], run: Callable[[], Outputs]) -> Outputs:
+    def outputs(self, model: nn.Module, _batches: Mapping[BatchKey, Batch], run: Callable[[], Outputs]) -> Outputs:
         trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self._sharded:
             self._frozen_copies = {
