@@ -16,6 +16,7 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
 from vlm_unlearn.modeling.forward import forward
+from vlm_unlearn.modeling.lora_forward import fast_lora
 from vlm_unlearn.modeling.packing import packing_of
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
@@ -190,9 +191,8 @@ class Ours:
         roles: Any = {role: batches[role] for role in self.method.requirements.roles}
         if self.method.append_answer_to_prompt:
             roles["forget"] = {name: value for name, value in roles["forget"].items() if name != "labels"}
-        with (
-            without_lora_input_casts(self.model) if torch.is_autocast_enabled(self.model.device.type) else nullcontext()
-        ):
+        autocast = torch.is_autocast_enabled(self.model.device.type)
+        with fast_lora(self.model), without_lora_input_casts(self.model) if autocast else nullcontext():
             loss = self.method.loss(ModelStep(self.vlm, roles, self.method, self.reference)).total
             return update(self.optimizer, loss)
 
