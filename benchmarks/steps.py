@@ -16,9 +16,12 @@ from vlm_unlearn.config import MethodConfig, TrainableConfig
 from vlm_unlearn.methods import Method, build_method
 from vlm_unlearn.modeling.features import FeatureCache, cache_vision_features
 from vlm_unlearn.modeling.forward import forward
+from vlm_unlearn.modeling.fused_layers import fused_layers
+from vlm_unlearn.modeling.lora_forward import fast_lora
 from vlm_unlearn.modeling.packing import packing_of
 from vlm_unlearn.modeling.trainable import prepare_trainable, without_lora_input_casts
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.training.arguments import UNLIMITED
 from vlm_unlearn.training.passes import Passes
 from vlm_unlearn.training.references import NLL, AdapterReference, CachedReference, Reference
 from vlm_unlearn.training.step import ModelStep
@@ -191,10 +194,14 @@ class Ours:
         roles: Any = {role: batches[role] for role in self.method.requirements.roles}
         if self.method.append_answer_to_prompt:
             roles["forget"] = {name: value for name, value in roles["forget"].items() if name != "labels"}
+        autocast = torch.is_autocast_enabled(self.model.device.type)
         with (
-            without_lora_input_casts(self.model) if torch.is_autocast_enabled(self.model.device.type) else nullcontext()
+            fast_lora(self.model),
+            fused_layers(self.vlm.decoder_layers),
+            without_lora_input_casts(self.model) if autocast else nullcontext(),
         ):
-            loss = self.method.loss(ModelStep(Passes(self.vlm, [roles], self.method, self.reference))).total
+            passes = Passes(self.vlm, [roles], self.method, self.reference, max_tokens=UNLIMITED)
+            loss = self.method.loss(ModelStep(passes)).total
             return update(self.optimizer, loss)
 
 

@@ -113,7 +113,7 @@ def test_autocast_has_the_results_of_the_family(tiny_model: Path) -> None:
 def test_last_layer_runs_only_the_positions_whose_logits_are_used(tiny_model: Path) -> None:
     vlm = VisionLanguageModel(load_model(tiny_model, "fp32"))
     ids = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
-    positions = torch.tensor([1, 4, 7])
+    positions = torch.tensor([1, 4, 4, 7])  # rows that share a prefix use a position twice
     widths: list[int] = []
     vlm.decoder_layers[-1].mlp.down_proj.register_forward_hook(
         lambda _module, inputs, _output: widths.append(inputs[0].numel() // inputs[0].shape[-1])

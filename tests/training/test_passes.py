@@ -134,7 +134,6 @@ def test_run_has_the_same_weights_and_log_with_any_number_of_tokens_per_pass(
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": 4,
             "tokens_per_pass": limit,
-            "logging_steps": 1,
         }
         run_recipe(recipe(tiny_model, training_sets["safe_eraser"], output, method, training=training))
         weights.append(load_file(output / "model" / "model.safetensors"))

@@ -123,6 +123,11 @@ class TrainingConfig(Strict):
     """Attention implementation. `auto` is the default of transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them. It saves memory and costs time."""
+    tokens_per_pass: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Number of tokens up to which the batches of an optimizer step run at once, with the result of one after another.
+
+    A larger number takes more memory and less time. 0 runs each batch alone, and `auto` chooses by the device.
+    """
     group_by_image: bool = False
     """Order the samples by image, so that the questions of a batch on the same image run it once."""
     feature_cache: Literal["memory", "disk", "off"] = "memory"

@@ -241,6 +241,7 @@ class VisionLanguageModel:
         attention, feed_forward = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         blocks = [getattr(attention, "o_proj", None), feed_forward if hasattr(feed_forward, "down_proj") else None]
         shapes: list[torch.Size] = []
+        positions = torch.unique(positions)  # rows that share a prefix have common ones
 
         def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
             shapes.append(inputs[0].shape)

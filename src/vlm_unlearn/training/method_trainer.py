@@ -27,6 +27,7 @@ from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.features import cached_vision_features
 from vlm_unlearn.modeling.fused_layers import fused_layers
 from vlm_unlearn.modeling.loader import build_skeleton
+from vlm_unlearn.modeling.lora_forward import fast_lora
 from vlm_unlearn.modeling.processors import save_processor
 from vlm_unlearn.modeling.sine import merge_sine
 from vlm_unlearn.modeling.structure import get_base_model
@@ -145,6 +146,7 @@ class MethodTrainer(Trainer):
         limit = int(self.args.feature_cache_gb * 2**30)
         with (
             data_worker_errors(),
+            nullcontext() if self.sharded else fast_lora(self.model),
             cached_vision_features(self.vlm.vision_tower, limit, self._feature_cache_folder())
             if uses_cache
             else nullcontext(),

@@ -77,7 +77,7 @@ class Plan:
         """Everything that determines the run's weights. A run folder resumes only with the same identity."""
         # Digests replace paths. Names, logging and caches do not change the weights. The caller adds the probe's
         # digest.
-        training = {"report_to", "feature_cache", "feature_cache_gb", "dataloader_num_workers"}
+        training = {"report_to", "feature_cache", "feature_cache_gb", "dataloader_num_workers", "tokens_per_pass"}
         excluded: Any = {
             "name": True,
             "output": True,

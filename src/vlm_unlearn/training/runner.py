@@ -203,6 +203,7 @@ def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
         prompt_decouple_weight=recipe.prompt_decouple_weight,
         defense=[config.model_dump() for config in recipe.defense],
         reference=planned.reference_strategy or "auto",
+        tokens_per_pass=training.tokens_per_pass,
         group_by_image=training.group_by_image,
         feature_cache=training.feature_cache,
         feature_cache_gb=training.feature_cache_gb,
