@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,10 +35,11 @@ def fused_layers(layers: nn.ModuleList) -> Iterator[None]:
     patched: list[nn.Module] = []
     rotary: dict[Any, Callable[..., Any]] = {}
     try:
-        for module in layers.modules():
+        for layer, module in ((parent, child) for parent in layers for child in parent.modules()):
             fused = _fused_forward(module)
             if fused is not None:
-                module.forward = MethodType(fused, module)
+                options = {"layer": layer} if fused is _gated_forward else {}
+                module.forward = partial(fused, module, **options)
                 patched.append(module)
             source = sys.modules[type(module).__module__]
             original = getattr(source, ROTARY_FUNCTION, None)
@@ -128,11 +129,28 @@ class _Norm(torch.autograd.Function):
 # SwiGLU
 
 
-def _gated_forward(module: Any, states: Tensor) -> Any:
-    """Computes a SwiGLU feed-forward block for hidden states [..., H]."""
+def _gated_forward(module: Any, states: Tensor, layer: nn.Module | None = None) -> Any:
+    """Computes a SwiGLU feed-forward block for hidden states [..., H].
+
+    Gradient checkpointing of its layer saves nothing of the block, which must not save anything either.
+    """
     gate, up = module.gate_proj(states), module.up_proj(states)
-    product = _SwiGLU.apply(gate, up) if _can_fuse(gate, up) else F.silu(gate) * up  # type: ignore[no-untyped-call]
-    return module.down_proj(product)
+    if not _can_fuse(gate, up):
+        return module.down_proj(F.silu(gate) * up)
+    product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    if getattr(layer, "gradient_checkpointing", False):
+        return module.down_proj(product)
+    start, gate, up = product.data_ptr(), gate.detach(), up.detach()
+
+    # The projection saves the product, which is as large as its two factors, which are saved anyway.
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        return tensor.shape if tensor.data_ptr() == start and tensor.numel() == gate.numel() else tensor
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else F.silu(gate).mul_(up).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return module.down_proj(product)
 
 
 class _SwiGLU(torch.autograd.Function):
