@@ -15,7 +15,7 @@ from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.methods import Role
 from vlm_unlearn.modeling.packing import NO_IMAGE
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
-from vlm_unlearn.training.passes import Passes, group_micro_batches
+from vlm_unlearn.training.passes import Passes, group_micro_batches, tokens_per_pass
 from vlm_unlearn.training.references import FrozenCopyReference, Reference
 from vlm_unlearn.training.runner import run_recipe
 
@@ -85,6 +85,27 @@ def test_reference_model_runs_only_what_the_loss_compares(tiny_model: Path, trai
     assert together < 0.85 * separate
 
 
+@pytest.mark.parametrize("name", ["gd", "npo", "simnpo", "undial", "idk_dpo"])
+def test_retain_examples_without_weight_are_not_run(
+    tiny_model: Path, training_sets: dict[str, Path], name: str
+) -> None:
+    scenes = [
+        StepScene(tiny_model, training_sets["refusals"], {**METHOD_CONFIGS[name], "retain_weight": weight})
+        for weight in (0.0, 1e-9)
+    ]
+    results = []
+    for scene in scenes:
+        reference = FrozenCopyReference(scene.model)
+        scene.perturb()
+        batches = scene.micro_batches(rows=2)
+        results.append((scene.step(batches, reference), positions_run(scene, batches, reference, 0)))
+    (without, fewer), (with_retain, more) = results
+    assert "retain" not in without.terms
+    assert with_retain.terms["forget"] == pytest.approx(without.terms["forget"], abs=1e-5)
+    assert max_difference(without.gradients, with_retain.gradients) < 1e-5
+    assert fewer < more
+
+
 def micro_batch(sizes: Mapping[str, int], images: Mapping[str, int] | None = None) -> dict[Role, Batch]:
     """Returns one row per role with a number of tokens, on an image."""
     return {
@@ -109,6 +130,14 @@ def test_groups_contain_every_micro_batch_once_and_keep_to_the_limit() -> None:
     assert sizes_of(group_micro_batches(micro_batches, 0)) == [[60], [30], [210], [40], [50], [20], [70]]  # type: ignore[arg-type]
     assert len(group_micro_batches(micro_batches, 10**9)) == 1
     assert group_micro_batches([], 100) == []
+
+
+def test_auto_is_three_micro_batches_and_at_most_2048_tokens() -> None:
+    small, large = micro_batch({"forget": 100, "retain": 50}), micro_batch({"forget": 700, "retain": 700})
+    assert tokens_per_pass("auto", [small, small]) == 450
+    assert tokens_per_pass("auto", [small, large]) == 2048
+    assert tokens_per_pass("auto", []) == 0
+    assert tokens_per_pass(123, [small]) == 123
 
 
 def test_micro_batches_with_a_common_image_are_in_one_group() -> None:

@@ -126,7 +126,8 @@ class TrainingConfig(Strict):
     tokens_per_pass: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Number of tokens up to which the batches of an optimizer step run at once, with the result of one after another.
 
-    A larger number takes more memory and less time. 0 runs each batch alone, and `auto` chooses by the device.
+    A larger number takes more memory and less time. 0 runs each batch alone. `auto` is three times the tokens of a
+    batch, and at most 2048.
     """
     group_by_image: bool = False
     """Order the samples by image, so that the questions of a batch on the same image run it once."""

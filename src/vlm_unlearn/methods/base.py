@@ -198,6 +198,21 @@ class Method:
         """The role of the retain batch that is compared with the reference model."""
         return "retain_reference" if self.reproduced_code == "safety_mirage" else "retain"
 
+    @property
+    def retain_roles(self) -> tuple[Role, ...]:
+        """The role ``retain`` if the option `retain_weight` is above 0, as no other term uses it.
+
+        The released code runs the retain batch in any case, and its lengths count in averages.
+        """
+        return ("retain",) if self.options.retain_weight or self.reproduced_code else ()
+
+    def with_retain(self, step: Step, total: Tensor, terms: Mapping[str, Tensor]) -> LossOutput:
+        """Returns a loss and its terms with the cross-entropy on retain answers, if it has a weight."""
+        if not self.retain_roles:
+            return LossOutput(total, terms)
+        retain = step.cross_entropy("retain")
+        return LossOutput(total + self.options.retain_weight * retain, {**terms, "retain": retain})
+
     def active_roles(self, _progress: float) -> tuple[Role, ...]:
         """Returns the roles that the loss uses at a fraction of the run. The model does not run the others."""
         return self.requirements.roles

@@ -44,7 +44,8 @@ class DPO(Method):
     @property
     def requirements(self) -> ForwardRequirements:
         return ForwardRequirements(
-            roles=("forget", "preferred", "retain"), references=(ReferenceNLL("forget"), ReferenceNLL("preferred"))
+            roles=("forget", "preferred", *self.retain_roles),
+            references=(ReferenceNLL("forget"), ReferenceNLL("preferred")),
         )
 
     def loss(self, step: Step) -> LossOutput:
@@ -53,8 +54,4 @@ class DPO(Method):
         preferred_reference = step.reference_nll("preferred", options.reduction)
         rejected_reference = step.reference_nll("forget", options.reduction)
         preference = dpo_loss(preferred, rejected, preferred_reference, rejected_reference, options.beta)
-        retain = step.cross_entropy("retain")
-        return LossOutput(
-            options.forget_weight * preference + options.retain_weight * retain,
-            {"forget": preference, "retain": retain},
-        )
+        return self.with_retain(step, options.forget_weight * preference, {"forget": preference})

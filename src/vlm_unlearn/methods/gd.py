@@ -39,9 +39,9 @@ class GD(RefusalMethod):
 
     def loss(self, step: Step) -> LossOutput:
         options: GDOptions = self.options
-        forget, retain = self._forget_loss(step), step.cross_entropy("retain")
-        total = options.forget_weight * forget + options.retain_weight * retain
-        return self.with_refusals(step, total, {"forget": forget, "retain": retain})
+        forget = self._forget_loss(step)
+        output = self.with_retain(step, options.forget_weight * forget, {"forget": forget})
+        return self.with_refusals(step, output)
 
     def _forget_loss(self, step: Step) -> Tensor:
         if self.options.max_nll is None:

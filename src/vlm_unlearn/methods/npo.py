@@ -64,14 +64,13 @@ class NPO(RefusalMethod):
     def loss(self, step: Step) -> LossOutput:
         options: NPOOptions = self.options
         forget = npo_loss(*self._current_and_reference_nll(step, "forget"), options.beta)
-        retain = step.cross_entropy("retain")
-        total = options.forget_weight * forget + options.retain_weight * retain
-        terms = {"forget": forget, "retain": retain}
+        output = self.with_retain(step, options.forget_weight * forget, {"forget": forget})
         if options.retain_npo_weight:
             nll = self._current_and_reference_nll(step, self.reference_retain_role)
-            terms["retain_npo"] = npo_retain_loss(*nll, options.beta)
-            total = total + options.retain_npo_weight * terms["retain_npo"]
-        return self.with_refusals(step, total, terms)
+            retain = npo_retain_loss(*nll, options.beta)
+            total = output.total + options.retain_npo_weight * retain
+            output = LossOutput(total, {**output.terms, "retain_npo": retain})
+        return self.with_refusals(step, output)
 
     def _current_and_reference_nll(self, step: Step, role: Role) -> tuple[Tensor, Tensor]:
         options: NPOOptions = self.options

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from vlm_unlearn.methods.base import LossOutput, Method, NonNegative, Options, Role, Step
 
@@ -41,16 +40,17 @@ class RefusalMethod(Method):
     @property
     def roles(self) -> tuple[Role, ...]:
         """The roles of the loss."""
-        return ("forget", "preferred", "retain") if self.options.refusal_weight else ("forget", "retain")
+        preferred: tuple[Role, ...] = ("preferred",) if self.options.refusal_weight else ()
+        return ("forget", *preferred, *self.retain_roles)
 
     def active_roles(self, progress: float) -> tuple[Role, ...]:
         roles = self.requirements.roles
         return tuple(role for role in roles if role != "preferred" or progress >= self.options.refusal_start)
 
-    def with_refusals(self, step: Step, total: Tensor, terms: dict[str, Tensor]) -> LossOutput:
-        """Returns a loss and its terms with the term on refusals, if it has a weight at this step."""
+    def with_refusals(self, step: Step, output: LossOutput) -> LossOutput:
+        """Returns a loss with the term on refusals, if it has a weight at this step."""
         weight = self.options.refusal_weight
-        if weight and "preferred" in self.active_roles(step.progress):
-            terms = {**terms, "refusal": step.cross_entropy("preferred")}
-            total = total + weight * terms["refusal"]
-        return LossOutput(total, terms)
+        if not weight or "preferred" not in self.active_roles(step.progress):
+            return output
+        refusal = step.cross_entropy("preferred")
+        return LossOutput(output.total + weight * refusal, {**output.terms, "refusal": refusal})

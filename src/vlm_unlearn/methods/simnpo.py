@@ -38,6 +38,5 @@ class SimNPO(RefusalMethod):
     def loss(self, step: Step) -> LossOutput:
         options: SimNPOOptions = self.options
         forget = simnpo_loss(step.nll("forget"), options.beta, options.gamma)
-        retain = step.cross_entropy("retain")
-        total = options.forget_weight * forget + options.retain_weight * retain
-        return self.with_refusals(step, total, {"forget": forget, "retain": retain})
+        output = self.with_retain(step, options.forget_weight * forget, {"forget": forget})
+        return self.with_refusals(step, output)

@@ -36,7 +36,7 @@ class UNDIAL(Method):
 
     @property
     def requirements(self) -> ForwardRequirements:
-        return ForwardRequirements(references=(ReferenceLogits("forget"),))
+        return ForwardRequirements(roles=("forget", *self.retain_roles), references=(ReferenceLogits("forget"),))
 
     def loss(self, step: Step) -> LossOutput:
         options: UNDIALOptions = self.options
@@ -44,7 +44,4 @@ class UNDIAL(Method):
             step.logits("forget"), step.reference_logits("forget"), step.labels("forget"), options.penalty
         )
         forget = forget * step.token_weight("forget", "answer")
-        retain = step.cross_entropy("retain")
-        return LossOutput(
-            options.forget_weight * forget + options.retain_weight * retain, {"forget": forget, "retain": retain}
-        )
+        return self.with_retain(step, options.forget_weight * forget, {"forget": forget})

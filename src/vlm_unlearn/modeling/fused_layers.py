@@ -137,7 +137,8 @@ def _gated_forward(module: Any, states: Tensor, layer: nn.Module | None = None) 
     gate, up = module.gate_proj(states), module.up_proj(states)
     if not _can_fuse(gate, up):
         return module.down_proj(F.silu(gate) * up)
-    product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    computed_again: list[Tensor] = []
+    product: Tensor = _SwiGLU.apply(gate, up, computed_again)  # type: ignore[no-untyped-call]
     if getattr(layer, "gradient_checkpointing", False):
         return module.down_proj(product)
     start, gate, up = product.data_ptr(), gate.detach(), up.detach()
@@ -147,25 +148,34 @@ def _gated_forward(module: Any, states: Tensor, layer: nn.Module | None = None) 
         return tensor.shape if tensor.data_ptr() == start and tensor.numel() == gate.numel() else tensor
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return packed if isinstance(packed, Tensor) else F.silu(gate).mul_(up).view(packed)
+        if isinstance(packed, Tensor):
+            return packed
+        computed_again[:] = [F.silu(gate)]  # the backward pass of the product follows
+        result: Tensor = computed_again[0] * up
+        return result.view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return module.down_proj(product)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """``silu(gate) * up`` (Shazeer 2020, arXiv 2002.05202). The backward pass computes ``silu(gate)`` again."""
+    """``silu(gate) * up`` (Shazeer 2020, arXiv 2002.05202).
+
+    The backward pass computes ``silu(gate)`` again, unless the list `computed_again` contains it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, computed_again: list[Tensor]) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.computed_again = computed_again
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
+        activation = ctx.computed_again.pop() if ctx.computed_again else F.silu(gate)
         gate_gradient = torch.ops.aten.silu_backward(gradients[0] * up, gate)
-        return gate_gradient, F.silu(gate).mul_(gradients[0])
+        return gate_gradient, activation.mul_(gradients[0]), None
 
 
 # Rotary position embeddings

@@ -18,7 +18,6 @@ REFERENCES = ("auto", "cache", "adapter", "copy")
 FEATURE_CACHES = ("memory", "disk", "off")
 
 
-AUTO_TOKENS_PER_PASS = {"cpu": 1024, "cuda": 4096}
 UNLIMITED = 2**31 - 1  # tokens of a sample
 
 
@@ -83,8 +82,8 @@ class UnlearningConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": "Number of tokens up to which the micro-batches of an optimizer step run at once. The result is "
-            "that of the micro-batches one by one. A larger number needs more memory. 0 runs them one by one, and "
-            "`auto` chooses by the device."
+            "that of the micro-batches one by one. A larger number needs more memory. 0 runs them one by one. `auto` "
+            "is three times the tokens of a micro-batch, and at most 2048."
         },
     )
     max_length: int | None = field(
@@ -139,12 +138,6 @@ class UnlearningConfig(TrainingArguments):
         """Returns new objects of the defenses."""
         configs = [DefenseConfig.model_validate(item) for item in DefenseConfig.expanded(self.defense)]
         return build_defenses(configs)
-
-    def resolved_tokens_per_pass(self) -> int:
-        """Returns the number of tokens that `tokens_per_pass` stands for."""
-        if self.tokens_per_pass == "auto":
-            return AUTO_TOKENS_PER_PASS.get(self.device.type, AUTO_TOKENS_PER_PASS["cpu"])
-        return int(self.tokens_per_pass)
 
     @property
     def precision(self) -> str:

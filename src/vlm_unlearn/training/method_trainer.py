@@ -52,7 +52,13 @@ from vlm_unlearn.training.defended_step import (
     validate_engine,
     validate_sum_of_terms,
 )
-from vlm_unlearn.training.passes import MicroBatch, Passes, group_micro_batches
+from vlm_unlearn.training.passes import (
+    MAX_AUTO_TOKENS,
+    MicroBatch,
+    Passes,
+    group_micro_batches,
+    tokens_per_pass,
+)
 from vlm_unlearn.training.published_order import repeat_scheduler_steps
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference, build_reference
 from vlm_unlearn.training.references import Reference
@@ -117,7 +123,7 @@ class MethodTrainer(Trainer):
         self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
         self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
         self._step_batches: Sequence[MicroBatch] = ()  # of the current optimizer step
-        self._max_tokens = parts.args.resolved_tokens_per_pass()
+        self._max_tokens = 0  # of a pass of the current optimizer step, 0 if each micro-batch runs alone
         self._loss_is_validated = False  # as a sum of terms, which defenses need
         if self.defenses:
             validate_engine(self.sharded)
@@ -250,7 +256,8 @@ class MethodTrainer(Trainer):
             }
         # Engines that shard parameters need the same number of forward passes in all processes.
         runs_alone = self.sharded or self._overrides_gradients
-        groups = group_micro_batches(batches, 0 if runs_alone else self._max_tokens)
+        self._max_tokens = 0 if runs_alone else tokens_per_pass(self.args.tokens_per_pass, batches)
+        groups = group_micro_batches(batches, self._max_tokens)
         return [[]] * (len(batches) - len(groups)) + groups, None
 
     def compute_loss(
@@ -292,7 +299,7 @@ class MethodTrainer(Trainer):
             self._reference,
             wrapped=wrapped,
             active_roles=[role for role in roles if active_roles is None or role in active_roles],
-            max_tokens=None if self._overrides_gradients else self._max_tokens,
+            max_tokens=None if self._overrides_gradients else max(self._max_tokens, MAX_AUTO_TOKENS),
         )
         return [ModelStep(passes, number, self._token_totals, progress) for number in range(len(micro_batches))]
 
