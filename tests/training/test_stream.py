@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vlm_unlearn.training.stream import UnlearningStream
 
 
 def stream(
-    folder: Path, method: str, weight: float = 0.0, seed: int = 0, length: int = 60, group_by_image: bool = False
+    folder: Path, method: str, weight: float = 0.0, seed: int = 0, length: int = 60, group_by_image: bool | str = False
 ) -> UnlearningStream:
     return UnlearningStream(
         UnlearningDataset.from_folder(folder),
@@ -51,6 +52,26 @@ def test_po_trains_on_refusals_and_npo_on_original_answers(training_sets: dict[s
     answers = {examples[i]["forget"].answer for i in range(60)}
     assert answers == refusals
     assert stream(training_sets["safe_eraser"], "npo")[0]["forget"].answer not in refusals
+
+
+def test_group_by_image_retain_orders_only_the_retain_set(training_sets: dict[str, Path]) -> None:
+    """The forget set has its usual order, and each epoch of the retain set still contains every example once."""
+    folder = training_sets["safe_eraser"]
+    usual, matched = stream(folder, "npo"), stream(folder, "npo", group_by_image="retain")
+    assert [usual[i]["forget"] for i in range(60)] == [matched[i]["forget"] for i in range(60)]
+    examples = UnlearningDataset.from_folder(folder)["retain"]
+    for start in (0, len(examples)):
+        epoch = [matched[i]["retain"].id for i in range(start, start + len(examples))]
+        assert sorted(epoch) == sorted(example.id for example in examples)
+
+    def common(items: UnlearningStream) -> int:
+        return sum(items[i]["retain"].image == items[i]["forget"].image for i in range(len(examples)))
+
+    forget_images = Counter(matched[i]["forget"].image for i in range(len(examples)))
+    retain_images = Counter(example.image for example in examples)
+    assert common(matched) == (forget_images & retain_images).total() > common(usual)
+    backward = [matched[i] for i in reversed(range(60))][::-1]
+    assert backward == [matched[i] for i in range(60)], "a function of seed and position"
 
 
 def test_group_by_image_keeps_the_questions_of_an_image_together(training_sets: dict[str, Path]) -> None:

@@ -129,8 +129,11 @@ class TrainingConfig(Strict):
     A larger number takes more memory and less time. 0 runs each batch alone. `auto` is three times the tokens of a
     batch, and at most 2048.
     """
-    group_by_image: bool = False
-    """Order the samples by image, so that the questions of a batch on the same image run it once."""
+    group_by_image: bool | Literal["retain"] = False
+    """Order the samples by image, so that the questions of a batch on the same image run it once.
+
+    `retain` orders only the retain set, so that its questions are on the images of the forget questions of their batch.
+    """
     feature_cache: Literal["memory", "disk", "off"] = "memory"
     """Where to cache the image features of a frozen vision tower, so that it runs each image once."""
     feature_cache_gb: Positive = 4

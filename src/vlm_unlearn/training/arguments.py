@@ -70,8 +70,12 @@ class UnlearningConfig(TrainingArguments):
             "needs the least memory."
         },
     )
-    group_by_image: bool = field(
-        default=False, metadata={"help": "Whether to order the examples by image, so that a batch contains few images."}
+    group_by_image: bool | str = field(
+        default=False,
+        metadata={
+            "help": "Whether to order the examples by image, so that a batch contains few images. `retain` orders only "
+            "the retain set, so that a batch contains retain questions on the images of its forget questions."
+        },
     )
     feature_cache: str = field(
         default="memory",
@@ -117,6 +121,8 @@ class UnlearningConfig(TrainingArguments):
         for name, values in (("reference", REFERENCES), ("feature_cache", FEATURE_CACHES)):
             if getattr(self, name) not in values:
                 raise UserError(f"must be one of {', '.join(values)}", code="invalid-field", field=name)
+        if self.group_by_image not in (True, False, "retain"):
+            raise UserError("must be true, false or retain", code="invalid-field", field="group_by_image")
         if self.tokens_per_pass != "auto":
             try:
                 self.tokens_per_pass = int(self.tokens_per_pass)

@@ -21,7 +21,7 @@ from vlm_unlearn.data.dataset import UnlearningDataset
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.methods import Method, Role
 from vlm_unlearn.records import Example
-from vlm_unlearn.training.stream import UnlearningStream
+from vlm_unlearn.training.stream import GroupByImage, UnlearningStream
 
 SAFETY_MIRAGE_RETAIN_SIZE = 2000  # the number of retain records that its code draws
 FORGET_AND_RETAIN: tuple[Role, Role] = ("forget", "retain")
@@ -94,7 +94,7 @@ def build_stream(
     layout: BatchLayout,
     steps: int,
     seed: int,
-    group_by_image: bool = False,
+    group_by_image: GroupByImage = False,
 ) -> UnlearningStream:
     """Returns the stream of a run.
 

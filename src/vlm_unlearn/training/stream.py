@@ -25,6 +25,8 @@ from vlm_unlearn.modeling.packing import NO_IMAGE
 from vlm_unlearn.records import Example
 from vlm_unlearn.training.references import answer_key
 
+GroupByImage = bool | str  # True, False or "retain"
+
 
 class UnlearningStream(Dataset[dict[Role, Example]]):
     """A dataset whose item `k` is ``{"forget": Example, "retain": Example, ...}``.
@@ -38,16 +40,23 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
         method: Determines the roles of an item and the answers of its forget and preferred examples.
         length: The number of items.
         seed: Determines the order and the refusals.
-        group_by_image: Shuffles the images, and the questions within each image, so that a batch contains few
+        group_by_image: True shuffles the images, and the questions within each image, so that a batch contains few
             images. Forget and retain set use the same order of images, so that questions on one image from both
-            sets meet as far as their numbers allow.
+            sets meet as far as their numbers allow. ``"retain"`` shuffles the forget set as always, and orders only the
+            retain set: next to each forget question is a random retain question on its image if one is left in the
+            epoch, and otherwise one of those that go with no forget question.
 
     Raises:
         UserError: The training set lacks the pairs that the method needs.
     """
 
     def __init__(
-        self, training_set: UnlearningDataset, method: Method, length: int, seed: int, group_by_image: bool = False
+        self,
+        training_set: UnlearningDataset,
+        method: Method,
+        length: int,
+        seed: int,
+        group_by_image: GroupByImage = False,
     ) -> None:
         self._examples = training_set
         self._refusals = training_set.refusals
@@ -104,8 +113,11 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
         examples = self._examples[role]
         epoch, index = divmod(position, len(examples))
         if (role, epoch) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key[0] != role}
-            self._orders[role, epoch] = self._epoch_order(role, epoch)
+            order = self._epoch_order(role, epoch)
+            if self._group_by_image == "retain" and role == "retain":
+                order = self._next_to_forget_images(order, epoch * len(examples))
+            self._orders = {key: value for key, value in self._orders.items() if key[0] != role}
+            self._orders[role, epoch] = order
         return examples[self._orders[role, epoch][index]]
 
     def _epoch_order(self, role: Role, epoch: int) -> Sequence[int]:
@@ -113,13 +125,32 @@ class UnlearningStream(Dataset[dict[Role, Example]]):
         examples = self._examples[role]
         order = list(range(len(examples)))
         random.Random(f"{self._seed}-{role}-{epoch}").shuffle(order)
-        if self._group_by_image:
+        if self._group_by_image is True:
             # An example without an image is a group of its own. The sort is stable, so questions on one image stay
             # shuffled.
             names = [example.image or f"\0{example.id}" for example in examples]
             ranks = {name: random.Random(f"{self._seed}-image-{epoch}-{name}").random() for name in names}
             order.sort(key=lambda index: ranks[names[index]])
         return order
+
+    def _next_to_forget_images(self, order: Sequence[int], start: int) -> list[int]:
+        """Returns the retain examples of an epoch, each at a position whose forget example has its image, if any.
+
+        Args:
+            order: The indices of the retain examples, shuffled.
+            start: The position of the epoch's first example.
+        """
+        retain = self._examples["retain"]
+        by_image: dict[str | None, list[int]] = {}
+        for index in reversed(order):
+            by_image.setdefault(retain[index].image, []).append(index)
+        matched: list[int | None] = []
+        for position in range(start, start + len(order)):
+            image = self._example("forget", position).image
+            matched.append(by_image[image].pop() if image and by_image.get(image) else None)
+        used = {index for index in matched if index is not None}
+        rest = iter([index for index in order if index not in used])
+        return [next(rest) if index is None else index for index in matched]
 
 
 MISSING_PAIRS = {
