@@ -102,6 +102,7 @@ COMMON: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
+    "tokens_per_pass": 0,  # the golden losses are those of each micro-batch
 }
 
 

@@ -257,7 +257,7 @@ class MethodTrainer(Trainer):
         # Engines that shard parameters need the same number of forward passes in all processes.
         runs_alone = self.sharded or self._overrides_gradients
         self._max_tokens = 0 if runs_alone else tokens_per_pass(self.args.tokens_per_pass, batches)
-        groups = group_micro_batches(batches, self._max_tokens)
+        groups = group_micro_batches([batch for batch in batches if batch], self._max_tokens)
         return [[]] * (len(batches) - len(groups)) + groups, None
 
     def compute_loss(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.errors import UserError
 from vlm_unlearn.losses import IGNORED, answer_mask
-from vlm_unlearn.methods import Method, ReferenceHidden, Role
+from vlm_unlearn.methods import Method, ReferenceHidden, ReferenceNLL, Role
 from vlm_unlearn.modeling.batch_merge import input_names, merge_batches
 from vlm_unlearn.modeling.forward import ForwardOutput, forward
 from vlm_unlearn.modeling.packing import NO_IMAGE, Packing, packing_of
@@ -203,10 +203,12 @@ class Passes:
         counts as two here, so that batches run apart if they share little.
         """
         joint = self._merge(keys, truncated)
-        compared = {requirement.role for requirement in self.method.requirements.references}
+        references = self.method.requirements.references
+        compared = {requirement.role for requirement in references}
         with_reference = [key for key in keys if key[1] in compared]
-        needs_pass = self._reference is not None and not self._reference.is_cached
-        if self._max_tokens is None or not needs_pass or not 0 < len(with_reference) < len(keys):
+        # Likelihoods are cached by default. The passes are the same if they are not, and so are masks of dropout.
+        can_be_cached = all(isinstance(requirement, ReferenceNLL) for requirement in references)
+        if self._max_tokens is None or can_be_cached or not 0 < len(with_reference) < len(keys):
             return [joint]
         others = self._merge([key for key in keys if key[1] not in compared], truncated)
         apart = self._merge(with_reference, truncated)

@@ -45,8 +45,6 @@ Outputs = Mapping[BatchKey, ForwardOutput | CachedOutput]
 class Reference(Protocol):
     """Gives the outputs of the reference model."""
 
-    is_cached: bool  # whether the outputs need no forward pass
-
     def outputs(self, model: nn.Module, batches: Mapping[BatchKey, Batch], run: Callable[[], Outputs]) -> Outputs:
         """Returns the reference model's output for each batch, without gradient and without dropout.
 
@@ -97,8 +95,6 @@ class CachedReference:
         values: The values of each role, by `answer_key`.
     """
 
-    is_cached = True
-
     def __init__(self, values: Mapping[Role, Mapping[int, NLL]]) -> None:
         self._values = values
 
@@ -115,8 +111,6 @@ class CachedReference:
 
 class AdapterReference:
     """Uses the model in training with its adapters disabled."""
-
-    is_cached = False
 
     def outputs(self, model: Any, _batches: Mapping[BatchKey, Batch], run: Callable[[], Outputs]) -> Outputs:
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -139,8 +133,6 @@ class FrozenCopyReference:
     Args:
         model: The model before training and before any wrapper. Its trainable parameters are copied.
     """
-
-    is_cached = False
 
     def __init__(self, model: nn.Module) -> None:
         self._frozen_copies = {
