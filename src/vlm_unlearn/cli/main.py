@@ -26,6 +26,7 @@ from vlm_unlearn.cli import (
     recipes,
     report,
     robustness,
+    sweep,
     table,
     train,
 )
@@ -52,6 +53,7 @@ app.command("recipes", rich_help_panel=START)(recipes.recipes)
 app.add_typer(data.app, name="data", rich_help_panel=PREPARE)
 app.command("convert", rich_help_panel=PREPARE)(convert.convert)
 app.command("train", rich_help_panel=UNLEARN)(train.train)
+app.command("sweep", rich_help_panel=UNLEARN)(sweep.sweep)
 app.command("methods", rich_help_panel=UNLEARN)(train.methods)
 app.command("evaluate", rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("generate", rich_help_panel=MEASURE)(evaluate.generate)
