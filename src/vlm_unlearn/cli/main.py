@@ -91,7 +91,8 @@ def root(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 success, 1 the work failed, 2 the request was invalid, 130 stopped by Ctrl-C.
+    Exit codes: 0 success, 1 the work failed, 2 the request was invalid, 3 a rule of abort_when stopped the training,
+    130 stopped by Ctrl-C.
     """
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:
