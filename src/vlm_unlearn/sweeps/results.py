@@ -16,7 +16,7 @@ from vlm_unlearn.store import write_json, write_text
 from vlm_unlearn.sweeps.front import choose, hypervolumes, pareto_front
 from vlm_unlearn.sweeps.records import SWEEP_FILE, ConfigurationResult, State, SweepResult, Trial
 from vlm_unlearn.sweeps.space import Space
-from vlm_unlearn.sweeps.study import ATTEMPT, ERROR, OUTCOME, RETRY_OF, VIOLATIONS, study_name
+from vlm_unlearn.sweeps.study import ATTEMPT, ERROR, OUTCOME, RETRY_OF, study_name
 from vlm_unlearn.sweeps.trials import read_base
 
 RESULT, CONFIGURATION = "result", "configuration"  # attributes of a trial
@@ -53,7 +53,7 @@ def _read_trial(trial: FrozenTrial, sweep: Sweep, space: Space) -> Trial:
         state=state,
         values=dict(zip(sweep.objectives, trial.values, strict=True)) if state == "complete" and trial.values else {},
         reported={name: value for name, value in means.items() if value is not None},
-        feasible=all(violation <= 0 for violation in trial.user_attrs.get(VIOLATIONS, [])),
+        feasible=all(violation <= 0 for violation in trial.constraints.values()),
         seeds=seeds,
         error=trial.user_attrs.get(ERROR) if state not in ("complete", "running", "waiting") else None,
         configuration=trial.user_attrs.get(CONFIGURATION),

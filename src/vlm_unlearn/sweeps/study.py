@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ HEARTBEAT = "heartbeat"  # the time of the worker's last sign of life
 OUTCOME = "outcome"  # how it ended: complete, failed, aborted, pruned, died or interrupted
 ERROR = "error"
 RETRY_OF, ATTEMPT, GRID = "retry_of", "attempt", "grid"
-VIOLATIONS = "violations"  # of the constraints, positive if violated
 SWEEP_DIGEST = "sweep"  # of a study
 EXECUTION_KEYS = {"name", "trials", "keep_models", "retries", "stale_after"}  # may change between two starts
 
@@ -154,19 +152,13 @@ def build_sampler(sweep: Sweep, seed: int) -> BaseSampler:
         sweep: The sweep.
         seed: The seed.
     """
-    constraints = _violations if sweep.constraints else None
     if sweep.sampler == "tpe":
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, constraints_func=constraints)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
     if sweep.sampler == "nsga2":
         # Optuna's default of 50 would make a short sweep a random search.
         population = min(50, max(4, (sweep.trials or 0) // 4))
-        return NSGAIISampler(seed=seed, population_size=population, constraints_func=constraints)
+        return NSGAIISampler(seed=seed, population_size=population)
     return RandomSampler(seed=seed)
-
-
-def _violations(trial: FrozenTrial) -> Sequence[float]:
-    violations: list[float] = trial.user_attrs.get(VIOLATIONS, [])
-    return violations
 
 
 @contextmanager
@@ -192,8 +184,8 @@ def take_trial(study: optuna.Study, sweep: Sweep, space: Space) -> tuple[optuna.
     trials = study.get_trials(deepcopy=False)
     waiting = any(trial.state == TrialState.WAITING for trial in trials)
     originals = sum(RETRY_OF not in trial.user_attrs for trial in trials)
-    limit = min(sweep.trials or math.inf, len(trials) if sweep.sampler == "grid" else math.inf)
-    if not waiting and originals >= limit:
+    may_sample = sweep.sampler != "grid" and originals < (sweep.trials or 0)  # a grid is in the queue as a whole
+    if not waiting and not may_sample:
         return None
     study.sampler = build_sampler(sweep, (sweep.sampler_seed * 1_000_003 + len(trials)) % 2**32)
     trial = study.ask()

@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from vlm_unlearn.config import Sweep
+from vlm_unlearn.config import Bound, Sweep
 from vlm_unlearn.errors import RunError, UserError, shortened
 from vlm_unlearn.sweeps.front import pareto_front
 from vlm_unlearn.sweeps.launch import Launcher
@@ -17,7 +17,6 @@ from vlm_unlearn.sweeps.results import CONFIGURATION, RESULT, read_trials
 from vlm_unlearn.sweeps.space import Space, Values
 from vlm_unlearn.sweeps.study import (
     OUTCOME,
-    VIOLATIONS,
     end_trial,
     enqueue_grid,
     open_study,
@@ -108,21 +107,20 @@ def tell_result(study: optuna.Study, sweep: Sweep, trial: optuna.Trial, result: 
     if missing:
         end_trial(study, trial, TrialState.FAIL, "failed", f"not measured: {', '.join(missing)}")
         return
-    violations: list[float] = []
-    for name, bound in sweep.constraints.items():
-        value = result.mean(name)
-        if value is None:
-            violations.append(1.0)
-        elif bound.at_most is not None:
-            violations.append(value - bound.at_most)
-        else:
-            violations.append((bound.at_least or 0.0) - value)
     try:
-        trial.set_user_attr(VIOLATIONS, violations)
+        for name, bound in sweep.constraints.items():
+            trial.set_constraint(name, _violation(result.mean(name), bound))
         trial.set_user_attr(OUTCOME, "complete")
         study.tell(trial, [value for value in values if value is not None])
     except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
         return  # this worker counted as killed, and another one has the trial
+
+
+def _violation(value: float | None, bound: Bound) -> float:
+    """Returns by how much a metric violates its bound, at most 0 if it meets it. A missing value violates it."""
+    if value is None:
+        return 1.0
+    return value - bound.at_most if bound.at_most is not None else (bound.at_least or 0.0) - value
 
 
 def delete_models(study: optuna.Study, sweep: Sweep, space: Space, out: Path) -> None:

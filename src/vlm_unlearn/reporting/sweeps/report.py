@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from markupsafe import Markup
 
 from vlm_unlearn.config import Sweep
@@ -29,6 +30,11 @@ def write_sweep_report(out: Path, sweep: Sweep, result: SweepResult) -> Path:
     Returns:
         The path of ``report.html``.
     """
+    with FileLock(out / ".report.lock"):  # workers of other commands may finish at the same moment
+        return _write(out, sweep, result)
+
+
+def _write(out: Path, sweep: Sweep, result: SweepResult) -> Path:
     charts = sweep_charts(sweep, result)
     plots = write_plots(out / "report" / "plots", charts)
     svgs = {file.stem: file.read_text("utf-8") for file in plots if file.suffix == ".svg"}
