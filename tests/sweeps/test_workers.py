@@ -41,7 +41,10 @@ def sweep_file(tiny_model: Path, training_sets: dict[str, Path], world: Path, tm
 
 
 def start(file: Path, out: Path, *options: object) -> ForkedProcess:
-    return ForkedProcess(["sweep", file, "--out", out, "--json", *options], {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
+    return ForkedProcess(
+        ["sweep", file, "--out", out, "--json", *options],
+        {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+    )
 
 
 def completed(sweep: Sweep, out: Path, storage: str | None = None) -> int:
@@ -249,7 +252,13 @@ def test_workers_share_a_study_in_postgresql_and_resume_after_a_kill(
         study = open_study(sweep, out, postgresql)
         os.kill(again.pid, signal.SIGABRT)
         time.sleep(2)
-        raise AssertionError([(t.number, t.state.name, t.user_attrs.get("outcome"), t.user_attrs.get("worker")) for t in study.get_trials()], again._err.read_text()[-6000:])
+        raise AssertionError(
+            [
+                (t.number, t.state.name, t.user_attrs.get("outcome"), t.user_attrs.get("worker"))
+                for t in study.get_trials()
+            ],
+            again._err.read_text()[-6000:],
+        )
     assert again.wait() == 0, error
     check_done_once(sweep, out, postgresql)
     assert not (out / "study.journal").exists()
