@@ -23,7 +23,7 @@ from vlm_unlearn.training.inputs import SharedInputs
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_plan
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

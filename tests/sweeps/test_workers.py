@@ -26,7 +26,7 @@ from vlm_unlearn.sweeps.results import read_trials
 from vlm_unlearn.sweeps.space import Space
 from vlm_unlearn.sweeps.study import OUTCOME, open_study
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def sweep_file(tiny_model: Path, training_sets: dict[str, Path], world: Path, tm
 def start(file: Path, out: Path, *options: object) -> ForkedProcess:
     return ForkedProcess(
         ["sweep", file, "--out", out, "--json", *options],
-        {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+        {**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -55,7 +55,7 @@ def completed(sweep: Sweep, out: Path, storage: str | None = None) -> int:
 
 
 def wait_for(count: int, sweep: Sweep, out: Path, storage: str | None = None) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while completed(sweep, out, storage) < count:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -85,7 +85,7 @@ def test_four_workers_of_which_two_are_killed_run_every_trial_once(
     for worker in workers[:2]:
         worker.kill()
     for worker in workers[2:]:
-        output, error = worker.communicate(timeout=100)
+        output, error = worker.communicate(timeout=200)
         assert worker.wait() == 0, error
         assert len(json.loads(output)["trials"]) == 8
     check_done_once(sweep, out)
@@ -107,7 +107,7 @@ def test_sweep_resumes_after_a_kill_of_everything(sweep_file: tuple[Path, Sweep]
     with (out / "study.journal").open("ab") as journal:
         journal.write(b'{"op_code":8,"wor')  # as if it was killed in the middle of a line
     again = start(file, out)
-    _, error = again.communicate(timeout=100)
+    _, error = again.communicate(timeout=200)
     assert again.wait() == 0, error
     check_done_once(sweep, out)
     assert not open_study(sweep, out, None).get_trials(states=running)
@@ -246,19 +246,7 @@ def test_workers_share_a_study_in_postgresql_and_resume_after_a_kill(
     for worker in workers:
         worker.kill()
     again = start(file, out, "--storage", postgresql)
-    try:
-        _, error = again.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        study = open_study(sweep, out, postgresql)
-        os.kill(again.pid, signal.SIGABRT)
-        time.sleep(2)
-        raise AssertionError(
-            [
-                (t.number, t.state.name, t.user_attrs.get("outcome"), t.user_attrs.get("worker"))
-                for t in study.get_trials()
-            ],
-            again._err.read_text()[-6000:],
-        )
+    _, error = again.communicate(timeout=200)
     assert again.wait() == 0, error
     check_done_once(sweep, out, postgresql)
     assert not (out / "study.journal").exists()
