@@ -47,9 +47,7 @@ INTERVALS = (
     "Each 95 % interval reflects the sampling of questions only and is not adjusted for multiple metrics. About 1 in "
     "20 intervals will miss the true value."
 )
-SOME_SEEDS = (
-    "The intervals do not include the variation between seeds, which the section Training seeds shows."
-)
+SOME_SEEDS = "The intervals do not include the variation between seeds, which the section Training seeds shows."
 ONE_SEED = "Each model was trained with one seed. The intervals do not include the variation between training seeds."
 BATCHES = (
     "Answers were generated in batches. This report does not measure the effect of batching. The option "

@@ -23,7 +23,9 @@ class SeedResult(Record):
     recovery: dict[str, float | None] = Field(
         default_factory=dict, description="Shares of the knowledge that attacks on the model bring back."
     )
-    model: str | None = Field(default=None, description="The training run. Null once its model is deleted.")
+    model: str | None = Field(
+        default=None, description="Folder of the trained model, which `keep_models` may have deleted."
+    )
     training_seconds: float = 0.0
     generation_seconds: float = 0.0
 

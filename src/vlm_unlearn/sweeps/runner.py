@@ -16,6 +16,7 @@ import optuna
 
 from vlm_unlearn.config import Sweep, load, validate
 from vlm_unlearn.errors import RunError, UserError
+from vlm_unlearn.modeling.loader import model_folder
 from vlm_unlearn.store import RunDirectory, user_path
 from vlm_unlearn.sweeps.launch import Launcher, claim_gpus, visible_gpus
 from vlm_unlearn.sweeps.measurement import Measurement
@@ -25,6 +26,7 @@ from vlm_unlearn.sweeps.space import Space
 from vlm_unlearn.sweeps.study import open_study, sweep_digest
 from vlm_unlearn.sweeps.trials import OnProgress
 from vlm_unlearn.sweeps.worker import run_worker
+from vlm_unlearn.training.plan import check_recipe
 
 WORKER_MODULES = ("vlm_unlearn.sweeps.worker",)  # which the processes of workers import
 PROGRESS_SECONDS = 1.0
@@ -93,7 +95,11 @@ def prepare(sweep: Sweep, out: Path, storage: str | None) -> tuple[optuna.Study,
     space.check()
     if sweep.sampler == "grid":
         space.grid()
-    Measurement(sweep)
+    first = space.first_recipe()
+    check_recipe(first)
+    model_folder(first.model)
+    if not Measurement(sweep).prompts:
+        raise UserError("the suite has no questions.", code="no-records", file=sweep.suite)
     run = RunDirectory(out)
     run.validate_contents()
     out.mkdir(parents=True, exist_ok=True)

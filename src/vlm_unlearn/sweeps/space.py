@@ -159,6 +159,10 @@ class Space:
             build_method(recipe.method, recipe.prompt_decouple_weight)
             build_defenses(recipe.defense)
 
+    def first_recipe(self) -> Recipe:
+        """Returns the recipe with the first value of each setting."""
+        return self.recipe(self._complete({}), Path("trial"))
+
     def _samples(self) -> Iterator[Values]:
         """Yields combinations that contain each choice and both ends of each range at least once."""
         yield self._complete({})
