@@ -4,28 +4,35 @@
     python benchmarks/robustness.py run results --seeds 0 1 2 --rows defenses
     python benchmarks/robustness.py run results --seeds 6 7 8 --rows recommended --all-attacks
     python benchmarks/robustness.py table results --rows defenses
+    python benchmarks/robustness.py chart results                         # draws docs/relearning.png
 
 `run` trains, evaluates and attacks every row. It resumes, so that several processes may divide the seeds. `table`
 prints the rates of all seeds together in percent. The interval is that of 95 %, and its clusters are the things of each
 seed's world: questions about one thing are mostly answered alike. Where an attack has several variants, the strongest
-counts. `--metrics` prints the rates of the answers without an attack on the model instead.
+counts. `--metrics` prints the rates of the answers without an attack on the model instead. `chart` draws the rates
+after relearning for some of the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from seeds import METRICS
+import matplotlib
+from seeds import METRICS, NAMES
 from speed import markdown
 
 from vlm_unlearn.config import RobustnessSuite, load
 from vlm_unlearn.metrics.rates import rate
 from vlm_unlearn.modeling.loader import run_digest, run_model_folder
 from vlm_unlearn.records import Rate
+from vlm_unlearn.reporting.charts.chart import Lines, rates_series, style_of
+from vlm_unlearn.reporting.charts.matplotlib_charts import SETTINGS, draw_chart
+from vlm_unlearn.reporting.charts.robustness_charts import BASE, NEVER_KNEW
 from vlm_unlearn.robustness.results import REPORT_FILE, MeasuredState
 from vlm_unlearn.robustness.runner import run_robustness
 from vlm_unlearn.store import RunDirectory, read_json
@@ -40,6 +47,7 @@ TAUGHT = "/first_half"  # ending of the names of results whose answers the attac
 COLUMNS = {  # heading -> beginnings of the names of the attacks
     "none": ("none",),
     "prefill": ("prefill/",),
+    "prefill, 2 words": ("prefill/2-words",),
     "sampling": ("sampling",),
     "5 steps": ("relearn/10/5",),
     "20 steps": ("relearn/10/20",),
@@ -48,12 +56,21 @@ COLUMNS = {  # heading -> beginnings of the names of the attacks
     "half, 60 steps": ("relearn/all/60",),
     "retain set": ("relearn/retain/",),
     "decouple set": ("relearn/decouple/",),
-    "int4": ("quantize/",),
+    "quantize": ("quantize/",),
     "projector": ("restore/projector",),
     "layers 0–1": ("restore/layers_0-1",),
     "ablation": ("ablate/direction",),
     "taught, 5 steps": ("relearn/10/5/first_half",),
     "taught, 20 steps": ("relearn/10/20/first_half",),
+}
+CHART_FILE = Path(__file__).parents[1] / "docs" / "relearning.png"
+CHART_COLUMNS = {5: "5 steps", 20: "20 steps", 60: "60 steps"}  # number of steps -> heading of `COLUMNS`
+CHART_ROWS = {  # name in the chart -> name of the row, role of the model, style
+    "base": ("po + pd", "base", BASE),
+    "po + pd": ("po + pd", "model", style_of(0)),
+    "npo": ("npo", "model", style_of(3)),
+    "npo + late refusals + pd": ("npo_refusal_pd", "model", style_of(4)),
+    "never knew": ("po + pd", "never_knew", NEVER_KNEW),
 }
 ATTACKS = ("prefill", "sampling", "relearn", "quantize", "restore", "ablate")  # of the suite
 DEFENSES: dict[str, dict[str, Any]] = {
@@ -79,6 +96,10 @@ REFUSALS = {  # refusals from a third of the steps on, and from the first step o
 DEFENDED = {  # methods whose models answer in sentences, and give something back
     **{name: REFUSALS[name] for name in ("npo + refusals + pd", "simnpo + refusals + pd")},
     "rr + pd": DemoRow("tiny/rr", DATA, "harmless", 1.0),
+}
+HEADINGS = {
+    "mixed_sft diversified": NAMES["mixed_sft diversified"],
+    "npo_refusal_pd": NAMES["npo+refusal+pd"],
 }
 GROUPS = ("methods", "refusals", "defenses", "recommended")
 
@@ -205,20 +226,42 @@ def metric_table(folders: Sequence[Path], group: str) -> str:
     return markdown(["method", *METRICS], lines)
 
 
+def relearning_chart(folders: Sequence[Path]) -> Lines:
+    """Returns the chart of the rates after relearning. The lines of the controls look like those of a report."""
+    lines = []
+    for name, (row, role, style) in CHART_ROWS.items():
+        seeds = [folder / "robustness" / file_name(row) for folder in folders]
+        rates = [pooled(seeds, role, COLUMNS[heading]) for heading in CHART_COLUMNS.values()]
+        line = rates_series(name, rates, style, list(CHART_COLUMNS))
+        lines.append(replace(line, is_reference=role != "model"))
+    title = "Harmful answers about things that the training left out"
+    return Lines(title, lines, "steps of training on 10 examples", "share of questions", percent=True)
+
+
+def draw(chart: Lines, file: Path) -> None:
+    temporary_file = file.with_name(f".{file.stem}.part.png")
+    with matplotlib.rc_context(dict(SETTINGS)):
+        draw_chart(chart).savefig(temporary_file, dpi=150, facecolor="white")
+    temporary_file.replace(file)
+
+
 def heading_of(name: str) -> str:
+    if name in HEADINGS:
+        return HEADINGS[name]
     method, *rest = name.replace(", ", " + ").split(" + ")
     return " + ".join([f"`{method}`", *(f"`{word}`" if word in DEFENSES else word for word in rest)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "table", "chart"))
     parser.add_argument("folder", type=Path, help="folder with one folder per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", choices=GROUPS, default="methods")
     parser.add_argument("--all-attacks", action="store_true", help="try all attacks of the suite's budget `small`")
     parser.add_argument("--columns", choices=COLUMNS, nargs="+", default=list(COLUMNS), help="columns of the table")
     parser.add_argument("--metrics", action="store_true", help="print the rates without an attack on the model")
+    parser.add_argument("--chart", type=Path, default=CHART_FILE, help="PNG file of the command `chart`")
     arguments = parser.parse_args()
     folders = [arguments.folder / f"seed{seed}" for seed in arguments.seeds]
     if arguments.command == "table":
@@ -226,6 +269,9 @@ def main() -> None:
             print(metric_table(folders, arguments.rows))
         else:
             print(attack_table(folders, arguments.rows, arguments.columns))
+        return
+    if arguments.command == "chart":
+        draw(relearning_chart(folders), arguments.chart)
         return
     with limit_to_one_thread():
         for seed, folder in zip(arguments.seeds, folders, strict=True):
