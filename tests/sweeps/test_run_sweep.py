@@ -202,7 +202,7 @@ def test_unknown_metric_is_an_error_before_anything_is_written(scene: Any, tmp_p
         run_sweep(scene({"method.beta": [0.1]}, objectives={"worst_recovery": "min"}), tmp_path / "out")
     with raises_code("file-not-found"):
         run_sweep(scene({"method.beta": [0.1]}, suite_overrides={"root": str(tmp_path)}), tmp_path / "out")
-    with raises_code("training-set-not-found"):
+    with raises_code("file-not-found"):
         run_sweep(scene({"method.beta": [0.1]}, overrides={"data": str(tmp_path / "none")}), tmp_path / "out")
     with raises_code("model-not-found"):
         run_sweep(scene({"method.beta": [0.1]}, overrides={"model": str(tmp_path / "none")}), tmp_path / "out")

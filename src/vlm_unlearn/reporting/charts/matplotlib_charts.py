@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 # File names of plots, and of temporary files that a killed process left.
 PLOT_FILE = re.compile(
-    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|attack-map|pareto-\d+|parallel|importance|hypervolume|seeds-\d+|(categories|shots|labels|loss|curve)-\d+)(\.part)?\.(png|svg|pdf)"
+    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|attack-map|pareto-\d+|parallel|importance|hypervolume|(categories|shots|labels|loss|curve)-\d+)(\.part)?\.(png|svg|pdf)"
 )
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
 HATCHES = ("", "///", "\\\\\\", "xxx", "|||", "---")
@@ -333,6 +333,8 @@ def _front(chart: Front) -> tuple[Canvas, Any]:
         (line,) = axes.plot([point.x], [point.y], shape, **style)
         line.set_gid(f"mark-{number}")
     axes.set(xlabel=display_name(chart.x), ylabel=display_name(chart.y))
+    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        set_limits(max(limits[0], -3.0), min(limits[1], 103.0) if limits[0] < 100 else limits[1])
     axes.grid()
     return canvas, axes
 
