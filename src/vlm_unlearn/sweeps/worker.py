@@ -112,8 +112,9 @@ def tell_result(study: optuna.Study, sweep: Sweep, trial: optuna.Trial, result: 
             trial.set_constraint(name, _violation(result.mean(name), bound))
         trial.set_user_attr(OUTCOME, "complete")
         study.tell(trial, [value for value in values if value is not None])
-    except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-        return  # this worker counted as killed, and another one has the trial
+    except (optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
+        # Either this worker counted as killed and another one has the trial, or Optuna rejects the values.
+        end_trial(study, trial, TrialState.FAIL, "failed", str(error))
 
 
 def _violation(value: float | None, bound: Bound) -> float:
