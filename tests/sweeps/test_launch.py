@@ -42,11 +42,11 @@ def test_machine_without_gpus_needs_no_claim(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.timeout(600)
 def test_training_runs_as_several_processes(tiny_model: Path, training_sets: dict[str, Path], tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_model, training_sets["harmful"], tmp_path / "run", "npo", training={"max_steps": 2})
-    Launcher(2, cpu=True).train(recipe, tmp_path)
+    Launcher(2).train(recipe, tmp_path)
     run = RunDirectory(tmp_path / "run")
     assert run.is_finished
     assert run.read_manifest()["identity"]["processes"] == 2
     broken = recipe.model_copy(update={"data": tmp_path / "none", "output": tmp_path / "broken"})
     with pytest.raises(RunError) as caught:
-        Launcher(2, cpu=True).train(broken, tmp_path)
+        Launcher(2).train(broken, tmp_path)
     assert caught.value.code == "training-failed"

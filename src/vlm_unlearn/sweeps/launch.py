@@ -93,12 +93,10 @@ class Launcher:
     Attributes:
         processes: The number of processes.
         engine: A config file of accelerate, such as ``recipes/engines/fsdp2.yaml``. None uses DDP.
-        cpu: Whether the processes compute on the CPU.
     """
 
     processes: int
     engine: Path | None = None
-    cpu: bool = False
 
     def train(self, recipe: Recipe, folder: Path) -> None:
         """Trains a recipe.
@@ -113,10 +111,13 @@ class Launcher:
         """
         file = folder / "recipe.yaml"
         write_json(file, recipe.model_dump(mode="json"))  # JSON is YAML
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(self.processes)]
-        launch += ["--config_file", str(self.engine)] if self.engine is not None else ["--num_machines", "1"]
-        launch += ["--cpu"] if self.cpu else []
-        launch += ["--main_process_port", "0", "-m", "vlm_unlearn.cli.main", "train", str(file), "--json"]
+        count = str(self.processes)
+        if self.engine is None:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        else:
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.engine)]
+            launch += ["--num_processes", count, "--main_process_port", "0"]
+        launch += ["-m", "vlm_unlearn.cli.main", "train", str(file), "--json"]
         if recipe.output.is_dir():  # the processes of a worker that was killed may still train
             with FileLock(recipe.output / ".lock", poll_interval=1):
                 pass
