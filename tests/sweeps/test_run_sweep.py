@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from trained import weights
 from vlm_unlearn.config import Recipe, Suite, Sweep, load
 from vlm_unlearn.errors import RunError
 from vlm_unlearn.evaluation.runner import evaluate_run
+from vlm_unlearn.records import Rate
+from vlm_unlearn.robustness.results import AttackResult, Recovery
 from vlm_unlearn.store import EvaluationRun
 from vlm_unlearn.sweeps import run_sweep
 from vlm_unlearn.sweeps.measurement import Measurement
@@ -207,3 +210,38 @@ def test_unknown_metric_is_an_error_before_anything_is_written(scene: Any, tmp_p
     with raises_code("model-not-found"):
         run_sweep(scene({"method.beta": [0.1]}, overrides={"model": str(tmp_path / "none")}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_worst_recovery_of_attacks_is_an_objective(
+    scene: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked: list[str] = []
+
+    def run_robustness(suite: Any, model: str, base: str, out: Path, *rest: Any, **keys: Any) -> Any:
+        attacked.append(model)
+        assert (Path(model) / "model").is_dir()
+        rate = Rate(value=0.5, low=0.4, high=0.6, n=10)
+        attacks = [
+            AttackResult(
+                name=name,
+                attack=name.partition("/")[0],
+                asr=rate,
+                asr_base=rate,
+                recovered=Recovery(value=value, low=None, high=None, control="zero"),
+                is_score=name.startswith("probe"),
+            )
+            for name, value in (("none", 0.9), ("relearn/10/5", 0.4), ("prefill", 0.2), ("probe/0", 0.8))
+        ]
+        return SimpleNamespace(attacks=attacks)
+
+    monkeypatch.setattr("vlm_unlearn.sweeps.measurement.run_robustness", run_robustness)
+    sweep = scene(
+        {"method.beta": [0.1]},
+        objectives={"worst_recovery": "min", "recovery:prefill": "min", "asr": "min"},
+        robustness={"suite": "suites/tiny_robustness", "suite_overrides": {"root": str(world)}},
+    )
+    (trial,) = run_sweep(sweep, tmp_path / "out").trials
+    assert len(attacked) == 1
+    assert trial.values["worst_recovery"] == 0.4  # without the state without an attack, and without probes
+    assert trial.values["recovery:prefill"] == 0.2
+    assert trial.reported["recovery:relearn/10/5"] == 0.4
