@@ -245,3 +245,33 @@ def test_worst_recovery_of_attacks_is_an_objective(
     assert trial.values["worst_recovery"] == 0.4  # without the state without an attack, and without probes
     assert trial.values["recovery:prefill"] == 0.2
     assert trial.reported["recovery:relearn/10/5"] == 0.4
+
+
+def test_probe_of_a_single_objective_prunes_trials_below_the_median(
+    scene: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MadeUpProbe:
+        """Rates the trials one worse than the other."""
+
+        digest = "made up"
+        calls = 0
+
+        def __call__(self, model: Any) -> dict[str, float]:
+            type(self).calls += 1
+            return {"asr": min(1.0, type(self).calls / 20)}
+
+    monkeypatch.setattr("vlm_unlearn.sweeps.trials.build_probe", lambda planned: MadeUpProbe())
+    probe = {"suite": "suites/tiny", "root": str(world), "eval_steps": 1}
+    sweep = scene(
+        {"training.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}},
+        objectives={"asr": "min"},
+        sampler="random",
+        trials=7,
+        prune=True,
+        overrides={"probe": probe},
+    )
+    result = run_sweep(sweep, tmp_path / "out")
+    states = [trial.state for trial in result.trials]
+    assert states[:5] == ["complete"] * 5  # the pruner has no median yet
+    assert states[5:] == ["pruned"] * 2
+    assert set(result.front) <= set(range(5))
