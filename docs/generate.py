@@ -26,7 +26,7 @@ from vlm_unlearn import plugins
 from vlm_unlearn.benchmarks.base import BENCHMARKS
 from vlm_unlearn.cli.main import app
 from vlm_unlearn.cli.terminal import EXAMPLE
-from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, load
+from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, Sweep, load
 from vlm_unlearn.config.base import nested_configs
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.judging.rubric import load_rubric, shipped_rubrics
@@ -248,6 +248,11 @@ def methods() -> str:
     return "\n".join(section for name, method in sorted(METHODS.items()) for section in _method(name, method))
 
 
+def sweep_fields() -> str:
+    """Returns a table of every key of a sweep."""
+    return "\n".join(_config(Sweep, "", set()))
+
+
 def attacks() -> str:
     """Returns the docstring and the options of every attack on the input and on the model."""
     kinds = [("Attacks on the input", plugins.ATTACKS), ("Attacks on the model", plugins.MODEL_ATTACKS)]
@@ -315,7 +320,7 @@ def rubrics() -> str:
 def recipes() -> str:
     """Returns the first comment and the text of every shipped recipe, suite and engine file."""
     sections = []
-    for folder in ("safety_mirage", "safe_eraser", "tiny", "suites", "engines"):
+    for folder in ("safety_mirage", "safe_eraser", "tiny", "suites", "sweeps", "engines"):
         sections.append(f"## {folder}\n")
         for file in sorted((RECIPES / folder).glob("*.yaml")):
             name, text = f"{folder}/{file.stem}", file.read_text(encoding="utf-8")
@@ -390,7 +395,18 @@ def records() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(commands, recipe_fields, suite_fields, robustness_fields, attacks, methods, defenses, benchmarks, rubrics),
+        *(
+            commands,
+            recipe_fields,
+            suite_fields,
+            robustness_fields,
+            sweep_fields,
+            attacks,
+            methods,
+            defenses,
+            benchmarks,
+            rubrics,
+        ),
         *(recipes, metrics, records),
     )
 }

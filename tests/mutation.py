@@ -118,7 +118,7 @@ MUTATIONS = (
     Mutation(
         "resume: an incomplete last line stays",
         "store/files.py",
-        "            _drop_incomplete_line(path)\n",
+        "            drop_incomplete_line(path)\n",
         "            pass\n",
         "tests/store/test_store_files.py",
     ),

@@ -21,7 +21,7 @@ ORDER = [
         "data_tools",
     ),
     *("methods", "modeling", "attacks", "training", "generation", "judging", "benchmarks"),
-    *("evaluation", "robustness", "reporting", "worlds", "cli"),
+    *("evaluation", "robustness", "sweeps", "reporting", "worlds", "cli"),
 ]
 
 

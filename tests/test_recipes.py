@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, load, shipped_path
+from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, Sweep, load, shipped_path
 from vlm_unlearn.evaluation.benchmarks import SPECIFICITY_BENCHMARKS
 from vlm_unlearn.methods import build_method
 from vlm_unlearn.robustness.base import build_model_attack
@@ -25,11 +25,12 @@ SAFETY_SETS = {  # the metrics of the suites of other safety sets
 }
 ROBUSTNESS_SUITES = sorted((RECIPES / "suites").glob("*robustness*.yaml"))
 SUITES = sorted(set((RECIPES / "suites").glob("*.yaml")) - set(ROBUSTNESS_SUITES))
+SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))
 # A leading underscore marks a base that is only extended.
 RUNS = sorted(
     file
     for file in RECIPES.rglob("*.yaml")
-    if file not in ENGINES + SUITES + ROBUSTNESS_SUITES and not file.stem.startswith("_")
+    if file not in ENGINES + SUITES + ROBUSTNESS_SUITES + SWEEPS and not file.stem.startswith("_")
 )
 MODELS = {
     "7b": "llava-hf/llava-1.5-7b-hf",
@@ -66,6 +67,22 @@ def test_recipe_loads_and_its_method_accepts_its_options(file: Path) -> None:
     assert build_method(recipe.method, recipe.prompt_decouple_weight)
     if not tiny:
         assert recipe.model == next(model for ending, model in MODELS.items() if file.stem.endswith("_" + ending))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=name_of)
+def test_sweep_loads_and_all_of_its_settings_are_valid(file: Path) -> None:
+    pytest.importorskip("optuna")
+    from vlm_unlearn.sweeps.measurement import Measurement
+    from vlm_unlearn.sweeps.space import Space
+
+    sweep = load(Sweep, Path(name_of(file)), ["overrides.data=d", "suite_overrides.root=/data"])
+    if file.stem == "tiny":
+        sweep = sweep.model_copy(update={"overrides": {"data": "d", "model": "m"}})
+    Space(sweep).check()
+    if file.stem != "tiny":
+        assert len(Space(sweep).grid()) == (12 if "mirage" in file.stem else 8)
+        sweep = sweep.model_copy(update={"suite_overrides": {"root": "/data", "judge": {"name": "keyword"}}})
+        assert Measurement(sweep)
 
 
 @pytest.mark.parametrize("file", SUITES, ids=name_of)

@@ -13,10 +13,10 @@ import typer.main
 from helpers import error_code, run_in_process
 from vlm_unlearn.cli import main as cli
 from vlm_unlearn.cli.terminal import examples
-from vlm_unlearn.config import JudgeConfig, Recipe, Suite
+from vlm_unlearn.config import JudgeConfig, Recipe, Suite, Sweep
 
 ROOT: Any = typer.main.get_command(cli.app)
-KEYS = {key for config in (Recipe, Suite, JudgeConfig) for key in config.model_fields}
+KEYS = {key for config in (Recipe, Suite, Sweep, JudgeConfig) for key in config.model_fields}
 
 
 def commands(group: Any = ROOT, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

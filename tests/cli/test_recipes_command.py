@@ -10,7 +10,7 @@ import yaml
 
 from helpers import error_code, run_in_process
 from vlm_unlearn.cli import main as cli
-from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, load, shipped_names
+from vlm_unlearn.config import Recipe, RobustnessSuite, Suite, Sweep, load, shipped_names
 
 
 @pytest.fixture
@@ -43,6 +43,8 @@ def test_a_printed_copy_loads_as_the_shipped_file(call, tmp_path: Path, name: st
     config, keys = (Suite, ["model=m", "root=/data"]) if suite else (Recipe, ["model=m", "data=d", "output=o"])
     if "robustness" in name:
         config, keys = RobustnessSuite, ["root=/data"]
+    elif name.startswith("sweeps/"):
+        config, keys = Sweep, ["trials=3"]
     assert load(config, mine, keys) == load(config, Path(name), keys)
     assert ("extends" in yaml.safe_load(mine.read_text())) <= (not flat)
 

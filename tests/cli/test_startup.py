@@ -28,6 +28,7 @@ MODELS = {
     "safetensors",
     "tokenizers",
     "huggingface_hub",
+    "optuna",
 }
 DRAWING = {"matplotlib", "jinja2"}
 NUMBERS = {"numpy", "scipy", "pandas"}
@@ -57,7 +58,7 @@ print(json.dumps(results))
 """
 HELP = (
     *("", "data", "data audit", "data import files", "train", "benchmark run", "attack search", "compare", "table"),
-    *("judge agreement", "evaluate", "report", "recipes"),
+    *("judge agreement", "evaluate", "report", "recipes", "sweep"),
 )
 LIGHT = (
     "doctor --json",

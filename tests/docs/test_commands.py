@@ -17,7 +17,7 @@ from doc_shell import shell
 from doc_stand_ins import ADDED, WRITTEN, judge_reply, leave_the_plots_empty, make_the_demo_small
 
 from stub_server import stub_server
-from vlm_unlearn.config import JudgeConfig, Recipe, Suite, apply_overrides, load, validate
+from vlm_unlearn.config import JudgeConfig, Recipe, Suite, Sweep, apply_overrides, load, validate
 from vlm_unlearn.errors import UserError
 
 FILES = ("csv", "json", "jsonl", "yaml", "yml", "text", "")  # languages of blocks that can be files of the reader
@@ -136,6 +136,9 @@ def read_yaml(block: Block, folder: Path) -> None:
     suite = set(value) <= {*Suite.model_fields, "extends"} and (
         set(value) & {"splits", "judge", "judges", "metrics", "generation", "benchmarks"}
     )
+    if set(value) <= {*Sweep.model_fields, "extends"} and "space" in value:
+        validate(Sweep, value, block.page)
+        return
     recipe = set(value) <= {*Recipe.model_fields, "extends"}
     if not suite and not recipe:
         raise AssertionError(f"{block.page}:{block.line}: neither a recipe nor a suite: {', '.join(map(str, value))}")

@@ -28,7 +28,12 @@ def shipped_names(incomplete: str) -> list[str]:
 
 def recipe_names(incomplete: str) -> list[str]:
     """Returns the shipped recipes that start with the text."""
-    return [name for name in shipped_names(incomplete) if not name.startswith("suites/")]
+    return [name for name in shipped_names(incomplete) if not name.startswith(("suites/", "sweeps/"))]
+
+
+def sweep_names(incomplete: str) -> list[str]:
+    """Returns the shipped sweeps that start with the text."""
+    return [name for name in shipped_names(incomplete) if name.startswith("sweeps/")]
 
 
 def suite_names(incomplete: str) -> list[str]:
@@ -53,7 +58,7 @@ def benchmark_names() -> list[str]:
 
 
 def override_completions(
-    config: typing.Literal["Recipe", "Suite", "RobustnessSuite", "JudgeConfig"],
+    config: typing.Literal["Recipe", "Suite", "RobustnessSuite", "Sweep", "JudgeConfig"],
 ) -> Callable[[str], list[str]]:
     """Returns a function that completes the overrides of a config: keys, and after ``KEY=`` the values of the key."""
 
@@ -70,6 +75,7 @@ def override_completions(
 recipe_keys = override_completions("Recipe")
 suite_keys = override_completions("Suite")
 robustness_keys = override_completions("RobustnessSuite")
+sweep_keys = override_completions("Sweep")
 judge_keys = override_completions("JudgeConfig")
 
 

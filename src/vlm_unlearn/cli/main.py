@@ -26,6 +26,7 @@ from vlm_unlearn.cli import (
     recipes,
     report,
     robustness,
+    sweep,
     table,
     train,
 )
@@ -52,6 +53,7 @@ app.command("recipes", rich_help_panel=START)(recipes.recipes)
 app.add_typer(data.app, name="data", rich_help_panel=PREPARE)
 app.command("convert", rich_help_panel=PREPARE)(convert.convert)
 app.command("train", rich_help_panel=UNLEARN)(train.train)
+app.command("sweep", rich_help_panel=UNLEARN)(sweep.sweep)
 app.command("methods", rich_help_panel=UNLEARN)(train.methods)
 app.command("evaluate", rich_help_panel=MEASURE)(evaluate.evaluate)
 app.command("generate", rich_help_panel=MEASURE)(evaluate.generate)
@@ -89,7 +91,8 @@ def root(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 success, 1 the work failed, 2 the request was invalid, 130 stopped by Ctrl-C.
+    Exit codes: 0 success, 1 the work failed, 2 the request was invalid, 3 a rule of abort_when stopped the training,
+    130 stopped by Ctrl-C.
     """
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:

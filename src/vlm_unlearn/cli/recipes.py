@@ -62,6 +62,9 @@ def _description(name: str, keys: dict[str, Any]) -> dict[str, str]:
     if "questions" in keys:
         attacks = {attack if isinstance(attack, str) else attack["name"]: None for attack in keys.get("small", [])}
         return {"name": name, "kind": "robustness suite", "about": ", ".join(attacks)}
+    if "objectives" in keys:
+        about = f"{', '.join(keys['space'])}; {', '.join(keys['objectives'])}"
+        return {"name": name, "kind": "sweep", "about": about}
     if "method" not in keys:
         return {"name": name, "kind": "suite", "about": _metrics_and_judge(keys)}
     method = keys.get("name") or keys["method"]["name"] + ("+pd" if keys.get("prompt_decouple_weight") else "")
@@ -89,6 +92,7 @@ def _print_list(descriptions: list[dict[str, str]]) -> None:
         ("recipe", "vlm-unlearn train NAME data=... output=..."),
         ("suite", "vlm-unlearn evaluate NAME model=... --out ..."),
         ("robustness suite", "vlm-unlearn robustness RUN root=... --suite NAME --out ..."),
+        ("sweep", "vlm-unlearn sweep NAME overrides.data=... suite_overrides.root=... --out ..."),
     ):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         table.add_column(no_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +19,12 @@ from vlm_unlearn.cli.image_folders import reads_images
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vlm_unlearn.config import Recipe
     from vlm_unlearn.methods import Method
     from vlm_unlearn.methods.wrappers import Defense
     from vlm_unlearn.plugins import Registry
     from vlm_unlearn.training.callbacks import Probe
+    from vlm_unlearn.training.inputs import Inputs
     from vlm_unlearn.training.plan import Plan
     from vlm_unlearn.training.preview import Preview
 
@@ -44,9 +46,18 @@ def train(
     plan_only: bool = typer.Option(
         False, "--plan", help="Print the trainable parameters, data, steps and memory of the run, and do not train."
     ),
+    seeds: str = typer.Option(
+        None,
+        "--seeds",
+        metavar="0,1,2",
+        help="Train once with each seed, into seed-0, seed-1, ... below the output folder. A report of all of them has "
+        "the mean and the spread.",
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Unlearns by a recipe. Run again after an interruption, it resumes from the last checkpoint.
+
+    The exit code is 3 if a rule of the probe's abort_when has stopped the run.
 
     On several GPUs: accelerate launch --config_file recipes/engines/fsdp2.yaml -m vlm_unlearn.cli.main train ...
 
@@ -55,12 +66,17 @@ def train(
       vlm-unlearn train tiny/npo model=... data=data/mine output=runs/npo --plan
 
       vlm-unlearn train safety_mirage/npo_lora_7b data=data/vlguard output=runs/npo
+
+      vlm-unlearn train tiny/npo model=... data=data/mine output=runs/npo --seeds 0,1,2
     """
-    from vlm_unlearn.config import Recipe, load
+    from vlm_unlearn.config import Recipe, load, parse_seeds
 
     recipe = load(Recipe, recipe_file, overrides or [])
+    recipes = [recipe] if seeds is None else [_with_seed(recipe, seed) for seed in parse_seeds(seeds)]
     is_main = os.environ.get("RANK", "0") == "0"  # of the processes that train together, only this one prints
     with status_console().status("loading transformers"):
+        from vlm_unlearn.training.callbacks import was_aborted
+        from vlm_unlearn.training.inputs import Inputs, SharedInputs
         from vlm_unlearn.training.plan import plan, recipe_name
         from vlm_unlearn.training.preview import preview
         from vlm_unlearn.training.runner import build_probe
@@ -69,18 +85,38 @@ def train(
         if plan_only:
             _print_preview(preview(recipe), as_json)
             return
-        planned = plan(recipe)
-        probe = build_probe(planned)
+        inputs = SharedInputs() if len(recipes) > 1 else Inputs()
+        planned = plan(recipes[0], inputs)
+        build_probe(planned)  # an invalid probe fails here
     if is_main:
         _warn_about_forget_answers(planned)
         _print_start(planned)
-    name = recipe_name(recipe)
-    model = _run(planned, probe, name, is_main)
+    results = []
+    for seeded in recipes:
+        name = recipe_name(seeded) if seeds is None else f"{recipe_name(seeded)}, seed {seeded.training.seed}"
+        planned = plan(seeded, inputs)
+        model = _run(planned, build_probe(planned), name, is_main, inputs)
+        if is_main:
+            results.append(_result(name, model, seeded.output))
     if is_main:
-        _print_result(name, model, recipe.output, as_json)
+        if as_json:
+            print_json(results[0] if seeds is None else {"runs": results})
+        else:
+            _print_results(results)
+        if any(was_aborted(result["stopped"]) for result in results):
+            raise typer.Exit(ABORTED_EXIT_CODE)
 
 
-def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
+ABORTED_EXIT_CODE = 3  # a rule of `abort_when` has stopped the run
+
+
+def _with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """Returns a recipe with another training seed, and an output folder for it."""
+    training = recipe.training.model_copy(update={"seed": seed})
+    return recipe.model_copy(update={"training": training, "output": recipe.output / f"seed-{seed}"})
+
+
+def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool, inputs: Inputs) -> Path:
     """Trains with a progress bar, and returns the model folder.
 
     Raises:
@@ -103,7 +139,7 @@ def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
 
         try:
             with redirect_stdout(sys.stderr):  # trackio and others print, but standard output is for the result
-                model = run_plan(planned, on_step, probe, on_reference)
+                model = run_plan(planned, on_step, probe, on_reference, inputs)
             destroy_process_group()
         except RunError:
             if is_main:
@@ -112,25 +148,29 @@ def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool) -> Path:
     return model
 
 
-def _print_result(name: str, model: Path, output: Path, as_json: bool) -> None:
+def _result(name: str, model: Path, output: Path) -> dict[str, str | None]:
+    """Returns the document of ``--json`` for a run. Draws its loss curves."""
     from vlm_unlearn.reporting.charts.curves import write_loss_png
     from vlm_unlearn.store import RunDirectory
 
     run = RunDirectory(output)
     curves, stopped = write_loss_png(output), run.read_manifest().get("stopped")
-    if as_json:
-        print_json(
-            {
-                "name": name,
-                "model": str(model),
-                "log": str(run.log_file),
-                "loss": str(curves) if curves else None,
-                "stopped": stopped,
-            }
-        )
-    else:
-        reason = f"; stopped by the probe: {stopped}" if stopped else ""
-        typer.echo(f"{name}: trained model in {model}; loss curves: {curves}{reason}")
+    return {
+        "name": name,
+        "model": str(model),
+        "log": str(run.log_file),
+        "loss": str(curves) if curves else None,
+        "stopped": stopped,
+    }
+
+
+def _print_results(results: Sequence[Mapping[str, str | None]]) -> None:
+    for result in results:
+        reason = f"; stopped by the probe: {result['stopped']}" if result["stopped"] else ""
+        typer.echo(f"{result['name']}: trained model in {result['model']}; loss curves: {result['loss']}{reason}")
+    if len(results) > 1:
+        folder = Path(str(results[0]["model"])).parent.parent
+        typer.echo(f"evaluate all of them: vlm-unlearn evaluate SUITE 'model={folder}/seed-*' --out DIR")
 
 
 def _print_start(planned: Plan) -> None:

@@ -4,11 +4,13 @@ from vlm_unlearn.config.base import Strict as Strict
 from vlm_unlearn.config.judges import JudgeConfig as JudgeConfig
 from vlm_unlearn.config.loader import apply_overrides as apply_overrides
 from vlm_unlearn.config.loader import load as load
+from vlm_unlearn.config.loader import merge_keys as merge_keys
 from vlm_unlearn.config.loader import read_resolved as read_resolved
 from vlm_unlearn.config.loader import shipped_names as shipped_names
 from vlm_unlearn.config.loader import shipped_path as shipped_path
 from vlm_unlearn.config.loader import starter_text as starter_text
 from vlm_unlearn.config.loader import validate as validate
+from vlm_unlearn.config.recipe import Bound as Bound
 from vlm_unlearn.config.recipe import DefenseConfig as DefenseConfig
 from vlm_unlearn.config.recipe import MethodConfig as MethodConfig
 from vlm_unlearn.config.recipe import ProbeConfig as ProbeConfig
@@ -26,3 +28,6 @@ from vlm_unlearn.config.suite import ChatConfig as ChatConfig
 from vlm_unlearn.config.suite import GenerationConfig as GenerationConfig
 from vlm_unlearn.config.suite import MetricConfig as MetricConfig
 from vlm_unlearn.config.suite import Suite as Suite
+from vlm_unlearn.config.sweep import ParameterConfig as ParameterConfig
+from vlm_unlearn.config.sweep import Sweep as Sweep
+from vlm_unlearn.config.sweep import parse_seeds as parse_seeds

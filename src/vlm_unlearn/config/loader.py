@@ -66,6 +66,7 @@ def load(
 
 
 _KEYS_OF_OTHER_CONFIG = {
+    "objectives": "a sweep, for `vlm-unlearn sweep`",
     "method": "a recipe, for `vlm-unlearn train`",
     "metrics": "a suite, for `vlm-unlearn evaluate`",
     "questions": "a robustness suite, for `vlm-unlearn robustness`",
@@ -149,7 +150,7 @@ def _read(
     sibling = path.parent / name
     base = next((file for file in (sibling, _with_yaml_suffix(sibling)) if file.is_file()), shipped_path(name))
     base_value, bases = _read(base, (*readers, path), config)
-    return _merge(base_value, value), [name, *bases]
+    return merge_keys(base_value, value), [name, *bases]
 
 
 def read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -190,13 +191,13 @@ def _with_yaml_suffix(path: Path) -> Path:
     return path if path.suffix == ".yaml" else path.with_name(path.name + ".yaml")
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge_keys(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """Merges two mappings. Values of `top` win, and mappings of the same ``name`` are merged."""
     merged = {**base, **top}
     for key in base.keys() & top.keys():
         old, new = base[key], top[key]
         if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) == old.get("name"):
-            merged[key] = _merge(old, new)
+            merged[key] = merge_keys(old, new)
     return merged
 
 
@@ -233,7 +234,7 @@ def apply_overrides(
                 code="invalid-override",
             )
         try:
-            parsed = _parse_exponent(parse_yaml(raw))
+            parsed = parse_exponent(parse_yaml(raw))
         except Exception:  # PyYAML raises arbitrary errors
             raise UserError(
                 f"the value of the override {quoted(text)} is not valid YAML", code="invalid-override"
@@ -303,8 +304,8 @@ def _index(items: list[Any], key: str, override: str) -> int:
     )
 
 
-def _parse_exponent(value: Any) -> Any:
-    # YAML 1.1 parses 1e-5 as text.
+def parse_exponent(value: Any) -> Any:
+    """Returns the number of a text such as ``1e-5``, which YAML 1.1 does not parse, and any other value unchanged."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
 

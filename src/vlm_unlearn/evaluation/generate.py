@@ -31,6 +31,7 @@ def generate_run(
     on_done: OnDone | None = None,
     verify_batching: int = 0,
     prompts: Sequence[Prompt] | None = None,
+    backend: Backend | None = None,
 ) -> None:
     """Generates the model's answers to all prompts of a suite, into a run folder.
 
@@ -45,6 +46,7 @@ def generate_run(
         verify_batching: The number of answers to generate a second time, each in a batch of its own. ``batching.json``
             reports how many of them differ.
         prompts: The prompts of the suite, if they have been read already.
+        backend: The backend of the suite's model, if it has been built already. Only for a single process.
 
     Raises:
         UserError: The data are broken, the model cannot be loaded, or the folder contains another run.
@@ -60,7 +62,8 @@ def generate_run(
     with process_group() as group:
         if group.rank == 0:
             prompts = suite_prompts(suite) if prompts is None else prompts
-            _generate_as_main_process(suite, run, prompts, on_done, verify_batching, group)
+            backend = backend or build_backend(suite)
+            _generate_as_main_process(suite, run, prompts, on_done, verify_batching, group, backend)
         elif group.broadcast(False):  # the value comes from the main process: whether answers are missing
             requests = _suite_requests(suite, suite_prompts(suite))
             _generate_missing(build_backend(suite), requests, run, group, None)
@@ -88,10 +91,10 @@ def _generate_as_main_process(
     on_done: OnDone | None,
     verify_batching: int,
     group: ProcessGroup,
+    backend: Backend,
 ) -> None:
     """Opens the run folder, generates this process's share of the answers and writes the files of the run."""
     requests = _suite_requests(suite, prompts)
-    backend = build_backend(suite)
     identity = {
         "kind": "evaluate",
         **backend.identity(),

@@ -91,15 +91,22 @@ class ModelBackend:
 class HFBackend:
     """Generates with a model folder, hub name, adapter folder or training run, loaded at the first request.
 
+    Args:
+        model: The model.
+        config: The generation settings.
+        loaded: The model of the folder in the precision of `config`, on its device, and its processor, if they are in
+            memory already.
+
     Raises:
         UserError: The model does not exist.
     """
 
     prompt_fields = PROMPT_FIELDS
 
-    def __init__(self, model: str, config: GenerationConfig) -> None:
+    def __init__(self, model: str, config: GenerationConfig, loaded: tuple[nn.Module, Processor] | None = None) -> None:
         self._folder = run_model_folder(model)
         self._config = config
+        self._in_memory = loaded
         self._precision = resolve_precision(config.precision)
 
     def identity(self) -> Mapping[str, object]:
@@ -110,6 +117,8 @@ class HFBackend:
 
     @cached_property
     def _loaded(self) -> ModelBackend:
+        if self._in_memory is not None:
+            return ModelBackend(*self._in_memory, self._config)
         model, processor = load_run_model(self._folder, self._precision)
         model.to(default_device()).eval()
         return ModelBackend(model, processor, self._config)

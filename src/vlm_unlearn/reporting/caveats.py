@@ -12,9 +12,10 @@ from vlm_unlearn.records import Row
 from vlm_unlearn.reporting.columns import heading
 from vlm_unlearn.reporting.formatting import by_keywords, count_failures, judges_of
 from vlm_unlearn.reporting.metric_roles import MetricRoles
-from vlm_unlearn.reporting.provenance import ModelProvenance, training_seed
+from vlm_unlearn.reporting.provenance import ModelProvenance
 from vlm_unlearn.reporting.robustness.ranking import AttackedModel
 from vlm_unlearn.reporting.robustness.text import tried_attacks
+from vlm_unlearn.reporting.seeds import models_with_one_seed, seed_groups
 
 FEW = 100  # answers or questions; below this, the report states the rate that zero hits cannot exclude
 KEYWORD_JUDGE = (
@@ -46,6 +47,7 @@ INTERVALS = (
     "Each 95 % interval reflects the sampling of questions only and is not adjusted for multiple metrics. About 1 in "
     "20 intervals will miss the true value."
 )
+SOME_SEEDS = "The intervals do not include the variation between seeds, which the section Training seeds shows."
 ONE_SEED = "Each model was trained with one seed. The intervals do not include the variation between training seeds."
 BATCHES = (
     "Answers were generated in batches. This report does not measure the effect of batching. The option "
@@ -99,7 +101,7 @@ def caveats(
             "published counting and in metrics with on_error: count_as_miss.",
         ),
         *_question_caveats(rows, roles, suites, attacked),
-        (any(training_seed(source) is not None for source in sources.values()), ONE_SEED),
+        *_seed_caveats(sources),
         (unchecked & batched, BATCHES),
         (imported, f"{IMPORTED} ({', '.join(imported)})."),
         (any(suite.generation.backend == "openai" for suite in generated.values()), SERVER),
@@ -114,6 +116,13 @@ def caveats(
         ),
     ]
     return [text for applies, text in rules if applies] + [f"Not compared: {reason}." for reason in left_out]
+
+
+def _seed_caveats(sources: Mapping[str, ModelProvenance]) -> list[tuple[object, str]]:
+    """Returns the caveats about training seeds, each after a value that is true if it applies."""
+    single, groups = models_with_one_seed(sources), seed_groups(sources)
+    some = f"These models were trained with one seed: {', '.join(single)}. {SOME_SEEDS}"
+    return [(single and not groups, ONE_SEED), (groups and not single, SOME_SEEDS), (groups and single, some)]
 
 
 def common_attacks(suites: Sequence[Suite]) -> set[str]:

@@ -29,6 +29,7 @@ from vlm_unlearn.reporting.provenance import COSTS, ModelProvenance, read_costs,
 from vlm_unlearn.reporting.robustness.files import RobustnessFiles
 from vlm_unlearn.reporting.robustness.ranking import AttackedModel, rank_models
 from vlm_unlearn.reporting.robustness.text import VERDICT_MARKS, explain, limits, verdict
+from vlm_unlearn.reporting.seeds import seed_groups, seed_rates
 from vlm_unlearn.reporting.tables.robustness_tables import robustness_tables
 from vlm_unlearn.reporting.tables.summary_tables import delete_stale_tables, write_tables
 from vlm_unlearn.store import SUMMARY, RunDirectory, read_json, write_text
@@ -140,6 +141,7 @@ def _template_values(
         "columns": table_columns,
         "rows": rows,
         "comparisons": summary.comparisons,
+        "seed_rates": seed_rates(seed_groups(sources), rows),
         "significant_changes": sum(map(formatting.significant, summary.comparisons)),
         "comparison_of": {(comparison.model, comparison.metric): comparison for comparison in summary.comparisons},
         "counts": {metric: count for metric in metrics if (count := _common_count(rows, metric))},

@@ -15,6 +15,7 @@ from vlm_unlearn.store.files import digest_file as digest_file
 from vlm_unlearn.store.files import digest_json as digest_json
 from vlm_unlearn.store.files import digest_model as digest_model
 from vlm_unlearn.store.files import digest_text as digest_text
+from vlm_unlearn.store.files import drop_incomplete_line as drop_incomplete_line
 from vlm_unlearn.store.files import dump_json as dump_json
 from vlm_unlearn.store.files import dump_record as dump_record
 from vlm_unlearn.store.files import first_problem as first_problem

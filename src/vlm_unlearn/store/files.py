@@ -268,7 +268,7 @@ class RecordLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _check_not_endless(path)
-            _drop_incomplete_line(path)
+            drop_incomplete_line(path)
         try:
             self.keys = {record.key for record in read_records(path, model)} if path.exists() else set()
         except UserError as error:
@@ -306,8 +306,8 @@ class RecordList(Generic[AnswerType]):
                 self.keys.add(record.key)
 
 
-def _drop_incomplete_line(path: Path) -> None:
-    """Truncates a file after its last line break."""
+def drop_incomplete_line(path: Path) -> None:
+    """Truncates a file after its last line break. A process that was killed may have written part of a line."""
     with path.open("rb+") as handle:
         size = handle.seek(0, os.SEEK_END)
         end = size

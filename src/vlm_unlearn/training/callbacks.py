@@ -19,6 +19,7 @@ from vlm_unlearn.store import RunDirectory, write_text
 from vlm_unlearn.training.checkpoints import load_trained, save_trained
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]  # step, number of steps, loss terms
+ABORTED = "abort_when holds"  # the beginning of the reason for which a run was aborted
 SCORE = "score"  # the name of the weighted sum of the `keep_best` metrics
 
 
@@ -144,7 +145,7 @@ class ProbeCallback(TrainerCallback):
         aborted, stop_rules = self._aborted(rates), self._config.stop_when
         reason = None
         if aborted:
-            reason = "abort_when holds: " + ", ".join(f"{name} {rates[name]:.3g}" for name in aborted)
+            reason = f"{ABORTED}: " + ", ".join(f"{name} {rates[name]:.3g}" for name in aborted)
         elif stop_rules and all(bound.holds(rates.get(name)) for name, bound in stop_rules.items()):
             reason = "stop_when holds"
         if reason:
@@ -187,3 +188,8 @@ class ProbeCallback(TrainerCallback):
 def stop_reason(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Returns why a probe stopped the run, from the Trainer's log history. None if the run reached its last step."""
     return next((str(entry["stopped"]) for entry in history if "stopped" in entry), None)
+
+
+def was_aborted(reason: object) -> bool:
+    """Returns whether the reason of `stop_reason`, as a manifest contains it, is a rule of ``abort_when``."""
+    return isinstance(reason, str) and reason.startswith(ABORTED)

@@ -17,14 +17,14 @@ from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import METHODS, Method, build_method
 from vlm_unlearn.methods.wrappers import DEFENSES, build_defenses
-from vlm_unlearn.modeling.loader import load_processor, model_folder, model_skeleton, resolve_precision
+from vlm_unlearn.modeling.loader import model_folder, model_skeleton, resolve_precision
 from vlm_unlearn.modeling.packing import prefix_sharing_unsupported_reason
 from vlm_unlearn.modeling.threads import cpu_threads
 from vlm_unlearn.modeling.trainable import prepare_trainable, trainable_table
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.plugins import short_name
-from vlm_unlearn.store import digest_model
 from vlm_unlearn.training.defended_step import validate_engine
+from vlm_unlearn.training.inputs import Inputs
 from vlm_unlearn.training.published_order import BatchLayout, build_stream, count_steps
 from vlm_unlearn.training.references import ReferenceStrategy, resolve_reference_strategy
 from vlm_unlearn.training.setup import check_forget_answers, prepare_method, validate_defenses
@@ -120,16 +120,21 @@ def steps_of(recipe: Recipe, method: Method, training_set: UnlearningDataset) ->
     return count_steps(training_set, method, batch_layout(recipe), training.num_train_epochs, training.max_steps)
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
     """Validates a recipe against its data, its model and this machine.
+
+    Args:
+        recipe: The recipe.
+        inputs: Loads the processor and the data. `SharedInputs` loads them once for several runs.
 
     Raises:
         UserError: The method or an option is unknown, the training set is broken, the model has no weights, ...
     """
-    method, training_set, strategy = check_recipe(recipe)
+    inputs = inputs or Inputs()
+    method, training_set, strategy = check_recipe(recipe, inputs)
     check_machine(recipe)
     model_path = model_folder(recipe.model)
-    processor = load_processor(model_path, recipe.image_aspect_ratio)
+    processor = inputs.processor(model_path, recipe.image_aspect_ratio)
     skeleton = check_model(recipe, method, training_set, VisionLanguageModel(model_skeleton(model_path), processor))
     UnlearningCollator(processor, training_set, method, recipe.training.max_length).check_lengths()
     return Plan(
@@ -141,8 +146,8 @@ def plan(recipe: Recipe) -> Plan:
         steps=steps_of(recipe, method, training_set),
         reference_strategy=strategy,
         precision=resolve_precision(recipe.training.precision),
-        model_digest=digest_model(model_path),
-        data_digest=training_set.fingerprint(),
+        model_digest=inputs.model_digest(model_path),
+        data_digest=inputs.data_digest(training_set),
         trainable=trainable_table(skeleton),
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, skeleton),
     )
@@ -172,15 +177,16 @@ def engine() -> Literal["deepspeed", "fsdp", "ddp", "none"]:
     return "ddp" if world_size() > 1 else "none"
 
 
-def check_recipe(recipe: Recipe) -> tuple[Method, UnlearningDataset, ReferenceStrategy | None]:
+def check_recipe(
+    recipe: Recipe, inputs: Inputs | None = None
+) -> tuple[Method, UnlearningDataset, ReferenceStrategy | None]:
     """Returns the recipe's method, training set and reference strategy after validating that they fit together.
 
     Raises:
         UserError: An option, the data or a combination of settings is invalid on any machine.
     """
     method = build_method(recipe.method, recipe.prompt_decouple_weight)
-    training_set = UnlearningDataset.from_folder(recipe.data)
-    training_set.image_loader = recipe.image_loader
+    training_set = (inputs or Inputs()).training_set(recipe)
     lora = recipe.trainable.mode != "full"
     strategy = resolve_reference_strategy(recipe.reference, method.requirements.references, lora)
     if not recipe.accept_refusals:

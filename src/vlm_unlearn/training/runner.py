@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from vlm_unlearn import plugins
 from vlm_unlearn.config import Recipe
 from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import RunError, UserError
-from vlm_unlearn.modeling.loader import load_model
 from vlm_unlearn.modeling.threads import limit_threads
 from vlm_unlearn.modeling.trainable import prepare_trainable
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
@@ -33,11 +33,14 @@ from vlm_unlearn.training.callbacks import (
     stop_reason,
     tensorboard_callback,
 )
+from vlm_unlearn.training.inputs import Inputs
 from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import Plan, plan
 from vlm_unlearn.training.published_order import count_warmup_steps
 from vlm_unlearn.training.reference_values import CacheKeys, OnReference
 from vlm_unlearn.training.setup import TrainingParts, build_parts
+
+OnTrained = Callable[[nn.Module], None]  # called with the trained model
 
 
 def run_recipe(recipe: Recipe, on_step: OnStep | None = None, probe: Probe | None = None) -> Path:
@@ -50,6 +53,8 @@ def run_plan(
     on_step: OnStep | None = None,
     probe: Probe | None = None,
     on_reference: OnReference | None = None,
+    inputs: Inputs | None = None,
+    on_trained: OnTrained | None = None,
 ) -> Path:
     """Trains according to a plan and returns the folder of the trained model, ``<output>/model``.
 
@@ -64,6 +69,9 @@ def run_plan(
             the recipe names.
         on_reference: Called while reference values are computed before the first step, with the number of finished
             examples and of all examples.
+        inputs: Loads the model. `SharedInputs` loads it once for several runs.
+        on_trained: Called with the trained model in memory, after it was saved. Not called for a run that is finished
+            already.
 
     Raises:
         UserError: The output folder contains another run, or another process uses it, or the model of a finished run
@@ -84,7 +92,7 @@ def run_plan(
     with _lock_and_open(run, identity, arguments) as finished:
         if not finished:
             with limit_threads(planned.threads or torch.get_num_threads()):
-                _train(planned, run, arguments, on_step, probe, on_reference)
+                _train(planned, run, arguments, on_step, probe, on_reference, inputs or Inputs(), on_trained)
         elif not any((run.model / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
                 f"the run is finished, but its model folder is missing. Delete {run.path} and train again.",
@@ -134,11 +142,15 @@ def _train(
     on_step: OnStep | None,
     probe: Probe | None,
     on_reference: OnReference | None,
+    inputs: Inputs,
+    on_trained: OnTrained | None,
 ) -> None:
     """Trains from the last complete checkpoint, or from the base model, and saves the result."""
     recipe = planned.recipe
     started, is_main_process = time.monotonic(), arguments.process_index == 0
-    parts = _load_parts(planned, run, arguments)
+    if inputs.shares_features(recipe):
+        arguments.feature_cache = "off"  # the shared cache takes its place
+    parts = _load_parts(planned, run, arguments, inputs)
     log_callback = LogCallback(run, on_step, is_main_process, started)
     probe_callback = ProbeCallback(recipe.probe, probe, run) if recipe.probe and probe else None
     callbacks: list[TrainerCallback] = [log_callback, *([probe_callback] if probe_callback else [])]
@@ -153,18 +165,22 @@ def _train(
         on_reference=on_reference,
     )
     trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=True)
-    except RunError:
-        log_callback.write_log(trainer.state)  # so that the loss curves show the divergence
-        raise
-    _save_result(trainer, planned, run)
-    if is_main_process:
-        outcome = {"steps": trainer.state.global_step, "stopped": stop_reason(trainer.state.log_history)}
-        run.record_cost(log_callback.elapsed_seconds(), finished=True, ended=outcome)
+    with inputs.vision_features(parts.vlm, recipe, planned.model_path):
+        try:
+            trainer.train(resume_from_checkpoint=True)
+        except RunError:
+            log_callback.write_log(trainer.state)  # so that the loss curves show the divergence
+            raise
+        _save_result(trainer, planned, run)
+        if is_main_process:
+            outcome = {"steps": trainer.state.global_step, "stopped": stop_reason(trainer.state.log_history)}
+            run.record_cost(log_callback.elapsed_seconds(), finished=True, ended=outcome)
+        if on_trained is not None:
+            # Without the wrapper of autocast, which accelerate would leave around the forward pass.
+            on_trained(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
 
 
-def _load_parts(planned: Plan, run: RunDirectory, arguments: UnlearningConfig) -> TrainingParts:
+def _load_parts(planned: Plan, run: RunDirectory, arguments: UnlearningConfig, inputs: Inputs) -> TrainingParts:
     """Loads the model and returns the parts of the run."""
     recipe, mode = planned.recipe, planned.recipe.trainable.mode
     if arguments.process_index == 0:
@@ -174,7 +190,7 @@ def _load_parts(planned: Plan, run: RunDirectory, arguments: UnlearningConfig) -
     # Full training keeps float32 master weights and computes under autocast. LoRA's frozen base has the compute
     # precision.
     precision = "fp32" if mode == "full" else planned.precision
-    model = load_model(planned.model_path, precision, recipe.training.attn_implementation, in_4_bits=mode == "qlora")
+    model = inputs.model(planned.model_path, precision, recipe.training.attn_implementation, mode == "qlora")
     set_seed(recipe.training.seed)  # after loading, which uses random numbers under some engines
     vlm = prepare_trainable(VisionLanguageModel(model, planned.processor), recipe.trainable)
     if mode != "qlora":  # 4-bit weights are already on their device

@@ -126,7 +126,53 @@ class Scatter(Titled):
     ideal: tuple[float, float]
 
 
-Chart = Bars | Lines | Heatmap | Scatter
+@dataclass(frozen=True)
+class FrontPoint:
+    """A trial of a sweep in a plane of two objectives.
+
+    Attributes:
+        name: The trial.
+        x: The first objective.
+        y: The second objective.
+        kind: ``front``, ``dominated``, ``outside`` (of the constraints) or ``base``.
+        seeds: The single models whose mean the point is, if there are several.
+    """
+
+    name: str
+    x: float
+    y: float
+    kind: str
+    seeds: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class Front(Titled):
+    """The trials of a sweep in a plane of two objectives, in percent, with the Pareto front as a line."""
+
+    points: Sequence[FrontPoint]
+    x: str
+    y: str
+
+
+@dataclass(frozen=True)
+class ParallelAxis:
+    """An axis of parallel coordinates: the positions of the lines from 0 to 1, and texts at some positions."""
+
+    name: str
+    positions: Sequence[Value]  # one for each line, None if the line has no such value
+    ticks: Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Parallel(Titled):
+    """Parallel coordinates: one line for each trial, through its settings and its objectives."""
+
+    names: Sequence[str]  # of the lines
+    axes: Sequence[ParallelAxis]
+    highlighted: Sequence[bool]  # whether a line is on the front
+
+
+Chart = Bars | Lines | Heatmap | Scatter | Front | Parallel
 
 
 def percentages(rate: Rate | None) -> tuple[Value, Value, Value]:
@@ -160,6 +206,11 @@ def hover_texts(chart: Chart) -> list[str]:
         return [
             f"{display_name(point.name)}, {x}: {_number(*point.x)}, {y}: {_number(*point.y)}" for point in chart.points
         ]
+    if isinstance(chart, Front):
+        x, y = display_name(chart.x), display_name(chart.y)
+        return [f"{display_name(point.name, 160)}: {x} {point.x:.1f}, {y} {point.y:.1f}" for point in chart.points]
+    if isinstance(chart, Parallel):
+        return [display_name(name, 160) for name in chart.names]
     return []
 
 

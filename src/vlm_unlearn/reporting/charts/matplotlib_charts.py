@@ -14,8 +14,10 @@ from vlm_unlearn.reporting.charts.chart import (
     COLORS,
     Bars,
     Chart,
+    Front,
     Heatmap,
     Lines,
+    Parallel,
     Scatter,
     Value,
     display_name,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 # File names of plots, and of temporary files that a killed process left.
 PLOT_FILE = re.compile(
-    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|attack-map|(categories|shots|labels|loss|curve)-\d+)(\.part)?\.(png|svg|pdf)"
+    r"\.?(tradeoff-\w+|attack-\w+|rates-\w+|benchmarks|attack-map|pareto-\d+|parallel|importance|hypervolume|(categories|shots|labels|loss|curve)-\d+)(\.part)?\.(png|svg|pdf)"
 )
 SYMBOLS = ("o", "s", "D", "^", "P", "X", "*")
 HATCHES = ("", "///", "\\\\\\", "xxx", "|||", "---")
@@ -151,7 +153,7 @@ def _canvas(chart: Chart, size: tuple[float, float], left: float, bottom: float 
 
 def _legend(chart: Chart) -> list[str]:
     """Returns the names in the legend. A stack always has one, because its axis does not name the series."""
-    if isinstance(chart, Heatmap):
+    if isinstance(chart, Heatmap | Front | Parallel):
         return []
     if isinstance(chart, Scatter):
         names = [display_name(point.name, 24) for point in chart.points]
@@ -304,4 +306,57 @@ def _scatter(chart: Scatter) -> tuple[Canvas, Any]:
     _percent_axis(axes.xaxis)
     _percent_axis(axes.yaxis)
     axes.grid()
+    return canvas, axes
+
+
+# Color, shape and size of the points of a front, by kind.
+FRONT_STYLES = {
+    "front": ("#D55E00", "o", 7),
+    "dominated": ("#999999", "o", 5),
+    "outside": ("#CC79A7", "X", 6),
+    "base": ("#0072B2", "*", 11),
+}
+
+
+@_draw.register(Front)
+def _front(chart: Front) -> tuple[Canvas, Any]:
+    canvas, axes = _canvas(chart, (4.6, 3.2), 0.75)
+    on_front = sorted((point.x, point.y) for point in chart.points if point.kind == "front")
+    axes.plot([x for x, _ in on_front], [y for _, y in on_front], color="#D55E00", lw=1, zorder=2)
+    for number, point in enumerate(chart.points):
+        color, shape, size = FRONT_STYLES[point.kind]
+        for x, y in point.seeds:
+            axes.plot([point.x, x], [point.y, y], color=color, lw=0.6, alpha=0.6, zorder=1)
+            axes.plot([x], [y], ".", color=color, ms=3, zorder=1)
+        order = 4 if point.kind in ("front", "base") else 3
+        style = {"color": color, "mec": "black", "mew": 0.4, "ms": size, "zorder": order}
+        (line,) = axes.plot([point.x], [point.y], shape, **style)
+        line.set_gid(f"mark-{number}")
+    axes.set(xlabel=display_name(chart.x), ylabel=display_name(chart.y))
+    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        set_limits(max(limits[0], -3.0), min(limits[1], 103.0) if limits[0] < 100 else limits[1])
+    axes.grid()
+    return canvas, axes
+
+
+@_draw.register(Parallel)
+def _parallel(chart: Parallel) -> tuple[Canvas, Any]:
+    canvas, axes = _canvas(chart, (max(6.4, 1.15 * len(chart.axes) + 1.2), 2.8), 0.9, 0.9)
+    order = sorted(range(len(chart.names)), key=lambda number: chart.highlighted[number])
+    for number in order:
+        points = [(x, axis.positions[number]) for x, axis in enumerate(chart.axes)]
+        measured = [(x, y) for x, y in points if y is not None]
+        color, width, alpha = ("#D55E00", 1.6, 1.0) if chart.highlighted[number] else ("#999999", 0.8, 0.5)
+        x_values, y_values = [x for x, _ in measured], [y for _, y in measured]
+        (line,) = axes.plot(x_values, y_values, color=color, lw=width, alpha=alpha, marker=".", ms=4)
+        line.set_gid(f"mark-{number}")
+    for x, axis in enumerate(chart.axes):
+        axes.axvline(x, color="#555555", lw=0.8)
+        for y, text in axis.ticks:
+            axes.text(x + 0.03, y, display_name(text, 18), fontsize=7, va="center", zorder=5)
+    names = [display_name(axis.name, 26) for axis in chart.axes]
+    axes.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
+    axes.set(ylim=(-0.06, 1.06), xlim=(-0.2, len(names) - 0.3), yticks=[])
+    for side in axes.spines.values():
+        side.set_visible(False)
     return canvas, axes

@@ -34,7 +34,7 @@ filter?.addEventListener("input", () => {
   const text = filter.value.trim().toLowerCase();
   for (const row of rows) row.hidden = !row.cells[0].textContent.toLowerCase().includes(text);
   const count = rows.filter((row) => !row.hidden).length;
-  document.getElementById("count").textContent = text ? `${count} of ${rows.length} models` : "";
+  document.getElementById("count").textContent = text ? `${count} of ${rows.length} ${table.dataset.items ?? "models"}` : "";
   document.querySelector(".no-match").hidden = count > 0;
 });
 
