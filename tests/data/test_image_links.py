@@ -80,6 +80,7 @@ def test_commands_that_read_image_folders_have_the_switch() -> None:
             "import-answers",
             "judge run",
             "robustness",
+            "sweep",
         ),  # a recipe or a suite names the folder
         *("compare", "report"),  # thumbnails
     }

@@ -28,6 +28,7 @@ from vlm_unlearn.modeling.loader import load_model, load_processor
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.store import RunDirectory
 from vlm_unlearn.training import runner
+from vlm_unlearn.training.inputs import Inputs
 from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import plan
 from vlm_unlearn.training.runner import run_recipe
@@ -277,7 +278,7 @@ def cached_towers(configured: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[o
     planned = plan(configured)
     configured.output.mkdir()
     run = RunDirectory(configured.output)
-    MethodTrainer(runner._load_parts(planned, run, runner._training_arguments(planned, run))).train()
+    MethodTrainer(runner._load_parts(planned, run, runner._training_arguments(planned, run), Inputs())).train()
     return towers
 
 
