@@ -37,6 +37,7 @@ from vlm_unlearn.generation.sharing import PrefixSharingError
 from vlm_unlearn.modeling.attention import without_cudnn_attention
 from vlm_unlearn.modeling.loader import default_device, load_run_model, resolve_precision, run_digest, run_model_folder
 from vlm_unlearn.modeling.structure import get_base_model
+from vlm_unlearn.modeling.threads import threads_for
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
 from vlm_unlearn.records import Prompt, Response
 
@@ -351,23 +352,25 @@ def generate_texts(
     row_indices = range(len(distinct_turns)) if sampler is None else turn_indices
     size = batch_size or len(row_indices)
     eos_token_ids = set(_eos_token_ids(model))
-    try:
-        answers, last_tokens = generate_continuously(
-            VisionLanguageModel(model, processor),
-            distinct_turns,
-            row_indices,
-            max_new_tokens,
-            size,
-            eos_token_ids,
-            sampler,
-        )
-    except PrefixSharingError:
-        answers, last_tokens = [], []
-        for rows in split_into_batches(range(len(row_indices)), size):
-            batch = encode(processor, [distinct_turns[row_indices[row]] for row in rows], padding_side="left")
-            last_tokens += batch["input_ids"][:, -1].tolist()
-            batch_sampler = None if sampler is None else sampler.select_rows(rows)
-            answers += _generate(model, move(batch, model.device, model.dtype), max_new_tokens, batch_sampler).tolist()
+    with threads_for(model):
+        try:
+            answers, last_tokens = generate_continuously(
+                VisionLanguageModel(model, processor),
+                distinct_turns,
+                row_indices,
+                max_new_tokens,
+                size,
+                eos_token_ids,
+                sampler,
+            )
+        except PrefixSharingError:
+            answers, last_tokens = [], []
+            for rows in split_into_batches(range(len(row_indices)), size):
+                batch = encode(processor, [distinct_turns[row_indices[row]] for row in rows], padding_side="left")
+                last_tokens += batch["input_ids"][:, -1].tolist()
+                row_sampler = None if sampler is None else sampler.select_rows(rows)
+                inputs = move(batch, model.device, model.dtype)
+                answers += _generate(model, inputs, max_new_tokens, row_sampler).tolist()
     new_tokens = [torch.tensor(answer, dtype=torch.long) for answer in answers]
     texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
     outputs = []

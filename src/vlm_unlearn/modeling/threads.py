@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 # The threads of an operation wait for each other at its end. The operations of a small model are so short that the
-# threads mostly wait, and on a busy machine each wait lasts until the other thread gets a core again.
-SMALL_MODEL = 10_000_000  # parameters
+# threads mostly wait, and on a busy machine each wait lasts until the other thread gets a core again. Below 3M, two
+# threads lose more on a busy machine than they gain on an idle one (benchmarks/threads.py). The number must not depend
+# on how busy the machine is, since it changes how sums are rounded, and a resumed run is exact.
+SMALL_MODEL = 3_000_000  # parameters
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with which users set the number themselves
 
 
@@ -26,6 +29,14 @@ def cpu_threads(parameters: int) -> int:
     if any(os.environ.get(name) for name in THREAD_VARIABLES):
         return threads
     return 1 if parameters < SMALL_MODEL else threads
+
+
+def threads_for(model: nn.Module) -> AbstractContextManager[None]:
+    """Returns a context that computes with the number of threads for a model (see `cpu_threads`), if it is on a CPU."""
+    parameters = list(model.parameters())
+    if not parameters or parameters[0].device.type != "cpu":
+        return nullcontext()
+    return limit_threads(cpu_threads(sum(parameter.numel() for parameter in parameters)))
 
 
 @contextmanager
