@@ -133,11 +133,10 @@ def test_groups_contain_every_micro_batch_once_and_keep_to_the_limit() -> None:
 
 
 def test_auto_is_three_micro_batches_and_at_most_2048_tokens() -> None:
-    small, large = micro_batch({"forget": 100, "retain": 50}), micro_batch({"forget": 700, "retain": 700})
-    assert tokens_per_pass("auto", [small, small]) == 450
-    assert tokens_per_pass("auto", [small, large]) == 2048
-    assert tokens_per_pass("auto", []) == 0
-    assert tokens_per_pass(123, [small]) == 123
+    assert tokens_per_pass("auto", 150) == 450
+    assert tokens_per_pass("auto", 1000) == 2048
+    assert tokens_per_pass("auto", 0) == 0
+    assert tokens_per_pass(123, 150) == 123
 
 
 def test_micro_batches_with_a_common_image_are_in_one_group() -> None:

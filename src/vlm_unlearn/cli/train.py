@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlm_unlearn.methods.wrappers import Defense
     from vlm_unlearn.plugins import Registry
     from vlm_unlearn.training.callbacks import Probe
+    from vlm_unlearn.training.gradient_checkpointing import CheckpointingChoice
     from vlm_unlearn.training.inputs import Inputs
     from vlm_unlearn.training.plan import Plan
     from vlm_unlearn.training.preview import Preview
@@ -137,9 +138,12 @@ def _run(planned: Plan, probe: Probe | None, name: str, is_main: bool, inputs: I
         def on_reference(done: int, total: int) -> None:
             stages.update("reference values", done, total)
 
+        def on_checkpointing(choice: CheckpointingChoice) -> None:
+            status_console().print(str(choice), markup=False, highlight=False)
+
         try:
             with redirect_stdout(sys.stderr):  # trackio and others print, but standard output is for the result
-                model = run_plan(planned, on_step, probe, on_reference, inputs)
+                model = run_plan(planned, on_step, probe, on_reference, inputs, on_checkpointing=on_checkpointing)
             destroy_process_group()
         except RunError:
             if is_main:
@@ -186,7 +190,12 @@ def _print_start(planned: Plan) -> None:
 
 
 def _threads_text(threads: int | None) -> str:
-    return "" if threads is None else f"; {threads} CPU thread{'' if threads == 1 else 's'}"
+    import torch
+
+    if threads is None:
+        return ""
+    chosen = " (for a small model; OMP_NUM_THREADS sets another number)" if threads < torch.get_num_threads() else ""
+    return f"; {threads} CPU thread{'' if threads == 1 else 's'}{chosen}"
 
 
 def _prefix_sharing_line(unsupported_reason: str | None) -> str:
@@ -224,6 +233,7 @@ def _print_preview(result: Preview, as_json: bool) -> None:
         print_json({**asdict(result), "trainable": trainable, "memory": memory, "gpus": gpus})
         return
     console = Console()
+    estimated = f"estimated memory in GiB{' with gradient checkpointing' if result.memory_with_checkpointing else ''}"
     examples = ", ".join(f"{role} {count:,}" for role, count in result.examples.items())
     lengths = ", ".join(f"{role} {count:g}" for role, count in result.tokens_per_sample.items())
     needed = ", ".join(f"{count} of {size}" if count else f"too small: {size}" for size, count in gpus.items())
@@ -235,7 +245,8 @@ def _print_preview(result: Preview, as_json: bool) -> None:
         f"reference values: {result.reference or 'none needed'}; precision {result.precision}"
         + _threads_text(result.threads),
         _prefix_sharing_line(result.prefix_sharing_unsupported_reason),
-        "estimated memory in GiB: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
+        str(result.gradient_checkpointing),
+        f"{estimated}: " + ", ".join(f"{key} {value:g}" for key, value in memory.items()),
         f"GPUs with sharded states (FSDP2 or ZeRO-3): {needed}",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -121,8 +121,11 @@ class TrainingConfig(Strict):
     """Precision of the forward and backward pass. `auto` is bf16 on a GPU and fp32 on a CPU."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Attention implementation. `auto` is the default of transformers."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of storing them. It saves memory and costs time."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass instead of storing them. It saves memory and costs time.
+
+    `auto` recomputes them only if the largest batch would not fit into the memory of the device.
+    """
     tokens_per_pass: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Number of tokens up to which the batches of an optimizer step run at once, with the result of one after another.
 

@@ -188,6 +188,10 @@ class RunDirectory:
             )
         return dict(manifest)
 
+    def record(self, fields: Mapping[str, object]) -> None:
+        """Sets fields of the manifest, such as settings that were resolved when the run started."""
+        write_json(self.manifest_file, {**self.read_manifest(), **fields})
+
     def record_cost(
         self, wall_seconds: float, finished: bool = False, ended: Mapping[str, object] | None = None
     ) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -82,7 +83,18 @@ class UnlearningConfig(TrainingArguments):
         metadata={"help": "Where the features of a frozen vision tower are cached: `memory`, `disk` or `off`."},
     )
     feature_cache_gb: float = field(default=4, metadata={"help": "Maximum size of the feature cache in GB."})
-    tokens_per_pass: str | int = field(
+    # The next two also accept a truth value and a number. Transformers' command line allows only one type.
+    gradient_checkpointing: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to compute activations again in the backward pass instead of storing them, which saves "
+            "memory and costs time. `auto` does so if the largest batch would not fit into the memory of the device. "
+            "`activation_checkpointing` is the same argument.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    tokens_per_pass: str = field(
         default="auto",
         metadata={
             "help": "Number of tokens up to which the micro-batches of an optimizer step run at once. The result is "
@@ -114,7 +126,11 @@ class UnlearningConfig(TrainingArguments):
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         self.label_names = ["forget", "retain"]
+        names = ("activation_checkpointing", "gradient_checkpointing")  # the name of transformers, and its older one
+        checkpointing = _parse_checkpointing([value for name in names if (value := getattr(self, name)) is not None])
+        self.set_gradient_checkpointing(checkpointing is True)
         super().__post_init__()
+        self.set_gradient_checkpointing(checkpointing)  # the trainer resolves auto
         self._n_gpu = min(self.n_gpu, 1)  # nn.DataParallel supports neither nested batches nor hooks
         if self.feature_cache is False:  # type: ignore[comparison-overlap]  # as YAML reads off
             self.feature_cache = "off"
@@ -124,16 +140,17 @@ class UnlearningConfig(TrainingArguments):
         if self.group_by_image not in (True, False, "retain"):
             raise UserError("must be true, false or retain", code="invalid-field", field="group_by_image")
         if self.tokens_per_pass != "auto":
-            try:
-                self.tokens_per_pass = int(self.tokens_per_pass)
-            except ValueError:
-                self.tokens_per_pass = -1
-            if self.tokens_per_pass < 0:
+            if not str(self.tokens_per_pass).isdecimal():
                 raise UserError("must be auto or a number of tokens", code="invalid-field", field="tokens_per_pass")
+            self.tokens_per_pass = int(self.tokens_per_pass)  # type: ignore[assignment]
         if not math.isfinite(self.prompt_decouple_weight) or self.prompt_decouple_weight < 0:
             raise UserError("must be at least 0", code="invalid-field", field="prompt_decouple_weight")
         self.build_method()
         self.build_defenses()
+
+    def set_gradient_checkpointing(self, value: Any) -> None:
+        """Sets ``gradient_checkpointing``, under both of its names."""
+        self.activation_checkpointing = self.gradient_checkpointing = value
 
     def build_method(self) -> Method:
         """Returns a new object of the method, wrapped in prompt decoupling if its weight is above 0."""
@@ -157,3 +174,15 @@ class UnlearningConfig(TrainingArguments):
     def samples_per_step(self) -> int:
         """Returns the number of forget samples of an optimizer step, over all processes."""
         return self.batch_layout().samples_per_step
+
+
+def _parse_checkpointing(values: Sequence[object]) -> bool | Literal["auto"]:
+    """Returns the first of the values of `gradient_checkpointing`, which are texts on the command line, or False.
+
+    Raises:
+        UserError: The value is invalid.
+    """
+    text = str(values[0]).lower() if values else "false"
+    if text not in ("auto", "true", "false"):
+        raise UserError("must be auto, true or false", code="invalid-field", field="gradient_checkpointing")
+    return "auto" if text == "auto" else text == "true"

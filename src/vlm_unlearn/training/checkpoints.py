@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -79,10 +80,27 @@ def load_defenses(defenses: Sequence[Defense], checkpoint: Path, device: torch.d
         defense.load_state(state)
 
 
-def mark_complete(checkpoint: Path, step: int, run_digest: str) -> None:
+@dataclass(frozen=True)
+class MemorySettings:
+    """How a run saves memory, which rounds its results. A resumed run must do the same."""
+
+    gradient_checkpointing: bool
+    max_tokens: int | None  # of a pass, after memory was not enough for more. None if it always was
+
+
+def mark_complete(checkpoint: Path, step: int, run_digest: str, memory: MemorySettings) -> None:
     """Writes ``complete.json`` into a checkpoint, with the sizes of its files and the digest of its run."""
     files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file()}
-    write_json(checkpoint / RunDirectory.CHECKPOINT_COMPLETE, {"step": step, "files": files, "run": run_digest})
+    content = {"step": step, "files": files, "run": run_digest, "memory": asdict(memory)}
+    write_json(checkpoint / RunDirectory.CHECKPOINT_COMPLETE, content)
+
+
+def read_memory_settings(checkpoint: Path) -> MemorySettings | None:
+    """Returns how the run of a checkpoint saves memory, None if the checkpoint does not contain it."""
+    try:
+        return MemorySettings(**read_json(checkpoint / RunDirectory.CHECKPOINT_COMPLETE)["memory"])
+    except (UserError, KeyError, TypeError):  # another program's checkpoint, or an older version's
+        return None
 
 
 def validate_same_run(checkpoint: Path, run_digest: str) -> None:

@@ -5,6 +5,7 @@ It trains on nested batches, logs the loss terms and writes checkpoints that res
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,10 +36,12 @@ from vlm_unlearn.modeling.trainable import without_lora_input_casts
 from vlm_unlearn.store import RunDirectory, cache_folder, digest_json, package_versions
 from vlm_unlearn.training.callbacks import DefenseCallback
 from vlm_unlearn.training.checkpoints import (
+    MemorySettings,
     last_complete_checkpoint,
     load_defenses,
     load_trained,
     mark_complete,
+    read_memory_settings,
     save_defenses,
     save_trained,
     trainable_parameters,
@@ -52,11 +55,14 @@ from vlm_unlearn.training.defended_step import (
     validate_engine,
     validate_sum_of_terms,
 )
+from vlm_unlearn.training.gradient_checkpointing import CheckpointingChoice, resolve_checkpointing
+from vlm_unlearn.training.out_of_memory import repeat_in_less_memory
 from vlm_unlearn.training.passes import (
     MAX_AUTO_TOKENS,
     MicroBatch,
     Passes,
     group_micro_batches,
+    micro_batch_size,
     tokens_per_pass,
 )
 from vlm_unlearn.training.published_order import repeat_scheduler_steps
@@ -64,6 +70,8 @@ from vlm_unlearn.training.reference_values import CacheKeys, OnReference, build_
 from vlm_unlearn.training.references import Reference
 from vlm_unlearn.training.setup import TrainingParts
 from vlm_unlearn.training.step import ModelStep, count_tokens
+
+logger = logging.getLogger(__name__)
 
 EvalFunction = Callable[[Any], Mapping[str, float | None]]  # rates by name, None for a rate that was not measured
 EVAL_PREFIX = "eval_"  # of the names of rates in the log
@@ -82,6 +90,7 @@ class MethodTrainer(Trainer):
         cache_keys: Identify model and data in the caches on disk. None caches in memory only.
         on_reference: Called while reference values are computed before the first step, with the number of finished
             examples and of all examples.
+        on_checkpointing: Called with the choice of ``gradient_checkpointing: auto``.
 
     Raises:
         UserError: FSDP or DeepSpeed shards the parameters, which defenses do not support.
@@ -101,6 +110,7 @@ class MethodTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         cache_keys: CacheKeys | None = None,
         on_reference: OnReference | None = None,
+        on_checkpointing: Callable[[CheckpointingChoice], None] | None = None,
     ) -> None:
         super().__init__(
             model=parts.vlm.model,
@@ -119,11 +129,13 @@ class MethodTrainer(Trainer):
         self._eval_prefix = eval_prefix
         self._cache_keys = cache_keys
         self._on_reference = on_reference
+        self._on_checkpointing = on_checkpointing
         self._reference: Reference | None = None
         self._loss_terms: dict[str, list[float]] = {}  # since the last log entry
         self._token_totals: dict[tuple[Role, TokenKind], float] | None = None  # of the current optimizer step
         self._step_batches: Sequence[MicroBatch] = ()  # of the current optimizer step
         self._max_tokens = 0  # of a pass of the current optimizer step, 0 if each micro-batch runs alone
+        self._token_limit: int | None = None  # of passes, after memory was not enough for more
         self._loss_is_validated = False  # as a sum of terms, which defenses need
         if self.defenses:
             validate_engine(self.sharded)
@@ -141,13 +153,14 @@ class MethodTrainer(Trainer):
 
         Raises:
             UserError: The checkpoint belongs to another run: another method, seed, batch size or data.
-            RunError: The loss or the gradient became NaN or infinite, or a process that loads data has died. The last
-                good checkpoint remains.
+            RunError: The loss or the gradient became NaN or infinite, memory is not enough, or a process that loads
+                data has died. The last good checkpoint remains.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))  # type: ignore[assignment]
         if resume_from_checkpoint:
             validate_same_run(Path(str(resume_from_checkpoint)), self._parts.run_digest)
+        self._resolve_memory_settings(resume_from_checkpoint)
         uses_cache = self.args.feature_cache != "off" and not self.sharded
         limit = int(self.args.feature_cache_gb * 2**30)
         with (
@@ -169,6 +182,27 @@ class MethodTrainer(Trainer):
             for name, value in self._final_weights().items():
                 trainable[name].copy_(value)
         return output
+
+    def _resolve_memory_settings(self, checkpoint: str | bool | None) -> None:
+        """Uses the settings of the first part of a resumed run, or those that the device needs."""
+        recorded = read_memory_settings(Path(str(checkpoint))) if checkpoint else None
+        if recorded is not None:
+            self._token_limit = recorded.max_tokens
+        if not self._parts.auto_checkpointing:
+            return
+        if recorded is not None:
+            self.args.set_gradient_checkpointing(recorded.gradient_checkpointing)
+        elif self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
+            self._use_checkpointing(CheckpointingChoice(False, "FSDP's own activation checkpointing is on"))
+        else:
+            self._use_checkpointing(resolve_checkpointing(self._parts, self.sharded))
+
+    def _use_checkpointing(self, choice: CheckpointingChoice) -> None:
+        """Sets whether the model uses gradient checkpointing from the start of training, and reports it."""
+        self.args.set_gradient_checkpointing(choice.enabled)
+        logger.info("%s", choice)
+        if self._on_checkpointing:
+            self._on_checkpointing(choice)
 
     @property
     def _trainable(self) -> dict[str, nn.Parameter]:
@@ -239,7 +273,8 @@ class MethodTrainer(Trainer):
         """Returns the micro-batches of an optimizer step in groups that run together, and counts their tokens.
 
         The tokens are those of all processes. The Trainer expects as many entries as there are micro-batches, so that
-        empty groups, which `training_step` skips, are in front.
+        empty groups, which `training_step` skips, are in front. If the step can be repeated, all micro-batches are in
+        the last entry, and `training_step` groups them.
         """
         batches, _ = super().get_batch_samples(_raise_worker_errors(epoch_iterator), num_batches, device)
         self._token_totals = None
@@ -256,8 +291,14 @@ class MethodTrainer(Trainer):
             }
         # Engines that shard parameters need the same number of forward passes in all processes.
         runs_alone = self.sharded or self._overrides_gradients
-        self._max_tokens = 0 if runs_alone else tokens_per_pass(self.args.tokens_per_pass, batches)
-        groups = group_micro_batches([batch for batch in batches if batch], self._max_tokens)
+        largest = max(map(micro_batch_size, batches), default=0)
+        self._max_tokens = 0 if runs_alone else tokens_per_pass(self.args.tokens_per_pass, largest)
+        if self._token_limit is not None:
+            self._max_tokens = min(self._max_tokens, self._token_limit)
+        nonempty = [batch for batch in batches if batch]
+        groups = group_micro_batches(nonempty, self._max_tokens)
+        if self._can_repeat_steps and nonempty:
+            groups = [nonempty]
         return [[]] * (len(batches) - len(groups)) + groups, None
 
     def compute_loss(
@@ -324,16 +365,60 @@ class MethodTrainer(Trainer):
             self._loss_terms.setdefault(name, []).append(value.item())
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs forward and backward passes of some micro-batches and returns their loss, 0 if there are none."""
+        """Runs forward and backward passes of some micro-batches and returns their loss, 0 if there are none.
+
+        If memory is not enough for an optimizer step, the step is repeated in a way that takes less.
+
+        Raises:
+            RunError: A loss is NaN or infinite, or memory is not enough.
+        """
         batch = args[0] if args else kwargs["inputs"]
         if not batch:
             return torch.zeros((), device=self.args.device)
         casts_inputs = self.accelerator.native_amp  # autocast
         with without_cudnn_attention(), without_lora_input_casts(self.model) if casts_inputs else nullcontext():
             if self._overrides_gradients:
-                return self._defended_training_step(model)
-            loss: Tensor = super().training_step(model, *args, **kwargs)
-        return loss
+                return repeat_in_less_memory(lambda: self._defended_training_step(model), lambda: False)
+            run_pass = super().training_step
+            counts = {name: len(values) for name, values in self._loss_terms.items()}
+            return repeat_in_less_memory(
+                lambda: torch.stack(
+                    [run_pass(model, group) for group in group_micro_batches(batch, self._max_tokens)]
+                ).sum(),
+                lambda: self._can_repeat_steps and self._save_memory(batch, counts),
+            )
+
+    @property
+    def _can_repeat_steps(self) -> bool:
+        """Whether `training_step` runs an entire optimizer step, so that it can repeat it."""
+        return self.args.world_size == 1 and not self.sharded and not self._overrides_gradients
+
+    def _save_memory(self, micro_batches: Sequence[MicroBatch], term_counts: Mapping[str, int]) -> bool:
+        """Undoes an optimizer step for which memory was not enough, and makes this one and all others take less.
+
+        First, fewer micro-batches run together. If each runs alone, gradient checkpointing is switched on.
+
+        Args:
+            micro_batches: All micro-batches of the step.
+            term_counts: The number of recorded values of each loss term before the step.
+
+        Returns:
+            Whether the step takes less. False if nothing is left that saves memory.
+        """
+        groups = group_micro_batches(micro_batches, self._max_tokens)
+        if len(groups) < len(micro_batches):
+            self._token_limit = max(sum(map(micro_batch_size, group)) for group in groups) // 2
+            self._max_tokens = self._token_limit
+            logger.warning("memory was not enough: at most %d tokens run at once from now on", self._token_limit)
+        elif self._parts.auto_checkpointing and not self.args.activation_checkpointing:
+            self._use_checkpointing(CheckpointingChoice(True, "memory was not enough without it"))
+            self.unwrapped.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        else:
+            return False
+        self.model.zero_grad()
+        for name, values in self._loss_terms.items():
+            del values[term_counts.get(name, 0) :]
+        return True
 
     def _defended_training_step(self, model: nn.Module) -> Tensor:
         """Computes the gradients of an optimizer step at its last micro-batch, and returns its mean loss.
@@ -438,7 +523,8 @@ class MethodTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             save_defenses(self.defenses, folder)
-            mark_complete(folder, self.state.global_step, self._parts.run_digest)
+            memory = MemorySettings(bool(self.args.activation_checkpointing), self._token_limit)
+            mark_complete(folder, self.state.global_step, self._parts.run_digest, memory)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model or its adapters, the processor and the method's state, to be loaded by `from_pretrained`.

@@ -267,7 +267,7 @@ class Passes:
         return dict(zip(planned.keys, outputs, strict=True))
 
 
-def tokens_per_pass(setting: str | int, micro_batches: Sequence[MicroBatch]) -> int:
+def tokens_per_pass(setting: str | int, largest_micro_batch: int) -> int:
     """Returns the number of tokens that the setting `tokens_per_pass` stands for in an optimizer step.
 
     ``auto`` was chosen so that the peak of memory stays below that of the released code, which runs the roles of a
@@ -275,12 +275,9 @@ def tokens_per_pass(setting: str | int, micro_batches: Sequence[MicroBatch]) -> 
 
     Args:
         setting: A number, or ``auto``.
-        micro_batches: All micro-batches of the step in this process.
+        largest_micro_batch: The number of tokens of the largest micro-batch of the step in this process.
     """
-    if isinstance(setting, int):
-        return setting
-    largest = max(map(_size, micro_batches), default=0)
-    return min(AUTO_MICRO_BATCHES * largest, MAX_AUTO_TOKENS)
+    return setting if isinstance(setting, int) else min(AUTO_MICRO_BATCHES * largest_micro_batch, MAX_AUTO_TOKENS)
 
 
 def group_micro_batches(micro_batches: Sequence[MicroBatch], max_tokens: int) -> list[list[MicroBatch]]:
@@ -295,7 +292,7 @@ def group_micro_batches(micro_batches: Sequence[MicroBatch], max_tokens: int) ->
     """
     if not max_tokens:
         return [[batches] for batches in micro_batches]
-    sizes = [_size(batches) for batches in micro_batches]
+    sizes = [micro_batch_size(batches) for batches in micro_batches]
     images = [_image_keys(batches) for batches in micro_batches]
     common = {key for key, count in Counter(key for keys in images for key in keys).items() if count > 1}
 
@@ -316,7 +313,7 @@ def group_micro_batches(micro_batches: Sequence[MicroBatch], max_tokens: int) ->
     return groups
 
 
-def _size(batches: MicroBatch) -> int:
+def micro_batch_size(batches: MicroBatch) -> int:
     """Returns the number of positions of a micro-batch, with padding."""
     return sum(map(count_positions, batches.values()))
 

@@ -13,16 +13,27 @@ from vlm_unlearn.distributed import world_size
 from vlm_unlearn.errors import UserError, quoted
 from vlm_unlearn.methods import Role
 from vlm_unlearn.methods.wrappers import build_defenses
-from vlm_unlearn.modeling.loader import build_skeleton, find_local_model, load_processor, read_config
+from vlm_unlearn.modeling.loader import (
+    build_skeleton,
+    default_device,
+    find_local_model,
+    load_processor,
+    read_config,
+    resolve_precision,
+)
 from vlm_unlearn.modeling.shapes import PUBLISHED_CONFIGS
 from vlm_unlearn.modeling.trainable import trainable_table
 from vlm_unlearn.modeling.vlm import VisionLanguageModel
+from vlm_unlearn.records import Example
 from vlm_unlearn.store import RunDirectory
-from vlm_unlearn.training.estimate import Memory, ModelSize, estimate
+from vlm_unlearn.training.device_memory import free_memory
+from vlm_unlearn.training.estimate import Memory, estimate, largest_pass, model_size
+from vlm_unlearn.training.gradient_checkpointing import CheckpointingChoice, choose_checkpointing
 from vlm_unlearn.training.plan import (
     batch_layout,
     check_model,
     check_recipe,
+    engine,
     recipe_name,
     sharing_unsupported_reason,
     steps_of,
@@ -51,7 +62,9 @@ class Preview:
     samples_per_step: int  # forget samples per optimizer step, over all processes
     tokens_per_sample: dict[str, float]  # mean by role, including image tokens
     tokens: int  # of the entire run
-    memory: Memory
+    gradient_checkpointing: CheckpointingChoice  # on this machine if the setting is ``auto``
+    memory: Memory  # of the largest pass that the data can give
+    memory_with_checkpointing: bool  # True if the setting is ``true`` or ``auto``
     prefix_sharing_unsupported_reason: str | None  # None if the questions of a batch share their images
 
 
@@ -80,22 +93,41 @@ def preview(recipe: Recipe) -> Preview:
     config: Any = read_config(folder) if folder else PUBLISHED_CONFIGS[recipe.model]()
     processor = load_processor(folder, recipe.image_aspect_ratio) if folder else None
     if processor:
-        UnlearningCollator(processor, training_set, method, training.max_length).check_lengths()
+        collator = UnlearningCollator(processor, training_set, method, training.max_length)
+        collator.check_lengths()
+        longest = {role: collator.longest_sample(role) for role in method.requirements.roles}
+    else:
+        longest = {
+            role: _approximate_longest(training_set, role, training.max_length, config)
+            for role in method.requirements.roles
+        }
     skeleton = VisionLanguageModel(build_skeleton(config, recipe.model), processor)
     prepared = check_model(recipe, method, training_set, skeleton)
     table = trainable_table(prepared)
-    tokens, answer_tokens = _mean_lengths(recipe, stream, training_set, processor, config)
+    tokens = _mean_lengths(recipe, stream, training_set, processor, config)
     precision = "bf16" if training.precision == "auto" else training.precision  # bf16 is the default of a GPU
-    memory = estimate(
-        size=_model_size(table, config.get_text_config()),
-        mode=recipe.trainable.mode,
-        precision=precision,
-        tokens=batch_size * sum(tokens.values()),
-        answer_tokens=batch_size * sum(answer_tokens.values()),
-        checkpointing=training.gradient_checkpointing,
-        frozen_copy=strategy == "copy",
-        defense_copies=sum(defense.weight_copies for defense in build_defenses(recipe.defense)),
+    pass_tokens, logit_tokens = largest_pass(
+        longest, method, batch_size, training.gradient_accumulation_steps, training.tokens_per_pass
     )
+
+    def memory_of(checkpointing: bool, compute_precision: str) -> Memory:
+        return estimate(
+            size=model_size(prepared),
+            mode=recipe.trainable.mode,
+            precision=compute_precision,
+            tokens=pass_tokens,
+            answer_tokens=logit_tokens,
+            checkpointing=checkpointing,
+            frozen_copy=strategy == "copy",
+            defense_copies=sum(defense.weight_copies for defense in build_defenses(recipe.defense)),
+        )
+
+    setting = training.gradient_checkpointing
+    choice = CheckpointingChoice(setting is True, "set in the recipe")
+    if setting == "auto":
+        device, shards = default_device(), processes if engine() in ("deepspeed", "fsdp") else 1
+        needed = memory_of(False, resolve_precision(training.precision)).on_each_device(shards)
+        choice = choose_checkpointing(needed, free_memory(device), device)
     return Preview(
         name=recipe_name(recipe),
         method=recipe.method.name,
@@ -111,19 +143,27 @@ def preview(recipe: Recipe) -> Preview:
         samples_per_step=samples_per_step,
         tokens_per_sample={role: round(value, 1) for role, value in tokens.items()},
         tokens=int(steps * samples_per_step * sum(tokens.values())),
-        memory=memory,
+        gradient_checkpointing=choice,
+        memory=memory_of(setting is not False, precision),
+        memory_with_checkpointing=setting is not False,
         prefix_sharing_unsupported_reason=sharing_unsupported_reason(recipe, prepared),
     )
 
 
-def _model_size(table: list[tuple[str, int, int]], text_config: Any) -> ModelSize:
-    return ModelSize(
-        parameters=sum(total for _, _, total in table),
-        trained=sum(trained for _, trained, _ in table),
-        hidden_size=text_config.hidden_size,
-        layers=text_config.num_hidden_layers,
-        vocabulary=text_config.vocab_size,
-    )
+def _approximate_longest(training_set: UnlearningDataset, role: Role, max_length: int, config: Any) -> tuple[int, int]:
+    """Returns the tokens of a role's longest sample and of its longest answer, by the number of characters."""
+    examples = training_set.get(role) or training_set["forget"]  # none for refusals as answers
+    tokens = max(_approximate_length(example, config) for example in examples)
+    answer_tokens = max(len(example.answer) // 4 for example in examples)
+    return min(tokens, max_length), min(answer_tokens, max_length)
+
+
+def _approximate_length(example: Example, config: Any) -> int:
+    """Returns the tokens of a sample: one for four characters, and those of an image in the model's config."""
+    characters = sum(len(turn.question) + len(turn.answer) for turn in example.history)
+    characters += len(example.question) + len(example.answer)
+    image_tokens = int(getattr(config, "image_seq_length", 0))  # 0 for families with cross-attention to images
+    return characters // 4 + (image_tokens if example.image else 0)
 
 
 def _mean_lengths(
@@ -133,29 +173,16 @@ def _mean_lengths(
     processor: Processor | None,
     config: Any,
     max_samples: int = 64,
-) -> tuple[dict[Role, float], dict[Role, float]]:
-    """Returns the mean number of tokens and of answer tokens per sample by role, over the first samples of the stream.
-
-    Without the model's tokenizer, four characters count as one token, and an image as the number of tokens in the
-    config.
-    """
+) -> dict[Role, float]:
+    """Returns the mean number of tokens per sample by role, over the first samples of the stream."""
     samples = [item for position in range(min(max_samples, len(stream))) if (item := stream[position])]
-    roles = samples[0].keys() if samples else ()
     meter = PromptMeter(processor) if processor else None
-    image_tokens = int(getattr(config, "image_seq_length", 0))  # 0 for families with cross-attention to images
-    mean_tokens: dict[Role, float] = dict.fromkeys(roles, 0.0)
-    mean_answer_tokens: dict[Role, float] = dict.fromkeys(roles, 0.0)
+    mean_tokens: dict[Role, float] = dict.fromkeys(samples[0].keys() if samples else (), 0.0)
     for item in samples:
         for role, example in item.items():
-            answer_tokens = len(example.answer) / 4
             if meter:
-                turn = Turn.of_example(example, training_set.image(example))
-                tokens = meter.total_tokens(turn)
-                answer_tokens = tokens - meter.prompt_tokens(turn)
+                tokens = meter.total_tokens(Turn.of_example(example, training_set.image(example)))
             else:
-                characters = sum(len(turn.question) + len(turn.answer) for turn in example.history)
-                characters += len(example.question)
-                tokens = int(characters / 4 + answer_tokens) + (image_tokens if example.image else 0)
+                tokens = _approximate_length(example, config)
             mean_tokens[role] += min(tokens, recipe.training.max_length) / len(samples)
-            mean_answer_tokens[role] += answer_tokens / len(samples)
-    return mean_tokens, mean_answer_tokens
+    return mean_tokens

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from vlm_unlearn.training.callbacks import (
     stop_reason,
     tensorboard_callback,
 )
+from vlm_unlearn.training.gradient_checkpointing import CheckpointingChoice
 from vlm_unlearn.training.inputs import Inputs
 from vlm_unlearn.training.method_trainer import MethodTrainer
 from vlm_unlearn.training.plan import Plan, plan
@@ -55,6 +57,7 @@ def run_plan(
     on_reference: OnReference | None = None,
     inputs: Inputs | None = None,
     on_trained: OnTrained | None = None,
+    on_checkpointing: Callable[[CheckpointingChoice], None] | None = None,
 ) -> Path:
     """Trains according to a plan and returns the folder of the trained model, ``<output>/model``.
 
@@ -72,6 +75,7 @@ def run_plan(
         inputs: Loads the model. `SharedInputs` loads it once for several runs.
         on_trained: Called with the trained model in memory, after it was saved. Not called for a run that is finished
             already.
+        on_checkpointing: Called with the choice of ``training.gradient_checkpointing: auto``.
 
     Raises:
         UserError: The output folder contains another run, or another process uses it, or the model of a finished run
@@ -92,7 +96,17 @@ def run_plan(
     with _lock_and_open(run, identity, arguments) as finished:
         if not finished:
             with limit_threads(planned.threads or torch.get_num_threads()):
-                _train(planned, run, arguments, on_step, probe, on_reference, inputs or Inputs(), on_trained)
+                _train(
+                    planned,
+                    run,
+                    arguments,
+                    on_step,
+                    probe,
+                    on_reference,
+                    inputs or Inputs(),
+                    on_trained,
+                    on_checkpointing,
+                )
         elif not any((run.model / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
                 f"the run is finished, but its model folder is missing. Delete {run.path} and train again.",
@@ -144,6 +158,7 @@ def _train(
     on_reference: OnReference | None,
     inputs: Inputs,
     on_trained: OnTrained | None,
+    on_checkpointing: Callable[[CheckpointingChoice], None] | None,
 ) -> None:
     """Trains from the last complete checkpoint, or from the base model, and saves the result."""
     recipe = planned.recipe
@@ -156,6 +171,13 @@ def _train(
     callbacks: list[TrainerCallback] = [log_callback, *([probe_callback] if probe_callback else [])]
     if "tensorboard" in recipe.training.report_to and is_main_process:
         callbacks.append(tensorboard_callback(run))
+
+    def record_checkpointing(choice: CheckpointingChoice) -> None:
+        if is_main_process:
+            run.record({"gradient_checkpointing": asdict(choice)})
+            if on_checkpointing:
+                on_checkpointing(choice)
+
     trainer = MethodTrainer(
         parts,
         eval_fn=probe_callback.measure if probe_callback else None,
@@ -163,6 +185,7 @@ def _train(
         callbacks=callbacks,
         cache_keys=_cache_keys(planned),
         on_reference=on_reference,
+        on_checkpointing=record_checkpointing,
     )
     trainer.remove_callback(PrinterCallback)
     with inputs.vision_features(parts.vlm, recipe, planned.model_path):
@@ -219,7 +242,7 @@ def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
         prompt_decouple_weight=recipe.prompt_decouple_weight,
         defense=[config.model_dump() for config in recipe.defense],
         reference=planned.reference_strategy or "auto",
-        tokens_per_pass=training.tokens_per_pass,
+        tokens_per_pass=str(training.tokens_per_pass),
         group_by_image=training.group_by_image,
         feature_cache=training.feature_cache,
         feature_cache_gb=training.feature_cache_gb,
@@ -235,7 +258,7 @@ def _training_arguments(planned: Plan, run: RunDirectory) -> UnlearningConfig:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         bf16=planned.precision == "bf16",
-        activation_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=str(training.gradient_checkpointing),
         activation_checkpointing_kwargs={"use_reentrant": False},
         # ACCELERATE_TORCH_DEVICE overrides the choice of device.
         use_cpu=not torch.cuda.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ,

@@ -36,6 +36,7 @@ class TrainingParts:
     reference_strategy: ReferenceStrategy | None  # None if the method needs no reference values
     run_digest: str  # of the settings and examples that determine the batches
     defenses: tuple[Defense, ...] = ()  # prepared for the run
+    auto_checkpointing: bool = False  # the trainer chooses whether to use gradient checkpointing
 
 
 def build_parts(
@@ -54,6 +55,9 @@ def build_parts(
         UserError: A setting does not fit the model or the data.
     """
     args, method = copy.copy(args), args.build_method()
+    auto_checkpointing = args.gradient_checkpointing == "auto"
+    if auto_checkpointing:
+        args.set_gradient_checkpointing(False)
     layout = args.batch_layout()
     args.max_steps = count_steps(data, method, layout, args.num_train_epochs, args.max_steps)
     if 0 < args.warmup_steps < 1:  # a fraction of the steps
@@ -68,7 +72,8 @@ def build_parts(
         defense.prepare(method, len(vlm.decoder_layers), args.max_steps)
     if args.world_size > 1 and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = _may_have_unused_parameters(vlm, data)
-    return TrainingParts(vlm, args, method, stream, collator, strategy, _digest_of_run(args, data), defenses)
+    digest = _digest_of_run(args, data)
+    return TrainingParts(vlm, args, method, stream, collator, strategy, digest, defenses, auto_checkpointing)
 
 
 def validate_defenses(method: Method, defenses: Sequence[Defense]) -> None:

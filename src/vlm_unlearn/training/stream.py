@@ -5,6 +5,8 @@ The stream is a pure function of the seed and the position, so that a resumed ru
 
 from __future__ import annotations
 
+import heapq
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlm_unlearn.data.dataset import UnlearningDataset
-from vlm_unlearn.data.encoding import Batch, PromptMeter, Turn, render
+from vlm_unlearn.data.encoding import Batch, PromptMeter, Turn, render, token_ids
 from vlm_unlearn.data.encoding_cache import TurnEncoder
-from vlm_unlearn.data.images import image_key
+from vlm_unlearn.data.images import image_key, image_size
 from vlm_unlearn.data.processor_call import Processor
 from vlm_unlearn.data.published_text import PUBLISHED_TURNS
 from vlm_unlearn.errors import UserError
@@ -269,6 +271,40 @@ class UnlearningCollator:
                         record=example.id,
                     )
 
+    def longest_sample(self, role: Role, candidates: int = 32) -> tuple[int, int]:
+        """Returns the number of tokens of a role's longest sample, and of its longest answer.
+
+        Only the samples with the longest texts, the longest answers and the largest images are tokenized.
+
+        Args:
+            role: The role.
+            candidates: The number of samples of each of these three kinds.
+
+        Raises:
+            UserError: An image or a text is invalid.
+        """
+        examples = self._training_set.get(role) or self._training_set["forget"]  # none for refusals as answers
+        answers = {"forget": self._method.forget_target, "preferred": self._method.preferred_answers}
+        if answers.get(role) == "refusal":
+            refusal = max(self._training_set.refusals, key=lambda text: len(token_ids(self._processor, text)))
+            examples = [example.model_copy(update={"answer": refusal}) for example in examples]
+        images = {example.image: example for example in examples if example.image is not None}
+        longest = heapq.nlargest(candidates, examples, key=_count_characters)
+        longest += heapq.nlargest(candidates, examples, key=lambda example: len(example.answer))
+        longest += heapq.nlargest(candidates, images.values(), key=self._count_pixels)
+        meter = PromptMeter(self._processor)
+        tokens = answer_tokens = 0
+        for example in longest:
+            turn = self._turn(role, example)
+            total = min(meter.total_tokens(turn), self._max_length)
+            tokens = max(tokens, total)
+            answer_tokens = max(answer_tokens, total - meter.prompt_tokens(turn))
+        return tokens, answer_tokens
+
+    def _count_pixels(self, example: Example) -> int:
+        image = self._training_set.image(example)
+        return 0 if image is None else math.prod(image_size(image))
+
     def _answer_in_prompt(self, role: Role) -> bool:
         return role == "forget" and self._method.append_answer_to_prompt
 
@@ -280,6 +316,12 @@ class UnlearningCollator:
             answer = example.answer if code else None
             turn = replace(turn, question=f"{example.question}\n{example.answer}", answer=answer)
         return PUBLISHED_TURNS[code](turn, self._processor) if code else turn
+
+
+def _count_characters(example: Example) -> int:
+    """Returns the number of characters of an example's texts."""
+    turns = [(turn.question, turn.answer) for turn in example.history]
+    return sum(len(text) for turn in (*turns, (example.question, example.answer)) for text in turn)
 
 
 def _image_keys(turns: Sequence[Turn]) -> Tensor:
