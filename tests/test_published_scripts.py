@@ -61,7 +61,7 @@ COMMON = {
     "warmup_ratio": 0.03,
     "lr_scheduler_type": "cosine",
     "model_max_length": 2048,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "auto",  # the scripts set True, which changes memory and time only
     "dataloader_num_workers": 4,
     "image_aspect_ratio": "pad",
     "max_grad_norm": ABSENT,
@@ -181,6 +181,7 @@ FORGET_LORA = {
     "training.weight_decay": 0.01,
     "training.seed": 233,
     "training.dataloader_num_workers": 4,
+    "training.gradient_checkpointing": "auto",  # the code has none, which changes memory and time only
     "training.lr_scheduler_type": "cosine",
     "training.warmup_ratio": 0.06,
     "image_aspect_ratio": "processor",  # CLIP's crop
