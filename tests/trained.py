@@ -50,6 +50,20 @@ def max_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> f
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
+def relative_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """Returns the norm of the difference between two trained sets of weights, divided by the norm of their change.
+
+    Adam amplifies rounding where gradients are nearly zero, and processors round differently. Single weights therefore
+    differ by more than the whole.
+    """
+    assert left.keys() == right.keys()
+    difference, change = (
+        sum(float((left[name] - other[name]).double().square().sum()) for name in left) ** 0.5
+        for other in (right, start)
+    )
+    return difference / change
+
+
 @functools.cache
 def _load_once(folder: Path) -> tuple[Any, Any]:
     """Returns the model and processor of a folder that no test changes."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import recipe
-from trained import METHOD_CONFIGS, StepScene, max_difference
+from trained import METHOD_CONFIGS, StepScene, max_difference, relative_difference
 from vlm_unlearn.data.encoding import Batch
 from vlm_unlearn.methods import Role
 from vlm_unlearn.modeling.packing import NO_IMAGE
@@ -167,6 +167,7 @@ def test_run_has_the_same_weights_and_log_with_any_number_of_tokens_per_pass(
         weights.append(load_file(output / "model" / "model.safetensors"))
         logs.append((output / "log.jsonl").read_text().splitlines())
     assert len(logs[0]) > 2
+    start = load_file(tiny_model / "model.safetensors")
     for other in weights[1:]:
-        assert max_difference(weights[0], other) < 1e-5
+        assert relative_difference(weights[0], other, start) < 1e-3
     assert [len(lines) for lines in logs] == [len(logs[0])] * 3
