@@ -296,9 +296,8 @@ class MethodTrainer(Trainer):
         if self._token_limit is not None:
             self._max_tokens = min(self._max_tokens, self._token_limit)
         nonempty = [batch for batch in batches if batch]
-        groups = group_micro_batches(nonempty, self._max_tokens)
-        if self._can_repeat_steps and nonempty:
-            groups = [nonempty]
+        repeats = self._can_repeat_steps and nonempty
+        groups = [nonempty] if repeats else group_micro_batches(nonempty, self._max_tokens)
         return [[]] * (len(batches) - len(groups)) + groups, None
 
     def compute_loss(
