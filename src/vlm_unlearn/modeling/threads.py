@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 # The threads of an operation wait for each other at its end. The operations of a small model are so short that the
-# threads mostly wait, and on a busy machine each wait lasts until the other thread gets a core again. There, two threads
-# are slower at all measured sizes. On an idle machine they are faster, least for small models (benchmarks/threads.py).
+# threads mostly wait, and on a busy machine each wait lasts until the other thread gets a core again. Two threads are
+# slower there at all measured sizes. On an idle machine they are faster, least for small models (benchmarks/threads.py).
 # The number must not depend on how busy the machine is, since it changes how sums are rounded, and a resumed run is
 # exact.
 SMALL_MODEL = 3_000_000  # parameters
