@@ -11,9 +11,9 @@ from torch import nn
 
 # The threads of an operation wait for each other at its end. The operations of a small model are so short that the
 # threads mostly wait, and on a busy machine each wait lasts until the other thread gets a core again. Two threads are
-# slower there at all measured sizes. On an idle machine they are faster, least for small models (benchmarks/threads.py).
-# The number must not depend on how busy the machine is, since it changes how sums are rounded, and a resumed run is
-# exact.
+# slower there at all measured sizes. On an idle machine they are faster, and least so for small models
+# (benchmarks/threads.py). The number must not depend on how busy the machine is, since it changes how sums are rounded,
+# and a resumed run is exact.
 SMALL_MODEL = 3_000_000  # parameters
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with which users set the number themselves
 
